@@ -1,0 +1,87 @@
+"""Sequences into a packed ``Batch``, and the weights that make one sum the right mean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import replace
+from typing import Literal
+
+import torch
+
+from tandem.types import Batch, PreferencePair, Rollout, Sequence
+
+Aggregation = Literal["token", "sequence", "constant"]
+
+
+def pack(sequences: Seq[Sequence], *, segments_per_unit: int = 1) -> Batch:
+    """Packs sequences end to end, without padding. Raises ValueError where one is empty or its mask does not fit."""
+    if not sequences:
+        raise ValueError("nothing to pack")
+    for i, s in enumerate(sequences):
+        if not s.token_ids or len(s.token_ids) != len(s.trainable):
+            raise ValueError(f"sequence {i}: {len(s.token_ids)} tokens with a mask of {len(s.trainable)}")
+    lengths = torch.tensor([len(s.token_ids) for s in sequences])
+    bounds = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    position_T = torch.cat([torch.arange(n) for n in lengths.tolist()])
+    trainable_T = torch.tensor([m for s in sequences for m in s.trainable], dtype=torch.bool) & (position_T > 0)
+    return Batch(
+        bounds=bounds,
+        token_ids_T=torch.tensor([t for s in sequences for t in s.token_ids], dtype=torch.int64),
+        position_T=position_T,
+        trainable_T=trainable_T,
+        weight_T=torch.zeros(int(bounds[-1]), dtype=torch.float32),
+        segments_per_unit=segments_per_unit,
+        index_S=torch.arange(len(sequences)),
+    )
+
+
+def pack_rollouts(rollouts: Seq[Rollout]) -> Batch:
+    """Packs rollouts with their untruncated sampling log-probs and rewards."""
+    batch = pack([Sequence(token_ids=r.token_ids, trainable=r.trainable) for r in rollouts])
+    return replace(
+        batch,
+        behaviour_logp_T=torch.tensor([x for r in rollouts for x in r.untruncated_logp], dtype=torch.float32),
+        reward_S=torch.tensor([0.0 if r.reward is None else r.reward for r in rollouts], dtype=torch.float32),
+    )
+
+
+def pack_pairs(pairs: Seq[PreferencePair]) -> Batch:
+    """Packs preference pairs: segments ``2i`` (chosen) and ``2i + 1`` (rejected) stay together."""
+    batch = pack([s for pair in pairs for s in (pair.chosen, pair.rejected)], segments_per_unit=2)
+    margin_S = torch.tensor([pair.margin for pair in pairs for _ in range(2)], dtype=torch.float32)
+    return replace(batch, margin_S=margin_S, index_S=torch.arange(len(pairs)).repeat_interleave(2))
+
+
+def stamp_weights(batch: Batch, aggregation: Aggregation, *, constant_length: int | None = None) -> Batch:
+    """Stamps ``weight_T`` for everything that one optimizer step sees.
+
+    - ``token``: 1 / N with N trainable tokens: the mean over tokens (DAPO, arXiv:2503.14476, eq. 8).
+    - ``sequence``: 1 / (S n_s): the mean over sequences of their token means (GRPO, arXiv:2402.03300, eq. 3).
+    - ``constant``: 1 / (S L) with a fixed ``constant_length`` L (Dr.GRPO, arXiv:2503.20783).
+
+    Sequences without a trainable token do not count. Raises ValueError where nothing is trainable.
+    """
+    mask_T = batch.trainable_T.float()
+    segment_T = batch.segment_T
+    count_S = torch.zeros(batch.segments, device=mask_T.device).index_add_(0, segment_T, mask_T)
+    sequences = int((count_S > 0).sum())
+    if sequences == 0:
+        raise ValueError("the batch has no trainable token")
+    if aggregation == "token":
+        weight_T = mask_T / mask_T.sum()
+    elif aggregation == "sequence":
+        weight_T = mask_T / (sequences * count_S.clamp(min=1))[segment_T]
+    elif aggregation == "constant":
+        if not constant_length:
+            raise ValueError("aggregation 'constant' needs constant_length")
+        weight_T = mask_T / (sequences * constant_length)
+    else:
+        raise ValueError(f"unknown aggregation {aggregation!r}: token, sequence or constant")
+    return replace(batch, weight_T=weight_T)
+
+
+def stamp_pair_weights(batch: Batch) -> Batch:
+    """One over the number of pairs at each chosen segment's last token, where pair losses are put; 0 elsewhere."""
+    weight_T = torch.zeros_like(batch.weight_T)
+    weight_T[batch.last_S[::2]] = 1.0 / batch.units
+    return replace(batch, weight_T=weight_T)

@@ -1,0 +1,142 @@
+"""The parts of a run and what each promises. Whatever keeps the promise can take the part, in any process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+
+from tandem.types import Batch, Completion, Group, Outputs, Request, Rollout, TokenLoss
+
+Metrics = dict[str, float]
+LossFn = Callable[[Outputs, Batch], TokenLoss]
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """Samples completions."""
+
+    def generate(
+        self, requests: Seq[Request], on_finish: Callable[[int, int, Completion], None] | None = None
+    ) -> list[list[Completion]]:
+        """One list a request, one completion a seed, in the order asked for.
+
+        ``on_finish(request, sample, completion)`` is called as each one ends, in whatever order they end.
+        """
+        ...
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """Looks at sequences without changing itself: a reference, a reward model, a critic."""
+
+    def score(self, batch: Batch) -> Outputs:
+        """Outputs for the whole batch, without gradient."""
+        ...
+
+
+@runtime_checkable
+class Trainer(Scorer, Protocol):
+    """Owns a model and its optimizer. It does not know the algorithm: it is given a loss."""
+
+    @property
+    def version(self) -> int:
+        """Optimizer steps taken."""
+        ...
+
+    def forward_backward(self, batch: Batch) -> Metrics:
+        """Adds the gradient of ``(loss_T * weight_T).sum()``. Raises NonFiniteError and names the segment."""
+        ...
+
+    def optim_step(self) -> Metrics:
+        """Clips, steps, clears the gradient; returns ``grad_norm`` and ``learning_rate``."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+    def export(self, folder: Path) -> None:
+        """Writes a Hugging Face folder: weights, config and tokenizer."""
+        ...
+
+
+@dataclass(kw_only=True)
+class RewardBatch:
+    """What a reward sees: parallel lists, one entry a sample. ``columns`` hold the dataset's other fields."""
+
+    prompts: list[Any]
+    completions: list[Any]
+    """Text, or a list with the assistant's message where the prompt is a list of messages (TRL's convention)."""
+    rollouts: list[Rollout]
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """Judges samples."""
+
+    name: str
+
+    def score(self, batch: RewardBatch) -> list[float | None]:
+        """One number a sample; None leaves the sample out. Raises UserError and names the sample it failed on."""
+        ...
+
+
+@dataclass(kw_only=True)
+class Estimate:
+    """A batch with its advantages, the algorithm's next state, and metrics."""
+
+    batch: Batch
+    state: dict[str, float]
+    metrics: Metrics = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Algorithm:
+    """An online algorithm: frozen knobs, an advantage and a loss. One file each in ``tandem/algorithms``.
+
+    Simple ones define ``advantages`` (one number a rollout) and ``loss``. Those that need per-token advantages
+    (PPO) override ``estimate``. What changes from step to step (a KL controller) is a flat dict that goes in and
+    comes out of ``estimate`` and is saved with the checkpoint; the object itself never changes.
+    """
+
+    needs_critic: ClassVar[bool] = False
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether ``batch.reference_logp_T`` must be filled."""
+        return False
+
+    def initial_state(self) -> dict[str, float]:
+        return {}
+
+    def advantages(self, group: Group) -> list[float]:
+        """One advantage for each usable rollout of the group, spread over its trainable tokens."""
+        raise TypeError(f"{type(self).__name__} defines neither advantages() nor estimate()")
+
+    def estimate(self, groups: Seq[Group], batch: Batch, state: dict[str, float]) -> Estimate:
+        """Fills ``advantage_T``. ``batch`` holds the groups' usable rollouts, in order."""
+        advantage_S = torch.tensor([a for group in groups for a in self.advantages(group)], dtype=torch.float32)
+        advantage_T = advantage_S.to(batch.token_ids_T.device)[batch.segment_T] * batch.trainable_T
+        return Estimate(batch=replace(batch, advantage_T=advantage_T), state=state)
+
+    def loss(self, out: Outputs, batch: Batch) -> TokenLoss:
+        """The policy's unreduced loss."""
+        raise TypeError(f"{type(self).__name__} does not define loss()")
+
+    def value_loss(self, out: Outputs, batch: Batch) -> TokenLoss:
+        """The critic's unreduced loss, for algorithms with ``needs_critic``."""
+        raise TypeError(f"{type(self).__name__} does not define value_loss()")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """An offline method: frozen knobs and a loss. One file each in ``tandem/objectives``."""
+
+    def loss(self, out: Outputs, batch: Batch) -> TokenLoss:
+        raise TypeError(f"{type(self).__name__} does not define loss()")

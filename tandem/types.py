@@ -1,0 +1,284 @@
+"""The data that travels between the rooms. Names end in their shape: T tokens, S segments (sequences).
+
+Everything that concerns one token is stored at that token's own index: ``logp_T[t]`` is the log-probability of
+token ``t`` given the tokens before it in its segment, ``value_T[t]`` the value of the state in which token ``t`` was
+chosen. The first token of a segment has no such numbers; it is never trainable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+StopReason = Literal["eos", "length", "stop_string", "tool", "error"]
+Message = dict[str, Any]
+"""One chat turn, ``{"role": ..., "content": ...}``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How tokens are drawn. Logits are divided by ``temperature`` first, then truncated.
+
+    ``temperature=0`` is greedy. ``top_k=0``, ``top_p=1`` and ``min_p=0`` truncate nothing. Sampling stops after
+    ``max_new_tokens`` tokens, at the tokenizer's end-of-sequence id, at any of ``stop_token_ids`` or once the
+    decoded completion contains one of ``stop`` (the text ends before it, its tokens are kept).
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One prompt to sample ``len(seeds)`` times. Sample ``i`` depends on ``seeds[i]`` and the prompt alone."""
+
+    prompt_ids: tuple[int, ...]
+    seeds: tuple[int, ...]
+    sampling: SamplingParams
+
+
+@dataclass(kw_only=True)
+class Completion:
+    """What an engine returns for one sample: the sampled tokens (a stop token included) and their log-probs.
+
+    ``behaviour_logp`` is under the distribution that each token was drawn from (temperature and truncation);
+    ``untruncated_logp`` at the same temperature but without top-k, top-p and min-p: what a trainer computes.
+    """
+
+    token_ids: list[int]
+    behaviour_logp: list[float]
+    untruncated_logp: list[float]
+    stop: StopReason
+    text: str = ""
+    version_min: int = 0
+    version_max: int = 0
+    error: str | None = None
+
+
+@dataclass(kw_only=True)
+class Rollout:
+    """One sampled sequence, prompt and completion. All lists are as long as ``token_ids``.
+
+    Worked example: a prompt of two tokens answered with ``7`` and the end-of-sequence token ``1``::
+
+        Rollout(prompt_id="p0", sample_index=0, token_ids=[5, 6, 7, 1], prompt_length=2,
+                trainable=[False, False, True, True], behaviour_logp=[0, 0, -0.7, -0.1],
+                untruncated_logp=[0, 0, -0.7, -0.1], stop="eos", reward=1.0)
+    """
+
+    prompt_id: str
+    sample_index: int
+    token_ids: list[int]
+    prompt_length: int
+    trainable: list[bool]
+    """False on the prompt and on tool output."""
+    behaviour_logp: list[float]
+    """Under the distribution the token was drawn from, in nats; 0 where not trainable."""
+    untruncated_logp: list[float]
+    """At the sampling temperature without truncation, in nats: what ratios are taken against."""
+    stop: StopReason
+    completion: str = ""
+    version_min: int = 0
+    """Optimizer steps that the oldest weights behind any of its tokens had seen."""
+    version_max: int = 0
+    reward: float | None = None
+    """None: a reward function left the sample out. It enters no baseline."""
+    reward_parts: dict[str, float] = field(default_factory=dict)
+    error: str | None = None
+
+    @property
+    def completion_ids(self) -> list[int]:
+        return self.token_ids[self.prompt_length :]
+
+    @property
+    def usable(self) -> bool:
+        """Whether it may be trained on: it ended without an error and has a reward."""
+        return self.stop != "error" and self.reward is not None
+
+
+@dataclass(kw_only=True)
+class Prompt:
+    """One row of an online dataset, tokenized. ``columns`` are the row's other fields, handed to reward functions."""
+
+    prompt_id: str
+    prompt: str | list[Message]
+    token_ids: tuple[int, ...]
+    columns: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class Group:
+    """The rollouts of one prompt."""
+
+    prompt: Prompt
+    rollouts: list[Rollout]
+
+    @property
+    def usable(self) -> list[Rollout]:
+        return [rollout for rollout in self.rollouts if rollout.usable]
+
+    @property
+    def rewards(self) -> list[float]:
+        """Rewards of the usable rollouts, in their order."""
+        return [rollout.reward for rollout in self.rollouts if rollout.usable and rollout.reward is not None]
+
+
+@dataclass(kw_only=True)
+class Sequence:
+    """One tokenized sequence for an offline method. ``trainable`` is as long as ``token_ids``."""
+
+    token_ids: list[int]
+    trainable: list[bool]
+
+
+@dataclass(kw_only=True)
+class PreferencePair:
+    """A tokenized preference: two full sequences (prompt and answer) of the same prompt."""
+
+    chosen: Sequence
+    rejected: Sequence
+    margin: float = 0.0
+
+
+@dataclass(kw_only=True)
+class Batch:
+    """Packed sequences: segment ``s`` is ``[bounds[s], bounds[s + 1])`` of every ``_T`` tensor.
+
+    ``weight_T`` is stamped from counts over everything that one optimizer step sees, so that
+    ``(loss_T * weight_T).sum()`` is the whole reduction, exact under any packing, micro-batching or sharding.
+    Fields named ``*_T`` have one entry a token, ``*_S`` one a segment; ``select`` relies on the names.
+    """
+
+    bounds: Tensor
+    """int64 [S + 1], on the CPU."""
+    token_ids_T: Tensor
+    """int64"""
+    position_T: Tensor
+    """int64, from 0 in every segment."""
+    trainable_T: Tensor
+    """bool; always False at position 0."""
+    weight_T: Tensor
+    """float32; 0 where not trainable."""
+    segments_per_unit: int = 1
+    """Segments that must stay together: 2 for preference pairs (chosen, rejected), else 1."""
+    kl_coef: float = 0.0
+    """Coefficient of the KL term for this step (adaptive controllers change it)."""
+    behaviour_logp_T: Tensor | None = None
+    """Untruncated, at the sampling temperature, from the weights that sampled."""
+    old_logp_T: Tensor | None = None
+    """From the trainer at the start of the step; None: the sampler's are used."""
+    reference_logp_T: Tensor | None = None
+    advantage_T: Tensor | None = None
+    return_T: Tensor | None = None
+    old_value_T: Tensor | None = None
+    reward_S: Tensor | None = None
+    margin_S: Tensor | None = None
+    index_S: Tensor | None = None
+    """int64: which rollout or row a segment came from, for messages that name it."""
+
+    @property
+    def tokens(self) -> int:
+        return self.token_ids_T.numel()
+
+    @property
+    def segments(self) -> int:
+        return self.bounds.numel() - 1
+
+    @property
+    def units(self) -> int:
+        return self.segments // self.segments_per_unit
+
+    @property
+    def lengths(self) -> list[int]:
+        return self.bounds.diff().tolist()
+
+    @property
+    def segment_T(self) -> Tensor:
+        """int64 [T]: the segment each token belongs to."""
+        lengths = self.bounds.diff().to(self.token_ids_T.device)
+        return torch.repeat_interleave(torch.arange(self.segments, device=lengths.device), lengths)
+
+    @property
+    def last_S(self) -> Tensor:
+        """int64 [S]: index of each segment's last token."""
+        return (self.bounds[1:] - 1).to(self.token_ids_T.device)
+
+    @property
+    def proximal_logp_T(self) -> Tensor:
+        """Log-probs that the policy ratio is taken against: the trainer's own where computed, else the sampler's."""
+        logp_T = self.old_logp_T if self.old_logp_T is not None else self.behaviour_logp_T
+        if logp_T is None:
+            raise ValueError("the batch has neither old_logp_T nor behaviour_logp_T")
+        return logp_T
+
+    def select(self, units: list[int]) -> Batch:
+        """The batch of these units, in this order."""
+        per = self.segments_per_unit
+        segments = [unit * per + i for unit in units for i in range(per)]
+        starts, ends = self.bounds[:-1].tolist(), self.bounds[1:].tolist()
+        token_index = torch.cat([torch.arange(starts[s], ends[s]) for s in segments])
+        segment_index = torch.tensor(segments)
+        lengths = torch.tensor([0] + [ends[s] - starts[s] for s in segments])
+        changes: dict[str, Any] = {"bounds": lengths.cumsum(0)}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, Tensor) and f.name.endswith("_T"):
+                changes[f.name] = value[token_index.to(value.device)]
+            elif isinstance(value, Tensor) and f.name.endswith("_S"):
+                changes[f.name] = value[segment_index.to(value.device)]
+        return replace(self, **changes)
+
+    def split(self, token_budget: int) -> Iterator[Batch]:
+        """Micro-batches of consecutive units with at most ``token_budget`` tokens (a longer unit stands alone)."""
+        per, lengths = self.segments_per_unit, self.lengths
+        units: list[int] = []
+        tokens = 0
+        for unit in range(self.units):
+            size = sum(lengths[unit * per : (unit + 1) * per])
+            if units and tokens + size > token_budget:
+                yield self.select(units)
+                units, tokens = [], 0
+            units.append(unit)
+            tokens += size
+        if units:
+            yield self if len(units) == self.units else self.select(units)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Moves every tensor but ``bounds``."""
+        moved = {
+            f.name: getattr(self, f.name).to(device, non_blocking=True)
+            for f in fields(self)
+            if f.name != "bounds" and isinstance(getattr(self, f.name), Tensor)
+        }
+        return replace(self, **moved)
+
+
+@dataclass(kw_only=True)
+class Outputs:
+    """What a model says about a batch. A causal LM fills the first two, a scalar head the last two."""
+
+    logp_T: Tensor | None = None
+    """float32, at the sampling temperature; 0 where not trainable."""
+    entropy_T: Tensor | None = None
+    """float32, in nats; 0 where not trainable. Detached: it is for the metrics unless asked for with gradient."""
+    value_T: Tensor | None = None
+    """float32; 0 where not trainable."""
+    score_S: Tensor | None = None
+    """float32: the scalar head at each segment's last token."""
+
+
+@dataclass(kw_only=True)
+class TokenLoss:
+    """Unreduced loss, and metrics to be averaged over the tokens whose weight is not zero. All [T]."""
+
+    loss_T: Tensor
+    metrics_T: dict[str, Tensor] = field(default_factory=dict)
