@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 
-from tandem.types import Batch, Completion, Group, Outputs, Request, Rollout, TokenLoss
+from tandem.types import Aggregation, Batch, Completion, Group, Outputs, Request, Rollout, TokenLoss
 
 Metrics = dict[str, float]
 LossFn = Callable[[Outputs, Batch], TokenLoss]
@@ -106,6 +106,14 @@ class Algorithm:
     """
 
     needs_critic: ClassVar[bool] = False
+
+    aggregation: Aggregation = "token"
+    """Which mean the loss is: over tokens, over sequences of their token means, or per sequence over a fixed length."""
+
+    @property
+    def entropy_gradient(self) -> bool:
+        """Whether the loss differentiates ``out.entropy_T``."""
+        return False
 
     @property
     def needs_reference(self) -> bool:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 StopReason = Literal["eos", "length", "stop_string", "tool", "error"]
+Aggregation = Literal["token", "sequence", "constant"]
+"""Which mean a loss is: see ``tandem.data.packing.stamp_weights``."""
 Message = dict[str, Any]
 """One chat turn, ``{"role": ..., "content": ...}``."""
 

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import replace
-from typing import Literal
 
 import torch
 
-from tandem.types import Batch, PreferencePair, Rollout, Sequence
-
-Aggregation = Literal["token", "sequence", "constant"]
+from tandem.types import Aggregation, Batch, PreferencePair, Rollout, Sequence
 
 
 def pack(sequences: Seq[Sequence], *, segments_per_unit: int = 1) -> Batch:

@@ -29,7 +29,14 @@ class Layout(Protocol):
     """How the tokens of one forward lie in memory and what each may attend to."""
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, *, scaling: float | None, sliding_window: int | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        layer: int | None,
+        scaling: float | None,
+        sliding_window: int | None,
     ) -> Tensor:
         """Query [B, H, Q, D], key and value [B, Hkv, K, D] → [B, Q, H, D]."""
         ...
@@ -57,7 +64,8 @@ def _attention(
         raise UnsupportedAttention(", ".join(unsupported) or "attention that is not causal")
     if dropout:
         raise UnsupportedAttention("attention dropout")
-    return layout.attend(query, key, value, scaling=scaling, sliding_window=sliding_window), None
+    layer = getattr(module, "layer_idx", None)
+    return layout.attend(query, key, value, layer=layer, scaling=scaling, sliding_window=sliding_window), None
 
 
 AttentionInterface.register(IMPLEMENTATION, _attention)
@@ -102,7 +110,14 @@ class PackedLayout:
         self.inverse = inverse.to(device)
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, *, scaling: float | None, sliding_window: int | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        layer: int | None,
+        scaling: float | None,
+        sliding_window: int | None,
     ) -> Tensor:
         """Query [1, H, T, D], key and value [1, Hkv, T, D] → [1, T, H, D]."""
         heads = query.shape[1]

@@ -1,0 +1,144 @@
+"""A packed batch through a model: token log-probs and entropies, or values and scores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers.utils import logging as transformers_logging
+
+from tandem.functional.logprobs import chunked_logprobs
+from tandem.models.attention import NO_MASK, PackedLayout
+from tandem.types import Batch, Outputs
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' own progress bars and notes, which tear up a live display."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        transformers_logging.enable_progress_bar()
+
+
+@dataclass
+class LoadedModel:
+    """An unmodified transformers module, its tokenizer, and how batches go through it."""
+
+    module: Any
+    tokenizer: Any
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    packed: bool = False
+    """Whether it runs packed sequences through Tandem's attention; else they are padded, with its own attention."""
+    split_head: bool = False
+    """Whether its logits are its output embedding applied to its last hidden state, so that the head can be chunked."""
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    @property
+    def scalar(self) -> bool:
+        """Whether it has a scalar head (reward model, critic) instead of a language-model head."""
+        return hasattr(self.module, "score")
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The arithmetic it computes in. Nothing to do in float32."""
+        if self.dtype == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def export(self, folder: Path) -> None:
+        """Writes a Hugging Face folder: weights as safetensors, config, tokenizer."""
+        with quiet_transformers():
+            self.module.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+
+
+def forward(
+    model: LoadedModel,
+    batch: Batch,
+    *,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    entropy_gradient: bool = False,
+) -> Outputs:
+    """Runs ``batch`` (on the model's device) with gradient where enabled.
+
+    A causal LM gives ``logp_T`` at ``temperature`` (and ``entropy_T`` if asked), a scalar model ``value_T`` and
+    ``score_S``. Only trainable tokens go through the language-model head.
+    """
+    with model.autocast():
+        if model.scalar:
+            scalar_T = model.module.score(hidden_states(model, batch)).squeeze(-1).float()
+            before_T = torch.cat([scalar_T.new_zeros(1), scalar_T[:-1]])
+            return Outputs(value_T=before_T * batch.trainable_T, score_S=scalar_T[batch.last_S])
+        index_N = batch.trainable_T.nonzero().squeeze(-1)
+        if model.split_head:
+            source_T, head = hidden_states(model, batch), model.module.get_output_embeddings()
+        else:
+            source_T, head = native_logits(model, batch), torch.nn.Identity()
+        logp_N, entropy_N = chunked_logprobs(
+            head,
+            source_T[index_N - 1],
+            batch.token_ids_T[index_N],
+            temperature=temperature,
+            entropy=entropy or entropy_gradient,
+            entropy_grad=entropy_gradient,
+        )
+    return Outputs(
+        logp_T=_spread(logp_N, index_N, batch.tokens),
+        entropy_T=_spread(entropy_N, index_N, batch.tokens) if entropy_N is not None else None,
+    )
+
+
+def _spread(value_N: Tensor, index_N: Tensor, tokens: int) -> Tensor:
+    """[N] values at their tokens' places, 0 elsewhere."""
+    return value_N.new_zeros(tokens).index_put((index_N,), value_N)
+
+
+def hidden_states(model: LoadedModel, batch: Batch) -> Tensor:
+    """Last hidden state [T, D]."""
+    return _run(model, model.module.base_model, batch, "last_hidden_state")
+
+
+def native_logits(model: LoadedModel, batch: Batch) -> Tensor:
+    """The module's own logits [T, V]."""
+    return _run(model, model.module, batch, "logits")
+
+
+def _run(model: LoadedModel, module: Any, batch: Batch, output: str) -> Tensor:
+    """One field of the module's output, with its tokens laid out as in the batch."""
+    if model.packed:
+        out = module(
+            input_ids=batch.token_ids_T[None],
+            position_ids=batch.position_T[None],
+            attention_mask=NO_MASK,
+            use_cache=False,
+            layout=PackedLayout(batch.bounds, batch.token_ids_T.device),
+        )
+        return out[output][0]
+    segments = batch.token_ids_T.split(batch.lengths)
+    real_SL = pad_sequence([torch.ones_like(s) for s in segments], batch_first=True)
+    out = module(input_ids=pad_sequence(list(segments), batch_first=True), attention_mask=real_SL, use_cache=False)
+    return out[output][real_SL.bool()]
+
+
+def concatenate(parts: list[Outputs]) -> Outputs:
+    """The outputs of consecutive micro-batches as one."""
+    joined: dict[str, Tensor] = {}
+    for name in ("logp_T", "entropy_T", "value_T", "score_S"):
+        values = [getattr(part, name) for part in parts]
+        if values[0] is not None:
+            joined[name] = torch.cat(values)
+    return replace(Outputs(), **joined)

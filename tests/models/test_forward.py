@@ -1,0 +1,96 @@
+"""The packed forward against each module's own forward of one sequence at a time, and law 3."""
+
+import copy
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, VOCABULARY, make_module, make_tokenizer
+
+from tandem.data.packing import pack, stamp_weights
+from tandem.models.forward import forward
+from tandem.models.loading import prepare_module
+from tandem.types import Sequence
+
+PADDED = {"gemma2_softcap", "bloom"}
+LENGTHS = [1, 3, 40, 17, 2, 90, 5, 33]
+
+
+def random_sequences(seed=0, lengths=LENGTHS):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        Sequence(
+            token_ids=torch.randint(2, VOCABULARY, (n,), generator=generator).tolist(),
+            trainable=(torch.rand(n, generator=generator) < 0.7).tolist(),
+        )
+        for n in lengths
+    ]
+
+
+def by_hand(module, sequences, temperature):
+    """Log-probs from the module's own forward, each sequence alone, log-softmax in float64."""
+    logps, entropies = [], []
+    for sequence in sequences:
+        ids = torch.tensor([sequence.token_ids])
+        log_p = (module(input_ids=ids).logits[0].double() / temperature).log_softmax(-1)
+        entropy = -(log_p.exp() * log_p).sum(-1)
+        for t, trained in enumerate(sequence.trainable):
+            keep = trained and t > 0
+            logps.append(log_p[t - 1, sequence.token_ids[t]] if keep else torch.zeros((), dtype=torch.float64))
+            entropies.append(entropy[t - 1] if keep else torch.zeros((), dtype=torch.float64))
+    return torch.stack(logps), torch.stack(entropies)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_logp_and_entropy_equal_the_modules_own_forward(name):
+    module = make_module(name)
+    truth = copy.deepcopy(module)
+    model = prepare_module(module, make_tokenizer())
+    assert model.packed == (name not in PADDED)
+    assert model.split_head == (name not in {"granite_scaled_logits", "gemma2_softcap"})
+    sequences = random_sequences()
+    with torch.no_grad():
+        out = forward(model, pack(sequences), temperature=0.7, entropy=True)
+        logp, entropy = by_hand(truth, sequences, 0.7)
+    # float32 rounding through two layers; a wrong mask or scale is off by more than 0.1.
+    torch.testing.assert_close(out.logp_T.double(), logp, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(out.entropy_T.double(), entropy, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gpt_neox", "mistral_sliding", "bloom"])
+def test_gradient_does_not_depend_on_packing_order_or_micro_batches(name):
+    """Law 3, against a float64 copy of the module that sees one sequence at a time."""
+    module = make_module(name)
+    truth = copy.deepcopy(module).double()
+    model = prepare_module(module, make_tokenizer())
+    sequences = random_sequences()
+    batch = stamp_weights(pack(sequences), "sequence")
+
+    logp, _ = by_hand(truth, sequences, 1.0)
+    (-(logp * batch.weight_T.double()).sum()).backward()
+    expected = {n: p.grad for n, p in truth.named_parameters()}
+
+    order = torch.randperm(batch.units, generator=torch.Generator().manual_seed(1)).tolist()
+    for variant, budget in ((batch, 10_000), (batch, 50), (batch.select(order), 120), (batch, 1)):
+        module.zero_grad()
+        for micro in variant.split(budget):
+            (-(forward(model, micro).logp_T * micro.weight_T).sum()).backward()
+        for parameter_name, parameter in module.named_parameters():
+            want = expected[parameter_name]
+            scale = max(want.abs().max().item(), 1.0)
+            torch.testing.assert_close(parameter.grad.double(), want, atol=2e-6 * scale, rtol=0)
+
+
+def test_a_model_that_cannot_be_packed_says_so(caplog):
+    prepare_module(make_module("bloom"), make_tokenizer())
+    assert "BloomForCausalLM" in caplog.text
+    assert "padded" in caplog.text
+
+
+def test_bfloat16_is_autocast_over_float32_weights():
+    model = prepare_module(make_module(), make_tokenizer(), dtype="bfloat16")
+    batch = pack(random_sequences())
+    exact = prepare_module(make_module(), make_tokenizer())
+    low, high = forward(model, batch).logp_T, forward(exact, batch).logp_T
+    assert low.dtype == torch.float32
+    assert {p.dtype for p in model.module.parameters()} == {torch.float32}
+    assert 0 < (low - high).abs().max() < 0.2

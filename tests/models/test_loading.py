@@ -1,0 +1,70 @@
+"""Loading from Hugging Face folders, scalar heads, and the errors a person meets."""
+
+import pytest
+import torch
+from conftest import make_module, make_tokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from tandem.data.packing import pack
+from tandem.errors import UserError
+from tandem.models.forward import forward
+from tandem.models.loading import load_causal, load_scalar, load_tokenizer, pick_device
+from tandem.types import Sequence
+
+SEQUENCES = [
+    Sequence(token_ids=[5, 9, 3, 1], trainable=[False, True, True, True]),
+    Sequence(token_ids=[7, 2], trainable=[False, True]),
+]
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama", "gpt_neox"])
+def test_scalar_model_round_trip(tmp_path, name):
+    make_module(name).save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    model = load_scalar(tmp_path / "base", new_head="random", seed=3, device="cpu")
+    assert model.packed
+    again = load_scalar(tmp_path / "base", new_head="random", seed=3, device="cpu")
+    assert torch.equal(model.module.score.weight, again.module.score.weight)
+    model.export(tmp_path / "rm")
+
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm")
+    assert plain.score.out_features == 1
+    batch = pack(SEQUENCES)
+    with torch.no_grad():
+        out = forward(load_scalar(tmp_path / "rm", new_head="refuse", device="cpu"), batch)
+        want = [plain(input_ids=torch.tensor([s.token_ids])).logits.item() for s in SEQUENCES]
+        prefix = plain(input_ids=torch.tensor([[5, 9]])).logits.item()
+    torch.testing.assert_close(out.score_S.tolist(), want, atol=1e-5, rtol=0)
+    # The value of token 2 is the head's number where that token was chosen: after [5, 9].
+    assert out.value_T[2].item() == pytest.approx(prefix, abs=1e-5)
+    assert out.value_T[[0, 4]].tolist() == [0.0, 0.0]
+
+
+def test_a_critic_from_a_causal_lm_starts_at_zero(model_folder):
+    model = load_scalar(model_folder, new_head="zero", device="cpu")
+    assert not forward(model, pack(SEQUENCES)).value_T.any()
+
+
+def test_export_loads_as_a_causal_lm(model_folder, tmp_path):
+    model = load_causal(model_folder, device="cpu")
+    model.export(tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for mine, theirs in zip(model.module.parameters(), again.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    assert load_tokenizer(tmp_path / "out").get_vocab() == make_tokenizer().get_vocab()
+
+
+def test_errors_name_what_is_missing(tmp_path, model_folder):
+    with pytest.raises(UserError, match=r"no model folder \./nowhere"):
+        load_causal("./nowhere")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(UserError, match=r"empty: no config\.json"):
+        load_causal(empty)
+    with pytest.raises(UserError, match="no trained 'score' head"):
+        load_scalar(model_folder, new_head="refuse")
+    (model_folder / "model.safetensors").write_bytes(b"not a tensor file")
+    with pytest.raises(UserError, match="cannot load a causal language model"):
+        load_causal(model_folder)
+    with pytest.raises(UserError, match="--device nonsense"):
+        pick_device("nonsense")
