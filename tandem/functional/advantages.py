@@ -1,0 +1,86 @@
+"""Advantages: generalized advantage estimation, whitening, and baselines inside a group of samples."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tandem.functional.segments import segment_sum
+
+
+@torch.no_grad()
+def gae(
+    reward_T: Tensor, value_T: Tensor, trainable_T: Tensor, bounds: Tensor, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """Generalized advantage estimation (arXiv:1506.02438, eq. 16; the finite sum of arXiv:1707.06347, eq. 11).
+
+    ``delta_t = r_t + gamma V_t' - V_t``, ``A_t = delta_t + gamma lam A_t'``, return ``R_t = A_t + V_t``, where ``t'``
+    is the next *trainable* token of the segment: tool output in between neither decays nor ends anything. After the
+    last trainable token the value is 0.
+
+    All [T], ``trainable_T`` bool, ``bounds`` int64 [S + 1]. Returns advantage_T and return_T, 0 where not trainable.
+    """
+    count_S = segment_sum(trainable_T.float(), bounds).long()
+    if count_S.sum() == 0:
+        return torch.zeros_like(value_T), torch.zeros_like(value_T)
+    # Trainable tokens only, one row a segment, padded on the right with zeros: an absorbing state of value 0.
+    real_SL = torch.arange(int(count_S.max()), device=value_T.device) < count_S[:, None]
+    reward_SL = value_T.new_zeros(real_SL.shape).masked_scatter(real_SL, reward_T[trainable_T].to(value_T.dtype))
+    value_SL = value_T.new_zeros(real_SL.shape).masked_scatter(real_SL, value_T[trainable_T])
+    advantage_SL = torch.zeros_like(value_SL)
+    next_value_S = next_advantage_S = value_T.new_zeros(count_S.shape)
+    for t in reversed(range(real_SL.shape[1])):
+        delta_S = reward_SL[:, t] + gamma * next_value_S - value_SL[:, t]
+        next_advantage_S = delta_S + gamma * lam * next_advantage_S
+        next_value_S = value_SL[:, t]
+        advantage_SL[:, t] = next_advantage_S
+    advantage_T = torch.zeros_like(value_T).masked_scatter(trainable_T, advantage_SL[real_SL])
+    return advantage_T, (advantage_T + value_T) * trainable_T
+
+
+def whiten(x_T: Tensor, mask_T: Tensor) -> Tensor:
+    """``(x - mean) / sqrt(max(var, 1e-8))`` over the tokens where ``mask_T`` is true (biased variance); 0 elsewhere.
+
+    PPO's advantages since openai/lm-human-preferences (``whiten`` in its utils, the code of arXiv:1909.08593), there
+    with ``var + 1e-8``. It is meant for all that one batch of samples holds, not for a micro-batch.
+    """
+    x_N = x_T[mask_T]
+    if x_N.numel() == 0:
+        return torch.zeros_like(x_T)
+    centred_N = x_N - x_N.mean()
+    return torch.zeros_like(x_T).masked_scatter(mask_T, centred_N * centred_N.square().mean().clamp(min=1e-8).rsqrt())
+
+
+def centred(rewards: Sequence[float]) -> list[float]:
+    """``r_i - mean(r)`` (Dr.GRPO, arXiv:2503.20783, section 3). Exactly 0 where all rewards are equal."""
+    if _all_equal(rewards):
+        return [0.0] * len(rewards)
+    mean = statistics.fmean(rewards)
+    return [r - mean for r in rewards]
+
+
+def group_normalised(rewards: Sequence[float], eps: float = 1e-4) -> list[float]:
+    """``(r_i - mean(r)) / (std(r) + eps)`` with the unbiased std (GRPO, arXiv:2402.03300, section 4.1.2).
+
+    A group of one, or of equal rewards, says nothing about which sample was better: exactly 0 for each.
+    """
+    if _all_equal(rewards):
+        return [0.0] * len(rewards)
+    std = statistics.stdev(rewards)
+    return [r / (std + eps) for r in centred(rewards)]
+
+
+def leave_one_out(rewards: Sequence[float]) -> list[float]:
+    """``r_i - mean of the others`` (RLOO, arXiv:2402.14740). Exactly 0 for one sample or equal rewards."""
+    if _all_equal(rewards):
+        return [0.0] * len(rewards)
+    total, n = sum(rewards), len(rewards)
+    return [r - (total - r) / (n - 1) for r in rewards]
+
+
+def _all_equal(rewards: Sequence[float]) -> bool:
+    # Told apart before any arithmetic: the rounding of a mean must not become an advantage.
+    return len(set(rewards)) <= 1

@@ -1,0 +1,45 @@
+"""Estimates of a KL divergence from sampled tokens, and the controller of its coefficient."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+KLKind = Literal["k1", "k2", "k3"]
+MAX_EXPONENT = 20.0
+"""Beyond it, exp(x) is of no use to a loss: 4.9e8, and inf above 88 in float32."""
+
+
+def kl_estimate(logp_T: Tensor, reference_logp_T: Tensor, kind: KLKind) -> Tensor:
+    """Per-token estimate of KL(policy || reference) in nats, for tokens sampled from the policy. [T], not clamped.
+
+    J. Schulman, "Approximating KL Divergence" (joschu.net/blog/kl-approx.html), with ``x = logp - reference_logp``:
+
+    - ``k1 = x``: unbiased, of either sign. Its gradient as a loss is 0 in expectation: use it in the reward.
+    - ``k2 = x^2 / 2``: biased, low variance.
+    - ``k3 = exp(-x) - 1 + x``: unbiased, never negative (GRPO's penalty, arXiv:2402.03300, eq. 4).
+
+    Where the reference finds a token exp(20) times likelier than the policy does, k3 goes on along its tangent:
+    finite, and still with the gradient that pulls the policy back, which a clamp would take away.
+    """
+    log_ratio_T = logp_T - reference_logp_T
+    if kind == "k1":
+        return log_ratio_T
+    if kind == "k2":
+        return log_ratio_T.square() / 2
+    if kind == "k3":
+        exponent_T = (-log_ratio_T).clamp(max=MAX_EXPONENT)
+        beyond_T = -log_ratio_T - exponent_T
+        return exponent_T.expm1() + exponent_T.exp() * beyond_T + log_ratio_T
+    raise ValueError(f"unknown KL estimator {kind!r}: k1, k2 or k3")
+
+
+def adaptive_kl_coef(coef: float, kl: float, *, target: float, samples: int, horizon: float) -> float:
+    """The next KL coefficient: ``coef (1 + clip(kl / target - 1, -0.2, 0.2) samples / horizon)``.
+
+    Ziegler et al., arXiv:1909.08593, section 2.2, with their gain ``K = samples / horizon``. ``kl`` and ``target``
+    are in nats per sequence, ``samples`` and ``horizon`` in sequences.
+    """
+    error = min(max(kl / target - 1.0, -0.2), 0.2)
+    return coef * (1.0 + error * samples / horizon)

@@ -1,0 +1,32 @@
+"""The critic's loss and how well it explains the returns."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def clipped_value_loss(
+    value_T: Tensor, old_value_T: Tensor, return_T: Tensor, clip: float | None
+) -> tuple[Tensor, Tensor]:
+    """``max((V - R)^2, (V_old + clip(V - V_old, ±clip) - R)^2) / 2``, all [T]; ``clip=None`` is plain squared error.
+
+    PPO's released code (openai/baselines, ppo2; arXiv:2005.12729, section 3). Returns the loss, and 1.0 for each
+    token at which the clipped error is the larger one and no gradient flows (else 0.0).
+    """
+    error_T = (value_T - return_T).square()
+    if clip is None:
+        return 0.5 * error_T, torch.zeros_like(error_T)
+    clipped_T = old_value_T + (value_T - old_value_T).clamp(-clip, clip)
+    clipped_error_T = (clipped_T - return_T).square()
+    return 0.5 * torch.max(error_T, clipped_error_T), (clipped_error_T > error_T).to(value_T.dtype)
+
+
+def explained_variance(value_T: Tensor, return_T: Tensor, mask_T: Tensor) -> float:
+    """``1 - Var(R - V) / Var(R)`` over the tokens where ``mask_T`` is true. 1 is perfect, 0 no better than a constant.
+
+    0 where the returns do not vary: there is nothing to explain.
+    """
+    return_N, value_N = return_T[mask_T].double(), value_T[mask_T].double()
+    variance = float(return_N.var(correction=0)) if return_N.numel() else 0.0
+    return 1.0 - float((return_N - value_N).var(correction=0)) / variance if variance > 0 else 0.0
