@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from tandem.algorithms.clipped import add_kl_loss, clipped_surrogate, sampled_kl
+from tandem.algorithms.knobs import expect
 from tandem.functional.advantages import centred, group_normalised
 from tandem.roles import Algorithm, Estimate, Metrics
 from tandem.types import Aggregation, Batch, Group, Outputs, TokenLoss
@@ -31,6 +32,10 @@ class GRPO(Algorithm):
     """The policy ratio is clipped from above at 1 + clip_high."""
     kl_coef: float = 0.04
     """Coefficient of the KL loss (k3) to the reference, per nat. 0: no reference is needed."""
+
+    def __post_init__(self) -> None:
+        expect(self, "from 0 to 1", lambda x: 0 <= x <= 1, "clip_low")
+        expect(self, "0 or more", lambda x: x >= 0, "clip_high", "kl_coef", "epsilon")
 
     @property
     def needs_reference(self) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tandem.algorithms.clipped import add_kl_loss, clipped_surrogate, sampled_kl
+from tandem.algorithms.knobs import expect
 from tandem.errors import UserError
 from tandem.functional.advantages import gae, whiten
 from tandem.functional.fields import required
@@ -61,10 +62,10 @@ class PPO(Algorithm):
     """Scale advantages to mean 0 and variance 1 over the trainable tokens of the step."""
 
     def __post_init__(self) -> None:
-        if self.dual_clip is not None and self.dual_clip <= 1:
-            raise UserError(f"dual_clip: {self.dual_clip} is not above 1; give a larger bound or none")
-        if self.kl_target is not None and self.kl_target <= 0:
-            raise UserError(f"kl_target: {self.kl_target} is not positive; give the nats per sequence to aim at")
+        expect(self, "from 0 to 1", lambda x: 0 <= x <= 1, "clip_low", "gamma", "lam")
+        expect(self, "0 or more", lambda x: x >= 0, "clip_high", "kl_coef")
+        expect(self, "more than 0", lambda x: x > 0, "value_clip", "kl_target", "kl_horizon", "reward_clip")
+        expect(self, "more than 1", lambda x: x > 1, "dual_clip")
         if self.kl_target is not None and self.kl == "none":
             raise UserError("kl_target: there is no KL to steer with kl 'none'; use kl 'reward' or 'loss'")
 

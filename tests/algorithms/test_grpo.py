@@ -6,10 +6,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from sampled_step import make_step
 
 from tandem.algorithms.grpo import GRPO
 from tandem.data.packing import pack, stamp_weights
+from tandem.errors import UserError
 from tandem.types import Group, Outputs, Prompt, Rollout, Sequence
+
+
+@pytest.fixture
+def step():
+    return make_step(0)
 
 
 def group(*rewards):
@@ -53,10 +60,14 @@ def test_groups_of_one_and_ties_give_zero(normalize, rewards):
 
 
 @pytest.mark.parametrize(
-    ("knobs", "length"),
-    [({}, None), ({"aggregation": "token", "clip_high": 0.28}, None), ({"aggregation": "constant"}, 20)],
+    ("knobs", "mean", "length"),
+    [
+        ({}, "sequence", None),
+        ({"aggregation": "token", "clip_high": 0.28}, "token", None),
+        ({"aggregation": "constant"}, "constant", 20),
+    ],
 )
-def test_loss_is_the_papers(step, knobs, length):
+def test_loss_is_the_papers(step, knobs, mean, length):
     """arXiv:2402.03300, eq. 3 and 4, as loops; over tokens as DAPO's eq. 8, over a fixed length as Dr.GRPO."""
     grpo = GRPO(**knobs)
     estimate = grpo.estimate(step.groups, step.batch(), grpo.initial_state())
@@ -65,9 +76,9 @@ def test_loss_is_the_papers(step, knobs, length):
 
     sequences, s = [], 0
     for g in step.groups:
-        mean, std = statistics.fmean(g.rewards), statistics.stdev(g.rewards)
+        baseline, std = statistics.fmean(g.rewards), statistics.stdev(g.rewards)
         for rollout in g.rollouts:
-            advantage = (rollout.reward - mean) / (std + 1e-4)
+            advantage = (rollout.reward - baseline) / (std + 1e-4)
             start, tokens = batch.bounds[s].item(), []
             for t, trainable in enumerate(rollout.trainable):
                 if not trainable:
@@ -83,7 +94,7 @@ def test_loss_is_the_papers(step, knobs, length):
         "sequence": statistics.fmean(total / len(tokens) for total, tokens in zip(totals, sequences, strict=True)),
         "token": sum(totals) / sum(map(len, sequences)),
         "constant": sum(totals) / (len(sequences) * 20),
-    }[grpo.aggregation]
+    }[mean]
     # Advantages and weights are float32.
     assert got == pytest.approx(expected, abs=1e-6)
 
@@ -113,6 +124,11 @@ def test_no_reference_is_needed_without_a_kl_coefficient(step):
     batch = replace(step.batch(), reference_logp_T=None)
     estimate = grpo.estimate(step.groups, batch, {})
     assert torch.isfinite(grpo.loss(step.outputs(estimate.batch), estimate.batch).loss_T).all()
+
+
+def test_impossible_knobs():
+    with pytest.raises(UserError, match="clip_low: expected from 0 to 1, got 2"):
+        GRPO(clip_low=2)
 
 
 def test_share_of_groups_that_teach_nothing(step):

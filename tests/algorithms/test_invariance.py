@@ -4,10 +4,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from sampled_step import make_step
 
 from tandem.algorithms.grpo import GRPO
 from tandem.algorithms.ppo import PPO
 from tandem.data.packing import stamp_weights
+
+
+@pytest.fixture
+def step():
+    return make_step(0)
+
 
 ALGORITHMS = {
     "ppo": PPO(),
@@ -78,10 +85,10 @@ def test_order_of_the_groups_does_not_matter(algorithm, step):
     assert backwards.state == pytest.approx(forwards.state, abs=1e-12)
 
 
-def test_tokens_that_are_not_trained_on_do_not_matter(algorithm, step_factory):
+def test_tokens_that_are_not_trained_on_do_not_matter(algorithm):
     results = []
     for extra in ({}, {"extra_prompt": 5}, {"extra_tail": 3}):
-        step = step_factory(0, **extra)
+        step = make_step(0, **extra)
         estimate = algorithm.estimate(step.groups, step.batch(), algorithm.initial_state())
         results.append((loss_and_gradients(algorithm, step, estimate.batch, whole), estimate.metrics))
     for result, metrics in results[1:]:

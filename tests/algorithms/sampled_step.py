@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, replace
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -92,13 +91,3 @@ def make_step(seed: int, groups: int = 4, *, extra_prompt: int = 0, extra_tail: 
         reference_logp=old + table(0.3),
         old_value=table(0.5),
     )
-
-
-@pytest.fixture
-def step() -> Step:
-    return make_step(0)
-
-
-@pytest.fixture
-def step_factory():
-    return make_step

@@ -1,0 +1,59 @@
+"""``tandem rm``: reward models from preferences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tandem.cli.offline import OfflineConfig, OfflineMethod, run_offline
+from tandem.cli.wiring import model_options, tokenizing
+from tandem.config import load_config
+from tandem.data.packing import pack_pairs, stamp_pair_weights
+from tandem.data.rows import load_rows
+from tandem.data.tokenize import Counts, build_pairs
+from tandem.models.loading import load_scalar
+from tandem.objectives.reward import RewardModeling
+from tandem.types import Batch, PreferencePair
+
+
+@dataclass(frozen=True, kw_only=True)
+class RMConfig(OfflineConfig):
+    """Train a reward model on preference pairs.
+
+    Rows: chosen and rejected, with prompt or with the prompt at the start of both (strings or lists of messages),
+    as in TRL; an optional margin. The model gets one scalar head named 'score'.
+    Example: tandem rm --model runs/sft/model --data pairs.jsonl --out runs/rm --steps 500 --learning-rate 1e-5
+    """
+
+    objective: RewardModeling = field(default_factory=RewardModeling)
+
+
+def train(config: RMConfig) -> Path | None:
+    """Trains and returns the folder of the reward model; None after a dry run."""
+
+    def examples(source: str, split: str, tokenizer: Any) -> tuple[list[PreferencePair], Counts]:
+        rows, data = load_rows(source, split=split), config.data
+        with tokenizing(source) as on_progress:
+            return build_pairs(rows, tokenizer, data.max_length, data.long_rows, on_progress=on_progress)
+
+    def batch(pairs: Seq[PreferencePair]) -> Batch:
+        return stamp_pair_weights(pack_pairs(pairs))
+
+    method = OfflineMethod(
+        title="reward model",
+        objective=config.objective,
+        load_model=lambda: load_scalar(
+            config.model.model, new_head="random", seed=config.run.seed, **model_options(config.model)
+        ),
+        load_examples=examples,
+        batch=batch,
+    )
+    return run_offline(config, method)
+
+
+def run(argv: list[str]) -> int:
+    """The command."""
+    train(load_config(RMConfig, argv, prog="tandem rm"))
+    return 0

@@ -1,0 +1,175 @@
+"""The sections that the commands' configs are made of. One key a field; its docstring is the key's help."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from tandem.config import ONE_START, expect
+from tandem.errors import UserError
+
+
+def _at_least(minimum: float) -> Callable[[Any], bool]:
+    return lambda value: value >= minimum
+
+
+def _above_zero(value: Any) -> bool:
+    return value > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSection:
+    """Where the run is written and how long it goes on."""
+
+    out: str
+    """Folder of the run: its config, metrics, checkpoints and models."""
+    steps: int
+    """Optimizer steps (offline) or rounds of sampling and training (online) in all, those before a resume included."""
+    seed: int = 0
+    """Every random draw of the run is derived from it."""
+    save_every: str = "10m"
+    """Time between checkpoints: '100' steps or '10m' minutes. The last step is saved too. '0': no checkpoint at all."""
+    keep: int = 2
+    """Checkpoints kept, newest first."""
+    rollouts_logged: int = 8
+    """Samples written to rollouts.jsonl each step."""
+    resume: bool = field(default=False, metadata=ONE_START)
+    """Go on from the newest checkpoint in --out."""
+    overwrite: bool = field(default=False, metadata=ONE_START)
+    """Delete the run that --out already holds."""
+    dry_run: bool = field(default=False, metadata=ONE_START)
+    """Print the resolved config and what the run would use, then stop."""
+
+    def __post_init__(self) -> None:
+        expect(self, "a path", bool, "out")
+        expect(self, "1 or more", _at_least(1), "steps", "keep")
+        expect(self, "0 or more", _at_least(0), "seed", "rollouts_logged")
+        wanted = "a number of steps such as 100, or of minutes such as 10m"
+        expect(self, wanted, lambda value: bool(re.fullmatch(r"\d+m?", value)), "save_every")
+        if self.resume and self.overwrite:
+            raise UserError("overwrite: it deletes the run that resume would go on from; give one of the two")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSection:
+    """The model that is trained, and what it runs on."""
+
+    model: str
+    """A Hugging Face folder, or a name on the hub."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the computation. Weights and optimizer stay in float32; bfloat16 is autocast around them."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 ...; auto takes a GPU where there is one."""
+    token_budget: int = 16384
+    """Tokens in a micro-batch: bounds memory and changes nothing else."""
+    trust_remote_code: bool = False
+    """Run the Python code that comes with the model."""
+
+    def __post_init__(self) -> None:
+        expect(self, "a folder or a name on the hub", bool, "model")
+        expect(self, "1 or more", _at_least(1), "token_budget")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSection:
+    """The dataset and what is held out of it."""
+
+    data: str
+    """A .jsonl, .json or .parquet file, or the name of a dataset on the hub."""
+    split: str = "train"
+    """Split to train on, for a dataset that has splits."""
+    eval_data: str | None = None
+    """Held-out rows, named like --data. None: no evaluation."""
+    eval_split: str = "test"
+    """Split of --eval-data, for a dataset that has splits."""
+    eval_every: int = 50
+    """Steps between evaluations; the last step is evaluated too. 0: only the last."""
+    max_length: int = 4096
+    """Longest row in tokens; of an online dataset, longest prompt."""
+    long_rows: Literal["refuse", "truncate", "drop"] = "refuse"
+    """What becomes of longer rows: an error that names the first, their left end cut off, or left out and counted."""
+
+    def __post_init__(self) -> None:
+        expect(self, "a file or the name of a dataset", bool, "data", "eval_data")
+        expect(self, "0 or more", _at_least(0), "eval_every")
+        expect(self, "1 or more", _at_least(1), "max_length")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimSection:
+    """AdamW and its learning rate."""
+
+    learning_rate: float = 1e-6
+    """Its peak, after the warmup."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warmup: stay, or fall to 0 at the last step."""
+    warmup_steps: int = 0
+    """Optimizer steps over which the learning rate rises linearly."""
+    weight_decay: float = 0.0
+    """Decoupled, on matrices only."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the two moment estimates."""
+    max_grad_norm: float = 1.0
+    """The gradient is scaled down to this norm. .inf: never."""
+
+    def __post_init__(self) -> None:
+        expect(self, "more than 0", _above_zero, "learning_rate", "max_grad_norm")
+        expect(self, "0 or more", _at_least(0), "warmup_steps", "weight_decay")
+        expect(self, "2 numbers in [0, 1)", lambda betas: all(0 <= beta < 1 for beta in betas), "betas")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingSection:
+    """What is sampled each step, and how."""
+
+    prompts_per_step: int = 32
+    """Prompts in a step, over all devices."""
+    samples_per_prompt: int = 8
+    """Completions sampled for each prompt."""
+    max_new_tokens: int = 512
+    """Longest completion, in tokens."""
+    temperature: float = 1.0
+    """Divides the logits. 0 is greedy."""
+    top_k: int = 0
+    """Draw from the k likeliest tokens. 0: from all."""
+    top_p: float = 1.0
+    """Draw from the fewest tokens whose probabilities sum to this."""
+    min_p: float = 0.0
+    """Draw from tokens at least this likely relative to the likeliest."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a completion."""
+    max_slots: int = 256
+    """Completions decoded at a time: bounds memory and changes nothing else."""
+
+    def __post_init__(self) -> None:
+        expect(self, "1 or more", _at_least(1), "prompts_per_step", "samples_per_prompt", "max_new_tokens", "max_slots")
+        expect(self, "0 or more", _at_least(0), "temperature", "top_k")
+        expect(self, "more than 0 and at most 1", lambda value: 0 < value <= 1, "top_p")
+        expect(self, "0 to 1", lambda value: 0 <= value <= 1, "min_p")
+        expect(self, "no empty string", all, "stop")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardSection:
+    """What judges the samples. Several rewards are summed with their weights."""
+
+    reward: tuple[str, ...] = ()
+    """FILE.py:function, each f(prompts, completions, completion_ids, **columns) -> list[float | None]."""
+    reward_model: str | None = None
+    """Folder of a model with a score head, as 'tandem rm' writes it."""
+    reward_weights: tuple[float, ...] = ()
+    """One weight for each --reward, then one for --reward-model. Empty: 1 each."""
+    missing_eos: Literal["none", "replace", "subtract"] = "none"
+    """A completion that max_new_tokens cut off keeps its reward, gets -missing_eos_penalty instead, or loses that."""
+    missing_eos_penalty: float = 1.0
+    """How much that is."""
+
+    def __post_init__(self) -> None:
+        if not self.reward and not self.reward_model:
+            raise UserError("reward: nothing judges the samples; give --reward FILE.py:function or --reward-model DIR")
+        expect(self, "FILE.py:function", lambda names: all(re.fullmatch(r".+\.py:\w+", n) for n in names), "reward")
+        count = len(self.reward) + (self.reward_model is not None)
+        expect(self, f"{count} weights, one a reward", lambda weights: len(weights) in (0, count), "reward_weights")
+        expect(self, "0 or more", _at_least(0), "missing_eos_penalty")

@@ -1,0 +1,131 @@
+"""What every command does around its own work: start a run in its folder, and build what the sections describe."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from tandem.checkpoint.saver import SaveEvery
+from tandem.checkpoint.store import CheckpointStore
+from tandem.cli.sections import DataSection, ModelSection, OptimSection, RunSection
+from tandem.config import describe, dump_config
+from tandem.models.forward import LoadedModel
+from tandem.roles import Metrics, Trainer
+from tandem.runs.folder import RunFolder
+from tandem.runs.progress import Progress
+from tandem.schedules.session import Session
+from tandem.training.optim import OptimParams
+
+MAY_CHANGE = {"out", "steps", "save_every", "keep", "rollouts_logged"}
+"""Keys that may differ between a run and its resumption."""
+
+
+def model_options(section: ModelSection) -> dict[str, Any]:
+    """The keyword arguments that every loaded model of a run shares."""
+    return {
+        "dtype": section.dtype,
+        "device": section.device,
+        "trust_remote_code": section.trust_remote_code,
+    }
+
+
+def optim_params(section: OptimSection, *, total_steps: int, learning_rate: float | None = None) -> OptimParams:
+    """The optimizer of one model; ``total_steps`` counts its optimizer steps, not the run's steps."""
+    return OptimParams(
+        learning_rate=learning_rate or section.learning_rate,
+        total_steps=total_steps,
+        lr_schedule=section.lr_schedule,
+        warmup_steps=section.warmup_steps,
+        weight_decay=section.weight_decay,
+        betas=section.betas,
+        max_grad_norm=section.max_grad_norm,
+    )
+
+
+def due_evaluation(
+    run: RunSection, data: DataSection, evaluate: Callable[[], Metrics] | None
+) -> Callable[[int], Metrics]:
+    """Evaluates before the first step, every ``eval_every`` steps and after the last; metrics begin with ``eval/``."""
+
+    def at(step: int) -> Metrics:
+        due = step in (0, run.steps) or (data.eval_every > 0 and step % data.eval_every == 0)
+        if evaluate is None or not due:
+            return {}
+        return {f"eval/{name}": value for name, value in evaluate().items()}
+
+    return at
+
+
+def print_plan(config: Any, uses: Mapping[str, str]) -> None:
+    """What ``--dry-run`` shows: the resolved config and what the run would use."""
+    width = max(map(len, uses))
+    print(describe(config))
+    print("\nwould use")
+    for what, value in uses.items():
+        print(f"  {what:<{width}}  {value}")
+
+
+def check_out(run: RunSection) -> None:
+    """Refuses an ``--out`` that cannot be used, before anything slow is loaded. Creates nothing."""
+    RunFolder.check(Path(run.out), resume=run.resume, overwrite=run.overwrite)
+
+
+@contextmanager
+def session(
+    config: Any, run: RunSection, trainers: Mapping[str, Trainer], *, title: str, counts: Mapping[str, int]
+) -> Iterator[Session]:
+    """The run folder, open; its config written; the display on.
+
+    Called once everything the run needs is loaded and valid, so that a wrong input never leaves a half-made folder.
+    """
+    folder = RunFolder.open(
+        Path(run.out), config=dump_config(config), resume=run.resume, overwrite=run.overwrite, ignore=MAY_CHANGE
+    )
+    with folder:
+        folder.event("start", title=title, **counts)
+        store = CheckpointStore(folder.checkpoints, keep=run.keep)
+        checkpoint = store.latest()
+        with Progress(title, total=run.steps, start=checkpoint.step if checkpoint else 0) as progress:
+            if counts["kept"] < counts["rows"] or counts["truncated"]:
+                progress.note(f"data: {describe_counts(counts)}")
+            yield Session(
+                run=folder,
+                store=store,
+                save_every=SaveEvery.parse(run.save_every),
+                trainers=trainers,
+                progress=progress,
+                rollouts_logged=run.rollouts_logged,
+            )
+
+
+@contextmanager
+def tokenizing(source: str) -> Iterator[Callable[[int, int], None]]:
+    """A callback for (rows done, rows in all), which shows a bar where that takes longer than a second."""
+    started = time.monotonic()
+    with ExitStack() as stack:
+        bar: Progress | None = None
+
+        def on_progress(done: int, total: int) -> None:
+            nonlocal bar
+            if bar is None and time.monotonic() - started > 1:
+                bar = stack.enter_context(Progress(f"tokenizing {source}", total=total, start=done))
+            if bar is not None:
+                bar.update(done)
+
+        yield on_progress
+
+
+def describe_counts(counts: Mapping[str, int]) -> str:
+    """How many rows are used, and what became of the others."""
+    rest = ", ".join(f"{counts[what]} {what}" for what in ("truncated", "dropped") if counts[what])
+    return f"{counts['kept']} rows" + (f" ({rest})" if rest else "")
+
+
+def describe_model(model: LoadedModel) -> str:
+    """Its class, size, device and how its batches are laid out."""
+    parameters = sum(p.numel() for p in model.module.parameters())
+    layout = "packed" if model.packed else "padded"
+    return f"{type(model.module).__name__}, {parameters / 1e6:.2f}M parameters, {model.device}, {model.dtype}, {layout}"

@@ -1,0 +1,115 @@
+"""Conversations through the tokenizer's chat template: rendered text, and which parts of it are answers."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+
+from tandem.data.rows import Row
+from tandem.errors import UserError
+from tandem.types import Message
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+def template_arguments(tokenizer: Any, row: Row) -> dict[str, Any]:
+    """What a row adds to the template's call: ``tools`` (a list, or its JSON) and ``chat_template_kwargs`` (TRL).
+
+    Raises UserError where the tokenizer has no chat template or the tools are malformed.
+    """
+    if not tokenizer.chat_template:
+        raise UserError(
+            "the row holds messages but the tokenizer has no chat template; put a chat_template.jinja into the model "
+            "folder (an instruct model brings one) or give plain strings"
+        )
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as error:
+            raise UserError(f"column 'tools' is malformed JSON: {error}") from error
+    return {"tools": tools or None, **(row.get("chat_template_kwargs") or {})}
+
+
+def render(messages: list[Message], tokenizer: Any, row: Row, **options: bool) -> str:
+    """The chat template's text. Raises UserError with the template's own words where it refuses the messages."""
+    arguments = template_arguments(tokenizer, row)
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **arguments, **options)
+    except (TemplateError, ValueError) as error:
+        raise UserError(f"the chat template refuses the messages: {' '.join(str(error).split())}") from error
+
+
+def render_prompt(messages: list[Message], tokenizer: Any, row: Row) -> str:
+    """The text to sample from: a new assistant turn is opened, or the last one continued where it is the assistant's.
+
+    Raises UserError where the last message is from neither user, tool nor assistant (TRL's rule).
+    """
+    role = messages[-1]["role"]
+    if role == "assistant":
+        return render(messages, tokenizer, row, continue_final_message=True)
+    if role not in ("user", "tool"):
+        raise UserError(f"a prompt must end with a message from user, tool or assistant, not from {role!r}")
+    return render(messages, tokenizer, row, add_generation_prompt=True)
+
+
+def until_last_answer(messages: list[Message], start: int = 0) -> list[Message]:
+    """The messages up to the last assistant turn. Raises UserError where there is none at or after ``start``."""
+    answers = [i for i in range(start, len(messages)) if messages[i]["role"] == "assistant"]
+    if not answers:
+        raise UserError(f"no assistant message to train on (roles: {', '.join(m['role'] for m in messages[start:])})")
+    return messages[: answers[-1] + 1]
+
+
+def conversation_pieces(messages: list[Message], tokenizer: Any, row: Row, *, start: int = 0) -> list[tuple[str, bool]]:
+    """The rendered text as (context, False), (answer, True), …, up to the end of the last answer.
+
+    An answer is what the template adds after the generation prompt for an assistant turn at or after ``start``,
+    without the white space that separates turns: nothing is trained behind the end of a turn. Raises UserError
+    where the template renders the beginning of a conversation differently once it goes on.
+    """
+    messages = until_last_answer(messages, start)
+    whole = render(messages, tokenizer, row)
+    pieces: list[tuple[str, bool]] = []
+    done = 0
+    for i in range(start, len(messages)):
+        if messages[i]["role"] != "assistant":
+            continue
+        opening = render(messages[:i], tokenizer, row, add_generation_prompt=True)
+        through = render(messages[: i + 1], tokenizer, row)
+        if not whole.startswith(through):
+            # Some templates close whatever they render with an end of sequence (Phi-3).
+            through = through.removesuffix(tokenizer.eos_token or "")
+        if not (through.startswith(opening) and whole.startswith(through)):
+            raise UserError(
+                f"the chat template renders message {i} differently once the conversation goes on, so its tokens are "
+                "not those that would be sampled; use a template with {% generation %} marks, or plain strings"
+            )
+        end = len(through.rstrip())
+        pieces += [(whole[done : len(opening)], False), (whole[len(opening) : end], True)]
+        done = max(end, len(opening))
+    return pieces
+
+
+def marks_answers(tokenizer: Any, row: Row) -> bool:
+    """Whether the template marks the assistant's text with ``{% generation %}`` and the tokenizer can follow it."""
+    arguments = template_arguments(tokenizer, row)
+    template = tokenizer.get_chat_template(arguments.get("chat_template"), arguments["tools"])
+    return bool(_GENERATION.search(template)) and tokenizer.is_fast
+
+
+def marked_answers(messages: list[Message], tokenizer: Any, row: Row) -> tuple[list[int], list[bool]]:
+    """Token ids and the template's own mask of the answers, up to the end of the last answer."""
+    messages = until_last_answer(messages)
+    encoded = tokenizer.apply_chat_template(
+        messages, return_dict=True, return_assistant_tokens_mask=True, **template_arguments(tokenizer, row)
+    )
+    marks = [bool(mark) for mark in encoded["assistant_masks"]]
+    if not any(marks):
+        raise UserError("the chat template's {% generation %} marks cover no token of the assistant's messages")
+    text = render(messages, tokenizer, row).rstrip()
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids, (marks + marks[-1:] * len(ids))[: len(ids)]

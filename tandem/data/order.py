@@ -1,0 +1,71 @@
+"""Which rows come when, and which are held out: pure functions of position and content, so that any run resumes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import torch
+
+from tandem.seeds import derive_seed
+
+T = TypeVar("T")
+
+
+class Order:
+    """An endless shuffled stream over ``n`` items: every epoch is a permutation of its own, drawn from ``seed``.
+
+    Item ``k`` depends on ``n``, ``seed`` and ``k`` alone. To resume is to go on counting, and no epoch drops its
+    tail: a batch that reaches past the end goes on into the next epoch.
+
+    >>> order = Order(5, seed=0)
+    >>> sorted(order.batch(0, 5))
+    [0, 1, 2, 3, 4]
+    """
+
+    def __init__(self, n: int, seed: int) -> None:
+        if n < 1:
+            raise ValueError(f"an order needs at least one item, got {n}")
+        self.n = n
+        self.seed = seed
+        self._epochs: dict[int, list[int]] = {}
+
+    def item(self, position: int) -> int:
+        """Index of the item at ``position`` (from 0) of the stream."""
+        return self._permutation(position // self.n)[position % self.n]
+
+    def batch(self, step: int, size: int) -> list[int]:
+        """Indices of step ``step`` (from 0) where every step takes ``size`` items."""
+        first = step * size
+        return [self.item(position) for position in range(first, first + size)]
+
+    def _permutation(self, epoch: int) -> list[int]:
+        if epoch not in self._epochs:
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", epoch))
+            kept = {e: p for e, p in self._epochs.items() if abs(e - epoch) == 1}  # a batch may straddle two epochs
+            self._epochs = kept | {epoch: torch.randperm(self.n, generator=generator).tolist()}
+        return self._epochs[epoch]
+
+
+def content_hash(content: Any) -> str:
+    """16 hexadecimal digits that depend on the content alone (text, messages, any JSON value)."""
+    text = json.dumps(content, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def split_by_content(items: Iterable[T], fraction: float, key: Callable[[T], Any]) -> tuple[list[T], list[T]]:
+    """Splits into (train, held out), about ``fraction`` held out, by a hash of ``key(item)``.
+
+    Equal contents always fall on the same side, and an item keeps its side when others come or go. The share is
+    exact only in expectation. Raises ValueError where ``fraction`` is outside [0, 1].
+    """
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"the held-out fraction must be in [0, 1], got {fraction}")
+    train: list[T] = []
+    held_out: list[T] = []
+    for item in items:
+        draw = derive_seed("held out", content_hash(key(item))) / 2**63
+        (held_out if draw < fraction else train).append(item)
+    return train, held_out

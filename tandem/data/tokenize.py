@@ -1,0 +1,282 @@
+"""Rows into token ids and masks, one at a time and whole datasets.
+
+Token boundaries are those that sampling has. A prompt is tokenized alone, as it will be before sampling, and what
+follows it never changes its tokens; an answer ends in exactly one end-of-sequence token, right after its own last
+token. ``tokenizer`` is a Hugging Face tokenizer throughout.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Seq
+from dataclasses import replace
+from typing import Any, Literal, TypeVar
+
+from tandem.data import formats
+from tandem.data.chat import conversation_pieces, marked_answers, marks_answers, render_prompt
+from tandem.data.order import content_hash
+from tandem.data.rows import Row, Rows
+from tandem.errors import UserError
+from tandem.types import PreferencePair, Prompt, Sequence
+
+TrainOn = Literal["completion", "all"]
+TooLong = Literal["refuse", "truncate", "drop"]
+"""What happens to a row above the limit: an error, its left end is cut off, or it is left out."""
+OnProgress = Callable[[int, int], None]
+"""Called with (rows done, rows in all) after each row."""
+Counts = dict[str, int]
+"""``rows`` read, ``kept`` (truncated ones included), ``truncated``, ``dropped``."""
+T = TypeVar("T")
+
+
+def prompt_of(row: Row, tokenizer: Any) -> Prompt:
+    """The row's ``prompt``, tokenized as it is sampled from; every other column goes into ``columns``.
+
+    ``prompt_id`` is a hash of the prompt's content. Raises UserError for a missing, malformed or empty prompt.
+    """
+    prompt = formats.content(row, "prompt")
+    if isinstance(prompt, str):
+        token_ids = encode(prompt, tokenizer, special_tokens=True)
+    else:
+        token_ids = encode(render_prompt(prompt, tokenizer, row), tokenizer, special_tokens=False)
+    if not token_ids:
+        raise UserError("column 'prompt' is empty, and the tokenizer adds no token to begin with")
+    columns = {name: value for name, value in row.items() if name != "prompt"}
+    return Prompt(prompt_id=content_hash(prompt), prompt=prompt, token_ids=tuple(token_ids), columns=columns)
+
+
+def sft_sequence(row: Row, tokenizer: Any, *, train_on: TrainOn = "completion") -> Sequence:
+    """One sequence from ``prompt`` and ``completion``, from ``messages`` or from ``text``, ended with EOS.
+
+    With ``train_on="completion"`` the completion, the assistant's turns, or all of a plain text are trainable; with
+    ``"all"`` every token is. Where the chat template marks answers with ``{% generation %}``, its marks decide which
+    tokens of ``messages`` are answers. What follows the last answer is left out. Raises UserError where the row has
+    none of these formats or the chat template cannot render it.
+    """
+    if "prompt" in row and "completion" in row:
+        sequence = _answered(*formats.prompt_completion(row), tokenizer, row)
+    elif "messages" in row:
+        messages = formats.messages(row, "messages")
+        if marks_answers(tokenizer, row):
+            sequence = _ended(*marked_answers(messages, tokenizer, row), tokenizer)
+        else:
+            sequence = _joined(conversation_pieces(messages, tokenizer, row), tokenizer, special_tokens=False)
+    elif "text" in row:
+        text = formats.content(row, "text")
+        if not isinstance(text, str):
+            raise UserError("column 'text' must be a string; conversations go into a column 'messages'")
+        sequence = _joined([(text, True)], tokenizer, special_tokens=True)
+    else:
+        raise UserError(
+            "no column 'text', no 'messages', and no 'prompt' with 'completion'; "
+            f"columns present: {', '.join(map(repr, row)) or 'none'}"
+        )
+    if train_on == "all":
+        sequence.trainable = [True] * len(sequence.token_ids)
+    return sequence
+
+
+def preference_pair(row: Row, tokenizer: Any) -> PreferencePair:
+    """Chosen and rejected after the same prompt tokens, both ended with EOS, trainable on the answers.
+
+    An optional column ``margin`` (a number) says by how much chosen is better. Raises UserError as above.
+    """
+    prompt, chosen, rejected = formats.preference(row)
+    margin = row.get("margin")
+    if margin is not None and (isinstance(margin, bool) or not isinstance(margin, int | float)):
+        raise UserError(f"column 'margin' must be a number, not {margin!r}")
+    return PreferencePair(
+        chosen=_answered(prompt, chosen, tokenizer, row),
+        rejected=_answered(prompt, rejected, tokenizer, row),
+        margin=float(margin or 0.0),
+    )
+
+
+def encode(text: str, tokenizer: Any, *, special_tokens: bool) -> list[int]:
+    """Token ids of a text. ``special_tokens``: with what the tokenizer puts in front (BOS), once; never with an end.
+
+    Chat templates write their own special tokens, so rendered conversations are encoded without.
+    """
+    if not special_tokens:
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    encoded = tokenizer(text, return_special_tokens_mask=True, verbose=False)
+    ids, added = encoded["input_ids"], encoded["special_tokens_mask"]
+    own = [id for id, mark in zip(ids, added, strict=True) if not mark]
+    if not own:
+        return ids[:1] if ids[:1] == [tokenizer.bos_token_id] else []
+    front = ids[: added.index(0)]
+    return own if own[: len(front)] == front else front + own
+
+
+def _answered(prompt: formats.Content, answer: formats.Content, tokenizer: Any, row: Row) -> Sequence:
+    if isinstance(prompt, str) and isinstance(answer, str):
+        return _joined([(prompt, False), (answer, True)], tokenizer, special_tokens=True)
+    pieces = conversation_pieces([*prompt, *answer], tokenizer, row, start=len(prompt))
+    return _joined(pieces, tokenizer, special_tokens=False)
+
+
+def _joined(pieces: Iterable[tuple[str, bool]], tokenizer: Any, *, special_tokens: bool) -> Sequence:
+    """Tokens of consecutive (text, trainable) pieces; no piece changes the tokens of those before it.
+
+    A piece is tokenized in its context where that leaves the tokens before it alone (so that tokenizers which mark
+    the beginning of a text do not mark it), else by itself.
+    """
+    text = ""
+    token_ids: list[int] = []
+    trainable: list[bool] = []
+    for piece, train in pieces:
+        text += piece
+        before = len(token_ids)
+        added = encode(text, tokenizer, special_tokens=special_tokens)
+        alone = added[:before] != token_ids
+        added = encode(piece, tokenizer, special_tokens=False) if alone else added[before:]
+        token_ids += added
+        trainable += [train] * len(added)
+    return _ended(token_ids, trainable, tokenizer)
+
+
+def _ended(token_ids: list[int], trainable: list[bool], tokenizer: Any) -> Sequence:
+    """Appends EOS unless the answer ends in it already; the EOS is trainable either way."""
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise UserError("the tokenizer has no end-of-sequence token, so an answer cannot end; set its eos_token")
+    if token_ids[-1:] != [eos] or not any(trainable):  # an EOS with no answer before it belongs to the prompt
+        return Sequence(token_ids=[*token_ids, eos], trainable=[*trainable, True])
+    return Sequence(token_ids=token_ids, trainable=[*trainable[:-1], True])
+
+
+def build_prompts(
+    rows: Rows,
+    tokenizer: Any,
+    max_prompt_tokens: int | None = None,
+    long_prompts: TooLong = "refuse",
+    *,
+    on_progress: OnProgress | None = None,
+) -> tuple[list[Prompt], Counts]:
+    """Prompts with unique ids: a content hash, and ``#2``, ``#3``, … where the same prompt comes again.
+
+    Raises UserError with the row's file and line: for a malformed row, and for a prompt of more than
+    ``max_prompt_tokens`` tokens where ``long_prompts`` is ``refuse``; also where no row is left.
+    """
+
+    def cut(prompt: Prompt, limit: int) -> Prompt:
+        front = _front(prompt.token_ids, tokenizer)
+        resume = len(prompt.token_ids) - limit + front
+        return replace(prompt, token_ids=prompt.token_ids[:front] + prompt.token_ids[resume:])
+
+    prompts, counts = _build(
+        rows,
+        lambda row: prompt_of(row, tokenizer),
+        lambda prompt: len(prompt.token_ids),
+        cut,
+        max_prompt_tokens,
+        long_prompts,
+        on_progress,
+    )
+    seen: Counter[str] = Counter()
+    for prompt in prompts:
+        seen[prompt.prompt_id] += 1
+        if seen[prompt.prompt_id] > 1:
+            prompt.prompt_id += f"#{seen[prompt.prompt_id]}"
+    return prompts, counts
+
+
+def build_sequences(
+    rows: Rows,
+    tokenizer: Any,
+    max_length: int | None = None,
+    long_rows: TooLong = "refuse",
+    *,
+    train_on: TrainOn = "completion",
+    on_progress: OnProgress | None = None,
+) -> tuple[list[Sequence], Counts]:
+    """SFT sequences of at most ``max_length`` tokens. Raises UserError as ``build_prompts`` does."""
+
+    def cut(sequence: Sequence, limit: int) -> Sequence:
+        return _cut_sequence(sequence, len(sequence.token_ids) - limit, tokenizer)
+
+    return _build(
+        rows,
+        lambda row: sft_sequence(row, tokenizer, train_on=train_on),
+        lambda sequence: len(sequence.token_ids),
+        cut,
+        max_length,
+        long_rows,
+        on_progress,
+    )
+
+
+def build_pairs(
+    rows: Rows,
+    tokenizer: Any,
+    max_length: int | None = None,
+    long_rows: TooLong = "refuse",
+    *,
+    on_progress: OnProgress | None = None,
+) -> tuple[list[PreferencePair], Counts]:
+    """Preference pairs whose longer sequence has at most ``max_length`` tokens. Raises UserError as above.
+
+    Truncation cuts both prompts alike, so that the two answers are still to the same question; a pair whose answers
+    leave no room for any of the prompt is dropped.
+    """
+
+    def length(pair: PreferencePair) -> int:
+        return max(len(pair.chosen.token_ids), len(pair.rejected.token_ids))
+
+    def cut(pair: PreferencePair, limit: int) -> PreferencePair | None:
+        excess = length(pair) - limit
+        prompt_length = pair.chosen.trainable.index(True)
+        if excess >= prompt_length - _front(pair.chosen.token_ids, tokenizer):
+            return None
+        chosen, rejected = (_cut_sequence(s, excess, tokenizer) for s in (pair.chosen, pair.rejected))
+        return replace(pair, chosen=chosen, rejected=rejected)
+
+    return _build(rows, lambda row: preference_pair(row, tokenizer), length, cut, max_length, long_rows, on_progress)
+
+
+def _build(
+    rows: Rows,
+    make: Callable[[Row], T],
+    length: Callable[[T], int],
+    cut: Callable[[T, int], T | None],
+    limit: int | None,
+    too_long: TooLong,
+    on_progress: OnProgress | None,
+) -> tuple[list[T], Counts]:
+    items: list[T] = []
+    counts = {"rows": len(rows), "kept": 0, "truncated": 0, "dropped": 0}
+    for index in range(len(rows)):
+        with rows.at(index) as row:
+            item: T | None = make(row)
+            if item is not None and limit is not None and length(item) > limit:
+                if too_long == "refuse":
+                    raise UserError(
+                        f"{length(item)} tokens, more than the limit of {limit}; raise the limit, or choose to "
+                        "truncate or to drop long rows"
+                    )
+                item = cut(item, limit) if too_long == "truncate" else None
+                counts["truncated"] += item is not None
+        if item is None:
+            counts["dropped"] += 1
+        else:
+            items.append(item)
+        if on_progress is not None:
+            on_progress(index + 1, len(rows))
+    counts["kept"] = len(items)
+    if not items:
+        raise UserError(f"{rows.source}: all {len(rows)} rows are longer than the limit of {limit} tokens; raise it")
+    return items, counts
+
+
+def _front(token_ids: Seq[int], tokenizer: Any) -> int:
+    """Tokens at the front that truncation keeps: the beginning-of-sequence token, which models lean on."""
+    return int(token_ids[0] == tokenizer.bos_token_id)
+
+
+def _cut_sequence(sequence: Sequence, excess: int, tokenizer: Any) -> Sequence:
+    front = _front(sequence.token_ids, tokenizer)
+    return Sequence(
+        token_ids=sequence.token_ids[:front] + sequence.token_ids[front + excess :],
+        trainable=sequence.trainable[:front] + sequence.trainable[front + excess :],
+    )

@@ -1,0 +1,141 @@
+"""Draws one token a row from logits, each row with its own parameters and its own stream of random numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tandem.types import SamplingParams
+
+BLOCK = 128
+"""Probabilities are summed in blocks of so many, and only the block that is hit is looked into."""
+
+
+class Sampler:
+    """Draws for N samples, in batches of any of them, in any order.
+
+    What a sample draws depends on its seed, on how many tokens it has drawn, and on its logits; on nothing else.
+    """
+
+    def __init__(self, params: Seq[SamplingParams], seeds: Seq[int], device: torch.device) -> None:
+        signed = [(seed + (1 << 63)) % (1 << 64) - (1 << 63) for seed in seeds]
+        self.seed_N = torch.tensor(signed, dtype=torch.int64).to(device)
+        table = [[p.temperature or 1.0, float(p.temperature == 0), p.top_k, p.top_p, p.min_p] for p in params]
+        columns = torch.tensor(table, dtype=torch.float64).T.contiguous().to(device)
+        self.temperature_N, self.greedy_N, self.top_k_N, self.top_p_N, self.min_p_N = columns
+        # Work that no sample asks for is not done.
+        distinct = set(params)
+        self.scaled = any(p.temperature not in (0, 1) for p in distinct)
+        self.greedy = any(p.temperature == 0 for p in distinct)
+        self.max_top_k = max((p.top_k for p in distinct), default=0)
+        self.top_p = any(p.top_p < 1 for p in distinct)
+        self.min_p = any(p.min_p > 0 for p in distinct)
+
+    def draw(self, logits_BV: Tensor, sample_B: Tensor, drawn_B: Tensor) -> Tensor:
+        """The next token of samples ``sample_B`` (int64), of which each has drawn ``drawn_B`` tokens so far.
+
+        Returns float64 [3, B], one tensor so that the host asks the device once: token, behaviour log-prob,
+        untruncated log-prob (in nats; NaN where the logits are not finite).
+        """
+        logits_BV = logits_BV.float()
+        if self.scaled:
+            logits_BV = logits_BV / self.temperature_N[sample_B, None].float()
+        prob_BV = torch.softmax(logits_BV, dim=-1)
+        kept_BV = self._truncate(prob_BV, sample_B)
+        token_B, mass_B = inverse_cdf(kept_BV, uniform(self.seed_N[sample_B], drawn_B))
+        if self.greedy:
+            greedy_B = self.greedy_N[sample_B] > 0
+            token_B = torch.where(greedy_B, logits_BV.argmax(dim=-1), token_B)
+        untruncated_B = prob_BV.gather(1, token_B[:, None]).squeeze(1).double().log()
+        behaviour_B = untruncated_B - mass_B.log() if kept_BV is not prob_BV else untruncated_B
+        if self.greedy:
+            # A product, so that NaN stays NaN.
+            behaviour_B = behaviour_B * ~greedy_B
+        return torch.stack((token_B.double(), behaviour_B, untruncated_B))
+
+    def _truncate(self, prob_BV: Tensor, sample_B: Tensor) -> Tensor:
+        """Zeros outside top-k, then top-p, then min-p, each a threshold on the probability; ties are kept.
+
+        Top-p (Holtzman et al., arXiv:1904.09751) counts mass among what top-k left; min-p is arXiv:2407.01082.
+        """
+        if not (self.max_top_k or self.top_p or self.min_p):
+            return prob_BV
+        least_B = prob_BV.new_zeros(len(prob_BV))
+        if self.max_top_k or self.top_p:
+            vocabulary = prob_BV.shape[1]
+            depth = vocabulary if self.top_p else min(self.max_top_k, vocabulary)
+            sorted_BK = prob_BV.topk(depth, dim=1).values if depth < vocabulary else prob_BV.sort(descending=True)[0]
+            top_k_B = self.top_k_N[sample_B].long()
+            kth_B = sorted_BK.gather(1, (top_k_B - 1).clamp(0, depth - 1)[:, None]).squeeze(1)
+            least_B = torch.where(top_k_B > 0, kth_B, least_B)
+            if self.top_p:
+                sorted_BK = sorted_BK.double() * (sorted_BK >= least_B[:, None])
+                top_p_B = self.top_p_N[sample_B]
+                before_BK = sorted_BK.cumsum(dim=1) - sorted_BK
+                nucleus_B = (before_BK < (top_p_B * sorted_BK.sum(dim=1))[:, None]).sum(dim=1)
+                edge_B = sorted_BK.gather(1, (nucleus_B - 1).clamp(min=0)[:, None]).squeeze(1).float()
+                least_B = torch.where(top_p_B < 1, torch.maximum(least_B, edge_B), least_B)
+        if self.min_p:
+            least_B = torch.maximum(least_B, prob_BV.amax(dim=1) * self.min_p_N[sample_B].float())
+        return prob_BV * (prob_BV >= least_B[:, None])
+
+
+def inverse_cdf(weight_BV: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Draws index i with probability ``weight[i] / sum(weight)``: int64 [B], and the sums, float64 [B].
+
+    ``weight_BV`` is float32 and not negative, ``uniform_B`` float64 in [0, 1). Two levels, blocks and then inside one,
+    with cumulative sums in float64: the tail of a large vocabulary keeps its mass, at the cost of one plain sum over
+    the vocabulary. An index of weight 0 is never drawn.
+    """
+    rows, vocabulary = weight_BV.shape
+    if vocabulary % BLOCK:
+        weight_BV = F.pad(weight_BV, (0, -vocabulary % BLOCK))
+    weight_BNK = weight_BV.view(rows, -1, BLOCK)
+    cdf_BN = weight_BNK.sum(dim=-1).double().cumsum(dim=-1)
+    mass_B = cdf_BN[:, -1]
+    target_B = uniform_B * mass_B
+    block_B = _first_above(cdf_BN, target_B)
+    before_B = torch.where(block_B > 0, cdf_BN.gather(1, (block_B - 1).clamp(min=0)[:, None]).squeeze(1), 0.0)
+    inside_BK = weight_BNK[torch.arange(rows, device=weight_BV.device), block_B].double().cumsum(dim=-1)
+    index_B = block_B * BLOCK + _first_above(inside_BK, target_B - before_B)
+    # For rows of NaN, which the caller reports: they must not index out of bounds before that.
+    return index_B.clamp(max=vocabulary - 1), mass_B
+
+
+def _first_above(cdf_BN: Tensor, target_B: Tensor) -> Tensor:
+    """Index of the first entry above the target; where rounding left none, of the last that adds any mass."""
+    first_B = torch.searchsorted(cdf_BN, target_B[:, None], right=True)
+    last_B = torch.searchsorted(cdf_BN, cdf_BN[:, -1:].contiguous())
+    return torch.minimum(first_B, last_B).squeeze(1).clamp(max=cdf_BN.shape[1] - 1)
+
+
+def uniform(seed_B: Tensor, counter_B: Tensor) -> Tensor:
+    """Number ``counter`` of the stream of ``seed``: float64 in [0, 1), of 53 random bits. Both int64 [B].
+
+    SplitMix64 (Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", 2014, fig. 16), started at
+    a mixed seed so that neighbouring seeds have unrelated streams.
+    """
+    return _shift_right(_mix(_mix(seed_B + _GAMMA) + _GAMMA * (counter_B + 1)), 11).double() * 2.0**-53
+
+
+def _signed(x: int) -> int:
+    return x - (1 << 64)
+
+
+# torch has no unsigned 64-bit arithmetic; two's complement wraps to the same bits.
+_GAMMA = _signed(0x9E3779B97F4A7C15)
+_MIX_1 = _signed(0xBF58476D1CE4E5B9)
+_MIX_2 = _signed(0x94D049BB133111EB)
+
+
+def _mix(z: Tensor) -> Tensor:
+    z = (z ^ _shift_right(z, 30)) * _MIX_1
+    z = (z ^ _shift_right(z, 27)) * _MIX_2
+    return z ^ _shift_right(z, 31)
+
+
+def _shift_right(z: Tensor, bits: int) -> Tensor:
+    return (z >> bits) & ((1 << (64 - bits)) - 1)

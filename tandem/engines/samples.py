@@ -1,0 +1,138 @@
+"""One sample on its way: what was asked for, the tokens so far, and when it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from tandem.errors import UserError
+from tandem.types import Completion, Request, SamplingParams, StopReason
+
+
+class StopRule:
+    """When the completions of one request end: at end-of-sequence and stop ids, at stop strings, at the length.
+
+    A stop string is looked for only after tokens that could end one, in the last few tokens; what is found there is
+    confirmed on the whole text. A stop string that is a special token by itself is one of the stop ids.
+    """
+
+    def __init__(self, sampling: SamplingParams, eos_ids: Seq[int], tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.max_new_tokens = sampling.max_new_tokens
+        special = {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.ids = frozenset((*eos_ids, *sampling.stop_token_ids, *(special[s] for s in sampling.stop if s in special)))
+        self.strings = tuple(s for s in sampling.stop if s not in special)
+        # A character may take four tokens of one byte each.
+        self.window = 4 * max((len(s) for s in self.strings), default=0) + 8
+        self._may_end: dict[int, bool] = {}
+
+    def check(self, token_ids: list[int]) -> StopReason | None:
+        """Why the completion ends after its last token, or None."""
+        if token_ids[-1] in self.ids:
+            return "eos"
+        if self.strings and self._may_end_string(token_ids[-1]):
+            tail = self.decode(token_ids[-self.window :])
+            if any(s in tail for s in self.strings) and self.cut(text := self.decode(token_ids)) != text:
+                return "stop_string"
+        return "length" if len(token_ids) >= self.max_new_tokens else None
+
+    def cut(self, text: str) -> str:
+        """``text`` up to the first stop string in it."""
+        return text[: min((at for s in self.strings if (at := text.find(s)) >= 0), default=len(text))]
+
+    def decode(self, token_ids: list[int]) -> str:
+        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
+
+    def _may_end_string(self, token: int) -> bool:
+        if token not in self._may_end:
+            piece = self.decode([token])
+            # Incomplete characters decode to the replacement character, and some decoders strip outer spaces.
+            unsure = not piece or "\ufffd" in piece or any(s[-1].isspace() for s in self.strings)
+            self._may_end[token] = unsure or any(s[-1] in piece for s in self.strings)
+        return self._may_end[token]
+
+
+@dataclass(eq=False, kw_only=True)
+class Sample:
+    """One sample of one request."""
+
+    number: int
+    """Its place among all samples of the call."""
+    request: int
+    index: int
+    """Its place among the samples of its request."""
+    prompt_ids: tuple[int, ...]
+    rule: StopRule
+    version: int
+    """Of the weights when it started."""
+    token_ids: list[int] = field(default_factory=list)
+    behaviour_logp: list[float] = field(default_factory=list)
+    untruncated_logp: list[float] = field(default_factory=list)
+    stop: StopReason | None = None
+
+    @cached_property
+    def prompt_length(self) -> int:
+        return len(self.prompt_ids)
+
+    @property
+    def length(self) -> int:
+        """Tokens whose keys and values are in the cache: all but the last one drawn."""
+        return self.prompt_length + len(self.token_ids) - 1
+
+    def add(self, token: int, behaviour_logp: float, untruncated_logp: float) -> bool:
+        """Takes its next token. Returns whether it ends there. Raises UserError where the logits were not finite."""
+        if untruncated_logp != untruncated_logp:
+            raise UserError(
+                f"request {self.request}, sample {self.index}: the model's logits are not finite at new token "
+                f"{len(self.token_ids)}; its weights are damaged or its number format overflows"
+            )
+        self.token_ids.append(token)
+        self.behaviour_logp.append(behaviour_logp)
+        self.untruncated_logp.append(untruncated_logp)
+        self.stop = self.rule.check(self.token_ids)
+        return self.stop is not None
+
+    def completion(self, version: int) -> Completion:
+        """What it has become, ``version`` being that of the weights at its end."""
+        assert self.stop is not None
+        text = self.rule.decode(self.token_ids)
+        return Completion(
+            token_ids=self.token_ids,
+            behaviour_logp=self.behaviour_logp,
+            untruncated_logp=self.untruncated_logp,
+            stop=self.stop,
+            text=self.rule.cut(text) if self.stop == "stop_string" else text,
+            version_min=self.version,
+            version_max=version,
+        )
+
+
+def check_request(number: int, request: Request, *, vocabulary: int, limit: int | None, limit_name: str) -> None:
+    """Raises UserError where a request cannot be sampled."""
+    prompt, sampling = request.prompt_ids, request.sampling
+    if not prompt:
+        raise UserError(f"request {number}: the prompt is empty; give it at least one token")
+    if min(prompt) < 0 or max(prompt) >= vocabulary:
+        position, token = next((p, t) for p, t in enumerate(prompt) if not 0 <= t < vocabulary)
+        raise UserError(
+            f"request {number}: token id {token} at position {position} is outside the model's vocabulary of "
+            f"{vocabulary}; is the tokenizer another model's?"
+        )
+    for name, value, right, valid in (
+        ("max_new_tokens", sampling.max_new_tokens, "at least 1", sampling.max_new_tokens >= 1),
+        ("temperature", sampling.temperature, "0 (greedy) or more", 0 <= sampling.temperature < float("inf")),
+        ("top_k", sampling.top_k, "0 (off) or more", sampling.top_k >= 0),
+        ("top_p", sampling.top_p, "above 0 and at most 1 (off)", 0 < sampling.top_p <= 1),
+        ("min_p", sampling.min_p, "from 0 (off) to 1", 0 <= sampling.min_p <= 1),
+        ("stop", sampling.stop, "strings that are not empty", all(sampling.stop)),
+    ):
+        if not valid:
+            raise UserError(f"request {number}: {name} is {value!r}; it must be {right}")
+    total = len(prompt) + sampling.max_new_tokens
+    if limit is not None and total > limit:
+        raise UserError(
+            f"request {number}: a prompt of {len(prompt)} tokens and max_new_tokens {sampling.max_new_tokens} make "
+            f"{total}, above {limit_name} of {limit}; shorten the prompt or lower max_new_tokens"
+        )

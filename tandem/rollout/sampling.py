@@ -1,0 +1,100 @@
+"""One step's prompts through the engine and the rewards, into groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+from tandem.rewards.combine import judge
+from tandem.rewards.shaping import MissingEos, shape_reward
+from tandem.roles import Engine, Reward, RewardBatch
+from tandem.seeds import derive_seed
+from tandem.types import Completion, Group, Prompt, Request, Rollout, SamplingParams
+
+
+def sample_groups(
+    engine: Engine,
+    prompts: Seq[Prompt],
+    sampling: SamplingParams,
+    *,
+    samples_per_prompt: int,
+    seed: int,
+    step: int,
+    on_finish: Callable[[int, int, Completion], None] | None = None,
+) -> list[Group]:
+    """Samples every prompt ``samples_per_prompt`` times.
+
+    A sample's seed is a hash of run seed, step, the prompt's place in the step, prompt and sample index, so it
+    depends neither on the order in which samples finish nor on which engine draws it.
+    """
+    requests = [
+        Request(
+            prompt_ids=prompt.token_ids,
+            seeds=tuple(
+                derive_seed(seed, "sample", step, place, prompt.prompt_id, i) for i in range(samples_per_prompt)
+            ),
+            sampling=sampling,
+        )
+        for place, prompt in enumerate(prompts)
+    ]
+    completions = engine.generate(requests, on_finish)
+    return [
+        Group(prompt=prompt, rollouts=[_rollout(prompt, i, c) for i, c in enumerate(samples)])
+        for prompt, samples in zip(prompts, completions, strict=True)
+    ]
+
+
+def _rollout(prompt: Prompt, sample_index: int, completion: Completion) -> Rollout:
+    start = len(prompt.token_ids)
+    padding = [0.0] * start
+    return Rollout(
+        prompt_id=prompt.prompt_id,
+        sample_index=sample_index,
+        token_ids=[*prompt.token_ids, *completion.token_ids],
+        prompt_length=start,
+        trainable=[False] * start + [True] * len(completion.token_ids),
+        behaviour_logp=padding + completion.behaviour_logp,
+        untruncated_logp=padding + completion.untruncated_logp,
+        stop=completion.stop,
+        completion=completion.text,
+        version_min=completion.version_min,
+        version_max=completion.version_max,
+        error=completion.error,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judge:
+    """The rewards of a run: functions and models, their weights, and what a missing end of sequence costs."""
+
+    rewards: tuple[Reward, ...]
+    weights: tuple[float, ...]
+    missing_eos: MissingEos = "none"
+    missing_eos_penalty: float = 0.0
+
+    def __call__(self, groups: Seq[Group]) -> None:
+        """Fills ``reward`` and ``reward_parts`` of every rollout that ended without an error, all in one call."""
+        pairs = [(group.prompt, r) for group in groups for r in group.rollouts if r.stop != "error"]
+        if not pairs:
+            return
+        totals, parts = judge(self.rewards, self.weights, reward_batch(pairs))
+        for (_, rollout), total, part in zip(pairs, totals, parts, strict=True):
+            rollout.reward_parts = part
+            rollout.reward = shape_reward(
+                total, rollout.stop, missing_eos=self.missing_eos, penalty=self.missing_eos_penalty
+            )
+
+
+def reward_batch(pairs: Seq[tuple[Prompt, Rollout]]) -> RewardBatch:
+    """Prompts and completions as reward functions expect them: chat prompts get chat completions (TRL)."""
+    names = {name for prompt, _ in pairs for name in prompt.columns}
+    return RewardBatch(
+        prompts=[prompt.prompt for prompt, _ in pairs],
+        completions=[
+            r.completion if isinstance(prompt.prompt, str) else [{"role": "assistant", "content": r.completion}]
+            for prompt, r in pairs
+        ],
+        rollouts=[r for _, r in pairs],
+        columns={name: [prompt.columns.get(name) for prompt, _ in pairs] for name in sorted(names)},
+    )

@@ -1,0 +1,42 @@
+"""Training on a fixed dataset: SFT and reward models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tandem.roles import Metrics, Trainer
+from tandem.schedules.session import Session, StepClock
+from tandem.types import Batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfflineRoles:
+    """Who does what in an offline run. ``batch(step)`` is packed and has its weights stamped."""
+
+    batch: Callable[[int], Batch]
+    trainer: Trainer
+    evaluate: Callable[[int], Metrics]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Offline:
+    """One optimizer step a batch."""
+
+    steps: int
+
+    def run(self, roles: OfflineRoles, session: Session) -> None:
+        """Runs from where the session's newest checkpoint stands to ``steps``."""
+        done, _ = session.resume({})
+        if done == 0 and (metrics := roles.evaluate(0)):
+            session.record(0, metrics)
+        for step in range(done + 1, self.steps + 1):
+            clock = StepClock()
+            with clock("data"):
+                batch = roles.batch(step)
+            with clock("training"), session.guard(step, {}):
+                metrics = roles.trainer.forward_backward(batch) | roles.trainer.optim_step()
+            metrics |= {"trained_tokens": float(batch.tokens)} | clock.metrics()
+            metrics["tokens_per_second"] = metrics["trained_tokens"] / metrics["seconds"]
+            session.record(step, metrics | roles.evaluate(step))
+            session.save_if_due(step, {}, last=step == self.steps)

@@ -1,0 +1,117 @@
+"""What every schedule does around its steps: resume, record, save, and stop without losing anything."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as Seq
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tandem.checkpoint.random_state import capture_random_state, restore_random_state
+from tandem.checkpoint.saver import SaveEvery
+from tandem.checkpoint.store import CheckpointStore
+from tandem.errors import NonFiniteError
+from tandem.roles import Metrics, Trainer
+from tandem.runs.folder import RunFolder
+from tandem.runs.progress import Progress
+from tandem.types import Group
+
+
+class StepClock:
+    """Seconds spent in each phase of a step."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.phases: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.phases[phase] = self.phases.get(phase, 0.0) + time.perf_counter() - start
+
+    def metrics(self) -> Metrics:
+        """``seconds`` since the clock started, and ``seconds_<phase>``."""
+        return {"seconds": time.perf_counter() - self.started} | {
+            f"seconds_{phase}": seconds for phase, seconds in self.phases.items()
+        }
+
+
+@dataclass(kw_only=True)
+class Session:
+    """A run folder, its checkpoints and its display. ``trainers`` are what a checkpoint holds, by role."""
+
+    run: RunFolder
+    store: CheckpointStore
+    save_every: SaveEvery
+    trainers: Mapping[str, Trainer]
+    progress: Progress
+    rollouts_logged: int = 8
+    """Rollouts written to ``rollouts.jsonl`` each step."""
+    saved_step: int = field(default=-1, init=False)
+
+    def resume(self, initial_state: dict[str, float]) -> tuple[int, dict[str, float]]:
+        """Loads the newest whole checkpoint, if there is one: (steps done, algorithm state).
+
+        Metrics written after it are dropped, so that each step stands once in the files.
+        """
+        checkpoint = self.store.latest()
+        step, state = 0, initial_state
+        if checkpoint is not None:
+            for role, trainer in self.trainers.items():
+                trainer.load_state_dict(checkpoint.load(role))
+            restore_random_state(checkpoint.load("random"))
+            step, state = checkpoint.step, dict(checkpoint.state["algorithm"])
+            self.saved_step = step
+            self.run.event("resume", step=step)
+        self.run.truncate_after(step if checkpoint is not None else -1)
+        return step, state
+
+    def record(self, step: int, metrics: Metrics, groups: Seq[Group] = ()) -> None:
+        """One line in ``metrics.jsonl``, a few rollouts, and the display."""
+        self.run.log_metrics(step, metrics)
+        if groups:
+            self.run.log_rollouts(step, groups, self.rollouts_logged)
+        self.progress.update(step, metrics)
+
+    def save_if_due(self, step: int, state: dict[str, float], *, last: bool = False) -> None:
+        """Saves where ``save_every`` says so, and after the last step unless saving is off."""
+        if self.save_every.due(step) or (last and self.save_every.enabled):
+            self.save(step, state)
+
+    def save(self, step: int, state: dict[str, float]) -> None:
+        """A checkpoint from which the run goes on as if it had never stopped."""
+        if step == self.saved_step:
+            return
+        parts = {role: trainer.state_dict() for role, trainer in self.trainers.items()}
+        path = self.store.save(step, {**parts, "random": capture_random_state()}, {"algorithm": state})
+        self.saved_step = step
+        self.run.event("checkpoint", step=step, path=str(path))
+
+    def finish(self, trainer: Trainer) -> Path:
+        """Exports the trained model to ``<run>/model``, whole or not at all, and returns that folder."""
+        folder = self.run.path / "model"
+        aside = self.run.path / ".model-partial"
+        shutil.rmtree(aside, ignore_errors=True)
+        trainer.export(aside)
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+        self.run.event("finish", model=str(folder))
+        return folder
+
+    @contextmanager
+    def guard(self, step: int, state: dict[str, float]) -> Iterator[None]:
+        """Keeps the last good state where a loss or gradient is not finite, and says where that happened."""
+        try:
+            yield
+        except NonFiniteError as error:
+            # No parameter was touched by the step that failed. (Earlier minibatches of the same step stay applied.)
+            self.save(step - 1, state)
+            self.run.event("error", step=step, message=str(error))
+            where = self.store.path(step - 1)
+            raise NonFiniteError(f"step {step}: {error}; the last good state is in {where}") from error

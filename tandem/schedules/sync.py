@@ -1,0 +1,68 @@
+"""Sample, judge, train, in turns: the policy that is trained is the policy that sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tandem.roles import Metrics, Trainer
+from tandem.rollout.prepare import Preparation, Prepared, rollout_metrics
+from tandem.schedules.session import Session, StepClock
+from tandem.types import Group, Prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnlineRoles:
+    """Who does what in an online run. ``evaluate`` returns metrics for steps at which it is due, else nothing."""
+
+    prompts: Callable[[int], list[Prompt]]
+    sample: Callable[[list[Prompt], int], list[Group]]
+    judge: Callable[[list[Group]], None]
+    prepare: Preparation
+    actor: Trainer
+    critic: Trainer | None
+    push_weights: Callable[[int], None]
+    evaluate: Callable[[int], Metrics]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sync:
+    """The synchronous schedule: each step trains on samples of the weights it starts from."""
+
+    steps: int
+
+    def run(self, roles: OnlineRoles, session: Session) -> None:
+        """Runs from where the session's newest checkpoint stands to ``steps``."""
+        done, state = session.resume(roles.prepare.algorithm.initial_state())
+        roles.push_weights(done)
+        if done == 0 and (metrics := roles.evaluate(0)):
+            session.record(0, metrics)
+        for step in range(done + 1, self.steps + 1):
+            clock = StepClock()
+            with clock("sampling"):
+                groups = roles.sample(roles.prompts(step), step)
+            with clock("scoring"):
+                roles.judge(groups)
+                prepared = roles.prepare(groups, state, step)
+            with clock("training"), session.guard(step, state):
+                metrics = train(roles, prepared) if prepared else {}
+            with clock("sync"):
+                roles.push_weights(step)
+            metrics |= rollout_metrics(groups) | clock.metrics()
+            metrics["tokens_per_second"] = metrics["sampled_tokens"] / metrics["seconds"]
+            state = prepared.state if prepared else state
+            session.record(step, metrics | roles.evaluate(step), groups)
+            session.save_if_due(step, state, last=step == self.steps)
+
+
+def train(roles: OnlineRoles, prepared: Prepared) -> Metrics:
+    """Every minibatch of every epoch through actor and critic; metrics are means over minibatches."""
+    collected: list[Metrics] = []
+    for minibatch in prepared:
+        metrics = roles.actor.forward_backward(minibatch) | roles.actor.optim_step()
+        if roles.critic is not None:
+            of_critic = roles.critic.forward_backward(minibatch) | roles.critic.optim_step()
+            metrics |= {name if name.startswith("value") else f"critic_{name}": v for name, v in of_critic.items()}
+        collected.append(metrics)
+    means = {name: sum(m[name] for m in collected) / len(collected) for name in collected[0]}
+    return prepared.metrics | means | {"trained_tokens": float(prepared.batch.tokens)}

@@ -1,0 +1,323 @@
+"""Configs: what may be written in a file and on the command line, and what is said where it may not."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import tyro
+import yaml
+
+from tandem.algorithms.ppo import PPO
+from tandem.cli.sections import DataSection, ModelSection, OptimSection, RewardSection, RunSection, SamplingSection
+from tandem.config import describe, dump_config, load_config
+from tandem.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class HotOptim(OptimSection):
+    learning_rate: float = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExampleConfig:
+    """A config with every section, as an online command has it."""
+
+    critic: str | None = None
+    """Where the critic starts from."""
+    run: RunSection
+    model: ModelSection
+    data: DataSection
+    optim: HotOptim
+    sampling: SamplingSection
+    reward: RewardSection
+    algorithm: PPO = field(default_factory=lambda: PPO(gamma=0.9))
+
+
+REQUIRED = ["--out", "runs/a", "--steps", "5", "--model", "m", "--data", "d.jsonl", "--reward", "r.py:f"]
+
+
+def load(*flags: str) -> ExampleConfig:
+    return load_config(ExampleConfig, [*REQUIRED, *flags])
+
+
+def refusal(*flags: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load(*flags)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    """Writes ``a.yaml`` into the working directory."""
+    monkeypatch.chdir(tmp_path)
+    return lambda text: Path("a.yaml").write_text(text)
+
+
+def test_defaults_of_sections_of_their_subclasses_and_of_the_config():
+    config = load()
+    assert (config.run.seed, config.model.dtype, config.sampling.stop) == (0, "float32", ())
+    assert config.optim == HotOptim(learning_rate=1e-3)
+    assert config.algorithm == PPO(gamma=0.9)
+
+
+def test_a_flag_changes_its_key_and_no_other():
+    assert load("--lam", "0.8").algorithm == PPO(gamma=0.9, lam=0.8)
+    assert load("--betas", "0.8", "0.99").optim == HotOptim(betas=(0.8, 0.99))
+    assert load("--critic", "c").critic == "c"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--learning-rate", "1e-5", "--seed", "7", "--temperature", "0"],
+        ["--betas", "0.8", "0.99", "--stop", "a b", "\n", "--max-grad-norm", "inf"],
+        ["--reward", "a.py:f", "b.py:g", "--reward-weights", "1", "-0.5"],
+        ["--resume", "--no-whiten-advantages", "--dtype", "bfloat16"],
+        ["--value-clip", "None", "--kl-target", "6", "--learning-rate=3e-4", "--stop"],
+        ["--max_new_tokens", "9", "--steps", "6", "--steps", "7"],
+    ],
+)
+def test_flags_mean_what_help_says(flags):
+    """tyro prints the help; here it parses as well, and must read the same flags to the same config."""
+    theirs = tyro.cli(ExampleConfig, args=[*REQUIRED, *flags], config=(tyro.conf.OmitArgPrefixes,))
+    assert load(*flags) == theirs
+
+
+def test_yaml_first_then_flags(file):
+    file("seed: 3\nlearning-rate: 1e-5  # dashes are fine\ntemperature: 1\nsave_every: 100\n")
+    config = load("--config", "a.yaml", "--seed", "4")
+    assert config.run.seed == 4
+    assert config.run.save_every == "100"
+    assert (config.optim.learning_rate, config.sampling.temperature) == (1e-5, 1.0)
+    assert isinstance(config.sampling.temperature, float)
+
+
+def test_flags_win_wherever_they_stand(file):
+    file("seed: 3\n")
+    assert load("--seed", "4", "--config", "a.yaml").run.seed == 4
+
+
+def test_a_later_file_wins(file, tmp_path):
+    file("seed: 3\nsteps: 9\n")
+    (tmp_path / "b.yaml").write_text("seed: 5\n")
+    config = load_config(ExampleConfig, ["--config", "a.yaml", "--config", "b.yaml", *REQUIRED[:2], *REQUIRED[4:]])
+    assert (config.run.seed, config.run.steps) == (5, 9)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("stop: [no, '12', \"\\n\"]", ("no", "12", "\n")),
+        ("stop: END", ("END",)),
+        ("stop: []", ()),
+        ("stop:\n  - a\n  - --b", ("a", "--b")),
+    ],
+)
+def test_yaml_lists(file, text, expected):
+    file(text)
+    assert load("--config", "a.yaml").sampling.stop == expected
+
+
+def test_empty_yaml_and_null(file):
+    file("# nothing but a remark\n")
+    assert load("--config", "a.yaml") == load()
+    file("value_clip: null\nreward_clip:\ncritic: ~\n")
+    config = load("--config", "a.yaml")
+    assert (config.algorithm.value_clip, config.algorithm.reward_clip, config.critic) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rate: 1\n\nlearing_rate: 2\n", "a.yaml:3: unknown key learing_rate; did you mean learning_rate?"),
+        ("lr: 2", "a.yaml:1: unknown key lr; did you mean long_rows or learning_rate?"),
+        ("zzzz: 2", "a.yaml:1: unknown key zzzz; --help lists them"),
+        ("seed: 1\nseed: 2", "a.yaml:2: seed is given a second time; keep one of the two"),
+        ("seed: 1\nkeep: abc", "a.yaml:2: keep: expected a whole number, got 'abc'"),
+        ("seed: 1.0", "a.yaml:1: seed: expected a whole number, got '1.0'"),
+        ("seed: true", "a.yaml:1: seed: expected a whole number, got 'true'"),
+        ("seed: [1, 2]", "a.yaml:1: seed: expected a whole number, got '[1, 2]'"),
+        ("seed:", "a.yaml:1: seed: expected a whole number, got nothing"),
+        ("temperature: .nan", "a.yaml:1: temperature: expected a number, got '.nan'"),
+        ("temperature: true", "a.yaml:1: temperature: expected a number, got 'true'"),
+        ("trust_remote_code: 1", "a.yaml:1: trust_remote_code: expected true or false, got '1'"),
+        ("dtype: float16", "a.yaml:1: dtype: expected one of float32, bfloat16, got 'float16'"),
+        ("betas: [0.9]", "a.yaml:1: betas: expected a list of 2, each a number, got '[0.9]'"),
+        ("reward_weights: [1, x]", "a.yaml:1: reward_weights: expected a list, each a number, got '[1, x]'"),
+        ("value_clip: x", "a.yaml:1: value_clip: expected a number or none, got 'x'"),
+        ("seed: 1\nmodel:\n  model: x", "a.yaml:2: model: expected a value or a list of values; keys are flat"),
+        ("- seed", "a.yaml:1: expected lines of 'key: value'"),
+        ("seed: 1\nstop: [a\n", "a.yaml:3: not YAML: "),
+        ("seed: 1\ntemperature: -1\n", "a.yaml:2: temperature: expected 0 or more, got -1.0"),
+        ("seed: 1\ndual_clip: 0.5\n", "a.yaml:2: dual_clip: "),
+    ],
+)
+def test_wrong_yaml_is_named_with_its_line(file, text, message):
+    file(text)
+    assert refusal("--config", "a.yaml").startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--learing-rate", "1"], "unknown flag --learing-rate; did you mean --learning-rate?"),
+        (["--lr", "1"], "unknown flag --lr; did you mean --long-rows or --learning-rate?"),
+        (["--confg", "a.yaml"], "unknown flag --confg; did you mean --config?"),
+        (["--no-seed"], "unknown flag --no-seed"),
+        (["--steps", "abc"], "--steps: expected a whole number, got 'abc'"),
+        (["--steps"], "--steps: expected a whole number, got nothing"),
+        (["--steps", "1", "2"], "--steps: expected a whole number, got '[1, 2]'"),
+        (["--resume", "maybe"], "--resume: expected true or false, got 'maybe'"),
+        (["--config", "none.yaml"], "--config none.yaml: cannot be read: No such file or directory"),
+        (["--config"], "--config: expected a YAML file"),
+    ],
+)
+def test_wrong_flags_are_named(flags, message):
+    assert refusal(*flags).startswith(message)
+
+
+def test_a_word_without_a_flag():
+    with pytest.raises(UserError, match=r"'x\.yaml' stands alone"):
+        load_config(ExampleConfig, ["x.yaml", *REQUIRED])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--steps", "0"],
+        ["--keep", "0"],
+        ["--seed", "-1"],
+        ["--save-every", "10h"],
+        ["--token-budget", "0"],
+        ["--eval-every", "-1"],
+        ["--max-length", "0"],
+        ["--learning-rate", "0"],
+        ["--max-grad-norm", "-1"],
+        ["--warmup-steps", "-1"],
+        ["--weight-decay", "-0.1"],
+        ["--betas", "0.9", "1"],
+        ["--prompts-per-step", "0"],
+        ["--samples-per-prompt", "0"],
+        ["--max-new-tokens", "0"],
+        ["--max-slots", "0"],
+        ["--temperature", "-0.5"],
+        ["--top-k", "-1"],
+        ["--top-p", "0"],
+        ["--top-p", "1.1"],
+        ["--min-p", "1.5"],
+        ["--stop", ""],
+        ["--reward", "rewards.py"],
+        ["--reward-weights", "1", "2"],
+        ["--missing-eos-penalty", "-1"],
+        ["--out", ""],
+        ["--model="],
+    ],
+)
+def test_values_out_of_range_name_their_flag(flags):
+    name = flags[0].rstrip("=")
+    assert refusal(*flags).startswith(f"{name}: expected ")
+
+
+def test_keys_that_contradict_each_other():
+    assert refusal("--resume", "--overwrite").startswith("--overwrite: ")
+    with pytest.raises(UserError, match=r"^reward: nothing judges .* --reward FILE.py:function or --reward-model DIR"):
+        load_config(ExampleConfig, REQUIRED[:-2])
+
+
+def test_missing_keys_are_all_named_with_what_they_are():
+    with pytest.raises(UserError) as caught:
+        load_config(ExampleConfig, ["--out", "a", "--steps", "1"])
+    assert str(caught.value) == (
+        "missing --model (A Hugging Face folder, or a name on the hub); "
+        "--data (A .jsonl, .json or .parquet file, or the name of a dataset on the hub)"
+    )
+
+
+AWKWARD = [
+    ["--stop", "\n\n", "no", "123", "é ", "# x", "[a]", "'", '"', "-", "~", "a: b"],
+    ["--learning-rate", "1e-05", "--max-grad-norm", "inf", "--betas", "0.1", "0.30000000000000004"],
+    ["--critic", "123", "--value-clip", "None", "--reward", "a b.py:f", "c.py:g", "--reward-weights", "1", "1e-9"],
+    ["--model", "yes", "--data", "1:30", "--device", "null", "--stop=--end"],
+]
+
+
+@pytest.mark.parametrize("flags", AWKWARD)
+def test_round_trip(tmp_path, flags):
+    config = load(*flags)
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(config), encoding="utf-8")
+    assert load_config(ExampleConfig, ["--config", str(path)]) == config
+    assert dump_config(load_config(ExampleConfig, ["--config", str(path)])) == path.read_text(encoding="utf-8")
+
+
+def test_the_dump_is_flat_yaml_of_every_key_but_those_of_one_start():
+    config = load("--overwrite", "--dry-run")
+    text = dump_config(config)
+    names = {f.name for f in fields(config) if not is_dataclass(getattr(config, f.name))}
+    for section in (getattr(config, f.name) for f in fields(config)):
+        names |= {f.name for f in fields(section)} if is_dataclass(section) else set()
+    assert set(yaml.safe_load(text)) == names - {"resume", "overwrite", "dry_run"}
+    assert text.startswith("# The resolved config")
+    assert "\n# optim\n" in text
+
+
+def test_describe_groups_by_section():
+    lines = describe(load("--stop", "a", "b")).splitlines()
+    assert lines.index("sampling") < next(i for i, line in enumerate(lines) if line.split() == ["stop", "a", "b"])
+    assert next(line for line in lines if "learning_rate" in line).split() == ["learning_rate", "0.001"]
+
+
+def test_help_teaches_every_key(capsys):
+    with pytest.raises(SystemExit) as stop:
+        load_config(ExampleConfig, ["--help"], prog="tandem example")
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    words = " ".join(out.replace("│", " ").split())
+    assert "usage: tandem example" in words
+    assert "--config FILE.yaml" in words
+    assert "A config with every section" in words
+    for section in (RunSection, ModelSection, DataSection, OptimSection, SamplingSection, RewardSection, PPO):
+        for f in fields(section):
+            assert f"--{f.name.replace('_', '-')}" in words
+    assert "Divides the logits. 0 is greedy." in words
+
+
+def test_every_key_of_every_section_has_help():
+    from tandem.config import _keys_of
+
+    assert [name for name, key in _keys_of(ExampleConfig).items() if not key.doc] == []
+
+
+def test_two_sections_with_the_same_key_are_a_bug():
+    @dataclass(kw_only=True)
+    class One:
+        depth: int = 0
+
+    @dataclass(kw_only=True)
+    class Other:
+        depth: int = 1
+
+    @dataclass(kw_only=True)
+    class Clash:
+        one: One
+        other: Other
+
+    sys.modules[__name__].__dict__.update(One=One, Other=Other)
+    with pytest.raises(TypeError, match="depth"):
+        load_config(Clash, [])
+
+
+def test_literals_that_are_not_text():
+    @dataclass(kw_only=True)
+    class Sizes:
+        zero: Literal[1, 2, 3] = 1
+
+    assert load_config(Sizes, ["--zero", "3"]) == Sizes(zero=3)
+    with pytest.raises(UserError, match="--zero: expected one of 1, 2, 3, got '4'"):
+        load_config(Sizes, ["--zero", "4"])

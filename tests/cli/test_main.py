@@ -1,0 +1,136 @@
+"""The command's shell: finding a subcommand, and what each way of ending looks like from outside."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+
+from tandem import __version__
+from tandem.cli import main as shell
+from tandem.errors import UserError
+
+
+@pytest.fixture
+def probe(monkeypatch):
+    """A subcommand named ``probe`` whose behavior the test sets as ``probe.run``."""
+    module = ModuleType("tandem_probe")
+    monkeypatch.setitem(sys.modules, "tandem_probe", module)
+    monkeypatch.setitem(shell.COMMANDS, "probe", shell.Command("Tests", "tandem_probe", "a test's own command"))
+    return module
+
+
+def raising(error: BaseException):
+    def run(argv: list[str]) -> int:
+        raise error
+
+    return run
+
+
+def test_help_names_every_command(capsys):
+    assert shell.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    for name, command in shell.COMMANDS.items():
+        assert f"  {name} " in out
+        assert command.about in out
+    assert all(len(line) <= 120 for line in out.splitlines())
+
+
+def test_no_command_prints_the_help_and_fails(capsys):
+    assert shell.main([]) == 2
+    assert "usage: tandem COMMAND" in capsys.readouterr().err
+
+
+def test_version(capsys):
+    assert shell.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"tandem {__version__}\n"
+
+
+def test_unknown_command_names_the_nearest(capsys):
+    assert shell.main(["grop"]) == 2
+    assert capsys.readouterr().err == "tandem: error: no command 'grop'; did you mean grpo?\n"
+
+
+def test_a_command_gets_the_rest_of_the_line_and_gives_the_exit_code(probe):
+    seen = []
+    probe.run = lambda argv: seen.append(argv) or 7
+    assert shell.main(["probe", "--steps", "3"]) == 7
+    assert seen == [["--steps", "3"]]
+
+
+def test_user_error_is_one_line_without_traceback(probe, capsys):
+    probe.run = raising(UserError("data.jsonl:3: not JSON\n  mend it"))
+    assert shell.main(["probe"]) == 2
+    assert capsys.readouterr().err == "tandem: error: data.jsonl:3: not JSON mend it\n"
+
+
+def test_debug_shows_the_traceback(probe, capsys, monkeypatch):
+    monkeypatch.setenv("TANDEM_DEBUG", "1")
+    probe.run = raising(UserError("wrong"))
+    assert shell.main(["probe"]) == 2
+    err = capsys.readouterr().err
+    assert "Traceback" in err
+    assert err.endswith("tandem: error: wrong\n")
+
+
+def test_a_bug_keeps_its_traceback(probe):
+    probe.run = raising(ZeroDivisionError())
+    with pytest.raises(ZeroDivisionError):
+        shell.main(["probe"])
+
+
+def test_ctrl_c(probe, capsys):
+    probe.run = raising(KeyboardInterrupt())
+    assert shell.main(["probe"]) == 130
+    assert capsys.readouterr().err == "tandem: stopped by Ctrl-C\n"
+
+
+def test_sigterm_stops_as_ctrl_c_does(probe, capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    cleaned = []
+
+    def run(argv: list[str]) -> int:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:
+            cleaned.append(True)
+            raise
+        return 0
+
+    probe.run = run
+    assert shell.main(["probe"]) == 143
+    assert cleaned == [True]
+    assert capsys.readouterr().err == "tandem: stopped by SIGTERM\n"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_help_of_a_command_ends_well(probe):
+    probe.run = raising(SystemExit(0))
+    assert shell.main(["probe", "--help"]) == 0
+
+
+def test_python_dash_m_and_a_reader_who_leaves():
+    """The pipe is closed before anything is written to it."""
+    command = subprocess.Popen(
+        [sys.executable, "-m", "tandem", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert command.stdout is not None
+    assert command.stderr is not None
+    command.stdout.close()
+    err = command.stderr.read()
+    command.stderr.close()
+    assert command.wait(timeout=60) == 128 + signal.SIGPIPE
+    assert err == ""
+
+
+@pytest.mark.parametrize("name", [name for name in shell.COMMANDS if name != "quickstart"])
+def test_every_command_explains_itself(name, capsys):
+    """Also that no two of its sections have a key of the same name."""
+    assert shell.main([name, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert f"usage: tandem {name}" in out
+    assert "--config FILE.yaml" in out
+    assert "--model" in out

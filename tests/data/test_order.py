@@ -1,0 +1,65 @@
+"""The order of the data is a function of position, and held-out content is held out everywhere."""
+
+import pytest
+
+from tandem.data.order import Order, content_hash, split_by_content
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 16, 50])
+def test_every_epoch_has_every_item_once_whatever_the_batch_size(size) -> None:
+    n, epochs = 16, 5
+    order = Order(n, seed=3)
+    stream = [i for step in range(-(-n * epochs // size)) for i in order.batch(step, size)]
+    permutations = [stream[e * n : (e + 1) * n] for e in range(epochs)]
+    assert all(sorted(p) == list(range(n)) for p in permutations)
+    assert len({tuple(p) for p in permutations}) == epochs
+
+
+def test_resuming_is_a_slice_of_the_unbroken_stream() -> None:
+    unbroken = Order(10, seed=1)
+    batches = [unbroken.batch(step, 4) for step in range(20)]
+    assert [Order(10, seed=1).batch(step, 4) for step in range(20)] == batches
+    assert [unbroken.batch(step, 4) for step in reversed(range(20))] == batches[::-1]
+    assert [Order(10, seed=1).item(k) for k in range(80)] == [i for batch in batches for i in batch]
+
+
+def test_the_seed_seeds_the_order() -> None:
+    assert Order(100, seed=0).batch(0, 100) != Order(100, seed=1).batch(0, 100)
+
+
+def test_no_items_is_an_error() -> None:
+    with pytest.raises(ValueError, match="at least one item"):
+        Order(0, seed=0)
+
+
+def test_memory_stays_at_the_current_epochs() -> None:
+    order = Order(4, seed=0)
+    for step in range(50):
+        order.batch(step, 3)
+    assert len(order._epochs) <= 3
+
+
+def test_equal_content_falls_on_one_side_and_stays_there() -> None:
+    items = [f"prompt {i % 400}" for i in range(1000)]
+    train, held_out = split_by_content(items, 0.2, key=lambda item: item)
+    assert len(train) + len(held_out) == 1000
+    assert not set(train) & set(held_out)
+    # 400 draws of probability 0.2: 80 with a standard deviation of 8.
+    assert 50 < len(set(held_out)) < 110
+    fewer_train, fewer_held_out = split_by_content(items[::-1][:100], 0.2, key=lambda item: item)
+    assert set(fewer_train) <= set(train)
+    assert set(fewer_held_out) <= set(held_out)
+
+
+def test_split_fractions_at_the_ends_and_beyond() -> None:
+    assert split_by_content([1, 2], 0.0, key=str) == ([1, 2], [])
+    assert split_by_content([1, 2], 1.0, key=str) == ([], [1, 2])
+    with pytest.raises(ValueError, match=r"1\.5"):
+        split_by_content([1], 1.5, key=str)
+
+
+def test_content_hash_is_the_same_in_every_process_and_blind_to_key_order() -> None:
+    # hashlib.blake2b(b'"2+2="', digest_size=8).hexdigest(), taken outside of the project
+    assert content_hash("2+2=") == "c2565694b03a7009"
+    assert content_hash({"a": 1, "b": 2}) == content_hash({"b": 2, "a": 1})
+    assert content_hash("a") != content_hash(["a"])

@@ -1,0 +1,248 @@
+"""The live engine against transformers' generate, against a plain forward, and against itself in other batches."""
+
+from __future__ import annotations
+
+import logging
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from engine_models import EOS, VOCABULARY, model, tokenizer
+
+from tandem.engines.live import LiveEngine
+from tandem.errors import UserError
+from tandem.roles import Engine
+from tandem.types import Completion, Request, SamplingParams
+
+SLOTS = ["qwen2", "qwen2-window", "llama", "gpt_neox", "mistral"]
+ARCHITECTURES = [*SLOTS, "bloom"]
+
+
+def prompts(count: int, seed: int = 0) -> list[tuple[int, ...]]:
+    rng = random.Random(seed)
+    return [tuple(rng.randrange(2, VOCABULARY) for _ in range(rng.randint(1, 14))) for _ in range(count)]
+
+
+def engine(module: Any, **options: Any) -> LiveEngine:
+    return LiveEngine(module, tokenizer(), **options)
+
+
+def requests(count: int, samples: int, sampling: SamplingParams, seed: int = 0) -> list[Request]:
+    return [
+        Request(prompt_ids=p, seeds=tuple(1000 * i + j for j in range(samples)), sampling=sampling)
+        for i, p in enumerate(prompts(count, seed))
+    ]
+
+
+def plain_logp(module: Any, prompt: tuple[int, ...], completion: list[int], temperature: float) -> torch.Tensor:
+    """What a trainer computes: one forward of the whole sequence, no cache, no padding."""
+    ids = torch.tensor([[*prompt, *completion]])
+    with torch.no_grad():
+        logits = module(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].double()
+    logp = torch.log_softmax(logits / temperature, dim=-1)
+    return logp[torch.arange(len(completion)), torch.tensor(completion)]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_greedy_is_generates_token_for_token(architecture: str) -> None:
+    module = model(architecture, eos=EOS)
+    asked = requests(9, 1, SamplingParams(max_new_tokens=24, temperature=0))
+    live = engine(module, max_slots=4, prefill_tokens=20)
+    assert bool(live.padded_because) == (architecture == "bloom")
+    for request, (completion,) in zip(asked, live.generate(asked), strict=True):
+        ids = torch.tensor([request.prompt_ids])
+        truth = module.generate(ids, max_new_tokens=24, do_sample=False, attention_mask=torch.ones_like(ids))
+        assert completion.token_ids == truth[0, ids.shape[1] :].tolist()
+        assert completion.stop == ("eos" if completion.token_ids[-1] == EOS else "length")
+        assert completion.behaviour_logp == [0.0] * len(completion.token_ids)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_log_probs_are_those_of_a_plain_forward(architecture: str) -> None:
+    module = model(architecture, eos=EOS)
+    sampling = SamplingParams(max_new_tokens=30, temperature=0.7)
+    asked = requests(5, 3, sampling)
+    for request, completions in zip(asked, engine(module, max_slots=7).generate(asked), strict=True):
+        for completion in completions:
+            truth = plain_logp(module, request.prompt_ids, completion.token_ids, 0.7)
+            # float32 forwards in another order of summation: the promise of the design is 1e-4.
+            torch.testing.assert_close(
+                torch.tensor(completion.untruncated_logp, dtype=torch.float64), truth, atol=1e-4, rtol=0
+            )
+            assert completion.behaviour_logp == completion.untruncated_logp
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "mistral", "bloom"])
+def test_a_sample_does_not_depend_on_its_neighbours(architecture: str) -> None:
+    module = model(architecture, eos=EOS)
+    kinds = [
+        SamplingParams(max_new_tokens=20),
+        SamplingParams(max_new_tokens=7, temperature=1.3, top_k=20),
+        SamplingParams(max_new_tokens=13, temperature=0.8, top_p=0.9, stop=("e",)),
+        SamplingParams(max_new_tokens=9, temperature=0),
+        SamplingParams(max_new_tokens=25, min_p=0.05, stop_token_ids=(40, 41)),
+    ]
+    asked = [
+        Request(prompt_ids=p, seeds=(3 * i, 3 * i + 1, 3 * i + 2), sampling=kinds[i % len(kinds)])
+        for i, p in enumerate(prompts(10))
+    ]
+    whole = engine(module).generate(asked)
+    tokens = {(i, j): c.token_ids for i, cs in enumerate(whole) for j, c in enumerate(cs)}
+    assert len({tuple(t) for t in tokens.values()}) > 20  # not all the same thing
+
+    order = list(range(len(asked)))
+    random.Random(1).shuffle(order)
+    shuffled = engine(module, max_slots=4, prefill_tokens=16).generate([asked[i] for i in order])
+    assert all(tokens[i, j] == c.token_ids for i, cs in zip(order, shuffled, strict=True) for j, c in enumerate(cs))
+
+    one_slot = engine(module, max_slots=1)
+    for i in (0, 3, 6):
+        for j, seed in enumerate(asked[i].seeds):
+            alone = Request(prompt_ids=asked[i].prompt_ids, seeds=(seed,), sampling=asked[i].sampling)
+            assert one_slot.generate([alone])[0][0].token_ids == tokens[i, j]
+
+
+def test_the_padded_path_draws_what_the_slots_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = model("qwen2", eos=EOS)
+    module.generation_config.repetition_penalty = 1.5  # belongs to the user's generate, not to ours
+    asked = requests(6, 2, SamplingParams(max_new_tokens=15, top_k=30))
+    slots, padded = engine(module), engine(module, max_slots=5)
+    monkeypatch.setattr(padded, "padded_because", "the test says so")
+    for a, b in zip(slots.generate(asked), padded.generate(asked), strict=True):
+        assert [c.token_ids for c in a] == [c.token_ids for c in b]
+    assert module.generation_config.repetition_penalty == 1.5
+
+
+def test_it_sees_an_optimizer_step_and_leaves_the_module_as_it_was() -> None:
+    module = model("qwen2").train()
+    module.model.layers[0].eval()
+    modes = [m.training for m in module.modules()]
+    versions = iter(range(100))
+    live = engine(module, version=lambda: next(versions))
+    asked = requests(2, 1, SamplingParams(max_new_tokens=12, temperature=0))
+    before = live.generate(asked)
+    assert [m.training for m in module.modules()] == modes
+    assert (before[0][0].version_min, before[0][0].version_max) == (0, 1)
+    with torch.no_grad():
+        module.lm_head.weight.copy_(model("qwen2", seed=5).lm_head.weight)
+    after = live.generate(asked)
+    assert [c[0].token_ids for c in before] != [c[0].token_ids for c in after]
+    truth = module.eval().generate(torch.tensor([asked[0].prompt_ids]), max_new_tokens=12, do_sample=False)
+    assert after[0][0].token_ids == truth[0, len(asked[0].prompt_ids) :].tolist()
+    assert all(p.requires_grad and p.grad is None for p in module.parameters())
+
+
+@pytest.mark.parametrize("options", [{"max_slots": 3}, {"max_slots": 5, "prefill_tokens": 1}, {}])
+def test_a_prompt_is_prefilled_once_and_order_is_kept(options: dict[str, int]) -> None:
+    module = model("llama", eos=EOS)
+    asked = requests(4, 6, SamplingParams(max_new_tokens=10))
+    live = engine(module, **options)
+    prefilled: list[int] = []
+    widths: list[int] = []
+
+    def watch(_: Any, args: Any, kwargs: Any) -> None:
+        rows, width = kwargs["input_ids"].shape
+        if type(kwargs["layout"]).__name__ == "PrefillLayout":
+            prefilled.append(width)
+        else:
+            widths.append(rows)
+
+    handle = module.register_forward_pre_hook(watch, with_kwargs=True)
+    seen: dict[tuple[int, int], Completion] = {}
+    result = live.generate(asked, lambda i, j, completion: seen.update({(i, j): completion}))
+    handle.remove()
+    assert sum(prefilled) == sum(len(r.prompt_ids) for r in asked)
+    assert max(widths) <= options.get("max_slots", 24)
+    assert seen == {(i, j): c for i, cs in enumerate(result) for j, c in enumerate(cs)}
+    assert [len(cs) for cs in result] == [6] * 4
+    # A slot never stands empty while a sample waits.
+    if options.get("max_slots") == 3:
+        assert widths[: len(widths) // 2] == [3] * (len(widths) // 2)
+
+
+def test_autocast_in_bfloat16_stays_close_to_its_own_forward() -> None:
+    module = model("qwen2")
+    asked = requests(3, 2, SamplingParams(max_new_tokens=16))
+    with torch.autocast("cpu", torch.bfloat16):
+        results = engine(module).generate(asked)
+        for request, completions in zip(asked, results, strict=True):
+            for completion in completions:
+                truth = plain_logp(module, request.prompt_ids, completion.token_ids, 1.0)
+                # bfloat16 keeps 8 bits: logits of about 10 are good to some hundredths.
+                found = torch.tensor(completion.untruncated_logp, dtype=torch.float64)
+                assert (found - truth).abs().max() < 0.25
+                assert (found - truth).abs().mean() < 0.05
+
+
+def test_nothing_asked_nothing_done() -> None:
+    live = engine(model("qwen2"))
+    assert isinstance(live, Engine)
+    assert live.generate([]) == []
+    assert live.generate([Request(prompt_ids=(5,), seeds=(), sampling=SamplingParams(max_new_tokens=1))]) == [[]]
+
+
+def test_why_a_model_is_padded_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="tandem"):
+        engine(model("bloom"))
+        module = model("qwen2")
+        module.set_attn_implementation("sdpa")
+        engine(module)
+    first, second = (record.getMessage() for record in caplog.records if record.name == "tandem")
+    assert "BloomForCausalLM" in first
+    assert "cannot be replaced" in first
+    assert "'sdpa'" in second
+
+
+def test_a_layout_that_is_wrong_is_found_by_the_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tandem.engines.slots import DecodeLayout
+
+    right = DecodeLayout._mask
+    monkeypatch.setattr(DecodeLayout, "_mask", lambda self, window, dtype: right(self, None, dtype))
+    assert "does not reproduce" in engine(model("mistral")).padded_because
+    assert engine(model("llama")).padded_because == ""
+
+
+@pytest.mark.parametrize(
+    ("request_", "words"),
+    [
+        (Request(prompt_ids=(), seeds=(0,), sampling=SamplingParams()), ["request 1", "empty"]),
+        (
+            Request(prompt_ids=(3,) * 100, seeds=(0,), sampling=SamplingParams(max_new_tokens=29)),
+            ["request 1", "100", "29", "128", "max_position_embeddings"],
+        ),
+        (Request(prompt_ids=(3, 96), seeds=(0,), sampling=SamplingParams()), ["request 1", "96", "position 1"]),
+        (Request(prompt_ids=(3,), seeds=(0,), sampling=SamplingParams(top_p=0)), ["request 1", "top_p"]),
+        (Request(prompt_ids=(3,), seeds=(0,), sampling=SamplingParams(max_new_tokens=0)), ["max_new_tokens"]),
+    ],
+)
+def test_wrong_requests_are_named(request_: Request, words: list[str]) -> None:
+    good = Request(prompt_ids=(5,), seeds=(0,), sampling=SamplingParams(max_new_tokens=2))
+    with pytest.raises(UserError) as error:
+        engine(model("qwen2")).generate([good, request_])
+    assert all(word in str(error.value) for word in words)
+    assert "\n" not in str(error.value)
+
+
+def test_the_engines_own_limit_is_named() -> None:
+    asked = requests(1, 1, SamplingParams(max_new_tokens=40))
+    with pytest.raises(UserError, match="max_length"):
+        engine(model("qwen2"), max_length=32).generate(asked)
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "bloom"])
+def test_logits_that_are_not_finite_name_the_request(architecture: str) -> None:
+    module = model(architecture)
+    live = engine(module)
+    with torch.no_grad():
+        module.get_input_embeddings().weight[7] = float("nan")
+    good = Request(prompt_ids=(5,), seeds=(0,), sampling=SamplingParams(max_new_tokens=1))
+    bad = Request(prompt_ids=(5, 7), seeds=(0, 1), sampling=SamplingParams(max_new_tokens=4))
+    if architecture == "qwen2":  # Bloom's embeddings are its head too, so that no row is finite there
+        assert live.generate([good])[0][0].stop == "length"
+    with pytest.raises(UserError, match=r"request [01], sample 0: .* not finite"):
+        live.generate([bad] if architecture == "bloom" else [good, bad])

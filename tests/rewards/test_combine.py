@@ -1,0 +1,61 @@
+"""Several rewards make one number, and an unfinished completion costs what was asked for."""
+
+from dataclasses import dataclass
+
+import pytest
+
+from tandem.rewards.combine import judge
+from tandem.rewards.shaping import shape_reward
+from tandem.roles import RewardBatch
+
+
+@dataclass
+class Fixed:
+    name: str
+    scores: list
+
+    def score(self, batch):
+        return self.scores
+
+
+BATCH = RewardBatch(prompts=[""] * 3, completions=[""] * 3, rollouts=[])
+
+
+def test_weighted_sum_skips_none_and_keeps_the_parts() -> None:
+    rewards = [Fixed("a", [1.0, None, None]), Fixed("b", [2.0, 3.0, None])]
+    totals, parts = judge(rewards, [0.5, 2.0], BATCH)
+    assert totals == [4.5, 6.0, None]
+    assert parts == [{"a": 1.0, "b": 2.0}, {"b": 3.0}, {}]
+
+
+def test_rewards_of_one_name_are_both_counted() -> None:
+    totals, parts = judge([Fixed("a", [1.0] * 3), Fixed("a", [2.0] * 3)], [1.0, 1.0], BATCH)
+    assert totals == [3.0] * 3
+    assert parts[0] == {"a": 1.0, "a#2": 2.0}
+
+
+def test_counts_must_fit() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        judge([Fixed("a", [1.0] * 3)], [1.0, 1.0], BATCH)
+    with pytest.raises(ValueError, match="zip"):
+        judge([Fixed("a", [1.0] * 2)], [1.0], BATCH)
+
+
+@pytest.mark.parametrize(
+    ("missing_eos", "stop", "expected"),
+    [
+        ("none", "length", 2.0),
+        ("replace", "length", -1.0),
+        ("subtract", "length", 3.0),
+        ("replace", "eos", 2.0),
+        ("subtract", "stop_string", 2.0),
+    ],
+)
+def test_missing_eos(missing_eos, stop, expected) -> None:
+    assert shape_reward(2.0, stop, missing_eos=missing_eos, penalty=-1.0) == expected
+    assert shape_reward(None, stop, missing_eos=missing_eos, penalty=-1.0) is None
+
+
+def test_unknown_rule() -> None:
+    with pytest.raises(ValueError, match="'ignore'"):
+        shape_reward(1.0, "length", missing_eos="ignore", penalty=0.0)  # type: ignore[arg-type]

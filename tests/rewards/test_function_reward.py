@@ -1,0 +1,205 @@
+"""Reward functions are called as TRL calls them, and what goes wrong in one is said with its sample and line."""
+
+import asyncio
+import functools
+import math
+
+import numpy
+import pytest
+import torch
+
+from tandem.errors import UserError
+from tandem.rewards.function import FunctionReward, load_reward
+from tandem.roles import Reward, RewardBatch
+from tandem.types import Rollout
+
+
+def batch(*completions: str, **columns: list) -> RewardBatch:
+    rollouts = [
+        Rollout(
+            prompt_id=f"p{i}",
+            sample_index=0,
+            token_ids=[9, *map(ord, text)],
+            prompt_length=1,
+            trainable=[False] + [True] * len(text),
+            behaviour_logp=[0.0] * (1 + len(text)),
+            untruncated_logp=[0.0] * (1 + len(text)),
+            stop="eos",
+            completion=text,
+        )
+        for i, text in enumerate(completions)
+    ]
+    return RewardBatch(prompts=["q"] * len(rollouts), completions=list(completions), rollouts=rollouts, columns=columns)
+
+
+def refused(function, data: RewardBatch) -> str:
+    with pytest.raises(UserError) as caught:
+        FunctionReward(function, name="r").score(data)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_a_function_gets_what_it_names() -> None:
+    def only_completions(completions):
+        return [len(c) for c in completions]
+
+    def everything(prompts, completions, completion_ids, answer, **kwargs):
+        assert prompts == ["q", "q"]
+        assert completion_ids == [[97], [98, 99]]
+        assert kwargs == {"level": [1, 2]}
+        return [c == a for c, a in zip(completions, answer, strict=True)]
+
+    def defaulted(completions, weight=None, *, level):
+        assert weight is None
+        return level
+
+    data = batch("a", "bc", answer=["a", "x"], level=[1, 2])
+    assert FunctionReward(only_completions).score(data) == [1.0, 2.0]
+    assert FunctionReward(everything).score(data) == [1.0, 0.0]
+    assert FunctionReward(defaulted).score(data) == [1.0, 2.0]
+    assert isinstance(FunctionReward(only_completions), Reward)
+    assert FunctionReward(only_completions).name == "only_completions"
+
+
+def test_objects_and_partials_can_be_rewards() -> None:
+    class Length:
+        def __call__(self, completions, **kwargs):
+            return [len(c) for c in completions]
+
+    def scaled(completions, scale):
+        return [scale * len(c) for c in completions]
+
+    assert FunctionReward(Length()).score(batch("abc")) == [3.0]
+    assert FunctionReward(functools.partial(scaled, scale=2)).score(batch("abc")) == [6.0]
+
+
+def test_async_functions_share_one_loop() -> None:
+    loops = []
+
+    async def slow(completions):
+        loops.append(asyncio.get_running_loop())
+        await asyncio.sleep(0)
+        return [1.0] * len(completions)
+
+    reward = FunctionReward(slow)
+    assert reward.score(batch("a")) == [1.0]
+    assert reward.score(batch("a", "b")) == [1.0, 1.0]
+    assert loops[0] is loops[1]
+    assert not loops[0].is_closed()
+    del reward
+    assert loops[0].is_closed()
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        [1, None, 0.5],
+        (True, None, 0.5),
+        [numpy.float32(1), None, numpy.float64(0.5)],
+        [torch.tensor(1.0), None, torch.tensor(0.5)],
+    ],
+)
+def test_numbers_of_any_kind_and_none(returned) -> None:
+    scores = FunctionReward(lambda completions: returned).score(batch("a", "b", "c"))
+    assert scores == [1.0, None, 0.5]
+    assert type(scores[0]) is float
+
+
+def test_whole_arrays() -> None:
+    for array in (numpy.array([1.0, 2.0]), torch.tensor([1.0, 2.0])):
+        assert FunctionReward(lambda completions, array=array: array).score(batch("a", "b")) == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, numpy.float32("nan"), torch.tensor(math.inf)])
+def test_non_finite_scores_name_sample_and_text(value) -> None:
+    message = refused(lambda completions: [1.0, value], batch("fine", "bad\ntext"))
+    assert message.startswith(f"reward 'r' returned {float(value)} for sample 1 (prompt p1): completion 'bad\\ntext'")
+
+
+def test_long_texts_are_shortened() -> None:
+    message = refused(lambda completions: [math.nan], batch("x" * 5000 + "the end"))
+    assert len(message) < 300
+    assert "the end" in message
+
+
+@pytest.mark.parametrize(
+    ("returned", "words"),
+    [
+        ([1.0], "returned 1 values for 2 samples"),
+        ([1.0] * 3, "returned 3 values for 2 samples"),
+        (1.0, "returned a float; it must return a list"),
+        (None, "returned a NoneType; it must return a list"),
+        ({"a": 1}, "returned a dict; it must return a list"),
+        ([1.0, "2"], "returned a str, not a number or None, for sample 1 (prompt p1): completion 'b'"),
+        ([1.0, [2.0]], "returned a list, not a number or None, for sample 1"),
+    ],
+)
+def test_wrong_returns(returned, words) -> None:
+    assert words in refused(lambda completions: returned, batch("a", "b"))
+
+
+def test_missing_column_is_named_before_the_call() -> None:
+    def wants(completions, answer):
+        raise AssertionError("not to be called")
+
+    message = refused(wants, batch("a", question=["q"]))
+    assert "wants the column 'answer'" in message
+    assert "completion_ids, completions, prompts, question" in message
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+def test_a_raising_function_is_put_down_to_its_line_and_sample(tmp_path) -> None:
+    file = write(
+        tmp_path / "mine.py",
+        "def parse(text):\n    return float(text)\n\n"
+        "def score(completions):\n    return [parse(c) for c in completions]\n",
+    )
+    reward = load_reward(f"{file}:score")
+    assert reward.name == "score"
+    assert reward.score(batch("1", "2")) == [1.0, 2.0]
+    with pytest.raises(UserError) as caught:
+        reward.score(batch("1", "two", "three"))
+    assert str(caught.value) == (
+        "reward 'score' raised ValueError: could not convert string to float: 'two' (mine.py:2) "
+        "on sample 1 (prompt p1): completion 'two'"
+    )
+
+
+def test_the_line_is_the_user_s_even_where_a_library_raises(tmp_path) -> None:
+    file = write(
+        tmp_path / "mine.py",
+        "import json\n\ndef score(completions):\n    return [json.loads(c) for c in completions]\n",
+    )
+    with pytest.raises(UserError, match=r"JSONDecodeError: .* \(mine\.py:4\) on sample 0 "):
+        load_reward(f"{file}:score").score(batch("{"))
+
+
+def test_async_failures_are_put_down_too() -> None:
+    async def score(completions):
+        await asyncio.sleep(0)
+        return [1 / len(c) for c in completions]
+
+    message = refused(score, batch("a", ""))
+    assert "ZeroDivisionError: division by zero (test_function_reward.py:" in message
+    assert message.endswith("on sample 1 (prompt p1): completion ''")
+
+
+def test_a_failure_of_the_batch_alone() -> None:
+    def score(completions):
+        if len(completions) > 1:
+            raise RuntimeError("too\nmany")
+        return [1.0]
+
+    assert "raised RuntimeError: too many" in refused(score, batch("a", "b"))
+    assert refused(score, batch("a", "b")).endswith("on 2 samples together, though on none of them alone")
+
+
+def test_conversations_show_the_assistant_s_words() -> None:
+    data = batch("hello")
+    data.completions = [[{"role": "assistant", "content": "hello"}]]
+    assert "completion 'hello'" in refused(lambda completions: [math.nan], data)
