@@ -34,14 +34,6 @@ _INFINITIES = {".inf": "inf", "-.inf": "-inf"}
 _NOTHING = ("None", "none", "null")
 
 
-def expect(section: Any, wanted: str, ok: Callable[[Any], bool], *keys: str) -> None:
-    """Raises UserError naming the first of ``keys`` whose value is neither None nor ``ok``."""
-    for key in keys:
-        value = getattr(section, key)
-        if value is not None and not ok(value):
-            raise UserError(f"{key}: expected {wanted}, got {value!r}")
-
-
 def load_config(cls: type[Config], argv: Sequence[str], *, prog: str = "tandem") -> Config:
     """The config that ``--config FILE.yaml`` and the flags after it describe. Flags win.
 

@@ -1,5 +1,10 @@
 """Errors that a person can act on."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
 
 class UserError(Exception):
     """Something outside Tandem is wrong: a path, a row, a key, a reward function.
@@ -11,3 +16,14 @@ class UserError(Exception):
 
 class NonFiniteError(UserError):
     """A loss or a gradient is not finite. Raised before any parameter is touched by it."""
+
+
+def expect(section: Any, wanted: str, ok: Callable[[Any], bool], *keys: str) -> None:
+    """Checks keys of a config section or knobs of an algorithm.
+
+    Raises UserError naming the first of ``keys`` whose value is neither None nor ``ok``.
+    """
+    for key in keys:
+        value = getattr(section, key)
+        if value is not None and not ok(value):
+            raise UserError(f"{key}: expected {wanted}, got {value!r}")

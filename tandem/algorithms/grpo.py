@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from tandem.algorithms.clipped import add_kl_loss, clipped_surrogate, sampled_kl
-from tandem.algorithms.knobs import expect
+from tandem.errors import expect
 from tandem.functional.advantages import centred, group_normalised
 from tandem.roles import Algorithm, Estimate, Metrics
 from tandem.types import Aggregation, Batch, Group, Outputs, TokenLoss

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from tandem.algorithms.clipped import add_kl_loss, clipped_surrogate, sampled_kl
-from tandem.algorithms.knobs import expect
-from tandem.errors import UserError
+from tandem.errors import UserError, expect
 from tandem.functional.advantages import gae, whiten
 from tandem.functional.fields import required
 from tandem.functional.kl import adaptive_kl_coef

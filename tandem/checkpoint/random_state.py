@@ -10,6 +10,14 @@ from typing import Any
 import torch
 
 
+def seed_generators(seed: int) -> None:
+    """Starts every global generator from ``seed``. Tandem's own draws do not use them; a user's reward may."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed(seed % 2**32)
+
+
 def capture_random_state() -> dict[str, Any]:
     """States of Python's, numpy's (where imported), torch's CPU and (where in use) GPU generators.
 

@@ -144,7 +144,7 @@ class CheckpointStore:
     def _remove_old(self, step: int) -> None:
         """Removes older checkpoints beyond ``keep``. A folder without a manifest is not ours to remove."""
         older = sorted((s, path) for s, path in self._checkpoints().items() if s < step)
-        beyond = older[: len(older) - (self.keep - 1)] if self.keep else []
+        beyond = older[: max(0, len(older) + 1 - self.keep)] if self.keep else []
         for _, path in beyond:
             if (path / MANIFEST).is_file():
                 self._remove(path)
@@ -158,7 +158,7 @@ class CheckpointStore:
         shutil.rmtree(self._aside(final, _PARTIAL), ignore_errors=True)
         found = self._checkpoints() if self.folder.is_dir() else {}
         rest = f"{found[max(found)].name} is whole" if found else "there is no earlier one"
-        return f"{final}: cannot be written: {error.strerror}; {rest}; put that right and go on with --resume"
+        return f"{final}: cannot be written: {error.strerror or error}; {rest}; put that right and go on with --resume"
 
 
 class _HashingFile:

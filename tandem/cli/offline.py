@@ -18,9 +18,9 @@ from tandem.cli.wiring import (
     print_plan,
     session,
 )
-from tandem.config import expect
 from tandem.data.order import Order
 from tandem.data.tokenize import Counts
+from tandem.errors import expect
 from tandem.models.forward import LoadedModel
 from tandem.roles import Metrics, Objective
 from tandem.schedules.offline import Offline, OfflineRoles

@@ -26,16 +26,15 @@ from tandem.cli.wiring import (
     session,
     tokenizing,
 )
-from tandem.config import expect
 from tandem.data.order import Order
 from tandem.data.rows import load_rows
 from tandem.data.tokenize import Counts, build_prompts
 from tandem.engines.live import LiveEngine
-from tandem.errors import UserError
+from tandem.errors import UserError, expect
 from tandem.models.forward import LoadedModel
 from tandem.models.loading import load_causal, load_scalar
 from tandem.rewards.function import load_reward
-from tandem.rewards.model import RewardModel, require_same_tokenizer
+from tandem.rewards.model import RewardModel, require_same_tokenizer, same_tokenizer
 from tandem.roles import Algorithm, Metrics, Reward
 from tandem.rollout.prepare import Preparation, rollout_metrics
 from tandem.rollout.sampling import Judge, sample_groups
@@ -180,7 +179,7 @@ class Online:
             judge=judge,
             prepare=Preparation(
                 algorithm=self.algorithm,
-                reference=self._scorer(self.reference, config.sampling.temperature),
+                reference=self._scorer(self.reference, config.sampling.temperature) if self.reference else None,
                 critic=critic,
                 actor=actor,
                 old_logp=config.online.old_logp,
@@ -205,9 +204,7 @@ class Online:
             missing_eos_penalty=section.missing_eos_penalty,
         )
 
-    def _scorer(self, model: LoadedModel | None, temperature: float = 1.0) -> LocalScorer | None:
-        if model is None:
-            return None
+    def _scorer(self, model: LoadedModel, temperature: float = 1.0) -> LocalScorer:
         return LocalScorer(model, token_budget=self.config.model.token_budget, temperature=temperature)
 
     def _load_policy(self) -> LoadedModel:
@@ -223,10 +220,8 @@ class Online:
         if source is None:
             return []
         model = load_scalar(source, new_head="refuse", **model_options(self.config.model))
-        require_same_tokenizer(self.policy.tokenizer, model.tokenizer, policy="the model", other="the reward model")
-        scorer = self._scorer(model)
-        assert scorer is not None
-        return [RewardModel(scorer)]
+        shared = same_tokenizer(self.policy.tokenizer, model.tokenizer)
+        return [RewardModel(self._scorer(model), tokenizer=None if shared else model.tokenizer)]
 
     def _load_reference(self) -> LoadedModel | None:
         if not self.algorithm.needs_reference:
@@ -238,6 +233,7 @@ class Online:
 
     def _load_critic(self, section: CriticSection) -> LoadedModel:
         source = section.critic or self.config.reward.reward_model or self.config.model.model
+        # It reads the policy's token ids, so it must share the tokenizer.
         model = load_scalar(source, new_head="zero", **model_options(self.config.model))
         require_same_tokenizer(self.policy.tokenizer, model.tokenizer, policy="the model", other="the critic")
         return model

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from tandem.config import ONE_START, expect
-from tandem.errors import UserError
+from tandem.config import ONE_START
+from tandem.errors import UserError, expect
 
 
 def _at_least(minimum: float) -> Callable[[Any], bool]:

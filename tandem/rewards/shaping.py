@@ -13,13 +13,12 @@ MissingEos = Literal["none", "replace", "subtract"]
 def shape_reward(reward: float | None, stop: StopReason, *, missing_eos: MissingEos, penalty: float) -> float | None:
     """The reward after the missing-EOS rule, which touches only samples cut off by their length.
 
-    ``penalty``, in reward units, is the new reward itself for ``replace`` (so usually negative) and what is taken
-    off for ``subtract``. A sample that was left out (None) stays out.
+    ``penalty``, in reward units, is what is taken off for ``subtract``; ``replace`` takes it off a reward of 0. A sample that was left out (None) stays out.
     """
     if reward is None or stop != "length" or missing_eos == "none":
         return reward
     if missing_eos == "replace":
-        return penalty
+        return -penalty
     if missing_eos == "subtract":
         return reward - penalty
     raise ValueError(f"unknown missing_eos {missing_eos!r}: none, replace or subtract")

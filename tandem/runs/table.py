@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 
+from rich.box import ROUNDED
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -28,12 +29,12 @@ def print_table(title: str, columns: Seq[str], rows: Seq[Seq[str]], *, console: 
         ]
         _print_plain(console, "\n".join(["", title, *(line.rstrip() for line in lines)]))
         return
-    table = Table(title=escape(title), title_justify="left", title_style="bold", header_style="dim")
+    table = Table(box=ROUNDED, header_style="dim")
     for i, column in enumerate(columns):
         table.add_column(escape(column), justify="right" if i else "left")
     for row in rows:
         table.add_row(*map(Text, row))
-    console.print()
+    console.print(Text(f"\n{title}", style="bold"))
     console.print(table)
 
 
@@ -62,12 +63,12 @@ def print_samples(
         lines = [[f"  {name:<{width}}  {text}" for name, (text, _) in zip(columns, row, strict=True)] for row in rows]
         _print_plain(console, "\n".join(["", title, *("\n".join([*block, ""]) for block in lines)]).rstrip())
         return
-    table = Table(title=escape(title), title_justify="left", title_style="bold", header_style="dim", show_lines=True)
+    table = Table(box=ROUNDED, header_style="dim", show_lines=True)
     for column in columns:
         table.add_column(escape(column), overflow="fold")
     for row in rows:
         table.add_row(*(Text(text, style=style) for text, style in row))
-    console.print()
+    console.print(Text(f"\n{title}", style="bold"))
     console.print(table)
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tandem.checkpoint.random_state import capture_random_state, restore_random_state
+from tandem.checkpoint.random_state import capture_random_state, restore_random_state, seed_generators
 from tandem.checkpoint.saver import SaveEvery
 from tandem.checkpoint.store import CheckpointStore
 from tandem.errors import NonFiniteError
@@ -51,6 +51,8 @@ class Session:
     save_every: SaveEvery
     trainers: Mapping[str, Trainer]
     progress: Progress
+    seed: int = 0
+    """Of the global random generators, which a user's reward function may draw from."""
     rollouts_logged: int = 8
     """Rollouts written to ``rollouts.jsonl`` each step."""
     saved_step: int = field(default=-1, init=False)
@@ -62,7 +64,9 @@ class Session:
         """
         checkpoint = self.store.latest()
         step, state = 0, initial_state
-        if checkpoint is not None:
+        if checkpoint is None:
+            seed_generators(self.seed)
+        else:
             for role, trainer in self.trainers.items():
                 trainer.load_state_dict(checkpoint.load(role))
             restore_random_state(checkpoint.load("random"))

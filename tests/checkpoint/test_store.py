@@ -57,10 +57,13 @@ def test_no_folder_and_an_empty_folder_hold_no_checkpoint(tmp_path: Path) -> Non
     assert store.latest() is None
 
 
-@pytest.mark.parametrize(("keep", "left"), [(0, [1, 2, 3, 4]), (1, [4]), (3, [2, 3, 4]), (9, [1, 2, 3, 4])])
-def test_keeps_the_newest(tmp_path: Path, keep: int, left: list[int]) -> None:
-    store = store_with(tmp_path, 1, 2, 3, 4, keep=keep)
-    assert names(store) == [f"step_{step:08d}" for step in left]
+@pytest.mark.parametrize("keep", range(9))
+def test_keeps_the_newest(tmp_path: Path, keep: int) -> None:
+    store = CheckpointStore(tmp_path / "checkpoints", keep=keep)
+    for step in range(1, 7):
+        store.save(step, {"actor": {"x": torch.tensor(step)}}, {})
+        first = max(1, step - keep + 1) if keep else 1
+        assert names(store) == [f"step_{kept:08d}" for kept in range(first, step + 1)]
 
 
 def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
@@ -90,6 +93,22 @@ def test_an_interrupted_replacement_counts_and_is_taken_back(tmp_path: Path) -> 
     checkpoint.load("actor")
     store.save(6, parts_of(6), {})
     assert names(store) == ["step_00000006"]
+
+
+def test_an_interrupted_replacement_outlives_a_save_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = store_with(tmp_path, 5, keep=1)
+    os.rename(store.path(5), store.folder / ".replaced-step_00000005")
+
+    def refuse(descriptor: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(UserError, match="step_00000005 is whole"):
+        store.save(6, parts_of(6), {})
+    assert names(store) == ["step_00000005"]
+    checkpoint = store.latest()
+    assert checkpoint is not None
+    checkpoint.load("actor")
 
 
 def test_leftovers_are_passed_over_and_cleared(tmp_path: Path) -> None:

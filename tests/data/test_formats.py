@@ -39,6 +39,7 @@ def test_implicit_prompt_of_conversations_is_trl_s() -> None:
     ("chosen", "rejected"),
     [
         ("The sky is blue.", "The sky is green."),
+        ("The sky is red.", "The sky is red!"),
         ("Q: 1+1?\nA:\n2", "Q: 1+1?\nA:\n3"),
         ("Human: hi\n\nAssistant: Yes, of course", "Human: hi\n\nAssistant: No"),
     ],

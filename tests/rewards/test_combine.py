@@ -46,14 +46,14 @@ def test_counts_must_fit() -> None:
     [
         ("none", "length", 2.0),
         ("replace", "length", -1.0),
-        ("subtract", "length", 3.0),
+        ("subtract", "length", 1.0),
         ("replace", "eos", 2.0),
         ("subtract", "stop_string", 2.0),
     ],
 )
 def test_missing_eos(missing_eos, stop, expected) -> None:
-    assert shape_reward(2.0, stop, missing_eos=missing_eos, penalty=-1.0) == expected
-    assert shape_reward(None, stop, missing_eos=missing_eos, penalty=-1.0) is None
+    assert shape_reward(2.0, stop, missing_eos=missing_eos, penalty=1.0) == expected
+    assert shape_reward(None, stop, missing_eos=missing_eos, penalty=1.0) is None
 
 
 def test_unknown_rule() -> None:

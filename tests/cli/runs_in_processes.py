@@ -1,0 +1,93 @@
+"""Command lines run in processes of their own, which can be killed at a chosen point for real."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from conftest import make_module, make_tokenizer
+
+# Children are forked from a server that has imported everything but computed nothing: quick, and free of threads.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["tandem.cli.ppo", "tandem.cli.grpo", "tandem.cli.sft", "tandem.cli.rm"])
+
+
+def write_inputs(folder: Path) -> None:
+    """A base model, demonstrations, preferences, prompts and a reward function, all tiny."""
+    make_module("llama").save_pretrained(folder / "base")
+    make_tokenizer().save_pretrained(folder / "base")
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdef", k=4)) for _ in range(40)]
+    rows = {
+        "demos": [{"prompt": f"{w}=", "completion": w[::-1]} for w in words],
+        "pairs": [{"prompt": f"{w}=", "chosen": w[::-1], "rejected": "x"} for w in words],
+        "prompts": [{"prompt": f"{w}=", "answer": w[::-1]} for w in words],
+    }
+    for name, lines in rows.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "check.py").write_text(
+        "def right(prompts, completions, answer):\n"
+        "    return [sum(a == b for a, b in zip(c, t)) / 4 for c, t in zip(completions, answer)]\n"
+    )
+
+
+def arguments(method: str) -> list[str]:
+    """A few steps of each method on those inputs."""
+    common = ["--seed", "3", "--eval-every", "2", "--learning-rate", "3e-3", "--lr-schedule", "linear"]
+    online = ["--data", "prompts.jsonl", "--eval-data", "prompts.jsonl", "--reward", "check.py:right",
+              "--prompts-per-step", "6", "--samples-per-prompt", "3", "--max-new-tokens", "5"]  # fmt: skip
+    special = {
+        "sft": ["--data", "demos.jsonl", "--eval-data", "demos.jsonl", "--batch-size", "7"],
+        "rm": ["--data", "pairs.jsonl", "--eval-data", "pairs.jsonl", "--batch-size", "7"],
+        "ppo": [*online, "--epochs", "2", "--minibatches", "2", "--kl-target", "0.5", "--normalize-rewards"],
+        "grpo": [*online, "--minibatches", "2"],
+    }
+    return [method, "--model", "base", *special[method], *common]
+
+
+def _child(folder: str, argv: list[str], fault: tuple[str, int] | None, output: str) -> None:
+    os.chdir(folder)
+    sys.stdout = sys.stderr = open(output, "w", buffering=1)  # noqa: SIM115
+    torch.set_num_threads(1)
+    if fault is not None:
+        _die_at(*fault)
+    from tandem.cli.main import main
+
+    code = main(argv)
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def _die_at(call: str, count: int) -> None:
+    """SIGKILL to this process at the ``count``-th call of ``os.fsync``, ``os.rename`` or ``torch.save``."""
+    module = {"fsync": os, "rename": os, "write": os, "save": torch}[call]
+    original, left = getattr(module, call), count
+
+    def faulty(*args, **kwargs):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(module, call, faulty)
+
+
+def run(
+    folder: Path, argv: list[str], *, fault: tuple[str, int] | None = None, kill_after: float | None = None
+) -> tuple[int, str]:
+    """(exit code, output). A negative code is the signal that ended it. ``kill_after`` seconds, it is killed."""
+    output = folder / "output.txt"
+    process = PROCESSES.Process(target=_child, args=(str(folder), argv, fault, str(output)))
+    process.start()
+    process.join(kill_after if kill_after is not None else 120)
+    if process.is_alive():
+        process.kill()
+        process.join()
+    return process.exitcode, output.read_text() if output.exists() else ""

@@ -1,0 +1,102 @@
+"""Law 5: a run killed at any moment, several times, and resumed is the run that was left alone, bit for bit."""
+
+import json
+import random
+import signal
+
+import pytest
+import torch
+from runs_in_processes import arguments, run, write_inputs
+
+STEPS = 5
+TIMINGS = ("seconds", "tokens_per_second")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resume")
+    write_inputs(folder)
+    return folder
+
+
+def metrics(run_folder):
+    lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith(TIMINGS)} for line in lines]
+
+
+def final_state(run_folder):
+    checkpoint = run_folder / "checkpoints" / f"step_{STEPS:08d}"
+    parts = {path.name: torch.load(path, weights_only=True) for path in sorted(checkpoint.glob("*.pt"))}
+    return parts, json.loads((checkpoint / "state.json").read_text())
+
+
+def assert_same(a, b, where="state"):
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}[{key}]")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}[{i}]")
+    else:
+        assert a == b, where
+
+
+@pytest.mark.parametrize("method", ["sft", "rm", "ppo", "grpo"])
+def test_killed_and_resumed_equals_unbroken(inputs, method):
+    argv = [*arguments(method), "--steps", str(STEPS), "--save-every", "1"]
+    code, output = run(inputs, [*argv, "--out", f"{method}-whole"])
+    assert code == 0, output
+
+    broken = [*argv, "--out", f"{method}-broken", "--resume"]
+    rng = random.Random(method)
+    # Inside a save (a file half on the disk, a folder not renamed yet, an old one half removed), then at any moment.
+    faults = [("fsync", 2), ("save", 4), ("rename", rng.randint(1, 3)), ("fsync", rng.randint(3, 9)), ("rename", 2)]
+    kills = 0
+    for fault in faults:
+        code, output = run(inputs, broken, fault=fault)
+        assert code in (0, -signal.SIGKILL), output
+        kills += code == -signal.SIGKILL
+    for _ in range(2):
+        code, output = run(inputs, broken, kill_after=rng.uniform(0.1, 1.0))
+        assert code in (0, -signal.SIGKILL), output
+    assert kills >= 3
+    code, output = run(inputs, broken)
+    assert code == 0, output
+
+    whole, resumed = inputs / f"{method}-whole", inputs / f"{method}-broken"
+    assert [line["step"] for line in metrics(resumed)] == list(range(STEPS + 1))
+    assert metrics(resumed) == metrics(whole)
+    assert_same(final_state(resumed), final_state(whole))
+    weights = "model/model.safetensors"
+    assert (resumed / weights).read_bytes() == (whole / weights).read_bytes()
+
+
+def test_a_config_file_repeats_a_run_with_the_same_numbers(inputs):
+    argv = [*arguments("ppo"), "--steps", "2"]
+    assert run(inputs, [*argv, "--out", "first"])[0] == 0
+    code, output = run(inputs, ["ppo", "--config", "first/config.yaml", "--out", "second"])
+    assert code == 0, output
+    assert metrics(inputs / "first") == metrics(inputs / "second")
+
+
+def test_another_seed_gives_other_numbers(inputs):
+    argv = [*arguments("grpo"), "--steps", "1"]
+    for seed in ("3", "4"):
+        assert run(inputs, [*argv, "--out", f"seed-{seed}", "--seed", seed])[0] == 0
+    assert metrics(inputs / "seed-3") != metrics(inputs / "seed-4")
+
+
+def test_resume_with_another_config_is_refused_and_more_steps_are_not(inputs):
+    argv = [*arguments("sft"), "--out", "longer", "--save-every", "1"]
+    assert run(inputs, [*argv, "--steps", "2"])[0] == 0
+    code, output = run(inputs, [*argv, "--steps", "2", "--batch-size", "9", "--resume"])
+    assert code == 2
+    assert "batch_size (7 there, 9 now)" in output
+    code, output = run(inputs, [*argv, "--steps", "3", "--resume"])
+    assert code == 0, output
+    assert [line["step"] for line in metrics(inputs / "longer")] == [0, 1, 2, 3]

@@ -1,0 +1,137 @@
+"""Judged groups into minibatches: who is left out, what the weights say, and that order and packing do not matter."""
+
+import pytest
+import torch
+from conftest import make_module, make_tokenizer
+
+from tandem.algorithms.grpo import GRPO
+from tandem.algorithms.ppo import PPO
+from tandem.engines.live import LiveEngine
+from tandem.models.loading import prepare_module
+from tandem.rewards.function import FunctionReward
+from tandem.rollout.prepare import Preparation, rollout_metrics, sampler_gap
+from tandem.rollout.sampling import Judge, sample_groups
+from tandem.training.trainer import LocalScorer
+from tandem.types import Prompt, SamplingParams
+
+SAMPLING = SamplingParams(max_new_tokens=6, temperature=0.8)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return prepare_module(make_module("llama"), make_tokenizer())
+
+
+def make_prompts(model, texts=("ab", "cde", "f")):
+    return [
+        Prompt(prompt_id=f"p{i}", prompt=t, token_ids=tuple(model.tokenizer(t)["input_ids"]), columns={"goal": i})
+        for i, t in enumerate(texts)
+    ]
+
+
+def sample(model, step=1, samples=4, sampling=SAMPLING, **kwargs):
+    engine = LiveEngine(model.module, model.tokenizer)
+    return sample_groups(engine, make_prompts(model), sampling, samples_per_prompt=samples, seed=0, step=step, **kwargs)
+
+
+def judged(groups, function):
+    Judge(rewards=(FunctionReward(function),), weights=(1.0,))(groups)
+    return groups
+
+
+def length_reward(completion_ids, **columns):
+    return [float(len(ids)) for ids in completion_ids]
+
+
+def test_a_sample_depends_on_seed_step_prompt_and_index_only(model):
+    first, again, later = sample(model), sample(model), sample(model, step=2)
+    ids = [[r.token_ids for g in groups for r in g.rollouts] for groups in (first, again, later)]
+    assert ids[0] == ids[1]
+    assert ids[0] != ids[2]
+    for group in first:
+        for rollout in group.rollouts:
+            n = len(rollout.token_ids)
+            assert rollout.token_ids[: rollout.prompt_length] == list(group.prompt.token_ids)
+            assert rollout.trainable == [False] * rollout.prompt_length + [True] * (n - rollout.prompt_length)
+            assert len(rollout.behaviour_logp) == len(rollout.untruncated_logp) == n
+
+
+def test_rewards_get_columns_and_none_leaves_a_sample_out_of_the_baseline(model):
+    seen = {}
+
+    def every_other(prompts, completions, goal):
+        seen.update(prompts=prompts, goal=goal)
+        return [None if i % 2 else float(i) for i in range(len(prompts))]
+
+    groups = judged(sample(model), every_other)
+    assert seen["goal"] == [0] * 4 + [1] * 4 + [2] * 4
+    assert seen["prompts"] == ["ab"] * 4 + ["cde"] * 4 + ["f"] * 4
+    assert [len(g.usable) for g in groups] == [2, 2, 2]
+    assert rollout_metrics(groups)["left_out"] == 6
+    prepared = Preparation(algorithm=GRPO(kl_coef=0.0, normalize="none"))(groups, {}, 1)
+    assert prepared.batch.segments == 6
+    # Rewards 0 and 2 in the first group, 4 and 6, 8 and 10: minus one and plus one against each group's mean.
+    first_token_advantage = prepared.batch.advantage_T[prepared.batch.last_S].tolist()
+    assert first_token_advantage == [-1.0, 1.0] * 3
+
+
+def test_nothing_usable_is_no_batch(model):
+    groups = judged(sample(model), lambda prompts, completions: [None] * len(prompts))
+    assert Preparation(algorithm=GRPO(kl_coef=0.0))(groups, {}, 1) is None
+
+
+def test_minibatches_hold_every_sequence_once_an_epoch_and_weights_sum_to_one(model):
+    groups = judged(sample(model), length_reward)
+    prepared = Preparation(algorithm=GRPO(kl_coef=0.0), epochs=2, minibatches=5, seed=3)(groups, {}, 7)
+    batches = list(prepared)
+    assert len(batches) == 10
+    for epoch in (batches[:5], batches[5:]):
+        assert sorted(i for b in epoch for i in b.index_S.tolist()) == list(range(12))
+    assert batches[0].index_S.tolist() != batches[5].index_S.tolist()
+    for batch in batches:
+        assert batch.weight_T.sum().item() == pytest.approx(1.0)
+    again = Preparation(algorithm=GRPO(kl_coef=0.0), epochs=2, minibatches=5, seed=3)(groups, {}, 7)
+    assert all(torch.equal(a.index_S, b.index_S) for a, b in zip(batches, again, strict=True))
+
+
+def test_more_minibatches_than_sequences(model):
+    groups = judged(sample(model, samples=1), length_reward)
+    prepared = Preparation(algorithm=GRPO(kl_coef=0.0), minibatches=50)(groups, {}, 1)
+    assert [b.segments for b in prepared] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("truncation", [{}, {"top_p": 0.6}, {"top_k": 3}, {"min_p": 0.2}])
+def test_law_4_sampler_and_trainer_agree(model, truncation):
+    """Also under truncation: ratios are taken against the untruncated log-probs (REFERENCE stumble 6)."""
+    sampling = SamplingParams(max_new_tokens=6, temperature=0.8, **truncation)
+    groups = judged(sample(model, sampling=sampling), length_reward)
+    scorer = LocalScorer(model, token_budget=40, temperature=0.8)
+    prepared = Preparation(algorithm=GRPO(kl_coef=0.0), actor=scorer, old_logp="trainer")(groups, {}, 1)
+    assert prepared.metrics["sampler_gap_max"] < 1e-4
+    assert sampler_gap(prepared.batch)["sampler_gap_mean"] < 1e-5
+    if truncation:
+        drawn = [x for g in groups for r in g.rollouts for x in r.behaviour_logp]
+        full = [x for g in groups for r in g.rollouts for x in r.untruncated_logp]
+        assert sum(drawn) > sum(full) + 1
+
+
+def test_ppo_gets_what_it_needs(model):
+    groups = judged(sample(model), length_reward)
+    scorer = LocalScorer(model, token_budget=100, temperature=0.8)
+
+    class ZeroCritic:
+        def score(self, batch):
+            from tandem.types import Outputs
+
+            return Outputs(value_T=torch.zeros(batch.tokens))
+
+    algorithm = PPO(whiten_advantages=False, lam=1.0)
+    prepared = Preparation(algorithm=algorithm, reference=scorer, critic=ZeroCritic())(
+        groups, algorithm.initial_state(), 1
+    )
+    # The reference is the sampler itself, so the KL is rounding and every token's return is the length of its answer.
+    lengths = torch.tensor([float(len(r.completion_ids)) for g in groups for r in g.rollouts])
+    batch = prepared.batch
+    want = lengths[batch.segment_T] * batch.trainable_T
+    torch.testing.assert_close(batch.advantage_T, want, atol=1e-4, rtol=0)
+    assert abs(prepared.metrics["kl"]) < 1e-5
