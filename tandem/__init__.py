@@ -7,6 +7,31 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "UserError": "tandem.errors",
+    "SamplingParams": "tandem.types",
+    "Algorithm": "tandem.roles",
+    "GRPO": "tandem.algorithms.grpo",
+    "PPO": "tandem.algorithms.ppo",
+    "RewardModeling": "tandem.objectives.reward",
+    "SFT": "tandem.objectives.sft",
+    "load_rows": "tandem.data.rows",
+    "build_pairs": "tandem.data.tokenize",
+    "build_prompts": "tandem.data.tokenize",
+    "build_sequences": "tandem.data.tokenize",
+    "pack": "tandem.data.packing",
+    "pack_pairs": "tandem.data.packing",
+    "stamp_pair_weights": "tandem.data.packing",
+    "stamp_weights": "tandem.data.packing",
+    "load_causal": "tandem.models.loading",
+    "load_scalar": "tandem.models.loading",
+    "LiveEngine": "tandem.engines.live",
+    "load_reward": "tandem.rewards.function",
+    "RewardModel": "tandem.rewards.model",
+    "Judge": "tandem.rollout.sampling",
+    "sample_groups": "tandem.rollout.sampling",
+    "Preparation": "tandem.rollout.prepare",
+    "LocalScorer": "tandem.training.trainer",
+    "LocalTrainer": "tandem.training.trainer",
+    "OptimParams": "tandem.training.optim",
 }
 """Name and home of everything else that ``import tandem`` offers. Each is imported when first asked for."""
 

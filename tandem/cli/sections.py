@@ -169,7 +169,8 @@ class RewardSection:
     def __post_init__(self) -> None:
         if not self.reward and not self.reward_model:
             raise UserError("reward: nothing judges the samples; give --reward FILE.py:function or --reward-model DIR")
-        expect(self, "FILE.py:function", lambda names: all(re.fullmatch(r".+\.py:\w+", n) for n in names), "reward")
+        shaped = re.compile(r".+:[A-Za-z_]\w*")
+        expect(self, "FILE.py:function", lambda names: all(map(shaped.fullmatch, names)), "reward")
         count = len(self.reward) + (self.reward_model is not None)
         expect(self, f"{count} weights, one a reward", lambda weights: len(weights) in (0, count), "reward_weights")
         expect(self, "0 or more", _at_least(0), "missing_eos_penalty")

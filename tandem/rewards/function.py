@@ -36,7 +36,7 @@ class FunctionReward:
     """Calls ``function`` and checks what it returns. ``name`` is the function's, unless given."""
 
     def __init__(self, function: Callable[..., Any], *, name: str | None = None) -> None:
-        self.name: str = name or getattr(function, "__name__", type(function).__name__)
+        self.name = str(name or getattr(function, "__name__", type(function).__name__))
         self._function = function
         self._parameters = inspect.signature(function).parameters.values()
         self._runner: asyncio.Runner | None = None

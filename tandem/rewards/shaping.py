@@ -13,7 +13,8 @@ MissingEos = Literal["none", "replace", "subtract"]
 def shape_reward(reward: float | None, stop: StopReason, *, missing_eos: MissingEos, penalty: float) -> float | None:
     """The reward after the missing-EOS rule, which touches only samples cut off by their length.
 
-    ``penalty``, in reward units, is what is taken off for ``subtract``; ``replace`` takes it off a reward of 0. A sample that was left out (None) stays out.
+    ``penalty``, in reward units, is what is taken off for ``subtract``; ``replace`` takes it off a reward of 0. A
+    sample that was left out (None) stays out.
     """
     if reward is None or stop != "length" or missing_eos == "none":
         return reward

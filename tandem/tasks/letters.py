@@ -3,10 +3,9 @@
 A prompt is four to six different letters of ``a`` to ``l`` and a ``>``; the right answer is the same letters in
 alphabetical order: ``"kcafh>"`` → ``"acfhk"``.
 
-The demonstrators are imperfect on purpose, so that imitating them leaves room to improve. Three in ten answers come
-from careful writers and are right; four in ten from hurried writers, who sort but leave the last letter out; three in
-ten from careless writers, who slip once: two neighbors swapped, or a letter dropped, doubled, replaced or added. A
-model that imitates them well is right about three times in ten when it samples.
+The demonstrators are imperfect on purpose, so that imitating them leaves room to improve. Some answers come from
+careful writers and are right; most come from careless ones, who slip once or more: two neighbors swapped, or a letter
+dropped, doubled or replaced. A model that imitates them well slips as often as they do when it samples.
 
 Preferences compare two answers to one prompt: the one with fewer mistakes is chosen. Prompts are train or held out
 by the set of their letters, so that no held-out prompt has its letters, in any order, among the training prompts.
@@ -75,19 +74,21 @@ def mistakes(prompt: str, completion: str) -> int:
 
 @dataclass(frozen=True)
 class Writers:
-    """Who writes the demonstrations: shares of careful and of hurried writers; the rest are careless."""
+    """Who writes the answers: a share of careful writers, who are right, and the rest, who slip once or more."""
 
-    careful: float = 0.3
-    hurried: float = 0.4
+    careful: float = 0.35
+    slip_again: float = 0.3
+    """Chance of a further slip after each one."""
 
     def write(self, prompt: str, rng: random.Random) -> str:
-        """One answer by a writer drawn at random."""
-        right, habit = answer(prompt), rng.random()
-        if habit < self.careful:
+        """One answer by a writer drawn at random. A careless one is always wrong."""
+        right = answer(prompt)
+        if rng.random() < self.careful:
             return right
-        if habit < self.careful + self.hurried:
-            return right[:-1]
-        return _slip(right, rng)
+        text = right
+        while text == right or (text and rng.random() < self.slip_again):
+            text = _slip(text, rng)
+        return text
 
 
 def demonstrations(n: int, seed: int, *, split: Split = "train", writers: Writers | None = None) -> list[Row]:
@@ -98,7 +99,8 @@ def demonstrations(n: int, seed: int, *, split: Split = "train", writers: Writer
 
 def preferences(n: int, seed: int, *, split: Split = "train", writers: Writers | None = None) -> list[Row]:
     """``n`` rows ``{"prompt", "chosen", "rejected"}`` between answers that the writers wrote."""
-    rng, writers, rows = _draw(seed, split, "preferences"), writers or Writers(), []
+    rng, writers = _draw(seed, split, "preferences"), writers or Writers()
+    rows: list[Row] = []
     while len(rows) < n:
         [prompt] = _prompts(1, rng, split)
         rows += _pairs(prompt, [writers.write(prompt, rng) for _ in range(2)], 1, rng)
@@ -127,18 +129,10 @@ def _pairs(prompt: str, answers: Seq[str], most: int, rng: random.Random) -> lis
 
 
 def _slip(text: str, rng: random.Random) -> str:
-    """One mistake of five kinds. The letters of ``text`` differ, so every kind makes a right text wrong."""
-    i = rng.randrange(len(text) - 1)
-    stray = rng.choice(LETTERS)
-    return rng.choice(
-        [
-            text[:i] + text[i + 1] + text[i] + text[i + 2 :],
-            text[:i] + text[i + 1 :],
-            text[: i + 1] + text[i:],
-            text[:i] + rng.choice(LETTERS.replace(text[i], "")) + text[i + 1 :],
-            (lambda at: text[:at] + stray + text[at:])(rng.randint(0, len(text))),
-        ]
-    )
+    """Two neighbors swapped, or a letter dropped, doubled or replaced. Now and then nothing happens."""
+    i, other = rng.randrange(len(text)), rng.choice(LETTERS)
+    before, letter, after = text[:i], text[i], text[i + 1 :]
+    return before + rng.choice([after[:1] + letter + after[1:], after, letter + letter + after, other + after])
 
 
 def _draw(seed: int, split: Split, what: str) -> random.Random:

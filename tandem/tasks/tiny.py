@@ -41,13 +41,13 @@ def build_model(
     layers: int = 3,
     **config: Any,
 ) -> PreTrainedModel:
-    """A Qwen2 causal LM in fp32 with random weights that depend on ``seed`` alone (0.74M parameters by default).
+    """A Llama causal LM in fp32 with random weights that depend on ``seed`` alone (0.74M parameters by default).
 
     ``tokenizer`` (default ``build_tokenizer()``) gives the vocabulary size and the special ids; ``config`` overrides
-    any other key of ``Qwen2Config``. The caller's random state is left as it was.
+    any other key of ``LlamaConfig``. The caller's random state is left as it was.
     """
     import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = tokenizer or build_tokenizer()
     defaults = {
@@ -65,5 +65,5 @@ def build_model(
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "model"))
-        model = Qwen2ForCausalLM(Qwen2Config(**(defaults | config)))
+        model = LlamaForCausalLM(LlamaConfig(**(defaults | config)))
     return model.eval()

@@ -1,0 +1,209 @@
+"""Wrong inputs: one line that names what is at fault, exit code 2, no traceback, no half-made run folder."""
+
+import json
+import math
+
+import pytest
+import torch
+from runs_in_processes import arguments, write_inputs
+
+from tandem.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wrong")
+    write_inputs(folder)
+    return folder
+
+
+@pytest.fixture
+def tandem(inputs, monkeypatch, capsys):
+    """Runs a command in the folder of the inputs; returns (exit code, standard error)."""
+    monkeypatch.chdir(inputs)
+
+    def call(*argv):
+        code = main([str(word) for word in argv])
+        return code, capsys.readouterr().err
+
+    return call
+
+
+SFT = ["sft", "--model", "base", "--data", "demos.jsonl", "--steps", "1"]
+GRPO = [*arguments("grpo"), "--steps", "1"]
+
+
+def write(inputs, name, text):
+    (inputs / name).write_text(text)
+    return name
+
+
+def refused(tandem, inputs, argv, *parts):
+    """Asserts a refusal whose one line holds every part."""
+    out = inputs / "never"
+    code, err = tandem(*argv, "--out", out)
+    assert code == 2, err
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert len(lines) == 1, err
+    assert lines[0].startswith("tandem: error: ")
+    for part in parts:
+        assert part in lines[0], err
+    assert not out.exists()
+
+
+def with_(argv, **changes):
+    """The arguments with flags replaced or added."""
+    argv = list(argv)
+    for name, value in changes.items():
+        flag = "--" + name.replace("_", "-")
+        if flag in argv:
+            argv[argv.index(flag) + 1] = str(value)
+        else:
+            argv += [flag, str(value)]
+    return argv
+
+
+def test_missing_model(tandem, inputs):
+    refused(tandem, inputs, with_(SFT, model="./nowhere"), "no model folder ./nowhere")
+
+
+def test_malformed_json_line(tandem, inputs):
+    data = write(inputs, "bad.jsonl", '{"prompt": "a", "completion": "b"}\n{"prompt": "a", completion}\n')
+    refused(tandem, inputs, with_(SFT, data=data), "bad.jsonl:2")
+
+
+def test_missing_column(tandem, inputs):
+    data = write(inputs, "columns.jsonl", '{"question": "a", "response": "b"}\n')
+    refused(tandem, inputs, with_(SFT, data=data), "columns.jsonl:1", "'question'", "'response'", "'prompt'")
+
+
+def test_column_that_a_reward_wants(tandem, inputs):
+    data = write(inputs, "no_answer.jsonl", '{"prompt": "a="}\n')
+    code, err = tandem(*with_(GRPO, data=data, eval_data=data), "--out", inputs / "wants")
+    assert (code, "'answer'" in err) == (2, True), err
+
+
+def test_empty_dataset(tandem, inputs):
+    refused(tandem, inputs, with_(SFT, data=write(inputs, "empty.jsonl", "\n")), "empty.jsonl", "empty")
+
+
+def test_unknown_keys_are_refused_with_the_nearest(tandem, inputs):
+    refused(tandem, inputs, with_(SFT, learning_rat=1), "--learning-rat", "--learning-rate")
+    config = write(inputs, "unknown.yaml", "seed: 1\nbatchsize: 3\n")
+    refused(tandem, inputs, with_(SFT, config=config), "unknown.yaml:2", "batchsize", "batch_size")
+
+
+def test_wrong_types_and_ranges(tandem, inputs):
+    refused(tandem, inputs, with_(SFT, steps="many"), "--steps", "whole number", "'many'")
+    config = write(inputs, "types.yaml", "learning_rate: fast\n")
+    refused(tandem, inputs, with_(SFT, config=config), "types.yaml:1", "learning_rate", "number", "'fast'")
+    refused(tandem, inputs, with_(GRPO, top_p="1.5"), "--top-p", "1.5")
+    refused(tandem, inputs, with_(GRPO, temperature="0"), "temperature")
+
+
+def test_missing_flag(tandem, inputs):
+    refused(tandem, inputs, SFT[:3], "--data", "--steps")
+
+
+def test_long_prompts(tandem, inputs):
+    refused(tandem, inputs, with_(GRPO, max_length=4), "prompts.jsonl:1", "5 tokens", "limit of 4")
+    code, err = tandem(*with_(GRPO, max_length=4, long_rows="truncate"), "--out", inputs / "cut")
+    assert code == 0, err
+    start = json.loads((inputs / "cut" / "events.jsonl").read_text().splitlines()[0])
+    assert (start["truncated"], start["dropped"]) == (40, 0)
+    refused(tandem, inputs, with_(GRPO, max_length=4, long_rows="drop"), "40 rows", "limit of 4")
+
+
+REWARDS = """
+import math
+def raises(prompts, completions): raise KeyError("answer key lost")
+def short(prompts, completions): return [0.0]
+def nan(prompts, completions): return [0.0, math.nan] + [0.0] * (len(prompts) - 2)
+def infinite(prompts, completions): return [math.inf] * len(prompts)
+def text(prompts, completions): return ["good"] * len(prompts)
+def some(prompts, completions): return [None if i % 3 == 0 else 1.0 for i in range(len(prompts))]
+def none(prompts, completions): return [None] * len(prompts)
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "parts"),
+    [
+        ("raises", ["KeyError", "answer key lost", "rewards.py:3", "sample 0"]),
+        ("short", ["18", "1"]),
+        ("nan", ["sample 1", "nan"]),
+        ("infinite", ["sample 0", "inf"]),
+        ("text", ["sample 0", "a str"]),
+    ],
+)
+def test_rewards_that_fail_name_the_sample(tandem, inputs, function, parts):
+    write(inputs, "rewards.py", REWARDS)
+    argv = with_(GRPO, reward=f"rewards.py:{function}")
+    del argv[argv.index("--eval-data") : argv.index("--eval-data") + 2]
+    code, err = tandem(*argv, "--out", inputs / f"reward-{function}")
+    assert code == 2
+    assert len(err.strip().splitlines()) == 1, err
+    for part in parts:
+        assert part in err, err
+
+
+def test_reward_functions_that_cannot_be_loaded(tandem, inputs):
+    write(inputs, "rewards.py", REWARDS)
+    refused(tandem, inputs, with_(GRPO, reward="rewards.py:nam"), "rewards.py", "nam", "nan")
+    refused(tandem, inputs, with_(GRPO, reward="nowhere.py:f"), "nowhere.py")
+    write(inputs, "broken.py", "import math\nx = = 1\n")
+    refused(tandem, inputs, with_(GRPO, reward="broken.py:f"), "broken.py", "2")
+
+
+def test_samples_left_out_are_counted(tandem, inputs):
+    write(inputs, "rewards.py", REWARDS)
+    for name, left_out in (("some", 6), ("none", 18)):
+        out = inputs / f"left-out-{name}"
+        code, err = tandem(*with_(GRPO, reward=f"rewards.py:{name}"), "--out", out)
+        assert code == 0, err
+        last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+        assert last["left_out"] == left_out
+        assert ("grad_norm" in last) == (name == "some")
+
+
+def test_out_that_holds_a_run(tandem, inputs):
+    out = inputs / "taken"
+    assert tandem(*SFT, "--out", out)[0] == 0
+    code, err = tandem(*SFT, "--out", out)
+    assert code == 2
+    assert "--resume" in err
+    assert "--overwrite" in err
+    assert tandem(*SFT, "--out", out, "--overwrite")[0] == 0
+    stranger = inputs / "stranger"
+    stranger.mkdir()
+    (stranger / "thesis.txt").write_text("years of work")
+    assert tandem(*SFT, "--out", stranger, "--overwrite")[0] == 2
+    assert (stranger / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_state(tandem, inputs, monkeypatch):
+    """The real thing: a learning rate that makes the parameters, and so the next loss, overflow."""
+    out = inputs / "diverged"
+    argv = with_(SFT, steps=60, learning_rate="1e30", save_every=0, max_grad_norm="1e30")
+    code, err = tandem(*argv, "--out", out)
+    assert code == 2, err
+    assert "not finite" in err
+    assert "step " in err
+    [checkpoint] = (out / "checkpoints").iterdir()
+    assert str(checkpoint) in err
+    state = torch.load(checkpoint / "model.pt", weights_only=True)
+    assert all(math.isfinite(p.abs().max()) for p in state["model"].values())
+    assert not (out / "model").exists()
+    resumed = with_(argv, steps=60)
+    assert tandem(*resumed, "--out", out, "--resume")[0] == 2
+
+
+def test_a_truncated_checkpoint_is_refused_by_name(tandem, inputs):
+    out = inputs / "truncated"
+    argv = with_(SFT, save_every=1)
+    assert tandem(*argv, "--out", out)[0] == 0
+    part = out / "checkpoints" / "step_00000001" / "model.pt"
+    part.write_bytes(part.read_bytes()[:1000])
+    code, err = tandem(*with_(argv, steps=2), "--out", out, "--resume")
+    assert code == 2
+    assert "model.pt" in err
