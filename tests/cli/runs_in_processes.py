@@ -33,7 +33,7 @@ def write_inputs(folder: Path) -> None:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "check.py").write_text(
         "def right(prompts, completions, answer):\n"
-        "    return [sum(a == b for a, b in zip(c, t)) / 4 for c, t in zip(completions, answer)]\n"
+        "    return [sum(a == b for a, b in zip(c, t)) / 4 + len(set(c)) / 100 for c, t in zip(completions, answer)]\n"
     )
 
 

@@ -1,0 +1,105 @@
+"""The quickstart as a user runs it: three seeds, each in a process of its own, and Ctrl-C in the middle of one."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from tandem.cli.quickstart import quickstart
+from tandem.errors import UserError
+from tandem.tasks import letters
+
+SEEDS = [0, 1, 2]
+
+
+def start(out, seed, **popen):
+    command = [sys.executable, "-m", "tandem", "quickstart", "--seed", str(seed), "--out", str(out)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """All seeds at once, one thread each: (folder, output) by seed."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    processes = {seed: start(folder / str(seed), seed) for seed in SEEDS}
+    finished = {}
+    for seed, process in processes.items():
+        output, errors = process.communicate(timeout=500)
+        assert process.returncode == 0, errors
+        finished[seed] = (folder / str(seed), output)
+    return finished
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_ppo_learns_what_only_the_checker_knows(runs, seed):
+    out, output = runs[seed]
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["seed"] == seed
+    assert summary["reward_model_accuracy"] >= 0.85
+    assert summary["gold_ppo"] >= summary["gold_sft"] + 0.30
+    assert f"{summary['gold_ppo']:.1%}" in output
+    assert "\x1b" not in output  # piped: plain lines
+    lines = [json.loads(line) for line in (out / "ppo" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(41))
+
+
+def test_held_out_prompts_are_in_no_training_file(runs):
+    out, _ = runs[0]
+
+    def sets_of_letters(name):
+        rows = [json.loads(line) for line in (out / "data" / f"{name}.jsonl").read_text().splitlines()]
+        return {letters.answer(row["prompt"]) for row in rows}
+
+    trained = sets_of_letters("demonstrations") | sets_of_letters("preferences") | sets_of_letters("prompts")
+    assert not trained & (sets_of_letters("heldout_prompts") | sets_of_letters("heldout_preferences"))
+
+
+def test_models_load_with_transformers_alone(runs):
+    out, _ = runs[0]
+    tokenizer = AutoTokenizer.from_pretrained(out / "ppo" / "model")
+    model = AutoModelForCausalLM.from_pretrained(out / "ppo" / "model")
+    prompts = letters.prompts(64, 0, split="heldout")
+    right = 0
+    for prompt in prompts:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        answer = model.generate(ids, max_new_tokens=letters.MAX_NEW_TOKENS, do_sample=False)[0, ids.shape[1] :]
+        right += letters.check(prompt, tokenizer.decode(answer, skip_special_tokens=True))
+    assert right / len(prompts) > 0.6
+    reward_model = AutoModelForSequenceClassification.from_pretrained(out / "reward_model" / "model")
+    assert reward_model.score.out_features == 1
+    AutoModelForCausalLM.from_pretrained(out / "sft" / "model")
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_folder_with_other_things_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match=r"thesis\.txt"):
+        quickstart(tmp_path, 0)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_in_the_middle(tmp_path, stop, code):
+    out = tmp_path / "run"
+    process = start(out, 0, start_new_session=True)
+    metrics = out / "sft" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") > 2):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
+    process.send_signal(stop)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert re.fullmatch(r"tandem: stopped by \S+\n", errors)
+    # Nobody of its process group is left, and what it wrote can be read.
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+    assert all(json.loads(line) for line in metrics.read_text().splitlines())
+    events = [json.loads(line) for line in (out / "sft" / "events.jsonl").read_text().splitlines()]
+    assert (events[-1]["event"], events[-1]["reason"]) == ("stop", "interrupted")
