@@ -118,14 +118,14 @@ def quickstart(out: Path, seed: int) -> dict[str, Any]:
             data=DataSection(
                 data=str(data / "prompts.jsonl"), eval_data=str(data / "heldout_prompts.jsonl"), eval_every=5
             ),
-            optim=OptimSection(learning_rate=5e-4, warmup_steps=10),
+            optim=OptimSection(learning_rate=5e-4, lr_schedule="linear", warmup_steps=10),
             sampling=SamplingSection(
                 prompts_per_step=64, samples_per_prompt=4, max_new_tokens=letters.MAX_NEW_TOKENS, max_slots=512
             ),
             reward=RewardSection(reward_model=str(reward_model), missing_eos="replace", missing_eos_penalty=4.0),
             online=OnlineSection(minibatches=2, eval_reward=(GOLD,)),
             critic=CriticSection(critic_learning_rate=1e-3),
-            algorithm=PPO(kl_coef=0.2, value_clip=None),
+            algorithm=PPO(kl_coef=0.3, value_clip=None),
         )
     )
     assert ppo_model is not None

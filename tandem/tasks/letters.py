@@ -1,11 +1,12 @@
 """Sort the letters: a generated task, its checker, and people who are not very good at it.
 
-A prompt is four to six different letters of ``a`` to ``l`` and a ``>``; the right answer is the same letters in
-alphabetical order: ``"kcafh>"`` → ``"acfhk"``.
+A prompt is four to six different letters of ``a`` to ``j`` and a ``>``; the right answer is the same letters in
+alphabetical order: ``"hcafi>"`` → ``"acfhi"``.
 
-The demonstrators are imperfect on purpose, so that imitating them leaves room to improve. Some answers come from
-careful writers and are right; most come from careless ones, who slip once or more: two neighbors swapped, or a letter
-dropped, doubled or replaced. A model that imitates them well slips as often as they do when it samples.
+The demonstrators are imperfect on purpose, so that imitating them leaves room to improve. Three in ten answers come
+from careful writers and are right; half come from hurried ones, who leave out the last letter; the rest from careless
+ones, who slip once or more: two neighbors swapped, or a letter dropped, doubled or replaced. A model that imitates them
+well is right about three times in ten when it samples, and its likeliest answer is often the hurried one.
 
 Preferences compare two answers to one prompt: the one with fewer mistakes is chosen. Prompts are train or held out
 by the set of their letters, so that no held-out prompt has its letters, in any order, among the training prompts.
@@ -24,7 +25,7 @@ from typing import Any, Literal
 
 from tandem.seeds import derive_seed
 
-LETTERS = "abcdefghijkl"
+LETTERS = "abcdefghij"
 END_OF_PROMPT = ">"
 SHORTEST, LONGEST = 4, 6
 MAX_NEW_TOKENS = 10
@@ -42,7 +43,7 @@ def split_of(prompt: str) -> Split:
 
 
 def prompts(n: int, seed: int, *, split: Split = "train") -> list[str]:
-    """``n`` random prompts of a split; the same one may come twice (the train split has about 740 000)."""
+    """``n`` random prompts of a split; the same one may come twice (the train split has about 154 000)."""
     return _prompts(n, _draw(seed, split, "prompts"), split)
 
 
@@ -74,17 +75,20 @@ def mistakes(prompt: str, completion: str) -> int:
 
 @dataclass(frozen=True)
 class Writers:
-    """Who writes the answers: a share of careful writers, who are right, and the rest, who slip once or more."""
+    """Who writes the answers: shares of careful and of hurried writers; the rest are careless."""
 
-    careful: float = 0.35
+    careful: float = 0.3
+    hurried: float = 0.5
     slip_again: float = 0.3
-    """Chance of a further slip after each one."""
+    """Chance of a careless writer's further slip after each one."""
 
     def write(self, prompt: str, rng: random.Random) -> str:
-        """One answer by a writer drawn at random. A careless one is always wrong."""
-        right = answer(prompt)
-        if rng.random() < self.careful:
+        """One answer by a writer drawn at random. Only a careful one is right."""
+        right, habit = answer(prompt), rng.random()
+        if habit < self.careful:
             return right
+        if habit < self.careful + self.hurried:
+            return right[:-1]
         text = right
         while text == right or (text and rng.random() < self.slip_again):
             text = _slip(text, rng)

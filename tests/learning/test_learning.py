@@ -35,8 +35,8 @@ def test_sft(tmp_path, seed):
         tmp_path / "run", "sft", "--model", base(tmp_path, seed), "--data", data, "--eval-data", held_out,
         "--steps", 40, "--batch-size", 64, "--learning-rate", 3e-3, "--seed", seed,
     )  # fmt: skip
-    # 15 tokens: a model that knows nothing is at ln 15 = 2.7 nats, one that knows which letters come at about 1.8.
-    assert lines[0]["eval/loss"] > 2.5
+    # 13 tokens: a model that knows nothing is at ln 13 = 2.56 nats, one that knows which letters come at about 1.8.
+    assert lines[0]["eval/loss"] > 2.4
     assert lines[-1]["eval/loss"] < 1.6
 
 

@@ -6,10 +6,10 @@ from tandem.tasks import letters
 
 
 def test_checker_accepts_the_sorted_letters_and_nothing_else():
-    assert letters.answer("kcafh>") == "acfhk"
-    assert letters.check("kcafh>", "acfhk") == 1.0
-    for wrong in ("", "acfh", "acfkh", "acffhk", "acfhk ", "acfhk>", "kcafh", "acfhl"):
-        assert letters.check("kcafh>", wrong) == 0.0
+    assert letters.answer("hcafi>") == "acfhi"
+    assert letters.check("hcafi>", "acfhi") == 1.0
+    for wrong in ("", "acfh", "acfih", "acffhi", "acfhi ", "acfhi>", "hcafi", "acfhj"):
+        assert letters.check("hcafi>", wrong) == 0.0
 
 
 def test_reward_has_trls_form_and_agrees_with_the_checker():
@@ -21,10 +21,10 @@ def test_reward_has_trls_form_and_agrees_with_the_checker():
 
 @pytest.mark.parametrize(
     ("completion", "distance"),
-    [("acfhk", 0), ("acfh", 1), ("", 5), ("acfkh", 2), ("aacfhk", 1), ("acfhl", 1), ("bdegi", 5), ("lacfhkl", 2)],
+    [("acfhi", 0), ("acfh", 1), ("", 5), ("acfih", 2), ("aacfhi", 1), ("acfhj", 1), ("bdegj", 5), ("jacfhij", 2)],
 )
 def test_mistakes_are_counted_as_by_hand(completion, distance):
-    assert letters.mistakes("kcafh>", completion) == distance
+    assert letters.mistakes("hcafi>", completion) == distance
 
 
 def test_prompts_are_well_formed():
@@ -39,15 +39,15 @@ def test_prompts_are_well_formed():
 def test_splits_share_no_set_of_letters():
     train = {letters.answer(p) for p in letters.prompts(3000, seed=0)}
     held_out = {letters.answer(p) for p in letters.prompts(1000, seed=0, split="heldout")}
-    assert len(train) > 1000
-    assert len(held_out) > 200
+    assert len(train) > 500
+    assert len(held_out) > 100
     assert not train & held_out
     assert letters.split_of("abcdef>") == letters.split_of("fedcba>")
 
 
 def test_the_same_seed_gives_the_same_rows():
     # Written down from the first run: rows must not change with the machine, the Python version or the process.
-    assert letters.prompts(3, seed=0) == ["fajde>", "fgchd>", "dekib>"]
+    assert letters.prompts(3, seed=0) == ["hfgij>", "hidc>", "ejda>"]
     for make in (letters.prompts, letters.demonstrations, letters.preferences):
         assert make(20, seed=3) == make(20, seed=3)
         assert make(20, seed=3) != make(20, seed=4)
@@ -55,14 +55,17 @@ def test_the_same_seed_gives_the_same_rows():
 
 
 def test_writers_are_right_as_often_as_stated():
-    rows = letters.demonstrations(4000, seed=0, writers=letters.Writers(careful=0.35))
+    rows = letters.demonstrations(4000, seed=0, writers=letters.Writers(careful=0.35, hurried=0.4))
     assert set(rows[0]) == {"prompt", "completion"}
     right = sum(letters.check(**row) for row in rows) / len(rows)
     assert right == pytest.approx(0.35, abs=0.03)  # four standard errors of a share over 4000 rows
+    hurried = sum(row["completion"] == letters.answer(row["prompt"])[:-1] for row in rows) / len(rows)
+    # A careless writer's one drop in four is the last letter's one time in five: 0.25 * 0.25 / 5 = 0.01 more at most.
+    assert hurried == pytest.approx(0.405, abs=0.035)
 
 
 def test_careless_writers_are_never_right_and_make_every_kind_of_slip():
-    rows = letters.demonstrations(500, seed=0, writers=letters.Writers(careful=0.0, slip_again=0.0))
+    rows = letters.demonstrations(500, seed=0, writers=letters.Writers(careful=0.0, hurried=0.0, slip_again=0.0))
     assert not any(letters.check(**row) for row in rows)
     changes = {(len(row["completion"]) - len(letters.answer(row["prompt"])), letters.mistakes(**row)) for row in rows}
     # Dropped, doubled, replaced, and swapped, which is two edits.
