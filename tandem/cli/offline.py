@@ -14,11 +14,13 @@ from tandem.cli.wiring import (
     describe_counts,
     describe_model,
     due_evaluation,
+    load_data,
     optim_params,
     print_plan,
     session,
 )
 from tandem.data.order import Order
+from tandem.data.rows import Rows
 from tandem.data.tokenize import Counts
 from tandem.errors import expect
 from tandem.models.forward import LoadedModel
@@ -59,8 +61,8 @@ class OfflineMethod(Generic[Example]):
     title: str
     objective: Objective
     load_model: Callable[[], LoadedModel]
-    load_examples: Callable[[str, str, Any], tuple[Seq[Example], Counts]]
-    """(source, split, tokenizer) → examples, and how many rows were read, truncated and dropped."""
+    load_examples: Callable[[Rows, Any], tuple[Seq[Example], Counts]]
+    """(rows, tokenizer) → examples, and how many rows were read, truncated and dropped."""
     batch: Callable[[Seq[Example]], Batch]
     """Packed, with its weights stamped."""
 
@@ -68,11 +70,12 @@ class OfflineMethod(Generic[Example]):
 def run_offline(config: OfflineConfig, method: OfflineMethod[Any]) -> Path | None:
     """Trains and exports to ``<out>/model``, which is returned. None after a dry run."""
     check_out(config.run)
+    rows, eval_rows = load_data(config.data)
     model = method.load_model()
-    examples, counts = method.load_examples(config.data.data, config.data.split, model.tokenizer)
+    examples, counts = method.load_examples(rows, model.tokenizer)
     held_out: Seq[Any] = ()
-    if config.data.eval_data:
-        held_out, _ = method.load_examples(config.data.eval_data, config.data.eval_split, model.tokenizer)
+    if eval_rows is not None:
+        held_out, _ = method.load_examples(eval_rows, model.tokenizer)
     if config.run.dry_run:
         print_plan(config, _uses(config, model, counts, len(held_out)))
         return None

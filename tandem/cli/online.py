@@ -20,6 +20,7 @@ from tandem.cli.wiring import (
     describe_counts,
     describe_model,
     due_evaluation,
+    load_data,
     model_options,
     optim_params,
     print_plan,
@@ -27,7 +28,7 @@ from tandem.cli.wiring import (
     tokenizing,
 )
 from tandem.data.order import Order
-from tandem.data.rows import load_rows
+from tandem.data.rows import Rows
 from tandem.data.tokenize import Counts, build_prompts
 from tandem.engines.live import LiveEngine
 from tandem.errors import UserError, expect
@@ -98,11 +99,10 @@ class Online:
             raise UserError("temperature: 0 is greedy, all samples of a prompt would be equal; give more than 0")
         functions: list[Reward] = [load_reward(name) for name in config.reward.reward]
         self.eval_rewards: list[Reward] = [load_reward(name) for name in config.online.eval_reward]
-        self.policy = self._load_policy()
-        self.prompts, self.counts = self._load_prompts(config.data.data, config.data.split)
-        self.eval_prompts: list[Prompt] = []
-        if config.data.eval_data:
-            self.eval_prompts, _ = self._load_prompts(config.data.eval_data, config.data.eval_split)
+        rows, eval_rows = load_data(config.data)
+        self.policy = load_causal(config.model.model, **model_options(config.model))
+        self.prompts, self.counts = self._tokenize(rows)
+        self.eval_prompts = self._tokenize(eval_rows)[0] if eval_rows is not None else []
         self.rewards = functions + self._load_reward_model()
         self.reference = self._load_reference()
         self.critic = self._load_critic(critic) if critic is not None else None
@@ -207,12 +207,9 @@ class Online:
     def _scorer(self, model: LoadedModel, temperature: float = 1.0) -> LocalScorer:
         return LocalScorer(model, token_budget=self.config.model.token_budget, temperature=temperature)
 
-    def _load_policy(self) -> LoadedModel:
-        return load_causal(self.config.model.model, **model_options(self.config.model))
-
-    def _load_prompts(self, source: str, split: str) -> tuple[list[Prompt], Counts]:
-        rows, data = load_rows(source, split=split), self.config.data
-        with tokenizing(source) as on_progress:
+    def _tokenize(self, rows: Rows) -> tuple[list[Prompt], Counts]:
+        data = self.config.data
+        with tokenizing(rows) as on_progress:
             return build_prompts(rows, self.policy.tokenizer, data.max_length, data.long_rows, on_progress=on_progress)
 
     def _load_reward_model(self) -> list[Reward]:

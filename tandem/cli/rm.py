@@ -11,7 +11,7 @@ from tandem.cli.offline import OfflineConfig, OfflineMethod, run_offline
 from tandem.cli.wiring import model_options, tokenizing
 from tandem.config import load_config
 from tandem.data.packing import pack_pairs, stamp_pair_weights
-from tandem.data.rows import load_rows
+from tandem.data.rows import Rows
 from tandem.data.tokenize import Counts, build_pairs
 from tandem.models.loading import load_scalar
 from tandem.objectives.reward import RewardModeling
@@ -33,9 +33,9 @@ class RMConfig(OfflineConfig):
 def train(config: RMConfig) -> Path | None:
     """Trains and returns the folder of the reward model; None after a dry run."""
 
-    def examples(source: str, split: str, tokenizer: Any) -> tuple[list[PreferencePair], Counts]:
-        rows, data = load_rows(source, split=split), config.data
-        with tokenizing(source) as on_progress:
+    def examples(rows: Rows, tokenizer: Any) -> tuple[list[PreferencePair], Counts]:
+        data = config.data
+        with tokenizing(rows) as on_progress:
             return build_pairs(rows, tokenizer, data.max_length, data.long_rows, on_progress=on_progress)
 
     def batch(pairs: Seq[PreferencePair]) -> Batch:

@@ -11,7 +11,7 @@ from tandem.cli.offline import OfflineConfig, OfflineMethod, run_offline
 from tandem.cli.wiring import model_options, tokenizing
 from tandem.config import load_config
 from tandem.data.packing import pack, stamp_weights
-from tandem.data.rows import load_rows
+from tandem.data.rows import Rows
 from tandem.data.tokenize import Counts, build_sequences
 from tandem.models.loading import load_causal
 from tandem.objectives.sft import SFT
@@ -41,11 +41,11 @@ class SFTConfig(OfflineConfig):
 def train(config: SFTConfig) -> Path | None:
     """Fine-tunes and returns the folder of the trained model; None after a dry run."""
 
-    def examples(source: str, split: str, tokenizer: Any) -> tuple[list[Sequence], Counts]:
+    def examples(rows: Rows, tokenizer: Any) -> tuple[list[Sequence], Counts]:
         data = config.data
-        with tokenizing(source) as on_progress:
+        with tokenizing(rows) as on_progress:
             return build_sequences(
-                load_rows(source, split=split),
+                rows,
                 tokenizer,
                 data.max_length,
                 data.long_rows,

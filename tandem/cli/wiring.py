@@ -12,6 +12,7 @@ from tandem.checkpoint.saver import SaveEvery
 from tandem.checkpoint.store import CheckpointStore
 from tandem.cli.sections import DataSection, ModelSection, OptimSection, RunSection
 from tandem.config import describe, dump_config
+from tandem.data.rows import Rows, load_rows
 from tandem.models.forward import LoadedModel
 from tandem.roles import Metrics, Trainer
 from tandem.runs.folder import RunFolder
@@ -68,6 +69,12 @@ def print_plan(config: Any, uses: Mapping[str, str]) -> None:
         print(f"  {what:<{width}}  {value}")
 
 
+def load_data(section: DataSection) -> tuple[Rows, Rows | None]:
+    """The rows of ``data`` and of ``eval_data``. Read before any model, since a mistake in them shows soonest."""
+    rows = load_rows(section.data, split=section.split)
+    return rows, load_rows(section.eval_data, split=section.eval_split) if section.eval_data else None
+
+
 def check_out(run: RunSection) -> None:
     """Refuses an ``--out`` that cannot be used, before anything slow is loaded. Creates nothing."""
     RunFolder.check(Path(run.out), resume=run.resume, overwrite=run.overwrite)
@@ -103,7 +110,7 @@ def session(
 
 
 @contextmanager
-def tokenizing(source: str) -> Iterator[Callable[[int, int], None]]:
+def tokenizing(rows: Rows) -> Iterator[Callable[[int, int], None]]:
     """A callback for (rows done, rows in all), which shows a bar where that takes longer than a second."""
     started = time.monotonic()
     with ExitStack() as stack:
@@ -112,7 +119,7 @@ def tokenizing(source: str) -> Iterator[Callable[[int, int], None]]:
         def on_progress(done: int, total: int) -> None:
             nonlocal bar
             if bar is None and time.monotonic() - started > 1:
-                bar = stack.enter_context(Progress(f"tokenizing {source}", total=total, start=done))
+                bar = stack.enter_context(Progress(f"tokenizing {rows.source}", total=total, start=done))
             if bar is not None:
                 bar.update(done)
 

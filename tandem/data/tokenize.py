@@ -98,9 +98,12 @@ def encode(text: str, tokenizer: Any, *, special_tokens: bool) -> list[int]:
 
     Chat templates write their own special tokens, so rendered conversations are encoded without.
     """
+    try:
+        encoded = tokenizer(text, add_special_tokens=special_tokens, return_special_tokens_mask=True, verbose=False)
+    except Exception as error:  # what tokenizers raises has no class of its own
+        raise UserError(f"the tokenizer cannot encode {text[:40]!r}: {error}") from error
     if not special_tokens:
-        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    encoded = tokenizer(text, return_special_tokens_mask=True, verbose=False)
+        return encoded["input_ids"]
     ids, added = encoded["input_ids"], encoded["special_tokens_mask"]
     own = [id for id, mark in zip(ids, added, strict=True) if not mark]
     if not own:

@@ -8,6 +8,8 @@ import torch
 from runs_in_processes import arguments, write_inputs
 
 from tandem.cli.main import main
+from tandem.models.forward import quiet_transformers
+from tandem.tasks import tiny
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +67,19 @@ def with_(argv, **changes):
 
 def test_missing_model(tandem, inputs):
     refused(tandem, inputs, with_(SFT, model="./nowhere"), "no model folder ./nowhere")
+
+
+def test_data_is_read_before_the_model_is_loaded(tandem, inputs):
+    refused(tandem, inputs, with_(SFT, model="./nowhere", data="lost.jsonl"), "lost.jsonl")
+    refused(tandem, inputs, with_(GRPO, model="./nowhere", data="lost.jsonl"), "lost.jsonl")
+
+
+def test_text_that_the_tokenizer_cannot_encode(tandem, inputs):
+    with quiet_transformers():
+        tiny.build_model(0, hidden_size=64, layers=1).save_pretrained(inputs / "letters")
+        tiny.build_tokenizer().save_pretrained(inputs / "letters")
+    data = write(inputs, "unknown.jsonl", '{"prompt": "abc>", "completion": "xyz"}\n')
+    refused(tandem, inputs, with_(SFT, model="letters", data=data), "unknown.jsonl:1", "cannot encode")
 
 
 def test_malformed_json_line(tandem, inputs):
