@@ -32,10 +32,11 @@ class Offline:
             session.record(0, metrics)
         for step in range(done + 1, self.steps + 1):
             clock = StepClock()
-            with clock("data"):
-                batch = roles.batch(step)
-            with clock("training"), session.guard(step, {}):
-                metrics = roles.trainer.forward_backward(batch) | roles.trainer.optim_step()
+            with session.guard(step, {}):
+                with clock("data"):
+                    batch = roles.batch(step)
+                with clock("training"):
+                    metrics = roles.trainer.forward_backward(batch) | roles.trainer.optim_step()
             metrics |= {"trained_tokens": float(batch.tokens)} | clock.metrics()
             metrics["tokens_per_second"] = metrics["trained_tokens"] / metrics["seconds"]
             session.record(step, metrics | roles.evaluate(step))

@@ -9,6 +9,7 @@ from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tandem.checkpoint.random_state import capture_random_state, restore_random_state, seed_generators
 from tandem.checkpoint.saver import SaveEvery
@@ -56,6 +57,8 @@ class Session:
     rollouts_logged: int = 8
     """Rollouts written to ``rollouts.jsonl`` each step."""
     saved_step: int = field(default=-1, init=False)
+    random_state: dict[str, Any] = field(default_factory=dict, init=False)
+    """Of the global generators after the last recorded step, for a checkpoint that is saved within the next one."""
 
     def resume(self, initial_state: dict[str, float]) -> tuple[int, dict[str, float]]:
         """Loads the newest whole checkpoint, if there is one: (steps done, algorithm state).
@@ -73,6 +76,7 @@ class Session:
             step, state = checkpoint.step, dict(checkpoint.state["algorithm"])
             self.saved_step = step
             self.run.event("resume", step=step)
+        self.random_state = capture_random_state()
         self.run.truncate_after(step if checkpoint is not None else -1)
         return step, state
 
@@ -82,6 +86,7 @@ class Session:
         if groups:
             self.run.log_rollouts(step, groups, self.rollouts_logged)
         self.progress.update(step, metrics)
+        self.random_state = capture_random_state()
 
     def save_if_due(self, step: int, state: dict[str, float], *, last: bool = False) -> None:
         """Saves where ``save_every`` says so, and after the last step unless saving is off."""
@@ -93,7 +98,7 @@ class Session:
         if step == self.saved_step:
             return
         parts = {role: trainer.state_dict() for role, trainer in self.trainers.items()}
-        path = self.store.save(step, {**parts, "random": capture_random_state()}, {"algorithm": state})
+        path = self.store.save(step, {**parts, "random": self.random_state}, {"algorithm": state})
         self.saved_step = step
         self.run.event("checkpoint", step=step, path=str(path))
 
@@ -110,12 +115,26 @@ class Session:
 
     @contextmanager
     def guard(self, step: int, state: dict[str, float]) -> Iterator[None]:
-        """Keeps the last good state where a loss or gradient is not finite, and says where that happened."""
+        """Around everything that step ``step`` does: what ends it there loses no step that was done before.
+
+        A loss or gradient that is not finite stops the run with the last good state saved. Ctrl-C and SIGTERM save
+        the state after the last step, unless this one has changed parameters already.
+        """
+        before = self._versions()
         try:
             yield
         except NonFiniteError as error:
-            # No parameter was touched by the step that failed. (Earlier minibatches of the same step stay applied.)
+            # No parameter was touched by the minibatch that failed; earlier ones of the same step stay applied.
             self.save(step - 1, state)
             self.run.event("error", step=step, message=str(error))
             where = self.store.path(step - 1)
             raise NonFiniteError(f"step {step}: {error}; the last good state is in {where}") from error
+        except KeyboardInterrupt:
+            if self.save_every.enabled and step > 1 and self._versions() == before:
+                self.save(step - 1, state)
+            kept = f"go on after step {self.saved_step} with --resume" if self.saved_step >= 0 else "nothing is saved"
+            self.progress.note(f"stopped in step {step}; {kept}")
+            raise
+
+    def _versions(self) -> list[int]:
+        return [trainer.version for trainer in self.trainers.values()]

@@ -38,21 +38,27 @@ class Sync:
         if done == 0 and (metrics := roles.evaluate(0)):
             session.record(0, metrics)
         for step in range(done + 1, self.steps + 1):
-            clock = StepClock()
-            with clock("sampling"):
-                groups = roles.sample(roles.prompts(step), step)
-            with clock("scoring"):
-                roles.judge(groups)
-                prepared = roles.prepare(groups, state, step)
-            with clock("training"), session.guard(step, state):
-                metrics = train(roles, prepared) if prepared else {}
-            with clock("sync"):
-                roles.push_weights(step)
-            metrics |= rollout_metrics(groups) | clock.metrics()
-            metrics["tokens_per_second"] = metrics["sampled_tokens"] / metrics["seconds"]
-            state = prepared.state if prepared else state
+            with session.guard(step, state):
+                metrics, groups, state = self._step(roles, step, state)
             session.record(step, metrics | roles.evaluate(step), groups)
             session.save_if_due(step, state, last=step == self.steps)
+
+    def _step(
+        self, roles: OnlineRoles, step: int, state: dict[str, float]
+    ) -> tuple[Metrics, list[Group], dict[str, float]]:
+        clock = StepClock()
+        with clock("sampling"):
+            groups = roles.sample(roles.prompts(step), step)
+        with clock("scoring"):
+            roles.judge(groups)
+            prepared = roles.prepare(groups, state, step)
+        with clock("training"):
+            metrics = train(roles, prepared) if prepared else {}
+        with clock("sync"):
+            roles.push_weights(step)
+        metrics |= rollout_metrics(groups) | clock.metrics()
+        metrics["tokens_per_second"] = metrics["sampled_tokens"] / metrics["seconds"]
+        return metrics, groups, prepared.state if prepared else state
 
 
 def train(roles: OnlineRoles, prepared: Prepared) -> Metrics:

@@ -101,9 +101,10 @@ class LocalTrainer(LocalScorer):
         learning_rate = learning_rate_at(self._version, self.optim)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
+        # Counted first: whoever is interrupted from here on must not be taken for untouched.
+        self._version += 1
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self._version += 1
         return {"grad_norm": norm.item(), "learning_rate": learning_rate}
 
     def state_dict(self) -> dict[str, Any]:

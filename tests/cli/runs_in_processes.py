@@ -51,8 +51,12 @@ def arguments(method: str) -> list[str]:
     return [method, "--model", "base", *special[method], *common]
 
 
-def _child(folder: str, argv: list[str], fault: tuple[str, int] | None, output: str) -> None:
+def _child(
+    folder: str, argv: list[str], fault: tuple[str, int] | None, output: str, environment: dict[str, str]
+) -> None:
     os.chdir(folder)
+    os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the server that forks ignores it
     sys.stdout = sys.stderr = open(output, "w", buffering=1)  # noqa: SIM115
     torch.set_num_threads(1)
     if fault is not None:
@@ -80,11 +84,16 @@ def _die_at(call: str, count: int) -> None:
 
 
 def run(
-    folder: Path, argv: list[str], *, fault: tuple[str, int] | None = None, kill_after: float | None = None
+    folder: Path,
+    argv: list[str],
+    *,
+    fault: tuple[str, int] | None = None,
+    kill_after: float | None = None,
+    environment: dict[str, str] | None = None,
 ) -> tuple[int, str]:
     """(exit code, output). A negative code is the signal that ended it. ``kill_after`` seconds, it is killed."""
     output = folder / "output.txt"
-    process = PROCESSES.Process(target=_child, args=(str(folder), argv, fault, str(output)))
+    process = PROCESSES.Process(target=_child, args=(str(folder), argv, fault, str(output), environment or {}))
     process.start()
     process.join(kill_after if kill_after is not None else 120)
     if process.is_alive():

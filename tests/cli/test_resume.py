@@ -76,6 +76,31 @@ def test_killed_and_resumed_equals_unbroken(inputs, method):
     assert (resumed / weights).read_bytes() == (whole / weights).read_bytes()
 
 
+def test_ctrl_c_while_sampling_loses_no_step(inputs):
+    """The state after the last step is saved, generators included: the reward draws from Python's own."""
+    (inputs / "interrupting.py").write_text(
+        "import os, pathlib, random, signal\n"
+        "def noisy(prompts, completions):\n"
+        "    calls = pathlib.Path('calls.txt')\n"
+        "    calls.write_text((calls.read_text() if calls.exists() else '') + '.')\n"
+        "    if len(calls.read_text()) == 3 and os.environ.get('INTERRUPT'):\n"
+        "        random.random()\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return [random.random() for _ in prompts]\n"
+    )
+    argv = [*arguments("grpo"), "--reward", "interrupting.py:noisy", "--steps", "4"]
+    del argv[argv.index("--eval-data") : argv.index("--eval-data") + 2]
+    code, output = run(inputs, [*argv, "--out", "calm"])
+    assert code == 0, output
+    (inputs / "calls.txt").unlink()
+    code, output = run(inputs, [*argv, "--out", "interrupted"], environment={"INTERRUPT": "1"})
+    assert code == 130, output
+    assert "stopped in step 3; go on after step 2 with --resume" in output
+    code, output = run(inputs, [*argv, "--out", "interrupted", "--resume"])
+    assert code == 0, output
+    assert metrics(inputs / "interrupted") == metrics(inputs / "calm")
+
+
 def test_a_config_file_repeats_a_run_with_the_same_numbers(inputs):
     argv = [*arguments("ppo"), "--steps", "2"]
     assert run(inputs, [*argv, "--out", "first"])[0] == 0
