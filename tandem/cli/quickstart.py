@@ -75,64 +75,75 @@ def quickstart(out: Path, seed: int) -> dict[str, Any]:
         # The matrices are so small that a second thread gains a quarter where a core is free, and where none is, each
         # of some hundred thousand operations waits for it: measured, up to forty times slower.
         torch.set_num_threads(1)
-    data = out / "data"
     make_base(out / "base", seed)
-
-    # 1. Imitate imperfect people.
-    write_rows(data / "demonstrations.jsonl", letters.demonstrations(4096, seed))
-    sft_model = sft.train(
-        sft.SFTConfig(
-            run=stage(out / "sft", seed, steps=100),
-            model=ModelSection(model=str(out / "base")),
-            data=DataSection(data=str(data / "demonstrations.jsonl")),
-            optim=OptimSection(learning_rate=2e-3, lr_schedule="linear", warmup_steps=20),
-            offline=OfflineSection(batch_size=64),
-        )
-    )
-    assert sft_model is not None
-
-    # 2. Learn what people prefer, from comparisons of that model's own answers.
-    write_rows(data / "preferences.jsonl", comparisons(sft_model, 1400, seed, split="train"))
-    write_rows(data / "heldout_preferences.jsonl", comparisons(sft_model, 300, seed, split="heldout"))
-    reward_model = rm.train(
-        rm.RMConfig(
-            run=stage(out / "reward_model", seed, steps=500),
-            model=ModelSection(model=str(sft_model)),
-            data=DataSection(
-                data=str(data / "preferences.jsonl"), eval_data=str(data / "heldout_preferences.jsonl"), eval_every=100
-            ),
-            optim=OptimSection(learning_rate=1e-3, lr_schedule="linear", warmup_steps=10),
-            offline=OfflineSection(batch_size=32),
-        )
-    )
-    assert reward_model is not None
-
-    # 3. Sample, let the reward model judge, improve; the checker only measures, on prompts never trained on.
-    write_rows(data / "prompts.jsonl", ({"prompt": p} for p in letters.prompts(4096, seed)))
-    heldout = letters.prompts(512, seed, split="heldout")
-    write_rows(data / "heldout_prompts.jsonl", ({"prompt": p} for p in heldout))
-    ppo_model = ppo.train(
-        ppo.PPOConfig(
-            run=stage(out / "ppo", seed, steps=40),
-            model=ModelSection(model=str(sft_model)),
-            data=DataSection(
-                data=str(data / "prompts.jsonl"), eval_data=str(data / "heldout_prompts.jsonl"), eval_every=5
-            ),
-            optim=OptimSection(learning_rate=5e-4, lr_schedule="linear", warmup_steps=10),
-            sampling=SamplingSection(
-                prompts_per_step=64, samples_per_prompt=4, max_new_tokens=letters.MAX_NEW_TOKENS, max_slots=512
-            ),
-            reward=RewardSection(reward_model=str(reward_model), missing_eos="replace", missing_eos_penalty=4.0),
-            online=OnlineSection(minibatches=2, eval_reward=(GOLD,)),
-            critic=CriticSection(critic_learning_rate=1e-3),
-            algorithm=PPO(kl_coef=0.3, value_clip=None),
-        )
-    )
-    assert ppo_model is not None
-
+    sft_model = imitate_people(out, seed)
+    reward_model = learn_preferences(out, seed, sft_model)
+    ppo_model = improve(out, seed, sft_model, reward_model)
     summary = summarize(out, seed, seconds=time.perf_counter() - started)
-    show(out, summary, answers(sft_model, heldout[:8], 1, seed), answers(ppo_model, heldout[:8], 1, seed), heldout[:8])
+    prompts = letters.prompts(8, seed, split="heldout")
+    show(out, summary, prompts, answers(sft_model, prompts, 1, seed), answers(ppo_model, prompts, 1, seed))
     return summary
+
+
+def imitate_people(out: Path, seed: int) -> Path:
+    """Stage 1, SFT: imitate imperfect people, for so long that there is room to improve."""
+    data = write_rows(out / "data" / "demonstrations.jsonl", letters.demonstrations(4096, seed))
+    config = sft.SFTConfig(
+        run=stage(out / "sft", seed, steps=100),
+        model=ModelSection(model=str(out / "base")),
+        data=DataSection(data=data),
+        optim=OptimSection(learning_rate=2e-3, lr_schedule="linear", warmup_steps=20),
+        offline=OfflineSection(batch_size=64),
+    )
+    return trained(sft.train(config))
+
+
+def learn_preferences(out: Path, seed: int, sft_model: Path) -> Path:
+    """Stage 2, a reward model: which of two answers people prefer, most of them that model's own."""
+    train = comparisons(sft_model, 1400, seed, split="train")
+    heldout = comparisons(sft_model, 300, seed, split="heldout")
+    config = rm.RMConfig(
+        run=stage(out / "reward_model", seed, steps=500),
+        model=ModelSection(model=str(sft_model)),
+        data=DataSection(
+            data=write_rows(out / "data" / "preferences.jsonl", train),
+            eval_data=write_rows(out / "data" / "heldout_preferences.jsonl", heldout),
+            eval_every=100,
+        ),
+        optim=OptimSection(learning_rate=1e-3, lr_schedule="linear", warmup_steps=10),
+        offline=OfflineSection(batch_size=32),
+    )
+    return trained(rm.train(config))
+
+
+def improve(out: Path, seed: int, sft_model: Path, reward_model: Path) -> Path:
+    """Stage 3, PPO: sample, let the reward model judge, improve. The checker only measures, on held-out prompts."""
+    train = ({"prompt": prompt} for prompt in letters.prompts(4096, seed))
+    heldout = ({"prompt": prompt} for prompt in letters.prompts(512, seed, split="heldout"))
+    config = ppo.PPOConfig(
+        run=stage(out / "ppo", seed, steps=40),
+        model=ModelSection(model=str(sft_model)),
+        data=DataSection(
+            data=write_rows(out / "data" / "prompts.jsonl", train),
+            eval_data=write_rows(out / "data" / "heldout_prompts.jsonl", heldout),
+            eval_every=5,
+        ),
+        optim=OptimSection(learning_rate=5e-4, lr_schedule="linear", warmup_steps=10),
+        sampling=SamplingSection(
+            prompts_per_step=64, samples_per_prompt=4, max_new_tokens=letters.MAX_NEW_TOKENS, max_slots=512
+        ),
+        reward=RewardSection(reward_model=str(reward_model), missing_eos="replace", missing_eos_penalty=4.0),
+        online=OnlineSection(minibatches=2, eval_reward=(GOLD,)),
+        critic=CriticSection(critic_learning_rate=1e-3),
+        algorithm=PPO(kl_coef=0.3, value_clip=None),
+    )
+    return trained(ppo.train(config))
+
+
+def trained(model: Path | None) -> Path:
+    """The folder of a stage's model, which only a dry run would not have."""
+    assert model is not None
+    return model
 
 
 def stage(out: Path, seed: int, *, steps: int) -> RunSection:
@@ -147,10 +158,11 @@ def make_base(folder: Path, seed: int) -> None:
         tiny.build_tokenizer().save_pretrained(folder)
 
 
-def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Rows as JSON lines."""
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> str:
+    """Writes rows as JSON lines and returns where."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
 
 
 def answers(folder: Path, prompts: list[str], samples: int, seed: int) -> list[list[str]]:
@@ -208,7 +220,7 @@ def summarize(out: Path, seed: int, *, seconds: float) -> dict[str, Any]:
 
 
 def show(
-    out: Path, summary: Mapping[str, Any], before: list[list[str]], after: list[list[str]], prompts: list[str]
+    out: Path, summary: Mapping[str, Any], prompts: list[str], before: list[list[str]], after: list[list[str]]
 ) -> None:
     """Samples before and after PPO, the figures, and where everything is."""
     samples = [(p, b, a) for p, [b], [a] in zip(prompts, before, after, strict=True)]

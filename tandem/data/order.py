@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -53,19 +52,3 @@ def content_hash(content: Any) -> str:
     """16 hexadecimal digits that depend on the content alone (text, messages, any JSON value)."""
     text = json.dumps(content, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-def split_by_content(items: Iterable[T], fraction: float, key: Callable[[T], Any]) -> tuple[list[T], list[T]]:
-    """Splits into (train, held out), about ``fraction`` held out, by a hash of ``key(item)``.
-
-    Equal contents always fall on the same side, and an item keeps its side when others come or go. The share is
-    exact only in expectation. Raises ValueError where ``fraction`` is outside [0, 1].
-    """
-    if not 0 <= fraction <= 1:
-        raise ValueError(f"the held-out fraction must be in [0, 1], got {fraction}")
-    train: list[T] = []
-    held_out: list[T] = []
-    for item in items:
-        draw = derive_seed("held out", content_hash(key(item))) / 2**63
-        (held_out if draw < fraction else train).append(item)
-    return train, held_out

@@ -89,14 +89,6 @@ def load_rows(source: str, *, split: str = "train") -> Rows:
     return rows
 
 
-def require_columns(rows: Rows, *columns: str) -> None:
-    """Raises UserError for the first row that lacks one of ``columns``, and names those it has."""
-    for index in range(len(rows)):
-        with rows.at(index) as row:
-            for column in columns:
-                require_column(row, column)
-
-
 def require_column(row: Row, column: str) -> None:
     """Raises UserError where the row lacks the column, and names those it has."""
     if row.get(column) is None:

@@ -73,14 +73,6 @@ def group_normalised(rewards: Sequence[float], eps: float = 1e-4) -> list[float]
     return [r / (std + eps) for r in centred(rewards)]
 
 
-def leave_one_out(rewards: Sequence[float]) -> list[float]:
-    """``r_i - mean of the others`` (RLOO, arXiv:2402.14740). Exactly 0 for one sample or equal rewards."""
-    if _all_equal(rewards):
-        return [0.0] * len(rewards)
-    total, n = sum(rewards), len(rewards)
-    return [r - (total - r) / (n - 1) for r in rewards]
-
-
 def _all_equal(rewards: Sequence[float]) -> bool:
     # Told apart before any arithmetic: the rounding of a mean must not become an advantage.
     return len(set(rewards)) <= 1

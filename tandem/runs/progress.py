@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from types import TracebackType
 from typing import TypeVar
@@ -121,16 +121,6 @@ class Progress:
         )
         pairs = [Text.assemble((f"{name} ", "dim"), value) for name, value in self._shown_metrics()]
         return Group(bar, Text("   ").join(pairs)) if pairs else bar
-
-
-def track(
-    items: Iterable[Item], title: str, *, total: int, console: Console | None = None, every_seconds: float = 5.0
-) -> Iterator[Item]:
-    """The items, with a progress display while they are gone through."""
-    with Progress(title, total=total, console=console, every_seconds=every_seconds) as progress:
-        for done, item in enumerate(items, start=1):
-            yield item
-            progress.update(done)
 
 
 def format_number(value: float) -> str:

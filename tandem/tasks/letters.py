@@ -101,16 +101,6 @@ def demonstrations(n: int, seed: int, *, split: Split = "train", writers: Writer
     return [{"prompt": prompt, "completion": writers.write(prompt, rng)} for prompt in _prompts(n, rng, split)]
 
 
-def preferences(n: int, seed: int, *, split: Split = "train", writers: Writers | None = None) -> list[Row]:
-    """``n`` rows ``{"prompt", "chosen", "rejected"}`` between answers that the writers wrote."""
-    rng, writers = _draw(seed, split, "preferences"), writers or Writers()
-    rows: list[Row] = []
-    while len(rows) < n:
-        [prompt] = _prompts(1, rng, split)
-        rows += _pairs(prompt, [writers.write(prompt, rng) for _ in range(2)], 1, rng)
-    return rows
-
-
 def compare(prompts: Seq[str], answers: Seq[Seq[str]], seed: int, *, pairs_per_prompt: int = 3) -> list[Row]:
     """Rows ``{"prompt", "chosen", "rejected"}`` between answers that someone else gave, a model for instance.
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tandem.data.order import Order, content_hash, split_by_content
+from tandem.data.order import Order, content_hash
 
 
 @pytest.mark.parametrize("size", [1, 3, 7, 16, 50])
@@ -37,25 +37,6 @@ def test_memory_stays_at_the_current_epochs() -> None:
     for step in range(50):
         order.batch(step, 3)
     assert len(order._epochs) <= 3
-
-
-def test_equal_content_falls_on_one_side_and_stays_there() -> None:
-    items = [f"prompt {i % 400}" for i in range(1000)]
-    train, held_out = split_by_content(items, 0.2, key=lambda item: item)
-    assert len(train) + len(held_out) == 1000
-    assert not set(train) & set(held_out)
-    # 400 draws of probability 0.2: 80 with a standard deviation of 8.
-    assert 50 < len(set(held_out)) < 110
-    fewer_train, fewer_held_out = split_by_content(items[::-1][:100], 0.2, key=lambda item: item)
-    assert set(fewer_train) <= set(train)
-    assert set(fewer_held_out) <= set(held_out)
-
-
-def test_split_fractions_at_the_ends_and_beyond() -> None:
-    assert split_by_content([1, 2], 0.0, key=str) == ([1, 2], [])
-    assert split_by_content([1, 2], 1.0, key=str) == ([], [1, 2])
-    with pytest.raises(ValueError, match=r"1\.5"):
-        split_by_content([1], 1.5, key=str)
 
 
 def test_content_hash_is_the_same_in_every_process_and_blind_to_key_order() -> None:

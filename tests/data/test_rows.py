@@ -7,7 +7,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from tandem.data.rows import Rows, load_rows, require_columns
+from tandem.data.rows import Rows, load_rows, require_column
 from tandem.errors import UserError
 
 ROWS = [{"prompt": "2+2=", "answer": 4}, {"prompt": "3+3=", "answer": 6}]
@@ -151,9 +151,9 @@ def test_other_unreadable_files(tmp_path) -> None:
 def test_missing_column_names_the_row_and_those_present(tmp_path) -> None:
     file = write(tmp_path / "a.jsonl", '{"prompt": "a", "x": 1}\n\n{"question": "b", "x": 1, "prompt": null}')
     rows = load_rows(str(file))
-    require_columns(rows, "x")
-    with pytest.raises(UserError) as caught:
-        require_columns(rows, "x", "prompt")
+    require_column(rows[1], "x")
+    with pytest.raises(UserError) as caught, rows.at(1) as row:
+        require_column(row, "prompt")
     assert str(caught.value) == f"{file}:3: no column 'prompt'; columns present: 'question', 'x'"
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -75,6 +76,18 @@ def test_models_load_with_transformers_alone(runs):
     assert reward_model.score.out_features == 1
     AutoModelForCausalLM.from_pretrained(out / "sft" / "model")
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_readmes_loop_runs_and_learns(runs, tmp_path, monkeypatch, capsys):
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    [code] = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert "runs/quickstart" in code
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code.replace("runs/quickstart", str(runs[0][0])), "README.md", "exec"), {})
+    accuracy = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
+    assert len(accuracy) == 20
+    assert sum(accuracy[-5:]) / 5 > sum(accuracy[:2]) / 2 + 0.2
+    AutoModelForCausalLM.from_pretrained(tmp_path / "runs" / "mine")
 
 
 def test_a_folder_with_other_things_is_left_alone(tmp_path):

@@ -48,7 +48,7 @@ def test_splits_share_no_set_of_letters():
 def test_the_same_seed_gives_the_same_rows():
     # Written down from the first run: rows must not change with the machine, the Python version or the process.
     assert letters.prompts(3, seed=0) == ["hfgij>", "hidc>", "ejda>"]
-    for make in (letters.prompts, letters.demonstrations, letters.preferences):
+    for make in (letters.prompts, letters.demonstrations):
         assert make(20, seed=3) == make(20, seed=3)
         assert make(20, seed=3) != make(20, seed=4)
         assert make(20, seed=3) != make(20, seed=3, split="heldout")
@@ -70,14 +70,6 @@ def test_careless_writers_are_never_right_and_make_every_kind_of_slip():
     changes = {(len(row["completion"]) - len(letters.answer(row["prompt"])), letters.mistakes(**row)) for row in rows}
     # Dropped, doubled, replaced, and swapped, which is two edits.
     assert changes == {(-1, 1), (1, 1), (0, 1), (0, 2)}
-
-
-def test_preferences_choose_the_answer_with_fewer_mistakes():
-    rows = letters.preferences(300, seed=0)
-    assert len(rows) == 300
-    for row in rows:
-        assert set(row) == {"prompt", "chosen", "rejected"}
-        assert letters.mistakes(row["prompt"], row["chosen"]) < letters.mistakes(row["prompt"], row["rejected"])
 
 
 def test_compare_prefers_the_best_answer_of_each_prompt():
