@@ -28,8 +28,9 @@ def test_every_command(inputs, monkeypatch, name):
         assert main(argv) == 0
         last = json.loads((inputs / f"{name}-{method}" / "metrics.jsonl").read_text().splitlines()[-1])
         assert last["grad_norm"] > 0
-        # Law 4: the sampler's log-probs are the trainer's.
-        assert last.get("sampler_gap_max", 0.0) < 1e-4
+        if method in ("ppo", "grpo"):
+            # Law 4: the sampler's log-probs are the trainer's.
+            assert last["sampler_gap_max"] < 1e-4
 
 
 def test_bfloat16_states_its_gap(inputs, monkeypatch):
@@ -38,5 +39,6 @@ def test_bfloat16_states_its_gap(inputs, monkeypatch):
     argv = [*arguments("grpo"), "--steps", "2", "--dtype", "bfloat16", "--old-logp", "trainer", "--out", "low"]
     assert main(argv) == 0
     last = json.loads((inputs / "low" / "metrics.jsonl").read_text().splitlines()[-1])
-    # bfloat16 keeps 8 bits: log-probs of a few nats differ by some hundredths between two orders of summation.
-    assert 0 <= last["sampler_gap_max"] < 0.2
+    # bfloat16 keeps 8 bits: logits up to 4 are rounded by up to 2**-7, so log-probs may differ by twice that.
+    # Above the float32 bound: that it really computed in bfloat16.
+    assert 1e-4 < last["sampler_gap_max"] < 2**-6 * 2

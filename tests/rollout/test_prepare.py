@@ -7,7 +7,7 @@ from conftest import make_module, make_tokenizer
 from tandem.algorithms.grpo import GRPO
 from tandem.algorithms.ppo import PPO
 from tandem.engines.live import LiveEngine
-from tandem.models.loading import prepare_module
+from tandem.models.loading import load_scalar, prepare_module
 from tandem.rewards.function import FunctionReward
 from tandem.rollout.prepare import Preparation, rollout_metrics, sampler_gap
 from tandem.rollout.sampling import Judge, sample_groups
@@ -115,20 +115,15 @@ def test_law_4_sampler_and_trainer_agree(model, truncation):
         assert sum(drawn) > sum(full) + 1
 
 
-def test_ppo_gets_what_it_needs(model):
+def test_ppo_gets_what_it_needs(model, tmp_path):
     groups = judged(sample(model), length_reward)
     scorer = LocalScorer(model, token_budget=100, temperature=0.8)
 
-    class ZeroCritic:
-        def score(self, batch):
-            from tandem.types import Outputs
-
-            return Outputs(value_T=torch.zeros(batch.tokens))
-
+    make_module("llama").save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    critic = LocalScorer(load_scalar(tmp_path, new_head="zero", device="cpu"), token_budget=100)
     algorithm = PPO(whiten_advantages=False, lam=1.0)
-    prepared = Preparation(algorithm=algorithm, reference=scorer, critic=ZeroCritic())(
-        groups, algorithm.initial_state(), 1
-    )
+    prepared = Preparation(algorithm=algorithm, reference=scorer, critic=critic)(groups, algorithm.initial_state(), 1)
     # The reference is the sampler itself, so the KL is rounding and every token's return is the length of its answer.
     lengths = torch.tensor([float(len(r.completion_ids)) for g in groups for r in g.rollouts])
     batch = prepared.batch
