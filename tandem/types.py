@@ -222,15 +222,21 @@ class Batch:
             raise ValueError("the batch has neither old_logp_T nor behaviour_logp_T")
         return logp_T
 
+    def segments_of(self, units: list[int]) -> Tensor:
+        """int64: the segments of these units, in this order."""
+        per = self.segments_per_unit
+        return torch.tensor([unit * per + i for unit in units for i in range(per)], dtype=torch.int64)
+
+    def tokens_of(self, units: list[int]) -> Tensor:
+        """int64: the tokens of these units, in this order."""
+        starts, ends = self.bounds[:-1].tolist(), self.bounds[1:].tolist()
+        return torch.cat([torch.arange(starts[s], ends[s]) for s in self.segments_of(units).tolist()])
+
     def select(self, units: list[int]) -> Batch:
         """The batch of these units, in this order."""
-        per = self.segments_per_unit
-        segments = [unit * per + i for unit in units for i in range(per)]
-        starts, ends = self.bounds[:-1].tolist(), self.bounds[1:].tolist()
-        token_index = torch.cat([torch.arange(starts[s], ends[s]) for s in segments])
-        segment_index = torch.tensor(segments)
-        lengths = torch.tensor([0] + [ends[s] - starts[s] for s in segments])
-        changes: dict[str, Any] = {"bounds": lengths.cumsum(0)}
+        token_index, segment_index = self.tokens_of(units), self.segments_of(units)
+        lengths = self.bounds.diff()[segment_index]
+        changes: dict[str, Any] = {"bounds": torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])}
         for f in fields(self):
             value = getattr(self, f.name)
             if isinstance(value, Tensor) and f.name.endswith("_T"):
@@ -242,16 +248,8 @@ class Batch:
     def split(self, token_budget: int) -> Iterator[Batch]:
         """Micro-batches of consecutive units with at most ``token_budget`` tokens (a longer unit stands alone)."""
         per, lengths = self.segments_per_unit, self.lengths
-        units: list[int] = []
-        tokens = 0
-        for unit in range(self.units):
-            size = sum(lengths[unit * per : (unit + 1) * per])
-            if units and tokens + size > token_budget:
-                yield self.select(units)
-                units, tokens = [], 0
-            units.append(unit)
-            tokens += size
-        if units:
+        sizes = [sum(lengths[unit * per : (unit + 1) * per]) for unit in range(self.units)]
+        for units in cut(sizes, token_budget):
             yield self if len(units) == self.units else self.select(units)
 
     def to(self, device: torch.device | str) -> Batch:
@@ -262,6 +260,19 @@ class Batch:
             if f.name != "bounds" and isinstance(getattr(self, f.name), Tensor)
         }
         return replace(self, **moved)
+
+
+def cut(sizes: list[int], budget: int) -> list[list[int]]:
+    """Consecutive indices of ``sizes`` in lists whose sums are at most ``budget`` (a larger one stands alone)."""
+    parts: list[list[int]] = []
+    total = 0
+    for index, size in enumerate(sizes):
+        if not parts or total + size > budget:
+            parts.append([])
+            total = 0
+        parts[-1].append(index)
+        total += size
+    return parts
 
 
 @dataclass(kw_only=True)

@@ -158,15 +158,14 @@ class Online:
         held_out_judge = unweighted(self.eval_rewards) if self.eval_rewards else None
 
         def sample(prompts: Seq[Prompt], step: int, samples: int = config.sampling.samples_per_prompt) -> list[Group]:
-            with self.policy.autocast():
-                return sample_groups(
-                    engine,
-                    prompts,
-                    self.sampling_params,
-                    samples_per_prompt=samples,
-                    seed=config.run.seed,
-                    step=step,
-                )
+            return sample_groups(
+                engine,
+                prompts,
+                self.sampling_params,
+                samples_per_prompt=samples,
+                seed=config.run.seed,
+                step=step,
+            )
 
         def evaluate() -> Metrics:
             groups = sample(self.eval_prompts, 0, 1)

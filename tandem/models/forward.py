@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging as transformers_logging
 
 from tandem.functional.logprobs import chunked_logprobs
 from tandem.models.attention import NO_MASK, PackedLayout
+from tandem.parallel.sharding import shard, transformer_layers
+from tandem.parallel.world import World
 from tandem.types import Batch, Outputs
 
 
@@ -38,31 +40,66 @@ class LoadedModel:
     module: Any
     tokenizer: Any
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """What it computes in. Loaded parameters are float32 until a trainer or scorer takes them over (``compute_in``)."""
     packed: bool = False
     """Whether it runs packed sequences through Tandem's attention; else they are padded, with its own attention."""
     split_head: bool = False
     """Whether its logits are its output embedding applied to its last hidden state, so that the head can be chunked."""
+    sharded: Sharded | None = None
+    """The call to make where parameters are sharded, and the device to make it on."""
 
     @property
     def device(self) -> torch.device:
-        return next(self.module.parameters()).device
+        """Where it computes. Offloaded parameters may lie elsewhere."""
+        return self.sharded.device if self.sharded else next(self.module.parameters()).device
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
 
     @property
     def scalar(self) -> bool:
         """Whether it has a scalar head (reward model, critic) instead of a language-model head."""
         return hasattr(self.module, "score")
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        """The arithmetic it computes in. Nothing to do in float32."""
-        if self.dtype == "float32":
-            return nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16)
+    def compute_in(self, dtype: torch.dtype) -> None:
+        """Casts the floating parameters in place. Buffers stay: rotary frequencies do not survive bfloat16."""
+        for parameter in self.module.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
 
-    def export(self, folder: Path) -> None:
-        """Writes a Hugging Face folder: weights as safetensors, config, tokenizer."""
+    def shard(self, world: World, *, keep_gathered: bool = False, offload: bool = False) -> None:
+        """Splits the parameters over the world's ranks (``tandem.parallel.sharding.shard``), in float32."""
+        self.sharded = Sharded(self, world.device)
+        shard(
+            self.sharded,
+            transformer_layers(self.module),
+            world,
+            compute_dtype=self.torch_dtype,
+            keep_gathered=keep_gathered,
+            offload=offload,
+        )
+
+    def export(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
+        """Writes a Hugging Face folder: weights (``state``, or as they are) as safetensors, config, tokenizer."""
         with quiet_transformers():
-            self.module.save_pretrained(folder)
+            self.module.save_pretrained(folder, **({} if state is None else {"state_dict": dict(state)}))
             self.tokenizer.save_pretrained(folder)
+
+
+class Sharded(nn.Module):
+    """A model's whole forward, head included, as the one call that gathers and frees its parameters (FSDP's root)."""
+
+    def __init__(self, model: LoadedModel, device: torch.device) -> None:
+        super().__init__()
+        self.module = model.module
+        self.model = model
+        self.device = device
+
+    def forward(self, batch: Batch, **options: Any) -> tuple[Tensor | None, ...]:
+        # A plain tuple: hooks look for tensors in it to hang the backward on.
+        out = _compute(self.model, batch, **options)
+        return out.logp_T, out.entropy_T, out.value_T, out.score_S
 
 
 def forward(
@@ -78,24 +115,31 @@ def forward(
     A causal LM gives ``logp_T`` at ``temperature`` (and ``entropy_T`` if asked), a scalar model ``value_T`` and
     ``score_S``. Only trainable tokens go through the language-model head.
     """
-    with model.autocast():
-        if model.scalar:
-            scalar_T = model.module.score(hidden_states(model, batch)).squeeze(-1).float()
-            before_T = torch.cat([scalar_T.new_zeros(1), scalar_T[:-1]])
-            return Outputs(value_T=before_T * batch.trainable_T, score_S=scalar_T[batch.last_S])
-        index_N = batch.trainable_T.nonzero().squeeze(-1)
-        if model.split_head:
-            source_T, head = hidden_states(model, batch), model.module.get_output_embeddings()
-        else:
-            source_T, head = native_logits(model, batch), torch.nn.Identity()
-        logp_N, entropy_N = chunked_logprobs(
-            head,
-            source_T[index_N - 1],
-            batch.token_ids_T[index_N],
-            temperature=temperature,
-            entropy=entropy or entropy_gradient,
-            entropy_grad=entropy_gradient,
-        )
+    options = {"temperature": temperature, "entropy": entropy, "entropy_gradient": entropy_gradient}
+    if model.sharded is None:
+        return _compute(model, batch, **options)
+    logp_T, entropy_T, value_T, score_S = model.sharded(batch, **options)
+    return Outputs(logp_T=logp_T, entropy_T=entropy_T, value_T=value_T, score_S=score_S)
+
+
+def _compute(model: LoadedModel, batch: Batch, *, temperature: float, entropy: bool, entropy_gradient: bool) -> Outputs:
+    if model.scalar:
+        scalar_T = model.module.score(hidden_states(model, batch)).squeeze(-1).float()
+        before_T = torch.cat([scalar_T.new_zeros(1), scalar_T[:-1]])
+        return Outputs(value_T=before_T * batch.trainable_T, score_S=scalar_T[batch.last_S])
+    index_N = batch.trainable_T.nonzero().squeeze(-1)
+    if model.split_head:
+        source_T, head = hidden_states(model, batch), model.module.get_output_embeddings()
+    else:
+        source_T, head = native_logits(model, batch), torch.nn.Identity()
+    logp_N, entropy_N = chunked_logprobs(
+        head,
+        source_T[index_N - 1],
+        batch.token_ids_T[index_N],
+        temperature=temperature,
+        entropy=entropy or entropy_gradient,
+        entropy_grad=entropy_gradient,
+    )
     return Outputs(
         logp_T=_spread(logp_N, index_N, batch.tokens),
         entropy_T=_spread(entropy_N, index_N, batch.tokens) if entropy_N is not None else None,
@@ -132,13 +176,3 @@ def _run(model: LoadedModel, module: Any, batch: Batch, output: str) -> Tensor:
     real_SL = pad_sequence([torch.ones_like(s) for s in segments], batch_first=True)
     out = module(input_ids=pad_sequence(list(segments), batch_first=True), attention_mask=real_SL, use_cache=False)
     return out[output][real_SL.bool()]
-
-
-def concatenate(parts: list[Outputs]) -> Outputs:
-    """The outputs of consecutive micro-batches as one."""
-    joined: dict[str, Tensor] = {}
-    for name in ("logp_T", "entropy_T", "value_T", "score_S"):
-        values = [getattr(part, name) for part in parts]
-        if values[0] is not None:
-            joined[name] = torch.cat(values)
-    return replace(Outputs(), **joined)

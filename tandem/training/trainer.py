@@ -1,45 +1,110 @@
-"""A model and its optimizer in this process. The trainer is given a loss and knows nothing of the algorithm."""
+"""A model and its optimizer, in one process or split over several. It is given a loss and knows no algorithm."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from tandem.errors import NonFiniteError
-from tandem.models.forward import LoadedModel, concatenate, forward
+from tandem.models.forward import LoadedModel, forward
+from tandem.parallel.sharding import (
+    assign,
+    checkpoint_activations,
+    forget_gathered,
+    like,
+    transformer_layers,
+    whole,
+)
+from tandem.parallel.shares import Share, shares
+from tandem.parallel.world import World
 from tandem.roles import LossFn, Metrics
+from tandem.training.masters import Masters
 from tandem.training.optim import OptimParams, build_optimizer, learning_rate_at
+from tandem.training.parking import Parking
 from tandem.types import Batch, Outputs, TokenLoss
 
 
-class LocalScorer:
-    """A model that only looks: a frozen reference or a reward model (``tandem.roles.Scorer``)."""
+@dataclass(frozen=True, kw_only=True)
+class MemoryParams:
+    """What is given up for memory."""
 
-    def __init__(self, model: LoadedModel, *, token_budget: int, temperature: float = 1.0) -> None:
+    keep_gathered: bool = False
+    """Several processes: keep a layer's parameters from forward to backward (ZeRO 1 and 2), not gather twice (3)."""
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    """On the CPU between uses: nothing, the optimizer's state, or parameters and gradients as well."""
+    activation_checkpointing: bool = False
+    """Keep only layers' inputs for the backward, and compute the rest twice."""
+
+
+class LocalScorer:
+    """A model that only looks: a frozen reference or a reward model (``tandem.roles.Scorer``).
+
+    In a world of several ranks the parameters are sharded, every rank scores its share, and all get the whole result.
+    ``offload`` keeps the parameters on the CPU between calls.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        *,
+        token_budget: int,
+        temperature: float = 1.0,
+        world: World | None = None,
+        offload: bool = False,
+    ) -> None:
         self.model = model
         self.token_budget = token_budget
         self.temperature = temperature
+        self.world = world or World(device=model.device)
+        self.away = Parking()
+        self.offload = offload
+        self._prepare()
+
+    def _prepare(self) -> None:
+        if self.world.size > 1:
+            self.model.shard(self.world)
+        else:
+            self.model.compute_in(self.model.torch_dtype)
+        self._park()
 
     @torch.no_grad()
     def score(self, batch: Batch) -> Outputs:
         """Log-probs at the temperature, or values and scores, in micro-batches of ``token_budget`` tokens."""
-        device = self.model.device
-        return concatenate(
-            [
-                forward(self.model, micro.to(device), temperature=self.temperature)
-                for micro in batch.split(self.token_budget)
+        with self._present():
+            parts = [
+                (share.units, forward(self.model, share.batch, temperature=self.temperature))
+                for share in self._shares(batch)
             ]
-        )
+        return _assemble(batch, parts, self.world)
+
+    def _shares(self, batch: Batch) -> Iterator[Share]:
+        for share in shares(batch, self.token_budget, self.world):
+            yield Share(batch=share.batch.to(self.model.device), units=share.units)
+
+    @contextmanager
+    def _present(self) -> Iterator[None]:
+        """With the parameters on the device."""
+        self.away.restore()
+        yield
+        self._park()
+
+    def _park(self) -> None:
+        if self.offload:
+            self.away.park(self.model.module.parameters())
 
 
 class LocalTrainer(LocalScorer):
     """Trains a model with a loss that returns unreduced per-token values (``tandem.roles.Trainer``).
 
-    ``entropy`` asks the forward for entropies (the loss may report them), ``entropy_gradient`` for differentiable
-    ones (the loss uses them).
+    In a world of several ranks every rank makes the same calls with the same batch and goes through its share of it;
+    all return the same numbers. ``entropy`` asks the forward for entropies (the loss may report them),
+    ``entropy_gradient`` for differentiable ones (the loss uses them).
     """
 
     def __init__(
@@ -52,14 +117,34 @@ class LocalTrainer(LocalScorer):
         temperature: float = 1.0,
         entropy: bool = False,
         entropy_gradient: bool = False,
+        world: World | None = None,
+        memory: MemoryParams | None = None,
     ) -> None:
-        super().__init__(model, token_budget=token_budget, temperature=temperature)
+        self.memory = memory or MemoryParams()
         self.loss = loss
         self.optim = optim
         self.entropy = entropy
         self.entropy_gradient = entropy_gradient
-        self.optimizer = build_optimizer(model.module.parameters(), optim)
         self._version = 0
+        super().__init__(model, token_budget=token_budget, temperature=temperature, world=world)
+        self.optimizer = build_optimizer(self.weights.values(), optim)
+        self.idle = Parking()
+
+    def _prepare(self) -> None:
+        module, dtype = self.model.module, self.model.torch_dtype
+        if self.memory.activation_checkpointing:
+            checkpoint_activations(transformer_layers(module))
+        if self.world.size > 1 or self.memory.offload == "parameters":
+            self.model.shard(
+                self.world, keep_gathered=self.memory.keep_gathered, offload=self.memory.offload == "parameters"
+            )
+            dtype = torch.float32
+        self.masters = Masters(module, dtype)
+        self.weights: dict[str, Tensor] = dict(self.masters.named)
+        """The float32 weights that the optimizer steps, by name: this rank's slices where sharded."""
+        self.parameters: dict[str, Tensor] = dict(module.named_parameters())
+        """What the model computes with. Taken here, before a forward leaves gathered ones in their places."""
+        self.buffers = {name: b for name, b in module.state_dict().items() if name in dict(module.named_buffers())}
 
     @property
     def version(self) -> int:
@@ -72,14 +157,20 @@ class LocalTrainer(LocalScorer):
         were, and the gradient gathered so far is dropped.
         """
         means = _WeightedMeans()
+        bad = ""
         for micro, token_loss in self._losses(batch):
             total = (token_loss.loss_T * micro.weight_T).sum()
             if not torch.isfinite(total):
-                self.optimizer.zero_grad(set_to_none=True)
-                raise NonFiniteError(_describe_non_finite(micro, token_loss))
+                bad = bad or _describe_non_finite(micro, token_loss)
+            if bad and self.world.size == 1:
+                break
+            # The other ranks wait in this backward's collectives, so a bad one goes through them too.
             total.backward()
             means.add(micro, token_loss)
-        return means.result()
+        if found := next(filter(None, self.world.gather(bad)), ""):
+            self.optimizer.zero_grad(set_to_none=True)
+            raise NonFiniteError(found)
+        return means.result(self.world)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Metrics:
@@ -87,54 +178,96 @@ class LocalTrainer(LocalScorer):
         means = _WeightedMeans()
         for micro, token_loss in self._losses(batch):
             means.add(micro, token_loss)
-        return means.result()
+        return means.result(self.world)
 
     def optim_step(self) -> Metrics:
         """Clips the gradient to ``max_grad_norm``, steps and clears it.
 
         Raises NonFiniteError where the gradient is not finite, before any parameter changes.
         """
-        norm = torch.nn.utils.clip_grad_norm_(self.model.module.parameters(), self.optim.max_grad_norm)
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.weights.values(), self.optim.max_grad_norm))
         if not torch.isfinite(norm):
             self.optimizer.zero_grad(set_to_none=True)
             raise NonFiniteError("the gradient is not finite though the loss is; lower the learning rate")
         learning_rate = learning_rate_at(self._version, self.optim)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
+        self.idle.restore()
         # Counted first: whoever is interrupted from here on must not be taken for untouched.
         self._version += 1
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self._changed()
+        if self.memory.offload == "optimizer":
+            self.idle.park(self._optimizer_tensors())
         return {"grad_norm": norm.item(), "learning_rate": learning_rate}
 
     def state_dict(self) -> dict[str, Any]:
-        """Parameters, optimizer state and version: all that the next step depends on."""
+        """Parameters, optimizer state and version: all that the next step depends on. Whole tensors on the CPU.
+
+        The same whatever the number of ranks and the dtype of the computation, so that a run may go on with others.
+        """
+        self.idle.restore()
         return {
-            "model": self.model.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": whole(self.weights | self.buffers),
+            "optimizer": whole(self.optimizer.state_dict()),
             "version": self._version,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.model.module.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        """Takes over what ``state_dict`` gave, on any number of ranks."""
+        self.idle.restore()
+        with torch.no_grad():
+            for name, target in (self.weights | self.buffers).items():
+                assign(target, state["model"][name])
+        optimizer = dict(state["optimizer"])
+        order = [p for group in self.optimizer.param_groups for p in group["params"]]
+        optimizer["state"] = {
+            index: {key: like(v, order[index]) if v.ndim else v for key, v in slots.items()}
+            for index, slots in optimizer["state"].items()
+        }
+        self.optimizer.load_state_dict(optimizer)
         self._version = state["version"]
+        self._changed()
 
     def export(self, folder: Path) -> None:
-        self.model.export(folder)
+        """Writes a Hugging Face folder: float32 weights, config and tokenizer. A collective; rank 0 writes."""
+        state = whole(self.weights | self.buffers)
+        if self.world.rank == 0:
+            self.model.export(folder, state)
+
+    def park(self, *, weights: bool) -> None:
+        """Gives device memory away until ``unpark``: the optimizer's state, and all weights too if asked."""
+        self._changed()
+        self.idle.park(self._optimizer_tensors())
+        self.idle.park(master for _, master in self.masters.pairs)
+        if weights:
+            self.idle.park([*self.parameters.values(), *self.model.module.buffers()])
+
+    def unpark(self) -> None:
+        """Takes it back."""
+        self.idle.restore()
+
+    def _optimizer_tensors(self) -> Iterator[Tensor]:
+        for slots in self.optimizer.state.values():
+            yield from (value for value in slots.values() if isinstance(value, Tensor))
+
+    def _changed(self) -> None:
+        """The weights have changed: whatever was made of the old ones goes."""
+        self.masters.publish()
+        if self.model.sharded is not None:
+            forget_gathered(self.model.sharded)
 
     def _losses(self, batch: Batch) -> Iterator[tuple[Batch, TokenLoss]]:
-        device = self.model.device
-        for part in batch.split(self.token_budget):
-            micro = part.to(device)
+        for share in self._shares(batch):
             out = forward(
                 self.model,
-                micro,
+                share.batch,
                 temperature=self.temperature,
                 entropy=self.entropy,
                 entropy_gradient=self.entropy_gradient,
             )
-            yield micro, self.loss(out, micro)
+            yield share.batch, self.loss(out, share.batch)
 
 
 class _WeightedMeans:
@@ -153,8 +286,33 @@ class _WeightedMeans:
             total = (value_T.detach() * mask_T).sum(dtype=torch.float64).item()
             self.sums[name] = self.sums.get(name, 0.0) + total
 
-    def result(self) -> Metrics:
-        return {"loss": self.loss} | {name: total / max(self.tokens, 1) for name, total in self.sums.items()}
+    def result(self, world: World) -> Metrics:
+        """Over all ranks."""
+        mine = torch.tensor([self.loss, float(self.tokens), *self.sums.values()], dtype=torch.float64)
+        loss, tokens, *sums = world.sum(mine).tolist()
+        return {"loss": loss} | {name: total / max(tokens, 1) for name, total in zip(self.sums, sums, strict=True)}
+
+
+def _assemble(batch: Batch, parts: list[tuple[list[int], Outputs]], world: World) -> Outputs:
+    """The whole batch's outputs from every rank's micro-batches, in the batch's order."""
+
+    def joined(read: Callable[[Outputs], Tensor | None], index: Callable[[list[int]], Tensor], size: int) -> Any:
+        if (first := read(parts[0][1])) is None:
+            return None
+        result = first.new_zeros(size)
+        for units, out in parts:
+            if units:
+                value = read(out)
+                assert value is not None
+                result[index(units).to(result.device)] = value
+        return world.sum(result)
+
+    return Outputs(
+        logp_T=joined(lambda out: out.logp_T, batch.tokens_of, batch.tokens),
+        entropy_T=joined(lambda out: out.entropy_T, batch.tokens_of, batch.tokens),
+        value_T=joined(lambda out: out.value_T, batch.tokens_of, batch.tokens),
+        score_S=joined(lambda out: out.score_S, batch.segments_of, batch.segments),
+    )
 
 
 def _describe_non_finite(batch: Batch, token_loss: TokenLoss) -> str:

@@ -86,11 +86,16 @@ def test_a_model_that_cannot_be_packed_says_so(caplog):
     assert "padded" in caplog.text
 
 
-def test_bfloat16_is_autocast_over_float32_weights():
+def test_bfloat16_casts_parameters_and_leaves_rotary_frequencies_alone():
     model = prepare_module(make_module(), make_tokenizer(), dtype="bfloat16")
+    frequencies = {name: b.clone() for name, b in model.module.named_buffers() if "inv_freq" in name}
     batch = pack(random_sequences())
-    exact = prepare_module(make_module(), make_tokenizer())
-    low, high = forward(model, batch).logp_T, forward(exact, batch).logp_T
+    high = forward(model, batch).logp_T
+    model.compute_in(model.torch_dtype)
+    low = forward(model, batch).logp_T
     assert low.dtype == torch.float32
-    assert {p.dtype for p in model.module.parameters()} == {torch.float32}
+    assert {p.dtype for p in model.module.parameters()} == {torch.bfloat16}
+    assert frequencies
+    for name, before in frequencies.items():
+        assert torch.equal(model.module.get_buffer(name), before)
     assert 0 < (low - high).abs().max() < 0.2

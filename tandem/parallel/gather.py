@@ -1,0 +1,58 @@
+"""Whole parameters out of slices, a bucket at a time, for the engines that sample with them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from tandem.parallel.sharding import local
+
+
+class Gatherer:
+    """Fills tensors with the whole values of parameters, sharded or not, cast to the tensors' dtype."""
+
+    def __init__(self, parameters: Mapping[str, Tensor], device: torch.device) -> None:
+        self.parameters = dict(parameters)
+        self.device = device
+
+    @torch.no_grad()
+    def fill(self, wanted: list[tuple[str, Tensor]]) -> None:
+        """Writes each named parameter into its tensor. A collective where parameters are sharded.
+
+        One all-gather moves all of ``wanted``, already in the dtype that is wanted.
+        """
+        sharded = [(self.parameters[name], out) for name, out in wanted if isinstance(self.parameters[name], DTensor)]
+        plain = [(self.parameters[name], out) for name, out in wanted if not isinstance(self.parameters[name], DTensor)]
+        if plain:
+            torch._foreach_copy_([out for _, out in plain], [p.detach() for p, _ in plain], non_blocking=True)
+        by_dtype: dict[torch.dtype, list[tuple[DTensor, Tensor]]] = {}
+        for parameter, out in sharded:
+            by_dtype.setdefault(out.dtype, []).append((parameter, out))
+        for dtype, pairs in by_dtype.items():
+            self._gather(dtype, pairs)
+
+    def _gather(self, dtype: torch.dtype, pairs: list[tuple[DTensor, Tensor]]) -> None:
+        mesh = pairs[0][0].device_mesh
+        ranks = mesh.size()
+        # Ranks keep ceil(rows / ranks) rows each, the last ones fewer or none: room for the most is sent by all.
+        rows = [-(-p.shape[0] // ranks) for p, _ in pairs]
+        widths = [p[0].numel() if p.ndim > 1 else 1 for p, _ in pairs]
+        sizes = [r * w for r, w in zip(rows, widths, strict=True)]
+        mine = torch.empty(sum(sizes), dtype=dtype, device=self.device)
+        slices = [local(p.detach()).reshape(-1) for p, _ in pairs]
+        pieces = [room[: s.numel()] for room, s in zip(mine.split(sizes), slices, strict=True)]
+        torch._foreach_copy_(pieces, slices, non_blocking=True)
+        everyone = torch.empty(ranks, mine.numel(), dtype=dtype, device=self.device)
+        dist.all_gather_into_tensor(everyone.view(-1), mine, group=mesh.get_group())
+        sources: list[Tensor] = []
+        targets: list[Tensor] = []
+        for (_, out), size, columns in zip(pairs, sizes, everyone.split(sizes, dim=1), strict=True):
+            flat = out.view(-1)
+            for rank, target in enumerate(flat.split(size)):
+                targets.append(target)
+                sources.append(columns[rank, : target.numel()])
+        torch._foreach_copy_(targets, sources, non_blocking=True)

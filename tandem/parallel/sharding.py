@@ -1,0 +1,115 @@
+"""FSDP2 applied from outside to an unmodified module: every rank of a world keeps a slice of each parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed._composable import checkpoint
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from tandem.parallel.world import World
+
+
+def transformer_layers(module: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of a transformers model, as it names them itself in ``_no_split_modules``."""
+    names = set(getattr(module, "_no_split_modules", None) or ())
+    return [inner for inner in module.modules() if type(inner).__name__ in names]
+
+
+def checkpoint_activations(layers: list[nn.Module]) -> None:
+    """Keeps only the layers' inputs for the backward pass and computes the rest again."""
+    for layer in layers:
+        checkpoint(layer)
+
+
+def shard(
+    root: nn.Module,
+    layers: list[nn.Module],
+    world: World,
+    *,
+    compute_dtype: torch.dtype,
+    keep_gathered: bool = False,
+    offload: bool = False,
+) -> None:
+    """Splits the parameters of ``root`` over the world's ranks, gathered layer by layer in ``compute_dtype``.
+
+    ``keep_gathered`` keeps a layer's parameters from its forward to its backward (ZeRO stages 1 and 2), otherwise
+    they are gathered twice (stage 3). ``offload`` keeps parameters, gradients and optimizer state on the CPU.
+    Gradients are summed over ranks in float32: weights were stamped from global counts, so the sum is the whole
+    reduction. Forward and backward are collectives from here on.
+    """
+    options: dict[str, Any] = {
+        "mesh": world.mesh,
+        "mp_policy": MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32),
+        "offload_policy": CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if offload else OffloadPolicy(),
+    }
+    for layer in layers:
+        fully_shard(layer, reshard_after_forward=not keep_gathered, **options)
+    fully_shard(root, **options)
+    for module in _sharded(root):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+
+
+def forget_gathered(root: nn.Module) -> None:
+    """Frees what a forward left gathered, so that the next one sees parameters as they are now."""
+    for module in _sharded(root):
+        module.reshard()
+
+
+def _sharded(root: nn.Module) -> list[FSDPModule]:
+    return [module for module in root.modules() if isinstance(module, FSDPModule)]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's slice of a sharded tensor, and any other tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(value: Any) -> Any:
+    """A nest of dicts and lists with every tensor whole and on the CPU. A collective where one is sharded."""
+    if isinstance(value, Mapping):
+        return {key: whole(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(whole, value))
+    if isinstance(value, DTensor):
+        return _full(value.detach()).cpu()
+    return value.detach().cpu() if isinstance(value, Tensor) else value
+
+
+def _full(tensor: DTensor) -> Tensor:
+    mesh = tensor.device_mesh
+    if tensor.to_local().device.type != mesh.device_type:
+        # Offloaded: NCCL moves what is on the GPU only.
+        tensor = DTensor.from_local(
+            tensor.to_local().to(mesh.device_type), mesh, tensor.placements, shape=tensor.shape, stride=tensor.stride()
+        )
+    return tensor.full_tensor()
+
+
+def rows_of(tensor: DTensor) -> slice:
+    """The rows of a sharded tensor's first dimension that this rank keeps, as ``torch.chunk`` divides them."""
+    mesh = tensor.device_mesh
+    per_rank = -(-tensor.shape[0] // mesh.size())
+    start = min(per_rank * mesh.get_local_rank(), tensor.shape[0])
+    return slice(start, start + tensor.to_local().shape[0])
+
+
+def like(full: Tensor, target: Tensor) -> Tensor:
+    """A copy of ``full`` placed as ``target`` is: the same slice, on the same device. No communication."""
+    if not isinstance(target, DTensor):
+        return full.to(target.device, copy=True)
+    mine = full[rows_of(target)].to(target.to_local().device, copy=True)
+    return DTensor.from_local(mine, target.device_mesh, target.placements, shape=full.shape, stride=full.stride())
+
+
+@torch.no_grad()
+def assign(target: Tensor, full: Tensor) -> None:
+    """Copies a whole tensor into a parameter, sharded or not."""
+    if isinstance(target, DTensor):
+        full = full[rows_of(target)]
+    local(target).copy_(full)

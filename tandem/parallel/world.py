@@ -1,0 +1,77 @@
+"""Which of how many processes this is: one, or one rank of a group that works on every batch together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+DEADLINE_S = 600.0
+"""Longest wait for the other ranks of a group in one collective."""
+
+
+@dataclass(frozen=True)
+class World:
+    """A process among ``size`` that train one model. Collectives of one process do nothing."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    mesh: DeviceMesh | None = None
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        assert self.mesh is not None
+        return self.mesh.get_group()
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """``tensor`` summed over the ranks, in place."""
+        if self.size > 1:
+            here = tensor.to(self.device)
+            dist.all_reduce(here, group=self.group)
+            tensor.copy_(here)
+        return tensor
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's ``value``, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+
+@contextmanager
+def join(
+    rank: int, size: int, *, device: torch.device, host: str, port: int, deadline_s: float = DEADLINE_S
+) -> Iterator[World]:
+    """Joins the default process group of torch.distributed (NCCL on GPUs, gloo on CPUs), and leaves it at the end.
+
+    Rank 0 hosts the rendezvous at ``host:port``. A rank that does not come, or does not answer in a collective within
+    ``deadline_s`` seconds, ends the wait with an error.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        # A communicator that waits too long is torn down together with its process.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        init_method=f"tcp://{host}:{port}",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=deadline_s),
+        device_id=device if device.type == "cuda" else None,
+    )
+    try:
+        mesh = dist.init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
+        yield World(rank, size, device, mesh)
+    finally:
+        dist.destroy_process_group()

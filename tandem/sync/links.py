@@ -1,0 +1,174 @@
+"""How a bucket travels from one sender to its receivers: broadcast (NCCL, gloo), or memory of a GPU that both map."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.multiprocessing.reductions import reduce_tensor
+
+from tandem.errors import UserError
+from tandem.sync.plan import Plan
+
+Transport = Literal["nccl", "gloo", "ipc"]
+BUFFERS = 2
+"""One fills while the other is on its way."""
+
+
+@dataclass(frozen=True)
+class Link:
+    """One end of a connection. Rank 0 sends, ranks 1 to ``size - 1`` receive; ``host:port`` is the sender's store."""
+
+    transport: Transport
+    host: str
+    port: int
+    rank: int
+    size: int
+    plan: Plan
+    timeout_s: float = 300.0
+
+    def of_rank(self, rank: int) -> Link:
+        return replace(self, rank=rank)
+
+    @property
+    def timeout(self) -> timedelta:
+        return timedelta(seconds=self.timeout_s)
+
+
+class Pending(Protocol):
+    """A transfer on its way."""
+
+    def wait(self) -> object:
+        """Returns, or orders the current stream behind it, once it is done."""
+        ...
+
+
+class Channel(Protocol):
+    """A connected end. Calls are made for bucket 0, 1, 2... of a push, by all ends alike."""
+
+    buffers: list[Tensor]
+    """uint8, each with room for any bucket."""
+
+    def send(self, push: int, bucket: int, filled: Tensor) -> Pending:
+        """Sender: gives the bucket away. Its buffer may be overwritten once what is returned has been waited for."""
+        ...
+
+    def receive(self, push: int, bucket: int, wanted: Tensor) -> Pending:
+        """Receiver: ``wanted`` is filled once what is returned has been waited for."""
+        ...
+
+    def taken(self, push: int, bucket: int) -> None:
+        """Receiver: the bucket is loaded and its buffer may be overwritten."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def open_store(link: Link) -> dist.TCPStore:
+    """The store that both ends meet at; the sender's end hosts it. Raises UserError where it cannot be reached."""
+    try:
+        return dist.TCPStore(
+            link.host, link.port, is_master=link.rank == 0, timeout=link.timeout, wait_for_workers=False
+        )
+    except (dist.DistError, RuntimeError) as error:
+        raise UserError(f"weight sync: no answer from {link.host}:{link.port} ({_first_line(error)})") from error
+
+
+def open_channel(link: Link, store: dist.TCPStore, device: torch.device) -> Channel:
+    """Connects one end; returns when gloo's ends all have."""
+    if link.transport == "ipc":
+        return SharedMemory(link, store, device)
+    return Broadcast(link, store, device)
+
+
+class Broadcast:
+    """Rank 0 broadcasts over a process group of its own, apart from any default group of the process."""
+
+    def __init__(self, link: Link, store: dist.TCPStore, device: torch.device) -> None:
+        self.link = link
+        if link.transport == "gloo":
+            device = torch.device("cpu")
+            self.group: Any = dist.ProcessGroupGloo(store, link.rank, link.size, link.timeout)
+        else:
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = link.timeout
+            self.group = dist.ProcessGroupNCCL(store, link.rank, link.size, options)
+        self.options = dist.BroadcastOptions()
+        self.options.rootRank = 0
+        self.options.rootTensor = 0
+        self.buffers = [
+            torch.empty(link.plan.buffer_bytes, dtype=torch.uint8, device=device) for _ in range(BUFFERS)
+        ]
+
+    def send(self, push: int, bucket: int, filled: Tensor) -> Pending:
+        return self.group.broadcast([filled], self.options)
+
+    def receive(self, push: int, bucket: int, wanted: Tensor) -> Pending:
+        return self.group.broadcast([wanted], self.options)
+
+    def taken(self, push: int, bucket: int) -> None:
+        # NCCL orders a later broadcast into the buffer behind its use; with gloo it has been copied out of already.
+        return
+
+    def close(self) -> None:
+        self.group = None
+
+
+class SharedMemory:
+    """CUDA IPC: receivers on the sender's own GPU map its buffers. The store carries the signals, no weights."""
+
+    def __init__(self, link: Link, store: dist.TCPStore, device: torch.device) -> None:
+        self.link, self.store, self.device = link, store, device
+        if link.rank == 0:
+            size = link.plan.buffer_bytes
+            self.buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(BUFFERS)]
+            store.set("buffers", pickle.dumps([reduce_tensor(buffer) for buffer in self.buffers]))
+        else:
+            self.buffers = [_rebuild(handle, device) for handle in pickle.loads(store.get("buffers"))]
+
+    def send(self, push: int, bucket: int, filled: Tensor) -> Pending:
+        torch.cuda.current_stream(self.device).synchronize()
+        self.store.set(f"sent/{push}/{bucket}", b"1")
+        return Signal(self, [f"taken/{push}/{bucket}/{rank}" for rank in range(1, self.link.size)])
+
+    def receive(self, push: int, bucket: int, wanted: Tensor) -> Pending:
+        return Signal(self, [f"sent/{push}/{bucket}"])
+
+    def taken(self, push: int, bucket: int) -> None:
+        torch.cuda.current_stream(self.device).synchronize()
+        self.store.set(f"taken/{push}/{bucket}/{self.link.rank}", b"1")
+
+    def close(self) -> None:
+        self.buffers = []
+
+
+class Signal:
+    """Keys that the other end sets in the store."""
+
+    def __init__(self, channel: SharedMemory, keys: list[str]) -> None:
+        self.channel, self.keys = channel, keys
+
+    def wait(self) -> None:
+        """Raises UserError where they are not set within the link's deadline."""
+        link = self.channel.link
+        try:
+            self.channel.store.wait(self.keys, link.timeout)
+        except (dist.DistError, RuntimeError) as error:
+            raise UserError(f"weight sync: no word from the other end within {link.timeout_s:.0f} s") from error
+
+
+def _rebuild(handle: Any, device: torch.device) -> Tensor:
+    """The sender's tensor in this process, in which the GPU may have another number."""
+    function, arguments = handle
+    arguments = list(arguments)
+    arguments[6] = device.index if device.index is not None else torch.cuda.current_device()
+    return function(*arguments)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,67 @@
+"""The trainer's end: gathers one bucket while the last one is on its way."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+import torch.distributed as dist
+
+from tandem.parallel.gather import Gatherer
+from tandem.sync.checksum import Sums, checksum
+from tandem.sync.links import BUFFERS, Channel, Link, Pending, open_channel, open_store
+from tandem.sync.plan import Plan, used, views
+
+
+class Sender:
+    """One sending end. A trainer rank without receivers of its own (no link) still takes part in the gathering."""
+
+    def __init__(self, gatherer: Gatherer, plan: Plan) -> None:
+        self.gatherer = gatherer
+        self.plan = plan
+        self.pushes = 0
+        self.link: Link | None = None
+        self.store: dist.TCPStore | None = None
+        self.channel: Channel | None = None
+        self.buffers = []
+
+    def listen(self, link: Link) -> int:
+        """Opens the store where receivers will look for this end. Returns its port."""
+        self.link = link
+        self.store = open_store(link)
+        return self.store.port
+
+    def connect(self) -> None:
+        """Connects to the receivers, which connect at the same time."""
+        if self.link is not None and self.store is not None:
+            self.channel = open_channel(self.link, self.store, self.gatherer.device)
+            self.buffers = self.channel.buffers
+        else:
+            size, device = self.plan.buffer_bytes, self.gatherer.device
+            self.buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(BUFFERS)]
+
+    def send(self, check: Collection[str] = ()) -> dict[str, Sums]:
+        """One push of all weights. Returns the checksums of the tensors named in ``check``, as they were sent."""
+        push = self.pushes
+        self.pushes += 1
+        wanted = set(check)
+        sums: dict[str, Sums] = {}
+        on_way: list[Pending | None] = [None] * BUFFERS
+        for number, bucket in enumerate(self.plan.buckets):
+            slot = number % BUFFERS
+            if (before := on_way[slot]) is not None:
+                before.wait()
+            buffer = self.buffers[slot]
+            tensors = views(bucket, buffer)
+            self.gatherer.fill(tensors)
+            if self.channel is not None:
+                on_way[slot] = self.channel.send(push, number, used(bucket, buffer))
+            sums |= {name: checksum(tensor) for name, tensor in tensors if name in wanted}
+        for pending in on_way:
+            if pending is not None:
+                pending.wait()
+        return sums
+
+    def close(self) -> None:
+        if self.channel is not None:
+            self.channel.close()

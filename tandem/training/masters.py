@@ -1,0 +1,56 @@
+"""Parameters in bfloat16, trained as float32: an optimizer step is never lost to rounding, and sampling reads in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+class Masters:
+    """A float32 copy of each low-precision parameter. Gradients gather in the copies, and the optimizer steps them.
+
+    A gradient is added to its copy's as soon as backward has it (in float32, so that micro-batches add up), and freed.
+    Parameters that are float32 already stand for themselves.
+    """
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        self.pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
+        self.named: dict[str, nn.Parameter] = {}
+        for name, parameter in module.named_parameters():
+            if not parameter.requires_grad or not parameter.is_floating_point() or dtype == torch.float32:
+                self.named[name] = parameter
+                continue
+            master = nn.Parameter(parameter.detach().float().clone())
+            parameter.data = parameter.data.to(dtype)
+            parameter.register_post_accumulate_grad_hook(_adds_to(master))
+            self.pairs.append((parameter, master))
+            self.named[name] = master
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Writes the copies into the parameters, rounded."""
+        if self.pairs:
+            torch._foreach_copy_([p for p, _ in self.pairs], [master for _, master in self.pairs])
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        return self.named.values()
+
+    def state_dict(self, module: nn.Module) -> dict[str, Tensor]:
+        """The module's state with the copies in place of what was rounded. Tied names keep pointing to one tensor."""
+        exact = {id(p): master for p, master in self.pairs}
+        return {name: exact.get(id(value), value) for name, value in module.state_dict(keep_vars=True).items()}
+
+
+def _adds_to(master: nn.Parameter):  # noqa: ANN202
+    def hook(parameter: Tensor) -> None:
+        if parameter.grad is None:
+            return
+        if master.grad is None:
+            master.grad = parameter.grad.float()
+        else:
+            master.grad.add_(parameter.grad)
+        parameter.grad = None
+
+    return hook

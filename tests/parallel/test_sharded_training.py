@@ -1,0 +1,168 @@
+"""Two workers over gloo train as one does: parameters, gradients, metrics, scores, checkpoints (law 2)."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from conftest import VOCABULARY, make_module, make_tokenizer
+from ranks import run_ranks
+
+from tandem.data.packing import pack, stamp_weights
+from tandem.errors import NonFiniteError
+from tandem.models.loading import prepare_module
+from tandem.parallel.world import World
+from tandem.training.optim import OptimParams
+from tandem.training.trainer import LocalScorer, LocalTrainer, MemoryParams
+from tandem.types import Batch, Outputs, Sequence, TokenLoss
+
+OPTIM = OptimParams(learning_rate=1e-4, total_steps=6, lr_schedule="linear", weight_decay=0.1, max_grad_norm=0.5)
+
+
+def batch_of(count: int, seed: int) -> Batch:
+    rng = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        ids = [rng.randrange(2, VOCABULARY) for _ in range(rng.randrange(4, 24))]
+        rows.append(Sequence(token_ids=ids, trainable=[False, *[True] * (len(ids) - 1)]))
+    return stamp_weights(pack(rows), "token")
+
+
+def loss(out: Outputs, batch: Batch) -> TokenLoss:
+    assert out.logp_T is not None
+    return TokenLoss(loss_T=-out.logp_T, metrics_T={"surprise": -out.logp_T})
+
+
+def trainer_in(world: World, name: str, dtype: str = "float32", **memory: Any) -> LocalTrainer:
+    model = prepare_module(make_module(name), make_tokenizer(), dtype=dtype)
+    return LocalTrainer(model, loss, OPTIM, token_budget=40, world=world, memory=MemoryParams(**memory))
+
+
+def train(world: World, name: str, steps: list[int], state: Any = None, options: Any = None) -> Any:
+    """Steps of the given numbers of sequences: metrics of each, then score and state."""
+    trainer = trainer_in(world, name, **(options or {}))
+    if state is not None:
+        trainer.load_state_dict(state)
+    metrics = []
+    for step, count in enumerate(steps):
+        batch = batch_of(count, 10 * step + count)
+        metrics.append(trainer.forward_backward(batch) | trainer.optim_step())
+    held_out = batch_of(5, 99)
+    score = trainer.score(held_out)
+    return metrics, score.logp_T.detach().cpu(), trainer.evaluate(held_out), trainer.state_dict()
+
+
+def assert_close(one: Any, two: Any, tolerance: float = 1e-6) -> None:
+    metrics, score, evaluation, state = one
+    for a, b in zip([*metrics, evaluation], [*two[0], two[2]], strict=True):
+        assert a == pytest.approx(b, abs=tolerance, rel=1e-5)
+    assert (score - two[1]).abs().max() < 20 * tolerance
+    assert state["model"].keys() == two[3]["model"].keys()
+    for name, value in state["model"].items():
+        if "query_key_value.bias" in name:
+            continue  # A key's bias shifts a row of attention scores: its gradient is rounding, which Adam blows up.
+        assert value.shape == two[3]["model"][name].shape
+        assert (value - two[3]["model"][name]).abs().max() < tolerance, name
+    assert state["version"] == two[3]["version"]
+
+
+# 7 sequences over micro-batches of 40 tokens: the ranks have unequally many. One sequence: one rank has none at all.
+STEPS = [7, 1, 6]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("llama", {}),
+        ("qwen2", {"keep_gathered": True}),
+        ("gpt_neox", {"activation_checkpointing": True}),
+        ("bloom", {"offload": "parameters"}),
+        ("granite_scaled_logits", {"offload": "optimizer"}),
+    ],
+)
+def test_two_workers_equal_one(name, options):
+    one = train(World(), name, STEPS)
+    first, second = run_ranks(train, 2, name, STEPS, None, options)
+    assert_close(one, first)
+    # Both ranks return the same, not each its own part.
+    assert first[0] == second[0]
+    assert torch.equal(first[1], second[1])
+
+
+def test_three_workers_with_rows_that_do_not_divide():
+    assert_close(train(World(), "llama", STEPS), run_ranks(train, 3, "llama", STEPS)[0])
+
+
+def test_activation_checkpointing_and_offload_do_not_change_one_process():
+    plain = train(World(), "llama", STEPS)
+    for options in ({"activation_checkpointing": True}, {"offload": "optimizer"}):
+        assert_close(plain, train(World(), "llama", STEPS, None, options), tolerance=1e-7)
+
+
+def test_a_checkpoint_goes_from_two_workers_to_one_and_back():
+    unbroken = train(World(), "llama", [7, 1, 6, 3])
+    for before, after in ((2, 1), (1, 2)):
+        state = run_ranks(train, before, "llama", [7, 1])[0][3]
+        resumed = run_ranks(_resume, after, "llama", state)[0]
+        for name, value in unbroken[3]["model"].items():
+            assert (value - resumed["model"][name]).abs().max() < 1e-6, name
+        assert resumed["version"] == 4
+
+
+def _resume(world: World, name: str, state: Any) -> Any:
+    trainer = trainer_in(world, name)
+    trainer.load_state_dict(state)
+    for step, count in ((2, 6), (3, 3)):
+        trainer.forward_backward(batch_of(count, 10 * step + count))
+        trainer.optim_step()
+    return trainer.state_dict()
+
+
+def test_bfloat16_computes_low_and_keeps_float32_weights():
+    exact = train(World(), "llama", STEPS)
+    one = train(World(), "llama", STEPS, None, {"dtype": "bfloat16"})
+    two = run_ranks(train, 2, "llama", STEPS, None, {"dtype": "bfloat16"})[0]
+    for result in (one, two):
+        assert {v.dtype for v in result[3]["model"].values()} == {torch.float32}
+        gaps = [(v - exact[3]["model"][k]).abs().max().item() for k, v in result[3]["model"].items()]
+        # Adam moves a weight by about the learning rate a step, whatever the gradient: some signs differ in bfloat16.
+        assert 0 < max(gaps) < 4 * OPTIM.learning_rate
+
+
+def test_every_rank_hears_of_a_loss_that_is_not_finite():
+    assert run_ranks(_train_into_nan, 2) == [True, True]
+
+
+def _train_into_nan(world: World) -> bool:
+    trainer = trainer_in(world, "llama")
+    before = trainer.state_dict()["model"]
+    batch = batch_of(7, 3)
+    batch.weight_T[int(batch.bounds[3]) + 1] = float("nan")
+    try:
+        trainer.forward_backward(batch)
+    except NonFiniteError as error:
+        after = trainer.state_dict()["model"]
+        trainer.forward_backward(batch_of(7, 4))
+        trainer.optim_step()
+        return "not finite" in str(error) and all(torch.equal(before[k], after[k]) for k in before)
+    return False
+
+
+def test_scorers_are_sharded_too():
+    def plain(world: World) -> torch.Tensor:
+        return _score(world)
+
+    expected = _score(World())
+    for found in run_ranks(_score, 2):
+        assert (found - expected).abs().max() < 1e-5
+    assert (plain(World()) - expected).abs().max() == 0
+
+
+def _score(world: World) -> torch.Tensor:
+    model = prepare_module(make_module("llama"), make_tokenizer())
+    scorer = LocalScorer(model, token_budget=30, temperature=0.7, world=world)
+    value = scorer.score(batch_of(6, 5)).logp_T
+    assert value is not None
+    return value
