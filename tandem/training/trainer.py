@@ -223,7 +223,7 @@ class LocalTrainer(LocalScorer):
         optimizer = dict(state["optimizer"])
         order = [p for group in self.optimizer.param_groups for p in group["params"]]
         optimizer["state"] = {
-            index: {key: like(v, order[index]) if v.ndim else v for key, v in slots.items()}
+            index: {key: like(v, order[index]) if v.ndim else v.clone() for key, v in slots.items()}
             for index, slots in optimizer["state"].items()
         }
         self.optimizer.load_state_dict(optimizer)

@@ -1,0 +1,221 @@
+"""Inside a vLLM worker: a push of Hugging Face tensors into the model, and reading back what became of them.
+
+vLLM fuses tensors, shards them and, on CPUs, repacks them for its kernels. Its layerwise reload does all that again
+for weights that come while it runs, into the memory that captured graphs know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import wraps
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tandem.engines.vllm_checksums import Shard
+from tandem.errors import UserError
+from tandem.sync.checksum import add, checksum
+
+Bucket = list[tuple[str, Tensor]]
+ROWS = 1024
+"""Rows of the identity that go through a packed layer at once."""
+
+
+@dataclass
+class Target:
+    """One parameter of the model: what was loaded into it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    parts: dict[str, int] = field(default_factory=dict)
+    """Elements of each HF tensor, in full."""
+    loaded: int = 0
+    """Elements that this rank took of them."""
+    exact: bool = True
+    """Whether the values are stored as they came."""
+
+
+Record = dict[str, Target]
+"""Every parameter that a push filled, by its name in vLLM's model."""
+
+
+def load_push(model: Any, model_config: Any, buckets: Iterable[Bucket], record: Record | None) -> None:
+    """Loads one push into the model. An empty ``record`` is filled on the way, which takes a little longer.
+
+    Raises UserError and names the tensors that vLLM cannot load, does not take, or that the push lacks. Whatever is
+    raised, some weights are new and some are old then, and the model must not be used before another push.
+    """
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    expected = [name for name, _ in model.named_parameters()]
+    initialize_layerwise_reload(model)
+    try:
+        if record is None:
+            for bucket in buckets:
+                _load(model, bucket)
+                _keep(model, bucket)
+        else:
+            _load_and_record(model, buckets, record, expected)
+    finally:
+        finalize_layerwise_reload(model, model_config)
+        _repack_tied(model)
+
+
+def _load(model: Any, bucket: Bucket) -> None:
+    try:
+        model.load_weights(bucket)
+    except Exception as error:
+        names = bucket[0][0] if len(bucket) == 1 else f"{bucket[0][0]} to {bucket[-1][0]}"
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"weight sync: vLLM's {type(model).__name__} cannot load {names}: {reason}; is it the trainer's model?"
+        ) from error
+
+
+def _load_and_record(model: Any, buckets: Iterable[Bucket], record: Record, expected: list[str]) -> None:
+    """One tensor at a time, so that what its loading touches is known."""
+    loading: dict[str, Any] = {"name": "", "tensor": None}
+    for name, parameter in _parameters(model):
+        if hasattr(parameter, "weight_loader"):
+            parameter.weight_loader = _watched(parameter.weight_loader, name, loading, record)
+    untaken = []
+    for bucket in buckets:
+        for name, tensor in bucket:
+            loading |= {"name": name, "tensor": tensor}
+            _load(model, [(name, tensor)])
+            if not any(name in target.parts for target in record.values()):
+                untaken.append(name)
+        _keep(model, bucket)
+    if untaken:
+        raise UserError(
+            f"weight sync: vLLM's {type(model).__name__} takes no tensors of these names: {_listed(untaken)}; "
+            "send what the model's named_parameters() gives"
+        )
+    if missing := [name for name in expected if name not in record]:
+        raise UserError(
+            f"weight sync: the push left these parameters of vLLM's {type(model).__name__} as they were: "
+            f"{_listed(missing)}; is it the trainer's model?"
+        )
+
+
+def _watched(loader: Callable[..., Any], name: str, loading: dict[str, Any], record: Record) -> Callable[..., Any]:
+    """``loader``, which layerwise reload has put on parameter ``name``, noting what goes through it."""
+    from vllm.model_executor.model_loader.reload.meta import get_numel_loaded
+
+    @wraps(loader)
+    def online_process_loader(*args: Any, **kwargs: Any) -> Any:
+        original = loader
+        while original.__name__ == "online_process_loader":
+            original = original.__wrapped__  # type: ignore[attr-defined]
+        bound = signature(original).bind(*args, **kwargs)
+        bound.apply_defaults()
+        parameter, tensor = args[0], loading["tensor"]
+        target = record.setdefault(name, Target(tuple(parameter.shape), parameter.dtype))
+        target.parts[loading["name"]] = tensor.numel()
+        target.loaded += get_numel_loaded(original, bound)[0]
+        # A composed loader stores a function of what it is given (Mamba's A), others may cast.
+        target.exact &= tensor.dtype == parameter.dtype and "composed" not in original.__qualname__
+        return loader(*args, **kwargs)
+
+    # Layerwise reload knows its own wrappers by this name: it neither wraps them twice nor leaves them on.
+    online_process_loader.__name__ = "online_process_loader"
+    return online_process_loader
+
+
+def _keep(model: Any, bucket: Bucket) -> None:
+    """Copies the bucket's tensors that layerwise reload still refers to, as their memory is about to be reused.
+
+    It keeps those of layers that are not complete yet, or that never will be because of padding.
+    """
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    memory = {tensor.untyped_storage().data_ptr() for _, tensor in bucket}
+    for module in model.modules():
+        for _, bound in get_layerwise_info(module).loaded_weights:
+            for key, value in bound.arguments.items():
+                if isinstance(value, Tensor) and not value.is_meta and value.untyped_storage().data_ptr() in memory:
+                    bound.arguments[key] = value.clone()
+
+
+def _repack_tied(model: Any) -> None:
+    """A tied head has no weights of its own to load, so reloading leaves its packed copy as it was."""
+    for _, module in _packed_heads(model):
+        module.quant_method.process_weights_after_loading(module)
+
+
+def _packed_heads(model: Any) -> Iterator[tuple[str, Any]]:
+    """Heads that share the embedding's parameter and hold a packed copy of it (CPUs only)."""
+    first: dict[int, str] = {}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and first.setdefault(id(weight), name) != name and hasattr(module, "cpu_linear"):
+            yield name, module
+
+
+def shards(model: Any, record: Record, names: set[str] | None) -> dict[str, Shard]:
+    """This rank's checksums of what the model computes with, for parameters made from any of ``names`` (None: all).
+
+    On a CPU a linear layer's weights are packed; they are read back by sending the identity through it. Parameters
+    whose values are not stored as they came (quantized, cast, computed from them) are left out.
+    """
+    found: dict[str, Shard] = {}
+    owner = {id(parameter): name for name, parameter in _parameters(model)}
+    places = [(name, name, module) for name, module in _owners(model)]
+    places += [
+        (f"{name}.weight", owner[id(module.weight)], module)
+        for name, module in _packed_heads(model)
+        if id(module.weight) in owner
+    ]
+    for name, recorded, module in places:
+        target = record.get(recorded)
+        if target is None or not target.exact or not (names is None or names & target.parts.keys()):
+            continue
+        content = _content(module, name.rpartition(".")[2], target)
+        if content is not None:
+            found[name] = Shard(target.parts, target.loaded, content)
+    return found
+
+
+def _parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Parameters as ``named_parameters`` gives them, tied ones once."""
+    return model.named_parameters()
+
+
+def _owners(model: Any) -> Iterator[tuple[str, Any]]:
+    """Each parameter's name and the module that it belongs to."""
+    for name, _ in _parameters(model):
+        yield name, model.get_submodule(name.rpartition(".")[0])
+
+
+@torch.no_grad()
+def _content(module: Any, attribute: str, target: Target) -> tuple[int, int, int] | None:
+    """Checksum of what the module computes with, or None where it does not hold the values that it was given."""
+    linear = getattr(module, "cpu_linear", None)
+    weight = getattr(module, attribute)
+    if attribute == "weight" and linear is not None and len(target.shape) == 2 and _multiplies(module):
+        width = target.shape[1]
+        rows = (torch.eye(width, dtype=target.dtype)[start : start + ROWS] for start in range(0, width, ROWS))
+        return add([checksum(linear(part, weight, None)) for part in rows])
+    if weight.dtype != target.dtype:
+        # Some CPU kernels want the bias in float32; that keeps every value.
+        narrow = weight.to(target.dtype)
+        if not torch.equal(narrow.to(weight.dtype), weight):
+            return None
+        weight = narrow
+    return checksum(weight) if weight.numel() == torch.Size(target.shape).numel() else None
+
+
+def _multiplies(module: Any) -> bool:
+    """Whether the module is a matrix product, as an embedding's table is not."""
+    from vllm.model_executor.layers.linear import LinearBase
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    return isinstance(module, LinearBase | ParallelLMHead)
+
+
+def _listed(names: list[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,121 @@
+"""Runs inside vLLM's workers: Tandem's weight transport, and what an engine asks its workers for.
+
+vLLM imports this file in every worker, as its entry point ``vllm.general_plugins`` and as ``worker_extension_cls``;
+the second also finds it where Tandem is used from a source tree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.config import set_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+from tandem.engines.vllm_checksums import Shard
+from tandem.engines.vllm_loading import Record, load_push, shards
+from tandem.errors import UserError
+from tandem.sync.links import Link
+from tandem.sync.receiver import Receiver
+
+BACKEND = "tandem"
+
+
+@dataclass
+class Links(WeightTransferInitInfo):
+    """One link a tensor-parallel rank."""
+
+    links: Seq[Link]
+
+
+@dataclass
+class Push(WeightTransferUpdateInfo):
+    """One push of all weights. All that it consists of is in the link's plan."""
+
+
+class TandemTransfer(WeightTransferEngine):
+    """Takes a trainer's pushes from its link and loads them into this worker's model."""
+
+    init_info_cls = Links
+    update_info_cls = Push
+    # vLLM asks for it before a draft model's update, which Tandem never sends.
+    supports_draft_weight_update = False
+
+    receiver: Receiver | None = None
+    record: Record | None = None
+
+    def init_transfer_engine(self, init_info: Links) -> None:
+        self.shutdown()
+        self.receiver = Receiver(init_info.links[get_tensor_model_parallel_rank()], self.device)
+
+    def start_weight_update(self) -> None:
+        """Nothing: a push is loaded in one go, so that a failure leaves no half of a reload behind."""
+
+    def finish_weight_update(self) -> None:
+        """Nothing, for the same reason."""
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self.receive_weights(self.parse_update_info(update_info))
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
+
+    def receive_weights(self, update_info: Push) -> None:
+        """Takes one push. Raises UserError and names the tensor where it cannot be loaded."""
+        if self.receiver is None:
+            raise UserError("weight sync: the engine is not connected to a trainer; call connect() first")
+        record: Record | None = {} if self.record is None else None
+        with set_current_vllm_config(self.vllm_config):
+            load_push(self.model, self.model_config, self.receiver.buckets(), record)
+        self.record = record if self.record is None else self.record
+
+    def shutdown(self) -> None:
+        if self.receiver is not None:
+            self.receiver.close()
+            self.receiver = None
+        # Another trainer may send another plan.
+        self.record = None
+
+    @staticmethod
+    def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:
+        """vLLM's own way to send (0.25 requires that a transport has it). Tandem sends with ``tandem.sync.sender``."""
+        raise TypeError("weights for the 'tandem' transport are sent by tandem.sync.sender.Sender")
+
+
+class WorkerExtension:
+    """Methods that a worker gets, called through ``collective_rpc``."""
+
+    weight_transfer_engine: Any
+    device: torch.device
+    model_runner: Any
+
+    def tandem_shards(self, names: list[str] | None) -> dict[str, Shard]:
+        """Checksums of this rank's parameters. Raises UserError before the first push."""
+        transfer = self.weight_transfer_engine
+        if transfer.record is None:
+            raise UserError("checksums: nothing has been pushed yet, so vLLM's tensors have no origin to compare with")
+        return shards(transfer.model, transfer.record, None if names is None else set(names))
+
+    def tandem_memory(self) -> tuple[float, float] | None:
+        """Bytes free and in use on this worker's device, by whomever; None on a CPU."""
+        if self.device.type == "cpu":
+            return None
+        free, total = torch.cuda.mem_get_info(self.device)
+        return float(free), float(total - free)
+
+
+def register() -> None:
+    """Makes the transport known to vLLM in this process, once."""
+    if BACKEND not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(BACKEND, TandemTransfer)
+
+
+# A worker that got here through worker_extension_cls has not been through the entry point.
+register()
