@@ -15,9 +15,9 @@ import math
 import textwrap
 import types
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, replace
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, make_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -27,6 +27,8 @@ from tandem.errors import UserError
 Config = TypeVar("Config")
 ONE_START = {"one_start": True}
 """Metadata of a key that concerns one start of a run, and so is not written to the run's config."""
+PREFIXED = {"prefixed": True}
+"""Metadata of a section whose keys carry its name: ``placement.actor``."""
 
 _TYPES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", Path: "a path"}
 _CHOICES = {bool: {"true": True, "True": True, "yes": True, "false": False, "False": False, "no": False}}
@@ -109,8 +111,10 @@ def _keys_of(cls: Any) -> dict[str, _Key]:
     for f in fields(cls):
         required = _default(f) is MISSING
         if is_dataclass(hints[f.name]):
-            section = _keys_of(hints[f.name])
-            inner = {name: replace(key, required=key.required and required) for name, key in section.items()}
+            inner = {
+                _full_name(f, name): replace(key, name=_full_name(f, name), required=key.required and required)
+                for name, key in _keys_of(hints[f.name]).items()
+            }
         else:
             doc = " ".join(docs.get(f.name, "").split()).partition(". ")[0].rstrip(".")
             inner = {f.name: _Key(name=f.name, annotation=hints[f.name], required=required, doc=doc)}
@@ -136,6 +140,10 @@ def _attribute_docs(cls: Any) -> dict[str, str]:
     return docs
 
 
+def _full_name(section: Field[Any], key: str) -> str:
+    return f"{section.name}.{key}" if section.metadata.get("prefixed") else key
+
+
 def _default(f: Field[Any]) -> Any:
     return f.default if f.default_factory is MISSING else f.default_factory()
 
@@ -145,7 +153,8 @@ def _build(cls: Any, values: dict[str, Any]) -> Any:
     hints = get_type_hints(cls)
     for f in fields(cls):
         if is_dataclass(hints[f.name]):
-            inner = {name: values[name] for name in _keys_of(hints[f.name]) if name in values}
+            named = {name: _full_name(f, name) for name in _keys_of(hints[f.name])}
+            inner = {name: values[full] for name, full in named.items() if full in values}
             default = _default(f)
             own[f.name] = _build(hints[f.name], inner) if default is MISSING else replace(default, **inner)
         elif f.name in values:
@@ -288,7 +297,7 @@ def _sections(config: Any) -> list[tuple[str, dict[str, Any]]]:
         if is_dataclass(value):
             kept = [inner for inner in fields(value) if not inner.metadata.get("one_start")]
             if kept:
-                sections.append((f.name, {inner.name: getattr(value, inner.name) for inner in kept}))
+                sections.append((f.name, {_full_name(f, inner.name): getattr(value, inner.name) for inner in kept}))
         else:
             loose[f.name] = value
     return [("options", loose), *sections] if loose else sections
@@ -306,4 +315,20 @@ def _print_help(cls: Any, prog: str) -> None:
     import tyro
 
     print(f"{inspect.getdoc(cls)}\n\nEvery key can also stand in a YAML file: {prog} --config FILE.yaml. Flags win.\n")
-    tyro.cli(cls, prog=prog, description="", args=["--help"], config=(tyro.conf.OmitArgPrefixes,))
+    tyro.cli(for_tyro(cls), prog=prog, description="", args=["--help"])
+
+
+def for_tyro(cls: Any) -> Any:
+    """The config class as tyro must see it, so that the keys of a section go without its name, but for prefixed ones."""
+    import tyro
+
+    hints = get_type_hints(cls)
+    marked = [
+        (
+            f.name,
+            hints[f.name] if f.metadata.get("prefixed") else Annotated[hints[f.name], tyro.conf.OmitArgPrefixes],
+            field(default=f.default) if f.default_factory is MISSING else field(default_factory=f.default_factory),
+        )
+        for f in fields(cls)
+    ]
+    return make_dataclass(cls.__name__, marked, kw_only=True, frozen=True)

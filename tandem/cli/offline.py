@@ -4,15 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from tandem.cli.sections import DataSection, ModelSection, OptimSection, RunSection
+from tandem.cli.placing import Homes
+from tandem.cli.sections import (
+    ClusterSection,
+    DataSection,
+    EngineSection,
+    ModelSection,
+    OptimSection,
+    RunSection,
+    TrainerPlacement,
+)
 from tandem.cli.wiring import (
     check_out,
     describe_counts,
-    describe_model,
     due_evaluation,
     load_data,
     optim_params,
@@ -22,12 +31,15 @@ from tandem.cli.wiring import (
 from tandem.data.order import Order
 from tandem.data.rows import Rows
 from tandem.data.tokenize import Counts
-from tandem.errors import expect
-from tandem.models.forward import LoadedModel
-from tandem.roles import Metrics, Objective
+from tandem.config import PREFIXED
+from tandem.errors import UserError, expect
+from tandem.models.loading import load_tokenizer
+from tandem.roles import Metrics
 from tandem.schedules.offline import Offline, OfflineRoles
-from tandem.training.trainer import LocalTrainer
+from tandem.training.optim import OptimParams
 from tandem.types import Batch
+from tandem.workers.process import Build
+from tandem.workers.torchrun import Ranks, joined, launched
 
 Example = TypeVar("Example")
 
@@ -52,15 +64,17 @@ class OfflineConfig:
     data: DataSection
     optim: OptimSection
     offline: OfflineSection
+    placement: TrainerPlacement = field(default_factory=TrainerPlacement, metadata=PREFIXED)
+    cluster: ClusterSection = field(default_factory=ClusterSection, metadata=PREFIXED)
 
 
 @dataclass(frozen=True, kw_only=True)
 class OfflineMethod(Generic[Example]):
-    """What differs between offline methods: how to load the model and the rows, how to batch them, and the loss."""
+    """What differs between offline methods: how to make the trainer, read the rows, and batch them."""
 
     title: str
-    objective: Objective
-    load_model: Callable[[], LoadedModel]
+    build: Callable[[OptimParams], Build]
+    """Makes the trainer where it will live."""
     load_examples: Callable[[Rows, Any], tuple[Seq[Example], Counts]]
     """(rows, tokenizer) → examples, and how many rows were read, truncated and dropped."""
     batch: Callable[[Seq[Example]], Batch]
@@ -68,45 +82,60 @@ class OfflineMethod(Generic[Example]):
 
 
 def run_offline(config: OfflineConfig, method: OfflineMethod[Any]) -> Path | None:
-    """Trains and exports to ``<out>/model``, which is returned. None after a dry run."""
+    """Trains and exports to ``<out>/model``, which is returned.
+
+    None after a dry run, and on ranks above 0 of a torchrun, which do what rank 0 asks for.
+    """
+    if not launched():
+        homes = Homes(config.model, config.placement, config.cluster, EngineSection(), ["actor"])
+        return _drive(config, method, homes)
+    if config.placement.actor != "here":
+        raise UserError("placement.actor: torchrun has started the workers already; leave the key out")
+    with joined(config.model.device, config.cluster.deadline) as ranks:
+        if ranks.leader:
+            return _drive(config, method, nullcontext(ranks))
+        ranks.follow()
+    return None
+
+
+def _drive(
+    config: OfflineConfig, method: OfflineMethod[Any], opening: AbstractContextManager[Homes | Ranks]
+) -> Path | None:
     check_out(config.run)
     rows, eval_rows = load_data(config.data)
-    model = method.load_model()
-    examples, counts = method.load_examples(rows, model.tokenizer)
+    tokenizer = load_tokenizer(config.model.model, trust_remote_code=config.model.trust_remote_code)
+    examples, counts = method.load_examples(rows, tokenizer)
     held_out: Seq[Any] = ()
     if eval_rows is not None:
-        held_out, _ = method.load_examples(eval_rows, model.tokenizer)
-    if config.run.dry_run:
-        print_plan(config, _uses(config, model, counts, len(held_out)))
-        return None
-    trainer = LocalTrainer(
-        model,
-        method.objective.loss,
-        optim_params(config.optim, total_steps=config.run.steps),
-        token_budget=config.model.token_budget,
-    )
+        held_out, _ = method.load_examples(eval_rows, tokenizer)
     order = Order(len(examples), config.run.seed)
+    with opening as homes:
+        trainer = homes.place("actor", method.build(optim_params(config.optim, total_steps=config.run.steps)))
+        if config.run.dry_run:
+            print_plan(config, _uses(config, homes.end("actor").call("describe"), counts, len(held_out)))
+            return None
 
-    def batch(step: int) -> Batch:
-        return method.batch([examples[i] for i in order.batch(step, config.offline.batch_size)])
+        def batch(step: int) -> Batch:
+            return method.batch([examples[i] for i in order.batch(step, config.offline.batch_size)])
 
-    def evaluate() -> Metrics:
-        return trainer.evaluate(method.batch(held_out))
+        def evaluate() -> Metrics:
+            return trainer.evaluate(method.batch(held_out))
 
-    roles = OfflineRoles(
-        batch=batch,
-        trainer=trainer,
-        evaluate=due_evaluation(config.run, config.data, evaluate if held_out else None),
-    )
-    with session(config, config.run, {"model": trainer}, title=method.title, counts=counts) as started:
-        Offline(steps=config.run.steps).run(roles, started)
-        return started.finish(trainer)
+        roles = OfflineRoles(
+            batch=batch,
+            trainer=trainer,
+            evaluate=due_evaluation(config.run, config.data, evaluate if held_out else None),
+        )
+        with session(config, config.run, {"model": trainer}, title=method.title, counts=counts) as started:
+            Offline(steps=config.run.steps).run(roles, started)
+            return started.finish(trainer)
 
 
-def _uses(config: OfflineConfig, model: LoadedModel, counts: Counts, held_out: int) -> dict[str, str]:
+def _uses(config: OfflineConfig, model: str, counts: Counts, held_out: int) -> dict[str, str]:
     epochs = config.run.steps * config.offline.batch_size / counts["kept"]
+    workers = config.placement.workers("actor")
     return {
-        "model": describe_model(model),
+        "model": model + (f", split over {workers} workers" if workers else ""),
         "data": f"{describe_counts(counts)}, gone through {epochs:.2f} times in {config.run.steps} steps",
         "held out": f"{held_out} rows" if held_out else "none",
     }

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from tandem.cli.build import (
+    policy_trainer,
+    reference_scorer,
+    require_engine,
+    reward_scorer,
+    scalar_trainer,
+)
+from tandem.cli.placing import Homes, Sampler
 from tandem.cli.sections import (
+    ClusterSection,
     DataSection,
+    EngineSection,
     ModelSection,
     OptimSection,
+    PlacementSection,
     RewardSection,
     RunSection,
     SamplingSection,
@@ -18,29 +31,25 @@ from tandem.cli.sections import (
 from tandem.cli.wiring import (
     check_out,
     describe_counts,
-    describe_model,
     due_evaluation,
     load_data,
-    model_options,
     optim_params,
     print_plan,
     session,
     tokenizing,
 )
+from tandem.config import PREFIXED
 from tandem.data.order import Order
 from tandem.data.rows import Rows
 from tandem.data.tokenize import Counts, build_prompts
-from tandem.engines.live import LiveEngine
 from tandem.errors import UserError, expect
-from tandem.models.forward import LoadedModel
-from tandem.models.loading import load_causal, load_scalar
+from tandem.models.loading import load_tokenizer
 from tandem.rewards.function import load_reward
 from tandem.rewards.model import RewardModel, require_same_tokenizer, same_tokenizer
 from tandem.roles import Algorithm, Metrics, Reward
 from tandem.rollout.prepare import Preparation, rollout_metrics
 from tandem.rollout.sampling import Judge, sample_groups
 from tandem.schedules.sync import OnlineRoles, Sync
-from tandem.training.trainer import LocalScorer, LocalTrainer
 from tandem.types import Group, Prompt, SamplingParams
 
 
@@ -74,6 +83,9 @@ class OnlineConfig:
     sampling: SamplingSection
     reward: RewardSection
     online: OnlineSection = field(default_factory=OnlineSection)
+    placement: PlacementSection = field(default_factory=PlacementSection, metadata=PREFIXED)
+    engine: EngineSection = field(default_factory=EngineSection, metadata=PREFIXED)
+    cluster: ClusterSection = field(default_factory=ClusterSection, metadata=PREFIXED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,19 +106,16 @@ class Online:
 
     def __init__(self, config: OnlineConfig, algorithm: Algorithm, critic: CriticSection | None, title: str) -> None:
         check_out(config.run)
-        self.config, self.algorithm, self.title = config, algorithm, title
-        if config.sampling.temperature == 0:
-            raise UserError("temperature: 0 is greedy, all samples of a prompt would be equal; give more than 0")
-        functions: list[Reward] = [load_reward(name) for name in config.reward.reward]
+        self.config, self.algorithm, self.critic, self.title = config, algorithm, critic, title
+        self._check_sampling()
+        require_engine(config.engine)
+        self.functions: list[Reward] = [load_reward(name) for name in config.reward.reward]
         self.eval_rewards: list[Reward] = [load_reward(name) for name in config.online.eval_reward]
         rows, eval_rows = load_data(config.data)
-        self.policy = load_causal(config.model.model, **model_options(config.model))
+        self.tokenizer = self._load_tokenizer(config.model.model)
+        self._check_tokenizers()
         self.prompts, self.counts = self._tokenize(rows)
         self.eval_prompts = self._tokenize(eval_rows)[0] if eval_rows is not None else []
-        self.rewards = functions + self._load_reward_model()
-        self.reference = self._load_reference()
-        self.critic = self._load_critic(critic) if critic is not None else None
-        self.critic_learning_rate = critic.critic_learning_rate if critic is not None else None
         self.sampling_params = SamplingParams(
             max_new_tokens=config.sampling.max_new_tokens,
             temperature=config.sampling.temperature,
@@ -119,47 +128,87 @@ class Online:
     def run(self) -> Path | None:
         """Trains and exports to ``<out>/model``, which is returned. None after a dry run."""
         config = self.config
-        if config.run.dry_run:
-            print_plan(config, self._uses())
-            return None
-        steps = config.run.steps * config.online.epochs * config.online.minibatches
-        actor = LocalTrainer(
-            self.policy,
-            self.algorithm.loss,
-            optim_params(config.optim, total_steps=steps),
-            token_budget=config.model.token_budget,
-            temperature=config.sampling.temperature,
-            entropy=True,
-            entropy_gradient=self.algorithm.entropy_gradient,
-        )
-        critic = None
-        if self.critic is not None:
-            critic = LocalTrainer(
-                self.critic,
-                self.algorithm.value_loss,
-                optim_params(config.optim, total_steps=steps, learning_rate=self.critic_learning_rate),
-                token_budget=config.model.token_budget,
+        with ExitStack() as stack:
+            homes = stack.enter_context(
+                Homes(config.model, config.placement, config.cluster, config.engine, list(self._sources()))
             )
-        trainers = {"actor": actor} | ({"critic": critic} if critic is not None else {})
-        with session(config, config.run, trainers, title=self.title, counts=self.counts) as started:
-            Sync(steps=config.run.steps).run(self._roles(actor, critic), started)
-            return started.finish(actor)
+            models = self._build(homes)
+            if config.run.dry_run:
+                print_plan(config, self._uses(homes, models))
+                return None
+            trainers = {role: models[role] for role in ("actor", "critic") if role in models}
+            started = stack.enter_context(
+                session(config, config.run, trainers, title=self.title, counts=self.counts)
+            )
+            sampler = homes.sampler(
+                config.sampling,
+                seed=config.run.seed,
+                vocabulary=len(self.tokenizer),
+                others=models,
+                note=started.progress.note,
+            )
+            Sync(steps=config.run.steps).run(self._roles(models, sampler), started)
+            return started.finish(models["actor"])
 
-    def _roles(self, actor: LocalTrainer, critic: LocalTrainer | None) -> OnlineRoles:
+    def _sources(self) -> dict[str, str | None]:
+        """The models of the run by role, and where each is loaded from."""
         config = self.config
-        engine = LiveEngine(
-            self.policy.module,
-            self.policy.tokenizer,
-            max_slots=config.sampling.max_slots,
-            version=lambda: actor.version,
-        )
+        sources: dict[str, str | None] = {"actor": config.model.model, "engine": None}
+        if config.reward.reward_model is not None:
+            sources["reward"] = config.reward.reward_model
+        if self.algorithm.needs_reference:
+            sources["reference"] = config.online.reference or config.model.model
+        if self.critic is not None:
+            sources["critic"] = self.critic.critic or config.reward.reward_model or config.model.model
+        return sources
+
+    def _build(self, homes: Homes) -> dict[str, Any]:
+        """Every trainer and scorer by role, each in its own place."""
+        config, sources = self.config, self._sources()
+        steps = config.run.steps * config.online.epochs * config.online.minibatches
+        options = {
+            "temperature": config.sampling.temperature,
+            "entropy": True,
+            "entropy_gradient": self.algorithm.entropy_gradient,
+        }
+        section = config.model
+        optim = optim_params(config.optim, total_steps=steps)
+        builds = {
+            "actor": partial(
+                policy_trainer, section=section, loss=self.algorithm.loss, optim=optim, options=options
+            ),
+            "reward": partial(reward_scorer, section=section, source=sources.get("reward")),
+            "reference": partial(
+                reference_scorer,
+                section=section,
+                source=sources.get("reference"),
+                temperature=config.sampling.temperature,
+            ),
+        }
+        if self.critic is not None:
+            builds["critic"] = partial(
+                scalar_trainer,
+                section=section,
+                source=sources["critic"],
+                new_head="zero",
+                seed=config.run.seed,
+                loss=self.algorithm.value_loss,
+                optim=optim_params(
+                    config.optim, total_steps=steps, learning_rate=self.critic.critic_learning_rate
+                ),
+            )
+        return {role: homes.place(role, build) for role, build in builds.items() if role in sources}
+
+    def _roles(self, models: dict[str, Any], sampler: Sampler) -> OnlineRoles:
+        config = self.config
         order = Order(len(self.prompts), config.run.seed)
-        judge = self._judge()
+        rewards = self._rewards(models)
+        judge = self._judge(rewards)
         held_out_judge = unweighted(self.eval_rewards) if self.eval_rewards else None
 
         def sample(prompts: Seq[Prompt], step: int, samples: int = config.sampling.samples_per_prompt) -> list[Group]:
             return sample_groups(
-                engine,
+                sampler.engine,
                 prompts,
                 self.sampling_params,
                 samples_per_prompt=samples,
@@ -178,72 +227,77 @@ class Online:
             judge=judge,
             prepare=Preparation(
                 algorithm=self.algorithm,
-                reference=self._scorer(self.reference, config.sampling.temperature) if self.reference else None,
-                critic=critic,
-                actor=actor,
+                reference=models.get("reference"),
+                critic=models.get("critic"),
+                actor=models["actor"],
                 old_logp=config.online.old_logp,
                 epochs=config.online.epochs,
                 minibatches=config.online.minibatches,
                 max_new_tokens=config.sampling.max_new_tokens,
                 seed=config.run.seed,
             ),
-            actor=actor,
-            critic=critic,
-            # The live engine samples on the actor's own weights: there is nothing to push.
-            push_weights=lambda step: None,
+            actor=models["actor"],
+            critic=models.get("critic"),
+            push_weights=lambda step: sampler.push(models["actor"].version),
             evaluate=due_evaluation(config.run, config.data, evaluate if self.eval_prompts else None),
         )
 
-    def _judge(self) -> Judge:
+    def _rewards(self, models: dict[str, Any]) -> list[Reward]:
+        source = self.config.reward.reward_model
+        if source is None:
+            return self.functions
+        tokenizer = self._load_tokenizer(source)
+        shared = same_tokenizer(self.tokenizer, tokenizer)
+        return [*self.functions, RewardModel(models["reward"], tokenizer=None if shared else tokenizer)]
+
+    def _judge(self, rewards: list[Reward]) -> Judge:
         section = self.config.reward
         return replace(
-            unweighted(self.rewards),
-            weights=section.reward_weights or (1.0,) * len(self.rewards),
+            unweighted(rewards),
+            weights=section.reward_weights or (1.0,) * len(rewards),
             missing_eos=section.missing_eos,
             missing_eos_penalty=section.missing_eos_penalty,
         )
 
-    def _scorer(self, model: LoadedModel, temperature: float = 1.0) -> LocalScorer:
-        return LocalScorer(model, token_budget=self.config.model.token_budget, temperature=temperature)
+    def _check_sampling(self) -> None:
+        sampling = self.config.sampling
+        if sampling.temperature == 0:
+            raise UserError("temperature: 0 is greedy, all samples of a prompt would be equal; give more than 0")
+        truncated = sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
+        if truncated and self.config.engine.kind == "vllm" and self.config.online.old_logp == "sampler":
+            raise UserError(
+                "old_logp: vLLM reports truncated log-probs only, which would bias the ratios; with top_k, top_p or "
+                "min_p add --old-logp trainer"
+            )
+
+    def _load_tokenizer(self, source: str) -> Any:
+        return load_tokenizer(source, trust_remote_code=self.config.model.trust_remote_code)
+
+    def _check_tokenizers(self) -> None:
+        """The reference and the critic read the policy's token ids."""
+        for role, source in self._sources().items():
+            if role in ("reference", "critic") and source is not None and source != self.config.model.model:
+                require_same_tokenizer(
+                    self.tokenizer, self._load_tokenizer(source), policy="the model", other=f"the {role}"
+                )
 
     def _tokenize(self, rows: Rows) -> tuple[list[Prompt], Counts]:
         data = self.config.data
         with tokenizing(rows) as on_progress:
-            return build_prompts(rows, self.policy.tokenizer, data.max_length, data.long_rows, on_progress=on_progress)
+            return build_prompts(rows, self.tokenizer, data.max_length, data.long_rows, on_progress=on_progress)
 
-    def _load_reward_model(self) -> list[Reward]:
-        source = self.config.reward.reward_model
-        if source is None:
-            return []
-        model = load_scalar(source, new_head="refuse", **model_options(self.config.model))
-        shared = same_tokenizer(self.policy.tokenizer, model.tokenizer)
-        return [RewardModel(self._scorer(model), tokenizer=None if shared else model.tokenizer)]
-
-    def _load_reference(self) -> LoadedModel | None:
-        if not self.algorithm.needs_reference:
-            return None
-        source = self.config.online.reference or self.config.model.model
-        model = load_causal(source, **model_options(self.config.model))
-        require_same_tokenizer(self.policy.tokenizer, model.tokenizer, policy="the model", other="the reference")
-        return model
-
-    def _load_critic(self, section: CriticSection) -> LoadedModel:
-        source = section.critic or self.config.reward.reward_model or self.config.model.model
-        # It reads the policy's token ids, so it must share the tokenizer.
-        model = load_scalar(source, new_head="zero", **model_options(self.config.model))
-        require_same_tokenizer(self.policy.tokenizer, model.tokenizer, policy="the model", other="the critic")
-        return model
-
-    def _uses(self) -> dict[str, str]:
-        sampling = self.config.sampling
+    def _uses(self, homes: Homes, models: dict[str, Any]) -> dict[str, str]:
+        sampling, engine = self.config.sampling, self.config.engine
         samples = sampling.prompts_per_step * sampling.samples_per_prompt
         epochs = self.config.run.steps * sampling.prompts_per_step / len(self.prompts)
-        uses = {"model": describe_model(self.policy)}
-        others: dict[str, Any] = {"reference": self.reference, "critic": self.critic}
-        uses |= {role: describe_model(model) for role, model in others.items() if model is not None}
+        uses = {
+            "model" if role == "actor" else role: f"{homes.end(role).call('describe')}{homes.where(role)}"
+            for role in models
+        }
+        place = homes.where("engine")
         return uses | {
-            "rewards": ", ".join(reward.name for reward in self.rewards),
-            "engine": f"live, on the model's own weights, {sampling.max_slots} slots",
+            "rewards": ", ".join([*self.config.reward.reward, *(["reward_model"] if "reward" in models else [])]),
+            "engine": f"{engine.kind}{place or ', on the actor' + chr(39) + 's devices'}, {sampling.max_slots} slots",
             "prompts": f"{describe_counts(self.counts)}, gone through {epochs:.2f} times",
             "a step": f"{samples} samples of at most {sampling.max_new_tokens} tokens, "
             f"{self.config.online.epochs * self.config.online.minibatches} optimizer steps",

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tandem.cli.build import scalar_trainer
 from tandem.cli.offline import OfflineConfig, OfflineMethod, run_offline
-from tandem.cli.wiring import model_options, tokenizing
+from tandem.cli.wiring import tokenizing
 from tandem.config import load_config
 from tandem.data.packing import pack_pairs, stamp_pair_weights
 from tandem.data.rows import Rows
 from tandem.data.tokenize import Counts, build_pairs
-from tandem.models.loading import load_scalar
 from tandem.objectives.reward import RewardModeling
 from tandem.types import Batch, PreferencePair
 
@@ -43,9 +44,14 @@ def train(config: RMConfig) -> Path | None:
 
     method = OfflineMethod(
         title="reward model",
-        objective=config.objective,
-        load_model=lambda: load_scalar(
-            config.model.model, new_head="random", seed=config.run.seed, **model_options(config.model)
+        build=lambda optim: partial(
+            scalar_trainer,
+            section=config.model,
+            source=config.model.model,
+            new_head="random",
+            seed=config.run.seed,
+            loss=config.objective.loss,
+            optim=optim,
         ),
         load_examples=examples,
         batch=batch,

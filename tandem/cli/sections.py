@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -59,13 +60,21 @@ class ModelSection:
     model: str
     """A Hugging Face folder, or a name on the hub."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the computation. Weights and optimizer stay in float32; bfloat16 is autocast around them."""
+    """Precision of the computation, and of sampling. The optimizer keeps float32 weights in either case."""
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto takes a GPU where there is one."""
     token_budget: int = 16384
     """Tokens in a micro-batch: bounds memory and changes nothing else."""
     trust_remote_code: bool = False
     """Run the Python code that comes with the model."""
+    keep_gathered: bool = False
+    """Over several workers: keep gathered parameters until the backward (ZeRO 1, 2) instead of gathering twice (3)."""
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    """Kept on the CPU between uses: nothing, the optimizer's state, or parameters and gradients too."""
+    offload_frozen: bool = False
+    """Keep the reference and reward models on the CPU between uses."""
+    activation_checkpointing: bool = False
+    """Keep only each layer's input for the backward and compute the rest again."""
 
     def __post_init__(self) -> None:
         expect(self, "a folder or a name on the hub", bool, "model")
@@ -174,3 +183,125 @@ class RewardSection:
         count = len(self.reward) + (self.reward_model is not None)
         expect(self, f"{count} weights, one a reward", lambda weights: len(weights) in (0, count), "reward_weights")
         expect(self, "0 or more", _at_least(0), "missing_eos_penalty")
+
+
+ROLES = ("actor", "critic", "reference", "reward", "engine")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerPlacement:
+    """Which processes the trainer lives in, one process a GPU (or CPU)."""
+
+    actor: str = "here"
+    """The trainer: 'here' (this process, no Ray), or the number of worker processes it is split over."""
+
+    def __post_init__(self) -> None:
+        for role in ROLES:
+            if (value := getattr(self, role, None)) is None:
+                continue
+            words = self.words(role)
+            if not (value in words or _is_count(value)):
+                raise UserError(f"placement.{role}: expected a number of processes or {_either(words)}, got {value!r}")
+            self.home(role)
+
+    def words(self, role: str) -> list[str]:
+        """What may stand for a role besides a number."""
+        if role == "actor":
+            return ["here"]
+        return ["actor"] if role == "engine" else [r for r in ROLES if r not in (role, "engine")]
+
+    def home(self, role: str) -> str:
+        """The role whose processes ``role`` lives in: itself where it has its own."""
+        seen = [role]
+        while (value := getattr(self, seen[-1])) in ROLES:
+            if value in seen:
+                raise UserError(f"placement.{role}: {' shares with '.join([*seen, value])}, so none has processes")
+            seen.append(value)
+        return seen[-1]
+
+    def workers(self, role: str) -> int:
+        """Worker processes that a role has of its own; 0 where it shares another's or is here."""
+        value = getattr(self, role)
+        return int(value) if _is_count(value) else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlacementSection(TrainerPlacement):
+    """Which processes each role lives in, one process a GPU (or CPU)."""
+
+    critic: str = "actor"
+    """The critic's trainer: a number of workers of its own, or the role whose processes it shares."""
+    reference: str = "actor"
+    """The frozen reference: a number, or the role whose processes it shares."""
+    reward: str = "actor"
+    """The reward model: a number, or the role whose processes it shares."""
+    engine: str = "actor"
+    """The sampler: 'actor' takes turns on the actor's devices (shared), a number is so many engines apart (split)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSection:
+    """What samples, and how weights reach it."""
+
+    kind: Literal["live", "vllm"] = "live"
+    """live samples with the trainer's own model code; vllm with vLLM (pip install 'tandem-rlhf[vllm]')."""
+    tensor_parallel: int = 1
+    """vllm: GPUs that one engine is split over."""
+    memory_share: float | None = None
+    """vllm: part of a GPU's memory that the engine may take. None: vLLM's own default, or 0.6 on shared devices."""
+    max_length: int | None = None
+    """Longest prompt and completion together, in tokens. None: what the model allows."""
+    seeded: bool = True
+    """vllm: draw each sample from its own seed, so that a run can be repeated; without, sampling is faster."""
+    arguments: str = "{}"
+    """vllm: more arguments for its engine, as JSON: '{"enforce_eager": true}'."""
+    transport: Literal["auto", "nccl", "gloo", "ipc"] = "auto"
+    """How weights travel to engines in other processes. auto: ipc on the same GPU, nccl to another, gloo on CPUs."""
+    check_weights: bool = True
+    """Prove after each push that the engine holds the trainer's weights."""
+
+    def __post_init__(self) -> None:
+        expect_prefixed = [
+            ("tensor_parallel", self.tensor_parallel >= 1, "1 or more"),
+            ("memory_share", self.memory_share is None or 0 < self.memory_share <= 1, "more than 0 and at most 1"),
+            ("max_length", self.max_length is None or self.max_length >= 2, "2 or more"),
+            ("arguments", isinstance(_json(self.arguments), dict), "a JSON object such as '{\"enforce_eager\": true}'"),
+        ]
+        for key, valid, wanted in expect_prefixed:
+            if not valid:
+                raise UserError(f"engine.{key}: expected {wanted}, got {getattr(self, key)!r}")
+        if self.kind == "live" and self.tensor_parallel > 1:
+            raise UserError("engine.tensor_parallel: only vllm splits an engine; add --engine.kind vllm")
+
+    @property
+    def vllm_arguments(self) -> dict[str, Any]:
+        return _json(self.arguments)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterSection:
+    """The Ray cluster that workers live on, where there are any."""
+
+    address: str | None = None
+    """HOST:PORT of a running cluster, or 'auto' for this machine's. None: one is started here for the run."""
+    deadline: float = 1800.0
+    """Longest time, in seconds, that one call to a worker may take before the run ends and says who did not answer."""
+
+    def __post_init__(self) -> None:
+        if not self.deadline > 0:
+            raise UserError(f"cluster.deadline: expected more than 0, got {self.deadline!r}")
+
+
+def _either(words: list[str]) -> str:
+    return " or ".join(map(repr, words))
+
+
+def _is_count(value: str) -> bool:
+    return value.isdigit() and int(value) >= 1
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from tandem.cli.build import policy_trainer
 from tandem.cli.offline import OfflineConfig, OfflineMethod, run_offline
-from tandem.cli.wiring import model_options, tokenizing
+from tandem.cli.wiring import tokenizing
 from tandem.config import load_config
 from tandem.data.packing import pack, stamp_weights
 from tandem.data.rows import Rows
 from tandem.data.tokenize import Counts, build_sequences
-from tandem.models.loading import load_causal
 from tandem.objectives.sft import SFT
 from tandem.types import Batch, Sequence
 
@@ -58,8 +59,9 @@ def train(config: SFTConfig) -> Path | None:
 
     method = OfflineMethod(
         title="SFT",
-        objective=config.objective,
-        load_model=lambda: load_causal(config.model.model, **model_options(config.model)),
+        build=lambda optim: partial(
+            policy_trainer, section=config.model, loss=config.objective.loss, optim=optim, options={}
+        ),
         load_examples=examples,
         batch=batch,
     )

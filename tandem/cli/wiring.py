@@ -10,10 +10,9 @@ from typing import Any
 
 from tandem.checkpoint.saver import SaveEvery
 from tandem.checkpoint.store import CheckpointStore
-from tandem.cli.sections import DataSection, ModelSection, OptimSection, RunSection
+from tandem.cli.sections import DataSection, OptimSection, RunSection
 from tandem.config import describe, dump_config
 from tandem.data.rows import Rows, load_rows
-from tandem.models.forward import LoadedModel
 from tandem.roles import Metrics, Trainer
 from tandem.runs.folder import RunFolder
 from tandem.runs.progress import Progress
@@ -22,15 +21,6 @@ from tandem.training.optim import OptimParams
 
 MAY_CHANGE = {"out", "steps", "save_every", "keep", "rollouts_logged"}
 """Keys that may differ between a run and its resumption."""
-
-
-def model_options(section: ModelSection) -> dict[str, Any]:
-    """The keyword arguments that every loaded model of a run shares."""
-    return {
-        "dtype": section.dtype,
-        "device": section.device,
-        "trust_remote_code": section.trust_remote_code,
-    }
 
 
 def optim_params(section: OptimSection, *, total_steps: int, learning_rate: float | None = None) -> OptimParams:
@@ -130,10 +120,3 @@ def describe_counts(counts: Mapping[str, int]) -> str:
     """How many rows are used, and what became of the others."""
     rest = ", ".join(f"{counts[what]} {what}" for what in ("truncated", "dropped") if counts[what])
     return f"{counts['kept']} rows" + (f" ({rest})" if rest else "")
-
-
-def describe_model(model: LoadedModel) -> str:
-    """Its class, size, device and how its batches are laid out."""
-    parameters = sum(p.numel() for p in model.module.parameters())
-    layout = "packed" if model.packed else "padded"
-    return f"{type(model.module).__name__}, {parameters / 1e6:.2f}M parameters, {model.device}, {model.dtype}, {layout}"

@@ -176,3 +176,10 @@ def _run(model: LoadedModel, module: Any, batch: Batch, output: str) -> Tensor:
     real_SL = pad_sequence([torch.ones_like(s) for s in segments], batch_first=True)
     out = module(input_ids=pad_sequence(list(segments), batch_first=True), attention_mask=real_SL, use_cache=False)
     return out[output][real_SL.bool()]
+
+
+def describe_model(model: LoadedModel) -> str:
+    """Its class, size, device and how its batches are laid out."""
+    parameters = sum(p.numel() for p in model.module.parameters())
+    layout = "packed" if model.packed else "padded"
+    return f"{type(model.module).__name__}, {parameters / 1e6:.2f}M parameters, {model.device}, {model.dtype}, {layout}"

@@ -21,7 +21,7 @@ class OnlineRoles:
     prepare: Preparation
     actor: Trainer
     critic: Trainer | None
-    push_weights: Callable[[int], None]
+    push_weights: Callable[[int], Metrics]
     evaluate: Callable[[int], Metrics]
 
 
@@ -55,7 +55,7 @@ class Sync:
         with clock("training"):
             metrics = train(roles, prepared) if prepared else {}
         with clock("sync"):
-            roles.push_weights(step)
+            metrics |= roles.push_weights(step)
         metrics |= rollout_metrics(groups) | clock.metrics()
         metrics["tokens_per_second"] = metrics["sampled_tokens"] / metrics["seconds"]
         return metrics, groups, prepared.state if prepared else state

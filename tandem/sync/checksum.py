@@ -2,31 +2,57 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 Sums = tuple[int, int, int]
 """Sum of the 16-bit words, sum of their squares, and how many elements there are."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """An engine's parameter: which of the pushed tensors it consists of, and its checksum."""
+
+    parts: tuple[str, ...]
+    sums: Sums
+
+
 CHUNK = 1 << 24
 _BITS = (1 << 63) - 1
 
 
 @torch.no_grad()
+def moments(tensor: Tensor) -> Tensor:
+    """int64 [2] on the tensor's device: sum of its 16-bit words, and of their squares, modulo 2^64."""
+    words = tensor.contiguous().view(-1).view(torch.int16)
+    total = torch.zeros(2, dtype=torch.int64, device=tensor.device)
+    for chunk in words.split(CHUNK):
+        wide = chunk.int()
+        total += torch.stack((chunk.sum(dtype=torch.int64), (wide * wide).sum(dtype=torch.int64)))
+    return total
+
+
+def sums_of(tensors: list[Tensor]) -> list[Sums]:
+    """The checksum of each tensor; all are under way before the first is waited for."""
+    totals = [moments(tensor) for tensor in tensors]
+    return [as_sums(total, tensor.numel()) for total, tensor in zip(totals, tensors, strict=True)]
+
+
+def as_sums(total: Tensor, elements: int) -> Sums:
+    """What ``moments`` gave, as plain numbers. Waits for the device."""
+    first, second = total.tolist()
+    return first & _BITS, second & _BITS, elements
+
+
 def checksum(tensor: Tensor) -> Sums:
     """The first two moments of a tensor's bits, read as int16 words, modulo 2^63, and its number of elements.
 
     It does not see order, and for that it adds up: the checksum of a fused tensor is the sum of its parts', that of
     a sharded one of its shards', and padding with zeros counts only as elements.
     """
-    words = tensor.contiguous().view(-1).view(torch.int16)
-    first = second = 0
-    sums = []
-    for chunk in words.split(CHUNK):
-        wide = chunk.int()
-        sums.append(torch.stack((chunk.sum(dtype=torch.int64), (wide * wide).sum(dtype=torch.int64))))
-    if sums:
-        first, second = torch.stack(sums).sum(dim=0).tolist()
-    return first & _BITS, second & _BITS, tensor.numel()
+    return sums_of([tensor])[0]
 
 
 def add(parts: list[Sums]) -> Sums:

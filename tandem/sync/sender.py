@@ -6,9 +6,10 @@ from collections.abc import Collection
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from tandem.parallel.gather import Gatherer
-from tandem.sync.checksum import Sums, checksum
+from tandem.sync.checksum import Sums, as_sums, checksum, moments
 from tandem.sync.links import BUFFERS, Channel, Link, Pending, open_channel, open_store
 from tandem.sync.plan import Plan, used, views
 
@@ -23,7 +24,7 @@ class Sender:
         self.link: Link | None = None
         self.store: dist.TCPStore | None = None
         self.channel: Channel | None = None
-        self.buffers = []
+        self.buffers: list[Tensor] = []
 
     def listen(self, link: Link) -> int:
         """Opens the store where receivers will look for this end. Returns its port."""
@@ -45,7 +46,7 @@ class Sender:
         push = self.pushes
         self.pushes += 1
         wanted = set(check)
-        sums: dict[str, Sums] = {}
+        found: dict[str, Tensor] = {}
         on_way: list[Pending | None] = [None] * BUFFERS
         for number, bucket in enumerate(self.plan.buckets):
             slot = number % BUFFERS
@@ -56,10 +57,20 @@ class Sender:
             self.gatherer.fill(tensors)
             if self.channel is not None:
                 on_way[slot] = self.channel.send(push, number, used(bucket, buffer))
-            sums |= {name: checksum(tensor) for name, tensor in tensors if name in wanted}
+            found |= {name: moments(tensor) for name, tensor in tensors if name in wanted}
         for pending in on_way:
             if pending is not None:
                 pending.wait()
+        sizes = {spec.name: torch.Size(spec.shape).numel() for spec in self.plan.tensors}
+        return {name: as_sums(total, sizes[name]) for name, total in found.items()}
+
+    def checksums(self) -> dict[str, Sums]:
+        """Of every tensor as a push would carry it."""
+        sums: dict[str, Sums] = {}
+        for bucket in self.plan.buckets:
+            tensors = views(bucket, self.buffers[0])
+            self.gatherer.fill(tensors)
+            sums |= {name: checksum(tensor) for name, tensor in tensors}
         return sums
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from tandem.data.packing import pack
 from tandem.errors import NonFiniteError
-from tandem.models.forward import LoadedModel, forward
+from tandem.models.forward import LoadedModel, describe_model, forward
 from tandem.parallel.sharding import (
     assign,
     checkpoint_activations,
@@ -27,7 +29,7 @@ from tandem.roles import LossFn, Metrics
 from tandem.training.masters import Masters
 from tandem.training.optim import OptimParams, build_optimizer, learning_rate_at
 from tandem.training.parking import Parking
-from tandem.types import Batch, Outputs, TokenLoss
+from tandem.types import Batch, Outputs, Sequence, TokenLoss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,18 +76,40 @@ class LocalScorer:
         self._park()
 
     @torch.no_grad()
-    def score(self, batch: Batch) -> Outputs:
-        """Log-probs at the temperature, or values and scores, in micro-batches of ``token_budget`` tokens."""
+    def score(self, batch: Batch, temperature: float | None = None) -> Outputs:
+        """Log-probs at the temperature (None: its own), or values and scores, a micro-batch at a time."""
+        temperature = self.temperature if temperature is None else temperature
         with self._present():
             parts = [
-                (share.units, forward(self.model, share.batch, temperature=self.temperature))
+                (share.units, forward(self.model, share.batch, temperature=temperature))
                 for share in self._shares(batch)
             ]
         return _assemble(batch, parts, self.world)
 
+    def logprobs(self, sequences: Seq[Seq[int]]) -> list[list[float]]:
+        """Log-prob, at temperature 1, of every token but the first of each sequence."""
+        rows = [Sequence(token_ids=list(ids), trainable=[False] + [True] * (len(ids) - 1)) for ids in sequences]
+        logp_T = self.score(pack(rows), temperature=1.0).logp_T
+        assert logp_T is not None
+        return [part[1:].tolist() for part in logp_T.split([len(ids) for ids in sequences])]
+
     def _shares(self, batch: Batch) -> Iterator[Share]:
         for share in shares(batch, self.token_budget, self.world):
             yield Share(batch=share.batch.to(self.model.device), units=share.units)
+
+    def park(self, *, weights: bool) -> None:
+        """Gives device memory away until ``unpark``: all weights, if asked."""
+        if weights:
+            self.away.park([*self.model.module.parameters(), *self.model.module.buffers()])
+
+    def unpark(self) -> None:
+        """Takes it back, unless it is kept on the CPU between uses anyway."""
+        if not self.offload:
+            self.away.restore()
+
+    def describe(self) -> str:
+        """Class, size, device, precision and layout, for a person to read."""
+        return describe_model(self.model)
 
     @contextmanager
     def _present(self) -> Iterator[None]:

@@ -1,0 +1,246 @@
+"""Decides where the roles of a run live, and builds the engine together with the way weights reach it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from tandem.cli.build import Replicas, live_engine, replica_engine, vllm_engine, weight_source
+from tandem.cli.sections import ClusterSection, EngineSection, ModelSection, SamplingSection, TrainerPlacement
+from tandem.errors import UserError
+from tandem.models.loading import pick_device
+from tandem.parallel.world import World
+from tandem.roles import Engine, Metrics
+from tandem.sync.push import PushParams, WeightPush
+from tandem.workers.cluster import Cluster, visible_gpus
+from tandem.workers.group import WorkerGroup
+from tandem.workers.homes import Here, Home, RoleEnd, Workers, WorkersEnd
+from tandem.workers.process import Site
+from tandem.workers.remote import BalancedEngine, DividedEngine
+from tandem.workers.turns import RestartingOnce, TakingTurns
+
+CALLS_AT_A_TIME = 8
+"""A vLLM engine answers so many calls at once; their samples join one batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """An engine, how new weights reach it (metrics of the push), and a line that says what it is."""
+
+    engine: Engine
+    push: Callable[[int], Metrics]
+    about: str
+
+
+class Homes:
+    """The processes of a run. Use as a context: all of them end with it, whatever ends the run."""
+
+    def __init__(
+        self, model: ModelSection, placement: TrainerPlacement, cluster: ClusterSection, engine: EngineSection, roles: list[str]
+    ) -> None:
+        """``roles`` are those that the run has (``actor``, and ``critic``, ``reference``, ``reward``, ``engine``)."""
+        self.model, self.placement, self.section, self.engine = model, placement, cluster, engine
+        self.roles = roles
+        self.homes: dict[str, Home] = {}
+        self.cluster: Cluster | None = None
+        self.stack = ExitStack()
+
+    def __enter__(self) -> Homes:
+        with ExitStack() as opening:
+            opening.callback(self.stack.close)
+            self._open()
+            opening.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stack.close()
+
+    def place(self, role: str, build: Callable[[Site], Any]) -> Any:
+        """Builds a role in the processes that the placement gives it."""
+        return self.of(role).place(role, build)
+
+    def of(self, role: str) -> Home:
+        """The processes a role lives in."""
+        return self.homes[self.placement.home(role)]
+
+    def end(self, role: str) -> RoleEnd:
+        """A role's every rank, to call."""
+        return self.of(role).end(role)
+
+    def beside(self, role: str, others: Mapping[str, Any]) -> list[Any]:
+        """Those of ``others`` (by role) that live in the same processes as ``role``."""
+        return [other for name, other in others.items() if self.of(name) is self.of(role)]
+
+    def where(self, role: str) -> str:
+        """For a person: nothing where it is this process or the actor's."""
+        count = self.placement.workers(role)
+        return f", {count} worker{'s' if count > 1 else ''} of its own" if count else ""
+
+    @property
+    def spread(self) -> bool:
+        """Whether anything lives outside this process."""
+        return self.placement.actor != "here" or self._own_engines or any(map(self.placement.workers, self.roles))
+
+    @property
+    def _own_engines(self) -> bool:
+        return "engine" in self.roles and self.engine.kind == "vllm"
+
+    def _open(self) -> None:
+        needed = {role: (count, 1) for role in self.roles if (count := self.placement.workers(role))}
+        if "engine" in needed:
+            needed["engine"] = (needed["engine"][0], self.engine.tensor_parallel)
+        device = self._device()
+        if self.spread:
+            self._check(needed, device)
+            self.cluster = Cluster(address=self.section.address, device=device.type, needed=needed)
+            self.stack.callback(self.cluster.close)
+        if self.placement.actor == "here":
+            self.homes["actor"] = Here(Site(World(device=device)))
+            self.stack.callback(self.homes["actor"].close)
+        for role in self.roles:
+            if self.placement.home(role) == role and role not in self.homes and role != "engine":
+                self.homes[role] = self._group(role, self.placement.workers(role))
+
+    def _check(self, needed: Mapping[str, tuple[int, int]], device: torch.device) -> None:
+        if self.placement.actor == "here" and needed and device.type == "cuda":
+            raise UserError(
+                f"placement: {', '.join(needed)} would have GPUs of their own while the actor takes one in this "
+                "process, which Ray does not know of; give the actor one too: --placement.actor 1"
+            )
+
+    def _device(self) -> torch.device:
+        if self.model.device == "auto" and self.section.address is not None and not visible_gpus():
+            # The machine that drives a cluster often has no GPU itself.
+            import ray
+
+            ray.init(address=self.section.address, log_to_driver=False, logging_level="ERROR", ignore_reinit_error=True)
+            return torch.device("cuda" if ray.cluster_resources().get("GPU") else "cpu")
+        return pick_device(self.model.device)
+
+    def _group(self, name: str, size: int, **options: Any) -> Workers:
+        assert self.cluster is not None
+        group = WorkerGroup(
+            name, size, self.cluster, deadline_s=self.section.deadline, environment=worker_environment(), **options
+        )
+        home = Workers(group)
+        self.stack.callback(home.close)
+        return home
+
+    def sampler(
+        self, sampling: SamplingSection, *, seed: int, vocabulary: int, others: Mapping[str, Any], note: Callable[[str], None]
+    ) -> Sampler:
+        """Builds the engine, beside the actor or in processes of its own. ``others``: every trainer and scorer by role."""
+        if self.engine.kind == "live" and self.placement.home("engine") == "actor":
+            return self._live_beside_actor(sampling)
+        if self.engine.kind == "live":
+            home = self._group("engine", self.placement.workers("engine"), joined=False)
+            home.place("engine", partial(replica_engine, section=self.model, sampling=sampling, engine=self.engine))
+            push = self._link(WorkersEnd(home.group, "engine"), vocabulary)
+            about = f"live, {home.group.size} of its own, fed over {push.transport}"
+            return Sampler(engine=DividedEngine(home.group, "engine"), push=push, about=about)
+        return self._vllm(sampling, seed, vocabulary, others, note)
+
+    def _live_beside_actor(self, sampling: SamplingSection) -> Sampler:
+        home = self.of("actor")
+        if isinstance(home, Here):
+            engine = home.place("engine", partial(live_engine, sampling=sampling, engine=self.engine))
+            return Sampler(engine=engine, push=lambda step: {}, about="live, on the actor's own weights")
+        assert isinstance(home, Workers)
+        if home.group.size == 1 and self.model.offload != "parameters":
+            home.place("engine", partial(live_engine, sampling=sampling, engine=self.engine))
+            return Sampler(
+                engine=DividedEngine(home.group, "engine"), push=lambda step: {}, about="live, on the actor's own weights"
+            )
+        home.place("engine", partial(replica_engine, section=self.model, sampling=sampling, engine=self.engine))
+        home.place("replicas", Replicas)
+
+        def push(step: int) -> Metrics:
+            home.group.call("replicas", "push")
+            return {}
+
+        about = f"live, in each of the actor's {home.group.size} processes, on gathered weights"
+        return Sampler(engine=DividedEngine(home.group, "engine"), push=push, about=about)
+
+    def _vllm(
+        self, sampling: SamplingSection, seed: int, vocabulary: int, others: Mapping[str, Any], note: Callable[[str], None]
+    ) -> Sampler:
+        shared = self.placement.home("engine") == "actor"
+        tensor_parallel = self.engine.tensor_parallel
+        actor = self.of("actor")
+        count = len(actor.wheres) // tensor_parallel if shared else self.placement.workers("engine")
+        if not count:
+            raise UserError(
+                f"engine.tensor_parallel: {tensor_parallel} GPUs for one engine, and the actor has {len(actor.wheres)}"
+            )
+        home = self._group(
+            "engine",
+            count,
+            gpus_each=tensor_parallel,
+            joined=False,
+            on_gpus_of=actor.wheres if shared else (),
+            concurrency=CALLS_AT_A_TIME,
+        )
+        home.place(
+            "engine",
+            partial(vllm_engine, section=self.model, sampling=sampling, engine=self.engine, seed=seed, shared=shared),
+        )
+        on_cpu = not home.wheres[0].gpus
+        ends = WorkersEnd(home.group, "engine", tensor_parallel if on_cpu else 1)
+        push = self._link(ends, vocabulary)
+        about = f"vllm, {count} x {tensor_parallel}, {'shared' if shared else 'split'}, fed over {push.transport}"
+        balanced: Engine = BalancedEngine(home.group, "engine", slots=sampling.max_slots)
+        pushed = {"version": 0}
+
+        def refill() -> None:
+            push.connect()
+            push(pushed["version"])
+
+        def push_now(step: int) -> Metrics:
+            pushed["version"] = step
+            return push(step)
+
+        balanced = RestartingOnce(balanced, home.group, refill, note)
+        if not shared or on_cpu:
+            return Sampler(engine=balanced, push=push_now, about=about)
+        turns = TakingTurns(
+            balanced,
+            ends,
+            self.beside("actor", others),
+            push_now,
+            version=lambda: others["actor"].version,
+        )
+        return Sampler(engine=turns, push=turns.push_later, about=about)
+
+    def _link(self, engines: WorkersEnd, vocabulary: int) -> WeightPush:
+        actor = self.of("actor")
+        actor.place("source", weight_source)
+        push = WeightPush(
+            actor.end("source"),
+            actor.end("actor"),
+            engines,
+            PushParams(
+                dtype=self.model.dtype,
+                transport=self.engine.transport,
+                check=self.engine.check_weights,
+                ranks_per_engine=self.engine.tensor_parallel,
+                vocabulary=vocabulary,
+                timeout_s=min(300.0, self.section.deadline),
+            ),
+        )
+        self.stack.callback(push.close)
+        push.connect()
+        return push
+
+
+def worker_environment() -> dict[str, str]:
+    """Variables that workers need as this process has them, wherever they run."""
+    passed = ("OMP_NUM_THREADS", "HF_HOME", "HF_TOKEN", "HF_HUB_OFFLINE", "PYTHONPATH", "TANDEM_DEBUG")
+    return {name: os.environ[name] for name in passed if name in os.environ}
+
+

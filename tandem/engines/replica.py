@@ -1,0 +1,81 @@
+"""A live engine with weights of its own, fed from a trainer: in the trainer's process or in another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+
+import torch
+from torch import Tensor
+
+from tandem.data.packing import pack
+from tandem.engines.live import LiveEngine
+from tandem.errors import UserError
+from tandem.models.forward import LoadedModel, forward
+from tandem.sync.checksum import Checked, checksum
+from tandem.sync.links import Link
+from tandem.sync.receiver import Receiver
+from tandem.types import Completion, Request, Sequence
+
+OnFinish = Callable[[int, int, Completion], None]
+
+
+class ReplicaEngine:
+    """Samples from a copy of the weights (``tandem.roles.FedEngine``). ``model``'s weights are overwritten by pushes."""
+
+    def __init__(self, model: LoadedModel, *, max_slots: int = 256, max_length: int | None = None) -> None:
+        model.compute_in(model.torch_dtype)
+        self.model = model
+        self.version = 0
+        self.parameters: dict[str, Tensor] = dict(model.module.named_parameters())
+        self.receiver: Receiver | None = None
+        self.live = LiveEngine(
+            model.module, model.tokenizer, max_slots=max_slots, max_length=max_length, version=lambda: self.version
+        )
+
+    def generate(self, requests: Seq[Request], on_finish: OnFinish | None = None) -> list[list[Completion]]:
+        return self.live.generate(requests, on_finish)
+
+    @torch.no_grad()
+    def logprobs(self, sequences: Seq[Seq[int]]) -> list[list[float]]:
+        """Log-prob, at temperature 1, of every token but the first of each sequence."""
+        rows = [Sequence(token_ids=list(ids), trainable=[False] + [True] * (len(ids) - 1)) for ids in sequences]
+        logp_T = forward(self.model, pack(rows).to(self.model.device)).logp_T
+        assert logp_T is not None
+        return [part[1:].tolist() for part in logp_T.split([len(ids) for ids in sequences])]
+
+    def connect(self, links: Seq[Link]) -> None:
+        """Connects to the trainer that will push."""
+        (link,) = links
+        self.receiver = Receiver(link, self.model.device)
+
+    @torch.no_grad()
+    def receive(self, version: int) -> None:
+        """Takes one push. Raises UserError, naming the tensor, for one that this model does not have."""
+        assert self.receiver is not None, "connect() comes first"
+        for bucket in self.receiver.buckets():
+            self.load(bucket)
+        self.version = version
+
+    @torch.no_grad()
+    def load(self, bucket: list[tuple[str, Tensor]]) -> None:
+        """Copies tensors into the parameters of these names."""
+        for name, tensor in bucket:
+            mine = self.parameters.get(name)
+            if mine is None or mine.shape != tensor.shape:
+                has = "no such parameter" if mine is None else f"one of shape {tuple(mine.shape)}"
+                raise UserError(f"weight sync: {name} {tuple(tensor.shape)} arrives and the engine has {has}")
+        targets = [self.parameters[name] for name, _ in bucket]
+        torch._foreach_copy_(targets, [tensor for _, tensor in bucket], non_blocking=True)
+
+    def checksums(self, names: Seq[str] | None = None) -> dict[str, Checked]:
+        """Of the parameters as they are now."""
+        wanted = self.parameters if names is None else {name: self.parameters[name] for name in names}
+        return {name: Checked((name,), checksum(tensor.detach())) for name, tensor in wanted.items()}
+
+    def memory(self) -> dict[str, float]:
+        return {}
+
+    def close(self) -> None:
+        if self.receiver is not None:
+            self.receiver.close()

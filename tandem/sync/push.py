@@ -1,0 +1,214 @@
+"""Pushing weights from a trainer to engines that hold their own, and proving that they arrived (the driver's side)."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Collection, Mapping
+from collections.abc import Sequence as Seq
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from tandem.errors import UserError
+from tandem.sync.checksum import Checked, Sums, add
+from tandem.sync.links import Link, Transport
+from tandem.sync.plan import Plan
+
+log = logging.getLogger("tandem")
+SHARE = 64
+"""After the first push, one parameter in so many is checked each time, and others the next."""
+PROBE_EVERY = 16
+PROBE_TOKENS = (11, 7)
+BOUNDS = {"float32": 1e-3, "bfloat16": 0.15}
+"""Largest mean difference in the log-probs of the probe, in nats. A wrong tensor moves them by whole nats."""
+
+
+class WeightMismatch(UserError):
+    """An engine does not hold the weights that were pushed to it."""
+
+
+class End(Protocol):
+    """One side of a push: the ranks of a trainer, or a set of engines, wherever their processes are."""
+
+    @property
+    def places(self) -> Seq[tuple[str, str | None]]:
+        """For each rank, its machine's address and its GPU."""
+        ...
+
+    def each(self, method: str, arguments: Seq[tuple[Any, ...]]) -> list[Any]:
+        """Calls every rank with its own arguments; what each returned."""
+        ...
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """Calls every rank with the same arguments; what rank 0 returned."""
+        ...
+
+
+@dataclass(kw_only=True)
+class PushParams:
+    """How weights travel. ``dtype`` is the engines'."""
+
+    dtype: Literal["float32", "bfloat16"]
+    transport: Transport | Literal["auto"] = "auto"
+    check: bool = True
+    ranks_per_engine: int = 1
+    vocabulary: int = 32
+    timeout_s: float = 300.0
+
+
+class WeightPush:
+    """Weights from a trainer's ranks to engines over links. ``connect`` once, then a call a push.
+
+    Engines on the trainer's own GPUs map its buffers (CUDA IPC); others get them by broadcast (NCCL, or gloo on
+    CPUs), each trainer rank feeding its part of the engines.
+
+    The truth check, unless turned off: the first push compares every parameter's checksum with what the engine then
+    holds, later ones a part of them, and every 16th the log-probs of a fixed probe on both sides.
+    """
+
+    def __init__(self, source: End, trainer: End, engines: End, params: PushParams) -> None:
+        self.source, self.trainer, self.engines, self.params = source, trainer, engines, params
+        self.plan: Plan = source.call("plan", params.dtype)
+        self.pushes = 0
+        self.parts: dict[str, tuple[str, ...]] = {}
+        """Which pushed tensors each of an engine's parameters consists of, learned at the first push."""
+        self.pool = ThreadPoolExecutor(2, thread_name_prefix="push")
+
+    def connect(self) -> None:
+        """Makes all links anew. Raises UserError where devices cannot be linked."""
+        transport, receivers = self._pair()
+        links = [self._link(transport, rank, len(mine)) if mine else None for rank, mine in enumerate(receivers)]
+        ports = self.source.each("listen", [(link, self.plan) for link in links])
+        ends: dict[int, Link] = {}
+        for link, port, mine in zip(links, ports, receivers, strict=True):
+            for place, number in enumerate(mine):
+                assert link is not None
+                ends[number] = Link(**vars(link) | {"port": port, "rank": place + 1})
+        per = self.params.ranks_per_engine
+        engines = [([ends[number] for number in range(e, e + per)],) for e in range(0, len(ends), per)]
+        self._both(("connect", ()), ("connect", engines))
+        self.transport = transport
+
+    def __call__(self, version: int) -> dict[str, float]:
+        """Pushes all weights, as of optimizer step ``version``. Returns seconds and bandwidth.
+
+        Raises WeightMismatch, naming the parameter, where an engine does not hold what was sent.
+        """
+        start = time.perf_counter()
+        chosen = self._chosen()
+        names = self._names(chosen)
+        sums, _ = self._both(("send", (names,)), ("receive", [(version,)] * self._engines))
+        pushed = time.perf_counter()
+        if self.params.check:
+            self._compare(version, chosen, sums)
+            if self.pushes % PROBE_EVERY == 0:
+                self.probe(version)
+        self.pushes += 1
+        return {
+            "sync_seconds": pushed - start,
+            "sync_check_seconds": time.perf_counter() - pushed,
+            "sync_gb_per_second": self.plan.nbytes / (pushed - start) / 1e9,
+        }
+
+    def probe(self, version: int) -> float:
+        """Mean difference between the trainer's and the engines' log-probs of fixed tokens, in nats."""
+        rng = random.Random(0)
+        sequences = [[rng.randrange(self.params.vocabulary) for _ in range(n)] for n in PROBE_TOKENS]
+        ours = self.trainer.call("logprobs", sequences)
+        truth = [x for row in ours for x in row]
+        worst = 0.0
+        for engine, theirs in enumerate(self.engines.each("logprobs", [(sequences,)] * self._engines)):
+            found = [x for row in theirs for x in row]
+            gap = sum(abs(a - b) for a, b in zip(truth, found, strict=True)) / len(truth)
+            if not gap <= BOUNDS[self.params.dtype]:
+                self._compare(version, None, self.source.call("send_checksums"))
+                raise WeightMismatch(
+                    f"weight sync: after push {version} engine {engine} gives the probe log-probs that differ from the "
+                    f"trainer's by {gap:.3g} nats on average (bound {BOUNDS[self.params.dtype]}), though every "
+                    "checksum agrees: it computes something else with the same weights (dtype, attention, rope scaling)"
+                )
+            worst = max(worst, gap)
+        return worst
+
+    def close(self) -> None:
+        self.pool.shutdown(wait=False)
+
+    @property
+    def _engines(self) -> int:
+        return len(self.engines.places) // self.params.ranks_per_engine
+
+    def _both(self, source: tuple[str, tuple[Any, ...]], engines: tuple[str, list[tuple[Any, ...]]]) -> tuple[Any, Any]:
+        """A call to the source and one to the engines at the same time."""
+        sent = self.pool.submit(self.source.call, source[0], *source[1])
+        received = self.pool.submit(self.engines.each, *engines)
+        # The engines first: when one has died, the source waits for it in vain.
+        theirs = received.result()
+        return sent.result(), theirs
+
+    def _chosen(self) -> list[str] | None:
+        """The engine's parameters to check in this push; None for all."""
+        if not self.parts:
+            return None
+        return [name for i, name in enumerate(self.parts) if i % SHARE == self.pushes % SHARE]
+
+    def _names(self, chosen: list[str] | None) -> list[str]:
+        if not self.params.check:
+            return []
+        if chosen is None:
+            return [spec.name for spec in self.plan.tensors]
+        return [part for name in chosen for part in self.parts[name]]
+
+    def _compare(self, version: int, chosen: Collection[str] | None, sums: Mapping[str, Sums]) -> None:
+        names = None if chosen is None else self._names(list(chosen))
+        for engine, held in enumerate(self.engines.each("checksums", [(names,)] * self._engines)):
+            compared = {name: each for name, each in held.items() if all(part in sums for part in each.parts)}
+            for name, each in compared.items():
+                self._compare_one(version, engine, name, each, sums)
+            if chosen is None:
+                self._learn(engine, held)
+
+    def _compare_one(self, version: int, engine: int, name: str, held: Checked, sums: Mapping[str, Sums]) -> None:
+        sent = add([sums[part] for part in held.parts])
+        if sent[:2] != held.sums[:2]:
+            raise WeightMismatch(
+                f"weight sync: after push {version} engine {engine} does not hold the trainer's {name} (made of "
+                f"{', '.join(held.parts)}): checksum {held.sums[:2]}, sent {sent[:2]}"
+            )
+
+    def _learn(self, engine: int, held: Mapping[str, Checked]) -> None:
+        if engine:
+            return
+        self.parts = {name: each.parts for name, each in held.items()}
+        covered = {part for parts in self.parts.values() for part in parts}
+        missing = [spec.name for spec in self.plan.tensors if spec.name not in covered]
+        if missing:
+            log.warning(
+                "truth check: %d of %d tensors cannot be compared by checksum on this engine (such as %s), "
+                "so the probe alone speaks for them",
+                len(missing), len(self.plan.tensors), missing[0],
+            )  # fmt: skip
+
+    def _pair(self) -> tuple[Transport, list[list[int]]]:
+        """The transport, and for each trainer rank the numbers of the engine ranks that it feeds."""
+        senders, sinks = list(self.source.places), list(self.engines.places)
+        where = {place: rank for rank, place in enumerate(senders)}
+        on_gpus = all(gpu is not None for _, gpu in [*senders, *sinks])
+        together = [sink in where for sink in sinks] if on_gpus else [False]
+        wanted = self.params.transport
+        if any(together) and not all(together) and wanted != "gloo":
+            raise UserError("placement: engines are partly on the trainer's GPUs and partly on others; give them all "
+                            "the same GPUs as the trainer, or GPUs of their own")  # fmt: skip
+        found: Transport = "gloo" if not on_gpus else "ipc" if all(together) else "nccl"
+        if wanted != "auto" and wanted != found and wanted != "gloo":
+            raise UserError(f"engine.transport: {wanted} does not reach engines that are placed so; {found} does")
+        transport: Transport = found if wanted == "auto" else wanted
+        receivers: list[list[int]] = [[] for _ in senders]
+        for number, sink in enumerate(sinks):
+            receivers[where[sink] if transport == "ipc" else number % len(senders)].append(number)
+        return transport, receivers
+
+    def _link(self, transport: Transport, rank: int, receivers: int) -> Link:
+        host = self.source.places[rank][0]
+        return Link(transport, host, 0, 0, receivers + 1, self.plan, self.params.timeout_s)

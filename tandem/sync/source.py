@@ -1,0 +1,65 @@
+"""A trainer rank as the source of weights: for engines in its own process, and for those at the end of a link."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor
+
+from tandem.parallel.gather import Gatherer
+from tandem.parallel.sharding import local
+from tandem.sync.checksum import Sums
+from tandem.sync.links import Link
+from tandem.sync.plan import Plan, plan_of
+from tandem.sync.sender import Sender
+
+
+class WeightSource:
+    """Parameters, sharded or not, ready to be pushed. All ranks of a trainer make the same calls."""
+
+    def __init__(self, parameters: Mapping[str, Tensor], device: torch.device) -> None:
+        self.parameters = dict(parameters)
+        self.gatherer = Gatherer(self.parameters, device)
+        self.sender: Sender | None = None
+
+    def plan(self, dtype: str | None = None) -> Plan:
+        """What a push consists of, floating tensors as ``dtype`` (None: as they are)."""
+        return plan_of(self.parameters.items(), getattr(torch, dtype) if dtype else None)
+
+    def listen(self, link: Link | None, plan: Plan) -> int:
+        """Opens this rank's end, where it has receivers of its own (``link``). Returns its port, else 0."""
+        self.close()
+        self.sender = Sender(self.gatherer, plan)
+        return self.sender.listen(link) if link is not None else 0
+
+    def connect(self) -> None:
+        """Meets the receivers, which connect at the same time."""
+        assert self.sender is not None, "listen() comes first"
+        self.sender.connect()
+
+    def send(self, check: Collection[str] = ()) -> dict[str, Sums]:
+        """One push over the links. Returns checksums of the tensors named in ``check``, as they were sent."""
+        assert self.sender is not None, "connect() comes first"
+        return self.sender.send(check)
+
+    def send_checksums(self) -> dict[str, Sums]:
+        """Checksums of all tensors as they would be sent, sending nothing."""
+        assert self.sender is not None, "connect() comes first"
+        return self.sender.checksums()
+
+    def fill(self, targets: Mapping[str, Tensor]) -> None:
+        """Writes all weights into tensors of this process, a layer's worth at a time."""
+        specs = plan_of((name, tensor) for name, tensor in targets.items())
+        for bucket in specs.buckets:
+            self.gatherer.fill([(spec.name, targets[spec.name]) for spec in bucket])
+
+    def zero(self) -> None:
+        """Sets all parameters to zero. For ``tandem doctor``, which puts them back."""
+        with torch.no_grad():
+            torch._foreach_zero_([local(p.detach()) for p in self.parameters.values()])
+
+    def close(self) -> None:
+        if self.sender is not None:
+            self.sender.close()
+            self.sender = None

@@ -1,0 +1,170 @@
+"""The Ray cluster that worker groups live on: started here, or joined; and what it has to give."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import importlib.util
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tandem.errors import UserError
+from tandem.workers.process import Where, own_address
+
+CONNECT_DEADLINE_S = 30.0
+TAIL_LINES = 15
+INSTALL = "pip install 'tandem-rlhf[cluster]'"
+
+
+class Cluster:
+    """Ray, connected. ``address`` joins a running cluster (``auto``, ``HOST:PORT``); None starts one on this machine.
+
+    ``device`` is ``cuda`` or ``cpu``: what a worker of a group gets. ``needed`` says for each group how many processes
+    it has and how many devices each of them needs. Raises UserError where Ray is not installed or does not answer,
+    and where the cluster has fewer devices than that.
+    """
+
+    def __init__(self, *, address: str | None = None, device: str, needed: dict[str, tuple[int, int]]) -> None:
+        if importlib.util.find_spec("ray") is None:
+            raise UserError(f"several processes need Ray, which is not installed: {INSTALL}")
+        import ray
+
+        self.ray: Any = ray
+        self.device = device
+        self.started = not ray.is_initialized()
+        bundles = [each for processes, each in needed.values() for _ in range(processes)]
+        if self.started:
+            self._init(address, sum(bundles))
+        try:
+            self._check({name: processes * each for name, (processes, each) in needed.items()})
+            self.group = self._reserve(bundles)
+        except BaseException:
+            self.close()
+            raise
+        self.bundle = 0
+
+    def _init(self, address: str | None, workers: int) -> None:
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
+        if address is None:
+            # Training processes compute on their own threads; Ray only counts, so the count is what is asked for.
+            options |= {"num_cpus": max(workers, os.cpu_count() or 1)}
+            if self.device == "cpu":
+                options |= {"num_gpus": 0}
+            self.ray.init(**options)
+            return
+        failure: list[BaseException] = []
+
+        def connect() -> None:
+            try:
+                self.ray.init(address=address, **options)
+            except BaseException as error:
+                failure.append(error)
+
+        # Ray itself tries for minutes; nobody waits that long for a mistyped address.
+        thread = threading.Thread(target=connect, daemon=True)
+        thread.start()
+        thread.join(CONNECT_DEADLINE_S)
+        if thread.is_alive() or failure:
+            why = " ".join(str(failure[0]).split())[:160] if failure else f"nothing within {CONNECT_DEADLINE_S:.0f} s"
+            raise UserError(
+                f"cluster.address {address}: no Ray cluster answers there ({why}); start one with 'ray start --head' "
+                "or leave the key out to run on this machine"
+            )
+
+    def _check(self, needed: dict[str, int]) -> None:
+        resource = "GPU" if self.device == "cuda" else "CPU"
+        total, wanted = int(self.ray.cluster_resources().get(resource, 0)), sum(needed.values())
+        if wanted <= total:
+            return
+        asked = ", ".join(f"{name} {count}" for name, count in needed.items())
+        raise UserError(
+            f"placement: {wanted} {resource}s are asked for ({asked}) and there {'is' if total == 1 else 'are'} {total}; "
+            + what_would_fit(needed, total)
+        )
+
+    def _reserve(self, bundles: list[int]) -> Any:
+        """A placement group of one bundle a worker, or nothing where no worker reserves a device."""
+        from ray.util.placement_group import placement_group
+
+        if not bundles:
+            return None
+        resource = "GPU" if self.device == "cuda" else "CPU"
+        group = placement_group([{resource: float(count)} for count in bundles], strategy="PACK")
+        if not group.wait(CONNECT_DEADLINE_S):
+            raise UserError(
+                f"placement: the cluster has {sum(bundles)} {resource}s, but others use them, or no machine has "
+                f"{max(bundles)} together; free them, or ask for fewer"
+            )
+        return group
+
+    def actor_options(
+        self, name: str, rank: int, gpus: int, *, host: list[Where] | None, environment: dict[str, str]
+    ) -> dict[str, Any]:
+        """Where and with what a worker starts: in the next bundle, or on devices that another group has reserved."""
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+
+        variables = dict(environment)
+        options: dict[str, Any] = {"name": f"tandem-{name}-{rank}-{os.getpid()}", "num_cpus": 0, "max_restarts": 0}
+        if host is not None:
+            mine = host[rank * gpus : (rank + 1) * gpus] or host[:1]
+            variables |= {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+            if mine[0].gpus:
+                variables |= {"CUDA_VISIBLE_DEVICES": ",".join(f"GPU-{where.gpus[0]}" for where in mine)}
+            node = next(n for n in self.ray.nodes() if n["Alive"] and _same_machine(n["NodeManagerAddress"], mine[0].node))
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        else:
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
+                self.group, placement_group_bundle_index=self.bundle
+            )
+            options |= {"num_gpus": gpus} if self.device == "cuda" else {"num_cpus": gpus}
+            self.bundle += 1
+        return options | {"runtime_env": {"env_vars": variables}}
+
+    def close(self) -> None:
+        """Gives everything back; ends Ray where it was started here."""
+        with contextlib.suppress(Exception):
+            if getattr(self, "group", None) is not None:
+                from ray.util.placement_group import remove_placement_group
+
+                remove_placement_group(self.group)
+        if self.started:
+            self.ray.shutdown()
+
+
+def what_would_fit(needed: dict[str, int], total: int) -> str:
+    """A placement that the machine has room for."""
+    if total == 0:
+        return "run in one process on the CPU: --placement.actor here --device cpu"
+    if total == 1:
+        return "--placement.actor here trains and samples on it in turns"
+    share = max(1, total // max(1, len(needed)))
+    fits = " ".join(f"--placement.{name} {share}" for name in needed)
+    return f"{fits} would fit, or --placement.actor {total} with every other role 'actor'"
+
+
+def visible_gpus() -> int:
+    """GPUs that this process sees."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def log_tail(where: Where) -> str:
+    """The end of what a worker wrote, for an error message; where to look, if it ran on another machine."""
+    import ray
+
+    node = getattr(ray._private.worker, "_global_node", None)
+    if not _same_machine(where.node, own_address()) or node is None:
+        return f"; its log is on {where.node} in /tmp/ray/session_latest/logs (worker-*-{where.pid}.err)"
+    lines: list[str] = []
+    for path in sorted(glob.glob(os.path.join(node.get_logs_dir_path(), f"worker-*-{where.pid}.*"))):
+        with contextlib.suppress(OSError):
+            lines += Path(path).read_text(errors="replace").splitlines()
+    kept = [line for line in lines if line.strip() and not line.startswith(":")][-TAIL_LINES:]
+    return "; its log ends:\n  " + "\n  ".join(kept) if kept else "; it wrote nothing"
+
+
+def _same_machine(a: str, b: str) -> bool:
+    return a == b or {a, b} <= {"127.0.0.1", own_address()}

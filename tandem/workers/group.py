@@ -1,0 +1,160 @@
+"""A group of worker processes as Ray actors: placed, called together, watched, and ended together."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
+from typing import Any
+
+from tandem.errors import UserError
+from tandem.workers.cluster import Cluster, log_tail
+from tandem.workers.process import Build, Where, WorkerProcess, raise_failure
+
+START_DEADLINE_S = 300.0
+LOAD_DEADLINE_S = 3600.0
+"""Reading a large model from a slow disk is the longest of all waits."""
+
+
+class WorkerDied(UserError):
+    """A worker process is gone. The message says which, at what, and how its log ends."""
+
+
+class WorkerGroup:
+    """``size`` processes, one a GPU (or CPU), that are called together and get the same arguments.
+
+    ``joined`` makes them one world for collectives. ``on_gpus_of`` puts them
+    where other processes are, on their GPUs, reserving none.
+    ``concurrency`` calls may run in one process at the same time. A call that takes longer than ``deadline_s`` ends
+    with an error that says who has not answered.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        size: int,
+        cluster: Cluster,
+        *,
+        gpus_each: int = 1,
+        joined: bool = True,
+        on_gpus_of: Seq[Where] = (),
+        concurrency: int = 1,
+        deadline_s: float = 1800.0,
+        environment: dict[str, str] | None = None,
+    ) -> None:
+        self.name, self.size, self.cluster, self.deadline_s = name, size, cluster, deadline_s
+        self.device = cluster.device
+        self.builds: dict[str, Build] = {}
+        self.options = [
+            cluster.actor_options(name, rank, gpus_each, host=list(on_gpus_of) or None, environment=environment or {})
+            | {"max_concurrency": concurrency}
+            for rank in range(size)
+        ]
+        self.wheres: list[Where] = []
+        self.actors = [self._start(rank) for rank in range(size)]
+        self.wheres = self._all("start", [a.where.remote() for a in self.actors], START_DEADLINE_S)
+        if joined:
+            host, port = self._all("rendezvous", [self.actors[0].free_port.remote()], START_DEADLINE_S)[0]
+            self._all("rendezvous", [a.join.remote(host, port, deadline_s) for a in self.actors], START_DEADLINE_S)
+
+    def _start(self, rank: int) -> Any:
+        actor = self.cluster.ray.remote(WorkerProcess)
+        return actor.options(**self.options[rank]).remote(rank, self.size, self.device)
+
+    def restart(self, rank: int) -> None:
+        """A new process in the place of one that is gone, with the same roles built anew. Not for joined groups."""
+        with contextlib.suppress(Exception):
+            self.cluster.ray.kill(self.actors[rank])
+        self.options[rank] |= {"name": f"{self.options[rank]['name']}-again"}
+        self.actors[rank] = self._start(rank)
+        self.wheres[rank] = self._all("restart", [self.actors[rank].where.remote()], START_DEADLINE_S, rank)[0]
+        for role, build in self.builds.items():
+            self._all(f"loading {role}", [self.actors[rank].place.remote(role, build)], LOAD_DEADLINE_S, rank)
+
+    def dead(self) -> list[int]:
+        """Ranks whose process is gone."""
+        gone = []
+        for rank, actor in enumerate(self.actors):
+            try:
+                self.cluster.ray.get(actor.where.remote(), timeout=30)
+            except self.cluster.ray.exceptions.RayError:
+                gone.append(rank)
+        return gone
+
+    def place(self, role: str, build: Build) -> None:
+        """Builds a role in every process."""
+        self.builds[role] = build
+        self._all(f"loading {role}", [a.place.remote(role, build) for a in self.actors], LOAD_DEADLINE_S)
+
+    def call(self, role: str, method: str, *arguments: Any, **options: Any) -> Any:
+        """A method in every process with the same arguments. Returns what rank 0 returned."""
+        shared = [self.cluster.ray.put(argument) for argument in arguments] if self.size > 1 else arguments
+        refs = [
+            actor.call.remote(role, method, tuple(shared), options, rank > 0) for rank, actor in enumerate(self.actors)
+        ]
+        return self._all(f"{role}.{method}", refs, self.deadline_s)[0]
+
+    def each(self, role: str, method: str, arguments: Seq[tuple[Any, ...]]) -> list[Any]:
+        """A method in every process, each with its own arguments. Returns what each returned."""
+        refs = [
+            actor.call.remote(role, method, own, {}, False)
+            for actor, own in zip(self.actors, arguments, strict=True)
+        ]
+        return self._all(f"{role}.{method}", refs, self.deadline_s)
+
+    def one(self, rank: int, role: str, method: str, *arguments: Any, **options: Any) -> Any:
+        """A method in one process."""
+        ref = self.actors[rank].call.remote(role, method, arguments, options, False)
+        return self._all(f"{role}.{method}", [ref], self.deadline_s, first_rank=rank)[0]
+
+    def close(self) -> None:
+        """Ends every process, at once where one does not answer."""
+        ray = self.cluster.ray
+        with contextlib.suppress(Exception):
+            ray.wait([a.close.remote() for a in self.actors], num_returns=self.size, timeout=5)
+        for actor in self.actors:
+            with contextlib.suppress(Exception):
+                ray.kill(actor)
+        self.actors = []
+
+    def _all(self, what: str, refs: list[Any], deadline_s: float, first_rank: int = 0) -> list[Any]:
+        """The results of calls to successive ranks, watching all of them: one that fails ends the wait for the rest."""
+        ray = self.cluster.ray
+        ranks = {ref: first_rank + i for i, ref in enumerate(refs)}
+        results: dict[Any, Any] = {}
+        end = time.monotonic() + deadline_s
+        while waiting := [ref for ref in refs if ref not in results]:
+            done, _ = ray.wait(waiting, num_returns=1, timeout=max(0.0, end - time.monotonic()))
+            if not done:
+                late = ", ".join(self._who(ranks[ref]) for ref in waiting)
+                raise UserError(f"{what}: no answer within {deadline_s:.0f} s from {late}{self._tail(ranks[waiting[0]])}")
+            for ref in done:
+                with self._naming(what, ranks[ref]):
+                    results[ref] = raise_failure(ray.get(ref), self._who(ranks[ref]))
+        return [results[ref] for ref in refs]
+
+    @contextlib.contextmanager
+    def _naming(self, what: str, rank: int) -> Iterator[None]:
+        exceptions = self.cluster.ray.exceptions
+        try:
+            yield
+        except (exceptions.RayActorError, exceptions.OutOfMemoryError) as error:
+            reason = " ".join(str(error).split("\n\t")[0].split())[:200]
+            raise WorkerDied(f"{self._who(rank)} died in {what} ({reason}){self._tail(rank)}") from None
+        except exceptions.RayTaskError as error:
+            lines = str(error).strip().splitlines()
+            raise WorkerFailed(f"{self._who(rank)} failed in {what}: {lines[-1]}\n" + "\n".join(lines)) from None
+
+    def _who(self, rank: int) -> str:
+        if rank >= len(self.wheres):
+            return f"{self.name} rank {rank}"
+        where = self.wheres[rank]
+        return f"{self.name} rank {rank} (pid {where.pid} on {where.node})"
+
+    def _tail(self, rank: int) -> str:
+        return log_tail(self.wheres[rank]) if rank < len(self.wheres) else ""
+
+
+class WorkerFailed(RuntimeError):
+    """A bug showed itself in a worker: its traceback is in the message."""

@@ -1,0 +1,137 @@
+"""What runs in a worker process: roles built there, and calls to them. It knows nothing of Ray."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tandem.errors import NonFiniteError, UserError
+from tandem.parallel.world import World, join
+from tandem.types import Outputs
+
+
+@dataclass(frozen=True)
+class Where:
+    """Where a worker process runs."""
+
+    node: str
+    pid: int
+    gpus: tuple[str, ...]
+    """UUIDs of the GPUs that it sees, which are the same in every process; none on a CPU."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An error meant for the user, on its way to the driver as a value, so that its words arrive as they are."""
+
+    kind: str
+    message: str
+
+
+@dataclass
+class Site:
+    """What a role finds where it is built: the world of its process, and the roles built there before it."""
+
+    world: World
+    roles: dict[str, Any] = field(default_factory=dict)
+
+
+Build = Callable[[Site], Any]
+"""Makes a role where it will live. It travels to the worker, so it holds paths and numbers, not models."""
+
+
+class WorkerProcess:
+    """One process of a group. Its calls run one at a time."""
+
+    def __init__(self, rank: int, size: int, device: str) -> None:
+        self.stack = ExitStack()
+        if device == "cuda":
+            torch.cuda.set_device(0)
+        self.device = torch.device("cuda:0" if device == "cuda" else "cpu")
+        self.site = Site(World(rank, size, self.device))
+
+    def where(self) -> Where:
+        return here(self.device)
+
+    def free_port(self) -> tuple[str, int]:
+        """This machine's address and a port on it that is free now."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return own_address(), probe.getsockname()[1]
+
+    def join(self, host: str, port: int, deadline_s: float) -> None:
+        """Meets the other ranks of the group. Returns when all have come."""
+        world = self.site.world
+        self.site.world = self.stack.enter_context(
+            join(world.rank, world.size, device=self.device, host=host, port=port, deadline_s=deadline_s)
+        )
+
+    def place(self, role: str, build: Build) -> Failure | None:
+        """Builds a role here."""
+        try:
+            self.site.roles[role] = build(self.site)
+        except UserError as error:
+            return Failure(type(error).__name__, str(error))
+        return None
+
+    def call(self, role: str, method: str, arguments: tuple[Any, ...], options: dict[str, Any], quiet: bool) -> Any:
+        """A role's method, or its attribute where that is no method. ``quiet``: the result is not sent back."""
+        try:
+            found = getattr(self.site.roles[role], method)
+            result = found(*arguments, **options) if callable(found) else found
+        except UserError as error:
+            return Failure(type(error).__name__, str(error))
+        except torch.OutOfMemoryError as error:
+            return Failure("UserError", f"out of GPU memory: {str(error).splitlines()[0]}")
+        return None if quiet else to_cpu(result)
+
+    def close(self) -> None:
+        """Ends roles that have something to end, and leaves the world."""
+        for role in reversed(list(self.site.roles.values())):
+            if hasattr(role, "close"):
+                role.close()
+        self.site.roles.clear()
+        self.stack.close()
+
+
+def here(device: torch.device) -> Where:
+    """Of this process."""
+    gpus = [torch.cuda.get_device_properties(i).uuid for i in range(torch.cuda.device_count())]
+    return Where(own_address(), os.getpid(), tuple(map(str, gpus)) if device.type == "cuda" else ())
+
+
+def own_address() -> str:
+    """The address under which other machines reach this one; the loopback where it has no network."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            # Nothing is sent: connecting a datagram socket only picks the interface.
+            probe.connect(("10.255.255.255", 1))
+            return probe.getsockname()[0]
+        except OSError:
+            return "127.0.0.1"
+
+
+def raise_failure(result: Any, who: str) -> Any:
+    """Raises the error that a worker sent, as it was raised there; passes anything else on."""
+    if isinstance(result, Failure):
+        kind = NonFiniteError if result.kind == "NonFiniteError" else UserError
+        raise kind(result.message if kind is NonFiniteError else f"{who}: {result.message}")
+    return result
+
+
+def to_cpu(value: Any) -> Any:
+    """Tensors of a result, on the CPU and without their graph: they leave the process."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    if isinstance(value, Outputs):
+        return Outputs(**{name: to_cpu(inner) for name, inner in vars(value).items()})
+    if isinstance(value, dict):
+        return {key: to_cpu(inner) for key, inner in value.items()}
+    return value

@@ -1,0 +1,86 @@
+"""Engines on the trainer's own devices: while one side works, the other has given its memory away."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from typing import Protocol
+
+from tandem.errors import UserError
+from tandem.roles import Engine, Metrics
+from tandem.types import Completion, Request
+from tandem.workers.group import WorkerDied, WorkerGroup
+from tandem.workers.homes import WorkersEnd
+
+OnFinish = Callable[[int, int, Completion], None]
+
+
+class Parked(Protocol):
+    """A trainer or scorer on shared devices."""
+
+    def park(self, *, weights: bool) -> None: ...
+
+    def unpark(self) -> None: ...
+
+
+class TakingTurns:
+    """An engine that wakes to sample and sleeps while others train.
+
+    To sample: optimizer states leave the device, the engine takes back room for its weights, they are pushed, the
+    trainers' weights leave too, the engine takes back its cache. Afterwards the engine drops both (sleep level 2), and
+    the trainers return.
+    """
+
+    def __init__(
+        self, engine: Engine, engines: WorkersEnd, others: Seq[Parked], push: Callable[[int], Metrics], *, version: Callable[[], int]
+    ) -> None:
+        self.engine, self.engines, self.others = engine, engines, others
+        self.push = push
+        self.version = version
+        self.metrics: Metrics = {}
+        engines.call("sleep")
+
+    def generate(self, requests: Seq[Request], on_finish: OnFinish | None = None) -> list[list[Completion]]:
+        """As the engine's own, with weights as they are now."""
+        for other in self.others:
+            other.park(weights=False)
+        self.engines.call("wake", "weights")
+        self.metrics = self.push(self.version())
+        for other in self.others:
+            other.park(weights=True)
+        self.engines.call("wake", "cache")
+        completions = self.engine.generate(requests, on_finish)
+        self.metrics |= {f"engine_{name}": value for name, value in self.engines.call("memory").items()}
+        self.engines.call("sleep")
+        for other in self.others:
+            other.unpark()
+        return completions
+
+    def push_later(self, step: int) -> Metrics:
+        """Weights are pushed when sampling starts, since the engine has none while others train."""
+        return self.metrics
+
+
+class RestartingOnce:
+    """An engine of which processes that die are started again, once in a run, and refilled with the current weights.
+
+    A sample depends on its seed and the weights alone, so what was being sampled is simply sampled again.
+    """
+
+    def __init__(self, engine: Engine, group: WorkerGroup, refill: Callable[[], object], note: Callable[[str], None]) -> None:
+        self.engine, self.group, self.refill, self.note = engine, group, refill, note
+        self.restarted = False
+
+    def generate(self, requests: Seq[Request], on_finish: OnFinish | None = None) -> list[list[Completion]]:
+        """As the engine's own. Raises UserError where a process dies a second time."""
+        try:
+            return self.engine.generate(requests, on_finish)
+        except WorkerDied as error:
+            if self.restarted:
+                raise UserError(f"{error} (it was restarted once already)") from None
+            self.restarted = True
+            for rank in self.group.dead():
+                self.note(f"{self.group.name} rank {rank} died and is started again; {str(error).splitlines()[0]}")
+                self.group.restart(rank)
+            self.refill()
+            return self.engine.generate(requests, on_finish)
