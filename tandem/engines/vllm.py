@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from typing import Any, Literal
@@ -160,9 +161,9 @@ class VLLMEngine:
                 if not self._asleep:
                     self._forget_cache()
             except Exception as error:
-                self._stale = error
-                self._stepper.fail(error)
-                raise
+                self._stale = _sync_error(error, version)
+                self._stepper.fail(self._stale)
+                raise self._stale from error
             self.version = version
             self._stale = None
             self._mark_usable()
@@ -220,7 +221,9 @@ class VLLMEngine:
         with self._stepper.exclusive():
             if not self._closed:
                 self._closed = True
-                self._stepper.fail(UserError("the vLLM engine is closed; start another one"))
+                closed = UserError("the vLLM engine is closed; start another one")
+                self._stepper.fail(closed)
+                self._stepper.broken = closed
                 close_vllm(self._llm)
 
     def _call(self, method: str, *arguments: Any) -> list[Any]:
@@ -274,6 +277,17 @@ class VLLMEngine:
             detokenize=bool(rule.strings),
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
+
+
+def _sync_error(error: Exception, version: int) -> UserError:
+    if isinstance(error, UserError):
+        return error
+    # From a worker process it comes as text, and from a connection in the transport's words.
+    said = re.search(r"UserError\('(.*)'\)", str(error)) or re.search(r"(weight sync: [^\n]*)", str(error))
+    if said:
+        return UserError(said[1])
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return UserError(f"weight sync: the push of version {version} failed: {reason}; connect again and push anew")
 
 
 def _prompt(token_ids: Seq[int]) -> Any:

@@ -78,17 +78,22 @@ def _load(model: Any, bucket: Bucket) -> None:
 def _load_and_record(model: Any, buckets: Iterable[Bucket], record: Record, expected: list[str]) -> None:
     """One tensor at a time, so that what its loading touches is known."""
     loading: dict[str, Any] = {"name": "", "tensor": None}
-    for name, parameter in _parameters(model):
-        if hasattr(parameter, "weight_loader"):
-            parameter.weight_loader = _watched(parameter.weight_loader, name, loading, record)
+    loaders = [(p, p.weight_loader, name) for name, p in _parameters(model) if hasattr(p, "weight_loader")]
+    for parameter, loader, name in loaders:
+        parameter.weight_loader = _watched(loader, name, loading, record)
     untaken = []
-    for bucket in buckets:
-        for name, tensor in bucket:
-            loading |= {"name": name, "tensor": tensor}
-            _load(model, [(name, tensor)])
-            if not any(name in target.parts for target in record.values()):
-                untaken.append(name)
-        _keep(model, bucket)
+    try:
+        for bucket in buckets:
+            for name, tensor in bucket:
+                loading |= {"name": name, "tensor": tensor}
+                _load(model, [(name, tensor)])
+                if not any(name in target.parts for target in record.values()):
+                    untaken.append(name)
+            _keep(model, bucket)
+    finally:
+        # Layerwise reload takes these very parameters the next time.
+        for parameter, loader, _ in loaders:
+            parameter.weight_loader = loader
     if untaken:
         raise UserError(
             f"weight sync: vLLM's {type(model).__name__} takes no tensors of these names: {_listed(untaken)}; "
@@ -179,7 +184,7 @@ def shards(model: Any, record: Record, names: set[str] | None) -> dict[str, Shar
     return found
 
 
-def _parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
+def _parameters(model: Any) -> Iterator[tuple[str, Any]]:
     """Parameters as ``named_parameters`` gives them, tied ones once."""
     return model.named_parameters()
 

@@ -6,8 +6,11 @@ the second also finds it where Tandem is used from a source tree.
 
 from __future__ import annotations
 
+import glob
+import os
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,8 +75,13 @@ class TandemTransfer(WeightTransferEngine):
         if self.receiver is None:
             raise UserError("weight sync: the engine is not connected to a trainer; call connect() first")
         record: Record | None = {} if self.record is None else None
-        with set_current_vllm_config(self.vllm_config):
-            load_push(self.model, self.model_config, self.receiver.buckets(), record)
+        try:
+            with set_current_vllm_config(self.vllm_config):
+                load_push(self.model, self.model_config, self.receiver.buckets(), record)
+        except BaseException:
+            # The sender has buckets left over, which the next push must not begin with.
+            self.shutdown()
+            raise
         self.record = record if self.record is None else self.record
 
     def shutdown(self) -> None:
@@ -109,6 +117,13 @@ class WorkerExtension:
             return None
         free, total = torch.cuda.mem_get_info(self.device)
         return float(free), float(total - free)
+
+    def tandem_release(self) -> None:
+        """Removes the names of the memory that ranks share on a CPU: vLLM leaves them, and it, in /dev/shm."""
+        name = os.environ.get("VLLM_DIST_IDENT")
+        if self.device.type == "cpu" and name:
+            for file in Path("/dev/shm").glob(f"{glob.escape(name)}-*"):
+                file.unlink(missing_ok=True)
 
 
 def register() -> None:

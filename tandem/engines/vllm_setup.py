@@ -46,7 +46,9 @@ NEEDED = (
 def check_vllm(version: str | None = None) -> None:
     """Raises UserError where vLLM (or ``version`` of it) is not one that Tandem works with."""
     if version is None:
-        if find_spec("vllm") is None:
+        spec = find_spec("vllm")
+        # A folder that happens to be called vllm is found, too, but has no origin.
+        if spec is None or spec.origin is None:
             raise UserError(f"vLLM is not installed; {INSTALL}")
         version = _installed_version()
     numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
@@ -133,7 +135,10 @@ def eos_ids(llm: Any) -> list[int]:
 
 def close_vllm(llm: Any) -> None:
     """Ends vLLM's workers and gives its memory back."""
-    llm.llm_engine.engine_core.shutdown()
+    try:
+        llm.llm_engine.collective_rpc("tandem_release")
+    finally:
+        llm.llm_engine.engine_core.shutdown()
 
 
 def _with_room(model: str, max_length: int, trust_remote_code: bool) -> int:
@@ -162,13 +167,16 @@ def _explained(model: str, tensor_parallel: int, max_length: int | None) -> Iter
     except UserError:
         raise
     except Exception as error:
+        from vllm.distributed import cleanup_dist_env_and_memory
+
         logging.getLogger("tandem").debug("vLLM did not start", exc_info=error)
+        cleanup_dist_env_and_memory()
         raise UserError(explain(error, model, tensor_parallel, max_length)) from error
 
 
 def explain(error: Exception, model: str, tensor_parallel: int, max_length: int | None) -> str:
     """One line for a failure to start."""
-    text = " ".join(str(error).split())
+    text = re.sub(r"^\d+ validation errors? for \w+ (Value error, )?", "", " ".join(str(error).split()))
     if match := re.search(r"attention heads \((\d+)\)", text):
         return (
             f"tensor_parallel is {tensor_parallel}, and {model} has {match[1]} attention heads; "
@@ -177,6 +185,10 @@ def explain(error: Exception, model: str, tensor_parallel: int, max_length: int 
     if "architectures" in text and ("not supported" in text or "failed to be inspected" in text):
         named = re.search(r"architectures? (\[[^\]]*\])", text)
         return f"vLLM does not know the architecture {named[1] if named else ''} of {model}; use engine 'live'"
+    if "does not recognize this architecture" in text:
+        return f"the model type of {model} is unknown to transformers, and so to vLLM; a newer transformers may know it"
+    if match := re.search(r"max_model_len \(\d+\) is greater than .*?max_position_embeddings=(\d+)", text):
+        return f"max_length is {max_length}, and {model} has {match[1]} positions; set at most {match[1]}"
     if "To serve at least one request" in text:
         needed = re.search(r"\(([\d.]+) GiB KV cache is needed", text)
         fits = re.search(r"maximum model length is (\d+)", text)

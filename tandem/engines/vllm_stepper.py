@@ -64,6 +64,8 @@ class Stepper:
         self.version = version
         self.unusable: Exception | None = None
         """Why nothing can be sampled now: set and cleared by whoever holds ``exclusive``."""
+        self.broken: Exception | None = None
+        """What a step failed with: vLLM's state is unknown since, and nothing clears it."""
         self._lock = threading.Lock()
         self._claimed = threading.Condition(self._lock)
         self._claims = 0
@@ -86,8 +88,8 @@ class Stepper:
         call = Call(jobs, threading.Condition(self._lock))
         left = len(jobs)
         with self._lock:
-            if self.unusable:
-                raise self.unusable
+            if error := self.broken or self.unusable:
+                raise error
             self._calls.append(call)
             self._queue.extend((call, index) for index in range(left))
         try:
@@ -125,7 +127,8 @@ class Stepper:
         For the holder of ``exclusive``; jobs that vLLM still has are aborted.
         """
         with self._lock:
-            self._fail(error)
+            self.unusable = error
+            self._end_all(error)
             running = list(self._running)
             self._running.clear()
         self.engine.abort_request(running)
@@ -158,8 +161,10 @@ class Stepper:
                     self._lock.acquire()
                 self._deliver(outputs)
         except BaseException as error:
-            # The step may have lost samples of any call, and vLLM's state is unknown.
-            self._fail(error if isinstance(error, Exception) else RuntimeError(f"a vLLM step was cut off: {error!r}"))
+            # The step may have lost samples of any call.
+            cut_off = RuntimeError(f"a vLLM step was cut off: {error!r}")
+            self.broken = error if isinstance(error, Exception) else cut_off
+            self._end_all(self.broken)
             self._running.clear()
             raise
         finally:
@@ -186,8 +191,7 @@ class Stepper:
                 running.call.ended.append((running.index, ended))
                 running.call.wake.notify()
 
-    def _fail(self, error: Exception) -> None:
-        self.unusable = error
+    def _end_all(self, error: Exception) -> None:
         for call in self._calls:
             self._end_with(call, error)
         self._queue.clear()

@@ -89,10 +89,9 @@ class WorkerGroup:
 
     def call(self, role: str, method: str, *arguments: Any, **options: Any) -> Any:
         """A method in every process with the same arguments. Returns what rank 0 returned."""
-        shared = [self.cluster.ray.put(argument) for argument in arguments] if self.size > 1 else arguments
-        refs = [
-            actor.call.remote(role, method, tuple(shared), options, rank > 0) for rank, actor in enumerate(self.actors)
-        ]
+        # Stored once, however many read it.
+        shared = self.cluster.ray.put(arguments) if self.size > 1 else arguments
+        refs = [actor.call.remote(role, method, shared, options, rank > 0) for rank, actor in enumerate(self.actors)]
         return self._all(f"{role}.{method}", refs, self.deadline_s)[0]
 
     def each(self, role: str, method: str, arguments: Seq[tuple[Any, ...]]) -> list[Any]:
