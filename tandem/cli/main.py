@@ -33,6 +33,9 @@ class Command:
 
 COMMANDS = {
     "quickstart": Command("Start here", "tandem.cli.quickstart", "SFT, a reward model and PPO in miniature, on a CPU"),
+    "doctor": Command(
+        "Start here", "tandem.cli.doctor", "check that devices, engine and weight sync work, and how fast"
+    ),
     "sft": Command("Train on a dataset", "tandem.cli.sft", "supervised fine-tuning on demonstrations"),
     "rm": Command("Train on a dataset", "tandem.cli.rm", "a reward model from preference pairs"),
     "ppo": Command("Train on samples", "tandem.cli.ppo", "PPO with a critic and a KL penalty to a reference"),

@@ -137,16 +137,10 @@ class Online:
                 print_plan(config, self._uses(homes, models))
                 return None
             trainers = {role: models[role] for role in ("actor", "critic") if role in models}
-            started = stack.enter_context(
-                session(config, config.run, trainers, title=self.title, counts=self.counts)
-            )
             sampler = homes.sampler(
-                config.sampling,
-                seed=config.run.seed,
-                vocabulary=len(self.tokenizer),
-                others=models,
-                note=started.progress.note,
+                config.sampling, seed=config.run.seed, vocabulary=len(self.tokenizer), others=models
             )
+            started = stack.enter_context(session(config, config.run, trainers, title=self.title, counts=self.counts))
             Sync(steps=config.run.steps).run(self._roles(models, sampler), started)
             return started.finish(models["actor"])
 
@@ -174,9 +168,7 @@ class Online:
         section = config.model
         optim = optim_params(config.optim, total_steps=steps)
         builds = {
-            "actor": partial(
-                policy_trainer, section=section, loss=self.algorithm.loss, optim=optim, options=options
-            ),
+            "actor": partial(policy_trainer, section=section, loss=self.algorithm.loss, optim=optim, options=options),
             "reward": partial(reward_scorer, section=section, source=sources.get("reward")),
             "reference": partial(
                 reference_scorer,
@@ -193,9 +185,7 @@ class Online:
                 new_head="zero",
                 seed=config.run.seed,
                 loss=self.algorithm.value_loss,
-                optim=optim_params(
-                    config.optim, total_steps=steps, learning_rate=self.critic.critic_learning_rate
-                ),
+                optim=optim_params(config.optim, total_steps=steps, learning_rate=self.critic.critic_learning_rate),
             )
         return {role: homes.place(role, build) for role, build in builds.items() if role in sources}
 

@@ -42,7 +42,12 @@ class Homes:
     """The processes of a run. Use as a context: all of them end with it, whatever ends the run."""
 
     def __init__(
-        self, model: ModelSection, placement: TrainerPlacement, cluster: ClusterSection, engine: EngineSection, roles: list[str]
+        self,
+        model: ModelSection,
+        placement: TrainerPlacement,
+        cluster: ClusterSection,
+        engine: EngineSection,
+        roles: list[str],
     ) -> None:
         """``roles`` are those that the run has (``actor``, and ``critic``, ``reference``, ``reward``, ``engine``)."""
         self.model, self.placement, self.section, self.engine = model, placement, cluster, engine
@@ -61,17 +66,17 @@ class Homes:
     def __exit__(self, *error: object) -> None:
         self.stack.close()
 
-    def place(self, role: str, build: Callable[[Site], Any]) -> Any:
-        """Builds a role in the processes that the placement gives it."""
-        return self.of(role).place(role, build)
+    def place(self, role: str, build: Callable[[Site], Any], *, beside: str | None = None) -> Any:
+        """Builds a role in the processes that the placement gives it, or in another role's."""
+        return self.of(beside or role).place(role, build)
 
     def of(self, role: str) -> Home:
         """The processes a role lives in."""
         return self.homes[self.placement.home(role)]
 
-    def end(self, role: str) -> RoleEnd:
+    def end(self, role: str, *, beside: str | None = None) -> RoleEnd:
         """A role's every rank, to call."""
-        return self.of(role).end(role)
+        return self.of(beside or role).end(role)
 
     def beside(self, role: str, others: Mapping[str, Any]) -> list[Any]:
         """Those of ``others`` (by role) that live in the same processes as ``role``."""
@@ -132,9 +137,7 @@ class Homes:
         self.stack.callback(home.close)
         return home
 
-    def sampler(
-        self, sampling: SamplingSection, *, seed: int, vocabulary: int, others: Mapping[str, Any], note: Callable[[str], None]
-    ) -> Sampler:
+    def sampler(self, sampling: SamplingSection, *, seed: int, vocabulary: int, others: Mapping[str, Any]) -> Sampler:
         """Builds the engine, beside the actor or in processes of its own. ``others``: every trainer and scorer by role."""
         if self.engine.kind == "live" and self.placement.home("engine") == "actor":
             return self._live_beside_actor(sampling)
@@ -144,7 +147,7 @@ class Homes:
             push = self._link(WorkersEnd(home.group, "engine"), vocabulary)
             about = f"live, {home.group.size} of its own, fed over {push.transport}"
             return Sampler(engine=DividedEngine(home.group, "engine"), push=push, about=about)
-        return self._vllm(sampling, seed, vocabulary, others, note)
+        return self._vllm(sampling, seed, vocabulary, others)
 
     def _live_beside_actor(self, sampling: SamplingSection) -> Sampler:
         home = self.of("actor")
@@ -155,7 +158,9 @@ class Homes:
         if home.group.size == 1 and self.model.offload != "parameters":
             home.place("engine", partial(live_engine, sampling=sampling, engine=self.engine))
             return Sampler(
-                engine=DividedEngine(home.group, "engine"), push=lambda step: {}, about="live, on the actor's own weights"
+                engine=DividedEngine(home.group, "engine"),
+                push=lambda step: {},
+                about="live, on the actor's own weights",
             )
         home.place("engine", partial(replica_engine, section=self.model, sampling=sampling, engine=self.engine))
         home.place("replicas", Replicas)
@@ -167,9 +172,7 @@ class Homes:
         about = f"live, in each of the actor's {home.group.size} processes, on gathered weights"
         return Sampler(engine=DividedEngine(home.group, "engine"), push=push, about=about)
 
-    def _vllm(
-        self, sampling: SamplingSection, seed: int, vocabulary: int, others: Mapping[str, Any], note: Callable[[str], None]
-    ) -> Sampler:
+    def _vllm(self, sampling: SamplingSection, seed: int, vocabulary: int, others: Mapping[str, Any]) -> Sampler:
         shared = self.placement.home("engine") == "actor"
         tensor_parallel = self.engine.tensor_parallel
         actor = self.of("actor")
@@ -205,7 +208,7 @@ class Homes:
             pushed["version"] = step
             return push(step)
 
-        balanced = RestartingOnce(balanced, home.group, refill, note)
+        balanced = RestartingOnce(balanced, home.group, refill)
         if not shared or on_cpu:
             return Sampler(engine=balanced, push=push_now, about=about)
         turns = TakingTurns(
@@ -242,5 +245,3 @@ def worker_environment() -> dict[str, str]:
     """Variables that workers need as this process has them, wherever they run."""
     passed = ("OMP_NUM_THREADS", "HF_HOME", "HF_TOKEN", "HF_HUB_OFFLINE", "PYTHONPATH", "TANDEM_DEBUG")
     return {name: os.environ[name] for name in passed if name in os.environ}
-
-

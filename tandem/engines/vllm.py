@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from typing import Any, Literal
 
 from tandem.engines.samples import StopRule, check_request
-from tandem.engines.vllm_checksums import Checked, combine
+from tandem.engines.vllm_checksums import combine
+from tandem.sync.checksum import Checked
 from tandem.engines.vllm_setup import check_vllm, close_vllm, eos_ids, on_cpu, start_vllm
 from tandem.engines.vllm_stepper import Ended, Job, Stepper
 from tandem.errors import UserError
@@ -143,7 +143,7 @@ class VLLMEngine:
         if len(links) != self.tensor_parallel:
             raise UserError(f"weight sync: {len(links)} links for {self.tensor_parallel} tensor-parallel ranks")
         with self._stepper.exclusive():
-            self._call("init_weight_transfer_engine", {"links": list(links)})
+            self._call("tandem_connect", list(links))
 
     def receive(self, version: int) -> None:
         """Takes one push, between two steps: the weights, an empty cache, and then ``version``.
@@ -155,9 +155,7 @@ class VLLMEngine:
             self._check_awake("weights")
             self._pushes += 1
             try:
-                self._call("start_weight_update")
-                self._call("update_weights", {})
-                self._call("finish_weight_update")
+                self._call("tandem_receive")
                 if not self._asleep:
                     self._forget_cache()
             except Exception as error:
@@ -230,7 +228,10 @@ class VLLMEngine:
         """Calls a method of every worker; one result a rank."""
         if self._closed:
             raise UserError("the vLLM engine is closed; start another one")
-        return list(self._engine.collective_rpc(method, args=arguments))
+        answers = self._engine.collective_rpc("tandem_call", args=(method, *arguments))
+        if error := next((error for _, error in answers if error is not None), None):
+            raise error
+        return [value for value, _ in answers]
 
     def _check_awake(self, stage: str) -> None:
         if stage in self._asleep:
@@ -282,10 +283,6 @@ class VLLMEngine:
 def _sync_error(error: Exception, version: int) -> UserError:
     if isinstance(error, UserError):
         return error
-    # From a worker process it comes as text, and from a connection in the transport's words.
-    said = re.search(r"UserError\('(.*)'\)", str(error)) or re.search(r"(weight sync: [^\n]*)", str(error))
-    if said:
-        return UserError(said[1])
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return UserError(f"weight sync: the push of version {version} failed: {reason}; connect again and push anew")
 

@@ -6,15 +6,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
-from tandem.sync.checksum import Sums, add
-
-
-@dataclass(frozen=True)
-class Checked:
-    """One tensor of the engine. ``sums`` is what the checksums of ``parts``, HF names, must add up to."""
-
-    parts: tuple[str, ...]
-    sums: Sums
+from tandem.sync.checksum import Checked, Sums, add
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ the second also finds it where Tandem is used from a source tree.
 from __future__ import annotations
 
 import glob
+import logging
 import os
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from tandem.sync.links import Link
 from tandem.sync.receiver import Receiver
 
 BACKEND = "tandem"
+log = logging.getLogger("tandem")
 
 
 @dataclass
@@ -98,11 +100,34 @@ class TandemTransfer(WeightTransferEngine):
 
 
 class WorkerExtension:
-    """Methods that a worker gets, called through ``collective_rpc``."""
+    """Methods that a worker gets, called through ``collective_rpc``: ``tandem_call``, and through it the others."""
 
     weight_transfer_engine: Any
     device: torch.device
-    model_runner: Any
+
+    def tandem_call(self, method: str, *arguments: Any) -> tuple[Any, Exception | None]:
+        """What the method returns, and what it raised.
+
+        Returned, because vLLM reads no further answers once a rank has raised, and takes them for those to its next
+        question.
+        """
+        try:
+            return getattr(self, method)(*arguments), None
+        except UserError as error:
+            return None, error
+        except Exception as error:
+            # Others may not survive being sent to another process.
+            log.debug("%s failed in a vLLM worker", method, exc_info=error)
+            return None, RuntimeError(f"{type(error).__name__}: {error}")
+
+    def tandem_connect(self, links: Seq[Link]) -> None:
+        self.init_weight_transfer_engine({"links": links})  # type: ignore[attr-defined]
+
+    def tandem_receive(self) -> None:
+        """Takes one push."""
+        self.start_weight_update()  # type: ignore[attr-defined]
+        self.update_weights({})  # type: ignore[attr-defined]
+        self.finish_weight_update()  # type: ignore[attr-defined]
 
     def tandem_shards(self, names: list[str] | None) -> dict[str, Shard]:
         """Checksums of this rank's parameters. Raises UserError before the first push."""

@@ -101,9 +101,7 @@ class Broadcast:
         self.options = dist.BroadcastOptions()
         self.options.rootRank = 0
         self.options.rootTensor = 0
-        self.buffers = [
-            torch.empty(link.plan.buffer_bytes, dtype=torch.uint8, device=device) for _ in range(BUFFERS)
-        ]
+        self.buffers = [torch.empty(link.plan.buffer_bytes, dtype=torch.uint8, device=device) for _ in range(BUFFERS)]
 
     def send(self, push: int, bucket: int, filled: Tensor) -> Pending:
         return self.group.broadcast([filled], self.options)

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from tandem.sync.bounds import LOGP_BOUNDS
 from tandem.errors import UserError
 from tandem.sync.checksum import Checked, Sums, add
 from tandem.sync.links import Link, Transport
@@ -21,8 +22,6 @@ SHARE = 64
 """After the first push, one parameter in so many is checked each time, and others the next."""
 PROBE_EVERY = 16
 PROBE_TOKENS = (11, 7)
-BOUNDS = {"float32": 1e-3, "bfloat16": 0.15}
-"""Largest mean difference in the log-probs of the probe, in nats. A wrong tensor moves them by whole nats."""
 
 
 class WeightMismatch(UserError):
@@ -122,11 +121,11 @@ class WeightPush:
         for engine, theirs in enumerate(self.engines.each("logprobs", [(sequences,)] * self._engines)):
             found = [x for row in theirs for x in row]
             gap = sum(abs(a - b) for a, b in zip(truth, found, strict=True)) / len(truth)
-            if not gap <= BOUNDS[self.params.dtype]:
+            if not gap <= LOGP_BOUNDS[self.params.dtype]:
                 self._compare(version, None, self.source.call("send_checksums"))
                 raise WeightMismatch(
                     f"weight sync: after push {version} engine {engine} gives the probe log-probs that differ from the "
-                    f"trainer's by {gap:.3g} nats on average (bound {BOUNDS[self.params.dtype]}), though every "
+                    f"trainer's by {gap:.3g} nats on average (bound {LOGP_BOUNDS[self.params.dtype]}), though every "
                     "checksum agrees: it computes something else with the same weights (dtype, attention, rope scaling)"
                 )
             worst = max(worst, gap)

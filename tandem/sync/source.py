@@ -22,6 +22,7 @@ class WeightSource:
         self.parameters = dict(parameters)
         self.gatherer = Gatherer(self.parameters, device)
         self.sender: Sender | None = None
+        self.aside: list[Tensor] = []
 
     def plan(self, dtype: str | None = None) -> Plan:
         """What a push consists of, floating tensors as ``dtype`` (None: as they are)."""
@@ -54,10 +55,19 @@ class WeightSource:
         for bucket in specs.buckets:
             self.gatherer.fill([(spec.name, targets[spec.name]) for spec in bucket])
 
+    @torch.no_grad()
     def zero(self) -> None:
-        """Sets all parameters to zero. For ``tandem doctor``, which puts them back."""
-        with torch.no_grad():
-            torch._foreach_zero_([local(p.detach()) for p in self.parameters.values()])
+        """Sets all parameters to zero, keeping them aside for ``restore``: what ``tandem doctor`` tests engines with."""
+        slices = [local(p.detach()) for p in self.parameters.values()]
+        self.aside = [s.cpu() if s.device.type != "cpu" else s.clone() for s in slices]
+        torch._foreach_zero_(slices)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Puts back what ``zero`` took."""
+        for p, kept in zip(self.parameters.values(), self.aside, strict=True):
+            local(p.detach()).copy_(kept)
+        self.aside = []
 
     def close(self) -> None:
         if self.sender is not None:

@@ -114,7 +114,9 @@ class Cluster:
             variables |= {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
             if mine[0].gpus:
                 variables |= {"CUDA_VISIBLE_DEVICES": ",".join(f"GPU-{where.gpus[0]}" for where in mine)}
-            node = next(n for n in self.ray.nodes() if n["Alive"] and _same_machine(n["NodeManagerAddress"], mine[0].node))
+            node = next(
+                n for n in self.ray.nodes() if n["Alive"] and _same_machine(n["NodeManagerAddress"], mine[0].node)
+            )
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         else:
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(

@@ -97,8 +97,7 @@ class WorkerGroup:
     def each(self, role: str, method: str, arguments: Seq[tuple[Any, ...]]) -> list[Any]:
         """A method in every process, each with its own arguments. Returns what each returned."""
         refs = [
-            actor.call.remote(role, method, own, {}, False)
-            for actor, own in zip(self.actors, arguments, strict=True)
+            actor.call.remote(role, method, own, {}, False) for actor, own in zip(self.actors, arguments, strict=True)
         ]
         return self._all(f"{role}.{method}", refs, self.deadline_s)
 
@@ -127,7 +126,9 @@ class WorkerGroup:
             done, _ = ray.wait(waiting, num_returns=1, timeout=max(0.0, end - time.monotonic()))
             if not done:
                 late = ", ".join(self._who(ranks[ref]) for ref in waiting)
-                raise UserError(f"{what}: no answer within {deadline_s:.0f} s from {late}{self._tail(ranks[waiting[0]])}")
+                raise UserError(
+                    f"{what}: no answer within {deadline_s:.0f} s from {late}{self._tail(ranks[waiting[0]])}"
+                )
             for ref in done:
                 with self._naming(what, ranks[ref]):
                     results[ref] = raise_failure(ray.get(ref), self._who(ranks[ref]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from typing import Protocol
@@ -12,6 +13,7 @@ from tandem.types import Completion, Request
 from tandem.workers.group import WorkerDied, WorkerGroup
 from tandem.workers.homes import WorkersEnd
 
+log = logging.getLogger("tandem")
 OnFinish = Callable[[int, int, Completion], None]
 
 
@@ -32,7 +34,13 @@ class TakingTurns:
     """
 
     def __init__(
-        self, engine: Engine, engines: WorkersEnd, others: Seq[Parked], push: Callable[[int], Metrics], *, version: Callable[[], int]
+        self,
+        engine: Engine,
+        engines: WorkersEnd,
+        others: Seq[Parked],
+        push: Callable[[int], Metrics],
+        *,
+        version: Callable[[], int],
     ) -> None:
         self.engine, self.engines, self.others = engine, engines, others
         self.push = push
@@ -67,8 +75,8 @@ class RestartingOnce:
     A sample depends on its seed and the weights alone, so what was being sampled is simply sampled again.
     """
 
-    def __init__(self, engine: Engine, group: WorkerGroup, refill: Callable[[], object], note: Callable[[str], None]) -> None:
-        self.engine, self.group, self.refill, self.note = engine, group, refill, note
+    def __init__(self, engine: Engine, group: WorkerGroup, refill: Callable[[], object]) -> None:
+        self.engine, self.group, self.refill = engine, group, refill
         self.restarted = False
 
     def generate(self, requests: Seq[Request], on_finish: OnFinish | None = None) -> list[list[Completion]]:
@@ -80,7 +88,7 @@ class RestartingOnce:
                 raise UserError(f"{error} (it was restarted once already)") from None
             self.restarted = True
             for rank in self.group.dead():
-                self.note(f"{self.group.name} rank {rank} died and is started again; {str(error).splitlines()[0]}")
+                log.warning("%s rank %d is started again: %s", self.group.name, rank, str(error).splitlines()[0])
                 self.group.restart(rank)
             self.refill()
             return self.engine.generate(requests, on_finish)

@@ -1,0 +1,245 @@
+"""``tandem doctor``: whether this machine or cluster samples with the weights that it trains, and how fast they get there."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tandem.algorithms.grpo import GRPO
+from tandem.cli.build import policy_trainer, require_engine, weight_source
+from tandem.cli.placing import Homes, Sampler
+from tandem.cli.sections import ClusterSection, EngineSection, ModelSection, PlacementSection, SamplingSection
+from tandem.config import PREFIXED, load_config
+from tandem.sync.bounds import LOGP_BOUNDS
+from tandem.errors import UserError
+from tandem.models.loading import load_tokenizer
+from tandem.seeds import derive_seed
+from tandem.training.optim import OptimParams
+from tandem.types import Completion, Request, SamplingParams
+
+PROMPTS, SAMPLES, NEW_TOKENS = 8, 4, 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorModel(ModelSection):
+    """The model to try with."""
+
+    model: str = ""
+    """A Hugging Face folder, or a name on the hub. Empty: a tiny random model made for the occasion."""
+
+    def __post_init__(self) -> None:
+        if self.model:
+            super().__post_init__()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorConfig:
+    """Check that sampling and training fit together here: versions, devices, engine, weight sync, each with its time.
+
+    Starts the trainer and an engine as they are placed, samples, sets the trainer's weights to zero, pushes, checks
+    that the engine now draws at random, puts the weights back, pushes, and checks that all is as it was.
+    Example: tandem doctor
+    Example: tandem doctor --model ./base --engine.kind vllm --placement.actor 1 --placement.engine 1
+    """
+
+    model: DoctorModel = field(default_factory=DoctorModel)
+    sampling: SamplingSection = field(default_factory=lambda: SamplingSection(max_new_tokens=NEW_TOKENS))
+    placement: PlacementSection = field(default_factory=PlacementSection, metadata=PREFIXED)
+    engine: EngineSection = field(default_factory=EngineSection, metadata=PREFIXED)
+    cluster: ClusterSection = field(default_factory=ClusterSection, metadata=PREFIXED)
+
+
+class Report:
+    """Lines of what was found, printed as they come, and how long each took."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[str, str, str]] = []
+
+    def add(self, what: str, found: str, seconds: float | None = None) -> None:
+        """Prints a line."""
+        took = "" if seconds is None else f"{seconds:.3f} s"
+        self.rows.append((what, found, took))
+        print(f"  {what:<22}  {found}{'  (' + took + ')' if took else ''}", flush=True)
+
+    def timed(self, what: str, work: Callable[[], Any], describe: Callable[[Any], str] = str) -> Any:
+        """Does the work and prints a line for it."""
+        start = time.perf_counter()
+        result = work()
+        self.add(what, describe(result), time.perf_counter() - start)
+        return result
+
+
+def check(config: DoctorConfig) -> Report:
+    """Runs every check. Raises UserError at the first that fails, saying what it means."""
+    report = Report()
+    describe_machine(report)
+    require_engine(config.engine)
+    with ExitStack() as stack:
+        if not config.model.model:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="tandem-doctor-"))
+            config = replace(config, model=replace(config.model, model=_tiny_model(Path(folder))))
+        tokenizer = load_tokenizer(config.model.model, trust_remote_code=config.model.trust_remote_code)
+        homes = Homes(config.model, config.placement, config.cluster, config.engine, ["actor", "engine"])
+        report.timed("processes", lambda: stack.enter_context(homes), lambda _: _describe_processes(config))
+        options = {"temperature": 1.0}
+        build = partial(
+            policy_trainer,
+            section=config.model,
+            loss=GRPO().loss,
+            optim=OptimParams(learning_rate=1e-6, total_steps=1),
+            options=options,
+        )
+        actor = report.timed(
+            "trainer", lambda: homes.place("actor", build), lambda _: homes.end("actor").call("describe")
+        )
+        sampler = report.timed(
+            "engine",
+            lambda: homes.sampler(config.sampling, seed=0, vocabulary=len(tokenizer), others={"actor": actor}),
+            lambda found: found.about,
+        )
+        homes.place("weights", weight_source, beside="actor")
+        _Examination(report, homes, sampler, len(tokenizer), config).run()
+    return report
+
+
+class _Examination:
+    """Sample, zero, push, sample, restore, push, sample."""
+
+    def __init__(self, report: Report, homes: Homes, sampler: Sampler, vocabulary: int, config: DoctorConfig) -> None:
+        self.report, self.sampler, self.vocabulary = report, sampler, vocabulary
+        self.actor, self.source = homes.end("actor"), homes.end("weights", beside="actor")
+        self.dtype = config.model.dtype
+        params = SamplingParams(max_new_tokens=config.sampling.max_new_tokens)
+        self.requests = [
+            Request(
+                prompt_ids=tuple((7 * place + 3 * i) % vocabulary for i in range(4 + place)),
+                seeds=tuple(derive_seed(0, "doctor", place, i) for i in range(SAMPLES)),
+                sampling=params,
+            )
+            for place in range(PROMPTS)
+        ]
+
+    def run(self) -> None:
+        self._push("push")
+        before = self._sample("sampling")
+        self._agree(before)
+        self.report.timed("zeroing the trainer", lambda: self.source.call("zero"), lambda _: "all parameters")
+        self._push("push of zeros")
+        self._require_nonsense(self._sample("sampling zeros"))
+        self.report.timed("restoring the trainer", lambda: self.source.call("restore"), lambda _: "as they were")
+        self._push("push back")
+        after = self._sample("sampling again")
+        self._agree(after)
+        same = sum(a.token_ids == b.token_ids for a, b in zip(before, after, strict=True))
+        # vLLM's rounding depends on what else is in the batch, and a draw may tip over with it.
+        if same < 0.9 * len(before):
+            raise UserError(f"doctor: with the weights restored {len(before) - same} of {len(before)} samples differ "
+                            "from before; the engine did not get back what it had")  # fmt: skip
+        self.report.add("as before", f"{same} of {len(before)} samples are the same, token for token")
+
+    def _push(self, what: str) -> None:
+        metrics = self.report.timed(what, lambda: self.sampler.push(0), _describe_push)
+        del metrics
+
+    def _sample(self, what: str) -> list[Completion]:
+        def describe(samples: list[Completion]) -> str:
+            return f"{len(samples)} samples, {sum(len(s.token_ids) for s in samples)} tokens"
+
+        return self.report.timed(
+            what, lambda: [c for group in self.sampler.engine.generate(self.requests) for c in group], describe
+        )
+
+    def _agree(self, samples: list[Completion]) -> None:
+        """The engine's log-probs are the trainer's."""
+        prompts = [request.prompt_ids for request in self.requests for _ in request.seeds]
+        sequences = [[*prompt, *s.token_ids] for prompt, s in zip(prompts, samples, strict=True)]
+        found = self.actor.call("logprobs", sequences)
+        gaps = [
+            abs(a - b)
+            for s, row in zip(samples, found, strict=True)
+            for a, b in zip(s.untruncated_logp, row[-len(s.token_ids) :], strict=True)
+        ]
+        mean, bound = sum(gaps) / len(gaps), LOGP_BOUNDS[self.dtype]
+        if not mean <= bound:
+            raise UserError(
+                f"doctor: the engine's log-probs differ from the trainer's by {mean:.3g} nats on average (bound {bound}): "
+                "it samples from another model, or from other weights, than the one that is trained"
+            )
+        self.report.add("log-prob gap", f"mean {mean:.2g}, largest {max(gaps):.2g} nats ({self.dtype})")
+
+    def _require_nonsense(self, samples: list[Completion]) -> None:
+        """With all weights 0 every token is as likely as any other."""
+        logps = [x for s in samples for x in s.untruncated_logp]
+        # Tables are often padded beyond the tokenizer's vocabulary, and padding is drawn like the rest.
+        mean, uniform = sum(logps) / len(logps), -math.log(self.vocabulary)
+        if max(logps) - min(logps) > 1e-2 or mean > uniform + 1e-2:
+            raise UserError(
+                f"doctor: with all of the trainer's weights 0 the engine still prefers some tokens (log-probs from "
+                f"{min(logps):.3f} to {max(logps):.3f}, uniform is {uniform:.3f}): pushes do not reach it"
+            )
+        self.report.add("it changed", f"uniform over {round(math.exp(-mean))} tokens")
+
+
+def describe_machine(report: Report) -> None:
+    """Versions, and what there is to run on."""
+    import torch
+
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("transformers", "ray", "vllm"):
+        names = [package, f"{package}-cpu"]
+        found = [v for name in names if (v := _version(name))]
+        versions[package] = found[0] if found else "not installed"
+    report.add("versions", ", ".join(f"{name} {version}" for name, version in versions.items()))
+    if not torch.cuda.is_available():
+        report.add("devices", f"no GPU; {torch.get_num_threads()} CPU threads")
+        return
+    for i in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(i)
+        report.add(f"GPU {i}", f"{torch.cuda.get_device_name(i)}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _describe_processes(config: DoctorConfig) -> str:
+    actor, engine = config.placement.actor, config.placement.engine
+    where = "this process" if actor == "here" else f"{actor} for the trainer"
+    return f"{where}; engine {'on the same devices' if engine == 'actor' else f'in {engine} of its own'}"
+
+
+def _describe_push(metrics: dict[str, float]) -> str:
+    if "sync_gb_per_second" not in metrics:
+        return "nothing to move, or moved when sampling starts"
+    return (
+        f"{metrics['sync_seconds'] * 1e3:.1f} ms, {metrics['sync_gb_per_second']:.2f} GB/s, "
+        f"check {metrics['sync_check_seconds'] * 1e3:.1f} ms"
+    )
+
+
+def _tiny_model(folder: Path) -> str:
+    from tandem.tasks.tiny import build_model, build_tokenizer
+
+    build_tokenizer().save_pretrained(folder)
+    build_model(0).save_pretrained(folder)
+    return str(folder)
+
+
+def run(argv: list[str]) -> int:
+    """The command."""
+    print("tandem doctor", flush=True)
+    report = check(load_config(DoctorConfig, argv, prog="tandem doctor"))
+    print(f"all {len(report.rows)} checks passed", flush=True)
+    return 0

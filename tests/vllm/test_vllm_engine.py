@@ -1,0 +1,384 @@
+"""vLLM's own CPU build, in this process, against transformers."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_tokenizer
+from vllm_models import POSITIONS, Pusher, make_model, reference_logp, save, wrong_tensors
+
+from tandem.engines.vllm import VLLMEngine
+from tandem.errors import UserError
+from tandem.roles import Engine
+from tandem.sync.plan import Plan, TensorSpec, plan_of
+from tandem.types import Completion, Request, SamplingParams
+
+SLOTS = 4
+MAX_LENGTH = 100
+PROMPT = (5, 6, 7, 8)
+
+
+@pytest.fixture(scope="module")
+def module() -> Any:
+    """What the engine starts with and, after every test, has again."""
+    return make_model("llama", seed=0, tied=True)
+
+
+@pytest.fixture(scope="module")
+def engine(module: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLLMEngine]:
+    folder = save(module, tmp_path_factory.mktemp("model"))
+    engine = VLLMEngine(folder, dtype="float32", max_slots=SLOTS, max_length=MAX_LENGTH, sleep=True)
+    yield engine
+    engine.close()
+
+
+def sample(engine: VLLMEngine, seeds: tuple[int, ...] = (0,), prompt: tuple[int, ...] = PROMPT, **sampling: Any) -> Any:
+    """Completions of one prompt."""
+    params = SamplingParams(**({"max_new_tokens": 16} | sampling))
+    return engine.generate([Request(prompt_ids=prompt, seeds=seeds, sampling=params)])[0]
+
+
+def pusher_of(engine: VLLMEngine, module: Any) -> Pusher:
+    return Pusher.connect(engine, dict(module.named_parameters()))
+
+
+@pytest.fixture
+def restored(engine: VLLMEngine, module: Any) -> Iterator[None]:
+    """Gives the engine its first weights back afterwards."""
+    yield
+    pusher = pusher_of(engine, module)
+    pusher.push(0)
+    pusher.close()
+
+
+def test_it_is_an_engine(engine):
+    assert isinstance(engine, Engine)
+    assert engine.memory() == {}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probs_are_those_of_transformers(engine, module, temperature):
+    prompts = [PROMPT, (9, 10), (11,)]
+    sampling = SamplingParams(max_new_tokens=24, temperature=temperature)
+    requests = [Request(prompt_ids=prompt, seeds=(1, 2, 3), sampling=sampling) for prompt in prompts]
+    for request, completions in zip(requests, engine.generate(requests), strict=True):
+        assert len(completions) == 3
+        for completion in completions:
+            wanted = reference_logp(module, request.prompt_ids, completion.token_ids, temperature)
+            assert completion.behaviour_logp == pytest.approx(wanted, abs=1e-4)
+            assert completion.untruncated_logp == completion.behaviour_logp
+
+
+def test_greedy_is_what_transformers_generates(engine, module):
+    for prompt in (PROMPT, (9, 10)):
+        (completion,) = sample(engine, prompt=prompt, temperature=0.0, max_new_tokens=30, top_k=3)
+        ids = torch.tensor([prompt])
+        wanted = module.generate(ids, do_sample=False, max_new_tokens=30, attention_mask=torch.ones_like(ids))
+        assert completion.token_ids == wanted[0, len(prompt) :].tolist()
+        assert completion.behaviour_logp == [0.0] * len(completion.token_ids)
+        assert completion.untruncated_logp == pytest.approx(
+            reference_logp(module, prompt, completion.token_ids), abs=1e-4
+        )
+
+
+def test_a_seed_names_its_sample_whatever_else_runs(engine):
+    seeds = (7, 8, 2**63 - 1)
+    alone = [sample(engine, (seed,), max_new_tokens=16)[0].token_ids for seed in seeds]
+    together = [c.token_ids for c in sample(engine, (*seeds, 7, 11, 12), max_new_tokens=16)]
+    assert together[:4] == [*alone, alone[0]]
+    assert len({tuple(ids) for ids in together}) == 5
+
+
+def test_draws_follow_the_distribution(engine, module):
+    with torch.no_grad():
+        wanted = module(torch.tensor([PROMPT])).logits[0, -1].softmax(-1)
+    drawn = [c.token_ids[0] for c in sample(engine, tuple(range(600)), max_new_tokens=1)]
+    counts = torch.bincount(torch.tensor(drawn), minlength=len(wanted)).double()
+    # Total variation of 600 fair draws from this distribution is about 0.1; from a uniform one it would be 0.6.
+    assert (counts / 600 - wanted).abs().sum() / 2 < 0.2
+
+
+def test_truncation_leaves_the_untruncated_log_prob_unknown(engine, module):
+    for sampling in ({"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.3}):
+        for completion in sample(engine, (1, 2, 3), max_new_tokens=12, **sampling):
+            full = reference_logp(module, PROMPT, completion.token_ids)
+            assert all(math.isnan(x) for x in completion.untruncated_logp)
+            assert all(kept >= whole - 1e-4 for kept, whole in zip(completion.behaviour_logp, full, strict=True))
+            assert sum(completion.behaviour_logp) > sum(full) + 1
+
+
+def test_ends_at_the_length(engine):
+    (completion,) = sample(engine, temperature=0.0, max_new_tokens=5)
+    assert (completion.stop, len(completion.token_ids)) == ("length", 5)
+    assert completion.text == make_tokenizer().decode(completion.token_ids, skip_special_tokens=True)
+
+
+def test_ends_at_a_stop_id_and_keeps_it(engine):
+    (whole,) = sample(engine, (3,), max_new_tokens=40)
+    stop = whole.token_ids[10]
+    (completion,) = sample(engine, (3,), max_new_tokens=40, stop_token_ids=(stop,))
+    assert completion.stop == "eos"
+    assert completion.token_ids == whole.token_ids[: whole.token_ids.index(stop) + 1]
+    assert len(completion.behaviour_logp) == len(completion.token_ids)
+
+
+def test_ends_at_end_of_sequence(engine, module):
+    completions = sample(engine, tuple(range(40)), max_new_tokens=60, temperature=2.0)
+    ended = [c for c in completions if c.stop == "eos"]
+    assert ended
+    for completion in ended:
+        assert completion.token_ids[-1] == module.config.eos_token_id
+        assert module.config.eos_token_id not in completion.token_ids[:-1]
+        assert "<eos>" not in completion.text
+    assert all(module.config.eos_token_id not in c.token_ids for c in completions if c.stop == "length")
+
+
+def test_ends_at_a_stop_string_and_cuts_the_text_before_it(engine):
+    (whole,) = sample(engine, (3,), max_new_tokens=40)
+    stop = whole.text[10:12]
+    (completion,) = sample(engine, (3,), max_new_tokens=40, stop=(stop, "never in it"))
+    assert completion.stop == "stop_string"
+    assert completion.text == whole.text[: whole.text.index(stop)]
+    assert completion.token_ids == whole.token_ids[: len(completion.token_ids)]
+    assert make_tokenizer().decode(completion.token_ids).endswith(stop)
+
+
+def test_on_finish_sees_every_sample_once(engine):
+    seen: dict[tuple[int, int], Completion] = {}
+    requests = [
+        Request(prompt_ids=(5 + i,), seeds=(1, 2, 3), sampling=SamplingParams(max_new_tokens=2 + 5 * i))
+        for i in range(3)
+    ]
+    results = engine.generate(requests, lambda request, index, completion: seen.update({(request, index): completion}))
+    assert seen == {(r, s): c for r, row in enumerate(results) for s, c in enumerate(row)}
+    assert engine.generate([]) == []
+    assert engine.generate([Request(prompt_ids=(5,), seeds=(), sampling=SamplingParams(max_new_tokens=1))]) == [[]]
+
+
+def test_logprobs_of_given_sequences(engine, module):
+    sequences = [[5, 6, 7, 8, 9, 3], [4, 5], [4], list(range(2, 2 + 60)) + [7] * 40]
+    assert max(map(len, sequences)) == MAX_LENGTH
+    found = engine.logprobs(sequences)
+    for sequence, row in zip(sequences, found, strict=True):
+        wanted = reference_logp(module, sequence[:1], sequence[1:]) if len(sequence) > 1 else []
+        assert row == pytest.approx(wanted, abs=1e-4)
+
+
+def test_calls_of_many_threads_share_the_engine(engine):
+    wanted = {seed: sample(engine, (seed, seed + 100), max_new_tokens=12) for seed in range(10)}
+    found: dict[int, Any] = {}
+    threads = [
+        threading.Thread(
+            target=lambda seed=seed: found.update({seed: sample(engine, (seed, seed + 100), max_new_tokens=12)})
+        )
+        for seed in wanted
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {seed: [c.token_ids for c in row] for seed, row in found.items()} == {
+        seed: [c.token_ids for c in row] for seed, row in wanted.items()
+    }
+
+
+def test_a_later_call_joins_the_running_batch(engine):
+    """The short call, which starts inside the long one, ends before it."""
+    order: list[str] = []
+    inner: list[threading.Thread] = []
+
+    def short() -> None:
+        sample(engine, (1,), max_new_tokens=1)
+        order.append("short")
+
+    def finish(request: int, index: int, completion: Completion) -> None:
+        if not inner:
+            inner.append(threading.Thread(target=short))
+            inner[0].start()
+            inner[0].join()
+        order.append(f"long {len(completion.token_ids)}")
+
+    sampling = [SamplingParams(max_new_tokens=n, temperature=0.0) for n in (1, 60)]
+    engine.generate([Request(prompt_ids=PROMPT, seeds=(0,), sampling=s) for s in sampling], finish)
+    assert order[0] == "short"
+    assert order[1] == "long 1"
+
+
+def test_a_callback_that_fails_ends_its_call_alone(engine):
+    def fail(request: int, index: int, completion: Completion) -> None:
+        raise ZeroDivisionError
+
+    request = Request(prompt_ids=PROMPT, seeds=tuple(range(9)), sampling=SamplingParams(max_new_tokens=50))
+    with pytest.raises(ZeroDivisionError):
+        engine.generate([request], fail)
+    assert engine._engine.get_num_unfinished_requests() == 0
+    assert sample(engine, max_new_tokens=3)[0].stop == "length"
+
+
+@pytest.mark.usefixtures("restored")
+def test_a_push_changes_the_samples_to_the_new_models(engine, module):
+    before = sample(engine, (1, 2), max_new_tokens=20)
+    other = make_model("llama", seed=1, tied=True)
+    pusher = pusher_of(engine, other)
+    for version in (3, 4):
+        sums = pusher.push(version)
+        assert engine.version == version
+        assert wrong_tensors(engine, sums) == []
+        after = sample(engine, (1, 2), max_new_tokens=20)
+        assert [c.token_ids for c in after] != [c.token_ids for c in before]
+        for completion in after:
+            wanted = reference_logp(other, PROMPT, completion.token_ids)
+            assert completion.behaviour_logp == pytest.approx(wanted, abs=1e-4)
+            assert (completion.version_min, completion.version_max) == (version, version)
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+        before = after
+    pusher.close()
+
+
+@pytest.mark.usefixtures("restored")
+def test_checksums_cover_every_weight_and_see_a_single_bit(engine):
+    other = make_model("llama", seed=2, tied=True)
+    pusher = pusher_of(engine, other)
+    sums = pusher.push(1)
+    checked = engine.checksums()
+    assert {part for found in checked.values() for part in found.parts} == set(dict(other.named_parameters()))
+    assert checked["lm_head.weight"].parts == ("model.embed_tokens.weight",)
+    names = ["model.layers.1.self_attn.k_proj.weight"]
+    assert list(engine.checksums(names)) == ["model.layers.1.self_attn.qkv_proj.weight"]
+    first, second, numel = sums[names[0]]
+    assert wrong_tensors(engine, sums | {names[0]: (first ^ 1, second, numel)}) == [
+        "model.layers.1.self_attn.qkv_proj.weight"
+    ]
+    pusher.close()
+
+
+@pytest.mark.usefixtures("restored")
+def test_weights_change_between_two_steps_of_running_samples(engine, module):
+    """The long sample sees both models: each of its tokens has the log-prob of the one that drew it."""
+    other = make_model("llama", seed=3, tied=True)
+    pusher = pusher_of(engine, other)
+    engine.version = 0
+
+    def finish(request: int, index: int, completion: Completion) -> None:
+        if request == 0:
+            pusher.push(1)
+
+    requests = [
+        Request(prompt_ids=PROMPT, seeds=(1,), sampling=SamplingParams(max_new_tokens=n, temperature=t))
+        for n, t in ((10, 1.0), (40, 1.0))
+    ]
+    short, long = (row[0] for row in engine.generate(requests, finish))
+    assert (short.version_min, short.version_max, long.version_min, long.version_max) == (0, 0, 0, 1)
+    old = reference_logp(module, PROMPT, long.token_ids)
+    new = reference_logp(other, PROMPT, long.token_ids)
+    close = [[abs(a - b) < 1e-4 for a, b in zip(long.behaviour_logp, wanted, strict=True)] for wanted in (old, new)]
+    turn = close[0].index(False)
+    assert 10 <= turn < 40
+    assert all(close[1][turn:])
+    pusher.close()
+
+
+@pytest.mark.usefixtures("restored")
+@pytest.mark.parametrize("change", ["unknown name", "wrong shape", "missing"])
+def test_a_push_that_does_not_fit_is_named_and_nothing_is_sampled_after_it(engine, change):
+    parameters = dict(make_model("llama", seed=4, tied=True).named_parameters())
+    name = "model.layers.1.mlp.down_proj.weight"
+    tensor = parameters.pop(name)
+    if change == "unknown name":
+        name = "model.layers.1.mlp.sideways_proj.weight"
+        parameters[name] = tensor
+    elif change == "wrong shape":
+        parameters[name] = torch.nn.Parameter(torch.zeros(3, 5))
+    pusher = Pusher.connect(engine, parameters)
+    with pytest.raises(UserError, match=name.replace(".", r"\.")):
+        pusher.push(9)
+    assert engine.version != 9
+    with pytest.raises(UserError, match="weight sync"):
+        sample(engine)
+    pusher.close()
+
+
+@pytest.mark.usefixtures("restored")
+def test_a_sender_that_is_gone_is_an_error(engine):
+    plan = Plan((TensorSpec("model.norm.weight", (64,), "float32"),))
+    pusher = Pusher.connect(engine, {"model.norm.weight": torch.ones(64)}, plan)
+    pusher.sender.close()
+    for attempt in (lambda: engine.receive(1), lambda: sample(engine)):
+        with pytest.raises(UserError, match="weight sync: the push of version 1 failed"):
+            attempt()
+
+
+@pytest.mark.usefixtures("restored")
+def test_asleep_it_samples_nothing_until_it_has_weights(engine):
+    engine.sleep()
+    with pytest.raises(UserError, match="asleep"):
+        sample(engine)
+    with pytest.raises(UserError, match="wake"):
+        engine.receive(5)
+    engine.wake("weights")
+    other = make_model("llama", seed=5, tied=True)
+    pusher = pusher_of(engine, other)
+    pusher.push(5)
+    with pytest.raises(UserError, match="asleep"):
+        sample(engine)
+    engine.wake("cache")
+    (completion,) = sample(engine, max_new_tokens=8)
+    assert completion.behaviour_logp == pytest.approx(reference_logp(other, PROMPT, completion.token_ids), abs=1e-4)
+    engine.sleep()
+    engine.wake("weights")
+    engine.wake("cache")
+    with pytest.raises(UserError, match="push weights"):
+        sample(engine)
+    pusher.close()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sampling", "words"),
+    [
+        ((), {}, "prompt is empty"),
+        ((5, 99), {}, "token id 99"),
+        ((5,) * 90, {"max_new_tokens": 20}, "above the engine's max_length of 100"),
+        ((5,), {"temperature": 3.0}, "temperature is 3.0"),
+        ((5,), {"temperature": 0.001}, "temperature is 0.001"),
+        ((5,), {"top_p": 0.0}, "top_p"),
+    ],
+)
+def test_a_request_that_cannot_be_sampled_is_named(engine, prompt, sampling, words):
+    with pytest.raises(UserError, match=f"request 1: .*{words}"):
+        engine.generate(
+            [
+                Request(prompt_ids=p, seeds=(0,), sampling=SamplingParams(**({"max_new_tokens": 2} | s)))
+                for p, s in (((5,), {}), (prompt, sampling))
+            ]
+        )
+
+
+@pytest.mark.usefixtures("restored")
+def test_weights_that_are_not_finite_are_an_error(engine):
+    other = make_model("llama", seed=6, tied=True)
+    with torch.no_grad():
+        other.model.norm.weight.fill_(math.nan)
+    pusher = pusher_of(engine, other)
+    pusher.push(1)
+    with pytest.raises(UserError, match=r"request 0, sample 0: .* not finite at new token 0"):
+        sample(engine, max_new_tokens=4)
+    pusher.close()
+
+
+def test_a_push_needs_a_plan_of_the_same_model_only_once(engine, module):
+    """What was recorded about one trainer's tensors is forgotten when another one connects."""
+    plan = plan_of(module.named_parameters(), bucket_bytes=1 << 30)
+    assert len(plan.buckets) == 1
+    pusher = Pusher.connect(engine, dict(module.named_parameters()), plan)
+    with pytest.raises(UserError, match="nothing has been pushed"):
+        engine.checksums()
+    assert wrong_tensors(engine, pusher.push(0)) == []
+    pusher.close()
+    assert POSITIONS > MAX_LENGTH

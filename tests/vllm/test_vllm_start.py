@@ -1,0 +1,69 @@
+"""What a person is told where vLLM cannot be started."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from vllm_models import make_model, save
+
+from tandem.engines.vllm import VLLMEngine, check_vllm
+from tandem.errors import UserError
+
+
+@pytest.mark.parametrize("version", ["0.25.0", "0.25.1", "0.32.0+cpu", "0.29.0rc1"])
+def test_versions_that_work(version):
+    check_vllm(version)
+    check_vllm()
+
+
+@pytest.mark.parametrize("version", ["0.24.9", "0.33.0", "1.0.0", "0.6.3.post1"])
+def test_other_versions_are_refused(version):
+    with pytest.raises(UserError, match=rf"vLLM {version} is installed.*0\.25 to 0\.32.*pip install"):
+        check_vllm(version)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return save(make_model("llama", seed=0, tied=True), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"max_slots": 0}, "max_slots is 0"),
+        ({"arguments": {"logprobs_mode": "raw_logits"}}, "'logprobs_mode' cannot be changed"),
+        ({"arguments": {"max_model_len": 8}}, "is what Tandem calls 'max_length'"),
+        ({"arguments": {"blok_size": 8}}, "no argument 'blok_size'"),
+        ({"tensor_parallel": 3}, r"tensor_parallel is 3, and \S+ has 2 attention heads; set one that divides 2"),
+        (
+            {"arguments": {"kv_cache_memory_bytes": 100_000}, "max_length": 120},
+            r"cache is too small for one sequence of max_length 12[01] .*needed",
+        ),
+        ({"max_length": 1000}, r"max_length is 1000, and \S+ has 128 positions; set at most 128"),
+    ],
+)
+def test_settings_that_cannot_work(folder, options, words):
+    with pytest.raises(UserError, match=words) as caught:
+        VLLMEngine(folder, **({"dtype": "float32", "max_slots": 2} | options))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"architectures": ["SidewaysForCausalLM"]}, "vLLM does not know the architecture .*SidewaysForCausalLM"),
+        ({"model_type": "sideways"}, "model type of .* is unknown"),
+    ],
+)
+def test_a_model_that_vllm_does_not_know(folder, tmp_path, changes, words):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(UserError, match=words) as caught:
+        VLLMEngine(folder, dtype="float32", max_slots=2)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match="nowhere"):
+        VLLMEngine(str(tmp_path / "nowhere"), dtype="float32", max_slots=2)
