@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any
+
+import torch
 
 from tandem.cli.sections import EngineSection, ModelSection, SamplingSection
 from tandem.engines.live import LiveEngine
@@ -125,10 +128,14 @@ class Replicas:
         self.engine: ReplicaEngine = site.roles["engine"]
         self.source = WeightSource(self.actor.parameters, self.actor.model.device)
 
-    def push(self) -> None:
-        """The engine holds the actor's weights when this returns."""
+    def push(self) -> dict[str, float]:
+        """The engine holds the actor's weights when this returns. Returns the seconds it took."""
+        start = time.perf_counter()
         self.source.fill({name: p.data for name, p in self.engine.parameters.items()})
         self.engine.version = self.actor.version
+        if self.source.gatherer.device.type == "cuda":
+            torch.cuda.synchronize()
+        return {"sync_seconds": time.perf_counter() - start}
 
 
 def vllm_engine(
@@ -150,7 +157,7 @@ def vllm_engine(
         seed=seed,
         seeded=engine.seeded,
         trust_remote_code=section.trust_remote_code,
-        sleep=shared and on_gpu,
+        sleep=shared and on_gpu and engine.sleep,
         arguments=engine.vllm_arguments,
     )
 

@@ -19,10 +19,10 @@ from tandem.cli.build import policy_trainer, require_engine, weight_source
 from tandem.cli.placing import Homes, Sampler
 from tandem.cli.sections import ClusterSection, EngineSection, ModelSection, PlacementSection, SamplingSection
 from tandem.config import PREFIXED, load_config
-from tandem.sync.bounds import LOGP_BOUNDS
 from tandem.errors import UserError
 from tandem.models.loading import load_tokenizer
 from tandem.seeds import derive_seed
+from tandem.sync.bounds import LOGP_BOUNDS
 from tandem.training.optim import OptimParams
 from tandem.types import Completion, Request, SamplingParams
 

@@ -28,10 +28,10 @@ from tandem.cli.wiring import (
     print_plan,
     session,
 )
+from tandem.config import PREFIXED
 from tandem.data.order import Order
 from tandem.data.rows import Rows
 from tandem.data.tokenize import Counts
-from tandem.config import PREFIXED
 from tandem.errors import UserError, expect
 from tandem.models.loading import load_tokenizer
 from tandem.roles import Metrics

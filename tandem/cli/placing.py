@@ -166,8 +166,7 @@ class Homes:
         home.place("replicas", Replicas)
 
         def push(step: int) -> Metrics:
-            home.group.call("replicas", "push")
-            return {}
+            return home.group.call("replicas", "push")
 
         about = f"live, in each of the actor's {home.group.size} processes, on gathered weights"
         return Sampler(engine=DividedEngine(home.group, "engine"), push=push, about=about)
@@ -198,27 +197,12 @@ class Homes:
         push = self._link(ends, vocabulary)
         about = f"vllm, {count} x {tensor_parallel}, {'shared' if shared else 'split'}, fed over {push.transport}"
         balanced: Engine = BalancedEngine(home.group, "engine", slots=sampling.max_slots)
-        pushed = {"version": 0}
-
-        def refill() -> None:
-            push.connect()
-            push(pushed["version"])
-
-        def push_now(step: int) -> Metrics:
-            pushed["version"] = step
-            return push(step)
-
-        balanced = RestartingOnce(balanced, home.group, refill)
-        if not shared or on_cpu:
-            return Sampler(engine=balanced, push=push_now, about=about)
-        turns = TakingTurns(
-            balanced,
-            ends,
-            self.beside("actor", others),
-            push_now,
-            version=lambda: others["actor"].version,
-        )
-        return Sampler(engine=turns, push=turns.push_later, about=about)
+        if not shared or on_cpu or not self.engine.sleep:
+            restarting = RestartingOnce(balanced, home.group, push.again)
+            return Sampler(engine=restarting, push=push, about=about)
+        turns = TakingTurns(balanced, ends, self.beside("actor", others), push, version=lambda: others["actor"].version)
+        restarting = RestartingOnce(turns, home.group, turns.recover)
+        return Sampler(engine=restarting, push=turns.push_later, about=about)
 
     def _link(self, engines: WorkersEnd, vocabulary: int) -> WeightPush:
         actor = self.of("actor")

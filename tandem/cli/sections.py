@@ -249,6 +249,8 @@ class EngineSection:
     """vllm: GPUs that one engine is split over."""
     memory_share: float | None = None
     """vllm: part of a GPU's memory that the engine may take. None: vLLM's own default, or 0.6 on shared devices."""
+    sleep: bool = True
+    """vllm on the actor's GPUs: each side gives its memory away while the other works. False: both stay, if they fit."""
     max_length: int | None = None
     """Longest prompt and completion together, in tokens. None: what the model allows."""
     seeded: bool = True

@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 from tandem.engines.samples import StopRule, check_request
 from tandem.engines.vllm_checksums import combine
-from tandem.sync.checksum import Checked
 from tandem.engines.vllm_setup import check_vllm, close_vllm, eos_ids, on_cpu, start_vllm
 from tandem.engines.vllm_stepper import Ended, Job, Stepper
 from tandem.errors import UserError
+from tandem.sync.checksum import Checked
 from tandem.sync.links import Link
 from tandem.types import Completion, Request, SamplingParams, StopReason
 

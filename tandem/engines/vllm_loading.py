@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tandem.engines.vllm_checksums import Shard
+from tandem.engines.vllm_copies import Copies, RecordingCopies
 from tandem.errors import UserError
 from tandem.sync.checksum import add, checksum
 
@@ -62,6 +63,24 @@ def load_push(model: Any, model_config: Any, buckets: Iterable[Bucket], record: 
     finally:
         finalize_layerwise_reload(model, model_config)
         _repack_tied(model)
+
+
+def load_and_record_copies(model: Any, buckets: Iterable[Bucket], record: Record) -> Copies | None:
+    """Loads one push straight into the parameters. Returns its copies, or None where they are not all of it."""
+    copies = Copies()
+    parameters = dict(_parameters(model))
+    for bucket in buckets:
+        recording = RecordingCopies(copies, parameters, bucket)
+        with recording:
+            _load(model, bucket)
+        recording.finish()
+    return copies if copies.covers({name: target.loaded for name, target in record.items()}) else None
+
+
+def play_copies(copies: Copies, buckets: Iterable[Bucket]) -> None:
+    """Loads one push by the copies of an earlier one."""
+    for number, _ in enumerate(buckets):
+        copies.play(number)
 
 
 def _load(model: Any, bucket: Bucket) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import logging
 import os
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,8 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from tandem.engines.vllm_checksums import Shard
-from tandem.engines.vllm_loading import Record, load_push, shards
+from tandem.engines.vllm_copies import Copies, may_copy
+from tandem.engines.vllm_loading import Bucket, Record, load_and_record_copies, load_push, play_copies, shards
 from tandem.errors import UserError
 from tandem.sync.links import Link
 from tandem.sync.receiver import Receiver
@@ -56,6 +58,9 @@ class TandemTransfer(WeightTransferEngine):
 
     receiver: Receiver | None = None
     record: Record | None = None
+    may_copy: bool = False
+    copies: Copies | None = None
+    """How a push is loaded once it has been recorded: receive buffers and parameters stay where they are."""
 
     def init_transfer_engine(self, init_info: Links) -> None:
         self.shutdown()
@@ -76,22 +81,36 @@ class TandemTransfer(WeightTransferEngine):
         """Takes one push. Raises UserError and names the tensor where it cannot be loaded."""
         if self.receiver is None:
             raise UserError("weight sync: the engine is not connected to a trainer; call connect() first")
-        record: Record | None = {} if self.record is None else None
         try:
             with set_current_vllm_config(self.vllm_config):
-                load_push(self.model, self.model_config, self.receiver.buckets(), record)
+                self._load(self.receiver.buckets())
         except BaseException:
             # The sender has buckets left over, which the next push must not begin with.
             self.shutdown()
             raise
-        self.record = record if self.record is None else self.record
+
+    def _load(self, buckets: Iterator[Bucket]) -> None:
+        """The first push learns what becomes of each tensor, the second which copies that takes; the rest play them."""
+        if self.copies is not None:
+            play_copies(self.copies, buckets)
+        elif self.record is None:
+            record: Record = {}
+            load_push(self.model, self.model_config, buckets, record)
+            self.record = record
+            self.may_copy = may_copy(self.model, all(target.exact for target in record.values()))
+        elif self.may_copy:
+            self.copies = load_and_record_copies(self.model, buckets, self.record)
+            self.may_copy = self.copies is not None
+        else:
+            load_push(self.model, self.model_config, buckets, None)
 
     def shutdown(self) -> None:
         if self.receiver is not None:
             self.receiver.close()
             self.receiver = None
         # Another trainer may send another plan.
-        self.record = None
+        self.record = self.copies = None
+        self.may_copy = False
 
     @staticmethod
     def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:

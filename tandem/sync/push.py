@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from tandem.sync.bounds import LOGP_BOUNDS
 from tandem.errors import UserError
+from tandem.sync.bounds import LOGP_BOUNDS
 from tandem.sync.checksum import Checked, Sums, add
 from tandem.sync.links import Link, Transport
 from tandem.sync.plan import Plan
@@ -20,6 +20,8 @@ from tandem.sync.plan import Plan
 log = logging.getLogger("tandem")
 SHARE = 64
 """After the first push, one parameter in so many is checked each time, and others the next."""
+WHOLE = 2
+"""So many pushes are checked in full: an engine may load its first in another way than those that follow."""
 PROBE_EVERY = 16
 PROBE_TOKENS = (11, 7)
 
@@ -63,14 +65,16 @@ class WeightPush:
     Engines on the trainer's own GPUs map its buffers (CUDA IPC); others get them by broadcast (NCCL, or gloo on
     CPUs), each trainer rank feeding its part of the engines.
 
-    The truth check, unless turned off: the first push compares every parameter's checksum with what the engine then
-    holds, later ones a part of them, and every 16th the log-probs of a fixed probe on both sides.
+    The truth check, unless turned off: the first two pushes compare every parameter's checksum with what the engine
+    then holds, later ones a part of them; the first two and every 16th compare the log-probs of a fixed probe.
     """
 
     def __init__(self, source: End, trainer: End, engines: End, params: PushParams) -> None:
         self.source, self.trainer, self.engines, self.params = source, trainer, engines, params
         self.plan: Plan = source.call("plan", params.dtype)
-        self.pushes = 0
+        self.pushes = self.version = 0
+        self.truth: list[list[float]] | None = None
+        """The trainer's log-probs of the probe, until the engines' have been compared with them."""
         self.parts: dict[str, tuple[str, ...]] = {}
         """Which pushed tensors each of an engine's parameters consists of, learned at the first push."""
         self.pool = ThreadPoolExecutor(2, thread_name_prefix="push")
@@ -89,21 +93,35 @@ class WeightPush:
         engines = [([ends[number] for number in range(e, e + per)],) for e in range(0, len(ends), per)]
         self._both(("connect", ()), ("connect", engines))
         self.transport = transport
+        self.pushes = 0
 
     def __call__(self, version: int) -> dict[str, float]:
-        """Pushes all weights, as of optimizer step ``version``. Returns seconds and bandwidth.
+        """Pushes all weights, as of optimizer step ``version``, and proves it. Returns seconds and bandwidth.
 
         Raises WeightMismatch, naming the parameter, where an engine does not hold what was sent.
         """
+        metrics = self.push(version)
         start = time.perf_counter()
+        self.prove(version)
+        metrics["sync_check_seconds"] += time.perf_counter() - start
+        return metrics
+
+    def again(self) -> None:
+        """Links the engines anew, one of which was started again, and pushes what they had."""
+        self.connect()
+        self(self.version)
+
+    def push(self, version: int) -> dict[str, float]:
+        """The push and its checksums. ``prove`` is left to do once the engines can compute."""
+        start = time.perf_counter()
+        self.version = version
         chosen = self._chosen()
-        names = self._names(chosen)
-        sums, _ = self._both(("send", (names,)), ("receive", [(version,)] * self._engines))
+        sums, _ = self._both(("send", (self._names(chosen),)), ("receive", [(version,)] * self._engines))
         pushed = time.perf_counter()
         if self.params.check:
             self._compare(version, chosen, sums)
-            if self.pushes % PROBE_EVERY == 0:
-                self.probe(version)
+            if self.pushes < WHOLE or self.pushes % PROBE_EVERY == 0:
+                self.truth = self.trainer.call("logprobs", self._sequences)
         self.pushes += 1
         return {
             "sync_seconds": pushed - start,
@@ -111,15 +129,14 @@ class WeightPush:
             "sync_gb_per_second": self.plan.nbytes / (pushed - start) / 1e9,
         }
 
-    def probe(self, version: int) -> float:
-        """Mean difference between the trainer's and the engines' log-probs of fixed tokens, in nats."""
-        rng = random.Random(0)
-        sequences = [[rng.randrange(self.params.vocabulary) for _ in range(n)] for n in PROBE_TOKENS]
-        ours = self.trainer.call("logprobs", sequences)
-        truth = [x for row in ours for x in row]
-        worst = 0.0
-        for engine, theirs in enumerate(self.engines.each("logprobs", [(sequences,)] * self._engines)):
-            found = [x for row in theirs for x in row]
+    def prove(self, version: int) -> None:
+        """Compares the engines' log-probs of the probe with the trainer's, where this push has taken them."""
+        if self.truth is None:
+            return
+        truth = [x for row in self.truth for x in row]
+        self.truth = None
+        for engine, rows in enumerate(self.engines.each("logprobs", [(self._sequences,)] * self._engines)):
+            found = [x for row in rows for x in row]
             gap = sum(abs(a - b) for a, b in zip(truth, found, strict=True)) / len(truth)
             if not gap <= LOGP_BOUNDS[self.params.dtype]:
                 self._compare(version, None, self.source.call("send_checksums"))
@@ -128,8 +145,12 @@ class WeightPush:
                     f"trainer's by {gap:.3g} nats on average (bound {LOGP_BOUNDS[self.params.dtype]}), though every "
                     "checksum agrees: it computes something else with the same weights (dtype, attention, rope scaling)"
                 )
-            worst = max(worst, gap)
-        return worst
+
+    @property
+    def _sequences(self) -> list[list[int]]:
+        """The tokens of the probe."""
+        rng = random.Random(0)
+        return [[rng.randrange(self.params.vocabulary) for _ in range(n)] for n in PROBE_TOKENS]
 
     def close(self) -> None:
         self.pool.shutdown(wait=False)
@@ -148,7 +169,7 @@ class WeightPush:
 
     def _chosen(self) -> list[str] | None:
         """The engine's parameters to check in this push; None for all."""
-        if not self.parts:
+        if self.pushes < WHOLE:
             return None
         return [name for i, name in enumerate(self.parts) if i % SHARE == self.pushes % SHARE]
 

@@ -43,7 +43,7 @@ class Masters:
         return {name: exact.get(id(value), value) for name, value in module.state_dict(keep_vars=True).items()}
 
 
-def _adds_to(master: nn.Parameter):  # noqa: ANN202
+def _adds_to(master: nn.Parameter):
     def hook(parameter: Tensor) -> None:
         if parameter.grad is None:
             return

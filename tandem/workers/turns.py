@@ -25,6 +25,16 @@ class Parked(Protocol):
     def unpark(self) -> None: ...
 
 
+class Link(Protocol):
+    """A push, and the part of its proof for which the engine must be able to compute (``tandem.sync.push``)."""
+
+    def connect(self) -> None: ...
+
+    def push(self, version: int) -> Metrics: ...
+
+    def prove(self, version: int) -> None: ...
+
+
 class TakingTurns:
     """An engine that wakes to sample and sleeps while others train.
 
@@ -38,12 +48,12 @@ class TakingTurns:
         engine: Engine,
         engines: WorkersEnd,
         others: Seq[Parked],
-        push: Callable[[int], Metrics],
+        link: Link,
         *,
         version: Callable[[], int],
     ) -> None:
         self.engine, self.engines, self.others = engine, engines, others
-        self.push = push
+        self.link = link
         self.version = version
         self.metrics: Metrics = {}
         engines.call("sleep")
@@ -53,16 +63,25 @@ class TakingTurns:
         for other in self.others:
             other.park(weights=False)
         self.engines.call("wake", "weights")
-        self.metrics = self.push(self.version())
+        version = self.version()
+        self.metrics = self.link.push(version)
         for other in self.others:
             other.park(weights=True)
         self.engines.call("wake", "cache")
+        self.link.prove(version)
         completions = self.engine.generate(requests, on_finish)
         self.metrics |= {f"engine_{name}": value for name, value in self.engines.call("memory").items()}
         self.engines.call("sleep")
         for other in self.others:
             other.unpark()
         return completions
+
+    def recover(self) -> None:
+        """After an engine was started again: trainers take their memory back, and it is linked to them and sleeps."""
+        for other in self.others:
+            other.unpark()
+        self.link.connect()
+        self.engines.call("sleep")
 
     def push_later(self, step: int) -> Metrics:
         """Weights are pushed when sampling starts, since the engine has none while others train."""

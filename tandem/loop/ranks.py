@@ -1,0 +1,70 @@
+"""The processes that run one training loop together, and how they agree."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tandem.errors import UserError
+
+
+class Ranks:
+    """The default process group's ranks, over a gloo group of their own; or this process alone, where there is none.
+
+    Making it is a collective. Raises UserError where torchrun started several processes that have not met yet.
+    """
+
+    def __init__(self, deadline_s: float) -> None:
+        self.group: Any = None
+        self.rank, self.size = 0, 1
+        if dist.is_initialized():
+            self.rank, self.size = dist.get_rank(), dist.get_world_size()
+            self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=deadline_s))
+        elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError(
+                f"this is one of {os.environ['WORLD_SIZE']} processes and they have not met; call "
+                "torch.distributed.init_process_group() before tandem.Sampler(...)"
+            )
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's ``value``, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def agree(self, error: UserError | None) -> None:
+        """Raises the first rank's error on every rank, so that none waits for one that has given up."""
+        found = self.gather(error and (type(error), str(error)))
+        for rank, each in enumerate(found):
+            if each is not None:
+                kind, message = each
+                raise kind(message if self.size == 1 else f"rank {rank}: {message}")
+
+    def close(self) -> None:
+        """Leaves the group. Not where the default group is gone already, and this one with it."""
+        if self.group is not None and dist.is_initialized():
+            dist.destroy_process_group(self.group)
+        self.group = None
+
+
+def own_device(name: str) -> torch.device:
+    """``auto`` is this rank's GPU (the current one, or LOCAL_RANK's) where there is one, else the CPU."""
+    if name == "auto" and not torch.cuda.is_available():
+        return torch.device("cpu")
+    try:
+        device = torch.device("cuda" if name == "auto" else name)
+    except RuntimeError:
+        raise UserError(f"device {name!r}: not a device; use auto, cpu or cuda:N") from None
+    if device.type != "cuda" or device.index is not None:
+        return device
+    if not torch.cuda.is_available():
+        raise UserError(f"device {name!r}: torch sees no GPU here; use device='cpu'")
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    # A loop that has chosen its GPU is believed; one that sees a single GPU has no choice.
+    return torch.device("cuda", torch.cuda.current_device() or (local if local < torch.cuda.device_count() else 0))
