@@ -7,8 +7,8 @@
 Method. A random model of Qwen2.5's shape, float32 weights with bfloat16 computation, is trained by ``--actor`` workers
 (sharded by FSDP2 where there are several). Engines (vLLM starting from dummy weights) hold it in bfloat16. Each push
 gathers, casts, sends and loads all weights, drops the prefix cache, and commits the version on both sides; the truth
-check is timed apart. The first push, which checks every tensor and makes connections warm, is reported by itself;
-medians are over the others. Between pushes the trainer's weights change, and the check proves that the new ones arrive.
+check is on in every other push, and the difference is what it costs. The first pushes, which check every tensor, make
+connections and learn how to load, are reported by themselves; medians are over the others. Between pushes the trainer's weights change, and the check proves that the new ones arrive.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import json
 import platform
 import statistics
 import tempfile
+import time
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -33,6 +34,9 @@ from tandem.models.loading import load_tokenizer, prepare_module
 from tandem.training.optim import OptimParams
 from tandem.training.trainer import LocalTrainer
 from tandem.workers.process import Site
+
+
+WARM = 3
 
 
 def trainer(site: Site, size: str, folder: str, dtype: Any) -> LocalTrainer:
@@ -76,11 +80,22 @@ def measure(options: argparse.Namespace, folder: str) -> dict[str, Any]:
         homes.place("nudge", Nudge, beside="actor")
         sampling = SamplingSection(max_slots=64, max_new_tokens=8)
         sampler = homes.sampler(sampling, seed=0, vocabulary=256, others={})
-        pushes = []
-        for step in range(options.repeats + 1):
-            homes.end("nudge", beside="actor").call("nudge")
-            pushes.append(sampler.push(step))
-    return {"about": sampler.about, "first": pushes[0], "pushes": pushes[1:]}
+        push: Any = sampler.push
+        pushes: dict[bool, list[dict[str, float]]] = {True: [], False: []}
+        # The first ones check everything and learn how to load: they are reported by themselves.
+        first = [_timed(homes, push, step) for step in range(WARM)]
+        for step in range(WARM, WARM + 2 * options.repeats):
+            # Alternating, so that both meet the same neighbours.
+            push.params.check = step % 2 == 0
+            pushes[push.params.check].append(_timed(homes, push, step))
+    return {"about": sampler.about, "first": first, "checked": pushes[True], "unchecked": pushes[False]}
+
+
+def _timed(homes: Homes, push: Any, step: int) -> dict[str, float]:
+    """A push of changed weights, with the seconds from the call to its return."""
+    homes.end("nudge", beside="actor").call("nudge")
+    start = time.perf_counter()
+    return push(step) | {"seconds": time.perf_counter() - start}
 
 
 def main() -> None:
@@ -101,15 +116,16 @@ def main() -> None:
         # vLLM and the trainer make random weights of their own; a live engine reads its first ones.
         write_folder(options.size, Path(folder), weights=options.kind == "live")
         result = measure(options, folder)
-    seconds = [push["sync_seconds"] for push in result["pushes"]]
-    # Every 16th push probes as well: means show what the check costs in the long run.
-    checks = [push["sync_check_seconds"] for push in result["pushes"]]
+    seconds = [push["seconds"] for push in result["checked"]]
+    median, plain = statistics.median(seconds), statistics.median(push["seconds"] for push in result["unchecked"])
+    # Every 32nd push probes as well, which the median does not show.
+    probing = max(push["sync_check_seconds"] for push in result["first"][1:]) / 32
     gb = sum(p.numel() for p in random_shapes(options.size)) * (4 if options.device == "cpu" else 2) / 1e9
     print(
-        f"{options.size} {result['about']}: {statistics.median(seconds):.4f} s a push (min {min(seconds):.4f}, "
-        f"max {max(seconds):.4f}), {gb:.2f} GB, {gb / statistics.median(seconds):.1f} GB/s; check "
-        f"{statistics.median(checks) * 1e3:.1f} ms; first push {result['first']['sync_seconds']:.3f} s, "
-        f"its check {result['first']['sync_check_seconds']:.3f} s"
+        f"{options.size} {result['about']}: {median:.4f} s a push (min {min(seconds):.4f}, max {max(seconds):.4f}), "
+        f"{gb:.2f} GB, {gb / median:.1f} GB/s; unchecked {plain:.4f} s, so the check costs "
+        f"{(median + probing - plain) / plain:.1%}, its probe included; first pushes "
+        + ", ".join(f"{push['seconds']:.2f} s" for push in result["first"])
     )
     if options.json:
         record = {"options": {k: str(v) for k, v in vars(options).items()}, "machine": machine(), **result}

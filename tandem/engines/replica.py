@@ -50,12 +50,16 @@ class ReplicaEngine:
         self.receiver = Receiver(link, self.model.device)
 
     @torch.no_grad()
-    def receive(self, version: int) -> None:
-        """Takes one push. Raises UserError, naming the tensor, for one that this model does not have."""
+    def receive(self, version: int, check: Seq[str] | None = ()) -> dict[str, Checked]:
+        """Takes one push; checksums of the parameters named in ``check`` (None: of all) as they are then.
+
+        Raises UserError, naming the tensor, for one that this model does not have.
+        """
         assert self.receiver is not None, "connect() comes first"
         for bucket in self.receiver.buckets():
             self.load(bucket)
         self.version = version
+        return self.checksums(check)
 
     @torch.no_grad()
     def load(self, bucket: list[tuple[str, Tensor]]) -> None:

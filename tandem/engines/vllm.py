@@ -145,9 +145,10 @@ class VLLMEngine:
         with self._stepper.exclusive():
             self._call("tandem_connect", list(links))
 
-    def receive(self, version: int) -> None:
+    def receive(self, version: int, check: Seq[str] | None = ()) -> dict[str, Checked]:
         """Takes one push, between two steps: the weights, an empty cache, and then ``version``.
 
+        Returns ``checksums(check)`` as they are then, in the same call to the workers; none if it names none.
         Running samples go on with the new weights; what they have so far is computed anew. Raises UserError and names
         the tensor where the push cannot be loaded; nothing can be sampled then until one succeeds.
         """
@@ -155,7 +156,7 @@ class VLLMEngine:
             self._check_awake("weights")
             self._pushes += 1
             try:
-                self._call("tandem_receive")
+                ranks = self._call("tandem_receive", None if check is None else list(check))
                 if not self._asleep:
                     self._forget_cache()
             except Exception as error:
@@ -165,6 +166,7 @@ class VLLMEngine:
             self.version = version
             self._stale = None
             self._mark_usable()
+            return combine(ranks)
 
     def checksums(self, names: Seq[str] | None = None) -> dict[str, Checked]:
         """The engine's tensors made from any of ``names`` (HF names; None: from any), by vLLM's names.

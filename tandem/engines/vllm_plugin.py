@@ -142,11 +142,12 @@ class WorkerExtension:
     def tandem_connect(self, links: Seq[Link]) -> None:
         self.init_weight_transfer_engine({"links": links})  # type: ignore[attr-defined]
 
-    def tandem_receive(self) -> None:
-        """Takes one push."""
+    def tandem_receive(self, names: list[str] | None) -> dict[str, Shard]:
+        """Takes one push. Returns ``tandem_shards`` of it, nothing where it names none."""
         self.start_weight_update()  # type: ignore[attr-defined]
         self.update_weights({})  # type: ignore[attr-defined]
         self.finish_weight_update()  # type: ignore[attr-defined]
+        return {} if names == [] else self.tandem_shards(names)
 
     def tandem_shards(self, names: list[str] | None) -> dict[str, Shard]:
         """Checksums of this rank's parameters. Raises UserError before the first push."""

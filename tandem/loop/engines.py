@@ -144,10 +144,9 @@ class InChild:
             torch.cuda.current_stream(device).synchronize()
         if self.source is None or self.push is None:
             self.source = WeightSource(model.parameters, device)
-            end = SourceEnd(self.source, device)
-            self.push = RankPush(
-                end,
-                end,
+            self.push = WeightPush(
+                SourceEnd(self.source, device),
+                NoProbe(),
                 self.child.end("engine"),
                 PushParams(dtype=self.params.dtype, check=self.params.check),
             )
@@ -189,12 +188,19 @@ class InChild:
             self.asleep = False
 
 
-class RankPush(WeightPush):
-    """A push by one rank of several that push to their own engines at the same time."""
+class NoProbe:
+    """The trainer's side of a push that leaves the probe to the sampler.
 
-    def probe(self, version: int) -> float:
-        """Nothing: a forward of a sharded model is for all ranks together, and the sampler sees to it."""
-        return 0.0
+    A forward of a sharded model is for all ranks together, also where one of them has found a wrong checksum.
+    """
+
+    places: Seq[tuple[str, str | None]] = ()
+
+    def each(self, method: str, arguments: Seq[tuple[Any, ...]]) -> list[Any]:
+        return []
+
+    def call(self, method: str, *arguments: Any) -> None:
+        return None
 
 
 @dataclass(frozen=True)

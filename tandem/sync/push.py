@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ SHARE = 64
 """After the first push, one parameter in so many is checked each time, and others the next."""
 WHOLE = 2
 """So many pushes are checked in full: an engine may load its first in another way than those that follow."""
-PROBE_EVERY = 16
+PROBE_EVERY = 32
 PROBE_TOKENS = (11, 7)
 
 
@@ -66,7 +66,7 @@ class WeightPush:
     CPUs), each trainer rank feeding its part of the engines.
 
     The truth check, unless turned off: the first two pushes compare every parameter's checksum with what the engine
-    then holds, later ones a part of them; the first two and every 16th compare the log-probs of a fixed probe.
+    then holds, later ones a part of them; the first two and every 32nd compare the log-probs of a fixed probe.
     """
 
     def __init__(self, source: End, trainer: End, engines: End, params: PushParams) -> None:
@@ -116,10 +116,15 @@ class WeightPush:
         start = time.perf_counter()
         self.version = version
         chosen = self._chosen()
-        sums, _ = self._both(("send", (self._names(chosen),)), ("receive", [(version,)] * self._engines))
+        names = self._names(chosen)
+        # An empty list asks for no checksums, None for all.
+        asked = None if chosen is None and self.params.check else names
+        sums, held = self._both(("send", (names,)), ("receive", [(version, asked)] * self._engines))
         pushed = time.perf_counter()
         if self.params.check:
-            self._compare(version, chosen, sums)
+            self._compare(version, held, sums)
+            if chosen is None:
+                self._learn(held[0])
             if self.pushes < WHOLE or self.pushes % PROBE_EVERY == 0:
                 self.truth = self.trainer.call("logprobs", self._sequences)
         self.pushes += 1
@@ -139,7 +144,8 @@ class WeightPush:
             found = [x for row in rows for x in row]
             gap = sum(abs(a - b) for a, b in zip(truth, found, strict=True)) / len(truth)
             if not gap <= LOGP_BOUNDS[self.params.dtype]:
-                self._compare(version, None, self.source.call("send_checksums"))
+                held = self.engines.each("checksums", [(None,)] * self._engines)
+                self._compare(version, held, self.source.call("send_checksums"))
                 raise WeightMismatch(
                     f"weight sync: after push {version} engine {engine} gives the probe log-probs that differ from the "
                     f"trainer's by {gap:.3g} nats on average (bound {LOGP_BOUNDS[self.params.dtype]}), though every "
@@ -180,14 +186,12 @@ class WeightPush:
             return [spec.name for spec in self.plan.tensors]
         return [part for name in chosen for part in self.parts[name]]
 
-    def _compare(self, version: int, chosen: Collection[str] | None, sums: Mapping[str, Sums]) -> None:
-        names = None if chosen is None else self._names(list(chosen))
-        for engine, held in enumerate(self.engines.each("checksums", [(names,)] * self._engines)):
-            compared = {name: each for name, each in held.items() if all(part in sums for part in each.parts)}
-            for name, each in compared.items():
-                self._compare_one(version, engine, name, each, sums)
-            if chosen is None:
-                self._learn(engine, held)
+    def _compare(self, version: int, held: Seq[Mapping[str, Checked]], sums: Mapping[str, Sums]) -> None:
+        """Every parameter that engines report on, if all of its parts were summed when they were sent."""
+        for engine, parameters in enumerate(held):
+            for name, each in parameters.items():
+                if all(part in sums for part in each.parts):
+                    self._compare_one(version, engine, name, each, sums)
 
     def _compare_one(self, version: int, engine: int, name: str, held: Checked, sums: Mapping[str, Sums]) -> None:
         sent = add([sums[part] for part in held.parts])
@@ -197,9 +201,7 @@ class WeightPush:
                 f"{', '.join(held.parts)}): checksum {held.sums[:2]}, sent {sent[:2]}"
             )
 
-    def _learn(self, engine: int, held: Mapping[str, Checked]) -> None:
-        if engine:
-            return
+    def _learn(self, held: Mapping[str, Checked]) -> None:
         self.parts = {name: each.parts for name, each in held.items()}
         covered = {part for parts in self.parts.values() for part in parts}
         missing = [spec.name for spec in self.plan.tensors if spec.name not in covered]

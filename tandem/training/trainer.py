@@ -262,7 +262,8 @@ class LocalTrainer(LocalScorer):
 
     def park(self, *, weights: bool) -> None:
         """Gives device memory away until ``unpark``: the optimizer's state, and all weights too if asked."""
-        self._changed()
+        if self.model.sharded is not None:
+            forget_gathered(self.model.sharded)
         self.idle.park(self._optimizer_tensors())
         self.idle.park(master for _, master in self.masters.pairs)
         if weights:

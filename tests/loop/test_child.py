@@ -1,0 +1,191 @@
+"""A real child process: called, failing, killed, and gone with its parent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tandem.errors import UserError
+from tandem.workers.child import Child
+from tandem.workers.group import WorkerDied, WorkerFailed
+
+
+class Role:
+    """What the children of these tests hold."""
+
+    def __init__(self, start: int) -> None:
+        self.count = start
+
+    def add(self, amount: int, *, twice: bool = False) -> int:
+        self.count += amount * (2 if twice else 1)
+        return self.count
+
+    def tensor(self) -> dict[str, torch.Tensor]:
+        return {"a": torch.arange(3.0, requires_grad=True) * 2}
+
+    def refuse(self) -> None:
+        raise UserError("the cup is empty; fill it")
+
+    def break_down(self) -> None:
+        raise ValueError("a bug")
+
+    def wait_for(self, path: str) -> str:
+        while not Path(path).exists():
+            time.sleep(0.01)
+        return path
+
+    def end(self, code: int) -> None:
+        print("last words", flush=True)
+        os._exit(code)
+
+    def variables(self) -> dict[str, str]:
+        return dict(os.environ)
+
+
+def build(site: Any, start: int = 0) -> Role:
+    return Role(start)
+
+
+def build_badly(site: Any) -> Role:
+    raise UserError("no such model; give another")
+
+
+@pytest.fixture
+def child() -> Iterator[Child]:
+    child = Child("the helper")
+    child.place("role", build)
+    yield child
+    child.close()
+    assert gone(child.process.pid)
+
+
+def gone(pid: int) -> bool:
+    """Whether no process of this id runs (one that nobody has waited for yet does not run)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def test_calls_and_errors(child):
+    assert child.call("role", "add", 2) == 2
+    assert child.call("role", "add", 1, twice=True) == 4
+    assert child.call("role", "count") == 4
+    assert torch.equal(child.call("role", "tensor")["a"], torch.tensor([0.0, 2.0, 4.0]))
+    with pytest.raises(UserError, match=rf"the helper \(pid {child.process.pid}\): the cup is empty; fill it"):
+        child.call("role", "refuse")
+    with pytest.raises(WorkerFailed, match=r"failed in role.break_down: ValueError: a bug\n(.|\n)*Traceback"):
+        child.call("role", "break_down")
+    with pytest.raises(UserError, match="no such model"):
+        child.place("other", build_badly)
+    assert child.call("role", "add", 0) == 4
+    end = child.end("role")
+    assert end.each("add", [(1,)]) == [5]
+    assert [gpu for _, gpu in end.places] == [None]
+
+
+def test_a_late_answer_is_not_taken_for_the_next(child, tmp_path):
+    child.deadline_s = 0.2
+    with pytest.raises(UserError, match=r"role.wait_for: no answer within 0 s from the helper"):
+        child.call("role", "wait_for", str(tmp_path / "go"))
+    child.deadline_s = 60
+    (tmp_path / "go").touch()
+    assert child.call("role", "add", 7) == 7
+
+
+def test_the_end_does_not_wait_for_a_call_that_was_given_up(child, tmp_path):
+    child.deadline_s = 0.1
+    with pytest.raises(UserError, match="no answer"):
+        child.call("role", "wait_for", str(tmp_path / "never"))
+    child.close()
+    assert child.process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(("code", "how"), [(3, "exit code 3"), (0, "exit code 0")])
+def test_a_child_that_ends_itself(child, code, how):
+    with pytest.raises(
+        WorkerDied, match=rf"the helper \(pid \d+\) died in role.end \({how}\); its output ends:\n.*words$"
+    ):
+        child.call("role", "end", code)
+    with pytest.raises(WorkerDied, match=r"died in role\.add"):
+        child.call("role", "add", 1)
+
+
+def test_a_child_that_is_killed_while_it_works(child, tmp_path):
+    timer = threading.Timer(0.3, os.kill, (child.process.pid, signal.SIGKILL))
+    timer.start()
+    with pytest.raises(WorkerDied, match=r"died in role.wait_for \(killed by SIGKILL\); it wrote nothing"):
+        child.call("role", "wait_for", str(tmp_path / "never"))
+    timer.join()
+
+
+def test_it_knows_nothing_of_the_parents_world(monkeypatch):
+    world = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "nowhere", "MASTER_PORT": "1"}
+    for name, value in (world | {"TORCHELASTIC_RUN_ID": "x", "KEPT": "yes"}).items():
+        monkeypatch.setenv(name, value)
+    child = Child("the helper")
+    try:
+        child.place("role", build)
+        variables = child.call("role", "variables")
+    finally:
+        child.close()
+    assert not variables.keys() & (world.keys() | {"TORCHELASTIC_RUN_ID"})
+    assert variables["KEPT"] == "yes"
+
+
+def test_it_outlives_the_thread_that_made_it():
+    made: list[Child] = []
+    thread = threading.Thread(target=lambda: made.append(Child("the helper")))
+    thread.start()
+    thread.join()
+    (child,) = made
+    try:
+        child.place("role", build)
+        assert child.call("role", "add", 1) == 1
+    finally:
+        child.close()
+
+
+def test_after_its_end():
+    child = Child("the helper")
+    child.close()
+    child.close()
+    with pytest.raises(UserError, match="the helper is closed"):
+        child.call("role", "add", 1)
+
+
+PARENT = """
+import sys, time
+sys.path.insert(0, {tests!r})
+from tandem.workers.child import Child
+import test_child
+child = Child("the helper")
+child.place("role", test_child.build)
+print(child.process.pid, flush=True)
+child.call("role", "wait_for", {never!r})
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a child notices at its next call only")
+def test_it_dies_with_a_parent_that_is_killed(tmp_path):
+    code = PARENT.format(tests=str(Path(__file__).parent), never=str(tmp_path / "never"))
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    assert not gone(pid)
+    parent.kill()
+    parent.wait()
+    end = time.monotonic() + 30
+    while not gone(pid):
+        assert time.monotonic() < end, f"{pid} still runs"
+        time.sleep(0.01)
