@@ -6,9 +6,10 @@
 
 Method. A random model of Qwen2.5's shape, float32 weights with bfloat16 computation, is trained by ``--actor`` workers
 (sharded by FSDP2 where there are several). Engines (vLLM starting from dummy weights) hold it in bfloat16. Each push
-gathers, casts, sends and loads all weights, drops the prefix cache, and commits the version on both sides; the truth
+gathers, casts, sends and loads all weights, drops the prefix cache, and commits the version on both sides. The truth
 check is on in every other push, and the difference is what it costs. The first pushes, which check every tensor, make
-connections and learn how to load, are reported by themselves; medians are over the others. Between pushes the trainer's weights change, and the check proves that the new ones arrive.
+connections and learn how to load, are reported by themselves; medians are over the others. Between pushes the
+trainer's weights change, and the check proves that the new ones arrive.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ from tandem.algorithms.grpo import GRPO
 from tandem.cli.placing import Homes
 from tandem.cli.sections import ClusterSection, EngineSection, ModelSection, PlacementSection, SamplingSection
 from tandem.models.loading import load_tokenizer, prepare_module
+from tandem.sync.push import PROBE_EVERY
 from tandem.training.optim import OptimParams
 from tandem.training.trainer import LocalTrainer
 from tandem.workers.process import Site
-
 
 WARM = 3
 
@@ -118,8 +119,8 @@ def main() -> None:
         result = measure(options, folder)
     seconds = [push["seconds"] for push in result["checked"]]
     median, plain = statistics.median(seconds), statistics.median(push["seconds"] for push in result["unchecked"])
-    # Every 32nd push probes as well, which the median does not show.
-    probing = max(push["sync_check_seconds"] for push in result["first"][1:]) / 32
+    # Every 64th push probes as well, which the median does not show.
+    probing = max(push["sync_check_seconds"] for push in result["first"][1:]) / PROBE_EVERY
     gb = sum(p.numel() for p in random_shapes(options.size)) * (4 if options.device == "cpu" else 2) / 1e9
     print(
         f"{options.size} {result['about']}: {median:.4f} s a push (min {min(seconds):.4f}, max {max(seconds):.4f}), "

@@ -32,6 +32,7 @@ _PUBLIC = {
     "LocalScorer": "tandem.training.trainer",
     "LocalTrainer": "tandem.training.trainer",
     "OptimParams": "tandem.training.optim",
+    "Sampler": "tandem.loop.sampler",
 }
 """Name and home of everything else that ``import tandem`` offers. Each is imported when first asked for."""
 

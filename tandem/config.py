@@ -319,7 +319,7 @@ def _print_help(cls: Any, prog: str) -> None:
 
 
 def for_tyro(cls: Any) -> Any:
-    """The config class as tyro must see it, so that the keys of a section go without its name, but for prefixed ones."""
+    """The config class as tyro must see it: keys without the name of their section, but for prefixed ones."""
     import tyro
 
     hints = get_type_hints(cls)

@@ -1,4 +1,4 @@
-"""``tandem doctor``: whether this machine or cluster samples with the weights that it trains, and how fast they get there."""
+"""``tandem doctor``: whether engines here sample with the weights that are trained, and how fast those get there."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ class _Examination:
         mean, bound = sum(gaps) / len(gaps), LOGP_BOUNDS[self.dtype]
         if not mean <= bound:
             raise UserError(
-                f"doctor: the engine's log-probs differ from the trainer's by {mean:.3g} nats on average (bound {bound}): "
+                f"doctor: the engine's log-probs are {mean:.3g} nats from the trainer's on average (bound {bound}); "
                 "it samples from another model, or from other weights, than the one that is trained"
             )
         self.report.add("log-prob gap", f"mean {mean:.2g}, largest {max(gaps):.2g} nats ({self.dtype})")

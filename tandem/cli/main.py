@@ -36,6 +36,7 @@ COMMANDS = {
     "doctor": Command(
         "Start here", "tandem.cli.doctor", "check that devices, engine and weight sync work, and how fast"
     ),
+    "launch": Command("Start here", "tandem.cli.launch", "a loop of your own in several local processes"),
     "sft": Command("Train on a dataset", "tandem.cli.sft", "supervised fine-tuning on demonstrations"),
     "rm": Command("Train on a dataset", "tandem.cli.rm", "a reward model from preference pairs"),
     "ppo": Command("Train on samples", "tandem.cli.ppo", "PPO with a critic and a KL penalty to a reference"),

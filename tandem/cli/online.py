@@ -46,11 +46,12 @@ from tandem.errors import UserError, expect
 from tandem.models.loading import load_tokenizer
 from tandem.rewards.function import load_reward
 from tandem.rewards.model import RewardModel, require_same_tokenizer, same_tokenizer
-from tandem.roles import Algorithm, Metrics, Reward
+from tandem.roles import Algorithm, Metrics, Reward, Trainer
 from tandem.rollout.prepare import Preparation, rollout_metrics
 from tandem.rollout.sampling import Judge, sample_groups
 from tandem.schedules.sync import OnlineRoles, Sync
 from tandem.types import Group, Prompt, SamplingParams
+from tandem.workers.process import Build
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,13 +131,13 @@ class Online:
         config = self.config
         with ExitStack() as stack:
             homes = stack.enter_context(
-                Homes(config.model, config.placement, config.cluster, config.engine, list(self._sources()))
+                Homes(config.model, config.placement, config.cluster, config.engine, [*self._sources(), "engine"])
             )
             models = self._build(homes)
             if config.run.dry_run:
                 print_plan(config, self._uses(homes, models))
                 return None
-            trainers = {role: models[role] for role in ("actor", "critic") if role in models}
+            trainers: dict[str, Trainer] = {role: models[role] for role in ("actor", "critic") if role in models}
             sampler = homes.sampler(
                 config.sampling, seed=config.run.seed, vocabulary=len(self.tokenizer), others=models
             )
@@ -144,10 +145,10 @@ class Online:
             Sync(steps=config.run.steps).run(self._roles(models, sampler), started)
             return started.finish(models["actor"])
 
-    def _sources(self) -> dict[str, str | None]:
+    def _sources(self) -> dict[str, str]:
         """The models of the run by role, and where each is loaded from."""
         config = self.config
-        sources: dict[str, str | None] = {"actor": config.model.model, "engine": None}
+        sources = {"actor": config.model.model}
         if config.reward.reward_model is not None:
             sources["reward"] = config.reward.reward_model
         if self.algorithm.needs_reference:
@@ -167,13 +168,13 @@ class Online:
         }
         section = config.model
         optim = optim_params(config.optim, total_steps=steps)
-        builds = {
+        builds: dict[str, Build] = {
             "actor": partial(policy_trainer, section=section, loss=self.algorithm.loss, optim=optim, options=options),
-            "reward": partial(reward_scorer, section=section, source=sources.get("reward")),
+            "reward": partial(reward_scorer, section=section, source=sources.get("reward", "")),
             "reference": partial(
                 reference_scorer,
                 section=section,
-                source=sources.get("reference"),
+                source=sources.get("reference", ""),
                 temperature=config.sampling.temperature,
             ),
         }
@@ -230,6 +231,7 @@ class Online:
             critic=models.get("critic"),
             push_weights=lambda step: sampler.push(models["actor"].version),
             evaluate=due_evaluation(config.run, config.data, evaluate if self.eval_prompts else None),
+            memory=models["actor"].memory_peak,
         )
 
     def _rewards(self, models: dict[str, Any]) -> list[Reward]:
@@ -266,7 +268,7 @@ class Online:
     def _check_tokenizers(self) -> None:
         """The reference and the critic read the policy's token ids."""
         for role, source in self._sources().items():
-            if role in ("reference", "critic") and source is not None and source != self.config.model.model:
+            if role in ("reference", "critic") and source != self.config.model.model:
                 require_same_tokenizer(
                     self.tokenizer, self._load_tokenizer(source), policy="the model", other=f"the {role}"
                 )

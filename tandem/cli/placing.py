@@ -18,7 +18,7 @@ from tandem.models.loading import pick_device
 from tandem.parallel.world import World
 from tandem.roles import Engine, Metrics
 from tandem.sync.push import PushParams, WeightPush
-from tandem.workers.cluster import Cluster, visible_gpus
+from tandem.workers.cluster import Cluster, connect, require_ray, visible_gpus
 from tandem.workers.group import WorkerGroup
 from tandem.workers.homes import Here, Home, RoleEnd, Workers, WorkersEnd
 from tandem.workers.process import Site
@@ -122,9 +122,10 @@ class Homes:
     def _device(self) -> torch.device:
         if self.model.device == "auto" and self.section.address is not None and not visible_gpus():
             # The machine that drives a cluster often has no GPU itself.
-            import ray
-
-            ray.init(address=self.section.address, log_to_driver=False, logging_level="ERROR", ignore_reinit_error=True)
+            ray = require_ray()
+            if not ray.is_initialized():
+                connect(self.section.address)
+                self.stack.callback(ray.shutdown)
             return torch.device("cuda" if ray.cluster_resources().get("GPU") else "cpu")
         return pick_device(self.model.device)
 
@@ -138,7 +139,7 @@ class Homes:
         return home
 
     def sampler(self, sampling: SamplingSection, *, seed: int, vocabulary: int, others: Mapping[str, Any]) -> Sampler:
-        """Builds the engine, beside the actor or in processes of its own. ``others``: every trainer and scorer by role."""
+        """Builds the engine, beside the actor or in processes of its own. ``others``: trainers and scorers by role."""
         if self.engine.kind == "live" and self.placement.home("engine") == "actor":
             return self._live_beside_actor(sampling)
         if self.engine.kind == "live":

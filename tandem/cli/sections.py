@@ -248,9 +248,9 @@ class EngineSection:
     tensor_parallel: int = 1
     """vllm: GPUs that one engine is split over."""
     memory_share: float | None = None
-    """vllm: part of a GPU's memory that the engine may take. None: vLLM's own default, or 0.6 on shared devices."""
+    """vllm: part of a GPU's memory that an engine may take. None: vLLM's own default, or 0.6 on shared devices."""
     sleep: bool = True
-    """vllm on the actor's GPUs: each side gives its memory away while the other works. False: both stay, if they fit."""
+    """vllm on the actor's GPUs: each side gives its memory away while the other works. False: both stay."""
     max_length: int | None = None
     """Longest prompt and completion together, in tokens. None: what the model allows."""
     seeded: bool = True

@@ -21,7 +21,7 @@ OnFinish = Callable[[int, int, Completion], None]
 
 
 class ReplicaEngine:
-    """Samples from a copy of the weights (``tandem.roles.FedEngine``). ``model``'s weights are overwritten by pushes."""
+    """Samples from a copy of the weights: ``model``'s own, which pushes overwrite."""
 
     def __init__(self, model: LoadedModel, *, max_slots: int = 256, max_length: int | None = None) -> None:
         model.compute_in(model.torch_dtype)

@@ -65,7 +65,7 @@ class SlotCache:
 
     def _layer(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         if layer not in self.layers:
-            # Where rotation is computed in float32, keys come wider than values; attention computes in the values' type.
+            # Where rotation is in float32, keys come wider than values; attention computes in the values' type.
             self.layers[layer] = (self._empty(key.to(value.dtype)), self._empty(value))
         return self.layers[layer]
 

@@ -115,7 +115,7 @@ def forward(
     A causal LM gives ``logp_T`` at ``temperature`` (and ``entropy_T`` if asked), a scalar model ``value_T`` and
     ``score_S``. Only trainable tokens go through the language-model head.
     """
-    options = {"temperature": temperature, "entropy": entropy, "entropy_gradient": entropy_gradient}
+    options: dict[str, Any] = {"temperature": temperature, "entropy": entropy, "entropy_gradient": entropy_gradient}
     if model.sharded is None:
         return _compute(model, batch, **options)
     logp_T, entropy_T, value_T, score_S = model.sharded(batch, **options)

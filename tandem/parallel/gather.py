@@ -25,13 +25,16 @@ class Gatherer:
 
         One all-gather moves all of ``wanted``, already in the dtype that is wanted.
         """
-        sharded = [(self.parameters[name], out) for name, out in wanted if isinstance(self.parameters[name], DTensor)]
-        plain = [(self.parameters[name], out) for name, out in wanted if not isinstance(self.parameters[name], DTensor)]
+        plain: list[tuple[Tensor, Tensor]] = []
+        by_dtype: dict[torch.dtype, list[tuple[DTensor, Tensor]]] = {}
+        for name, out in wanted:
+            parameter = self.parameters[name]
+            if isinstance(parameter, DTensor):
+                by_dtype.setdefault(out.dtype, []).append((parameter, out))
+            else:
+                plain.append((parameter, out))
         if plain:
             torch._foreach_copy_([out for _, out in plain], [p.detach() for p, _ in plain], non_blocking=True)
-        by_dtype: dict[torch.dtype, list[tuple[DTensor, Tensor]]] = {}
-        for parameter, out in sharded:
-            by_dtype.setdefault(out.dtype, []).append((parameter, out))
         for dtype, pairs in by_dtype.items():
             self._gather(dtype, pairs)
 

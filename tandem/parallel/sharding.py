@@ -77,10 +77,11 @@ def whole(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(map(whole, value))
     if isinstance(value, DTensor):
-        return _full(value.detach()).cpu()
+        return _full(value).cpu()
     return value.detach().cpu() if isinstance(value, Tensor) else value
 
 
+@torch.no_grad()
 def _full(tensor: DTensor) -> Tensor:
     mesh = tensor.device_mesh
     if tensor.to_local().device.type != mesh.device_type:

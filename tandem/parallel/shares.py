@@ -14,7 +14,7 @@ from tandem.types import Batch, cut
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """A micro-batch of this rank. ``units`` are its places in the batch; none where it only keeps the others company."""
+    """A micro-batch of this rank. ``units`` are its places in the batch; none where it only keeps others company."""
 
     batch: Batch
     units: list[int]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,11 +22,16 @@ from tandem.types import Group
 
 
 class StepClock:
-    """Seconds spent in each phase of a step."""
+    """Seconds spent in each phase of a step, and the most memory allocated in it.
 
-    def __init__(self) -> None:
+    ``memory`` gives the peak in GB since it was last asked; None where that means nothing.
+    """
+
+    def __init__(self, memory: Callable[[], float | None] = lambda: None) -> None:
         self.started = time.perf_counter()
         self.phases: dict[str, float] = {}
+        self.memory = memory
+        self.peaks: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -35,12 +40,14 @@ class StepClock:
             yield
         finally:
             self.phases[phase] = self.phases.get(phase, 0.0) + time.perf_counter() - start
+        if (peak := self.memory()) is not None:
+            self.peaks[phase] = max(peak, self.peaks.get(phase, 0.0))
 
     def metrics(self) -> Metrics:
-        """``seconds`` since the clock started, and ``seconds_<phase>``."""
-        return {"seconds": time.perf_counter() - self.started} | {
-            f"seconds_{phase}": seconds for phase, seconds in self.phases.items()
-        }
+        """``seconds`` since the clock started, ``seconds_<phase>``, and ``memory_gb_<phase>``."""
+        metrics = {"seconds": time.perf_counter() - self.started}
+        metrics |= {f"seconds_{phase}": seconds for phase, seconds in self.phases.items()}
+        return metrics | {f"memory_gb_{phase}": peak for phase, peak in self.peaks.items()}
 
 
 @dataclass(kw_only=True)

@@ -23,6 +23,8 @@ class OnlineRoles:
     critic: Trainer | None
     push_weights: Callable[[int], Metrics]
     evaluate: Callable[[int], Metrics]
+    memory: Callable[[], float | None] = lambda: None
+    """Most GB that the actor's process has allocated on its device since the last time of asking; None on a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +48,7 @@ class Sync:
     def _step(
         self, roles: OnlineRoles, step: int, state: dict[str, float]
     ) -> tuple[Metrics, list[Group], dict[str, float]]:
-        clock = StepClock()
+        clock = StepClock(roles.memory)
         with clock("sampling"):
             groups = roles.sample(roles.prompts(step), step)
         with clock("scoring"):

@@ -125,13 +125,13 @@ class SharedMemory:
         if link.rank == 0:
             size = link.plan.buffer_bytes
             self.buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(BUFFERS)]
-            store.set("buffers", pickle.dumps([reduce_tensor(buffer) for buffer in self.buffers]))
+            store.set("buffers", pickle.dumps([reduce_tensor(buffer) for buffer in self.buffers]))  # type: ignore[arg-type]
         else:
             self.buffers = [_rebuild(handle, device) for handle in pickle.loads(store.get("buffers"))]
 
     def send(self, push: int, bucket: int, filled: Tensor) -> Pending:
         torch.cuda.current_stream(self.device).synchronize()
-        self.store.set(f"sent/{push}/{bucket}", b"1")
+        self.store.set(f"sent/{push}/{bucket}", "1")
         return Signal(self, [f"taken/{push}/{bucket}/{rank}" for rank in range(1, self.link.size)])
 
     def receive(self, push: int, bucket: int, wanted: Tensor) -> Pending:
@@ -139,7 +139,7 @@ class SharedMemory:
 
     def taken(self, push: int, bucket: int) -> None:
         torch.cuda.current_stream(self.device).synchronize()
-        self.store.set(f"taken/{push}/{bucket}/{self.link.rank}", b"1")
+        self.store.set(f"taken/{push}/{bucket}/{self.link.rank}", "1")
 
     def close(self) -> None:
         self.buffers = []

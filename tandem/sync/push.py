@@ -18,11 +18,11 @@ from tandem.sync.links import Link, Transport
 from tandem.sync.plan import Plan
 
 log = logging.getLogger("tandem")
-SHARE = 64
-"""After the first push, one parameter in so many is checked each time, and others the next."""
+SHARE = 0.005
+"""After the first pushes, parameters of this part of all bytes are checked each time (one at least), then the next."""
 WHOLE = 2
 """So many pushes are checked in full: an engine may load its first in another way than those that follow."""
-PROBE_EVERY = 32
+PROBE_EVERY = 64
 PROBE_TOKENS = (11, 7)
 
 
@@ -66,7 +66,7 @@ class WeightPush:
     CPUs), each trainer rank feeding its part of the engines.
 
     The truth check, unless turned off: the first two pushes compare every parameter's checksum with what the engine
-    then holds, later ones a part of them; the first two and every 32nd compare the log-probs of a fixed probe.
+    then holds, later ones a part of them; the first two and every 64th compare the log-probs of a fixed probe.
     """
 
     def __init__(self, source: End, trainer: End, engines: End, params: PushParams) -> None:
@@ -75,6 +75,8 @@ class WeightPush:
         self.pushes = self.version = 0
         self.truth: list[list[float]] | None = None
         """The trainer's log-probs of the probe, until the engines' have been compared with them."""
+        self.sizes = {spec.name: spec.nbytes for spec in self.plan.tensors}
+        self.next = 0
         self.parts: dict[str, tuple[str, ...]] = {}
         """Which pushed tensors each of an engine's parameters consists of, learned at the first push."""
         self.pool = ThreadPoolExecutor(2, thread_name_prefix="push")
@@ -174,10 +176,16 @@ class WeightPush:
         return sent.result(), theirs
 
     def _chosen(self) -> list[str] | None:
-        """The engine's parameters to check in this push; None for all."""
+        """The engine's parameters to check in this push, in rotation; None for all."""
         if self.pushes < WHOLE:
             return None
-        return [name for i, name in enumerate(self.parts) if i % SHARE == self.pushes % SHARE]
+        chosen: list[str] = []
+        room = SHARE * self.plan.nbytes
+        while self.parts and room > 0 and len(chosen) < len(self.parts):
+            chosen.append(list(self.parts)[self.next % len(self.parts)])
+            room -= sum(self.sizes[part] for part in self.parts[chosen[-1]])
+            self.next += 1
+        return chosen
 
     def _names(self, chosen: list[str] | None) -> list[str]:
         if not self.params.check:

@@ -57,7 +57,7 @@ class WeightSource:
 
     @torch.no_grad()
     def zero(self) -> None:
-        """Sets all parameters to zero, keeping them aside for ``restore``: what ``tandem doctor`` tests engines with."""
+        """Sets all parameters to zero, keeping them for ``restore``: what ``tandem doctor`` tests engines with."""
         slices = [local(p.detach()) for p in self.parameters.values()]
         self.aside = [s.cpu() if s.device.type != "cpu" else s.clone() for s in slices]
         torch._foreach_zero_(slices)

@@ -1,8 +1,8 @@
-"""Parameters in bfloat16, trained as float32: an optimizer step is never lost to rounding, and sampling reads in place."""
+"""Parameters in bfloat16, trained as float32: no step is lost to rounding, and sampling reads them in place."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -34,16 +34,8 @@ class Masters:
         if self.pairs:
             torch._foreach_copy_([p for p, _ in self.pairs], [master for _, master in self.pairs])
 
-    def parameters(self) -> Iterable[nn.Parameter]:
-        return self.named.values()
 
-    def state_dict(self, module: nn.Module) -> dict[str, Tensor]:
-        """The module's state with the copies in place of what was rounded. Tied names keep pointing to one tensor."""
-        exact = {id(p): master for p, master in self.pairs}
-        return {name: exact.get(id(value), value) for name, value in module.state_dict(keep_vars=True).items()}
-
-
-def _adds_to(master: nn.Parameter):
+def _adds_to(master: nn.Parameter) -> Callable[[Tensor], None]:
     def hook(parameter: Tensor) -> None:
         if parameter.grad is None:
             return

@@ -107,6 +107,14 @@ class LocalScorer:
         if not self.offload:
             self.away.restore()
 
+    def memory_peak(self) -> float | None:
+        """Most GB allocated on the device since the last time of asking; None on a CPU."""
+        if self.model.device.type != "cuda":
+            return None
+        peak = torch.cuda.max_memory_allocated(self.model.device) / 1e9
+        torch.cuda.reset_peak_memory_stats(self.model.device)
+        return peak
+
     def describe(self) -> str:
         """Class, size, device, precision and layout, for a person to read."""
         return describe_model(self.model)
@@ -151,7 +159,7 @@ class LocalTrainer(LocalScorer):
         self.entropy_gradient = entropy_gradient
         self._version = 0
         super().__init__(model, token_budget=token_budget, temperature=temperature, world=world)
-        self.optimizer = build_optimizer(self.weights.values(), optim)
+        self.optimizer = build_optimizer(self.masters.named.values(), optim)
         self.idle = Parking()
 
     def _prepare(self) -> None:
@@ -209,7 +217,7 @@ class LocalTrainer(LocalScorer):
 
         Raises NonFiniteError where the gradient is not finite, before any parameter changes.
         """
-        norm = whole(torch.nn.utils.clip_grad_norm_(self.weights.values(), self.optim.max_grad_norm))
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.masters.named.values(), self.optim.max_grad_norm))
         if not torch.isfinite(norm):
             self.optimizer.zero_grad(set_to_none=True)
             raise NonFiniteError("the gradient is not finite though the loss is; lower the learning rate")

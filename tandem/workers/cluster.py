@@ -18,6 +18,7 @@ from tandem.workers.process import Where, own_address
 CONNECT_DEADLINE_S = 30.0
 TAIL_LINES = 15
 INSTALL = "pip install 'tandem-rlhf[cluster]'"
+QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
 
 
 class Cluster:
@@ -29,13 +30,9 @@ class Cluster:
     """
 
     def __init__(self, *, address: str | None = None, device: str, needed: dict[str, tuple[int, int]]) -> None:
-        if importlib.util.find_spec("ray") is None:
-            raise UserError(f"several processes need Ray, which is not installed: {INSTALL}")
-        import ray
-
-        self.ray: Any = ray
+        self.ray: Any = require_ray()
         self.device = device
-        self.started = not ray.is_initialized()
+        self.started = not self.ray.is_initialized()
         bundles = [each for processes, each in needed.values() for _ in range(processes)]
         if self.started:
             self._init(address, sum(bundles))
@@ -48,32 +45,14 @@ class Cluster:
         self.bundle = 0
 
     def _init(self, address: str | None, workers: int) -> None:
-        options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
-        if address is None:
-            # Training processes compute on their own threads; Ray only counts, so the count is what is asked for.
-            options |= {"num_cpus": max(workers, os.cpu_count() or 1)}
-            if self.device == "cpu":
-                options |= {"num_gpus": 0}
-            self.ray.init(**options)
+        if address is not None:
+            connect(address)
             return
-        failure: list[BaseException] = []
-
-        def connect() -> None:
-            try:
-                self.ray.init(address=address, **options)
-            except BaseException as error:
-                failure.append(error)
-
-        # Ray itself tries for minutes; nobody waits that long for a mistyped address.
-        thread = threading.Thread(target=connect, daemon=True)
-        thread.start()
-        thread.join(CONNECT_DEADLINE_S)
-        if thread.is_alive() or failure:
-            why = " ".join(str(failure[0]).split())[:160] if failure else f"nothing within {CONNECT_DEADLINE_S:.0f} s"
-            raise UserError(
-                f"cluster.address {address}: no Ray cluster answers there ({why}); start one with 'ray start --head' "
-                "or leave the key out to run on this machine"
-            )
+        # Training processes compute on their own threads; Ray only counts, so the count is what is asked for.
+        options: dict[str, Any] = {"num_cpus": max(workers, os.cpu_count() or 1)}
+        if self.device == "cpu":
+            options |= {"num_gpus": 0}
+        self.ray.init(include_dashboard=False, **QUIET, **options)
 
     def _check(self, needed: dict[str, int]) -> None:
         resource = "GPU" if self.device == "cuda" else "CPU"
@@ -82,7 +61,7 @@ class Cluster:
             return
         asked = ", ".join(f"{name} {count}" for name, count in needed.items())
         raise UserError(
-            f"placement: {wanted} {resource}s are asked for ({asked}) and there {'is' if total == 1 else 'are'} {total}; "
+            f"placement: {wanted} {resource}s are asked for ({asked}), there {'is' if total == 1 else 'are'} {total}; "
             + what_would_fit(needed, total)
         )
 
@@ -135,6 +114,48 @@ class Cluster:
                 remove_placement_group(self.group)
         if self.started:
             self.ray.shutdown()
+
+
+def require_ray() -> Any:
+    """The module. Raises UserError where Ray is not installed."""
+    if importlib.util.find_spec("ray") is None:
+        raise UserError(f"several processes need Ray, which is not installed: {INSTALL}")
+    import ray
+
+    return ray
+
+
+def connect(address: str) -> None:
+    """Joins a running cluster. Raises UserError where none answers there."""
+    ray = require_ray()
+    failure: list[BaseException] = []
+
+    def join() -> None:
+        try:
+            ray.init(address=address, **QUIET)
+        except BaseException as error:
+            failure.append(error)
+
+    # Ray itself tries for minutes; nobody waits that long for a mistyped address.
+    thread = threading.Thread(target=join, daemon=True)
+    thread.start()
+    thread.join(CONNECT_DEADLINE_S)
+    if thread.is_alive() or failure:
+        why = _reason(failure[0]) if failure else f"nothing within {CONNECT_DEADLINE_S:.0f} s"
+        raise UserError(
+            f"cluster.address {address}: no Ray cluster answers there ({why}); start one with 'ray start --head' "
+            "or leave the key out to run on this machine"
+        )
+
+
+def _reason(error: BaseException) -> str:
+    """What Ray failed with, in a line."""
+    causes: list[BaseException] = [error]
+    while (cause := causes[-1].__cause__) is not None:
+        causes.append(cause)
+    if any("authentication token" in str(cause).lower() for cause in causes):
+        return "it asks for a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to the cluster's"
+    return " ".join(str(error).split())[:160]
 
 
 def what_would_fit(needed: dict[str, int], total: int) -> str:

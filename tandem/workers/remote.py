@@ -68,6 +68,9 @@ class RemoteTrainer(RemoteScorer):
         """Rank 0 writes: the folder must be on a disk that it shares with the driver."""
         self.group.call(self.role, "export", folder.absolute())
 
+    def memory_peak(self) -> float | None:
+        return self.group.call(self.role, "memory_peak")
+
     def park(self, *, weights: bool) -> None:
         self.group.call(self.role, "park", weights=weights)
 
