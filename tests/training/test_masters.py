@@ -1,0 +1,99 @@
+"""bfloat16 parameters with float32 masters: nothing is lost to rounding, and the sampler reads them in place."""
+
+from __future__ import annotations
+
+import torch
+from conftest import VOCABULARY, make_module, make_tokenizer
+
+from tandem.data.packing import pack, stamp_weights
+from tandem.engines.live import LiveEngine
+from tandem.models.loading import prepare_module
+from tandem.training.optim import OptimParams
+from tandem.training.trainer import LocalTrainer
+from tandem.types import Batch, Request, SamplingParams, Sequence, TokenLoss
+
+
+def negative_logp(out, batch):
+    return TokenLoss(loss_T=-out.logp_T)
+
+
+def trainer_of(learning_rate: float, token_budget: int = 1000, name: str = "llama") -> LocalTrainer:
+    model = prepare_module(make_module(name), make_tokenizer(), dtype="bfloat16")
+    optim = OptimParams(learning_rate=learning_rate, total_steps=100)
+    return LocalTrainer(model, negative_logp, optim, token_budget=token_budget)
+
+
+def batch_of(count: int = 6) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(2, VOCABULARY, (12,), generator=generator).tolist() for _ in range(count)]
+    return stamp_weights(pack([Sequence(token_ids=i, trainable=[False] + [True] * 11) for i in ids]), "token")
+
+
+def test_steps_below_the_rounding_of_bfloat16_add_up():
+    trainer = trainer_of(learning_rate=1e-5)
+    name, parameter = next((n, p) for n, p in trainer.parameters.items() if n.endswith("input_layernorm.weight"))
+    before = parameter.detach().clone()  # 1.0, of which bfloat16 tells apart steps of 2**-7
+    for _ in range(20):
+        trainer.forward_backward(batch_of())
+        trainer.optim_step()
+    moved = (trainer.weights[name] - before.float()).abs()
+    assert torch.equal(parameter, before)
+    assert 1e-4 < moved.max() < 1e-3
+
+
+def test_parameters_are_the_masters_rounded_and_stay_where_they_are():
+    trainer = trainer_of(learning_rate=1e-2)
+    places = {name: p.data_ptr() for name, p in trainer.parameters.items()}
+    before = {name: p.detach().clone() for name, p in trainer.parameters.items()}
+    trainer.forward_backward(batch_of())
+    trainer.optim_step()
+    assert {name: p.data_ptr() for name, p in trainer.parameters.items()} == places
+    for name, p in trainer.parameters.items():
+        assert torch.equal(p, trainer.weights[name].bfloat16())
+    assert any(not torch.equal(p, before[name]) for name, p in trainer.parameters.items())
+
+
+def test_micro_batches_add_up_in_float32():
+    norms = []
+    for budget in (1000, 12):
+        trainer = trainer_of(learning_rate=1e-3, token_budget=budget)
+        trainer.forward_backward(batch_of(8))
+        assert all(w.grad is not None and w.grad.dtype == torch.float32 for w in trainer.weights.values())
+        assert all(p.grad is None for p in trainer.parameters.values())
+        norms.append(trainer.optim_step()["grad_norm"])
+    # Each micro-batch's gradient is rounded once; the sum is not.
+    assert abs(norms[0] - norms[1]) < 0.01 * norms[0]
+
+
+def test_the_engine_samples_from_the_very_parameters_of_the_last_step():
+    trainer = trainer_of(learning_rate=1e-2)
+    engine = LiveEngine(trainer.model.module, trainer.model.tokenizer, version=lambda: trainer.version)
+    assert {p.data_ptr() for p in engine.module.parameters()} == {p.data_ptr() for p in trainer.parameters.values()}
+    requests = [Request(prompt_ids=(5, 6, 7), seeds=(1, 2), sampling=SamplingParams(max_new_tokens=8))]
+    for step in range(3):
+        completions = engine.generate(requests)[0]
+        rows = trainer.logprobs([[5, 6, 7, *c.token_ids] for c in completions])
+        for completion, row in zip(completions, rows, strict=True):
+            assert completion.version_min == completion.version_max == step
+            gaps = [abs(a - b) for a, b in zip(completion.untruncated_logp, row[2:], strict=True)]
+            # Logits of about 10 have steps of 1/16 in bfloat16.
+            assert max(gaps) < 0.25
+        trainer.forward_backward(batch_of())
+        trainer.optim_step()
+
+
+def test_a_checkpoint_of_bfloat16_goes_on_bit_for_bit():
+    def run(trainer: LocalTrainer, steps: int) -> None:
+        for _ in range(steps):
+            trainer.forward_backward(batch_of())
+            trainer.optim_step()
+
+    unbroken, first = trainer_of(1e-3), trainer_of(1e-3)
+    run(unbroken, 4)
+    run(first, 2)
+    second = trainer_of(1e-3)
+    second.load_state_dict(first.state_dict())
+    run(second, 2)
+    for name, weight in unbroken.weights.items():
+        assert torch.equal(weight, second.weights[name])
+        assert torch.equal(unbroken.parameters[name], second.parameters[name])
