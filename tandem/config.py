@@ -181,7 +181,8 @@ def _read_flags(argv: Sequence[str], keys: dict[str, _Key]) -> tuple[list[Path],
                 raise UserError("--config: expected a YAML file")
             files += map(Path, texts)
             continue
-        negated = name.removeprefix("no_")
+        section, dot, key = name.rpartition(".")
+        negated = section + dot + key.removeprefix("no_")
         if name not in keys and negated in keys and keys[negated].annotation is bool and not texts:
             name, texts = negated, ["false"]
         elif name in keys and keys[name].annotation is bool and not texts:

@@ -97,7 +97,7 @@ class Sampler:
         """Copies the model's weights. Returns False, having done nothing, where it holds those of ``step`` already.
 
         ``model``: a transformers causal LM, plain or in DDP, torch.compile or ``fully_shard``; it stays as it is, in
-        training mode or not. The first two updates and every 16th compare the log-probs of a fixed probe on both
+        training mode or not. The first two updates and every 64th compare the log-probs of a fixed probe on both
         sides, and with vLLM each compares checksums (all at first, later a part of them). Raises UserError where the
         model is not the sampler's, and WeightMismatch where the check fails.
         """

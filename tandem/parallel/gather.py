@@ -11,6 +11,9 @@ from torch.distributed.tensor import DTensor
 
 from tandem.parallel.sharding import local
 
+# torch renamed it after 2.11 and warns of the old name.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 class Gatherer:
     """Fills tensors with the whole values of parameters, sharded or not, cast to the tensors' dtype."""
@@ -50,7 +53,7 @@ class Gatherer:
         pieces = [room[: s.numel()] for room, s in zip(mine.split(sizes), slices, strict=True)]
         torch._foreach_copy_(pieces, slices, non_blocking=True)
         everyone = torch.empty(ranks, mine.numel(), dtype=dtype, device=self.device)
-        dist.all_gather_into_tensor(everyone.view(-1), mine, group=mesh.get_group())
+        all_gather(everyone.view(-1), mine, group=mesh.get_group())
         sources: list[Tensor] = []
         targets: list[Tensor] = []
         for (_, out), size, columns in zip(pairs, sizes, everyone.split(sizes, dim=1), strict=True):

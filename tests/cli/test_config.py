@@ -12,8 +12,16 @@ import tyro
 import yaml
 
 from tandem.algorithms.ppo import PPO
-from tandem.cli.sections import DataSection, ModelSection, OptimSection, RewardSection, RunSection, SamplingSection
-from tandem.config import describe, dump_config, for_tyro, load_config
+from tandem.cli.sections import (
+    DataSection,
+    EngineSection,
+    ModelSection,
+    OptimSection,
+    RewardSection,
+    RunSection,
+    SamplingSection,
+)
+from tandem.config import PREFIXED, describe, dump_config, for_tyro, load_config
 from tandem.errors import UserError
 
 
@@ -34,6 +42,7 @@ class ExampleConfig:
     optim: HotOptim
     sampling: SamplingSection
     reward: RewardSection
+    engine: EngineSection = field(default_factory=EngineSection, metadata=PREFIXED)
     algorithm: PPO = field(default_factory=lambda: PPO(gamma=0.9))
 
 
@@ -79,6 +88,7 @@ def test_a_flag_changes_its_key_and_no_other():
         ["--betas", "0.8", "0.99", "--stop", "a b", "\n", "--max-grad-norm", "inf"],
         ["--reward", "a.py:f", "b.py:g", "--reward-weights", "1", "-0.5"],
         ["--resume", "--no-whiten-advantages", "--dtype", "bfloat16"],
+        ["--engine.kind", "vllm", "--engine.no-sleep", "--engine.memory-share", "0.5"],
         ["--value-clip", "None", "--kl-target", "6", "--learning-rate=3e-4", "--stop"],
         ["--max_new_tokens", "9", "--steps", "6", "--steps", "7"],
     ],
@@ -260,8 +270,10 @@ def test_the_dump_is_flat_yaml_of_every_key_but_those_of_one_start():
     config = load("--overwrite", "--dry-run")
     text = dump_config(config)
     names = {f.name for f in fields(config) if not is_dataclass(getattr(config, f.name))}
-    for section in (getattr(config, f.name) for f in fields(config)):
-        names |= {f.name for f in fields(section)} if is_dataclass(section) else set()
+    for f in fields(config):
+        if is_dataclass(section := getattr(config, f.name)):
+            prefix = "engine." if f.name == "engine" else ""
+            names |= {prefix + key.name for key in fields(section)}
     assert set(yaml.safe_load(text)) == names - {"resume", "overwrite", "dry_run"}
     assert text.startswith("# The resolved config")
     assert "\n# optim\n" in text
