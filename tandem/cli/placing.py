@@ -71,8 +71,11 @@ class Homes:
         return self.of(beside or role).place(role, build)
 
     def of(self, role: str) -> Home:
-        """The processes a role lives in."""
-        return self.homes[self.placement.home(role)]
+        """The processes a role lives in. Raises UserError where they are those of a role that the run does not have."""
+        home = self.placement.home(role)
+        if home not in self.homes:
+            raise UserError(f"placement.{role}: shares with the {home}, and this run has none; give it a number")
+        return self.homes[home]
 
     def end(self, role: str, *, beside: str | None = None) -> RoleEnd:
         """A role's every rank, to call."""

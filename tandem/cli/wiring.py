@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from tandem.checkpoint.saver import SaveEvery
 from tandem.checkpoint.store import CheckpointStore
-from tandem.cli.sections import DataSection, OptimSection, RunSection
+from tandem.cli.sections import ROLES, ClusterSection, DataSection, OptimSection, RunSection
 from tandem.config import describe, dump_config
 from tandem.data.rows import Rows, load_rows
 from tandem.roles import Metrics, Trainer
@@ -19,8 +20,12 @@ from tandem.runs.progress import Progress
 from tandem.schedules.session import Session
 from tandem.training.optim import OptimParams
 
-MAY_CHANGE = {"out", "steps", "save_every", "keep", "rollouts_logged"}
-"""Keys that may differ between a run and its resumption."""
+MAY_CHANGE = {
+    *("out", "steps", "save_every", "keep", "rollouts_logged"),
+    *(f"placement.{role}" for role in ROLES),
+    *(f"cluster.{key.name}" for key in fields(ClusterSection)),
+}
+"""Keys that may differ between a run and its resumption: none of them changes what is computed."""
 
 
 def optim_params(section: OptimSection, *, total_steps: int, learning_rate: float | None = None) -> OptimParams:

@@ -52,7 +52,7 @@ class Cluster:
         options: dict[str, Any] = {"num_cpus": max(workers, os.cpu_count() or 1)}
         if self.device == "cpu":
             options |= {"num_gpus": 0}
-        self.ray.init(include_dashboard=False, **QUIET, **options)
+        self.ray.init(include_dashboard=False, _system_config={"gcs_rpc_server_reconnect_timeout_s": 10}, **QUIET, **options)
 
     def _check(self, needed: dict[str, int]) -> None:
         resource = "GPU" if self.device == "cuda" else "CPU"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
@@ -60,7 +61,7 @@ class WorkerGroup:
 
     def _start(self, rank: int) -> Any:
         actor = self.cluster.ray.remote(WorkerProcess)
-        return actor.options(**self.options[rank]).remote(rank, self.size, self.device)
+        return actor.options(**self.options[rank]).remote(rank, self.size, self.device, os.getcwd())
 
     def restart(self, rank: int) -> None:
         """A new process in the place of one that is gone, with the same roles built anew. Not for joined groups."""

@@ -48,10 +48,15 @@ Build = Callable[[Site], Any]
 
 
 class WorkerProcess:
-    """One process of a group. Its calls run one at a time."""
+    """One process of a group. Its calls run one at a time.
 
-    def __init__(self, rank: int, size: int, device: str) -> None:
+    It works in the driver's ``folder`` where that exists here, too: relative paths mean the same then.
+    """
+
+    def __init__(self, rank: int, size: int, device: str, folder: str | None = None) -> None:
         self.stack = ExitStack()
+        if folder is not None and os.path.isdir(folder):
+            os.chdir(folder)
         if device == "cuda":
             torch.cuda.set_device(0)
         self.device = torch.device("cuda:0" if device == "cuda" else "cpu")

@@ -1,0 +1,89 @@
+"""Finds the ``tandem`` command lines of documents and scripts, and parses each as the command itself would."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import fields, is_dataclass
+from importlib import import_module
+from typing import Any, get_type_hints
+
+import pytest
+
+from tandem.cli import launch
+from tandem.cli.main import COMMANDS
+from tandem.config import load_config
+from tandem.errors import UserError
+
+ENDS = {"&&", "||", "|", ";", "&", ">", "2>&1"}
+
+
+def command_lines(text: str) -> list[list[str]]:
+    """The words after ``tandem`` of every command line, continued lines joined; what follows two spaces is a remark."""
+    found = []
+    for line in re.sub(r"\\\n\s*", "", text).splitlines():
+        if match := re.search(r"(?:^|[-\s$]\s?)tandem (?=[a-z][a-z-]*(?:\s|$))(.*)", line):
+            # Two spaces before a flag only align the commands of a block.
+            said = re.split(r"\s{2,}(?=[^\s-])|\s+#\s", match[1].rstrip())[0]
+            words = shlex.split(said)
+            ends = [i for i, word in enumerate(words) if word in ENDS]
+            found.append(words[: ends[0]] if ends else words)
+    return found
+
+
+def code_blocks(markdown: str) -> str:
+    """The fenced blocks that are no Python, and every `tandem ...` in running text, a line each."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", markdown, re.S | re.M)
+    inline = re.findall(
+        r"`((?:torchrun [^`]*-m )?tandem [^`]+)`", re.sub(r"^```.*?^```", "", markdown, flags=re.S | re.M)
+    )
+    return "\n".join(
+        [block for language, block in blocks if language not in ("python", "py")]
+        + [" ".join(i.split()) for i in inline]
+    )
+
+
+def config_class(command: str) -> Any:
+    """The config that a command loads: the one dataclass of its module that is named ``...Config`` and is its own."""
+    module = import_module(COMMANDS[command].module)
+    (cls,) = (
+        value
+        for name, value in vars(module).items()
+        if name.endswith("Config") and is_dataclass(value) and value.__module__ == module.__name__
+    )
+    return cls
+
+
+def parse(words: list[str], monkeypatch: pytest.MonkeyPatch, folder: Any) -> None:
+    """Raises where a command line is not one. A document may leave out what a real run must be given."""
+    command, *argv = words
+    assert command in COMMANDS, f"no command {command!r}"
+    if command == "launch":
+        # In a folder without the script its flags are read, and then it says that the script is not there.
+        monkeypatch.chdir(folder)
+        with pytest.raises(UserError, match="no file"):
+            launch.run(argv)
+        return
+    cls = config_class(command)
+    if "--help" in argv:
+        with pytest.raises(SystemExit):
+            load_config(cls, argv)
+        return
+    load_config(cls, [*placeholders(cls, argv), *argv])
+
+
+def placeholders(cls: Any, argv: list[str]) -> list[str]:
+    """Values for required keys, for a line that names a config file or shows one key only."""
+    given = {"model": "m", "data": "d.jsonl", "out": "o", "steps": "1", "reward": "r.py:f"}
+    flags = {word.partition("=")[0] for word in argv}
+    return [w for name, v in given.items() if name in _keys(cls) and f"--{name}" not in flags for w in (f"--{name}", v)]
+
+
+def _keys(cls: Any) -> set[str]:
+    """Names of the keys that go without their section's."""
+    hints = get_type_hints(cls)
+    found: set[str] = set()
+    for f in fields(cls):
+        inside = is_dataclass(hints[f.name]) and not f.metadata.get("prefixed")
+        found |= _keys(hints[f.name]) if inside else {f.name}
+    return found

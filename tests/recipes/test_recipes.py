@@ -1,0 +1,111 @@
+"""Recipes load: configs, scripts, the Kubernetes manifest, the image's pins, and the reward."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from commands import command_lines, config_class
+
+from tandem.config import load_config
+from tandem.rewards.function import load_reward
+from tandem.roles import RewardBatch
+
+ROOT = Path(__file__).parents[2]
+RECIPES = ROOT / "recipes"
+MANIFEST = RECIPES / "cluster" / "kuberay.yaml"
+CONFIGS = sorted(set(RECIPES.rglob("*.yaml")) - {MANIFEST})
+SCRIPTS = sorted([*RECIPES.rglob("*.sh"), *RECIPES.rglob("*.sbatch")])
+
+
+def command_of(config):
+    """``grpo-7b-split.yaml`` is for ``tandem grpo``."""
+    return config.stem.partition("-")[0]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_a_config_loads(path):
+    config = load_config(config_class(command_of(path)), ["--config", str(path)])
+    assert config.run.out.endswith(path.stem)
+    # The command in its first lines is for this very file.
+    (words, *_) = command_lines("\n".join(line.removeprefix("#") for line in path.read_text().splitlines()))
+    assert words[:3] == [command_of(path), "--config", path.name]
+    if hasattr(config, "sampling"):
+        assert config.data.max_length + config.sampling.max_new_tokens <= config.engine.max_length
+        file, _, function = config.reward.reward[0].partition(":")
+        assert f"def {function}(" in (path.parent / file).read_text()
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_a_script_is_bash_and_its_command_parses(path, monkeypatch):
+    subprocess.run(["bash", "-n", str(path)], check=True)
+    body = "\n".join(line for line in path.read_text().splitlines() if not line.startswith("#"))
+    ((command, *argv),) = command_lines(body)
+    monkeypatch.chdir(path.parent)
+    config = load_config(config_class(command), [word for word in argv if word != "$@"])
+    assert config.run.resume
+    assert config.run.out.startswith("$SHARED/")
+    if "torchrun" in body:
+        assert config.placement.actor == "here"
+    else:
+        assert config.cluster.address == "auto"
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_a_script_says_what_it_misses(path):
+    environment = {"PATH": "/usr/bin:/bin", "SLURM_SUBMIT_DIR": "."}
+    done = subprocess.run(["bash", str(path)], capture_output=True, text=True, env=environment, timeout=60)
+    assert done.returncode != 0
+    assert "set SHARED to a folder" in done.stderr
+
+
+def test_the_manifest_asks_for_the_gpus_that_its_command_uses(monkeypatch):
+    manifest = yaml.safe_load(MANIFEST.read_text())
+    assert manifest["kind"] == "RayJob"
+    ((command, *argv),) = command_lines(manifest["spec"]["entrypoint"])
+    at = argv.index("--config") + 1
+    inside = Path(argv[at])
+    argv[at] = str(ROOT / inside.relative_to("/opt/tandem"))
+    config = load_config(config_class(command), argv)
+    (workers,) = manifest["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    (container,) = workers["template"]["spec"]["containers"]
+    gpus = workers["replicas"] * int(container["resources"]["limits"]["nvidia.com/gpu"])
+    assert config.placement.workers("actor") + config.placement.workers("engine") == gpus
+    file = Path(config.reward.reward[0].partition(":")[0])
+    assert (ROOT / file.relative_to("/opt/tandem")).is_file()
+    mounted = {mount["mountPath"] for mount in container["volumeMounts"]}
+    assert "/shared" in mounted
+    assert config.run.out.startswith("/shared/")
+    pinned = re.search(r"^ray==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M)
+    assert pinned
+    assert manifest["spec"]["rayClusterSpec"]["rayVersion"] == pinned[1]
+
+
+def test_the_image_copies_what_there_is_and_pins_what_is_pinned():
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    copied = [name for line in re.findall(r"^COPY (.*) \S+$", dockerfile, re.M) for name in line.split()]
+    assert copied
+    assert all((ROOT / name).exists() for name in copied)
+    kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert kept == set(copied)
+    (names,) = re.findall(r"\^\(([\w|]+)\)==", dockerfile)
+    pins = (ROOT / "constraints.txt").read_text()
+    assert all(re.search(rf"^{name}==", pins, re.M) for name in names.split("|"))
+
+
+def test_the_reward_reads_the_last_number():
+    reward = load_reward(f"{RECIPES / 'cluster' / 'check.py'}:last_number")
+    completions = [
+        "3 + 4 = 7",
+        "First 7, then 8.",
+        "1,250 dollars",
+        "none",
+        [{"role": "assistant", "content": "-2.50"}],
+    ]
+    batch = RewardBatch(
+        prompts=[""] * 5, completions=completions, rollouts=[], columns={"answer": [7, "7", "1250", "0", -2.5]}
+    )
+    assert reward.score(batch) == [1.0, 0.0, 1.0, 0.0, 1.0]
