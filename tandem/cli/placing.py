@@ -18,11 +18,12 @@ from tandem.models.loading import pick_device
 from tandem.parallel.world import World
 from tandem.roles import Engine, Metrics
 from tandem.sync.push import PushParams, WeightPush
-from tandem.workers.cluster import Cluster, connect, require_ray, visible_gpus
+from tandem.workers.cluster import Cluster, connect, own_sigterm, require_ray, visible_gpus
 from tandem.workers.group import WorkerGroup
 from tandem.workers.homes import Here, Home, RoleEnd, Workers, WorkersEnd
 from tandem.workers.process import Site
 from tandem.workers.remote import BalancedEngine, DividedEngine
+from tandem.workers.torchrun import launched
 from tandem.workers.turns import RestartingOnce, TakingTurns
 
 CALLS_AT_A_TIME = 8
@@ -103,6 +104,12 @@ class Homes:
         needed = {role: (count, 1) for role in self.roles if (count := self.placement.workers(role))}
         if "engine" in needed:
             needed["engine"] = (needed["engine"][0], self.engine.tensor_parallel)
+        if launched():
+            raise UserError(
+                "torchrun: this command starts workers itself; run it once, without torchrun, with --placement.actor N"
+            )
+        if self.model.offload == "parameters" and self.placement.actor == "here":
+            raise UserError("offload: parameters can leave the device in worker processes only: --placement.actor 1")
         device = self._device()
         if self.spread:
             self._check(needed, device)
@@ -127,7 +134,8 @@ class Homes:
             # The machine that drives a cluster often has no GPU itself.
             ray = require_ray()
             if not ray.is_initialized():
-                connect(self.section.address)
+                with own_sigterm():
+                    connect(self.section.address)
                 self.stack.callback(ray.shutdown)
             return torch.device("cuda" if ray.cluster_resources().get("GPU") else "cpu")
         return pick_device(self.model.device)

@@ -70,15 +70,21 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(value: Any) -> Any:
-    """A nest of dicts and lists with every tensor whole and on the CPU. A collective where one is sharded."""
+def whole(value: Any, *, keep: bool = True) -> Any:
+    """A nest of dicts and lists with every tensor whole and on the CPU. A collective where one is sharded.
+
+    A rank that does not ``keep`` tensors takes part and gets None for each: the whole fits where it is needed only.
+    """
     if isinstance(value, Mapping):
-        return {key: whole(inner) for key, inner in value.items()}
+        return {key: whole(inner, keep=keep) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(map(whole, value))
+        return type(value)(whole(inner, keep=keep) for inner in value)
     if isinstance(value, DTensor):
-        return _full(value).cpu()
-    return value.detach().cpu() if isinstance(value, Tensor) else value
+        full = _full(value)
+        return full.cpu() if keep else None
+    if isinstance(value, Tensor):
+        return value.detach().cpu() if keep else None
+    return value
 
 
 @torch.no_grad()

@@ -235,14 +235,15 @@ class LocalTrainer(LocalScorer):
         return {"grad_norm": norm.item(), "learning_rate": learning_rate}
 
     def state_dict(self) -> dict[str, Any]:
-        """Parameters, optimizer state and version: all that the next step depends on. Whole tensors on the CPU.
+        """Parameters, optimizer state and version: all that the next step depends on. Whole tensors on rank 0's CPU.
 
         The same whatever the number of ranks and the dtype of the computation, so that a run may go on with others.
         """
         self.idle.restore()
+        keep = self.world.rank == 0
         return {
-            "model": whole(self.weights | self.buffers),
-            "optimizer": whole(self.optimizer.state_dict()),
+            "model": whole(self.weights | self.buffers, keep=keep),
+            "optimizer": whole(self.optimizer.state_dict(), keep=keep),
             "version": self._version,
         }
 
@@ -264,7 +265,7 @@ class LocalTrainer(LocalScorer):
 
     def export(self, folder: Path) -> None:
         """Writes a Hugging Face folder: float32 weights, config and tokenizer. A collective; rank 0 writes."""
-        state = whole(self.weights | self.buffers)
+        state = whole(self.weights | self.buffers, keep=self.world.rank == 0)
         if self.world.rank == 0:
             self.model.export(folder, state)
 

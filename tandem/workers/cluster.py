@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import glob
 import importlib.util
+import itertools
 import os
+import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +38,16 @@ class Cluster:
         self.started = not self.ray.is_initialized()
         bundles = [each for processes, each in needed.values() for _ in range(processes)]
         if self.started:
-            self._init(address, sum(bundles))
+            with own_sigterm():
+                self._init(address, sum(bundles))
         try:
             self._check({name: processes * each for name, (processes, each) in needed.items()})
             self.group = self._reserve(bundles)
         except BaseException:
             self.close()
             raise
-        self.bundle = 0
+        self.first = dict(zip(needed, itertools.accumulate([0] + [n for n, _ in needed.values()]), strict=False))
+        """The first bundle of each group, which has one a process."""
 
     def _init(self, address: str | None, workers: int) -> None:
         if address is not None:
@@ -52,7 +57,8 @@ class Cluster:
         options: dict[str, Any] = {"num_cpus": max(workers, os.cpu_count() or 1)}
         if self.device == "cpu":
             options |= {"num_gpus": 0}
-        self.ray.init(include_dashboard=False, _system_config={"gcs_rpc_server_reconnect_timeout_s": 10}, **QUIET, **options)
+        # "local", since Ray would otherwise join whatever runs on this machine.
+        self.ray.init(address="local", include_dashboard=False, **QUIET, **options)
 
     def _check(self, needed: dict[str, int]) -> None:
         resource = "GPU" if self.device == "cuda" else "CPU"
@@ -83,7 +89,7 @@ class Cluster:
     def actor_options(
         self, name: str, rank: int, gpus: int, *, host: list[Where] | None, environment: dict[str, str]
     ) -> dict[str, Any]:
-        """Where and with what a worker starts: in the next bundle, or on devices that another group has reserved."""
+        """Where and with what a worker starts: in its bundle, or on devices that another group has reserved."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
         variables = dict(environment)
@@ -99,10 +105,9 @@ class Cluster:
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         else:
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
-                self.group, placement_group_bundle_index=self.bundle
+                self.group, placement_group_bundle_index=self.first[name] + rank
             )
             options |= {"num_gpus": gpus} if self.device == "cuda" else {"num_cpus": gpus}
-            self.bundle += 1
         return options | {"runtime_env": {"env_vars": variables}}
 
     def close(self) -> None:
@@ -148,6 +153,18 @@ def connect(address: str) -> None:
         )
 
 
+@contextlib.contextmanager
+def own_sigterm() -> Iterator[None]:
+    """Keeps this process's answer to SIGTERM: Ray, as it starts, puts one in its place that aborts the process."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        # A handler that was not set from Python reads as None and cannot be put back.
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
+
+
 def _reason(error: BaseException) -> str:
     """What Ray failed with, in a line."""
     causes: list[BaseException] = [error]
@@ -164,9 +181,11 @@ def what_would_fit(needed: dict[str, int], total: int) -> str:
         return "run in one process on the CPU: --placement.actor here --device cpu"
     if total == 1:
         return "--placement.actor here trains and samples on it in turns"
-    share = max(1, total // max(1, len(needed)))
-    fits = " ".join(f"--placement.{name} {share}" for name in needed)
-    return f"{fits} would fit, or --placement.actor {total} with every other role 'actor'"
+    together = f"--placement.actor {total} with every other role 'actor'"
+    if total < len(needed):
+        return f"{together} would fit"
+    fits = " ".join(f"--placement.{name} {total // len(needed)}" for name in needed)
+    return f"{fits} would fit, or {together}"
 
 
 def visible_gpus() -> int:
