@@ -1,0 +1,48 @@
+"""A batch divided over ranks: nothing twice, nothing missing, equally many micro-batches."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from tandem.data.packing import pack, stamp_weights
+from tandem.parallel.shares import divide, shares
+from tandem.parallel.world import World
+from tandem.types import Sequence, cut
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7])
+@pytest.mark.parametrize("count", [1, 2, 5, 40])
+def test_every_unit_once_and_equal_counts(ranks, count):
+    rng = random.Random(count)
+    rows = []
+    for _ in range(count):
+        length = rng.randrange(2, 30)
+        rows.append(Sequence(token_ids=[1] * length, trainable=[False] + [True] * (length - 1)))
+    batch = stamp_weights(pack(rows), "token")
+    parts = [list(shares(batch, 40, World(rank=rank, size=ranks))) for rank in range(ranks)]
+    assert sorted(unit for part in parts for share in part for unit in share.units) == list(range(count))
+    assert len({len(part) for part in parts}) == 1
+    for share in (share for part in parts for share in part):
+        assert share.batch.tokens <= 40
+        if not share.units:
+            assert not share.batch.weight_T.any()
+    total = sum(share.batch.weight_T.sum() for part in parts for share in part)
+    torch.testing.assert_close(total, batch.weight_T.sum())
+
+
+def test_divide_balances_what_differs():
+    rng = random.Random(0)
+    sizes = [rng.randrange(1, 1000) for _ in range(200)]
+    parts = divide(sizes, 4)
+    sums = [sum(sizes[i] for i in part) for part in parts]
+    assert sorted(i for part in parts for i in part) == list(range(200))
+    assert max(sums) - min(sums) < max(sizes) / 10
+    assert parts == divide(sizes, 4)
+
+
+def test_cut_keeps_to_the_budget_unless_one_alone_is_larger():
+    assert cut([3, 3, 3, 10, 1, 1], 6) == [[0, 1], [2], [3], [4, 5]]
+    assert cut([], 6) == []

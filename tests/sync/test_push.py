@@ -1,0 +1,132 @@
+"""A push over gloo, and the truth check that must notice what went wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from conftest import VOCABULARY, make_module, make_tokenizer
+
+from tandem.engines.replica import ReplicaEngine
+from tandem.errors import UserError
+from tandem.models.loading import prepare_module
+from tandem.parallel.world import World
+from tandem.sync.push import PushParams, WeightMismatch, WeightPush
+from tandem.sync.source import WeightSource
+from tandem.training.optim import OptimParams
+from tandem.training.trainer import LocalTrainer
+from tandem.types import TokenLoss
+from tandem.workers.homes import Here
+from tandem.workers.process import Site
+
+
+def negative_logp(out, batch):
+    return TokenLoss(loss_T=-out.logp_T)
+
+
+class Skipping(ReplicaEngine):
+    """Loses a tensor on the way in."""
+
+    lost = "model.layers.1.mlp.up_proj.weight"
+
+    def load(self, bucket):
+        super().load([(name, tensor) for name, tensor in bucket if name != self.lost])
+
+
+class OtherTemperature(ReplicaEngine):
+    """Holds the right weights and computes something else with them."""
+
+    def logprobs(self, sequences):
+        return [[x / 0.9 for x in row] for row in super().logprobs(sequences)]
+
+
+def model_of(seed: int, name: str = "llama", dtype: Any = "float32") -> Any:
+    return prepare_module(make_module(name, seed), make_tokenizer(), dtype=dtype)
+
+
+def pushing(engine: ReplicaEngine, dtype: Any = "float32", name: str = "llama") -> tuple[WeightPush, LocalTrainer]:
+    home = Here(Site(World()))
+    trainer = LocalTrainer(
+        model_of(0, name, dtype), negative_logp, OptimParams(learning_rate=1e-3, total_steps=9), token_budget=64
+    )
+    home.site.roles |= {"actor": trainer, "engine": engine}
+    home.place("source", lambda site: WeightSource(trainer.parameters, torch.device("cpu")))
+    params = PushParams(dtype=dtype, vocabulary=VOCABULARY, timeout_s=20)
+    push = WeightPush(home.end("source"), home.end("actor"), home.end("engine"), params)
+    push.connect()
+    return push, trainer
+
+
+@pytest.fixture
+def engine() -> Iterator[ReplicaEngine]:
+    made = ReplicaEngine(model_of(1))
+    yield made
+    made.close()
+
+
+def nudge(trainer: LocalTrainer) -> None:
+    with torch.no_grad():
+        for weight in trainer.weights.values():
+            weight.mul_(1.01)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("llama", "float32"), ("qwen2", "bfloat16"), ("bloom", "float32")])
+def test_every_push_brings_the_weights_of_its_version(name, dtype):
+    engine = ReplicaEngine(model_of(1, name, dtype))
+    push, trainer = pushing(engine, dtype, name)
+    for version in range(4):
+        nudge(trainer)
+        trainer.masters.publish()
+        metrics = push(version)
+        assert engine.version == version
+        for key, parameter in trainer.parameters.items():
+            assert torch.equal(engine.parameters[key], parameter), key
+        assert metrics["sync_seconds"] > 0
+    push.close()
+
+
+def test_a_tensor_that_does_not_arrive_is_named_at_the_first_push():
+    push, _ = pushing(Skipping(model_of(1)))
+    with pytest.raises(WeightMismatch, match=r"engine 0 does not hold the trainer's model\.layers\.1\.mlp\.up_proj"):
+        push(1)
+
+
+def test_a_tensor_that_goes_astray_later_is_named_within_a_round(engine):
+    push, trainer = pushing(engine)
+    for version in range(2):
+        push(version)
+    lost = "model.layers.0.self_attn.q_proj.weight"
+    engine.load = lambda bucket: ReplicaEngine.load(engine, [(n, t) for n, t in bucket if n != lost])  # type: ignore
+    nudge(trainer)
+    with pytest.raises(WeightMismatch, match=lost.replace(".", r"\.")):
+        for version in range(2, 3 + len(engine.parameters)):
+            push(version)
+
+
+def test_an_engine_that_computes_something_else_is_noticed_by_the_probe():
+    push, _ = pushing(OtherTemperature(model_of(1)))
+    with pytest.raises(WeightMismatch, match="computes something else"):
+        push(1)
+
+
+def test_without_the_check_nothing_is_compared():
+    push, _ = pushing(Skipping(model_of(1)))
+    push.params.check = False
+    assert push(1)["sync_check_seconds"] < 1
+    assert push.parts == {}
+
+
+def test_an_engine_of_another_shape_names_the_tensor():
+    push, _ = pushing(ReplicaEngine(model_of(1, "qwen2")), name="bloom")
+    with pytest.raises(UserError, match="the engine has no such parameter"):
+        push(1)
+
+
+def test_links_can_be_made_anew(engine):
+    push, trainer = pushing(engine)
+    push(1)
+    nudge(trainer)
+    push.again()
+    assert all(torch.equal(engine.parameters[k], p) for k, p in trainer.parameters.items())
