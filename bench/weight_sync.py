@@ -32,7 +32,7 @@ from tandem.algorithms.grpo import GRPO
 from tandem.cli.placing import Homes
 from tandem.cli.sections import ClusterSection, EngineSection, ModelSection, PlacementSection, SamplingSection
 from tandem.models.loading import load_tokenizer, prepare_module
-from tandem.sync.push import PROBE_EVERY
+from tandem.sync.push import PROBE_EVERY, WeightPush
 from tandem.training.optim import OptimParams
 from tandem.training.trainer import LocalTrainer
 from tandem.workers.process import Site
@@ -81,7 +81,9 @@ def measure(options: argparse.Namespace, folder: str) -> dict[str, Any]:
         homes.place("nudge", Nudge, beside="actor")
         sampling = SamplingSection(max_slots=64, max_new_tokens=8)
         sampler = homes.sampler(sampling, seed=0, vocabulary=256, others={})
-        push: Any = sampler.push
+        push = sampler.link
+        if push is None:
+            raise SystemExit("nothing travels: the engine samples on the trainer's own weights")
         pushes: dict[bool, list[dict[str, float]]] = {True: [], False: []}
         # The first ones check everything and learn how to load: they are reported by themselves.
         first = [_timed(homes, push, step) for step in range(WARM)]
@@ -92,7 +94,7 @@ def measure(options: argparse.Namespace, folder: str) -> dict[str, Any]:
     return {"about": sampler.about, "first": first, "checked": pushes[True], "unchecked": pushes[False]}
 
 
-def _timed(homes: Homes, push: Any, step: int) -> dict[str, float]:
+def _timed(homes: Homes, push: WeightPush, step: int) -> dict[str, float]:
     """A push of changed weights, with the seconds from the call to its return."""
     homes.end("nudge", beside="actor").call("nudge")
     start = time.perf_counter()

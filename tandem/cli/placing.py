@@ -37,6 +37,8 @@ class Sampler:
     engine: Engine
     push: Callable[[int], Metrics]
     about: str
+    link: WeightPush | None = None
+    """The push itself, where weights travel."""
 
 
 class Homes:
@@ -158,7 +160,7 @@ class Homes:
             home.place("engine", partial(replica_engine, section=self.model, sampling=sampling, engine=self.engine))
             push = self._link(WorkersEnd(home.group, "engine"), vocabulary)
             about = f"live, {home.group.size} of its own, fed over {push.transport}"
-            return Sampler(engine=DividedEngine(home.group, "engine"), push=push, about=about)
+            return Sampler(engine=DividedEngine(home.group, "engine"), push=push, about=about, link=push)
         return self._vllm(sampling, seed, vocabulary, others)
 
     def _live_beside_actor(self, sampling: SamplingSection) -> Sampler:
@@ -211,10 +213,10 @@ class Homes:
         balanced: Engine = BalancedEngine(home.group, "engine", slots=sampling.max_slots)
         if not shared or on_cpu or not self.engine.sleep:
             restarting = RestartingOnce(balanced, home.group, push.again)
-            return Sampler(engine=restarting, push=push, about=about)
+            return Sampler(engine=restarting, push=restarting.guard(push), about=about, link=push)
         turns = TakingTurns(balanced, ends, self.beside("actor", others), push, version=lambda: others["actor"].version)
         restarting = RestartingOnce(turns, home.group, turns.recover)
-        return Sampler(engine=restarting, push=turns.push_later, about=about)
+        return Sampler(engine=restarting, push=turns.push_later, about=about, link=push)
 
     def _link(self, engines: WorkersEnd, vocabulary: int) -> WeightPush:
         actor = self.of("actor")

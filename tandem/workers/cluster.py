@@ -8,6 +8,7 @@ import importlib.util
 import itertools
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -134,6 +135,12 @@ def connect(address: str) -> None:
     """Joins a running cluster. Raises UserError where none answers there."""
     ray = require_ray()
     failure: list[BaseException] = []
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), CONNECT_DEADLINE_S).close()
+        except OSError as error:
+            raise _nobody_at(address, error.strerror or str(error)) from None
 
     def join() -> None:
         try:
@@ -146,11 +153,14 @@ def connect(address: str) -> None:
     thread.start()
     thread.join(CONNECT_DEADLINE_S)
     if thread.is_alive() or failure:
-        why = _reason(failure[0]) if failure else f"nothing within {CONNECT_DEADLINE_S:.0f} s"
-        raise UserError(
-            f"cluster.address {address}: no Ray cluster answers there ({why}); start one with 'ray start --head' "
-            "or leave the key out to run on this machine"
-        )
+        raise _nobody_at(address, _reason(failure[0]) if failure else f"nothing within {CONNECT_DEADLINE_S:.0f} s")
+
+
+def _nobody_at(address: str, why: str) -> UserError:
+    return UserError(
+        f"cluster.address {address}: no Ray cluster answers there ({why}); start one with 'ray start --head' "
+        "or leave the key out to run on this machine"
+    )
 
 
 @contextlib.contextmanager

@@ -103,11 +103,27 @@ class RestartingOnce:
         try:
             return self.engine.generate(requests, on_finish)
         except WorkerDied as error:
-            if self.restarted:
-                raise UserError(f"{error} (it was restarted once already)") from None
-            self.restarted = True
-            for rank in self.group.dead():
-                log.warning("%s rank %d is started again: %s", self.group.name, rank, str(error).splitlines()[0])
-                self.group.restart(rank)
-            self.refill()
+            self._restart(error)
             return self.engine.generate(requests, on_finish)
+
+    def guard(self, push: Callable[[int], Metrics]) -> Callable[[int], Metrics]:
+        """``push``, for engines that may have died since they sampled: most of a step goes by meanwhile."""
+
+        def guarded(step: int) -> Metrics:
+            try:
+                return push(step)
+            except WorkerDied as error:
+                # Refilling is this push, made again.
+                self._restart(error)
+                return {}
+
+        return guarded
+
+    def _restart(self, error: WorkerDied) -> None:
+        if self.restarted:
+            raise UserError(f"{error} (it was restarted once already)") from None
+        self.restarted = True
+        for rank in self.group.dead():
+            log.warning("%s rank %d is started again: %s", self.group.name, rank, str(error).splitlines()[0])
+            self.group.restart(rank)
+        self.refill()

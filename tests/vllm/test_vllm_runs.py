@@ -1,0 +1,177 @@
+"""Runs that sample with real vLLM: placed apart and shared, killed, checked by the doctor, and lied to."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from broken_engines import damaged_engine, deaf_engine
+from torch import Tensor
+from vllm_models import make_model, save
+
+sys.path.append(str(Path(__file__).parents[1] / "workers"))
+from safetensors.torch import load_file
+from shared_ray import arguments, cluster_address, write_inputs
+
+from tandem.cli import placing
+from tandem.cli.main import main
+from tandem.workers.remote import BalancedEngine
+from tandem.workers.turns import RestartingOnce
+
+__all__ = ["cluster_address"]
+VLLM = ("--engine.kind", "vllm", "--old-logp", "trainer", "--max-slots", "8", "--engine.max-length", "32")
+SPLIT = ("--placement.engine", "1")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("vllm-runs")
+    write_inputs(folder)
+    save(make_model("llama", seed=0, tied=True), folder / "base")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def at_inputs(inputs: Path, cluster_address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(inputs)
+
+
+def train(out: str, method: str, *options: str) -> dict[str, Tensor]:
+    argv = [*arguments(method), "--steps", "3", "--learning-rate", "1e-4", "--out", out, *options]
+    del argv[argv.index("--eval-data") : argv.index("--eval-data") + 2]
+    assert main(argv) == 0
+    return load_file(f"{out}/model/model.safetensors")
+
+
+def metrics(out: str) -> list[dict[str, Any]]:
+    """Of each step."""
+    return [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
+
+
+def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+def assert_sampler_agrees(out: str) -> None:
+    """Law 4."""
+    gaps = [line["sampler_gap_max"] for line in metrics(out)]
+    assert len(gaps) == 3
+    assert max(gaps) < 1e-4
+
+
+@pytest.fixture(scope="module")
+def grpo_split(inputs: Path, cluster_address: str) -> dict[str, Tensor]:
+    """The trainer here, one engine apart."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(inputs)
+        return train("grpo-split", "grpo", *VLLM, *SPLIT)
+
+
+def test_grpo_split(grpo_split, inputs):
+    assert_sampler_agrees("grpo-split")
+    assert difference(grpo_split, load_file("base/model.safetensors")) > 1e-4
+    # Before the first step, and after each.
+    assert all(line["sync_seconds"] > 0 for line in metrics("grpo-split"))
+
+
+def test_ppo_on_two_workers_shared_devices():
+    train("ppo-shared", "ppo", *VLLM, "--placement.actor", "2", "--engine.arguments", '{"enforce_eager": true}')
+    assert_sampler_agrees("ppo-shared")
+
+
+def kill_engine_at(patch: pytest.MonkeyPatch, calls: set[int]) -> list[int]:
+    """Has the engine's process killed just before these calls to it (1 is the first). Returns the pids, filled later."""
+    killed: list[int] = []
+    generate = BalancedEngine.generate
+    count = 0
+
+    def fatal(self: BalancedEngine, *given: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count in calls:
+            killed.append(self.group.wheres[0].pid)
+            os.kill(killed[-1], signal.SIGKILL)
+        return generate(self, *given)
+
+    patch.setattr(BalancedEngine, "generate", fatal)
+    return killed
+
+
+def test_an_engine_that_is_killed_is_restarted_once(grpo_split, monkeypatch):
+    killed = kill_engine_at(monkeypatch, {2})
+    assert difference(train("killed", "grpo", *VLLM, *SPLIT), grpo_split) < 1e-5
+    assert len(killed) == 1
+    assert_sampler_agrees("killed")
+
+
+def test_killed_while_others_train_and_then_again(grpo_split, monkeypatch, capsys):
+    """The first is noticed by the push that follows, and made good; the second while it samples, and is not."""
+    killed: list[int] = []
+    guard = RestartingOnce.guard
+
+    def fatal(self: RestartingOnce, push: Any) -> Any:
+        guarded = guard(self, push)
+
+        def pushed(step: int) -> Any:
+            if not killed:
+                killed.append(self.group.wheres[0].pid)
+                os.kill(killed[0], signal.SIGKILL)
+            return guarded(step)
+
+        return pushed
+
+    monkeypatch.setattr(RestartingOnce, "guard", fatal)
+    again = kill_engine_at(monkeypatch, {3})
+    argv = [*arguments("grpo"), "--steps", "3", "--learning-rate", "1e-4", "--out", "twice", *VLLM, *SPLIT]
+    del argv[argv.index("--eval-data") : argv.index("--eval-data") + 2]
+    assert main(argv) == 2
+    said = capsys.readouterr().err
+    assert f"engine rank 0 (pid {again[0]} on" in said
+    assert "(it was restarted once already)" in said
+    assert killed != again
+    # Both steps before were made with the weights that they should have been made with.
+    done = metrics("twice")
+    assert [line["step"] for line in done] == [1, 2]
+    for line, wanted in zip(done, metrics("grpo-split"), strict=False):
+        assert line["loss"] == pytest.approx(wanted["loss"], abs=1e-5)
+        assert line["sampler_gap_max"] < 1e-4
+
+
+def test_doctor(capsys):
+    assert main(["doctor", "--engine.kind", "vllm", "--max-slots", "32", "--engine.max-length", "64"]) == 0
+    said = capsys.readouterr().out
+    assert "it changed" in said
+    assert "as before" in said
+    assert "checks passed" in said
+
+
+@pytest.fixture
+def broken_engines_importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers get this process's PYTHONPATH."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+
+
+@pytest.mark.usefixtures("broken_engines_importable")
+def test_doctor_notices_an_engine_that_pushes_do_not_reach(monkeypatch, capsys):
+    monkeypatch.setattr(placing, "vllm_engine", deaf_engine)
+    argv = ["doctor", "--engine.kind", "vllm", "--max-slots", "32", "--engine.max-length", "64"]
+    assert main([*argv, "--engine.no-check-weights"]) == 2
+    said = capsys.readouterr()
+    assert "pushes do not reach it" in said.err
+    assert "it changed" not in said.out
+
+
+@pytest.mark.usefixtures("broken_engines_importable")
+def test_the_truth_check_names_the_parameter_that_is_wrong(monkeypatch, capsys):
+    monkeypatch.setattr(placing, "vllm_engine", damaged_engine)
+    argv = [*arguments("grpo"), "--steps", "3", "--out", "damaged", *VLLM, *SPLIT]
+    assert main(argv) == 2
+    assert (
+        "engine 0 does not hold the trainer's model.norm.weight (made of model.norm.weight)" in capsys.readouterr().err
+    )

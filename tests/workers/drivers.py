@@ -1,0 +1,132 @@
+"""Command lines in processes of their own, stopped at a point of the test's choosing, and what they leave behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+from shared_ray import arguments
+
+PATIENCE_S = 60
+"""Longest wait for anything that must happen."""
+GATE = """
+import os, pathlib, time
+
+def gated(prompts, completions):
+    gate = pathlib.Path(os.environ["GATE"])
+    with (gate / "calls").open("a") as calls:
+        calls.write(".")
+    if len((gate / "calls").read_text()) == 3:
+        (gate / "reached").touch()
+        while not (gate / "open").exists():
+            time.sleep(0.01)
+    return [float(i) for i in range(len(prompts))]
+
+def raising(prompts, completions):
+    raise ValueError("the judge has left the room")
+"""
+
+
+class Driver:
+    """A run of ``method`` in a process of its own. Its reward function waits in step 3 until the gate is opened."""
+
+    def __init__(self, folder: Path, out: str, method: str, *options: str, reward: str = "gated") -> None:
+        (folder / "gate.py").write_text(GATE)
+        self.out = folder / out
+        self.gate = folder / f"{out}-gate"
+        self.gate.mkdir()
+        argv = [*arguments(method), "--reward", f"gate.py:{reward}", "--steps", "5", "--out", out, *options]
+        del argv[argv.index("--eval-data") : argv.index("--eval-data") + 2]
+        self.written = folder / f"{out}.txt"
+        with self.written.open("w") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "tandem", *argv],
+                cwd=folder,
+                env=os.environ | {"GATE": str(self.gate), "HF_HUB_OFFLINE": "1"},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.family: set[int] = set()
+
+    @property
+    def output(self) -> str:
+        return self.written.read_text()
+
+    def reach_gate(self) -> list[int]:
+        """Waits until the reward function of step 3 has been called. Returns the pids of worker processes."""
+        wait_until(lambda: (self.gate / "reached").exists() or self.process.poll() is not None, self.output)
+        assert self.process.poll() is None, self.output
+        self.family = descendants(self.process.pid)
+        return [pid for pid in (self.family or running()) if command(pid).startswith("ray::WorkerProcess")]
+
+    def open_gate(self) -> None:
+        (self.gate / "open").touch()
+
+    def end(self) -> tuple[int, str]:
+        """Waits for it. Returns its exit code and what it wrote."""
+        try:
+            return self.process.wait(PATIENCE_S), self.output
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"it still runs: {self.output}") from None
+
+    def __enter__(self) -> Driver:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for pid in {self.process.pid, *self.family}:
+            if pid in running():
+                os.kill(pid, 9)
+        self.process.wait()
+
+
+def wait_until(condition: Callable[[], bool], otherwise: str = "") -> None:
+    """Returns when it holds; fails after ``PATIENCE_S``."""
+    end = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < end, otherwise
+        time.sleep(0.05)
+
+
+def running() -> list[int]:
+    """Processes that are not merely waiting to be collected."""
+    return [int(path.name) for path in Path("/proc").glob("[0-9]*") if _stat(int(path.name))[:1] not in ([], ["Z"])]
+
+
+def descendants(pid: int) -> set[int]:
+    """Children of a process, their children, and so on."""
+    parents = {other: int(stat[1]) for other in running() if (stat := _stat(other))}
+    found: set[int] = set()
+    level = {pid}
+    while level := {child for child, parent in parents.items() if parent in level}:
+        found |= level
+    return found
+
+
+def workers() -> list[int]:
+    """Worker processes of any run."""
+    return [pid for pid in running() if command(pid).startswith("ray::WorkerProcess")]
+
+
+def command(pid: int) -> str:
+    """A process's command line, or the title that it has given itself; empty where it is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def _stat(pid: int) -> list[str]:
+    """State, parent and the rest; nothing where the process is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except OSError:
+        return []

@@ -1,0 +1,79 @@
+"""Offline methods over two workers, which Tandem starts itself or torchrun has started: as in one process (law 2)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from drivers import PATIENCE_S
+from safetensors.torch import load_file
+from shared_ray import arguments, cluster_address, inputs
+from test_placements import difference, metrics, train
+from torch import Tensor
+
+__all__ = ["cluster_address", "inputs"]
+
+
+@pytest.fixture
+def folder(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(inputs)
+    return inputs
+
+
+def torchrun(folder: Path, *argv: str) -> subprocess.CompletedProcess[str]:
+    """``torchrun --nproc-per-node 2 -m tandem ...``, to its end."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tandem"]
+    return subprocess.run(
+        [*command, *argv],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=2 * PATIENCE_S,
+    )
+
+
+def in_one_process(method: str) -> dict[str, Tensor]:
+    return train(f"{method}-here", method, "--overwrite")
+
+
+@pytest.mark.parametrize("method", ["sft", "rm"])
+def test_two_workers_equal_one_process(folder, cluster_address, method):
+    here = in_one_process(method)
+    workers = train(f"{method}-two", method, "--placement.actor", "2")
+    assert 0 < difference(workers, here) < 1e-6
+    for line, wanted in zip(metrics(f"{method}-two"), metrics(f"{method}-here"), strict=True):
+        for name in ("loss", "grad_norm"):
+            assert line[name] == pytest.approx(wanted[name], rel=1e-4)
+
+
+def test_torchrun_equals_one_process(folder):
+    here = in_one_process("sft")
+    argv = [*arguments("sft"), "--steps", "3", "--learning-rate", "1e-4", "--out", "sft-torchrun"]
+    ended = torchrun(folder, *argv)
+    assert ended.returncode == 0, ended.stderr
+    assert 0 < difference(load_file("sft-torchrun/model/model.safetensors"), here) < 1e-6
+    # Rank 0 alone writes and talks.
+    assert [line["step"] for line in metrics("sft-torchrun")] == [1, 2, 3]
+    assert (ended.stdout + ended.stderr).count("SFT 3/3") == 1
+
+
+def test_an_error_of_rank_0_ends_all_of_torchrun(folder):
+    (folder / "bad.jsonl").write_text('{"prompt": "a"}\n')
+    ended = torchrun(folder, "sft", "--model", "base", "--data", "bad.jsonl", "--steps", "1", "--out", "bad")
+    assert ended.returncode != 0
+    errors = [line for line in ended.stderr.splitlines() if line.startswith("tandem: error: ")]
+    assert len(errors) == 1, ended.stderr
+    assert "bad.jsonl" in errors[0]
+    assert not (folder / "bad").exists()
+
+
+def test_torchrun_and_workers_are_one_too_many(folder):
+    argv = [*arguments("sft"), "--steps", "1", "--out", "never", "--placement.actor", "2"]
+    ended = torchrun(folder, *argv)
+    assert ended.returncode != 0
+    assert "placement.actor: torchrun has started the workers already; leave the key out" in ended.stderr
+    assert not (folder / "never").exists()

@@ -1,0 +1,125 @@
+"""Law 2: where roles live changes nothing. One process, one worker and many give the same parameters.
+
+Runs here use the Ray of this process, so that none of them has to start one.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from shared_ray import arguments, cluster_address, inputs
+from torch import Tensor
+
+from tandem.cli.main import main
+
+__all__ = ["cluster_address", "inputs"]
+STEPS = 3
+# From the trainer's own log-probs, so that the gap to the sampler's is logged and what is trained on does not depend on
+# how many samples an engine decodes together, which its rounding does.
+TRAINER_LOGP = ("--old-logp", "trainer")
+
+
+@pytest.fixture(autouse=True)
+def folder(inputs: Path, cluster_address: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(inputs)
+    return inputs
+
+
+def train(out: str, method: str, *options: str, steps: int = STEPS) -> dict[str, Tensor]:
+    """Runs a command in this process. Returns the parameters it ends with."""
+    assert main([*arguments(method), "--steps", str(steps), "--learning-rate", "1e-4", "--out", out, *options]) == 0
+    return load_file(f"{out}/model/model.safetensors")
+
+
+def metrics(out: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()][1:]
+
+
+def assert_sampler_agrees(out: str) -> None:
+    """Law 4."""
+    gaps = [line["sampler_gap_max"] for line in metrics(out)]
+    assert len(gaps) == STEPS
+    assert max(gaps) < 1e-4
+
+
+def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+@pytest.fixture(scope="module")
+def ppo_here(inputs: Path, cluster_address: str) -> dict[str, Tensor]:
+    """What one process without workers gives, and that it has moved the parameters."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(inputs)
+        trained = train("ppo-here", "ppo", *TRAINER_LOGP)
+        assert_sampler_agrees("ppo-here")
+        assert difference(trained, load_file("base/model.safetensors")) > 1e-4
+        return trained
+
+
+@pytest.mark.parametrize(
+    ("name", "placement"),
+    [
+        ("one", ["--placement.actor", "1"]),
+        ("split", ["--placement.actor", "1", "--placement.critic", "1", "--placement.engine", "2"]),
+    ],
+)
+def test_ppo_is_the_same_bit_for_bit(ppo_here, name, placement):
+    out = f"ppo-{name}"
+    assert_equal(train(out, "ppo", *TRAINER_LOGP, *placement), ppo_here)
+    assert_sampler_agrees(out)
+
+
+def test_ppo_in_two_workers(ppo_here):
+    """On gathered weights, each samples its share."""
+    trained = train("ppo-two", "ppo", *TRAINER_LOGP, "--placement.actor", "2")
+    assert 0 < difference(trained, ppo_here) < 1e-6
+    assert_sampler_agrees("ppo-two")
+
+
+def test_one_engine_apart_trained_on_its_own_log_probs(inputs):
+    """Bit for bit, too, where the ratios come from the sampler: it decodes the same samples together."""
+    here = train("own-here", "ppo")
+    apart = train("own-apart", "ppo", "--placement.actor", "1", "--placement.engine", "1", "--placement.reference", "1")
+    assert_equal(apart, here)
+    assert "sync_gb_per_second" in metrics("own-apart")[-1]
+
+
+def test_grpo_with_scorers_in_groups_of_their_own(inputs):
+    rm = ["--reward-model", "judge/model", "--kl-coef", "0.1", *TRAINER_LOGP]
+    train("judge", "rm", steps=2)
+    here = train("grpo-here", "grpo", *rm)
+    apart = train(
+        "grpo-apart", "grpo", *rm, "--placement.actor", "1", "--placement.reference", "1", "--placement.reward", "2"
+    )
+    # Two workers hold the reward model in slices, but what they gather is the whole of it.
+    assert difference(apart, here) < 1e-6
+    assert_sampler_agrees("grpo-apart")
+    kl = [line["kl"] for line in metrics("grpo-apart")]
+    assert abs(kl[-1]) > 1e-5
+    assert kl == pytest.approx([line["kl"] for line in metrics("grpo-here")], abs=1e-6)
+
+
+def test_a_run_goes_on_in_other_processes(ppo_here):
+    """Stopped after 2 steps in this process; the third is made by two workers and an engine apart."""
+    every = ["--save-every", "1", *TRAINER_LOGP]
+    # The learning rate falls over all steps, so that the first two must know of the third.
+    constant = ["--lr-schedule", "constant"]
+    unbroken = train("unbroken", "ppo", *every, *constant)
+    train("moved", "ppo", *every, *constant, steps=2)
+    placement = ["--placement.actor", "2", "--placement.engine", "1", "--cluster.deadline", "100"]
+    moved = train("moved", "ppo", *every, *constant, "--resume", *placement)
+    assert difference(moved, unbroken) < 1e-6
+    assert [line["step"] for line in metrics("moved")] == [1, 2, 3]
