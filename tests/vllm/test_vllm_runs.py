@@ -86,7 +86,7 @@ def test_ppo_on_two_workers_shared_devices():
 
 
 def kill_engine_at(patch: pytest.MonkeyPatch, calls: set[int]) -> list[int]:
-    """Has the engine's process killed just before these calls to it (1 is the first). Returns the pids, filled later."""
+    """Has the engine's process killed just before these calls to it (1 is the first). Returns the pids as they come."""
     killed: list[int] = []
     generate = BalancedEngine.generate
     count = 0
