@@ -111,11 +111,6 @@ def descendants(pid: int) -> set[int]:
     return found
 
 
-def workers() -> list[int]:
-    """Worker processes of any run."""
-    return [pid for pid in running() if command(pid).startswith("ray::WorkerProcess")]
-
-
 def command(pid: int) -> str:
     """A process's command line, or the title that it has given itself; empty where it is gone."""
     try:

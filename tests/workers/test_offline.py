@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,30 @@ def test_torchrun_equals_one_process(folder):
     # Rank 0 alone writes and talks.
     assert [line["step"] for line in metrics("sft-torchrun")] == [1, 2, 3]
     assert (ended.stdout + ended.stderr).count("SFT 3/3") == 1
+
+
+def test_a_run_goes_on_under_torchrun(folder):
+    options = ["--save-every", "1", "--lr-schedule", "constant"]
+    unbroken = train("sft-unbroken", "sft", *options)
+    train("sft-moved", "sft", *options, steps=2)
+    argv = [*arguments("sft"), "--steps", "3", "--learning-rate", "1e-4", *options, "--out", "sft-moved", "--resume"]
+    ended = torchrun(folder, *argv)
+    assert ended.returncode == 0, ended.stderr
+    assert 0 < difference(load_file("sft-moved/model/model.safetensors"), unbroken) < 1e-6
+    assert [line["step"] for line in metrics("sft-moved")] == [1, 2, 3]
+
+
+def test_a_mistake_that_only_the_ranks_see(folder):
+    """Rank 0 reads the tokenizer first; the weights are read by every rank as its trainer is built."""
+    shutil.copytree(folder / "base", folder / "damaged")
+    (folder / "damaged" / "model.safetensors").write_bytes(b"not at all")
+    argv = [*arguments("sft"), "--steps", "1", "--model", "damaged", "--out", "damaged-run"]
+    ended = torchrun(folder, *argv)
+    assert ended.returncode != 0
+    errors = [line for line in ended.stderr.splitlines() if line.startswith("tandem: error: ")]
+    assert len(errors) == 1, ended.stderr
+    assert "damaged" in errors[0]
+    assert not (folder / "damaged-run").exists()
 
 
 def test_an_error_of_rank_0_ends_all_of_torchrun(folder):
