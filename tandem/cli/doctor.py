@@ -20,6 +20,7 @@ from tandem.cli.placing import Homes, Sampler
 from tandem.cli.sections import ClusterSection, EngineSection, ModelSection, PlacementSection, SamplingSection
 from tandem.config import PREFIXED, load_config
 from tandem.errors import UserError
+from tandem.models.forward import quiet_transformers
 from tandem.models.loading import load_tokenizer
 from tandem.seeds import derive_seed
 from tandem.sync.bounds import LOGP_BOUNDS
@@ -61,13 +62,9 @@ class DoctorConfig:
 class Report:
     """Lines of what was found, printed as they come, and how long each took."""
 
-    def __init__(self) -> None:
-        self.rows: list[tuple[str, str, str]] = []
-
     def add(self, what: str, found: str, seconds: float | None = None) -> None:
         """Prints a line."""
         took = "" if seconds is None else f"{seconds:.3f} s"
-        self.rows.append((what, found, took))
         print(f"  {what:<22}  {found}{'  (' + took + ')' if took else ''}", flush=True)
 
     def timed(self, what: str, work: Callable[[], Any], describe: Callable[[Any], str] = str) -> Any:
@@ -78,7 +75,7 @@ class Report:
         return result
 
 
-def check(config: DoctorConfig) -> Report:
+def check(config: DoctorConfig) -> None:
     """Runs every check. Raises UserError at the first that fails, saying what it means."""
     report = Report()
     describe_machine(report)
@@ -108,7 +105,6 @@ def check(config: DoctorConfig) -> Report:
         )
         homes.place("weights", weight_source, beside="actor")
         _Examination(report, homes, sampler, len(tokenizer), config).run()
-    return report
 
 
 class _Examination:
@@ -118,6 +114,7 @@ class _Examination:
         self.report, self.sampler, self.vocabulary = report, sampler, vocabulary
         self.actor, self.source = homes.end("actor"), homes.end("weights", beside="actor")
         self.dtype = config.model.dtype
+        self.rounds = config.engine.kind == "vllm"
         params = SamplingParams(max_new_tokens=config.sampling.max_new_tokens)
         self.requests = [
             Request(
@@ -140,15 +137,14 @@ class _Examination:
         after = self._sample("sampling again")
         self._agree(after)
         same = sum(a.token_ids == b.token_ids for a, b in zip(before, after, strict=True))
-        # vLLM's rounding depends on what else is in the batch, and a draw may tip over with it.
-        if same < 0.9 * len(before):
+        # vLLM's rounding depends on what else is in the batch, and a draw may tip over with it. The live engine's not.
+        if same < (0.9 if self.rounds else 1) * len(before):
             raise UserError(f"doctor: with the weights restored {len(before) - same} of {len(before)} samples differ "
                             "from before; the engine did not get back what it had")  # fmt: skip
         self.report.add("as before", f"{same} of {len(before)} samples are the same, token for token")
 
     def _push(self, what: str) -> None:
-        metrics = self.report.timed(what, lambda: self.sampler.push(0), _describe_push)
-        del metrics
+        self.report.timed(what, lambda: self.sampler.push(0), _describe_push)
 
     def _sample(self, what: str) -> list[Completion]:
         def describe(samples: list[Completion]) -> str:
@@ -232,14 +228,15 @@ def _describe_push(metrics: dict[str, float]) -> str:
 def _tiny_model(folder: Path) -> str:
     from tandem.tasks.tiny import build_model, build_tokenizer
 
-    build_tokenizer().save_pretrained(folder)
-    build_model(0).save_pretrained(folder)
+    with quiet_transformers():
+        build_tokenizer().save_pretrained(folder)
+        build_model(0).save_pretrained(folder)
     return str(folder)
 
 
 def run(argv: list[str]) -> int:
     """The command."""
     print("tandem doctor", flush=True)
-    report = check(load_config(DoctorConfig, argv, prog="tandem doctor"))
-    print(f"all {len(report.rows)} checks passed", flush=True)
+    check(load_config(DoctorConfig, argv, prog="tandem doctor"))
+    print("all checks passed", flush=True)
     return 0

@@ -53,7 +53,7 @@ class LiveEngine:
         self.max_length = max_length
         self.prefill_tokens = prefill_tokens
         self.version = version
-        with _evaluating(module):
+        with evaluating(module):
             self.padded_because = why_not_slots(module)
         if self.padded_because:
             log.warning(
@@ -79,7 +79,7 @@ class LiveEngine:
             params = [requests[s.request].sampling for s in samples]
             seeds = [seed for request in requests for seed in request.seeds]
             sampler = Sampler(params, seeds, self.module.get_input_embeddings().weight.device)
-            with _evaluating(self.module):
+            with evaluating(self.module):
                 if self.padded_because:
                     sample_padded(self.module, samples, sampler, finish, batch_size=self.max_slots)
                 else:
@@ -130,7 +130,7 @@ def _eos_ids(module: Any, tokenizer: Any) -> list[int]:
 
 
 @contextmanager
-def _evaluating(module: Any) -> Iterator[None]:
+def evaluating(module: Any) -> Iterator[None]:
     """Without dropout or gradient; what was in training mode is put back into it."""
     training = [m for m in module.modules() if m.training]
     for m in training:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
+from tandem.engines.live import evaluating
 from tandem.errors import UserError
 from tandem.parallel.sharding import forget_gathered
 
@@ -100,20 +100,6 @@ def require_same(given: Mapping[str, Tensor], expected: Shapes, source: str) -> 
             )
         if not tensor.is_floating_point():
             raise UserError(f"update: {name} is {tensor.dtype}, a quantized weight; give the model dequantized")
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Without dropout or gradient; what was in training mode is put back into it."""
-    training = [m for m in module.modules() if m.training]
-    for m in training:
-        m.training = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for m in training:
-            m.training = True
 
 
 def _inside(module: Any) -> Any:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from tandem.errors import UserError
+from tandem.parallel.world import gather_objects
 
 
 class Ranks:
@@ -32,11 +33,7 @@ class Ranks:
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's ``value``, on every rank."""
-        if self.size == 1:
-            return [value]
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.group)
-        return values
+        return gather_objects(value, self.group) if self.group is not None else [value]
 
     def agree(self, error: UserError | None) -> None:
         """Raises the first rank's error on every rank, so that none waits for one that has given up."""

@@ -42,11 +42,14 @@ class World:
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's ``value``, on every rank."""
-        if self.size == 1:
-            return [value]
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.group)
-        return values
+        return gather_objects(value, self.group) if self.size > 1 else [value]
+
+
+def gather_objects(value: Any, group: dist.ProcessGroup) -> list[Any]:
+    """Every rank's ``value`` (anything that pickles), on every rank of the group."""
+    values: list[Any] = [None] * group.size()
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, Protocol
 
@@ -31,9 +31,6 @@ class Link:
     size: int
     plan: Plan
     timeout_s: float = 300.0
-
-    def of_rank(self, rank: int) -> Link:
-        return replace(self, rank=rank)
 
     @property
     def timeout(self) -> timedelta:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import cached_property
@@ -105,11 +105,6 @@ def used(bucket: Bucket, buffer: Tensor) -> Tensor:
     return buffer[: sum(spec.room for spec in bucket)]
 
 
-def sample_names(plan: Plan, push: int, share: int) -> list[str]:
-    """Every ``share``-th tensor, another set each push, so that ``share`` pushes see every one."""
-    return [spec.name for i, spec in enumerate(plan.tensors) if i % share == push % share]
-
-
 def _by_layer(tensors: Seq[TensorSpec]) -> list[list[TensorSpec]]:
     """Neighbours that belong to the same numbered layer together, the others alone."""
     groups: list[list[TensorSpec]] = []
@@ -123,8 +118,3 @@ def _by_layer(tensors: Seq[TensorSpec]) -> list[list[TensorSpec]]:
             groups.append([spec])
         last = layer
     return groups
-
-
-def require_equal(expected: Mapping[str, object], found: Mapping[str, object]) -> str:
-    """The first name whose values differ, or an empty string."""
-    return next((name for name, value in expected.items() if name in found and found[name] != value), "")

@@ -25,10 +25,9 @@ class WorkerDied(UserError):
 class WorkerGroup:
     """``size`` processes, one a GPU (or CPU), that are called together and get the same arguments.
 
-    ``joined`` makes them one world for collectives. ``on_gpus_of`` puts them
-    where other processes are, on their GPUs, reserving none.
-    ``concurrency`` calls may run in one process at the same time. A call that takes longer than ``deadline_s`` ends
-    with an error that says who has not answered.
+    ``joined`` makes them one world for collectives. ``on_gpus_of`` puts them where other processes are, on their GPUs,
+    reserving none. ``concurrency`` calls may run in one process at the same time. A call that takes longer than
+    ``deadline_s`` ends with an error that says who has not answered.
     """
 
     def __init__(

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from tandem.errors import UserError
-from tandem.parallel.world import World, join
+from tandem.parallel.world import World, gather_objects, join
 from tandem.workers.homes import RoleEnd
 from tandem.workers.process import Build, Failure, Site, Where, here, raise_failure, to_cpu
 from tandem.workers.remote import RemoteTrainer
@@ -119,9 +119,7 @@ class Ranks:
         return pickle.loads(box[0])
 
     def _report(self, result: Any) -> list[Failure | None]:
-        failures: list[Failure | None] = [None] * self.site.world.size
-        dist.all_gather_object(failures, result if isinstance(result, Failure) else None, group=self.control)
-        return failures
+        return gather_objects(result if isinstance(result, Failure) else None, self.control)
 
     def _do(self, call: _Call) -> Any:
         try:

@@ -59,7 +59,8 @@ def assert_close(one: Any, two: Any, tolerance: float = 1e-6) -> None:
     metrics, score, evaluation, state = one
     for a, b in zip([*metrics, evaluation], [*two[0], two[2]], strict=True):
         assert a == pytest.approx(b, abs=tolerance, rel=1e-5)
-    assert (score - two[1]).abs().max() < 20 * tolerance
+    # A log-prob sums over all weights' differences, each below the tolerance.
+    assert (score - two[1]).abs().max() < 5 * tolerance
     assert state["model"].keys() == two[3]["model"].keys()
     for name, value in state["model"].items():
         if "query_key_value.bias" in name:
@@ -156,13 +157,9 @@ def _train_into_nan(world: World) -> bool:
 
 
 def test_scorers_are_sharded_too():
-    def plain(world: World) -> torch.Tensor:
-        return _score(world)
-
     expected = _score(World())
     for found in run_ranks(_score, 2):
         assert (found - expected).abs().max() < 1e-5
-    assert (plain(World()) - expected).abs().max() == 0
 
 
 def _score(world: World) -> torch.Tensor:
