@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Con
 _SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4,
                  "num_key_value_heads": 2, "vocab_size": 512, "tie_word_embeddings": True},
+    "0.75m": {"hidden_size": 128, "intermediate_size": 464, "num_hidden_layers": 3, "num_attention_heads": 4,
+                 "num_key_value_heads": 2, "vocab_size": 512, "tie_word_embeddings": True},
     "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
                  "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True},
     "1.5b": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
@@ -22,37 +24,74 @@ _SHAPES: dict[str, dict[str, Any]] = {
 SIZES = tuple(_SHAPES)
 
 
-def config_of(size: str) -> Qwen2Config:
-    """Qwen2.5's configuration of that size, with this module's special tokens."""
+def config_of(size: str, *, eos: int | None = 0, layers: int | None = None) -> Qwen2Config:
+    """Qwen2.5's configuration of that size, with this module's special tokens; or without an end, or fewer layers."""
+    shape = _SHAPES[size] | ({} if layers is None else {"num_hidden_layers": layers})
     return Qwen2Config(
-        **_SHAPES[size], max_position_embeddings=4096, rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        bos_token_id=None, eos_token_id=0, pad_token_id=0,
+        **shape, max_position_embeddings=4096, rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        bos_token_id=None, eos_token_id=eos, pad_token_id=0,
     )  # fmt: skip
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """<eos> and one token a byte."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<eos>": 0} | {character: i + 1 for i, character in enumerate(alphabet)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+def byte_tokenizer(vocabulary: int = 0, *, eos: bool = True) -> PreTrainedTokenizerFast:
+    """<eos> and one token a byte, and filled up to ``vocabulary``, so that every id that a model draws has a text.
+
+    Without ``eos`` token 0 is like any other. Text then costs what it costs with a real vocabulary.
+    """
+    words = ["<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    words += [f"w{i}" for i in range(len(words), vocabulary)]
+    tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
+    special = {"eos_token": "<eos>", "pad_token": "<eos>"} if eos else {}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
-def write_folder(size: str, folder: Path, *, weights: bool = True, device: str = "cpu") -> str:
-    """A Hugging Face folder. Without ``weights`` it has only config and tokenizer."""
-    byte_tokenizer().save_pretrained(folder)
+def write_folder(
+    size: str,
+    folder: Path,
+    *,
+    weights: bool = True,
+    device: str = "cpu",
+    full_tokenizer: bool = False,
+    eos: int | None = 0,
+    dtype: torch.dtype = torch.bfloat16,
+) -> str:
+    """A Hugging Face folder. Without ``weights`` it has only config and tokenizer (of bytes, or of the whole size)."""
+    config = config_of(size, eos=eos)
+    byte_tokenizer(config.vocab_size if full_tokenizer else 0, eos=eos is not None).save_pretrained(folder)
     if weights:
-        random_model(size, device).to(torch.bfloat16).save_pretrained(folder)
+        random_model(size, device, eos=eos, dtype=dtype).save_pretrained(folder)
     else:
-        config_of(size).save_pretrained(folder)
+        config.save_pretrained(folder)
     return str(folder)
 
 
-def random_model(size: str, device: str = "cpu") -> Any:
-    """Random weights in float32, the same on every process."""
+def random_model(
+    size: str,
+    device: str = "cpu",
+    *,
+    eos: int | None = 0,
+    layers: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Any:
+    """Random weights, drawn in float32 and cast to ``dtype``, the same on every process with such a device."""
     torch.manual_seed(0)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config_of(size), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config_of(size, eos=eos, layers=layers), dtype=torch.float32)
+    for parameter in model.parameters():
+        # Not model.to(): rotary frequencies do not survive bfloat16.
+        parameter.data = parameter.data.to(dtype)
     return model.eval()
+
+
+def head_size(config: Any) -> int:
+    """Width of an attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def multiplied_parameters(size: str) -> int:
+    """Parameters that every token is multiplied with: all, a tied head once, less an untied input embedding."""
+    config, model = config_of(size), random_model(size, "meta")
+    total = sum(p.numel() for p in model.parameters())
+    return total - (0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size)

@@ -120,6 +120,11 @@ class Algorithm:
         """Whether ``batch.reference_logp_T`` must be filled."""
         return False
 
+    @property
+    def needs_old_logp(self) -> bool:
+        """Whether ``estimate`` reads ``batch.proximal_logp_T``, not ``loss`` alone."""
+        return self.needs_reference
+
     def initial_state(self) -> dict[str, float]:
         return {}
 

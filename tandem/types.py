@@ -174,6 +174,9 @@ class Batch:
     """Segments that must stay together: 2 for preference pairs (chosen, rejected), else 1."""
     kl_coef: float = 0.0
     """Coefficient of the KL term for this step (adaptive controllers change it)."""
+    on_policy: bool = False
+    """Ratios are taken against the log-probs of the very forward that is trained on, which the trainer puts into
+    ``old_logp_T``: they are 1, and only their gradient is not 0."""
     behaviour_logp_T: Tensor | None = None
     """Untruncated, at the sampling temperature, from the weights that sampled."""
     old_logp_T: Tensor | None = None
@@ -186,6 +189,8 @@ class Batch:
     margin_S: Tensor | None = None
     index_S: Tensor | None = None
     """int64: which rollout or row a segment came from, for messages that name it."""
+    trainable_N: Tensor | None = None
+    """int64: where ``trainable_T`` is true. Stamped by ``to``, so that no device has to be asked and waited for."""
 
     @property
     def tokens(self) -> int:
@@ -206,17 +211,19 @@ class Batch:
     @property
     def segment_T(self) -> Tensor:
         """int64 [T]: the segment each token belongs to."""
-        lengths = self.bounds.diff().to(self.token_ids_T.device)
-        return torch.repeat_interleave(torch.arange(self.segments, device=lengths.device), lengths)
+        segment_T = torch.repeat_interleave(torch.arange(self.segments), self.bounds.diff())
+        return send(segment_T, self.token_ids_T.device)
 
     @property
     def last_S(self) -> Tensor:
         """int64 [S]: index of each segment's last token."""
-        return (self.bounds[1:] - 1).to(self.token_ids_T.device)
+        return send(self.bounds[1:] - 1, self.token_ids_T.device)
 
     @property
     def proximal_logp_T(self) -> Tensor:
         """Log-probs that the policy ratio is taken against: the trainer's own where computed, else the sampler's."""
+        if self.on_policy and self.old_logp_T is None:
+            raise ValueError("an on_policy batch has old log-probs in the loss only, not before the trainer's forward")
         logp_T = self.old_logp_T if self.old_logp_T is not None else self.behaviour_logp_T
         if logp_T is None:
             raise ValueError("the batch has neither old_logp_T nor behaviour_logp_T")
@@ -236,13 +243,14 @@ class Batch:
         """The batch of these units, in this order."""
         token_index, segment_index = self.tokens_of(units), self.segments_of(units)
         lengths = self.bounds.diff()[segment_index]
-        changes: dict[str, Any] = {"bounds": torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])}
+        bounds = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+        changes: dict[str, Any] = {"bounds": bounds, "trainable_N": None}
         for f in fields(self):
             value = getattr(self, f.name)
             if isinstance(value, Tensor) and f.name.endswith("_T"):
-                changes[f.name] = value[token_index.to(value.device)]
+                changes[f.name] = value[send(token_index, value.device)]
             elif isinstance(value, Tensor) and f.name.endswith("_S"):
-                changes[f.name] = value[segment_index.to(value.device)]
+                changes[f.name] = value[send(segment_index, value.device)]
         return replace(self, **changes)
 
     def split(self, token_budget: int) -> Iterator[Batch]:
@@ -253,13 +261,22 @@ class Batch:
             yield self if len(units) == self.units else self.select(units)
 
     def to(self, device: torch.device | str) -> Batch:
-        """Moves every tensor but ``bounds``."""
-        moved = {
-            f.name: getattr(self, f.name).to(device, non_blocking=True)
+        """Moves every tensor but ``bounds``, to a GPU without waiting for it."""
+        moved: dict[str, Any] = {
+            f.name: send(getattr(self, f.name), device)
             for f in fields(self)
             if f.name != "bounds" and isinstance(getattr(self, f.name), Tensor)
         }
+        if self.trainable_T.device.type == "cpu":
+            moved["trainable_N"] = send(self.trainable_T.nonzero().squeeze(-1), device)
         return replace(self, **moved)
+
+
+def send(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """``tensor`` on the device. What goes from the CPU to a GPU is queued there, and nobody waits for it."""
+    if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def cut(sizes: list[int], budget: int) -> list[list[int]]:
@@ -291,7 +308,10 @@ class Outputs:
 
 @dataclass(kw_only=True)
 class TokenLoss:
-    """Unreduced loss, and metrics to be averaged over the tokens whose weight is not zero. All [T]."""
+    """Unreduced loss, and metrics to be averaged over the tokens whose weight is not zero. All [T].
+
+    Of a metric whose name ends in ``_max``, the largest value is taken instead.
+    """
 
     loss_T: Tensor
     metrics_T: dict[str, Tensor] = field(default_factory=dict)

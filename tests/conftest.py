@@ -6,6 +6,9 @@ import os
 
 # Before torch is imported: the tensors are tiny, and threads that wait for each other are slow where cores are shared.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if not os.path.exists("/dev/nvidia0"):
+    # Before kernels are defined: without a GPU, Triton runs them on CPU tensors, step by step in Python.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from collections.abc import Callable
 from typing import Any

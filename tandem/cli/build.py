@@ -71,7 +71,14 @@ def _trainer(
         activation_checkpointing=section.activation_checkpointing,
     )
     return LocalTrainer(
-        model, loss, optim, token_budget=section.token_budget, world=site.world, memory=memory, **options
+        model,
+        loss,
+        optim,
+        token_budget=section.token_budget,
+        world=site.world,
+        memory=memory,
+        compile=section.compile,
+        **options,
     )
 
 
@@ -92,6 +99,7 @@ def _scorer(site: Site, model: LoadedModel, section: ModelSection, temperature: 
         temperature=temperature,
         world=site.world,
         offload=section.offload_frozen,
+        compile=section.compile,
     )
 
 

@@ -75,6 +75,8 @@ class ModelSection:
     """Keep the reference and reward models on the CPU between uses."""
     activation_checkpointing: bool = False
     """Keep only each layer's input for the backward and compute the rest again."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Run layers as compiled graphs in training and scoring: faster, after a minute of compiling. auto: on a GPU."""
 
     def __post_init__(self) -> None:
         expect(self, "a folder or a name on the hub", bool, "model")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
@@ -12,38 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tandem.engines.forwards import OwnForward
 from tandem.engines.sampler import Sampler
 from tandem.engines.samples import Sample
 from tandem.engines.slots import DecodeLayout, PrefillLayout, SlotCache
-from tandem.models.attention import NO_MASK, Layout
-
-
-class LayoutForward:
-    """The module's own forward on a layout, returning logits."""
-
-    def __init__(self, module: Any) -> None:
-        self.module = module
-        self.device = module.get_input_embeddings().weight.device
-        self.keeps = "logits_to_keep" in inspect.signature(module.forward).parameters
-
-    def __call__(self, token_BQ: Tensor, position_BQ: Tensor, layout: Layout, keep: Tensor | None = None) -> Tensor:
-        """Logits [B, Q, V], of the positions ``keep`` only if given."""
-        arguments: dict[str, Any] = {"logits_to_keep": keep} if self.keeps and keep is not None else {}
-        logits = self.module(
-            input_ids=token_BQ,
-            position_ids=position_BQ,
-            attention_mask=NO_MASK,
-            use_cache=False,
-            layout=layout,
-            **arguments,
-        ).logits
-        return logits if keep is None or self.keeps else logits[:, keep]
 
 
 class Prefilled:
     """Prompts that have been through the model: keys and values for their samples' slots, and the last logits."""
 
-    def __init__(self, model: LayoutForward, prompts: Seq[tuple[int, ...]]) -> None:
+    def __init__(self, model: OwnForward, prompts: Seq[tuple[int, ...]]) -> None:
         self.device = model.device
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         self.bounds = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
@@ -77,7 +54,7 @@ class Batching:
         max_slots: int,
         prefill_tokens: int,
     ) -> None:
-        self.model = LayoutForward(module)
+        self.model = OwnForward(module)
         self.sampler = sampler
         self.finish = finish
         self.prefill_tokens = prefill_tokens

@@ -6,33 +6,42 @@ import logging
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from tandem.engines.batching import Batching
+from tandem.engines.captured import CapturedSampling
+from tandem.engines.forwards import Unlike
 from tandem.engines.padded import sample_padded
-from tandem.engines.probe import why_not_slots
+from tandem.engines.probe import why_not_layouts, why_not_slots
 from tandem.engines.sampler import Sampler
 from tandem.engines.samples import Sample, StopRule, check_request
 from tandem.errors import UserError
+from tandem.kernels.available import has_triton
 from tandem.types import Completion, Request, SamplingParams
 
 log = logging.getLogger("tandem")
+Way = Literal["auto", "captured", "slots", "padded"]
 OnFinish = Callable[[int, int, Completion], None]
 
 
 class LiveEngine:
-    """Samples from ``module``, a transformers causal LM, in place, with continuous batching over a slot cache.
+    """Samples from ``module``, a transformers causal LM, in place, with continuous batching.
 
     - ``max_slots``: sequences that decode at once; the others wait, and one enters as soon as one ends.
     - ``max_length``: most tokens of a prompt and its completion; None leaves the model's own limit.
     - ``prefill_tokens``: most prompt tokens in one forward (a longer prompt goes alone). A prompt goes through the
       model once, whatever the number of its samples.
+    - ``way``: how it decodes. ``captured``: captured graphs over a paged cache; ``slots``: step by step over a cache
+      of slots; ``padded``: padded batches through the module's own ``generate``. ``auto`` takes the first that the
+      device has (``captured`` needs a GPU) and that computes what the module computes, and the log says why not
+      another; asking for one that does not raises UserError. All draw the same, up to rounding.
+    - ``cache_tokens``: most tokens in the paged cache; None plans it from the memory that is free. Samples that do not
+      fit wait, or begin again from their own tokens.
     - ``version``: optimizer steps that the weights have seen, for ``Completion.version_min`` and ``version_max``.
 
-    The cache is given back at the end of each call. A model whose attention cannot be replaced is sampled in padded
-    batches through its own ``generate``: same draws, no continuous batching; ``padded_because`` then says why.
+    A large cache is given back at the end of each call, a small one is kept, with the graphs.
     """
 
     def __init__(
@@ -43,6 +52,8 @@ class LiveEngine:
         max_slots: int = 256,
         max_length: int | None = None,
         prefill_tokens: int = 8192,
+        way: Way = "auto",
+        cache_tokens: int | None = None,
         version: Callable[[], int] = lambda: 0,
     ) -> None:
         if max_slots < 1 or prefill_tokens < 1:
@@ -53,12 +64,42 @@ class LiveEngine:
         self.max_length = max_length
         self.prefill_tokens = prefill_tokens
         self.version = version
+        self.captured: CapturedSampling | None = None
         with evaluating(module):
-            self.padded_because = why_not_slots(module)
-        if self.padded_because:
-            log.warning(
-                "%s: %s, so it is sampled in padded batches (slower)", type(module).__name__, self.padded_because
-            )
+            self.way, reasons = self._choose(way, cache_tokens)
+        for reason in reasons:
+            log.warning("%s: %s", type(module).__name__, reason)
+
+    def _choose(self, way: Way, cache_tokens: int | None) -> tuple[Way, list[str]]:
+        """The way to decode, and why a faster one was passed over."""
+        reasons: list[str] = []
+        on_gpu = self.device.type == "cuda"
+        if way == "captured" or (way == "auto" and on_gpu):
+            try:
+                if reason := why_not_layouts(self.module) or (
+                    "" if has_triton() or not on_gpu else "Triton is missing"
+                ):
+                    raise Unlike(reason)
+                self.captured = CapturedSampling(self.module, positions=self._limit()[0], cache_tokens=cache_tokens)
+            except Unlike as error:
+                if way == "captured":
+                    raise UserError(f"way captured: {error}") from error
+                reasons.append(f"{error}, so its steps are not captured (slower)")
+            else:
+                return "captured", reasons
+        if way == "padded":
+            return "padded", reasons
+        if reason := why_not_slots(self.module):
+            if way == "slots":
+                raise UserError(f"way slots: {reason}")
+            return "padded", [f"{reason}, so it is sampled in padded batches (slower)"]
+        return "slots", reasons
+
+    @property
+    def device(self) -> torch.device:
+        """Where it samples."""
+        device: torch.device = self.module.get_input_embeddings().weight.device
+        return device
 
     def generate(self, requests: Seq[Request], on_finish: OnFinish | None = None) -> list[list[Completion]]:
         """One list a request, one completion a seed, in the order asked for.
@@ -78,26 +119,35 @@ class LiveEngine:
         if samples:
             params = [requests[s.request].sampling for s in samples]
             seeds = [seed for request in requests for seed in request.seeds]
-            sampler = Sampler(params, seeds, self.module.get_input_embeddings().weight.device)
             with evaluating(self.module):
-                if self.padded_because:
-                    sample_padded(self.module, samples, sampler, finish, batch_size=self.max_slots)
-                else:
-                    Batching(
-                        self.module,
-                        samples,
-                        sampler,
-                        finish,
-                        max_slots=self.max_slots,
-                        prefill_tokens=self.prefill_tokens,
-                    ).run()
+                self._sample(samples, params, seeds, finish)
         return [[done[i] for i in range(len(done))] for done in results]
+
+    def _sample(
+        self, samples: list[Sample], params: list[SamplingParams], seeds: list[int], finish: Callable[[Sample], None]
+    ) -> None:
+        if self.captured is not None:
+            self.captured.run(
+                samples, params, seeds, finish, max_slots=self.max_slots, prefill_tokens=self.prefill_tokens
+            )
+            return
+        sampler = Sampler(params, seeds, self.device)
+        if self.way == "padded":
+            sample_padded(self.module, samples, sampler, finish, batch_size=self.max_slots)
+            return
+        Batching(
+            self.module, samples, sampler, finish, max_slots=self.max_slots, prefill_tokens=self.prefill_tokens
+        ).run()
+
+    def _limit(self) -> tuple[int | None, str]:
+        """Most tokens of a sequence, and who says so."""
+        positions = getattr(self.module.config.get_text_config(), "max_position_embeddings", None)
+        limits = [(positions, "the model's max_position_embeddings"), (self.max_length, "the engine's max_length")]
+        return min(((n, name) for n, name in limits if n), default=(None, ""))
 
     def _samples(self, requests: Seq[Request]) -> list[Sample]:
         vocabulary = self.module.get_input_embeddings().weight.shape[0]
-        positions = getattr(self.module.config.get_text_config(), "max_position_embeddings", None)
-        limits = [(positions, "the model's max_position_embeddings"), (self.max_length, "the engine's max_length")]
-        limit, limit_name = min(((n, name) for n, name in limits if n), default=(None, ""))
+        limit, limit_name = self._limit()
         rules: dict[SamplingParams, StopRule] = {}
         eos_ids = _eos_ids(self.module, self.tokenizer)
         version = self.version()

@@ -2,16 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tandem.kernels.available import on_triton
 from tandem.types import SamplingParams
 
 BLOCK = 128
 """Probabilities are summed in blocks of so many, and only the block that is hit is looked into."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What any of a call's samples asks of the draws. Work that none asks for is not done."""
+
+    scaled: bool
+    greedy: bool
+    max_top_k: int
+    top_p: bool
+    min_p: bool
+
+    @classmethod
+    def of(cls, params: Iterable[SamplingParams]) -> Wanted:
+        """What these ask for together."""
+        distinct = set(params)
+        return cls(
+            scaled=any(p.temperature not in (0, 1) for p in distinct),
+            greedy=any(p.temperature == 0 for p in distinct),
+            max_top_k=max((p.top_k for p in distinct), default=0),
+            top_p=any(p.top_p < 1 for p in distinct),
+            min_p=any(p.min_p > 0 for p in distinct),
+        )
+
+    @property
+    def truncates(self) -> bool:
+        """Whether behaviour and untruncated log-probs may differ."""
+        return bool(self.max_top_k or self.top_p or self.min_p)
+
+
+def seed_column(seeds: Seq[int]) -> Tensor:
+    """int64 [N] of the seeds' 64 bits."""
+    return torch.tensor([(seed + (1 << 63)) % (1 << 64) - (1 << 63) for seed in seeds], dtype=torch.int64)
+
+
+def param_columns(params: Seq[SamplingParams]) -> Tensor:
+    """float64 [5, N]: temperature (1 where greedy), whether greedy, top_k, top_p, min_p."""
+    table = [[p.temperature or 1.0, float(p.temperature == 0), p.top_k, p.top_p, p.min_p] for p in params]
+    return torch.tensor(table, dtype=torch.float64).view(len(table), 5).T.contiguous()
 
 
 class Sampler:
@@ -21,66 +63,64 @@ class Sampler:
     """
 
     def __init__(self, params: Seq[SamplingParams], seeds: Seq[int], device: torch.device) -> None:
-        signed = [(seed + (1 << 63)) % (1 << 64) - (1 << 63) for seed in seeds]
-        self.seed_N = torch.tensor(signed, dtype=torch.int64).to(device)
-        table = [[p.temperature or 1.0, float(p.temperature == 0), p.top_k, p.top_p, p.min_p] for p in params]
-        columns = torch.tensor(table, dtype=torch.float64).T.contiguous().to(device)
-        self.temperature_N, self.greedy_N, self.top_k_N, self.top_p_N, self.min_p_N = columns
-        # Work that no sample asks for is not done.
-        distinct = set(params)
-        self.scaled = any(p.temperature not in (0, 1) for p in distinct)
-        self.greedy = any(p.temperature == 0 for p in distinct)
-        self.max_top_k = max((p.top_k for p in distinct), default=0)
-        self.top_p = any(p.top_p < 1 for p in distinct)
-        self.min_p = any(p.min_p > 0 for p in distinct)
+        self.seed_N = seed_column(seeds).to(device)
+        self.params_5N = param_columns(params).to(device)
+        self.wanted = Wanted.of(params)
 
     def draw(self, logits_BV: Tensor, sample_B: Tensor, drawn_B: Tensor) -> Tensor:
-        """The next token of samples ``sample_B`` (int64), of which each has drawn ``drawn_B`` tokens so far.
+        """``draw`` for samples ``sample_B`` (int64), of which each has drawn ``drawn_B`` tokens so far."""
+        return draw(logits_BV, self.seed_N[sample_B], self.params_5N[:, sample_B], drawn_B, self.wanted)
 
-        Returns float64 [3, B], one tensor so that the host asks the device once: token, behaviour log-prob,
-        untruncated log-prob (in nats; NaN where the logits are not finite).
-        """
-        logits_BV = logits_BV.float()
-        if self.scaled:
-            logits_BV = logits_BV / self.temperature_N[sample_B, None].float()
-        prob_BV = torch.softmax(logits_BV, dim=-1)
-        kept_BV = self._truncate(prob_BV, sample_B)
-        token_B, mass_B = inverse_cdf(kept_BV, uniform(self.seed_N[sample_B], drawn_B))
-        if self.greedy:
-            greedy_B = self.greedy_N[sample_B] > 0
-            token_B = torch.where(greedy_B, logits_BV.argmax(dim=-1), token_B)
-        untruncated_B = prob_BV.gather(1, token_B[:, None]).squeeze(1).double().log()
-        behaviour_B = untruncated_B - mass_B.log() if kept_BV is not prob_BV else untruncated_B
-        if self.greedy:
-            # A product, so that NaN stays NaN.
-            behaviour_B = behaviour_B * ~greedy_B
-        return torch.stack((token_B.double(), behaviour_B, untruncated_B))
 
-    def _truncate(self, prob_BV: Tensor, sample_B: Tensor) -> Tensor:
-        """Zeros outside top-k, then top-p, then min-p, each a threshold on the probability; ties are kept.
+def draw(logits_BV: Tensor, seed_B: Tensor, params_5B: Tensor, drawn_B: Tensor, wanted: Wanted) -> Tensor:
+    """One token a row: number ``drawn`` (int64) of the stream of ``seed`` (int64) under ``params`` (``param_columns``).
 
-        Top-p (Holtzman et al., arXiv:1904.09751) counts mass among what top-k left; min-p is arXiv:2407.01082.
-        """
-        if not (self.max_top_k or self.top_p or self.min_p):
-            return prob_BV
-        least_B = prob_BV.new_zeros(len(prob_BV))
-        if self.max_top_k or self.top_p:
-            vocabulary = prob_BV.shape[1]
-            depth = vocabulary if self.top_p else min(self.max_top_k, vocabulary)
-            sorted_BK = prob_BV.topk(depth, dim=1).values if depth < vocabulary else prob_BV.sort(descending=True)[0]
-            top_k_B = self.top_k_N[sample_B].long()
-            kth_B = sorted_BK.gather(1, (top_k_B - 1).clamp(0, depth - 1)[:, None]).squeeze(1)
-            least_B = torch.where(top_k_B > 0, kth_B, least_B)
-            if self.top_p:
-                sorted_BK = sorted_BK.double() * (sorted_BK >= least_B[:, None])
-                top_p_B = self.top_p_N[sample_B]
-                before_BK = sorted_BK.cumsum(dim=1) - sorted_BK
-                nucleus_B = (before_BK < (top_p_B * sorted_BK.sum(dim=1))[:, None]).sum(dim=1)
-                edge_B = sorted_BK.gather(1, (nucleus_B - 1).clamp(min=0)[:, None]).squeeze(1).float()
-                least_B = torch.where(top_p_B < 1, torch.maximum(least_B, edge_B), least_B)
-        if self.min_p:
-            least_B = torch.maximum(least_B, prob_BV.amax(dim=1) * self.min_p_N[sample_B].float())
-        return prob_BV * (prob_BV >= least_B[:, None])
+    Returns float64 [3, B], one tensor so that the host asks the device once: token, behaviour log-prob, untruncated
+    log-prob (in nats; NaN where the logits are not finite).
+    """
+    temperature_B, greedy_B = params_5B[0], params_5B[1] > 0
+    if on_triton(logits_BV) and not wanted.truncates:
+        from tandem.kernels import draw_triton
+
+        return draw_triton.draw(logits_BV, temperature_B, params_5B[1], seed_B, drawn_B, any_greedy=wanted.greedy)
+    logits_BV = logits_BV.float()
+    if wanted.scaled:
+        logits_BV = logits_BV / temperature_B[:, None].float()
+    prob_BV = torch.softmax(logits_BV, dim=-1)
+    kept_BV = _truncate(prob_BV, params_5B, wanted) if wanted.truncates else prob_BV
+    token_B, mass_B = inverse_cdf(kept_BV, uniform(seed_B, drawn_B))
+    if wanted.greedy:
+        token_B = torch.where(greedy_B, logits_BV.argmax(dim=-1), token_B)
+    untruncated_B = prob_BV.gather(1, token_B[:, None]).squeeze(1).double().log()
+    behaviour_B = untruncated_B - mass_B.log() if wanted.truncates else untruncated_B
+    if wanted.greedy:
+        # A product, so that NaN stays NaN.
+        behaviour_B = behaviour_B * ~greedy_B
+    return torch.stack((token_B.double(), behaviour_B, untruncated_B))
+
+
+def _truncate(prob_BV: Tensor, params_5B: Tensor, wanted: Wanted) -> Tensor:
+    """Zeros outside top-k, then top-p, then min-p, each a threshold on the probability; ties are kept.
+
+    Top-p (Holtzman et al., arXiv:1904.09751) counts mass among what top-k left; min-p is arXiv:2407.01082.
+    """
+    top_k_B, top_p_B, min_p_B = params_5B[2].long(), params_5B[3], params_5B[4]
+    least_B = prob_BV.new_zeros(len(prob_BV))
+    if wanted.max_top_k or wanted.top_p:
+        vocabulary = prob_BV.shape[1]
+        depth = vocabulary if wanted.top_p else min(wanted.max_top_k, vocabulary)
+        sorted_BK = prob_BV.topk(depth, dim=1).values if depth < vocabulary else prob_BV.sort(descending=True)[0]
+        kth_B = sorted_BK.gather(1, (top_k_B - 1).clamp(0, depth - 1)[:, None]).squeeze(1)
+        least_B = torch.where(top_k_B > 0, kth_B, least_B)
+        if wanted.top_p:
+            sorted_BK = sorted_BK.double() * (sorted_BK >= least_B[:, None])
+            before_BK = sorted_BK.cumsum(dim=1) - sorted_BK
+            nucleus_B = (before_BK < (top_p_B * sorted_BK.sum(dim=1))[:, None]).sum(dim=1)
+            edge_B = sorted_BK.gather(1, (nucleus_B - 1).clamp(min=0)[:, None]).squeeze(1).float()
+            least_B = torch.where(top_p_B < 1, torch.maximum(least_B, edge_B), least_B)
+    if wanted.min_p:
+        least_B = torch.maximum(least_B, prob_BV.amax(dim=1) * min_p_B.float())
+    return prob_BV * (prob_BV >= least_B[:, None])
 
 
 def inverse_cdf(weight_BV: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:

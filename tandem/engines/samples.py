@@ -94,6 +94,19 @@ class Sample:
         self.stop = self.rule.check(self.token_ids)
         return self.stop is not None
 
+    def extend(self, tokens: list[int], behaviour_logp: list[float], untruncated_logp: list[float]) -> bool:
+        """Takes its next tokens, finite all, up to where it ends. Returns whether it ended.
+
+        Only the last may be a stop id, or the one that makes it long enough.
+        """
+        if self.rule.strings:
+            return any(self.add(*drawn) for drawn in zip(tokens, behaviour_logp, untruncated_logp, strict=True))
+        self.token_ids += tokens
+        self.behaviour_logp += behaviour_logp
+        self.untruncated_logp += untruncated_logp
+        self.stop = self.rule.check(self.token_ids)
+        return self.stop is not None
+
     def completion(self, version: int) -> Completion:
         """What it has become, ``version`` being that of the weights at its end."""
         assert self.stop is not None

@@ -179,20 +179,28 @@ def _packed_heads(model: Any) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def shards(model: Any, record: Record, names: set[str] | None) -> dict[str, Shard]:
+Place = tuple[str, str, Any]
+"""A name, the parameter (by its name in the record) that it stands for, and the module that holds it."""
+
+
+def find_places(model: Any) -> list[Place]:
+    """Everything of a model that has a checksum: its parameters, and packed copies of tied ones."""
+    owner = {id(parameter): name for name, parameter in _parameters(model)}
+    places: list[Place] = [(name, name, module) for name, module in _owners(model)]
+    return places + [
+        (f"{name}.weight", owner[id(module.weight)], module)
+        for name, module in _packed_heads(model)
+        if id(module.weight) in owner
+    ]
+
+
+def shards(places: Iterable[Place], record: Record, names: set[str] | None) -> dict[str, Shard]:
     """This rank's checksums of what the model computes with, for parameters made from any of ``names`` (None: all).
 
     On a CPU a linear layer's weights are packed; they are read back by sending the identity through it. Parameters
     whose values are not stored as they came (quantized, cast, computed from them) are left out.
     """
     found: dict[str, Shard] = {}
-    owner = {id(parameter): name for name, parameter in _parameters(model)}
-    places = [(name, name, module) for name, module in _owners(model)]
-    places += [
-        (f"{name}.weight", owner[id(module.weight)], module)
-        for name, module in _packed_heads(model)
-        if id(module.weight) in owner
-    ]
     for name, recorded, module in places:
         target = record.get(recorded)
         if target is None or not target.exact or not (names is None or names & target.parts.keys()):

@@ -27,7 +27,16 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from tandem.engines.vllm_checksums import Shard
 from tandem.engines.vllm_copies import Copies, may_copy
-from tandem.engines.vllm_loading import Bucket, Record, load_and_record_copies, load_push, play_copies, shards
+from tandem.engines.vllm_loading import (
+    Bucket,
+    Place,
+    Record,
+    find_places,
+    load_and_record_copies,
+    load_push,
+    play_copies,
+    shards,
+)
 from tandem.errors import UserError
 from tandem.sync.links import Link
 from tandem.sync.receiver import Receiver
@@ -58,6 +67,8 @@ class TandemTransfer(WeightTransferEngine):
 
     receiver: Receiver | None = None
     record: Record | None = None
+    places: Seq[Place] = ()
+    """Of the record. Walking through all modules takes longer than a checksum, so it is done once."""
     may_copy: bool = False
     copies: Copies | None = None
     """How a push is loaded once it has been recorded: receive buffers and parameters stay where they are."""
@@ -97,6 +108,7 @@ class TandemTransfer(WeightTransferEngine):
             record: Record = {}
             load_push(self.model, self.model_config, buckets, record)
             self.record = record
+            self.places = find_places(self.model)
             self.may_copy = may_copy(self.model, all(target.exact for target in record.values()))
         elif self.may_copy:
             self.copies = load_and_record_copies(self.model, buckets, self.record)
@@ -110,6 +122,7 @@ class TandemTransfer(WeightTransferEngine):
             self.receiver = None
         # Another trainer may send another plan.
         self.record = self.copies = None
+        self.places = ()
         self.may_copy = False
 
     @staticmethod
@@ -154,7 +167,7 @@ class WorkerExtension:
         transfer = self.weight_transfer_engine
         if transfer.record is None:
             raise UserError("checksums: nothing has been pushed yet, so vLLM's tensors have no origin to compare with")
-        return shards(transfer.model, transfer.record, None if names is None else set(names))
+        return shards(transfer.places, transfer.record, None if names is None else set(names))
 
     def tandem_memory(self) -> tuple[float, float] | None:
         """Bytes free and in use on this worker's device, by whomever; None on a CPU."""

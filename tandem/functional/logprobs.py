@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from tandem.kernels.logprob import entropy_of, logits_gradient_, row_stats
+
+CHUNK_BYTES = {"cuda": 640_000_000, "cpu": 32_000_000}
+"""Logits that exist at a time, by device: on a GPU 2,048 rows of a vocabulary of 152k in bfloat16."""
 Head = Callable[[Tensor], Tensor]
+GradientBuffer = Callable[[], Tensor]
+"""Gives the tensor that the gradient of a head's weight is to be added to, [V, D]."""
 
 
 def chunked_logprobs(
@@ -17,9 +27,10 @@ def chunked_logprobs(
     target_N: Tensor,
     *,
     temperature: float = 1.0,
-    chunk_tokens: int = 2048,
+    chunk_tokens: int | None = None,
     entropy: bool = True,
     entropy_grad: bool = False,
+    weight_gradient: GradientBuffer | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probability of each target and the entropy of its distribution, in nats, ``chunk_tokens`` rows at a time.
 
@@ -27,12 +38,146 @@ def chunked_logprobs(
     temperature``: the distribution that tokens are drawn from at that temperature.
 
     ``head`` maps [n, D] to logits [n, V]; ``target_N`` is int64. Both results are [N], in float32 (float64 where the
-    head's logits are). With gradients enabled and more than one chunk, each chunk's logits are computed again in
-    the backward pass, so that no more than one chunk [chunk_tokens, V] of them exists. The entropy is None unless
-    asked for, and detached unless ``entropy_grad``. Raises ValueError for a temperature that is not positive.
+    head's logits are). With gradients enabled, logits are computed again in the backward pass, so that no more than
+    one chunk [chunk_tokens, V] of them exists (None: ``CHUNK_BYTES``, or 2,048 rows of a head of unknown size). The
+    entropy is None unless asked for, and detached unless ``entropy_grad``. Raises ValueError for a temperature that
+    is not positive.
+
+    An ``nn.Linear`` goes through ``LinearHead``, which saves nothing of a chunk's size and whose weight's gradient may
+    be gathered elsewhere (``weight_gradient``); of any other head each chunk is checkpointed.
     """
     if temperature <= 0:
         raise ValueError(f"temperature {temperature}: log-probabilities need a positive one")
+    if isinstance(head, nn.Linear) and _is_plain(head):
+        rows = chunk_tokens or _chunk_rows(head.weight)
+        ask = _Ask(temperature, rows, entropy, entropy_grad, torch.is_grad_enabled(), weight_gradient)
+        logp_N, entropy_N = LinearHead.apply(hidden_ND, head.weight, head.bias, target_N, ask)
+        return logp_N, entropy_N
+    return _checkpointed(head, hidden_ND, target_N, temperature, chunk_tokens or 2048, entropy, entropy_grad)
+
+
+def _chunk_rows(weight_VD: Tensor) -> int:
+    """Rows of logits that ``CHUNK_BYTES`` hold: a multiple of 256."""
+    limit = CHUNK_BYTES.get(weight_VD.device.type, CHUNK_BYTES["cpu"])
+    return max(1, limit // (len(weight_VD) * weight_VD.element_size()) // 256) * 256
+
+
+def _is_plain(head: nn.Linear) -> bool:
+    """Whether calling ``head`` is a matrix product and nothing else: no subclass, hook or slice of a weight."""
+    return (
+        type(head) is nn.Linear
+        and type(head.weight) is nn.Parameter
+        and not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or "forward" in vars(head))
+    )
+
+
+@dataclass(frozen=True)
+class _Ask:
+    """What ``LinearHead`` is asked for; see ``chunked_logprobs``."""
+
+    temperature: float
+    chunk_tokens: int
+    entropy: bool
+    entropy_grad: bool
+    backward: bool
+    weight_gradient: GradientBuffer | None
+
+
+class LinearHead(torch.autograd.Function):
+    """Log-probs and entropies of ``hidden @ weight.T + bias``, a chunk of rows at a time, forward and backward.
+
+    Saved are the inputs, [N, D], and three numbers a row. The backward pass makes a chunk's logits again, turns them
+    into their gradient in place and adds the chunk's part to the weight's gradient, in float32 or higher. The last
+    chunk's logits are kept for it instead: it is where the backward pass begins, so they are no more than it takes.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target_N: Tensor, ask: _Ask
+    ) -> tuple[Tensor, Tensor | None]:
+        logsumexps, logps, entropies = [], [], []
+        kept_nV: Tensor | None = None
+        for hidden_nD, target_n in zip(*(x.split(ask.chunk_tokens) for x in (hidden_ND, target_N)), strict=True):
+            del kept_nV  # Before the next chunk's are made.
+            kept_nV = F.linear(hidden_nD, weight_VD, bias_V)
+            logsumexp_n, logp_n, entropy_n = row_stats(kept_nV, target_n, ask.temperature, entropy=ask.entropy)
+            logsumexps.append(logsumexp_n)
+            logps.append(logp_n)
+            entropies += [] if entropy_n is None else [entropy_n]
+        logsumexp_N, logp_N = torch.cat(logsumexps), torch.cat(logps)
+        entropy_N = torch.cat(entropies) if entropies else None
+        ctx.ask = ask
+        ctx.last_logits = kept_nV if ask.backward else None
+        if entropy_N is not None and not ask.entropy_grad:
+            ctx.mark_non_differentiable(entropy_N)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, target_N, logsumexp_N, entropy_N)
+        return logp_N, entropy_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logp_N: Tensor | None, grad_entropy_N: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden_ND, weight_VD, bias_V, target_N, logsumexp_N, entropy_N = ctx.saved_tensors
+        if grad_logp_N is None and grad_entropy_N is None:
+            return None, None, None, None, None
+        ask, (for_hidden, for_weight, for_bias, *_) = ctx.ask, ctx.needs_input_grad
+        wide = torch.promote_types(weight_VD.dtype, torch.float32)
+        elsewhere = ask.weight_gradient is not None
+        grad_hidden_ND = torch.empty_like(hidden_ND) if for_hidden else None
+        grad_weight_VD = None
+        if for_weight:
+            grad_weight_VD = ask.weight_gradient() if elsewhere else torch.zeros_like(weight_VD, dtype=wide)
+        grad_bias_V = torch.zeros_like(bias_V, dtype=wide) if for_bias else None
+        for start in reversed(range(0, len(hidden_ND), ask.chunk_tokens)):
+            rows = slice(start, start + ask.chunk_tokens)
+            logits_nV, ctx.last_logits = ctx.last_logits, None
+            if logits_nV is None:
+                logits_nV = F.linear(hidden_ND[rows], weight_VD, bias_V)
+            logits_gradient_(
+                logits_nV,
+                target_N[rows],
+                logsumexp_N[rows],
+                None if grad_logp_N is None else grad_logp_N[rows],
+                ask.temperature,
+                entropy_n=None if entropy_N is None else entropy_N[rows],
+                grad_entropy_n=None if grad_entropy_N is None else grad_entropy_N[rows],
+            )
+            if grad_hidden_ND is not None:
+                torch.mm(logits_nV, weight_VD, out=grad_hidden_ND[rows])
+            if grad_weight_VD is not None:
+                _add_product_(grad_weight_VD, logits_nV.T, hidden_ND[rows])
+            if grad_bias_V is not None:
+                grad_bias_V += logits_nV.sum(0, dtype=wide)
+            del logits_nV  # Before the next chunk's are made.
+        return (
+            grad_hidden_ND,
+            None if grad_weight_VD is None or elsewhere else grad_weight_VD.to(weight_VD.dtype),
+            None if grad_bias_V is None else grad_bias_V.to(weight_VD.dtype),
+            None,
+            None,
+        )
+
+
+def _add_product_(sum_VD: Tensor, left_Vn: Tensor, right_nD: Tensor) -> None:
+    """``sum += left @ right``, multiplied in the factors' type and added up in the sum's."""
+    if sum_VD.dtype == left_Vn.dtype:
+        sum_VD.addmm_(left_Vn, right_nD)
+    elif sum_VD.is_cuda:
+        torch.addmm(sum_VD, left_Vn, right_nD, out_dtype=sum_VD.dtype, out=sum_VD)
+    else:
+        sum_VD.addmm_(left_Vn.to(sum_VD.dtype), right_nD.to(sum_VD.dtype))
+
+
+def _checkpointed(
+    head: Head,
+    hidden_ND: Tensor,
+    target_N: Tensor,
+    temperature: float,
+    chunk_tokens: int,
+    entropy: bool,
+    entropy_grad: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """``chunked_logprobs`` of any head. One chunk alone is not computed again."""
     hidden_chunks, target_chunks = hidden_ND.split(chunk_tokens), target_N.split(chunk_tokens)
     recompute = torch.is_grad_enabled() and len(hidden_chunks) > 1
 
@@ -45,7 +190,7 @@ def chunked_logprobs(
         if not entropy:
             return logp_n, torch.zeros_like(logp_n)
         with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
-            return logp_n, _entropy(logits_nV - logsumexp_n[:, None])
+            return logp_n, entropy_of(logits_nV - logsumexp_n[:, None])
 
     parts = [
         checkpoint(one_chunk, h, t, use_reentrant=False) if recompute else one_chunk(h, t)
@@ -53,8 +198,3 @@ def chunked_logprobs(
     ]
     logp_N = torch.cat([logp_n for logp_n, _ in parts])
     return logp_N, torch.cat([entropy_n for _, entropy_n in parts]) if entropy else None
-
-
-def _entropy(logp_nV: Tensor) -> Tensor:
-    """Entropy [n] in nats. The floor makes a forbidden token (log-prob -inf, probability 0) count 0, not NaN."""
-    return -(logp_nV.exp() * logp_nV.clamp(min=torch.finfo(logp_nV.dtype).min)).sum(-1)

@@ -2,11 +2,12 @@
 
 A model loaded by Tandem has the attention implementation ``tandem``. Called as usual it is transformers' own SDPA.
 Called with a ``layout=`` keyword (which transformers hands down to every attention layer), the layout computes the
-attention instead: ``PackedLayout`` below for packed sequences, the live engine's own for its slot cache.
+attention instead: one of those below for packed sequences, the live engine's own for its slot cache.
 """
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from tandem.types import send
 
 IMPLEMENTATION = "tandem"
 NO_MASK = torch.empty(1, 1, 1, 1)
@@ -64,7 +67,8 @@ def _attention(
         raise UnsupportedAttention(", ".join(unsupported) or "attention that is not causal")
     if dropout:
         raise UnsupportedAttention("attention dropout")
-    layer = getattr(module, "layer_idx", None)
+    # A compiled layer that reads its own number is a graph of its own: it is read only for those who want it.
+    layer = None if getattr(layout, "one_graph", False) else getattr(module, "layer_idx", None)
     return layout.attend(query, key, value, layer=layer, scaling=scaling, sliding_window=sliding_window), None
 
 
@@ -84,21 +88,16 @@ class PackedLayout:
     model runs without padding. ``bounds`` is int64 [S + 1] on the CPU.
     """
 
+    compiled = False
+    """Whether compiled layers are to be used with it (``tandem.models.compiled``)."""
+
     def __init__(self, bounds: Tensor, device: torch.device | str) -> None:
         lengths = bounds.diff()
-        order = torch.argsort(lengths, stable=True).tolist()
         sizes = lengths.tolist()
-        groups: list[list[int]] = []
-        for segment in order:
-            # A group's padding is at most a third of it, plus a little where sequences are short.
-            if groups and sizes[segment] <= 1.5 * sizes[groups[-1][0]] + 16:
-                groups[-1].append(segment)
-            else:
-                groups.append([segment])
         self.groups: list[tuple[Tensor, Tensor]] = []
         inverse = torch.empty(int(bounds[-1]), dtype=torch.int64)
         offset = 0
-        for group in groups:
+        for group in self._grouped(sizes):
             longest = sizes[group[-1]]
             start = bounds[:-1][group]
             column = torch.arange(longest)
@@ -106,8 +105,19 @@ class PackedLayout:
             index = torch.where(real, start[:, None] + column, start[:, None])
             inverse[index[real]] = offset + torch.arange(index.numel()).view_as(index)[real]
             offset += index.numel()
-            self.groups.append((index.to(device), column.to(device)))
-        self.inverse = inverse.to(device)
+            self.groups.append((send(index, device), send(column, device)))
+        self.inverse = send(inverse, device)
+
+    def _grouped(self, sizes: list[int]) -> list[list[int]]:
+        """Segments of similar size, each group in ascending order of it."""
+        groups: list[list[int]] = []
+        for segment in sorted(range(len(sizes)), key=sizes.__getitem__):
+            # A group's padding is at most a third of it, plus a little where sequences are short.
+            if groups and sizes[segment] <= 1.5 * sizes[groups[-1][0]] + 16:
+                groups[-1].append(segment)
+            else:
+                groups.append([segment])
+        return groups
 
     def attend(
         self,
@@ -136,3 +146,72 @@ class PackedLayout:
             parts.append(out.transpose(1, 2).flatten(0, 1))
         packed_T = parts[0] if len(parts) == 1 else torch.cat(parts)
         return packed_T[self.inverse][None]
+
+
+class OneShapeLayout(PackedLayout):
+    """``PackedLayout`` with every segment padded to the longest: one shape, so one graph for a compiled layer."""
+
+    one_graph = True
+    """Whether layers may run as one compiled graph: it treats them all alike, so none needs its number."""
+
+    def _grouped(self, sizes: list[int]) -> list[list[int]]:
+        return [sorted(range(len(sizes)), key=sizes.__getitem__)]
+
+
+class FlashLayout:
+    """Causal attention inside each segment of a packed forward on a GPU, by torch's variable-length flash kernel.
+
+    Nothing is padded, and key-value heads are shared without repeating them. ``bounds`` is int64 [S + 1] on the CPU.
+    """
+
+    one_graph = True
+    compiled = False
+
+    def __init__(self, bounds: Tensor, device: torch.device | str) -> None:
+        self.host_bounds = bounds
+        self.device = device
+        self.bounds = send(bounds.int(), device)
+        self.longest = int(bounds.diff().max())
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        layer: int | None,
+        scaling: float | None,
+        sliding_window: int | None,
+    ) -> Tensor:
+        """Query [1, H, T, D], key and value [1, Hkv, T, D] → [1, T, H, D], in bfloat16 or float16."""
+        size = query.shape[-1]
+        if size % 8 or size > 256 or value.shape[-1] != size or value.dtype == torch.float32:
+            # What the kernel does not take. Padded instead: slower, the same numbers.
+            return self._padded.attend(query, key, value, layer=layer, scaling=scaling, sliding_window=sliding_window)
+        # Where rotation is in float32, queries and keys come wider than values; the kernel wants one type.
+        q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
+        window = {} if sliding_window is None else {"window_size_left": sliding_window - 1, "window_size_right": 0}
+        out_THD = torch.ops.aten._flash_attention_forward(
+            q, k, v, self.bounds, self.bounds, self.longest, self.longest, 0.0, True, False, scale=scaling, **window
+        )[0]
+        return out_THD[None].to(query.dtype)
+
+    @cached_property
+    def _padded(self) -> PackedLayout:
+        return PackedLayout(self.host_bounds, self.device)
+
+
+def packed_layout(
+    bounds: Tensor, device: torch.device, dtype: torch.dtype, *, compiled: bool = False
+) -> PackedLayout | FlashLayout:
+    """The fastest layout for packed sequences computed in ``dtype`` there, or the fastest that suits compiled layers.
+
+    ``bounds`` is int64 [S + 1] on the CPU; nobody waits for the device.
+    """
+    layout: PackedLayout | FlashLayout
+    if device.type == "cuda" and dtype.itemsize == 2 and torch.cuda.get_device_capability(device) >= (8, 0):
+        layout = FlashLayout(bounds, device)
+    else:
+        layout = OneShapeLayout(bounds, device) if compiled else PackedLayout(bounds, device)
+    layout.compiled = compiled
+    return layout

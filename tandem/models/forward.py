@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging as transformers_logging
 
 from tandem.functional.logprobs import chunked_logprobs
-from tandem.models.attention import NO_MASK, PackedLayout
+from tandem.models.attention import NO_MASK, packed_layout
+from tandem.models.compiled import Blocks
 from tandem.parallel.sharding import shard, transformer_layers
 from tandem.parallel.world import World
 from tandem.types import Batch, Outputs
@@ -47,6 +48,10 @@ class LoadedModel:
     """Whether its logits are its output embedding applied to its last hidden state, so that the head can be chunked."""
     sharded: Sharded | None = None
     """The call to make where parameters are sharded, and the device to make it on."""
+    blocks: Blocks | None = None
+    """Its transformer layers, compiled for the calls made here; others, such as an engine's, run them as they are."""
+    head_gradient: Callable[[], Tensor] | None = None
+    """Where the gradient of the language-model head's weight is to be added to, if not to the weight's own."""
 
     @property
     def device(self) -> torch.device:
@@ -67,6 +72,11 @@ class LoadedModel:
         for parameter in self.module.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)
+
+    def compile_blocks(self, mode: Literal["auto", "on", "off"]) -> None:
+        """Compiles the transformer layers from their next call here on. ``auto``: on a GPU. Only if ``packed``."""
+        if self.packed and (mode == "on" or (mode == "auto" and self.device.type == "cuda")):
+            self.blocks = Blocks(transformer_layers(self.module), name=type(self.module).__name__)
 
     def shard(self, world: World, *, keep_gathered: bool = False, offload: bool = False) -> None:
         """Splits the parameters over the world's ranks (``tandem.parallel.sharding.shard``), in float32."""
@@ -127,18 +137,20 @@ def _compute(model: LoadedModel, batch: Batch, *, temperature: float, entropy: b
         scalar_T = model.module.score(hidden_states(model, batch)).squeeze(-1).float()
         before_T = torch.cat([scalar_T.new_zeros(1), scalar_T[:-1]])
         return Outputs(value_T=before_T * batch.trainable_T, score_S=scalar_T[batch.last_S])
-    index_N = batch.trainable_T.nonzero().squeeze(-1)
+    index_N = batch.trainable_N if batch.trainable_N is not None else batch.trainable_T.nonzero().squeeze(-1)
     if model.split_head:
         source_T, head = hidden_states(model, batch), model.module.get_output_embeddings()
     else:
         source_T, head = native_logits(model, batch), torch.nn.Identity()
     logp_N, entropy_N = chunked_logprobs(
         head,
-        source_T[index_N - 1],
+        # Not by brackets, whose gradient sorts the places first: here none comes twice.
+        source_T.index_select(0, index_N - 1),
         batch.token_ids_T[index_N],
         temperature=temperature,
         entropy=entropy or entropy_gradient,
         entropy_grad=entropy_gradient,
+        weight_gradient=model.head_gradient,
     )
     return Outputs(
         logp_T=_spread(logp_N, index_N, batch.tokens),
@@ -164,12 +176,14 @@ def native_logits(model: LoadedModel, batch: Batch) -> Tensor:
 def _run(model: LoadedModel, module: Any, batch: Batch, output: str) -> Tensor:
     """One field of the module's output, with its tokens laid out as in the batch."""
     if model.packed:
+        compiled = model.blocks is not None and model.blocks.working
+        layout = packed_layout(batch.bounds, batch.token_ids_T.device, model.torch_dtype, compiled=compiled)
         out = module(
             input_ids=batch.token_ids_T[None],
             position_ids=batch.position_T[None],
             attention_mask=NO_MASK,
             use_cache=False,
-            layout=PackedLayout(batch.bounds, batch.token_ids_T.device),
+            layout=layout,
         )
         return out[output][0]
     segments = batch.token_ids_T.split(batch.lengths)
@@ -182,4 +196,6 @@ def describe_model(model: LoadedModel) -> str:
     """Its class, size, device and how its batches are laid out."""
     parameters = sum(p.numel() for p in model.module.parameters())
     layout = "packed" if model.packed else "padded"
+    if model.blocks is not None:
+        layout += ", layers compiled" if model.blocks.working else ", layers not compiled"
     return f"{type(model.module).__name__}, {parameters / 1e6:.2f}M parameters, {model.device}, {model.dtype}, {layout}"

@@ -47,7 +47,8 @@ class Preparation:
     """What stands between judged groups and the trainer.
 
     ``old_logp`` says what the policy ratio is taken against: ``sampler`` (the engine's log-probs, nothing to
-    compute) or ``trainer`` (a forward of ``actor`` at the start of the step).
+    compute) or ``trainer`` (a forward of ``actor`` at the start of the step). That forward is saved where it would be
+    the very one that is trained on: one epoch, one minibatch, and an algorithm that does not ask before its loss.
     """
 
     algorithm: Algorithm
@@ -71,7 +72,9 @@ class Preparation:
             batch = replace(batch, reference_logp_T=self.reference.score(batch).logp_T)
         if self.critic is not None:
             batch = replace(batch, old_value_T=self.critic.score(batch).value_T)
-        if self.old_logp == "trainer" and self.actor is not None:
+        if self.old_logp == "trainer" and self.epochs == self.minibatches == 1 and not self.algorithm.needs_old_logp:
+            batch = replace(batch, on_policy=True)
+        elif self.old_logp == "trainer" and self.actor is not None:
             batch = replace(batch, old_logp_T=self.actor.score(batch).logp_T)
             metrics |= sampler_gap(batch)
         estimate = self.algorithm.estimate(groups, batch.to("cpu"), state)

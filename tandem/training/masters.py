@@ -34,12 +34,29 @@ class Masters:
         if self.pairs:
             torch._foreach_copy_([p for p, _ in self.pairs], [master for _, master in self.pairs])
 
+    def gradient_of(self, parameter: Tensor) -> Callable[[], Tensor] | None:
+        """Gives the float32 gradient of the parameter's copy, to be added to: zeros where there is none yet.
+
+        None for a parameter that stands for itself.
+        """
+        master = next((master for low, master in self.pairs if low is parameter), None)
+        if master is None:
+            return None
+
+        def gradient() -> Tensor:
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+            return master.grad
+
+        return gradient
+
 
 def _adds_to(master: nn.Parameter) -> Callable[[Tensor], None]:
     def hook(parameter: Tensor) -> None:
         if parameter.grad is None:
             return
         if master.grad is None:
+            # The first micro-batch's makes room. Room kept from step to step would be missing while sampling.
             master.grad = parameter.grad.float()
         else:
             master.grad.add_(parameter.grad)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +30,10 @@ from tandem.roles import LossFn, Metrics
 from tandem.training.masters import Masters
 from tandem.training.optim import OptimParams, build_optimizer, learning_rate_at
 from tandem.training.parking import Parking
-from tandem.types import Batch, Outputs, Sequence, TokenLoss
+from tandem.training.tally import Tally
+from tandem.types import Batch, Outputs, Sequence, TokenLoss, send
+
+CompileMode = Literal["auto", "on", "off"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +52,8 @@ class LocalScorer:
     """A model that only looks: a frozen reference or a reward model (``tandem.roles.Scorer``).
 
     In a world of several ranks the parameters are sharded, every rank scores its share, and all get the whole result.
-    ``offload`` keeps the parameters on the CPU between calls.
+    ``offload`` keeps the parameters on the CPU between calls, ``compile`` says whether layers run as compiled graphs
+    (auto: on a GPU).
     """
 
     def __init__(
@@ -59,8 +64,10 @@ class LocalScorer:
         temperature: float = 1.0,
         world: World | None = None,
         offload: bool = False,
+        compile: CompileMode = "off",
     ) -> None:
         self.model = model
+        self.compile = compile
         self.token_budget = token_budget
         self.temperature = temperature
         self.world = world or World(device=model.device)
@@ -69,6 +76,7 @@ class LocalScorer:
         self._prepare()
 
     def _prepare(self) -> None:
+        self.model.compile_blocks(self.compile)
         if self.world.size > 1:
             self.model.shard(self.world)
         else:
@@ -151,6 +159,7 @@ class LocalTrainer(LocalScorer):
         entropy_gradient: bool = False,
         world: World | None = None,
         memory: MemoryParams | None = None,
+        compile: CompileMode = "off",
     ) -> None:
         self.memory = memory or MemoryParams()
         self.loss = loss
@@ -158,12 +167,13 @@ class LocalTrainer(LocalScorer):
         self.entropy = entropy
         self.entropy_gradient = entropy_gradient
         self._version = 0
-        super().__init__(model, token_budget=token_budget, temperature=temperature, world=world)
+        super().__init__(model, token_budget=token_budget, temperature=temperature, world=world, compile=compile)
         self.optimizer = build_optimizer(self.masters.named.values(), optim)
         self.idle = Parking()
 
     def _prepare(self) -> None:
         module, dtype = self.model.module, self.model.torch_dtype
+        self.model.compile_blocks(self.compile)
         if self.memory.activation_checkpointing:
             checkpoint_activations(transformer_layers(module))
         if self.world.size > 1 or self.memory.offload == "parameters":
@@ -172,6 +182,8 @@ class LocalTrainer(LocalScorer):
             )
             dtype = torch.float32
         self.masters = Masters(module, dtype)
+        if self.model.split_head:
+            self.model.head_gradient = self.masters.gradient_of(module.get_output_embeddings().weight)
         self.weights: dict[str, Tensor] = dict(self.masters.named)
         """The float32 weights that the optimizer steps, by name: this rank's slices where sharded."""
         self.parameters: dict[str, Tensor] = dict(module.named_parameters())
@@ -185,40 +197,34 @@ class LocalTrainer(LocalScorer):
     def forward_backward(self, batch: Batch) -> Metrics:
         """Adds the gradient of ``(loss_T * weight_T).sum()`` and returns the loss and the mean of its metrics.
 
-        Raises NonFiniteError naming the batch's segments where the loss is not finite; the parameters are as they
-        were, and the gradient gathered so far is dropped.
+        The device is asked for numbers once, at the end. Raises NonFiniteError naming the batch's segments where the
+        loss is not finite; the parameters are as they were, and the gradient gathered so far is dropped.
         """
-        means = _WeightedMeans()
-        bad = ""
+        tally = Tally()
         for micro, token_loss in self._losses(batch):
-            total = (token_loss.loss_T * micro.weight_T).sum()
-            if not torch.isfinite(total):
-                bad = bad or _describe_non_finite(micro, token_loss)
-            if bad and self.world.size == 1:
-                break
-            # The other ranks wait in this backward's collectives, so a bad one goes through them too.
-            total.backward()
-            means.add(micro, token_loss)
-        if found := next(filter(None, self.world.gather(bad)), ""):
+            # One that is not finite goes through too: nobody knows yet, and other ranks wait in its collectives.
+            tally.add(micro, token_loss).backward()
+        metrics, bad = tally.result(self.world)
+        if bad:
             self.optimizer.zero_grad(set_to_none=True)
-            raise NonFiniteError(found)
-        return means.result(self.world)
+            raise NonFiniteError(bad)
+        return metrics
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Metrics:
         """Loss and metrics without a gradient. ``batch`` needs its weights stamped."""
-        means = _WeightedMeans()
+        tally = Tally()
         for micro, token_loss in self._losses(batch):
-            means.add(micro, token_loss)
-        return means.result(self.world)
+            tally.add(micro, token_loss)
+        return tally.result(self.world)[0]
 
     def optim_step(self) -> Metrics:
         """Clips the gradient to ``max_grad_norm``, steps and clears it.
 
         Raises NonFiniteError where the gradient is not finite, before any parameter changes.
         """
-        norm = whole(torch.nn.utils.clip_grad_norm_(self.masters.named.values(), self.optim.max_grad_norm))
-        if not torch.isfinite(norm):
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.masters.named.values(), self.optim.max_grad_norm)).item()
+        if not math.isfinite(norm):
             self.optimizer.zero_grad(set_to_none=True)
             raise NonFiniteError("the gradient is not finite though the loss is; lower the learning rate")
         learning_rate = learning_rate_at(self._version, self.optim)
@@ -232,7 +238,7 @@ class LocalTrainer(LocalScorer):
         self._changed()
         if self.memory.offload == "optimizer":
             self.idle.park(self._optimizer_tensors())
-        return {"grad_norm": norm.item(), "learning_rate": learning_rate}
+        return {"grad_norm": norm, "learning_rate": learning_rate}
 
     def state_dict(self) -> dict[str, Any]:
         """Parameters, optimizer state and version: all that the next step depends on. Whole tensors on rank 0's CPU.
@@ -301,30 +307,20 @@ class LocalTrainer(LocalScorer):
                 entropy=self.entropy,
                 entropy_gradient=self.entropy_gradient,
             )
-            yield share.batch, self.loss(out, share.batch)
+            micro, gap_T = share.batch, {}
+            if micro.on_policy and out.logp_T is not None:
+                micro = replace(micro, old_logp_T=out.logp_T.detach())
+                gap_T = _sampler_gap(micro)
+            token_loss = self.loss(out, micro)
+            yield micro, replace(token_loss, metrics_T=token_loss.metrics_T | gap_T)
 
 
-class _WeightedMeans:
-    """The total loss, and every metric's mean over the tokens whose weight is not zero."""
-
-    def __init__(self) -> None:
-        self.loss = 0.0
-        self.tokens = 0
-        self.sums: dict[str, float] = {}
-
-    def add(self, batch: Batch, token_loss: TokenLoss) -> None:
-        mask_T = batch.weight_T != 0
-        self.loss += (token_loss.loss_T.detach() * batch.weight_T).sum().item()
-        self.tokens += int(mask_T.sum())
-        for name, value_T in token_loss.metrics_T.items():
-            total = (value_T.detach() * mask_T).sum(dtype=torch.float64).item()
-            self.sums[name] = self.sums.get(name, 0.0) + total
-
-    def result(self, world: World) -> Metrics:
-        """Over all ranks."""
-        mine = torch.tensor([self.loss, float(self.tokens), *self.sums.values()], dtype=torch.float64)
-        loss, tokens, *sums = world.sum(mine).tolist()
-        return {"loss": loss} | {name: total / max(tokens, 1) for name, total in zip(self.sums, sums, strict=True)}
+def _sampler_gap(batch: Batch) -> dict[str, Tensor]:
+    """Absolute difference between the sampler's and the trainer's log-probs, in nats, where the sampler gave any."""
+    if batch.behaviour_logp_T is None or batch.old_logp_T is None:
+        return {}
+    gap_T = (batch.old_logp_T - batch.behaviour_logp_T).abs()
+    return {"sampler_gap_max": gap_T, "sampler_gap_mean": gap_T}
 
 
 def _assemble(batch: Batch, parts: list[tuple[list[int], Outputs]], world: World) -> Outputs:
@@ -338,7 +334,7 @@ def _assemble(batch: Batch, parts: list[tuple[list[int], Outputs]], world: World
             if units:
                 value = read(out)
                 assert value is not None
-                result[index(units).to(result.device)] = value
+                result[send(index(units), result.device)] = value
         return world.sum(result)
 
     return Outputs(
@@ -347,12 +343,3 @@ def _assemble(batch: Batch, parts: list[tuple[list[int], Outputs]], world: World
         value_T=joined(lambda out: out.value_T, batch.tokens_of, batch.tokens),
         score_S=joined(lambda out: out.score_S, batch.segments_of, batch.segments),
     )
-
-
-def _describe_non_finite(batch: Batch, token_loss: TokenLoss) -> str:
-    bad_T = ~torch.isfinite(token_loss.loss_T) & (batch.weight_T != 0)
-    segments = batch.segment_T[bad_T].unique()
-    if batch.index_S is not None:
-        segments = batch.index_S[segments]
-    first = ", ".join(map(str, segments.tolist()[:5])) or "none alone, only their sum"
-    return f"the loss is not finite ({int(bad_T.sum())} tokens; samples of this step: {first}); lower the learning rate"

@@ -21,7 +21,8 @@ from tandem.roles import Engine
 from tandem.types import Completion, Request, SamplingParams
 
 SLOTS = ["qwen2", "qwen2-window", "llama", "gpt_neox", "mistral"]
-ARCHITECTURES = [*SLOTS, "bloom"]
+WAYS = [(name, way) for name in SLOTS for way in ("slots", "captured")] + [("bloom", "auto")]
+"""On a CPU the captured way runs its steps one by one; all else is the same, but for kernels (tests/kernels)."""
 
 
 def prompts(count: int, seed: int = 0) -> list[tuple[int, ...]]:
@@ -49,12 +50,12 @@ def plain_logp(module: Any, prompt: tuple[int, ...], completion: list[int], temp
     return logp[torch.arange(len(completion)), torch.tensor(completion)]
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_greedy_is_generates_token_for_token(architecture: str) -> None:
+@pytest.mark.parametrize(("architecture", "way"), WAYS)
+def test_greedy_is_generates_token_for_token(architecture: str, way: str) -> None:
     module = model(architecture, eos=EOS)
     asked = requests(9, 1, SamplingParams(max_new_tokens=24, temperature=0))
-    live = engine(module, max_slots=4, prefill_tokens=20)
-    assert bool(live.padded_because) == (architecture == "bloom")
+    live = engine(module, max_slots=4, prefill_tokens=20, way=way)
+    assert live.way == ("padded" if architecture == "bloom" else way)
     for request, (completion,) in zip(asked, live.generate(asked), strict=True):
         ids = torch.tensor([request.prompt_ids])
         truth = module.generate(ids, max_new_tokens=24, do_sample=False, attention_mask=torch.ones_like(ids))
@@ -63,12 +64,12 @@ def test_greedy_is_generates_token_for_token(architecture: str) -> None:
         assert completion.behaviour_logp == [0.0] * len(completion.token_ids)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_log_probs_are_those_of_a_plain_forward(architecture: str) -> None:
+@pytest.mark.parametrize(("architecture", "way"), WAYS)
+def test_log_probs_are_those_of_a_plain_forward(architecture: str, way: str) -> None:
     module = model(architecture, eos=EOS)
     sampling = SamplingParams(max_new_tokens=30, temperature=0.7)
     asked = requests(5, 3, sampling)
-    for request, completions in zip(asked, engine(module, max_slots=7).generate(asked), strict=True):
+    for request, completions in zip(asked, engine(module, max_slots=7, way=way).generate(asked), strict=True):
         for completion in completions:
             truth = plain_logp(module, request.prompt_ids, completion.token_ids, 0.7)
             # float32 forwards in another order of summation: the promise of the design is 1e-4.
@@ -78,8 +79,11 @@ def test_log_probs_are_those_of_a_plain_forward(architecture: str) -> None:
             assert completion.behaviour_logp == completion.untruncated_logp
 
 
-@pytest.mark.parametrize("architecture", ["qwen2", "mistral", "bloom"])
-def test_a_sample_does_not_depend_on_its_neighbours(architecture: str) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "way"),
+    [("qwen2", "slots"), ("qwen2", "captured"), ("mistral", "slots"), ("mistral", "captured"), ("bloom", "auto")],
+)
+def test_a_sample_does_not_depend_on_its_neighbours(architecture: str, way: str) -> None:
     module = model(architecture, eos=EOS)
     kinds = [
         SamplingParams(max_new_tokens=20),
@@ -92,39 +96,40 @@ def test_a_sample_does_not_depend_on_its_neighbours(architecture: str) -> None:
         Request(prompt_ids=p, seeds=(3 * i, 3 * i + 1, 3 * i + 2), sampling=kinds[i % len(kinds)])
         for i, p in enumerate(prompts(10))
     ]
-    whole = engine(module).generate(asked)
+    whole = engine(module, way=way).generate(asked)
     tokens = {(i, j): c.token_ids for i, cs in enumerate(whole) for j, c in enumerate(cs)}
     assert len({tuple(t) for t in tokens.values()}) > 20  # not all the same thing
 
     order = list(range(len(asked)))
     random.Random(1).shuffle(order)
-    shuffled = engine(module, max_slots=4, prefill_tokens=16).generate([asked[i] for i in order])
+    shuffled = engine(module, max_slots=4, prefill_tokens=16, way=way).generate([asked[i] for i in order])
     assert all(tokens[i, j] == c.token_ids for i, cs in zip(order, shuffled, strict=True) for j, c in enumerate(cs))
 
-    one_slot = engine(module, max_slots=1)
+    one_slot = engine(module, max_slots=1, way=way)
     for i in (0, 3, 6):
         for j, seed in enumerate(asked[i].seeds):
             alone = Request(prompt_ids=asked[i].prompt_ids, seeds=(seed,), sampling=asked[i].sampling)
             assert one_slot.generate([alone])[0][0].token_ids == tokens[i, j]
 
 
-def test_the_padded_path_draws_what_the_slots_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_ways_draw_the_same() -> None:
     module = model("qwen2", eos=EOS)
     module.generation_config.repetition_penalty = 1.5  # belongs to the user's generate, not to ours
     asked = requests(6, 2, SamplingParams(max_new_tokens=15, top_k=30))
-    slots, padded = engine(module), engine(module, max_slots=5)
-    monkeypatch.setattr(padded, "padded_because", "the test says so")
-    for a, b in zip(slots.generate(asked), padded.generate(asked), strict=True):
-        assert [c.token_ids for c in a] == [c.token_ids for c in b]
+    slots, *others = (engine(module, max_slots=5, way=way).generate(asked) for way in ("slots", "captured", "padded"))
+    for other in others:
+        for a, b in zip(slots, other, strict=True):
+            assert [(c.token_ids, c.stop, c.text) for c in a] == [(c.token_ids, c.stop, c.text) for c in b]
     assert module.generation_config.repetition_penalty == 1.5
 
 
-def test_it_sees_an_optimizer_step_and_leaves_the_module_as_it_was() -> None:
+@pytest.mark.parametrize("way", ["slots", "captured"])
+def test_it_sees_an_optimizer_step_and_leaves_the_module_as_it_was(way: str) -> None:
     module = model("qwen2").train()
     module.model.layers[0].eval()
     modes = [m.training for m in module.modules()]
     versions = iter(range(100))
-    live = engine(module, version=lambda: next(versions))
+    live = engine(module, version=lambda: next(versions), way=way)
     asked = requests(2, 1, SamplingParams(max_new_tokens=12, temperature=0))
     before = live.generate(asked)
     assert [m.training for m in module.modules()] == modes
@@ -166,12 +171,13 @@ def test_a_prompt_is_prefilled_once_and_order_is_kept(options: dict[str, int]) -
         assert widths[: len(widths) // 2] == [3] * (len(widths) // 2)
 
 
-def test_bfloat16_parameters_stay_close_to_their_own_forward() -> None:
+@pytest.mark.parametrize("way", ["slots", "captured"])
+def test_bfloat16_parameters_stay_close_to_their_own_forward(way: str) -> None:
     module = copy.deepcopy(model("qwen2"))
     for parameter in module.parameters():
         parameter.data = parameter.data.bfloat16()
     asked = requests(3, 2, SamplingParams(max_new_tokens=16))
-    results = engine(module).generate(asked)
+    results = engine(module, way=way).generate(asked)
     for request, completions in zip(asked, results, strict=True):
         for completion in completions:
             truth = plain_logp(module, request.prompt_ids, completion.token_ids, 1.0)
@@ -205,8 +211,10 @@ def test_a_layout_that_is_wrong_is_found_by_the_probe(monkeypatch: pytest.Monkey
 
     right = DecodeLayout._mask
     monkeypatch.setattr(DecodeLayout, "_mask", lambda self, window, dtype: right(self, None, dtype))
-    assert "does not reproduce" in engine(model("mistral")).padded_because
-    assert engine(model("llama")).padded_because == ""
+    assert engine(model("mistral")).way == "padded"
+    assert engine(model("llama")).way == "slots"
+    with pytest.raises(UserError, match=r"way slots: .*does not reproduce"):
+        engine(model("mistral"), way="slots")
 
 
 @pytest.mark.parametrize(

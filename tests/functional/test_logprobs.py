@@ -157,3 +157,120 @@ def test_no_tokens_and_no_entropy():
 def test_refuses_greedy_temperature():
     with pytest.raises(ValueError, match="temperature 0"):
         chunked_logprobs(identity, LOGITS, TARGET, temperature=0)
+
+
+def linear_head(hidden=7, vocab=11, rows=10, dtype=torch.float64, bias=True):
+    generator = torch.Generator().manual_seed(3)
+    head = torch.nn.Linear(hidden, vocab, bias=bias, dtype=dtype)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    x = torch.randn(rows, hidden, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    return head, x, torch.randint(vocab, (rows,), generator=generator)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 3, 5, 10, 100])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("entropy_grad", [False, True])
+def test_a_linear_head_equals_its_logits_log_softmax_in_float64(chunk_tokens, bias, entropy_grad):
+    head, x, target = linear_head(bias=bias)
+    leaves = [x, *head.parameters()]
+    up = torch.randn(2, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    logp, entropy = chunked_logprobs(
+        head, x, target, temperature=0.7, chunk_tokens=chunk_tokens, entropy_grad=entropy_grad
+    )
+    assert entropy.requires_grad == entropy_grad
+    found = torch.autograd.grad((up[0] * logp).sum() + ((up[1] * entropy).sum() if entropy_grad else 0), leaves)
+    log_p = (head(x) / 0.7).log_softmax(-1)
+    plain_logp, plain_entropy = log_p.gather(1, target[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+    torch.testing.assert_close(logp, plain_logp, rtol=0, atol=1e-13)
+    torch.testing.assert_close(entropy, plain_entropy, rtol=0, atol=1e-13)
+    plain = (up[0] * plain_logp).sum() + (up[1] * plain_entropy).sum() * entropy_grad
+    for a, b in zip(found, torch.autograd.grad(plain, leaves), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+def test_gradcheck_of_a_linear_head():
+    head, x, target = linear_head(hidden=3, vocab=4, rows=5)
+    assert torch.autograd.gradcheck(
+        lambda x, *_: chunked_logprobs(head, x, target, temperature=0.7, chunk_tokens=2, entropy_grad=True),
+        (x, *head.parameters()),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_linear_head_in_lower_precision(dtype):
+    head, x, target = linear_head(hidden=16, vocab=500, rows=40, dtype=dtype)
+    logp, _ = chunked_logprobs(head, x, target, chunk_tokens=16)
+    logp.sum().backward()
+    exact, exact_x, _ = linear_head(hidden=16, vocab=500, rows=40)
+    with torch.no_grad():
+        for a, b in zip([exact_x, *exact.parameters()], [x, *head.parameters()], strict=True):
+            a.copy_(b)
+    chunked_logprobs(exact, exact_x, target, chunk_tokens=1000)[0].sum().backward()
+    assert logp.dtype == torch.float32
+    for a, b in zip([x, *head.parameters()], [exact_x, *exact.parameters()], strict=True):
+        assert a.grad.dtype == dtype
+        # A few roundings of what is of the size of the largest.
+        assert (a.grad - b.grad).abs().max() < 8 * torch.finfo(dtype).eps * b.grad.abs().max()
+
+
+def test_the_weights_gradient_may_gather_elsewhere():
+    head, x, target = linear_head(dtype=torch.bfloat16, bias=False)
+    gathered = torch.ones(11, 7)
+    logp, _ = chunked_logprobs(head, x, target, chunk_tokens=4, weight_gradient=lambda: gathered)
+    logp.sum().backward()
+    assert head.weight.grad is None
+    logits = head(x.detach()).double()
+    slope = torch.nn.functional.one_hot(target, 11) - logits.softmax(-1)
+    want = slope.T @ x.detach().double()
+    # Each row's slope is rounded to bfloat16 once; the sum is not.
+    torch.testing.assert_close(gathered - 1, want.float(), rtol=0, atol=10 * 2**-8)
+    assert not torch.equal(gathered, gathered.bfloat16().float())
+
+
+@pytest.mark.parametrize("rows", [4, 10])
+def test_a_linear_head_saves_nothing_of_the_logits_size(rows):
+    vocab = 1013
+    head, x, target = linear_head(vocab=vocab, rows=rows)
+    kept: list[tuple[int, ...]] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, identity):
+        logp, entropy = chunked_logprobs(head, x, target, chunk_tokens=4, entropy_grad=True)
+    assert all(shape in {(rows, 7), (rows,), (vocab, 7), (vocab,)} for shape in kept)
+    (logp + entropy).sum().backward()
+
+
+def test_a_second_backward_of_a_linear_head_is_the_same():
+    head, x, target = linear_head()
+    logp, entropy = chunked_logprobs(head, x, target, chunk_tokens=4, entropy_grad=True)
+    loss = (logp + entropy).sum()
+    first = torch.autograd.grad(loss, [x, head.weight], retain_graph=True)
+    second = torch.autograd.grad(loss, [x, head.weight])
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_a_frozen_linear_head_and_a_frozen_input():
+    head, x, target = linear_head()
+    head.requires_grad_(False)
+    chunked_logprobs(head, x, target)[0].sum().backward()
+    assert x.grad is not None
+    assert head.weight.grad is None
+    head.requires_grad_(True)
+    chunked_logprobs(head, x.detach(), target)[0].sum().backward()
+    assert head.weight.grad is not None
+
+
+def test_what_is_more_than_a_matrix_product_is_called():
+    head, x, target = linear_head()
+    plain, _ = chunked_logprobs(head, x, target)
+    head.register_forward_hook(lambda module, inputs, logits: logits * 0.5)
+    hooked, _ = chunked_logprobs(head, x, target)
+    torch.testing.assert_close(hooked, chunked_logprobs(lambda h: head(h), x, target)[0])
+    assert not torch.allclose(plain, hooked)
+
+
+def test_no_tokens_through_a_linear_head():
+    head, x, target = linear_head()
+    logp, entropy = chunked_logprobs(head, x[:0], target[:0], entropy_grad=True)
+    (logp.sum() + entropy.sum()).backward()
+    assert x.grad.abs().sum() == head.weight.grad.abs().sum() == 0

@@ -106,7 +106,8 @@ def test_law_4_sampler_and_trainer_agree(model, truncation):
     sampling = SamplingParams(max_new_tokens=6, temperature=0.8, **truncation)
     groups = judged(sample(model, sampling=sampling), length_reward)
     scorer = LocalScorer(model, token_budget=40, temperature=0.8)
-    prepared = Preparation(algorithm=GRPO(kl_coef=0.0), actor=scorer, old_logp="trainer")(groups, {}, 1)
+    prepare = Preparation(algorithm=GRPO(kl_coef=0.0), actor=scorer, old_logp="trainer", minibatches=2)
+    prepared = prepare(groups, {}, 1)
     assert prepared.metrics["sampler_gap_max"] < 1e-4
     assert sampler_gap(prepared.batch)["sampler_gap_mean"] < 1e-5
     if truncation:
@@ -130,3 +131,21 @@ def test_ppo_gets_what_it_needs(model, tmp_path):
     want = lengths[batch.segment_T] * batch.trainable_T
     torch.testing.assert_close(batch.advantage_T, want, atol=1e-4, rtol=0)
     assert abs(prepared.metrics["kl"]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "cut", "saved"),
+    [
+        (GRPO(kl_coef=0.0), {}, True),
+        (GRPO(kl_coef=0.0), {"epochs": 2}, False),
+        (GRPO(kl_coef=0.0), {"minibatches": 2}, False),
+        (GRPO(kl_coef=0.1), {}, False),
+    ],
+)
+def test_a_forward_is_saved_only_where_the_trained_one_is_the_same(model, algorithm, cut, saved):
+    groups = judged(sample(model), length_reward)
+    scorer = LocalScorer(model, token_budget=100, temperature=0.8)
+    prepare = Preparation(algorithm=algorithm, reference=scorer, actor=scorer, old_logp="trainer", **cut)
+    batch = prepare(groups, {}, 1).batch
+    assert batch.on_policy == saved
+    assert (batch.old_logp_T is None) == saved

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from conftest import VOCABULARY, make_module, make_tokenizer
 
@@ -97,3 +98,29 @@ def test_a_checkpoint_of_bfloat16_goes_on_bit_for_bit():
     for name, weight in unbroken.weights.items():
         assert torch.equal(weight, second.weights[name])
         assert torch.equal(unbroken.parameters[name], second.parameters[name])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("token_budget", [1000, 25])
+def test_the_heads_gradient_gathers_in_its_master_with_the_embeddings(tied, token_budget):
+    """Against a float32 trainer of the same (rounded) weights."""
+    trainers = []
+    for dtype in ("bfloat16", "float32"):
+        module = make_module("llama")
+        if tied:
+            module.config.tie_word_embeddings = True
+            module.tie_weights()
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.copy_(parameter.bfloat16())
+        model = prepare_module(module, make_tokenizer(), dtype=dtype)
+        optim = OptimParams(learning_rate=1e-3, total_steps=10)
+        trainers.append(LocalTrainer(model, negative_logp, optim, token_budget=token_budget))
+        trainers[-1].forward_backward(batch_of())
+    low, exact = (trainer.weights for trainer in trainers)
+    assert ("lm_head.weight" in low) != tied
+    assert all(p.grad is None for p in trainers[0].parameters.values())
+    for name, weight in exact.items():
+        assert low[name].grad.dtype == torch.float32
+        # Rounding through two layers of bfloat16.
+        assert (low[name].grad - weight.grad).norm() < 0.05 * weight.grad.norm() + 1e-6, name

@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -152,3 +153,55 @@ def test_score_is_the_forward_without_gradient_in_any_micro_batches():
     assert not small.requires_grad
     torch.testing.assert_close(small, large, atol=1e-5, rtol=0)
     assert trainer.evaluate(batch)["loss"] == pytest.approx(-(large * batch.weight_T).sum().item(), abs=1e-5)
+
+
+def test_metrics_are_means_and_maxima_over_tokens_with_weight_in_any_micro_batches():
+    def measured(out, batch):
+        value_T = batch.token_ids_T.float()
+        return TokenLoss(loss_T=-out.logp_T, metrics_T={"id": value_T, "id_max": value_T})
+
+    batch = make_batch(0)
+    counted = batch.token_ids_T[batch.weight_T != 0].float()
+    for budget in (20, 10_000):
+        trainer = make_trainer(measured, token_budget=budget)
+        metrics = trainer.forward_backward(batch)
+        assert metrics["id"] == pytest.approx(counted.mean().item())
+        assert metrics["id_max"] == counted.max().item()
+        assert list(metrics) == ["loss", "id", "id_max"]
+
+
+def test_the_first_bad_micro_batch_is_named_though_all_are_gone_through():
+    def poisoned(out, batch):
+        bad_S = torch.isin(batch.index_S, torch.tensor([1, 3]))
+        return TokenLoss(loss_T=torch.where(bad_S[batch.segment_T], math.inf, -out.logp_T))
+
+    trainer = make_trainer(poisoned, token_budget=1)
+    with pytest.raises(NonFiniteError, match=r"27 tokens; samples of this step: 1\)"):
+        trainer.forward_backward(make_batch(0))
+    assert all(p.grad is None for p in trainer.model.module.parameters())
+
+
+def test_an_on_policy_batch_equals_one_with_its_own_log_probs():
+    def surrogate(out, batch):
+        ratio_T = (out.logp_T - batch.proximal_logp_T).exp()
+        return TokenLoss(loss_T=-ratio_T * batch.advantage_T, metrics_T={"ratio": ratio_T})
+
+    batch = make_batch(0)
+    generator = torch.Generator().manual_seed(1)
+    batch = replace(batch, advantage_T=torch.randn(batch.tokens, generator=generator))
+    two, one = make_trainer(surrogate, token_budget=30), make_trainer(surrogate, token_budget=30)
+    own_logp_T = two.score(batch).logp_T
+    two.forward_backward(replace(batch, old_logp_T=own_logp_T))
+    shifted_T = own_logp_T + 0.25 * batch.trainable_T
+    metrics = one.forward_backward(replace(batch, on_policy=True, behaviour_logp_T=shifted_T))
+    assert metrics["ratio"] == 1.0
+    assert metrics["sampler_gap_mean"] == pytest.approx(0.25, abs=1e-5)
+    assert metrics["sampler_gap_max"] == pytest.approx(0.25, abs=1e-5)
+    for a, b in zip(one.model.module.parameters(), two.model.module.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-7, rtol=1e-6)
+
+
+def test_old_log_probs_of_an_on_policy_batch_are_not_there_before_the_forward():
+    batch = replace(make_batch(0), on_policy=True, behaviour_logp_T=torch.zeros(74))
+    with pytest.raises(ValueError, match="on_policy"):
+        _ = batch.proximal_logp_T

@@ -1,0 +1,184 @@
+"""The device's side of continuous batching: the state of every row, and one decoding step as a captured graph.
+
+The host enqueues prefills, steps and changes of rows, all on one stream, and reads results some steps later; the
+device decides by itself which rows end. Nothing here waits but ``Landing.values``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tandem.engines.pages import PAGE, CacheShape, PagedDecode, PagedPrefill, PagePool
+from tandem.engines.sampler import Wanted, draw
+from tandem.kernels.draw import ALIVE, DRAWN, FIELDS, LENGTH, LIMIT, RULE, SEED, TOKEN, advance
+from tandem.models.attention import Layout, packed_layout
+
+STEPS = 16
+"""Most steps between two readings of results."""
+
+
+class Forward(Protocol):
+    """From tokens to logits on a layout (``tandem.engines.forwards``)."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def __call__(self, token_BQ: Tensor, position_BQ: Tensor, layout: Layout, keep: Tensor | None = None) -> Tensor: ...
+
+
+@dataclass
+class Landing:
+    """Results on their way to the host."""
+
+    result_K3B: Tensor
+    event: torch.cuda.Event | None
+
+    def values(self) -> np.ndarray:
+        """float64 [steps, 3, rows], token -1 where a row had ended. Waits until they are there."""
+        if self.event is not None:
+            self.event.synchronize()
+        return self.result_K3B.numpy()
+
+
+class Decoder:
+    """Rows that decode side by side: their state, their pages, and a graph for each number of rows.
+
+    ``slots``: rows; ``pages``: pages of the cache; ``width``: most pages of a row.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        shape: CacheShape,
+        *,
+        slots: int,
+        pages: int,
+        width: int,
+    ) -> None:
+        device = forward.device
+        self.forward, self.device = forward, device
+        self.slots, self.width = slots, width
+        self.pool = PagePool(shape, pages, device)
+        self.state_FS = torch.zeros(FIELDS, slots, dtype=torch.int64, device=device)
+        self.params_5S = torch.ones(5, slots, dtype=torch.float64, device=device)
+        self.table_SP = torch.zeros(slots, width, dtype=torch.int32, device=device)
+        self.ring_K3S = torch.zeros(STEPS, 3, slots, dtype=torch.float64, device=device)
+        self.cursor = torch.zeros(1, dtype=torch.int64, device=device)
+        self.stops_RV = torch.zeros(0, 0, dtype=torch.uint8, device=device)
+        self.graphs: dict[tuple[int, Wanted], torch.cuda.CUDAGraph] = {}
+        self.graph_pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def set_stops(self, stops: list[frozenset[int]], vocabulary: int) -> None:
+        """For each rule, the token ids that end a sample."""
+        marks_RV = torch.zeros(len(stops), vocabulary, dtype=torch.uint8)
+        for rule, ids in enumerate(stops):
+            marks_RV[rule, [i for i in ids if 0 <= i < vocabulary]] = 1
+        if marks_RV.shape != self.stops_RV.shape:
+            self.stops_RV = torch.zeros_like(marks_RV, device=self.device)
+            self.graphs.clear()
+        self.stops_RV.copy_(marks_RV)
+
+    def prefill(self, prompts: list[list[int]], pages: list[list[int]]) -> Tensor:
+        """Takes prompts through the model into their pages. Returns the logits [P, V] of what follows each."""
+        lengths = [len(prompt) for prompt in prompts]
+        bounds = torch.tensor([0, *np.cumsum(lengths)])
+        position_T = np.concatenate([np.arange(n) for n in lengths])
+        page_T = np.concatenate([np.asarray(p)[np.arange(n) // PAGE] for n, p in zip(lengths, pages, strict=True)])
+        token_T = np.concatenate([np.asarray(prompt) for prompt in prompts])
+        sent_3T = self._send(np.stack((token_T, position_T, page_T * PAGE + position_T % PAGE)))
+        layout = PagedPrefill(self.pool, packed_layout(bounds, self.device, self.pool.shape.dtype), sent_3T[2])
+        last_P = (bounds[1:] - 1).to(self.device)
+        return self.forward(sent_3T[0][None], sent_3T[1][None], layout, keep=last_P)[0]
+
+    def start(
+        self, slots: list[int], state_FN: np.ndarray, params_5N: Tensor, logits_NV: Tensor, wanted: Wanted
+    ) -> Landing:
+        """Draws the next token of sequences whose prompts have been prefilled, and lets them go on in ``slots``.
+
+        ``state_FN`` has their LENGTH, DRAWN, LIMIT, RULE and SEED.
+        """
+        sent = self._send(np.concatenate((state_FN, np.asarray(slots)[None])))
+        new_FN, slot_N = sent[:FIELDS], sent[FIELDS]
+        params_5N = params_5N.to(self.device, non_blocking=True)
+        drawn_3N = draw(logits_NV, new_FN[SEED], params_5N, new_FN[DRAWN], wanted)
+        new_FN[TOKEN] = drawn_3N[0].long()
+        new_FN[DRAWN] += 1
+        stopped_N = self.stops_RV[new_FN[RULE], new_FN[TOKEN]] > 0
+        new_FN[ALIVE] = ~stopped_N & (new_FN[DRAWN] < new_FN[LIMIT])
+        self.state_FS[:, slot_N] = new_FN
+        self.params_5S[:, slot_N] = params_5N
+        return self._land(drawn_3N[None])
+
+    def steps(self, rows: int, count: int, wanted: Wanted) -> Landing:
+        """``count`` tokens for each of the first ``rows`` rows that goes on."""
+        self.cursor.zero_()
+        graph = self._graph(rows, wanted) if self.side is not None else None
+        for _ in range(count):
+            if graph is not None:
+                graph.replay()
+            else:
+                self._step(rows, wanted)
+        return self._land(self.ring_K3S[:count, :, :rows])
+
+    def stop(self, slots: list[int]) -> None:
+        """Ends rows that the device would go on with."""
+        self.state_FS[ALIVE, self._send(np.asarray(slots))] = 0
+
+    def move(self, sources: list[int], targets: list[int]) -> None:
+        """Rows to other places. Their pages stay where they are."""
+        source_N, target_N = self._send(np.stack((np.asarray(sources), np.asarray(targets))))
+        self.state_FS[:, target_N] = self.state_FS[:, source_N]
+        self.params_5S[:, target_N] = self.params_5S[:, source_N]
+        self.state_FS[ALIVE, source_N] = 0
+
+    def set_table(self, table_SP: np.ndarray) -> None:
+        """The pages of every row, int32 [slots, width]."""
+        self.table_SP.copy_(self._send(table_SP))
+
+    def _step(self, rows: int, wanted: Wanted) -> None:
+        state_FB = self.state_FS[:, :rows]
+        layout = PagedDecode(self.pool, self.table_SP[:rows], state_FB[LENGTH], state_FB[ALIVE])
+        logits_BV = self.forward(state_FB[TOKEN][:, None], state_FB[LENGTH][:, None], layout)[:, -1]
+        drawn_3B = draw(logits_BV, state_FB[SEED], self.params_5S[:, :rows], state_FB[DRAWN], wanted)
+        advance(self.state_FS, drawn_3B, self.stops_RV, self.ring_K3S, self.cursor, rows)
+
+    def _graph(self, rows: int, wanted: Wanted) -> torch.cuda.CUDAGraph:
+        if (rows, wanted) not in self.graphs:
+            assert self.side is not None
+            here = torch.cuda.current_stream(self.device)
+            self.side.wait_stream(here)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.stream(self.side):
+                # Once for real: kernels are compiled and libraries take their workspaces outside the capture.
+                kept = self.state_FS.clone(), self.cursor.clone()
+                self._step(rows, wanted)
+                self.state_FS.copy_(kept[0])
+                self.cursor.copy_(kept[1])
+                graph.capture_begin(pool=self.graph_pool, capture_error_mode="thread_local")
+                try:
+                    self._step(rows, wanted)
+                finally:
+                    graph.capture_end()
+            here.wait_stream(self.side)
+            self.graphs[rows, wanted] = graph
+        return self.graphs[rows, wanted]
+
+    def _send(self, values: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(np.ascontiguousarray(values))
+        return (tensor.pin_memory() if self.side is not None else tensor.clone()).to(self.device, non_blocking=True)
+
+    def _land(self, result_K3B: Tensor) -> Landing:
+        if self.side is None:
+            return Landing(result_K3B.clone(), None)
+        result_K3B = result_K3B.contiguous()
+        host = torch.empty(result_K3B.shape, dtype=result_K3B.dtype, pin_memory=True)
+        host.copy_(result_K3B, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        return Landing(host, event)

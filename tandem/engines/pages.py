@@ -1,0 +1,140 @@
+"""The paged key-value cache: fixed pages that sequences take as they grow, and share where they begin alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tandem.kernels import pages as kernels
+from tandem.models.attention import Layout, UnsupportedAttention
+
+PAGE = 64
+"""Tokens a page."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheShape:
+    """What one token needs in the cache: the same keys and values in every layer."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def page_bytes(self) -> int:
+        return 2 * self.layers * self.kv_heads * self.head_dim * PAGE * self.dtype.itemsize
+
+
+class PagePool:
+    """All pages of a device, and who holds them. Page 0 belongs to nobody: rows that have ended write there."""
+
+    def __init__(self, shape: CacheShape, pages: int, device: torch.device) -> None:
+        self.shape = shape
+        self.pages = pages
+        # Zeros: what is masked gets weight 0, and 0 times a stray NaN would still be NaN.
+        self.store = torch.zeros(
+            2, shape.layers, pages, shape.kv_heads, PAGE, shape.head_dim, dtype=shape.dtype, device=device
+        )
+        self.holders = np.zeros(pages, dtype=np.int64)
+        self.free = list(range(pages - 1, 0, -1))
+
+    @property
+    def available(self) -> int:
+        return len(self.free)
+
+    def take(self, count: int) -> list[int]:
+        """Pages that nobody holds. Ask ``available`` first."""
+        assert count <= len(self.free), "more pages asked for than there are"
+        taken = [self.free.pop() for _ in range(count)]
+        self.holders[taken] = 1
+        return taken
+
+    def share(self, pages: list[int]) -> None:
+        """One more holder for each."""
+        self.holders[pages] += 1
+
+    def give_back(self, pages: list[int]) -> None:
+        """One holder less for each; those without any are free again."""
+        self.holders[pages] -= 1
+        self.free += [page for page in pages if self.holders[page] == 0]
+
+    def copy(self, sources: list[int], targets: list[int]) -> None:
+        """The content of some pages into others, in every layer."""
+        if sources:
+            source, target = (torch.tensor(x).to(self.store.device, non_blocking=True) for x in (sources, targets))
+            self.store[:, :, target] = self.store[:, :, source]
+
+
+def pages_for(tokens: int) -> int:
+    """Pages that hold so many tokens."""
+    return -(-tokens // PAGE)
+
+
+class PagedPrefill:
+    """Packed prompts: attention by ``inner``, keys and values into the places ``target_T`` of the pool as they pass."""
+
+    def __init__(self, pool: PagePool, inner: Layout, target_T: Tensor) -> None:
+        self.pool = pool
+        self.inner = inner
+        self.target_T = target_T
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        layer: int | None,
+        scaling: float | None,
+        sliding_window: int | None,
+    ) -> Tensor:
+        """Query [1, H, T, D], key and value [1, Hkv, T, D] → [1, T, H, D]."""
+        _require(layer)
+        keys, values = self.pool.store[:, layer]
+        kernels.store(key[0].transpose(0, 1), value[0].transpose(0, 1), keys, values, self.target_T)
+        return self.inner.attend(query, key, value, layer=layer, scaling=scaling, sliding_window=sliding_window)
+
+
+class PagedDecode:
+    """One new token for each row: its pages ``table_BP`` (int32), the tokens it holds, and whether it lives (int64)."""
+
+    def __init__(self, pool: PagePool, table_BP: Tensor, length_B: Tensor, alive_B: Tensor) -> None:
+        self.pool = pool
+        self.table_BP = table_BP
+        self.length_B = length_B
+        self.target_B = kernels.places(table_BP, length_B, alive_B, PAGE)
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        layer: int | None,
+        scaling: float | None,
+        sliding_window: int | None,
+    ) -> Tensor:
+        """Query [B, H, 1, D], key and value [B, Hkv, 1, D] → [B, 1, H, D]."""
+        _require(layer)
+        keys, values = self.pool.store[:, layer]
+        kernels.store(key.squeeze(2), value.squeeze(2), keys, values, self.target_B)
+        size = query.shape[-1]
+        out = kernels.attend(
+            query.squeeze(2),
+            keys,
+            values,
+            self.table_BP,
+            self.length_B,
+            scaling=size**-0.5 if scaling is None else scaling,
+            sliding_window=sliding_window,
+        )
+        return out[:, None]
+
+
+def _require(layer: int | None) -> None:
+    if layer is None:
+        raise UnsupportedAttention("attention layers without a layer_idx")

@@ -1,0 +1,64 @@
+"""Transformer layers as compiled graphs, for training and scoring. Others that share the module do not notice."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dynamo import config as dynamo_config
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+
+log = logging.getLogger("tandem")
+GRAPHS = 64
+"""Most graphs of one layer class in a process: models, kinds of layer, with and without gradient, one segment."""
+
+
+class Blocks:
+    """The layers of one model. Those of a class share a graph, whatever the lengths and number of the segments.
+
+    A layer runs compiled where its ``layout=`` says so (``layout.compiled``), and else as it is: an engine that
+    decodes with the same module never meets a compiled layer. Recomputing a checkpointed layer brings its layout
+    along, so it takes the same way again. Compilation happens at the first call. A layer that cannot be one graph is
+    reported once, and from then on all run as they are.
+    """
+
+    def __init__(self, layers: list[nn.Module], *, name: str, backend: str = "inductor") -> None:
+        self.name = name
+        self.backend = backend
+        self.working = bool(layers)
+        self.compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
+        for layer in layers:
+            layer.forward = _Block(layer, self)
+
+    def call(self, layer: nn.Module, *arguments: Any, **options: Any) -> Any:
+        """The layer's forward, compiled if possible."""
+        plain = type(layer).forward
+        if not self.working:
+            return plain(layer, *arguments, **options)
+        if plain not in self.compiled:
+            # Of the class, not of each layer, whose graphs would all be told apart by the layer's identity.
+            self.compiled[plain] = torch.compile(plain, dynamic=True, fullgraph=True, backend=self.backend)
+        try:
+            with dynamo_config.patch(recompile_limit=GRAPHS):
+                return self.compiled[plain](layer, *arguments, **options)
+        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+            self.working = False
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            log.warning("%s: its layers run uncompiled (slower): %s", self.name, reason)
+            return plain(layer, *arguments, **options)
+
+
+class _Block:
+    """Stands in a layer's place as its ``forward``."""
+
+    def __init__(self, layer: nn.Module, blocks: Blocks) -> None:
+        self.layer = layer
+        self.blocks = blocks
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        if getattr(options.get("layout"), "compiled", False):
+            return self.blocks.call(self.layer, *arguments, **options)
+        return type(self.layer).forward(self.layer, *arguments, **options)

@@ -1,0 +1,68 @@
+"""The numbers of a step, kept where they are computed until all are read at once."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from tandem.parallel.world import World
+from tandem.roles import Metrics
+from tandem.types import Batch, TokenLoss
+
+
+class Tally:
+    """The total loss of some micro-batches, and every metric over the tokens whose weight is not zero.
+
+    That is its mean, or its largest value where its name ends in ``_max``.
+    """
+
+    def __init__(self) -> None:
+        self.parts: list[tuple[Batch, Tensor]] = []
+        """Each micro-batch with its unreduced loss, to name what is wrong with them."""
+        self.totals: list[Tensor] = []
+        self.sums: dict[str, Tensor] = {}
+        self.maxima: dict[str, Tensor] = {}
+
+    def add(self, batch: Batch, token_loss: TokenLoss) -> Tensor:
+        """Takes a micro-batch in, and returns its loss, to be differentiated. No wait for the device."""
+        total = (token_loss.loss_T * batch.weight_T).sum()
+        self.parts.append((batch, token_loss.loss_T.detach()))
+        self.totals.append(total.detach())
+        mask_T = batch.weight_T != 0
+        self._sum("", mask_T)
+        for name, value_T in token_loss.metrics_T.items():
+            if name.endswith("_max"):
+                value = torch.where(mask_T, value_T.detach(), -math.inf).max().double()
+                self.maxima[name] = torch.maximum(self.maxima.get(name, value), value)
+            else:
+                self._sum(name, value_T.detach() * mask_T)
+        return total
+
+    def _sum(self, name: str, value_T: Tensor) -> None:
+        value = value_T.sum(dtype=torch.float64)
+        self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def result(self, world: World) -> tuple[Metrics, str]:
+        """The metrics over all ranks, and what is not finite about the loss (or nothing), the same on each of them."""
+        numbers = torch.stack([*(t.double() for t in self.totals), *self.sums.values(), *self.maxima.values()]).tolist()
+        losses, rest = numbers[: len(self.totals)], numbers[len(self.totals) :]
+        bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
+        found = "" if bad is None else describe_non_finite(*self.parts[bad])
+        ranks = world.gather((sum(losses), rest[: len(self.sums)], rest[len(self.sums) :], found))
+        loss, sums, maxima, faults = zip(*ranks, strict=True)
+        tokens, *totals = (sum(column) for column in zip(*sums, strict=True))
+        means = {name: total / max(tokens, 1) for name, total in zip(list(self.sums)[1:], totals, strict=True)}
+        largest = dict(zip(self.maxima, map(max, zip(*maxima, strict=True)), strict=True))
+        return {"loss": sum(loss)} | means | largest, next(filter(None, faults), "")
+
+
+def describe_non_finite(batch: Batch, loss_T: Tensor) -> str:
+    """Which samples have a loss that is not finite, for a person to read."""
+    bad_T = ~torch.isfinite(loss_T) & (batch.weight_T != 0)
+    segments = batch.segment_T[bad_T].unique()
+    if batch.index_S is not None:
+        segments = batch.index_S[segments]
+    first = ", ".join(map(str, segments.tolist()[:5])) or "none alone, only their sum"
+    return f"the loss is not finite ({int(bad_T.sum())} tokens; samples of this step: {first}); lower the learning rate"

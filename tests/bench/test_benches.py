@@ -1,0 +1,141 @@
+"""Every bench runs in its small form on a CPU, checks that the work was equal, and says which peer is not there."""
+
+import importlib
+import json
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parents[2] / "bench"
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Runs a bench's systems one by one, all in this process: the rows that came, and those that are errors."""
+    monkeypatch.syspath_prepend(str(BENCH))
+
+    def rows(name, systems, *argv):
+        found = []
+        for system in systems:
+            file = tmp_path / f"{system}.json"
+            options = ["--device", "cpu", "--json", file, "--only", system, *argv]
+            monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, options)])
+            importlib.import_module(name).main()
+            found += json.loads(file.read_text())["rows"]
+        return [row for row in found if "error" not in row], [row for row in found if "error" in row]
+
+    return rows
+
+
+def trl_is_missing():
+    try:
+        version("trl")
+    except PackageNotFoundError:
+        return True
+    return False
+
+
+def test_sampling(run, tmp_path):
+    trace = tmp_path / "trace.json"
+    rows, failed = run(
+        "sampling", ["live", "generate", "check"], "--size", "tiny", "--repeats", 1, "--batches", 8, "--new-tokens", 8,
+        "--prompt-tokens", 4, "--skewed-samples", 12, "--slots", 4, "--skewed-max", 16, "--samples-per-prompt", 2,
+        "--check-samples", 2, "--profile", trace,
+    )  # fmt: skip
+    assert not failed
+    live = {row["case"]: row for row in rows if row["system"] == "live"}
+    assert live["equal 8"]["tokens"] == 64
+    assert live["slots"]["tokens"] == 96
+    # Random ends: some samples end early, and none may be longer than asked for.
+    assert 12 <= live["skewed"]["tokens"] < 192
+    assert {row["cache"] for row in rows if row["system"] == "generate"} == {"dynamic", "static"}
+    (check,) = (row for row in rows if row["system"] == "check")
+    assert check["gap_max"] < 1e-4
+    assert check["greedy_equal"] == 1
+    assert json.loads(trace.read_text())["traceEvents"]
+
+
+def test_unequal_work_is_an_error(run):
+    sampling = importlib.import_module("sampling")
+    case = sampling.Case(name="equal 2", samples=2, slots=2, new_tokens=3)
+    with pytest.raises(RuntimeError, match="2 samples of 2 to 3 tokens"):
+        sampling.row_of(None, "live", case, {"seconds": 1.0}, [3, 2])
+
+
+def test_rl_step(run, tmp_path):
+    rows, failed = run(
+        "rl_step", ["tandem", "trl-generate"], "--size", "tiny", "--prompts", 2, "--samples", 4, "--new-tokens", 8,
+        "--prompt-tokens", 4, "--steps", 2, "--skip", 1, "--trl-batch", 4, "--profile", tmp_path / "trace.json",
+    )  # fmt: skip
+    systems = {row["system"]: row for row in rows}
+    # A sample of the random model ends early one time in 512 tokens.
+    assert all(48 <= row["completion_tokens"] <= 64 for row in rows)
+    assert len(systems["tandem"]["steps"]) == 4, "two steps more, for the trace"
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    if trl_is_missing():
+        assert [row["error"] for row in failed] == ["ImportError: trl is not installed here"]
+
+
+def test_phases_of_an_rl_step(run):
+    rl_step = importlib.import_module("rl_step")
+    options = rl_step.parse(["--device", "cpu", "--size", "tiny", "--steps", "3", "--skip", "1"])
+    step = {f"seconds_{phase}": 1.0 for phase in rl_step.PHASES}
+    step |= {"seconds": 4.0, "sampled_tokens": 8.0, "memory_gb_sampling": 1.0, "memory_gb_training": 2.0}
+    row = rl_step.tandem_row(options, [step | {"seconds": 9.0, "memory_gb_training": 3.0}, step, step])
+    assert row["seconds"] == 4.0
+    assert row["peak_gb_of"] == {"sampling": 1.0, "training": 3.0}
+    assert row["peak_gb"] == 3.0
+
+
+def test_training(run, tmp_path):
+    rows, failed = run(
+        "training", ["packed", "sft-tandem", "sft-trl-pack-sdpa", "gradients"], "--size", "tiny", "--token-budget", 256,
+        "--accumulate", 2, "--sequence", 64, "--repeats", 1, "--warm", 1, "--sft-sequences", 8, "--sft-batch", 4,
+        "--profile", tmp_path / "trace.json",
+    )  # fmt: skip
+    systems = {row["system"]: row for row in rows}
+    assert systems["packed"]["tokens"] == 512
+    assert systems["gradients"]["gradient_error"] < 1e-5
+    assert len(systems["sft-tandem"]["every_second"]) == 2
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    if trl_is_missing():
+        assert [row["error"] for row in failed] == ["ImportError: trl is not installed here"]
+
+
+def test_memory(run):
+    rows, failed = run("memory", ["chunked", "full", "phases"], "--size", "tiny", "--tokens", 8192, "--repeats", 1)
+    chunked, full = rows
+    logits = 8192 * 512 * 4 / 1e9
+    # Full: logits, log-probs and a gradient of that size at least at one time. Chunks: a quarter of the tokens at once.
+    assert full["peak_gb"] > 2.5 * logits
+    assert chunked["peak_gb"] < 0.6 * full["peak_gb"]
+    assert max(chunked["gap_max"], chunked["gradient_error"], full["gradient_error"]) < 1e-4
+    assert [row["system"] for row in failed] == ["phases"]
+
+
+def test_learning(run):
+    rows, failed = run(
+        "learning", ["plain"], "--seeds", 0, "--hidden", 32, "--layers", 1, "--sft-steps", 4, "--grpo-steps", 2,
+        "--prompts", 4, "--held-out", 16,
+    )  # fmt: skip
+    assert not failed
+    (plain,) = rows
+    assert 1.0 < plain["sft_loss"] < 3.0
+    assert len(plain["train_rewards"]) == 2
+    assert "--compile off" in plain["commands"][0]
+
+
+def test_each_system_has_a_process_and_a_dead_one_is_a_row(tmp_path):
+    file = tmp_path / "rows.json"
+    argv = [
+        "sampling.py", "--size", "tiny", "--device", "cpu", "--repeats", "1", "--cases", "2", "--batches", "2",
+        "--new-tokens", "2", "--only", "live", "check", "--timeout", "0.2", "--json", str(file),
+    ]  # fmt: skip
+    done = subprocess.run([sys.executable, *argv], capture_output=True, text=True, cwd=BENCH)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["system"] for row in rows] == ["live", "check"]
+    assert all("not done after 0.2 s" in row["error"] for row in rows)

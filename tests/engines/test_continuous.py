@@ -1,0 +1,179 @@
+"""Continuous batching over pages: sharing, running out, moving rows and stopping late change no sample."""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GemmaConfig, GemmaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parent))
+from engine_models import EOS, VOCABULARY, model, tokenizer
+
+from tandem.engines.continuous import bucket
+from tandem.engines.live import LiveEngine
+from tandem.engines.pages import PAGE
+from tandem.errors import UserError
+from tandem.models.attention import IMPLEMENTATION
+from tandem.types import Completion, Request, SamplingParams
+
+Drawn = list[list[tuple[list[int], str, str]]]
+
+
+def mixed_requests(count: int = 7) -> list[Request]:
+    """Prompts below, at and above a page; one to five samples of each; lengths and ends of all kinds."""
+    rng = random.Random(3)
+    kinds = [
+        SamplingParams(max_new_tokens=40),
+        SamplingParams(max_new_tokens=55, temperature=0.8, stop=("e", "zq")),
+        SamplingParams(max_new_tokens=5, stop_token_ids=(40, 41)),
+        SamplingParams(max_new_tokens=60, temperature=0),
+        SamplingParams(max_new_tokens=1),
+    ]
+    lengths = [3, PAGE, PAGE - 1, PAGE + 1, 20, 50, 10]
+    return [
+        Request(
+            prompt_ids=tuple(rng.randrange(2, VOCABULARY) for _ in range(lengths[i % 7])),
+            seeds=tuple(10 * i + j for j in range(1 + i % 5)),
+            sampling=kinds[i % len(kinds)],
+        )
+        for i in range(count)
+    ]
+
+
+def drawn(completions: list[list[Completion]]) -> Drawn:
+    return [[(c.token_ids, c.stop, c.text) for c in cs] for cs in completions]
+
+
+def live(module: Any, **options: Any) -> LiveEngine:
+    return LiveEngine(module, tokenizer(), **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"max_slots": 1},
+        {"max_slots": 3, "prefill_tokens": 1},
+        {"max_slots": 19, "prefill_tokens": 70},
+        # Room for a few samples only: the rest wait, and those that came last give way.
+        {"max_slots": 8, "cache_tokens": 6 * PAGE},
+        {"max_slots": 16, "cache_tokens": 9 * PAGE},
+    ],
+)
+def test_rows_pages_and_memory_change_no_sample(options: dict[str, int]) -> None:
+    module = model("qwen2", eos=EOS)
+    asked = mixed_requests(14)
+    truth = live(module, way="slots").generate(asked)
+    engine = live(module, way="captured", **options)
+    for _ in range(2):
+        found = engine.generate(asked)
+        assert drawn(found) == drawn(truth)
+        for a, b in zip(truth, found, strict=True):
+            for one, other in zip(a, b, strict=True):
+                torch.testing.assert_close(
+                    torch.tensor(one.untruncated_logp), torch.tensor(other.untruncated_logp), atol=1e-4, rtol=0
+                )
+
+
+def test_samples_give_way_and_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six samples of five pages each, in eleven pages."""
+    from tandem.engines.continuous import ContinuousBatching
+
+    gone: list[int] = []
+    right = ContinuousBatching._preempt
+
+    def counted(self: ContinuousBatching) -> None:
+        gone.append(len(self.row_of))
+        right(self)
+
+    monkeypatch.setattr(ContinuousBatching, "_preempt", counted)
+    module = model("llama")
+    module.config.max_position_embeddings = 512
+    long = SamplingParams(max_new_tokens=300, temperature=0)
+    asked = [Request(prompt_ids=(5, 6, i + 2), seeds=(i,), sampling=long) for i in range(6)]
+    truth = live(module, way="slots").generate(asked)
+    engine = live(module, way="captured", cache_tokens=12 * PAGE)
+    assert drawn(engine.generate(asked)) == drawn(truth)
+    assert gone
+    assert engine.captured is not None
+    assert engine.captured.decoder is not None
+    pool = engine.captured.decoder.pool
+    assert pool.available == pool.pages - 1, "every page is given back"
+    assert not pool.holders.any()
+
+
+def test_a_cache_too_small_for_one_sample_says_how_much_it_needs() -> None:
+    engine = live(model("qwen2"), way="captured", cache_tokens=2 * PAGE)
+    asked = [Request(prompt_ids=(5,), seeds=(0,), sampling=SamplingParams(max_new_tokens=100))]
+    with pytest.raises(UserError, match=f"room for {2 * PAGE} tokens and one sample may need {2 * PAGE}"):
+        engine.generate(asked)
+
+
+def test_an_error_in_a_callback_leaves_an_engine_that_works() -> None:
+    engine = live(model("qwen2", eos=EOS), way="captured", max_slots=4)
+    asked = mixed_requests()
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("a user's")
+
+    with pytest.raises(RuntimeError, match="a user's"):
+        engine.generate(asked, fail)
+    assert drawn(engine.generate(asked)) == drawn(live(engine.module, way="slots").generate(asked))
+
+
+def test_the_lean_forward_is_used_where_it_is_right_and_only_there() -> None:
+    size: dict[str, Any] = {
+        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128,
+        "eos_token_id": EOS, "bos_token_id": None, "pad_token_id": 0, "initializer_range": 0.3,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    qwen3, gemma = Qwen3ForCausalLM(Qwen3Config(**size)), GemmaForCausalLM(GemmaConfig(**size))
+    for module in (qwen3, gemma):
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                if "norm" in name:
+                    parameter.uniform_(0.2, 0.9)  # so that a norm that is left out is seen
+        module.eval().set_attn_implementation(IMPLEMENTATION)
+    reasons = {}
+    for module in (model("qwen2"), model("llama"), model("mistral"), qwen3, gemma, model("gpt_neox")):
+        engine = live(module, way="captured")
+        assert engine.captured is not None
+        reasons[type(module).__name__] = engine.captured.own_because
+        asked = [Request(prompt_ids=(4, 5, 6), seeds=(1, 2), sampling=SamplingParams(max_new_tokens=70))]
+        assert drawn(engine.generate(asked)) == drawn(live(module, way="slots").generate(asked))
+    assert [name for name, reason in reasons.items() if not reason] == [
+        "Qwen2ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM", "Qwen3ForCausalLM"
+    ]  # fmt: skip
+    assert "SiLU" in reasons["GemmaForCausalLM"]
+    assert "RMS norm" in reasons["GPTNeoXForCausalLM"]
+
+
+def test_stacked_parameters_stay_the_modules_own() -> None:
+    module = model("qwen2", eos=EOS)
+    names = [name for name, _ in module.named_parameters()]
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    engine = live(module, way="captured")
+    assert [name for name, _ in module.named_parameters()] == names
+    assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
+    attention = module.model.layers[0].self_attn
+    assert attention.k_proj.weight.data_ptr() == attention.q_proj.weight.data_ptr() + attention.q_proj.weight.nbytes
+    asked = [Request(prompt_ids=(4, 5, 6), seeds=(1,), sampling=SamplingParams(max_new_tokens=9))]
+    engine.generate(asked)
+    with torch.no_grad():
+        attention.k_proj.weight.mul_(-1)
+        # Taken out of its place, as a cast or a load may do.
+        attention.v_proj.weight.data = attention.v_proj.weight.data * 2
+    assert drawn(engine.generate(asked)) == drawn(live(module, way="slots").generate(asked))
+
+
+def test_few_graphs_serve_all_numbers_of_rows() -> None:
+    sizes = {bucket(rows, 1000) for rows in range(1, 1001)}
+    assert len(sizes) <= 24
+    assert all(rows <= bucket(rows, 1000) <= 1000 for rows in range(1, 1001))
+    assert all(bucket(rows, 1000) <= 1.4 * rows + 9 for rows in range(1, 1001))

@@ -1,0 +1,156 @@
+"""Triton kernels of the live engine against the plain torch beside them: on a GPU, or interpreted on a CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from tandem.engines.sampler import Wanted, param_columns, seed_column, uniform
+from tandem.engines.sampler import draw as plain_draw
+from tandem.kernels import draw, draw_triton, layers, layers_triton, pages, pages_triton
+from tandem.types import SamplingParams
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# The interpreter rounds bfloat16 towards zero, and multiplies matrices of float16 at the lowest.
+LOW = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+@pytest.fixture(autouse=True)
+def _plain_torch_beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The dispatching functions give the plain torch version here, on a GPU too."""
+    for module in (layers, pages, draw):
+        monkeypatch.setattr(module, "on_triton", lambda _: False)
+    monkeypatch.setattr("tandem.engines.sampler.on_triton", lambda _: False)
+    torch.manual_seed(0)
+
+
+def close(found: torch.Tensor, truth: torch.Tensor, factor: float = 1.0) -> None:
+    tolerance = factor * TOLERANCE.get(truth.dtype, 1e-5)
+    torch.testing.assert_close(found, truth, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, LOW])
+@pytest.mark.parametrize("size", [48, 896])
+def test_norms(dtype: torch.dtype, size: int) -> None:
+    x, residual = torch.randn(2, 5, size, device=DEVICE).to(dtype)
+    weight = torch.randn(size, device=DEVICE).to(dtype)
+    close(layers_triton.rms_norm(x, None, weight, 1e-6)[0], layers.rms_norm(x, weight, 1e-6), 4)
+    found, truth = layers_triton.rms_norm(x, residual, weight, 1e-6), layers.add_rms_norm(x, residual, weight, 1e-6)
+    close(found[0], truth[0], 4)
+    close(found[1], truth[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, LOW])
+@pytest.mark.parametrize("size", [48, 1500])
+def test_gate(dtype: torch.dtype, size: int) -> None:
+    gate_up = torch.randn(3, 2 * size, device=DEVICE).to(dtype)
+    close(layers_triton.gated_silu(gate_up), layers.gated_silu(gate_up), 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, LOW])
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 1, 8), (14, 2, 64), (6, 3, 24)])
+def test_rotation(dtype: torch.dtype, normed: bool, heads: int, kv_heads: int, size: int) -> None:
+    qkv = torch.randn(7, heads + 2 * kv_heads, size, device=DEVICE).to(dtype)
+    position = torch.randint(0, 30, (7,), device=DEVICE)
+    angle = torch.randn(40, size // 2, device=DEVICE).repeat(1, 2)
+    norms = (*torch.rand(2, size, device=DEVICE).to(dtype), 1e-6) if normed else None
+    found, truth = qkv.clone(), qkv.clone()
+    for function, turned in ((layers_triton.rotate_, found), (layers.rotate_, truth)):
+        function(turned, position, angle.cos().to(dtype), angle.sin().to(dtype), heads, kv_heads, norms)
+    close(found, truth, 4)
+    assert torch.equal(found[:, heads + kv_heads :], qkv[:, heads + kv_heads :]), "values are left alone"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, LOW])
+@pytest.mark.parametrize(("heads", "kv_heads", "size", "page"), [(4, 2, 16, 16), (6, 1, 24, 16), (14, 2, 64, 64)])
+def test_pages(dtype: torch.dtype, heads: int, kv_heads: int, size: int, page: int) -> None:
+    keys, values = torch.randn(2, 9, kv_heads, page, size, device=DEVICE).to(dtype)
+    stored = keys.clone(), values.clone()
+    key, value = torch.randn(2, 5, kv_heads, size, device=DEVICE).to(dtype)
+    target = torch.tensor([3, 17, page + 9, 0, 8 * page + 3], device=DEVICE)
+    pages.store(key, value, keys, values, target)
+    pages_triton.store(key, value, *stored, target)
+    assert torch.equal(keys, stored[0])
+    assert torch.equal(values, stored[1])
+
+    table = torch.randint(0, 9, (4, 4), device=DEVICE).int()
+    length = torch.tensor([0, page - 1, page, 3 * page + 5], device=DEVICE)
+    alive = torch.tensor([1, 0, 1, 1], device=DEVICE)
+    assert torch.equal(pages_triton.places(table, length, alive, page), pages.places(table, length, alive, page))
+    query = torch.randn(4, heads, size, device=DEVICE).to(dtype)
+    for window in (None, page + 3):
+        truth = pages.attend(query, keys, values, table, length, scaling=0.3, sliding_window=window)
+        for splits in (None, 1, 4):
+            found = pages_triton.attend(
+                query, keys, values, table, length, scaling=0.3, sliding_window=window, splits=splits
+            )
+            close(found, truth, 2)
+
+
+@pytest.mark.parametrize("vocabulary", [100, 5000, 9000])
+def test_draws(vocabulary: int) -> None:
+    rows = 40
+    logits = 3 * torch.randn(rows, vocabulary, device=DEVICE)
+    logits[3, : vocabulary // 2] = -float("inf")
+    params = [SamplingParams(temperature=(1, 0.7, 0, 1.3)[i % 4]) for i in range(rows)]
+    columns, seeds = param_columns(params).to(DEVICE), seed_column([i * 7919 + 2**63 for i in range(rows)]).to(DEVICE)
+    drawn = torch.randint(0, 99, (rows,), device=DEVICE)
+    truth = plain_draw(logits, seeds, columns, drawn, Wanted.of(params))
+    found = draw_triton.draw(logits, columns[0], columns[1], seeds, drawn)
+    without = draw_triton.draw(logits, columns[0], columns[1], seeds, drawn, any_greedy=False)
+    drawn_at_random = columns[1] == 0
+    assert torch.equal(without[:, drawn_at_random], found[:, drawn_at_random])
+    # Sums round differently, so a uniform number next to an edge may fall on its other side.
+    same = found[0] == truth[0]
+    assert same.sum() >= rows - 1
+    close(found[1:, same], truth[1:, same])
+
+
+def test_logits_that_are_not_finite_come_back_as_nan() -> None:
+    logits = torch.randn(3, 50, device=DEVICE)
+    logits[1, 3] = float("nan")
+    ones, seeds = torch.ones(3, dtype=torch.float64, device=DEVICE), torch.arange(3, device=DEVICE)
+    found = draw_triton.draw(logits, ones, 0 * ones, seeds, seeds)
+    assert found[2].isnan().tolist() == [False, True, False]
+    assert ((found[0] >= 0) & (found[0] < 50)).all()
+
+
+def test_draws_use_the_published_stream() -> None:
+    """One of two equal tokens is drawn where the uniform number of the stream is below a half."""
+    rows = 64
+    seeds = torch.arange(rows, device=DEVICE) * 2**57 - 2**62
+    ones = torch.ones(rows, dtype=torch.float64, device=DEVICE)
+    counter = torch.arange(rows, device=DEVICE) * 3
+    found = draw_triton.draw(torch.zeros(rows, 2, device=DEVICE), ones, 0 * ones, seeds, counter)
+    assert torch.equal(found[0], (uniform(seeds, counter) >= 0.5).double())
+
+
+def test_a_step_moves_on_the_rows_that_live() -> None:
+    state = torch.zeros(draw.FIELDS, 6, dtype=torch.int64)
+    state[draw.TOKEN], state[draw.LENGTH], state[draw.DRAWN] = 9, torch.arange(10, 16), torch.arange(6)
+    state[draw.LIMIT] = torch.tensor([50, 50, 3, 50, 50, 50])
+    state[draw.RULE] = torch.tensor([0, 0, 0, 1, 1, 0])
+    state[draw.ALIVE] = torch.tensor([1, 0, 1, 1, 1, 1])
+    stops = torch.zeros(2, 20, dtype=torch.uint8)
+    stops[1, 7] = 1
+    results = torch.tensor([[5.0, 6, 8, 7, 4, 7], [-1, -2, -3, -4, -5, -6], [-1, -2, -3, -4, -5, -7]]).double()
+    expected = {
+        draw.TOKEN: [5, 9, 8, 7, 4, 9],
+        draw.LENGTH: [11, 0, 0, 0, 15, 15],
+        draw.DRAWN: [1, 1, 3, 4, 5, 5],
+        draw.ALIVE: [1, 0, 0, 0, 1, 1],
+    }
+    for function in (draw.advance, draw_triton.advance):
+        mine = state.to(DEVICE, copy=True)
+        ring = torch.full((3, 3, 6), 77.0, dtype=torch.float64, device=DEVICE)
+        cursor = torch.ones(1, dtype=torch.int64, device=DEVICE)
+        function(mine, results.to(DEVICE)[:, :5].contiguous(), stops.to(DEVICE), ring, cursor, 5)
+        assert {name: mine[name].tolist() for name in expected} == expected
+        assert cursor.item() == 2
+        assert ring[1, 0].tolist() == [5, -1, 8, 7, 4, 77]
+        assert ring[1, 2, :5].tolist() == results[2, :5].tolist()
+        assert (ring[0] == 77).all()
