@@ -23,12 +23,11 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from common import Record, Row, arguments, print_table, resolve_device
 
 from tandem.cli.quickstart import write_rows
-from tandem.cli.sections import EngineSection, ModelSection
 from tandem.data.rows import Rows
 from tandem.data.tokenize import build_prompts
 from tandem.engines.live import LiveEngine
@@ -85,20 +84,9 @@ def commands(options: argparse.Namespace, folder: Path, path: str, seed: int) ->
     argvs = [[sys.executable, "-m", "tandem", name] for name in ("sft", "grpo")]
     for argv, flags in zip(argvs, (sft, grpo), strict=True):
         argv += [word for key, value in flags.items() for word in (f"--{key}", str(value))]
-        argv += plain_flags(argv[3]) if path == "plain" else []
+        if path == "plain":
+            argv += ["--compile", "off"] + (["--engine.way", "slots"] if argv[3] == "grpo" else [])
     return argvs
-
-
-def plain_flags(command: str) -> list[str]:
-    """What turns compiling and capturing off, of the keys that the command has."""
-    keys: list[tuple[str, Any]] = [("compile", ModelSection)]
-    if command == "grpo":
-        keys.append(("engine.capture", EngineSection))
-    flags: list[str] = []
-    for key, section in keys:
-        if (kind := get_type_hints(section).get(key.rpartition(".")[2])) is not None:
-            flags += [f"--{key}", "false" if kind is bool else "off"]
-    return flags
 
 
 def learn(options: argparse.Namespace, folder: Path, path: str, seed: int) -> Row:

@@ -117,6 +117,7 @@ def live_engine(site: Site, sampling: SamplingSection, engine: EngineSection) ->
         actor.model.tokenizer,
         max_slots=sampling.max_slots,
         max_length=engine.max_length,
+        way=engine.way,
         version=lambda: actor.version,
     )
 
@@ -125,7 +126,9 @@ def replica_engine(
     site: Site, section: ModelSection, sampling: SamplingSection, engine: EngineSection
 ) -> ReplicaEngine:
     """A live engine with weights of its own."""
-    return ReplicaEngine(load_policy(site, section), max_slots=sampling.max_slots, max_length=engine.max_length)
+    return ReplicaEngine(
+        load_policy(site, section), max_slots=sampling.max_slots, max_length=engine.max_length, way=engine.way
+    )
 
 
 class Replicas:

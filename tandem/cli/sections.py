@@ -247,6 +247,9 @@ class EngineSection:
 
     kind: Literal["live", "vllm"] = "live"
     """live samples with the trainer's own model code; vllm with vLLM (pip install 'tandem-rlhf[vllm]')."""
+    way: Literal["auto", "captured", "slots", "padded"] = "auto"
+    """live: captured graphs over a paged cache, single steps over a cache of slots, or the model's own generate. auto:
+    the first that the device has and the model can."""
     tensor_parallel: int = 1
     """vllm: GPUs that one engine is split over."""
     memory_share: float | None = None
@@ -276,6 +279,8 @@ class EngineSection:
                 raise UserError(f"engine.{key}: expected {wanted}, got {getattr(self, key)!r}")
         if self.kind == "live" and self.tensor_parallel > 1:
             raise UserError("engine.tensor_parallel: only vllm splits an engine; add --engine.kind vllm")
+        if self.kind == "vllm" and self.way != "auto":
+            raise UserError(f"engine.way: {self.way} is a way of the live engine; add --engine.kind live")
 
     @property
     def vllm_arguments(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence as Seq
 from typing import Any
 
 import torch
@@ -149,7 +150,7 @@ class _Layer:
 
 
 @torch.no_grad()
-def stack(parameters: list[Tensor]) -> Tensor:
+def stack(parameters: Seq[Tensor]) -> Tensor:
     """One tensor of all their rows, which they become views of. Costs a copy the first time only."""
     first = parameters[0]
     sizes = [len(p) for p in parameters]

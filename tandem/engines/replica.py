@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tandem.data.packing import pack
-from tandem.engines.live import LiveEngine
+from tandem.engines.live import LiveEngine, Way
 from tandem.errors import UserError
 from tandem.models.forward import LoadedModel, forward
 from tandem.sync.checksum import Checked, checksum
@@ -23,14 +23,21 @@ OnFinish = Callable[[int, int, Completion], None]
 class ReplicaEngine:
     """Samples from a copy of the weights: ``model``'s own, which pushes overwrite."""
 
-    def __init__(self, model: LoadedModel, *, max_slots: int = 256, max_length: int | None = None) -> None:
+    def __init__(
+        self, model: LoadedModel, *, max_slots: int = 256, max_length: int | None = None, way: Way = "auto"
+    ) -> None:
         model.compute_in(model.torch_dtype)
         self.model = model
         self.version = 0
         self.parameters: dict[str, Tensor] = dict(model.module.named_parameters())
         self.receiver: Receiver | None = None
         self.live = LiveEngine(
-            model.module, model.tokenizer, max_slots=max_slots, max_length=max_length, version=lambda: self.version
+            model.module,
+            model.tokenizer,
+            max_slots=max_slots,
+            max_length=max_length,
+            way=way,
+            version=lambda: self.version,
         )
 
     def generate(self, requests: Seq[Request], on_finish: OnFinish | None = None) -> list[list[Completion]]:

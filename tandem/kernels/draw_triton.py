@@ -33,7 +33,17 @@ def draw(
     arg = torch.empty(rows, blocks, dtype=torch.int32, device=device)
     out = torch.empty(3, rows, dtype=torch.float64, device=device)
     _blocks[(rows, blocks)](
-        logits_BV, temperature_B, top, mass, arg, logits_BV.stride(0), vocabulary, blocks, GREEDY=any_greedy, BLOCK=BLOCK, num_warps=8,
+        logits_BV,
+        temperature_B,
+        top,
+        mass,
+        arg,
+        logits_BV.stride(0),
+        vocabulary,
+        blocks,
+        GREEDY=any_greedy,
+        BLOCK=BLOCK,
+        num_warps=8,
     )
     _choose[(rows,)](
         logits_BV,

@@ -76,12 +76,15 @@ def test_truncated_draws_are_captured_too(sampling: SamplingParams) -> None:
 def test_the_next_call_sees_new_weights_wherever_they_lie() -> None:
     module = model("qwen2").cuda()
     engine = live(module)
-    asked = [Request(prompt_ids=(5, 9), seeds=(1, 2), sampling=SamplingParams(max_new_tokens=30, temperature=0))]
+    asked = [
+        Request(prompt_ids=(5, i), seeds=(1,), sampling=SamplingParams(max_new_tokens=30, temperature=0))
+        for i in range(10, 20)
+    ]
     first = engine.generate(asked)
     address = module.lm_head.weight.data_ptr()
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter.mul_(1.1)
+            parameter.mul_(torch.rand_like(parameter) + 0.5)
     changed = engine.generate(asked)
     assert module.lm_head.weight.data_ptr() == address, "nothing is copied"
     assert drawn(changed) != drawn(first)
