@@ -231,7 +231,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, help="default 256, on a CPU 32")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--skip", type=int, default=2, help="steps that do not count")
-    parser.add_argument("--token-budget", type=int, default=32768, help="Tandem: tokens of a micro-batch")
+    parser.add_argument("--token-budget", type=int, default=16384, help="Tandem: tokens of a micro-batch")
     parser.add_argument("--slots", type=int, help="Tandem: completions decoded at once; default all")
     parser.add_argument("--tandem-flags", default="", help="more of Tandem's own, as one word")
     parser.add_argument("--trl-batch", type=int, default=64, help="TRL: completions of a micro-batch")

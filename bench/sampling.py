@@ -14,6 +14,8 @@ sampled tokens. Cases:
 - slots: --skewed-samples of --new-tokens over --slots: one enters as one ends.
 - skewed: the same, but a token in --skewed-mean of the vocabulary ends a sample, at --skewed-max the latest: the
   lengths are geometric and no system knows them. "of equal" is its rate over that of "slots".
+- known: such lengths again, drawn beforehand and given as max_new_tokens, so that the longest can be begun first. For
+  the live engine only: vLLM's skewed row is this.
 
 live returns two log-probs a token and the text. vLLM: CUDA graphs, no detokenizing, no seed, most memory; its
 "log-probs" are the sampled token's (logprobs=0), without them it is another row. It is started once, so slots and
@@ -37,7 +39,7 @@ import argparse
 import os
 import random
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -78,6 +80,8 @@ class Case:
     slots: int
     new_tokens: int
     stop_ids: tuple[int, ...] = ()
+    known: bool = False
+    """Whether a sample's length is drawn beforehand, as if it ended at one of ``stop_ids``."""
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
@@ -87,7 +91,8 @@ def cases(options: argparse.Namespace) -> list[Case]:
     vocabulary = config_of(options.size).vocab_size
     ends = random.Random("ends").sample(range(vocabulary), max(1, vocabulary // options.skewed_mean))
     skewed = Case(name="skewed", new_tokens=options.skewed_max, stop_ids=tuple(ends), **over)
-    made = [*equal, Case(name="slots", new_tokens=options.new_tokens, **over), skewed]
+    known = replace(skewed, name="known", known=True)
+    made = [*equal, Case(name="slots", new_tokens=options.new_tokens, **over), skewed, known]
     wanted = options.cases or [case.name.split()[-1] for case in made]
     return [case for case in made if case.name.split()[-1] in wanted]
 
@@ -140,9 +145,16 @@ def live(options: argparse.Namespace, record: Record) -> None:
     for number, case in enumerate(cases(options)):
         longest = options.prompt_tokens + case.new_tokens
         engine = LiveEngine(module, tokenizer, max_slots=case.slots, max_length=longest)
-        sampling = SamplingParams(max_new_tokens=case.new_tokens, stop_token_ids=case.stop_ids)
+        sampling = SamplingParams(max_new_tokens=case.new_tokens, stop_token_ids=() if case.known else case.stop_ids)
+        asked = requests_of(options, case, sampling)
+        if case.known:
+            lengths = drawn_lengths(case, len(asked), config_of(options.size).vocab_size)
+            asked = [
+                replace(one, sampling=replace(sampling, max_new_tokens=length))
+                for one, length in zip(asked, lengths, strict=True)
+            ]
         peak_gb(options.device)
-        run = partial(engine.generate, requests_of(options, case, sampling))
+        run = partial(engine.generate, asked)
         times, completions = timed(run, options.device, options.repeats)
         lengths = [len(c.token_ids) for of_prompt in completions for c in of_prompt]
         record.add(row_of(options, "live", case, times, lengths) | {"log_probs": True})
@@ -185,7 +197,7 @@ def vllm(options: argparse.Namespace, record: Record) -> None:
         )  # fmt: skip
     for logprobs in (0, None):
         for case in todo:
-            if logprobs is None and not case.name.startswith("equal"):
+            if case.known or (logprobs is None and not case.name.startswith("equal")):
                 continue
 
             def params(length: int) -> Any:
@@ -265,7 +277,7 @@ def main() -> None:
     """Measures and prints the tables."""
     systems: dict[str, Any] = {"live": live, "vllm": vllm, "generate": generate, "check": check}
     parser = arguments(__doc__, list(systems), SIZES, "0.5b")
-    parser.add_argument("--cases", nargs="+", help="a batch's size, slots, skewed; default all")
+    parser.add_argument("--cases", nargs="+", help="a batch's size, slots, skewed, known; default all")
     parser.add_argument("--batches", type=int, nargs="+", help="samples of the equal cases")
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int)
@@ -300,7 +312,7 @@ def add_ratios(record: Record) -> None:
         if "tokens_per_second" not in row:
             continue
         equal = rate.get((row["system"], row["log_probs"], "slots"))
-        if row["case"] == "skewed" and equal:
+        if row["case"] in ("skewed", "known") and equal:
             row["of_equal"] = row["tokens_per_second"] / equal
         if (ours := rate.get(("live", True, row["case"]))) and row["system"] != "live":
             row["live_over"] = ours / row["tokens_per_second"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import replace
+from itertools import chain
 
 import torch
 
@@ -20,10 +21,11 @@ def pack(sequences: Seq[Sequence], *, segments_per_unit: int = 1) -> Batch:
     lengths = torch.tensor([len(s.token_ids) for s in sequences])
     bounds = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     position_T = torch.cat([torch.arange(n) for n in lengths.tolist()])
-    trainable_T = torch.tensor([m for s in sequences for m in s.trainable], dtype=torch.bool) & (position_T > 0)
+    trainable = list(chain.from_iterable(s.trainable for s in sequences))
+    trainable_T = torch.tensor(trainable, dtype=torch.bool) & (position_T > 0)
     return Batch(
         bounds=bounds,
-        token_ids_T=torch.tensor([t for s in sequences for t in s.token_ids], dtype=torch.int64),
+        token_ids_T=torch.tensor(list(chain.from_iterable(s.token_ids for s in sequences)), dtype=torch.int64),
         position_T=position_T,
         trainable_T=trainable_T,
         weight_T=torch.zeros(int(bounds[-1]), dtype=torch.float32),
@@ -37,7 +39,9 @@ def pack_rollouts(rollouts: Seq[Rollout]) -> Batch:
     batch = pack([Sequence(token_ids=r.token_ids, trainable=r.trainable) for r in rollouts])
     return replace(
         batch,
-        behaviour_logp_T=torch.tensor([x for r in rollouts for x in r.untruncated_logp], dtype=torch.float32),
+        behaviour_logp_T=torch.tensor(
+            list(chain.from_iterable(r.untruncated_logp for r in rollouts)), dtype=torch.float32
+        ),
         reward_S=torch.tensor([0.0 if r.reward is None else r.reward for r in rollouts], dtype=torch.float32),
     )
 

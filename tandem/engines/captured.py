@@ -102,7 +102,7 @@ class CapturedSampling:
             pages = self._pages(wanted, width)
             self.decoder = decoder = Decoder(self.forward, self.shape, slots=slots, pages=pages, width=width)
         elif addresses != self.addresses:
-            decoder.graphs.clear()
+            decoder.forget_graphs()
         self.addresses = addresses
         return decoder
 

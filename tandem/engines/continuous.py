@@ -175,9 +175,9 @@ class ContinuousBatching:
         state_FN[RULE] = [self.rules[number] for number in numbers]
         state_FN[SEED] = self.seed_N[numbers]
         assert self.logits_PV is not None
-        rows = [prompt.row for _, prompt in started]
-        logits_NV = self.logits_PV if rows == list(range(len(self.logits_PV))) else self.logits_PV[rows]
-        landing = self.decoder.start(slots, state_FN, self.params_5N[:, numbers], logits_NV, self.wanted)
+        chosen = [prompt.row for _, prompt in started]
+        params_5N = self.params_5N[:, numbers]
+        landing = self.decoder.start(slots, state_FN, params_5N, self.logits_PV, chosen, self.wanted)
         self.flights.append(Flight([sample for sample, _ in started], 1, landing))
         self.ahead_S[slots] = 1
         if not self.ready:

@@ -7,28 +7,19 @@ device decides by itself which rows end. Nothing here waits but ``Landing.values
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tandem.engines.pages import PAGE, CacheShape, PagedDecode, PagedPrefill, PagePool
+from tandem.engines.capture import Capturing
+from tandem.engines.pages import CacheShape, PagedDecode, PagePool
+from tandem.engines.prefill import Forward, Prefill
 from tandem.engines.sampler import Wanted, draw
 from tandem.kernels.draw import ALIVE, DRAWN, FIELDS, LENGTH, LIMIT, RULE, SEED, TOKEN, advance
-from tandem.models.attention import Layout, packed_layout
 
 STEPS = 16
 """Most steps between two readings of results."""
-
-
-class Forward(Protocol):
-    """From tokens to logits on a layout (``tandem.engines.forwards``)."""
-
-    @property
-    def device(self) -> torch.device: ...
-
-    def __call__(self, token_BQ: Tensor, position_BQ: Tensor, layout: Layout, keep: Tensor | None = None) -> Tensor: ...
 
 
 @dataclass
@@ -71,8 +62,8 @@ class Decoder:
         self.cursor = torch.zeros(1, dtype=torch.int64, device=device)
         self.stops_RV = torch.zeros(0, 0, dtype=torch.uint8, device=device)
         self.graphs: dict[tuple[int, Wanted], torch.cuda.CUDAGraph] = {}
-        self.graph_pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-        self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.capturing = Capturing(device) if device.type == "cuda" else None
+        self.prefill = Prefill(forward, self.pool, self._send, self.capturing)
 
     def set_stops(self, stops: list[frozenset[int]], vocabulary: int) -> None:
         """For each rule, the token ids that end a sample."""
@@ -84,28 +75,24 @@ class Decoder:
             self.graphs.clear()
         self.stops_RV.copy_(marks_RV)
 
-    def prefill(self, prompts: list[list[int]], pages: list[list[int]]) -> Tensor:
-        """Takes prompts through the model into their pages. Returns the logits [P, V] of what follows each."""
-        lengths = [len(prompt) for prompt in prompts]
-        bounds = torch.tensor([0, *np.cumsum(lengths)])
-        position_T = np.concatenate([np.arange(n) for n in lengths])
-        page_T = np.concatenate([np.asarray(p)[np.arange(n) // PAGE] for n, p in zip(lengths, pages, strict=True)])
-        token_T = np.concatenate([np.asarray(prompt) for prompt in prompts])
-        sent_3T = self._send(np.stack((token_T, position_T, page_T * PAGE + position_T % PAGE)))
-        layout = PagedPrefill(self.pool, packed_layout(bounds, self.device, self.pool.shape.dtype), sent_3T[2])
-        last_P = (bounds[1:] - 1).to(self.device)
-        return self.forward(sent_3T[0][None], sent_3T[1][None], layout, keep=last_P)[0]
-
     def start(
-        self, slots: list[int], state_FN: np.ndarray, params_5N: Tensor, logits_NV: Tensor, wanted: Wanted
+        self,
+        slots: list[int],
+        state_FN: np.ndarray,
+        params_5N: Tensor,
+        logits_PV: Tensor,
+        chosen: list[int],
+        wanted: Wanted,
     ) -> Landing:
         """Draws the next token of sequences whose prompts have been prefilled, and lets them go on in ``slots``.
 
-        ``state_FN`` has their LENGTH, DRAWN, LIMIT, RULE and SEED.
+        ``state_FN`` has their LENGTH, DRAWN, LIMIT, RULE and SEED; their logits are rows ``chosen`` of ``logits_PV``.
         """
-        sent = self._send(np.concatenate((state_FN, np.asarray(slots)[None])))
-        new_FN, slot_N = sent[:FIELDS], sent[FIELDS]
-        params_5N = params_5N.to(self.device, non_blocking=True)
+        sent = self._send(np.concatenate((state_FN, np.asarray((slots, chosen)))))
+        new_FN, slot_N, chosen_N = sent[:FIELDS], sent[FIELDS], sent[FIELDS + 1]
+        alike = chosen == list(range(len(logits_PV)))
+        logits_NV = logits_PV if alike else logits_PV.index_select(0, chosen_N)
+        params_5N = self._send(params_5N.numpy())
         drawn_3N = draw(logits_NV, new_FN[SEED], params_5N, new_FN[DRAWN], wanted)
         new_FN[TOKEN] = drawn_3N[0].long()
         new_FN[DRAWN] += 1
@@ -118,7 +105,7 @@ class Decoder:
     def steps(self, rows: int, count: int, wanted: Wanted) -> Landing:
         """``count`` tokens for each of the first ``rows`` rows that goes on."""
         self.cursor.zero_()
-        graph = self._graph(rows, wanted) if self.side is not None else None
+        graph = self._graph(rows, wanted) if self.capturing is not None else None
         for _ in range(count):
             if graph is not None:
                 graph.replay()
@@ -128,14 +115,18 @@ class Decoder:
 
     def stop(self, slots: list[int]) -> None:
         """Ends rows that the device would go on with."""
-        self.state_FS[ALIVE, self._send(np.asarray(slots))] = 0
+        self._end(self._send(np.asarray(slots)))
 
     def move(self, sources: list[int], targets: list[int]) -> None:
         """Rows to other places. Their pages stay where they are."""
         source_N, target_N = self._send(np.stack((np.asarray(sources), np.asarray(targets))))
         self.state_FS[:, target_N] = self.state_FS[:, source_N]
         self.params_5S[:, target_N] = self.params_5S[:, source_N]
-        self.state_FS[ALIVE, source_N] = 0
+        self._end(source_N)
+
+    def _end(self, slot_N: Tensor) -> None:
+        # Not by assigning 0, for which the host would wait.
+        self.state_FS[ALIVE].index_fill_(0, slot_N, 0)
 
     def set_table(self, table_SP: np.ndarray) -> None:
         """The pages of every row, int32 [slots, width]."""
@@ -150,31 +141,28 @@ class Decoder:
 
     def _graph(self, rows: int, wanted: Wanted) -> torch.cuda.CUDAGraph:
         if (rows, wanted) not in self.graphs:
-            assert self.side is not None
-            here = torch.cuda.current_stream(self.device)
-            self.side.wait_stream(here)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.stream(self.side):
-                # Once for real: kernels are compiled and libraries take their workspaces outside the capture.
-                kept = self.state_FS.clone(), self.cursor.clone()
-                self._step(rows, wanted)
-                self.state_FS.copy_(kept[0])
-                self.cursor.copy_(kept[1])
-                graph.capture_begin(pool=self.graph_pool, capture_error_mode="thread_local")
-                try:
-                    self._step(rows, wanted)
-                finally:
-                    graph.capture_end()
-            here.wait_stream(self.side)
-            self.graphs[rows, wanted] = graph
+            assert self.capturing is not None
+            kept = self.state_FS.clone(), self.cursor.clone()
+            self.graphs[rows, wanted], _ = self.capturing(lambda: self._step(rows, wanted))
+            # It has been done once for real.
+            self.state_FS.copy_(kept[0])
+            self.cursor.copy_(kept[1])
         return self.graphs[rows, wanted]
+
+    def forget_graphs(self) -> None:
+        """Captures anew from here on: parameters have moved."""
+        self.graphs.clear()
+        if self.prefill.graphs is not None:
+            self.prefill.graphs.graphs.clear()
 
     def _send(self, values: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(values))
-        return (tensor.pin_memory() if self.side is not None else tensor.clone()).to(self.device, non_blocking=True)
+        if self.capturing is None:
+            return tensor.clone()
+        return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def _land(self, result_K3B: Tensor) -> Landing:
-        if self.side is None:
+        if self.capturing is None:
             return Landing(result_K3B.clone(), None)
         result_K3B = result_K3B.contiguous()
         host = torch.empty(result_K3B.shape, dtype=result_K3B.dtype, pin_memory=True)

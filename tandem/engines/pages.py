@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tandem.kernels import pages as kernels
 from tandem.models.attention import Layout, UnsupportedAttention
+from tandem.types import send
 
 PAGE = 64
 """Tokens a page."""
@@ -65,7 +66,7 @@ class PagePool:
     def copy(self, sources: list[int], targets: list[int]) -> None:
         """The content of some pages into others, in every layer."""
         if sources:
-            source, target = (torch.tensor(x).to(self.store.device, non_blocking=True) for x in (sources, targets))
+            source, target = (send(torch.tensor(x), self.store.device) for x in (sources, targets))
             self.store[:, :, target] = self.store[:, :, source]
 
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from tandem.engines.batching import Prefilled
-from tandem.engines.decoder import Decoder, Forward
+from tandem.engines.decoder import Decoder
 from tandem.engines.forwards import OwnForward, Unlike
 from tandem.engines.pages import CacheShape, PagedDecode
+from tandem.engines.prefill import Forward
 from tandem.engines.slots import DecodeLayout, SlotCache
 from tandem.models.attention import IMPLEMENTATION, PackedLayout, UnsupportedAttention
 
