@@ -142,7 +142,7 @@ class Online:
                 config.sampling, seed=config.run.seed, vocabulary=len(self.tokenizer), others=models
             )
             started = stack.enter_context(session(config, config.run, trainers, title=self.title, counts=self.counts))
-            Sync(steps=config.run.steps).run(self._roles(models, sampler), started)
+            Sync(steps=config.run.steps).run(self._roles(models, sampler, homes), started)
             return started.finish(models["actor"])
 
     def _sources(self) -> dict[str, str]:
@@ -190,7 +190,7 @@ class Online:
             )
         return {role: homes.place(role, build) for role, build in builds.items() if role in sources}
 
-    def _roles(self, models: dict[str, Any], sampler: Sampler) -> OnlineRoles:
+    def _roles(self, models: dict[str, Any], sampler: Sampler, homes: Homes) -> OnlineRoles:
         config = self.config
         order = Order(len(self.prompts), config.run.seed)
         rewards = self._rewards(models)
@@ -226,6 +226,7 @@ class Online:
                 minibatches=config.online.minibatches,
                 max_new_tokens=config.sampling.max_new_tokens,
                 seed=config.run.seed,
+                homes={role: id(homes.of(role)) for role in models},
             ),
             actor=models["actor"],
             critic=models.get("critic"),

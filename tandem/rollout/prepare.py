@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal
 
 import torch
 
 from tandem.data.packing import pack_rollouts, stamp_weights
 from tandem.roles import Algorithm, Metrics, Scorer
+from tandem.rollout.overlap import overlapped
 from tandem.seeds import derive_seed
 from tandem.types import Aggregation, Batch, Group
 
@@ -60,6 +62,8 @@ class Preparation:
     minibatches: int = 1
     max_new_tokens: int = 0
     seed: int = 0
+    homes: Mapping[str, Hashable] = field(default_factory=dict)
+    """Where roles live: models in different processes score at the same time."""
 
     def __call__(self, groups: Seq[Group], state: dict[str, float], step: int) -> Prepared | None:
         """None where no rollout of the step is usable."""
@@ -68,14 +72,21 @@ class Preparation:
             return None
         batch = pack_rollouts(rollouts)
         metrics: Metrics = {}
-        if self.reference is not None:
-            batch = replace(batch, reference_logp_T=self.reference.score(batch).logp_T)
-        if self.critic is not None:
-            batch = replace(batch, old_value_T=self.critic.score(batch).value_T)
-        if self.old_logp == "trainer" and self.epochs == self.minibatches == 1 and not self.algorithm.needs_old_logp:
-            batch = replace(batch, on_policy=True)
-        elif self.old_logp == "trainer" and self.actor is not None:
-            batch = replace(batch, old_logp_T=self.actor.score(batch).logp_T)
+        asked: dict[str, Scorer | None] = {"reference": self.reference, "critic": self.critic}
+        on_policy = self.epochs == self.minibatches == 1 and not self.algorithm.needs_old_logp
+        if self.old_logp == "trainer" and not on_policy:
+            asked["actor"] = self.actor
+        scores = overlapped(
+            {role: partial(scorer.score, batch) for role, scorer in asked.items() if scorer is not None}, self.homes
+        )
+        batch = replace(
+            batch,
+            on_policy=self.old_logp == "trainer" and on_policy,
+            reference_logp_T=scores["reference"].logp_T if "reference" in scores else None,
+            old_value_T=scores["critic"].value_T if "critic" in scores else None,
+            old_logp_T=scores["actor"].logp_T if "actor" in scores else None,
+        )
+        if "actor" in scores:
             metrics |= sampler_gap(batch)
         estimate = self.algorithm.estimate(groups, batch.to("cpu"), state)
         return Prepared(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from tandem.roles import Metrics, Trainer
+from tandem.rollout.overlap import overlapped
 from tandem.rollout.prepare import Preparation, Prepared, rollout_metrics
 from tandem.schedules.session import Session, StepClock
-from tandem.types import Group, Prompt
+from tandem.types import Batch, Group, Prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,14 +65,20 @@ class Sync:
         return metrics, groups, prepared.state if prepared else state
 
 
+def _step(trainer: Trainer, minibatch: Batch) -> Metrics:
+    return trainer.forward_backward(minibatch) | trainer.optim_step()
+
+
 def train(roles: OnlineRoles, prepared: Prepared) -> Metrics:
     """Every minibatch of every epoch through actor and critic; metrics are means over minibatches."""
     collected: list[Metrics] = []
+    trainers = {"actor": roles.actor} | ({"critic": roles.critic} if roles.critic is not None else {})
     for minibatch in prepared:
-        metrics = roles.actor.forward_backward(minibatch) | roles.actor.optim_step()
-        if roles.critic is not None:
-            of_critic = roles.critic.forward_backward(minibatch) | roles.critic.optim_step()
-            metrics |= {name if name.startswith("value") else f"critic_{name}": v for name, v in of_critic.items()}
+        stepped = overlapped({role: partial(_step, t, minibatch) for role, t in trainers.items()}, roles.prepare.homes)
+        of_critic = stepped.get("critic", {})
+        metrics = stepped["actor"] | {
+            name if name.startswith("value") else f"critic_{name}": v for name, v in of_critic.items()
+        }
         collected.append(metrics)
     means = {name: sum(m[name] for m in collected) / len(collected) for name in collected[0]}
     return prepared.metrics | means | {"trained_tokens": float(prepared.batch.tokens)}
