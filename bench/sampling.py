@@ -157,7 +157,7 @@ def live(options: argparse.Namespace, record: Record) -> None:
         run = partial(engine.generate, asked)
         times, completions = timed(run, options.device, options.repeats)
         lengths = [len(c.token_ids) for of_prompt in completions for c in of_prompt]
-        record.add(row_of(options, "live", case, times, lengths) | {"log_probs": True})
+        record.add(row_of(options, "live", case, times, lengths) | {"log_probs": True, "way": way_of(engine)})
         if options.profile and number == 0:
             sampling = SamplingParams(max_new_tokens=min(16, case.new_tokens))
             run = partial(engine.generate, requests_of(options, case, sampling))
@@ -166,6 +166,13 @@ def live(options: argparse.Namespace, record: Record) -> None:
             with profiled(options.profile, options.device):
                 run()
         del engine, run
+
+
+def way_of(engine: LiveEngine) -> str:
+    """How the engine decoded, for the record: a slower way than expected must be seen."""
+    if engine.captured is None:
+        return engine.way
+    return "captured, own forward: " + engine.captured.own_because if engine.captured.own_because else "captured"
 
 
 def requests_of(options: argparse.Namespace, case: Case, sampling: SamplingParams) -> list[Request]:
@@ -322,7 +329,7 @@ def add_ratios(record: Record) -> None:
 def show(record: Record, options: argparse.Namespace) -> None:
     """The tables of rates and of agreement."""
     rates = {
-        "system": "system", "log_probs": "log-probs", "cache": "cache", "case": "case", "slots": "slots",
+        "system": "system", "log_probs": "log-probs", "cache": "cache", "way": "way", "case": "case", "slots": "slots",
         "mean_length": "mean length", "tokens_per_second": "tok/s", "live_over": "live / this",
         "of_equal": "of equal", "step_ms": "step ms", "floor_ms": "floor ms", "of_floor": "of floor",
         "peak_gb": "peak GB",

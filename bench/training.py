@@ -70,7 +70,9 @@ def trainer_of(options: argparse.Namespace, module: Any, token_budget: int, dtyp
     dtype = dtype or ("bfloat16" if options.device.startswith("cuda") else "float32")
     tokenizer = byte_tokenizer(module.config.vocab_size)
     model = prepare_module(module, tokenizer, dtype=dtype, device=options.device)
-    return LocalTrainer(model, SFT().loss, OptimParams(learning_rate=1e-6, total_steps=100), token_budget=token_budget)
+    optim = OptimParams(learning_rate=1e-6, total_steps=100)
+    # As the command line does by itself.
+    return LocalTrainer(model, SFT().loss, optim, token_budget=token_budget, compile="auto")
 
 
 def batch_of(sequences: list[list[int]]) -> Batch:

@@ -106,9 +106,9 @@ def test_training(run, tmp_path):
 
 
 def test_memory(run):
-    rows, failed = run("memory", ["chunked", "full", "phases"], "--size", "tiny", "--tokens", 8192, "--repeats", 1)
+    rows, failed = run("memory", ["chunked", "full", "phases"], "--size", "tiny", "--tokens", 65536, "--repeats", 1)
     chunked, full = rows
-    logits = 8192 * 512 * 4 / 1e9
+    logits = 65536 * 512 * 4 / 1e9
     # Full: logits, log-probs and a gradient of that size at least at one time. Chunks: a quarter of the tokens at once.
     assert full["peak_gb"] > 2.5 * logits
     assert chunked["peak_gb"] < 0.6 * full["peak_gb"]
