@@ -151,6 +151,9 @@ class PreferencePair:
     margin: float = 0.0
 
 
+_ON_THE_CPU = ("bounds", "group_S", "prefix_S")
+
+
 @dataclass(kw_only=True)
 class Batch:
     """Packed sequences: segment ``s`` is ``[bounds[s], bounds[s + 1])`` of every ``_T`` tensor.
@@ -189,6 +192,10 @@ class Batch:
     margin_S: Tensor | None = None
     index_S: Tensor | None = None
     """int64: which rollout or row a segment came from, for messages that name it."""
+    group_S: Tensor | None = None
+    """int64, on the CPU: segments with the same number begin with the same ``prefix_S`` tokens."""
+    prefix_S: Tensor | None = None
+    """int64, on the CPU: leading tokens, fewer than all, that go through a model once for all of ``group_S``."""
     trainable_N: Tensor | None = None
     """int64: where ``trainable_T`` is true. Stamped by ``to``, so that no device has to be asked and waited for."""
 
@@ -260,12 +267,16 @@ class Batch:
         for units in cut(sizes, token_budget):
             yield self if len(units) == self.units else self.select(units)
 
+    def unshared(self) -> Batch:
+        """The same, with every token of every segment going through a model."""
+        return replace(self, group_S=None, prefix_S=None)
+
     def to(self, device: torch.device | str) -> Batch:
-        """Moves every tensor but ``bounds``, to a GPU without waiting for it."""
+        """Moves every tensor but those that say how segments lie, to a GPU without waiting for it."""
         moved: dict[str, Any] = {
             f.name: send(getattr(self, f.name), device)
             for f in fields(self)
-            if f.name != "bounds" and isinstance(getattr(self, f.name), Tensor)
+            if f.name not in _ON_THE_CPU and isinstance(getattr(self, f.name), Tensor)
         }
         if self.trainable_T.device.type == "cpu":
             moved["trainable_N"] = send(self.trainable_T.nonzero().squeeze(-1), device)
@@ -279,16 +290,20 @@ def send(tensor: Tensor, device: torch.device | str) -> Tensor:
     return tensor.to(device)
 
 
-def cut(sizes: list[int], budget: int) -> list[list[int]]:
-    """Consecutive indices of ``sizes`` in lists whose sums are at most ``budget`` (a larger one stands alone)."""
+def cut(sizes: list[int], budget: int, following: list[int] | None = None) -> list[list[int]]:
+    """Consecutive indices of ``sizes`` in lists whose sums are at most ``budget`` (a larger one stands alone).
+
+    ``following`` are the sizes of those that come behind another in their list, where they are not ``sizes``.
+    """
     parts: list[list[int]] = []
     total = 0
     for index, size in enumerate(sizes):
-        if not parts or total + size > budget:
+        more = size if following is None else following[index]
+        if not parts or total + more > budget:
             parts.append([])
-            total = 0
+            total, more = 0, size
         parts[-1].append(index)
-        total += size
+        total += more
     return parts
 
 

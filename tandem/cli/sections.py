@@ -64,7 +64,7 @@ class ModelSection:
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto takes a GPU where there is one."""
     token_budget: int = 16384
-    """Tokens in a micro-batch: bounds memory and changes nothing else."""
+    """Tokens in a micro-batch, a prompt of several samples counted once: bounds memory and changes nothing else."""
     trust_remote_code: bool = False
     """Run the Python code that comes with the model."""
     keep_gathered: bool = False

@@ -7,12 +7,20 @@ from dataclasses import replace
 from itertools import chain
 
 import torch
+from torch import Tensor
 
 from tandem.types import Aggregation, Batch, PreferencePair, Rollout, Sequence
 
+WORTH_SHARING = 32
+"""A prompt goes through a model once for several sequences where it is at least one in so many of their tokens, and
+more than a token that all begin with."""
 
-def pack(sequences: Seq[Sequence], *, segments_per_unit: int = 1) -> Batch:
-    """Packs sequences end to end, without padding. Raises ValueError where one is empty or its mask does not fit."""
+
+def pack(sequences: Seq[Sequence], *, segments_per_unit: int = 1, prompt_lengths: Seq[int] | None = None) -> Batch:
+    """Packs sequences end to end, without padding. Raises ValueError where one is empty or its mask does not fit.
+
+    Sequences with the same prompt (None: what is before the first trainable token) are a group of ``Batch.group_S``.
+    """
     if not sequences:
         raise ValueError("nothing to pack")
     for i, s in enumerate(sequences):
@@ -23,6 +31,9 @@ def pack(sequences: Seq[Sequence], *, segments_per_unit: int = 1) -> Batch:
     position_T = torch.cat([torch.arange(n) for n in lengths.tolist()])
     trainable = list(chain.from_iterable(s.trainable for s in sequences))
     trainable_T = torch.tensor(trainable, dtype=torch.bool) & (position_T > 0)
+    if prompt_lengths is None:
+        prompt_lengths = [s.trainable.index(True) if any(s.trainable) else len(s.trainable) for s in sequences]
+    group_S, prefix_S = _groups(sequences, prompt_lengths)
     return Batch(
         bounds=bounds,
         token_ids_T=torch.tensor(list(chain.from_iterable(s.token_ids for s in sequences)), dtype=torch.int64),
@@ -31,12 +42,30 @@ def pack(sequences: Seq[Sequence], *, segments_per_unit: int = 1) -> Batch:
         weight_T=torch.zeros(int(bounds[-1]), dtype=torch.float32),
         segments_per_unit=segments_per_unit,
         index_S=torch.arange(len(sequences)),
+        group_S=group_S,
+        prefix_S=prefix_S,
     )
+
+
+def _groups(sequences: Seq[Sequence], prompt_lengths: Seq[int]) -> tuple[Tensor, Tensor]:
+    """``group_S`` and ``prefix_S``. The tokens decide, so that what is shared is the same whoever named it."""
+    groups: dict[object, int] = {}
+    numbers, prefixes = [], []
+    for i, (sequence, prompt_length) in enumerate(zip(sequences, prompt_lengths, strict=True)):
+        length = len(sequence.token_ids)
+        prefix = min(prompt_length, length - 1)
+        if prefix == 1 or prefix * WORTH_SHARING < length:
+            prefix = 0
+        key = tuple(sequence.token_ids[:prefix]) if prefix else i
+        numbers.append(groups.setdefault(key, len(groups)))
+        prefixes.append(prefix)
+    return torch.tensor(numbers), torch.tensor(prefixes)
 
 
 def pack_rollouts(rollouts: Seq[Rollout]) -> Batch:
     """Packs rollouts with their untruncated sampling log-probs and rewards."""
-    batch = pack([Sequence(token_ids=r.token_ids, trainable=r.trainable) for r in rollouts])
+    sequences = [Sequence(token_ids=r.token_ids, trainable=r.trainable) for r in rollouts]
+    batch = pack(sequences, prompt_lengths=[r.prompt_length for r in rollouts])
     return replace(
         batch,
         behaviour_logp_T=torch.tensor(

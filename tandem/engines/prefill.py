@@ -97,8 +97,9 @@ class _FixedFlash(FlashLayout):
     """``FlashLayout`` over bounds that are on the device already, and may change between replays."""
 
     def __init__(self, bounds_S: Tensor, longest: int) -> None:
-        self.bounds = bounds_S
+        self.bounds = self.own_bounds = bounds_S
         self.longest = longest
+        self.sharing = None
 
 
 def _flash_takes(pool: PagePool, device: torch.device) -> bool:

@@ -7,6 +7,8 @@ attention instead: one of those below for packed sequences, the live engine's ow
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -17,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from tandem.models.sharing import Sharing
 from tandem.types import send
 
 IMPLEMENTATION = "tandem"
@@ -82,36 +85,42 @@ def repeat_heads(x: Tensor, heads: int) -> Tensor:
 
 
 class PackedLayout:
-    """Causal attention inside each segment of a packed [1, H, T, D] forward.
+    """Causal attention inside each segment of a packed [1, H, U, D] forward.
 
     Segments of similar length are padded side by side just for the attention, [n, H, L, D]; everything else in the
-    model runs without padding. ``bounds`` is int64 [S + 1] on the CPU.
+    model runs without padding. ``bounds`` is int64 [S + 1] on the CPU, over all T tokens; without ``sharing`` U is T,
+    with it queries are a segment's own tokens, and keys those of the whole segment.
     """
 
     compiled = False
     """Whether compiled layers are to be used with it (``tandem.models.compiled``)."""
 
-    def __init__(self, bounds: Tensor, device: torch.device | str) -> None:
-        lengths = bounds.diff()
-        sizes = lengths.tolist()
-        self.groups: list[tuple[Tensor, Tensor]] = []
-        inverse = torch.empty(int(bounds[-1]), dtype=torch.int64)
+    def __init__(self, bounds: Tensor, device: torch.device | str, sharing: Sharing | None = None) -> None:
+        own_bounds = bounds if sharing is None else sharing.own_bounds
+        self.groups: list[_Group] = []
+        inverse = torch.empty(int(own_bounds[-1]), dtype=torch.int64)
         offset = 0
-        for group in self._grouped(sizes):
-            longest = sizes[group[-1]]
-            start = bounds[:-1][group]
-            column = torch.arange(longest)
-            real = column < lengths[group][:, None]
-            index = torch.where(real, start[:, None] + column, start[:, None])
+        for group in self._all_groups(bounds, own_bounds):
+            index, real = _padded(own_bounds, group)
             inverse[index[real]] = offset + torch.arange(index.numel()).view_as(index)[real]
             offset += index.numel()
-            self.groups.append((send(index, device), send(column, device)))
+            if sharing is not None and sharing.dropped_S[group[0]]:
+                self.groups.append(_Group.sharing(index, _padded(bounds, group)[0], group, sharing).to(device))
+            else:
+                self.groups.append(_Group.whole(index).to(device))
         self.inverse = send(inverse, device)
 
-    def _grouped(self, sizes: list[int]) -> list[list[int]]:
+    def _all_groups(self, bounds: Tensor, own_bounds: Tensor) -> Iterator[list[int]]:
+        """Segments that go through whole apart from those that drop a prefix, which are alike in keys and queries."""
+        sizes, own = bounds.diff().tolist(), own_bounds.diff().tolist()
+        yield from self._grouped([s for s, size in enumerate(sizes) if own[s] == size], sizes)
+        for group in self._grouped([s for s, size in enumerate(sizes) if own[s] < size], own):
+            yield from self._grouped(group, sizes)
+
+    def _grouped(self, segments: list[int], sizes: list[int]) -> list[list[int]]:
         """Segments of similar size, each group in ascending order of it."""
         groups: list[list[int]] = []
-        for segment in sorted(range(len(sizes)), key=sizes.__getitem__):
+        for segment in sorted(segments, key=sizes.__getitem__):
             # A group's padding is at most a third of it, plus a little where sequences are short.
             if groups and sizes[segment] <= 1.5 * sizes[groups[-1][0]] + 16:
                 groups[-1].append(segment)
@@ -129,48 +138,104 @@ class PackedLayout:
         scaling: float | None,
         sliding_window: int | None,
     ) -> Tensor:
-        """Query [1, H, T, D], key and value [1, Hkv, T, D] → [1, T, H, D]."""
+        """Query [1, H, U, D], key and value [1, Hkv, U, D] → [1, U, H, D]."""
         heads = query.shape[1]
-        query_T, key_T, value_T = (x[0].transpose(0, 1) for x in (query, key, value))
+        query_U, key_U, value_U = (x[0].transpose(0, 1) for x in (query, key, value))
         parts = []
-        for index, column in self.groups:
-            q, k, v = (x[index].transpose(1, 2) for x in (query_T, key_T, value_T))
+        for group in self.groups:
+            q, k, v = (
+                x[index].transpose(1, 2)
+                for x, index in ((query_U, group.queries), (key_U, group.keys), (value_U, group.keys))
+            )
             k, v = repeat_heads(k, heads), repeat_heads(v, heads)
-            if sliding_window is not None and sliding_window < len(column):
-                distance = column[:, None] - column
+            mask = group.causal
+            if sliding_window is not None and sliding_window < len(group.column):
+                distance = group.position[..., None] - group.column
                 mask = (distance >= 0) & (distance < sliding_window)
-                out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
-            else:
-                # Padding is on the right, where a causal mask already hides it.
-                out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
+            # Without a mask: padding is on the right, where a causal mask already hides it.
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling)
             parts.append(out.transpose(1, 2).flatten(0, 1))
-        packed_T = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return packed_T[self.inverse][None]
+        packed_U = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return packed_U[self.inverse][None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Group:
+    """Segments side by side: Q queries and K keys of each, padded on the right."""
+
+    queries: Tensor
+    """[n, Q]: which of the U tokens"""
+    keys: Tensor
+    """[n, K]"""
+    position: Tensor
+    """Of the queries in their segments: [Q], or [n, 1, Q] where they differ."""
+    column: Tensor
+    """[K]: positions of the keys."""
+    causal: Tensor | None = None
+    """bool [n, 1, Q, K]; None: query i sees keys 0 to i."""
+
+    @staticmethod
+    def whole(index: Tensor) -> _Group:
+        column = torch.arange(index.shape[1])
+        return _Group(queries=index, keys=index, position=column, column=column)
+
+    @staticmethod
+    def sharing(queries: Tensor, key_index: Tensor, segments: list[int], sharing: Sharing) -> _Group:
+        """``key_index`` [n, K] is among the T tokens."""
+        position = sharing.dropped_S[segments][:, None, None] + torch.arange(queries.shape[1])
+        column = torch.arange(key_index.shape[1])
+        keys, causal = sharing.place_T[key_index], position[..., None] >= column
+        return _Group(queries=queries, keys=keys, position=position, column=column, causal=causal)
+
+    def to(self, device: torch.device | str) -> _Group:
+        queries, column = send(self.queries, device), send(self.column, device)
+        return _Group(
+            queries=queries,
+            keys=queries if self.keys is self.queries else send(self.keys, device),
+            position=column if self.position is self.column else send(self.position, device),
+            column=column,
+            causal=None if self.causal is None else send(self.causal, device),
+        )
+
+
+def _padded(bounds: Tensor, segments: list[int]) -> tuple[Tensor, Tensor]:
+    """Tokens [n, L] of the segments, padded on the right with their first ones, and which are real."""
+    start, length = bounds[:-1][segments][:, None], bounds.diff()[segments][:, None]
+    column = torch.arange(int(length.max()))
+    real = column < length
+    return torch.where(real, start + column, start), real
 
 
 class OneShapeLayout(PackedLayout):
-    """``PackedLayout`` with every segment padded to the longest: one shape, so one graph for a compiled layer."""
+    """``PackedLayout`` with segments padded to the longest: one shape, so one graph for a compiled layer.
+
+    With a shared prefix it is two shapes: of those that go through whole, and of those that drop it.
+    """
 
     one_graph = True
     """Whether layers may run as one compiled graph: it treats them all alike, so none needs its number."""
 
-    def _grouped(self, sizes: list[int]) -> list[list[int]]:
-        return [sorted(range(len(sizes)), key=sizes.__getitem__)]
+    def _grouped(self, segments: list[int], sizes: list[int]) -> list[list[int]]:
+        return [sorted(segments, key=sizes.__getitem__)] if segments else []
 
 
 class FlashLayout:
     """Causal attention inside each segment of a packed forward on a GPU, by torch's variable-length flash kernel.
 
-    Nothing is padded, and key-value heads are shared without repeating them. ``bounds`` is int64 [S + 1] on the CPU.
+    Nothing is padded, and key-value heads are shared without repeating them. ``bounds`` is int64 [S + 1] on the CPU,
+    over all T tokens; without ``sharing`` U is T, with it queries are a segment's own tokens, and keys those of the
+    whole segment.
     """
 
     one_graph = True
     compiled = False
 
-    def __init__(self, bounds: Tensor, device: torch.device | str) -> None:
+    def __init__(self, bounds: Tensor, device: torch.device | str, sharing: Sharing | None = None) -> None:
         self.host_bounds = bounds
         self.device = device
+        self.sharing = sharing
         self.bounds = send(bounds.int(), device)
+        self.own_bounds = self.bounds if sharing is None else send(sharing.own_bounds.int(), device)
         self.longest = int(bounds.diff().max())
 
     def attend(
@@ -183,26 +248,34 @@ class FlashLayout:
         scaling: float | None,
         sliding_window: int | None,
     ) -> Tensor:
-        """Query [1, H, T, D], key and value [1, Hkv, T, D] → [1, T, H, D], in bfloat16 or float16."""
+        """Query [1, H, U, D], key and value [1, Hkv, U, D] → [1, U, H, D], in bfloat16 or float16."""
         size = query.shape[-1]
         if size % 8 or size > 256 or value.shape[-1] != size or value.dtype == torch.float32:
             # What the kernel does not take. Padded instead: slower, the same numbers.
             return self._padded.attend(query, key, value, layer=layer, scaling=scaling, sliding_window=sliding_window)
         # Where rotation is in float32, queries and keys come wider than values; the kernel wants one type.
         q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
+        if self.sharing is not None:
+            k, v = self.sharing.expand(k), self.sharing.expand(v)
         window = {} if sliding_window is None else {"window_size_left": sliding_window - 1, "window_size_right": 0}
-        out_THD = torch.ops.aten._flash_attention_forward(
-            q, k, v, self.bounds, self.bounds, self.longest, self.longest, 0.0, True, False, scale=scaling, **window
+        # Where a segment has fewer queries than keys, the kernel takes them for its last tokens: they are.
+        out_UHD = torch.ops.aten._flash_attention_forward(
+            q, k, v, self.own_bounds, self.bounds, self.longest, self.longest, 0.0, True, False, scale=scaling, **window
         )[0]
-        return out_THD[None].to(query.dtype)
+        return out_UHD[None].to(query.dtype)
 
     @cached_property
     def _padded(self) -> PackedLayout:
-        return PackedLayout(self.host_bounds, self.device)
+        return PackedLayout(self.host_bounds, self.device, self.sharing)
 
 
 def packed_layout(
-    bounds: Tensor, device: torch.device, dtype: torch.dtype, *, compiled: bool = False
+    bounds: Tensor,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    compiled: bool = False,
+    sharing: Sharing | None = None,
 ) -> PackedLayout | FlashLayout:
     """The fastest layout for packed sequences computed in ``dtype`` there, or the fastest that suits compiled layers.
 
@@ -210,8 +283,8 @@ def packed_layout(
     """
     layout: PackedLayout | FlashLayout
     if device.type == "cuda" and dtype.itemsize == 2 and torch.cuda.get_device_capability(device) >= (8, 0):
-        layout = FlashLayout(bounds, device)
+        layout = FlashLayout(bounds, device, sharing)
     else:
-        layout = OneShapeLayout(bounds, device) if compiled else PackedLayout(bounds, device)
+        layout = (OneShapeLayout if compiled else PackedLayout)(bounds, device, sharing)
     layout.compiled = compiled
     return layout

@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from tandem.functional.logprobs import chunked_logprobs
 from tandem.models.attention import NO_MASK, packed_layout
 from tandem.models.compiled import Blocks
+from tandem.models.sharing import sharing_of
 from tandem.parallel.sharding import shard, transformer_layers
 from tandem.parallel.world import World
 from tandem.types import Batch, Outputs
@@ -177,15 +178,19 @@ def _run(model: LoadedModel, module: Any, batch: Batch, output: str) -> Tensor:
     """One field of the module's output, with its tokens laid out as in the batch."""
     if model.packed:
         compiled = model.blocks is not None and model.blocks.working
-        layout = packed_layout(batch.bounds, batch.token_ids_T.device, model.torch_dtype, compiled=compiled)
+        device, sharing = batch.token_ids_T.device, sharing_of(batch)
+        layout = packed_layout(batch.bounds, device, model.torch_dtype, compiled=compiled, sharing=sharing)
+        token_ids, position = batch.token_ids_T, batch.position_T
+        if sharing is not None:
+            token_ids, position = token_ids[sharing.kept_U], position[sharing.kept_U]
         out = module(
-            input_ids=batch.token_ids_T[None],
-            position_ids=batch.position_T[None],
+            input_ids=token_ids[None],
+            position_ids=position[None],
             attention_mask=NO_MASK,
             use_cache=False,
             layout=layout,
         )
-        return out[output][0]
+        return out[output][0] if sharing is None else sharing.expand(out[output][0])
     segments = batch.token_ids_T.split(batch.lengths)
     real_SL = pad_sequence([torch.ones_like(s) for s in segments], batch_first=True)
     out = module(input_ids=pad_sequence(list(segments), batch_first=True), attention_mask=real_SL, use_cache=False)

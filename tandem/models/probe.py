@@ -53,11 +53,15 @@ def _head_can_be_split(model: LoadedModel, batch: Batch, truth: Tensor) -> bool:
 
 
 def _probe_batch(model: LoadedModel) -> Batch:
+    """Three sequences, the last of which begins as the first does."""
     vocabulary = model.module.get_input_embeddings().weight.shape[0]
     limit = getattr(model.module.config, "max_position_embeddings", None) or 24
     generator = torch.Generator().manual_seed(0)
-    ids = [torch.randint(vocabulary, (min(limit, n),), generator=generator).tolist() for n in (24, 7)]
-    return pack([Sequence(token_ids=i, trainable=[True] * len(i)) for i in ids]).to(model.device)
+    ids = [torch.randint(vocabulary, (min(limit, n),), generator=generator).tolist() for n in (24, 7, 20)]
+    shared = len(ids[2]) // 2
+    ids[2][:shared] = ids[0][:shared]
+    sequences = [Sequence(token_ids=i, trainable=[True] * len(i)) for i in ids]
+    return pack(sequences, prompt_lengths=[shared, 0, shared]).to(model.device)
 
 
 def _read(model: LoadedModel, batch: Batch) -> Tensor:

@@ -102,7 +102,8 @@ class LocalScorer:
         return [part[1:].tolist() for part in logp_T.split([len(ids) for ids in sequences])]
 
     def _shares(self, batch: Batch) -> Iterator[Share]:
-        for share in shares(batch, self.token_budget, self.world):
+        # Prefixes are shared by packed models only, and what is shared decides how a batch is cut.
+        for share in shares(batch if self.model.packed else batch.unshared(), self.token_budget, self.world):
             yield Share(batch=share.batch.to(self.model.device), units=share.units)
 
     def park(self, *, weights: bool) -> None:

@@ -15,6 +15,7 @@ from tandem.functional.logprobs import chunked_logprobs
 from tandem.kernels import logprob
 from tandem.models.attention import FlashLayout, PackedLayout, packed_layout
 from tandem.models.loading import prepare_module
+from tandem.models.sharing import sharing_of
 from tandem.training.optim import OptimParams
 from tandem.training.trainer import LocalTrainer
 from tandem.types import Sequence, TokenLoss
@@ -49,6 +50,60 @@ def test_flash_layout_equals_the_padded_one_in_float32(heads, kv_heads, size, wi
     assert isinstance(packed_layout(bounds, GPU, torch.bfloat16), FlashLayout)
     for found, want in zip(*results, strict=True):
         close(found, want, 0.01)
+
+
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 2, 64), (14, 2, 64), (8, 8, 128), (4, 4, 40), (2, 2, 36)])
+def test_flash_layout_with_shared_prompts_equals_the_padded_one_without_in_float32(heads, kv_heads, size, window):
+    batch = groups_of(0).to(GPU)
+    sharing = sharing_of(batch)
+    tokens = len(sharing.kept_U)
+    assert tokens < 0.7 * batch.tokens
+    generator = torch.Generator(GPU).manual_seed(0)
+    shapes = [(1, h, tokens, size) for h in (heads, kv_heads, kv_heads)]
+    low = [torch.randn(s, generator=generator, device=GPU).bfloat16().requires_grad_() for s in shapes]
+    exact = [x.detach().float().requires_grad_() for x in low]
+    up = torch.randn(1, tokens, heads, size, generator=generator, device=GPU)
+    options = {"layer": 0, "scaling": size**-0.5, "sliding_window": window}
+
+    found = packed_layout(batch.bounds, GPU, torch.bfloat16, sharing=sharing).attend(*low, **options)
+    found.backward(up.bfloat16())
+    whole = [x[:, :, sharing.sent_place_T] for x in exact]
+    want = PackedLayout(batch.bounds, GPU).attend(*whole, **options)[:, sharing.kept_U]
+    want.backward(up)
+    for a, b in zip([found.detach(), *(x.grad for x in low)], [want.detach(), *(x.grad for x in exact)], strict=True):
+        close(a, b, 0.01 if size % 8 == 0 else 0.02)
+
+
+@pytest.mark.parametrize("compile", ["off", "on"])
+def test_training_with_shared_prompts_equals_float32_without(compile):
+    trainer, exact = trainer_of(compile=compile, token_budget=1500), trainer_of(dtype="float32", device="cpu")
+    batch = groups_of(0)
+    trainer.forward_backward(batch)
+    exact.forward_backward(batch.unshared())
+    assert compile == "off" or trainer.model.blocks.working
+    for weight, want in exact.weights.items():
+        if "k_proj.bias" not in weight:
+            close(trainer.weights[weight].grad.cpu(), want.grad, 0.06)
+    gap_T = trainer.score(batch).logp_T.cpu() - exact.score(batch.unshared()).logp_T
+    assert gap_T.abs().max() < 0.1
+    batch = groups_of(1)
+    assert len(waits(lambda: trainer.forward_backward(batch))) == 1
+
+
+def test_compiled_layers_with_shared_prompts_are_one_graph_more():
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    trainer = trainer_of(compile="on", token_budget=10_000)
+    for seed, samples in enumerate([(8, 1, 4, 6), (5, 2, 7), (3, 16)]):
+        trainer.forward_backward(groups_of(seed, samples))
+    assert counters["stats"]["unique_graphs"] == 1
+    for seed, lengths in enumerate([(200, 30, 77), (5, 9, 300, 41)]):
+        trainer.forward_backward(batch_of(seed, lengths))
+    assert trainer.model.blocks.working
+    assert counters["stats"]["unique_graphs"] == 2
 
 
 @pytest.mark.parametrize("size", [36, 320])
@@ -138,6 +193,22 @@ def batch_of(seed, lengths=(200, 30, 77, 121, 5)):
     generator = torch.Generator().manual_seed(seed)
     ids = [torch.randint(2, VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
     return stamp_weights(pack([Sequence(token_ids=i, trainable=[False] + [True] * (len(i) - 1)) for i in ids]), "token")
+
+
+def groups_of(seed, samples=(8, 1, 4, 6)):
+    """A prompt for each number, of another length, and as many answers to it."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(low, high):
+        length = int(torch.randint(low, high, (1,), generator=generator))
+        return torch.randint(2, VOCABULARY, (length,), generator=generator).tolist()
+
+    rows = []
+    for count in samples:
+        prompt = tokens(30, 200)
+        for own in (tokens(1, 120) for _ in range(count)):
+            rows.append(Sequence(token_ids=prompt + own, trainable=[False] * len(prompt) + [True] * len(own)))
+    return stamp_weights(pack(rows), "token")
 
 
 def trainer_of(dtype="bfloat16", compile="off", token_budget=256, device="cuda"):

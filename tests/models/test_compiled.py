@@ -18,6 +18,7 @@ from tandem.models.loading import prepare_module
 from tandem.parallel.sharding import checkpoint_activations, transformer_layers
 from tandem.types import Request, SamplingParams, Sequence
 
+SAMPLES = [[4, 3, 1, 6], [5, 2, 7], [3, 8]]
 LENGTHS = [[5, 9, 30, 2], [40, 7, 8], [3, 3, 3, 3, 17, 60]]
 
 
@@ -25,6 +26,18 @@ def batch_of(lengths, seed=0):
     generator = torch.Generator().manual_seed(seed)
     ids = [torch.randint(2, VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
     return stamp_weights(pack([Sequence(token_ids=i, trainable=[True] * len(i)) for i in ids]), "token")
+
+
+def groups_of(samples):
+    """A prompt for each number, of another length, and as many answers to it."""
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for number, count in enumerate(samples):
+        prompt = torch.randint(2, VOCABULARY, (5 + 3 * number,), generator=generator).tolist()
+        for i in range(count):
+            own = torch.randint(2, VOCABULARY, (4 + 5 * i,), generator=generator).tolist()
+            rows.append(Sequence(token_ids=prompt + own, trainable=[False] * len(prompt) + [True] * len(own)))
+    return stamp_weights(pack(rows), "token")
 
 
 def deep_model(layers=4, **options):
@@ -72,6 +85,21 @@ def test_all_layers_and_all_lengths_share_one_graph():
     assert model.blocks.working
 
 
+def test_shared_prompts_are_one_graph_more():
+    model, plain = use(deep_model()), deep_model()
+    for samples in SAMPLES:
+        batch = groups_of(samples)
+        (logp, grads), (want, want_grads) = gradients(model, batch), gradients(plain, batch.unshared())
+        torch.testing.assert_close(logp, want, atol=1e-5, rtol=0)
+        for a, b in zip(grads, want_grads, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+    assert graphs() == 1
+    for lengths in LENGTHS:
+        gradients(model, batch_of(lengths))
+    assert graphs() == 2
+    assert model.blocks.working
+
+
 def test_two_kinds_of_layers_are_two_graphs():
     model = use(
         deep_model(layer_types=["sliding_attention", "full_attention"] * 2, use_sliding_window=True, sliding_window=5)
@@ -89,8 +117,7 @@ def test_inductors_graphs_give_the_same_numbers(checkpointed):
     plain, compiled = deep_model(), use(deep_model(), backend="inductor")
     if checkpointed:
         checkpoint_activations(transformer_layers(compiled.module))
-    for lengths in LENGTHS[:2]:
-        batch = batch_of(lengths)
+    for batch in (*map(batch_of, LENGTHS[:2]), groups_of(SAMPLES[0])):
         (logp, grads), (want, want_grads) = gradients(compiled, batch), gradients(plain, batch)
         torch.testing.assert_close(logp, want, atol=1e-5, rtol=0)
         for a, b in zip(grads, want_grads, strict=True):

@@ -97,6 +97,34 @@ def test_three_workers_with_rows_that_do_not_divide():
     assert_close(train(World(), "llama", STEPS), run_ranks(train, 3, "llama", STEPS)[0])
 
 
+def _train_on_groups(world: World, share: bool, options: Any) -> Any:
+    """Gradient norms and parameters of steps on prompts with five answers each."""
+    trainer = trainer_in(world, "llama", **options)
+    norms = []
+    for step in range(3):
+        rng = random.Random(step)
+        rows = []
+        for _ in range(4):
+            prompt = [rng.randrange(2, VOCABULARY) for _ in range(rng.randrange(3, 12))]
+            for _ in range(5):
+                own = [rng.randrange(2, VOCABULARY) for _ in range(rng.randrange(1, 9))]
+                rows.append(Sequence(token_ids=prompt + own, trainable=[False] * len(prompt) + [True] * len(own)))
+        batch = stamp_weights(pack(rows), "sequence")
+        trainer.forward_backward(batch if share else batch.unshared())
+        norms.append(trainer.optim_step()["grad_norm"])
+    return norms, trainer.state_dict()["model"]
+
+
+def test_shared_prompts_on_two_workers_equal_unshared_ones_on_one():
+    norms, parameters = _train_on_groups(World(), False, {})
+    checkpointed = {"activation_checkpointing": True}
+    for found in (_train_on_groups(World(), True, checkpointed), *run_ranks(_train_on_groups, 2, True, {})):
+        assert found[0] == pytest.approx(norms, rel=1e-5)
+        for name, value in found[1].items():
+            if value is not None:
+                assert (value - parameters[name]).abs().max() < 1e-6, name
+
+
 def test_activation_checkpointing_and_offload_do_not_change_one_process():
     plain = train(World(), "llama", STEPS)
     for options in ({"activation_checkpointing": True}, {"offload": "optimizer"}):

@@ -9,22 +9,23 @@ import pytest
 import torch
 from conftest import VOCABULARY, make_module, make_tokenizer
 
-from tandem.data.packing import pack, stamp_weights
+from tandem.algorithms.grpo import GRPO
+from tandem.data.packing import pack, pack_rollouts, stamp_weights
 from tandem.errors import NonFiniteError
 from tandem.models.loading import prepare_module
 from tandem.training.optim import OptimParams, learning_rate_at
 from tandem.training.trainer import LocalScorer, LocalTrainer
-from tandem.types import Sequence, TokenLoss
+from tandem.types import Rollout, Sequence, TokenLoss
 
 
 def negative_logp(out, batch):
     return TokenLoss(loss_T=-out.logp_T, metrics_T={"nll": -out.logp_T})
 
 
-def make_trainer(loss=negative_logp, token_budget=64, **optim):
+def make_trainer(loss=negative_logp, token_budget=64, entropy=False, **optim):
     params = {"learning_rate": 1e-2, "total_steps": 20, "lr_schedule": "linear", "warmup_steps": 2} | optim
     model = prepare_module(make_module(), make_tokenizer())
-    return LocalTrainer(model, loss, OptimParams(**params), token_budget=token_budget)
+    return LocalTrainer(model, loss, OptimParams(**params), token_budget=token_budget, entropy=entropy)
 
 
 def make_batch(step):
@@ -205,3 +206,31 @@ def test_old_log_probs_of_an_on_policy_batch_are_not_there_before_the_forward():
     batch = replace(make_batch(0), on_policy=True, behaviour_logp_T=torch.zeros(74))
     with pytest.raises(ValueError, match="on_policy"):
         _ = batch.proximal_logp_T
+
+
+def test_grpo_trains_with_shared_prompts_as_without():
+    def rollout(prompt, prompt_id, i, n):
+        own = torch.randint(2, VOCABULARY, (n,), generator=generator).tolist()
+        zeros, logps = [0.0] * len(prompt), (-4.0 - torch.rand(n, generator=generator)).tolist()
+        return Rollout(
+            prompt_id=prompt_id, sample_index=i, token_ids=prompt + own, prompt_length=len(prompt),
+            trainable=[False] * len(prompt) + [True] * n, behaviour_logp=zeros + logps,
+            untruncated_logp=zeros + logps, stop="eos", reward=float(i),
+        )  # fmt: skip
+
+    generator = torch.Generator().manual_seed(0)
+    prompts = {f"p{n}": torch.randint(2, VOCABULARY, (n,), generator=generator).tolist() for n in (4, 17, 30)}
+    batch = pack_rollouts([rollout(ids, name, i, 3 + 4 * i) for name, ids in prompts.items() for i in range(4)])
+    grpo = GRPO()
+    batch = replace(
+        stamp_weights(batch, "sequence"),
+        advantage_T=torch.randn(batch.tokens, generator=generator),
+        reference_logp_T=batch.behaviour_logp_T,
+        kl_coef=0.1,
+    )
+    shared, unshared = (make_trainer(grpo.loss, token_budget=100, entropy=True) for _ in range(2))
+    metrics = shared.forward_backward(batch), unshared.forward_backward(batch.unshared())
+    assert metrics[0] == pytest.approx(metrics[1], abs=1e-6, rel=1e-5)
+    for a, b in zip(shared.model.module.parameters(), unshared.model.module.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(shared.score(batch).logp_T, unshared.score(batch.unshared()).logp_T, atol=1e-5, rtol=0)
