@@ -15,11 +15,8 @@ from tandem.engines.pages import CacheShape, PagedDecode
 from tandem.engines.prefill import Forward
 from tandem.engines.slots import DecodeLayout, SlotCache
 from tandem.models.attention import IMPLEMENTATION, PackedLayout, UnsupportedAttention
+from tandem.models.probe import too_far
 
-TOLERANCE = 2e-3
-"""Largest relative difference (norms) in float32, far above rounding and far below a wrong mask or a missing scale."""
-LOW_PRECISION_TOLERANCE = 0.1
-"""In bfloat16, of which some dozen layers make a few hundredths."""
 PROMPT_LENGTHS = (5, 3)
 DECODED = 3
 
@@ -107,11 +104,8 @@ def _compare(module: Any, logits_of: Callable[[list[Tensor]], list[Tensor]]) -> 
     for logits, sequence, length in zip(found, sequences, PROMPT_LENGTHS, strict=True):
         ids = sequence[None].to(logits.device)
         truth = module(input_ids=ids, use_cache=False).logits[0, length - 1 :]
-        tolerance = TOLERANCE if truth.dtype == torch.float32 else LOW_PRECISION_TOLERANCE
-        # Of each position by itself, or one that is wrong would hide among those that are right.
-        gap = ((logits - truth).float().norm(dim=-1) / truth.float().norm(dim=-1)).max()
-        if not gap <= tolerance:
-            return f"decoding from the cache does not reproduce its own forward (off by {gap:.1%})"
+        if far := too_far(logits, truth):
+            return f"decoding from the cache does not reproduce its own forward ({far})"
     return ""
 
 
