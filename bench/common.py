@@ -52,8 +52,16 @@ def arguments(doc: str | None, systems: Seq[str], sizes: Seq[str], default: str)
 
 
 def resolve_device(name: str) -> str:
-    """``auto`` is a GPU where there is one. Starts no CUDA context, which vLLM's processes could not follow."""
-    return ("cuda" if torch.cuda.device_count() else "cpu") if name == "auto" else name
+    """``auto`` is a GPU where there is one. Starts no CUDA context, which vLLM's processes could not follow.
+
+    On a GPU, this process and those that it starts get four CPU threads each, unless OMP_NUM_THREADS says otherwise:
+    with one for each core, small operations wait long for all of them where cores are busy.
+    """
+    name = ("cuda" if torch.cuda.device_count() else "cpu") if name == "auto" else name
+    if name.startswith("cuda") and "OMP_NUM_THREADS" not in os.environ:
+        os.environ["OMP_NUM_THREADS"] = "4"
+        torch.set_num_threads(4)
+    return name
 
 
 class Record:

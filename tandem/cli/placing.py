@@ -26,6 +26,8 @@ from tandem.workers.remote import BalancedEngine, DividedEngine
 from tandem.workers.torchrun import launched
 from tandem.workers.turns import RestartingOnce, TakingTurns
 
+HOST_THREADS = 4
+"""Of this process where it computes on a GPU, unless OMP_NUM_THREADS says otherwise."""
 CALLS_AT_A_TIME = 8
 """A vLLM engine answers so many calls at once; their samples join one batch."""
 
@@ -118,6 +120,11 @@ class Homes:
             self.cluster = Cluster(address=self.section.address, device=device.type, needed=needed)
             self.stack.callback(self.cluster.close)
         if self.placement.actor == "here":
+            if device.type == "cuda" and "OMP_NUM_THREADS" not in os.environ:
+                # What is left for the CPU is small, and a thread for each of its cores makes it slow where they are
+                # busy: measured on 64 of them, 24 ms to index 20,000 numbers, with the GPU waiting. (Ray's workers
+                # have one thread.)
+                torch.set_num_threads(min(HOST_THREADS, torch.get_num_threads()))
             self.homes["actor"] = Here(Site(World(device=device)))
             self.stack.callback(self.homes["actor"].close)
         for role in self.roles:
