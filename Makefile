@@ -17,7 +17,7 @@ quickstart: $(VENV)/base.stamp
 	$(BIN)/tandem quickstart
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest --ignore=tests/vllm
+	$(BIN)/python -m pytest --ignore=tests/vllm -n 2 --dist loadfile
 
 test-vllm: $(VENV)/vllm.stamp
 	$(BIN)/python -m pytest tests/vllm
