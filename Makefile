@@ -17,7 +17,8 @@ quickstart: $(VENV)/base.stamp
 	$(BIN)/tandem quickstart
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest --ignore=tests/vllm -n 2 --dist loadfile
+	$(BIN)/python -m pytest --ignore=tests/vllm --ignore=tests/workers -n 2 --dist loadfile
+	$(BIN)/python -m pytest tests/workers
 
 test-vllm: $(VENV)/vllm.stamp
 	$(BIN)/python -m pytest tests/vllm

@@ -13,6 +13,8 @@ from types import TracebackType
 from shared_ray import arguments
 
 PATIENCE_S = 60
+START_S = 180.0
+"""For workers to be there, on cores that are busy: nothing that is tested."""
 """Longest wait for anything that must happen."""
 GATE = """
 import os, pathlib, time
@@ -61,7 +63,8 @@ class Driver:
 
     def reach_gate(self) -> list[int]:
         """Waits until the reward function of step 3 has been called. Returns the pids of worker processes."""
-        wait_until(lambda: (self.gate / "reached").exists() or self.process.poll() is not None, self.output)
+        reached = self.gate / "reached"
+        wait_until(lambda: reached.exists() or self.process.poll() is not None, self.output, patience_s=START_S)
         assert self.process.poll() is None, self.output
         self.family = descendants(self.process.pid)
         return [pid for pid in (self.family or running()) if command(pid).startswith("ray::WorkerProcess")]
@@ -88,9 +91,9 @@ class Driver:
         self.process.wait()
 
 
-def wait_until(condition: Callable[[], bool], otherwise: str = "") -> None:
-    """Returns when it holds; fails after ``PATIENCE_S``."""
-    end = time.monotonic() + PATIENCE_S
+def wait_until(condition: Callable[[], bool], otherwise: str = "", patience_s: float = PATIENCE_S) -> None:
+    """Returns when it holds; fails after ``patience_s``."""
+    end = time.monotonic() + patience_s
     while not condition():
         assert time.monotonic() < end, otherwise
         time.sleep(0.05)
