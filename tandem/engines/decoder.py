@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tandem.engines.capture import Capturing
-from tandem.engines.pages import CacheShape, PagedDecode, PagePool
+from tandem.engines.pages import CacheShape, PagedDecode, PagePool, send_array
 from tandem.engines.prefill import Forward, Prefill
 from tandem.engines.sampler import Wanted, draw
 from tandem.kernels.draw import ALIVE, DRAWN, FIELDS, LENGTH, LIMIT, RULE, SEED, TOKEN, advance
@@ -63,7 +63,7 @@ class Decoder:
         self.stops_RV = torch.zeros(0, 0, dtype=torch.uint8, device=device)
         self.graphs: dict[tuple[int, Wanted], torch.cuda.CUDAGraph] = {}
         self.capturing = Capturing(device) if device.type == "cuda" else None
-        self.prefill = Prefill(forward, self.pool, self._send, self.capturing)
+        self.prefill = Prefill(forward, self.pool, self.capturing)
 
     def set_stops(self, stops: list[frozenset[int]], vocabulary: int) -> None:
         """For each rule, the token ids that end a sample."""
@@ -88,11 +88,11 @@ class Decoder:
 
         ``state_FN`` has their LENGTH, DRAWN, LIMIT, RULE and SEED; their logits are rows ``chosen`` of ``logits_PV``.
         """
-        sent = self._send(np.concatenate((state_FN, np.asarray((slots, chosen)))))
+        sent = send_array(np.concatenate((state_FN, np.asarray((slots, chosen)))), self.device)
         new_FN, slot_N, chosen_N = sent[:FIELDS], sent[FIELDS], sent[FIELDS + 1]
         alike = chosen == list(range(len(logits_PV)))
         logits_NV = logits_PV if alike else logits_PV.index_select(0, chosen_N)
-        params_5N = self._send(params_5N.numpy())
+        params_5N = send_array(params_5N.numpy(), self.device)
         drawn_3N = draw(logits_NV, new_FN[SEED], params_5N, new_FN[DRAWN], wanted)
         new_FN[TOKEN] = drawn_3N[0].long()
         new_FN[DRAWN] += 1
@@ -115,11 +115,11 @@ class Decoder:
 
     def stop(self, slots: list[int]) -> None:
         """Ends rows that the device would go on with."""
-        self._end(self._send(np.asarray(slots)))
+        self._end(send_array(np.asarray(slots), self.device))
 
     def move(self, sources: list[int], targets: list[int]) -> None:
         """Rows to other places. Their pages stay where they are."""
-        source_N, target_N = self._send(np.stack((np.asarray(sources), np.asarray(targets))))
+        source_N, target_N = send_array(np.stack((np.asarray(sources), np.asarray(targets))), self.device)
         self.state_FS[:, target_N] = self.state_FS[:, source_N]
         self.params_5S[:, target_N] = self.params_5S[:, source_N]
         self._end(source_N)
@@ -130,7 +130,7 @@ class Decoder:
 
     def set_table(self, table_SP: np.ndarray) -> None:
         """The pages of every row, int32 [slots, width]."""
-        self.table_SP.copy_(self._send(table_SP))
+        self.table_SP.copy_(send_array(table_SP, self.device))
 
     def _step(self, rows: int, wanted: Wanted) -> None:
         state_FB = self.state_FS[:, :rows]
@@ -154,12 +154,6 @@ class Decoder:
         self.graphs.clear()
         if self.prefill.graphs is not None:
             self.prefill.graphs.graphs.clear()
-
-    def _send(self, values: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(np.ascontiguousarray(values))
-        if self.capturing is None:
-            return tensor.clone()
-        return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def _land(self, result_K3B: Tensor) -> Landing:
         if self.capturing is None:

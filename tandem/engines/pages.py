@@ -70,6 +70,12 @@ class PagePool:
             self.store[:, :, target] = self.store[:, :, source]
 
 
+def send_array(values: np.ndarray, device: torch.device) -> Tensor:
+    """A copy on the device. The host does not wait, and may change ``values`` at once."""
+    tensor = torch.from_numpy(np.ascontiguousarray(values))
+    return tensor.clone() if device.type == "cpu" else send(tensor, device)
+
+
 def pages_for(tokens: int) -> int:
     """Pages that hold so many tokens."""
     return -(-tokens // PAGE)

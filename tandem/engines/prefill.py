@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tandem.engines.capture import Capturing
-from tandem.engines.pages import PAGE, PagedPrefill, PagePool
+from tandem.engines.pages import PAGE, PagedPrefill, PagePool, send_array
 from tandem.models.attention import FlashLayout, Layout, packed_layout
 
 TOKENS = (128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096)
@@ -31,10 +30,8 @@ class Forward(Protocol):
 class Prefill:
     """Takes prompts through ``forward``, their keys and values into pages of ``pool``."""
 
-    def __init__(
-        self, forward: Forward, pool: PagePool, send: Callable[[np.ndarray], Tensor], capturing: Capturing | None
-    ) -> None:
-        self.forward, self.pool, self.send = forward, pool, send
+    def __init__(self, forward: Forward, pool: PagePool, capturing: Capturing | None) -> None:
+        self.forward, self.pool = forward, pool
         self.graphs: PrefillGraphs | None = None
         if capturing is not None and _flash_takes(pool, forward.device):
             self.graphs = PrefillGraphs(forward, pool, capturing)
@@ -46,11 +43,12 @@ class Prefill:
         page_T = np.concatenate([np.asarray(p)[np.arange(n) // PAGE] for n, p in zip(lengths, pages, strict=True)])
         token_T = np.concatenate([np.asarray(prompt) for prompt in prompts])
         bounds = np.concatenate(([0], np.cumsum(lengths)))
-        sent_3T = self.send(np.stack((token_T, position_T, page_T * PAGE + position_T % PAGE)))
-        sent_S = self.send(bounds)
+        device = self.forward.device
+        sent_3T = send_array(np.stack((token_T, position_T, page_T * PAGE + position_T % PAGE)), device)
+        sent_S = send_array(bounds, device)
         if self.graphs is not None and (size := self.graphs.size(lengths)) is not None:
             return self.graphs.run(sent_3T, sent_S, size, max(lengths))
-        inner = packed_layout(torch.from_numpy(bounds), self.forward.device, self.pool.shape.dtype)
+        inner = packed_layout(torch.from_numpy(bounds), device, self.pool.shape.dtype)
         layout = PagedPrefill(self.pool, inner, sent_3T[2])
         return self.forward(sent_3T[0][None], sent_3T[1][None], layout, keep=sent_S[1:] - 1)[0]
 

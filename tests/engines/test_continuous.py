@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -177,3 +179,18 @@ def test_few_graphs_serve_all_numbers_of_rows() -> None:
     assert len(sizes) <= 24
     assert all(rows <= bucket(rows, 1000) <= 1000 for rows in range(1, 1001))
     assert all(bucket(rows, 1000) <= 1.4 * rows + 9 for rows in range(1, 1001))
+
+
+def test_a_cache_that_is_given_back_is_gone_at_once() -> None:
+    """Without a garbage collection: it may be most of a device's memory."""
+    engine = live(model("qwen2", eos=EOS), way="captured")
+    engine.generate(mixed_requests())
+    assert engine.captured is not None
+    assert engine.captured.decoder is not None
+    gone = weakref.ref(engine.captured.decoder.pool)
+    gc.disable()
+    try:
+        engine.captured.release()
+        assert gone() is None
+    finally:
+        gc.enable()

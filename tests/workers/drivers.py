@@ -12,10 +12,10 @@ from types import TracebackType
 
 from shared_ray import arguments
 
-PATIENCE_S = 60
-START_S = 180.0
-"""For workers to be there, on cores that are busy: nothing that is tested."""
+PATIENCE_S = 60.0
 """Longest wait for anything that must happen."""
+START_S = 180.0
+"""For workers to be there, on cores that may be busy: how long that takes is not what is tested."""
 GATE = """
 import os, pathlib, time
 
