@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # As in a shell's background job. What is started here would ignore Ctrl-C too, which some tests send.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Before torch is imported: the tensors are tiny, and threads that wait for each other are slow where cores are shared.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not os.path.exists("/dev/nvidia0"):

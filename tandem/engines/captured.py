@@ -50,7 +50,7 @@ class CapturedSampling:
             self.forward = OwnForward(module)
             if reason := why_not_pages(module, self.forward, self.shape):
                 raise Unlike(reason)
-            log.info("%s: sampled with its own forward (slower): %s", type(module).__name__, self.own_because)
+            log.warning("%s: sampled with its own forward (slower): %s", type(module).__name__, self.own_because)
 
     def run(
         self,
