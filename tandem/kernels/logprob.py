@@ -6,11 +6,10 @@ installed. ``z = logits / temperature``, ``p = softmax(z)``, all in nats. Inside
 
 from __future__ import annotations
 
-from functools import cache
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
+
+from tandem.kernels.available import on_triton
 
 
 def row_stats(
@@ -52,12 +51,7 @@ def logits_gradient_(
 
 
 def _on_kernel(logits_nV: Tensor) -> bool:
-    return logits_nV.is_cuda and logits_nV.dtype != torch.float64 and _has_triton()
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+    return on_triton(logits_nV) and logits_nV.dtype != torch.float64
 
 
 def row_stats_torch(
