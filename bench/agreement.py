@@ -48,7 +48,7 @@ def compare(options: argparse.Namespace, dtype: Any, prompts: list[list[int]]) -
     truth, forward = logprobs(exact, ids_BL, start), logprobs(plain, ids_BL, start)
     gap, plain_gap = (given - truth).abs(), (forward - truth).abs()
     return {
-        "system": "check", "dtype": dtype, "samples": len(prompts), "tokens": given.numel(),
+        "system": "check", "dtype": dtype, "way": engine.way, "samples": len(prompts), "tokens": given.numel(),
         "gap_mean": gap.mean().item(), "gap_max": gap.max().item(), "plain_gap_mean": plain_gap.mean().item(),
         "plain_gap_max": plain_gap.max().item(), **greedy(engine, plain, exact, prompts, options.new_tokens),
     }  # fmt: skip
