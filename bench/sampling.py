@@ -336,8 +336,8 @@ def show(record: Record, options: argparse.Namespace) -> None:
     }  # fmt: skip
     agreement = {
         "dtype": "dtype", "way": "way", "samples": "samples", "tokens": "tokens", "gap_mean": "gap mean",
-        "gap_max": "gap max", "plain_gap_mean": "plain forward's", "plain_gap_max": "max", "greedy_equal": "equal to generate",
-        "greedy_samples": "samples equal", "tie_max": "tie at most",
+        "gap_max": "gap max", "plain_gap_mean": "plain forward's", "plain_gap_max": "max",
+        "greedy_equal": "equal to generate", "greedy_samples": "samples equal", "tie_max": "tie at most",
     }  # fmt: skip
     checks = [row for row in record.rows if row["system"] == "check"]
     others = [row for row in record.rows if row["system"] != "check"]
