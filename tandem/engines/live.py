@@ -33,10 +33,11 @@ class LiveEngine:
     - ``max_length``: most tokens of a prompt and its completion; None leaves the model's own limit.
     - ``prefill_tokens``: most prompt tokens in one forward (a longer prompt goes alone). A prompt goes through the
       model once, whatever the number of its samples.
-    - ``way``: how it decodes. ``captured``: captured graphs over a paged cache; ``slots``: step by step over a cache
-      of slots; ``padded``: padded batches through the module's own ``generate``. ``auto`` takes the first that the
-      device has (``captured`` needs a GPU) and that computes what the module computes, and the log says why not
-      another; asking for one that does not raises UserError. All draw the same, up to rounding.
+    - ``way``: how it decodes. ``captured``: captured graphs over a paged cache (on a CPU, its steps one by one);
+      ``slots``: step by step over a cache of slots; ``padded``: padded batches through the module's own ``generate``.
+      ``auto`` takes the first that is meant for the device (``captured`` for GPUs) and that computes what the module
+      computes, and the log says why not another; asking for one that does not raises UserError. All draw the same, up
+      to rounding.
     - ``cache_tokens``: most tokens in the paged cache; None plans it from the memory that is free. Samples that do not
       fit wait, or begin again from their own tokens.
     - ``version``: optimizer steps that the weights have seen, for ``Completion.version_min`` and ``version_max``.

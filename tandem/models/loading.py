@@ -51,8 +51,8 @@ def load_causal(
 ) -> LoadedModel:
     """A causal LM with its tokenizer.
 
-    Weights are kept in float32; with ``dtype="bfloat16"`` matrix products run in bfloat16 (autocast), so that an
-    optimizer step is never lost to rounding. Raises UserError where the folder or name holds no causal LM.
+    Weights are loaded in float32, and cast to ``dtype`` by the trainer, scorer or engine that takes the model over: a
+    trainer keeps float32 masters of them. Raises UserError where the folder or name holds no causal LM.
     """
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     with _readable_errors(source, "causal language model"):
