@@ -12,23 +12,23 @@ from models import byte_tokenizer, config_of, random_model
 from torch import Tensor
 from transformers import GenerationConfig
 
-from tandem.engines.live import LiveEngine
+from tandem.engines.live import CacheDtype, LiveEngine
 from tandem.models.loading import prepare_module
 from tandem.types import Request, SamplingParams
 
 
 def check(options: argparse.Namespace, record: Record) -> None:
-    """A row for float32 and, on a GPU, one for bfloat16."""
+    """A row for float32 and, on a GPU, one for bfloat16, and one for that with keys and values in 8 bits."""
     vocabulary = config_of(options.size).vocab_size
     rng = random.Random("check")
     length, count = options.prompt_tokens, options.check_samples
     prompts = [[rng.randrange(1, vocabulary) for _ in range(length)] for _ in range(count)]
-    for dtype in ("float32", "bfloat16"):
-        if dtype == "float32" or options.device.startswith("cuda"):
-            record.add(compare(options, dtype, prompts))
+    kinds: list[tuple[str, CacheDtype]] = [("float32", "auto"), ("bfloat16", "auto"), ("bfloat16", "fp8")]
+    for dtype, kv_cache_dtype in kinds if options.device.startswith("cuda") else kinds[:1]:
+        record.add(compare(options, dtype, prompts, kv_cache_dtype))
 
 
-def compare(options: argparse.Namespace, dtype: Any, prompts: list[list[int]]) -> Row:
+def compare(options: argparse.Namespace, dtype: Any, prompts: list[list[int]], kv_cache_dtype: CacheDtype) -> Row:
     """Gaps and agreement of one precision. The references hold the same (rounded) weights."""
     tokenizer = byte_tokenizer(config_of(options.size).vocab_size, eos=False)
     start, rounded = options.prompt_tokens, getattr(torch, dtype)
@@ -41,14 +41,16 @@ def compare(options: argparse.Namespace, dtype: Any, prompts: list[list[int]]) -
 
     plain, exact = model(dtype), model("float32")
     on_tandem = prepare_module(model(dtype), tokenizer, dtype=dtype, device=options.device).module
-    engine = LiveEngine(on_tandem, tokenizer, max_slots=len(prompts), max_length=start + options.new_tokens)
+    longest = start + options.new_tokens
+    engine = LiveEngine(on_tandem, tokenizer, max_slots=len(prompts), max_length=longest, kv_cache_dtype=kv_cache_dtype)
     sampled = sample(engine, prompts, SamplingParams(max_new_tokens=options.new_tokens))
     ids_BL = torch.tensor([p + c.token_ids for p, c in zip(prompts, sampled, strict=True)], device=options.device)
     given = torch.tensor([c.behaviour_logp for c in sampled], device=options.device)
     truth, forward = logprobs(exact, ids_BL, start), logprobs(plain, ids_BL, start)
     gap, plain_gap = (given - truth).abs(), (forward - truth).abs()
     return {
-        "system": "check", "dtype": dtype, "way": engine.way, "samples": len(prompts), "tokens": given.numel(),
+        "system": "check", "dtype": dtype, "kv_cache_dtype": kv_cache_dtype, "way": engine.way,
+        "samples": len(prompts), "tokens": given.numel(),
         "gap_mean": gap.mean().item(), "gap_max": gap.max().item(), "plain_gap_mean": plain_gap.mean().item(),
         "plain_gap_max": plain_gap.max().item(), **greedy(engine, plain, exact, prompts, options.new_tokens),
     }  # fmt: skip

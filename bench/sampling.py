@@ -17,12 +17,12 @@ sampled tokens. Cases:
 - known: such lengths again, drawn beforehand and given as max_new_tokens, so that the longest can be begun first. For
   the live engine only: vLLM's skewed row is this.
 
-live returns two log-probs a token and the text. vLLM: CUDA graphs, no detokenizing, no seed, most memory; its
-"log-probs" are the sampled token's (logprobs=0), without them it is another row. It is started once, so slots and
-skewed are fed to it --slots at a time; skewed lengths are drawn beforehand for it and given as max_tokens, of which its
-scheduler makes no use, because it looks every token up in a list of all ends. Its weights are its own random ones
-(load_format dummy). generate returns no log-probs; it gets the first equal case, with the dynamic
-and with the static cache, and on a CPU the skewed one, all samples at once.
+live returns two log-probs a token and the text; live-fp8, where --only names it, keeps keys and values in 8 bits.
+vLLM: CUDA graphs, no detokenizing, no seed, most memory; its "log-probs" are the sampled token's (logprobs=0), without
+them it is another row. It is started once, so slots and skewed are fed to it --slots at a time; skewed lengths are
+drawn beforehand for it and given as max_tokens, of which its scheduler makes no use, because it looks every token up in
+a list of all ends. Its weights are its own random ones (load_format dummy). generate returns no log-probs; it gets the
+first equal case, with the dynamic and with the static cache, and on a CPU the skewed one, all samples at once.
 
 The floor of a decode step: (2 × parameters + key-value bytes of the slots at their mean length) / 4.8 TB/s, plus
 2 × parameters × slots / 790 TFLOP/s; an H200's numbers. "of floor" is floor / step.
@@ -63,7 +63,7 @@ from common import (
 from models import SIZES, byte_tokenizer, config_of, head_size, multiplied_parameters, random_model, write_folder
 from transformers import GenerationConfig
 
-from tandem.engines.live import LiveEngine
+from tandem.engines.live import CacheDtype, LiveEngine
 from tandem.models.loading import prepare_module
 from tandem.types import Request, SamplingParams
 
@@ -137,14 +137,16 @@ def dtype_of(device: str) -> str:
     return "bfloat16" if device.startswith("cuda") else "float32"
 
 
-def live(options: argparse.Namespace, record: Record) -> None:
+def live(
+    options: argparse.Namespace, record: Record, *, name: str = "live", kv_cache_dtype: CacheDtype = "auto"
+) -> None:
     """The live engine on a model as a trainer holds it."""
     tokenizer = byte_tokenizer(config_of(options.size).vocab_size, eos=False)
     module = random_model(options.size, options.device, eos=None, dtype=getattr(torch, dtype_of(options.device)))
     module = prepare_module(module, tokenizer, dtype=dtype_of(options.device), device=options.device).module
     for number, case in enumerate(cases(options)):
         longest = options.prompt_tokens + case.new_tokens
-        engine = LiveEngine(module, tokenizer, max_slots=case.slots, max_length=longest)
+        engine = LiveEngine(module, tokenizer, max_slots=case.slots, max_length=longest, kv_cache_dtype=kv_cache_dtype)
         sampling = SamplingParams(max_new_tokens=case.new_tokens, stop_token_ids=() if case.known else case.stop_ids)
         asked = requests_of(options, case, sampling)
         if case.known:
@@ -157,7 +159,7 @@ def live(options: argparse.Namespace, record: Record) -> None:
         run = partial(engine.generate, asked)
         times, completions = timed(run, options.device, options.repeats)
         lengths = [len(c.token_ids) for of_prompt in completions for c in of_prompt]
-        record.add(row_of(options, "live", case, times, lengths) | {"log_probs": True, "way": way_of(engine)})
+        record.add(row_of(options, name, case, times, lengths) | {"log_probs": True, "way": way_of(engine)})
         if options.profile and number == 0:
             sampling = SamplingParams(max_new_tokens=min(16, case.new_tokens))
             run = partial(engine.generate, requests_of(options, case, sampling))
@@ -282,7 +284,10 @@ def useful(new_BT: torch.Tensor, case: Case) -> list[int]:
 
 def main() -> None:
     """Measures and prints the tables."""
-    systems: dict[str, Any] = {"live": live, "vllm": vllm, "generate": generate, "check": check}
+    systems: dict[str, Any] = {
+        "live": live, "live-fp8": partial(live, name="live-fp8", kv_cache_dtype="fp8"), "vllm": vllm,
+        "generate": generate, "check": check,
+    }  # fmt: skip
     parser = arguments(__doc__, list(systems), SIZES, "0.5b")
     parser.add_argument("--cases", nargs="+", help="a batch's size, slots, skewed, known; default all")
     parser.add_argument("--batches", type=int, nargs="+", help="samples of the equal cases")
@@ -298,6 +303,8 @@ def main() -> None:
     parser.add_argument("--check-layers", type=int, help="of the model that is checked; default all")
     options = parser.parse_args()
     options.device = resolve_device(options.device)
+    if options.only is None:
+        options.only = [name for name in systems if name != "live-fp8"]
     for name, value in (SMALL if options.device == "cpu" else FULL).items():
         setattr(options, name, getattr(options, name) or value)
     options.skewed_mean = options.skewed_mean or options.skewed_max // 4
@@ -335,8 +342,8 @@ def show(record: Record, options: argparse.Namespace) -> None:
         "peak_gb": "peak GB",
     }  # fmt: skip
     agreement = {
-        "dtype": "dtype", "way": "way", "samples": "samples", "tokens": "tokens", "gap_mean": "gap mean",
-        "gap_max": "gap max", "plain_gap_mean": "plain forward's", "plain_gap_max": "max",
+        "dtype": "dtype", "kv_cache_dtype": "cache", "way": "way", "samples": "samples", "tokens": "tokens",
+        "gap_mean": "gap mean", "gap_max": "gap max", "plain_gap_mean": "plain forward's", "plain_gap_max": "max",
         "greedy_equal": "equal to generate", "greedy_samples": "samples equal", "tie_max": "tie at most",
     }  # fmt: skip
     checks = [row for row in record.rows if row["system"] == "check"]

@@ -118,6 +118,7 @@ def live_engine(site: Site, sampling: SamplingSection, engine: EngineSection) ->
         max_slots=sampling.max_slots,
         max_length=engine.max_length,
         way=engine.way,
+        kv_cache_dtype=engine.kv_cache_dtype,
         version=lambda: actor.version,
     )
 
@@ -127,7 +128,11 @@ def replica_engine(
 ) -> ReplicaEngine:
     """A live engine with weights of its own."""
     return ReplicaEngine(
-        load_policy(site, section), max_slots=sampling.max_slots, max_length=engine.max_length, way=engine.way
+        load_policy(site, section),
+        max_slots=sampling.max_slots,
+        max_length=engine.max_length,
+        way=engine.way,
+        kv_cache_dtype=engine.kv_cache_dtype,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,10 +30,13 @@ class CapturedSampling:
     """Continuous batching over pages, each step one captured graph. It samples on the module's own parameters.
 
     ``positions``: most tokens of a sequence (None: the model has no limit of its own); ``cache_tokens``: most tokens in
-    the cache (None: what is free). Raises Unlike where no forward over pages computes what the module computes.
+    the cache (None: what is free); ``eight_bit``: whether it keeps them in 8 bits. Raises Unlike where no forward over
+    pages computes what the module computes.
     """
 
-    def __init__(self, module: Any, *, positions: int | None, cache_tokens: int | None = None) -> None:
+    def __init__(
+        self, module: Any, *, positions: int | None, cache_tokens: int | None = None, eight_bit: bool = False
+    ) -> None:
         self.module = module
         self.cache_tokens = cache_tokens
         self.shape, attention = find_cache_shape(module)
@@ -51,6 +55,8 @@ class CapturedSampling:
             if reason := why_not_pages(module, self.forward, self.shape):
                 raise Unlike(reason)
             log.warning("%s: sampled with its own forward (slower): %s", type(module).__name__, self.own_because)
+        # Only now: what is compared above is how it computes, not what 8 bits lose.
+        self.shape = replace(self.shape, eight_bit=eight_bit)
 
     def run(
         self,
@@ -75,7 +81,7 @@ class CapturedSampling:
             raise
         if decoder.device.type == "cuda":
             memory = torch.cuda.get_device_properties(decoder.device).total_memory
-            if decoder.pool.store.nbytes > KEPT_SHARE * memory:
+            if decoder.pool.pages * self.shape.page_bytes > KEPT_SHARE * memory:
                 self.release()
 
     def release(self) -> None:

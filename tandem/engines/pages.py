@@ -24,10 +24,13 @@ class CacheShape:
     kv_heads: int
     head_dim: int
     dtype: torch.dtype
+    eight_bit: bool = False
+    """Whether they are kept in 8 bits, with a scale for each token and head, and not as they come."""
 
     @property
     def page_bytes(self) -> int:
-        return 2 * self.layers * self.kv_heads * self.head_dim * PAGE * self.dtype.itemsize
+        head = self.head_dim + 4 if self.eight_bit else self.head_dim * self.dtype.itemsize
+        return 2 * self.layers * self.kv_heads * PAGE * head
 
 
 class PagePool:
@@ -37,15 +40,23 @@ class PagePool:
         self.shape = shape
         self.pages = pages
         # Zeros: what is masked gets weight 0, and 0 times a stray NaN would still be NaN.
-        self.store = torch.zeros(
-            2, shape.layers, pages, shape.kv_heads, PAGE, shape.head_dim, dtype=shape.dtype, device=device
-        )
+        lines = (2, shape.layers, pages, shape.kv_heads, PAGE)
+        dtype = kernels.EIGHT_BIT if shape.eight_bit else shape.dtype
+        self.store = torch.zeros(*lines, shape.head_dim, dtype=dtype, device=device)
+        self.scales = torch.zeros(lines, device=device) if shape.eight_bit else None
         self.holders = np.zeros(pages, dtype=np.int64)
         self.free = list(range(pages - 1, 0, -1))
 
     @property
     def available(self) -> int:
         return len(self.free)
+
+    def layer(self, number: int | None) -> kernels.Pages:
+        """The pages of one layer. Raises UnsupportedAttention where a layer does not say which it is."""
+        if number is None:
+            raise UnsupportedAttention("attention layers without a layer_idx")
+        scales = (None, None) if self.scales is None else self.scales[:, number]
+        return kernels.Pages(*self.store[:, number], *scales)
 
     def take(self, count: int) -> list[int]:
         """Pages that nobody holds. Ask ``available`` first."""
@@ -67,7 +78,8 @@ class PagePool:
         """The content of some pages into others, in every layer."""
         if sources:
             source, target = (send(torch.tensor(x), self.store.device) for x in (sources, targets))
-            self.store[:, :, target] = self.store[:, :, source]
+            for kept in (self.store,) if self.scales is None else (self.store, self.scales):
+                kept[:, :, target] = kept[:, :, source]
 
 
 def send_array(values: np.ndarray, device: torch.device) -> Tensor:
@@ -100,9 +112,7 @@ class PagedPrefill:
         sliding_window: int | None,
     ) -> Tensor:
         """Query [1, H, T, D], key and value [1, Hkv, T, D] → [1, T, H, D]."""
-        _require(layer)
-        keys, values = self.pool.store[:, layer]
-        kernels.store(key[0].transpose(0, 1), value[0].transpose(0, 1), keys, values, self.target_T)
+        kernels.store(key[0].transpose(0, 1), value[0].transpose(0, 1), self.pool.layer(layer), self.target_T)
         return self.inner.attend(query, key, value, layer=layer, scaling=scaling, sliding_window=sliding_window)
 
 
@@ -126,22 +136,16 @@ class PagedDecode:
         sliding_window: int | None,
     ) -> Tensor:
         """Query [B, H, 1, D], key and value [B, Hkv, 1, D] → [B, 1, H, D]."""
-        _require(layer)
-        keys, values = self.pool.store[:, layer]
-        kernels.store(key.squeeze(2), value.squeeze(2), keys, values, self.target_B)
         size = query.shape[-1]
-        out = kernels.attend(
+        out = kernels.append_attend(
             query.squeeze(2),
-            keys,
-            values,
+            key.squeeze(2),
+            value.squeeze(2),
+            self.pool.layer(layer),
             self.table_BP,
             self.length_B,
+            self.target_B,
             scaling=size**-0.5 if scaling is None else scaling,
             sliding_window=sliding_window,
         )
         return out[:, None]
-
-
-def _require(layer: int | None) -> None:
-    if layer is None:
-        raise UnsupportedAttention("attention layers without a layer_idx")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tandem.data.packing import pack
-from tandem.engines.live import LiveEngine, Way
+from tandem.engines.live import CacheDtype, LiveEngine, Way
 from tandem.errors import UserError
 from tandem.models.forward import LoadedModel, forward
 from tandem.sync.checksum import Checked, checksum
@@ -24,7 +24,13 @@ class ReplicaEngine:
     """Samples from a copy of the weights: ``model``'s own, which pushes overwrite."""
 
     def __init__(
-        self, model: LoadedModel, *, max_slots: int = 256, max_length: int | None = None, way: Way = "auto"
+        self,
+        model: LoadedModel,
+        *,
+        max_slots: int = 256,
+        max_length: int | None = None,
+        way: Way = "auto",
+        kv_cache_dtype: CacheDtype = "auto",
     ) -> None:
         model.compute_in(model.torch_dtype)
         self.model = model
@@ -37,6 +43,7 @@ class ReplicaEngine:
             max_slots=max_slots,
             max_length=max_length,
             way=way,
+            kv_cache_dtype=kv_cache_dtype,
             version=lambda: self.version,
         )
 

@@ -1,14 +1,38 @@
 """Attention over a paged key-value cache: writing tokens into pages, and one query a sequence against its pages.
 
-A layer's keys, like its values, are [pages, Hkv, page, D]. A sequence's row of the table names its pages in order.
+A sequence's row of the table names its pages in order. A place is a page times the page's size, plus an offset.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tandem.kernels.available import on_triton
+
+EIGHT_BIT = torch.float8_e4m3fn
+"""Of the 8-bit formats the one with more digits; its narrow range is made up for by the scales."""
+LARGEST = torch.finfo(EIGHT_BIT).max
+
+
+@dataclass(frozen=True)
+class Pages:
+    """A layer's cache: keys and values [pages, Hkv, page, D]; their scales [pages, Hkv, page], float32, if 8-bit.
+
+    What is kept in 8 bits is divided by the largest magnitude of its token and head over the format's largest number.
+    """
+
+    keys: Tensor
+    values: Tensor
+    key_scales: Tensor | None = None
+    value_scales: Tensor | None = None
+
+    @property
+    def size(self) -> int:
+        """Tokens a page."""
+        return self.keys.shape[2]
 
 
 def places(table_BP: Tensor, length_B: Tensor, alive_B: Tensor, page: int) -> Tensor:
@@ -24,48 +48,66 @@ def places(table_BP: Tensor, length_B: Tensor, alive_B: Tensor, page: int) -> Te
     return torch.where(alive_B > 0, page_B * page + length_B % page, 0)
 
 
-def store(key_TKD: Tensor, value_TKD: Tensor, keys: Tensor, values: Tensor, target_T: Tensor) -> None:
-    """Writes keys and values [T, Hkv, D] of a layer to ``target_T``: page times page size plus offset, int64."""
+def store(key_TKD: Tensor, value_TKD: Tensor, pages: Pages, target_T: Tensor) -> None:
+    """Writes keys and values [T, Hkv, D] of a layer to the places ``target_T``, int64."""
     if on_triton(key_TKD):
         from tandem.kernels import pages_triton
 
-        pages_triton.store(key_TKD, value_TKD, keys, values, target_T)
+        pages_triton.store(key_TKD, value_TKD, pages, target_T)
         return
-    page_T, offset_T = target_T // keys.shape[2], target_T % keys.shape[2]
-    keys[page_T, :, offset_T] = key_TKD.to(keys.dtype)
-    values[page_T, :, offset_T] = value_TKD.to(values.dtype)
+    page_T, offset_T = target_T // pages.size, target_T % pages.size
+    for x_TKD, kept, scales in (
+        (key_TKD, pages.keys, pages.key_scales),
+        (value_TKD, pages.values, pages.value_scales),
+    ):
+        if scales is not None:
+            scale_TK = x_TKD.float().abs().amax(-1).clamp(min=1e-12) / LARGEST
+            scales[page_T, :, offset_T] = scale_TK
+            x_TKD = x_TKD.float() / scale_TK[..., None]
+        kept[page_T, :, offset_T] = x_TKD.to(kept.dtype)
 
 
-def attend(
+def append_attend(
     query_BHD: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    key_BKD: Tensor,
+    value_BKD: Tensor,
+    pages: Pages,
     table_BP: Tensor,
     length_B: Tensor,
+    target_B: Tensor,
     *,
     scaling: float,
     sliding_window: int | None = None,
 ) -> Tensor:
-    """Attention [B, H, D] of one query a sequence over its first ``length + 1`` cached tokens (its own is the last).
+    """Attention [B, H, D] of one new token a sequence over its ``length`` cached ones and itself, which is stored.
 
-    ``table_BP`` is int32, ``length_B`` int64. Heads share keys and values in equal groups. Softmax is in float32.
+    ``table_BP`` is int32, ``length_B`` and ``target_B`` (its place) int64. Heads share keys and values [B, Hkv, D] in
+    equal groups. Softmax is in float32.
     """
     if on_triton(query_BHD):
         from tandem.kernels import pages_triton
 
-        return pages_triton.attend(
-            query_BHD, keys, values, table_BP, length_B, scaling=scaling, sliding_window=sliding_window
-        )
+        return pages_triton.append_attend(
+            query_BHD, key_BKD, value_BKD, pages, table_BP, length_B, target_B, scaling=scaling,
+            sliding_window=sliding_window,
+        )  # fmt: skip
+    store(key_BKD, value_BKD, pages, target_B)
     rows, heads, size = query_BHD.shape
-    kv_heads, page = keys.shape[1:3]
-    reach = (int(length_B.max()) // page + 1) * page
-    pages = table_BP[:, : reach // page].long()
-    wide = torch.promote_types(keys.dtype, torch.float32)
-    key, value = (x[pages].transpose(1, 2).reshape(rows, kv_heads, reach, -1).to(wide) for x in (keys, values))
+    kv_heads = key_BKD.shape[1]
+    reach = int(length_B.max()) // pages.size + 1
+    wide = torch.promote_types(query_BHD.dtype, torch.float32)
+
+    def cached(kept: Tensor, scales: Tensor | None) -> Tensor:
+        x_BPKND = kept[table_BP[:, :reach].long()].to(wide)
+        if scales is not None:
+            x_BPKND = x_BPKND * scales[table_BP[:, :reach].long()][..., None]
+        return x_BPKND.transpose(1, 2).reshape(rows, kv_heads, reach * pages.size, size)
+
     query = query_BHD.view(rows, kv_heads, -1, size).to(wide)
-    position = torch.arange(reach, device=length_B.device)
+    position = torch.arange(reach * pages.size, device=length_B.device)
     hidden = position > length_B[:, None]
     if sliding_window is not None:
         hidden |= position <= length_B[:, None] - sliding_window
+    key, value = cached(pages.keys, pages.key_scales), cached(pages.values, pages.value_scales)
     score = (query @ key.transpose(2, 3) * scaling).masked_fill(hidden[:, None, None], float("-inf"))
     return (score.softmax(-1) @ value).reshape(rows, heads, -1).to(query_BHD.dtype)

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tandem.kernels.pages import Pages
+
 SPLITS = ((256, 1), (64, 4), (0, 16))
 """From so many sequences times key-value heads on, a sequence's pages are divided among so many programs."""
 
@@ -32,63 +34,88 @@ def _places(table, length, alive, target, rows, table_row, PAGE: tl.constexpr, B
     tl.store(target + row, tl.where(lives, page * PAGE + tokens % PAGE, 0), mask=inside)
 
 
-def store(key_TKD: Tensor, value_TKD: Tensor, keys: Tensor, values: Tensor, target_T: Tensor) -> None:
-    """Writes [T, Hkv, D] into pages, a program a token."""
+def store(key_TKD: Tensor, value_TKD: Tensor, pages: Pages, target_T: Tensor) -> None:
+    """Writes [T, Hkv, D] into pages, a program a token and head."""
     tokens, kv_heads, size = key_TKD.shape
-    _store[(tokens,)](
+    _store[(tokens, kv_heads)](
         key_TKD,
         value_TKD,
-        keys,
-        values,
+        *_tensors(pages),
         target_T,
         *key_TKD.stride()[:2],
         *value_TKD.stride()[:2],
-        KV_HEADS=kv_heads,
-        KV_PADDED=triton.next_power_of_2(kv_heads),
         SIZE=size,
         PADDED=triton.next_power_of_2(size),
-        PAGE=keys.shape[2],
-        num_warps=2,
+        PAGE=pages.size,
+        SCALED=pages.key_scales is not None,
+        num_warps=1,
     )
+
+
+def _tensors(pages: Pages) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Keys, values and their scales; without scales something in their place, which is not touched."""
+    if pages.key_scales is None or pages.value_scales is None:
+        return pages.keys, pages.values, pages.keys, pages.values
+    return pages.keys, pages.values, pages.key_scales, pages.value_scales
 
 
 @triton.jit
 def _store(  # type: ignore[no-untyped-def]
-    key, value, keys, values, target, key_token, key_head, value_token, value_head,
-    KV_HEADS: tl.constexpr, KV_PADDED: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr, PAGE: tl.constexpr,
+    key, value, keys, values, key_scales, value_scales, target, key_token, key_head, value_token, value_head,
+    SIZE: tl.constexpr, PADDED: tl.constexpr, PAGE: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    kv_heads = tl.num_programs(1)
     place = tl.load(target + token).to(tl.int64)
-    page = place // PAGE
-    offset = place % PAGE
-    head = tl.arange(0, KV_PADDED)[:, None]
-    column = tl.arange(0, PADDED)[None, :]
-    inside = (head < KV_HEADS) & (column < SIZE)
-    to = ((page * KV_HEADS + head) * PAGE + offset) * SIZE + column
+    column = tl.arange(0, PADDED)
+    inside = column < SIZE
     one = tl.load(key + token * key_token + head * key_head + column, mask=inside, other=0.0)
-    tl.store(keys + to, one.to(keys.dtype.element_ty), mask=inside)
     two = tl.load(value + token * value_token + head * value_head + column, mask=inside, other=0.0)
-    tl.store(values + to, two.to(values.dtype.element_ty), mask=inside)
+    _put(one, keys, key_scales, place, head, kv_heads, 1, SIZE, PADDED, PAGE, SCALED)
+    _put(two, values, value_scales, place, head, kv_heads, 1, SIZE, PADDED, PAGE, SCALED)
 
 
-def attend(
+@triton.jit
+def _put(  # type: ignore[no-untyped-def]
+    x, kept, scales, place, head, kv_heads, real,
+    SIZE: tl.constexpr, PADDED: tl.constexpr, PAGE: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """Writes ``x`` [PADDED] of one token and head to its place if ``real`` is 1. Returns what is kept, in float32."""
+    column = tl.arange(0, PADDED)
+    at = (place // PAGE * kv_heads + head) * PAGE + place % PAGE
+    wide = x.to(tl.float32)
+    if SCALED:
+        scale = tl.maximum(tl.max(tl.abs(wide), axis=0), 1e-12) / 448.0
+        low = (wide / scale).to(kept.dtype.element_ty)
+        tl.store(scales + at, scale, mask=real > 0)
+        wide = low.to(tl.float32) * scale
+    else:
+        low = x.to(kept.dtype.element_ty)
+    tl.store(kept + at * SIZE + column, low, mask=column < SIZE * real)
+    return wide
+
+
+def append_attend(
     query_BHD: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    key_BKD: Tensor,
+    value_BKD: Tensor,
+    pages: Pages,
     table_BP: Tensor,
     length_B: Tensor,
+    target_B: Tensor,
     *,
     scaling: float,
     sliding_window: int | None,
     splits: int | None = None,
 ) -> Tensor:
-    """One query a sequence over its pages: a program for each sequence, key-value head and split of the pages.
+    """One new token a sequence: a program for each sequence, key-value head and split of the pages.
 
     Splits are joined by their log-sum-exps (flash decoding). How many there are depends on the shapes alone, so that
-    a captured graph serves every length.
+    a captured graph serves every length. The first split also stores the new key and value, which the others mask.
     """
     rows, heads, size = query_BHD.shape
-    kv_heads, page = keys.shape[1:3]
+    kv_heads = key_BKD.shape[1]
     if splits is None:
         splits = next(splits for programs, splits in SPLITS if rows * kv_heads >= programs)
     out = torch.empty(rows, heads, size, dtype=query_BHD.dtype, device=query_BHD.device)
@@ -98,12 +125,14 @@ def attend(
         top, mass = torch.empty(2, splits, rows, heads, dtype=torch.float32, device=query_BHD.device)
     shape: dict[str, Any] = {"SIZE": size, "PADDED": max(16, triton.next_power_of_2(size)), "SPLITS": splits}
     group = heads // kv_heads
-    _attend[(rows, kv_heads, splits)](
+    _append_attend[(rows, kv_heads, splits)](
         query_BHD,
-        keys,
-        values,
+        key_BKD,
+        value_BKD,
+        *_tensors(pages),
         table_BP,
         length_B,
+        target_B,
         out,
         part,
         top,
@@ -111,12 +140,15 @@ def attend(
         scaling * 1.4426950408889634,
         sliding_window or 0,
         *query_BHD.stride()[:2],
+        *key_BKD.stride()[:2],
+        *value_BKD.stride()[:2],
         table_BP.stride(0),
         GROUP=group,
         GROUP_PADDED=max(16, triton.next_power_of_2(group)),
-        PAGE=page,
+        PAGE=pages.size,
         WINDOWED=sliding_window is not None,
-        IEEE=keys.dtype == torch.float32,
+        IEEE=query_BHD.dtype == torch.float32,
+        SCALED=pages.key_scales is not None,
         **shape,
         num_warps=4,
         num_stages=3,
@@ -127,66 +159,74 @@ def attend(
 
 
 @triton.jit
-def _attend(  # type: ignore[no-untyped-def]
-    query, keys, values, table, length, out, part, top, mass, scale, window, query_row, query_head, table_row,
+def _append_attend(  # type: ignore[no-untyped-def]
+    query, key, value, keys, values, key_scales, value_scales, table, length, target, out, part, top, mass, scale,
+    window, query_row, query_head, key_row, key_head, value_row, value_head, table_row,
     SIZE: tl.constexpr, PADDED: tl.constexpr, SPLITS: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr,
-    PAGE: tl.constexpr, WINDOWED: tl.constexpr, IEEE: tl.constexpr,
+    PAGE: tl.constexpr, WINDOWED: tl.constexpr, IEEE: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
     kv_heads = tl.num_programs(1)
     heads = kv_heads * GROUP
-    tokens = (tl.load(length + row) + 1).to(tl.int32)
+    member = tl.arange(0, GROUP_PADDED)
+    head = kv_head * GROUP + member
+    column = tl.arange(0, PADDED)
+    real_head = member < GROUP
+    real_column = column < SIZE
+    real = real_head[:, None] & real_column[None, :]
+    q = tl.load(query + row * query_row + head[:, None] * query_head + column[None, :], mask=real, other=0.0)
+
+    # The new token, whose part in the sums is the first split's.
+    one = tl.load(key + row * key_row + kv_head * key_head + column, mask=real_column, other=0.0)
+    two = tl.load(value + row * value_row + kv_head * value_head + column, mask=real_column, other=0.0)
+    place = tl.load(target + row).to(tl.int64)
+    mine = (split == 0).to(tl.int32)
+    new_k = _put(one, keys, key_scales, place, kv_head, kv_heads, mine, SIZE, PADDED, PAGE, SCALED)
+    new_v = _put(two, values, value_scales, place, kv_head, kv_heads, mine, SIZE, PADDED, PAGE, SCALED)
+    share = mine.to(tl.float32)
+    own = tl.sum(q.to(tl.float32) * new_k[None, :], axis=1) * scale
+    best = tl.where(mine > 0, own, float("-inf"))
+    total = tl.zeros([GROUP_PADDED], dtype=tl.float32) + share
+    acc = tl.zeros([GROUP_PADDED, PADDED], dtype=tl.float32) + share * new_v[None, :]
+
+    tokens = tl.load(length + row).to(tl.int32)
     first = 0
     if WINDOWED:
-        first = tl.maximum(tokens - window, 0)
+        first = tl.maximum(tokens + 1 - window, 0)
     first_page = first // PAGE
     pages = tl.cdiv(tokens, PAGE)
     each = tl.cdiv(pages - first_page, SPLITS)
     start = first_page + split * each
-    end = tl.minimum(start + each, pages)
-
-    member = tl.arange(0, GROUP_PADDED)
-    head = kv_head * GROUP + member
-    column = tl.arange(0, PADDED)
     offset = tl.arange(0, PAGE)
-    real_head = member < GROUP
-    real_column = column < SIZE
-    q = tl.load(
-        query + row * query_row + head[:, None] * query_head + column[None, :],
-        mask=real_head[:, None] & real_column[None, :],
-        other=0.0,
-    ).to(keys.dtype.element_ty)
-    best = tl.full([GROUP_PADDED], float("-inf"), dtype=tl.float32)
-    total = tl.zeros([GROUP_PADDED], dtype=tl.float32)
-    acc = tl.zeros([GROUP_PADDED, PADDED], dtype=tl.float32)
-    for number in range(start, end):
+    for number in range(start, tl.minimum(start + each, pages)):
         page = tl.load(table + row * table_row + number).to(tl.int64)
-        base = (page * kv_heads + kv_head) * PAGE * SIZE
-        tile = base + offset[:, None] * SIZE + column[None, :]
-        k = tl.load(keys + tile, mask=real_column[None, :], other=0.0)
-        score = tl.dot(q, tl.trans(k), input_precision="ieee") if IEEE else tl.dot(q, tl.trans(k))
+        line = (page * kv_heads + kv_head) * PAGE + offset
+        tile = line[:, None] * SIZE + column[None, :]
+        k = tl.load(keys + tile, mask=real_column[None, :], other=0.0).to(q.dtype)
+        score = (tl.dot(q, tl.trans(k), input_precision="ieee") if IEEE else tl.dot(q, tl.trans(k))) * scale
+        if SCALED:
+            score = score * tl.load(key_scales + line)[None, :]
         position = number * PAGE + offset
         seen = position < tokens
         if WINDOWED:
             seen = seen & (position >= first)
-        score = tl.where(seen[None, :], score * scale, float("-inf"))
-        # Every page of the range has a token that is seen, so the maximum is finite.
+        score = tl.where(seen[None, :], score, float("-inf"))
+        # Every page of a split but the first has a token that is seen, so the maximum is finite.
         higher = tl.maximum(best, tl.max(score, axis=1))
         weight = tl.exp2(score - higher[:, None])
         fade = tl.exp2(best - higher)
         total = total * fade + tl.sum(weight, axis=1)
-        v = tl.load(values + tile, mask=real_column[None, :], other=0.0)
+        if SCALED:
+            weight = weight * tl.load(value_scales + line)[None, :]
+        v = tl.load(values + tile, mask=real_column[None, :], other=0.0).to(q.dtype)
         acc = acc * fade[:, None]
-        if IEEE:
-            acc += tl.dot(weight, v, input_precision="ieee")
-        else:
-            acc += tl.dot(weight.to(v.dtype), v)
+        acc += tl.dot(weight, v, input_precision="ieee") if IEEE else tl.dot(weight.to(v.dtype), v)
         best = higher
+
     flat = row * heads + head
     where = flat[:, None] * SIZE + column[None, :]
-    real = real_head[:, None] & real_column[None, :]
     if SPLITS == 1:
         tl.store(out + where, (acc / total[:, None]).to(out.dtype.element_ty), mask=real)
     else:

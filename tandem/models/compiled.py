@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+from torch._inductor import config as inductor_config
 
 log = logging.getLogger("tandem")
 GRAPHS = 64
@@ -40,7 +41,9 @@ class Blocks:
             return plain(layer, *arguments, **options)
         if plain not in self.compiled:
             # Of the class, not of each layer, whose graphs would all be told apart by the layer's identity.
-            self.compiled[plain] = torch.compile(plain, dynamic=True, fullgraph=True, backend=self.backend)
+            self.compiled[plain] = torch.compile(
+                plain, dynamic=True, fullgraph=True, backend=self.backend, options=_options(self.backend)
+            )
         try:
             with dynamo_config.patch(recompile_limit=GRAPHS):
                 return self.compiled[plain](layer, *arguments, **options)
@@ -49,6 +52,13 @@ class Blocks:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             log.warning("%s: its layers run uncompiled (slower): %s", self.name, reason)
             return plain(layer, *arguments, **options)
+
+
+def _options(backend: str) -> dict[str, Any] | None:
+    """Inductor otherwise fuses a norm's two sums for many tokens and not for few, and compiles for both."""
+    name = "triton.mix_order_reduction_non_strict_mode"
+    known = backend == "inductor" and hasattr(inductor_config.triton, name.split(".")[1])
+    return {name: True} if known else None
 
 
 class _Block:

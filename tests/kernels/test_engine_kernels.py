@@ -65,30 +65,85 @@ def test_rotation(dtype: torch.dtype, normed: bool, heads: int, kv_heads: int, s
     assert torch.equal(found[:, heads + kv_heads :], qkv[:, heads + kv_heads :]), "values are left alone"
 
 
+def new_pages(dtype: torch.dtype, shape: tuple[int, ...], *, eight_bit: bool) -> pages.Pages:
+    """A layer's cache of random content."""
+    kept = torch.randn(2, *shape, device=DEVICE).to(pages.EIGHT_BIT if eight_bit else dtype)
+    return pages.Pages(*kept, *torch.rand(2, *shape[:-1], device=DEVICE) if eight_bit else ())
+
+
+def copy_of(cache: pages.Pages) -> pages.Pages:
+    return pages.Pages(*(None if x is None else x.clone() for x in vars(cache).values()))
+
+
+def same(one: pages.Pages, two: pages.Pages) -> bool:
+    tensors = zip(vars(one).values(), vars(two).values(), strict=True)
+    return all(a is b if a is None else torch.equal(a.float(), b.float()) for a, b in tensors)
+
+
+# Triton's interpreter has no 8-bit floats.
+EIGHT_BIT = (False, True) if DEVICE == "cuda" else (False,)
+
+
+@pytest.mark.parametrize("eight_bit", EIGHT_BIT)
 @pytest.mark.parametrize("dtype", [torch.float32, LOW])
 @pytest.mark.parametrize(("heads", "kv_heads", "size", "page"), [(4, 2, 16, 16), (6, 1, 24, 16), (14, 2, 64, 64)])
-def test_pages(dtype: torch.dtype, heads: int, kv_heads: int, size: int, page: int) -> None:
-    keys, values = torch.randn(2, 9, kv_heads, page, size, device=DEVICE).to(dtype)
-    stored = keys.clone(), values.clone()
+def test_pages(dtype: torch.dtype, heads: int, kv_heads: int, size: int, page: int, eight_bit: bool) -> None:
+    cache = new_pages(dtype, (9, kv_heads, page, size), eight_bit=eight_bit)
+    kept = copy_of(cache)
     key, value = torch.randn(2, 5, kv_heads, size, device=DEVICE).to(dtype)
     target = torch.tensor([3, 17, page + 9, 0, 8 * page + 3], device=DEVICE)
-    pages.store(key, value, keys, values, target)
-    pages_triton.store(key, value, *stored, target)
-    assert torch.equal(keys, stored[0])
-    assert torch.equal(values, stored[1])
+    pages.store(key, value, cache, target)
+    pages_triton.store(key, value, kept, target)
+    assert same(cache, kept)
 
-    table = torch.randint(0, 9, (4, 4), device=DEVICE).int()
+    # Each row's last page is its own.
+    table = torch.cat((torch.randint(0, 5, (4, 3), device=DEVICE), torch.arange(5, 9, device=DEVICE)[:, None]), 1).int()
     length = torch.tensor([0, page - 1, page, 3 * page + 5], device=DEVICE)
+    for row in range(3):
+        table[row, length[row] // page] = 5 + row
     alive = torch.tensor([1, 0, 1, 1], device=DEVICE)
     assert torch.equal(pages_triton.places(table, length, alive, page), pages.places(table, length, alive, page))
+    target = pages.places(table, length, torch.ones_like(alive), page)
     query = torch.randn(4, heads, size, device=DEVICE).to(dtype)
-    for window in (None, page + 3):
-        truth = pages.attend(query, keys, values, table, length, scaling=0.3, sliding_window=window)
+    for window in (None, page + 3, 1):
+        arguments = (query, key[:4], value[:4])
+        how = {"scaling": 0.3, "sliding_window": window}
+        plain = copy_of(cache)
+        truth = pages.append_attend(*arguments, plain, table, length, target, **how)
         for splits in (None, 1, 4):
-            found = pages_triton.attend(
-                query, keys, values, table, length, scaling=0.3, sliding_window=window, splits=splits
-            )
+            kept = copy_of(cache)
+            found = pages_triton.append_attend(*arguments, kept, table, length, target, **how, splits=splits)
             close(found, truth, 2)
+            assert same(kept, plain), "the new token is stored"
+
+
+def test_the_new_token_is_attended_to_and_stored() -> None:
+    """Against softmax attention written out, on pages that hold a sequence in order."""
+    page, size = 16, 8
+    key, value = torch.randn(2, 2 * page + 3, 1, size, device=DEVICE)
+    cache = pages.Pages(*torch.zeros(2, 4, 1, page, size, device=DEVICE))
+    last = len(key) - 1
+    pages.store(key[:last], value[:last], cache, page + torch.arange(last, device=DEVICE))
+    query = torch.randn(1, 2, size, device=DEVICE)
+    table, length = torch.tensor([[1, 2, 3]], device=DEVICE).int(), torch.tensor([last], device=DEVICE)
+    found = pages.append_attend(
+        query, key[last:], value[last:], cache, table, length, page + length, scaling=0.5, sliding_window=None
+    )
+    weight = (0.5 * query[0] @ key[:, 0].T).softmax(-1)
+    close(found[0], weight @ value[:, 0], 2)
+
+
+@pytest.mark.parametrize("magnitude", [1e-3, 1.0, 1e4])
+def test_eight_bits_keep_a_head_within_a_sixteenth(magnitude: float) -> None:
+    """e4m3 has three digits after the first: what is kept differs by a sixteenth of itself, or of a small floor."""
+    cache = new_pages(torch.float32, (2, 3, 16, 24), eight_bit=True)
+    key, value = magnitude * torch.randn(2, 4, 3, 24)
+    cache = pages.Pages(*(x.cpu() for x in vars(cache).values()))
+    pages.store(key, value, cache, torch.arange(16, 20))
+    for x, kept, scales in ((key, cache.keys, cache.key_scales), (value, cache.values, cache.value_scales)):
+        found = (kept.float() * scales[..., None])[1, :, :4].transpose(0, 1)
+        floor = x.abs().amax(-1, keepdim=True) / 448 * 2**-10
+        assert ((found - x).abs() <= x.abs() / 16 + floor).all()
 
 
 @pytest.mark.parametrize("vocabulary", [100, 5000, 9000])
