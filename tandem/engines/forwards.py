@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tandem.engines.pages import PagedDecode
 from tandem.kernels import layers as kernels
 from tandem.models.attention import NO_MASK, Layout
 
@@ -91,16 +92,7 @@ class LeanForward:
         hidden_TE = kernels.rms_norm(residual_TE, *self.layers[0].before)
         for number, layer in enumerate(self.layers):
             qkv_THD = F.linear(hidden_TE, layer.qkv, layer.qkv_bias).view(len(hidden_TE), -1, layer.size)
-            kernels.rotate_(
-                qkv_THD, position_T, self.cos_PD, self.sin_PD, layer.heads, layer.kv_heads, layer.head_norms
-            )
-            query, key, value = (
-                x.view(rows, columns, -1, layer.size).transpose(1, 2)
-                for x in qkv_THD.split([layer.heads, layer.kv_heads, layer.kv_heads], dim=1)
-            )
-            out = layout.attend(
-                query, key, value, layer=number, scaling=layer.scaling, sliding_window=layer.sliding_window
-            )
+            out = self._attend(qkv_THD, position_T, layout, number, rows)
             out_TE = F.linear(out.reshape(len(hidden_TE), -1), layer.output.weight, layer.output.bias)
             hidden_TE, residual_TE = kernels.add_rms_norm(out_TE, residual_TE, *layer.between)
             gated_TI = kernels.gated_silu(F.linear(hidden_TE, layer.gate_up))
@@ -111,6 +103,21 @@ class LeanForward:
             hidden_TE, rows, columns = hidden_TE[keep], 1, len(keep)
         head = self.module.get_output_embeddings()
         return F.linear(hidden_TE, head.weight, head.bias).view(rows, columns, -1)
+
+    def _attend(self, qkv_THD: Tensor, position_T: Tensor, layout: Layout, number: int, rows: int) -> Tensor:
+        """Attention of one layer over tokens as they were projected, [T, H, D] in effect."""
+        layer = self.layers[number]
+        heads = [layer.heads, layer.kv_heads, layer.kv_heads]
+        rotation = kernels.Rotation(self.cos_PD, self.sin_PD, layer.head_norms)
+        how: dict[str, Any] = {"layer": number, "scaling": layer.scaling, "sliding_window": layer.sliding_window}
+        if isinstance(layout, PagedDecode):
+            # A token's position is its sequence's length, so that one kernel can do it all.
+            return layout.attend_heads(*qkv_THD.split(heads, dim=1), **how, rotation=rotation)
+        kernels.rotate_(qkv_THD, position_T, rotation, layer.heads, layer.kv_heads)
+        query, key, value = (
+            x.view(rows, len(qkv_THD) // rows, -1, layer.size).transpose(1, 2) for x in qkv_THD.split(heads, dim=1)
+        )
+        return layout.attend(query, key, value, **how)
 
 
 class _Layer:

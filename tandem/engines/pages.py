@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tandem.kernels import pages as kernels
+from tandem.kernels.layers import Rotation
 from tandem.models.attention import Layout, UnsupportedAttention
 from tandem.types import send
 
@@ -136,16 +137,30 @@ class PagedDecode:
         sliding_window: int | None,
     ) -> Tensor:
         """Query [B, H, 1, D], key and value [B, Hkv, 1, D] → [B, 1, H, D]."""
-        size = query.shape[-1]
-        out = kernels.append_attend(
-            query.squeeze(2),
-            key.squeeze(2),
-            value.squeeze(2),
+        heads = query.squeeze(2), key.squeeze(2), value.squeeze(2)
+        return self.attend_heads(*heads, layer=layer, scaling=scaling, sliding_window=sliding_window)[:, None]
+
+    def attend_heads(
+        self,
+        query_BHD: Tensor,
+        key_BKD: Tensor,
+        value_BKD: Tensor,
+        *,
+        layer: int | None,
+        scaling: float | None,
+        sliding_window: int | None,
+        rotation: Rotation | None = None,
+    ) -> Tensor:
+        """The same as [B, H, D]. ``rotation``: query and key have not been turned yet."""
+        return kernels.append_attend(
+            query_BHD,
+            key_BKD,
+            value_BKD,
             self.pool.layer(layer),
             self.table_BP,
             self.length_B,
             self.target_B,
-            scaling=size**-0.5 if scaling is None else scaling,
+            scaling=query_BHD.shape[-1] ** -0.5 if scaling is None else scaling,
             sliding_window=sliding_window,
+            rotation=rotation,
         )
-        return out[:, None]

@@ -5,6 +5,8 @@ All round where transformers' own modules round, so that sampler and trainer dif
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -43,30 +45,31 @@ def gated_silu(gate_up_TI: Tensor) -> Tensor:
     return F.silu(gate_TI) * up_TI
 
 
-def rotate_(
-    qkv_THD: Tensor,
-    position_T: Tensor,
-    cos_PD: Tensor,
-    sin_PD: Tensor,
-    heads: int,
-    kv_heads: int,
-    norms: tuple[Tensor, Tensor, float] | None = None,
-) -> None:
-    """Rotates queries and keys by their positions, in place (RoPE, arXiv:2104.09864, in halves as transformers does).
+@dataclass(frozen=True)
+class Rotation:
+    """How queries and keys are turned by their positions (RoPE, arXiv:2104.09864, in halves as transformers does).
 
-    ``qkv_THD`` [T, heads + 2 kv_heads, D] holds queries, keys and values; ``cos`` and ``sin`` have a row a position.
-    ``norms``, weights [D] for queries and keys and an epsilon, normalises each head first (Qwen3).
+    ``cos`` and ``sin`` have a row a position. ``norms`` normalises each head first (Qwen3): weights [D] for queries and
+    for keys, and an epsilon.
     """
+
+    cos_PD: Tensor
+    sin_PD: Tensor
+    norms: tuple[Tensor, Tensor, float] | None = None
+
+
+def rotate_(qkv_THD: Tensor, position_T: Tensor, rotation: Rotation, heads: int, kv_heads: int) -> None:
+    """Turns queries and keys, in place. ``qkv_THD`` [T, heads + 2 kv_heads, D] holds queries, keys and values."""
     if on_triton(qkv_THD):
         from tandem.kernels import layers_triton
 
-        layers_triton.rotate_(qkv_THD, position_T, cos_PD, sin_PD, heads, kv_heads, norms)
+        layers_triton.rotate_(qkv_THD, position_T, rotation, heads, kv_heads)
         return
     turned = qkv_THD[:, : heads + kv_heads]
     x = turned.clone()
-    if norms is not None:
-        query_D, key_D, eps = norms
+    if rotation.norms is not None:
+        query_D, key_D, eps = rotation.norms
         x = torch.cat((rms_norm(x[:, :heads], query_D, eps), rms_norm(x[:, heads:], key_D, eps)), dim=1)
     first, second = x.chunk(2, dim=-1)
-    cos, sin = cos_PD[position_T][:, None], sin_PD[position_T][:, None]
+    cos, sin = rotation.cos_PD[position_T][:, None], rotation.sin_PD[position_T][:, None]
     turned.copy_(x * cos + torch.cat((-second, first), dim=-1) * sin)

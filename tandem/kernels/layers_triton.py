@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tandem.kernels.layers import Rotation
+
 
 def rms_norm(x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The norm of ``x`` (plus ``residual``), and what was normed. [T, D], rows without gaps."""
@@ -69,25 +71,18 @@ def _gated_silu(gate_up, out, size, BLOCK: tl.constexpr):  # type: ignore[no-unt
     tl.store(out + row * size + column, (silu.to(tl.float32) * up.to(tl.float32)).to(gate.dtype), mask=inside)
 
 
-def rotate_(
-    qkv_THD: Tensor,
-    position_T: Tensor,
-    cos_PD: Tensor,
-    sin_PD: Tensor,
-    heads: int,
-    kv_heads: int,
-    norms: tuple[Tensor, Tensor, float] | None,
-) -> None:
-    """Rotates the first ``heads + kv_heads`` heads in place, a program a token."""
+def rotate_(qkv_THD: Tensor, position_T: Tensor, rotation: Rotation, heads: int, kv_heads: int) -> None:
+    """Turns the first ``heads + kv_heads`` heads in place, a program a token."""
     tokens, _, size = qkv_THD.shape
-    query_D, key_D, eps = norms or (cos_PD, cos_PD, 0.0)
+    cos_PD, sin_PD = rotation.cos_PD, rotation.sin_PD
+    query_D, key_D, eps = rotation.norms or (cos_PD, cos_PD, 0.0)
     arguments: dict[str, Any] = {
         "HEADS": heads,
         "BOTH": heads + kv_heads,
         "PADDED": triton.next_power_of_2(heads + kv_heads),
         "HALF": size // 2,
         "HALF_PADDED": triton.next_power_of_2(size // 2),
-        "NORM": norms is not None,
+        "NORM": rotation.norms is not None,
     }
     _rotate[(tokens,)](
         qkv_THD, position_T, cos_PD, sin_PD, query_D, key_D, eps, qkv_THD.stride(0), **arguments, num_warps=4

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tandem.kernels.available import on_triton
+from tandem.kernels.layers import Rotation, rotate_
 
 EIGHT_BIT = torch.float8_e4m3fn
 """Of the 8-bit formats the one with more digits; its narrow range is made up for by the scales."""
@@ -78,19 +79,24 @@ def append_attend(
     *,
     scaling: float,
     sliding_window: int | None = None,
+    rotation: Rotation | None = None,
 ) -> Tensor:
     """Attention [B, H, D] of one new token a sequence over its ``length`` cached ones and itself, which is stored.
 
     ``table_BP`` is int32, ``length_B`` and ``target_B`` (its place) int64. Heads share keys and values [B, Hkv, D] in
-    equal groups. Softmax is in float32.
+    equal groups. Softmax is in float32. ``rotation``: query and key come as they were projected, and are turned first.
     """
     if on_triton(query_BHD):
         from tandem.kernels import pages_triton
 
         return pages_triton.append_attend(
             query_BHD, key_BKD, value_BKD, pages, table_BP, length_B, target_B, scaling=scaling,
-            sliding_window=sliding_window,
+            sliding_window=sliding_window, rotation=rotation,
         )  # fmt: skip
+    if rotation is not None:
+        both = torch.cat((query_BHD, key_BKD), dim=1)
+        rotate_(both, length_B, rotation, query_BHD.shape[1], key_BKD.shape[1])
+        query_BHD, key_BKD = both.split([query_BHD.shape[1], key_BKD.shape[1]], dim=1)
     store(key_BKD, value_BKD, pages, target_B)
     rows, heads, size = query_BHD.shape
     kv_heads = key_BKD.shape[1]
@@ -103,7 +109,7 @@ def append_attend(
             x_BPKND = x_BPKND * scales[table_BP[:, :reach].long()][..., None]
         return x_BPKND.transpose(1, 2).reshape(rows, kv_heads, reach * pages.size, size)
 
-    query = query_BHD.view(rows, kv_heads, -1, size).to(wide)
+    query = query_BHD.reshape(rows, kv_heads, -1, size).to(wide)
     position = torch.arange(reach * pages.size, device=length_B.device)
     hidden = position > length_B[:, None]
     if sliding_window is not None:

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tandem.kernels.layers import Rotation
 from tandem.kernels.pages import Pages
 
 SPLITS = ((256, 1), (64, 4), (0, 16))
@@ -107,6 +108,7 @@ def append_attend(
     *,
     scaling: float,
     sliding_window: int | None,
+    rotation: Rotation | None = None,
     splits: int | None = None,
 ) -> Tensor:
     """One new token a sequence: a program for each sequence, key-value head and split of the pages.
@@ -125,6 +127,7 @@ def append_attend(
         top, mass = torch.empty(2, splits, rows, heads, dtype=torch.float32, device=query_BHD.device)
     shape: dict[str, Any] = {"SIZE": size, "PADDED": max(16, triton.next_power_of_2(size)), "SPLITS": splits}
     group = heads // kv_heads
+    cos_PD, sin_PD, norms = (out, out, None) if rotation is None else (rotation.cos_PD, rotation.sin_PD, rotation.norms)
     _append_attend[(rows, kv_heads, splits)](
         query_BHD,
         key_BKD,
@@ -133,6 +136,9 @@ def append_attend(
         table_BP,
         length_B,
         target_B,
+        cos_PD,
+        sin_PD,
+        *(norms or (out, out, 0.0)),
         out,
         part,
         top,
@@ -149,6 +155,8 @@ def append_attend(
         WINDOWED=sliding_window is not None,
         IEEE=query_BHD.dtype == torch.float32,
         SCALED=pages.key_scales is not None,
+        ROTATED=rotation is not None,
+        NORM=norms is not None,
         **shape,
         num_warps=4,
         num_stages=3,
@@ -159,11 +167,41 @@ def append_attend(
 
 
 @triton.jit
+def _head(  # type: ignore[no-untyped-def]
+    at, real, cos, sin, weight, eps,
+    SIZE: tl.constexpr, PADDED: tl.constexpr, ROTATED: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """Heads [N, PADDED] of one token from ``at`` [N, 1], turned as ``layers_triton._rotate`` turns them."""
+    column = tl.arange(0, PADDED)[None, :]
+    real = real & (column < SIZE)
+    x = tl.load(at + column, mask=real, other=0.0)
+    if ROTATED:
+        dtype = x.dtype
+        other = tl.where(column < SIZE // 2, column + SIZE // 2, column - SIZE // 2)
+        y = tl.load(at + other, mask=real, other=0.0)
+        near = column < SIZE
+        if NORM:
+            wide = x.to(tl.float32)
+            scale = (1.0 / tl.sqrt(tl.sum(wide * wide, axis=1) / SIZE + eps))[:, None]
+            weight_x = tl.load(weight + column, mask=near, other=0.0).to(tl.float32)
+            weight_y = tl.load(weight + other, mask=near, other=0.0).to(tl.float32)
+            x = ((wide * scale).to(dtype).to(tl.float32) * weight_x).to(dtype)
+            y = ((y.to(tl.float32) * scale).to(dtype).to(tl.float32) * weight_y).to(dtype)
+        by_cos = x.to(tl.float32) * tl.load(cos + column, mask=near, other=0.0).to(tl.float32)
+        by_sin = y.to(tl.float32) * tl.load(sin + column, mask=near, other=0.0).to(tl.float32)
+        sign = tl.where(column < SIZE // 2, -1.0, 1.0)
+        x = (by_cos.to(dtype).to(tl.float32) + sign * by_sin.to(dtype).to(tl.float32)).to(dtype)
+    return x
+
+
+@triton.jit
 def _append_attend(  # type: ignore[no-untyped-def]
-    query, key, value, keys, values, key_scales, value_scales, table, length, target, out, part, top, mass, scale,
-    window, query_row, query_head, key_row, key_head, value_row, value_head, table_row,
+    query, key, value, keys, values, key_scales, value_scales, table, length, target, cos, sin, query_norm, key_norm,
+    eps, out, part, top, mass, scale, window, query_row, query_head, key_row, key_head, value_row, value_head,
+    table_row,
     SIZE: tl.constexpr, PADDED: tl.constexpr, SPLITS: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr,
-    PAGE: tl.constexpr, WINDOWED: tl.constexpr, IEEE: tl.constexpr, SCALED: tl.constexpr,
+    PAGE: tl.constexpr, WINDOWED: tl.constexpr, IEEE: tl.constexpr, SCALED: tl.constexpr, ROTATED: tl.constexpr,
+    NORM: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
@@ -176,10 +214,16 @@ def _append_attend(  # type: ignore[no-untyped-def]
     real_head = member < GROUP
     real_column = column < SIZE
     real = real_head[:, None] & real_column[None, :]
-    q = tl.load(query + row * query_row + head[:, None] * query_head + column[None, :], mask=real, other=0.0)
+    tokens = tl.load(length + row).to(tl.int32)
+    cos += tokens * SIZE
+    sin += tokens * SIZE
+    at = query + row * query_row + head[:, None] * query_head
+    q = _head(at, real_head[:, None], cos, sin, query_norm, eps, SIZE, PADDED, ROTATED, NORM)
 
     # The new token, whose part in the sums is the first split's.
-    one = tl.load(key + row * key_row + kv_head * key_head + column, mask=real_column, other=0.0)
+    at = key + row * key_row + kv_head * key_head + tl.zeros([1, 1], dtype=tl.int32)
+    one = _head(at, real_column[None, :], cos, sin, key_norm, eps, SIZE, PADDED, ROTATED, NORM)
+    one = tl.reshape(one, [PADDED])
     two = tl.load(value + row * value_row + kv_head * value_head + column, mask=real_column, other=0.0)
     place = tl.load(target + row).to(tl.int64)
     mine = (split == 0).to(tl.int32)
@@ -191,7 +235,6 @@ def _append_attend(  # type: ignore[no-untyped-def]
     total = tl.zeros([GROUP_PADDED], dtype=tl.float32) + share
     acc = tl.zeros([GROUP_PADDED, PADDED], dtype=tl.float32) + share * new_v[None, :]
 
-    tokens = tl.load(length + row).to(tl.int32)
     first = 0
     if WINDOWED:
         first = tl.maximum(tokens + 1 - window, 0)

@@ -60,7 +60,9 @@ def test_rotation(dtype: torch.dtype, normed: bool, heads: int, kv_heads: int, s
     norms = (*torch.rand(2, size, device=DEVICE).to(dtype), 1e-6) if normed else None
     found, truth = qkv.clone(), qkv.clone()
     for function, turned in ((layers_triton.rotate_, found), (layers.rotate_, truth)):
-        function(turned, position, angle.cos().to(dtype), angle.sin().to(dtype), heads, kv_heads, norms)
+        function(
+            turned, position, layers.Rotation(angle.cos().to(dtype), angle.sin().to(dtype), norms), heads, kv_heads
+        )
     close(found, truth, 4)
     assert torch.equal(found[:, heads + kv_heads :], qkv[:, heads + kv_heads :]), "values are left alone"
 
@@ -115,6 +117,35 @@ def test_pages(dtype: torch.dtype, heads: int, kv_heads: int, size: int, page: i
             found = pages_triton.append_attend(*arguments, kept, table, length, target, **how, splits=splits)
             close(found, truth, 2)
             assert same(kept, plain), "the new token is stored"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, LOW])
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("size", [16, 24])
+def test_decoding_turns_queries_and_keys_by_the_way(dtype: torch.dtype, normed: bool, size: int) -> None:
+    heads, kv_heads, page = 6, 2, 16
+    qkv = torch.randn(3, heads + 2 * kv_heads, size, device=DEVICE).to(dtype)
+    length = torch.tensor([0, 5, 20], device=DEVICE)
+    angle = torch.randn(40, size // 2, device=DEVICE).repeat(1, 2)
+    norms = (*torch.rand(2, size, device=DEVICE).to(dtype), 1e-6) if normed else None
+    rotation = layers.Rotation(angle.cos().to(dtype), angle.sin().to(dtype), norms)
+    table = torch.tensor([[1, 2], [3, 4], [5, 6]], device=DEVICE).int()
+    target = pages.places(table, length, torch.ones_like(length), page)
+    turned = qkv.clone()
+    layers.rotate_(turned, length, rotation, heads, kv_heads)
+    parts = [heads, kv_heads, kv_heads]
+    cache = new_pages(dtype, (7, kv_heads, page, size), eight_bit=False)
+    plain, found, by_itself = (copy_of(cache) for _ in range(3))
+    how = (table, length, target)
+    truth = pages.append_attend(*turned.split(parts, dim=1), plain, *how, scaling=0.3)
+    for splits in (1, 4):
+        out = pages_triton.append_attend(
+            *qkv.split(parts, dim=1), found, *how, scaling=0.3, sliding_window=None, rotation=rotation, splits=splits
+        )
+        close(out, truth, 4)
+        close(found.keys, plain.keys, 4)
+        assert torch.equal(found.values, plain.values)
+    close(pages.append_attend(*qkv.split(parts, dim=1), by_itself, *how, scaling=0.3, rotation=rotation), truth, 4)
 
 
 def test_the_new_token_is_attended_to_and_stored() -> None:
