@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -223,6 +224,8 @@ def seconds_of(run: Callable[[], Any], device: str) -> float:
 def timed(run: Callable[[], Result], device: str, repeats: int, *, warm: bool = True) -> tuple[Row, Result]:
     """``seconds`` (the median) and ``every_second`` of ``repeats`` calls after a ``warm`` one; the last result."""
     results: list[Result] = [run()] if warm else []
+    # A full collection walks all modules that are loaded, for a quarter of a second now and then.
+    gc.freeze()
     times = [seconds_of(lambda: results.__setitem__(slice(None), [run()]), device) for _ in range(repeats)]
     return {"seconds": statistics.median(times), "every_second": times}, results[0]
 
