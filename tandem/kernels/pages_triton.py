@@ -195,6 +195,11 @@ def _head(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _dot(a, b, IEEE: tl.constexpr):  # type: ignore[no-untyped-def]
+    return tl.dot(a, b, input_precision="ieee") if IEEE else tl.dot(a, b)
+
+
+@triton.jit
 def _append_attend(  # type: ignore[no-untyped-def]
     query, key, value, keys, values, key_scales, value_scales, table, length, target, cos, sin, query_norm, key_norm,
     eps, out, part, top, mass, scale, window, query_row, query_head, key_row, key_head, value_row, value_head,
@@ -243,14 +248,17 @@ def _append_attend(  # type: ignore[no-untyped-def]
     each = tl.cdiv(pages - first_page, SPLITS)
     start = first_page + split * each
     offset = tl.arange(0, PAGE)
+    if SCALED:
+        # From e4m3 to float16 is one instruction, and exact. Scaled, a query's range is no danger.
+        low = q.to(tl.float32) * scale
+        q = low if IEEE else low.to(tl.float16)
     for number in range(start, tl.minimum(start + each, pages)):
         page = tl.load(table + row * table_row + number).to(tl.int64)
         line = (page * kv_heads + kv_head) * PAGE + offset
         tile = line[:, None] * SIZE + column[None, :]
         k = tl.load(keys + tile, mask=real_column[None, :], other=0.0).to(q.dtype)
-        score = (tl.dot(q, tl.trans(k), input_precision="ieee") if IEEE else tl.dot(q, tl.trans(k))) * scale
-        if SCALED:
-            score = score * tl.load(key_scales + line)[None, :]
+        score = _dot(q, tl.trans(k), IEEE)
+        score = score * tl.load(key_scales + line)[None, :] if SCALED else score * scale
         position = number * PAGE + offset
         seen = position < tokens
         if WINDOWED:
@@ -261,11 +269,15 @@ def _append_attend(  # type: ignore[no-untyped-def]
         weight = tl.exp2(score - higher[:, None])
         fade = tl.exp2(best - higher)
         total = total * fade + tl.sum(weight, axis=1)
-        if SCALED:
-            weight = weight * tl.load(value_scales + line)[None, :]
         v = tl.load(values + tile, mask=real_column[None, :], other=0.0).to(q.dtype)
         acc = acc * fade[:, None]
-        acc += tl.dot(weight, v, input_precision="ieee") if IEEE else tl.dot(weight.to(v.dtype), v)
+        if SCALED:
+            # Relative to the page's largest, so that float16 holds the products.
+            scales = tl.where(seen, tl.load(value_scales + line), 0.0)
+            most = tl.maximum(tl.max(scales, axis=0), 1e-30)
+            acc += _dot((weight * (scales / most)[None, :]).to(v.dtype), v, IEEE) * most
+        else:
+            acc += _dot(weight.to(v.dtype), v, IEEE)
         best = higher
 
     flat = row * heads + head

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tandem.kernels import bits
+
 Sums = tuple[int, int, int]
 """Sum of the 16-bit words, sum of their squares, and how many elements there are."""
 
@@ -19,19 +21,13 @@ class Checked:
     sums: Sums
 
 
-CHUNK = 1 << 24
 _BITS = (1 << 63) - 1
 
 
 @torch.no_grad()
 def moments(tensor: Tensor) -> Tensor:
     """int64 [2] on the tensor's device: sum of its 16-bit words, and of their squares, modulo 2^64."""
-    words = tensor.contiguous().view(-1).view(torch.int16)
-    total = torch.zeros(2, dtype=torch.int64, device=tensor.device)
-    for chunk in words.split(CHUNK):
-        wide = chunk.int()
-        total += torch.stack((chunk.sum(dtype=torch.int64), (wide * wide).sum(dtype=torch.int64)))
-    return total
+    return bits.moments(tensor.contiguous().view(-1).view(torch.int16))
 
 
 def sums_of(tensors: list[Tensor]) -> list[Sums]:

@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 from tandem.engines.sampler import Wanted, param_columns, seed_column, uniform
 from tandem.engines.sampler import draw as plain_draw
-from tandem.kernels import draw, draw_triton, layers, layers_triton, pages, pages_triton
+from tandem.kernels import bits, bits_triton, draw, draw_triton, layers, layers_triton, pages, pages_triton
 from tandem.types import SamplingParams
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -175,6 +175,16 @@ def test_eight_bits_keep_a_head_within_a_sixteenth(magnitude: float) -> None:
         found = (kept.float() * scales[..., None])[1, :, :4].transpose(0, 1)
         floor = x.abs().amax(-1, keepdim=True) / 448 * 2**-10
         assert ((found - x).abs() <= x.abs() / 16 + floor).all()
+
+
+@pytest.mark.parametrize("size", [1, 1000, 5000, 3 * 2048 * 512 + 17])
+def test_moments_of_bits(size: int) -> None:
+    if size > 10_000 and DEVICE == "cpu":
+        size = 40_003  # interpreted
+    words = torch.randint(-(2**15), 2**15, (size,), device=DEVICE).to(torch.int16)
+    exact = [int(words.long().sum()), int(words.long().square().sum())]
+    assert bits_triton.moments(words).tolist() == exact
+    assert bits.moments(words).tolist() == exact
 
 
 @pytest.mark.parametrize("vocabulary", [100, 5000, 9000])

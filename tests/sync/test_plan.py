@@ -67,5 +67,5 @@ def test_the_checksum_is_the_sum_that_it_says(monkeypatch):
     words = tensor.view(torch.int16).tolist()
     expected = (sum(words) % 2**63, sum(w * w for w in words) % 2**63, 50)
     assert checksum(tensor) == expected
-    monkeypatch.setattr("tandem.sync.checksum.CHUNK", 7)
+    monkeypatch.setattr("tandem.kernels.bits.CHUNK", 7)
     assert checksum(tensor) == expected
