@@ -17,7 +17,7 @@ GRAIN = 16
 
 
 class SlotCache:
-    """Keys and values [slots, capacity, Hkv, D] of every layer, made when a layer is first written to.
+    """Keys and values [slots, Hkv, capacity, D] of every layer, made when a layer is first written to.
 
     Slots in use are always the first ones: one that ends is overwritten by the last. Capacity (positions a slot)
     grows as sequences do, up to ``limit``.
@@ -38,29 +38,28 @@ class SlotCache:
         for layer, pair in self.layers.items():
             grown = tuple(self._empty(x) for x in pair)
             for new, x in zip(grown, pair, strict=True):
-                new[:, :old] = x
+                new[:, :, :old] = x
             self.layers[layer] = (grown[0], grown[1])
 
     def load(self, packed: PackedKeyValues, source_N: Tensor, slot_N: Tensor, position_N: Tensor) -> None:
         """Copies packed tokens ``source_N`` to the given slots and positions. All int64 [N]."""
-        target_N = slot_N * self.capacity + position_N
         for layer, pair in packed.items():
             for store, x in zip(self._layer(layer, *pair), pair, strict=True):
-                store.view(-1, *x.shape[1:]).index_copy_(0, target_N, x[source_N].to(store.dtype))
+                store[slot_N, :, position_N] = x[source_N].to(store.dtype)
 
     def move(self, sources: list[int], targets: list[int], length: int) -> None:
         """Copies the first ``length`` positions of some slots over others."""
         for pair in self.layers.values():
             for store in pair:
                 source_N, target_N = (torch.tensor(slots).to(store.device) for slots in (sources, targets))
-                used = store[:, :length]
+                used = store[:, :, :length]
                 used.index_copy_(0, target_N, used[source_N])
 
-    def append(self, layer: int, key: Tensor, value: Tensor, target_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes one token a slot, [B, Hkv, D], at flat positions ``target_B``. Returns the layer's whole store."""
+    def append(self, layer: int, key: Tensor, value: Tensor, target_R: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes one token a slot, [B, Hkv, D], to rows ``target_R`` (R = B Hkv) of all; returns the whole store."""
         pair = self._layer(layer, key, value)
         for store, x in zip(pair, (key, value), strict=True):
-            store.view(-1, *x.shape[1:]).index_copy_(0, target_B, x.to(store.dtype))
+            store.view(-1, x.shape[-1]).index_copy_(0, target_R, x.reshape(-1, x.shape[-1]).to(store.dtype))
         return pair
 
     def _layer(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,7 +70,7 @@ class SlotCache:
 
     def _empty(self, like: Tensor) -> Tensor:
         # Zeros: what is masked gets weight 0, and 0 times a stray NaN would still be NaN.
-        return like.new_zeros(self.slots, self.capacity, *like.shape[-2:])
+        return like.new_zeros(self.slots, like.shape[1], self.capacity, like.shape[-1])
 
 
 class PrefillLayout(PackedLayout):
@@ -106,8 +105,7 @@ class DecodeLayout:
         self.cache = cache
         self.length_B = length_B
         self.reach = min(_round_up(longest + 1), cache.capacity)
-        rows = length_B.shape[0]
-        self.target_B = torch.arange(rows, device=length_B.device) * cache.capacity + length_B
+        self.targets: dict[int, Tensor] = {}
         self.masks: dict[int | None, Tensor] = {}
 
     def attend(
@@ -124,13 +122,22 @@ class DecodeLayout:
         if layer is None:
             raise UnsupportedAttention("attention layers without a layer_idx")
         rows, heads, _, size = query.shape
-        stores = self.cache.append(layer, key.squeeze(2), value.squeeze(2), self.target_B)
-        keys, values = (store[:rows, : self.reach].transpose(1, 2) for store in stores)
+        stores = self.cache.append(layer, key.squeeze(2), value.squeeze(2), self._target(key.shape[1]))
+        keys, values = (store[:rows, :, : self.reach] for store in stores)
         # Heads that share keys and values stand side by side as query positions, so that those are never repeated.
         shared = query.reshape(rows, keys.shape[1], -1, size).to(keys.dtype)
         mask = self._mask(sliding_window, shared.dtype)
-        out = F.scaled_dot_product_attention(shared, keys, values, attn_mask=mask, scale=scaling)
+        out = _attention(shared, keys, values, mask, scaling)
         return out.reshape(rows, 1, heads, -1).to(query.dtype)
+
+    def _target(self, heads: int) -> Tensor:
+        """Rows [B Hkv] of a store of so many heads where this step's tokens go; the same in every layer."""
+        if heads not in self.targets:
+            slot_B = torch.arange(len(self.length_B), device=self.length_B.device)
+            head_H = torch.arange(heads, device=self.length_B.device)
+            row_BH = (slot_B[:, None] * heads + head_H) * self.cache.capacity + self.length_B[:, None]
+            self.targets[heads] = row_BH.view(-1)
+        return self.targets[heads]
 
     def _mask(self, sliding_window: int | None, dtype: torch.dtype) -> Tensor:
         """What each row may not see, as [B, 1, 1, reach] to be added; the same in every layer of a kind."""
@@ -142,6 +149,16 @@ class DecodeLayout:
             zeros = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
             self.masks[sliding_window] = zeros.masked_fill_(hidden, float("-inf"))[:, None, None]
         return self.masks[sliding_window]
+
+
+def _attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scaling: float | None) -> Tensor:
+    """Query [B, Hkv, Q, D] of few Q, keys and values [B, Hkv, K, D] → [B, Hkv, Q, D]."""
+    if keys.device.type != "cpu" or keys.dtype != torch.float32:
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling)
+    # torch's CPU kernel works by tiles of many queries, and takes four times as long for one or two.
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    score = torch.matmul(query * scaling, keys.transpose(2, 3)).add_(mask)
+    return torch.matmul(torch.softmax(score, dim=-1), values)
 
 
 def _round_up(length: int) -> int:

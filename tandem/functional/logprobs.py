@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from tandem.kernels import products
 from tandem.kernels.logprob import entropy_of, logits_gradient_, row_stats
 
 CHUNK_BYTES = {"cuda": 480_000_000, "cpu": 32_000_000}
@@ -65,7 +65,7 @@ def _chunk_rows(weight_VD: Tensor) -> int:
 def _is_plain(head: nn.Linear) -> bool:
     """Whether calling ``head`` is a matrix product and nothing else: no subclass, hook or slice of a weight."""
     return (
-        type(head) is nn.Linear
+        type(head) in (nn.Linear, products.Linear)
         and type(head.weight) is nn.Parameter
         and not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or "forward" in vars(head))
     )
@@ -99,7 +99,7 @@ class LinearHead(torch.autograd.Function):
         kept_nV: Tensor | None = None
         for hidden_nD, target_n in zip(*(x.split(ask.chunk_tokens) for x in (hidden_ND, target_N)), strict=True):
             del kept_nV  # Before the next chunk's are made.
-            kept_nV = F.linear(hidden_nD, weight_VD, bias_V)
+            kept_nV = products.linear(hidden_nD, weight_VD, bias_V)
             logsumexp_n, logp_n, entropy_n = row_stats(kept_nV, target_n, ask.temperature, entropy=ask.entropy)
             logsumexps.append(logsumexp_n)
             logps.append(logp_n)
@@ -132,7 +132,7 @@ class LinearHead(torch.autograd.Function):
             rows = slice(start, start + ask.chunk_tokens)
             logits_nV, ctx.last_logits = ctx.last_logits, None
             if logits_nV is None:
-                logits_nV = F.linear(hidden_ND[rows], weight_VD, bias_V)
+                logits_nV = products.linear(hidden_ND[rows], weight_VD, bias_V)
             logits_gradient_(
                 logits_nV,
                 target_N[rows],
@@ -143,9 +143,9 @@ class LinearHead(torch.autograd.Function):
                 grad_entropy_n=None if grad_entropy_N is None else grad_entropy_N[rows],
             )
             if grad_hidden_ND is not None:
-                torch.mm(logits_nV, weight_VD, out=grad_hidden_ND[rows])
+                grad_hidden_ND[rows] = products.product(logits_nV, weight_VD)
             if grad_weight_VD is not None:
-                _add_product_(grad_weight_VD, logits_nV.T, hidden_ND[rows])
+                products.add_transposed_product_(grad_weight_VD, logits_nV, hidden_ND[rows])
             if grad_bias_V is not None:
                 grad_bias_V += logits_nV.sum(0, dtype=wide)
             del logits_nV  # Before the next chunk's are made.
@@ -156,16 +156,6 @@ class LinearHead(torch.autograd.Function):
             None,
             None,
         )
-
-
-def _add_product_(sum_VD: Tensor, left_Vn: Tensor, right_nD: Tensor) -> None:
-    """``sum += left @ right``, multiplied in the factors' type and added up in the sum's."""
-    if sum_VD.dtype == left_Vn.dtype:
-        sum_VD.addmm_(left_Vn, right_nD)
-    elif sum_VD.is_cuda:
-        torch.addmm(sum_VD, left_Vn, right_nD, out_dtype=sum_VD.dtype, out=sum_VD)
-    else:
-        sum_VD.addmm_(left_Vn.to(sum_VD.dtype), right_nD.to(sum_VD.dtype))
 
 
 def _checkpointed(

@@ -6,10 +6,15 @@ installed. ``z = logits / temperature``, ``p = softmax(z)``, all in nats. Inside
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from tandem.kernels.available import on_triton
+
+CPU_BLOCK_BYTES = 1 << 20
+"""On a CPU rows go through in blocks of about so much, which stay in its cache from one operation to the next."""
 
 
 def row_stats(
@@ -58,12 +63,25 @@ def row_stats_torch(
     logits_nV: Tensor, target_n: Tensor, temperature: float, *, entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """``row_stats`` in plain torch."""
-    z_nV = logits_nV.to(torch.promote_types(logits_nV.dtype, torch.float32)) / temperature
-    logsumexp_n = z_nV.logsumexp(-1)
-    logp_n = z_nV.gather(-1, target_n[:, None]).squeeze(-1) - logsumexp_n
-    if not entropy:
-        return logsumexp_n, logp_n, None
-    return logsumexp_n, logp_n, entropy_of(z_nV.sub_(logsumexp_n[:, None]))
+    wide = torch.promote_types(logits_nV.dtype, torch.float32)
+    logsumexp_n, logp_n = (torch.empty_like(target_n, dtype=wide) for _ in range(2))
+    entropy_n = torch.empty_like(logp_n) if entropy else None
+    for rows in _blocks(logits_nV):
+        z_bV = logits_nV[rows].to(wide) / temperature
+        logsumexp_n[rows] = z_bV.logsumexp(-1)
+        logp_n[rows] = z_bV.gather(-1, target_n[rows, None]).squeeze(-1) - logsumexp_n[rows]
+        if entropy_n is not None:
+            entropy_n[rows] = entropy_of(z_bV.sub_(logsumexp_n[rows, None]))
+    return logsumexp_n, logp_n, entropy_n
+
+
+def _blocks(logits_nV: Tensor) -> Iterator[slice]:
+    """Rows by ``CPU_BLOCK_BYTES``; all of them at once on a GPU."""
+    rows, vocabulary = logits_nV.shape
+    block = max(1, rows)
+    if logits_nV.device.type == "cpu":
+        block = max(1, CPU_BLOCK_BYTES // (vocabulary * logits_nV.element_size()))
+    return (slice(start, start + block) for start in range(0, rows, block))
 
 
 def entropy_of(logp_nV: Tensor) -> Tensor:
@@ -82,13 +100,15 @@ def logits_gradient_torch_(
     grad_entropy_n: Tensor | None = None,
 ) -> Tensor:
     """``logits_gradient_`` in plain torch."""
-    logp_nV = (logits_nV.to(logsumexp_n.dtype) / temperature).sub_(logsumexp_n[:, None])
-    grad_nV = torch.zeros_like(logp_nV)
-    if grad_logp_n is not None:
-        grad_nV = logp_nV.exp().mul_(-grad_logp_n[:, None])
-        grad_nV.scatter_add_(1, target_n[:, None], grad_logp_n[:, None])
-    if grad_entropy_n is not None:
-        assert entropy_n is not None
-        slope_nV = logp_nV.clamp(min=torch.finfo(logp_nV.dtype).min).add_(entropy_n[:, None]).mul_(logp_nV.exp())
-        grad_nV -= slope_nV.mul_(grad_entropy_n[:, None])
-    return logits_nV.copy_(grad_nV.div_(temperature))
+    for rows in _blocks(logits_nV):
+        logp_bV = (logits_nV[rows].to(logsumexp_n.dtype) / temperature).sub_(logsumexp_n[rows, None])
+        grad_bV = torch.zeros_like(logp_bV)
+        if grad_logp_n is not None:
+            grad_bV = logp_bV.exp().mul_(-grad_logp_n[rows, None])
+            grad_bV.scatter_add_(1, target_n[rows, None], grad_logp_n[rows, None])
+        if grad_entropy_n is not None:
+            assert entropy_n is not None
+            slope_bV = logp_bV.clamp(min=torch.finfo(logp_bV.dtype).min).add_(entropy_n[rows, None]).mul_(logp_bV.exp())
+            grad_bV -= slope_bV.mul_(grad_entropy_n[rows, None])
+        logits_nV[rows] = grad_bV.div_(temperature)
+    return logits_nV

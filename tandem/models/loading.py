@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from tandem.errors import UserError
+from tandem.kernels.products import speed_up_linears
 from tandem.models.forward import LoadedModel, quiet_transformers
 from tandem.models.probe import probe_forward
 from tandem.seeds import derive_seed
@@ -108,6 +109,7 @@ def prepare_module(module: Any, tokenizer: Any, *, dtype: Dtype = "float32", dev
     The module stays in eval mode for good: dropout would make trainer and sampler disagree about the same weights.
     """
     module.to(pick_device(device)).eval()
+    speed_up_linears(module)
     model = LoadedModel(module=module, tokenizer=tokenizer, dtype=dtype)
     if reason := probe_forward(model):
         log.warning("%s: %s", type(module).__name__, reason)
