@@ -72,6 +72,8 @@ def transposed_product(left_TM: Tensor, right_TN: Tensor) -> Tensor:
     """``left.T @ right``: a weight's gradient, [M, N]."""
     if not _pays(left_TM, right_TN, left_TM.numel() * right_TN.shape[1]):
         return left_TM.T @ right_TN
+    if len(left_TM) <= FEW_ROWS and (spare := -len(left_TM) % GRAIN):
+        left_TM, right_TN = (F.pad(x, (0, 0, 0, spare)) for x in (left_TM, right_TN))
     # The left factor is copied row by row: the narrower one goes there.
     if left_TM.shape[1] <= right_TN.shape[1]:
         return _onednn(left_TM.T, right_TN.T, None)

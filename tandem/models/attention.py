@@ -89,16 +89,19 @@ class PackedLayout:
 
     Segments of similar length are padded side by side just for the attention, [n, H, L, D]; everything else in the
     model runs without padding. ``bounds`` is int64 [S + 1] on the CPU, over all T tokens; without ``sharing`` U is T,
-    with it queries are a segment's own tokens, and keys those of the whole segment.
+    with it queries are a segment's own tokens, and keys those of the whole segment. ``spare`` more tokens may stand
+    behind the U: they belong to no segment, and what they get means nothing.
     """
 
     compiled = False
     """Whether compiled layers are to be used with it (``tandem.models.compiled``)."""
 
-    def __init__(self, bounds: Tensor, device: torch.device | str, sharing: Sharing | None = None) -> None:
+    def __init__(
+        self, bounds: Tensor, device: torch.device | str, sharing: Sharing | None = None, *, spare: int = 0
+    ) -> None:
         own_bounds = bounds if sharing is None else sharing.own_bounds
         self.groups: list[_Group] = []
-        inverse = torch.empty(int(own_bounds[-1]), dtype=torch.int64)
+        inverse = torch.zeros(int(own_bounds[-1]) + spare, dtype=torch.int64)
         offset = 0
         for group in self._all_groups(bounds, own_bounds):
             index, real = _padded(own_bounds, group)
@@ -276,15 +279,16 @@ def packed_layout(
     *,
     compiled: bool = False,
     sharing: Sharing | None = None,
+    spare: int = 0,
 ) -> PackedLayout | FlashLayout:
     """The fastest layout for packed sequences computed in ``dtype`` there, or the fastest that suits compiled layers.
 
-    ``bounds`` is int64 [S + 1] on the CPU; nobody waits for the device.
+    ``bounds`` is int64 [S + 1] on the CPU; nobody waits for the device. ``spare`` is for a CPU's layouts.
     """
     layout: PackedLayout | FlashLayout
     if device.type == "cuda" and dtype.itemsize == 2 and torch.cuda.get_device_capability(device) >= (8, 0):
         layout = FlashLayout(bounds, device, sharing)
     else:
-        layout = (OneShapeLayout if compiled else PackedLayout)(bounds, device, sharing)
+        layout = (OneShapeLayout if compiled else PackedLayout)(bounds, device, sharing, spare=spare)
     layout.compiled = compiled
     return layout

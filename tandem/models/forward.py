@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging as transformers_logging
@@ -179,10 +180,14 @@ def _run(model: LoadedModel, module: Any, batch: Batch, output: str) -> Tensor:
     if model.packed:
         compiled = model.blocks is not None and model.blocks.working
         device, sharing = batch.token_ids_T.device, sharing_of(batch)
-        layout = packed_layout(batch.bounds, device, model.torch_dtype, compiled=compiled, sharing=sharing)
         token_ids, position = batch.token_ids_T, batch.position_T
         if sharing is not None:
             token_ids, position = token_ids[sharing.kept_U], position[sharing.kept_U]
+        tokens = len(token_ids)
+        spare = _spare(tokens) if device.type == "cpu" else 0
+        if spare:
+            token_ids, position = F.pad(token_ids, (0, spare)), F.pad(position, (0, spare))
+        layout = packed_layout(batch.bounds, device, model.torch_dtype, compiled=compiled, sharing=sharing, spare=spare)
         out = module(
             input_ids=token_ids[None],
             position_ids=position[None],
@@ -190,11 +195,20 @@ def _run(model: LoadedModel, module: Any, batch: Batch, output: str) -> Tensor:
             use_cache=False,
             layout=layout,
         )
-        return out[output][0] if sharing is None else sharing.expand(out[output][0])
+        result = out[output][0, :tokens]
+        return result if sharing is None else sharing.expand(result)
     segments = batch.token_ids_T.split(batch.lengths)
     real_SL = pad_sequence([torch.ones_like(s) for s in segments], batch_first=True)
     out = module(input_ids=pad_sequence(list(segments), batch_first=True), attention_mask=real_SL, use_cache=False)
     return out[output][real_SL.bool()]
+
+
+def _spare(tokens: int) -> int:
+    """Tokens, at most one in 32, that make sizes repeat from step to step.
+
+    New sizes cost a CPU dearly: memory that was freed does not fit them, and oneDNN compiles for each.
+    """
+    return -tokens % (1 << max(0, tokens.bit_length() - 6))
 
 
 def describe_model(model: LoadedModel) -> str:

@@ -22,7 +22,9 @@ def _through_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
 def close(actual: Tensor, expected: Tensor) -> bool:
     """Within the rounding of float32, relative to the largest entry."""
     assert actual.shape == expected.shape
-    return float((actual.detach().double() - expected.detach().double()).abs().max()) <= 2e-6 * float(expected.detach().abs().max())
+    return float((actual.detach().double() - expected.detach().double()).abs().max()) <= 2e-6 * float(
+        expected.detach().abs().max()
+    )
 
 
 @pytest.mark.parametrize("rows", [(5, 60), (16, 1, 40), (1100,)])
