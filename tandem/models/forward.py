@@ -22,6 +22,9 @@ from tandem.parallel.sharding import shard, transformer_layers
 from tandem.parallel.world import World
 from tandem.types import Batch, Outputs
 
+FEW_TOKENS = 1024
+"""On a CPU so many and more are filled up to a number that is likely to come again."""
+
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
@@ -204,11 +207,11 @@ def _run(model: LoadedModel, module: Any, batch: Batch, output: str) -> Tensor:
 
 
 def _spare(tokens: int) -> int:
-    """Tokens, at most one in 32, that make sizes repeat from step to step.
+    """Tokens, at most one in 32, that make the sizes of large batches repeat from step to step.
 
     New sizes cost a CPU dearly: memory that was freed does not fit them, and oneDNN compiles for each.
     """
-    return -tokens % (1 << max(0, tokens.bit_length() - 6))
+    return -tokens % (1 << (tokens.bit_length() - 6)) if tokens >= FEW_TOKENS else 0
 
 
 def describe_model(model: LoadedModel) -> str:

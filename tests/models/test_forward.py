@@ -80,6 +80,25 @@ def test_gradient_does_not_depend_on_packing_order_or_micro_batches(name):
             torch.testing.assert_close(parameter.grad.double(), want, atol=2e-6 * scale, rtol=0)
 
 
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in PADDED])
+def test_tokens_that_fill_up_a_batch_change_nothing(name, monkeypatch):
+    """The same outputs and gradients, whatever stands behind the last segment."""
+    module = make_module(name)
+    model = prepare_module(module, make_tokenizer())
+    batch = stamp_weights(pack(random_sequences()), "token")
+    seen, found = [], []
+    module.get_input_embeddings().register_forward_hook(lambda _, args, out: seen.append(args[0].numel()))
+    for few in (batch.tokens + 1, batch.tokens):
+        monkeypatch.setattr("tandem.models.forward.FEW_TOKENS", few)
+        module.zero_grad()
+        logp_T = forward(model, batch).logp_T
+        (-(logp_T * batch.weight_T).sum()).backward()
+        found.append([logp_T.detach(), *(p.grad.clone() for p in module.parameters() if p.grad is not None)])
+    assert seen == [batch.tokens, batch.tokens + 1]
+    for plain, filled in zip(*found, strict=True):
+        torch.testing.assert_close(filled, plain, atol=1e-6, rtol=1e-5)
+
+
 def test_a_model_that_cannot_be_packed_says_so(caplog):
     prepare_module(make_module("bloom"), make_tokenizer())
     assert "BloomForCausalLM" in caplog.text
