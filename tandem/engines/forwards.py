@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tandem.engines.pages import PagedDecode
 from tandem.kernels import layers as kernels
+from tandem.kernels import products
 from tandem.models.attention import NO_MASK, Layout
 
 
@@ -91,18 +92,18 @@ class LeanForward:
         residual_TE = F.embedding(token_BQ.reshape(-1), self.module.get_input_embeddings().weight)
         hidden_TE = kernels.rms_norm(residual_TE, *self.layers[0].before)
         for number, layer in enumerate(self.layers):
-            qkv_THD = F.linear(hidden_TE, layer.qkv, layer.qkv_bias).view(len(hidden_TE), -1, layer.size)
+            qkv_THD = products.linear(hidden_TE, layer.qkv, layer.qkv_bias).view(len(hidden_TE), -1, layer.size)
             out = self._attend(qkv_THD, position_T, layout, number, rows)
-            out_TE = F.linear(out.reshape(len(hidden_TE), -1), layer.output.weight, layer.output.bias)
+            out_TE = products.linear(out.reshape(len(hidden_TE), -1), layer.output.weight, layer.output.bias)
             hidden_TE, residual_TE = kernels.add_rms_norm(out_TE, residual_TE, *layer.between)
-            gated_TI = kernels.gated_silu(F.linear(hidden_TE, layer.gate_up))
-            down_TE = F.linear(gated_TI, layer.down.weight)
+            gated_TI = kernels.gated_silu(products.linear(hidden_TE, layer.gate_up))
+            down_TE = products.linear(gated_TI, layer.down.weight)
             after = self.layers[number + 1].before if number + 1 < len(self.layers) else self.norm
             hidden_TE, residual_TE = kernels.add_rms_norm(down_TE, residual_TE, *after)
         if keep is not None:
             hidden_TE, rows, columns = hidden_TE[keep], 1, len(keep)
         head = self.module.get_output_embeddings()
-        return F.linear(hidden_TE, head.weight, head.bias).view(rows, columns, -1)
+        return products.linear(hidden_TE, head.weight, head.bias).view(rows, columns, -1)
 
     def _attend(self, qkv_THD: Tensor, position_T: Tensor, layout: Layout, number: int, rows: int) -> Tensor:
         """Attention of one layer over tokens as they were projected, [T, H, D] in effect."""
@@ -177,8 +178,8 @@ def stack(parameters: Seq[Tensor]) -> Tensor:
 
 def _linear(parent: Any, name: str) -> nn.Linear:
     found = getattr(parent, name, None)
-    # A subclass (quantized, with an adapter) computes something else.
-    if type(found) is not nn.Linear:
+    # Another subclass (quantized, with an adapter) computes something else.
+    if not (type(found) is nn.Linear or type(found) is products.Linear):
         raise Unlike(f"its {name} is {type(found).__name__}" if found is not None else f"it has no {name}")
     return found
 

@@ -143,7 +143,7 @@ class LinearHead(torch.autograd.Function):
                 grad_entropy_n=None if grad_entropy_N is None else grad_entropy_N[rows],
             )
             if grad_hidden_ND is not None:
-                grad_hidden_ND[rows] = products.product(logits_nV, weight_VD)
+                products.product(logits_nV, weight_VD, out_MN=grad_hidden_ND[rows])
             if grad_weight_VD is not None:
                 products.add_transposed_product_(grad_weight_VD, logits_nV, hidden_ND[rows])
             if grad_bias_V is not None:

@@ -44,10 +44,10 @@ class Linear(nn.Linear):
 
 
 def speed_up_linears(module: nn.Module) -> None:
-    """Makes ``Linear`` of every plain ``nn.Linear`` in the module, where that is faster."""
+    """Makes ``Linear`` of every plain ``nn.Linear`` in the module that is on a CPU, where that is faster."""
     if mkl_is_held_back():
         for part in module.modules():
-            if type(part) is nn.Linear:
+            if type(part) is nn.Linear and part.weight.device.type == "cpu":
                 part.__class__ = Linear
 
 
@@ -61,11 +61,12 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
     return _onednn(x, weight_OI, bias_O)
 
 
-def product(left_MK: Tensor, right_KN: Tensor) -> Tensor:
-    """``left @ right``."""
+def product(left_MK: Tensor, right_KN: Tensor, out_MN: Tensor | None = None) -> Tensor:
+    """``left @ right``, into ``out`` if given."""
     if not _pays(left_MK, right_KN, left_MK.numel() * right_KN.shape[1]):
-        return left_MK @ right_KN
-    return _onednn(left_MK, right_KN.T, None)
+        return torch.mm(left_MK, right_KN, out=out_MN)
+    found_MN = _onednn(left_MK, right_KN.T, None)
+    return found_MN if out_MN is None else out_MN.copy_(found_MN)
 
 
 def transposed_product(left_TM: Tensor, right_TN: Tensor) -> Tensor:
@@ -94,11 +95,12 @@ def add_transposed_product_(sum_MN: Tensor, left_TM: Tensor, right_TN: Tensor) -
 
 def _pays(x: Tensor, weight: Tensor, work: int) -> bool:
     return (
-        work >= LEAST_WORK
+        # First, so that no compiled graph depends on the size.
+        not torch.compiler.is_compiling()
+        and work >= LEAST_WORK
         and x.dtype == weight.dtype == torch.float32
         and x.device.type == weight.device.type == "cpu"
         and mkl_is_held_back()
-        and not torch.compiler.is_compiling()
     )
 
 

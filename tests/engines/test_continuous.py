@@ -23,6 +23,7 @@ from tandem.engines.forwards import OwnForward
 from tandem.engines.live import LiveEngine
 from tandem.engines.pages import PAGE
 from tandem.errors import UserError
+from tandem.kernels import products
 from tandem.models.attention import IMPLEMENTATION, PackedLayout
 from tandem.types import Completion, Request, SamplingParams
 
@@ -207,6 +208,20 @@ def test_the_lean_forward_is_used_where_it_is_right_and_only_there() -> None:
     ]  # fmt: skip
     assert "SiLU" in reasons["GemmaForCausalLM"]
     assert "RMS norm" in reasons["GPTNeoXForCausalLM"]
+
+
+def test_the_lean_forward_takes_linears_that_multiply_by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "mkl_is_held_back", lambda: True)
+    monkeypatch.setattr(products, "LEAST_WORK", 1)
+    module = model("qwen2")
+    asked = [Request(prompt_ids=(4, 5, 6), seeds=(1, 2), sampling=SamplingParams(max_new_tokens=70))]
+    truth = live(module, way="slots").generate(asked)
+    products.speed_up_linears(module)
+    assert type(module.model.layers[0].mlp.up_proj) is products.Linear
+    engine = live(module, way="captured")
+    assert engine.captured is not None
+    assert not engine.captured.own_because
+    assert drawn(engine.generate(asked)) == drawn(truth)
 
 
 def test_stacked_parameters_stay_the_modules_own() -> None:
