@@ -28,6 +28,9 @@ def mkl_is_held_back() -> bool:
     """Whether torch multiplies by MKL on a processor of AMD's with AVX-512."""
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
         return False
+    # An operation of torch's own compiler, not of its public interface.
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
     try:
