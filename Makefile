@@ -18,10 +18,10 @@ quickstart: $(VENV)/base.stamp
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest --ignore=tests/vllm --ignore=tests/workers -n 2 --dist loadfile
-	$(BIN)/python -m pytest tests/workers
+	$(BIN)/python -m pytest tests/workers -n 2 --dist loadfile
 
 test-vllm: $(VENV)/vllm.stamp
-	$(BIN)/python -m pytest tests/vllm
+	$(BIN)/python -m pytest tests/vllm -n 2 --dist loadfile
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .

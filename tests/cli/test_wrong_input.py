@@ -222,3 +222,18 @@ def test_a_truncated_checkpoint_is_refused_by_name(tandem, inputs):
     code, err = tandem(*with_(argv, steps=2), "--out", out, "--resume")
     assert code == 2
     assert "model.pt" in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (["--engine.kind", "vllm", "--engine.way", "slots"], ["engine.way", "--engine.kind live"]),
+        (
+            ["--engine.kind", "vllm", "--engine.kv-cache-dtype", "fp8"],
+            ["--engine.kv-cache-dtype", "--engine.arguments '{"],
+        ),
+        (["--engine.kv-cache-dtype", "fp8"], ["kv_cache_dtype fp8", "by way slots", "take kv_cache_dtype auto"]),
+    ],
+)
+def test_engine_keys_that_do_not_go_together(tandem, inputs, flags, parts):
+    refused(tandem, inputs, [*GRPO, *flags], *parts)

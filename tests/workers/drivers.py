@@ -12,7 +12,7 @@ from types import TracebackType
 
 from shared_ray import arguments
 
-PATIENCE_S = 60.0
+PATIENCE_S = 150.0
 """Longest wait for anything that must happen."""
 START_S = 180.0
 """For workers to be there, on cores that may be busy: how long that takes is not what is tested."""
