@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tandem.engines.pages import PagedDecode
 from tandem.kernels import layers as kernels
 from tandem.kernels import products
-from tandem.models.attention import NO_MASK, Layout
+from tandem.models.attention import NO_MASK, Ask, Layout
 
 
 class OwnForward:
@@ -54,8 +54,8 @@ class LeanForward:
     what the module computes is for the caller to prove; the constructor raises Unlike where it surely does not.
     """
 
-    def __init__(self, module: Any, *, positions: int | None, attention: list[tuple[float | None, int | None]]) -> None:
-        """``positions``: most tokens of a sequence. ``attention``: scaling and sliding window of each layer."""
+    def __init__(self, module: Any, *, positions: int | None, attention: list[Ask]) -> None:
+        """``positions``: most tokens of a sequence. ``attention``: what each layer asks of it."""
         if positions is None:
             raise Unlike("its sequences may have any length")
         self.module = module
@@ -66,7 +66,7 @@ class LeanForward:
         if getattr(rope, "rope_type", "default") in ("dynamic", "longrope"):
             raise Unlike("its rotary embedding depends on the length")
         self.norm = _norm(base, "norm")
-        self.layers = [_Layer(layer, *how) for layer, how in zip(base.layers, attention, strict=True)]
+        self.layers = [_Layer(layer, ask) for layer, ask in zip(base.layers, attention, strict=True)]
         weight = module.get_input_embeddings().weight
         self.cos_PD, self.sin_PD = (
             x[0].contiguous()
@@ -91,40 +91,39 @@ class LeanForward:
         position_T = position_BQ.reshape(-1)
         residual_TE = F.embedding(token_BQ.reshape(-1), self.module.get_input_embeddings().weight)
         hidden_TE = kernels.rms_norm(residual_TE, *self.layers[0].before)
-        for number, layer in enumerate(self.layers):
+        afters = [*(layer.before for layer in self.layers[1:]), self.norm]
+        for layer, after in zip(self.layers, afters, strict=True):
             qkv_THD = products.linear(hidden_TE, layer.qkv, layer.qkv_bias).view(len(hidden_TE), -1, layer.size)
-            out = self._attend(qkv_THD, position_T, layout, number, rows)
+            out = self._attend(qkv_THD, position_T, layout, layer, rows)
             out_TE = products.linear(out.reshape(len(hidden_TE), -1), layer.output.weight, layer.output.bias)
             hidden_TE, residual_TE = kernels.add_rms_norm(out_TE, residual_TE, *layer.between)
             gated_TI = kernels.gated_silu(products.linear(hidden_TE, layer.gate_up))
             down_TE = products.linear(gated_TI, layer.down.weight)
-            after = self.layers[number + 1].before if number + 1 < len(self.layers) else self.norm
             hidden_TE, residual_TE = kernels.add_rms_norm(down_TE, residual_TE, *after)
         if keep is not None:
             hidden_TE, rows, columns = hidden_TE[keep], 1, len(keep)
         head = self.module.get_output_embeddings()
         return products.linear(hidden_TE, head.weight, head.bias).view(rows, columns, -1)
 
-    def _attend(self, qkv_THD: Tensor, position_T: Tensor, layout: Layout, number: int, rows: int) -> Tensor:
+    def _attend(self, qkv_THD: Tensor, position_T: Tensor, layout: Layout, layer: _Layer, rows: int) -> Tensor:
         """Attention of one layer over tokens as they were projected, [T, H, D] in effect."""
-        layer = self.layers[number]
         heads = [layer.heads, layer.kv_heads, layer.kv_heads]
         rotation = kernels.Rotation(self.cos_PD, self.sin_PD, layer.head_norms)
-        how: dict[str, Any] = {"layer": number, "scaling": layer.scaling, "sliding_window": layer.sliding_window}
         if isinstance(layout, PagedDecode):
             # A token's position is its sequence's length, so that one kernel can do it all.
-            return layout.attend_heads(*qkv_THD.split(heads, dim=1), **how, rotation=rotation)
+            query, key, value = qkv_THD.split(heads, dim=1)
+            return layout.attend_heads(query, key, value, layer.ask, rotation)
         kernels.rotate_(qkv_THD, position_T, rotation, layer.heads, layer.kv_heads)
         query, key, value = (
             x.view(rows, len(qkv_THD) // rows, -1, layer.size).transpose(1, 2) for x in qkv_THD.split(heads, dim=1)
         )
-        return layout.attend(query, key, value, **how)
+        return layout.attend(query, key, value, layer.ask)
 
 
 class _Layer:
     """The parameters of one decoder layer, where LeanForward reads them."""
 
-    def __init__(self, layer: Any, scaling: float | None, sliding_window: int | None) -> None:
+    def __init__(self, layer: Any, ask: Ask) -> None:
         attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
         self.projections = [_linear(attention, name) for name in ("q_proj", "k_proj", "v_proj")]
         self.output, self.down = _linear(attention, "o_proj"), _linear(mlp, "down_proj")
@@ -139,7 +138,7 @@ class _Layer:
         if self.size < 2 or self.size % 2:
             raise Unlike(f"its heads have {self.size} dimensions")
         self.heads, self.kv_heads = (linear.out_features // self.size for linear in self.projections[:2])
-        self.scaling, self.sliding_window = scaling, sliding_window
+        self.ask = ask
         self.before, self.between = _norm(layer, "input_layernorm"), _norm(layer, "post_attention_layernorm")
         self.head_norms: tuple[Tensor, Tensor, float] | None = None
         if hasattr(attention, "q_norm"):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tandem.kernels import pages as kernels
 from tandem.kernels.layers import Rotation
-from tandem.models.attention import Layout, UnsupportedAttention
+from tandem.models.attention import Ask, Layout, numbered
 from tandem.types import send
 
 PAGE = 64
@@ -52,10 +52,8 @@ class PagePool:
     def available(self) -> int:
         return len(self.free)
 
-    def layer(self, number: int | None) -> kernels.Pages:
-        """The pages of one layer. Raises UnsupportedAttention where a layer does not say which it is."""
-        if number is None:
-            raise UnsupportedAttention("attention layers without a layer_idx")
+    def layer(self, number: int) -> kernels.Pages:
+        """The pages of one layer."""
         scales = (None, None) if self.scales is None else self.scales[:, number]
         return kernels.Pages(*self.store[:, number], *scales)
 
@@ -102,19 +100,10 @@ class PagedPrefill:
         self.inner = inner
         self.target_T = target_T
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        layer: int | None,
-        scaling: float | None,
-        sliding_window: int | None,
-    ) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, ask: Ask) -> Tensor:
         """Query [1, H, T, D], key and value [1, Hkv, T, D] → [1, T, H, D]."""
-        kernels.store(key[0].transpose(0, 1), value[0].transpose(0, 1), self.pool.layer(layer), self.target_T)
-        return self.inner.attend(query, key, value, layer=layer, scaling=scaling, sliding_window=sliding_window)
+        kernels.store(key[0].transpose(0, 1), value[0].transpose(0, 1), self.pool.layer(numbered(ask)), self.target_T)
+        return self.inner.attend(query, key, value, ask)
 
 
 class PagedDecode:
@@ -126,41 +115,24 @@ class PagedDecode:
         self.length_B = length_B
         self.target_B = kernels.places(table_BP, length_B, alive_B, PAGE)
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        layer: int | None,
-        scaling: float | None,
-        sliding_window: int | None,
-    ) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, ask: Ask) -> Tensor:
         """Query [B, H, 1, D], key and value [B, Hkv, 1, D] → [B, 1, H, D]."""
         heads = query.squeeze(2), key.squeeze(2), value.squeeze(2)
-        return self.attend_heads(*heads, layer=layer, scaling=scaling, sliding_window=sliding_window)[:, None]
+        return self.attend_heads(*heads, ask)[:, None]
 
     def attend_heads(
-        self,
-        query_BHD: Tensor,
-        key_BKD: Tensor,
-        value_BKD: Tensor,
-        *,
-        layer: int | None,
-        scaling: float | None,
-        sliding_window: int | None,
-        rotation: Rotation | None = None,
+        self, query_BHD: Tensor, key_BKD: Tensor, value_BKD: Tensor, ask: Ask, rotation: Rotation | None = None
     ) -> Tensor:
         """The same as [B, H, D]. ``rotation``: query and key have not been turned yet."""
         return kernels.append_attend(
             query_BHD,
             key_BKD,
             value_BKD,
-            self.pool.layer(layer),
+            self.pool.layer(numbered(ask)),
             self.table_BP,
             self.length_B,
             self.target_B,
-            scaling=query_BHD.shape[-1] ** -0.5 if scaling is None else scaling,
-            sliding_window=sliding_window,
+            scaling=query_BHD.shape[-1] ** -0.5 if ask.scaling is None else ask.scaling,
+            sliding_window=ask.sliding_window,
             rotation=rotation,
         )

@@ -14,7 +14,7 @@ from tandem.engines.forwards import OwnForward, Unlike
 from tandem.engines.pages import CacheShape, PagedDecode
 from tandem.engines.prefill import Forward
 from tandem.engines.slots import DecodeLayout, SlotCache
-from tandem.models.attention import IMPLEMENTATION, PackedLayout, UnsupportedAttention
+from tandem.models.attention import IMPLEMENTATION, Ask, PackedLayout, UnsupportedAttention, numbered
 from tandem.models.probe import too_far
 
 PROMPT_LENGTHS = (5, 3)
@@ -47,8 +47,8 @@ def why_not_layouts(module: Any) -> str:
 
 
 @torch.no_grad()
-def find_cache_shape(module: Any) -> tuple[CacheShape, list[tuple[float | None, int | None]]]:
-    """What a token needs in the cache, and each layer's scaling and sliding window, as the module itself asks for them.
+def find_cache_shape(module: Any) -> tuple[CacheShape, list[Ask]]:
+    """What a token needs in the cache, and what each layer asks of its attention, as the module itself does.
 
     Raises Unlike where its layers differ in what they keep.
     """
@@ -66,7 +66,7 @@ def find_cache_shape(module: Any) -> tuple[CacheShape, list[tuple[float | None, 
     if others or key_shape != value_shape:
         raise Unlike("its layers keep keys and values of several shapes")
     shape = CacheShape(layers=len(seen.layers), kv_heads=key_shape[0], head_dim=key_shape[2], dtype=dtype)
-    return shape, [seen.layers[layer][2:] for layer in range(len(seen.layers))]
+    return shape, [seen.layers[layer][2] for layer in range(len(seen.layers))]
 
 
 class _Seen(PackedLayout):
@@ -74,22 +74,11 @@ class _Seen(PackedLayout):
 
     def __init__(self, bounds: Tensor, device: torch.device) -> None:
         super().__init__(bounds, device)
-        self.layers: dict[int, tuple[Tensor, Tensor, float | None, int | None]] = {}
+        self.layers: dict[int, tuple[Tensor, Tensor, Ask]] = {}
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        layer: int | None,
-        scaling: float | None,
-        sliding_window: int | None,
-    ) -> Tensor:
-        if layer is None:
-            raise UnsupportedAttention("attention layers without a layer_idx")
-        self.layers[layer] = (key, value, scaling, sliding_window)
-        return super().attend(query, key, value, layer=layer, scaling=scaling, sliding_window=sliding_window)
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, ask: Ask) -> Tensor:
+        self.layers[numbered(ask)] = (key, value, ask)
+        return super().attend(query, key, value, ask)
 
 
 def _compare(module: Any, logits_of: Callable[[list[Tensor]], list[Tensor]]) -> str:

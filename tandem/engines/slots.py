@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tandem.models.attention import PackedLayout, UnsupportedAttention
+from tandem.models.attention import Ask, PackedLayout, numbered
 
 PackedKeyValues = Mapping[int, tuple[Tensor, Tensor]]
 """For each layer, keys and values [T, Hkv, D] of packed tokens."""
@@ -80,21 +80,10 @@ class PrefillLayout(PackedLayout):
         super().__init__(bounds, device)
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        layer: int | None,
-        scaling: float | None,
-        sliding_window: int | None,
-    ) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, ask: Ask) -> Tensor:
         """Query [1, H, T, D], key and value [1, Hkv, T, D] → [1, T, H, D]."""
-        if layer is None:
-            raise UnsupportedAttention("attention layers without a layer_idx")
-        self.kept[layer] = (key[0].transpose(0, 1), value[0].transpose(0, 1))
-        return super().attend(query, key, value, layer=layer, scaling=scaling, sliding_window=sliding_window)
+        self.kept[numbered(ask)] = (key[0].transpose(0, 1), value[0].transpose(0, 1))
+        return super().attend(query, key, value, ask)
 
 
 class DecodeLayout:
@@ -108,26 +97,15 @@ class DecodeLayout:
         self.targets: dict[int, Tensor] = {}
         self.masks: dict[int | None, Tensor] = {}
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        layer: int | None,
-        scaling: float | None,
-        sliding_window: int | None,
-    ) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, ask: Ask) -> Tensor:
         """Query [B, H, 1, D], key and value [B, Hkv, 1, D] → [B, 1, H, D]."""
-        if layer is None:
-            raise UnsupportedAttention("attention layers without a layer_idx")
         rows, heads, _, size = query.shape
-        stores = self.cache.append(layer, key.squeeze(2), value.squeeze(2), self._target(key.shape[1]))
+        stores = self.cache.append(numbered(ask), key.squeeze(2), value.squeeze(2), self._target(key.shape[1]))
         keys, values = (store[:rows, :, : self.reach] for store in stores)
         # Heads that share keys and values stand side by side as query positions, so that those are never repeated.
         shared = query.reshape(rows, keys.shape[1], -1, size).to(keys.dtype)
-        mask = self._mask(sliding_window, shared.dtype)
-        out = _attention(shared, keys, values, mask, scaling)
+        mask = self._mask(ask.sliding_window, shared.dtype)
+        out = _attention(shared, keys, values, mask, ask.scaling)
         return out.reshape(rows, 1, heads, -1).to(query.dtype)
 
     def _target(self, heads: int) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -31,19 +31,28 @@ class UnsupportedAttention(Exception):
     """The model's attention asks for something a layout does not compute (sinks, soft caps, position biases)."""
 
 
+class Ask(NamedTuple):
+    """What a layer asks of its attention."""
+
+    layer: int | None
+    """Its number; None where it does not say."""
+    scaling: float | None
+    """Of the scores; None: one over the root of a head's size."""
+    sliding_window: int | None
+    """How many tokens a token sees, itself included; None: all before it."""
+
+
+def numbered(ask: Ask) -> int:
+    """The layer's number. Raises UnsupportedAttention where it does not say."""
+    if ask.layer is None:
+        raise UnsupportedAttention("attention layers without a layer_idx")
+    return ask.layer
+
+
 class Layout(Protocol):
     """How the tokens of one forward lie in memory and what each may attend to."""
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        layer: int | None,
-        scaling: float | None,
-        sliding_window: int | None,
-    ) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, ask: Ask) -> Tensor:
         """Query [B, H, Q, D], key and value [B, Hkv, K, D] → [B, Q, H, D]."""
         ...
 
@@ -72,7 +81,7 @@ def _attention(
         raise UnsupportedAttention("attention dropout")
     # A compiled layer that reads its own number is a graph of its own: it is read only for those who want it.
     layer = None if getattr(layout, "one_graph", False) else getattr(module, "layer_idx", None)
-    return layout.attend(query, key, value, layer=layer, scaling=scaling, sliding_window=sliding_window), None
+    return layout.attend(query, key, value, Ask(layer, scaling, sliding_window)), None
 
 
 AttentionInterface.register(IMPLEMENTATION, _attention)
@@ -131,16 +140,7 @@ class PackedLayout:
                 groups.append([segment])
         return groups
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        layer: int | None,
-        scaling: float | None,
-        sliding_window: int | None,
-    ) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, ask: Ask) -> Tensor:
         """Query [1, H, U, D], key and value [1, Hkv, U, D] → [1, U, H, D]."""
         heads = query.shape[1]
         query_U, key_U, value_U = (x[0].transpose(0, 1) for x in (query, key, value))
@@ -152,11 +152,11 @@ class PackedLayout:
             )
             k, v = repeat_heads(k, heads), repeat_heads(v, heads)
             mask = group.causal
-            if sliding_window is not None and sliding_window < len(group.column):
+            if ask.sliding_window is not None and ask.sliding_window < len(group.column):
                 distance = group.position[..., None] - group.column
-                mask = (distance >= 0) & (distance < sliding_window)
+                mask = (distance >= 0) & (distance < ask.sliding_window)
             # Without a mask: padding is on the right, where a causal mask already hides it.
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=ask.scaling)
             parts.append(out.transpose(1, 2).flatten(0, 1))
         packed_U = parts[0] if len(parts) == 1 else torch.cat(parts)
         return packed_U[self.inverse][None]
@@ -241,30 +241,24 @@ class FlashLayout:
         self.own_bounds = self.bounds if sharing is None else send(sharing.own_bounds.int(), device)
         self.longest = int(bounds.diff().max())
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        layer: int | None,
-        scaling: float | None,
-        sliding_window: int | None,
-    ) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, ask: Ask) -> Tensor:
         """Query [1, H, U, D], key and value [1, Hkv, U, D] → [1, U, H, D], in bfloat16 or float16."""
         size = query.shape[-1]
         if size % 8 or size > 256 or value.shape[-1] != size or value.dtype == torch.float32:
             # What the kernel does not take. Padded instead: slower, the same numbers.
-            return self._padded.attend(query, key, value, layer=layer, scaling=scaling, sliding_window=sliding_window)
+            return self._padded.attend(query, key, value, ask)
         # Where rotation is in float32, queries and keys come wider than values; the kernel wants one type.
         q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
         if self.sharing is not None:
             k, v = self.sharing.expand(k), self.sharing.expand(v)
-        window = {} if sliding_window is None else {"window_size_left": sliding_window - 1, "window_size_right": 0}
+        window = {}
+        if ask.sliding_window is not None:
+            window = {"window_size_left": ask.sliding_window - 1, "window_size_right": 0}
         # Where a segment has fewer queries than keys, the kernel takes them for its last tokens: they are.
         out_UHD = torch.ops.aten._flash_attention_forward(
-            q, k, v, self.own_bounds, self.bounds, self.longest, self.longest, 0.0, True, False, scale=scaling, **window
-        )[0]
+            q, k, v, self.own_bounds, self.bounds, self.longest, self.longest, 0.0, True, False,
+            scale=ask.scaling, **window,
+        )[0]  # fmt: skip
         return out_UHD[None].to(query.dtype)
 
     @cached_property

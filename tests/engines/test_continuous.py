@@ -24,7 +24,7 @@ from tandem.engines.live import LiveEngine
 from tandem.engines.pages import PAGE
 from tandem.errors import UserError
 from tandem.kernels import products
-from tandem.models.attention import IMPLEMENTATION, PackedLayout
+from tandem.models.attention import IMPLEMENTATION, Ask, PackedLayout
 from tandem.types import Completion, Request, SamplingParams
 
 Drawn = list[list[tuple[list[int], str, str]]]
@@ -118,13 +118,13 @@ class Rounded(PackedLayout):
 
     prompt = 0
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, **how: Any) -> Tensor:
-        exact = super().attend(query, key, value, **how)
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, ask: Ask) -> Tensor:
+        exact = super().attend(query, key, value, ask)
         scales = [x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 448 for x in (key, value)]
         low = [
             (x / scale).to(torch.float8_e4m3fn).float() * scale for x, scale in zip((key, value), scales, strict=True)
         ]
-        rounded = super().attend(query, *low, **how)
+        rounded = super().attend(query, *low, ask)
         return torch.cat((exact[:, : self.prompt], rounded[:, self.prompt :]), dim=1)
 
 

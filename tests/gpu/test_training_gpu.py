@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from tandem.data.packing import pack, stamp_weights
 from tandem.functional.logprobs import chunked_logprobs
 from tandem.kernels import logprob
-from tandem.models.attention import FlashLayout, PackedLayout, packed_layout
+from tandem.models.attention import Ask, FlashLayout, PackedLayout, packed_layout
 from tandem.models.loading import prepare_module
 from tandem.models.sharing import sharing_of
 from tandem.training.optim import OptimParams
@@ -44,7 +44,7 @@ def test_flash_layout_equals_the_padded_one_in_float32(heads, kv_heads, size, wi
     up = torch.randn(1, tokens, heads, size, generator=generator, device=GPU)
     results = []
     for inputs, layout in ((low, packed_layout(bounds, GPU, torch.bfloat16)), (exact, PackedLayout(bounds, GPU))):
-        out = layout.attend(*inputs, layer=0, scaling=size**-0.5, sliding_window=window)
+        out = layout.attend(*inputs, Ask(0, size**-0.5, window))
         out.backward(up.to(out.dtype))
         results.append([out.detach(), *(x.grad for x in inputs)])
     assert isinstance(packed_layout(bounds, GPU, torch.bfloat16), FlashLayout)
@@ -64,12 +64,12 @@ def test_flash_layout_with_shared_prompts_equals_the_padded_one_without_in_float
     low = [torch.randn(s, generator=generator, device=GPU).bfloat16().requires_grad_() for s in shapes]
     exact = [x.detach().float().requires_grad_() for x in low]
     up = torch.randn(1, tokens, heads, size, generator=generator, device=GPU)
-    options = {"layer": 0, "scaling": size**-0.5, "sliding_window": window}
+    ask = Ask(0, size**-0.5, window)
 
-    found = packed_layout(batch.bounds, GPU, torch.bfloat16, sharing=sharing).attend(*low, **options)
+    found = packed_layout(batch.bounds, GPU, torch.bfloat16, sharing=sharing).attend(*low, ask)
     found.backward(up.bfloat16())
     whole = [x[:, :, sharing.sent_place_T] for x in exact]
-    want = PackedLayout(batch.bounds, GPU).attend(*whole, **options)[:, sharing.kept_U]
+    want = PackedLayout(batch.bounds, GPU).attend(*whole, ask)[:, sharing.kept_U]
     want.backward(up)
     for a, b in zip([found.detach(), *(x.grad for x in low)], [want.detach(), *(x.grad for x in exact)], strict=True):
         close(a, b, 0.01 if size % 8 == 0 else 0.02)
@@ -110,10 +110,7 @@ def test_compiled_layers_with_shared_prompts_are_one_graph_more():
 def test_heads_that_the_kernel_does_not_take_are_padded(size):
     bounds = torch.tensor([0, 5, 40])
     inputs = [torch.randn(1, 2, 40, size, device=GPU, dtype=torch.bfloat16) for _ in range(3)]
-    found, want = (
-        layout(bounds, GPU).attend(*inputs, layer=0, scaling=None, sliding_window=None)
-        for layout in (FlashLayout, PackedLayout)
-    )
+    found, want = (layout(bounds, GPU).attend(*inputs, Ask(0, None, None)) for layout in (FlashLayout, PackedLayout))
     assert torch.equal(found, want)
 
 
