@@ -15,7 +15,7 @@ from tandem.kernels import products
 from tandem.kernels.logprob import entropy_of, logits_gradient_, row_stats
 
 CHUNK_BYTES = {"cuda": 480_000_000, "cpu": 1 << 21}
-"""Logits that exist at a time, by device: on a GPU 1,536 rows of a vocabulary of 152k in bfloat16; on a CPU few."""
+"""Logits that exist at a time, by device, 256 rows at least: on a GPU 1,536 of a vocabulary of 152k in bfloat16."""
 Head = Callable[[Tensor], Tensor]
 GradientBuffer = Callable[[], Tensor]
 """Gives the tensor that the gradient of a head's weight is to be added to, [V, D]."""

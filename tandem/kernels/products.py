@@ -58,7 +58,7 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
     """``x @ weight.T + bias``: [..., I] → [..., O]."""
     if not _pays(x, weight_OI, x.numel() * len(weight_OI)):
         return F.linear(x, weight_OI, bias_O)
-    if torch.is_grad_enabled() and (x.requires_grad or weight_OI.requires_grad):
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight_OI, bias_O)):
         product: Tensor = _Linear.apply(x, weight_OI, bias_O)
         return product
     return _onednn(x, weight_OI, bias_O)

@@ -162,6 +162,9 @@ def test_the_new_token_is_attended_to_and_stored() -> None:
     )
     weight = (0.5 * query[0] @ key[:, 0].T).softmax(-1)
     close(found[0], weight @ value[:, 0], 2)
+    stored = [x[1:4, 0].reshape(-1, size)[: last + 1] for x in (cache.keys, cache.values)]
+    assert torch.equal(stored[0], key[:, 0])
+    assert torch.equal(stored[1], value[:, 0])
 
 
 @pytest.mark.parametrize("magnitude", [1e-3, 1.0, 1e4])

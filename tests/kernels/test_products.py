@@ -71,6 +71,16 @@ def test_no_gradient_for_what_is_frozen() -> None:
     assert layer.bias.grad is None
 
 
+def test_a_bias_that_learns_alone() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(128, 256)
+    layer.weight.requires_grad_(False)
+    products.speed_up_linears(layer)
+    layer(torch.randn(300, 128)).sum().backward()
+    assert close(layer.bias.grad, torch.full((256,), 300.0))
+    assert layer.weight.grad is None
+
+
 def test_other_types_and_subclasses_stay_as_they_are() -> None:
     class Own(nn.Linear):
         pass
