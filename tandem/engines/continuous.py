@@ -288,6 +288,11 @@ class ContinuousBatching:
 
     def _read(self, flight: Flight) -> None:
         """Hands samples the tokens that a flight drew, and lets those that ended go."""
+        for decoding in self.row_of:
+            # Samples of one length end all at once: their texts would be waited for then.
+            if flight.landing.landed:
+                break
+            decoding.decode_ahead()
         values = flight.landing.values()
         token_BK, behaviour_BK = values[:, 0].T.astype(np.int64).tolist(), values[:, 1].T.tolist()
         untruncated_BK = values[:, 2].T.tolist()

@@ -29,6 +29,11 @@ class Landing:
     result_K3B: Tensor
     event: torch.cuda.Event | None
 
+    @property
+    def landed(self) -> bool:
+        """Whether ``values`` would not wait."""
+        return self.event is None or self.event.query()
+
     def values(self) -> np.ndarray:
         """float64 [steps, 3, rows], token -1 where a row had ended. Waits until they are there."""
         if self.event is not None:

@@ -10,6 +10,21 @@ from typing import Any
 from tandem.errors import UserError
 from tandem.types import Completion, Request, SamplingParams, StopReason
 
+AHEAD = 32
+"""Fewer tokens are not worth decoding before their sample has ended."""
+
+
+def joins_texts(tokenizer: Any) -> bool:
+    """Whether the texts of two runs of tokens are that of both together, if the first ends with a whole character.
+
+    So it is with byte-level tokenizers. Others strip spaces at the ends; and some tidy up the whole text, as BERT's do.
+    """
+    decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
+    if type(decoder).__name__ != "ByteLevel":
+        return False
+    untidy = tokenizer.encode("a .", add_special_tokens=False)
+    return str(tokenizer.decode(untidy)).endswith(" .")
+
 
 class StopRule:
     """When the completions of one request end: at end-of-sequence and stop ids, at stop strings, at the length.
@@ -24,6 +39,7 @@ class StopRule:
         special = {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.ids = frozenset((*eos_ids, *sampling.stop_token_ids, *(special[s] for s in sampling.stop if s in special)))
         self.strings = tuple(s for s in sampling.stop if s not in special)
+        self.joins = joins_texts(tokenizer)
         # A character may take four tokens of one byte each.
         self.window = 4 * max((len(s) for s in self.strings), default=0) + 8
         self._may_end: dict[int, bool] = {}
@@ -71,6 +87,9 @@ class Sample:
     behaviour_logp: list[float] = field(default_factory=list)
     untruncated_logp: list[float] = field(default_factory=list)
     stop: StopReason | None = None
+    text: str = ""
+    """Of its first ``decoded`` tokens."""
+    decoded: int = 0
 
     @cached_property
     def prompt_length(self) -> int:
@@ -107,10 +126,19 @@ class Sample:
         self.stop = self.rule.check(self.token_ids)
         return self.stop is not None
 
+    def decode_ahead(self) -> None:
+        """Turns into text what it has drawn, where that stays as it is whatever follows, and there is enough of it."""
+        if self.rule.joins and len(self.token_ids) - self.decoded >= AHEAD:
+            piece = self.rule.decode(self.token_ids[self.decoded :])
+            # The last character may be incomplete.
+            if not piece.endswith("\ufffd"):
+                self.text += piece
+                self.decoded = len(self.token_ids)
+
     def completion(self, version: int) -> Completion:
         """What it has become, ``version`` being that of the weights at its end."""
         assert self.stop is not None
-        text = self.rule.decode(self.token_ids)
+        text = self.text + self.rule.decode(self.token_ids[self.decoded :])
         return Completion(
             token_ids=self.token_ids,
             behaviour_logp=self.behaviour_logp,

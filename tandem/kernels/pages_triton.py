@@ -16,6 +16,10 @@ SPLITS = ((256, 1), (64, 4), (0, 16))
 """From so many sequences times key-value heads on, a sequence's pages are divided among so many programs."""
 
 
+MANY = 1024
+"""Programs from which on each has two warps instead of four."""
+
+
 def places(table_BP: Tensor, length_B: Tensor, alive_B: Tensor, page: int) -> Tensor:
     """Where each row's next token goes; 0 for rows that have ended."""
     rows = len(length_B)
@@ -158,7 +162,8 @@ def append_attend(
         ROTATED=rotation is not None,
         NORM=norms is not None,
         **shape,
-        num_warps=4,
+        # Many programs keep a GPU busy with fewer warps each; few need them to hide what they wait for.
+        num_warps=2 if rows * kv_heads * splits >= MANY else 4,
         num_stages=3,
     )
     if splits > 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -32,6 +32,15 @@ def tokenizer() -> Any:
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     backend.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>")
+
+
+def bytes_tokenizer() -> Any:
+    """Every byte a token, as a byte-level BPE without merges: characters of several tokens."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({c: i for i, c in enumerate(letters)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, additional_special_tokens=["<|im_end|>", "<|pad|>"])
 
 
 def model(architecture: str, *, seed: int = 0, eos: int | None = None) -> Any:

@@ -16,12 +16,14 @@ from torch import Tensor
 from transformers import GemmaConfig, GemmaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent))
-from engine_models import EOS, VOCABULARY, model, tokenizer
+from engine_models import EOS, VOCABULARY, bytes_tokenizer, model, tokenizer
 
 from tandem.engines.continuous import bucket
+from tandem.engines.decoder import Landing
 from tandem.engines.forwards import OwnForward
 from tandem.engines.live import LiveEngine
 from tandem.engines.pages import PAGE
+from tandem.engines.samples import Sample
 from tandem.errors import UserError
 from tandem.kernels import products
 from tandem.models.attention import IMPLEMENTATION, Ask, PackedLayout
@@ -111,6 +113,22 @@ def test_samples_give_way_and_come_back(monkeypatch: pytest.MonkeyPatch) -> None
     pool = engine.captured.decoder.pool
     assert pool.available == pool.pages - 1, "every page is given back"
     assert not pool.holders.any()
+
+
+def test_texts_decoded_while_the_device_is_busy_are_the_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = model("qwen2")
+    tok = bytes_tokenizer()
+    asked = [
+        Request(prompt_ids=(5, 6, i + 2), seeds=(i,), sampling=SamplingParams(max_new_tokens=90)) for i in range(4)
+    ]
+    ahead: list[int] = []
+    decode_ahead = Sample.decode_ahead
+    monkeypatch.setattr(Sample, "decode_ahead", lambda self: (decode_ahead(self), ahead.append(self.decoded)))
+    # A CPU has computed everything when it is asked.
+    monkeypatch.setattr(Landing, "landed", False)
+    for (completion,) in LiveEngine(module, tok, way="captured").generate(asked):
+        assert completion.text == tok.decode(completion.token_ids)
+    assert max(ahead) > 45
 
 
 class Rounded(PackedLayout):

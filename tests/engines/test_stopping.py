@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,20 +13,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parent))
-from engine_models import EOS, model, tokenizer
+from engine_models import EOS, bytes_tokenizer, model, tokenizer
 
+from tandem.engines import samples
 from tandem.engines.live import LiveEngine
-from tandem.engines.samples import StopRule
+from tandem.engines.samples import Sample, StopRule
 from tandem.types import Request, SamplingParams
-
-
-def byte_tokenizer() -> Any:
-    """Every byte a token, as a byte-level BPE without merges: characters of several tokens."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({c: i for i, c in enumerate(letters)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, additional_special_tokens=["<|im_end|>", "<|pad|>"])
 
 
 def run(rule: StopRule, tokens: list[int]) -> tuple[int, str | None]:
@@ -49,7 +42,7 @@ def run(rule: StopRule, tokens: list[int]) -> tuple[int, str | None]:
     ],
 )
 def test_stop_strings_over_several_tokens(text: str, stop: tuple[str, ...], taken: str, kept: str) -> None:
-    tok = byte_tokenizer()
+    tok = bytes_tokenizer()
     tokens = tok(text, add_special_tokens=False).input_ids
     rule = StopRule(SamplingParams(stop=stop), [], tok)
     count, reason = run(rule, tokens)
@@ -59,7 +52,7 @@ def test_stop_strings_over_several_tokens(text: str, stop: tuple[str, ...], take
 
 
 def test_a_long_completion_is_searched_at_its_end_only() -> None:
-    tok = byte_tokenizer()
+    tok = bytes_tokenizer()
     tokens = tok("ab. " * 500 + "END", add_special_tokens=False).input_ids
     rule = StopRule(SamplingParams(stop=("END",), max_new_tokens=5000), [], tok)
     decoded: list[int] = []
@@ -70,7 +63,7 @@ def test_a_long_completion_is_searched_at_its_end_only() -> None:
 
 
 def test_a_special_token_as_stop_string_and_skipped_specials() -> None:
-    tok = byte_tokenizer()
+    tok = bytes_tokenizer()
     end, pad = tok.convert_tokens_to_ids(["<|im_end|>", "<|pad|>"])
     body = tok("hi", add_special_tokens=False).input_ids
     rule = StopRule(SamplingParams(stop=("<|im_end|>", "iX")), [], tok)
@@ -84,6 +77,47 @@ def test_eos_stop_ids_and_length() -> None:
     assert run(rule, [9]) == (1, "eos")
     assert run(rule, [5, 6, 7, 1]) == (4, "eos")
     assert run(rule, [5, 6, 7, 8, 9]) == (4, "length")
+
+
+def sample_of(tok: Any, **sampling: Any) -> Sample:
+    rule = StopRule(SamplingParams(**sampling), [], tok)
+    return Sample(number=0, request=0, index=0, prompt_ids=(1,), rule=rule, version=0)
+
+
+def test_what_is_decoded_ahead_is_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole characters of up to four tokens, halves of them, and special tokens, taken in runs of any length."""
+    monkeypatch.setattr(samples, "AHEAD", 1)
+    tok = bytes_tokenizer()
+    rng = random.Random(0)
+    letters = tok("a\u00e9\u4e2d\U0001f600 .", add_special_tokens=False).input_ids
+    for _ in range(50):
+        noise = [rng.randrange(len(tok)) for _ in range(8)]
+        tokens = [token for _ in range(6) for token in (*letters, *rng.sample(noise, 3))]
+        sample = sample_of(tok, max_new_tokens=len(tokens))
+        ahead = 0
+        while sample.stop is None:
+            sample.extend(taken := tokens[len(sample.token_ids) :][: rng.randint(1, 5)], [0.0] * len(taken), [])
+            sample.decode_ahead()
+            ahead = max(ahead, sample.decoded)
+        assert ahead > len(tokens) // 2
+        assert sample.completion(0).text == tok.decode(tokens, skip_special_tokens=True)
+
+
+def test_only_texts_that_can_be_joined_are_decoded_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(samples, "AHEAD", 1)
+    backend = Tokenizer(models.WordLevel({"\u2581a": 0, "\u2581.": 1}, unk_token="\u2581a"))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    spaced = PreTrainedTokenizerFast(tokenizer_object=backend)
+    tidy = bytes_tokenizer()
+    # As if it were WordPiece, whose texts are tidied up.
+    monkeypatch.setattr(tidy, "decode", lambda ids, **_: type(tidy).decode(tidy, ids).replace(" .", "."))
+    for tok, tokens, text in ((spaced, [0, 0, 1], "a a ."), (tidy, tidy("a a .").input_ids, "a a.")):
+        sample = sample_of(tok, max_new_tokens=len(tokens))
+        for token in tokens:
+            sample.add(token, 0.0, 0.0)
+            sample.decode_ahead()
+        assert sample.decoded == 0
+        assert sample.completion(0).text == text
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "bloom"])
