@@ -10,7 +10,7 @@ from typing import Any
 from tandem.errors import UserError
 from tandem.types import Completion, Request, SamplingParams, StopReason
 
-AHEAD = 32
+AHEAD = 16
 """Fewer tokens are not worth decoding before their sample has ended."""
 
 

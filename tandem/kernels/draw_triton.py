@@ -43,7 +43,7 @@ def draw(
         blocks,
         GREEDY=any_greedy,
         BLOCK=BLOCK,
-        num_warps=8,
+        num_warps=4,
     )
     _choose[(rows,)](
         logits_BV,
