@@ -111,9 +111,7 @@ class PagedDecode:
 
     def __init__(self, pool: PagePool, table_BP: Tensor, length_B: Tensor, alive_B: Tensor) -> None:
         self.pool = pool
-        self.table_BP = table_BP
-        self.length_B = length_B
-        self.target_B = kernels.places(table_BP, length_B, alive_B, PAGE)
+        self.rows = kernels.rows_of(table_BP, length_B, alive_B, page=PAGE, kv_heads=pool.shape.kv_heads)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, ask: Ask) -> Tensor:
         """Query [B, H, 1, D], key and value [B, Hkv, 1, D] → [B, 1, H, D]."""
@@ -129,9 +127,7 @@ class PagedDecode:
             key_BKD,
             value_BKD,
             self.pool.layer(numbered(ask)),
-            self.table_BP,
-            self.length_B,
-            self.target_B,
+            self.rows,
             scaling=query_BHD.shape[-1] ** -0.5 if ask.scaling is None else ask.scaling,
             sliding_window=ask.sliding_window,
             rotation=rotation,

@@ -36,17 +36,31 @@ class Pages:
         return self.keys.shape[2]
 
 
-def places(table_BP: Tensor, length_B: Tensor, alive_B: Tensor, page: int) -> Tensor:
-    """int64 [B]: where each row's next token goes. Place 0, of a page that is nobody's, for rows that have ended.
+@dataclass(frozen=True)
+class Rows:
+    """The sequences of one decoding step, each with one new token. The same in all layers."""
 
-    A row that has ended must not write into its pages: others may have them by now.
-    """
+    table_BP: Tensor
+    """int32: the names of each one's pages, in order."""
+    length_B: Tensor
+    """int64: tokens that each has in the cache."""
+    target_B: Tensor
+    """int64: the place of each one's new token. 0, of a page that is nobody's, for rows that have ended: others may
+    have their pages by now."""
+    share: Tensor | None = None
+    """int32 [1]: pages that one program should take, for kernels that divide long rows."""
+    arrived_BK: Tensor | None = None
+    """int32, for such kernels to count in, by key-value heads. They find zeros and leave zeros."""
+
+
+def rows_of(table_BP: Tensor, length_B: Tensor, alive_B: Tensor, *, page: int, kv_heads: int) -> Rows:
+    """What attention needs to know of rows with these pages and lengths, of which some are ``alive`` (int64)."""
     if on_triton(table_BP):
         from tandem.kernels import pages_triton
 
-        return pages_triton.places(table_BP, length_B, alive_B, page)
+        return pages_triton.rows_of(table_BP, length_B, alive_B, page, kv_heads)
     page_B = table_BP.gather(1, (length_B // page)[:, None]).squeeze(1).long()
-    return torch.where(alive_B > 0, page_B * page + length_B % page, 0)
+    return Rows(table_BP, length_B, torch.where(alive_B > 0, page_B * page + length_B % page, 0))
 
 
 def store(key_TKD: Tensor, value_TKD: Tensor, pages: Pages, target_T: Tensor) -> None:
@@ -73,32 +87,31 @@ def append_attend(
     key_BKD: Tensor,
     value_BKD: Tensor,
     pages: Pages,
-    table_BP: Tensor,
-    length_B: Tensor,
-    target_B: Tensor,
+    rows: Rows,
     *,
     scaling: float,
     sliding_window: int | None = None,
     rotation: Rotation | None = None,
 ) -> Tensor:
-    """Attention [B, H, D] of one new token a sequence over its ``length`` cached ones and itself, which is stored.
+    """Attention [B, H, D] of one new token a row over its cached ones and itself, which is stored.
 
-    ``table_BP`` is int32, ``length_B`` and ``target_B`` (its place) int64. Heads share keys and values [B, Hkv, D] in
-    equal groups. Softmax is in float32. ``rotation``: query and key come as they were projected, and are turned first.
+    Heads share keys and values [B, Hkv, D] in equal groups. Softmax is in float32. ``rotation``: query and key come as
+    they were projected, and are turned first.
     """
     if on_triton(query_BHD):
         from tandem.kernels import pages_triton
 
         return pages_triton.append_attend(
-            query_BHD, key_BKD, value_BKD, pages, table_BP, length_B, target_B, scaling=scaling,
-            sliding_window=sliding_window, rotation=rotation,
+            query_BHD, key_BKD, value_BKD, pages, rows, scaling=scaling, sliding_window=sliding_window,
+            rotation=rotation,
         )  # fmt: skip
+    table_BP, length_B = rows.table_BP, rows.length_B
     if rotation is not None:
         both = torch.cat((query_BHD, key_BKD), dim=1)
         rotate_(both, length_B, rotation, query_BHD.shape[1], key_BKD.shape[1])
         query_BHD, key_BKD = both.split([query_BHD.shape[1], key_BKD.shape[1]], dim=1)
-    store(key_BKD, value_BKD, pages, target_B)
-    rows, heads, size = query_BHD.shape
+    store(key_BKD, value_BKD, pages, rows.target_B)
+    count, heads, size = query_BHD.shape
     kv_heads = key_BKD.shape[1]
     reach = int(length_B.max()) // pages.size + 1
     wide = torch.promote_types(query_BHD.dtype, torch.float32)
@@ -107,13 +120,13 @@ def append_attend(
         x_BPKND = kept[table_BP[:, :reach].long()].to(wide)
         if scales is not None:
             x_BPKND = x_BPKND * scales[table_BP[:, :reach].long()][..., None]
-        return x_BPKND.transpose(1, 2).reshape(rows, kv_heads, reach * pages.size, size)
+        return x_BPKND.transpose(1, 2).reshape(count, kv_heads, reach * pages.size, size)
 
-    query = query_BHD.reshape(rows, kv_heads, -1, size).to(wide)
+    query = query_BHD.reshape(count, kv_heads, -1, size).to(wide)
     position = torch.arange(reach * pages.size, device=length_B.device)
     hidden = position > length_B[:, None]
     if sliding_window is not None:
         hidden |= position <= length_B[:, None] - sliding_window
     key, value = cached(pages.keys, pages.key_scales), cached(pages.values, pages.value_scales)
     score = (query @ key.transpose(2, 3) * scaling).masked_fill(hidden[:, None, None], float("-inf"))
-    return (score.softmax(-1) @ value).reshape(rows, heads, -1).to(query_BHD.dtype)
+    return (score.softmax(-1) @ value).reshape(count, heads, -1).to(query_BHD.dtype)

@@ -2,41 +2,55 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from tandem.kernels.layers import Rotation
-from tandem.kernels.pages import Pages
+from tandem.kernels.pages import Pages, Rows
 
-SPLITS = ((256, 1), (64, 4), (0, 16))
-"""From so many sequences times key-value heads on, a sequence's pages are divided among so many programs."""
-
-
+FULL = 448
+"""Programs that keep a GPU busy: between three and four to each of an H100's multiprocessors."""
+LEAST = 2
+"""Fewer pages to a program are not worth joining its part with others."""
+SPLITS = ((1024, 4), (256, 8), (0, 16))
+"""From so many rows times key-value heads on, a row's pages are divided among so many programs at most."""
 MANY = 1024
-"""Programs from which on each has two warps instead of four."""
+"""Rows times key-value heads from which on a program has two warps instead of four: others hide what one waits for."""
 
 
-def places(table_BP: Tensor, length_B: Tensor, alive_B: Tensor, page: int) -> Tensor:
-    """Where each row's next token goes; 0 for rows that have ended."""
-    rows = len(length_B)
-    target_B = torch.empty(rows, dtype=torch.int64, device=table_BP.device)
-    grid = (triton.cdiv(rows, 128),)
-    _places[grid](table_BP, length_B, alive_B, target_B, rows, table_BP.stride(0), PAGE=page, BLOCK=128)
-    return target_B
+def rows_of(table_BP: Tensor, length_B: Tensor, alive_B: Tensor, page: int, kv_heads: int) -> Rows:
+    """Where each row's next token goes; 0 for rows that have ended. What a program takes, and zeros to count in."""
+    rows, device = len(length_B), table_BP.device
+    target_B = torch.empty(rows, dtype=torch.int64, device=device)
+    share = torch.empty(1, dtype=torch.int32, device=device)
+    arrived_BK = torch.empty(rows, kv_heads, dtype=torch.int32, device=device)
+    _rows_of[(1,)](
+        table_BP, length_B, alive_B, target_B, share, arrived_BK, rows, table_BP.stride(0), PAGE=page,
+        KV_HEADS=kv_heads, KV_PADDED=triton.next_power_of_2(kv_heads), BLOCK=triton.next_power_of_2(rows), FULL=FULL, LEAST=LEAST,
+        num_warps=8,
+    )  # fmt: skip
+    return Rows(table_BP, length_B, target_B, share, arrived_BK)
 
 
 @triton.jit
-def _places(table, length, alive, target, rows, table_row, PAGE: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+def _rows_of(  # type: ignore[no-untyped-def]
+    table, length, alive, target, share, arrived, rows, table_row,
+    PAGE: tl.constexpr, KV_HEADS: tl.constexpr, KV_PADDED: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
+    LEAST: tl.constexpr,
+):  # fmt: skip
+    row = tl.arange(0, BLOCK)
     inside = row < rows
     tokens = tl.load(length + row, mask=inside, other=0)
     lives = tl.load(alive + row, mask=inside, other=0) > 0
     page = tl.load(table + row * table_row + tokens // PAGE, mask=inside & lives, other=0).to(tl.int64)
     tl.store(target + row, tl.where(lives, page * PAGE + tokens % PAGE, 0), mask=inside)
+    pages = tl.sum(tl.cdiv(tokens, PAGE), axis=0)
+    tl.store(share, tl.maximum(tl.cdiv(pages * KV_HEADS, FULL), LEAST).to(tl.int32))
+    head = tl.arange(0, KV_PADDED)[None, :]
+    zeros = tl.zeros([BLOCK, KV_PADDED], dtype=tl.int32)
+    tl.store(arrived + row[:, None] * KV_HEADS + head, zeros, mask=inside[:, None] & (head < KV_HEADS))
 
 
 def store(key_TKD: Tensor, value_TKD: Tensor, pages: Pages, target_T: Tensor) -> None:
@@ -106,40 +120,41 @@ def append_attend(
     key_BKD: Tensor,
     value_BKD: Tensor,
     pages: Pages,
-    table_BP: Tensor,
-    length_B: Tensor,
-    target_B: Tensor,
+    rows: Rows,
     *,
     scaling: float,
     sliding_window: int | None,
     rotation: Rotation | None = None,
-    splits: int | None = None,
+    most: int | None = None,
 ) -> Tensor:
-    """One new token a sequence: a program for each sequence, key-value head and split of the pages.
+    """One new token a row: a program for each row, key-value head and split of the pages, at most ``most``.
 
-    Splits are joined by their log-sum-exps (flash decoding). How many there are depends on the shapes alone, so that
-    a captured graph serves every length. The first split also stores the new key and value, which the others mask.
+    Long rows are split among programs that take about as much as each would if all were as long (``rows.share``); the
+    last of them to come joins their parts by the log-sum-exps (flash decoding), always in the same order. The first
+    also stores the new key and value, which the others mask. The grid depends on shapes alone, so that a captured graph
+    serves every length: programs beyond a row's splits end at once.
     """
-    rows, heads, size = query_BHD.shape
+    count, heads, size = query_BHD.shape
     kv_heads = key_BKD.shape[1]
-    if splits is None:
-        splits = next(splits for programs, splits in SPLITS if rows * kv_heads >= programs)
-    out = torch.empty(rows, heads, size, dtype=query_BHD.dtype, device=query_BHD.device)
+    most = most or next(splits for programs, splits in SPLITS if count * kv_heads >= programs)
+    most = min(most, rows.table_BP.shape[1])
+    out = torch.empty(count, heads, size, dtype=query_BHD.dtype, device=query_BHD.device)
     part, top, mass = out, out, out
-    if splits > 1:
-        part = torch.empty(splits, rows, heads, size, dtype=torch.float32, device=query_BHD.device)
-        top, mass = torch.empty(2, splits, rows, heads, dtype=torch.float32, device=query_BHD.device)
-    shape: dict[str, Any] = {"SIZE": size, "PADDED": max(16, triton.next_power_of_2(size)), "SPLITS": splits}
+    if most > 1:
+        part = torch.empty(most, count, heads, size, dtype=torch.float32, device=query_BHD.device)
+        top, mass = torch.empty(2, most, count, heads, dtype=torch.float32, device=query_BHD.device)
     group = heads // kv_heads
     cos_PD, sin_PD, norms = (out, out, None) if rotation is None else (rotation.cos_PD, rotation.sin_PD, rotation.norms)
-    _append_attend[(rows, kv_heads, splits)](
+    _append_attend[(count, kv_heads, most)](
         query_BHD,
         key_BKD,
         value_BKD,
         *_tensors(pages),
-        table_BP,
-        length_B,
-        target_B,
+        rows.table_BP,
+        rows.length_B,
+        rows.target_B,
+        rows.share,
+        rows.arrived_BK,
         cos_PD,
         sin_PD,
         *(norms or (out, out, 0.0)),
@@ -152,7 +167,9 @@ def append_attend(
         *query_BHD.stride()[:2],
         *key_BKD.stride()[:2],
         *value_BKD.stride()[:2],
-        table_BP.stride(0),
+        rows.table_BP.stride(0),
+        SIZE=size,
+        PADDED=max(16, triton.next_power_of_2(size)),
         GROUP=group,
         GROUP_PADDED=max(16, triton.next_power_of_2(group)),
         PAGE=pages.size,
@@ -161,13 +178,9 @@ def append_attend(
         SCALED=pages.key_scales is not None,
         ROTATED=rotation is not None,
         NORM=norms is not None,
-        **shape,
-        # Many programs keep a GPU busy with fewer warps each; few need them to hide what they wait for.
-        num_warps=2 if rows * kv_heads * splits >= MANY else 4,
+        num_warps=2 if count * kv_heads >= MANY else 4,
         num_stages=3,
     )
-    if splits > 1:
-        _join[(rows, heads)](part, top, mass, out, rows * heads, **shape, num_warps=1)
     return out
 
 
@@ -206,10 +219,10 @@ def _dot(a, b, IEEE: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _append_attend(  # type: ignore[no-untyped-def]
-    query, key, value, keys, values, key_scales, value_scales, table, length, target, cos, sin, query_norm, key_norm,
-    eps, out, part, top, mass, scale, window, query_row, query_head, key_row, key_head, value_row, value_head,
-    table_row,
-    SIZE: tl.constexpr, PADDED: tl.constexpr, SPLITS: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr,
+    query, key, value, keys, values, key_scales, value_scales, table, length, target, share, arrived, cos, sin,
+    query_norm, key_norm, eps, out, part, top, mass, scale, window, query_row, query_head, key_row, key_head, value_row,
+    value_head, table_row,
+    SIZE: tl.constexpr, PADDED: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr,
     PAGE: tl.constexpr, WINDOWED: tl.constexpr, IEEE: tl.constexpr, SCALED: tl.constexpr, ROTATED: tl.constexpr,
     NORM: tl.constexpr,
 ):  # fmt: skip
@@ -218,13 +231,22 @@ def _append_attend(  # type: ignore[no-untyped-def]
     split = tl.program_id(2)
     kv_heads = tl.num_programs(1)
     heads = kv_heads * GROUP
+    tokens = tl.load(length + row).to(tl.int32)
+    first = 0
+    if WINDOWED:
+        first = tl.maximum(tokens + 1 - window, 0)
+    first_page = first // PAGE
+    pages = tl.cdiv(tokens, PAGE)
+    each = tl.maximum(tl.cdiv(pages - first_page, tl.num_programs(2)), tl.load(share))
+    splits = tl.maximum(tl.cdiv(pages - first_page, each), 1)
+    if split >= splits:
+        return
     member = tl.arange(0, GROUP_PADDED)
     head = kv_head * GROUP + member
     column = tl.arange(0, PADDED)
     real_head = member < GROUP
     real_column = column < SIZE
     real = real_head[:, None] & real_column[None, :]
-    tokens = tl.load(length + row).to(tl.int32)
     cos += tokens * SIZE
     sin += tokens * SIZE
     at = query + row * query_row + head[:, None] * query_head
@@ -245,12 +267,6 @@ def _append_attend(  # type: ignore[no-untyped-def]
     total = tl.zeros([GROUP_PADDED], dtype=tl.float32) + share
     acc = tl.zeros([GROUP_PADDED, PADDED], dtype=tl.float32) + share * new_v[None, :]
 
-    first = 0
-    if WINDOWED:
-        first = tl.maximum(tokens + 1 - window, 0)
-    first_page = first // PAGE
-    pages = tl.cdiv(tokens, PAGE)
-    each = tl.cdiv(pages - first_page, SPLITS)
     start = first_page + split * each
     offset = tl.arange(0, PAGE)
     if SCALED:
@@ -287,25 +303,33 @@ def _append_attend(  # type: ignore[no-untyped-def]
 
     flat = row * heads + head
     where = flat[:, None] * SIZE + column[None, :]
-    if SPLITS == 1:
-        tl.store(out + where, (acc / total[:, None]).to(out.dtype.element_ty), mask=real)
-    else:
+    last = splits == 1
+    if splits > 1:
         rows_heads = tl.num_programs(0) * heads
-        tl.store(part + split.to(tl.int64) * rows_heads * SIZE + where, acc, mask=real)
+        part_size = rows_heads.to(tl.int64) * SIZE
+        tl.store(part + split * part_size + where, acc, mask=real)
         tl.store(top + split * rows_heads + flat, best, mask=real_head)
         tl.store(mass + split * rows_heads + flat, total, mask=real_head)
-
-
-@triton.jit
-def _join(part, top, mass, out, rows_heads, SIZE: tl.constexpr, PADDED: tl.constexpr, SPLITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    flat = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    split = tl.arange(0, SPLITS)
-    column = tl.arange(0, PADDED)
-    best = tl.load(top + split * rows_heads + flat)
-    # The first split is never empty; an empty one has weight 0.
-    weight = tl.exp2(best - tl.max(best, axis=0))
-    total = tl.sum(tl.load(mass + split * rows_heads + flat) * weight, axis=0)
-    real = (column < SIZE)[None, :]
-    tile = tl.load(part + (split[:, None] * rows_heads + flat) * SIZE + column[None, :], mask=real, other=0.0)
-    joined = tl.sum(tile * weight[:, None], axis=0) / total
-    tl.store(out + flat * SIZE + column, joined.to(out.dtype.element_ty), mask=column < SIZE)
+        # All of this program's, before it is counted.
+        tl.debug_barrier()
+        counter = arrived + row * kv_heads + kv_head
+        last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == splits - 1
+        if last:
+            best = tl.full([GROUP_PADDED], float("-inf"), dtype=tl.float32)
+            total = tl.zeros([GROUP_PADDED], dtype=tl.float32)
+            acc = tl.zeros([GROUP_PADDED, PADDED], dtype=tl.float32)
+            for other in range(splits):
+                # Past the cache of this multiprocessor, which knows nothing of what others store.
+                line = other * rows_heads + flat
+                one_top = tl.load(top + line, mask=real_head, other=0.0, cache_modifier=".cg")
+                one_mass = tl.load(mass + line, mask=real_head, other=1.0, cache_modifier=".cg")
+                tile = other * part_size + where
+                one_part = tl.load(part + tile, mask=real, other=0.0, cache_modifier=".cg")
+                higher = tl.maximum(best, one_top)
+                fade, weight = tl.exp2(best - higher), tl.exp2(one_top - higher)
+                total = total * fade + one_mass * weight
+                acc = acc * fade[:, None] + one_part * weight[:, None]
+                best = higher
+            tl.store(counter, 0)
+    if last:
+        tl.store(out + where, (acc / total[:, None]).to(out.dtype.element_ty), mask=real)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -83,7 +85,7 @@ def same(one: pages.Pages, two: pages.Pages) -> bool:
 
 
 # Triton's interpreter has no 8-bit floats.
-EIGHT_BIT = (False, True) if DEVICE == "cuda" else (False,)
+EIGHT_BIT = (False, True) if DEVICE.type == "cuda" else (False,)
 
 
 @pytest.mark.parametrize("eight_bit", EIGHT_BIT)
@@ -104,18 +106,23 @@ def test_pages(dtype: torch.dtype, heads: int, kv_heads: int, size: int, page: i
     for row in range(3):
         table[row, length[row] // page] = 5 + row
     alive = torch.tensor([1, 0, 1, 1], device=DEVICE)
-    assert torch.equal(pages_triton.places(table, length, alive, page), pages.places(table, length, alive, page))
-    target = pages.places(table, length, torch.ones_like(alive), page)
+    plain_rows = pages.rows_of(table, length, alive, page=page, kv_heads=kv_heads)
+    some_rows = pages_triton.rows_of(table, length, alive, page, kv_heads)
+    assert torch.equal(some_rows.target_B, plain_rows.target_B)
+    rows = pages_triton.rows_of(table, length, torch.ones_like(alive), page, kv_heads)
     query = torch.randn(4, heads, size, device=DEVICE).to(dtype)
     for window in (None, page + 3, 1):
         arguments = (query, key[:4], value[:4])
         how = {"scaling": 0.3, "sliding_window": window}
         plain = copy_of(cache)
-        truth = pages.append_attend(*arguments, plain, table, length, target, **how)
-        for splits in (None, 1, 4):
+        truth = pages.append_attend(*arguments, plain, rows, **how)
+        for share, most in ((None, None), (4, 4), (1, 2), (1, 4)):
             kept = copy_of(cache)
-            found = pages_triton.append_attend(*arguments, kept, table, length, target, **how, splits=splits)
+            given = rows if share is None else replace(rows, share=torch.tensor([share], device=DEVICE))
+            found = pages_triton.append_attend(*arguments, kept, given, **how, most=most)
             close(found, truth, 2)
+            assert rows.arrived_BK is not None
+            assert not rows.arrived_BK.any(), "the next layer counts from zero"
             assert same(kept, plain), "the new token is stored"
 
 
@@ -130,22 +137,45 @@ def test_decoding_turns_queries_and_keys_by_the_way(dtype: torch.dtype, normed: 
     norms = (*torch.rand(2, size, device=DEVICE).to(dtype), 1e-6) if normed else None
     rotation = layers.Rotation(angle.cos().to(dtype), angle.sin().to(dtype), norms)
     table = torch.tensor([[1, 2], [3, 4], [5, 6]], device=DEVICE).int()
-    target = pages.places(table, length, torch.ones_like(length), page)
+    rows = pages_triton.rows_of(table, length, torch.ones_like(length), page, kv_heads)
     turned = qkv.clone()
     layers.rotate_(turned, length, rotation, heads, kv_heads)
     parts = [heads, kv_heads, kv_heads]
     cache = new_pages(dtype, (7, kv_heads, page, size), eight_bit=False)
     plain, found, by_itself = (copy_of(cache) for _ in range(3))
-    how = (table, length, target)
-    truth = pages.append_attend(*turned.split(parts, dim=1), plain, *how, scaling=0.3)
-    for splits in (1, 4):
+    truth = pages.append_attend(*turned.split(parts, dim=1), plain, rows, scaling=0.3)
+    for most in (1, 4):
         out = pages_triton.append_attend(
-            *qkv.split(parts, dim=1), found, *how, scaling=0.3, sliding_window=None, rotation=rotation, splits=splits
+            *qkv.split(parts, dim=1), found, rows, scaling=0.3, sliding_window=None, rotation=rotation, most=most
         )
         close(out, truth, 4)
         close(found.keys, plain.keys, 4)
         assert torch.equal(found.values, plain.values)
-    close(pages.append_attend(*qkv.split(parts, dim=1), by_itself, *how, scaling=0.3, rotation=rotation), truth, 4)
+    close(pages.append_attend(*qkv.split(parts, dim=1), by_itself, rows, scaling=0.3, rotation=rotation), truth, 4)
+
+
+def test_long_rows_are_divided_among_programs() -> None:
+    """Eleven pages to eleven programs beside one page to one, or as many as are allowed, or shared out evenly."""
+    heads, kv_heads, size, page = 6, 2, 16, 16
+    length = torch.tensor([11 * page, 3, 40, 7 * page + 1], device=DEVICE)
+    table = torch.arange(1, 49, device=DEVICE).view(4, 12).int()
+    rows = pages_triton.rows_of(table, length, torch.ones_like(length), page, kv_heads)
+    assert rows.share is not None
+    assert rows.share.tolist() == [pages_triton.LEAST]
+    cache = new_pages(torch.float32, (49, kv_heads, page, size), eight_bit=False)
+    query, key, value = torch.randn(4, heads + 2 * kv_heads, size, device=DEVICE).split([heads, kv_heads, kv_heads], 1)
+    truth = pages.append_attend(query, key, value, copy_of(cache), rows, scaling=0.3)
+    for share, most in ((1, None), (1, 3), (3, 16), (100, 16)):
+        given = replace(rows, share=torch.tensor([share], device=DEVICE))
+        found = pages_triton.append_attend(
+            query, key, value, copy_of(cache), given, scaling=0.3, sliding_window=None, most=most
+        )
+        close(found, truth, 2)
+    # 300 rows of 1 to 10 pages: what each program would take if all took as much.
+    length = torch.arange(300, device=DEVICE) % 10 * page + 5
+    rows = pages_triton.rows_of(table[:1].expand(300, 12), length, torch.ones_like(length), page, kv_heads)
+    assert rows.share is not None
+    assert rows.share.tolist() == [-(-300 * 11 // 2 * kv_heads // pages_triton.FULL)]
 
 
 def test_the_new_token_is_attended_to_and_stored() -> None:
@@ -157,9 +187,8 @@ def test_the_new_token_is_attended_to_and_stored() -> None:
     pages.store(key[:last], value[:last], cache, page + torch.arange(last, device=DEVICE))
     query = torch.randn(1, 2, size, device=DEVICE)
     table, length = torch.tensor([[1, 2, 3]], device=DEVICE).int(), torch.tensor([last], device=DEVICE)
-    found = pages.append_attend(
-        query, key[last:], value[last:], cache, table, length, page + length, scaling=0.5, sliding_window=None
-    )
+    rows = pages.Rows(table, length, page + length)
+    found = pages.append_attend(query, key[last:], value[last:], cache, rows, scaling=0.5, sliding_window=None)
     weight = (0.5 * query[0] @ key[:, 0].T).softmax(-1)
     close(found[0], weight @ value[:, 0], 2)
     stored = [x[1:4, 0].reshape(-1, size)[: last + 1] for x in (cache.keys, cache.values)]
@@ -182,7 +211,7 @@ def test_eight_bits_keep_a_head_within_a_sixteenth(magnitude: float) -> None:
 
 @pytest.mark.parametrize("size", [1, 1000, 5000, 3 * 2048 * 512 + 17])
 def test_moments_of_bits(size: int) -> None:
-    if size > 10_000 and DEVICE == "cpu":
+    if size > 10_000 and DEVICE.type == "cpu":
         size = 40_003  # interpreted
     words = torch.randint(-(2**15), 2**15, (size,), device=DEVICE).to(torch.int16)
     exact = [int(words.long().sum()), int(words.long().square().sum())]

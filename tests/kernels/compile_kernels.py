@@ -1,0 +1,195 @@
+"""Compiles all Triton kernels for a GPU that need not be there: ``python compile_kernels.py 90`` (or 80).
+
+In a process of its own: where Triton has been imported for its interpreter, it compiles nothing.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import ast
+import importlib
+import inspect
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from tandem import kernels
+from tandem.kernels import bits_triton, draw_triton, layers_triton, logprob_triton, pages_triton
+from tandem.kernels.draw import FIELDS
+from tandem.kernels.layers import Rotation
+from tandem.kernels.pages import EIGHT_BIT, Pages
+
+DTYPES = (torch.float32, torch.bfloat16)
+HAS_EIGHT_BIT = 89
+"""The lowest compute capability on which Triton has e4m3."""
+
+
+class FakeDriver:
+    """What Triton's compiler asks a driver. Loading and launching would ask for more."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def check(capability: int, modules: Sequence[ModuleType], call: Callable[[], None]) -> int:
+    """Compiles what ``call`` launches, and prints a line a kernel. 1 if a kernel of ``modules`` fails or is left out."""
+    compiled: dict[str, set[str]] = defaultdict(set)
+    errors: dict[str, str] = {}
+    run = JITFunction.run
+
+    def only_compile(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        name = _name(kernel.fn.__module__, kernel.fn.__name__)
+        try:
+            compiled[name].add(run(kernel, *arguments, grid=grid, warmup=True, **options).hash)
+        except Exception as error:
+            # The first one of a kernel. The others are compiled all the same.
+            shown = ", ".join(str(x.dtype if isinstance(x, torch.Tensor) else x) for x in arguments)
+            errors.setdefault(name, f"({shown}), {options}:\n{_text(error)}")
+
+    driver.set_active(FakeDriver(capability))
+    JITFunction.run = only_compile
+    try:
+        call()
+    finally:
+        JITFunction.run = run
+    for name in (_name(module.__name__, kernel) for module in modules for kernel in launched(module)):
+        if name not in compiled and name not in errors:
+            errors[name] = f"never compiled: add a call of what launches it to {Path(__file__).name}"
+    for name in sorted(compiled.keys() - errors.keys()):
+        print(f"ok     {name}: {len(compiled[name])} variants")
+    for name in sorted(errors):
+        print(f"FAILED {name} for compute capability {capability}: {errors[name]}")
+    return 1 if errors or not compiled else 0
+
+
+def _name(module: str, kernel: str) -> str:
+    return f"{module.rpartition('.')[2]}.{kernel}"
+
+
+def _text(error: BaseException) -> str:
+    """With its causes: Triton wraps an error once for each jitted function that it passes through."""
+    own = f"{type(error).__name__}: {error}"
+    return own if error.__cause__ is None else f"{own}\n{_text(error.__cause__)}"
+
+
+def launched(module: ModuleType) -> list[str]:
+    """Names of the module that its source launches as ``name[grid](...)``; other jitted functions are parts of these."""
+    calls = (node.func for node in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(node, ast.Call))
+    subscripts = (call.value for call in calls if isinstance(call, ast.Subscript))
+    names = {value.id for value in subscripts if isinstance(value, ast.Name)}
+    return sorted(names & vars(module).keys())
+
+
+def kernel_modules() -> list[ModuleType]:
+    """Whatever is there, so that none is forgotten."""
+    files = sorted(Path(kernels.__path__[0]).glob("*_triton.py"))
+    return [importlib.import_module(f"{kernels.__name__}.{file.stem}") for file in files]
+
+
+def call_layers() -> None:
+    for dtype in DTYPES:
+        for size in (896, 5120):
+            x, weight = torch.zeros(2, size, dtype=dtype), torch.zeros(size, dtype=dtype)
+            layers_triton.rms_norm(x, None, weight, 1e-6)
+            layers_triton.rms_norm(x, x, weight, 1e-6)
+        for size in (48, 1500):
+            layers_triton.gated_silu(torch.zeros(2, 2 * size, dtype=dtype))
+        for heads, kv_heads, size in ((14, 2, 64), (6, 3, 24)):
+            qkv = torch.zeros(2, heads + 2 * kv_heads, size, dtype=dtype)
+            for rotation in _rotations(size, dtype):
+                layers_triton.rotate_(qkv, torch.zeros(2, dtype=torch.int64), rotation, heads, kv_heads)
+
+
+def _rotations(size: int, dtype: torch.dtype) -> list[Rotation]:
+    """Without and with norms."""
+    table_PD, weight_D = torch.zeros(9, size, dtype=dtype), torch.zeros(size, dtype=dtype)
+    return [Rotation(table_PD, table_PD), Rotation(table_PD, table_PD, (weight_D, weight_D, 1e-6))]
+
+
+def call_logprob() -> None:
+    number_n, target_n = torch.zeros(3), torch.zeros(3, dtype=torch.int64)
+    for dtype in DTYPES:
+        for vocabulary in (100, 9000):
+            logits = torch.zeros(3, vocabulary, dtype=dtype)
+            for entropy in (False, True):
+                logprob_triton.row_stats(logits, target_n, 0.7, entropy=entropy)
+            for of_logp, of_entropy in ((number_n, None), (None, number_n), (number_n, number_n)):
+                logprob_triton.logits_gradient_(
+                    logits, target_n, number_n, of_logp, 0.7, entropy_n=number_n, grad_entropy_n=of_entropy
+                )
+
+
+def call_bits() -> None:
+    # The last one with several blocks a program.
+    for size in (1, 5000, 3 * 512 * bits_triton.BLOCK):
+        bits_triton.moments(torch.empty(size, dtype=torch.int16))
+
+
+def call_draw() -> None:
+    # Triton makes a constant of an argument of 1, which is no tensor then: one row, or one block of logits.
+    for rows in (1, 3):
+        column, whole = torch.ones(rows, dtype=torch.float64), torch.zeros(rows, dtype=torch.int64)
+        for dtype in DTYPES:
+            for vocabulary in (100, 9000):
+                logits = torch.zeros(rows, vocabulary, dtype=dtype)
+                for any_greedy in (False, True):
+                    draw_triton.draw(logits, column, column, whole, whole, any_greedy=any_greedy)
+        state, stops = torch.zeros(FIELDS, rows, dtype=torch.int64), torch.zeros(2, 100, dtype=torch.uint8)
+        drawn, ring = torch.zeros(3, rows, dtype=torch.float64), torch.zeros(4, 3, rows, dtype=torch.float64)
+        draw_triton.advance(state, drawn, stops, ring, torch.zeros(1, dtype=torch.int64), rows)
+
+
+def call_pages(*, eight_bit: bool) -> None:
+    for dtype in DTYPES:
+        for scaled in (False, True) if eight_bit else (False,):
+            # The last one with few warps. One page a row is an argument of 1, and so is a window of 1.
+            for heads, kv_heads, size, count, width in ((14, 2, 64, 5, 20), (6, 1, 24, 1, 1), (4, 2, 64, 512, 20)):
+                qkv = torch.zeros(count, heads + 2 * kv_heads, size, dtype=dtype)
+                query, key, value = qkv.split([heads, kv_heads, kv_heads], dim=1)
+                kept = torch.zeros(2, 4, kv_heads, 64, size, dtype=EIGHT_BIT if scaled else dtype)
+                pages = Pages(*kept, *torch.zeros(2, 4, kv_heads, 64) if scaled else ())
+                length = torch.zeros(count, dtype=torch.int64)
+                table = torch.zeros(count, width, dtype=torch.int32)
+                rows = pages_triton.rows_of(table, length, length, pages.size, kv_heads)
+                pages_triton.store(key, value, pages, rows.target_B)
+                for window, rotation in zip((None, 100, width), (None, *_rotations(size, dtype)), strict=True):
+                    pages_triton.append_attend(
+                        query, key, value, pages, rows, scaling=0.1, sliding_window=window, rotation=rotation
+                    )
+
+
+def main() -> int:
+    capability = int(sys.argv[1])
+
+    def call() -> None:
+        call_layers()
+        call_logprob()
+        call_bits()
+        call_draw()
+        call_pages(eight_bit=capability >= HAS_EIGHT_BIT)
+
+    return check(capability, kernel_modules(), call)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
