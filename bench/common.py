@@ -171,7 +171,7 @@ def _watched(argv: list[str], timeout: float) -> tuple[int, str]:
 
 
 class DeviceMemory:
-    """Watches how much of the first GPU's memory is in use, by whomever; ``peak_gb`` is None without a GPU."""
+    """Watches how much of the first visible GPU's memory is in use, by whomever; ``peak_gb`` is None without a GPU."""
 
     def __init__(self) -> None:
         self.peak_gb: float | None = None
@@ -179,7 +179,9 @@ class DeviceMemory:
 
     def __enter__(self) -> DeviceMemory:
         if shutil.which("nvidia-smi"):
-            query = ["nvidia-smi", "-i", "0", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-lms", "500"]
+            # It numbers all the machine's GPUs, of which this process may see others than the first.
+            device = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"
+            query = f"nvidia-smi -i {device} --query-gpu=memory.used --format=csv,noheader,nounits -lms 500".split()
             self._process = subprocess.Popen(query, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
             self._thread = threading.Thread(target=self._read, args=(self._process,), daemon=True)
             self._thread.start()

@@ -11,7 +11,7 @@ from tandem.kernels.layers import Rotation
 from tandem.kernels.pages import Pages, Rows
 
 FULL = 448
-"""Programs that keep a GPU busy: between three and four to each of an H100's multiprocessors."""
+"""Programs that keep a GPU busy: between three and four to each of an H200's multiprocessors."""
 LEAST = 2
 """Fewer pages to a program are not worth joining its part with others."""
 SPLITS = ((1024, 4), (256, 8), (0, 16))
@@ -27,10 +27,22 @@ def rows_of(table_BP: Tensor, length_B: Tensor, alive_B: Tensor, page: int, kv_h
     share = torch.empty(1, dtype=torch.int32, device=device)
     arrived_BK = torch.empty(rows, kv_heads, dtype=torch.int32, device=device)
     _rows_of[(1,)](
-        table_BP, length_B, alive_B, target_B, share, arrived_BK, rows, table_BP.stride(0), PAGE=page,
-        KV_HEADS=kv_heads, KV_PADDED=triton.next_power_of_2(kv_heads), BLOCK=triton.next_power_of_2(rows), FULL=FULL, LEAST=LEAST,
+        table_BP,
+        length_B,
+        alive_B,
+        target_B,
+        share,
+        arrived_BK,
+        rows,
+        table_BP.stride(0),
+        PAGE=page,
+        KV_HEADS=kv_heads,
+        KV_PADDED=triton.next_power_of_2(kv_heads),
+        BLOCK=triton.next_power_of_2(rows),
+        FULL=FULL,
+        LEAST=LEAST,
         num_warps=8,
-    )  # fmt: skip
+    )
     return Rows(table_BP, length_B, target_B, share, arrived_BK)
 
 

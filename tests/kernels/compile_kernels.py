@@ -31,6 +31,7 @@ from tandem.kernels.layers import Rotation
 from tandem.kernels.pages import EIGHT_BIT, Pages
 
 DTYPES = (torch.float32, torch.bfloat16)
+PAGE = 64
 HAS_EIGHT_BIT = 89
 """The lowest compute capability on which Triton has e4m3."""
 
@@ -52,7 +53,7 @@ class FakeDriver:
 
 
 def check(capability: int, modules: Sequence[ModuleType], call: Callable[[], None]) -> int:
-    """Compiles what ``call`` launches, and prints a line a kernel. 1 if a kernel of ``modules`` fails or is left out."""
+    """Compiles what ``call`` launches and prints a line a kernel. 1 if one fails, or one of ``modules`` is left out."""
     compiled: dict[str, set[str]] = defaultdict(set)
     errors: dict[str, str] = {}
     run = JITFunction.run
@@ -93,7 +94,7 @@ def _text(error: BaseException) -> str:
 
 
 def launched(module: ModuleType) -> list[str]:
-    """Names of the module that its source launches as ``name[grid](...)``; other jitted functions are parts of these."""
+    """Names of the module that its source launches as ``name[grid](...)``. Other jitted functions are parts of them."""
     calls = (node.func for node in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(node, ast.Call))
     subscripts = (call.value for call in calls if isinstance(call, ast.Subscript))
     names = {value.id for value in subscripts if isinstance(value, ast.Name)}
@@ -146,14 +147,13 @@ def call_bits() -> None:
 
 
 def call_draw() -> None:
-    # Triton makes a constant of an argument of 1, which is no tensor then: one row, or one block of logits.
-    for rows in (1, 3):
+    # Triton makes a constant of an argument of 1, such as one row or one block of logits.
+    for rows, vocabulary in ((1, 100), (3, 9000)):
         column, whole = torch.ones(rows, dtype=torch.float64), torch.zeros(rows, dtype=torch.int64)
         for dtype in DTYPES:
-            for vocabulary in (100, 9000):
-                logits = torch.zeros(rows, vocabulary, dtype=dtype)
-                for any_greedy in (False, True):
-                    draw_triton.draw(logits, column, column, whole, whole, any_greedy=any_greedy)
+            logits = torch.zeros(rows, vocabulary, dtype=dtype)
+            for any_greedy in (False, True):
+                draw_triton.draw(logits, column, column, whole, whole, any_greedy=any_greedy)
         state, stops = torch.zeros(FIELDS, rows, dtype=torch.int64), torch.zeros(2, 100, dtype=torch.uint8)
         drawn, ring = torch.zeros(3, rows, dtype=torch.float64), torch.zeros(4, 3, rows, dtype=torch.float64)
         draw_triton.advance(state, drawn, stops, ring, torch.zeros(1, dtype=torch.int64), rows)
@@ -162,20 +162,30 @@ def call_draw() -> None:
 def call_pages(*, eight_bit: bool) -> None:
     for dtype in DTYPES:
         for scaled in (False, True) if eight_bit else (False,):
-            # The last one with few warps. One page a row is an argument of 1, and so is a window of 1.
-            for heads, kv_heads, size, count, width in ((14, 2, 64, 5, 20), (6, 1, 24, 1, 1), (4, 2, 64, 512, 20)):
-                qkv = torch.zeros(count, heads + 2 * kv_heads, size, dtype=dtype)
-                query, key, value = qkv.split([heads, kv_heads, kv_heads], dim=1)
-                kept = torch.zeros(2, 4, kv_heads, 64, size, dtype=EIGHT_BIT if scaled else dtype)
-                pages = Pages(*kept, *torch.zeros(2, 4, kv_heads, 64) if scaled else ())
-                length = torch.zeros(count, dtype=torch.int64)
-                table = torch.zeros(count, width, dtype=torch.int32)
-                rows = pages_triton.rows_of(table, length, length, pages.size, kv_heads)
-                pages_triton.store(key, value, pages, rows.target_B)
-                for window, rotation in zip((None, 100, width), (None, *_rotations(size, dtype)), strict=True):
-                    pages_triton.append_attend(
-                        query, key, value, pages, rows, scaling=0.1, sliding_window=window, rotation=rotation
-                    )
+            # Normed heads and splits; a window and a page a row, both 1; many rows, for which there are few warps.
+            call_attention(dtype, (14, 2, 64), count=5, width=20, window=None, rotation=1, scaled=scaled)
+            call_attention(dtype, (6, 1, 24), count=1, width=1, window=1, rotation=0, scaled=scaled)
+            call_attention(dtype, (4, 2, 64), count=512, width=20, window=100, rotation=None, scaled=scaled)
+
+
+def call_attention(
+    dtype: torch.dtype, heads_kv_size: tuple[int, int, int], *, count: int, width: int, window: int | None,
+    rotation: int | None, scaled: bool,
+) -> None:  # fmt: skip
+    """One decoding step of ``count`` rows of ``width`` pages. ``rotation``: which of ``_rotations``."""
+    heads, kv_heads, size = heads_kv_size
+    qkv = torch.zeros(count, heads + 2 * kv_heads, size, dtype=dtype)
+    query, key, value = qkv.split([heads, kv_heads, kv_heads], dim=1)
+    kept = torch.zeros(2, 4, kv_heads, PAGE, size, dtype=EIGHT_BIT if scaled else dtype)
+    pages = Pages(*kept, *torch.zeros(2, 4, kv_heads, PAGE) if scaled else ())
+    length = torch.zeros(count, dtype=torch.int64)
+    table = torch.zeros(count, width, dtype=torch.int32)
+    rows = pages_triton.rows_of(table, length, length, PAGE, kv_heads)
+    pages_triton.store(key, value, pages, rows.target_B)
+    pages_triton.append_attend(
+        query, key, value, pages, rows, scaling=0.1, sliding_window=window,
+        rotation=None if rotation is None else _rotations(size, dtype)[rotation],
+    )  # fmt: skip
 
 
 def main() -> int:
