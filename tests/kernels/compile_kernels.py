@@ -108,17 +108,16 @@ def kernel_modules() -> list[ModuleType]:
 
 
 def call_layers() -> None:
-    for dtype in DTYPES:
-        for size in (896, 5120):
-            x, weight = torch.zeros(2, size, dtype=dtype), torch.zeros(size, dtype=dtype)
-            layers_triton.rms_norm(x, None, weight, 1e-6)
-            layers_triton.rms_norm(x, x, weight, 1e-6)
-        for size in (48, 1500):
-            layers_triton.gated_silu(torch.zeros(2, 2 * size, dtype=dtype))
-        for heads, kv_heads, size in ((14, 2, 64), (6, 3, 24)):
-            qkv = torch.zeros(2, heads + 2 * kv_heads, size, dtype=dtype)
-            for rotation in _rotations(size, dtype):
-                layers_triton.rotate_(qkv, torch.zeros(2, dtype=torch.int64), rotation, heads, kv_heads)
+    # Of sizes, one for each type: all that a size changes is constants.
+    for dtype, size in zip(DTYPES, (896, 5120), strict=True):
+        x, weight = torch.zeros(2, size, dtype=dtype), torch.zeros(size, dtype=dtype)
+        layers_triton.rms_norm(x, None, weight, 1e-6)
+        layers_triton.rms_norm(x, x, weight, 1e-6)
+        layers_triton.gated_silu(torch.zeros(2, 2 * size, dtype=dtype))
+    for dtype, (heads, kv_heads, size) in zip(DTYPES, ((14, 2, 64), (6, 3, 24)), strict=True):
+        qkv = torch.zeros(2, heads + 2 * kv_heads, size, dtype=dtype)
+        for rotation in _rotations(size, dtype):
+            layers_triton.rotate_(qkv, torch.zeros(2, dtype=torch.int64), rotation, heads, kv_heads)
 
 
 def _rotations(size: int, dtype: torch.dtype) -> list[Rotation]:
@@ -129,15 +128,14 @@ def _rotations(size: int, dtype: torch.dtype) -> list[Rotation]:
 
 def call_logprob() -> None:
     number_n, target_n = torch.zeros(3), torch.zeros(3, dtype=torch.int64)
-    for dtype in DTYPES:
-        for vocabulary in (100, 9000):
-            logits = torch.zeros(3, vocabulary, dtype=dtype)
-            for entropy in (False, True):
-                logprob_triton.row_stats(logits, target_n, 0.7, entropy=entropy)
-            for of_logp, of_entropy in ((number_n, None), (None, number_n), (number_n, number_n)):
-                logprob_triton.logits_gradient_(
-                    logits, target_n, number_n, of_logp, 0.7, entropy_n=number_n, grad_entropy_n=of_entropy
-                )
+    for dtype, vocabulary in zip(DTYPES, (100, 9000), strict=True):
+        logits = torch.zeros(3, vocabulary, dtype=dtype)
+        for entropy in (False, True):
+            logprob_triton.row_stats(logits, target_n, 0.7, entropy=entropy)
+        for of_logp, of_entropy in ((number_n, None), (None, number_n), (number_n, number_n)):
+            logprob_triton.logits_gradient_(
+                logits, target_n, number_n, of_logp, 0.7, entropy_n=number_n, grad_entropy_n=of_entropy
+            )
 
 
 def call_bits() -> None:
@@ -148,12 +146,11 @@ def call_bits() -> None:
 
 def call_draw() -> None:
     # Triton makes a constant of an argument of 1, such as one row or one block of logits.
-    for rows, vocabulary in ((1, 100), (3, 9000)):
+    for dtype, rows, vocabulary in zip(DTYPES, (1, 3), (100, 9000), strict=True):
         column, whole = torch.ones(rows, dtype=torch.float64), torch.zeros(rows, dtype=torch.int64)
-        for dtype in DTYPES:
-            logits = torch.zeros(rows, vocabulary, dtype=dtype)
-            for any_greedy in (False, True):
-                draw_triton.draw(logits, column, column, whole, whole, any_greedy=any_greedy)
+        logits = torch.zeros(rows, vocabulary, dtype=dtype)
+        for any_greedy in (False, True):
+            draw_triton.draw(logits, column, column, whole, whole, any_greedy=any_greedy)
         state, stops = torch.zeros(FIELDS, rows, dtype=torch.int64), torch.zeros(2, 100, dtype=torch.uint8)
         drawn, ring = torch.zeros(3, rows, dtype=torch.float64), torch.zeros(4, 3, rows, dtype=torch.float64)
         draw_triton.advance(state, drawn, stops, ring, torch.zeros(1, dtype=torch.int64), rows)
