@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import json
 import os
 import platform
@@ -198,6 +199,24 @@ class DeviceMemory:
             self._process.terminate()
             self._process.wait()
             self._thread.join()
+
+
+def add_trl_options(parser: argparse.ArgumentParser) -> None:
+    """What makes TRL fast."""
+    parser.add_argument("--trl-weights", choices=("bfloat16", "float32"), help="default bfloat16, on a CPU float32")
+    parser.add_argument(
+        "--trl-liger",
+        action=argparse.BooleanOptionalAction,
+        help="liger-kernel; default on a GPU that has it",
+    )
+
+
+def resolve_trl_options(options: argparse.Namespace) -> None:
+    """The fastest that there is here, where nothing else is asked for. After ``resolve_device``."""
+    on_cpu = options.device == "cpu"
+    options.trl_weights = options.trl_weights or ("float32" if on_cpu else "bfloat16")
+    if options.trl_liger is None:
+        options.trl_liger = not on_cpu and importlib.util.find_spec("liger_kernel") is not None
 
 
 def require(package: str) -> None:

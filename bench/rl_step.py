@@ -14,7 +14,8 @@ Tandem is the command line itself, its seconds those of metrics.jsonl: bfloat16 
 the live engine, ratios against the sampler's own log-probs. TRL is GRPOTrainer with micro-batches of --trl-batch
 completions, no gradient checkpointing, no second scoring forward either (no importance sampling correction; beta 0),
 and with --trl-weights bfloat16 (default on a GPU: its fastest, and less exact, as its optimizer rounds too) or float32
-under autocast. Its vLLM is colocated, awake all the time, with CUDA graphs, without detokenizing. Rewards see text.
+under autocast; on a GPU with liger-kernel's layers, if they are installed (--no-trl-liger: without). Its vLLM is
+colocated, awake all the time, with CUDA graphs, without detokenizing. Rewards see text.
 
 "peak GB" is what torch allocated at most in the process, "GPU used" what nvidia-smi saw. --profile adds two steps
 to Tandem's that do not count, and traces from one reward to the next: a step's training and the next one's sampling.
@@ -37,7 +38,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Record, Row, arguments, measure, peak_gb, print_table, require, resolve_device, synchronize
+from common import (
+    Record,
+    Row,
+    add_trl_options,
+    arguments,
+    measure,
+    peak_gb,
+    print_table,
+    require,
+    resolve_device,
+    resolve_trl_options,
+    synchronize,
+)
 from models import SIZES, write_folder
 
 PHASES = ("sampling", "scoring", "training", "sync")
@@ -235,8 +248,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--slots", type=int, help="Tandem: completions decoded at once; default all")
     parser.add_argument("--tandem-flags", default="", help="more of Tandem's own, as one word")
     parser.add_argument("--trl-batch", type=int, default=64, help="TRL: completions of a micro-batch")
-    parser.add_argument("--trl-weights", choices=("bfloat16", "float32"), help="default bfloat16, on a CPU float32")
-    parser.add_argument("--trl-liger", action="store_true", help="TRL: liger-kernel's layers, where it is installed")
+    add_trl_options(parser)
     parser.add_argument("--vllm-memory-share", type=float, default=0.4)
     parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -245,7 +257,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     options.prompts = options.prompts or (32 if on_cpu else 64)
     options.prompt_tokens = options.prompt_tokens or (16 if on_cpu else 64)
     options.new_tokens = options.new_tokens or (32 if on_cpu else 256)
-    options.trl_weights = options.trl_weights or ("float32" if on_cpu else "bfloat16")
+    resolve_trl_options(options)
     if options.only is None:
         options.only = ["tandem", "trl-generate"] if on_cpu else list(SYSTEMS)
     if options.steps <= options.skip:

@@ -15,10 +15,11 @@ sequence's length; attention's causal half counts, what is computed twice does n
 
 sft-...: one pass over --sft-sequences random sequences whose lengths are log-normal (median 300, sigma 1, from 16 to
 4,096; on a CPU a sixteenth of that), --sft-batch to an optimizer step; tokens/s are of real tokens, all steps after
-the warm ones together. Tandem packs them to --token-budget. TRL has bfloat16 weights (--trl-weights), its fused head,
-no gradient checkpointing, and micro-batches of about --trl-tokens tokens: sft-trl-pack-flex and sft-trl-pack-sdpa
-pack (best fit, 4,096 to a row, as many tokens to an optimizer step), sft-trl-group pads samples of like length. Which
-is fastest depends on the machine: the best that ran is TRL's.
+the warm ones together. Tandem packs them to --token-budget. TRL has bfloat16 weights (--trl-weights), its fused head
+or, on a GPU and if they are installed, liger-kernel's layers (--no-trl-liger: without), no gradient checkpointing, and
+micro-batches of about --trl-tokens tokens: sft-trl-pack-flex and sft-trl-pack-sdpa pack (best fit, 4,096 to a row, as
+many tokens to an optimizer step), sft-trl-group pads samples of like length. Which is fastest depends on the machine:
+the best that ran is TRL's.
 
 gradients: relative error of the whole gradient, against float64 on the CPU, on a small model with sequences of several
 lengths: Tandem's, and that of transformers' own forward and backward in the same precision.
@@ -42,6 +43,7 @@ from common import (
     PEAK_FLOPS,
     Record,
     Row,
+    add_trl_options,
     arguments,
     measure,
     peak_gb,
@@ -49,6 +51,7 @@ from common import (
     profiled,
     require,
     resolve_device,
+    resolve_trl_options,
     seconds_of,
     synchronize,
 )
@@ -274,8 +277,7 @@ def main() -> None:
     parser.add_argument("--sft-sequences", type=int, help="default 1024, on a CPU 256")
     parser.add_argument("--sft-batch", type=int, default=64)
     parser.add_argument("--trl-tokens", type=int, help="of a micro-batch; default --token-budget")
-    parser.add_argument("--trl-weights", choices=("bfloat16", "float32"), help="default bfloat16, on a CPU float32")
-    parser.add_argument("--trl-liger", action="store_true", help="liger-kernel's layers, where it is installed")
+    add_trl_options(parser)
     options = parser.parse_args()
     options.device = resolve_device(options.device)
     on_cpu = options.device == "cpu"
@@ -283,7 +285,7 @@ def main() -> None:
     options.sequence = options.sequence or (128 if on_cpu else 1024)
     options.sft_sequences = options.sft_sequences or (256 if on_cpu else 1024)
     options.trl_tokens = options.trl_tokens or options.token_budget
-    options.trl_weights = options.trl_weights or ("float32" if on_cpu else "bfloat16")
+    resolve_trl_options(options)
     record = Record(options)
     measure(options, record, SYSTEMS)
     ours = next((r["tokens_per_second"] for r in record.rows if r["system"] == "sft-tandem" and "seconds" in r), None)
