@@ -315,6 +315,7 @@ def _append_attend(  # type: ignore[no-untyped-def]
 
     flat = row * heads + head
     where = flat[:, None] * SIZE + column[None, :]
+    result = acc / total[:, None]
     last = splits == 1
     if splits > 1:
         rows_heads = tl.num_programs(0) * heads
@@ -327,21 +328,28 @@ def _append_attend(  # type: ignore[no-untyped-def]
         counter = arrived + row * kv_heads + kv_head
         last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == splits - 1
         if last:
-            best = tl.full([GROUP_PADDED], float("-inf"), dtype=tl.float32)
-            total = tl.zeros([GROUP_PADDED], dtype=tl.float32)
-            acc = tl.zeros([GROUP_PADDED, PADDED], dtype=tl.float32)
-            for other in range(splits):
-                # Past the cache of this multiprocessor, which knows nothing of what others store.
-                line = other * rows_heads + flat
-                one_top = tl.load(top + line, mask=real_head, other=0.0, cache_modifier=".cg")
-                one_mass = tl.load(mass + line, mask=real_head, other=1.0, cache_modifier=".cg")
-                tile = other * part_size + where
-                one_part = tl.load(part + tile, mask=real, other=0.0, cache_modifier=".cg")
-                higher = tl.maximum(best, one_top)
-                fade, weight = tl.exp2(best - higher), tl.exp2(one_top - higher)
-                total = total * fade + one_mass * weight
-                acc = acc * fade[:, None] + one_part * weight[:, None]
-                best = higher
+            result = _join(part, top, mass, where, flat, real, real_head, part_size, rows_heads, splits)
             tl.store(counter, 0)
     if last:
-        tl.store(out + where, (acc / total[:, None]).to(out.dtype.element_ty), mask=real)
+        tl.store(out + where, result.to(out.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def _join(part, top, mass, where, flat, real, real_head, part_size, rows_heads, splits):  # type: ignore[no-untyped-def]
+    """What the parts of all splits make together."""
+    best = tl.full(flat.shape, float("-inf"), dtype=tl.float32)
+    total = tl.zeros(flat.shape, dtype=tl.float32)
+    acc = tl.zeros(where.shape, dtype=tl.float32)
+    for split in range(splits):
+        # Past the cache of this multiprocessor, which knows nothing of what others store.
+        line = split * rows_heads + flat
+        one_top = tl.load(top + line, mask=real_head, other=0.0, cache_modifier=".cg")
+        one_mass = tl.load(mass + line, mask=real_head, other=1.0, cache_modifier=".cg")
+        tile = split * part_size + where
+        one_part = tl.load(part + tile, mask=real, other=0.0, cache_modifier=".cg")
+        higher = tl.maximum(best, one_top)
+        fade, weight = tl.exp2(best - higher), tl.exp2(one_top - higher)
+        total = total * fade + one_mass * weight
+        acc = acc * fade[:, None] + one_part * weight[:, None]
+        best = higher
+    return acc / total[:, None]
