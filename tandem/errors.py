@@ -14,6 +14,13 @@ class UserError(Exception):
     """
 
 
+class RunFailure(UserError):
+    """What a run depends on has failed: a worker, a disk, a reward that is called. ``--resume`` goes on after it.
+
+    The command line exits with code 75 (``EX_TEMPFAIL`` of sysexits.h), so that a scheduler knows to start it again.
+    """
+
+
 class NonFiniteError(UserError):
     """A loss or a gradient is not finite. Raised before any parameter is touched by it."""
 

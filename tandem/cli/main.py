@@ -1,7 +1,8 @@
 """The ``tandem`` command: finds the subcommand, and turns whatever ends it into one line and an exit code.
 
 Exit codes: 0 done; 1 a bug (with its traceback); 2 something to put right outside Tandem, said in one line;
-130 stopped by Ctrl-C; 143 stopped by SIGTERM. ``TANDEM_DEBUG=1`` adds the traceback to any of them.
+75 something that the run depends on failed, and ``--resume`` goes on; 130 stopped by Ctrl-C; 143 stopped by SIGTERM.
+``TANDEM_DEBUG=1`` adds the traceback to any of them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from types import FrameType
 
 from tandem import __version__
 from tandem.config import suggest
-from tandem.errors import UserError
+from tandem.errors import RunFailure, UserError
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
             return code
     except UserError as error:
-        return _end(2, f"error: {' '.join(str(error).split())}")
+        return _end(75 if isinstance(error, RunFailure) else 2, f"error: {' '.join(str(error).split())}")
     except Terminated:
         return _end(143, "stopped by SIGTERM")
     except KeyboardInterrupt:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tandem.errors import NonFiniteError, UserError
+from tandem.errors import NonFiniteError, RunFailure, UserError
 from tandem.parallel.world import World, join
 from tandem.types import Outputs
 
@@ -126,7 +126,7 @@ def own_address() -> str:
 def raise_failure(result: Any, who: str) -> Any:
     """Raises the error that a worker sent, as it was raised there; passes anything else on."""
     if isinstance(result, Failure):
-        kind = NonFiniteError if result.kind == "NonFiniteError" else UserError
+        kind = {"NonFiniteError": NonFiniteError, "RunFailure": RunFailure}.get(result.kind, UserError)
         raise kind(result.message if kind is NonFiniteError else f"{who}: {result.message}")
     return result
 
