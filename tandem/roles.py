@@ -8,8 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
-import torch
-
+from tandem.lazy import torch
 from tandem.types import Aggregation, Batch, Completion, Group, Outputs, Request, Rollout, TokenLoss
 
 Metrics = dict[str, float]

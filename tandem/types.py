@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import Tensor
+from tandem.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 StopReason = Literal["eos", "length", "stop_string", "tool", "error"]
 Aggregation = Literal["token", "sequence", "constant"]
@@ -254,9 +257,9 @@ class Batch:
         changes: dict[str, Any] = {"bounds": bounds, "trainable_N": None}
         for f in fields(self):
             value = getattr(self, f.name)
-            if isinstance(value, Tensor) and f.name.endswith("_T"):
+            if isinstance(value, torch.Tensor) and f.name.endswith("_T"):
                 changes[f.name] = value[send(token_index, value.device)]
-            elif isinstance(value, Tensor) and f.name.endswith("_S"):
+            elif isinstance(value, torch.Tensor) and f.name.endswith("_S"):
                 changes[f.name] = value[send(segment_index, value.device)]
         return replace(self, **changes)
 
@@ -276,7 +279,7 @@ class Batch:
         moved: dict[str, Any] = {
             f.name: send(getattr(self, f.name), device)
             for f in fields(self)
-            if f.name not in _ON_THE_CPU and isinstance(getattr(self, f.name), Tensor)
+            if f.name not in _ON_THE_CPU and isinstance(getattr(self, f.name), torch.Tensor)
         }
         if self.trainable_T.device.type == "cpu":
             moved["trainable_N"] = send(self.trainable_T.nonzero().squeeze(-1), device)

@@ -29,8 +29,23 @@ def test_help_imports_nothing_heavy():
     assert loaded_by(code) == set()
 
 
-def test_config_and_sections_import_nothing_heavy():
-    assert loaded_by("import tandem.config, tandem.cli.sections") == set()
+def test_configs_import_nothing_heavy():
+    assert loaded_by("import tandem.config, tandem.cli.configs") == set()
+
+
+def test_help_of_every_command_and_a_mistyped_flag_load_no_torch_and_take_no_time():
+    """They loaded torch and transformers, 4 s each."""
+    code = """
+import time
+from tandem.cli.main import COMMANDS, main
+start = time.process_time()
+for name, command in COMMANDS.items():
+    assert main([name, "--help"]) == 0
+    if command.config:
+        assert main([name, "--stepz", "3"]) == 2
+assert time.process_time() - start < 4, time.process_time() - start
+"""
+    assert loaded_by(code) & {"torch", "transformers", "datasets", "pyarrow", "matplotlib"} == set()
 
 
 def test_public_names_exist_and_others_do_not():

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from tandem.functional.fields import required
 from tandem.functional.kl import kl_estimate
 from tandem.functional.policy import clipped_policy_loss, importance_ratio
 from tandem.functional.segments import segment_sum
+from tandem.lazy import torch
 from tandem.roles import Metrics
 from tandem.types import Batch, Outputs, TokenLoss
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def clipped_surrogate(

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from tandem.algorithms.clipped import add_kl_loss, clipped_surrogate, sampled_kl
 from tandem.errors import UserError, expect
@@ -17,8 +14,12 @@ from tandem.functional.kl import adaptive_kl_coef
 from tandem.functional.moments import Moments, merge, moments
 from tandem.functional.segments import segment_sum
 from tandem.functional.value import clipped_value_loss, explained_variance
+from tandem.lazy import torch
 from tandem.roles import Algorithm, Estimate, Metrics
 from tandem.types import Batch, Group, Outputs, TokenLoss
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)

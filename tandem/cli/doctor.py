@@ -9,16 +9,15 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tandem.algorithms.grpo import GRPO
 from tandem.cli.build import policy_trainer, require_engine, weight_source
+from tandem.cli.configs import DoctorConfig
 from tandem.cli.placing import Homes, Sampler
-from tandem.cli.sections import ClusterSection, EngineSection, ModelSection, PlacementSection, SamplingSection
-from tandem.config import PREFIXED, load_config
 from tandem.errors import UserError
 from tandem.models.forward import quiet_transformers
 from tandem.models.loading import load_tokenizer
@@ -27,36 +26,7 @@ from tandem.sync.bounds import LOGP_BOUNDS
 from tandem.training.optim import OptimParams
 from tandem.types import Completion, Request, SamplingParams
 
-PROMPTS, SAMPLES, NEW_TOKENS = 8, 4, 32
-
-
-@dataclass(frozen=True, kw_only=True)
-class DoctorModel(ModelSection):
-    """The model to try with."""
-
-    model: str = ""
-    """A Hugging Face folder, or a name on the hub. Empty: a tiny random model made for the occasion."""
-
-    def __post_init__(self) -> None:
-        if self.model:
-            super().__post_init__()
-
-
-@dataclass(frozen=True, kw_only=True)
-class DoctorConfig:
-    """Check that sampling and training fit together here: versions, devices, engine, weight sync, each with its time.
-
-    Starts the trainer and an engine as they are placed, samples, sets the trainer's weights to zero, pushes, checks
-    that the engine now draws at random, puts the weights back, pushes, and checks that all is as it was.
-    Example: tandem doctor
-    Example: tandem doctor --model ./base --engine.kind vllm --placement.actor 1 --placement.engine 1
-    """
-
-    model: DoctorModel = field(default_factory=DoctorModel)
-    sampling: SamplingSection = field(default_factory=lambda: SamplingSection(max_new_tokens=NEW_TOKENS))
-    placement: PlacementSection = field(default_factory=PlacementSection, metadata=PREFIXED)
-    engine: EngineSection = field(default_factory=EngineSection, metadata=PREFIXED)
-    cluster: ClusterSection = field(default_factory=ClusterSection, metadata=PREFIXED)
+PROMPTS, SAMPLES = 8, 4
 
 
 class Report:
@@ -234,9 +204,9 @@ def _tiny_model(folder: Path) -> str:
     return str(folder)
 
 
-def run(argv: list[str]) -> int:
+def run(config: DoctorConfig) -> int:
     """The command."""
     print("tandem doctor", flush=True)
-    check(load_config(DoctorConfig, argv, prog="tandem doctor"))
+    check(config)
     print("all checks passed", flush=True)
     return 0

@@ -2,24 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from tandem.algorithms.grpo import GRPO
-from tandem.cli.online import Online, OnlineConfig
-from tandem.config import load_config
-
-
-@dataclass(frozen=True, kw_only=True)
-class GRPOConfig(OnlineConfig):
-    """Improve a model against a reward with GRPO: the other samples of a prompt are the baseline.
-
-    Rows: prompt (a string or a list of messages); other columns go to the reward functions, as in TRL.
-    Example: tandem grpo --model runs/sft/model --reward check.py:right --data prompts.jsonl --out runs/grpo
-    --steps 200
-    """
-
-    algorithm: GRPO = field(default_factory=GRPO)
+from tandem.cli.configs import GRPOConfig
+from tandem.cli.online import Online
 
 
 def train(config: GRPOConfig) -> Path | None:
@@ -27,7 +13,7 @@ def train(config: GRPOConfig) -> Path | None:
     return Online(config, config.algorithm, None, "GRPO").run()
 
 
-def run(argv: list[str]) -> int:
+def run(config: GRPOConfig) -> int:
     """The command."""
-    train(load_config(GRPOConfig, argv, prog="tandem grpo"))
+    train(config)
     return 0

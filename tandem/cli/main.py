@@ -17,31 +17,46 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from types import FrameType
+from typing import Any
 
 from tandem import __version__
-from tandem.config import suggest
+from tandem.config import load_config, suggest
 from tandem.errors import RunFailure, UserError
 
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand. ``module`` has ``run(argv: list[str]) -> int`` and is imported only when it is called."""
+    """A subcommand: its flags are read into ``config``, and ``run(config) -> int`` of ``module`` does the work.
+
+    The module, which may need torch, is imported once the flags are known to be right.
+    """
 
     group: str
     module: str
     about: str
+    config: str | None
+    """A class of ``tandem.cli.configs``. None: ``run`` gets the words of the command line as they are."""
+
+    def read(self, name: str, words: list[str]) -> Any:
+        """What ``run`` is given. Raises UserError for a wrong flag, and SystemExit after ``--help``."""
+        if self.config is None:
+            return words
+        return load_config(getattr(import_module("tandem.cli.configs"), self.config), words, prog=f"tandem {name}")
 
 
+START, OFFLINE, ONLINE = "Start here", "Train on a dataset", "Train on samples"
 COMMANDS = {
-    "quickstart": Command("Start here", "tandem.cli.quickstart", "SFT, a reward model and PPO in miniature, on a CPU"),
-    "doctor": Command(
-        "Start here", "tandem.cli.doctor", "check that devices, engine and weight sync work, and how fast"
+    "quickstart": Command(
+        START, "tandem.cli.quickstart", "SFT, a reward model and PPO in miniature, on a CPU", "QuickstartConfig"
     ),
-    "launch": Command("Start here", "tandem.cli.launch", "a loop of your own in several local processes"),
-    "sft": Command("Train on a dataset", "tandem.cli.sft", "supervised fine-tuning on demonstrations"),
-    "rm": Command("Train on a dataset", "tandem.cli.rm", "a reward model from preference pairs"),
-    "ppo": Command("Train on samples", "tandem.cli.ppo", "PPO with a critic and a KL penalty to a reference"),
-    "grpo": Command("Train on samples", "tandem.cli.grpo", "GRPO: each sample against the others of its prompt"),
+    "doctor": Command(
+        START, "tandem.cli.doctor", "check that devices, engine and weight sync work, and how fast", "DoctorConfig"
+    ),
+    "launch": Command(START, "tandem.cli.launch", "a loop of your own in several local processes", None),
+    "sft": Command(OFFLINE, "tandem.cli.sft", "supervised fine-tuning on demonstrations", "SFTConfig"),
+    "rm": Command(OFFLINE, "tandem.cli.rm", "a reward model from preference pairs", "RMConfig"),
+    "ppo": Command(ONLINE, "tandem.cli.ppo", "PPO with a critic and a KL penalty to a reference", "PPOConfig"),
+    "grpo": Command(ONLINE, "tandem.cli.grpo", "GRPO: each sample against the others of its prompt", "GRPOConfig"),
 }
 
 EXAMPLES = """\
@@ -92,8 +107,10 @@ def _dispatch(argv: list[str]) -> int:
         return 0
     if name not in COMMANDS:
         raise UserError(f"no command {name!r}{suggest(name, COMMANDS)}")
+    command = COMMANDS[name]
     try:
-        return import_module(COMMANDS[name].module).run(rest)
+        given = command.read(name, rest)
+        return import_module(command.module).run(given)
     except SystemExit as stop:
         # --help of a subcommand ends this way.
         return stop.code if isinstance(stop.code, int) else 0

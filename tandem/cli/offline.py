@@ -5,20 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from tandem.cli.configs import OfflineConfig
 from tandem.cli.placing import Homes
-from tandem.cli.sections import (
-    ClusterSection,
-    DataSection,
-    EngineSection,
-    ModelSection,
-    OptimSection,
-    RunSection,
-    TrainerPlacement,
-)
+from tandem.cli.sections import EngineSection
 from tandem.cli.wiring import (
     check_out,
     describe_counts,
@@ -28,11 +21,10 @@ from tandem.cli.wiring import (
     print_plan,
     session,
 )
-from tandem.config import PREFIXED
 from tandem.data.order import Order
 from tandem.data.rows import Rows
 from tandem.data.tokenize import Counts
-from tandem.errors import UserError, expect
+from tandem.errors import UserError
 from tandem.models.loading import load_tokenizer
 from tandem.roles import Metrics
 from tandem.schedules.offline import Offline, OfflineRoles
@@ -42,30 +34,6 @@ from tandem.workers.process import Build
 from tandem.workers.torchrun import Ranks, joined, launched
 
 Example = TypeVar("Example")
-
-
-@dataclass(frozen=True, kw_only=True)
-class OfflineSection:
-    """How a fixed dataset is gone through."""
-
-    batch_size: int = 32
-    """Rows in an optimizer step, over all devices."""
-
-    def __post_init__(self) -> None:
-        expect(self, "1 or more", lambda value: value >= 1, "batch_size")
-
-
-@dataclass(frozen=True, kw_only=True)
-class OfflineConfig:
-    """What every offline command's config has."""
-
-    run: RunSection
-    model: ModelSection
-    data: DataSection
-    optim: OptimSection
-    offline: OfflineSection
-    placement: TrainerPlacement = field(default_factory=TrainerPlacement, metadata=PREFIXED)
-    cluster: ClusterSection = field(default_factory=ClusterSection, metadata=PREFIXED)
 
 
 @dataclass(frozen=True, kw_only=True)

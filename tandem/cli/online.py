@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tandem.cli.build import (
     policy_trainer,
@@ -16,18 +16,8 @@ from tandem.cli.build import (
     reward_scorer,
     scalar_trainer,
 )
+from tandem.cli.configs import CriticSection, OnlineConfig
 from tandem.cli.placing import Homes, Sampler
-from tandem.cli.sections import (
-    ClusterSection,
-    DataSection,
-    EngineSection,
-    ModelSection,
-    OptimSection,
-    PlacementSection,
-    RewardSection,
-    RunSection,
-    SamplingSection,
-)
 from tandem.cli.wiring import (
     check_out,
     describe_counts,
@@ -38,11 +28,10 @@ from tandem.cli.wiring import (
     session,
     tokenizing,
 )
-from tandem.config import PREFIXED
 from tandem.data.order import Order
 from tandem.data.rows import Rows
 from tandem.data.tokenize import Counts, build_prompts
-from tandem.errors import UserError, expect
+from tandem.errors import UserError
 from tandem.models.loading import load_tokenizer
 from tandem.rewards.function import load_reward
 from tandem.rewards.model import RewardModel, require_same_tokenizer, same_tokenizer
@@ -52,54 +41,6 @@ from tandem.rollout.sampling import Judge, sample_groups
 from tandem.schedules.sync import OnlineRoles, Sync
 from tandem.types import Group, Prompt, SamplingParams
 from tandem.workers.process import Build
-
-
-@dataclass(frozen=True, kw_only=True)
-class OnlineSection:
-    """How a step's samples are trained on, and judged when held out."""
-
-    reference: str | None = None
-    """Folder of the frozen reference that the KL is taken to. None: the model as it was at the start."""
-    epochs: int = 1
-    """Times that a step's samples are gone through."""
-    minibatches: int = 1
-    """Optimizer steps in one epoch."""
-    old_logp: Literal["sampler", "trainer"] = "sampler"
-    """What ratios are taken against: the sampler's log-probs, or the trainer's own from a forward more."""
-    eval_reward: tuple[str, ...] = ()
-    """FILE.py:function that judges samples of --eval-data and is never trained on. Empty: the training rewards."""
-
-    def __post_init__(self) -> None:
-        expect(self, "1 or more", lambda value: value >= 1, "epochs", "minibatches")
-
-
-@dataclass(frozen=True, kw_only=True)
-class OnlineConfig:
-    """What every online command's config has. The command adds ``algorithm``, and its critic where it has one."""
-
-    run: RunSection
-    model: ModelSection
-    data: DataSection
-    optim: OptimSection
-    sampling: SamplingSection
-    reward: RewardSection
-    online: OnlineSection = field(default_factory=OnlineSection)
-    placement: PlacementSection = field(default_factory=PlacementSection, metadata=PREFIXED)
-    engine: EngineSection = field(default_factory=EngineSection, metadata=PREFIXED)
-    cluster: ClusterSection = field(default_factory=ClusterSection, metadata=PREFIXED)
-
-
-@dataclass(frozen=True, kw_only=True)
-class CriticSection:
-    """The critic of an algorithm that has one."""
-
-    critic: str | None = None
-    """Folder it starts from. None: the reward model, or without one the model with a head that says 0."""
-    critic_learning_rate: float | None = None
-    """Its learning rate. None: --learning-rate."""
-
-    def __post_init__(self) -> None:
-        expect(self, "more than 0", lambda value: value > 0, "critic_learning_rate")
 
 
 class Online:

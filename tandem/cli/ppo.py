@@ -2,25 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from tandem.algorithms.ppo import PPO
-from tandem.cli.online import CriticSection, Online, OnlineConfig
-from tandem.config import load_config
-
-
-@dataclass(frozen=True, kw_only=True)
-class PPOConfig(OnlineConfig):
-    """Improve a model against a reward with PPO: actor, critic, and a frozen reference for the KL.
-
-    Rows: prompt (a string or a list of messages); other columns go to the reward functions, as in TRL.
-    Example: tandem ppo --model runs/sft/model --reward-model runs/rm/model --data prompts.jsonl --out runs/ppo
-    --steps 200
-    """
-
-    critic: CriticSection = field(default_factory=CriticSection)
-    algorithm: PPO = field(default_factory=PPO)
+from tandem.cli.configs import PPOConfig
+from tandem.cli.online import Online
 
 
 def train(config: PPOConfig) -> Path | None:
@@ -28,7 +13,7 @@ def train(config: PPOConfig) -> Path | None:
     return Online(config, config.algorithm, config.critic, "PPO").run()
 
 
-def run(argv: list[str]) -> int:
+def run(config: PPOConfig) -> int:
     """The command."""
-    train(load_config(PPOConfig, argv, prog="tandem ppo"))
+    train(config)
     return 0

@@ -13,7 +13,6 @@ import random
 import shutil
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,16 @@ import torch
 
 from tandem.algorithms.ppo import PPO
 from tandem.cli import ppo, rm, sft
-from tandem.cli.offline import OfflineSection
-from tandem.cli.online import CriticSection, OnlineSection
+from tandem.cli.configs import (
+    CriticSection,
+    OfflineSection,
+    OnlineSection,
+    PPOConfig,
+    QuickstartConfig,
+    RMConfig,
+    SFTConfig,
+)
 from tandem.cli.sections import DataSection, ModelSection, OptimSection, RewardSection, RunSection, SamplingSection
-from tandem.config import load_config
 from tandem.data.rows import Rows
 from tandem.data.tokenize import build_prompts
 from tandem.engines.live import LiveEngine
@@ -43,27 +48,9 @@ CONTENTS = {"base", "data", "sft", "reward_model", "ppo", "summary.json", "curve
 GOLD = "tandem.tasks.letters:reward"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Section:
-    """Where the quickstart goes and what it starts from."""
-
-    out: str = "runs/quickstart"
-    """Folder for everything it makes. An earlier quickstart in it is replaced."""
-    seed: int = 0
-    """The model's first weights, the data and every sample follow from it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class QuickstartConfig:
-    """SFT, a reward model and PPO on a task that is made on the spot, in about a minute and a half on two cores."""
-
-    quickstart: Section = field(default_factory=Section)
-
-
-def run(argv: list[str]) -> int:
+def run(config: QuickstartConfig) -> int:
     """The command."""
-    section = load_config(QuickstartConfig, argv, prog="tandem quickstart").quickstart
-    quickstart(Path(section.out), section.seed)
+    quickstart(Path(config.quickstart.out), config.quickstart.seed)
     return 0
 
 
@@ -88,7 +75,7 @@ def quickstart(out: Path, seed: int) -> dict[str, Any]:
 def imitate_people(out: Path, seed: int) -> Path:
     """Stage 1, SFT: imitate imperfect people, for so long that there is room to improve."""
     data = write_rows(out / "data" / "demonstrations.jsonl", letters.demonstrations(4096, seed))
-    config = sft.SFTConfig(
+    config = SFTConfig(
         run=stage(out / "sft", seed, steps=100),
         model=ModelSection(model=str(out / "base")),
         data=DataSection(data=data),
@@ -102,7 +89,7 @@ def learn_preferences(out: Path, seed: int, sft_model: Path) -> Path:
     """Stage 2, a reward model: which of two answers people prefer, most of them that model's own."""
     train = comparisons(sft_model, 1400, seed, split="train")
     heldout = comparisons(sft_model, 300, seed, split="heldout")
-    config = rm.RMConfig(
+    config = RMConfig(
         run=stage(out / "reward_model", seed, steps=500),
         model=ModelSection(model=str(sft_model)),
         data=DataSection(
@@ -120,7 +107,7 @@ def improve(out: Path, seed: int, sft_model: Path, reward_model: Path) -> Path:
     """Stage 3, PPO: sample, let the reward model judge, improve. The checker only measures, on held-out prompts."""
     train = ({"prompt": prompt} for prompt in letters.prompts(4096, seed))
     heldout = ({"prompt": prompt} for prompt in letters.prompts(512, seed, split="heldout"))
-    config = ppo.PPOConfig(
+    config = PPOConfig(
         run=stage(out / "ppo", seed, steps=40),
         model=ModelSection(model=str(sft_model)),
         data=DataSection(

@@ -3,32 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tandem.cli.build import scalar_trainer
-from tandem.cli.offline import OfflineConfig, OfflineMethod, run_offline
+from tandem.cli.configs import RMConfig
+from tandem.cli.offline import OfflineMethod, run_offline
 from tandem.cli.wiring import tokenizing
-from tandem.config import load_config
 from tandem.data.packing import pack_pairs, stamp_pair_weights
 from tandem.data.rows import Rows
 from tandem.data.tokenize import Counts, build_pairs
-from tandem.objectives.reward import RewardModeling
 from tandem.types import Batch, PreferencePair
-
-
-@dataclass(frozen=True, kw_only=True)
-class RMConfig(OfflineConfig):
-    """Train a reward model on preference pairs.
-
-    Rows: chosen and rejected, with prompt or with the prompt at the start of both (strings or lists of messages),
-    as in TRL; an optional margin. The model gets one scalar head named 'score'.
-    Example: tandem rm --model runs/sft/model --data pairs.jsonl --out runs/rm --steps 500 --learning-rate 1e-5
-    """
-
-    objective: RewardModeling = field(default_factory=RewardModeling)
 
 
 def train(config: RMConfig) -> Path | None:
@@ -59,7 +45,7 @@ def train(config: RMConfig) -> Path | None:
     return run_offline(config, method)
 
 
-def run(argv: list[str]) -> int:
+def run(config: RMConfig) -> int:
     """The command."""
-    train(load_config(RMConfig, argv, prog="tandem rm"))
+    train(config)
     return 0

@@ -3,40 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tandem.cli.build import policy_trainer
-from tandem.cli.offline import OfflineConfig, OfflineMethod, run_offline
+from tandem.cli.configs import SFTConfig
+from tandem.cli.offline import OfflineMethod, run_offline
 from tandem.cli.wiring import tokenizing
-from tandem.config import load_config
 from tandem.data.packing import pack, stamp_weights
 from tandem.data.rows import Rows
 from tandem.data.tokenize import Counts, build_sequences
-from tandem.objectives.sft import SFT
 from tandem.types import Batch, Sequence
-
-
-@dataclass(frozen=True, kw_only=True)
-class SFTSection:
-    """What of a row is learned."""
-
-    train_on: Literal["completion", "all"] = "completion"
-    """The completion or the assistant's turns only, or every token. Rows with only 'text' are learned whole."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SFTConfig(OfflineConfig):
-    """Fine-tune a causal LM on demonstrations.
-
-    Rows: text, messages, or prompt and completion (strings or lists of messages), as in TRL.
-    Example: tandem sft --model ./base --data demos.jsonl --out runs/sft --steps 500 --learning-rate 1e-5
-    """
-
-    sft: SFTSection = field(default_factory=SFTSection)
-    objective: SFT = field(default_factory=SFT)
 
 
 def train(config: SFTConfig) -> Path | None:
@@ -68,7 +46,7 @@ def train(config: SFTConfig) -> Path | None:
     return run_offline(config, method)
 
 
-def run(argv: list[str]) -> int:
+def run(config: SFTConfig) -> int:
     """The command."""
-    train(load_config(SFTConfig, argv, prog="tandem sft"))
+    train(config)
     return 0

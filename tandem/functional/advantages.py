@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from tandem.functional.segments import segment_sum
+from tandem.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-@torch.no_grad()
 def gae(
     reward_T: Tensor, value_T: Tensor, trainable_T: Tensor, bounds: Tensor, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
@@ -23,22 +24,23 @@ def gae(
 
     All [T], ``trainable_T`` bool, ``bounds`` int64 [S + 1]. Returns advantage_T and return_T, 0 where not trainable.
     """
-    count_S = segment_sum(trainable_T.float(), bounds).long()
-    if count_S.sum() == 0:
-        return torch.zeros_like(value_T), torch.zeros_like(value_T)
-    # Trainable tokens only, one row a segment, padded on the right with zeros: an absorbing state of value 0.
-    real_SL = torch.arange(int(count_S.max()), device=value_T.device) < count_S[:, None]
-    reward_SL = value_T.new_zeros(real_SL.shape).masked_scatter(real_SL, reward_T[trainable_T].to(value_T.dtype))
-    value_SL = value_T.new_zeros(real_SL.shape).masked_scatter(real_SL, value_T[trainable_T])
-    advantage_SL = torch.zeros_like(value_SL)
-    next_value_S = next_advantage_S = value_T.new_zeros(count_S.shape)
-    for t in reversed(range(real_SL.shape[1])):
-        delta_S = reward_SL[:, t] + gamma * next_value_S - value_SL[:, t]
-        next_advantage_S = delta_S + gamma * lam * next_advantage_S
-        next_value_S = value_SL[:, t]
-        advantage_SL[:, t] = next_advantage_S
-    advantage_T = torch.zeros_like(value_T).masked_scatter(trainable_T, advantage_SL[real_SL])
-    return advantage_T, (advantage_T + value_T) * trainable_T
+    with torch.no_grad():
+        count_S = segment_sum(trainable_T.float(), bounds).long()
+        if count_S.sum() == 0:
+            return torch.zeros_like(value_T), torch.zeros_like(value_T)
+        # Trainable tokens only, one row a segment, padded on the right with zeros: an absorbing state of value 0.
+        real_SL = torch.arange(int(count_S.max()), device=value_T.device) < count_S[:, None]
+        reward_SL = value_T.new_zeros(real_SL.shape).masked_scatter(real_SL, reward_T[trainable_T].to(value_T.dtype))
+        value_SL = value_T.new_zeros(real_SL.shape).masked_scatter(real_SL, value_T[trainable_T])
+        advantage_SL = torch.zeros_like(value_SL)
+        next_value_S = next_advantage_S = value_T.new_zeros(count_S.shape)
+        for t in reversed(range(real_SL.shape[1])):
+            delta_S = reward_SL[:, t] + gamma * next_value_S - value_SL[:, t]
+            next_advantage_S = delta_S + gamma * lam * next_advantage_S
+            next_value_S = value_SL[:, t]
+            advantage_SL[:, t] = next_advantage_S
+        advantage_T = torch.zeros_like(value_T).masked_scatter(trainable_T, advantage_SL[real_SL])
+        return advantage_T, (advantage_T + value_T) * trainable_T
 
 
 def whiten(x_T: Tensor, mask_T: Tensor) -> Tensor:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 KLKind = Literal["k1", "k2", "k3"]
 MAX_EXPONENT = 20.0

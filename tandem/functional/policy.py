@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from tandem.functional.kl import MAX_EXPONENT
+from tandem.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def importance_ratio(logp_T: Tensor, old_logp_T: Tensor) -> Tensor:

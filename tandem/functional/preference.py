@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+from tandem.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def reward_pair_loss(chosen_P: Tensor, rejected_P: Tensor, margin_P: Tensor | float = 0.0) -> Tensor:
@@ -11,4 +15,4 @@ def reward_pair_loss(chosen_P: Tensor, rejected_P: Tensor, margin_P: Tensor | fl
 
     InstructGPT, arXiv:2203.02155, eq. 1; the margin is that of Llama 2, arXiv:2307.09288, eq. 2.
     """
-    return -F.logsigmoid(chosen_P - rejected_P - margin_P)
+    return -torch.nn.functional.logsigmoid(chosen_P - rejected_P - margin_P)

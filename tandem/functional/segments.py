@@ -6,9 +6,14 @@ the order of its tokens, so a result does not depend on what the segment is pack
 
 from __future__ import annotations
 
-from torch import Tensor, segment_reduce
+from typing import TYPE_CHECKING
+
+from tandem.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def segment_sum(x_T: Tensor, bounds: Tensor) -> Tensor:
     """Sum of each segment, [S], in the dtype of ``x_T``."""
-    return segment_reduce(x_T, "sum", offsets=bounds.to(x_T.device), initial=0)
+    return torch.segment_reduce(x_T, "sum", offsets=bounds.to(x_T.device), initial=0)

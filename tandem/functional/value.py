@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+from tandem.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def clipped_value_loss(

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from tandem.functional.fields import required
 from tandem.functional.preference import reward_pair_loss
+from tandem.lazy import torch
 from tandem.roles import Objective
 from tandem.types import Batch, Outputs, TokenLoss
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ def probe(monkeypatch):
     """A subcommand named ``probe`` whose behavior the test sets as ``probe.run``."""
     module = ModuleType("tandem_probe")
     monkeypatch.setitem(sys.modules, "tandem_probe", module)
-    monkeypatch.setitem(shell.COMMANDS, "probe", shell.Command("Tests", "tandem_probe", "a test's own command"))
+    monkeypatch.setitem(shell.COMMANDS, "probe", shell.Command("Tests", "tandem_probe", "a test's own command", None))
     return module
 
 

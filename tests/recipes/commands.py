@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 import shlex
 from dataclasses import fields, is_dataclass
-from importlib import import_module
 from typing import Any, get_type_hints
 
 import pytest
 
-from tandem.cli import launch
+from tandem.cli import configs, launch
 from tandem.cli.main import COMMANDS
 from tandem.config import load_config
 from tandem.errors import UserError
@@ -44,14 +43,8 @@ def code_blocks(markdown: str) -> str:
 
 
 def config_class(command: str) -> Any:
-    """The config that a command loads: the one dataclass of its module that is named ``...Config`` and is its own."""
-    module = import_module(COMMANDS[command].module)
-    (cls,) = (
-        value
-        for name, value in vars(module).items()
-        if name.endswith("Config") and is_dataclass(value) and value.__module__ == module.__name__
-    )
-    return cls
+    """The config that a command loads."""
+    return getattr(configs, COMMANDS[command].config)
 
 
 def parse(words: list[str], monkeypatch: pytest.MonkeyPatch, folder: Any) -> None:
