@@ -25,6 +25,11 @@ class NonFiniteError(UserError):
     """A loss or a gradient is not finite. Raised before any parameter is touched by it."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error of somebody else's says, to go into a message of ours; its class if nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def expect(section: Any, wanted: str, ok: Callable[[Any], bool], *keys: str) -> None:
     """Checks keys of a config section or knobs of an algorithm.
 

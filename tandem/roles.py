@@ -19,13 +19,8 @@ LossFn = Callable[[Outputs, Batch], TokenLoss]
 class Engine(Protocol):
     """Samples completions."""
 
-    def generate(
-        self, requests: Seq[Request], on_finish: Callable[[int, int, Completion], None] | None = None
-    ) -> list[list[Completion]]:
-        """One list a request, one completion a seed, in the order asked for.
-
-        ``on_finish(request, sample, completion)`` is called as each one ends, in whatever order they end.
-        """
+    def generate(self, requests: Seq[Request]) -> list[list[Completion]]:
+        """One list a request, one completion a seed, in the order asked for."""
         ...
 
 

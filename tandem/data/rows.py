@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tandem.errors import UserError
+from tandem.errors import UserError, first_line
 
 Row = dict[str, Any]
 Place = tuple[str, int]
@@ -143,11 +143,11 @@ def _read_bytes(file: Path) -> bytes:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from error
 
 
-def _decode(data: bytes, file: Path, first_line: int = 1) -> str:
+def _decode(data: bytes, file: Path, number: int = 1) -> str:
     try:
-        return data.decode("utf-8-sig" if first_line == 1 else "utf-8")
+        return data.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        line = first_line + data.count(b"\n", 0, error.start)
+        line = number + data.count(b"\n", 0, error.start)
         raise UserError(f"{file}:{line}: not UTF-8 (byte 0x{data[error.start]:02x}); save the file as UTF-8") from error
 
 
@@ -198,7 +198,7 @@ def _read_parquet(file: Path) -> Iterator[tuple[int, Any]]:
     try:
         table = pyarrow.parquet.ParquetFile(file).read()
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{file}: not a readable parquet file: {_first_line(error)}") from error
+        raise UserError(f"{file}: not a readable parquet file: {first_line(error)}") from error
     yield from enumerate(table.to_pylist(), start=1)
 
 
@@ -208,7 +208,7 @@ def _read_saved_dataset(folder: Path, split: str) -> Rows:
     try:
         dataset = datasets.load_from_disk(str(folder))
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: not a readable saved dataset: {_first_line(error)}") from error
+        raise UserError(f"{folder}: not a readable saved dataset: {first_line(error)}") from error
     if isinstance(dataset, datasets.DatasetDict):
         if split not in dataset:
             raise UserError(f"{folder}: no split {split!r}; splits present: {', '.join(map(repr, dataset))}")
@@ -224,10 +224,6 @@ def _read_hub(source: str, split: str) -> Rows:
         dataset = datasets.load_dataset(name, config or None, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
-            f"{source}: no such file, and not loadable as a hub dataset (split {split!r}): {_first_line(error)}"
+            f"{source}: no such file, and not loadable as a hub dataset (split {split!r}): {first_line(error)}"
         ) from error
     return Rows(dataset.to_list(), source=f"{source}[{split}]")
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -24,7 +24,6 @@ from tandem.types import Completion, Request, SamplingParams
 log = logging.getLogger("tandem")
 Way = Literal["auto", "captured", "slots", "padded"]
 CacheDtype = Literal["auto", "fp8"]
-OnFinish = Callable[[int, int, Completion], None]
 
 
 class LiveEngine:
@@ -117,20 +116,17 @@ class LiveEngine:
         device: torch.device = self.module.get_input_embeddings().weight.device
         return device
 
-    def generate(self, requests: Seq[Request], on_finish: OnFinish | None = None) -> list[list[Completion]]:
+    def generate(self, requests: Seq[Request]) -> list[list[Completion]]:
         """One list a request, one completion a seed, in the order asked for.
 
-        ``on_finish(request, sample, completion)`` is called as each one ends. Raises UserError, and names the
-        request, for an empty or too long prompt, ids outside the vocabulary and logits that are not finite.
+        Raises UserError, and names the request, for an empty or too long prompt, ids outside the vocabulary and
+        logits that are not finite.
         """
         samples = self._samples(requests)
         results: list[dict[int, Completion]] = [{} for _ in requests]
 
         def finish(sample: Sample) -> None:
-            completion = sample.completion(self.version())
-            results[sample.request][sample.index] = completion
-            if on_finish is not None:
-                on_finish(sample.request, sample.index, completion)
+            results[sample.request][sample.index] = sample.completion(self.version())
 
         if samples:
             params = [requests[s.request].sampling for s in samples]

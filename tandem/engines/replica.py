@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 import torch
@@ -16,8 +15,6 @@ from tandem.sync.checksum import Checked, checksum
 from tandem.sync.links import Link
 from tandem.sync.receiver import Receiver
 from tandem.types import Completion, Request, Sequence
-
-OnFinish = Callable[[int, int, Completion], None]
 
 
 class ReplicaEngine:
@@ -47,8 +44,8 @@ class ReplicaEngine:
             version=lambda: self.version,
         )
 
-    def generate(self, requests: Seq[Request], on_finish: OnFinish | None = None) -> list[list[Completion]]:
-        return self.live.generate(requests, on_finish)
+    def generate(self, requests: Seq[Request]) -> list[list[Completion]]:
+        return self.live.generate(requests)
 
     @torch.no_grad()
     def logprobs(self, sequences: Seq[Seq[int]]) -> list[list[float]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from typing import Any, Literal
 
@@ -11,14 +11,13 @@ from tandem.engines.samples import StopRule, check_request
 from tandem.engines.vllm_checksums import combine
 from tandem.engines.vllm_setup import check_vllm, close_vllm, eos_ids, on_cpu, start_vllm
 from tandem.engines.vllm_stepper import Ended, Job, Stepper
-from tandem.errors import UserError
+from tandem.errors import UserError, first_line
 from tandem.sync.checksum import Checked
 from tandem.sync.links import Link
 from tandem.types import Completion, Request, SamplingParams, StopReason
 
 __all__ = ["VLLMEngine", "check_vllm"]
 
-OnFinish = Callable[[int, int, Completion], None]
 TEMPERATURES = (0.01, 2.0)
 """vLLM changes or refuses others but 0."""
 
@@ -85,12 +84,12 @@ class VLLMEngine:
         """Why the weights cannot be used before another push."""
         self._closed = False
 
-    def generate(self, requests: Seq[Request], on_finish: OnFinish | None = None) -> list[list[Completion]]:
+    def generate(self, requests: Seq[Request]) -> list[list[Completion]]:
         """One list a request, one completion a seed, in the order asked for.
 
-        ``on_finish(request, sample, completion)`` is called in this thread as each one ends. With truncation,
-        ``untruncated_logp`` is NaN: vLLM does not report it. Raises UserError, and names the request, for one that
-        cannot be sampled and for logits that are not finite; and whatever vLLM fails with, in every waiting call.
+        With truncation, ``untruncated_logp`` is NaN: vLLM does not report it. Raises UserError, and names the request,
+        for one that cannot be sampled and for logits that are not finite; and whatever vLLM fails with, in every
+        waiting call.
         """
         rules = {request.sampling: self._rule(request.sampling) for request in requests}
         jobs: list[Job] = []
@@ -106,10 +105,8 @@ class VLLMEngine:
         def end(index: int, ended: Ended) -> None:
             number, sample = places[index]
             sampling = requests[number].sampling
-            completion = _completion(ended, sampling, rules[sampling], f"request {number}, sample {sample}")
-            results[number][sample] = completion
-            if on_finish is not None:
-                on_finish(number, sample, completion)
+            where = f"request {number}, sample {sample}"
+            results[number][sample] = _completion(ended, sampling, rules[sampling], where)
 
         self._stepper.run(jobs, end)
         return [[done[i] for i in range(len(done))] for done in results]
@@ -285,8 +282,9 @@ class VLLMEngine:
 def _sync_error(error: Exception, version: int) -> UserError:
     if isinstance(error, UserError):
         return error
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return UserError(f"weight sync: the push of version {version} failed: {reason}; connect again and push anew")
+    return UserError(
+        f"weight sync: the push of version {version} failed: {first_line(error)}; connect again and push anew"
+    )
 
 
 def _prompt(token_ids: Seq[int]) -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tandem.engines.vllm_checksums import Shard
 from tandem.engines.vllm_copies import Copies, RecordingCopies
-from tandem.errors import UserError
+from tandem.errors import UserError, first_line
 from tandem.sync.checksum import add, checksum
 
 Bucket = list[tuple[str, Tensor]]
@@ -88,9 +88,9 @@ def _load(model: Any, bucket: Bucket) -> None:
         model.load_weights(bucket)
     except Exception as error:
         names = bucket[0][0] if len(bucket) == 1 else f"{bucket[0][0]} to {bucket[-1][0]}"
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"weight sync: vLLM's {type(model).__name__} cannot load {names}: {reason}; is it the trainer's model?"
+            f"weight sync: vLLM's {type(model).__name__} cannot load {names}: {first_line(error)}; "
+            "is it the trainer's model?"
         ) from error
 
 

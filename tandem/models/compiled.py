@@ -12,6 +12,8 @@ from torch._dynamo import config as dynamo_config
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch._inductor import config as inductor_config
 
+from tandem.errors import first_line
+
 log = logging.getLogger("tandem")
 GRAPHS = 64
 """Most graphs of one layer class in a process: models, kinds of layer, with and without gradient, one segment."""
@@ -49,8 +51,7 @@ class Blocks:
                 return self.compiled[plain](layer, *arguments, **options)
         except (TorchDynamoException, FailOnRecompileLimitHit) as error:
             self.working = False
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            log.warning("%s: its layers run uncompiled (slower): %s", self.name, reason)
+            log.warning("%s: its layers run uncompiled (slower): %s", self.name, first_line(error))
             return plain(layer, *arguments, **options)
 
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from tandem.errors import UserError
+from tandem.errors import UserError, first_line
 from tandem.kernels.products import speed_up_linears
 from tandem.models.forward import LoadedModel, quiet_transformers
 from tandem.models.probe import probe_forward
@@ -130,6 +130,5 @@ def _readable_errors(source: str | Path, what: str) -> Iterator[None]:
         with quiet_transformers():
             yield
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         where = "in that folder" if looks_local else "no folder of that name here, and not on the hub"
-        raise UserError(f"{source}: cannot load a {what} ({where}): {first}") from error
+        raise UserError(f"{source}: cannot load a {what} ({where}): {first_line(error)}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -21,7 +20,6 @@ def sample_groups(
     samples_per_prompt: int,
     seed: int,
     step: int,
-    on_finish: Callable[[int, int, Completion], None] | None = None,
 ) -> list[Group]:
     """Samples every prompt ``samples_per_prompt`` times.
 
@@ -38,7 +36,7 @@ def sample_groups(
         )
         for place, prompt in enumerate(prompts)
     ]
-    completions = engine.generate(requests, on_finish)
+    completions = engine.generate(requests)
     return [
         Group(prompt=prompt, rollouts=[_rollout(prompt, i, c) for i, c in enumerate(samples)])
         for prompt, samples in zip(prompts, completions, strict=True)

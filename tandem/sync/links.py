@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 
-from tandem.errors import UserError
+from tandem.errors import UserError, first_line
 from tandem.sync.plan import Plan
 
 Transport = Literal["nccl", "gloo", "ipc"]
@@ -73,7 +73,7 @@ def open_store(link: Link) -> dist.TCPStore:
             link.host, link.port, is_master=link.rank == 0, timeout=link.timeout, wait_for_workers=False
         )
     except (dist.DistError, RuntimeError) as error:
-        raise UserError(f"weight sync: no answer from {link.host}:{link.port} ({_first_line(error)})") from error
+        raise UserError(f"weight sync: no answer from {link.host}:{link.port} ({first_line(error)})") from error
 
 
 def open_channel(link: Link, store: dist.TCPStore, device: torch.device) -> Channel:
@@ -163,7 +163,3 @@ def _rebuild(handle: Any, device: torch.device) -> Tensor:
     arguments = list(arguments)
     arguments[6] = device.index if device.index is not None else torch.cuda.current_device()
     return function(*arguments)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

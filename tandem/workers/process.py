@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tandem.errors import NonFiniteError, RunFailure, UserError
+from tandem.errors import NonFiniteError, RunFailure, UserError, first_line
 from tandem.parallel.world import World, join
 from tandem.types import Outputs
 
@@ -94,7 +94,7 @@ class WorkerProcess:
         except UserError as error:
             return Failure(type(error).__name__, str(error))
         except torch.OutOfMemoryError as error:
-            return Failure("UserError", f"out of GPU memory: {str(error).splitlines()[0]}")
+            return Failure("UserError", f"out of GPU memory: {first_line(error)}")
         return None if quiet else to_cpu(result)
 
     def close(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,8 +13,6 @@ from tandem.parallel.shares import divide
 from tandem.roles import Metrics
 from tandem.types import Batch, Completion, Outputs, Request
 from tandem.workers.group import WorkerGroup
-
-OnFinish = Callable[[int, int, Completion], None]
 
 
 class Calls(Protocol):
@@ -84,8 +82,8 @@ class DividedEngine:
     def __init__(self, group: WorkerGroup, role: str) -> None:
         self.group, self.role = group, role
 
-    def generate(self, requests: Seq[Request], on_finish: OnFinish | None = None) -> list[list[Completion]]:
-        """One list a request, in the order asked for. ``on_finish`` is called when all are done."""
+    def generate(self, requests: Seq[Request]) -> list[list[Completion]]:
+        """One list a request, in the order asked for."""
         if not requests:
             return []
         shares = divide([_load(request) for request in requests], self.group.size)
@@ -94,8 +92,6 @@ class DividedEngine:
         for share, part in zip(shares, parts, strict=True):
             for i, completions in zip(share, part, strict=True):
                 results[i] = completions
-        if on_finish is not None:
-            _tell(results, range(len(requests)), on_finish)
         return results
 
 
@@ -111,7 +107,7 @@ class BalancedEngine:
     CALLS = 4
     """Calls on their way to one engine."""
 
-    def generate(self, requests: Seq[Request], on_finish: OnFinish | None = None) -> list[list[Completion]]:
+    def generate(self, requests: Seq[Request]) -> list[list[Completion]]:
         """One list a request, in the order asked for."""
         waiting = iter(self._chunks(requests))
         results: list[list[Completion]] = [[] for _ in requests]
@@ -126,9 +122,6 @@ class BalancedEngine:
                 part = self.group.one(rank, self.role, "generate", [requests[i] for i in chunk])
                 for i, completions in zip(chunk, part, strict=True):
                     results[i] = completions
-                if on_finish is not None:
-                    with lock:
-                        _tell(results, chunk, on_finish)
 
         with ThreadPoolExecutor(self.group.size * self.CALLS) as pool:
             # Rank by rank, so that few requests are spread over all engines.
@@ -155,9 +148,3 @@ class BalancedEngine:
 def _load(request: Request) -> int:
     """Tokens that a request may cost."""
     return len(request.prompt_ids) + len(request.seeds) * request.sampling.max_new_tokens
-
-
-def _tell(results: list[list[Completion]], numbers: Seq[int], on_finish: OnFinish) -> None:
-    for number in numbers:
-        for sample, completion in enumerate(results[number]):
-            on_finish(number, sample, completion)

@@ -7,14 +7,13 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from typing import Protocol
 
-from tandem.errors import UserError
+from tandem.errors import UserError, first_line
 from tandem.roles import Engine, Metrics
 from tandem.types import Completion, Request
 from tandem.workers.group import WorkerDied, WorkerGroup
 from tandem.workers.homes import WorkersEnd
 
 log = logging.getLogger("tandem")
-OnFinish = Callable[[int, int, Completion], None]
 
 
 class Parked(Protocol):
@@ -58,7 +57,7 @@ class TakingTurns:
         self.metrics: Metrics = {}
         engines.call("sleep")
 
-    def generate(self, requests: Seq[Request], on_finish: OnFinish | None = None) -> list[list[Completion]]:
+    def generate(self, requests: Seq[Request]) -> list[list[Completion]]:
         """As the engine's own, with weights as they are now."""
         for other in self.others:
             other.park(weights=False)
@@ -69,7 +68,7 @@ class TakingTurns:
             other.park(weights=True)
         self.engines.call("wake", "cache")
         self.link.prove(version)
-        completions = self.engine.generate(requests, on_finish)
+        completions = self.engine.generate(requests)
         self.metrics |= {f"engine_{name}": value for name, value in self.engines.call("memory").items()}
         self.engines.call("sleep")
         for other in self.others:
@@ -98,13 +97,13 @@ class RestartingOnce:
         self.engine, self.group, self.refill = engine, group, refill
         self.restarted = False
 
-    def generate(self, requests: Seq[Request], on_finish: OnFinish | None = None) -> list[list[Completion]]:
+    def generate(self, requests: Seq[Request]) -> list[list[Completion]]:
         """As the engine's own. Raises UserError where a process dies a second time."""
         try:
-            return self.engine.generate(requests, on_finish)
+            return self.engine.generate(requests)
         except WorkerDied as error:
             self._restart(error)
-            return self.engine.generate(requests, on_finish)
+            return self.engine.generate(requests)
 
     def guard(self, push: Callable[[int], Metrics]) -> Callable[[int], Metrics]:
         """``push``, for engines that may have died since they sampled: most of a step goes by meanwhile."""
@@ -124,6 +123,6 @@ class RestartingOnce:
             raise UserError(f"{error} (it was restarted once already)") from None
         self.restarted = True
         for rank in self.group.dead():
-            log.warning("%s rank %d is started again: %s", self.group.name, rank, str(error).splitlines()[0])
+            log.warning("%s rank %d is started again: %s", self.group.name, rank, first_line(error))
             self.group.restart(rank)
         self.refill()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from tandem.engines.vllm import VLLMEngine
 from tandem.errors import UserError
 from tandem.roles import Engine
 from tandem.sync.plan import Plan, TensorSpec, plan_of
-from tandem.types import Completion, Request, SamplingParams
+from tandem.types import Request, SamplingParams
 
 SLOTS = 4
 MAX_LENGTH = 100
@@ -148,14 +149,16 @@ def test_ends_at_a_stop_string_and_cuts_the_text_before_it(engine):
     assert make_tokenizer().decode(completion.token_ids).endswith(stop)
 
 
-def test_on_finish_sees_every_sample_once(engine):
-    seen: dict[tuple[int, int], Completion] = {}
+def test_samples_come_back_in_the_order_asked_for(engine):
+    lengths = (12, 2, 7)
     requests = [
-        Request(prompt_ids=(5 + i,), seeds=(1, 2, 3), sampling=SamplingParams(max_new_tokens=2 + 5 * i))
-        for i in range(3)
+        Request(prompt_ids=(5 + i,), seeds=(1, 2, 3), sampling=SamplingParams(max_new_tokens=n))
+        for i, n in enumerate(lengths)
     ]
-    results = engine.generate(requests, lambda request, index, completion: seen.update({(request, index): completion}))
-    assert seen == {(r, s): c for r, row in enumerate(results) for s, c in enumerate(row)}
+    results = engine.generate(requests)
+    assert [len(row) for row in results] == [3] * 3
+    for n, row in zip(lengths, results, strict=True):
+        assert all(len(c.token_ids) == n or (c.stop == "eos" and len(c.token_ids) < n) for c in row)
     assert engine.generate([]) == []
     assert engine.generate([Request(prompt_ids=(5,), seeds=(), sampling=SamplingParams(max_new_tokens=1))]) == [[]]
 
@@ -187,6 +190,24 @@ def test_calls_of_many_threads_share_the_engine(engine):
     }
 
 
+@contextmanager
+def interrupted(engine: VLLMEngine, when_one_ends: Callable[[int], None]) -> Iterator[None]:
+    """Calls ``when_one_ends`` with a sample's number, between two steps, as each of this thread's samples ends."""
+    run, thread = engine._stepper.run, threading.get_ident()
+
+    def running(jobs: Any, end: Callable[[int, Any], None]) -> None:
+        def ended(number: int, found: Any) -> None:
+            end(number, found)
+            if threading.get_ident() == thread:
+                when_one_ends(number)
+
+        run(jobs, ended)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine._stepper, "run", running)
+        yield
+
+
 def test_a_later_call_joins_the_running_batch(engine):
     """The short call, which starts inside the long one, ends before it."""
     order: list[str] = []
@@ -196,26 +217,26 @@ def test_a_later_call_joins_the_running_batch(engine):
         sample(engine, (1,), max_new_tokens=1)
         order.append("short")
 
-    def finish(request: int, index: int, completion: Completion) -> None:
+    def meanwhile(number: int) -> None:
         if not inner:
             inner.append(threading.Thread(target=short))
             inner[0].start()
             inner[0].join()
-        order.append(f"long {len(completion.token_ids)}")
+        order.append(f"long {number}")
 
     sampling = [SamplingParams(max_new_tokens=n, temperature=0.0) for n in (1, 60)]
-    engine.generate([Request(prompt_ids=PROMPT, seeds=(0,), sampling=s) for s in sampling], finish)
-    assert order[0] == "short"
-    assert order[1] == "long 1"
+    with interrupted(engine, meanwhile):
+        engine.generate([Request(prompt_ids=PROMPT, seeds=(0,), sampling=s) for s in sampling])
+    assert order == ["short", "long 0", "long 1"]
 
 
-def test_a_callback_that_fails_ends_its_call_alone(engine):
-    def fail(request: int, index: int, completion: Completion) -> None:
+def test_a_call_that_fails_in_the_middle_leaves_nothing_behind(engine):
+    def fail(number: int) -> None:
         raise ZeroDivisionError
 
     request = Request(prompt_ids=PROMPT, seeds=tuple(range(9)), sampling=SamplingParams(max_new_tokens=50))
-    with pytest.raises(ZeroDivisionError):
-        engine.generate([request], fail)
+    with interrupted(engine, fail), pytest.raises(ZeroDivisionError):
+        engine.generate([request])
     assert engine._engine.get_num_unfinished_requests() == 0
     assert sample(engine, max_new_tokens=3)[0].stop == "length"
 
@@ -266,15 +287,16 @@ def test_weights_change_between_two_steps_of_running_samples(engine, module):
     pusher = pusher_of(engine, other)
     engine.version = 0
 
-    def finish(request: int, index: int, completion: Completion) -> None:
-        if request == 0:
+    def push(number: int) -> None:
+        if number == 0:
             pusher.push(1)
 
     requests = [
         Request(prompt_ids=PROMPT, seeds=(1,), sampling=SamplingParams(max_new_tokens=n, temperature=t))
         for n, t in ((10, 1.0), (40, 1.0))
     ]
-    short, long = (row[0] for row in engine.generate(requests, finish))
+    with interrupted(engine, push):
+        short, long = (row[0] for row in engine.generate(requests))
     assert (short.version_min, short.version_max, long.version_min, long.version_max) == (0, 0, 0, 1)
     old = reference_logp(module, PROMPT, long.token_ids)
     new = reference_logp(other, PROMPT, long.token_ids)
