@@ -25,6 +25,18 @@ Message = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a model can read. None: without a limit."""
+
+    positions: int | None = None
+    """Tokens of a whole sequence."""
+    vocabulary: int | None = None
+    """Rows of its embedding: token ids are below it."""
+    whose: str = "the model"
+    """The folder or hub name that has these limits, for messages."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How tokens are drawn. Logits are divided by ``temperature`` first, then truncated.
 

@@ -25,11 +25,12 @@ from tandem.data.order import Order
 from tandem.data.rows import Rows
 from tandem.data.tokenize import Counts
 from tandem.errors import UserError
+from tandem.models.limits import read_limits
 from tandem.models.loading import load_tokenizer
 from tandem.roles import Metrics
 from tandem.schedules.offline import Offline, OfflineRoles
 from tandem.training.optim import OptimParams
-from tandem.types import Batch
+from tandem.types import Batch, Limits
 from tandem.workers.process import Build
 from tandem.workers.torchrun import Ranks, joined, launched
 
@@ -43,8 +44,8 @@ class OfflineMethod(Generic[Example]):
     title: str
     build: Callable[[OptimParams], Build]
     """Makes the trainer where it will live."""
-    load_examples: Callable[[Rows, Any], tuple[Seq[Example], Counts]]
-    """(rows, tokenizer) → examples, and how many rows were read, truncated and dropped."""
+    load_examples: Callable[[Rows, Any, Seq[Limits]], tuple[Seq[Example], Counts]]
+    """(rows, tokenizer, limits of the models) → examples, and how many rows were read, truncated and dropped."""
     batch: Callable[[Seq[Example]], Batch]
     """Packed, with its weights stamped."""
 
@@ -72,10 +73,11 @@ def _drive(
     check_out(config.run)
     rows, eval_rows = load_data(config.data)
     tokenizer = load_tokenizer(config.model.model, trust_remote_code=config.model.trust_remote_code)
-    examples, counts = method.load_examples(rows, tokenizer)
+    limits = [read_limits(config.model.model, trust_remote_code=config.model.trust_remote_code)]
+    examples, counts = method.load_examples(rows, tokenizer, limits)
     held_out: Seq[Any] = ()
     if eval_rows is not None:
-        held_out, _ = method.load_examples(eval_rows, tokenizer)
+        held_out, _ = method.load_examples(eval_rows, tokenizer, limits)
     order = Order(len(examples), config.run.seed)
     with opening as homes:
         trainer = homes.place("actor", method.build(optim_params(config.optim, total_steps=config.run.steps)))

@@ -32,6 +32,7 @@ from tandem.data.order import Order
 from tandem.data.rows import Rows
 from tandem.data.tokenize import Counts, build_prompts
 from tandem.errors import UserError
+from tandem.models.limits import read_limits
 from tandem.models.loading import load_tokenizer
 from tandem.rewards.function import load_reward
 from tandem.rewards.model import RewardModel, require_same_tokenizer, same_tokenizer
@@ -39,7 +40,7 @@ from tandem.roles import Algorithm, Metrics, Reward, Trainer
 from tandem.rollout.prepare import Preparation, rollout_metrics
 from tandem.rollout.sampling import Judge, sample_groups
 from tandem.schedules.sync import OnlineRoles, Sync
-from tandem.types import Group, Prompt, SamplingParams
+from tandem.types import Group, Limits, Prompt, SamplingParams
 from tandem.workers.process import Build
 
 
@@ -218,7 +219,25 @@ class Online:
     def _tokenize(self, rows: Rows) -> tuple[list[Prompt], Counts]:
         data = self.config.data
         with tokenizing(rows) as on_progress:
-            return build_prompts(rows, self.tokenizer, data.max_length, data.long_rows, on_progress=on_progress)
+            return build_prompts(
+                rows,
+                self.tokenizer,
+                data.max_length,
+                data.long_rows,
+                limits=self._limits(),
+                max_new_tokens=self.config.sampling.max_new_tokens,
+                on_progress=on_progress,
+            )
+
+    def _limits(self) -> list[Limits]:
+        """Of the engine, and of every model that reads the policy's token ids."""
+        code = self.config.model.trust_remote_code
+        limits = [
+            read_limits(source, trust_remote_code=code)
+            for role, source in self._sources().items()
+            if role != "reward" or same_tokenizer(self.tokenizer, self._load_tokenizer(source))
+        ]
+        return [*limits, Limits(positions=self.config.engine.max_length, whose="the engine (engine.max_length)")]
 
     def _uses(self, homes: Homes, models: dict[str, Any]) -> dict[str, str]:
         sampling, engine = self.config.sampling, self.config.engine

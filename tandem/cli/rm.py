@@ -14,16 +14,16 @@ from tandem.cli.wiring import tokenizing
 from tandem.data.packing import pack_pairs, stamp_pair_weights
 from tandem.data.rows import Rows
 from tandem.data.tokenize import Counts, build_pairs
-from tandem.types import Batch, PreferencePair
+from tandem.types import Batch, Limits, PreferencePair
 
 
 def train(config: RMConfig) -> Path | None:
     """Trains and returns the folder of the reward model; None after a dry run."""
 
-    def examples(rows: Rows, tokenizer: Any) -> tuple[list[PreferencePair], Counts]:
+    def examples(rows: Rows, tokenizer: Any, limits: Seq[Limits]) -> tuple[list[PreferencePair], Counts]:
         data = config.data
         with tokenizing(rows) as on_progress:
-            return build_pairs(rows, tokenizer, data.max_length, data.long_rows, on_progress=on_progress)
+            return build_pairs(rows, tokenizer, data.max_length, data.long_rows, limits=limits, on_progress=on_progress)
 
     def batch(pairs: Seq[PreferencePair]) -> Batch:
         return stamp_pair_weights(pack_pairs(pairs))

@@ -14,13 +14,13 @@ from tandem.cli.wiring import tokenizing
 from tandem.data.packing import pack, stamp_weights
 from tandem.data.rows import Rows
 from tandem.data.tokenize import Counts, build_sequences
-from tandem.types import Batch, Sequence
+from tandem.types import Batch, Limits, Sequence
 
 
 def train(config: SFTConfig) -> Path | None:
     """Fine-tunes and returns the folder of the trained model; None after a dry run."""
 
-    def examples(rows: Rows, tokenizer: Any) -> tuple[list[Sequence], Counts]:
+    def examples(rows: Rows, tokenizer: Any, limits: Seq[Limits]) -> tuple[list[Sequence], Counts]:
         data = config.data
         with tokenizing(rows) as on_progress:
             return build_sequences(
@@ -29,6 +29,7 @@ def train(config: SFTConfig) -> Path | None:
                 data.max_length,
                 data.long_rows,
                 train_on=config.sft.train_on,
+                limits=limits,
                 on_progress=on_progress,
             )
 

@@ -16,9 +16,10 @@ from typing import Any, Literal, TypeVar
 from tandem.data import formats
 from tandem.data.chat import conversation_pieces, marked_answers, marks_answers, render_prompt
 from tandem.data.order import content_hash
+from tandem.data.room import Room
 from tandem.data.rows import Row, Rows
 from tandem.errors import UserError
-from tandem.types import PreferencePair, Prompt, Sequence
+from tandem.types import Limits, PreferencePair, Prompt, Sequence
 
 TrainOn = Literal["completion", "all"]
 TooLong = Literal["refuse", "truncate", "drop"]
@@ -155,12 +156,16 @@ def build_prompts(
     max_prompt_tokens: int | None = None,
     long_prompts: TooLong = "refuse",
     *,
+    limits: Seq[Limits] = (),
+    max_new_tokens: int = 0,
     on_progress: OnProgress | None = None,
 ) -> tuple[list[Prompt], Counts]:
     """Prompts with unique ids: a content hash, and ``#2``, ``#3``, … where the same prompt comes again.
 
-    Raises UserError with the row's file and line: for a malformed row, and for a prompt of more than
-    ``max_prompt_tokens`` tokens where ``long_prompts`` is ``refuse``; also where no row is left.
+    A prompt is too long where it has more than ``max_prompt_tokens`` tokens, or where ``max_new_tokens`` after it go
+    beyond the positions of one of ``limits``, of the models that read it. Raises UserError with the row's file and
+    line: for a malformed row, a token id that a model does not have, and a prompt that is too long where
+    ``long_prompts`` is ``refuse``; also where no row is left.
     """
 
     def cut(prompt: Prompt, limit: int) -> Prompt:
@@ -171,9 +176,9 @@ def build_prompts(
     prompts, counts = _build(
         rows,
         lambda row: prompt_of(row, tokenizer),
-        lambda prompt: len(prompt.token_ids),
+        lambda prompt: [prompt.token_ids],
         cut,
-        max_prompt_tokens,
+        Room(max_prompt_tokens, limits, max_new_tokens),
         long_prompts,
         on_progress,
     )
@@ -192,9 +197,10 @@ def build_sequences(
     long_rows: TooLong = "refuse",
     *,
     train_on: TrainOn = "completion",
+    limits: Seq[Limits] = (),
     on_progress: OnProgress | None = None,
 ) -> tuple[list[Sequence], Counts]:
-    """SFT sequences of at most ``max_length`` tokens. Raises UserError as ``build_prompts`` does."""
+    """SFT sequences of at most ``max_length`` tokens, within ``limits``. Raises UserError as ``build_prompts`` does."""
 
     def cut(sequence: Sequence, limit: int) -> Sequence:
         return _cut_sequence(sequence, len(sequence.token_ids) - limit, tokenizer)
@@ -202,9 +208,9 @@ def build_sequences(
     return _build(
         rows,
         lambda row: sft_sequence(row, tokenizer, train_on=train_on),
-        lambda sequence: len(sequence.token_ids),
+        lambda sequence: [sequence.token_ids],
         cut,
-        max_length,
+        Room(max_length, limits),
         long_rows,
         on_progress,
     )
@@ -216,34 +222,36 @@ def build_pairs(
     max_length: int | None = None,
     long_rows: TooLong = "refuse",
     *,
+    limits: Seq[Limits] = (),
     on_progress: OnProgress | None = None,
 ) -> tuple[list[PreferencePair], Counts]:
-    """Preference pairs whose longer sequence has at most ``max_length`` tokens. Raises UserError as above.
+    """Preference pairs whose longer sequence has at most ``max_length`` tokens, within ``limits``. Raises as above.
 
     Truncation cuts both prompts alike, so that the two answers are still to the same question; a pair whose answers
     leave no room for any of the prompt is dropped.
     """
 
-    def length(pair: PreferencePair) -> int:
-        return max(len(pair.chosen.token_ids), len(pair.rejected.token_ids))
+    def texts(pair: PreferencePair) -> list[Seq[int]]:
+        return [pair.chosen.token_ids, pair.rejected.token_ids]
 
     def cut(pair: PreferencePair, limit: int) -> PreferencePair | None:
-        excess = length(pair) - limit
+        excess = max(map(len, texts(pair))) - limit
         prompt_length = pair.chosen.trainable.index(True)
         if excess >= prompt_length - _front(pair.chosen.token_ids, tokenizer):
             return None
         chosen, rejected = (_cut_sequence(s, excess, tokenizer) for s in (pair.chosen, pair.rejected))
         return replace(pair, chosen=chosen, rejected=rejected)
 
-    return _build(rows, lambda row: preference_pair(row, tokenizer), length, cut, max_length, long_rows, on_progress)
+    room = Room(max_length, limits)
+    return _build(rows, lambda row: preference_pair(row, tokenizer), texts, cut, room, long_rows, on_progress)
 
 
 def _build(
     rows: Rows,
     make: Callable[[Row], T],
-    length: Callable[[T], int],
+    texts: Callable[[T], list[Seq[int]]],
     cut: Callable[[T, int], T | None],
-    limit: int | None,
+    room: Room,
     too_long: TooLong,
     on_progress: OnProgress | None,
 ) -> tuple[list[T], Counts]:
@@ -252,14 +260,15 @@ def _build(
     for index in range(len(rows)):
         with rows.at(index) as row:
             item: T | None = make(row)
-            if item is not None and limit is not None and length(item) > limit:
-                if too_long == "refuse":
-                    raise UserError(
-                        f"{length(item)} tokens, more than the limit of {limit}; raise the limit, or choose to "
-                        "truncate or to drop long rows"
-                    )
-                item = cut(item, limit) if too_long == "truncate" else None
-                counts["truncated"] += item is not None
+            if item is not None:
+                for token_ids in texts(item):
+                    room.check_ids(token_ids)
+                length = max(map(len, texts(item)))
+                if room.limit is not None and length > room.limit:
+                    if too_long == "refuse":
+                        raise UserError(room.explain(length))
+                    item = cut(item, room.limit) if too_long == "truncate" else None
+                    counts["truncated"] += item is not None
         if item is None:
             counts["dropped"] += 1
         else:
@@ -268,7 +277,9 @@ def _build(
             on_progress(index + 1, len(rows))
     counts["kept"] = len(items)
     if not items:
-        raise UserError(f"{rows.source}: all {len(rows)} rows are longer than the limit of {limit} tokens; raise it")
+        raise UserError(
+            f"{rows.source}: all {len(rows)} rows are longer than the limit of {room.limit} tokens; raise it"
+        )
     return items, counts
 
 

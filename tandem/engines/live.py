@@ -19,6 +19,7 @@ from tandem.engines.sampler import Sampler
 from tandem.engines.samples import Sample, StopRule, check_request
 from tandem.errors import UserError
 from tandem.kernels.available import has_triton
+from tandem.models.limits import limits_of
 from tandem.types import Completion, Request, SamplingParams
 
 log = logging.getLogger("tandem")
@@ -153,7 +154,7 @@ class LiveEngine:
 
     def _limit(self) -> tuple[int | None, str]:
         """Most tokens of a sequence, and who says so."""
-        positions = getattr(self.module.config.get_text_config(), "max_position_embeddings", None)
+        positions = limits_of(self.module.config).positions
         limits = [(positions, "the model's max_position_embeddings"), (self.max_length, "the engine's max_length")]
         return min(((n, name) for n, name in limits if n), default=(None, ""))
 

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tandem.engines.replica import ReplicaEngine
 from tandem.errors import UserError
 from tandem.loop.given import GivenModel, Shapes
+from tandem.models.limits import limits_of
 from tandem.models.loading import load_causal
 from tandem.sync.push import PushParams, WeightPush
 from tandem.sync.source import WeightSource
@@ -84,7 +85,7 @@ class InProcess:
         )
         self.engine = ReplicaEngine(model, max_slots=params.max_slots, max_length=params.max_length)
         self.shapes: Shapes = {name: tuple(p.shape) for name, p in self.engine.parameters.items()}
-        self.limit = _positions(model.module.config)
+        self.limit = limits_of(model.module.config).positions
         self.device = params.device
         self.filled = False
 
@@ -116,7 +117,7 @@ class InChild:
         self.params = params
         config = AutoConfig.from_pretrained(params.model, trust_remote_code=params.trust_remote_code)
         self.shapes: Shapes = shapes_of(config, params.trust_remote_code)
-        self.limit = _positions(config)
+        self.limit = limits_of(config).positions
         gpu = str(torch.cuda.get_device_properties(params.device).uuid) if params.device.type == "cuda" else None
         self.child = Child(name, gpu=gpu, deadline_s=params.deadline_s)
         self.push: WeightPush | None = None
@@ -233,10 +234,6 @@ def shapes_of(config: Any, trust_remote_code: bool) -> Shapes:
     with torch.device("meta"):
         module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     return {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
-
-
-def _positions(config: Any) -> int | None:
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def build_vllm(site: Site, params: EngineParams) -> Any:

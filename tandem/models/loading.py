@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from tandem.errors import UserError, first_line
+from tandem.errors import UserError
 from tandem.kernels.products import speed_up_linears
-from tandem.models.forward import LoadedModel, quiet_transformers
+from tandem.models.folder import located, readable_errors
+from tandem.models.forward import LoadedModel
 from tandem.models.probe import probe_forward
+from tandem.models.weights import load_whole, require_finite
 from tandem.seeds import derive_seed
 
 log = logging.getLogger("tandem")
 Dtype = Literal["float32", "bfloat16"]
+_STARTS = {"zero": "at 0", "random": "at random numbers drawn from the seed"}
 
 
 def pick_device(name: str) -> torch.device:
@@ -30,16 +30,20 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"--device {name}: not a device; use auto, cpu or cuda") from None
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: not a device that Tandem computes on; use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {name}: torch sees no GPU here; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: torch sees {torch.cuda.device_count()} GPUs here, counted from 0")
     return device
 
 
 def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a model folder or hub name. Raises UserError where there is none or it has no EOS token."""
-    with _readable_errors(source, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=trust_remote_code)
+    with readable_errors(source, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(located(source), trust_remote_code=trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise UserError(f"{source}: the tokenizer has no end-of-sequence token; set eos_token in its config")
     if tokenizer.pad_token_id is None:
@@ -53,14 +57,21 @@ def load_causal(
     """A causal LM with its tokenizer.
 
     Weights are loaded in float32, and cast to ``dtype`` by the trainer, scorer or engine that takes the model over: a
-    trainer keeps float32 masters of them. Raises UserError where the folder or name holds no causal LM.
+    trainer keeps float32 masters of them. Raises UserError where the folder or name holds no causal LM (a reward
+    model's holds none), or not each of its tensors, or numbers that are not finite.
     """
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
-    with _readable_errors(source, "causal language model"):
-        module = AutoModelForCausalLM.from_pretrained(
-            str(source), dtype=torch.float32, trust_remote_code=trust_remote_code
+    with readable_errors(source, "causal language model"):
+        config = AutoConfig.from_pretrained(located(source), trust_remote_code=trust_remote_code)
+    if kind := next((name for name in config.architectures or () if name.endswith("ForSequenceClassification")), None):
+        raise UserError(
+            f"{source}: a {kind}, which is a reward model or a critic without a language-model head; give the folder "
+            "of a causal language model"
         )
-    return prepare_module(module, tokenizer, dtype=dtype, device=device)
+    module, _ = load_whole(
+        AutoModelForCausalLM, source, what="causal language model", trust_remote_code=trust_remote_code
+    )
+    return _prepare_loaded(module, source, tokenizer, dtype, device)
 
 
 def load_scalar(
@@ -76,30 +87,36 @@ def load_scalar(
 
     A causal LM's folder has no such head: ``new_head`` says what to do then. ``zero`` starts a critic at value 0,
     ``random`` draws N(0, 1 / (hidden + 1)) (Stiennon et al., arXiv:2009.01325, appendix B), ``refuse`` raises
-    UserError, since a reward model without a trained head rewards nothing in particular.
+    UserError, since a reward model without a trained head rewards nothing in particular. A new head is said in a
+    line. Raises UserError also where any other tensor is missing, and for numbers that are not finite.
     """
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
-    with _readable_errors(source, "model"):
-        config = AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code)
-        config.num_labels = 1
-        config.pad_token_id = tokenizer.pad_token_id
-        module, info = AutoModelForSequenceClassification.from_pretrained(
-            str(source),
-            config=config,
-            dtype=torch.float32,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
+    module, lacking = load_whole(
+        AutoModelForSequenceClassification,
+        source,
+        what="model",
+        trust_remote_code=trust_remote_code,
+        new="score",
+        config_changes={"num_labels": 1, "pad_token_id": tokenizer.pad_token_id},
+    )
     head = getattr(module, "score", None)
     if not isinstance(head, nn.Linear):
         raise UserError(f"{source}: {type(module).__name__} has no linear head named 'score'; use a decoder model")
-    if any(name.startswith("score.") for name in info["missing_keys"]):
+    if lacking:
         if new_head == "refuse":
             raise UserError(f"{source}: no trained 'score' head in it; give a reward model (make one with tandem rm)")
+        log.warning("%s: no 'score' head in it, so a new one starts %s", source, _STARTS[new_head])
         generator = torch.Generator().manual_seed(derive_seed(seed, "score head"))
         std = 0.0 if new_head == "zero" else (head.in_features + 1) ** -0.5
         with torch.no_grad():
             head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * std)
+    return _prepare_loaded(module, source, tokenizer, dtype, device)
+
+
+def _prepare_loaded(module: Any, source: str | Path, tokenizer: Any, dtype: Dtype, device: str) -> LoadedModel:
+    # On its device, where a look at every number takes the least time, and before a probe that NaN would fail.
+    module.to(pick_device(device))
+    require_finite(module, source)
     return prepare_module(module, tokenizer, dtype=dtype, device=device)
 
 
@@ -114,21 +131,3 @@ def prepare_module(module: Any, tokenizer: Any, *, dtype: Dtype = "float32", dev
     if reason := probe_forward(model):
         log.warning("%s: %s", type(module).__name__, reason)
     return model
-
-
-@contextmanager
-def _readable_errors(source: str | Path, what: str) -> Iterator[None]:
-    """One line instead of the several screens that transformers prints for a wrong name."""
-    path = Path(source)
-    looks_local = path.is_absolute() or str(source).startswith((".", "~")) or path.exists()
-    if looks_local and not path.is_dir():
-        raise UserError(f"no model folder {source}")
-    if looks_local and not (path / "config.json").is_file():
-        raise UserError(f"{source}: no config.json in it, so it is no Hugging Face model folder")
-    try:
-        # "Some weights were newly initialized" is said by load_scalar in its own way, or is an error there.
-        with quiet_transformers():
-            yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        where = "in that folder" if looks_local else "no folder of that name here, and not on the hub"
-        raise UserError(f"{source}: cannot load a {what} ({where}): {first_line(error)}") from error

@@ -68,3 +68,9 @@ def test_errors_name_what_is_missing(tmp_path, model_folder):
         load_causal(model_folder)
     with pytest.raises(UserError, match="--device nonsense"):
         pick_device("nonsense")
+
+
+@pytest.mark.parametrize("name", ["mps", "meta", "xpu:0", "cuda:99", "nonsense"])
+def test_devices_that_cannot_be_computed_on(name):
+    with pytest.raises(UserError, match=rf"^--device {name}: "):
+        pick_device(name)

@@ -1,0 +1,61 @@
+"""Where a model lies, and one line about what is wrong with its folder."""
+
+from __future__ import annotations
+
+import difflib
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from tandem.errors import UserError, first_line
+from tandem.models.forward import quiet_transformers
+
+WRONG_FILES = (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, IndexError, EOFError)
+"""What transformers and torch raise for a folder's damaged or foreign files, besides classes of their own."""
+
+
+def located(source: str | Path) -> str:
+    """The folder with ``~`` resolved, or the hub name as it is."""
+    return str(Path(source).expanduser()) if str(source).startswith("~") else str(source)
+
+
+@contextmanager
+def readable_errors(source: str | Path, what: str) -> Iterator[None]:
+    """One line instead of the several screens that transformers prints for a wrong name or a damaged file."""
+    path = Path(located(source))
+    looks_local = path.is_absolute() or str(source).startswith(".") or path.exists()
+    if looks_local and not path.is_dir():
+        raise UserError(f"no model folder {source}{_nearest(path)}")
+    if looks_local and not (path / "config.json").is_file():
+        raise UserError(f"{source}: {_no_model(path)}")
+    try:
+        # "Some weights were newly initialized" is an error, or is said in our own words.
+        with quiet_transformers():
+            yield
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{source}: its .bin weights are damaged or hold more than tensors, and torch refuses to read them; "
+            "give safetensors"
+        ) from error
+    except (*WRONG_FILES, SafetensorError) as error:
+        where = "in that folder" if looks_local else f"no folder of that name here{_nearest(path)}, and not on the hub"
+        raise UserError(f"{source}: cannot load a {what} ({where}): {first_line(error)}") from error
+
+
+def _no_model(path: Path) -> str:
+    """Why a folder without a config.json is no model, and which one is meant."""
+    if (path / "model" / "config.json").is_file():
+        return f"the folder of a run, not of a model; did you mean {path / 'model'}?"
+    if (path / "checkpoints").is_dir():
+        return "the folder of a run that has not finished, so it holds no model yet; go on with it: --resume"
+    return "no config.json in it, so it is no Hugging Face model folder"
+
+
+def _nearest(path: Path) -> str:
+    if not path.parent.is_dir():
+        return ""
+    near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir() if p.is_dir()], n=1)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""

@@ -1,0 +1,47 @@
+"""How long a text a model can read, and which token ids it knows: from its config, without its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from tandem.models.folder import located, readable_errors
+from tandem.types import Limits
+
+
+def read_limits(source: str | Path, *, trust_remote_code: bool = False) -> Limits:
+    """The limits of the model in a folder or of a hub name. Raises UserError where there is none."""
+    with readable_errors(source, "model"):
+        return limits_of(AutoConfig.from_pretrained(located(source), trust_remote_code=trust_remote_code), source)
+
+
+def limits_of(config: Any, source: str | Path = "the model") -> Limits:
+    """The limits that a transformers config states.
+
+    Positions are ``max_position_embeddings``, which most kinds of scaled rotary embeddings leave scaled already. The
+    linear and dynamic kinds leave it as it was in pretraining, but for Gemma 3, and YaRN's configs exist in both ways.
+    A model without the key, as those with ALiBi or a state instead of attention, has no limit.
+    """
+    text = config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None) or 0
+    for rope in _ropes(getattr(text, "rope_parameters", None)):
+        kind, factor = rope.get("rope_type"), rope.get("factor") or 1.0
+        if kind in ("linear", "dynamic") and not text.model_type.startswith("gemma3"):
+            positions = max(positions, int(text.max_position_embeddings * factor))
+        elif kind == "yarn":
+            positions = max(positions, int((rope.get("original_max_position_embeddings") or 0) * factor))
+    return Limits(
+        positions=positions if positions > 0 else None, vocabulary=getattr(text, "vocab_size", None), whose=str(source)
+    )
+
+
+def _ropes(parameters: Any) -> Iterator[Mapping[str, Any]]:
+    """The settings of rotary embeddings, of which some models have several, one for each kind of layer."""
+    if isinstance(parameters, Mapping):
+        if "rope_type" in parameters:
+            yield parameters
+        else:
+            yield from (inner for inner in parameters.values() if isinstance(inner, Mapping))

@@ -1,0 +1,90 @@
+"""A transformers model with every one of its tensors from its folder, and none made up."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tandem.errors import UserError
+from tandem.models.folder import located, readable_errors
+
+_MASKS = re.compile(r"\.(attn|attention|self_attn)\.(bias|masked_bias)$")
+"""Causal masks that old checkpoints carry as if they were weights (GPT-2, GPT-Neo)."""
+_LANGUAGE_HEADS = ("lm_head.", "embed_out.")
+"""What checkpoints call the head of a causal LM, which a scalar model on it leaves out."""
+SHOWN = 3
+"""Tensors that a message names; it counts the others."""
+
+
+def load_whole(
+    auto: Any,
+    source: str | Path,
+    *,
+    what: str,
+    trust_remote_code: bool = False,
+    new: str = "",
+    config_changes: dict[str, Any] | None = None,
+) -> tuple[Any, bool]:
+    """The module of class ``auto`` (``AutoModelFor...``) in float32, and whether its part ``new`` is not in the folder.
+
+    transformers fills what a folder lacks with random numbers that no seed of a run reaches. Here a tensor that is
+    missing, unknown or of another shape raises UserError with its name, but for those of the module ``new``, which may
+    be missing as a whole, and for a language-model head where ``auto`` has another.
+    """
+    with readable_errors(source, what):
+        config = AutoConfig.from_pretrained(located(source), trust_remote_code=trust_remote_code)
+        for key, value in (config_changes or {}).items():
+            setattr(config, key, value)
+        module, info = auto.from_pretrained(
+            located(source),
+            config=config,
+            dtype=torch.float32,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that they are reported with their names; they are refused below
+        )
+    part = {name for name in module.state_dict() if new and name.startswith(f"{new}.")}
+    lacking = bool(part) and part <= info["missing_keys"]
+    missing = info["missing_keys"] - (part if lacking else set())
+    unknown = {name for name in info["unexpected_keys"] if not _MASKS.search(name)}
+    if unknown and auto is not AutoModelForCausalLM:
+        unknown = {name for name in unknown if not name.startswith(_LANGUAGE_HEADS)}
+    faults = [f"lacks {_listed(missing)}"] if missing else []
+    faults += [f"holds {_listed(unknown)}, which the model has not"] if unknown else []
+    faults += [
+        f"holds {name} of shape {tuple(found)} where the model has {tuple(wanted)}"
+        for name, found, wanted in sorted(info["mismatched_keys"])[:SHOWN]
+    ]
+    if faults:
+        raise UserError(
+            f"{source}: its weights are not those of a {type(module).__name__} with its config: it "
+            f"{' and '.join(faults)}; give a complete folder, with the config that its weights were saved with"
+        )
+    return module, lacking
+
+
+def require_finite(module: nn.Module, source: str | Path) -> None:
+    """Raises UserError naming the parameters that hold NaN or infinity."""
+    bad = [name for name, p in module.named_parameters() if p.is_floating_point() and p.numel() and not _finite(p)]
+    if bad:
+        raise UserError(f"{source}: its weights are not finite (NaN or infinity in {_listed(bad)}); take another copy")
+
+
+@torch.no_grad()
+def _finite(parameter: torch.Tensor) -> bool:
+    # Nothing as large as the parameter is allocated, and both ends are NaN where any number is.
+    low, high = parameter.aminmax()
+    return bool((high - low).isfinite())
+
+
+def _listed(names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    rest = len(ordered) - SHOWN
+    count = f"{len(ordered)} tensors: " if len(ordered) > 1 else ""
+    return count + ", ".join(ordered[:SHOWN]) + (f" and {rest} more" if rest > 0 else "")
