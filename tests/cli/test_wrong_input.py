@@ -129,6 +129,24 @@ def test_long_prompts(tandem, inputs):
     refused(tandem, inputs, with_(GRPO, max_length=4, long_rows="drop"), "40 rows", "limit of 4")
 
 
+def test_rows_beyond_the_model_s_positions(tandem, inputs):
+    """The model has 128; a rotary one would be trained beyond them without a word."""
+    data = write(
+        inputs, "far.jsonl", '{"prompt": "a", "completion": "b"}\n{"prompt": "%s", "completion": "b"}\n' % ("a" * 127)
+    )
+    refused(tandem, inputs, with_(SFT, data=data), "far.jsonl:2", "129 tokens", "the 128 positions of base")
+    data = write(inputs, "far.jsonl", '{"prompt": "%s", "answer": "b"}\n' % ("a" * 124))
+    refused(tandem, inputs, with_(GRPO, data=data), "far.jsonl:1", "124 tokens and up to 5 new ones", "128 positions")
+    refused(tandem, inputs, [*GRPO, "--engine.max-length", "9"], "prompts.jsonl:1", "9 positions of the engine")
+    refused(tandem, inputs, with_(GRPO, max_new_tokens=128), "max_new_tokens: 128", "no room for a prompt")
+
+
+def test_folders_that_hold_no_language_model(tandem, inputs):
+    assert tandem("rm", *with_(SFT, data="pairs.jsonl", batch_size=2)[1:], "--out", inputs / "judge")[0] == 0
+    refused(tandem, inputs, with_(SFT, model="judge"), "judge: the folder of a run", "did you mean judge/model?")
+    refused(tandem, inputs, with_(SFT, model="judge/model"), "a LlamaForSequenceClassification", "reward model")
+
+
 REWARDS = """
 import math
 def raises(prompts, completions): raise KeyError("answer key lost")
