@@ -1,8 +1,6 @@
 """``python -m tandem`` is the ``tandem`` command."""
 
-import sys
-
-from tandem.cli.main import main
+from tandem.cli.main import process
 
 if __name__ == "__main__":
-    sys.exit(main())
+    process()

@@ -21,7 +21,10 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--workers", type=int, help="how many processes (default: one for each GPU, or one)")
     parser.add_argument("script", type=Path, help="a Python file")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="what follows is the script's own")
-    options = parser.parse_args(argv)
+    try:
+        options = parser.parse_args(argv)
+    except SystemExit as stop:  # after --help or a wrong flag, which argparse has explained
+        return int(stop.code or 0)
     if not options.script.is_file():
         raise UserError(f"launch: no file {options.script}; give the path of a Python script")
     return _start(_workers(options.workers), [str(options.script), *options.arguments])

@@ -12,16 +12,16 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import import_module
-from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from tandem import __version__
 from tandem.config import load_config, suggest
 from tandem.errors import RunFailure, UserError
+from tandem.signals import Terminated, stoppable
 
 
 @dataclass(frozen=True)
@@ -70,28 +70,42 @@ Examples
 tandem COMMAND --help explains every key of a command. TANDEM_DEBUG=1 shows the traceback of an error."""
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM came. Whatever stops cleanly at Ctrl-C does so now."""
+EXIT_DEADLINE_S = 10.0
+"""How long threads of other people's code may go on, in seconds, once the command has ended."""
+
+
+def process() -> NoReturn:
+    """The command as a process of its own, which ends when the command does, whoever's threads go on."""
+    code = 1
+    try:
+        code = main()
+    finally:
+        threading.Thread(target=_end_threads, args=(code,), daemon=True).start()
+    sys.exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line (without the program's name) and returns its exit code."""
-    try:
-        with _sigterm_as_interrupt():
+    with ExitStack() as stack:
+        stop = stack.enter_context(stoppable())
+        try:
             code = _dispatch(list(sys.argv[1:] if argv is None else argv))
             # Here, so that a reader who has gone away is noticed inside the try.
             sys.stdout.flush()
             return code
-    except UserError as error:
-        return _end(75 if isinstance(error, RunFailure) else 2, f"error: {' '.join(str(error).split())}")
-    except Terminated:
-        return _end(143, "stopped by SIGTERM")
-    except KeyboardInterrupt:
-        return _end(130, "stopped by Ctrl-C")
-    except BrokenPipeError:
-        # Python flushes stdout once more as it exits: give it somewhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+        except KeyboardInterrupt as interrupt:
+            return _stopped(signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT)
+        except UserError as error:
+            return _end(75 if isinstance(error, RunFailure) else 2, f"error: {' '.join(str(error).split())}")
+        except BrokenPipeError:
+            # Python flushes stdout once more as it exits: give it somewhere to go.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
+        except Exception:
+            if stop.signum is None:
+                raise
+            # Libraries turn the exception that a signal raises in the middle of them into one of their own.
+            return _stopped(stop.signum)
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -110,10 +124,15 @@ def _dispatch(argv: list[str]) -> int:
     command = COMMANDS[name]
     try:
         given = command.read(name, rest)
-        return import_module(command.module).run(given)
     except SystemExit as stop:
         # --help of a subcommand ends this way.
         return stop.code if isinstance(stop.code, int) else 0
+    try:
+        return import_module(command.module).run(given)
+    except SystemExit as stop:
+        # Whose it is, nobody knows, and it must not pass for a run that has ended.
+        line = traceback.extract_tb(stop.__traceback__)[-1]
+        raise UserError(f"{line.filename}:{line.lineno} ended the command with sys.exit({stop.code!r})") from stop
 
 
 def help_text() -> str:
@@ -133,6 +152,10 @@ def help_text() -> str:
     return "\n".join([*lines, "", EXAMPLES])
 
 
+def _stopped(signum: int) -> int:
+    return _end(128 + signum, f"stopped by {'SIGTERM' if signum == signal.SIGTERM else 'Ctrl-C'}")
+
+
 def _end(code: int, line: str) -> int:
     if os.environ.get("TANDEM_DEBUG") == "1":
         traceback.print_exc()
@@ -140,18 +163,15 @@ def _end(code: int, line: str) -> int:
     return code
 
 
-@contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """Raises Terminated in the main thread at SIGTERM. Elsewhere signals cannot be handled, and none are."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        raise Terminated
-
-    previous = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+def _end_threads(code: int) -> None:
+    """Ends the process where threads that are not daemons keep it from ending."""
+    threading.Event().wait(EXIT_DEADLINE_S)
+    main_thread, here = threading.main_thread(), threading.current_thread()
+    left = [repr(t.name) for t in threading.enumerate() if t not in (main_thread, here) and not t.daemon]
+    if left:
+        print(
+            f"tandem: the command has ended and left the thread {', '.join(left)}, which is ended now", file=sys.stderr
+        )
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

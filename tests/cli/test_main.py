@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -107,9 +108,47 @@ def test_sigterm_stops_as_ctrl_c_does(probe, capsys):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_help_of_a_command_ends_well(probe):
+def test_sys_exit_in_a_command_does_not_pass_for_its_end(probe, capsys):
+    """A reward or a model's own code that called sys.exit(0) ended a run of 0 steps with code 0."""
     probe.run = raising(SystemExit(0))
-    assert shell.main(["probe", "--help"]) == 0
+    assert shell.main(["probe"]) == 2
+    assert re.search(r"test_main.py:\d+ ended the command with sys.exit\(0\)", capsys.readouterr().err)
+
+
+def test_a_library_s_own_error_in_the_middle_of_a_signal_is_a_stop(probe, capsys):
+    """torch.save and numpy's import make RuntimeError and ImportError of the exception that a signal raises."""
+
+    def run(argv: list[str]) -> int:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt as error:
+            raise RuntimeError("unexpected pos 64 vs 0") from error
+        return 0
+
+    probe.run = run
+    assert shell.main(["probe"]) == 143
+    assert capsys.readouterr().err == "tandem: stopped by SIGTERM\n"
+
+
+THREAD = """
+import sys, threading, types
+from tandem.cli import main as shell
+shell.EXIT_DEADLINE_S = 0.3
+def run(argv):
+    threading.Thread(target=threading.Event().wait, name="uploader").start()
+    print("done")
+    return 7
+sys.modules["probe"] = types.SimpleNamespace(run=run)
+shell.COMMANDS["probe"] = shell.Command("Tests", "probe", "a test's own", None)
+sys.argv = ["tandem", "probe"]
+shell.process()
+"""
+
+
+def test_a_thread_that_goes_on_does_not_keep_the_process():
+    done = subprocess.run([sys.executable, "-c", THREAD], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (7, "done\n")
+    assert done.stderr == "tandem: the command has ended and left the thread 'uploader', which is ended now\n"
 
 
 def test_python_dash_m_and_a_reader_who_leaves():

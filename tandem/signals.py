@@ -1,0 +1,88 @@
+"""How Ctrl-C and SIGTERM end a command: as an exception in the main thread, never in the middle of a save."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+SAME_S = 1.0
+"""A second signal that comes this soon, in seconds, is the first one again: a terminal and a launcher both send it."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came. Whatever stops cleanly at Ctrl-C does so now."""
+
+
+class Stop:
+    """The handler of both signals. The first raises in the main thread, or after ``held``; the next ends the process.
+
+    A process that was forked from this one has the handler too, and no command to stop: there a signal does what it
+    does by default.
+    """
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+        self.signum: int | None = None
+        """The signal that came."""
+        self.since = 0.0
+        self.holding = 0
+        self.waiting = False
+
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
+        again = self.signum is not None and time.monotonic() - self.since > SAME_S
+        if os.getpid() != self.pid or again:
+            signal.signal(signum, signal.SIG_DFL)
+            signal.raise_signal(signum)
+        if self.signum is not None:
+            return
+        self.signum, self.since = signum, time.monotonic()
+        self.waiting = True
+        if not self.holding:
+            self.deliver()
+
+    def deliver(self) -> None:
+        """Raises what a signal that has come stands for, once."""
+        if self.waiting:
+            self.waiting = False
+            raise Terminated if self.signum == signal.SIGTERM else KeyboardInterrupt
+
+
+@contextmanager
+def stoppable() -> Iterator[Stop]:
+    """Ctrl-C and SIGTERM end the body, but for one that this process was started to ignore (as by nohup).
+
+    Outside the main thread signals cannot be handled, and none are.
+    """
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    handled = [signum for signum in STOPPING if signal.getsignal(signum) is not signal.SIG_IGN]
+    previous = {signum: signal.signal(signum, stop) for signum in handled}
+    try:
+        yield stop
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """Within ``stoppable``: a signal that comes during the body stops the command when the body is done."""
+    stop = next((h for h in map(signal.getsignal, STOPPING) if isinstance(h, Stop)), None)
+    if stop is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    stop.holding += 1
+    try:
+        yield
+    finally:
+        stop.holding -= 1
+        if not stop.holding:
+            stop.deliver()
