@@ -21,7 +21,7 @@ from typing import IO, Any, cast
 
 import torch
 
-from tandem.errors import UserError
+from tandem.errors import RunFailure, UserError
 
 FORMAT = "tandem-checkpoint"
 VERSION = 1
@@ -78,7 +78,7 @@ class CheckpointStore:
         """Writes a checkpoint, and only once it is whole removes those beyond ``keep``.
 
         A part is a nest of dicts, lists and tuples of tensors and plain values; TypeError names anything else, which
-        could not be loaded again. Raises UserError where the disk is full or refuses.
+        could not be loaded again. Raises RunFailure where the disk is full or refuses.
         """
         for part, value in parts.items():
             if not re.fullmatch(r"\w[\w.-]*", part):
@@ -92,7 +92,7 @@ class CheckpointStore:
             self._land(final)
             self._remove_old(step)
         except OSError as error:
-            raise UserError(self._failure(final, error)) from error
+            raise RunFailure(self._failure(final, error)) from error
         return final
 
     def latest(self) -> Checkpoint | None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging as transformers_logging
 
+from tandem.errors import RunFailure, first_line
 from tandem.functional.logprobs import chunked_logprobs
 from tandem.models.attention import NO_MASK, packed_layout
 from tandem.models.compiled import Blocks
@@ -96,10 +97,19 @@ class LoadedModel:
         )
 
     def export(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
-        """Writes a Hugging Face folder: weights (``state``, or as they are) as safetensors, config, tokenizer."""
-        with quiet_transformers():
-            self.module.save_pretrained(folder, **({} if state is None else {"state_dict": dict(state)}))
-            self.tokenizer.save_pretrained(folder)
+        """Writes a Hugging Face folder: weights (``state``, or as they are) as safetensors, config, tokenizer.
+
+        Raises RunFailure where the disk is full or refuses.
+        """
+        try:
+            with quiet_transformers():
+                self.module.save_pretrained(folder, **({} if state is None else {"state_dict": dict(state)}))
+                self.tokenizer.save_pretrained(folder)
+        except Exception as error:
+            # safetensors and tokenizers are written in Rust, and have no OSError: the words are all there is.
+            if not isinstance(error, OSError) and "os error" not in str(error):
+                raise
+            raise RunFailure(f"{folder}: cannot be written: {first_line(error)}") from error
 
 
 class Sharded(nn.Module):

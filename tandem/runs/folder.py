@@ -110,10 +110,10 @@ class RunFolder:
             self.events, {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": kind, **fields}
         )
 
-    def truncate_after(self, step: int) -> None:
-        """Drops metrics and rollouts of later steps, which a resumed run writes again."""
-        keep_until(self.metrics, step)
+    def truncate_after(self, step: int, *, metrics: int) -> None:
+        """Drops rollouts of steps after ``step``, and metrics after theirs, which a resumed run writes again."""
         keep_until(self.rollouts, step)
+        keep_until(self.metrics, metrics)
 
     def close(self) -> None:
         """Gives the folder back."""

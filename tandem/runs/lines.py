@@ -9,20 +9,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tandem.errors import UserError
+from tandem.errors import RunFailure, UserError
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
     """Adds one line and hands it to the operating system. NaN and infinities, which JSON lacks, become null.
 
-    Raises UserError where the file cannot be written.
+    Raises RunFailure where the file cannot be written.
     """
     line = json.dumps(_finite(record), ensure_ascii=False, allow_nan=False)
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
     except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
+        raise RunFailure(
+            f"{path}: cannot be written: {error.strerror}; put that right and go on with --resume"
+        ) from error
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -27,17 +27,17 @@ class Offline:
 
     def run(self, roles: OfflineRoles, session: Session) -> None:
         """Runs from where the session's newest checkpoint stands to ``steps``."""
-        done, _ = session.resume({})
-        if done == 0 and (metrics := roles.evaluate(0)):
-            session.record(0, metrics)
-        for step in range(done + 1, self.steps + 1):
-            clock = StepClock()
-            with session.guard(step, {}):
+        done, state = session.resume({})
+        with session.kept():
+            session.record(roles.evaluate)
+            for step in range(done + 1, self.steps + 1):
+                clock = StepClock()
                 with clock("data"):
                     batch = roles.batch(step)
                 with clock("training"):
                     metrics = roles.trainer.forward_backward(batch) | roles.trainer.optim_step()
-            metrics |= {"trained_tokens": float(batch.tokens)} | clock.metrics()
-            metrics["tokens_per_second"] = metrics["trained_tokens"] / metrics["seconds"]
-            session.record(step, metrics | roles.evaluate(step))
-            session.save_if_due(step, {}, last=step == self.steps)
+                metrics |= {"trained_tokens": float(batch.tokens)} | clock.metrics()
+                metrics["tokens_per_second"] = metrics["trained_tokens"] / metrics["seconds"]
+                session.reached(step, state, metrics)
+                session.record(roles.evaluate)
+                session.save_if_due(last=step == self.steps)

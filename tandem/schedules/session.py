@@ -6,7 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ from typing import Any
 from tandem.checkpoint.random_state import capture_random_state, restore_random_state, seed_generators
 from tandem.checkpoint.saver import SaveEvery
 from tandem.checkpoint.store import CheckpointStore
-from tandem.errors import NonFiniteError
+from tandem.errors import NonFiniteError, RunFailure, UserError
 from tandem.roles import Metrics, Trainer
 from tandem.runs.folder import RunFolder
 from tandem.runs.progress import Progress
+from tandem.signals import held
 from tandem.types import Group
 
 
@@ -52,7 +53,11 @@ class StepClock:
 
 @dataclass(kw_only=True)
 class Session:
-    """A run folder, its checkpoints and its display. ``trainers`` are what a checkpoint holds, by role."""
+    """A run folder, its checkpoints and its display. ``trainers`` are what a checkpoint holds, by role.
+
+    A schedule goes through its steps within ``kept``: it says ``reached`` when a step has been trained, and
+    ``record`` when that step has been evaluated.
+    """
 
     run: RunFolder
     store: CheckpointStore
@@ -63,9 +68,17 @@ class Session:
     """Of the global random generators, which a user's reward function may draw from."""
     rollouts_logged: int = 8
     """Rollouts written to ``rollouts.jsonl`` each step."""
+    step: int = field(default=0, init=False)
+    """The last step that was reached, which is what a checkpoint is of."""
+    state: dict[str, float] = field(default_factory=dict, init=False)
+    """The algorithm's after it."""
+    pending: Metrics | None = field(default=None, init=False)
+    """Its metrics where they are not written yet, since its evaluation is not done."""
     saved_step: int = field(default=-1, init=False)
+    versions: list[int] = field(default_factory=list, init=False)
+    """Of the trainers, at that step."""
     random_state: dict[str, Any] = field(default_factory=dict, init=False)
-    """Of the global generators after the last recorded step, for a checkpoint that is saved within the next one."""
+    """Of the global generators when that step was recorded, for a checkpoint that is saved within the next one."""
 
     def resume(self, initial_state: dict[str, float]) -> tuple[int, dict[str, float]]:
         """Loads the newest whole checkpoint, if there is one: (steps done, algorithm state).
@@ -74,6 +87,7 @@ class Session:
         """
         checkpoint = self.store.latest()
         step, state = 0, initial_state
+        pending: Metrics | None = {}
         if checkpoint is None:
             seed_generators(self.seed)
         else:
@@ -81,67 +95,93 @@ class Session:
                 trainer.load_state_dict(checkpoint.load(role))
             restore_random_state(checkpoint.load("random"))
             step, state = checkpoint.step, dict(checkpoint.state["algorithm"])
+            pending = checkpoint.state.get("pending")
             self.saved_step = step
             self.run.event("resume", step=step)
+        written = step if checkpoint is not None else -1
+        self.run.truncate_after(written, metrics=written if pending is None else step - 1)
+        self._at(step, state, pending)
         self.random_state = capture_random_state()
-        self.run.truncate_after(step if checkpoint is not None else -1)
         return step, state
 
-    def record(self, step: int, metrics: Metrics, groups: Seq[Group] = ()) -> None:
-        """One line in ``metrics.jsonl``, a few rollouts, and the display."""
-        self.run.log_metrics(step, metrics)
+    def reached(self, step: int, state: dict[str, float], metrics: Metrics, groups: Seq[Group] = ()) -> None:
+        """Step ``step`` has been trained, and goes into the next checkpoint. Writes a few of its rollouts."""
+        self._at(step, state, metrics)
         if groups:
             self.run.log_rollouts(step, groups, self.rollouts_logged)
-        self.progress.update(step, metrics)
+
+    def record(self, evaluate: Callable[[int], Metrics]) -> None:
+        """Evaluates the step reached, unless that has been done: one line in ``metrics.jsonl``, and the display."""
+        if self.pending is None:
+            return
+        if metrics := self.pending | evaluate(self.step):
+            self.run.log_metrics(self.step, metrics)
+            self.progress.update(self.step, metrics)
+        self.pending = None
         self.random_state = capture_random_state()
 
-    def save_if_due(self, step: int, state: dict[str, float], *, last: bool = False) -> None:
+    def save_if_due(self, *, last: bool = False) -> None:
         """Saves where ``save_every`` says so, and after the last step unless saving is off."""
-        if self.save_every.due(step) or (last and self.save_every.enabled):
-            self.save(step, state)
+        if self.save_every.due(self.step) or (last and self.save_every.enabled):
+            self.save()
 
-    def save(self, step: int, state: dict[str, float]) -> None:
-        """A checkpoint from which the run goes on as if it had never stopped."""
-        if step == self.saved_step:
+    def save(self) -> None:
+        """A checkpoint from which the run goes on as if it had never stopped. Signals wait until it is whole."""
+        if self.step == self.saved_step:
             return
-        parts = {role: trainer.state_dict() for role, trainer in self.trainers.items()}
-        path = self.store.save(step, {**parts, "random": self.random_state}, {"algorithm": state})
-        self.saved_step = step
-        self.run.event("checkpoint", step=step, path=str(path))
+        with held():
+            parts = {role: trainer.state_dict() for role, trainer in self.trainers.items()}
+            path = self.store.save(
+                self.step, {**parts, "random": self.random_state}, {"algorithm": self.state, "pending": self.pending}
+            )
+            self.saved_step = self.step
+            self.run.event("checkpoint", step=self.step, path=str(path))
 
     def finish(self, trainer: Trainer) -> Path:
-        """Exports the trained model to ``<run>/model``, whole or not at all, and returns that folder."""
+        """Exports the trained model to ``<run>/model``, whole or not at all, and returns that folder.
+
+        Raises RunFailure where the disk is full or refuses.
+        """
         folder = self.run.path / "model"
         aside = self.run.path / ".model-partial"
-        shutil.rmtree(aside, ignore_errors=True)
-        trainer.export(aside)
-        shutil.rmtree(folder, ignore_errors=True)
-        aside.rename(folder)
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+            trainer.export(aside)
+            with held():
+                shutil.rmtree(folder, ignore_errors=True)
+                aside.rename(folder)
+        except (OSError, RunFailure) as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            rest = "--resume writes it again" if self.saved_step == self.step else "no checkpoint holds it either"
+            raise RunFailure(f"the model is trained and not written: {error}; {rest}") from error
         self.run.event("finish", model=str(folder))
         return folder
 
     @contextmanager
-    def guard(self, step: int, state: dict[str, float]) -> Iterator[None]:
-        """Around everything that step ``step`` does: what ends it there loses no step that was done before.
+    def kept(self) -> Iterator[None]:
+        """Around the steps of a run: whatever ends it loses no step that was reached before.
 
-        A loss or gradient that is not finite stops the run with the last good state saved. Ctrl-C and SIGTERM save
-        the state after the last step, unless this one has changed parameters already.
+        Its state is saved, unless the step in progress has changed parameters already, or a signal ends a run that
+        saves nothing (``--save-every 0``). A loss or a gradient that is not finite changes none; earlier minibatches
+        of the same step stay applied.
         """
-        before = self._versions()
         try:
             yield
-        except NonFiniteError as error:
-            # No parameter was touched by the minibatch that failed; earlier ones of the same step stay applied.
-            self.save(step - 1, state)
-            self.run.event("error", step=step, message=str(error))
-            where = self.store.path(step - 1)
-            raise NonFiniteError(f"step {step}: {error}; the last good state is in {where}") from error
-        except KeyboardInterrupt:
-            if self.save_every.enabled and step > 1 and self._versions() == before:
-                self.save(step - 1, state)
+        except BaseException as error:
+            step = self.step + 1
+            unchanged = [trainer.version for trainer in self.trainers.values()] == self.versions
+            wanted = self.save_every.enabled or not isinstance(error, KeyboardInterrupt)
+            if isinstance(error, NonFiniteError) or (self.step > 0 and unchanged and wanted):
+                with suppress(UserError):  # what ended the run may be what hinders the save
+                    self.save()
+            if isinstance(error, NonFiniteError):
+                self.run.event("error", step=step, message=str(error))
+                where = self.store.path(self.step)
+                raise NonFiniteError(f"step {step}: {error}; the last good state is in {where}") from error
             kept = f"go on after step {self.saved_step} with --resume" if self.saved_step >= 0 else "nothing is saved"
             self.progress.note(f"stopped in step {step}; {kept}")
             raise
 
-    def _versions(self) -> list[int]:
-        return [trainer.version for trainer in self.trainers.values()]
+    def _at(self, step: int, state: dict[str, float], pending: Metrics | None) -> None:
+        self.step, self.state, self.pending = step, state, pending
+        self.versions = [trainer.version for trainer in self.trainers.values()]

@@ -38,14 +38,14 @@ class Sync:
     def run(self, roles: OnlineRoles, session: Session) -> None:
         """Runs from where the session's newest checkpoint stands to ``steps``."""
         done, state = session.resume(roles.prepare.algorithm.initial_state())
-        roles.push_weights(done)
-        if done == 0 and (metrics := roles.evaluate(0)):
-            session.record(0, metrics)
-        for step in range(done + 1, self.steps + 1):
-            with session.guard(step, state):
+        with session.kept():
+            roles.push_weights(done)
+            session.record(roles.evaluate)
+            for step in range(done + 1, self.steps + 1):
                 metrics, groups, state = self._step(roles, step, state)
-            session.record(step, metrics | roles.evaluate(step), groups)
-            session.save_if_due(step, state, last=step == self.steps)
+                session.reached(step, state, metrics, groups)
+                session.record(roles.evaluate)
+                session.save_if_due(last=step == self.steps)
 
     def _step(
         self, roles: OnlineRoles, step: int, state: dict[str, float]

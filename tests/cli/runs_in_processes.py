@@ -6,12 +6,15 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import sys
 from pathlib import Path
 
 import torch
 from conftest import make_module, make_tokenizer
+
+from tandem.training.trainer import LocalTrainer
 
 # Children are forked from a server that has imported everything but computed nothing: quick, and free of threads.
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -69,14 +72,19 @@ def _child(
 
 
 def _die_at(call: str, count: int) -> None:
-    """SIGKILL to this process at the ``count``-th call of ``os.fsync``, ``os.rename`` or ``torch.save``."""
-    module = {"fsync": os, "rename": os, "write": os, "save": torch}[call]
+    """SIGKILL to this process at the ``count``-th call of ``os.fsync``, ``os.rename`` or ``torch.save``.
+
+    For ``export``: from that call on files may not grow beyond 10 kB, as on a full disk.
+    """
+    module = {"fsync": os, "rename": os, "save": torch, "export": LocalTrainer}[call]
     original, left = getattr(module, call), count
 
     def faulty(*args, **kwargs):
         nonlocal left
         left -= 1
-        if left == 0:
+        if left == 0 and call == "export":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+        elif left == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         return original(*args, **kwargs)
 

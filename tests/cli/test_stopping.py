@@ -1,0 +1,116 @@
+"""How a run ends: by a signal inside a save, by a disk that is full, by a reward that fails. Real signals and files."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from runs_in_processes import arguments, run, write_inputs
+
+from tandem.checkpoint import store
+from tandem.cli.main import main
+from tandem.runs.lines import read_metrics
+
+SIGNALS = {signal.SIGTERM: (143, "stopped by SIGTERM"), signal.SIGINT: (130, "stopped by Ctrl-C")}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stopping")
+    write_inputs(folder)
+    return folder
+
+
+@pytest.fixture
+def tandem(inputs, monkeypatch, capsys):
+    """Runs a command in the folder of the inputs; returns (exit code, standard output, standard error)."""
+    monkeypatch.chdir(inputs)
+
+    def call(*argv):
+        code = main([str(word) for word in argv])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def at_call(monkeypatch, owner, name, count, happening):
+    """Does something in front of the ``count``-th call of ``owner.name``."""
+    original, left = getattr(owner, name), count
+
+    def counting(*args, **kwargs):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            happening()
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, counting)
+
+
+@pytest.mark.parametrize("signum", SIGNALS)
+@pytest.mark.parametrize(
+    ("owner", "name", "count"),
+    [(store._HashingFile, "write", 3), (torch, "save", 2), (os, "fsync", 3), (os, "rename", 1)],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_a_signal_inside_a_save_waits_until_it_is_whole(tandem, inputs, monkeypatch, signum, owner, name, count):
+    """It ended in a traceback and code 1: torch makes a RuntimeError of what is raised while it writes."""
+    code, word = SIGNALS[signum]
+    out = inputs / f"saving-{signum}-{name}"
+    argv = [*arguments("sft"), "--steps", 4, "--save-every", 2, "--out", out]
+    with monkeypatch.context() as patch:
+        at_call(patch, owner, name, count, lambda: os.kill(os.getpid(), signum))
+        ended, stdout, stderr = tandem(*argv)
+    assert (ended, stderr) == (code, f"tandem: {word}\n")
+    assert "stopped in step 3; go on after step 2 with --resume" in stdout
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step_00000002"]
+    assert tandem(*argv, "--resume")[0] == 0
+
+
+def final(folder: Path) -> tuple[list[dict[str, float]], bytes]:
+    lines = [{k: v for k, v in line.items() if not k.startswith(("seconds", "tokens_per"))}
+             for line in read_metrics(folder / "metrics.jsonl")]  # fmt: skip
+    return lines, (folder / "model" / "model.safetensors").read_bytes()
+
+
+def test_a_signal_while_a_step_is_evaluated_loses_neither_step_nor_evaluation(tandem, inputs, monkeypatch):
+    from tandem.training.trainer import LocalTrainer
+
+    argv = [*arguments("sft"), "--steps", 4, "--save-every", 100]
+    assert tandem(*argv, "--out", inputs / "calm")[0] == 0
+    with monkeypatch.context() as patch:
+        # Before the first step, after the second, after the fourth.
+        at_call(patch, LocalTrainer, "evaluate", 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        code, stdout, _ = tandem(*argv, "--out", inputs / "evaluated")
+    assert code == 143
+    assert "go on after step 2 with --resume" in stdout
+    # Killed once more after it has been made up for: it must not stand twice in the file.
+    with monkeypatch.context() as patch:
+        at_call(patch, LocalTrainer, "optim_step", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert tandem(*argv, "--out", inputs / "evaluated", "--resume")[0] == 143
+    assert tandem(*argv, "--out", inputs / "evaluated", "--resume")[0] == 0
+    assert final(inputs / "evaluated") == final(inputs / "calm")
+
+
+def test_a_full_disk_at_the_export_ends_in_a_line_and_the_checkpoint_exports_again(inputs):
+    """A limit on the size of files, set once the checkpoint is written: the kernel itself refuses the export."""
+    argv = [*arguments("sft"), "--steps", "2", "--out", "full"]
+    code, output = run(inputs, argv, fault=("export", 1))
+    assert code == 75, output
+    last = output.strip().splitlines()[-1]
+    assert last.startswith(
+        "tandem: error: the model is trained and not written: full/.model-partial: cannot be written:"
+    )
+    assert "File too large" in last
+    assert last.endswith("; --resume writes it again")
+    assert "Traceback" not in output
+    assert sorted(path.name for path in (inputs / "full").iterdir() if "model" in path.name) == []
+    code, output = run(inputs, [*argv, "--resume"])
+    assert code == 0, output
+    assert final(inputs / "full")[1]
+    events = [json.loads(line)["event"] for line in (inputs / "full" / "events.jsonl").read_text().splitlines()]
+    assert events == ["start", "checkpoint", "stop", "start", "resume", "finish", "stop"]
