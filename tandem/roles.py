@@ -100,6 +100,8 @@ class Algorithm:
     """
 
     needs_critic: ClassVar[bool] = False
+    min_samples: ClassVar[int] = 1
+    """Fewest samples of a prompt that the algorithm can learn from."""
 
     aggregation: Aggregation = "token"
     """Which mean the loss is: over tokens, over sequences of their token means, or per sequence over a fixed length."""

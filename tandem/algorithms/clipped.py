@@ -1,11 +1,12 @@
-"""What PPO and GRPO share: the clipped surrogate with its metrics, and the distance to the reference."""
+"""What PPO and GRPO share: the clipped surrogate with its metrics, and the KL to the reference."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
+from tandem.errors import UserError, expect
 from tandem.functional.fields import required
-from tandem.functional.kl import kl_estimate
+from tandem.functional.kl import KLLoss, kl_estimate, kl_loss
 from tandem.functional.policy import clipped_policy_loss, importance_ratio
 from tandem.functional.segments import segment_sum
 from tandem.lazy import torch
@@ -14,6 +15,23 @@ from tandem.types import Batch, Outputs, TokenLoss
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+KLPlace = Literal["reward", "loss", "none"]
+"""Where the KL to the reference counts: in the reward, as a loss of its own, or nowhere."""
+
+
+def check_clipped(knobs: Any) -> None:
+    """Checks the knobs that PPO and GRPO have in common. Raises UserError naming the first that is wrong."""
+    expect(knobs, "from 0 to 1", lambda x: 0 <= x <= 1, "clip_low")
+    expect(knobs, "0 or more", lambda x: x >= 0, "clip_high", "kl_coef")
+    expect(knobs, "more than 1", lambda x: x > 1, "dual_clip")
+    if knobs.kl != "loss" and knobs.kl_estimator != "ratio_k3":
+        raise UserError(f"kl_estimator: it is the KL loss's, and kl is {knobs.kl!r}; leave it out or use kl 'loss'")
+
+
+def uses_kl(knobs: Any) -> bool:
+    """Whether a reference is needed: nothing is computed for a KL that counts nowhere."""
+    return knobs.kl != "none" and knobs.kl_coef != 0
 
 
 def clipped_surrogate(
@@ -25,11 +43,11 @@ def clipped_surrogate(
     where the forward gave it, ``entropy``.
     """
     logp_T, old_logp_T = required(out.logp_T, "out.logp_T"), batch.proximal_logp_T
-    ratio_T = importance_ratio(logp_T, old_logp_T)
-    loss_T, clipped_T = clipped_policy_loss(ratio_T, required(batch.advantage_T, "advantage_T"), low, high, dual_clip)
+    advantage_T = required(batch.advantage_T, "advantage_T")
+    loss_T, clipped_T = clipped_policy_loss(logp_T, old_logp_T, advantage_T, low, high, dual_clip)
     metrics_T = {
         "policy_loss": loss_T.detach(),
-        "ratio": ratio_T.detach(),
+        "ratio": importance_ratio(logp_T.detach(), old_logp_T),
         "clip_fraction": clipped_T,
         "approx_kl": kl_estimate(old_logp_T, logp_T.detach(), "k3"),
     }
@@ -38,13 +56,16 @@ def clipped_surrogate(
     return TokenLoss(loss_T=loss_T, metrics_T=metrics_T)
 
 
-def add_kl_loss(token_loss: TokenLoss, out: Outputs, batch: Batch) -> TokenLoss:
-    """Adds ``kl_coef * k3`` against the reference, and its k3 (nats per token) as the metric ``kl_loss``."""
+def add_kl_loss(token_loss: TokenLoss, out: Outputs, batch: Batch, kind: KLLoss) -> TokenLoss:
+    """Adds ``kl_coef`` times the KL to the reference (``kind``: see ``kl_loss``), and the metric ``kl_loss``, in nats.
+
+    ``kl_coef`` is in units of the advantages a nat: of rewards, where nothing has scaled the advantages.
+    """
     logp_T, reference_logp_T = required(out.logp_T, "out.logp_T"), required(batch.reference_logp_T, "reference_logp_T")
-    k3_T = kl_estimate(logp_T, reference_logp_T, "k3")
+    kl_T = kl_loss(logp_T, reference_logp_T, importance_ratio(logp_T, batch.proximal_logp_T), kind)
     return TokenLoss(
-        loss_T=token_loss.loss_T + batch.kl_coef * k3_T,
-        metrics_T=token_loss.metrics_T | {"kl_loss": k3_T.detach()},
+        loss_T=token_loss.loss_T + batch.kl_coef * kl_T,
+        metrics_T=token_loss.metrics_T | {"kl_loss": kl_T.detach()},
     )
 
 

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from tandem.algorithms.clipped import add_kl_loss, clipped_surrogate, sampled_kl
-from tandem.errors import expect
+from tandem.algorithms.clipped import KLPlace, add_kl_loss, check_clipped, clipped_surrogate, sampled_kl, uses_kl
+from tandem.errors import UserError, expect
 from tandem.functional.advantages import centred, group_normalised
+from tandem.functional.kl import KLLoss
+from tandem.functional.segments import segment_sum
 from tandem.roles import Algorithm, Estimate, Metrics
-from tandem.types import Aggregation, Batch, Group, Outputs, TokenLoss
+from tandem.types import Batch, Group, Outputs, TokenLoss
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
 class GRPO(Algorithm):
-    """Group relative policy optimization (arXiv:2402.03300, eq. 3), and Dr.GRPO (arXiv:2503.20783) by its knobs.
+    """Group relative policy optimization (arXiv:2402.03300, eq. 3) with today's defaults.
 
-    Dr.GRPO is ``normalize="none"``, ``aggregation="constant"``, ``kl_coef=0``.
+    The mean over tokens and no KL are DAPO's (arXiv:2503.14476), the bound on the ratio of negative advantages is that
+    of dual-clip PPO (arXiv:1912.09729). Dr.GRPO (arXiv:2503.20783) is ``normalize="none"``, ``aggregation="constant"``.
     """
 
-    aggregation: Aggregation = "sequence"
-    """Mean over sequences of their token means (the paper), over tokens (DAPO), or over a fixed length (Dr.GRPO)."""
+    min_samples: ClassVar[int] = 2
+
     normalize: Literal["std", "none"] = "std"
     """Divide a group's centered rewards by their standard deviation (the paper), or leave them (Dr.GRPO)."""
     epsilon: float = 1e-4
@@ -30,16 +36,24 @@ class GRPO(Algorithm):
     """The policy ratio is clipped from below at 1 - clip_low."""
     clip_high: float = 0.2
     """The policy ratio is clipped from above at 1 + clip_high."""
-    kl_coef: float = 0.04
-    """Coefficient of the KL loss (k3) to the reference, per nat. 0: no reference is needed."""
+    dual_clip: float | None = 3.0
+    """Bound, above 1, on the ratio where the advantage is negative. None: no bound."""
+    kl: KLPlace = "loss"
+    """Where the KL to the reference counts: in each sample's reward (k1), as a loss, or nowhere."""
+    kl_coef: float = 0.0
+    """Coefficient of the KL, per nat, in units of rewards or, of a loss, of advantages. 0: no reference is needed."""
+    kl_estimator: KLLoss = "ratio_k3"
+    """What the KL loss is: ratio_k3 and k2 lead to KL(policy || reference), k3 to KL(reference || policy)."""
 
     def __post_init__(self) -> None:
-        expect(self, "from 0 to 1", lambda x: 0 <= x <= 1, "clip_low")
-        expect(self, "0 or more", lambda x: x >= 0, "clip_high", "kl_coef", "epsilon")
+        check_clipped(self)
+        expect(self, "0 or more", lambda x: x >= 0, "epsilon")
+        if self.kl == "none" and self.kl_coef != 0:
+            raise UserError(f"kl_coef: {self.kl_coef} counts nowhere with kl 'none'; use kl 'reward' or 'loss'")
 
     @property
     def needs_reference(self) -> bool:
-        return self.kl_coef != 0
+        return uses_kl(self)
 
     def advantages(self, group: Group) -> list[float]:
         """One number for each usable rollout: its reward against the group's. All 0 where the rewards are equal."""
@@ -48,15 +62,38 @@ class GRPO(Algorithm):
         return centred(group.rewards)
 
     def estimate(self, groups: Seq[Group], batch: Batch, state: dict[str, float]) -> Estimate:
-        """Fills ``advantage_T`` and ``kl_coef``. ``equal_reward_groups`` is the share of groups that teach nothing."""
-        estimate = super().estimate(groups, replace(batch, kl_coef=self.kl_coef), state)
+        """Fills ``advantage_T`` and ``kl_coef``. ``equal_reward_groups`` is the share of groups that teach nothing.
+
+        With ``kl="reward"`` a sample's reward is less ``kl_coef`` times the sum of its k1 over its tokens before the
+        group's mean is taken: the whole sample's KL, as its reward is the whole sample's.
+        """
         judged = [group.rewards for group in groups if group.rewards]
         metrics: Metrics = {"equal_reward_groups": sum(len(set(r)) == 1 for r in judged) / len(judged)}
         if self.needs_reference:
-            metrics |= sampled_kl(batch)[1]
+            k1_T, kl_metrics = sampled_kl(batch)
+            metrics |= kl_metrics
+            if self.kl == "reward":
+                groups = _charged(groups, self.kl_coef * segment_sum(k1_T, batch.bounds))
+        estimate = super().estimate(groups, replace(batch, kl_coef=self.kl_coef), state)
         return replace(estimate, metrics=metrics)
 
     def loss(self, out: Outputs, batch: Batch) -> TokenLoss:
-        """Clipped surrogate plus ``kl_coef * k3``."""
-        token_loss = clipped_surrogate(out, batch, low=self.clip_low, high=self.clip_high)
-        return add_kl_loss(token_loss, out, batch) if self.needs_reference else token_loss
+        """Clipped surrogate, plus the KL where ``kl="loss"``."""
+        token_loss = clipped_surrogate(out, batch, low=self.clip_low, high=self.clip_high, dual_clip=self.dual_clip)
+        if self.kl == "loss" and self.needs_reference:
+            token_loss = add_kl_loss(token_loss, out, batch, self.kl_estimator)
+        return token_loss
+
+
+def _charged(groups: Seq[Group], cost_S: Tensor) -> list[Group]:
+    """The groups' usable rollouts, each with its cost off its reward. ``cost_S`` is in their order."""
+    costs = iter(cost_S.tolist())
+    return [
+        replace(
+            group,
+            rollouts=[
+                replace(r, reward=reward - next(costs)) for r, reward in zip(group.usable, group.rewards, strict=True)
+            ],
+        )
+        for group in groups
+    ]

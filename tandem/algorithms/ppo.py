@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
-from tandem.algorithms.clipped import add_kl_loss, clipped_surrogate, sampled_kl
+from tandem.algorithms.clipped import KLPlace, add_kl_loss, check_clipped, clipped_surrogate, sampled_kl, uses_kl
 from tandem.errors import UserError, expect
 from tandem.functional.advantages import gae, whiten
 from tandem.functional.fields import required
-from tandem.functional.kl import adaptive_kl_coef
+from tandem.functional.kl import KLLoss, adaptive_kl_coef
 from tandem.functional.moments import Moments, merge, moments
 from tandem.functional.segments import segment_sum
 from tandem.functional.value import clipped_value_loss, explained_variance
@@ -44,10 +44,13 @@ class PPO(Algorithm):
     """Discount per trainable token."""
     lam: float = 0.95
     """GAE's lambda: 1 trusts the returns (no bias), 0 trusts the critic (little variance)."""
-    kl: Literal["reward", "loss", "none"] = "reward"
-    """Where the KL to the reference counts: in the reward (k1), as a loss (k3), or nowhere (no reference needed)."""
+    kl: KLPlace = "reward"
+    """Where the KL to the reference counts: in each token's reward (k1), as a loss, or nowhere."""
     kl_coef: float = 0.05
-    """Coefficient of the KL, in reward units per nat; where it starts if kl_target is set."""
+    """Coefficient of the KL, per nat, in units of rewards or, of a loss, of advantages; the first one if kl_target is
+    set. 0: no reference is needed."""
+    kl_estimator: KLLoss = "ratio_k3"
+    """What the KL loss is: ratio_k3 and k2 lead to KL(policy || reference), k3 to KL(reference || policy)."""
     kl_target: float | None = None
     """KL in nats per sequence towards which the coefficient is steered. None: the coefficient stays."""
     kl_horizon: int = 10000
@@ -62,16 +65,18 @@ class PPO(Algorithm):
     """Scale advantages to mean 0 and variance 1 over the trainable tokens of the step."""
 
     def __post_init__(self) -> None:
-        expect(self, "from 0 to 1", lambda x: 0 <= x <= 1, "clip_low", "gamma", "lam")
-        expect(self, "0 or more", lambda x: x >= 0, "clip_high", "kl_coef")
+        check_clipped(self)
+        expect(self, "from 0 to 1", lambda x: 0 <= x <= 1, "gamma", "lam")
         expect(self, "more than 0", lambda x: x > 0, "value_clip", "kl_target", "kl_horizon", "reward_clip")
-        expect(self, "more than 1", lambda x: x > 1, "dual_clip")
-        if self.kl_target is not None and self.kl == "none":
-            raise UserError("kl_target: there is no KL to steer with kl 'none'; use kl 'reward' or 'loss'")
+        if self.kl_target is not None and not uses_kl(self):
+            raise UserError(
+                f"kl_target: there is no KL to steer with kl {self.kl!r} and kl_coef {self.kl_coef}; use kl 'reward' "
+                "or 'loss', and a coefficient above 0 to start from"
+            )
 
     @property
     def needs_reference(self) -> bool:
-        return self.kl != "none"
+        return uses_kl(self)
 
     @property
     def entropy_gradient(self) -> bool:
@@ -84,13 +89,14 @@ class PPO(Algorithm):
     def estimate(self, groups: Seq[Group], batch: Batch, state: dict[str, float]) -> Estimate:
         """Fills ``advantage_T``, ``return_T`` and ``kl_coef`` from rewards, reference, critic and sampler.
 
-        Needs ``reward_S``, ``old_value_T``, ``proximal_logp_T`` and, unless ``kl="none"``, ``reference_logp_T``.
+        Needs ``reward_S``, ``old_value_T`` and, where ``needs_reference``, ``proximal_logp_T`` and
+        ``reference_logp_T``.
         """
         value_T = required(batch.old_value_T, "old_value_T")
         reward_S, seen, metrics = self._shape_rewards(required(batch.reward_S, "reward_S"), state)
         reward_T = _at_last_trainable(reward_S, batch)
         coef = next_coef = state["kl_coef"]
-        if self.kl != "none":
+        if self.needs_reference:
             k1_T, kl_metrics = sampled_kl(batch)
             metrics |= kl_metrics | {"kl_coef": coef}
             if self.kl == "reward":
@@ -119,10 +125,10 @@ class PPO(Algorithm):
         return Estimate(batch=filled, state=_state(next_coef, seen), metrics=metrics)
 
     def loss(self, out: Outputs, batch: Batch) -> TokenLoss:
-        """Clipped surrogate, plus k3 where ``kl="loss"``, minus the entropy bonus."""
+        """Clipped surrogate, plus the KL where ``kl="loss"``, minus the entropy bonus."""
         token_loss = clipped_surrogate(out, batch, low=self.clip_low, high=self.clip_high, dual_clip=self.dual_clip)
-        if self.kl == "loss":
-            token_loss = add_kl_loss(token_loss, out, batch)
+        if self.kl == "loss" and self.needs_reference:
+            token_loss = add_kl_loss(token_loss, out, batch, self.kl_estimator)
         if self.entropy_coef:
             bonus_T = self.entropy_coef * required(out.entropy_T, "out.entropy_T")
             token_loss = replace(token_loss, loss_T=token_loss.loss_T - bonus_T)

@@ -196,6 +196,11 @@ class Online:
 
     def _check_sampling(self) -> None:
         sampling = self.config.sampling
+        if sampling.samples_per_prompt < self.algorithm.min_samples:
+            raise UserError(
+                f"samples_per_prompt: {self.title} compares the samples of a prompt with one another and needs "
+                f"{self.algorithm.min_samples} or more, got {sampling.samples_per_prompt}"
+            )
         if sampling.temperature == 0:
             raise UserError("temperature: 0 is greedy, all samples of a prompt would be equal; give more than 0")
         truncated = sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
 
 KLKind = Literal["k1", "k2", "k3"]
+KLLoss = Literal["ratio_k3", "k3", "k2"]
 MAX_EXPONENT = 20.0
 """Beyond it, exp(x) is of no use to a loss: 4.9e8, and inf above 88 in float32."""
 
@@ -20,7 +21,9 @@ def kl_estimate(logp_T: Tensor, reference_logp_T: Tensor, kind: KLKind) -> Tenso
 
     - ``k1 = x``: unbiased, of either sign. Its gradient as a loss is 0 in expectation: use it in the reward.
     - ``k2 = x^2 / 2``: biased, low variance.
-    - ``k3 = exp(-x) - 1 + x``: unbiased, never negative (GRPO's penalty, arXiv:2402.03300, eq. 4).
+    - ``k3 = exp(-x) - 1 + x``: unbiased, never negative.
+
+    The value of an estimate says nothing of its gradient: see ``kl_loss``.
 
     Where the reference finds a token exp(20) times likelier than the policy does, k3 goes on along its tangent:
     finite, and still with the gradient that pulls the policy back, which a clamp would take away.
@@ -37,11 +40,33 @@ def kl_estimate(logp_T: Tensor, reference_logp_T: Tensor, kind: KLKind) -> Tenso
     raise ValueError(f"unknown KL estimator {kind!r}: k1, k2 or k3")
 
 
-def adaptive_kl_coef(coef: float, kl: float, *, target: float, samples: int, horizon: float) -> float:
-    """The next KL coefficient: ``coef (1 + clip(kl / target - 1, -0.2, 0.2) samples / horizon)``.
+def kl_loss(logp_T: Tensor, reference_logp_T: Tensor, ratio_T: Tensor, kind: KLLoss) -> Tensor:
+    """A KL to the reference to be differentiated, in nats, [T], for tokens sampled with probability ``p / ratio``.
 
-    Ziegler et al., arXiv:1909.08593, section 2.2, with their gain ``K = samples / horizon``. ``kl`` and ``target``
-    are in nats per sequence, ``samples`` and ``horizon`` in sequences.
+    With ``x = logp - reference_logp``, and in expectation over the samples:
+
+    - ``ratio_k3 = ratio k3``: the gradient of KL(policy || reference), whatever the ratio (arXiv:2512.02556; TRL's
+      default since July 2026).
+    - ``k3``: the gradient of KL(reference || policy), the other direction, while the ratio is 1 (GRPO's penalty,
+      arXiv:2402.03300, eq. 4).
+    - ``k2``: the gradient of KL(policy || reference) while the ratio is 1.
+
+    The two parts of ``ratio k3``'s gradient, ``ratio k3`` and ``ratio (1 - exp(-x))``, add up to ``ratio x``. It is
+    differentiated as that: at x = -15 the parts are so large that in float32 nothing is left of their sum.
+    """
+    if kind != "ratio_k3":
+        return kl_estimate(logp_T, reference_logp_T, kind)
+    slope_T = ratio_T * (logp_T - reference_logp_T).detach()
+    value_T = ratio_T.detach() * kl_estimate(logp_T.detach(), reference_logp_T, "k3")
+    return value_T + (slope_T - slope_T.detach())
+
+
+def adaptive_kl_coef(coef: float, kl: float, *, target: float, samples: int, horizon: float) -> float:
+    """The next KL coefficient: ``coef (1 + clip(kl / target - 1, -0.2, 0.2) min(samples / horizon, 1))``.
+
+    Ziegler et al., arXiv:1909.08593, section 2.2, with their gain ``K = samples / horizon``, here at most 1: a step
+    changes the coefficient by a fifth at most, and never its sign. ``kl`` and ``target`` are in nats per sequence,
+    ``samples`` and ``horizon`` in sequences.
     """
     error = min(max(kl / target - 1.0, -0.2), 0.2)
-    return coef * (1.0 + error * samples / horizon)
+    return coef * (1.0 + error * min(samples / horizon, 1.0))

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from tandem.functional.fields import required
 from tandem.roles import Objective
-from tandem.types import Aggregation, Batch, Outputs, TokenLoss
+from tandem.types import Batch, Outputs, TokenLoss
 
 
 @dataclass(frozen=True, kw_only=True)
 class SFT(Objective):
     """Maximum likelihood of the trainable tokens: the loss of a token is ``-logp``, in nats."""
 
-    aggregation: Aggregation = "token"
+    aggregation: Literal["token", "sequence"] = "token"
     """Which mean the loss is: over tokens, or over sequences of their token means."""
 
     def loss(self, out: Outputs, batch: Batch) -> TokenLoss:

@@ -1,5 +1,6 @@
 """GRPO against TRL's numbers and the paper's equation written as loops."""
 
+import json
 import math
 import statistics
 from dataclasses import replace
@@ -7,11 +8,15 @@ from dataclasses import replace
 import pytest
 import torch
 from sampled_step import make_step
+from trl_golden import CASES, GOLDEN, problem
 
 from tandem.algorithms.grpo import GRPO
 from tandem.data.packing import pack, stamp_weights
 from tandem.errors import UserError
 from tandem.types import Group, Outputs, Prompt, Rollout, Sequence
+
+PAPER = {"aggregation": "sequence", "kl_coef": 0.04, "kl_estimator": "k3", "dual_clip": None}
+"""The settings of arXiv:2402.03300."""
 
 
 @pytest.fixture
@@ -62,9 +67,9 @@ def test_groups_of_one_and_ties_give_zero(normalize, rewards):
 @pytest.mark.parametrize(
     ("knobs", "mean", "length"),
     [
-        ({}, "sequence", None),
-        ({"aggregation": "token", "clip_high": 0.28}, "token", None),
-        ({"aggregation": "constant"}, "constant", 20),
+        (PAPER, "sequence", None),
+        (PAPER | {"aggregation": "token", "clip_high": 0.28}, "token", None),
+        (PAPER | {"aggregation": "constant"}, "constant", 20),
     ],
 )
 def test_loss_is_the_papers(step, knobs, mean, length):
@@ -99,23 +104,39 @@ def test_loss_is_the_papers(step, knobs, mean, length):
     assert got == pytest.approx(expected, abs=1e-6)
 
 
-def test_loss_golden_from_trl():
-    # The golden of test_ppo's KL loss: the per-token loss is the same function.
-    def tensor(*x):
-        return torch.tensor([0.0, *x], dtype=torch.float64)
+@pytest.mark.parametrize(
+    ("case", "knobs"),
+    [
+        ("default", {"kl_coef": 0.1, "dual_clip": None}),
+        ("two_sided", {"kl_coef": 0.1}),
+        ("paper_of_2024", PAPER),
+        ("no_kl", {}),
+    ],
+)
+def test_gradient_is_trls(case, knobs):
+    """Against TRL 1.16's own loss, with its default KL: see ``trl_golden.py``, which makes the numbers again."""
+    assert case in CASES
+    given, golden = problem(), json.loads(GOLDEN.read_text())[case]
+    batch = pack([Sequence(token_ids=[0] * (1 + len(x)), trainable=[False] + [True] * len(x)) for x in given["logp"]])
 
+    def flat(rows):
+        return torch.tensor([y for row in rows for y in [0.0, *row]], dtype=torch.float64)
+
+    advantage_T = torch.tensor(given["advantages"][0], dtype=torch.float64)[batch.segment_T] * batch.trainable_T
+    grpo = GRPO(**knobs)
     batch = replace(
-        pack([Sequence(token_ids=[0] * 7, trainable=[False] + [True] * 6)]),
-        old_logp_T=tensor(-0.7, -1.0, -0.3, -1.2, -1.6, -1.9),
-        reference_logp_T=tensor(-0.6, -1.1, -0.5, -1.7, -1.0, -0.4),
-        advantage_T=tensor(1.0, -0.5, 2.0, -1.5, 0.8, -0.6),
-        kl_coef=0.04,
+        stamp_weights(batch, grpo.aggregation),
+        old_logp_T=flat(given["old"]),
+        reference_logp_T=flat(given["reference"]),
+        advantage_T=advantage_T,
+        kl_coef=grpo.kl_coef,
     )
-    out = Outputs(logp_T=tensor(-0.5, -1.2, -0.3, -2.0, -0.9, -0.1))
-    stamped = stamp_weights(batch, "sequence")
-    loss_T = GRPO().loss(out, stamped).loss_T
-    # TRL 1.16 grpo_trainer, loss_type="grpo", epsilon 0.2, beta 0.04: the scalar loss.
-    assert (loss_T * stamped.weight_T).sum().item() == pytest.approx(0.18068733276768145, abs=1e-7)
+    logp_T = flat(given["logp"]).requires_grad_()
+    loss = (grpo.loss(Outputs(logp_T=logp_T), batch).loss_T * batch.weight_T).sum()
+    (gradient_T,) = torch.autograd.grad(loss, logp_T)
+    # Weights are float32.
+    assert loss.item() == pytest.approx(golden["loss"], abs=1e-7)
+    torch.testing.assert_close(gradient_T, flat(golden["gradient"]), rtol=0, atol=1e-7)
 
 
 def test_no_reference_is_needed_without_a_kl_coefficient(step):
@@ -129,18 +150,46 @@ def test_no_reference_is_needed_without_a_kl_coefficient(step):
 def test_impossible_knobs():
     with pytest.raises(UserError, match="clip_low: expected from 0 to 1, got 2"):
         GRPO(clip_low=2)
+    with pytest.raises(UserError, match=r"kl_coef: 0\.1 counts nowhere with kl 'none'"):
+        GRPO(kl="none", kl_coef=0.1)
+    with pytest.raises(UserError, match="kl_estimator: it is the KL loss's, and kl is 'reward'"):
+        GRPO(kl="reward", kl_coef=0.1, kl_estimator="k3")
+
+
+def test_kl_in_the_reward_is_each_samples_own(step):
+    """The sum over a sample's trainable tokens, off its reward before the mean is taken; left out are left out."""
+    step.groups[0].rollouts[1].reward = None
+    step.groups[2].rollouts[0].stop = "error"
+    batch = step.batch()
+    got = GRPO(kl="reward", kl_coef=0.3).estimate(step.groups, batch, {})
+    s = 0
+    for g in step.groups:
+        charged = []
+        for r in g.usable:
+            at = [batch.bounds[s].item() + t for t, trainable in enumerate(r.trainable) if trainable]
+            charged.append(r.reward - 0.3 * sum((batch.old_logp_T - batch.reference_logp_T)[at].tolist()))
+            s += 1
+        mean, std = statistics.fmean(charged), statistics.stdev(charged)
+        for i, value in enumerate(charged, start=s - len(charged)):
+            rows = slice(batch.bounds[i], batch.bounds[i + 1])
+            own = got.batch.advantage_T[rows][batch.trainable_T[rows]]
+            assert own.tolist() == pytest.approx([(value - mean) / (std + 1e-4)] * len(own), abs=1e-6)
+    # And only there: the loss is the one without a KL.
+    out = step.outputs(got.batch)
+    assert torch.equal(GRPO(kl="reward", kl_coef=0.3).loss(out, got.batch).loss_T, GRPO().loss(out, got.batch).loss_T)
 
 
 def test_share_of_groups_that_teach_nothing(step):
     for rollout in step.groups[1].rollouts:
         rollout.reward = 0.3
-    metrics = GRPO().estimate(step.groups, step.batch(), {}).metrics
+    metrics = GRPO(kl="reward", kl_coef=0.1).estimate(step.groups, step.batch(), {}).metrics
     assert metrics["equal_reward_groups"] == 0.25
     assert set(metrics) == {"equal_reward_groups", "kl", "kl_per_sequence"}
 
 
-def test_loss_gradcheck(step):
-    grpo = GRPO()
+@pytest.mark.parametrize("kl_estimator", ["ratio_k3", "k3", "k2"])
+def test_loss_gradcheck(step, kl_estimator):
+    grpo = GRPO(kl_coef=0.1, kl_estimator=kl_estimator)
     batch = grpo.estimate(step.groups, step.batch(), {}).batch.select([0, 1])
     logp = step.theta[batch.token_ids_T].detach().requires_grad_()
     assert torch.autograd.gradcheck(lambda x: grpo.loss(Outputs(logp_T=x), batch).loss_T, (logp,))

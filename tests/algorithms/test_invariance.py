@@ -21,6 +21,8 @@ ALGORITHMS = {
     "ppo_loss_kl_entropy": PPO(kl="loss", entropy_coef=0.01, dual_clip=2.0, normalize_rewards=True),
     "ppo_sequence_mean": PPO(aggregation="sequence", whiten_advantages=False, value_clip=None, kl="none"),
     "grpo": GRPO(),
+    "grpo_kl_loss": GRPO(kl_coef=0.1),
+    "grpo_kl_reward": GRPO(kl="reward", kl_coef=0.1),
     "dr_grpo": GRPO(normalize="none", aggregation="constant", kl_coef=0.0),
 }
 

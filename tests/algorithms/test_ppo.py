@@ -140,7 +140,8 @@ def test_loss_with_kl_and_entropy_bonus():
     logp_T = torch.tensor([0.0, *LOGP], dtype=torch.float64)
     entropy_T = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0], dtype=torch.float64)
     out = Outputs(logp_T=logp_T, entropy_T=entropy_T)
-    # TRL 1.16 grpo_trainer's per-token loss (epsilon 0.2, beta 0.04) in float64 on these log-probs and advantages.
+    # TRL 1.16 grpo_trainer's per-token loss (epsilon 0.2, beta 0.04, use_bias_correction_kl False) in float64 on these
+    # log-probs and advantages.
     surrogate_and_kl = [
         -1.1998065032785616,
         0.40957221326201687,
@@ -149,7 +150,7 @@ def test_loss_with_kl_and_entropy_bonus():
         -0.9598065032785615,
         3.6314212074750354,
     ]
-    loss_T = PPO(kl="loss", entropy_coef=0.1).loss(out, batch).loss_T
+    loss_T = PPO(kl="loss", kl_estimator="k3", entropy_coef=0.1).loss(out, batch).loss_T
     expected = [x - 0.1 * (i + 1) for i, x in enumerate(surrogate_and_kl)]
     assert loss_T[0] == 0
     assert loss_T[1:].tolist() == pytest.approx(expected, abs=1e-12)
@@ -195,6 +196,8 @@ def test_metrics_of_the_losses():
         ({"lam": 1.5}, "lam: expected from 0 to 1, got 1.5"),
         ({"kl_coef": float("nan")}, "kl_coef: expected 0 or more, got nan"),
         ({"kl_target": 6.0, "kl": "none"}, "kl_target: there is no KL"),
+        ({"kl_target": 6.0, "kl_coef": 0.0}, "kl_target: there is no KL"),
+        ({"kl_estimator": "k3"}, "kl_estimator: it is the KL loss's, and kl is 'reward'"),
     ],
 )
 def test_impossible_knobs(knobs, message):

@@ -114,6 +114,10 @@ def test_wrong_types_and_ranges(tandem, inputs):
     refused(tandem, inputs, with_(SFT, config=config), "types.yaml:1", "learning_rate", "number", "'fast'")
     refused(tandem, inputs, with_(GRPO, top_p="1.5"), "--top-p", "1.5")
     refused(tandem, inputs, with_(GRPO, temperature="0"), "temperature")
+    refused(tandem, inputs, with_(GRPO, samples_per_prompt=1), "samples_per_prompt: GRPO compares", "2 or more")
+    refused(tandem, inputs, with_(SFT, aggregation="constant"), "--aggregation", "token, sequence", "'constant'")
+    ppo = [*arguments("ppo"), "--steps", "1"]
+    refused(tandem, inputs, with_(ppo, kl_coef=0, kl_target=6), "--kl-target: there is no KL to steer", "kl_coef 0.0")
 
 
 def test_missing_flag(tandem, inputs):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tandem.functional.kl import adaptive_kl_coef, kl_estimate
+from tandem.functional.kl import adaptive_kl_coef, kl_estimate, kl_loss
 
 LOGP = torch.tensor([-0.5, -1.2, -0.3, -2.0, -0.9, -0.1], dtype=torch.float64)
 REFERENCE = torch.tensor([-0.7, -1.0, -0.3, -1.2, -1.6, -1.9], dtype=torch.float64)
@@ -52,6 +52,38 @@ def test_gradcheck(kind):
     assert torch.autograd.gradcheck(lambda x: kl_estimate(x, reference, kind), (logp,))
 
 
+@pytest.mark.parametrize("off_policy", [False, True])
+def test_each_kl_loss_descends_its_direction(off_policy):
+    """In exact expectation over tokens drawn from the policy, or from another distribution."""
+    g = torch.Generator().manual_seed(0)
+    theta, r, other = torch.randn(3, 9, generator=g, dtype=torch.float64)
+    theta.requires_grad_()
+    logp, reference = theta.log_softmax(0), r.log_softmax(0)
+    drawn = other.log_softmax(0) if off_policy else logp.detach()
+    reverse = (logp.exp() * (logp - reference)).sum()
+    forward = (reference.exp() * (reference - logp)).sum()
+
+    def gradient(of):
+        return torch.autograd.grad(of, theta, retain_graph=True)[0]
+
+    got = {k: (drawn.exp() * kl_loss(logp, reference, (logp - drawn).exp(), k)).sum() for k in ("ratio_k3", "k3", "k2")}
+    torch.testing.assert_close(got["ratio_k3"], reverse, rtol=0, atol=1e-12)
+    torch.testing.assert_close(gradient(got["ratio_k3"]), gradient(reverse), rtol=0, atol=1e-12)
+    if not off_policy:
+        torch.testing.assert_close(gradient(got["k2"]), gradient(reverse), rtol=0, atol=1e-12)
+        torch.testing.assert_close(gradient(got["k3"]), gradient(forward), rtol=0, atol=1e-12)
+
+
+def test_the_weighted_k3_keeps_its_gradient_far_away():
+    # ratio (logp - reference), in float32 too, where the derivative of the product has nothing left of it at -15.
+    reference = torch.tensor([0.0, 0.0, 0.0, -3.0])
+    logp = torch.tensor([-1.0, -15.0, -40.0, -0.1], requires_grad=True)
+    kl = kl_loss(logp, reference, (logp - logp.detach()).exp() * 2, "ratio_k3")
+    (gradient,) = torch.autograd.grad(kl.sum(), logp)
+    torch.testing.assert_close(gradient, torch.tensor([-2.0, -30.0, -80.0, 5.8]))
+    assert torch.equal(kl.detach(), 2 * kl_estimate(logp.detach(), reference, "k3"))
+
+
 def test_unknown_kind():
     with pytest.raises(ValueError, match="k1, k2 or k3"):
         kl_estimate(LOGP, REFERENCE, "k4")
@@ -67,3 +99,9 @@ def test_adaptive_coefficient_golden_from_openrlhf():
     ]:
         coef = adaptive_kl_coef(coef, kl, target=6.0, samples=samples, horizon=10000)
         assert coef == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_coefficient_never_turns_negative():
+    # 60,000 sequences against a horizon of 10,000: without a bound 1 - 0.2 * 6.
+    assert adaptive_kl_coef(0.05, 0.0, target=6.0, samples=60_000, horizon=10_000) == pytest.approx(0.04)
+    assert adaptive_kl_coef(0.05, 99.0, target=6.0, samples=60_000, horizon=10_000) == pytest.approx(0.06)

@@ -19,7 +19,7 @@ def test_policy_golden_from_openrlhf(dual_clip, last, clip_fraction):
     # OpenRLHF 0.11.2 models/loss.PolicyLoss(0.2, 0.28, dual_clip) in float64, one token at a time.
     # Its clip_ratio is 1/3 for both; ours also counts the token that the dual clip stopped.
     expected = [-1.2214027581601699, 0.40936537653899097, -2.0, 1.2000000000000002, -1.024, last]
-    loss, clipped = clipped_policy_loss(importance_ratio(LOGP, OLD), ADVANTAGE, 0.2, 0.28, dual_clip)
+    loss, clipped = clipped_policy_loss(LOGP, OLD, ADVANTAGE, 0.2, 0.28, dual_clip)
     assert loss.tolist() == pytest.approx(expected, abs=1e-12)
     assert clipped.mean().item() == pytest.approx(clip_fraction)
 
@@ -27,17 +27,24 @@ def test_policy_golden_from_openrlhf(dual_clip, last, clip_fraction):
 @pytest.mark.parametrize("dual_clip", [None, 3.0])
 def test_clipped_tokens_are_those_without_a_gradient(dual_clip):
     logp = LOGP.clone().requires_grad_()
-    loss, clipped = clipped_policy_loss(importance_ratio(logp, OLD), ADVANTAGE, 0.2, 0.28, dual_clip)
+    loss, clipped = clipped_policy_loss(logp, OLD, ADVANTAGE, 0.2, 0.28, dual_clip)
     (gradient,) = torch.autograd.grad(loss.sum(), logp)
+    assert torch.equal(gradient == 0, clipped.bool())
+
+
+def test_a_ratio_held_at_its_exponents_bound_counts_as_clipped():
+    logp = torch.tensor([0.0, -30.0, -1.0, 0.0], requires_grad=True)
+    old, advantage = torch.tensor([-25.0, 0.0, -1.1, -19.0]), torch.tensor([-1.0, 1.0, -1.0, -1.0])
+    loss, clipped = clipped_policy_loss(logp, old, advantage, 0.2, 0.28)
+    (gradient,) = torch.autograd.grad(loss.sum(), logp)
+    assert clipped.tolist() == [1.0, 1.0, 0.0, 0.0]
     assert torch.equal(gradient == 0, clipped.bool())
 
 
 @pytest.mark.parametrize("dual_clip", [None, 3.0])
 def test_policy_gradcheck(dual_clip):
     logp = LOGP.clone().requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda x: clipped_policy_loss(importance_ratio(x, OLD), ADVANTAGE, 0.2, 0.28, dual_clip)[0], (logp,)
-    )
+    assert torch.autograd.gradcheck(lambda x: clipped_policy_loss(x, OLD, ADVANTAGE, 0.2, 0.28, dual_clip)[0], (logp,))
 
 
 def test_ratio_stays_finite():
