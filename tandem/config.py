@@ -8,14 +8,14 @@ same key, whatever section holds it. Nothing here imports torch.
 from __future__ import annotations
 
 import ast
-import difflib
 import functools
 import inspect
 import math
 import textwrap
 import types
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, make_dataclass, replace
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, field, fields, is_dataclass, make_dataclass, replace
+from os.path import expanduser
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -23,39 +23,48 @@ import yaml
 
 from tandem import __version__
 from tandem.errors import UserError
+from tandem.given import Given, Key, flag_of, read_flags, read_yaml
 
 Config = TypeVar("Config")
 ONE_START = {"one_start": True}
 """Metadata of a key that concerns one start of a run, and so is not written to the run's config."""
 PREFIXED = {"prefixed": True}
 """Metadata of a section whose keys carry its name: ``placement.actor``."""
+PATH = {"path": True}
+"""Metadata of a key whose values are paths, or may be: a leading ``~`` stands for the home folder."""
 
 _TYPES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", Path: "a path"}
 _CHOICES = {bool: {"true": True, "True": True, "yes": True, "false": False, "False": False, "no": False}}
 _INFINITIES = {".inf": "inf", "-.inf": "-inf"}
 _NOTHING = ("None", "none", "null")
+_UNSET = (None, "", "0", "none", 0, ())
 
 
 def load_config(cls: type[Config], argv: Sequence[str], *, prog: str = "tandem") -> Config:
     """The config that ``--config FILE.yaml`` and the flags after it describe. Flags win.
 
     ``cls`` is a dataclass whose fields are sections (dataclasses) or keys. ``--help`` prints every key and raises
-    SystemExit(0). Raises UserError, in one line, for an unknown key, a value of the wrong type or out of range, and
-    a required key that is missing.
+    SystemExit(0). Raises UserError, in one line, for an unknown key, a value of the wrong type or out of range, a
+    required key that is missing, and a value that would have no effect (see ``tandem.errors.needs``).
     """
     keys = _keys_of(cls)
     if "--help" in argv or "-h" in argv:
         _print_help(cls, prog)
         raise SystemExit(0)
-    files, flags = _read_flags(argv, keys)
-    given = {name: value for file in files for name, value in _read_yaml(file, keys).items()} | flags
+    files, flags = read_flags(argv, keys)
+    sections = {name: [*_keys_of(hint)] for name, hint in get_type_hints(cls).items() if is_dataclass(hint)}
+    given = {name: value for file in files for name, value in read_yaml(file, keys, sections).items()} | flags
     values = {name: _convert_given(value, keys[name]) for name, value in given.items()}
     missing = [key for key in keys.values() if key.required and key.name not in values]
     if missing:
-        wanted = "; ".join(f"{_flag(key.name)} ({key.doc})" for key in missing)
+        wanted = "; ".join(f"{flag_of(key.name)} ({key.doc})" for key in missing)
         raise UserError(f"missing {wanted}")
     try:
-        return _build(cls, values)
+        config = _build(cls, values)
+        for name, value in values.items():
+            if value != keys[name].default:
+                _require_effect(keys[name], config)
+        return config
     except UserError as error:
         name, colon, problem = str(error).partition(": ")
         where = given[name].where if colon and name in given else name
@@ -88,36 +97,27 @@ def describe(config: Any) -> str:
     return "\n\n".join(blocks)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Key:
-    name: str
-    annotation: Any
-    required: bool
-    doc: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Given:
-    """A value as text, and where it was written."""
-
-    value: str | list[str] | None
-    where: str
-
-
-def _keys_of(cls: Any) -> dict[str, _Key]:
+def _keys_of(cls: Any) -> dict[str, Key]:
     """Every key of a config class. Raises TypeError where two sections have a key of the same name."""
-    keys: dict[str, _Key] = {}
+    keys: dict[str, Key] = {}
     hints, docs = get_type_hints(cls), _attribute_docs(cls)
     for f in fields(cls):
-        required = _default(f) is MISSING
+        default = _default(f)
+        required = default is MISSING
         if is_dataclass(hints[f.name]):
             inner = {
-                _full_name(f, name): replace(key, name=_full_name(f, name), required=key.required and required)
+                _full_name(f, name): replace(
+                    key,
+                    name=_full_name(f, name),
+                    required=key.required and required,
+                    default=key.default if required else getattr(default, name),
+                )
                 for name, key in _keys_of(hints[f.name]).items()
             }
         else:
             doc = " ".join(docs.get(f.name, "").split()).partition(". ")[0].rstrip(".")
-            inner = {f.name: _Key(name=f.name, annotation=hints[f.name], required=required, doc=doc)}
+            key = Key(f.name, hints[f.name], required=required, doc=doc, default=default, metadata=f.metadata)
+            inner = {f.name: key}
         if twice := inner.keys() & keys.keys():
             raise TypeError(f"{cls.__name__}: two sections have the key {', '.join(sorted(twice))}")
         keys |= inner
@@ -162,73 +162,33 @@ def _build(cls: Any, values: dict[str, Any]) -> Any:
     return cls(**own)
 
 
-def _read_flags(argv: Sequence[str], keys: dict[str, _Key]) -> tuple[list[Path], dict[str, _Given]]:
-    """The ``--config`` files, and every other flag. A flag's values reach up to the next ``--``."""
-    files: list[Path] = []
-    given: dict[str, _Given] = {}
-    words = list(argv)
-    while words:
-        word = words.pop(0)
-        if not word.startswith("--"):
-            raise UserError(f"{word!r} stands alone; values come after the --key they belong to")
-        flag, equals, joined = word.partition("=")
-        texts = [joined] if equals else []
-        while words and not words[0].startswith("--"):
-            texts.append(words.pop(0))
-        name = flag[2:].replace("-", "_")
-        if name == "config":
-            if not texts:
-                raise UserError("--config: expected a YAML file")
-            files += map(Path, texts)
+def _require_effect(key: Key, config: Any) -> None:
+    """Raises UserError where a key has no effect in this config."""
+    settings = {name: value for _, section in _sections(config) for name, value in section.items()}
+    for other, *values in key.metadata.get("needs", ()):
+        if other == "part" and not set(values) & set(config.parts):
+            raise UserError(f"{key.name}: has no effect, since this run has no {' and no '.join(values)}")
+        if other not in settings:
             continue
-        section, dot, key = name.rpartition(".")
-        negated = section + dot + key.removeprefix("no_")
-        if name not in keys and negated in keys and keys[negated].annotation is bool and not texts:
-            name, texts = negated, ["false"]
-        elif name in keys and keys[name].annotation is bool and not texts:
-            texts = ["true"]
-        if name not in keys:
-            raise UserError(f"unknown flag {flag}{suggest(name, [*keys, 'config'], _flag)}")
-        given[name] = _Given(value=texts[0] if len(texts) == 1 else texts, where=flag)
-    return files, given
+        found = settings[other]
+        if not values and found in _UNSET:
+            raise UserError(f"{key.name}: has no effect without {flag_of(other)}")
+        if values and found not in values:
+            other_value = " or ".join(map(_show, values))
+            raise UserError(
+                f"{key.name}: has no effect with {flag_of(other)} {_show(found)}; give {flag_of(other)} {other_value}"
+            )
 
 
-def _read_yaml(path: Path, keys: dict[str, _Key]) -> dict[str, _Given]:
-    """A file's keys with their lines. Scalars stay as written, so that YAML's own idea of types does not matter."""
+def _convert_given(given: Given, key: Key) -> Any:
+    value = given.value
+    if key.metadata.get("path"):
+        value = [expanduser(text) for text in value] if isinstance(value, list) else value and expanduser(value)
     try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise UserError(f"{where}: not YAML: {getattr(error, 'problem', None) or error}") from None
-    if root is None:
-        return {}
-    if not isinstance(root, yaml.MappingNode):
-        raise UserError(f"{path}:{root.start_mark.line + 1}: expected lines of 'key: value'")
-    given: dict[str, _Given] = {}
-    for key_node, value_node in root.value:
-        name, place = str(key_node.value).replace("-", "_"), f"{path}:{key_node.start_mark.line + 1}"
-        if name not in keys:
-            raise UserError(f"{place}: unknown key {key_node.value}{suggest(name, keys, str)}")
-        if name in given:
-            raise UserError(f"{place}: {name} is given a second time; keep one of the two")
-        given[name] = _Given(value=_text_of(value_node, f"{place}: {name}"), where=f"{place}: {name}")
-    return given
-
-
-def _text_of(node: yaml.Node, where: str) -> str | list[str] | None:
-    if isinstance(node, yaml.ScalarNode):
-        return None if node.tag == "tag:yaml.org,2002:null" else node.value
-    if isinstance(node, yaml.SequenceNode) and all(isinstance(item, yaml.ScalarNode) for item in node.value):
-        return [item.value for item in node.value]
-    raise UserError(f"{where}: expected a value or a list of values; keys are flat, not nested")
-
-
-def _convert_given(given: _Given, key: _Key) -> Any:
-    try:
-        return _convert(given.value, key.annotation)
+        converted = _convert(value, key.annotation)
+        if isinstance(converted, int) and not -(2**63) <= converted < 2**63:
+            raise UserError(f"{given.where}: expected a whole number of at most 64 bits, got {given.value!r}")
+        return converted
     except ValueError:
         got = f"[{', '.join(given.value)}]" if isinstance(given.value, list) else given.value
         shown = repr(got) if given.value else "nothing"
@@ -275,18 +235,6 @@ def _expected(annotation: Any) -> str:
 def _without_none(annotation: Any) -> Any:
     (inner,) = (argument for argument in get_args(annotation) if argument is not types.NoneType)
     return inner
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def suggest(name: str, names: Iterable[str], show: Callable[[str], str] = str) -> str:
-    """``; did you mean X?`` for the nearest of ``names``: those with these initials (lr), or the likest spelling."""
-    pool = list(names)
-    near = [known for known in pool if "".join(word[:1] for word in known.split("_")) == name]
-    near = near or difflib.get_close_matches(name, pool, n=1, cutoff=0.5)
-    return f"; did you mean {' or '.join(map(show, near))}?" if near else "; --help lists them"
 
 
 def _sections(config: Any) -> list[tuple[str, dict[str, Any]]]:

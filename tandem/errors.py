@@ -39,3 +39,12 @@ def expect(section: Any, wanted: str, ok: Callable[[Any], bool], *keys: str) -> 
         value = getattr(section, key)
         if value is not None and not ok(value):
             raise UserError(f"{key}: expected {wanted}, got {value!r}")
+
+
+def needs(*conditions: tuple[Any, ...]) -> dict[str, Any]:
+    """Metadata of a config key that has an effect only where all ``conditions`` hold; elsewhere it is refused.
+
+    A condition is another key and the values that it must have, ``("engine.kind", "vllm")``; without values, it must
+    be set: not None, nothing, ``"none"`` or 0. ``("part", "reference")`` asks for one of the parts that the run has.
+    """
+    return {"needs": conditions}

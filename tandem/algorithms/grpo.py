@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from tandem.algorithms.clipped import KLPlace, add_kl_loss, check_clipped, clipped_surrogate, sampled_kl, uses_kl
-from tandem.errors import UserError, expect
+from tandem.errors import UserError, expect, needs
 from tandem.functional.advantages import centred, group_normalised
 from tandem.functional.kl import KLLoss
 from tandem.functional.segments import segment_sum
@@ -30,7 +30,7 @@ class GRPO(Algorithm):
 
     normalize: Literal["std", "none"] = "std"
     """Divide a group's centered rewards by their standard deviation (the paper), or leave them (Dr.GRPO)."""
-    epsilon: float = 1e-4
+    epsilon: float = field(default=1e-4, metadata=needs(("normalize",)))
     """Added to that standard deviation."""
     clip_low: float = 0.2
     """The policy ratio is clipped from below at 1 - clip_low."""
@@ -42,7 +42,7 @@ class GRPO(Algorithm):
     """Where the KL to the reference counts: in each sample's reward (k1), as a loss, or nowhere."""
     kl_coef: float = 0.0
     """Coefficient of the KL, per nat, in units of rewards or, of a loss, of advantages. 0: no reference is needed."""
-    kl_estimator: KLLoss = "ratio_k3"
+    kl_estimator: KLLoss = field(default="ratio_k3", metadata=needs(("kl", "loss"), ("kl_coef",)))
     """What the KL loss is: ratio_k3 and k2 lead to KL(policy || reference), k3 to KL(reference || policy)."""
 
     def __post_init__(self) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from tandem.algorithms.clipped import KLPlace, add_kl_loss, check_clipped, clipped_surrogate, sampled_kl, uses_kl
-from tandem.errors import UserError, expect
+from tandem.errors import UserError, expect, needs
 from tandem.functional.advantages import gae, whiten
 from tandem.functional.fields import required
 from tandem.functional.kl import KLLoss, adaptive_kl_coef
@@ -46,14 +46,14 @@ class PPO(Algorithm):
     """GAE's lambda: 1 trusts the returns (no bias), 0 trusts the critic (little variance)."""
     kl: KLPlace = "reward"
     """Where the KL to the reference counts: in each token's reward (k1), as a loss, or nowhere."""
-    kl_coef: float = 0.05
+    kl_coef: float = field(default=0.05, metadata=needs(("kl",)))
     """Coefficient of the KL, per nat, in units of rewards or, of a loss, of advantages; the first one if kl_target is
     set. 0: no reference is needed."""
-    kl_estimator: KLLoss = "ratio_k3"
+    kl_estimator: KLLoss = field(default="ratio_k3", metadata=needs(("kl", "loss"), ("kl_coef",)))
     """What the KL loss is: ratio_k3 and k2 lead to KL(policy || reference), k3 to KL(reference || policy)."""
     kl_target: float | None = None
     """KL in nats per sequence towards which the coefficient is steered. None: the coefficient stays."""
-    kl_horizon: int = 10000
+    kl_horizon: int = field(default=10000, metadata=needs(("kl_target",)))
     """Sequences over which the steering acts: larger is slower."""
     entropy_coef: float = 0.0
     """Weight of an entropy bonus, per nat."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
 from tandem.algorithms.grpo import GRPO
 from tandem.algorithms.ppo import PPO
 from tandem.cli.sections import (
+    ROLES,
     ClusterSection,
     DataSection,
     EngineSection,
@@ -19,10 +21,31 @@ from tandem.cli.sections import (
     SamplingSection,
     TrainerPlacement,
 )
-from tandem.config import PREFIXED
-from tandem.errors import expect
+from tandem.config import PATH, PREFIXED
+from tandem.errors import expect, needs
 from tandem.objectives.reward import RewardModeling
 from tandem.objectives.sft import SFT
+from tandem.roles import Algorithm
+from tandem.workers.launched import launched
+
+
+def worker_parts(placement: TrainerPlacement, engine: EngineSection | None = None) -> set[str]:
+    """Which of these a run has: workers, a trainer that is split over them, an engine that weights must reach."""
+    own = {role for role in ROLES if hasattr(placement, role) and placement.workers(role)}
+    vllm = engine is not None and engine.kind == "vllm"
+    parts = {
+        "workers": bool(own) or vllm or launched(),
+        "trainer split over several workers": placement.workers("actor") > 1 or launched(),
+        "engine with weights of its own": vllm or "engine" in own or placement.workers("actor") > 1,
+    }
+    return {part for part, present in parts.items() if present}
+
+
+def data_parts(data: DataSection) -> set[str]:
+    """Which datasets may have splits: a file has none, nor have several that a pattern names."""
+    sources = {"dataset with splits": data.data, "held-out dataset with splits": data.eval_data}
+    files = re.compile(r"\.(jsonl|json|parquet)$|[*?\[]")
+    return {part for part, source in sources.items() if source is not None and not files.search(source)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +70,11 @@ class OfflineConfig:
     offline: OfflineSection
     placement: TrainerPlacement = field(default_factory=TrainerPlacement, metadata=PREFIXED)
     cluster: ClusterSection = field(default_factory=ClusterSection, metadata=PREFIXED)
+
+    @property
+    def parts(self) -> set[str]:
+        """What the run has, for keys that need it (``tandem.errors.needs``)."""
+        return data_parts(self.data) | worker_parts(self.placement)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +113,7 @@ class RMConfig(OfflineConfig):
 class OnlineSection:
     """How a step's samples are trained on, and judged when held out."""
 
-    reference: str | None = None
+    reference: str | None = field(default=None, metadata=PATH | needs(("part", "reference")))
     """Folder of the frozen reference that the KL is taken to. None: the model as it was at the start."""
     epochs: int = 1
     """Times that a step's samples are gone through."""
@@ -93,7 +121,7 @@ class OnlineSection:
     """Optimizer steps in one epoch."""
     old_logp: Literal["sampler", "trainer"] = "sampler"
     """What ratios are taken against: the sampler's log-probs, or the trainer's own from a forward more."""
-    eval_reward: tuple[str, ...] = ()
+    eval_reward: tuple[str, ...] = field(default=(), metadata=PATH | needs(("eval_data",)))
     """FILE.py:function that judges samples of --eval-data and is never trained on. Empty: the training rewards."""
 
     def __post_init__(self) -> None:
@@ -115,12 +143,24 @@ class OnlineConfig:
     engine: EngineSection = field(default_factory=EngineSection, metadata=PREFIXED)
     cluster: ClusterSection = field(default_factory=ClusterSection, metadata=PREFIXED)
 
+    @property
+    def parts(self) -> set[str]:
+        """What the run has, for keys that need it (``tandem.errors.needs``)."""
+        algorithm: Algorithm = vars(self)["algorithm"]  # of each command's own class
+        models = {
+            "critic": algorithm.needs_critic,
+            "reference": algorithm.needs_reference,
+            "reward model": self.reward.reward_model is not None,
+        }
+        parts = {"samples"} | {model for model, present in models.items() if present}
+        return parts | data_parts(self.data) | worker_parts(self.placement, self.engine)
+
 
 @dataclass(frozen=True, kw_only=True)
 class CriticSection:
     """The critic of an algorithm that has one."""
 
-    critic: str | None = None
+    critic: str | None = field(default=None, metadata=PATH)
     """Folder it starts from. None: the reward model, or without one the model with a head that says 0."""
     critic_learning_rate: float | None = None
     """Its learning rate. None: --learning-rate."""
@@ -158,7 +198,7 @@ class GRPOConfig(OnlineConfig):
 class QuickstartSection:
     """Where the quickstart goes and what it starts from."""
 
-    out: str = "runs/quickstart"
+    out: str = field(default="runs/quickstart", metadata=PATH)
     """Folder for everything it makes. An earlier quickstart in it is replaced."""
     seed: int = 0
     """The model's first weights, the data and every sample follow from it."""
@@ -175,7 +215,7 @@ class QuickstartConfig:
 class DoctorModel(ModelSection):
     """The model to try with."""
 
-    model: str = ""
+    model: str = field(default="", metadata=PATH)
     """A Hugging Face folder, or a name on the hub. Empty: a tiny random model made for the occasion."""
 
     def __post_init__(self) -> None:
@@ -198,3 +238,8 @@ class DoctorConfig:
     placement: PlacementSection = field(default_factory=PlacementSection, metadata=PREFIXED)
     engine: EngineSection = field(default_factory=EngineSection, metadata=PREFIXED)
     cluster: ClusterSection = field(default_factory=ClusterSection, metadata=PREFIXED)
+
+    @property
+    def parts(self) -> set[str]:
+        """What the examination has, for keys that need it (``tandem.errors.needs``)."""
+        return worker_parts(self.placement, self.engine)

@@ -19,8 +19,9 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from tandem import __version__
-from tandem.config import load_config, suggest
+from tandem.config import load_config
 from tandem.errors import RunFailure, UserError
+from tandem.given import suggest
 from tandem.signals import Terminated, stoppable
 
 

@@ -31,8 +31,9 @@ from tandem.roles import Metrics
 from tandem.schedules.offline import Offline, OfflineRoles
 from tandem.training.optim import OptimParams
 from tandem.types import Batch, Limits
+from tandem.workers.launched import launched
 from tandem.workers.process import Build
-from tandem.workers.torchrun import Ranks, joined, launched
+from tandem.workers.torchrun import Ranks, joined
 
 Example = TypeVar("Example")
 

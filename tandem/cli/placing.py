@@ -21,9 +21,9 @@ from tandem.sync.push import PushParams, WeightPush
 from tandem.workers.cluster import Cluster, connect, own_sigterm, require_ray, visible_gpus
 from tandem.workers.group import WorkerGroup
 from tandem.workers.homes import Here, Home, RoleEnd, Workers, WorkersEnd
+from tandem.workers.launched import launched
 from tandem.workers.process import Site
 from tandem.workers.remote import BalancedEngine, DividedEngine
-from tandem.workers.torchrun import launched
 from tandem.workers.turns import RestartingOnce, TakingTurns
 
 HOST_THREADS = 4

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from tandem.config import ONE_START
-from tandem.errors import UserError, expect
+from tandem.config import ONE_START, PATH
+from tandem.errors import UserError, expect, needs
 
 
 def _at_least(minimum: float) -> Callable[[Any], bool]:
@@ -24,7 +24,7 @@ def _above_zero(value: Any) -> bool:
 class RunSection:
     """Where the run is written and how long it goes on."""
 
-    out: str
+    out: str = field(metadata=PATH)
     """Folder of the run: its config, metrics, checkpoints and models."""
     steps: int
     """Optimizer steps (offline) or rounds of sampling and training (online) in all, those before a resume included."""
@@ -32,9 +32,9 @@ class RunSection:
     """Every random draw of the run is derived from it."""
     save_every: str = "10m"
     """Time between checkpoints: '100' steps or '10m' minutes. The last step is saved too. '0': no checkpoint at all."""
-    keep: int = 2
+    keep: int = field(default=2, metadata=needs(("save_every",)))
     """Checkpoints kept, newest first."""
-    rollouts_logged: int = 8
+    rollouts_logged: int = field(default=8, metadata=needs(("part", "samples")))
     """Samples written to rollouts.jsonl each step."""
     resume: bool = field(default=False, metadata=ONE_START)
     """Go on from the newest checkpoint in --out."""
@@ -57,7 +57,7 @@ class RunSection:
 class ModelSection:
     """The model that is trained, and what it runs on."""
 
-    model: str
+    model: str = field(metadata=PATH)
     """A Hugging Face folder, or a name on the hub."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the computation, and of sampling. The optimizer keeps float32 weights in either case."""
@@ -67,11 +67,11 @@ class ModelSection:
     """Tokens in a micro-batch, a prompt of several samples counted once: bounds memory and changes nothing else."""
     trust_remote_code: bool = False
     """Run the Python code that comes with the model."""
-    keep_gathered: bool = False
+    keep_gathered: bool = field(default=False, metadata=needs(("part", "trainer split over several workers")))
     """Over several workers: keep gathered parameters until the backward (ZeRO 1, 2) instead of gathering twice (3)."""
     offload: Literal["none", "optimizer", "parameters"] = "none"
     """Kept on the CPU between uses: nothing, the optimizer's state, or parameters and gradients too."""
-    offload_frozen: bool = False
+    offload_frozen: bool = field(default=False, metadata=needs(("part", "reference", "reward model")))
     """Keep the reference and reward models on the CPU between uses."""
     activation_checkpointing: bool = False
     """Keep only each layer's input for the backward and compute the rest again."""
@@ -87,15 +87,15 @@ class ModelSection:
 class DataSection:
     """The dataset and what is held out of it."""
 
-    data: str
+    data: str = field(metadata=PATH)
     """A .jsonl, .json or .parquet file, or the name of a dataset on the hub."""
-    split: str = "train"
+    split: str = field(default="train", metadata=needs(("part", "dataset with splits")))
     """Split to train on, for a dataset that has splits."""
-    eval_data: str | None = None
+    eval_data: str | None = field(default=None, metadata=PATH)
     """Held-out rows, named like --data. None: no evaluation."""
-    eval_split: str = "test"
+    eval_split: str = field(default="test", metadata=needs(("eval_data",), ("part", "held-out dataset with splits")))
     """Split of --eval-data, for a dataset that has splits."""
-    eval_every: int = 50
+    eval_every: int = field(default=50, metadata=needs(("eval_data",)))
     """Steps between evaluations; the last step is evaluated too. 0: only the last."""
     max_length: int = 4096
     """Longest row in tokens; of an online dataset, longest prompt."""
@@ -166,15 +166,15 @@ class SamplingSection:
 class RewardSection:
     """What judges the samples. Several rewards are summed with their weights."""
 
-    reward: tuple[str, ...] = ()
+    reward: tuple[str, ...] = field(default=(), metadata=PATH)
     """FILE.py:function, each f(prompts, completions, completion_ids, **columns) -> list[float | None]."""
-    reward_model: str | None = None
+    reward_model: str | None = field(default=None, metadata=PATH)
     """Folder of a model with a score head, as 'tandem rm' writes it."""
     reward_weights: tuple[float, ...] = ()
     """One weight for each --reward, then one for --reward-model. Empty: 1 each."""
     missing_eos: Literal["none", "replace", "subtract"] = "none"
     """A completion that max_new_tokens cut off keeps its reward, gets -missing_eos_penalty instead, or loses that."""
-    missing_eos_penalty: float = 1.0
+    missing_eos_penalty: float = field(default=1.0, metadata=needs(("missing_eos",)))
     """How much that is."""
 
     def __post_init__(self) -> None:
@@ -231,14 +231,18 @@ class TrainerPlacement:
 class PlacementSection(TrainerPlacement):
     """Which processes each role lives in, one process a GPU (or CPU)."""
 
-    critic: str = "actor"
+    critic: str = field(default="actor", metadata=needs(("part", "critic")))
     """The critic's trainer: a number of workers of its own, or the role whose processes it shares."""
-    reference: str = "actor"
+    reference: str = field(default="actor", metadata=needs(("part", "reference")))
     """The frozen reference: a number, or the role whose processes it shares."""
-    reward: str = "actor"
+    reward: str = field(default="actor", metadata=needs(("part", "reward model")))
     """The reward model: a number, or the role whose processes it shares."""
     engine: str = "actor"
     """The sampler: 'actor' takes turns on the actor's devices (shared), a number is so many engines apart (split)."""
+
+
+LIVE, VLLM = needs(("engine.kind", "live")), needs(("engine.kind", "vllm"))
+TRAVEL = needs(("part", "engine with weights of its own"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,27 +251,27 @@ class EngineSection:
 
     kind: Literal["live", "vllm"] = "live"
     """live samples with the trainer's own model code; vllm with vLLM (pip install 'tandem-rlhf[vllm]')."""
-    way: Literal["auto", "captured", "slots", "padded"] = "auto"
+    way: Literal["auto", "captured", "slots", "padded"] = field(default="auto", metadata=LIVE)
     """live: captured graphs over a paged cache, single steps over a cache of slots, or the model's own generate. auto:
     the first that the device has and the model can."""
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     """live, captured: keep keys and values as the model computes them, or in 8 bits: nearly twice the tokens fit, and
     the sampler's log-probs differ by more from the trainer's."""
-    tensor_parallel: int = 1
+    tensor_parallel: int = field(default=1, metadata=VLLM)
     """vllm: GPUs that one engine is split over."""
-    memory_share: float | None = None
+    memory_share: float | None = field(default=None, metadata=VLLM)
     """vllm: part of a GPU's memory that an engine may take. None: vLLM's own default, or 0.6 on shared devices."""
-    sleep: bool = True
+    sleep: bool = field(default=True, metadata=needs(("engine.kind", "vllm"), ("placement.engine", "actor")))
     """vllm on the actor's GPUs: each side gives its memory away while the other works. False: both stay."""
     max_length: int | None = None
     """Longest prompt and completion together, in tokens. None: what the model allows."""
-    seeded: bool = True
+    seeded: bool = field(default=True, metadata=VLLM)
     """vllm: draw each sample from its own seed, so that a run can be repeated; without, sampling is faster."""
-    arguments: str = "{}"
+    arguments: str = field(default="{}", metadata=VLLM)
     """vllm: more arguments for its engine, as JSON: '{"enforce_eager": true}'."""
-    transport: Literal["auto", "nccl", "gloo", "ipc"] = "auto"
+    transport: Literal["auto", "nccl", "gloo", "ipc"] = field(default="auto", metadata=TRAVEL)
     """How weights travel to engines in other processes. auto: ipc on the same GPU, nccl to another, gloo on CPUs."""
-    check_weights: bool = True
+    check_weights: bool = field(default=True, metadata=TRAVEL)
     """Prove after each push that the engine holds the trainer's weights."""
 
     def __post_init__(self) -> None:
@@ -280,10 +284,6 @@ class EngineSection:
         for key, valid, wanted in expect_prefixed:
             if not valid:
                 raise UserError(f"engine.{key}: expected {wanted}, got {getattr(self, key)!r}")
-        if self.kind == "live" and self.tensor_parallel > 1:
-            raise UserError("engine.tensor_parallel: only vllm splits an engine; add --engine.kind vllm")
-        if self.kind == "vllm" and self.way != "auto":
-            raise UserError(f"engine.way: {self.way} is a way of the live engine; add --engine.kind live")
         if self.kind == "vllm" and self.kv_cache_dtype != "auto":
             raise UserError(
                 "engine.kv_cache_dtype: it is the live engine's; give vLLM its own, as --engine.arguments "
@@ -299,9 +299,9 @@ class EngineSection:
 class ClusterSection:
     """The Ray cluster that workers live on, where there are any."""
 
-    address: str | None = None
+    address: str | None = field(default=None, metadata=needs(("part", "workers")))
     """HOST:PORT of a running cluster, or 'auto' for this machine's. None: one is started here for the run."""
-    deadline: float = 1800.0
+    deadline: float = field(default=1800.0, metadata=needs(("part", "workers")))
     """Longest time, in seconds, that one call to a worker may take before the run ends and says who did not answer."""
 
     def __post_init__(self) -> None:

@@ -25,11 +25,6 @@ IDLE_DEADLINE = timedelta(days=7)
 """How long ranks wait for the next call. One that is gone is noticed at once: its connections close."""
 
 
-def launched() -> bool:
-    """Whether torchrun (or SLURM in its manner) started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
-
-
 @contextmanager
 def joined(device: str, deadline_s: float) -> Iterator[Ranks]:
     """Meets the other ranks. Rank 0 gets on with its program; see ``Ranks.leader``."""

@@ -49,8 +49,15 @@ class ExampleConfig:
 REQUIRED = ["--out", "runs/a", "--steps", "5", "--model", "m", "--data", "d.jsonl", "--reward", "r.py:f"]
 
 
+def argv(*flags: str) -> list[str]:
+    """The required flags, but for those that are given, and then these."""
+    given = {flag.partition("=")[0] for flag in flags}
+    pairs = zip(REQUIRED[::2], REQUIRED[1::2], strict=True)
+    return [word for pair in pairs if pair[0] not in given for word in pair] + list(flags)
+
+
 def load(*flags: str) -> ExampleConfig:
-    return load_config(ExampleConfig, [*REQUIRED, *flags])
+    return load_config(ExampleConfig, argv(*flags))
 
 
 def refusal(*flags: str) -> str:
@@ -90,12 +97,12 @@ def test_a_flag_changes_its_key_and_no_other():
         ["--resume", "--no-whiten-advantages", "--dtype", "bfloat16"],
         ["--engine.kind", "vllm", "--engine.no-sleep", "--engine.memory-share", "0.5"],
         ["--value-clip", "None", "--kl-target", "6", "--learning-rate=3e-4", "--stop"],
-        ["--max_new_tokens", "9", "--steps", "6", "--steps", "7"],
+        ["--max_new_tokens", "9", "--steps", "6"],
     ],
 )
 def test_flags_mean_what_help_says(flags):
     """tyro prints the help; here it parses as well, and must read the same flags to the same config."""
-    theirs = tyro.cli(for_tyro(ExampleConfig), args=[*REQUIRED, *flags])
+    theirs = tyro.cli(for_tyro(ExampleConfig), args=argv(*flags))
     assert vars(load(*flags)) == vars(theirs)
 
 
@@ -190,6 +197,55 @@ def test_wrong_yaml_is_named_with_its_line(file, text, message):
 )
 def test_wrong_flags_are_named(flags, message):
     assert refusal(*flags).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--device", "cpu", "-lr", "1"],
+            "unknown flag -lr; did you mean --long-rows or --learning-rate? (flags begin",
+        ),
+        (["--keep", "-learning-rate=1"], "unknown flag -learning-rate=1; did you mean --learning-rate? (flags begin"),
+        (["--optim.learning-rate", "1"], "unknown flag --optim.learning-rate; did you mean --learning-rate?"),
+        (["--seed", "1", "--seed", "2"], "--seed: given twice, 1 and 2; keep one of the two"),
+        (["--seed", str(2**63)], f"--seed: expected a whole number of at most 64 bits, got '{2**63}'"),
+        (["--rollouts-logged", "9" * 30], "--rollouts-logged: expected a whole number of at most 64 bits, got '999"),
+        (["--seed", "9" * 5000], "--seed: expected a whole number, got '999"),
+    ],
+)
+def test_mistakes_of_the_hand(flags, message):
+    assert refusal(*flags).startswith(message)
+
+
+def test_what_begins_with_one_dash_and_is_a_value():
+    config = load("--reward-weights", "-.5", "--stop=-END", "--max-grad-norm", "inf", "--reward-clip", "None")
+    assert (config.reward.reward_weights, config.sampling.stop) == ((-0.5,), ("-END",))
+    assert refusal("--max-grad-norm", "-inf") == "--max-grad-norm: expected more than 0, got -inf"
+
+
+def test_a_list_that_is_given_twice_goes_on():
+    config = load("--reward", "a.py:f", "b.py:g", "--reward", "c.py:h", "--seed", "3", "--seed", "3")
+    assert (config.reward.reward, config.run.seed) == (("a.py:f", "b.py:g", "c.py:h"), 3)
+    assert load("--betas", "0.8", "--betas", "0.99").optim.betas == (0.8, 0.99)
+
+
+def test_the_name_of_a_section_is_answered_with_its_keys(file):
+    for text, key in (("optim:\n  learning_rate: 1", "learning_rate"), ("engine: {kind: vllm}", "engine.kind")):
+        file(text)
+        name = text.partition(":")[0]
+        expected = f"a.yaml:1: unknown key {name}; keys are flat, so write {key}: … by itself, and so on"
+        assert refusal("--config", "a.yaml") == expected
+
+
+def test_home_stands_for_a_tilde_in_every_path(file, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file("data: ~/d.jsonl\nreward: [~/r.py:f, m.n:g]\nstop: ['~/']\n")
+    config = load_config(ExampleConfig, ["--config", "~/a.yaml", "--out", "~/o", "--model=~/m", "--steps", "1"])
+    assert (config.run.out, config.model.model) == (f"{tmp_path}/o", f"{tmp_path}/m")
+    assert config.data.data == f"{tmp_path}/d.jsonl"
+    assert config.reward.reward == (f"{tmp_path}/r.py:f", "m.n:g")
+    assert config.sampling.stop == ("~/",)
 
 
 def test_a_word_without_a_flag():

@@ -176,7 +176,8 @@ def none(prompts, completions): return [None] * len(prompts)
 def test_rewards_that_fail_name_the_sample(tandem, inputs, function, parts):
     write(inputs, "rewards.py", REWARDS)
     argv = with_(GRPO, reward=f"rewards.py:{function}")
-    del argv[argv.index("--eval-data") : argv.index("--eval-data") + 2]
+    for flag in ("--eval-data", "--eval-every"):
+        del argv[argv.index(flag) : argv.index(flag) + 2]
     code, err = tandem(*argv, "--out", inputs / f"reward-{function}")
     assert code == 2
     assert len(err.strip().splitlines()) == 1, err

@@ -1,0 +1,96 @@
+"""A key that has no effect in its run is refused; one that has, or that has its default, never is."""
+
+import pytest
+
+from tandem.cli.configs import DoctorConfig, GRPOConfig, OnlineConfig, PPOConfig, RMConfig, SFTConfig
+from tandem.config import _keys_of, dump_config, load_config
+from tandem.errors import UserError
+
+REQUIRED = ["--out", "runs/a", "--steps", "5", "--model", "m"]
+VLLM = ["--engine.kind", "vllm"]
+CONFIGS = (SFTConfig, RMConfig, PPOConfig, GRPOConfig, DoctorConfig)
+
+
+def words(config: type, flags: list[str]) -> list[str]:
+    """A whole command line: what the config requires, and the flags."""
+    if config is DoctorConfig:
+        return flags
+    data = [] if "--data" in flags else ["--data", "d.jsonl"]
+    return [*REQUIRED, *data, *(["--reward", "r.py:f"] if issubclass(config, OnlineConfig) else []), *flags]
+
+
+@pytest.mark.parametrize(
+    ("config", "flags", "message"),
+    [
+        (SFTConfig, ["--eval-every", "5"], "--eval-every: has no effect without --eval-data"),
+        (SFTConfig, ["--keep", "5", "--save-every", "0"], "--keep: has no effect without --save-every"),
+        (SFTConfig, ["--rollouts-logged", "5"], "--rollouts-logged: has no effect, since this run has no samples"),
+        (SFTConfig, ["--split", "test"], "--split: has no effect, since this run has no dataset with splits"),
+        (SFTConfig, ["--eval-data", "e*.json", "--eval-split", "a"], "--eval-split: has no effect, since this run"),
+        (SFTConfig, ["--offload-frozen"], "--offload-frozen: has no effect, since this run has no reference and no"),
+        (SFTConfig, ["--keep-gathered", "--placement.actor", "1"], "--keep-gathered: has no effect, since this run"),
+        (SFTConfig, ["--cluster.deadline", "9"], "--cluster.deadline: has no effect, since this run has no workers"),
+        (RMConfig, ["--cluster.address", "auto"], "--cluster.address: has no effect, since this run has no workers"),
+        (PPOConfig, ["--kl", "none", "--kl-coef", "1"], "--kl-coef: has no effect without --kl"),
+        (PPOConfig, ["--kl", "none", "--reference", "r"], "--reference: has no effect, since this run has no refer"),
+        (PPOConfig, ["--kl-horizon", "9"], "--kl-horizon: has no effect without --kl-target"),
+        (PPOConfig, ["--placement.reward", "1"], "--placement.reward: has no effect, since this run has no reward"),
+        (PPOConfig, ["--missing-eos-penalty", "2"], "--missing-eos-penalty: has no effect without --missing-eos"),
+        (PPOConfig, ["--eval-reward", "r.py:f"], "--eval-reward: has no effect without --eval-data"),
+        (GRPOConfig, ["--placement.critic", "1"], "--placement.critic: has no effect, since this run has no critic"),
+        (GRPOConfig, ["--normalize", "none", "--epsilon", "1"], "--epsilon: has no effect without --normalize"),
+        (GRPOConfig, ["--engine.transport", "gloo"], "--engine.transport: has no effect, since this run has no eng"),
+        (GRPOConfig, ["--engine.no-check-weights"], "--engine.no-check-weights: has no effect, since this run has"),
+        *(
+            (GRPOConfig, [f"--engine.{flag}", *value], f"--engine.{flag}: has no effect with --engine.kind live; give")
+            for flag, *value in (
+                ("tensor-parallel", "2"),
+                ("memory-share", "0.5"),
+                ("no-sleep",),
+                ("no-seeded",),
+                ("arguments", '{"a": 1}'),
+            )
+        ),
+        (
+            GRPOConfig,
+            [*VLLM, "--engine.no-sleep", "--placement.engine", "1"],
+            "--engine.no-sleep: has no effect with --placement.engine 1; give --placement.engine actor",
+        ),
+        (GRPOConfig, [*VLLM, "--engine.way", "slots"], "--engine.way: has no effect with --engine.kind vllm; give"),
+        (DoctorConfig, ["--engine.no-seeded"], "--engine.no-seeded: has no effect with --engine.kind live"),
+    ],
+)
+def test_a_key_that_has_no_effect_is_refused(config, flags, message):
+    with pytest.raises(UserError) as caught:
+        load_config(config, words(config, flags))
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("config", "flags"),
+    [
+        (SFTConfig, ["--eval-data", "e", "--eval-every", "5", "--eval-split", "a"]),
+        (RMConfig, ["--data", "hub/name", "--split", "b"]),
+        (SFTConfig, ["--placement.actor", "2", "--keep-gathered", "--cluster.deadline", "9"]),
+        (PPOConfig, ["--kl-target", "3", "--kl-horizon", "9", "--kl-coef", "1", "--reference", "r"]),
+        (GRPOConfig, [*VLLM, "--engine.no-sleep", "--engine.tensor-parallel", "2", "--cluster.deadline", "9"]),
+        (GRPOConfig, ["--placement.engine", "1", "--engine.transport", "gloo", "--engine.way", "slots"]),
+    ],
+)
+def test_a_key_that_has_an_effect_is_not(tmp_path, config, flags):
+    """And what was given nowhere, or is its default, is never at fault: the resolved config can be read again."""
+    read = load_config(config, words(config, flags))
+    (tmp_path / "c.yaml").write_text(dump_config(read), encoding="utf-8")
+    assert load_config(config, ["--config", str(tmp_path / "c.yaml")]) == read
+
+
+def test_every_condition_names_a_key_or_a_part():
+    parts = {
+        "samples", "critic", "reference", "reward model", "workers", "dataset with splits",
+        "held-out dataset with splits", "trainer split over several workers", "engine with weights of its own",
+    }  # fmt: skip
+    everywhere = {name for config in CONFIGS for name in _keys_of(config)}
+    for config in CONFIGS:
+        for name, key in _keys_of(config).items():
+            for other, *values in key.metadata.get("needs", ()):
+                assert other in everywhere or (other == "part" and set(values) <= parts), name
