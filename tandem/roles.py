@@ -19,6 +19,11 @@ LossFn = Callable[[Outputs, Batch], TokenLoss]
 class Engine(Protocol):
     """Samples completions."""
 
+    @property
+    def ended(self) -> int:
+        """Samples of the newest call of ``generate`` that have ended so far, for whoever shows how far it is."""
+        ...
+
     def generate(self, requests: Seq[Request]) -> list[list[Completion]]:
         """One list a request, one completion a seed, in the order asked for."""
         ...
@@ -102,6 +107,8 @@ class Algorithm:
     needs_critic: ClassVar[bool] = False
     min_samples: ClassVar[int] = 1
     """Fewest samples of a prompt that the algorithm can learn from."""
+    leads: ClassVar[tuple[str, ...]] = ("reward", "kl", "entropy", "response_length", "eos_share")
+    """Metrics that say how a run of this method is doing, the first one first: what the display shows."""
 
     aggregation: Aggregation = "token"
     """Which mean the loss is: over tokens, over sequences of their token means, or per sequence over a fixed length."""
@@ -146,6 +153,9 @@ class Algorithm:
 @dataclass(frozen=True, kw_only=True)
 class Objective:
     """An offline method: frozen knobs and a loss. One file each in ``tandem/objectives``."""
+
+    leads: ClassVar[tuple[str, ...]] = ("loss",)
+    """Metrics that say how a run of this method is doing, the first one first: what the display shows."""
 
     def loss(self, out: Outputs, batch: Batch) -> TokenLoss:
         raise TypeError(f"{type(self).__name__} does not define loss()")

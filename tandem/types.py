@@ -110,6 +110,8 @@ class Rollout:
     reward: float | None = None
     """None: a reward function left the sample out. It enters no baseline."""
     reward_parts: dict[str, float] = field(default_factory=dict)
+    advantage: float | None = None
+    """Mean over its trainable tokens; None where it was not trained on."""
     error: str | None = None
 
     @property

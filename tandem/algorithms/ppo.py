@@ -31,6 +31,7 @@ class PPO(Algorithm):
     """
 
     needs_critic: ClassVar[bool] = True
+    leads: ClassVar[tuple[str, ...]] = (*Algorithm.leads, "explained_variance")
 
     clip_low: float = 0.2
     """The policy ratio is clipped from below at 1 - clip_low."""

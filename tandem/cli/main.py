@@ -128,6 +128,9 @@ def _dispatch(argv: list[str]) -> int:
     except SystemExit as stop:
         # --help of a subcommand ends this way.
         return stop.code if isinstance(stop.code, int) else 0
+    if command.config is not None:
+        # Before torch and transformers are imported, which takes seconds.
+        print(f"tandem {name}: loading libraries", flush=True)
     try:
         return import_module(command.module).run(given)
     except SystemExit as stop:

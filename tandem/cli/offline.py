@@ -15,7 +15,8 @@ from tandem.cli.sections import EngineSection
 from tandem.cli.wiring import (
     check_out,
     describe_counts,
-    due_evaluation,
+    evaluation_due,
+    finished_model,
     load_data,
     optim_params,
     print_plan,
@@ -28,6 +29,7 @@ from tandem.errors import UserError
 from tandem.models.limits import read_limits
 from tandem.models.loading import load_tokenizer
 from tandem.roles import Metrics
+from tandem.runs.progress import say
 from tandem.schedules.offline import Offline, OfflineRoles
 from tandem.training.optim import OptimParams
 from tandem.types import Batch, Limits
@@ -43,6 +45,8 @@ class OfflineMethod(Generic[Example]):
     """What differs between offline methods: how to make the trainer, read the rows, and batch them."""
 
     title: str
+    leads: Seq[str]
+    """Metrics that the display shows."""
     build: Callable[[OptimParams], Build]
     """Makes the trainer where it will live."""
     load_examples: Callable[[Rows, Any, Seq[Limits]], tuple[Seq[Example], Counts]]
@@ -72,6 +76,8 @@ def _drive(
     config: OfflineConfig, method: OfflineMethod[Any], opening: AbstractContextManager[Homes | Ranks]
 ) -> Path | None:
     check_out(config.run)
+    if model := finished_model(config, config.run):
+        return model
     rows, eval_rows = load_data(config.data)
     tokenizer = load_tokenizer(config.model.model, trust_remote_code=config.model.trust_remote_code)
     limits = [read_limits(config.model.model, trust_remote_code=config.model.trust_remote_code)]
@@ -81,6 +87,7 @@ def _drive(
         held_out, _ = method.load_examples(eval_rows, tokenizer, limits)
     order = Order(len(examples), config.run.seed)
     with opening as homes:
+        say(f"loading {config.model.model}")
         trainer = homes.place("actor", method.build(optim_params(config.optim, total_steps=config.run.steps)))
         if config.run.dry_run:
             print_plan(config, _uses(config, homes.end("actor").call("describe"), counts, len(held_out)))
@@ -89,15 +96,19 @@ def _drive(
         def batch(step: int) -> Batch:
             return method.batch([examples[i] for i in order.batch(step, config.offline.batch_size)])
 
-        def evaluate() -> Metrics:
-            return trainer.evaluate(method.batch(held_out))
+        def evaluate(step: int) -> Metrics:
+            if not held_out or not evaluation_due(config.run, config.data, step):
+                return {}
+            return {f"eval/{name}": value for name, value in trainer.evaluate(method.batch(held_out)).items()}
 
         roles = OfflineRoles(
             batch=batch,
             trainer=trainer,
-            evaluate=due_evaluation(config.run, config.data, evaluate if held_out else None),
+            evaluate=evaluate,
         )
-        with session(config, config.run, {"model": trainer}, title=method.title, counts=counts) as started:
+        with session(
+            config, config.run, {"model": trainer}, title=method.title, leads=method.leads, counts=counts
+        ) as started:
             Offline(steps=config.run.steps).run(roles, started)
             return started.finish(trainer)
 

@@ -21,7 +21,7 @@ from tandem.cli.placing import Homes, Sampler
 from tandem.cli.wiring import (
     check_out,
     describe_counts,
-    due_evaluation,
+    evaluation_due,
     load_data,
     optim_params,
     print_plan,
@@ -36,9 +36,10 @@ from tandem.models.limits import read_limits
 from tandem.models.loading import load_tokenizer
 from tandem.rewards.function import load_reward
 from tandem.rewards.model import RewardModel, require_same_tokenizer, same_tokenizer
-from tandem.roles import Algorithm, Metrics, Reward, Trainer
-from tandem.rollout.prepare import Preparation, rollout_metrics
+from tandem.roles import Algorithm, Reward, Trainer
+from tandem.rollout.prepare import Preparation
 from tandem.rollout.sampling import Judge, sample_groups
+from tandem.runs.progress import say
 from tandem.schedules.sync import OnlineRoles, Sync
 from tandem.types import Group, Limits, Prompt, SamplingParams
 from tandem.workers.process import Build
@@ -83,7 +84,9 @@ class Online:
             sampler = homes.sampler(
                 config.sampling, seed=config.run.seed, vocabulary=len(self.tokenizer), others=models
             )
-            started = stack.enter_context(session(config, config.run, trainers, title=self.title, counts=self.counts))
+            started = stack.enter_context(
+                session(config, config.run, trainers, title=self.title, leads=self.algorithm.leads, counts=self.counts)
+            )
             Sync(steps=config.run.steps).run(self._roles(models, sampler, homes), started)
             return started.finish(models["actor"])
 
@@ -130,7 +133,11 @@ class Online:
                 loss=self.algorithm.value_loss,
                 optim=optim_params(config.optim, total_steps=steps, learning_rate=self.critic.critic_learning_rate),
             )
-        return {role: homes.place(role, build) for role, build in builds.items() if role in sources}
+        models: dict[str, Any] = {}
+        for role, source in sources.items():
+            say(f"loading the {role} from {source}")
+            models[role] = homes.place(role, builds[role])
+        return models
 
     def _roles(self, models: dict[str, Any], sampler: Sampler, homes: Homes) -> OnlineRoles:
         config = self.config
@@ -149,10 +156,12 @@ class Online:
                 step=step,
             )
 
-        def evaluate() -> Metrics:
+        def evaluate(step: int) -> list[Group]:
+            if not self.eval_prompts or not evaluation_due(config.run, config.data, step):
+                return []
             groups = sample(self.eval_prompts, 0, 1)
             (held_out_judge or judge)(groups)
-            return {name: v for name, v in rollout_metrics(groups).items() if name.startswith(EVAL_METRICS)}
+            return groups
 
         return OnlineRoles(
             prompts=lambda step: [self.prompts[i] for i in order.batch(step, config.sampling.prompts_per_step)],
@@ -173,7 +182,10 @@ class Online:
             actor=models["actor"],
             critic=models.get("critic"),
             push_weights=lambda step: sampler.push(models["actor"].version),
-            evaluate=due_evaluation(config.run, config.data, evaluate if self.eval_prompts else None),
+            evaluate=evaluate,
+            samples=config.sampling.prompts_per_step * config.sampling.samples_per_prompt,
+            held_out=len(self.eval_prompts),
+            ended=lambda: sampler.engine.ended,
             memory=models["actor"].memory_peak,
         )
 
@@ -266,7 +278,3 @@ class Online:
 def unweighted(rewards: Seq[Reward]) -> Judge:
     """The plain sum of rewards."""
     return Judge(rewards=tuple(rewards), weights=(1.0,) * len(rewards))
-
-
-EVAL_METRICS = ("reward", "response_length", "eos_share")
-"""What is reported of held-out samples: names, or how names start."""

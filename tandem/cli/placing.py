@@ -17,6 +17,7 @@ from tandem.errors import UserError
 from tandem.models.loading import pick_device
 from tandem.parallel.world import World
 from tandem.roles import Engine, Metrics
+from tandem.runs.progress import say
 from tandem.sync.push import PushParams, WeightPush
 from tandem.workers.cluster import Cluster, connect, own_sigterm, require_ray, visible_gpus
 from tandem.workers.group import WorkerGroup
@@ -117,6 +118,7 @@ class Homes:
         device = self._device()
         if self.spread:
             self._check(needed, device)
+            say("starting Ray" if self.section.address is None else f"joining Ray at {self.section.address}")
             self.cluster = Cluster(address=self.section.address, device=device.type, needed=needed)
             self.stack.callback(self.cluster.close)
         if self.placement.actor == "here":
@@ -151,6 +153,7 @@ class Homes:
 
     def _group(self, name: str, size: int, **options: Any) -> Workers:
         assert self.cluster is not None
+        say(f"starting {size} worker{'s' if size > 1 else ''} for the {name}")
         group = WorkerGroup(
             name, size, self.cluster, deadline_s=self.section.deadline, environment=worker_environment(), **options
         )
@@ -209,6 +212,7 @@ class Homes:
             on_gpus_of=actor.wheres if shared else (),
             concurrency=CALLS_AT_A_TIME,
         )
+        say("starting vLLM")
         home.place(
             "engine",
             partial(vllm_engine, section=self.model, sampling=sampling, engine=self.engine, seed=seed, shared=shared),

@@ -6,14 +6,16 @@ from pathlib import Path
 
 from tandem.cli.configs import PPOConfig
 from tandem.cli.online import Online
+from tandem.cli.wiring import finished_model, tell_end
 
 
 def train(config: PPOConfig) -> Path | None:
     """Trains and returns the folder of the trained model; None after a dry run."""
-    return Online(config, config.algorithm, config.critic, "PPO").run()
+    return finished_model(config, config.run) or Online(config, config.algorithm, config.critic, "PPO").run()
 
 
 def run(config: PPOConfig) -> int:
     """The command."""
-    train(config)
+    if train(config):
+        tell_end(Path(config.run.out), config.algorithm.leads)
     return 0

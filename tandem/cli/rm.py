@@ -10,7 +10,7 @@ from typing import Any
 from tandem.cli.build import scalar_trainer
 from tandem.cli.configs import RMConfig
 from tandem.cli.offline import OfflineMethod, run_offline
-from tandem.cli.wiring import tokenizing
+from tandem.cli.wiring import following, tell_end, tokenizing
 from tandem.data.packing import pack_pairs, stamp_pair_weights
 from tandem.data.rows import Rows
 from tandem.data.tokenize import Counts, build_pairs
@@ -30,6 +30,7 @@ def train(config: RMConfig) -> Path | None:
 
     method = OfflineMethod(
         title="reward model",
+        leads=config.objective.leads,
         build=lambda optim: partial(
             scalar_trainer,
             section=config.model,
@@ -47,5 +48,11 @@ def train(config: RMConfig) -> Path | None:
 
 def run(config: RMConfig) -> int:
     """The command."""
-    train(config)
+    if model := train(config):
+        out = Path(config.run.out)
+        tell_end(
+            out,
+            config.objective.leads,
+            following("ppo", out, model=config.model.model, reward_model=model, data="prompts.jsonl", steps=200),
+        )
     return 0

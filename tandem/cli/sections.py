@@ -35,7 +35,7 @@ class RunSection:
     keep: int = field(default=2, metadata=needs(("save_every",)))
     """Checkpoints kept, newest first."""
     rollouts_logged: int = field(default=8, metadata=needs(("part", "samples")))
-    """Samples written to rollouts.jsonl each step."""
+    """Samples written to rollouts.jsonl each step, in whole groups; as many held-out ones at an evaluation."""
     resume: bool = field(default=False, metadata=ONE_START)
     """Go on from the newest checkpoint in --out."""
     overwrite: bool = field(default=False, metadata=ONE_START)

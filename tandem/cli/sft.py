@@ -10,7 +10,7 @@ from typing import Any
 from tandem.cli.build import policy_trainer
 from tandem.cli.configs import SFTConfig
 from tandem.cli.offline import OfflineMethod, run_offline
-from tandem.cli.wiring import tokenizing
+from tandem.cli.wiring import following, tell_end, tokenizing
 from tandem.data.packing import pack, stamp_weights
 from tandem.data.rows import Rows
 from tandem.data.tokenize import Counts, build_sequences
@@ -38,6 +38,7 @@ def train(config: SFTConfig) -> Path | None:
 
     method = OfflineMethod(
         title="SFT",
+        leads=config.objective.leads,
         build=lambda optim: partial(
             policy_trainer, section=config.model, loss=config.objective.loss, optim=optim, options={}
         ),
@@ -49,5 +50,12 @@ def train(config: SFTConfig) -> Path | None:
 
 def run(config: SFTConfig) -> int:
     """The command."""
-    train(config)
+    if model := train(config):
+        out = Path(config.run.out)
+        tell_end(
+            out,
+            config.objective.leads,
+            following("rm", out, model=model, data="pairs.jsonl", steps=500),
+            following("grpo", out, model=model, reward="check.py:right", data="prompts.jsonl", steps=200),
+        )
     return 0

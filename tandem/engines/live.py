@@ -70,6 +70,7 @@ class LiveEngine:
         self.max_length = max_length
         self.prefill_tokens = prefill_tokens
         self.version = version
+        self.ended = 0
         self.captured: CapturedSampling | None = None
         with evaluating(module):
             self.way, reasons = self._choose(way, cache_tokens, eight_bit=kv_cache_dtype == "fp8")
@@ -123,11 +124,13 @@ class LiveEngine:
         Raises UserError, and names the request, for an empty or too long prompt, ids outside the vocabulary and
         logits that are not finite.
         """
+        self.ended = 0
         samples = self._samples(requests)
         results: list[dict[int, Completion]] = [{} for _ in requests]
 
         def finish(sample: Sample) -> None:
             results[sample.request][sample.index] = sample.completion(self.version())
+            self.ended += 1
 
         if samples:
             params = [requests[s.request].sampling for s in samples]

@@ -44,6 +44,10 @@ class ReplicaEngine:
             version=lambda: self.version,
         )
 
+    @property
+    def ended(self) -> int:
+        return self.live.ended
+
     def generate(self, requests: Seq[Request]) -> list[list[Completion]]:
         return self.live.generate(requests)
 

@@ -83,6 +83,7 @@ class VLLMEngine:
         self._stale: Exception | None = None
         """Why the weights cannot be used before another push."""
         self._closed = False
+        self.ended = 0
 
     def generate(self, requests: Seq[Request]) -> list[list[Completion]]:
         """One list a request, one completion a seed, in the order asked for.
@@ -91,6 +92,7 @@ class VLLMEngine:
         for one that cannot be sampled and for logits that are not finite; and whatever vLLM fails with, in every
         waiting call.
         """
+        self.ended = 0
         rules = {request.sampling: self._rule(request.sampling) for request in requests}
         jobs: list[Job] = []
         places: list[tuple[int, int]] = []
@@ -107,6 +109,7 @@ class VLLMEngine:
             sampling = requests[number].sampling
             where = f"request {number}, sample {sample}"
             results[number][sample] = _completion(ended, sampling, rules[sampling], where)
+            self.ended += 1
 
         self._stepper.run(jobs, end)
         return [[done[i] for i in range(len(done))] for done in results]

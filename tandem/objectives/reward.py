@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from tandem.functional.fields import required
 from tandem.functional.preference import reward_pair_loss
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class RewardModeling(Objective):
     """Bradley-Terry on pairs (arXiv:2203.02155, eq. 1), with Llama 2's margin (arXiv:2307.09288, eq. 2)."""
+
+    leads: ClassVar[tuple[str, ...]] = ("accuracy", "loss", "score_gap")
 
     center_coef: float = 0.0
     """Weight of ``(chosen + rejected)^2``, which keeps scores around 0 (arXiv:2312.09244, eq. 2; 0.01 is usual)."""

@@ -16,6 +16,9 @@ from tandem.rollout.overlap import overlapped
 from tandem.seeds import derive_seed
 from tandem.types import Aggregation, Batch, Group
 
+HELD_OUT = ("reward", "response_length", "eos_share")
+"""Of held-out samples 3 kinds of metrics are reported: those whose names begin with one of these words."""
+
 
 @dataclass(kw_only=True)
 class Prepared:
@@ -89,6 +92,8 @@ class Preparation:
         if "actor" in scores:
             metrics |= sampler_gap(batch)
         estimate = self.algorithm.estimate(groups, batch.to("cpu"), state)
+        for rollout, advantage in zip(rollouts, mean_advantages(estimate.batch), strict=True):
+            rollout.advantage = advantage
         return Prepared(
             batch=estimate.batch,
             state=estimate.state,
@@ -101,12 +106,28 @@ class Preparation:
         )
 
 
+def mean_advantages(batch: Batch) -> list[float]:
+    """Each segment's mean advantage over its trainable tokens."""
+    if batch.advantage_T is None:
+        raise ValueError("the batch has no advantage_T")
+    sums_2S = [
+        torch.segment_reduce(x_T, "sum", offsets=batch.bounds, initial=0)
+        for x_T in (batch.advantage_T * batch.trainable_T, batch.trainable_T.to(batch.advantage_T.dtype))
+    ]
+    return (sums_2S[0] / sums_2S[1].clamp(min=1)).tolist()
+
+
 def sampler_gap(batch: Batch) -> Metrics:
     """Largest and mean absolute difference between the sampler's and the trainer's log-probs, in nats."""
     if batch.old_logp_T is None or batch.behaviour_logp_T is None:
         raise ValueError("sampler_gap needs old_logp_T and behaviour_logp_T")
     gap_N = (batch.old_logp_T.cpu() - batch.behaviour_logp_T.cpu())[batch.trainable_T.cpu()].abs()
     return {"sampler_gap_max": gap_N.max().item(), "sampler_gap_mean": gap_N.mean().item()}
+
+
+def held_out_metrics(groups: Seq[Group]) -> Metrics:
+    """Reward, lengths and how they ended, of samples that are not trained on: names begin with ``eval/``."""
+    return {f"eval/{name}": v for name, v in rollout_metrics(groups).items() if name.startswith(HELD_OUT)}
 
 
 def rollout_metrics(groups: Seq[Group]) -> Metrics:

@@ -12,7 +12,6 @@ from collections.abc import Collection, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from itertools import chain, islice, zip_longest
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 import yaml
 
 from tandem.errors import UserError
-from tandem.runs.lines import append_line, keep_until, write_aside
+from tandem.runs.lines import append_line, keep_until, read_lines, write_aside
 from tandem.runs.lock import FolderLock
 from tandem.types import Group, Rollout
 
@@ -60,6 +59,14 @@ class RunFolder:
                 f"{out}: holds {others[0]!r} but no run of Tandem's; give an empty or a new folder as --out"
             )
 
+    @staticmethod
+    def finished(out: Path) -> int | None:
+        """The steps after which the run there was finished and its model written; None where it was not."""
+        ends = [e for e in read_lines(out / "events.jsonl") if e.get("event") in ("start", "finish")]
+        if not ends or ends[-1]["event"] != "finish" or not (out / "model").is_dir():
+            return None
+        return ends[-1].get("step")
+
     @classmethod
     def open(
         cls,
@@ -86,7 +93,7 @@ class RunFolder:
                 if overwrite:
                     run._remove_contents()
                 elif (out / CONFIG).exists():
-                    _require_same_config(out / CONFIG, config, ignore)
+                    require_same_config(out / CONFIG, config, ignore)
                     keep_until(run.events)
                 write_aside(out / CONFIG, config)
         except OSError as error:
@@ -97,12 +104,14 @@ class RunFolder:
         """Adds a line to ``metrics.jsonl``."""
         append_line(self.metrics, {"step": step, **metrics})
 
-    def log_rollouts(self, step: int, groups: Seq[Group], limit: int) -> None:
-        """Adds ``limit`` samples to ``rollouts.jsonl``: the first of every prompt, then the second, and so on."""
-        pairs = [[(group, rollout) for rollout in group.rollouts] for group in groups]
-        in_turn = (pair for pair in chain.from_iterable(zip_longest(*pairs)) if pair is not None)
-        for group, rollout in islice(in_turn, limit):
-            append_line(self.rollouts, {"step": step, **_describe(group, rollout)})
+    def log_rollouts(self, step: int, groups: Seq[Group], limit: int, *, held_out: bool = False) -> None:
+        """A line in ``rollouts.jsonl`` for each of the first groups, until they hold ``limit`` samples or more."""
+        written = 0
+        for group in groups:
+            if written >= limit:
+                break
+            append_line(self.rollouts, {"step": step, "held_out": held_out, **_describe(group)})
+            written += len(group.rollouts)
 
     def event(self, kind: str, **fields: Any) -> None:
         """Adds a line with the time (UTC) to ``events.jsonl``."""
@@ -174,7 +183,7 @@ def _locked(out: Path) -> Iterator[FolderLock]:
         raise
 
 
-def _require_same_config(path: Path, config: str, ignore: Collection[str]) -> None:
+def require_same_config(path: Path, config: str, ignore: Collection[str]) -> None:
     """Raises UserError naming every key, and both its values, in which the stored config differs from the given."""
     try:
         stored = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
@@ -198,18 +207,26 @@ def _show(config: Mapping[str, Any], key: str) -> str:
     return json.dumps(config[key], default=str) if key in config else "absent"
 
 
-def _describe(group: Group, rollout: Rollout) -> dict[str, Any]:
-    """What a person wants to see of a sample."""
+def _describe(group: Group) -> dict[str, Any]:
+    """What a person wants to see of a prompt and its samples (docs/runs.md has the format)."""
+    prompt = group.prompt
+    return {
+        "prompt_id": prompt.prompt_id,
+        "prompt": prompt.prompt,
+        "prompt_length": len(prompt.token_ids),
+        "columns": prompt.columns,
+        "samples": [_describe_sample(rollout) for rollout in group.rollouts],
+    }
+
+
+def _describe_sample(rollout: Rollout) -> dict[str, Any]:
     described = {
-        "prompt_id": rollout.prompt_id,
-        "sample_index": rollout.sample_index,
-        "prompt": group.prompt.prompt,
         "completion": rollout.completion,
         "reward": rollout.reward,
         "reward_parts": rollout.reward_parts,
+        "advantage": rollout.advantage,
         "stop": rollout.stop,
-        "prompt_length": rollout.prompt_length,
-        "completion_length": len(rollout.completion_ids),
+        "length": len(rollout.completion_ids),
         "version_min": rollout.version_min,
         "version_max": rollout.version_max,
     }

@@ -13,11 +13,12 @@ from tandem.errors import RunFailure, UserError
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
-    """Adds one line and hands it to the operating system. NaN and infinities, which JSON lacks, become null.
+    """Adds one line and hands it to the operating system. NaN and infinities, which JSON lacks, become null,
+    and what JSON has no type for (a date, an image) its text.
 
     Raises RunFailure where the file cannot be written.
     """
-    line = json.dumps(_finite(record), ensure_ascii=False, allow_nan=False)
+    line = json.dumps(_finite(record), ensure_ascii=False, allow_nan=False, default=str)
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")

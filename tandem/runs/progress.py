@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager
 from types import TracebackType
-from typing import TypeVar
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -15,27 +16,16 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-Item = TypeVar("Item")
-SHOWN = (
-    "loss",
-    "accuracy",
-    "eval/loss",
-    "eval/accuracy",
-    "reward",
-    "kl",
-    "entropy",
-    "response_length",
-    "eos_share",
-    "grad_norm",
-    "tokens_per_second",
-)
-"""Metrics shown unless others are asked for, in this order: those a run has."""
+GAP = 3
+"""3 columns stand between two metrics on a terminal."""
 
 
 class Progress:
-    """Steps done of ``total``, time gone and left, and a row of metrics.
+    """Steps done of ``total``, time gone and left, a row of metrics, and what the step in progress is doing.
 
-    >>> with Progress("PPO", total=100) as progress:                     # doctest: +SKIP
+    >>> with Progress("PPO", total=100, leads=("reward", "kl")) as progress:     # doctest: +SKIP
+    ...     with progress.phase("sampling", of=256, done=lambda: engine.ended):
+    ...         groups = sample()
     ...     progress.update(1, {"reward": 0.25, "kl": 0.001})
     """
 
@@ -45,40 +35,59 @@ class Progress:
         *,
         total: int,
         start: int = 0,
-        shown: Seq[str] = SHOWN,
-        every_seconds: float = 5.0,
+        leads: Seq[str] = (),
+        every_seconds: float = 1.0,
+        silent_seconds: float = 30.0,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``start`` steps were done before. Off a terminal, a line is printed every ``every_seconds`` at most."""
+        """``start`` steps were done before. ``leads`` are the metrics that are shown, in this order.
+
+        Beside each of them stands the same of the held-out data (``eval/NAME``), where it was measured. Off a
+        terminal there is a line for each step, but one every ``every_seconds`` at most, and one that says what goes
+        on whenever nothing was printed for ``silent_seconds``.
+        """
         self.title = title
         self.total = total
         self.start = start
         self.step = start
-        self.shown = shown
+        self.leads = leads
         self.every_seconds = every_seconds
+        self.silent_seconds = silent_seconds
         self.console = console or Console()
         self._clock = clock
         self._started = clock()
         self._metrics: dict[str, float] = {}
+        self._phase = ""
+        self._phase_of = 0
+        self._phase_done: Callable[[], int] | None = None
+        self._phase_started = self._started
         self._line_step: int | None = None
-        self._line_time = self._started
+        self._line_time = -math.inf
+        self._printed = self._started
         live = self.console.is_terminal and not self.console.is_dumb_terminal
         self._live = Live(console=self.console, get_renderable=self._render, refresh_per_second=4) if live else None
+        self._ended = threading.Event()
+        self._watch = threading.Thread(target=self._break_silences, name="progress", daemon=True)
 
     def __enter__(self) -> Progress:
-        self._started = self._line_time = self._clock()
+        self._started = self._printed = self._clock()
         if self._live:
             self._live.start()
+        else:
+            self._watch.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._ended.set()
         if self._live:
             self._live.stop()
-        elif self.step not in (self._line_step, self.start):
-            self._print_line()
+        else:
+            self._watch.join()
+            if self.step not in (self._line_step, self.start):
+                self._print_line()
 
     def update(self, step: int, metrics: Mapping[str, float] | None = None) -> None:
         """``step`` steps are done. Metrics not given keep the value they had."""
@@ -87,9 +96,27 @@ class Progress:
         if self._live is None and self._clock() - self._line_time >= self.every_seconds:
             self._print_line()
 
+    @contextmanager
+    def phase(self, name: str, *, of: int = 0, done: Callable[[], int] | None = None) -> Iterator[None]:
+        """What the step in progress does in the body. ``done()`` says how many of ``of`` things are, at any time."""
+        self._phase_started, self._phase_of, self._phase_done = self._clock(), of, done
+        self._phase = name
+        try:
+            yield
+        finally:
+            self._phase = ""
+
     def note(self, text: str) -> None:
         """A line of its own, above the display."""
         self._print(text)
+
+    def _break_silences(self) -> None:
+        while not self._ended.wait(max(0.0, self._printed + self.silent_seconds - self._clock())):
+            if self._clock() - self._printed < self.silent_seconds:
+                continue
+            self._printed = self._clock()
+            if doing := self._doing():
+                self._print(f"{self.title} {self.step}/{self.total}  {doing}")
 
     def _print_line(self) -> None:
         self._line_step, self._line_time = self.step, self._clock()
@@ -99,9 +126,11 @@ class Progress:
     def _print(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
         self.console.file.flush()
+        self._printed = self._clock()
 
     def _shown_metrics(self) -> list[tuple[str, str]]:
-        return [(name, format_number(self._metrics[name])) for name in self.shown if name in self._metrics]
+        names = [name for lead in self.leads for name in (lead, f"eval/{lead}")]
+        return [(name, format_number(self._metrics[name])) for name in names if name in self._metrics]
 
     def _times(self) -> str:
         elapsed = self._clock() - self._started
@@ -111,6 +140,14 @@ class Progress:
         remaining = format_seconds(elapsed / done * left) if done > 0 else "?"
         return f"{format_seconds(elapsed)} < {remaining}"
 
+    def _doing(self) -> str:
+        """``sampling 120 of 256, 0:12``; nothing between two phases."""
+        phase, done = self._phase, self._phase_done
+        if not phase:
+            return ""
+        counted = f" {done()} of {self._phase_of}" if done is not None else ""
+        return f"{phase}{counted}, {format_seconds(self._clock() - self._phase_started)}"
+
     def _render(self) -> RenderableType:
         bar = Table.grid(padding=(0, 2))
         bar.add_row(
@@ -119,8 +156,24 @@ class Progress:
             Text(f"{self.step}/{self.total}"),
             Text(self._times(), style="cyan"),
         )
-        pairs = [Text.assemble((f"{name} ", "dim"), value) for name, value in self._shown_metrics()]
-        return Group(bar, Text("   ").join(pairs)) if pairs else bar
+        rows: list[RenderableType] = [bar, *self._metric_rows()]
+        return Group(*rows, Text(self._doing(), style="dim")) if self.leads else bar
+
+    def _metric_rows(self) -> list[Text]:
+        """Metrics side by side, as many in a row as the terminal is wide enough for."""
+        rows: list[Text] = []
+        for name, value in self._shown_metrics():
+            pair = Text.assemble((f"{name} ", "dim"), value)
+            if rows and len(rows[-1]) + GAP + len(pair) <= self.console.width:
+                rows[-1].append(" " * GAP).append_text(pair)
+            else:
+                rows.append(pair)
+        return rows
+
+
+def say(text: str) -> None:
+    """A line for what goes on before there is a display: loading, tokenizing, starting processes."""
+    print(text, flush=True)
 
 
 def format_number(value: float) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from tandem.roles import Metrics, Trainer
-from tandem.schedules.session import Session, StepClock
+from tandem.runs.progress import Progress
+from tandem.schedules.session import Evaluation, Session, StepClock
 from tandem.types import Batch
 
 
@@ -29,9 +31,9 @@ class Offline:
         """Runs from where the session's newest checkpoint stands to ``steps``."""
         done, state = session.resume({})
         with session.kept():
-            session.record(roles.evaluate)
+            session.record(partial(_evaluate, roles, session.progress))
             for step in range(done + 1, self.steps + 1):
-                clock = StepClock()
+                clock = StepClock(session.progress)
                 with clock("data"):
                     batch = roles.batch(step)
                 with clock("training"):
@@ -39,5 +41,10 @@ class Offline:
                 metrics |= {"trained_tokens": float(batch.tokens)} | clock.metrics()
                 metrics["tokens_per_second"] = metrics["trained_tokens"] / metrics["seconds"]
                 session.reached(step, state, metrics)
-                session.record(roles.evaluate)
+                session.record(partial(_evaluate, roles, session.progress))
                 session.save_if_due(last=step == self.steps)
+
+
+def _evaluate(roles: OfflineRoles, progress: Progress, step: int) -> Evaluation:
+    with progress.phase("evaluating"):
+        return roles.evaluate(step), []

@@ -21,24 +21,31 @@ from tandem.runs.progress import Progress
 from tandem.signals import held
 from tandem.types import Group
 
+Evaluation = tuple[Metrics, Seq[Group]]
+"""Metrics of held-out data, whose names begin with ``eval/``, and the judged samples that they are of."""
+
 
 class StepClock:
     """Seconds spent in each phase of a step, and the most memory allocated in it.
 
-    ``memory`` gives the peak in GB since it was last asked; None where that means nothing.
+    ``progress`` shows the phase. ``memory`` gives the peak in GB since it was last asked; None where that means
+    nothing.
     """
 
-    def __init__(self, memory: Callable[[], float | None] = lambda: None) -> None:
+    def __init__(self, progress: Progress, memory: Callable[[], float | None] = lambda: None) -> None:
         self.started = time.perf_counter()
+        self.progress = progress
         self.phases: dict[str, float] = {}
         self.memory = memory
         self.peaks: dict[str, float] = {}
 
     @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
+    def __call__(self, phase: str, *, of: int = 0, done: Callable[[], int] | None = None) -> Iterator[None]:
+        """Around a phase; ``done()`` says at any time how many of ``of`` things are done."""
         start = time.perf_counter()
         try:
-            yield
+            with self.progress.phase(phase, of=of, done=done):
+                yield
         finally:
             self.phases[phase] = self.phases.get(phase, 0.0) + time.perf_counter() - start
         if (peak := self.memory()) is not None:
@@ -67,7 +74,7 @@ class Session:
     seed: int = 0
     """Of the global random generators, which a user's reward function may draw from."""
     rollouts_logged: int = 8
-    """Rollouts written to ``rollouts.jsonl`` each step."""
+    """Rollouts written to ``rollouts.jsonl`` each step, in whole groups; as many held-out ones."""
     step: int = field(default=0, init=False)
     """The last step that was reached, which is what a checkpoint is of."""
     state: dict[str, float] = field(default_factory=dict, init=False)
@@ -107,15 +114,16 @@ class Session:
     def reached(self, step: int, state: dict[str, float], metrics: Metrics, groups: Seq[Group] = ()) -> None:
         """Step ``step`` has been trained, and goes into the next checkpoint. Writes a few of its rollouts."""
         self._at(step, state, metrics)
-        if groups:
-            self.run.log_rollouts(step, groups, self.rollouts_logged)
+        self.run.log_rollouts(step, groups, self.rollouts_logged)
 
-    def record(self, evaluate: Callable[[int], Metrics]) -> None:
+    def record(self, evaluate: Callable[[int], Evaluation]) -> None:
         """Evaluates the step reached, unless that has been done: one line in ``metrics.jsonl``, and the display."""
         if self.pending is None:
             return
-        if metrics := self.pending | evaluate(self.step):
+        evaluated, held_out = evaluate(self.step)
+        if metrics := self.pending | evaluated:
             self.run.log_metrics(self.step, metrics)
+            self.run.log_rollouts(self.step, held_out, self.rollouts_logged, held_out=True)
             self.progress.update(self.step, metrics)
         self.pending = None
         self.random_state = capture_random_state()
@@ -129,7 +137,7 @@ class Session:
         """A checkpoint from which the run goes on as if it had never stopped. Signals wait until it is whole."""
         if self.step == self.saved_step:
             return
-        with held():
+        with held(), self.progress.phase("saving"):
             parts = {role: trainer.state_dict() for role, trainer in self.trainers.items()}
             path = self.store.save(
                 self.step, {**parts, "random": self.random_state}, {"algorithm": self.state, "pending": self.pending}
@@ -146,7 +154,8 @@ class Session:
         aside = self.run.path / ".model-partial"
         try:
             shutil.rmtree(aside, ignore_errors=True)
-            trainer.export(aside)
+            with self.progress.phase("writing the model"):
+                trainer.export(aside)
             with held():
                 shutil.rmtree(folder, ignore_errors=True)
                 aside.rename(folder)
@@ -154,7 +163,7 @@ class Session:
             shutil.rmtree(aside, ignore_errors=True)
             rest = "--resume writes it again" if self.saved_step == self.step else "no checkpoint holds it either"
             raise RunFailure(f"the model is trained and not written: {error}; {rest}") from error
-        self.run.event("finish", model=str(folder))
+        self.run.event("finish", step=self.step, model=str(folder))
         return folder
 
     @contextmanager

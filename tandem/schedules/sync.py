@@ -8,14 +8,15 @@ from functools import partial
 
 from tandem.roles import Metrics, Trainer
 from tandem.rollout.overlap import overlapped
-from tandem.rollout.prepare import Preparation, Prepared, rollout_metrics
-from tandem.schedules.session import Session, StepClock
+from tandem.rollout.prepare import Preparation, Prepared, held_out_metrics, rollout_metrics
+from tandem.runs.progress import Progress
+from tandem.schedules.session import Evaluation, Session, StepClock
 from tandem.types import Batch, Group, Prompt
 
 
 @dataclass(frozen=True, kw_only=True)
 class OnlineRoles:
-    """Who does what in an online run. ``evaluate`` returns metrics for steps at which it is due, else nothing."""
+    """Who does what in an online run."""
 
     prompts: Callable[[int], list[Prompt]]
     sample: Callable[[list[Prompt], int], list[Group]]
@@ -24,7 +25,14 @@ class OnlineRoles:
     actor: Trainer
     critic: Trainer | None
     push_weights: Callable[[int], Metrics]
-    evaluate: Callable[[int], Metrics]
+    evaluate: Callable[[int], list[Group]]
+    """Judged samples of held-out prompts after a step at which that is due, else none."""
+    samples: int
+    """Samples in a step."""
+    held_out: int
+    """Samples in an evaluation."""
+    ended: Callable[[], int]
+    """How many of those have ended that are being sampled."""
     memory: Callable[[], float | None] = lambda: None
     """Most GB that the actor's process has allocated on its device since the last time of asking; None on a CPU."""
 
@@ -38,20 +46,21 @@ class Sync:
     def run(self, roles: OnlineRoles, session: Session) -> None:
         """Runs from where the session's newest checkpoint stands to ``steps``."""
         done, state = session.resume(roles.prepare.algorithm.initial_state())
+        evaluate = partial(_evaluate, roles, session.progress)
         with session.kept():
             roles.push_weights(done)
-            session.record(roles.evaluate)
+            session.record(evaluate)
             for step in range(done + 1, self.steps + 1):
-                metrics, groups, state = self._step(roles, step, state)
+                metrics, groups, state = self._step(roles, session.progress, step, state)
                 session.reached(step, state, metrics, groups)
-                session.record(roles.evaluate)
+                session.record(evaluate)
                 session.save_if_due(last=step == self.steps)
 
     def _step(
-        self, roles: OnlineRoles, step: int, state: dict[str, float]
+        self, roles: OnlineRoles, progress: Progress, step: int, state: dict[str, float]
     ) -> tuple[Metrics, list[Group], dict[str, float]]:
-        clock = StepClock(roles.memory)
-        with clock("sampling"):
+        clock = StepClock(progress, roles.memory)
+        with clock("sampling", of=roles.samples, done=roles.ended):
             groups = roles.sample(roles.prompts(step), step)
         with clock("scoring"):
             roles.judge(groups)
@@ -63,6 +72,12 @@ class Sync:
         metrics |= rollout_metrics(groups) | clock.metrics()
         metrics["tokens_per_second"] = metrics["sampled_tokens"] / metrics["seconds"]
         return metrics, groups, prepared.state if prepared else state
+
+
+def _evaluate(roles: OnlineRoles, progress: Progress, step: int) -> Evaluation:
+    with progress.phase("evaluating", of=roles.held_out, done=roles.ended):
+        held_out = roles.evaluate(step)
+    return held_out_metrics(held_out) if held_out else {}, held_out
 
 
 def _step(trainer: Trainer, minibatch: Batch) -> Metrics:

@@ -81,9 +81,11 @@ class DividedEngine:
 
     def __init__(self, group: WorkerGroup, role: str) -> None:
         self.group, self.role = group, role
+        self.ended = 0
 
     def generate(self, requests: Seq[Request]) -> list[list[Completion]]:
-        """One list a request, in the order asked for."""
+        """One list a request, in the order asked for. Until all engines are done, none has ended."""
+        self.ended = 0
         if not requests:
             return []
         shares = divide([_load(request) for request in requests], self.group.size)
@@ -92,6 +94,7 @@ class DividedEngine:
         for share, part in zip(shares, parts, strict=True):
             for i, completions in zip(share, part, strict=True):
                 results[i] = completions
+                self.ended += len(completions)
         return results
 
 
@@ -103,12 +106,14 @@ class BalancedEngine:
 
     def __init__(self, group: WorkerGroup, role: str, *, slots: int) -> None:
         self.group, self.role, self.slots = group, role, slots
+        self.ended = 0
 
     CALLS = 4
     """Calls on their way to one engine."""
 
     def generate(self, requests: Seq[Request]) -> list[list[Completion]]:
         """One list a request, in the order asked for."""
+        self.ended = 0
         waiting = iter(self._chunks(requests))
         results: list[list[Completion]] = [[] for _ in requests]
         lock = threading.Lock()
@@ -122,6 +127,8 @@ class BalancedEngine:
                 part = self.group.one(rank, self.role, "generate", [requests[i] for i in chunk])
                 for i, completions in zip(chunk, part, strict=True):
                     results[i] = completions
+                with lock:
+                    self.ended += sum(map(len, part))
 
         with ThreadPoolExecutor(self.group.size * self.CALLS) as pool:
             # Rank by rank, so that few requests are spread over all engines.

@@ -57,6 +57,10 @@ class TakingTurns:
         self.metrics: Metrics = {}
         engines.call("sleep")
 
+    @property
+    def ended(self) -> int:
+        return self.engine.ended
+
     def generate(self, requests: Seq[Request]) -> list[list[Completion]]:
         """As the engine's own, with weights as they are now."""
         for other in self.others:
@@ -96,6 +100,10 @@ class RestartingOnce:
     def __init__(self, engine: Engine, group: WorkerGroup, refill: Callable[[], object]) -> None:
         self.engine, self.group, self.refill = engine, group, refill
         self.restarted = False
+
+    @property
+    def ended(self) -> int:
+        return self.engine.ended
 
     def generate(self, requests: Seq[Request]) -> list[list[Completion]]:
         """As the engine's own. Raises UserError where a process dies a second time."""
