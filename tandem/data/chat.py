@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from jinja2.exceptions import TemplateError
@@ -18,7 +21,8 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 def template_arguments(tokenizer: Any, row: Row) -> dict[str, Any]:
     """What a row adds to the template's call: ``tools`` (a list, or its JSON) and ``chat_template_kwargs`` (TRL).
 
-    Raises UserError where the tokenizer has no chat template or the tools are malformed.
+    Raises UserError where the tokenizer has no chat template, the tools are malformed, or an argument is one that
+    Tandem gives. A template is a program, which may run without end, so a row may only name one that the tokenizer has.
     """
     if not tokenizer.chat_template:
         raise UserError(
@@ -31,16 +35,41 @@ def template_arguments(tokenizer: Any, row: Row) -> dict[str, Any]:
             tools = json.loads(tools)
         except json.JSONDecodeError as error:
             raise UserError(f"column 'tools' is malformed JSON: {error}") from error
-    return {"tools": tools or None, **(row.get("chat_template_kwargs") or {})}
+    if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise UserError("column 'tools' must be a list of objects, or that as JSON")
+    arguments = row.get("chat_template_kwargs") or {}
+    if not (isinstance(arguments, dict) and all(isinstance(name, str) for name in arguments)):
+        raise UserError(f"column 'chat_template_kwargs' must be an object, not a {type(arguments).__name__}")
+    ours = {"messages", *inspect.signature(tokenizer.apply_chat_template).parameters} - {"documents", "chat_template"}
+    if taken := sorted(ours & arguments.keys()):
+        raise UserError(f"column 'chat_template_kwargs': {taken[0]!r} is given by Tandem, not by a row; leave it out")
+    template, known = arguments.get("chat_template"), tokenizer.chat_template
+    if template is not None and not (isinstance(known, dict) and template in known):
+        raise UserError(
+            "column 'chat_template_kwargs': 'chat_template' may only name one of the tokenizer's templates "
+            f"({', '.join(known) if isinstance(known, dict) else 'it has one without a name'}); put a template of your "
+            "own into the model folder, as chat_template.jinja"
+        )
+    return {"tools": tools or None, **arguments}
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """The template's own words where it refuses messages, in one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # a template is a program of the model's, and may raise anything
+        kind = "" if isinstance(error, TemplateError | ValueError) else f"{type(error).__name__}: "
+        raise UserError(f"the chat template refuses the messages: {kind}{' '.join(str(error).split())}") from error
 
 
 def render(messages: list[Message], tokenizer: Any, row: Row, **options: bool) -> str:
     """The chat template's text. Raises UserError with the template's own words where it refuses the messages."""
     arguments = template_arguments(tokenizer, row)
-    try:
+    with _refusals():
         return tokenizer.apply_chat_template(messages, tokenize=False, **arguments, **options)
-    except (TemplateError, ValueError) as error:
-        raise UserError(f"the chat template refuses the messages: {' '.join(str(error).split())}") from error
 
 
 def render_prompt(messages: list[Message], tokenizer: Any, row: Row) -> str:
@@ -104,9 +133,11 @@ def marks_answers(tokenizer: Any, row: Row) -> bool:
 def marked_answers(messages: list[Message], tokenizer: Any, row: Row) -> tuple[list[int], list[bool]]:
     """Token ids and the template's own mask of the answers, up to the end of the last answer."""
     messages = until_last_answer(messages)
-    encoded = tokenizer.apply_chat_template(
-        messages, return_dict=True, return_assistant_tokens_mask=True, **template_arguments(tokenizer, row)
-    )
+    arguments = template_arguments(tokenizer, row)
+    with _refusals():
+        encoded = tokenizer.apply_chat_template(
+            messages, return_dict=True, return_assistant_tokens_mask=True, **arguments
+        )
     marks = [bool(mark) for mark in encoded["assistant_masks"]]
     if not any(marks):
         raise UserError("the chat template's {% generation %} marks cover no token of the assistant's messages")

@@ -11,17 +11,24 @@ Each comes as plain strings or as conversations (lists of messages):
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from itertools import takewhile
+from typing import Any
 
 from tandem.data.rows import Row, require_column
 from tandem.errors import UserError
 from tandem.types import Message
 
 Content = str | list[Message]
+ROLES = ("system", "developer", "user", "assistant", "tool")
+"""Roles that most templates know. Others are left to the template, but for those that are one of these mistyped."""
+_INSTEAD = ("tool_calls", "function_call", "reasoning_content", "thinking")
+"""What an assistant's message may have instead of a content."""
 
 
 def content(row: Row, column: str) -> Content:
-    """The column's text or messages. Raises UserError where it is missing or neither.
+    """The column's text or messages. Raises UserError where it is missing, neither, or holds a malformed message.
 
     Keys of a message that hold None are left out (parquet fills them in for every message), but ``content``.
     """
@@ -34,9 +41,33 @@ def content(row: Row, column: str) -> Content:
     if not value:
         raise UserError(f"column {column!r} is an empty list of messages")
     for i, message in enumerate(value):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise UserError(f"column {column!r}: message {i} must be an object with a 'role' and a 'content'")
+        if fault := _fault(message):
+            raise UserError(f"column {column!r}: message {i} {fault}")
     return [{k: v for k, v in message.items() if v is not None or k == "content"} for message in value]
+
+
+def _fault(message: Any) -> str:
+    """What is wrong with a message, or nothing. Without its content it would be rendered as an empty turn."""
+    if not isinstance(message, dict):
+        return f"must be an object with a 'role' and a 'content', not a {type(message).__name__}"
+    present = {key: value for key, value in message.items() if value is not None}
+    for wanted in ("role", "content"):
+        if wanted not in present and not (wanted == "content" and any(key in present for key in _INSTEAD)):
+            near = difflib.get_close_matches(wanted, [*present.keys() - {"role", "content"}], n=1)
+            hint = f"; did you mean {wanted!r} by {near[0]!r}?" if near else ""
+            return f"has no {wanted!r}{hint or f' (it has {_quoted(present)})'}"
+    role, text = present["role"], present.get("content", "")
+    if not isinstance(role, str):
+        return f"must have text as its 'role', not a {type(role).__name__}"
+    if role not in ROLES and (near := difflib.get_close_matches(role, ROLES, n=1, cutoff=0.75)):
+        return f"has the role {role!r}; did you mean {near[0]!r}?"
+    if not isinstance(text, str) and not (isinstance(text, list) and all(isinstance(part, dict) for part in text)):
+        return f"must have text (or a list of parts, each an object) as its 'content', not a {type(text).__name__}"
+    return ""
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names)) or "nothing"
 
 
 def messages(row: Row, column: str) -> list[Message]:

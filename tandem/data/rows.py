@@ -158,8 +158,8 @@ def _read_jsonl(file: Path) -> Iterator[tuple[int, Any]]:
             continue
         try:
             yield number, json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{file}:{number}: malformed JSON: {error.msg} at column {error.colno}") from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{file}:{number}: malformed JSON: {_json_fault(error)}") from error
 
 
 def _read_json(file: Path) -> Iterator[tuple[int, Any]]:
@@ -178,7 +178,11 @@ def _read_json(file: Path) -> Iterator[tuple[int, Any]]:
     try:
         while position < len(text) and not (array and text[position] == "]"):
             line, counted = line + text.count("\n", counted, position), position
-            value, position = decoder.raw_decode(text, position)
+            try:
+                value, position = decoder.raw_decode(text, position)
+            except (ValueError, RecursionError) as error:
+                at = error.lineno if isinstance(error, json.JSONDecodeError) else line
+                raise UserError(f"{file}:{at}: malformed JSON: {_json_fault(error)}") from error
             yield line, value
             position = skip_gap(position)
             if array and text.startswith(",", position):
@@ -188,7 +192,13 @@ def _read_json(file: Path) -> Iterator[tuple[int, Any]]:
         if array and skip_gap(position + 1) < len(text):
             raise json.JSONDecodeError("Extra data after the array", text, position + 1)
     except json.JSONDecodeError as error:
-        raise UserError(f"{file}:{error.lineno}: malformed JSON: {error.msg} at column {error.colno}") from error
+        raise UserError(f"{file}:{error.lineno}: malformed JSON: {_json_fault(error)}") from error
+
+
+def _json_fault(error: ValueError | RecursionError) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at column {error.colno}"
+    return "nested too deeply" if isinstance(error, RecursionError) else first_line(error)
 
 
 def _read_parquet(file: Path) -> Iterator[tuple[int, Any]]:

@@ -83,8 +83,8 @@ def test_plain_prompt_beside_whole_conversations_is_implicit() -> None:
 
 
 def test_none_that_parquet_fills_in_is_left_out() -> None:
-    row = {"prompt": [user("a") | {"tool_calls": None}, {"role": "assistant", "content": None}]}
-    assert formats.content(row, "prompt") == [user("a"), {"role": "assistant", "content": None}]
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+    assert formats.content({"prompt": [user("a") | {"tool_calls": None}, call]}, "prompt") == [user("a"), call]
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_none_that_parquet_fills_in_is_left_out() -> None:
         (formats.prompt_completion, {"prompt": 3, "completion": "a"}, "'prompt' must be a string or a list"),
         (formats.prompt_completion, {"prompt": "a", "completion": []}, "'completion' is an empty list"),
         (formats.prompt_completion, {"prompt": "a", "completion": [assistant("b")]}, "must both be strings"),
-        (formats.prompt_completion, {"prompt": [user("a"), {"content": "b"}], "completion": "c"}, "message 1 must be"),
+        (formats.prompt_completion, {"prompt": [user("a"), {"content": "b"}], "completion": "c"}, "message 1 has no"),
         (formats.preference, {"chosen": "a", "rejected": [user("b")]}, "'chosen' and 'rejected' must both"),
         (formats.preference, {"prompt": [user("a")], "chosen": "a", "rejected": "b"}, "'prompt' is a list"),
         (lambda row: formats.messages(row, "messages"), {"messages": "a"}, "must be a list of messages"),
