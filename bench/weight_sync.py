@@ -7,9 +7,9 @@
 Method. A random model of Qwen2.5's shape, float32 weights with bfloat16 computation, is trained by ``--actor`` workers
 (sharded by FSDP2 where there are several). Engines (vLLM starting from dummy weights) hold it in bfloat16. Each push
 gathers, casts, sends and loads all weights, drops the prefix cache, and commits the version on both sides. The truth
-check is on in every other push, and the difference is what it costs. The first pushes, which check every tensor, make
-connections and learn how to load, are reported by themselves; medians are over the others. Between pushes the
-trainer's weights change, and the check proves that the new ones arrive.
+check of all tensors is on in every other push, and the difference is what it costs; the probe of log-probs, which every
+64th push makes, is timed by itself. The first pushes, which make connections and learn how to load, stand apart;
+medians are over the others. Between pushes the trainer's weights change, and the check proves that the new ones arrive.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from tandem.algorithms.grpo import GRPO
 from tandem.cli.placing import Homes
 from tandem.cli.sections import ClusterSection, EngineSection, ModelSection, PlacementSection, SamplingSection
 from tandem.models.loading import load_tokenizer, prepare_module
-from tandem.sync.push import PROBE_EVERY, WeightPush
+from tandem.sync.check import PROBE_EVERY
+from tandem.sync.push import WeightPush
 from tandem.training.optim import OptimParams
 from tandem.training.trainer import LocalTrainer
 from tandem.workers.process import Site
@@ -84,7 +85,7 @@ def measure(options: argparse.Namespace, folder: str) -> dict[str, Any]:
         if push is None:
             raise SystemExit("nothing travels: the engine samples on the trainer's own weights")
         pushes: dict[bool, list[dict[str, float]]] = {True: [], False: []}
-        # The first ones check everything and learn how to load: they are reported by themselves.
+        # The first ones connect, learn how to load, and probe: they are reported by themselves.
         first = [_timed(homes, push, step) for step in range(WARM)]
         for step in range(WARM, WARM + 2 * options.repeats):
             # Alternating, so that both meet the same neighbours.
@@ -101,7 +102,7 @@ def _timed(homes: Homes, push: WeightPush, step: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measures and prints one line."""
+    """Measures and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="0.5b")
     parser.add_argument("--device", default="auto")
@@ -118,21 +119,34 @@ def main() -> None:
         # vLLM and the trainer make random weights of their own; a live engine reads its first ones.
         write_folder(options.size, Path(folder), weights=options.kind == "live")
         result = measure(options, folder)
-    seconds = [push["seconds"] for push in result["checked"]]
-    median, plain = statistics.median(seconds), statistics.median(push["seconds"] for push in result["unchecked"])
-    # Every 64th push probes as well, which the median does not show.
-    probing = max(push["sync_check_seconds"] for push in result["first"][1:]) / PROBE_EVERY
-    gb = sum(p.numel() for p in random_shapes(options.size)) * (4 if options.device == "cpu" else 2) / 1e9
-    print(
-        f"{options.size} {result['about']}: {median:.4f} s a push (min {min(seconds):.4f}, max {max(seconds):.4f}), "
-        f"{gb:.2f} GB, {gb / median:.1f} GB/s; unchecked {plain:.4f} s, so the check costs "
-        f"{(median + probing - plain) / plain:.1%}, its probe included; first pushes "
-        + ", ".join(f"{push['seconds']:.2f} s" for push in result["first"])
-    )
+    print(table(options, result))
     if options.json:
         record = {"options": {k: str(v) for k, v in vars(options).items()}, "machine": machine(), **result}
         old = json.loads(options.json.read_text()) if options.json.exists() else []
         options.json.write_text(json.dumps([*old, record], indent=1) + "\n")
+
+
+def table(options: argparse.Namespace, result: dict[str, Any]) -> str:
+    """What was measured, for a person to read."""
+    gb = sum(p.numel() for p in random_shapes(options.size)) * (4 if options.device == "cpu" else 2) / 1e9
+    medians: dict[str, float] = {}
+    lines = [
+        f"{options.size}, {gb:.2f} GB, {result['about']}; {options.repeats} pushes of each kind",
+        f"{'':10}{'median s':>10}{'min s':>10}{'max s':>10}{'GB/s':>8}",
+    ]
+    for kind in ("unchecked", "checked"):
+        seconds = [push["seconds"] for push in result[kind]]
+        medians[kind] = statistics.median(seconds)
+        lines.append(f"{kind:10}{medians[kind]:10.4f}{min(seconds):10.4f}{max(seconds):10.4f}{gb / medians[kind]:8.1f}")
+    cost = (medians["checked"] - medians["unchecked"]) / medians["unchecked"]
+    # The second push probes as every 64th does; in the first, the models are still warming up.
+    probe = result["first"][1]["sync_check_seconds"]
+    lines.append(
+        f"the check of all tensors costs {cost:+.1%} of a push; the probe {probe:.4f} s in every {PROBE_EVERY}th, "
+        f"{probe / PROBE_EVERY / medians['unchecked']:.1%} of a push on average"
+    )
+    lines.append("first pushes: " + ", ".join(f"{push['seconds']:.2f} s" for push in result["first"]))
+    return "\n".join(lines)
 
 
 def random_shapes(size: str) -> list[torch.Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ from tandem.errors import UserError
 from tandem.models.forward import LoadedModel
 from tandem.models.loading import load_causal, load_scalar
 from tandem.roles import LossFn
+from tandem.sync.checksum import Held, Sums
 from tandem.sync.source import WeightSource
 from tandem.training.optim import OptimParams
 from tandem.training.trainer import LocalScorer, LocalTrainer, MemoryParams
@@ -144,14 +144,13 @@ class Replicas:
         self.engine: ReplicaEngine = site.roles["engine"]
         self.source = WeightSource(self.actor.parameters, self.actor.model.device)
 
-    def push(self) -> dict[str, float]:
-        """The engine holds the actor's weights when this returns. Returns the seconds it took."""
-        start = time.perf_counter()
-        self.source.fill({name: p.data for name, p in self.engine.parameters.items()})
+    def push(self, check: bool) -> tuple[Sums, list[Held]]:
+        """The engine holds the actor's weights when this returns: the checksums of both, if asked to ``check``."""
+        sums = self.source.fill({name: p.data for name, p in self.engine.parameters.items()}, check)
         self.engine.version = self.actor.version
         if self.source.gatherer.device.type == "cuda":
             torch.cuda.synchronize()
-        return {"sync_seconds": time.perf_counter() - start}
+        return sums, self.engine.checksums() if check else []
 
 
 def vllm_engine(

@@ -18,7 +18,8 @@ from tandem.models.loading import pick_device
 from tandem.parallel.world import World
 from tandem.roles import Engine, Metrics
 from tandem.runs.progress import say
-from tandem.sync.push import PushParams, WeightPush
+from tandem.sync.check import TruthCheck
+from tandem.sync.push import FillPush, PushParams, WeightPush
 from tandem.workers.cluster import Cluster, connect, own_sigterm, require_ray, visible_gpus
 from tandem.workers.group import WorkerGroup
 from tandem.workers.homes import Here, Home, RoleEnd, Workers, WorkersEnd
@@ -164,7 +165,7 @@ class Homes:
     def sampler(self, sampling: SamplingSection, *, seed: int, vocabulary: int, others: Mapping[str, Any]) -> Sampler:
         """Builds the engine, beside the actor or in processes of its own. ``others``: trainers and scorers by role."""
         if self.engine.kind == "live" and self.placement.home("engine") == "actor":
-            return self._live_beside_actor(sampling)
+            return self._live_beside_actor(sampling, vocabulary)
         if self.engine.kind == "live":
             home = self._group("engine", self.placement.workers("engine"), joined=False)
             home.place("engine", partial(replica_engine, section=self.model, sampling=sampling, engine=self.engine))
@@ -173,7 +174,7 @@ class Homes:
             return Sampler(engine=DividedEngine(home.group, "engine"), push=push, about=about, link=push)
         return self._vllm(sampling, seed, vocabulary, others)
 
-    def _live_beside_actor(self, sampling: SamplingSection) -> Sampler:
+    def _live_beside_actor(self, sampling: SamplingSection, vocabulary: int) -> Sampler:
         home = self.of("actor")
         if isinstance(home, Here):
             engine = home.place("engine", partial(live_engine, sampling=sampling, engine=self.engine))
@@ -189,9 +190,14 @@ class Homes:
         home.place("engine", partial(replica_engine, section=self.model, sampling=sampling, engine=self.engine))
         home.place("replicas", Replicas)
 
-        def push(step: int) -> Metrics:
-            return home.group.call("replicas", "push")
-
+        check = TruthCheck(
+            home.end("actor"),
+            home.end("engine"),
+            count=home.group.size,
+            dtype=self.model.dtype,
+            vocabulary=vocabulary,
+        )
+        push = FillPush(home.end("replicas"), check if self.engine.check_weights else None)
         about = f"live, in each of the actor's {home.group.size} processes, on gathered weights"
         return Sampler(engine=DividedEngine(home.group, "engine"), push=push, about=about)
 

@@ -11,7 +11,7 @@ from tandem.data.packing import pack
 from tandem.engines.live import CacheDtype, LiveEngine, Way
 from tandem.errors import UserError
 from tandem.models.forward import LoadedModel, forward
-from tandem.sync.checksum import Checked, checksum
+from tandem.sync.checksum import Held, Tally, checksums
 from tandem.sync.links import Link
 from tandem.sync.receiver import Receiver
 from tandem.types import Completion, Request, Sequence
@@ -65,16 +65,23 @@ class ReplicaEngine:
         self.receiver = Receiver(link, self.model.device)
 
     @torch.no_grad()
-    def receive(self, version: int, check: Seq[str] | None = ()) -> dict[str, Checked]:
-        """Takes one push; checksums of the parameters named in ``check`` (None: of all) as they are then.
+    def receive(self, version: int, check: bool = False) -> list[Held]:
+        """Takes one push. Returns what it then holds, if asked to ``check``: [] otherwise.
 
-        Raises UserError, naming the tensor, for one that this model does not have.
+        A bucket is summed as soon as it is loaded, while the next is on its way. Raises UserError, naming the tensor,
+        for one that this model does not have.
         """
         assert self.receiver is not None, "connect() comes first"
+        names = [spec.name for spec in self.receiver.plan.tensors]
+        slots = {name: slot for slot, name in enumerate(names)}
+        tally = Tally(len(names), self.model.device)
         for bucket in self.receiver.buckets():
             self.load(bucket)
+            for name, _ in bucket if check else ():
+                mine = self.parameters[name]
+                tally.add(slots[name], mine.detach().reshape(1, -1), mine.dtype)
         self.version = version
-        return self.checksums(check)
+        return [Held(name, name, total) for name, total in zip(names, tally.result(), strict=True)] if check else []
 
     @torch.no_grad()
     def load(self, bucket: list[tuple[str, Tensor]]) -> None:
@@ -87,10 +94,9 @@ class ReplicaEngine:
         targets = [self.parameters[name] for name, _ in bucket]
         torch._foreach_copy_(targets, [tensor for _, tensor in bucket], non_blocking=True)
 
-    def checksums(self, names: Seq[str] | None = None) -> dict[str, Checked]:
-        """Of the parameters as they are now."""
-        wanted = self.parameters if names is None else {name: self.parameters[name] for name in names}
-        return {name: Checked((name,), checksum(tensor.detach())) for name, tensor in wanted.items()}
+    def checksums(self) -> list[Held]:
+        """What it holds now."""
+        return [Held(name, name, total) for name, total in checksums(self.parameters.items()).items()]
 
     def memory(self) -> dict[str, float]:
         return {}

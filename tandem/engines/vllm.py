@@ -12,8 +12,9 @@ from tandem.engines.vllm_checksums import combine
 from tandem.engines.vllm_setup import check_vllm, close_vllm, eos_ids, on_cpu, start_vllm
 from tandem.engines.vllm_stepper import Ended, Job, Stepper
 from tandem.errors import UserError, first_line
-from tandem.sync.checksum import Checked
+from tandem.sync.checksum import Held
 from tandem.sync.links import Link
+from tandem.sync.plan import Plan
 from tandem.types import Completion, Request, SamplingParams, StopReason
 
 __all__ = ["VLLMEngine", "check_vllm"]
@@ -78,6 +79,7 @@ class VLLMEngine:
         self.vocabulary: int = self._engine.model_config.get_vocab_size()
         self._eos_ids = eos_ids(self._llm)
         self._stepper = Stepper(self._engine, max_slots, lambda: self.version)
+        self._plan = Plan(())
         self._pushes = 0
         self._asleep: set[str] = set()
         self._stale: Exception | None = None
@@ -144,11 +146,12 @@ class VLLMEngine:
             raise UserError(f"weight sync: {len(links)} links for {self.tensor_parallel} tensor-parallel ranks")
         with self._stepper.exclusive():
             self._call("tandem_connect", list(links))
+            self._plan = links[0].plan
 
-    def receive(self, version: int, check: Seq[str] | None = ()) -> dict[str, Checked]:
+    def receive(self, version: int, check: bool = False) -> list[Held]:
         """Takes one push, between two steps: the weights, an empty cache, and then ``version``.
 
-        Returns ``checksums(check)`` as they are then, in the same call to the workers; none if it names none.
+        Returns what it then holds, if asked to ``check``, in the same call to the workers: [] otherwise.
         Running samples go on with the new weights; what they have so far is computed anew. Raises UserError and names
         the tensor where the push cannot be loaded; nothing can be sampled then until one succeeds.
         """
@@ -156,7 +159,7 @@ class VLLMEngine:
             self._check_awake("weights")
             self._pushes += 1
             try:
-                ranks = self._call("tandem_receive", None if check is None else list(check))
+                ranks = self._call("tandem_receive", check)
                 if not self._asleep:
                     self._forget_cache()
             except Exception as error:
@@ -166,17 +169,16 @@ class VLLMEngine:
             self.version = version
             self._stale = None
             self._mark_usable()
-            return combine(ranks)
+            return combine(ranks, self._plan)
 
-    def checksums(self, names: Seq[str] | None = None) -> dict[str, Checked]:
-        """The engine's tensors made from any of ``names`` (HF names; None: from any), by vLLM's names.
+    def checksums(self) -> list[Held]:
+        """What it holds now of each tensor that was pushed, taken from what the model computes with.
 
-        Compare ``sums`` with the sum of the checksums of ``parts``. It is taken from what the model computes with,
-        packed copies included. Missing are tensors whose bits cannot be compared: quantized, cast or transformed
-        ones, and keys and values that are repeated over more ranks than they have heads. Needs one push before.
+        One that it holds twice (a tied head that a CPU packs) is there twice. Missing are tensors whose bits cannot be
+        compared: quantized, cast or transformed ones. Needs one push before.
         """
         with self._stepper.exclusive():
-            return combine(self._call("tandem_shards", None if names is None else list(names)))
+            return combine(self._call("tandem_shards"), self._plan)
 
     def sleep(self) -> None:
         """Gives the device's memory back: drops weights and cache. Waking needs ``wake`` and a ``receive``."""

@@ -1,48 +1,45 @@
-"""What vLLM made of the weights that it was sent: which of its tensors hold what, and their checksums."""
+"""What vLLM's ranks made of the weights that they were sent: the whole tensors' checksums from every rank's regions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from math import prod
+from typing import NamedTuple
 
-from tandem.sync.checksum import Checked, Sums, add
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One rank's share of one tensor."""
-
-    parts: dict[str, int]
-    """Elements of each HF tensor that it was made from, in full."""
-    loaded: int
-    """Elements of them that this rank took."""
-    sums: Sums
+from tandem.engines.vllm_regions import Region
+from tandem.sync.checksum import MODULUS, Held
+from tandem.sync.plan import Plan
 
 
-def combine(ranks: Seq[dict[str, Shard]]) -> dict[str, Checked]:
+class Shard(NamedTuple):
+    """One rank's copy of a region of pushed tensor ``part``, inside its parameter ``where``."""
+
+    part: str
+    where: str
+    region: Region
+    sum: int
+
+
+def combine(ranks: Seq[Seq[Shard]], plan: Plan) -> list[Held]:
     """The whole tensors from every tensor-parallel rank's shards.
 
-    A tensor that all ranks hold in full counts once, if they agree; where they do not, the ranks' sums stand under
-    the names ``tensor@rank``. One of which some parts are sharded and others repeated (keys and values of fewer heads
-    than ranks) cannot be added up and is left out.
+    Regions add up; one that several ranks hold (norms; keys and values of fewer heads than ranks) counts once. Where
+    the ranks' copies of it differ, each stands by itself under ``where@rank``. Tensors that are not there in full are
+    left out.
     """
-    found: dict[str, Checked] = {}
-    for name in _names(ranks):
-        shards = [rank[name] for rank in ranks if name in rank]
-        sizes = {part: size for shard in shards for part, size in shard.parts.items()}
-        parts, numel = tuple(sizes), sum(sizes.values())
-        if all(shard.loaded == numel for shard in shards) and len(shards) == len(ranks):
-            sums = [(*shard.sums[:2], numel) for shard in shards]
-            if len(set(sums)) == 1:
-                found[name] = Checked(parts, sums[0])
-            else:
-                found |= {f"{name}@{rank}": Checked(parts, each) for rank, each in enumerate(sums)}
-        elif sum(shard.loaded for shard in shards) == numel:
-            first, second, _ = add([shard.sums for shard in shards])
-            found[name] = Checked(parts, (first, second, numel))
+    regions: dict[tuple[str, str], dict[Region, dict[int, int]]] = {}
+    for rank, shards in enumerate(ranks):
+        for part, where, region, total in shards:
+            regions.setdefault((part, where), {}).setdefault(region, {})[rank] = total
+    sizes = {spec.name: prod(spec.shape) for spec in plan.tensors}
+    found: list[Held] = []
+    for (part, where), copies in regions.items():
+        if sum(region.numel for region in copies) != sizes[part]:
+            continue
+        if all(len(set(totals.values())) == 1 for totals in copies.values()):
+            found.append(Held(part, where, sum(next(iter(totals.values())) for totals in copies.values()) % MODULUS))
+            continue
+        for rank in range(len(ranks)):
+            mine = [totals.get(rank, next(iter(totals.values()))) for totals in copies.values()]
+            found.append(Held(part, f"{where}@{rank}", sum(mine) % MODULUS))
     return found
-
-
-def _names(ranks: Iterable[dict[str, Shard]]) -> list[str]:
-    return list(dict.fromkeys(name for rank in ranks for name in rank))

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from tandem.engines.vllm_checksums import Shard
 from tandem.engines.vllm_copies import Copies, RecordingCopies
+from tandem.engines.vllm_regions import Piece, WatchingCopies
 from tandem.errors import UserError, first_line
-from tandem.sync.checksum import add, checksum
+from tandem.sync.checksum import Tally
+from tandem.sync.plan import Plan
 
 Bucket = list[tuple[str, Tensor]]
 ROWS = 1024
@@ -31,12 +33,12 @@ class Target:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    parts: dict[str, int] = field(default_factory=dict)
-    """Elements of each HF tensor, in full."""
+    pieces: list[Piece] = field(default_factory=list)
+    """What this rank took of which HF tensors, and where it lies."""
     loaded: int = 0
-    """Elements that this rank took of them."""
+    """How many elements that is."""
     exact: bool = True
-    """Whether the values are stored as they came."""
+    """Whether the values are stored as they came, and it is known where."""
 
 
 Record = dict[str, Target]
@@ -77,10 +79,12 @@ def load_and_record_copies(model: Any, buckets: Iterable[Bucket], record: Record
     return copies if copies.covers({name: target.loaded for name, target in record.items()}) else None
 
 
-def play_copies(copies: Copies, buckets: Iterable[Bucket]) -> None:
-    """Loads one push by the copies of an earlier one."""
-    for number, _ in enumerate(buckets):
+def play_copies(copies: Copies, buckets: Iterable[Bucket], sums: Sums | None) -> None:
+    """Loads one push by the copies of an earlier one. What a bucket filled is summed while the next is on its way."""
+    for number, bucket in enumerate(buckets):
         copies.play(number)
+        if sums is not None:
+            sums.add(name for name, _ in bucket)
 
 
 def _load(model: Any, bucket: Bucket) -> None:
@@ -96,7 +100,7 @@ def _load(model: Any, bucket: Bucket) -> None:
 
 def _load_and_record(model: Any, buckets: Iterable[Bucket], record: Record, expected: list[str]) -> None:
     """One tensor at a time, so that what its loading touches is known."""
-    loading: dict[str, Any] = {"name": "", "tensor": None}
+    loading: dict[str, Any] = {}
     loaders = [(p, p.weight_loader, name) for name, p in _parameters(model) if hasattr(p, "weight_loader")]
     for parameter, loader, name in loaders:
         parameter.weight_loader = _watched(loader, name, loading, record)
@@ -104,9 +108,9 @@ def _load_and_record(model: Any, buckets: Iterable[Bucket], record: Record, expe
     try:
         for bucket in buckets:
             for name, tensor in bucket:
-                loading |= {"name": name, "tensor": tensor}
+                loading |= {"name": name, "tensor": tensor, "taken": False}
                 _load(model, [(name, tensor)])
-                if not any(name in target.parts for target in record.values()):
+                if not loading["taken"]:
                     untaken.append(name)
             _keep(model, bucket)
     finally:
@@ -138,10 +142,12 @@ def _watched(loader: Callable[..., Any], name: str, loading: dict[str, Any], rec
         bound.apply_defaults()
         parameter, tensor = args[0], loading["tensor"]
         target = record.setdefault(name, Target(tuple(parameter.shape), parameter.dtype))
-        target.parts[loading["name"]] = tensor.numel()
-        target.loaded += get_numel_loaded(original, bound)[0]
-        # A composed loader stores a function of what it is given (Mamba's A), others may cast.
-        target.exact &= tensor.dtype == parameter.dtype and "composed" not in original.__qualname__
+        with WatchingCopies(loading["name"], tensor, parameter) as watching:
+            target.loaded += get_numel_loaded(original, bound)[0]
+        target.pieces += watching.pieces
+        # Some loaders cast, others store a function of what they are given (Mamba's A).
+        target.exact &= watching.whole and tensor.dtype == parameter.dtype
+        loading["taken"] = True
         return loader(*args, **kwargs)
 
     # Layerwise reload knows its own wrappers by this name: it neither wraps them twice nor leaves them on.
@@ -194,21 +200,52 @@ def find_places(model: Any) -> list[Place]:
     ]
 
 
-def shards(places: Iterable[Place], record: Record, names: set[str] | None) -> dict[str, Shard]:
-    """This rank's checksums of what the model computes with, for parameters made from any of ``names`` (None: all).
+class Sums:
+    """This rank's checksums of what the model computes with, under way.
 
     On a CPU a linear layer's weights are packed; they are read back by sending the identity through it. Parameters
     whose values are not stored as they came (quantized, cast, computed from them) are left out.
     """
-    found: dict[str, Shard] = {}
-    for name, recorded, module in places:
-        target = record.get(recorded)
-        if target is None or not target.exact or not (names is None or names & target.parts.keys()):
-            continue
-        content = _content(module, name.rpartition(".")[2], target)
-        if content is not None:
-            found[name] = Shard(target.parts, target.loaded, content)
-    return found
+
+    def __init__(self, places: Iterable[Place], record: Record, plan: Plan, device: torch.device) -> None:
+        self.dtypes = {spec.name: spec.torch_dtype for spec in plan.tensors}
+        self.held: list[tuple[Piece, str, Any, Target]] = []
+        """Every piece, the name of what it lies in, and the module that holds that."""
+        for name, recorded, module in places:
+            target = record.get(recorded)
+            if target is not None and target.exact:
+                self.held += [(piece, name, module, target) for piece in target.pieces]
+        self.slots: dict[str, list[int]] = {}
+        for slot, (piece, *_) in enumerate(self.held):
+            self.slots.setdefault(piece.part, []).append(slot)
+        self.tally = Tally(len(self.held), device)
+        self.unseen: set[int] = set()
+
+    @torch.no_grad()
+    def add(self, parts: Iterable[str] | None = None) -> None:
+        """Sums the pieces of these tensors (None: of all) as they are now."""
+        slots = (
+            range(len(self.held)) if parts is None else [slot for part in parts for slot in self.slots.get(part, ())]
+        )
+        contents: dict[str, Tensor | None] = {}
+        for slot in slots:
+            piece, name, module, target = self.held[slot]
+            if name not in contents:
+                contents[name] = _content(module, name.rpartition(".")[2], target)
+            content = contents[name]
+            if content is None:
+                self.unseen.add(slot)
+                continue
+            region = piece.region
+            self.tally.add(slot, piece.of(content), self.dtypes[piece.part], start=region.start, step=region.step)
+
+    def result(self) -> list[Shard]:
+        """Waits for the device."""
+        return [
+            Shard(piece.part, name, piece.region, total)
+            for slot, ((piece, name, *_), total) in enumerate(zip(self.held, self.tally.result(), strict=True))
+            if slot not in self.unseen
+        ]
 
 
 def _parameters(model: Any) -> Iterator[tuple[str, Any]]:
@@ -222,22 +259,21 @@ def _owners(model: Any) -> Iterator[tuple[str, Any]]:
         yield name, model.get_submodule(name.rpartition(".")[0])
 
 
-@torch.no_grad()
-def _content(module: Any, attribute: str, target: Target) -> tuple[int, int, int] | None:
-    """Checksum of what the module computes with, or None where it does not hold the values that it was given."""
+def _content(module: Any, attribute: str, target: Target) -> Tensor | None:
+    """What the module computes with, in the shape in which it was loaded, or None where that cannot be told."""
     linear = getattr(module, "cpu_linear", None)
-    weight = getattr(module, attribute)
+    weight = getattr(module, attribute).detach()
     if attribute == "weight" and linear is not None and len(target.shape) == 2 and _multiplies(module):
         width = target.shape[1]
         rows = (torch.eye(width, dtype=target.dtype)[start : start + ROWS] for start in range(0, width, ROWS))
-        return add([checksum(linear(part, weight, None)) for part in rows])
+        return torch.cat([linear(part, weight, None) for part in rows]).t().contiguous()
     if weight.dtype != target.dtype:
         # Some CPU kernels want the bias in float32; that keeps every value.
         narrow = weight.to(target.dtype)
         if not torch.equal(narrow.to(weight.dtype), weight):
             return None
         weight = narrow
-    return checksum(weight) if weight.numel() == torch.Size(target.shape).numel() else None
+    return weight if weight.is_contiguous() and weight.numel() == torch.Size(target.shape).numel() else None
 
 
 def _multiplies(module: Any) -> bool:

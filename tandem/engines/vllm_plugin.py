@@ -31,11 +31,11 @@ from tandem.engines.vllm_loading import (
     Bucket,
     Place,
     Record,
+    Sums,
     find_places,
     load_and_record_copies,
     load_push,
     play_copies,
-    shards,
 )
 from tandem.errors import UserError
 from tandem.sync.links import Link
@@ -56,6 +56,9 @@ class Links(WeightTransferInitInfo):
 class Push(WeightTransferUpdateInfo):
     """One push of all weights. All that it consists of is in the link's plan."""
 
+    check: bool = False
+    """Whether to sum what the model then holds."""
+
 
 class TandemTransfer(WeightTransferEngine):
     """Takes a trainer's pushes from its link and loads them into this worker's model."""
@@ -70,6 +73,8 @@ class TandemTransfer(WeightTransferEngine):
     places: Seq[Place] = ()
     """Of the record. Walking through all modules takes longer than a checksum, so it is done once."""
     may_copy: bool = False
+    shards: Seq[Shard] = ()
+    """Of the last push, where it was to be checked."""
     copies: Copies | None = None
     """How a push is loaded once it has been recorded: receive buffers and parameters stay where they are."""
 
@@ -94,17 +99,19 @@ class TandemTransfer(WeightTransferEngine):
             raise UserError("weight sync: the engine is not connected to a trainer; call connect() first")
         try:
             with set_current_vllm_config(self.vllm_config):
-                self._load(self.receiver.buckets())
+                self.shards = self._load(self.receiver.buckets(), update_info.check)
         except BaseException:
             # The sender has buckets left over, which the next push must not begin with.
             self.shutdown()
             raise
 
-    def _load(self, buckets: Iterator[Bucket]) -> None:
+    def _load(self, buckets: Iterator[Bucket], check: bool) -> Seq[Shard]:
         """The first push learns what becomes of each tensor, the second which copies that takes; the rest play them."""
         if self.copies is not None:
-            play_copies(self.copies, buckets)
-        elif self.record is None:
+            sums = self.sums() if check else None
+            play_copies(self.copies, buckets, sums)
+            return sums.result() if sums is not None else []
+        if self.record is None:
             record: Record = {}
             load_push(self.model, self.model_config, buckets, record)
             self.record = record
@@ -115,6 +122,19 @@ class TandemTransfer(WeightTransferEngine):
             self.may_copy = self.copies is not None
         else:
             load_push(self.model, self.model_config, buckets, None)
+        return self.summed() if check else []
+
+    def sums(self) -> Sums:
+        """Checksums of this rank's parameters, to be taken. Raises UserError before the first push."""
+        if self.record is None or self.receiver is None:
+            raise UserError("checksums: nothing has been pushed yet, so vLLM's tensors have no origin to compare with")
+        return Sums(self.places, self.record, self.receiver.plan, self.device)
+
+    def summed(self) -> Seq[Shard]:
+        """Checksums of this rank's parameters as they are now."""
+        sums = self.sums()
+        sums.add()
+        return sums.result()
 
     def shutdown(self) -> None:
         if self.receiver is not None:
@@ -122,7 +142,7 @@ class TandemTransfer(WeightTransferEngine):
             self.receiver = None
         # Another trainer may send another plan.
         self.record = self.copies = None
-        self.places = ()
+        self.places = self.shards = ()
         self.may_copy = False
 
     @staticmethod
@@ -155,19 +175,16 @@ class WorkerExtension:
     def tandem_connect(self, links: Seq[Link]) -> None:
         self.init_weight_transfer_engine({"links": links})  # type: ignore[attr-defined]
 
-    def tandem_receive(self, names: list[str] | None) -> dict[str, Shard]:
-        """Takes one push. Returns ``tandem_shards`` of it, nothing where it names none."""
+    def tandem_receive(self, check: bool) -> Seq[Shard]:
+        """Takes one push. Returns ``tandem_shards`` of it, if asked to ``check``."""
         self.start_weight_update()  # type: ignore[attr-defined]
-        self.update_weights({})  # type: ignore[attr-defined]
+        self.update_weights({"check": check})  # type: ignore[attr-defined]
         self.finish_weight_update()  # type: ignore[attr-defined]
-        return {} if names == [] else self.tandem_shards(names)
+        return self.weight_transfer_engine.shards
 
-    def tandem_shards(self, names: list[str] | None) -> dict[str, Shard]:
-        """Checksums of this rank's parameters. Raises UserError before the first push."""
-        transfer = self.weight_transfer_engine
-        if transfer.record is None:
-            raise UserError("checksums: nothing has been pushed yet, so vLLM's tensors have no origin to compare with")
-        return shards(transfer.places, transfer.record, None if names is None else set(names))
+    def tandem_shards(self) -> Seq[Shard]:
+        """Checksums of this rank's parameters as they are now. Raises UserError before the first push."""
+        return self.weight_transfer_engine.summed()
 
     def tandem_memory(self) -> tuple[float, float] | None:
         """Bytes free and in use on this worker's device, by whomever; None on a CPU."""

@@ -1,4 +1,11 @@
-"""Sums over the raw bits of a tensor, of which checksums are made."""
+"""A sum over a tensor's bits that knows where each element belongs, and adds up over parts: what checksums are made of.
+
+    sum = Σ mix(word_e · A + position_e · B)  mod 2^32,    mix(x): x ^= x >> 12; x *= C; x ^= x >> 15
+
+``word_e`` is an element's bits as a signed integer, ``position_e`` its place in the whole tensor, shifts are logical.
+Without the mixing it would be linear, and a change of sign bits alone could cancel. The constants are odd: A, C and the
+shifts are those of a hash of 32 bits (github.com/skeeto/hash-prospector), B is 2^32 divided by the golden ratio.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +14,43 @@ from torch import Tensor
 
 from tandem.kernels.available import on_triton
 
-CHUNK = 1 << 24
+A, B, C = 0x2C1B3C6D, 0x61C88647, 0x297A2D39
+SHIFT_1, SHIFT_2 = 12, 15
+WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
+"""By bytes of an element."""
+CHUNK = 1 << 17
+"""Elements at a time on a CPU: what is computed on the way stays in its cache."""
 
 
-def moments(words_N: Tensor) -> Tensor:
-    """int64 [2] on the words' device: sum of int16 words, and of their squares, modulo 2^64."""
-    if on_triton(words_N):
+def add_sum(total_N: Tensor, slot: int, values_RC: Tensor, *, start: int, step: int, dtype: torch.dtype) -> None:
+    """Adds the sum of ``values_RC``, cast to ``dtype``, to ``total_N[slot]`` (int32 on the same device, modulo 2^32).
+
+    Element (r, c) has position ``start + r * step + c``. Columns are neighbours in memory (stride 1), rows need not be.
+    """
+    if on_triton(values_RC):
         from tandem.kernels import bits_triton
 
-        return bits_triton.moments(words_N)
-    total = torch.zeros(2, dtype=torch.int64, device=words_N.device)
-    for chunk in words_N.split(CHUNK):
-        wide = chunk.int()
-        total += torch.stack((chunk.sum(dtype=torch.int64), (wide * wide).sum(dtype=torch.int64)))
-    return total
+        bits_triton.add_sum(total_N, slot, values_RC, start=start, step=step, dtype=dtype)
+        return
+    rows, width = values_RC.shape
+    if step == width and values_RC.is_contiguous():
+        rows, width = 1, rows * width
+        values_RC = values_RC.view(1, width)
+    place_c = torch.arange(min(width, CHUNK), dtype=torch.int32) * B
+    high = max(1, CHUNK // width)
+    for row in range(0, rows, high):
+        for column in range(0, width, CHUNK):
+            part = values_RC[row : row + high, column : column + CHUNK]
+            first_R1 = (torch.arange(row, row + part.shape[0])[:, None] * step + start + column) * B
+            mixed = part.to(dtype).contiguous().view(WORDS[dtype.itemsize]).int() * A
+            mixed += place_c[: part.shape[1]]
+            mixed += first_R1.int()
+            mixed ^= _shifted(mixed, SHIFT_1)
+            mixed *= C
+            mixed ^= _shifted(mixed, SHIFT_2)
+            total_N[slot] += mixed.sum().int()
+
+
+def _shifted(x: Tensor, by: int) -> Tensor:
+    """A logical shift to the right of int32, which torch shifts arithmetically."""
+    return (x >> by) & ((1 << (32 - by)) - 1)

@@ -17,6 +17,7 @@ from tandem.errors import UserError
 from tandem.loop.given import GivenModel, Shapes
 from tandem.models.limits import limits_of
 from tandem.models.loading import load_causal
+from tandem.sync.check import compare
 from tandem.sync.push import PushParams, WeightPush
 from tandem.sync.source import WeightSource
 from tandem.types import Completion, Request
@@ -86,7 +87,7 @@ class InProcess:
         self.engine = ReplicaEngine(model, max_slots=params.max_slots, max_length=params.max_length)
         self.shapes: Shapes = {name: tuple(p.shape) for name, p in self.engine.parameters.items()}
         self.limit = limits_of(model.module.config).positions
-        self.device = params.device
+        self.device, self.check = params.device, params.check
         self.filled = False
 
     def failure(self) -> UserError | None:
@@ -95,7 +96,9 @@ class InProcess:
     def fill(self, model: GivenModel, step: int) -> None:
         self.filled = False
         source = WeightSource(model.parameters, gathering_device(model, self.device))
-        source.fill({name: p.data for name, p in self.engine.parameters.items()})
+        sums = source.fill({name: p.data for name, p in self.engine.parameters.items()}, self.check)
+        if self.check:
+            compare(f"after step {step} the sampler", sums, self.engine.checksums())
         self.engine.version = step
         self.filled = True
 

@@ -23,7 +23,7 @@ from tandem.models.loading import load_tokenizer
 from tandem.parallel.shares import divide
 from tandem.seeds import derive_seed
 from tandem.sync.bounds import LOGP_BOUNDS
-from tandem.sync.push import PROBE_EVERY, PROBE_TOKENS, WHOLE, WeightMismatch
+from tandem.sync.check import FIRST_PROBES, PROBE_EVERY, PROBE_TOKENS, WeightMismatch
 from tandem.types import Completion, Message, Request, SamplingParams
 
 Prompt = str | Seq[Message] | Seq[int]
@@ -97,9 +97,9 @@ class Sampler:
         """Copies the model's weights. Returns False, having done nothing, where it holds those of ``step`` already.
 
         ``model``: a transformers causal LM, plain or in DDP, torch.compile or ``fully_shard``; it stays as it is, in
-        training mode or not. The first two updates and every 64th compare the log-probs of a fixed probe on both
-        sides, and with vLLM each compares checksums (all at first, later a part of them). Raises UserError where the
-        model is not the sampler's, and WeightMismatch where the check fails.
+        training mode or not. Each update compares checksums of all parameters on both sides, the first two and every
+        64th the log-probs of a fixed probe as well. Raises UserError where the model is not the sampler's, and
+        WeightMismatch where the check fails.
         """
         if len(steps := set(self.ranks.gather(step))) > 1:
             raise UserError(f"update: the ranks are at different steps: {sorted(steps)}")
@@ -233,7 +233,7 @@ class Sampler:
             # wait in one, and this rank must end.
             mismatch = found
         self.ranks.agree(mismatch)
-        if self.check and (self.updates < WHOLE or self.updates % PROBE_EVERY == 0):
+        if self.check and (self.updates < FIRST_PROBES or self.updates % PROBE_EVERY == 0):
             self.ranks.agree(self._probe(held, step))
         self.updates += 1
         # Kept for the weights that a sleeping engine drops.

@@ -19,7 +19,7 @@ class Gatherer:
     """Fills tensors with the whole values of parameters, sharded or not, cast to the tensors' dtype."""
 
     def __init__(self, parameters: Mapping[str, Tensor], device: torch.device) -> None:
-        self.parameters = dict(parameters)
+        self.parameters = parameters
         self.device = device
 
     @torch.no_grad()

@@ -1,57 +1,101 @@
-"""A checksum of a tensor's bits that adds up, so that a fused or sharded tensor compares with its parts."""
+"""Checksums of tensors that see every bit and where it lies, and add up over shards and parts of fused tensors."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from tandem.kernels import bits
+from tandem.parallel.sharding import local, rows_of
+from tandem.sync.plan import Plan, TensorSpec
 
-Sums = tuple[int, int, int]
-"""Sum of the 16-bit words, sum of their squares, and how many elements there are."""
-
-
-@dataclass(frozen=True)
-class Checked:
-    """An engine's parameter: which of the pushed tensors it consists of, and its checksum."""
-
-    parts: tuple[str, ...]
-    sums: Sums
+MODULUS = 1 << 32
+Sums = dict[str, int]
+"""The checksum of each pushed tensor, by its name."""
 
 
-_BITS = (1 << 63) - 1
+class Held(NamedTuple):
+    """An engine's copy of a pushed tensor: which one, the engine's own parameter that it lies in, and its checksum."""
+
+    part: str
+    where: str
+    sum: int
 
 
-@torch.no_grad()
-def moments(tensor: Tensor) -> Tensor:
-    """int64 [2] on the tensor's device: sum of its 16-bit words, and of their squares, modulo 2^64."""
-    return bits.moments(tensor.contiguous().view(-1).view(torch.int16))
+class Tally:
+    """Checksums under way on a device, a slot each. They are waited for together, by ``result``."""
+
+    def __init__(self, slots: int, device: torch.device) -> None:
+        self.total_N = torch.zeros(slots, dtype=torch.int32, device=device)
+
+    @torch.no_grad()
+    def add(self, slot: int, values_RC: Tensor, dtype: torch.dtype, *, start: int = 0, step: int = 0) -> None:
+        """Adds elements, cast to ``dtype``, of which (r, c) has position ``start + r * step + c`` in its tensor."""
+        if values_RC.numel():
+            bits.add_sum(self.total_N, slot, values_RC, start=start, step=step, dtype=dtype)
+
+    def result(self) -> list[int]:
+        """The sums modulo 2^32. Waits for the device."""
+        return [total % MODULUS for total in self.total_N.tolist()]
 
 
-def sums_of(tensors: list[Tensor]) -> list[Sums]:
-    """The checksum of each tensor; all are under way before the first is waited for."""
-    totals = [moments(tensor) for tensor in tensors]
-    return [as_sums(total, tensor.numel()) for total, tensor in zip(totals, tensors, strict=True)]
+def checksum(tensor: Tensor, dtype: torch.dtype | None = None) -> int:
+    """``kernels.bits`` of one whole tensor, cast to ``dtype`` (None: as it is)."""
+    tally = Tally(1, tensor.device)
+    tally.add(0, tensor.detach().reshape(1, -1), dtype or tensor.dtype)
+    return tally.result()[0]
 
 
-def as_sums(total: Tensor, elements: int) -> Sums:
-    """What ``moments`` gave, as plain numbers. Waits for the device."""
-    first, second = total.tolist()
-    return first & _BITS, second & _BITS, elements
+def checksums(tensors: Iterable[tuple[str, Tensor]]) -> Sums:
+    """Of whole tensors on one device; all are under way before the first is waited for."""
+    named = [(name, tensor.detach()) for name, tensor in tensors]
+    if not named:
+        return {}
+    tally = Tally(len(named), named[0][1].device)
+    for slot, (_, tensor) in enumerate(named):
+        tally.add(slot, tensor.reshape(1, -1), tensor.dtype)
+    return dict(zip([name for name, _ in named], tally.result(), strict=True))
 
 
-def checksum(tensor: Tensor) -> Sums:
-    """The first two moments of a tensor's bits, read as int16 words, modulo 2^63, and its number of elements.
+class Truth:
+    """The checksums that a push of these parameters must have at its other end: of the parameters, not of a buffer.
 
-    It does not see order, and for that it adds up: the checksum of a fused tensor is the sum of its parts', that of
-    a sharded one of its shards', and padding with zeros counts only as elements.
+    Each rank sums the slices that it keeps, cast to the wire's dtype, at their places in the whole tensor. ``add`` only
+    puts work on the device, a bucket at a time, so that it hides behind a bucket that is on its way.
     """
-    return sums_of([tensor])[0]
+
+    def __init__(self, parameters: Mapping[str, Tensor], plan: Plan, device: torch.device) -> None:
+        self.parameters, self.device = parameters, device
+        self.slots = {spec.name: slot for slot, spec in enumerate(plan.tensors)}
+        self.tally = Tally(len(self.slots), device)
+
+    @torch.no_grad()
+    def add(self, bucket: Iterable[TensorSpec]) -> None:
+        """Sums this rank's part of these tensors."""
+        for spec in bucket:
+            parameter = self.parameters[spec.name].detach()
+            start = rows_of(parameter).start * _width(parameter) if isinstance(parameter, DTensor) else 0
+            # Offloaded slices lie on the CPU.
+            mine = local(parameter).to(self.device, non_blocking=True).reshape(1, -1)
+            self.tally.add(self.slots[spec.name], mine, spec.torch_dtype, start=start)
+
+    def result(self) -> Sums:
+        """The sums over all ranks. Waits for the device; a collective where parameters are sharded."""
+        sharded = [name for name in self.slots if isinstance(self.parameters[name], DTensor)]
+        if sharded:
+            index = torch.tensor([self.slots[name] for name in sharded], device=self.device)
+            total = self.tally.total_N[index].long()
+            mesh = self.parameters[sharded[0]].device_mesh  # type: ignore[attr-defined]
+            dist.all_reduce(total, group=mesh.get_group())
+            self.tally.total_N[index] = total.int()
+        return dict(zip(self.slots, self.tally.result(), strict=True))
 
 
-def add(parts: list[Sums]) -> Sums:
-    """The checksum of what consists of these parts."""
-    columns = list(zip(*parts, strict=True))
-    return sum(columns[0]) & _BITS, sum(columns[1]) & _BITS, sum(columns[2])
+def _width(tensor: Tensor) -> int:
+    """Elements of a row."""
+    return torch.Size(tensor.shape[1:]).numel()

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from tandem.parallel.gather import Gatherer
-from tandem.sync.checksum import Sums, as_sums, checksum, moments
+from tandem.sync.checksum import Sums, Truth
 from tandem.sync.links import BUFFERS, Channel, Link, Pending, open_channel, open_store
 from tandem.sync.plan import Plan, used, views
 
@@ -41,37 +39,25 @@ class Sender:
             size, device = self.plan.buffer_bytes, self.gatherer.device
             self.buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(BUFFERS)]
 
-    def send(self, check: Collection[str] = ()) -> dict[str, Sums]:
-        """One push of all weights. Returns the checksums of the tensors named in ``check``, as they were sent."""
+    def send(self, truth: Truth | None = None) -> Sums:
+        """One push of all weights. Returns the sums of ``truth``, taken while buckets are on their way; {} without."""
         push = self.pushes
         self.pushes += 1
-        wanted = set(check)
-        found: dict[str, Tensor] = {}
         on_way: list[Pending | None] = [None] * BUFFERS
         for number, bucket in enumerate(self.plan.buckets):
             slot = number % BUFFERS
             if (before := on_way[slot]) is not None:
                 before.wait()
             buffer = self.buffers[slot]
-            tensors = views(bucket, buffer)
-            self.gatherer.fill(tensors)
+            self.gatherer.fill(views(bucket, buffer))
             if self.channel is not None:
                 on_way[slot] = self.channel.send(push, number, used(bucket, buffer))
-            found |= {name: moments(tensor) for name, tensor in tensors if name in wanted}
+            if truth is not None:
+                truth.add(bucket)
         for pending in on_way:
             if pending is not None:
                 pending.wait()
-        sizes = {spec.name: torch.Size(spec.shape).numel() for spec in self.plan.tensors}
-        return {name: as_sums(total, sizes[name]) for name, total in found.items()}
-
-    def checksums(self) -> dict[str, Sums]:
-        """Of every tensor as a push would carry it."""
-        sums: dict[str, Sums] = {}
-        for bucket in self.plan.buckets:
-            tensors = views(bucket, self.buffers[0])
-            self.gatherer.fill(tensors)
-            sums |= {name: checksum(tensor) for name, tensor in tensors}
-        return sums
+        return truth.result() if truth is not None else {}
 
     def close(self) -> None:
         if self.channel is not None:

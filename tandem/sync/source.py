@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from tandem.parallel.gather import Gatherer
 from tandem.parallel.sharding import local
-from tandem.sync.checksum import Sums
+from tandem.sync.checksum import Sums, Truth
 from tandem.sync.links import Link
 from tandem.sync.plan import Plan, plan_of
 from tandem.sync.sender import Sender
@@ -19,7 +19,7 @@ class WeightSource:
     """Parameters, sharded or not, ready to be pushed. All ranks of a trainer make the same calls."""
 
     def __init__(self, parameters: Mapping[str, Tensor], device: torch.device) -> None:
-        self.parameters = dict(parameters)
+        self.parameters = parameters
         self.gatherer = Gatherer(self.parameters, device)
         self.sender: Sender | None = None
         self.aside: list[Tensor] = []
@@ -39,21 +39,23 @@ class WeightSource:
         assert self.sender is not None, "listen() comes first"
         self.sender.connect()
 
-    def send(self, check: Collection[str] = ()) -> dict[str, Sums]:
-        """One push over the links. Returns checksums of the tensors named in ``check``, as they were sent."""
+    def send(self, check: bool = False) -> Sums:
+        """One push over the links. Returns the checksums that the other end must have; {} unless asked to ``check``."""
         assert self.sender is not None, "connect() comes first"
-        return self.sender.send(check)
+        return self.sender.send(self._truth(self.sender.plan) if check else None)
 
-    def send_checksums(self) -> dict[str, Sums]:
-        """Checksums of all tensors as they would be sent, sending nothing."""
-        assert self.sender is not None, "connect() comes first"
-        return self.sender.checksums()
-
-    def fill(self, targets: Mapping[str, Tensor]) -> None:
-        """Writes all weights into tensors of this process, a layer's worth at a time."""
-        specs = plan_of((name, tensor) for name, tensor in targets.items())
-        for bucket in specs.buckets:
+    def fill(self, targets: Mapping[str, Tensor], check: bool = False) -> Sums:
+        """Writes all weights into tensors of this process, a layer's worth at a time. Returns what ``send`` does."""
+        plan = plan_of((name, tensor) for name, tensor in targets.items())
+        truth = self._truth(plan) if check else None
+        for bucket in plan.buckets:
             self.gatherer.fill([(spec.name, targets[spec.name]) for spec in bucket])
+            if truth is not None:
+                truth.add(bucket)
+        return truth.result() if truth is not None else {}
+
+    def _truth(self, plan: Plan) -> Truth:
+        return Truth(self.parameters, plan, self.gatherer.device)
 
     @torch.no_grad()
     def zero(self) -> None:

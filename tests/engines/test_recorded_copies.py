@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
+from tandem.engines.vllm_checksums import Shard, combine
 from tandem.engines.vllm_copies import Copies, RecordingCopies
+from tandem.engines.vllm_regions import Piece, Region, WatchingCopies
+from tandem.sync.checksum import Held
+from tandem.sync.plan import Plan, TensorSpec
 
 
 class Fused(nn.Module):
@@ -65,3 +71,42 @@ def test_copies_inside_the_model_are_not_part_of_a_push():
             self.norm.data.copy_(self.norm.data.clone())
 
     assert record(Caching(), bucket_in(torch.zeros(28), 1)).covers({"qk": 24, "norm": 4})
+
+
+def pieces_of(parameter: nn.Parameter, tensor: torch.Tensor, *copies: tuple[torch.Tensor, torch.Tensor]) -> Any:
+    with WatchingCopies("t", tensor, parameter) as watching:
+        for target, source in copies:
+            target.copy_(source)
+    return watching.pieces, watching.whole
+
+
+def test_regions_are_where_copies_came_from():
+    """Rows of a fused parameter, columns of a tensor-parallel rank, and what cannot be told."""
+    memory = torch.arange(100.0)
+    tensor = memory[4:28].view(6, 4)
+    fused = nn.Parameter(torch.zeros(8, 4, device="meta"), requires_grad=False)
+    rows = (fused.data.narrow(0, 2, 3), tensor.narrow(0, 1, 3))
+    assert pieces_of(fused, tensor, rows) == ([Piece("t", Region(1, 12, 4, 12), 8, 12)], True)
+    narrow = nn.Parameter(torch.zeros(6, 2), requires_grad=False)
+    pieces, whole = pieces_of(narrow, tensor, (narrow.data, tensor.narrow(1, 2, 2)))
+    assert (pieces, whole) == ([Piece("t", Region(6, 2, 2, 4), 0, 2)], True)
+    assert torch.equal(pieces[0].of(narrow.data), tensor[:, 2:])
+    square = nn.Parameter(torch.zeros(4, 6), requires_grad=False)
+    assert pieces_of(square, tensor, (square.data, tensor.t())) == ([], False)
+    assert pieces_of(square, tensor, (square.data, torch.ones(4, 6))) == ([], False)
+    assert pieces_of(square, tensor, (torch.zeros(6, 4), tensor)) == ([], True)
+
+
+def test_ranks_add_up_and_copies_of_a_region_count_once():
+    plan = Plan((TensorSpec("k", (4, 2), "float32"), TensorSpec("norm", (4,), "float32")))
+    top, bottom, norm = Region(1, 4, 0, 4), Region(1, 4, 4, 4), Region(1, 4, 0, 4)
+
+    def rank(region: Region, total: int, of_norm: int = 9) -> list[Shard]:
+        return [Shard("k", "qkv", region, total), Shard("norm", "norm", norm, of_norm)]
+
+    four = [rank(top, 3), rank(top, 3), rank(bottom, 2**32 - 1), rank(bottom, 2**32 - 1)]
+    assert combine(four, plan) == [Held("k", "qkv", 2), Held("norm", "norm", 9)]
+    four[1] = rank(top, 4, of_norm=8)
+    found = {held.where: held.sum for held in combine(four, plan)}
+    assert found == {"qkv@0": 2, "qkv@1": 3, "qkv@2": 2, "qkv@3": 2, "norm@0": 9, "norm@1": 8, "norm@2": 9, "norm@3": 9}
+    assert combine([rank(top, 3)], plan) == [Held("norm", "norm", 9)]

@@ -139,9 +139,11 @@ def call_logprob() -> None:
 
 
 def call_bits() -> None:
-    # The last one with several blocks a program.
-    for size in (1, 5000, 3 * 512 * bits_triton.BLOCK):
-        bits_triton.moments(torch.empty(size, dtype=torch.int16))
+    total = torch.zeros(3, dtype=torch.int32)
+    for dtype in DTYPES:
+        for wire in DTYPES:
+            for values in (torch.empty(1, 5000, dtype=dtype), torch.empty(7, 30, dtype=dtype)[:, :10]):
+                bits_triton.add_sum(total, 1, values, start=3, step=30, dtype=wire)
 
 
 def call_draw() -> None:

@@ -209,14 +209,20 @@ def test_eight_bits_keep_a_head_within_a_sixteenth(magnitude: float) -> None:
         assert ((found - x).abs() <= x.abs() / 16 + floor).all()
 
 
-@pytest.mark.parametrize("size", [1, 1000, 5000, 3 * 2048 * 512 + 17])
-def test_moments_of_bits(size: int) -> None:
-    if size > 10_000 and DEVICE.type == "cpu":
-        size = 40_003  # interpreted
-    words = torch.randint(-(2**15), 2**15, (size,), device=DEVICE).to(torch.int16)
-    exact = [int(words.long().sum()), int(words.long().square().sum())]
-    assert bits_triton.moments(words).tolist() == exact
-    assert bits.moments(words).tolist() == exact
+@pytest.mark.parametrize("dtype", [torch.float32, LOW])
+@pytest.mark.parametrize("wire", [torch.float32, LOW])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 5000), (7, 900), (3, 2048 * 512 + 17)])
+def test_sums_of_bits(dtype: torch.dtype, wire: torch.dtype, shape: tuple[int, int]) -> None:
+    rows, width = shape if DEVICE.type == "cuda" else (shape[0], min(shape[1], 5017))  # interpreted
+    wide = torch.randn(rows, width + 5, device=DEVICE).to(dtype)
+    for values in (wide[:, 3 : width + 3], wide[:, 3 : width + 3].contiguous()):
+        for start, step in ((0, width), (2**31 - 40, width + 9)):
+            total = torch.zeros(3, dtype=torch.int32, device=DEVICE)
+            bits_triton.add_sum(total, 1, values, start=start, step=step, dtype=wire)
+            plain = torch.zeros(3, dtype=torch.int32)
+            bits.add_sum(plain, 1, values.cpu(), start=start, step=step, dtype=wire)
+            assert total.tolist() == plain.tolist()
+            assert total[1] != 0
 
 
 @pytest.mark.parametrize("vocabulary", [100, 5000, 9000])

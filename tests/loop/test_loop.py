@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tandem.errors import UserError
 from tandem.loop.sampler import Sampler
 from tandem.parallel.world import World
-from tandem.sync.push import WeightMismatch
+from tandem.sync.check import WeightMismatch
 from tandem.types import SamplingParams
 
 sys.path.append(str(Path(__file__).parents[1] / "parallel"))

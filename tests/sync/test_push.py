@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import VOCABULARY, make_module, make_tokenizer
+from faults import FAULTS, Faulty, first_seen
 
 from tandem.engines.replica import ReplicaEngine
 from tandem.errors import UserError
 from tandem.models.loading import prepare_module
 from tandem.parallel.world import World
-from tandem.sync.push import PushParams, WeightMismatch, WeightPush
+from tandem.sync.check import WeightMismatch
+from tandem.sync.push import PushParams, WeightPush
 from tandem.sync.source import WeightSource
 from tandem.training.optim import OptimParams
 from tandem.training.trainer import LocalTrainer
@@ -93,20 +95,31 @@ def test_a_tensor_that_does_not_arrive_is_named_at_the_first_push():
         push(1)
 
 
-def test_a_tensor_that_goes_astray_later_is_named_within_a_round(engine):
-    push, trainer = pushing(engine)
-    for version in range(2):
-        push(version)
-    lost = "model.layers.0.self_attn.q_proj.weight"
-    engine.load = lambda bucket: ReplicaEngine.load(engine, [(n, t) for n, t in bucket if n != lost])  # type: ignore
-    nudge(trainer)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("end", ["sender", "engine"])
+def test_every_fault_is_seen_at_the_first_push_that_has_it(end, dtype):
+    """After the two pushes that are probed as well, so that checksums alone speak."""
+    engine = ReplicaEngine(model_of(1, dtype=dtype))
+    push, trainer = pushing(engine, dtype)
+    faulty = Faulty()
+    if end == "sender":
+        faulty.sender(push.source.home.site.roles["source"].gatherer)  # type: ignore[attr-defined]
+    else:
+        faulty.engine(engine)
 
-    def a_round() -> None:
-        for version in range(2, 3 + len(engine.parameters)):
-            push(version)
+    def step() -> None:
+        nudge(trainer)
+        trainer.masters.publish()
+        faulty.record(trainer.weights)
+        push(0)
 
-    with pytest.raises(WeightMismatch, match=lost.replace(".", r"\.")):
-        a_round()
+    for _ in range(3):
+        step()
+    seen = {fault: first_seen(step, faulty, fault) for fault in FAULTS}
+    assert {fault: number for fault, (number, _) in seen.items()} == dict.fromkeys(FAULTS, 1)
+    assert all("does not hold the trainer's model." in said for _, said in seen.values())
+    step()
+    push.close()
 
 
 def test_an_engine_that_computes_something_else_is_noticed_by_the_probe():
@@ -119,8 +132,8 @@ def test_without_the_check_nothing_is_compared():
     push, _ = pushing(Skipping(model_of(1)))
     push.params.check = False
     push(1)
-    assert push.truth is None
-    assert push.parts == {}
+    assert push.check.logp is None
+    assert push.check.sums == {}
 
 
 def test_an_engine_of_another_shape_names_the_tensor():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
 from typing import Any
 
 import torch
@@ -10,27 +9,27 @@ import torch
 import tandem.engines.vllm as true
 from tandem.cli.build import vllm_engine
 from tandem.engines.vllm import VLLMEngine
-from tandem.sync.checksum import Checked
+from tandem.sync.checksum import Held
 
 
 class Deaf(VLLMEngine):
     """Takes a push off the wire and throws it away."""
 
-    def receive(self, version: int, check: Seq[str] | None = ()) -> dict[str, Checked]:
+    def receive(self, version: int, check: bool = False) -> list[Held]:
         with self._stepper.exclusive():
             self._engine.collective_rpc(_drop)
         self.version = version
-        return {}
+        return []
 
 
 class Damaged(VLLMEngine):
     """One number of one parameter is changed after each push."""
 
-    def receive(self, version: int, check: Seq[str] | None = ()) -> dict[str, Checked]:
+    def receive(self, version: int, check: bool = False) -> list[Held]:
         super().receive(version)
         with self._stepper.exclusive():
             self._engine.collective_rpc(_damage)
-        return self.checksums(check)
+        return self.checksums() if check else []
 
 
 def deaf_engine(site: Any, **options: Any) -> Any:

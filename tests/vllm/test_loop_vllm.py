@@ -17,7 +17,7 @@ from vllm_models import make_model, reference_logp, save
 from tandem.errors import UserError
 from tandem.loop.sampler import Sampler
 from tandem.parallel.world import World
-from tandem.sync.push import WeightMismatch
+from tandem.sync.check import WeightMismatch
 from tandem.types import SamplingParams
 from tandem.workers.group import WorkerDied
 
@@ -88,16 +88,19 @@ def test_weights_that_do_not_arrive_are_noticed(folder):
         sampler.update(trained(), 1)
         assert sampler.generate(PROMPTS, max_new_tokens=16, temperature=0)
         push, source = sampler.engine.push, sampler.engine.source
-        # What is sent and what is summed differ in one weight, as after a fault on the way.
-        true_send = source.sender.send
+        # The embedding of the first update is sent once more.
+        fill, stale = source.gatherer.fill, dict(trained().named_parameters())["model.embed_tokens.weight"].detach()
 
-        def send(check: Any) -> Any:
-            return {name: (a + 1, b, n) for name, (a, b, n) in true_send(check).items()}
+        def filled(wanted: Any) -> None:
+            fill(wanted)
+            for name, tensor in wanted:
+                if name == "model.embed_tokens.weight":
+                    tensor.copy_(stale)
 
-        source.sender.send = send
-        with pytest.raises(WeightMismatch, match="does not hold the trainer's"):
+        source.gatherer.fill = filled
+        with pytest.raises(WeightMismatch, match=r"does not hold the trainer's model\.embed_tokens"):
             sampler.update(trained(2), 2)
-        assert push.pushes == 1
+        assert push.check.pushes == 1
         with pytest.raises(UserError, match=r"call update\(model, step\) first"):
             sampler.generate(["hello"])
 

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import math
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import make_tokenizer
-from vllm_models import POSITIONS, Pusher, make_model, reference_logp, save, wrong_tensors
+from vllm_models import POSITIONS, Pusher, covered, make_model, reference_logp, save, wrong_tensors
 
 from tandem.engines.vllm import VLLMEngine
+from tandem.engines.vllm_checksums import combine
 from tandem.errors import UserError
 from tandem.roles import Engine
+from tandem.sync.check import compare
 from tandem.sync.plan import Plan, TensorSpec, plan_of
+from tandem.sync.receiver import Receiver
 from tandem.types import Request, SamplingParams
+
+sys.path.append(str(Path(__file__).parents[1] / "sync"))
+from faults import FAULTS, QUERY, Faulty, first_seen
 
 SLOTS = 4
 MAX_LENGTH = 100
@@ -46,6 +54,26 @@ def sample(engine: VLLMEngine, seeds: tuple[int, ...] = (0,), prompt: tuple[int,
 
 def pusher_of(engine: VLLMEngine, module: Any) -> Pusher:
     return Pusher.connect(engine, dict(module.named_parameters()))
+
+
+def spoiled(buckets: Any, faulty: Faulty) -> Any:
+    """A receiver's ``buckets``, spoiled on the engine's side of the wire."""
+
+    def after(self: Receiver) -> Iterator[Any]:
+        for bucket in buckets(self):
+            faulty.spoil(bucket)
+            yield bucket
+
+    return after
+
+
+def summed_by_tensor(worker: Any) -> Any:
+    """A worker's shards, summed a tensor at a time, as it does between two buckets on a GPU."""
+    transfer = worker.weight_transfer_engine
+    sums = transfer.sums()
+    for spec in transfer.receiver.plan.tensors:
+        sums.add([spec.name])
+    return sums.result()
 
 
 @pytest.fixture
@@ -264,19 +292,47 @@ def test_a_push_changes_the_samples_to_the_new_models(engine, module):
 
 
 @pytest.mark.usefixtures("restored")
-def test_checksums_cover_every_weight_and_see_a_single_bit(engine):
+def test_checksums_cover_every_weight(engine):
     other = make_model("llama", seed=2, tied=True)
     pusher = pusher_of(engine, other)
     sums = pusher.push(1)
-    checked = engine.checksums()
-    assert {part for found in checked.values() for part in found.parts} == set(dict(other.named_parameters()))
-    assert checked["lm_head.weight"].parts == ("model.embed_tokens.weight",)
-    names = ["model.layers.1.self_attn.k_proj.weight"]
-    assert list(engine.checksums(names)) == ["model.layers.1.self_attn.qkv_proj.weight"]
-    first, second, numel = sums[names[0]]
-    assert wrong_tensors(engine, sums | {names[0]: (first ^ 1, second, numel)}) == [
-        "model.layers.1.self_attn.qkv_proj.weight"
-    ]
+    held = engine.checksums()
+    assert held == pusher.held == combine(engine._engine.collective_rpc(summed_by_tensor), engine._plan)
+    assert covered(engine) == set(dict(other.named_parameters())) == set(sums)
+    places = {tensor.part: [t.where for t in held if t.part == tensor.part] for tensor in held}
+    assert places["model.embed_tokens.weight"] == ["model.embed_tokens.weight", "lm_head.weight"]
+    key = "model.layers.1.self_attn.k_proj.weight"
+    assert places[key] == ["model.layers.1.self_attn.qkv_proj.weight"]
+    assert wrong_tensors(engine, sums | {key: sums[key] ^ 1}) == places[key]
+    pusher.close()
+
+
+@pytest.mark.usefixtures("restored")
+@pytest.mark.parametrize("end", ["sender", "engine"])
+def test_every_fault_is_seen_at_the_first_push_that_has_it(engine, end):
+    model = make_model("llama", seed=7, tied=True)
+    pusher = pusher_of(engine, model)
+    faulty = Faulty()
+
+    def step() -> None:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.01)
+        faulty.record(dict(model.named_parameters()))
+        sums = pusher.push(0)
+        compare("the engine", sums, pusher.held)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if end == "sender":
+            faulty.sender(pusher.sender.gatherer)
+        else:
+            patch.setattr(Receiver, "buckets", spoiled(Receiver.buckets, faulty))
+        for _ in range(2):
+            step()
+        seen = {fault: first_seen(step, faulty, fault) for fault in FAULTS}
+    assert {fault: number for fault, (number, _) in seen.items()} == dict.fromkeys(FAULTS, 1)
+    assert f"{QUERY} in its model.layers.0.self_attn.qkv_proj.weight" in seen["swapped query heads"][1]
+    step()
     pusher.close()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tandem.engines.vllm import VLLMEngine
 from tandem.parallel.gather import Gatherer
-from tandem.sync.checksum import Sums, add
+from tandem.sync.checksum import Held, Sums, Truth
 from tandem.sync.links import Link
 from tandem.sync.plan import Plan, plan_of
 from tandem.sync.sender import Sender
@@ -74,6 +74,7 @@ class Pusher:
 
     engine: VLLMEngine
     sender: Sender
+    held: list[Held] = field(default_factory=list)
 
     @classmethod
     def connect(
@@ -91,18 +92,22 @@ class Pusher:
         return cls(engine, sender)
 
     def push(self, version: int) -> dict[str, Sums]:
-        """Sends everything; returns the checksums of what was sent."""
-        names = [spec.name for spec in self.sender.plan.tensors]
+        """Sends everything; returns the checksums of the parameters. ``held`` is what the engine said that it holds."""
+        gatherer = self.sender.gatherer
         with ThreadPoolExecutor(1) as pool:
-            sending = pool.submit(self.sender.send, names)
-            self.engine.receive(version)
+            sending = pool.submit(self.sender.send, Truth(gatherer.parameters, self.sender.plan, gatherer.device))
+            self.held = self.engine.receive(version, check=True)
             return sending.result()
 
     def close(self) -> None:
         self.sender.close()
 
 
-def wrong_tensors(engine: VLLMEngine, sums: dict[str, Sums], names: list[str] | None = None) -> list[str]:
+def wrong_tensors(engine: VLLMEngine, sums: Sums) -> list[str]:
     """The engine's tensors that are not what the checksums say."""
-    checked = engine.checksums(names)
-    return [name for name, found in checked.items() if found.sums != add([sums[part] for part in found.parts])]
+    return [held.where for held in engine.checksums() if held.sum != sums[held.part]]
+
+
+def covered(engine: VLLMEngine) -> set[str]:
+    """The pushed tensors that the engine has a checksum of."""
+    return {held.part for held in engine.checksums()}

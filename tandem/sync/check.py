@@ -1,0 +1,119 @@
+"""The truth check: whether engines hold the trainer's parameters after a push, and compute what it computes."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Sequence as Seq
+from typing import Any, Literal, Protocol
+
+from tandem.errors import UserError
+from tandem.sync.bounds import LOGP_BOUNDS
+from tandem.sync.checksum import Held, Sums
+
+log = logging.getLogger("tandem")
+FIRST_PROBES = 2
+"""So many pushes are probed: an engine may load its first in another way than those that follow."""
+PROBE_EVERY = 64
+PROBE_TOKENS = (11, 7)
+
+
+class WeightMismatch(UserError):
+    """An engine does not hold the weights that were pushed to it, or computes something else with them."""
+
+
+class End(Protocol):
+    """One side of a push: the ranks of a trainer, or a set of engines, wherever their processes are."""
+
+    @property
+    def places(self) -> Seq[tuple[str, str | None]]:
+        """For each rank, its machine's address and its GPU."""
+        ...
+
+    def each(self, method: str, arguments: Seq[tuple[Any, ...]]) -> list[Any]:
+        """Calls every rank with its own arguments; what each returned."""
+        ...
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """Calls every rank with the same arguments; what rank 0 returned."""
+        ...
+
+
+class TruthCheck:
+    """Every push: the checksums of all tensors. The first two and every 64th: the log-probs of a fixed probe as well.
+
+    ``dtype`` is the engines', ``vocabulary`` that of the probe's tokens.
+    """
+
+    def __init__(
+        self, trainer: End, engines: End, *, count: int, dtype: Literal["float32", "bfloat16"], vocabulary: int
+    ) -> None:
+        self.trainer, self.engines, self.count = trainer, engines, count
+        self.dtype, self.vocabulary = dtype, vocabulary
+        self.pushes = 0
+        self.sums: Sums = {}
+        """Of the last push."""
+        self.logp: list[list[float]] | None = None
+        """The trainer's log-probs of the probe, until the engines' have been compared with them."""
+
+    def compare(self, version: int, sums: Sums, held: Seq[Seq[Held]]) -> None:
+        """What each engine holds with the trainer's sums. Takes the trainer's side of the probe where it is its turn.
+
+        Raises WeightMismatch, naming the parameter.
+        """
+        self.sums = sums
+        if self.pushes == 0:
+            warn_of_unseen(sums, held[0])
+        for engine, tensors in enumerate(held):
+            compare(f"after push {version} engine {engine}", sums, tensors)
+        if self.pushes < FIRST_PROBES or self.pushes % PROBE_EVERY == 0:
+            self.logp = self.trainer.call("logprobs", self._sequences)
+        self.pushes += 1
+
+    def prove(self, version: int) -> None:
+        """Compares the engines' log-probs of the probe with the trainer's, where this push has taken them."""
+        if self.logp is None:
+            return
+        truth = [x for row in self.logp for x in row]
+        self.logp = None
+        for engine, rows in enumerate(self.engines.each("logprobs", [(self._sequences,)] * self.count)):
+            found = [x for row in rows for x in row]
+            gap = sum(abs(a - b) for a, b in zip(truth, found, strict=True)) / len(truth)
+            if not gap <= LOGP_BOUNDS[self.dtype]:
+                # It may have lost since what it held when it was pushed.
+                for number, tensors in enumerate(self.engines.each("checksums", [()] * self.count)):
+                    compare(f"after push {version} engine {number}", self.sums, tensors)
+                raise WeightMismatch(
+                    f"weight sync: after push {version} engine {engine} gives a probe log-probs that differ from the "
+                    f"trainer's by {gap:.3g} nats on average (bound {LOGP_BOUNDS[self.dtype]}), though every tensor "
+                    "that can be compared is the same: it computes something else with them"
+                )
+
+    @property
+    def _sequences(self) -> list[list[int]]:
+        """The tokens of the probe."""
+        rng = random.Random(0)
+        return [[rng.randrange(self.vocabulary) for _ in range(n)] for n in PROBE_TOKENS]
+
+
+def compare(who: str, sums: Sums, held: Seq[Held]) -> None:
+    """Raises WeightMismatch, naming the parameter, where an engine's copy of a tensor is not the trainer's."""
+    for part, where, found in held:
+        if found != sums[part]:
+            inside = "" if where == part else f" in its {where}"
+            raise WeightMismatch(
+                f"weight sync: {who} does not hold the trainer's {part}{inside}: checksum {found:08x}, the trainer's "
+                f"is {sums[part]:08x}"
+            )
+
+
+def warn_of_unseen(sums: Sums, held: Seq[Held]) -> None:
+    """Says so where an engine cannot tell what it holds of some tensors."""
+    seen = {tensor.part for tensor in held}
+    unseen = [name for name in sums if name not in seen]
+    if unseen:
+        log.warning(
+            "truth check: %d of %d tensors cannot be compared by checksum on this engine (such as %s), "
+            "so the probe alone speaks for them",
+            len(unseen), len(sums), unseen[0],
+        )  # fmt: skip
