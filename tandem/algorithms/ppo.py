@@ -12,6 +12,7 @@ from tandem.functional.advantages import gae, whiten
 from tandem.functional.fields import required
 from tandem.functional.kl import KLLoss, adaptive_kl_coef
 from tandem.functional.moments import Moments, merge, moments
+from tandem.functional.rounding import rounding_of
 from tandem.functional.segments import segment_sum
 from tandem.functional.value import clipped_value_loss, explained_variance
 from tandem.lazy import torch
@@ -63,7 +64,7 @@ class PPO(Algorithm):
     normalize_rewards: bool = False
     """Subtract the running mean of all rewards so far and divide by their standard deviation."""
     whiten_advantages: bool = True
-    """Scale advantages to mean 0 and variance 1 over the trainable tokens of the step."""
+    """Scale advantages to mean 0 and variance 1 over the trainable tokens of the step, unless all is rounding."""
 
     def __post_init__(self) -> None:
         check_clipped(self)
@@ -121,7 +122,7 @@ class PPO(Algorithm):
             "explained_variance": explained_variance(value_T, return_T, batch.trainable_T),
         }
         if self.whiten_advantages:
-            advantage_T = whiten(advantage_T, batch.trainable_T)
+            advantage_T = whiten(advantage_T, batch.trainable_T, self._rounding(batch, coef, return_T))
         filled = replace(batch, advantage_T=advantage_T, return_T=return_T, kl_coef=coef)
         return Estimate(batch=filled, state=_state(next_coef, seen), metrics=metrics)
 
@@ -144,6 +145,16 @@ class PPO(Algorithm):
             self.value_clip,
         )
         return TokenLoss(loss_T=loss_T, metrics_T={"value_loss": loss_T.detach(), "value_clip_fraction": clipped_T})
+
+    def _rounding(self, batch: Batch, coef: float, return_T: Tensor) -> float:
+        """What rounding can make of advantages: log-probs, added up as GAE adds them, and values and returns."""
+        value_T = required(batch.old_value_T, "old_value_T")
+        size_T = torch.zeros_like(value_T)
+        if self.kl == "reward" and self.needs_reference:
+            size_T = coef * (batch.proximal_logp_T.abs() + required(batch.reference_logp_T, "reference_logp_T").abs())
+        zero_T = torch.zeros_like(value_T)
+        summed_T, _ = gae(size_T, zero_T, batch.trainable_T, batch.bounds, self.gamma, self.lam)
+        return rounding_of(*(x_T[batch.trainable_T] for x_T in (summed_T, value_T, return_T)))
 
     def _shape_rewards(self, reward_S: Tensor, state: dict[str, float]) -> tuple[Tensor, Moments, Metrics]:
         """Normalized and clipped rewards, the moments including this step's, and metrics."""

@@ -43,17 +43,19 @@ def gae(
         return advantage_T, (advantage_T + value_T) * trainable_T
 
 
-def whiten(x_T: Tensor, mask_T: Tensor) -> Tensor:
-    """``(x - mean) / sqrt(max(var, 1e-8))`` over the tokens where ``mask_T`` is true (biased variance); 0 elsewhere.
+def whiten(x_T: Tensor, mask_T: Tensor, floor: float) -> Tensor:
+    """``(x - mean) / max(std, floor)`` over the tokens where ``mask_T`` is true (biased std); 0 elsewhere.
 
     PPO's advantages since openai/lm-human-preferences (``whiten`` in its utils, the code of arXiv:1909.08593), there
-    with ``var + 1e-8``. It is meant for all that one batch of samples holds, not for a micro-batch.
+    with ``sqrt(var + 1e-8)``. ``floor`` is the spread that rounding alone could make (``rounding_of``): what is below
+    it is not blown up to a signal. It is meant for all that one batch of samples holds, not for a micro-batch.
     """
     x_N = x_T[mask_T]
     if x_N.numel() == 0:
         return torch.zeros_like(x_T)
     centred_N = x_N - x_N.mean()
-    return torch.zeros_like(x_T).masked_scatter(mask_T, centred_N * centred_N.square().mean().clamp(min=1e-8).rsqrt())
+    spread = max(float(centred_N.square().mean().sqrt()), floor)
+    return torch.zeros_like(x_T).masked_scatter(mask_T, centred_N / spread if spread > 0 else centred_N)
 
 
 def centred(rewards: Sequence[float]) -> list[float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from tandem.functional.rounding import rounding_of
 from tandem.lazy import torch
 
 if TYPE_CHECKING:
@@ -21,7 +22,9 @@ def clipped_value_loss(
     error_T = (value_T - return_T).square()
     if clip is None:
         return 0.5 * error_T, torch.zeros_like(error_T)
-    clipped_T = old_value_T + (value_T - old_value_T).clamp(-clip, clip)
+    moved_T = value_T - old_value_T
+    # Inside the bounds the clipped value is the value: put together again, it would be so but for rounding.
+    clipped_T = torch.where(moved_T.abs() > clip, old_value_T + moved_T.clamp(-clip, clip), value_T)
     clipped_error_T = (clipped_T - return_T).square()
     return 0.5 * torch.max(error_T, clipped_error_T), (clipped_error_T > error_T).to(value_T.dtype)
 
@@ -29,8 +32,12 @@ def clipped_value_loss(
 def explained_variance(value_T: Tensor, return_T: Tensor, mask_T: Tensor) -> float:
     """``1 - Var(R - V) / Var(R)`` over the tokens where ``mask_T`` is true. 1 is perfect, 0 no better than a constant.
 
-    0 where the returns do not vary: there is nothing to explain.
+    0 where the returns do not vary by more than rounding (``rounding_of``): there is nothing to explain.
     """
     return_N, value_N = return_T[mask_T].double(), value_T[mask_T].double()
-    variance = float(return_N.var(correction=0)) if return_N.numel() else 0.0
-    return 1.0 - float((return_N - value_N).var(correction=0)) / variance if variance > 0 else 0.0
+    if return_N.numel() == 0:
+        return 0.0
+    variance = float(return_N.var(correction=0))
+    if variance <= rounding_of(return_N, value_N) ** 2:
+        return 0.0
+    return 1.0 - float((return_N - value_N).var(correction=0)) / variance

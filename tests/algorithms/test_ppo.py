@@ -111,6 +111,34 @@ def test_equal_rewards_and_a_perfect_critic_teach_nothing():
     assert ppo.estimate([], batch, ppo.initial_state()).batch.advantage_T.tolist() == [0.0] * 7
 
 
+@pytest.mark.parametrize("reward", [0.0, 1.0])
+def test_rounding_is_not_whitened_to_a_signal(reward):
+    """A constant reward, a critic that says it, a policy that is the reference: all but for bfloat16's rounding."""
+    g = torch.Generator().manual_seed(0)
+
+    def rounded(x_N):
+        return (x_N + 0.003 * torch.randn(200, generator=g)).bfloat16().float()
+
+    logp_N = -3 * torch.rand(200, generator=g)
+    batch = one_segment(
+        reward,
+        old_logp_T=rounded(logp_N).tolist(),
+        reference_logp_T=rounded(logp_N).tolist(),
+        old_value_T=rounded(torch.full((200,), reward)).tolist() if reward else [0.0] * 200,
+    )
+    # With lam = 1 a constant reward is the same return everywhere.
+    ppo = PPO(lam=1.0)
+    estimate = ppo.estimate([], batch, ppo.initial_state())
+    assert estimate.metrics["advantage_std"] > 1e-3
+    assert estimate.batch.advantage_T[1:].std() < 0.25
+    # As much of a signal is whole, in whatever unit rewards are.
+    for unit in (1e-4, 1.0):
+        values = [unit * x for x in torch.randn(200, generator=g).tolist()]
+        batch = one_segment(unit * reward, old_logp_T=[0.0] * 200, reference_logp_T=[0.0] * 200, old_value_T=values)
+        advantage_T = ppo.estimate([], batch, ppo.initial_state()).batch.advantage_T
+        assert advantage_T[1:].std(correction=0).item() == pytest.approx(1.0, abs=1e-6)
+
+
 def test_kl_has_one_place(step):
     batch = step.batch()
     far = replace(batch, reference_logp_T=batch.reference_logp_T - 3.0 * batch.trainable_T)

@@ -107,14 +107,20 @@ def test_whiten_golden_from_openrlhf():
     x = torch.tensor([1.0, -2.0, 0.5, 3.0, -1.0], dtype=torch.float64)
     mask = torch.tensor([True, True, False, True, True])
     expected = [0.3905667329424717, -1.171700198827415, 0.0, 1.4320780207890627, -0.6509445549041194]
-    assert whiten(x, mask).tolist() == pytest.approx(expected, abs=1e-12)
+    assert whiten(x, mask, 0.0).tolist() == pytest.approx(expected, abs=1e-12)
 
 
 def test_whiten_of_equal_numbers_one_number_and_none_is_zero():
     x = torch.tensor([3.0, 3.0, 7.0])
-    assert whiten(x, torch.tensor([True, True, False])).tolist() == [0.0, 0.0, 0.0]
-    assert whiten(x, torch.tensor([True, False, False])).tolist() == [0.0, 0.0, 0.0]
-    assert whiten(x, torch.tensor([False, False, False])).tolist() == [0.0, 0.0, 0.0]
+    assert whiten(x, torch.tensor([True, True, False]), 0.0).tolist() == [0.0, 0.0, 0.0]
+    assert whiten(x, torch.tensor([True, False, False]), 0.0).tolist() == [0.0, 0.0, 0.0]
+    assert whiten(x, torch.tensor([False, False, False]), 0.1).tolist() == [0.0, 0.0, 0.0]
+
+
+def test_whiten_leaves_what_is_below_the_floor_small():
+    x, mask = torch.tensor([1e-3, -1e-3, 1e-3, -1e-3], dtype=torch.float64), torch.ones(4, dtype=torch.bool)
+    assert whiten(x, mask, 1e-2).tolist() == pytest.approx([0.1, -0.1, 0.1, -0.1], abs=1e-12)
+    assert whiten(x, mask, 1e-4).tolist() == pytest.approx([1.0, -1.0, 1.0, -1.0], abs=1e-12)
 
 
 REWARDS = [1.0, 0.0, 0.0, 0.5, 2.0]

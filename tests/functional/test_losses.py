@@ -75,6 +75,15 @@ def test_value_clip_stops_the_gradient_of_values_that_moved_far_towards_the_retu
     assert gradient.tolist() == pytest.approx([0.0, 1.9], abs=1e-6)
 
 
+def test_rounding_is_not_counted_as_a_clipped_value():
+    # 0.1 + (0.3 - 0.1) is not 0.3 in float32, on a third of these tokens by an error that is larger.
+    g = torch.Generator().manual_seed(0)
+    old, moved, returns = torch.randn(1000, generator=g), torch.rand(1000, generator=g) * 0.2, torch.zeros(1000)
+    loss, clipped = clipped_value_loss(old + moved, old, returns, 0.21)
+    assert clipped.sum() == 0
+    assert torch.equal(loss, (old + moved).square() / 2)
+
+
 @pytest.mark.parametrize("clip", [None, 0.2])
 def test_value_gradcheck(clip):
     value = VALUE.clone().requires_grad_()
@@ -89,6 +98,13 @@ def test_explained_variance():
     # R - V = (0.5, 0, 1): variance 1/6 of a variance of 2/3.
     assert explained_variance(torch.tensor([0.5, 2.0, 2.0, -9.0]), returns, mask) == pytest.approx(0.75)
     assert explained_variance(returns, torch.ones(4), mask) == 0.0
+
+
+def test_explained_variance_of_returns_that_are_equal_up_to_rounding():
+    returns = torch.ones(1000) + torch.rand(1000, generator=torch.Generator().manual_seed(0)) * 2e-7
+    values = torch.linspace(0.9, 1.1, 1000)
+    assert returns.unique().numel() > 1
+    assert explained_variance(values, returns, torch.ones(1000, dtype=torch.bool)) == 0.0
 
 
 def test_pair_golden_from_openrlhf():
