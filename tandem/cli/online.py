@@ -194,8 +194,8 @@ class Online:
         if source is None:
             return self.functions
         tokenizer = self._load_tokenizer(source)
-        shared = same_tokenizer(self.tokenizer, tokenizer)
-        return [*self.functions, RewardModel(models["reward"], tokenizer=None if shared else tokenizer)]
+        reads_ids = same_tokenizer(self.tokenizer, tokenizer)
+        return [*self.functions, RewardModel(models["reward"], tokenizer, reads_ids=reads_ids)]
 
     def _judge(self, rewards: list[Reward]) -> Judge:
         section = self.config.reward

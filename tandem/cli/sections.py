@@ -184,7 +184,7 @@ class RewardSection:
         expect(self, "FILE.py:function", lambda names: all(map(shaped.fullmatch, names)), "reward")
         count = len(self.reward) + (self.reward_model is not None)
         expect(self, f"{count} weights, one a reward", lambda weights: len(weights) in (0, count), "reward_weights")
-        expect(self, "0 or more", _at_least(0), "missing_eos_penalty")
+        expect(self, "from 0 to 1e15", lambda penalty: 0 <= penalty <= 1e15, "missing_eos_penalty")
 
 
 ROLES = ("actor", "critic", "reference", "reward", "engine")

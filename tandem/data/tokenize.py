@@ -60,7 +60,7 @@ def sft_sequence(row: Row, tokenizer: Any, *, train_on: TrainOn = "completion") 
     elif "messages" in row:
         messages = formats.messages(row, "messages")
         if marks_answers(tokenizer, row):
-            sequence = _ended(*marked_answers(messages, tokenizer, row), tokenizer)
+            sequence = ended(*marked_answers(messages, tokenizer, row), tokenizer)
         else:
             sequence = _joined(conversation_pieces(messages, tokenizer, row), tokenizer, special_tokens=False)
     elif "text" in row:
@@ -137,10 +137,10 @@ def _joined(pieces: Iterable[tuple[str, bool]], tokenizer: Any, *, special_token
         added = encode(piece, tokenizer, special_tokens=False) if alone else added[before:]
         token_ids += added
         trainable += [train] * len(added)
-    return _ended(token_ids, trainable, tokenizer)
+    return ended(token_ids, trainable, tokenizer)
 
 
-def _ended(token_ids: list[int], trainable: list[bool], tokenizer: Any) -> Sequence:
+def ended(token_ids: list[int], trainable: list[bool], tokenizer: Any) -> Sequence:
     """Appends EOS unless the answer ends in it already; the EOS is trainable either way."""
     eos = tokenizer.eos_token_id
     if eos is None:

@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence as Seq
 
+from tandem.errors import UserError
+from tandem.rewards.function import sample
 from tandem.roles import Reward, RewardBatch
+
+LARGEST_REWARD = 1e15
+"""Rewards are squared and added up in float32, which ends at 3.4e38: those of a million samples stay below 1e36."""
 
 
 def judge(
@@ -14,8 +19,9 @@ def judge(
     """Per sample: the weighted sum of its rewards, and its parts by name, before their weights.
 
     A reward that leaves a sample out (None) adds nothing to it; where all of them do, the total is None (TRL).
-    Rewards that share a name are told apart as ``name``, ``name#2``, …. Raises ValueError where the numbers of
-    rewards, weights or scores do not fit.
+    Rewards that share a name are told apart as ``name``, ``name#2``, …. Raises UserError for a score or a sum that is
+    not a number or beyond ``LARGEST_REWARD``, with its sample, and ValueError where the numbers of rewards, weights or
+    scores do not fit.
     """
     parts: list[dict[str, float]] = [{} for _ in batch.completions]
     totals: list[float | None] = [None] * len(parts)
@@ -25,6 +31,19 @@ def judge(
         name = reward.name if seen[reward.name] == 1 else f"{reward.name}#{seen[reward.name]}"
         for i, (part, score) in enumerate(zip(parts, reward.score(batch), strict=True)):
             if score is not None:
-                part[name] = score
+                part[name] = checked(name, score, batch, i)
                 totals[i] = (totals[i] or 0.0) + weight * score
+    for i, total in enumerate(totals):
+        if total is not None:
+            checked("weighted sum", total, batch, i)
     return totals, parts
+
+
+def checked(name: str, score: float, batch: RewardBatch, index: int) -> float:
+    """The score. Raises UserError where it is not a number or beyond ``LARGEST_REWARD``, and says of which sample."""
+    if not abs(score) <= LARGEST_REWARD:
+        raise UserError(
+            f"reward {name!r} is {score} for {sample(batch, index)}; a reward must be a number from "
+            f"{-LARGEST_REWARD:.0e} to {LARGEST_REWARD:.0e}"
+        )
+    return score

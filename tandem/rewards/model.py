@@ -5,42 +5,64 @@ from __future__ import annotations
 from typing import Any
 
 from tandem.data.packing import pack
-from tandem.data.tokenize import sft_sequence
+from tandem.data.tokenize import encode, ended, sft_sequence
 from tandem.errors import UserError
+from tandem.rewards.combine import checked
 from tandem.roles import RewardBatch, Scorer
-from tandem.types import Sequence, StopReason
+from tandem.types import Rollout, Sequence, StopReason
 
 
 class RewardModel:
     """A model with a scalar head that has read prompt and completion.
 
-    ``tokenizer`` is the reward model's own where that differs from the policy's: it then reads the text, through its
-    own chat template for conversations. None: it reads the sampled token ids as they are.
+    It reads an answer as reward models are trained: one that ended, at a stop string too, is its text and then one
+    end-of-sequence token; one that was cut off by its length has no end to be judged at. ``tokenizer`` is the reward
+    model's own. ``reads_ids``: the policy has the same one, and the sampled token ids are read as they are; otherwise
+    the text is, through the reward model's own chat template for conversations.
     """
 
-    def __init__(self, scorer: Scorer, *, tokenizer: Any = None, name: str = "reward_model") -> None:
+    def __init__(self, scorer: Scorer, tokenizer: Any, *, reads_ids: bool, name: str = "reward_model") -> None:
         self.scorer = scorer
         self.tokenizer = tokenizer
+        self.reads_ids = reads_ids
         self.name = name
 
     def score(self, batch: RewardBatch) -> list[float | None]:
-        """One score a rollout, in reward units of the model (a logit of preference)."""
-        if self.tokenizer is None:
-            sequences = [Sequence(token_ids=r.token_ids, trainable=r.trainable) for r in batch.rollouts]
+        """One score a rollout, in reward units of the model (a logit of preference).
+
+        Raises UserError where the model has no scalar head, and where a score is no finite number, with its sample.
+        """
+        if self.reads_ids:
+            sequences = [self._read_ids(r) for r in batch.rollouts]
         else:
             samples = zip(batch.prompts, batch.completions, batch.rollouts, strict=True)
-            sequences = [self._read(prompt, completion, r.stop) for prompt, completion, r in samples]
+            sequences = [self._read_text(prompt, completion, r.stop) for prompt, completion, r in samples]
         score_S = self.scorer.score(pack(sequences)).score_S
         if score_S is None:
             raise UserError(f"{self.name}: the model has no scalar head")
-        return list(score_S.tolist())
+        return [checked(self.name, score, batch, i) for i, score in enumerate(score_S.tolist())]
 
-    def _read(self, prompt: Any, completion: Any, stop: StopReason) -> Sequence:
+    def _read_ids(self, rollout: Rollout) -> Sequence:
+        if rollout.stop == "length":
+            return Sequence(token_ids=rollout.token_ids, trainable=rollout.trainable)
+        answer = _before_stop(rollout, self.tokenizer) if rollout.stop == "stop_string" else rollout.completion_ids
+        prompt = rollout.token_ids[: rollout.prompt_length]
+        return ended([*prompt, *answer], [False] * len(prompt) + [True] * len(answer), self.tokenizer)
+
+    def _read_text(self, prompt: Any, completion: Any, stop: StopReason) -> Sequence:
         sequence = sft_sequence({"prompt": prompt, "completion": completion}, self.tokenizer)
         if stop == "length":
-            # It was cut off, so it has no end of sequence to be judged at.
             return Sequence(token_ids=sequence.token_ids[:-1], trainable=sequence.trainable[:-1])
         return sequence
+
+
+def _before_stop(rollout: Rollout, tokenizer: Any) -> list[int]:
+    """The completion's tokens up to its stop string, which may begin inside of one: that one's text is encoded anew."""
+    kept = rollout.completion_ids
+    while not rollout.completion.startswith(text := tokenizer.decode(kept, skip_special_tokens=True)):
+        kept = kept[:-1]
+    rest = rollout.completion[len(text) :]
+    return [*kept, *(encode(rest, tokenizer, special_tokens=False) if rest else [])]
 
 
 def same_tokenizer(a: Any, b: Any) -> bool:

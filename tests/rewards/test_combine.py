@@ -1,12 +1,16 @@
 """Several rewards make one number, and an unfinished completion costs what was asked for."""
 
+import math
+import re
 from dataclasses import dataclass
 
 import pytest
 
+from tandem.errors import UserError
 from tandem.rewards.combine import judge
 from tandem.rewards.shaping import shape_reward
 from tandem.roles import RewardBatch
+from tandem.types import Rollout
 
 
 @dataclass
@@ -32,6 +36,29 @@ def test_rewards_of_one_name_are_both_counted() -> None:
     totals, parts = judge([Fixed("a", [1.0] * 3), Fixed("a", [2.0] * 3)], [1.0, 1.0], BATCH)
     assert totals == [3.0] * 3
     assert parts[0] == {"a": 1.0, "a#2": 2.0}
+
+
+ROLLOUTS = [
+    Rollout(
+        prompt_id=f"p{i}", sample_index=0, token_ids=[0], prompt_length=1, trainable=[False], behaviour_logp=[0.0],
+        untruncated_logp=[0.0], stop="eos",
+    )
+    for i in range(2)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("scores", "weights", "named"),
+    [
+        ([[0.0, 1e308], [0.0, 0.0]], [1.0, 1.0], "reward 'a' is 1e+308 for sample 1 (prompt p1): completion 'y'"),
+        ([[0.0, 0.0], [math.nan, 0.0]], [1.0, 1.0], "reward 'b' is nan for sample 0 (prompt p0): completion 'x'"),
+        ([[1.0, 1e9], [0.0, None]], [1e300, 1.0], "reward 'weighted sum' is 1e+300 for sample 0"),
+    ],
+)
+def test_what_would_overflow_is_refused_by_name(scores, weights, named) -> None:
+    batch = RewardBatch(prompts=[""] * 2, completions=["x", "y"], rollouts=ROLLOUTS)
+    with pytest.raises(UserError, match=re.escape(named)):
+        judge([Fixed("a", scores[0]), Fixed("b", scores[1])], weights, batch)
 
 
 def test_counts_must_fit() -> None:

@@ -3,15 +3,16 @@
 import pytest
 import torch
 from conftest import make_module, make_tokenizer
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
+from tandem.data.tokenize import preference_pair
 from tandem.errors import UserError
 from tandem.models.loading import load_scalar
 from tandem.rewards.model import RewardModel, require_same_tokenizer, same_tokenizer
 from tandem.roles import RewardBatch
 from tandem.training.trainer import LocalScorer
-from tandem.types import Rollout
+from tandem.types import Outputs, Rollout
 
 
 def other_tokenizer():
@@ -51,16 +52,67 @@ def test_score_is_the_plain_classifiers(tmp_path, own):
     assert same_tokenizer(policy_tokenizer, model.tokenizer) != own
     model.export(tmp_path / "rm")
 
-    samples = [("ab", "cde", "eos"), ("xyz", "a", "length")]
+    # The second stopped at "zz", which its tokens have and its text has not; the third at once.
+    samples = [
+        ("ab", "cde", "eos"),
+        ("ab", "cdezz", "stop_string"),
+        ("ab", "zz", "stop_string"),
+        ("xyz", "a", "length"),
+    ]
     rollouts = [rollout(policy_tokenizer, *sample) for sample in samples]
-    batch = RewardBatch(prompts=["ab", "xyz"], completions=["cde", "a"], rollouts=rollouts)
-    reward = RewardModel(LocalScorer(model, token_budget=100), tokenizer=model.tokenizer if own else None)
+    for cut in rollouts[1:3]:
+        cut.completion = cut.completion.removesuffix("zz")
+    batch = RewardBatch(
+        prompts=[prompt for prompt, _, _ in samples], completions=[r.completion for r in rollouts], rollouts=rollouts
+    )
+    reward = RewardModel(LocalScorer(model, token_budget=100), model.tokenizer, reads_ids=not own)
 
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm")
-    ids = [tokenizer("abcde")["input_ids"] + [1], tokenizer("xyza")["input_ids"]]
+    ended = [tokenizer(text)["input_ids"] + [1] for text in ("abcde", "abcde", "ab")]
+    ids = [*ended, tokenizer("xyza")["input_ids"]]
     with torch.no_grad():
         want = [plain(input_ids=torch.tensor([i])).logits.item() for i in ids]
     assert reward.score(batch) == pytest.approx(want, abs=1e-5)
+
+
+def test_what_a_reward_model_reads_ends_as_its_training_rows_do():
+    """Byte-level tokens that reach into the stop string, against the row that a model is trained on."""
+    backend = Tokenizer(models.BPE(unk_token=None))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend.train_from_iterator(["ab hello world"] * 9, trainers.BpeTrainer(vocab_size=300, special_tokens=["<eos>"]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<eos>")
+    prompt, answer = "ab", " hello wor"  # The stop string is "ld".
+    joined = tokenizer.encode(" hello world")
+    assert [tokenizer.decode([i]) for i in joined] == [" hello", " world"]
+    ids = [*tokenizer.encode(prompt), *joined]
+    stopped = Rollout(
+        prompt_id="p", sample_index=0, token_ids=ids, prompt_length=len(ids) - len(joined), stop="stop_string",
+        trainable=[True] * len(ids), behaviour_logp=[], untruncated_logp=[], completion=answer,
+    )  # fmt: skip
+    seen = []
+
+    class Reads:
+        def score(self, batch):
+            seen.append(batch.token_ids_T.tolist())
+            return Outputs(score_S=torch.zeros(batch.segments))
+
+    batch = RewardBatch(prompts=[prompt], completions=[answer], rollouts=[stopped])
+    for reads_ids in (True, False):
+        RewardModel(Reads(), tokenizer, reads_ids=reads_ids).score(batch)
+    trained = preference_pair({"prompt": prompt, "chosen": answer, "rejected": "?"}, tokenizer).chosen.token_ids
+    assert trained[-1] == tokenizer.eos_token_id
+    assert seen == [trained, trained]
+
+
+def test_a_score_that_is_no_number_names_the_sample():
+    class Broken:
+        def score(self, batch):
+            return Outputs(score_S=torch.tensor([0.5, float("nan")]))
+
+    rollouts = [rollout(make_tokenizer(), "ab", text, "eos") for text in ("cde", "xyz")]
+    batch = RewardBatch(prompts=["ab"] * 2, completions=["cde", "xyz"], rollouts=rollouts)
+    with pytest.raises(UserError, match=r"reward 'reward_model' is nan for sample 1 \(prompt ab\): completion 'xyz'"):
+        RewardModel(Broken(), make_tokenizer(), reads_ids=True).score(batch)
 
 
 def test_a_critic_with_another_tokenizer_is_refused():
