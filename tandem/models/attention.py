@@ -100,6 +100,9 @@ class PackedLayout:
     model runs without padding. ``bounds`` is int64 [S + 1] on the CPU, over all T tokens; without ``sharing`` U is T,
     with it queries are a segment's own tokens, and keys those of the whole segment. ``spare`` more tokens may stand
     behind the U: they belong to no segment, and what they get means nothing.
+
+    Gradients are the same bits every time, on any device: what several tokens share is added up by
+    ``Sharing.expand``, and of the places that an index names twice all but one belong to padding, whose gradient is 0.
     """
 
     compiled = False
@@ -116,10 +119,10 @@ class PackedLayout:
             index, real = _padded(own_bounds, group)
             inverse[index[real]] = offset + torch.arange(index.numel()).view_as(index)[real]
             offset += index.numel()
-            if sharing is not None and sharing.dropped_S[group[0]]:
-                self.groups.append(_Group.sharing(index, _padded(bounds, group)[0], group, sharing).to(device))
-            else:
-                self.groups.append(_Group.whole(index).to(device))
+            keys = index if sharing is None else _padded(bounds, group)[0]
+            dropped_S = None if sharing is None else sharing.dropped_S[group]
+            self.groups.append(_Group.of(index, keys, dropped_S).to(device))
+        self.sharing = sharing
         self.inverse = send(inverse, device)
 
     def _all_groups(self, bounds: Tensor, own_bounds: Tensor) -> Iterator[list[int]]:
@@ -143,12 +146,14 @@ class PackedLayout:
     def attend(self, query: Tensor, key: Tensor, value: Tensor, ask: Ask) -> Tensor:
         """Query [1, H, U, D], key and value [1, Hkv, U, D] → [1, U, H, D]."""
         heads = query.shape[1]
-        query_U, key_U, value_U = (x[0].transpose(0, 1) for x in (query, key, value))
+        query_U, key_T, value_T = (x[0].transpose(0, 1) for x in (query, key, value))
+        if self.sharing is not None:
+            key_T, value_T = self.sharing.expand(key_T), self.sharing.expand(value_T)
         parts = []
         for group in self.groups:
             q, k, v = (
-                x[index].transpose(1, 2)
-                for x, index in ((query_U, group.queries), (key_U, group.keys), (value_U, group.keys))
+                _rows(x, index).transpose(1, 2)
+                for x, index in ((query_U, group.queries), (key_T, group.keys), (value_T, group.keys))
             )
             k, v = repeat_heads(k, heads), repeat_heads(v, heads)
             mask = group.causal
@@ -159,7 +164,12 @@ class PackedLayout:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=ask.scaling)
             parts.append(out.transpose(1, 2).flatten(0, 1))
         packed_U = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return packed_U[self.inverse][None]
+        return packed_U.index_select(0, self.inverse)[None]
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """``x[index]`` for an index [n, L]. The gradient of brackets is added up in the order in which threads come."""
+    return x.index_select(0, index.flatten()).unflatten(0, index.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +179,7 @@ class _Group:
     queries: Tensor
     """[n, Q]: which of the U tokens"""
     keys: Tensor
-    """[n, K]"""
+    """[n, K]: which of the T tokens"""
     position: Tensor
     """Of the queries in their segments: [Q], or [n, 1, Q] where they differ."""
     column: Tensor
@@ -178,16 +188,13 @@ class _Group:
     """bool [n, 1, Q, K]; None: query i sees keys 0 to i."""
 
     @staticmethod
-    def whole(index: Tensor) -> _Group:
-        column = torch.arange(index.shape[1])
-        return _Group(queries=index, keys=index, position=column, column=column)
-
-    @staticmethod
-    def sharing(queries: Tensor, key_index: Tensor, segments: list[int], sharing: Sharing) -> _Group:
-        """``key_index`` [n, K] is among the T tokens."""
-        position = sharing.dropped_S[segments][:, None, None] + torch.arange(queries.shape[1])
-        column = torch.arange(key_index.shape[1])
-        keys, causal = sharing.place_T[key_index], position[..., None] >= column
+    def of(queries: Tensor, keys: Tensor, dropped_n: Tensor | None) -> _Group:
+        """``dropped_n``: leading tokens that are keys only; nothing is dropped where it is None or 0."""
+        column = torch.arange(keys.shape[1])
+        if dropped_n is None or not dropped_n.any():
+            return _Group(queries=queries, keys=keys, position=column, column=column)
+        position = dropped_n[:, None, None] + torch.arange(queries.shape[1])
+        causal = position[..., None] >= column
         return _Group(queries=queries, keys=keys, position=position, column=column, causal=causal)
 
     def to(self, device: torch.device | str) -> _Group:

@@ -151,7 +151,7 @@ def _compute(model: LoadedModel, batch: Batch, *, temperature: float, entropy: b
     if model.scalar:
         scalar_T = model.module.score(hidden_states(model, batch)).squeeze(-1).float()
         before_T = torch.cat([scalar_T.new_zeros(1), scalar_T[:-1]])
-        return Outputs(value_T=before_T * batch.trainable_T, score_S=scalar_T[batch.last_S])
+        return Outputs(value_T=before_T * batch.trainable_T, score_S=scalar_T.index_select(0, batch.last_S))
     index_N = batch.trainable_N if batch.trainable_N is not None else batch.trainable_T.nonzero().squeeze(-1)
     if model.split_head:
         source_T, head = hidden_states(model, batch), model.module.get_output_embeddings()

@@ -21,14 +21,13 @@ class Sharing:
     """
 
     dropped_S: Tensor
-    """Leading tokens that a segment drops; 0 for the first of a group. On the CPU, as ``own_bounds``, ``place_T``."""
+    """Leading tokens that a segment drops; 0 for the first of a group. On the CPU, as ``own_bounds``."""
     own_bounds: Tensor
     """[S + 1]: a segment's own tokens are ``[own_bounds[s], own_bounds[s + 1])`` of the U."""
-    place_T: Tensor
-    """Where among the U a token's result is."""
     kept_U: Tensor
     """Which of the T tokens goes through. On the device, as all that follow."""
-    sent_place_T: Tensor
+    place_T: Tensor
+    """Where among the U a token's result is."""
     shared_P: Tensor
     """Which of the U are the result of several tokens,"""
     sharers_Pn: Tensor
@@ -37,9 +36,12 @@ class Sharing:
     """where this is true (bool)."""
 
     def expand(self, x_U: Tensor) -> Tensor:
-        """[U, ...] → [T, ...]: to every token its result. Its gradient adds up over those who share it."""
+        """[U, ...] → [T, ...]: to every token its result. Its gradient adds up over those who share it.
+
+        Whatever stands behind the U is left out.
+        """
         expanded: Tensor = _Expand.apply(
-            x_U, self.sent_place_T, self.kept_U, self.shared_P, self.sharers_Pn, self.real_Pn
+            x_U[: len(self.kept_U)], self.place_T, self.kept_U, self.shared_P, self.sharers_Pn, self.real_Pn
         )
         return expanded
 
@@ -65,9 +67,8 @@ def sharing_of(batch: Batch) -> Sharing | None:
     return Sharing(
         dropped_S=dropped_S,
         own_bounds=torch.cat([length_S.new_zeros(1), (length_S - dropped_S).cumsum(0)]),
-        place_T=place_T,
         kept_U=send(kept_T.nonzero().squeeze(-1), device),
-        sent_place_T=send(place_T, device),
+        place_T=send(place_T, device),
         shared_P=send(shared_P, device),
         sharers_Pn=send(sharers_Pn, device),
         real_Pn=send(real_Pn, device),

@@ -68,7 +68,7 @@ def test_flash_layout_with_shared_prompts_equals_the_padded_one_without_in_float
 
     found = packed_layout(batch.bounds, GPU, torch.bfloat16, sharing=sharing).attend(*low, ask)
     found.backward(up.bfloat16())
-    whole = [x[:, :, sharing.sent_place_T] for x in exact]
+    whole = [x[:, :, sharing.place_T] for x in exact]
     want = PackedLayout(batch.bounds, GPU).attend(*whole, ask)[:, sharing.kept_U]
     want.backward(up)
     for a, b in zip([found.detach(), *(x.grad for x in low)], [want.detach(), *(x.grad for x in exact)], strict=True):
