@@ -51,8 +51,12 @@ class Trainer(Scorer, Protocol):
         """Adds the gradient of ``(loss_T * weight_T).sum()``. Raises NonFiniteError and names the segment."""
         ...
 
-    def optim_step(self) -> Metrics:
-        """Clips, steps, clears the gradient; returns ``grad_norm`` and ``learning_rate``."""
+    def optim_step(self, done: float | None = None) -> Metrics:
+        """Clips, steps, clears the gradient; returns ``grad_norm`` and ``learning_rate``.
+
+        ``done`` is how many steps of the run are behind, a fraction within a step that takes several optimizer steps:
+        the learning rate's schedule goes by it. None: as many as optimizer steps.
+        """
         ...
 
     def state_dict(self) -> dict[str, Any]: ...

@@ -93,8 +93,8 @@ def _drive(
             print_plan(config, _uses(config, homes.end("actor").call("describe"), counts, len(held_out)))
             return None
 
-        def batch(step: int) -> Batch:
-            return method.batch([examples[i] for i in order.batch(step, config.offline.batch_size)])
+        def batch(positions: range) -> Batch:
+            return method.batch([examples[i] for i in order.take(positions)])
 
         def evaluate(step: int) -> Metrics:
             if not held_out or not evaluation_due(config.run, config.data, step):
@@ -109,7 +109,7 @@ def _drive(
         with session(
             config, config.run, {"model": trainer}, title=method.title, leads=method.leads, counts=counts
         ) as started:
-            Offline(steps=config.run.steps).run(roles, started)
+            Offline(steps=config.run.steps, batch_size=config.offline.batch_size).run(roles, started)
             return started.finish(trainer)
 
 

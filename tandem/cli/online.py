@@ -87,7 +87,8 @@ class Online:
             started = stack.enter_context(
                 session(config, config.run, trainers, title=self.title, leads=self.algorithm.leads, counts=self.counts)
             )
-            Sync(steps=config.run.steps).run(self._roles(models, sampler, homes), started)
+            schedule = Sync(steps=config.run.steps, prompts_per_step=config.sampling.prompts_per_step)
+            schedule.run(self._roles(models, sampler, homes), started)
             return started.finish(models["actor"])
 
     def _sources(self) -> dict[str, str]:
@@ -105,7 +106,7 @@ class Online:
     def _build(self, homes: Homes) -> dict[str, Any]:
         """Every trainer and scorer by role, each in its own place."""
         config, sources = self.config, self._sources()
-        steps = config.run.steps * config.online.epochs * config.online.minibatches
+        steps = config.run.steps
         options = {
             "temperature": config.sampling.temperature,
             "entropy": True,
@@ -164,7 +165,7 @@ class Online:
             return groups
 
         return OnlineRoles(
-            prompts=lambda step: [self.prompts[i] for i in order.batch(step, config.sampling.prompts_per_step)],
+            prompts=lambda positions: [self.prompts[i] for i in order.take(positions)],
             sample=sample,
             judge=judge,
             prepare=Preparation(

@@ -117,7 +117,7 @@ class OptimSection:
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """After the warmup: stay, or fall to 0 at the last step."""
     warmup_steps: int = 0
-    """Optimizer steps over which the learning rate rises linearly."""
+    """The run's steps over which the learning rate rises linearly."""
     weight_decay: float = 0.0
     """Decoupled, on matrices only."""
     betas: tuple[float, float] = (0.9, 0.95)

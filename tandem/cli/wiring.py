@@ -38,7 +38,7 @@ ALWAYS = ("grad_norm", "seconds", "tokens_per_second")
 
 
 def optim_params(section: OptimSection, *, total_steps: int, learning_rate: float | None = None) -> OptimParams:
-    """The optimizer of one model; ``total_steps`` counts its optimizer steps, not the run's steps."""
+    """The optimizer of one model; ``total_steps`` are the run's."""
     return OptimParams(
         learning_rate=learning_rate or section.learning_rate,
         total_steps=total_steps,

@@ -16,11 +16,12 @@ T = TypeVar("T")
 class Order:
     """An endless shuffled stream over ``n`` items: every epoch is a permutation of its own, drawn from ``seed``.
 
-    Item ``k`` depends on ``n``, ``seed`` and ``k`` alone. To resume is to go on counting, and no epoch drops its
-    tail: a batch that reaches past the end goes on into the next epoch.
+    Item ``k`` depends on ``n``, ``seed`` and ``k`` alone, and it knows no steps: a run counts the items that it was
+    handed, from 0, and to resume is to go on counting. No epoch drops its tail: positions that reach past the end go on
+    into the next epoch.
 
     >>> order = Order(5, seed=0)
-    >>> sorted(order.batch(0, 5))
+    >>> sorted(order.take(range(0, 5)))
     [0, 1, 2, 3, 4]
     """
 
@@ -35,15 +36,14 @@ class Order:
         """Index of the item at ``position`` (from 0) of the stream."""
         return self._permutation(position // self.n)[position % self.n]
 
-    def batch(self, step: int, size: int) -> list[int]:
-        """Indices of step ``step`` (from 0) where every step takes ``size`` items."""
-        first = step * size
-        return [self.item(position) for position in range(first, first + size)]
+    def take(self, positions: range) -> list[int]:
+        """Indices of the items at these positions."""
+        return [self.item(position) for position in positions]
 
     def _permutation(self, epoch: int) -> list[int]:
         if epoch not in self._epochs:
             generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", epoch))
-            kept = {e: p for e, p in self._epochs.items() if abs(e - epoch) == 1}  # a batch may straddle two epochs
+            kept = {e: p for e, p in self._epochs.items() if abs(e - epoch) == 1}  # a step may straddle two epochs
             self._epochs = kept | {epoch: torch.randperm(self.n, generator=generator).tolist()}
         return self._epochs[epoch]
 

@@ -33,12 +33,16 @@ class Prepared:
     constant_length: int
     seed: int
 
+    def __len__(self) -> int:
+        """Minibatches in all: fewer than asked for where there are fewer sequences."""
+        return self.epochs * min(self.minibatches, self.batch.units)
+
     def __iter__(self) -> Iterator[Batch]:
         """Minibatches of whole sequences, shuffled anew each epoch by the step's own seed.
 
         Weights are stamped from all of a minibatch's tokens, before it is cut into micro-batches.
         """
-        count = min(self.minibatches, self.batch.units)
+        count = len(self) // self.epochs
         for epoch in range(self.epochs):
             generator = torch.Generator().manual_seed(derive_seed(self.seed, "minibatches", epoch))
             order = torch.randperm(self.batch.units, generator=generator)

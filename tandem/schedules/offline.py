@@ -14,18 +14,19 @@ from tandem.types import Batch
 
 @dataclass(frozen=True, kw_only=True)
 class OfflineRoles:
-    """Who does what in an offline run. ``batch(step)`` is packed and has its weights stamped."""
+    """Who does what in an offline run. ``batch`` is the rows at some positions, packed, its weights stamped."""
 
-    batch: Callable[[int], Batch]
+    batch: Callable[[range], Batch]
     trainer: Trainer
     evaluate: Callable[[int], Metrics]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Offline:
-    """One optimizer step a batch."""
+    """One optimizer step a batch, of ``batch_size`` rows."""
 
     steps: int
+    batch_size: int
 
     def run(self, roles: OfflineRoles, session: Session) -> None:
         """Runs from where the session's newest checkpoint stands to ``steps``."""
@@ -35,9 +36,9 @@ class Offline:
             for step in range(done + 1, self.steps + 1):
                 clock = StepClock(session.progress)
                 with clock("data"):
-                    batch = roles.batch(step)
+                    batch = roles.batch(session.take(self.batch_size))
                 with clock("training"):
-                    metrics = roles.trainer.forward_backward(batch) | roles.trainer.optim_step()
+                    metrics = roles.trainer.forward_backward(batch) | roles.trainer.optim_step(step - 1)
                 metrics |= {"trained_tokens": float(batch.tokens)} | clock.metrics()
                 metrics["tokens_per_second"] = metrics["trained_tokens"] / metrics["seconds"]
                 session.reached(step, state, metrics)

@@ -77,11 +77,15 @@ class Session:
     """Rollouts written to ``rollouts.jsonl`` each step, in whole groups; as many held-out ones."""
     step: int = field(default=0, init=False)
     """The last step that was reached, which is what a checkpoint is of."""
+    taken: int = field(default=0, init=False)
+    """How many items of the data the steps reached have taken: the cursor of the run."""
     state: dict[str, float] = field(default_factory=dict, init=False)
     """The algorithm's after it."""
     pending: Metrics | None = field(default=None, init=False)
     """Its metrics where they are not written yet, since its evaluation is not done."""
     saved_step: int = field(default=-1, init=False)
+    handed_out: int = field(default=0, init=False)
+    """``taken``, and what the step in progress has taken."""
     versions: list[int] = field(default_factory=list, init=False)
     """Of the trainers, at that step."""
     random_state: dict[str, Any] = field(default_factory=dict, init=False)
@@ -102,7 +106,7 @@ class Session:
                 trainer.load_state_dict(checkpoint.load(role))
             restore_random_state(checkpoint.load("random"))
             step, state = checkpoint.step, dict(checkpoint.state["algorithm"])
-            pending = checkpoint.state.get("pending")
+            pending, self.handed_out = checkpoint.state.get("pending"), checkpoint.state["taken"]
             self.saved_step = step
             self.run.event("resume", step=step)
         written = step if checkpoint is not None else -1
@@ -110,6 +114,11 @@ class Session:
         self._at(step, state, pending)
         self.random_state = capture_random_state()
         return step, state
+
+    def take(self, count: int) -> range:
+        """Positions of the next ``count`` items of the data. No position is handed out twice, and none is left out."""
+        first, self.handed_out = self.handed_out, self.handed_out + count
+        return range(first, self.handed_out)
 
     def reached(self, step: int, state: dict[str, float], metrics: Metrics, groups: Seq[Group] = ()) -> None:
         """Step ``step`` has been trained, and goes into the next checkpoint. Writes a few of its rollouts."""
@@ -139,9 +148,8 @@ class Session:
             return
         with held(), self.progress.phase("saving"):
             parts = {role: trainer.state_dict() for role, trainer in self.trainers.items()}
-            path = self.store.save(
-                self.step, {**parts, "random": self.random_state}, {"algorithm": self.state, "pending": self.pending}
-            )
+            state = {"algorithm": self.state, "pending": self.pending, "taken": self.taken}
+            path = self.store.save(self.step, {**parts, "random": self.random_state}, state)
             self.saved_step = self.step
             self.run.event("checkpoint", step=self.step, path=str(path))
 
@@ -192,5 +200,5 @@ class Session:
             raise
 
     def _at(self, step: int, state: dict[str, float], pending: Metrics | None) -> None:
-        self.step, self.state, self.pending = step, state, pending
+        self.step, self.state, self.pending, self.taken = step, state, pending, self.handed_out
         self.versions = [trainer.version for trainer in self.trainers.values()]

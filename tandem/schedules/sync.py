@@ -18,7 +18,8 @@ from tandem.types import Batch, Group, Prompt
 class OnlineRoles:
     """Who does what in an online run."""
 
-    prompts: Callable[[int], list[Prompt]]
+    prompts: Callable[[range], list[Prompt]]
+    """Those at some positions of the data."""
     sample: Callable[[list[Prompt], int], list[Group]]
     judge: Callable[[list[Group]], None]
     prepare: Preparation
@@ -42,6 +43,7 @@ class Sync:
     """The synchronous schedule: each step trains on samples of the weights it starts from."""
 
     steps: int
+    prompts_per_step: int
 
     def run(self, roles: OnlineRoles, session: Session) -> None:
         """Runs from where the session's newest checkpoint stands to ``steps``."""
@@ -51,27 +53,27 @@ class Sync:
             roles.push_weights(done)
             session.record(evaluate)
             for step in range(done + 1, self.steps + 1):
-                metrics, groups, state = self._step(roles, session.progress, step, state)
+                metrics, groups, state = self._step(roles, session, step, state)
                 session.reached(step, state, metrics, groups)
                 session.record(evaluate)
                 session.save_if_due(last=step == self.steps)
 
     def _step(
-        self, roles: OnlineRoles, progress: Progress, step: int, state: dict[str, float]
+        self, roles: OnlineRoles, session: Session, step: int, state: dict[str, float]
     ) -> tuple[Metrics, list[Group], dict[str, float]]:
-        clock = StepClock(progress, roles.memory)
+        clock = StepClock(session.progress, roles.memory)
         with clock("sampling", of=roles.samples, done=roles.ended):
-            groups = roles.sample(roles.prompts(step), step)
+            groups = roles.sample(roles.prompts(session.take(self.prompts_per_step)), step)
         with clock("scoring"):
             roles.judge(groups)
             prepared = roles.prepare(groups, state, step)
         with clock("training"):
-            metrics = train(roles, prepared) if prepared else {}
+            metrics = train(roles, prepared, step - 1) if prepared is not None else {}
         with clock("sync"):
             metrics |= roles.push_weights(step)
         metrics |= rollout_metrics(groups) | clock.metrics()
         metrics["tokens_per_second"] = metrics["sampled_tokens"] / metrics["seconds"]
-        return metrics, groups, prepared.state if prepared else state
+        return metrics, groups, prepared.state if prepared is not None else state
 
 
 def _evaluate(roles: OnlineRoles, progress: Progress, step: int) -> Evaluation:
@@ -80,16 +82,20 @@ def _evaluate(roles: OnlineRoles, progress: Progress, step: int) -> Evaluation:
     return held_out_metrics(held_out) if held_out else {}, held_out
 
 
-def _step(trainer: Trainer, minibatch: Batch) -> Metrics:
-    return trainer.forward_backward(minibatch) | trainer.optim_step()
+def _step(trainer: Trainer, minibatch: Batch, done: float) -> Metrics:
+    return trainer.forward_backward(minibatch) | trainer.optim_step(done)
 
 
-def train(roles: OnlineRoles, prepared: Prepared) -> Metrics:
-    """Every minibatch of every epoch through actor and critic; metrics are means over minibatches."""
+def train(roles: OnlineRoles, prepared: Prepared, done: int) -> Metrics:
+    """Every minibatch of every epoch through actor and critic; metrics are means over minibatches.
+
+    ``done`` is how many steps of the run are behind.
+    """
     collected: list[Metrics] = []
     trainers = {"actor": roles.actor} | ({"critic": roles.critic} if roles.critic is not None else {})
-    for minibatch in prepared:
-        stepped = overlapped({role: partial(_step, t, minibatch) for role, t in trainers.items()}, roles.prepare.homes)
+    for number, minibatch in enumerate(prepared):
+        calls = {role: partial(_step, t, minibatch, done + number / len(prepared)) for role, t in trainers.items()}
+        stepped = overlapped(calls, roles.prepare.homes)
         of_critic = stepped.get("critic", {})
         metrics = stepped["actor"] | {
             name if name.startswith("value") else f"critic_{name}": v for name, v in of_critic.items()

@@ -1,4 +1,4 @@
-"""AdamW and its learning-rate schedule, as functions of the number of optimizer steps taken."""
+"""AdamW and its learning-rate schedule, as a function of how much of the run is done."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from torch import nn
 
 @dataclass(frozen=True, kw_only=True)
 class OptimParams:
-    """AdamW (arXiv:1711.05101) with warmup. ``total_steps`` counts optimizer steps over the whole run."""
+    """AdamW (arXiv:1711.05101) with warmup. ``total_steps`` and ``warmup_steps`` are steps of the run.
+
+    A run's step may take several optimizer steps, or none where it has nothing to learn from.
+    """
 
     learning_rate: float
     total_steps: int
@@ -24,19 +27,20 @@ class OptimParams:
     max_grad_norm: float = 1.0
 
 
-def learning_rate_at(step: int, params: OptimParams) -> float:
-    """Learning rate of optimizer step ``step`` (from 0): linear warmup, then constant, or down to 0 at the end.
+def learning_rate_at(done: float, params: OptimParams) -> float:
+    """Learning rate once ``done`` steps of the run are behind: linear warmup, then constant, or down to 0 at the end.
 
-    A pure function of the step, so a resumed run needs no scheduler state.
+    ``done`` is a fraction within a step that takes several optimizer steps. A pure function of it, so that a resumed
+    run needs no scheduler state, and a step that takes fewer optimizer steps than another, or none, leaves the end
+    where it is.
     """
-    if step < params.warmup_steps:
-        return params.learning_rate * (step + 1) / (params.warmup_steps + 1)
-    done = (step - params.warmup_steps) / max(1, params.total_steps - params.warmup_steps)
-    done = min(done, 1.0)
+    if done < params.warmup_steps:
+        return params.learning_rate * (done + 1) / (params.warmup_steps + 1)
+    share = min(1.0, (done - params.warmup_steps) / max(1, params.total_steps - params.warmup_steps))
     if params.lr_schedule == "linear":
-        return params.learning_rate * (1 - done)
+        return params.learning_rate * (1 - share)
     if params.lr_schedule == "cosine":
-        return params.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+        return params.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
     return params.learning_rate
 
 

@@ -219,16 +219,17 @@ class LocalTrainer(LocalScorer):
             tally.add(micro, token_loss)
         return tally.result(self.world)[0]
 
-    def optim_step(self) -> Metrics:
+    def optim_step(self, done: float | None = None) -> Metrics:
         """Clips the gradient to ``max_grad_norm``, steps and clears it.
 
+        ``done`` says how many steps of the run are behind, for the learning rate (None: the optimizer steps taken).
         Raises NonFiniteError where the gradient is not finite, before any parameter changes.
         """
         norm = whole(torch.nn.utils.clip_grad_norm_(self.masters.named.values(), self.optim.max_grad_norm)).item()
         if not math.isfinite(norm):
             self.optimizer.zero_grad(set_to_none=True)
             raise NonFiniteError("the gradient is not finite though the loss is; lower the learning rate")
-        learning_rate = learning_rate_at(self._version, self.optim)
+        learning_rate = learning_rate_at(self._version if done is None else done, self.optim)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.idle.restore()

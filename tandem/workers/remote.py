@@ -50,10 +50,10 @@ class RemoteTrainer(RemoteScorer):
     def evaluate(self, batch: Batch) -> Metrics:
         return self.group.call(self.role, "evaluate", batch)
 
-    def optim_step(self) -> Metrics:
+    def optim_step(self, done: float | None = None) -> Metrics:
         # Counted before it is asked for: whoever is interrupted from here on must not be taken for untouched.
         self._version += 1
-        return self.group.call(self.role, "optim_step")
+        return self.group.call(self.role, "optim_step", done)
 
     def state_dict(self) -> dict[str, Any]:
         return self.group.call(self.role, "state_dict")

@@ -1,0 +1,83 @@
+"""Law 7: every row is trained on exactly once an epoch, whatever the steps, the stops and the rows that are dropped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import make_tokenizer
+from runs_in_processes import arguments, write_inputs
+
+from tandem.cli.main import main
+from tandem.training.trainer import LocalTrainer
+from tandem.types import Batch
+
+ROWS, DROPPED, EPOCHS = 20, 3, 3
+A_STEP = {"sft": 7, "rm": 7, "grpo": 6, "ppo": 6}
+"""Rows that a step takes: an epoch ends in the middle of one."""
+SAMPLES = 3
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The usual files, of which ``DROPPED`` more rows are longer than ``--max-length``."""
+    folder: Path = tmp_path_factory.mktemp("rows")
+    write_inputs(folder)
+    for name in ("demos", "pairs", "prompts"):
+        lines = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()[:ROWS]]
+        for long in range(DROPPED):
+            lines.insert(5 * long, lines[long] | {"prompt": 30 * "long"})
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def steps_of(run: Path, method: str, batches: list[Batch]) -> list[list[str]]:
+    """The prompts of each step: of the batches that were trained on, or of the samples."""
+    if method in ("sft", "rm"):
+        tokenizer = make_tokenizer()
+        found = [[tokenizer.decode(ids) for ids in b.token_ids_T.split(b.lengths)] for b in batches]
+        return [[text.split("=")[0] for text in step[:: batches[0].segments_per_unit]] for step in found]
+    steps: dict[int, list[str]] = {}
+    for line in (run / "rollouts.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        steps.setdefault(row["step"], []).append(row["prompt"].split("=")[0])
+    return [sorted(prompts)[::SAMPLES] for _, prompts in sorted(steps.items())]
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
+    """Batches that a trainer took a step on. At the fifth call and at the ninth, Ctrl-C."""
+    batches: list[Batch] = []
+    calls = 0
+    whole = LocalTrainer.forward_backward
+
+    def watched(self: LocalTrainer, batch: Batch) -> dict[str, float]:
+        nonlocal calls
+        calls += 1
+        if calls in (5, 9):
+            raise KeyboardInterrupt
+        batches.append(batch)
+        return whole(self, batch)
+
+    monkeypatch.setattr(LocalTrainer, "forward_backward", watched)
+    return batches
+
+
+@pytest.mark.parametrize("method", A_STEP)
+def test_every_row_once_an_epoch_over_stops_and_dropped_rows(inputs, method, trained, monkeypatch):
+    monkeypatch.chdir(inputs)
+    steps = -(-ROWS * EPOCHS // A_STEP[method])
+    argv = [*arguments(method), "--out", method, "--max-length", "40", "--long-rows", "drop", "--rollouts-logged", "99"]
+    del argv[argv.index("--eval-data") : argv.index("--eval-data") + 2]
+    codes = [main([*argv, "--steps", str(steps), "--resume"]) for _ in range(3)]
+    assert codes == [130, 130, 0]
+    taken = steps_of(Path(method), method, trained)
+    assert [len(prompts) for prompts in taken] == [A_STEP[method]] * steps
+    rows = {json.loads(line)["prompt"].split("=")[0] for line in Path("demos.jsonl").read_text().splitlines()}
+    times = dict.fromkeys((row for row in rows if not row.startswith("long")), 0)
+    for prompts in taken:
+        for prompt in prompts:
+            times[prompt] += 1
+        assert max(times.values()) - min(times.values()) <= 1
+    assert min(times.values()) == EPOCHS
