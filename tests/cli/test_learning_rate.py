@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from runs_in_processes import arguments, write_inputs
+from runs_in_processes import write_inputs
 
 from tandem.cli.main import main
 
@@ -26,10 +26,10 @@ def test_steps_without_samples_and_with_few_leave_the_end_of_the_schedule_where_
         "    calls += 1\n"
         f"    return [None if calls in {EMPTY} else float(len(set(c))) for c in completions]\n"
     )
-    argv = [*arguments("grpo"), "--reward", "leaving.py:out", "--out", "run", "--steps", str(STEPS)]
-    argv += ["--prompts-per-step", "2", "--samples-per-prompt", "2", "--minibatches", "8", "--epochs", "2"]
-    argv += ["--warmup-steps", "1"]
-    del argv[argv.index("--eval-data") : argv.index("--eval-data") + 2]
+    argv = ["grpo", "--model", "base", "--data", "prompts.jsonl", "--reward", "leaving.py:out", "--out", "run"]
+    argv += ["--prompts-per-step", "2", "--samples-per-prompt", "2", "--max-new-tokens", "5"]
+    argv += ["--minibatches", "8", "--epochs", "2", "--steps", str(STEPS)]
+    argv += ["--learning-rate", str(RATE), "--lr-schedule", "linear", "--warmup-steps", "1"]
     assert main(argv) == 0
     rates = {}
     for line in Path("run/metrics.jsonl").read_text().splitlines():
