@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from tandem.errors import UserError, expect
+from tandem.errors import expect
 from tandem.functional.fields import required
 from tandem.functional.kl import KLLoss, kl_estimate, kl_loss
 from tandem.functional.policy import clipped_policy_loss, importance_ratio
@@ -25,8 +25,6 @@ def check_clipped(knobs: Any) -> None:
     expect(knobs, "from 0 to 1", lambda x: 0 <= x <= 1, "clip_low")
     expect(knobs, "0 or more", lambda x: x >= 0, "clip_high", "kl_coef")
     expect(knobs, "more than 1", lambda x: x > 1, "dual_clip")
-    if knobs.kl != "loss" and knobs.kl_estimator != "ratio_k3":
-        raise UserError(f"kl_estimator: it is the KL loss's, and kl is {knobs.kl!r}; leave it out or use kl 'loss'")
 
 
 def uses_kl(knobs: Any) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from tandem.algorithms.clipped import KLPlace, add_kl_loss, check_clipped, clipped_surrogate, sampled_kl, uses_kl
-from tandem.errors import UserError, expect, needs
+from tandem.errors import expect, needs
 from tandem.functional.advantages import centred, group_normalised
 from tandem.functional.kl import KLLoss
 from tandem.functional.segments import segment_sum
@@ -38,9 +38,9 @@ class GRPO(Algorithm):
     """The policy ratio is clipped from above at 1 + clip_high."""
     dual_clip: float | None = 3.0
     """Bound, above 1, on the ratio where the advantage is negative. None: no bound."""
-    kl: KLPlace = "loss"
+    kl: KLPlace = field(default="loss", metadata=needs(("kl_coef",)))
     """Where the KL to the reference counts: in each sample's reward (k1), as a loss, or nowhere."""
-    kl_coef: float = 0.0
+    kl_coef: float = field(default=0.0, metadata=needs(("kl",)))
     """Coefficient of the KL, per nat, in units of rewards or, of a loss, of advantages. 0: no reference is needed."""
     kl_estimator: KLLoss = field(default="ratio_k3", metadata=needs(("kl", "loss"), ("kl_coef",)))
     """What the KL loss is: ratio_k3 and k2 lead to KL(policy || reference), k3 to KL(reference || policy)."""
@@ -48,8 +48,6 @@ class GRPO(Algorithm):
     def __post_init__(self) -> None:
         check_clipped(self)
         expect(self, "0 or more", lambda x: x >= 0, "epsilon")
-        if self.kl == "none" and self.kl_coef != 0:
-            raise UserError(f"kl_coef: {self.kl_coef} counts nowhere with kl 'none'; use kl 'reward' or 'loss'")
 
     @property
     def needs_reference(self) -> bool:

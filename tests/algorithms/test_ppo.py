@@ -225,7 +225,6 @@ def test_metrics_of_the_losses():
         ({"kl_coef": float("nan")}, "kl_coef: expected 0 or more, got nan"),
         ({"kl_target": 6.0, "kl": "none"}, "kl_target: there is no KL"),
         ({"kl_target": 6.0, "kl_coef": 0.0}, "kl_target: there is no KL"),
-        ({"kl_estimator": "k3"}, "kl_estimator: it is the KL loss's, and kl is 'reward'"),
     ],
 )
 def test_impossible_knobs(knobs, message):
