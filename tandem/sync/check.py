@@ -7,7 +7,7 @@ import random
 from collections.abc import Sequence as Seq
 from typing import Any, Literal, Protocol
 
-from tandem.errors import UserError
+from tandem.errors import RunFailure
 from tandem.sync.bounds import LOGP_BOUNDS
 from tandem.sync.checksum import Held, Sums
 
@@ -18,7 +18,7 @@ PROBE_EVERY = 64
 PROBE_TOKENS = (11, 7)
 
 
-class WeightMismatch(UserError):
+class WeightMismatch(RunFailure):
     """An engine does not hold the weights that were pushed to it, or computes something else with them."""
 
 

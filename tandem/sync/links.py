@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+import json
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, Protocol
@@ -10,19 +10,23 @@ from typing import Any, Literal, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.multiprocessing.reductions import reduce_tensor
+from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
-from tandem.errors import UserError, first_line
+from tandem.errors import UserError
 from tandem.sync.plan import Plan
 
 Transport = Literal["nccl", "gloo", "ipc"]
+LOOPBACK = "127.0.0.1"
 BUFFERS = 2
 """One fills while the other is on its way."""
 
 
 @dataclass(frozen=True)
 class Link:
-    """One end of a connection. Rank 0 sends, ranks 1 to ``size - 1`` receive; ``host:port`` is the sender's store."""
+    """One end of a connection. Rank 0 sends, ranks 1 to ``size - 1`` receive; they meet at ``host:port``, the sender's.
+
+    ``host`` is the loopback where all of them are on one machine. Elsewhere whoever comes has to know the ``secret``.
+    """
 
     transport: Transport
     host: str
@@ -31,6 +35,7 @@ class Link:
     size: int
     plan: Plan
     timeout_s: float = 300.0
+    secret: str = ""
 
     @property
     def timeout(self) -> timedelta:
@@ -66,16 +71,6 @@ class Channel(Protocol):
     def close(self) -> None: ...
 
 
-def open_store(link: Link) -> dist.TCPStore:
-    """The store that both ends meet at; the sender's end hosts it. Raises UserError where it cannot be reached."""
-    try:
-        return dist.TCPStore(
-            link.host, link.port, is_master=link.rank == 0, timeout=link.timeout, wait_for_workers=False
-        )
-    except (dist.DistError, RuntimeError) as error:
-        raise UserError(f"weight sync: no answer from {link.host}:{link.port} ({first_line(error)})") from error
-
-
 def open_channel(link: Link, store: dist.TCPStore, device: torch.device) -> Channel:
     """Connects one end; returns when gloo's ends all have."""
     if link.transport == "ipc":
@@ -90,7 +85,13 @@ class Broadcast:
         self.link = link
         if link.transport == "gloo":
             device = torch.device("cpu")
-            self.group: Any = dist.ProcessGroupGloo(store, link.rank, link.size, link.timeout)
+            gloo = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+            gloo._timeout = link.timeout
+            # Of itself it listens at the address that the machine's name has.
+            alone = link.host == LOOPBACK
+            make = dist.ProcessGroupGloo
+            gloo._devices = [make.create_device(hostname=LOOPBACK) if alone else make.create_default_device()]
+            self.group: Any = dist.ProcessGroupGloo(store, link.rank, link.size, gloo)
         else:
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = link.timeout
@@ -122,9 +123,10 @@ class SharedMemory:
         if link.rank == 0:
             size = link.plan.buffer_bytes
             self.buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(BUFFERS)]
-            store.set("buffers", pickle.dumps([reduce_tensor(buffer) for buffer in self.buffers]))  # type: ignore[arg-type]
+            store.set("buffers", json.dumps([_handle(buffer) for buffer in self.buffers]))
         else:
-            self.buffers = [_rebuild(handle, device) for handle in pickle.loads(store.get("buffers"))]
+            size = link.plan.buffer_bytes
+            self.buffers = [_rebuild(handle, size, device) for handle in json.loads(store.get("buffers"))]
 
     def send(self, push: int, bucket: int, filled: Tensor) -> Pending:
         torch.cuda.current_stream(self.device).synchronize()
@@ -157,9 +159,20 @@ class Signal:
             raise UserError(f"weight sync: no word from the other end within {link.timeout_s:.0f} s") from error
 
 
-def _rebuild(handle: Any, device: torch.device) -> Tensor:
-    """The sender's tensor in this process, in which the GPU may have another number."""
-    function, arguments = handle
-    arguments = list(arguments)
-    arguments[6] = device.index if device.index is not None else torch.cuda.current_device()
-    return function(*arguments)
+HANDLES = slice(7, 10), slice(11, 15)
+"""Of ``reduce_tensor``'s arguments, what the other process cannot know: memory, reference counter and event."""
+
+
+def _handle(buffer: Tensor) -> list[int | bool | str]:
+    """What CUDA IPC needs to map the buffer, bytes in hexadecimal."""
+    _, arguments = reduce_tensor(buffer)
+    found = [value for part in HANDLES for value in arguments[part]]
+    return [value.hex() if isinstance(value, bytes) else value for value in found]
+
+
+def _rebuild(handle: list[Any], size: int, device: torch.device) -> Tensor:
+    """The sender's uint8 buffer in this process, in which the GPU may have another number."""
+    number = device.index if device.index is not None else torch.cuda.current_device()
+    known = (torch.Tensor, (size,), (1,), 0, torch.storage.TypedStorage, torch.uint8, number)
+    unhexed = [bytes.fromhex(value) if isinstance(value, str) else value for value in handle]
+    return rebuild_cuda_tensor(*known, *unhexed[:3], False, *unhexed[3:])  # type: ignore[call-arg]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from secrets import token_hex
 from typing import Any, Literal
 
 from tandem.errors import UserError
 from tandem.sync.check import End, TruthCheck
-from tandem.sync.links import Link, Transport
+from tandem.sync.links import LOOPBACK, Link, Transport
 from tandem.sync.plan import Plan
 
 
@@ -44,7 +46,7 @@ class WeightPush:
     def connect(self) -> None:
         """Makes all links anew. Raises UserError where devices cannot be linked."""
         transport, receivers = self._pair()
-        links = [self._link(transport, rank, len(mine)) if mine else None for rank, mine in enumerate(receivers)]
+        links = [self._link(transport, rank, mine) if mine else None for rank, mine in enumerate(receivers)]
         ports = self.source.each("listen", [(link, self.plan) for link in links])
         ends: dict[int, Link] = {}
         for link, port, mine in zip(links, ports, receivers, strict=True):
@@ -127,9 +129,19 @@ class WeightPush:
             receivers[where[sink] if transport == "ipc" else number % len(senders)].append(number)
         return transport, receivers
 
-    def _link(self, transport: Transport, rank: int, receivers: int) -> Link:
+    def _link(self, transport: Transport, rank: int, receivers: Seq[int]) -> Link:
         host = self.source.places[rank][0]
-        return Link(transport, host, 0, 0, receivers + 1, self.plan, self.params.timeout_s)
+        alone = {self.engines.places[number][0] for number in receivers} == {host}
+        return Link(
+            transport,
+            LOOPBACK if alone else host,
+            0,
+            0,
+            len(receivers) + 1,
+            self.plan,
+            self.params.timeout_s,
+            token_hex(32),
+        )
 
 
 class FillPush:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from tandem.sync.links import BUFFERS, Link, Pending, open_channel, open_store
+from tandem.sync.links import BUFFERS, Link, Pending, open_channel
+from tandem.sync.meeting import Meeting
 from tandem.sync.plan import used, views
 
 
@@ -16,8 +17,8 @@ class Receiver:
 
     def __init__(self, link: Link, device: torch.device) -> None:
         self.plan = link.plan
-        self.store = open_store(link)
-        self.channel = open_channel(link, self.store, device)
+        self.meeting = Meeting(link)
+        self.channel = open_channel(link, self.meeting.store, device)
         self.pushes = 0
 
     def buckets(self) -> Iterator[list[tuple[str, Tensor]]]:
@@ -43,3 +44,4 @@ class Receiver:
 
     def close(self) -> None:
         self.channel.close()
+        self.meeting.close()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from tandem.parallel.gather import Gatherer
 from tandem.sync.checksum import Sums, Truth
-from tandem.sync.links import BUFFERS, Channel, Link, Pending, open_channel, open_store
+from tandem.sync.links import BUFFERS, Channel, Link, Pending, open_channel
+from tandem.sync.meeting import Meeting
 from tandem.sync.plan import Plan, used, views
 
 
@@ -20,20 +20,20 @@ class Sender:
         self.plan = plan
         self.pushes = 0
         self.link: Link | None = None
-        self.store: dist.TCPStore | None = None
+        self.meeting: Meeting | None = None
         self.channel: Channel | None = None
         self.buffers: list[Tensor] = []
 
     def listen(self, link: Link) -> int:
-        """Opens the store where receivers will look for this end. Returns its port."""
+        """Opens the place where receivers will look for this end. Returns its port."""
         self.link = link
-        self.store = open_store(link)
-        return self.store.port
+        self.meeting = Meeting(link)
+        return self.meeting.port
 
     def connect(self) -> None:
         """Connects to the receivers, which connect at the same time."""
-        if self.link is not None and self.store is not None:
-            self.channel = open_channel(self.link, self.store, self.gatherer.device)
+        if self.link is not None and self.meeting is not None:
+            self.channel = open_channel(self.link, self.meeting.store, self.gatherer.device)
             self.buffers = self.channel.buffers
         else:
             size, device = self.plan.buffer_bytes, self.gatherer.device
@@ -62,3 +62,5 @@ class Sender:
     def close(self) -> None:
         if self.channel is not None:
             self.channel.close()
+        if self.meeting is not None:
+            self.meeting.close()

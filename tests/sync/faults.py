@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from tandem.engines.replica import ReplicaEngine
-from tandem.errors import UserError
 from tandem.parallel.gather import Gatherer
+from tandem.sync.check import WeightMismatch
 
 History = list[dict[str, Tensor]]
 """The trainer's float32 weights at each push, the last one's at the end."""
@@ -48,6 +48,7 @@ def of(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[History, str]
     return lambda history, wanted: change(history[-1][wanted]) if wanted == name else None
 
 
+NEVER = "an engine that is never filled"
 FAULTS: dict[str, Callable[[History, str], Tensor | None]] = {
     "stale tensor": lambda history, name: history[-2][name] if name == DOWN else None,
     "stale everything": lambda history, name: history[0][name],
@@ -74,9 +75,9 @@ class Faulty:
     @torch.no_grad()
     def spoil(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Writes into each what arrives in its place."""
-        for name, tensor in tensors if self.fault else ():
-            assert self.fault is not None
-            found = FAULTS[self.fault](self.history, name)
+        change = FAULTS.get(self.fault or "", lambda history, name: None)
+        for name, tensor in tensors:
+            found = change(self.history, name)
             if found is not None:
                 tensor.copy_(found)
 
@@ -85,8 +86,9 @@ class Faulty:
         fill = gatherer.fill
 
         def filled(wanted: list[tuple[str, Tensor]]) -> None:
-            fill(wanted)
-            self.spoil(wanted)
+            if self.fault != NEVER:
+                fill(wanted)
+                self.spoil(wanted)
 
         gatherer.fill = filled  # type: ignore[method-assign]
 
@@ -95,20 +97,40 @@ class Faulty:
         load = engine.load
 
         def loaded(bucket: list[tuple[str, Tensor]]) -> None:
-            load(bucket)
-            self.spoil((name, engine.parameters[name]) for name, _ in bucket)
+            if self.fault != NEVER:
+                load(bucket)
+                self.spoil((name, engine.parameters[name]) for name, _ in bucket)
 
         engine.load = loaded  # type: ignore[method-assign]
 
 
-def first_seen(push: Callable[[], object], faulty: Faulty, fault: str, most: int = 3) -> tuple[int, str]:
-    """Pushes since the fault began at which it is seen (1: the first), and what is said then. (0, "") if never."""
+def pushes_until_seen(step: Callable[[], object], faulty: Faulty) -> dict[str, tuple[int, str]]:
+    """For each fault, at which push since it began it is seen (1: the first; 0: not in three), and what is said then.
+
+    ``step`` changes the trainer's weights and pushes them. All but the engine that is never filled come after three
+    good pushes, so that checksums alone speak: the first two are probed as well.
+    """
+    seen = {NEVER: _first_seen(step, faulty, NEVER)}
+    for _ in range(3):
+        step()
+    seen |= {fault: _first_seen(step, faulty, fault) for fault in FAULTS}
+    step()
+    return seen
+
+
+def all_at_once(seen: dict[str, tuple[int, str]]) -> bool:
+    """Whether each was seen at the first push that had it, and named."""
+    assert {fault: number for fault, (number, _) in seen.items()} == dict.fromkeys([NEVER, *FAULTS], 1)
+    return all("does not hold the trainer's model." in said for _, said in seen.values())
+
+
+def _first_seen(step: Callable[[], object], faulty: Faulty, fault: str, most: int = 3) -> tuple[int, str]:
     faulty.fault = fault
     try:
         for number in range(1, most + 1):
             try:
-                push()
-            except UserError as error:
+                step()
+            except WeightMismatch as error:
                 return number, str(error)
         return 0, ""
     finally:

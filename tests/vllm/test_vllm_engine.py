@@ -25,7 +25,7 @@ from tandem.sync.receiver import Receiver
 from tandem.types import Request, SamplingParams
 
 sys.path.append(str(Path(__file__).parents[1] / "sync"))
-from faults import FAULTS, QUERY, Faulty, first_seen
+from faults import NEVER, QUERY, Faulty, all_at_once, pushes_until_seen
 
 SLOTS = 4
 MAX_LENGTH = 100
@@ -61,6 +61,9 @@ def spoiled(buckets: Any, faulty: Faulty) -> Any:
 
     def after(self: Receiver) -> Iterator[Any]:
         for bucket in buckets(self):
+            if faulty.fault == NEVER:
+                for _, tensor in bucket:
+                    tensor.zero_()
             faulty.spoil(bucket)
             yield bucket
 
@@ -327,12 +330,9 @@ def test_every_fault_is_seen_at_the_first_push_that_has_it(engine, end):
             faulty.sender(pusher.sender.gatherer)
         else:
             patch.setattr(Receiver, "buckets", spoiled(Receiver.buckets, faulty))
-        for _ in range(2):
-            step()
-        seen = {fault: first_seen(step, faulty, fault) for fault in FAULTS}
-    assert {fault: number for fault, (number, _) in seen.items()} == dict.fromkeys(FAULTS, 1)
+        seen = pushes_until_seen(step, faulty)
+    assert all_at_once(seen)
     assert f"{QUERY} in its model.layers.0.self_attn.qkv_proj.weight" in seen["swapped query heads"][1]
-    step()
     pusher.close()
 
 

@@ -6,6 +6,7 @@ Runs here use the Ray of this process, so that none of them has to start one.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ import torch
 from safetensors.torch import load_file
 from shared_ray import arguments, cluster_address, inputs
 from torch import Tensor
+from unfilled import NeverFilled
 
+from tandem.cli import placing
 from tandem.cli.main import main
 
 __all__ = ["cluster_address", "inputs"]
@@ -87,6 +90,14 @@ def test_ppo_in_two_workers(ppo_here):
     trained = train("ppo-two", "ppo", *TRAINER_LOGP, "--placement.actor", "2")
     assert 0 < difference(trained, ppo_here) < 1e-6
     assert_sampler_agrees("ppo-two")
+
+
+def test_engines_in_the_actors_workers_that_are_never_filled_end_the_run(monkeypatch, capsys):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setattr(placing, "Replicas", NeverFilled)
+    argv = [*arguments("grpo"), "--steps", "3", "--placement.actor", "2", "--out", "unfilled"]
+    assert main(argv) == 75
+    assert "after push 1 engine 1 does not hold the trainer's model.embed_tokens.weight" in capsys.readouterr().err
 
 
 def test_one_engine_apart_trained_on_its_own_log_probs(inputs):
