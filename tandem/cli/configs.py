@@ -90,9 +90,10 @@ class SFTConfig(OfflineConfig):
     """Fine-tune a causal LM on demonstrations.
 
     Rows: text, messages, or prompt and completion (strings or lists of messages), as in TRL.
-    Example: tandem sft --model ./base --data demos.jsonl --out runs/sft --steps 500 --learning-rate 1e-5
+    Example: tandem sft --model ./base --data demos.jsonl --out runs/sft --steps 500
     """
 
+    optim: OptimSection = field(default_factory=lambda: OptimSection(learning_rate=2e-5))
     sft: SFTSection = field(default_factory=SFTSection)
     objective: SFT = field(default_factory=SFT)
 
@@ -103,9 +104,10 @@ class RMConfig(OfflineConfig):
 
     Rows: chosen and rejected, with prompt or with the prompt at the start of both (strings or lists of messages),
     as in TRL; an optional margin. The model gets one scalar head named 'score'.
-    Example: tandem rm --model runs/sft/model --data pairs.jsonl --out runs/rm --steps 500 --learning-rate 1e-5
+    Example: tandem rm --model runs/sft/model --data pairs.jsonl --out runs/rm --steps 500
     """
 
+    optim: OptimSection = field(default_factory=lambda: OptimSection(learning_rate=1e-5))
     objective: RewardModeling = field(default_factory=RewardModeling)
 
 
@@ -162,8 +164,8 @@ class CriticSection:
 
     critic: str | None = field(default=None, metadata=PATH)
     """Folder it starts from. None: the reward model, or without one the model with a head that says 0."""
-    critic_learning_rate: float | None = None
-    """Its learning rate. None: --learning-rate."""
+    critic_learning_rate: float = 1e-5
+    """Its learning rate: higher than the policy's, which must stay near the reference."""
 
     def __post_init__(self) -> None:
         expect(self, "more than 0", lambda value: value > 0, "critic_learning_rate")

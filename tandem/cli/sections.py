@@ -16,6 +16,10 @@ def _at_least(minimum: float) -> Callable[[Any], bool]:
     return lambda value: value >= minimum
 
 
+def _count_or_share(value: float) -> bool:
+    return value >= 0 and (value < 1 or value == int(value))
+
+
 def _above_zero(value: Any) -> bool:
     return value > 0
 
@@ -113,11 +117,11 @@ class OptimSection:
     """AdamW and its learning rate."""
 
     learning_rate: float = 1e-6
-    """Its peak, after the warmup."""
+    """Its peak, after the warmup. Meant for models of 0.1B parameters and more; those of a million learn with 1e-3."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """After the warmup: stay, or fall to 0 at the last step."""
-    warmup_steps: int = 0
-    """The run's steps over which the learning rate rises linearly."""
+    warmup_steps: float = 0.03
+    """The run's steps over which the learning rate rises linearly; below 1, their share of all."""
     weight_decay: float = 0.0
     """Decoupled, on matrices only."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -127,7 +131,8 @@ class OptimSection:
 
     def __post_init__(self) -> None:
         expect(self, "more than 0", _above_zero, "learning_rate", "max_grad_norm")
-        expect(self, "0 or more", _at_least(0), "warmup_steps", "weight_decay")
+        expect(self, "0 or more", _at_least(0), "weight_decay")
+        expect(self, "a whole number, or a share in [0, 1)", _count_or_share, "warmup_steps")
         expect(self, "2 numbers in [0, 1)", lambda betas: all(0 <= beta < 1 for beta in betas), "betas")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -39,11 +40,12 @@ ALWAYS = ("grad_norm", "seconds", "tokens_per_second")
 
 def optim_params(section: OptimSection, *, total_steps: int, learning_rate: float | None = None) -> OptimParams:
     """The optimizer of one model; ``total_steps`` are the run's."""
+    warmup = section.warmup_steps
     return OptimParams(
         learning_rate=learning_rate or section.learning_rate,
         total_steps=total_steps,
         lr_schedule=section.lr_schedule,
-        warmup_steps=section.warmup_steps,
+        warmup_steps=math.ceil(warmup * total_steps) if warmup < 1 else int(warmup),
         weight_decay=section.weight_decay,
         betas=section.betas,
         max_grad_norm=section.max_grad_norm,

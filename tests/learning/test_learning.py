@@ -40,19 +40,38 @@ def test_sft(tmp_path, seed):
     assert lines[-1]["eval/loss"] < 1.6
 
 
+def pairs(count, seed, split):
+    prompts = letters.prompts(count, seed, split=split)
+    rows = [{"prompt": p, "chosen": letters.answer(p), "rejected": p[-2::-1]} for p in prompts]
+    return [row for row in rows if row["chosen"] != row["rejected"]]
+
+
+@pytest.mark.parametrize("method", ["sft", "rm"])
+def test_what_a_user_must_give_is_enough_to_learn(tmp_path, method):
+    """0.74M parameters, of which each can move by 2e-5 (SFT) or 1e-5 a step. With 1e-6 nothing could be seen."""
+    rows = [
+        letters.demonstrations(count, 0, split=split) if method == "sft" else pairs(count, 0, split)
+        for count, split in ((1500, "train"), (200, "heldout"))
+    ]
+    data, held_out = (write_rows(tmp_path / f"{i}.jsonl", part) for i, part in enumerate(rows))
+    tiny.build_model(0).save_pretrained(tmp_path / "base")
+    tiny.build_tokenizer().save_pretrained(tmp_path / "base")
+    model = str(tmp_path / "base")
+    lines = run(tmp_path / "run", method, "--model", model, "--data", data, "--eval-data", held_out, "--steps", 50)
+    first, last = lines[0], lines[-1]
+    if method == "sft":
+        assert last["eval/loss"] < first["eval/loss"] - 0.4
+    else:
+        assert last["eval/accuracy"] > max(0.7, first["eval/accuracy"] + 0.1)
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_reward_model(tmp_path, seed):
     """Right answers against the same letters in the order of the prompt: sorted or not is what it must see."""
-
-    def pairs(count, split):
-        prompts = letters.prompts(count, seed, split=split)
-        rows = [{"prompt": p, "chosen": letters.answer(p), "rejected": p[-2::-1]} for p in prompts]
-        return [row for row in rows if row["chosen"] != row["rejected"]]
-
     lines = run(
         tmp_path / "run", "rm", "--model", base(tmp_path, seed),
-        "--data", write_rows(tmp_path / "train.jsonl", pairs(2000, "train")),
-        "--eval-data", write_rows(tmp_path / "heldout.jsonl", pairs(200, "heldout")),
+        "--data", write_rows(tmp_path / "train.jsonl", pairs(2000, seed, "train")),
+        "--eval-data", write_rows(tmp_path / "heldout.jsonl", pairs(200, seed, "heldout")),
         "--steps", 60, "--batch-size", 32, "--learning-rate", 3e-3, "--seed", seed,
     )  # fmt: skip
     assert 0.2 < lines[0]["eval/accuracy"] < 0.8
