@@ -77,6 +77,9 @@ class RewardBatch:
     """Text, or a list with the assistant's message where the prompt is a list of messages (TRL's convention)."""
     rollouts: list[Rollout]
     columns: dict[str, list[Any]] = field(default_factory=dict)
+    seed: int | None = None
+    """What the global random generators start from where the batch is judged, so that it is judged the same when a
+    run is repeated or resumed. None: they are left alone."""
 
 
 @runtime_checkable

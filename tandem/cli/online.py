@@ -34,13 +34,14 @@ from tandem.data.tokenize import Counts, build_prompts
 from tandem.errors import UserError
 from tandem.models.limits import read_limits
 from tandem.models.loading import load_tokenizer
-from tandem.rewards.function import load_reward
 from tandem.rewards.model import RewardModel, require_same_tokenizer, same_tokenizer
+from tandem.rewards.process import RewardProcess
 from tandem.roles import Algorithm, Reward, Trainer
 from tandem.rollout.prepare import Preparation
 from tandem.rollout.sampling import Judge, sample_groups
 from tandem.runs.progress import say
 from tandem.schedules.sync import OnlineRoles, Sync
+from tandem.seeds import derive_seed
 from tandem.types import Group, Limits, Prompt, SamplingParams
 from tandem.workers.process import Build
 
@@ -53,13 +54,17 @@ class Online:
         self.config, self.algorithm, self.critic, self.title = config, algorithm, critic, title
         self._check_sampling()
         require_engine(config.engine)
-        self.functions: list[Reward] = [load_reward(name) for name in config.reward.reward]
-        self.eval_rewards: list[Reward] = [load_reward(name) for name in config.online.eval_reward]
+        # Begun first, so that it imports the functions while the data is read.
+        names = [*config.reward.reward, *config.online.eval_reward]
+        self.judging = RewardProcess(names, deadline_s=config.reward.reward_deadline) if names else None
         rows, eval_rows = load_data(config.data)
         self.tokenizer = self._load_tokenizer(config.model.model)
         self._check_tokenizers()
         self.prompts, self.counts = self._tokenize(rows)
         self.eval_prompts = self._tokenize(eval_rows)[0] if eval_rows is not None else []
+        functions: list[Reward] = [*self.judging.rewards()] if self.judging else []
+        trained_on = len(config.reward.reward)
+        self.functions, self.eval_rewards = functions[:trained_on], functions[trained_on:]
         self.sampling_params = SamplingParams(
             max_new_tokens=config.sampling.max_new_tokens,
             temperature=config.sampling.temperature,
@@ -73,6 +78,8 @@ class Online:
         """Trains and exports to ``<out>/model``, which is returned. None after a dry run."""
         config = self.config
         with ExitStack() as stack:
+            if self.judging is not None:
+                stack.callback(self.judging.close)
             homes = stack.enter_context(
                 Homes(config.model, config.placement, config.cluster, config.engine, [*self._sources(), "engine"])
             )
@@ -161,13 +168,13 @@ class Online:
             if not self.eval_prompts or not evaluation_due(config.run, config.data, step):
                 return []
             groups = sample(self.eval_prompts, 0, 1)
-            (held_out_judge or judge)(groups)
+            (held_out_judge or judge)(groups, derive_seed(config.run.seed, "judge", 0))
             return groups
 
         return OnlineRoles(
             prompts=lambda positions: [self.prompts[i] for i in order.take(positions)],
             sample=sample,
-            judge=judge,
+            judge=lambda groups, step: judge(groups, derive_seed(config.run.seed, "judge", step)),
             prepare=Preparation(
                 algorithm=self.algorithm,
                 reference=models.get("reference"),

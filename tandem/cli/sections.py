@@ -177,6 +177,8 @@ class RewardSection:
     """Folder of a model with a score head, as 'tandem rm' writes it."""
     reward_weights: tuple[float, ...] = ()
     """One weight for each --reward, then one for --reward-model. Empty: 1 each."""
+    reward_deadline: float = 600.0
+    """Longest time, in seconds, that one --reward may take for a step's samples, calls made again included."""
     missing_eos: Literal["none", "replace", "subtract"] = "none"
     """A completion that max_new_tokens cut off keeps its reward, gets -missing_eos_penalty instead, or loses that."""
     missing_eos_penalty: float = field(default=1.0, metadata=needs(("missing_eos",)))
@@ -190,6 +192,7 @@ class RewardSection:
         count = len(self.reward) + (self.reward_model is not None)
         expect(self, f"{count} weights, one a reward", lambda weights: len(weights) in (0, count), "reward_weights")
         expect(self, "from 0 to 1e15", lambda penalty: 0 <= penalty <= 1e15, "missing_eos_penalty")
+        expect(self, "more than 0", lambda value: value > 0, "reward_deadline")
 
 
 ROLES = ("actor", "critic", "reference", "reward", "engine")

@@ -143,7 +143,6 @@ def session(
                 save_every=SaveEvery.parse(run.save_every),
                 trainers=trainers,
                 progress=progress,
-                seed=run.seed,
                 rollouts_logged=run.rollouts_logged,
             )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tandem.rewards.combine import judge
 from tandem.rewards.shaping import MissingEos, shape_reward
@@ -71,12 +71,15 @@ class Judge:
     missing_eos: MissingEos = "none"
     missing_eos_penalty: float = 0.0
 
-    def __call__(self, groups: Seq[Group]) -> None:
-        """Fills ``reward`` and ``reward_parts`` of every rollout that ended without an error, all in one call."""
+    def __call__(self, groups: Seq[Group], seed: int | None = None) -> None:
+        """Fills ``reward`` and ``reward_parts`` of every rollout that ended without an error, all in one call.
+
+        ``seed`` is for rewards that draw from the global random generators (``RewardBatch.seed``).
+        """
         pairs = [(group.prompt, r) for group in groups for r in group.rollouts if r.stop != "error"]
         if not pairs:
             return
-        totals, parts = judge(self.rewards, self.weights, reward_batch(pairs))
+        totals, parts = judge(self.rewards, self.weights, replace(reward_batch(pairs), seed=seed))
         for (_, rollout), total, part in zip(pairs, totals, parts, strict=True):
             rollout.reward_parts = part
             rollout.reward = shape_reward(

@@ -9,9 +9,7 @@ from collections.abc import Sequence as Seq
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from tandem.checkpoint.random_state import capture_random_state, restore_random_state, seed_generators
 from tandem.checkpoint.saver import SaveEvery
 from tandem.checkpoint.store import CheckpointStore
 from tandem.errors import NonFiniteError, RunFailure, UserError
@@ -71,8 +69,6 @@ class Session:
     save_every: SaveEvery
     trainers: Mapping[str, Trainer]
     progress: Progress
-    seed: int = 0
-    """Of the global random generators, which a user's reward function may draw from."""
     rollouts_logged: int = 8
     """Rollouts written to ``rollouts.jsonl`` each step, in whole groups; as many held-out ones."""
     step: int = field(default=0, init=False)
@@ -88,8 +84,6 @@ class Session:
     """``taken``, and what the step in progress has taken."""
     versions: list[int] = field(default_factory=list, init=False)
     """Of the trainers, at that step."""
-    random_state: dict[str, Any] = field(default_factory=dict, init=False)
-    """Of the global generators when that step was recorded, for a checkpoint that is saved within the next one."""
 
     def resume(self, initial_state: dict[str, float]) -> tuple[int, dict[str, float]]:
         """Loads the newest whole checkpoint, if there is one: (steps done, algorithm state).
@@ -99,12 +93,9 @@ class Session:
         checkpoint = self.store.latest()
         step, state = 0, initial_state
         pending: Metrics | None = {}
-        if checkpoint is None:
-            seed_generators(self.seed)
-        else:
+        if checkpoint is not None:
             for role, trainer in self.trainers.items():
                 trainer.load_state_dict(checkpoint.load(role))
-            restore_random_state(checkpoint.load("random"))
             step, state = checkpoint.step, dict(checkpoint.state["algorithm"])
             pending, self.handed_out = checkpoint.state.get("pending"), checkpoint.state["taken"]
             self.saved_step = step
@@ -112,7 +103,6 @@ class Session:
         written = step if checkpoint is not None else -1
         self.run.truncate_after(written, metrics=written if pending is None else step - 1)
         self._at(step, state, pending)
-        self.random_state = capture_random_state()
         return step, state
 
     def take(self, count: int) -> range:
@@ -135,7 +125,6 @@ class Session:
             self.run.log_rollouts(self.step, held_out, self.rollouts_logged, held_out=True)
             self.progress.update(self.step, metrics)
         self.pending = None
-        self.random_state = capture_random_state()
 
     def save_if_due(self, *, last: bool = False) -> None:
         """Saves where ``save_every`` says so, and after the last step unless saving is off."""
@@ -149,7 +138,7 @@ class Session:
         with held(), self.progress.phase("saving"):
             parts = {role: trainer.state_dict() for role, trainer in self.trainers.items()}
             state = {"algorithm": self.state, "pending": self.pending, "taken": self.taken}
-            path = self.store.save(self.step, {**parts, "random": self.random_state}, state)
+            path = self.store.save(self.step, parts, state)
             self.saved_step = self.step
             self.run.event("checkpoint", step=self.step, path=str(path))
 

@@ -21,7 +21,7 @@ class OnlineRoles:
     prompts: Callable[[range], list[Prompt]]
     """Those at some positions of the data."""
     sample: Callable[[list[Prompt], int], list[Group]]
-    judge: Callable[[list[Group]], None]
+    judge: Callable[[list[Group], int], None]
     prepare: Preparation
     actor: Trainer
     critic: Trainer | None
@@ -65,7 +65,7 @@ class Sync:
         with clock("sampling", of=roles.samples, done=roles.ended):
             groups = roles.sample(roles.prompts(session.take(self.prompts_per_step)), step)
         with clock("scoring"):
-            roles.judge(groups)
+            roles.judge(groups, step)
             prepared = roles.prepare(groups, state, step)
         with clock("training"):
             metrics = train(roles, prepared, step - 1) if prepared is not None else {}

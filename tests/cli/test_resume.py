@@ -76,20 +76,21 @@ def test_killed_and_resumed_equals_unbroken(inputs, method):
     assert (resumed / weights).read_bytes() == (whole / weights).read_bytes()
 
 
-def test_ctrl_c_while_sampling_loses_no_step(inputs):
-    """The state after the last step is saved, generators included: the reward draws from Python's own."""
+def test_ctrl_c_while_judging_loses_no_step(inputs):
+    """Nor does a reward that draws from every global generator know that it was interrupted."""
     (inputs / "interrupting.py").write_text(
-        "import os, pathlib, random, signal\n"
+        "import os, pathlib, random, signal, numpy, torch\n"
         "def noisy(prompts, completions):\n"
         "    calls = pathlib.Path('calls.txt')\n"
         "    calls.write_text((calls.read_text() if calls.exists() else '') + '.')\n"
         "    if len(calls.read_text()) == 3 and os.environ.get('INTERRUPT'):\n"
-        "        random.random()\n"
-        "        os.kill(os.getpid(), signal.SIGINT)\n"
-        "    return [random.random() for _ in prompts]\n"
+        "        os.kill(os.getppid(), signal.SIGINT)\n"
+        "    return [random.random() + numpy.random.rand() + torch.rand(()).item() for _ in prompts]\n"
     )
-    argv = [*arguments("grpo"), "--reward", "interrupting.py:noisy", "--steps", "4"]
-    del argv[argv.index("--eval-data") : argv.index("--eval-data") + 2]
+    argv = [*arguments("grpo"), "--steps", "4"]
+    argv[argv.index("check.py:right")] = "interrupting.py:noisy"
+    for flag in ("--eval-data", "--eval-every"):
+        del argv[argv.index(flag) : argv.index(flag) + 2]
     code, output = run(inputs, [*argv, "--out", "calm"])
     assert code == 0, output
     (inputs / "calls.txt").unlink()
@@ -99,6 +100,8 @@ def test_ctrl_c_while_sampling_loses_no_step(inputs):
     code, output = run(inputs, [*argv, "--out", "interrupted", "--resume"])
     assert code == 0, output
     assert metrics(inputs / "interrupted") == metrics(inputs / "calm")
+    rewards = [line["reward"] for line in metrics(inputs / "calm")]
+    assert len(set(rewards)) == 4
 
 
 def test_a_config_file_repeats_a_run_with_the_same_numbers(inputs):

@@ -13,6 +13,7 @@ from runs_in_processes import arguments, run, write_inputs
 
 from tandem.checkpoint import store
 from tandem.cli.main import main
+from tandem.rewards import process
 from tandem.runs.lines import read_metrics
 
 SIGNALS = {signal.SIGTERM: (143, "stopped by SIGTERM"), signal.SIGINT: (130, "stopped by Ctrl-C")}
@@ -54,7 +55,7 @@ def at_call(monkeypatch, owner, name, count, happening):
 @pytest.mark.parametrize("signum", SIGNALS)
 @pytest.mark.parametrize(
     ("owner", "name", "count"),
-    [(store._HashingFile, "write", 3), (torch, "save", 2), (os, "fsync", 3), (os, "rename", 1)],
+    [(store._HashingFile, "write", 3), (torch, "save", 1), (os, "fsync", 3), (os, "rename", 1)],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_a_signal_inside_a_save_waits_until_it_is_whole(tandem, inputs, monkeypatch, signum, owner, name, count):
@@ -114,3 +115,49 @@ def test_a_full_disk_at_the_export_ends_in_a_line_and_the_checkpoint_exports_aga
     assert final(inputs / "full")[1]
     events = [json.loads(line)["event"] for line in (inputs / "full" / "events.jsonl").read_text().splitlines()]
     assert events == ["start", "checkpoint", "stop", "start", "resume", "finish", "stop"]
+
+
+JUDGES = """
+import os, pathlib, sys
+def fails(prompts, completions):
+    calls = pathlib.Path(os.environ["CALLS"])
+    calls.write_text((calls.read_text() if calls.exists() else "") + ".")
+    count = len(calls.read_text())
+    if count > 2 and os.environ.get("FAULT") == "raise":
+        raise ConnectionError("no answer from the judge")
+    if count > 2 and os.environ.get("FAULT") == "exit":
+        os._exit(0)
+    return [len(set(c)) for c in completions]
+"""
+
+
+def test_a_reward_that_fails_saves_the_steps_done_and_resume_goes_on(tandem, inputs, monkeypatch):
+    """It saved nothing and offered no --resume, where Ctrl-C at the same point saved; os._exit was not said at all."""
+    monkeypatch.setattr(process, "WAITS_S", (0.01, 0.01))
+    (inputs / "judges.py").write_text(JUDGES)
+    argv = [*arguments("grpo"), "--steps", 4]
+    argv[argv.index("check.py:right")] = "judges.py:fails"
+    for flag in ("--eval-data", "--eval-every"):
+        del argv[argv.index(flag) : argv.index(flag) + 2]
+    for fault, calls, words in (
+        ("", 4, ""),
+        (
+            "raise",
+            5,
+            "reward 'fails' raised ConnectionError: no answer from the judge (judges.py:8); it was called 3 times",
+        ),
+        ("exit", 3, "reward 'fails' ended its process (exit code 0); go on with --resume"),
+    ):
+        out = inputs / f"judged-{fault or 'calm'}"
+        monkeypatch.setenv("FAULT", fault)
+        monkeypatch.setenv("CALLS", str(inputs / f"calls-{fault}"))
+        code, stdout, stderr = tandem(*argv, "--out", out)
+        assert code == (75 if fault else 0), stderr
+        assert len((inputs / f"calls-{fault}").read_text()) == calls
+        if fault:
+            assert code == 75
+            assert stderr.splitlines()[-1].startswith(f"tandem: error: {words}")
+            assert "stopped in step 3; go on after step 2 with --resume" in stdout
+            monkeypatch.setenv("FAULT", "")
+            assert tandem(*argv, "--out", out, "--resume")[0] == 0
+        assert final(out) == final(inputs / "judged-calm")

@@ -153,7 +153,6 @@ def test_folders_that_hold_no_language_model(tandem, inputs):
 
 REWARDS = """
 import math
-def raises(prompts, completions): raise KeyError("answer key lost")
 def short(prompts, completions): return [0.0]
 def nan(prompts, completions): return [0.0, math.nan] + [0.0] * (len(prompts) - 2)
 def infinite(prompts, completions): return [math.inf] * len(prompts)
@@ -166,7 +165,6 @@ def none(prompts, completions): return [None] * len(prompts)
 @pytest.mark.parametrize(
     ("function", "parts"),
     [
-        ("raises", ["KeyError", "answer key lost", "rewards.py:3", "sample 0"]),
         ("short", ["18", "1"]),
         ("nan", ["sample 1", "nan"]),
         ("infinite", ["sample 0", "inf"]),

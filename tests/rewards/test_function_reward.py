@@ -3,12 +3,15 @@
 import asyncio
 import functools
 import math
+import random
+import sys
+from dataclasses import replace
 
 import numpy
 import pytest
 import torch
 
-from tandem.errors import UserError
+from tandem.errors import RunFailure, UserError
 from tandem.rewards.function import FunctionReward, load_reward
 from tandem.roles import Reward, RewardBatch
 from tandem.types import Rollout
@@ -162,11 +165,11 @@ def test_a_raising_function_is_put_down_to_its_line_and_sample(tmp_path) -> None
     reward = load_reward(f"{file}:score")
     assert reward.name == "score"
     assert reward.score(batch("1", "2")) == [1.0, 2.0]
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(RunFailure) as caught:
         reward.score(batch("1", "two", "three"))
     assert str(caught.value) == (
-        "reward 'score' raised ValueError: could not convert string to float: 'two' (mine.py:2) "
-        "on sample 1 (prompt p1): completion 'two'"
+        "reward 'score' raised ValueError: could not convert string to float: 'two' (mine.py:2), last at "
+        "sample 1 (prompt p1): completion 'two'"
     )
 
 
@@ -175,28 +178,54 @@ def test_the_line_is_the_user_s_even_where_a_library_raises(tmp_path) -> None:
         tmp_path / "mine.py",
         "import json\n\ndef score(completions):\n    return [json.loads(c) for c in completions]\n",
     )
-    with pytest.raises(UserError, match=r"JSONDecodeError: .* \(mine\.py:4\) on sample 0 "):
+    with pytest.raises(UserError, match=r"JSONDecodeError: .* \(mine\.py:4\), last at sample 0 "):
         load_reward(f"{file}:score").score(batch("{"))
 
 
 def test_async_failures_are_put_down_too() -> None:
-    async def score(completions):
+    async def one(c):
         await asyncio.sleep(0)
-        return [1 / len(c) for c in completions]
+        return 1 / len(c)
+
+    async def score(completions):
+        return await asyncio.gather(*map(one, completions))
 
     message = refused(score, batch("a", ""))
     assert "ZeroDivisionError: division by zero (test_function_reward.py:" in message
-    assert message.endswith("on sample 1 (prompt p1): completion ''")
+    assert message.endswith("last at sample 1 (prompt p1): completion ''")
 
 
-def test_a_failure_of_the_batch_alone() -> None:
+def test_a_function_that_fails_is_not_called_again() -> None:
+    """It was called with each sample by itself, to find the one at fault: 32 more requests of a judge on a server."""
+    calls = []
+
     def score(completions):
-        if len(completions) > 1:
-            raise RuntimeError("too\nmany")
-        return [1.0]
+        calls.append(len(completions))
+        raise RuntimeError("too\nmany")
 
-    assert "raised RuntimeError: too many" in refused(score, batch("a", "b"))
-    assert refused(score, batch("a", "b")).endswith("on 2 samples together, though on none of them alone")
+    assert refused(score, batch("a", "b")).endswith(
+        f"raised RuntimeError: too many (test_function_reward.py:{line_of(score, 2)})"
+    )
+    assert calls == [2]
+
+
+def line_of(function, offset: int) -> int:
+    return function.__code__.co_firstlineno + offset
+
+
+def test_sys_exit_in_a_function_is_an_error_like_any_other() -> None:
+    assert "raised SystemExit: 0 (test_function_reward.py:" in refused(lambda completions: sys.exit(0), batch("a"))
+
+
+def test_only_a_seed_starts_the_generators_anew() -> None:
+    def draws(completions):
+        return [random.random(), numpy.random.rand(), torch.rand(()).item()]
+
+    seeded = replace(batch("a", "b", "c"), seed=7)
+    first = FunctionReward(draws).score(seeded)
+    assert FunctionReward(draws).score(seeded) == first
+    assert FunctionReward(draws, name="another").score(seeded) != first
+    assert len({*first, *FunctionReward(draws).score(batch("a", "b", "c"))}) == 6
 
 
 def test_conversations_show_the_assistant_s_words() -> None:

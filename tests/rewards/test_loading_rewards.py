@@ -6,6 +6,7 @@ import pytest
 
 from tandem.errors import UserError
 from tandem.rewards.function import load_reward
+from tandem.rewards.loading import import_function
 
 
 def refused(source: str) -> str:
@@ -39,8 +40,8 @@ def test_files_of_the_same_name_do_not_meet(tmp_path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         write(tmp_path / name / "reward.py", f"def f(completions):\n    return '{name}'\n")
-    first, second = (load_reward(f"{tmp_path}/{name}/reward.py:f") for name in ("a", "b"))
-    assert [r._function([]) for r in (first, second)] == ["a", "b"]
+    first, second = (import_function(f"{tmp_path}/{name}/reward.py:f") for name in ("a", "b"))
+    assert [function([]) for function in (first, second)] == ["a", "b"]
 
 
 def test_modules_from_the_working_directory(tmp_path, monkeypatch) -> None:
