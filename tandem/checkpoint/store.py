@@ -1,6 +1,6 @@
 """Checkpoints on disk: a folder each, whole or not there, whatever moment the process is killed at.
 
-``step_00000010`` holds ``<part>.pt`` for every part (a trainer's state, the random generators), ``state.json`` and,
+``step_00000010`` holds ``<part>.pt`` for every part (a trainer's state), ``state.json`` and,
 written last, ``manifest.json`` with the size and sha256 of each file. A folder is written, and deleted, under the
 name ``.partial-step_00000010``, which nothing reads; it changes its name in one rename, once all of it is on the disk.
 """
