@@ -7,13 +7,19 @@ import os
 import sys
 import uuid
 from pathlib import Path
+from typing import NoReturn
 
 from tandem.errors import UserError
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"launch: {message}; see tandem launch --help")
+
+
 def run(argv: list[str]) -> int:
     """Starts the script. Returns the exit code of the first process that failed, or 0."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="tandem launch",
         description="Starts a script in several processes of this machine, as torchrun does: RANK, WORLD_SIZE and "
         "LOCAL_RANK say which one it is; where there are GPUs, the one numbered LOCAL_RANK is its own.",
@@ -23,8 +29,8 @@ def run(argv: list[str]) -> int:
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="what follows is the script's own")
     try:
         options = parser.parse_args(argv)
-    except SystemExit as stop:  # after --help or a wrong flag, which argparse has explained
-        return int(stop.code or 0)
+    except SystemExit:  # after --help
+        return 0
     if not options.script.is_file():
         raise UserError(f"launch: no file {options.script}; give the path of a Python script")
     return _start(_workers(options.workers), [str(options.script), *options.arguments])
