@@ -7,7 +7,6 @@ chosen. The first token of a segment has no such numbers; it is never trainable.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -276,13 +275,6 @@ class Batch:
             elif isinstance(value, torch.Tensor) and f.name.endswith("_S"):
                 changes[f.name] = value[send(segment_index, value.device)]
         return replace(self, **changes)
-
-    def split(self, token_budget: int) -> Iterator[Batch]:
-        """Micro-batches of consecutive units with at most ``token_budget`` tokens (a longer unit stands alone)."""
-        per, lengths = self.segments_per_unit, self.lengths
-        sizes = [sum(lengths[unit * per : (unit + 1) * per]) for unit in range(self.units)]
-        for units in cut(sizes, token_budget):
-            yield self if len(units) == self.units else self.select(units)
 
     def unshared(self) -> Batch:
         """The same, with every token of every segment going through a model."""

@@ -23,6 +23,10 @@ import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from tandem.parallel.shares import shares
+from tandem.parallel.world import World
+from tandem.types import Batch
+
 VOCABULARY = 64
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -69,6 +73,11 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+
+
+def micro_batches(batch: Batch, token_budget: int) -> list[Batch]:
+    """The batch as a trainer in one process cuts it."""
+    return [share.batch for share in shares(batch, token_budget, World())]
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 class Masters:
     """A float32 copy of each low-precision parameter. Gradients gather in the copies, and the optimizer steps them.
 
-    A gradient is added to its copy's as soon as backward has it (in float32, so that micro-batches add up), and freed.
+    A frozen parameter is cast like the others, since products need one type, and has no copy: nothing changes it. A
+    gradient is added to its copy's as soon as backward has it (in float32, so that micro-batches add up), and freed.
     Parameters that are float32 already stand for themselves.
     """
 
@@ -19,7 +20,11 @@ class Masters:
         self.pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
         self.named: dict[str, nn.Parameter] = {}
         for name, parameter in module.named_parameters():
-            if not parameter.requires_grad or not parameter.is_floating_point() or dtype == torch.float32:
+            if not parameter.is_floating_point() or dtype == torch.float32:
+                self.named[name] = parameter
+                continue
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
                 self.named[name] = parameter
                 continue
             master = nn.Parameter(parameter.detach().float().clone())

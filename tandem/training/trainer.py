@@ -186,7 +186,7 @@ class LocalTrainer(LocalScorer):
         if self.model.split_head:
             self.model.head_gradient = self.masters.gradient_of(module.get_output_embeddings().weight)
         self.weights: dict[str, Tensor] = dict(self.masters.named)
-        """The float32 weights that the optimizer steps, by name: this rank's slices where sharded."""
+        """The float32 weights that the optimizer steps, and frozen ones, by name: this rank's slices where sharded."""
         self.parameters: dict[str, Tensor] = dict(module.named_parameters())
         """What the model computes with. Taken here, before a forward leaves gathered ones in their places."""
         self.buffers = {name: b for name, b in module.state_dict().items() if name in dict(module.named_buffers())}
@@ -275,6 +275,8 @@ class LocalTrainer(LocalScorer):
         """Writes a Hugging Face folder: float32 weights, config and tokenizer. A collective; rank 0 writes."""
         state = whole(self.weights | self.buffers, keep=self.world.rank == 0)
         if self.world.rank == 0:
+            # A frozen parameter is kept as it is computed with.
+            state = {name: t.float() if t.is_floating_point() else t for name, t in state.items()}
             self.model.export(folder, state)
 
     def park(self, *, weights: bool) -> None:

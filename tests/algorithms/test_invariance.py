@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import micro_batches
 from sampled_step import make_step
 
 from tandem.algorithms.grpo import GRPO
@@ -64,7 +65,7 @@ def test_micro_batches_add_up_to_the_whole(algorithm, step, token_budget):
     expected = loss_and_gradients(algorithm, step, batch, whole)
     assert expected.abs().sum() > 0
     # Weights are float32 before the cast: 1e-9.
-    close(loss_and_gradients(algorithm, step, batch, lambda b: b.split(token_budget)), expected, 1e-9)
+    close(loss_and_gradients(algorithm, step, batch, lambda b: micro_batches(b, token_budget)), expected, 1e-9)
 
 
 def test_packing_order_does_not_matter(algorithm, step):

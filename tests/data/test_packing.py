@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import micro_batches
 
 from tandem.data.packing import pack, pack_pairs, pack_rollouts, stamp_pair_weights, stamp_weights
 from tandem.types import PreferencePair, Rollout, Sequence
@@ -46,10 +47,10 @@ def test_select_and_split_keep_every_field_together():
     assert chosen.reward_S.tolist() == [3.0, 0.0]
     assert chosen.index_S.tolist() == [3, 0]
     assert chosen.bounds.tolist() == [0, 4, 7]
-    assert [micro.lengths for micro in batch.split(7)] == [[3], [5, 2], [4]]
+    assert [micro.lengths for micro in micro_batches(batch, 7)] == [[3], [5, 2], [4]]
     # A sequence longer than the budget stands alone rather than being cut or lost.
-    assert [micro.lengths for micro in batch.split(1)] == [[3], [5], [2], [4]]
-    joined = torch.cat([micro.token_ids_T for micro in batch.split(8)])
+    assert [micro.lengths for micro in micro_batches(batch, 1)] == [[3], [5], [2], [4]]
+    joined = torch.cat([micro.token_ids_T for micro in micro_batches(batch, 8)])
     assert torch.equal(joined, batch.token_ids_T)
 
 
@@ -78,7 +79,7 @@ def test_pairs_stay_together():
     assert (batch.segments, batch.units) == (6, 3)
     assert batch.weight_T.sum().item() == pytest.approx(1.0)
     assert batch.weight_T.nonzero().squeeze(-1).tolist() == batch.last_S[::2].tolist()
-    for micro in batch.split(1):
+    for micro in micro_batches(batch, 1):
         assert micro.segments == 2
         assert micro.token_ids_T[0] == 1
         assert micro.token_ids_T[-1] == 2

@@ -56,30 +56,6 @@ def test_logp_and_entropy_equal_the_modules_own_forward(name):
     torch.testing.assert_close(out.entropy_T.double(), entropy, atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["qwen2", "gpt_neox", "mistral_sliding", "bloom"])
-def test_gradient_does_not_depend_on_packing_order_or_micro_batches(name):
-    """Law 3, against a float64 copy of the module that sees one sequence at a time."""
-    module = make_module(name)
-    truth = copy.deepcopy(module).double()
-    model = prepare_module(module, make_tokenizer())
-    sequences = random_sequences()
-    batch = stamp_weights(pack(sequences), "sequence")
-
-    logp, _ = by_hand(truth, sequences, 1.0)
-    (-(logp * batch.weight_T.double()).sum()).backward()
-    expected = {n: p.grad for n, p in truth.named_parameters()}
-
-    order = torch.randperm(batch.units, generator=torch.Generator().manual_seed(1)).tolist()
-    for variant, budget in ((batch, 10_000), (batch, 50), (batch.select(order), 120), (batch, 1)):
-        module.zero_grad()
-        for micro in variant.split(budget):
-            (-(forward(model, micro).logp_T * micro.weight_T).sum()).backward()
-        for parameter_name, parameter in module.named_parameters():
-            want = expected[parameter_name]
-            scale = max(want.abs().max().item(), 1.0)
-            torch.testing.assert_close(parameter.grad.double(), want, atol=2e-6 * scale, rtol=0)
-
-
 @pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in PADDED])
 def test_tokens_that_fill_up_a_batch_change_nothing(name, monkeypatch):
     """The same outputs and gradients, whatever stands behind the last segment."""

@@ -5,6 +5,7 @@ import statistics
 
 import pytest
 import torch
+from conftest import micro_batches
 
 from tandem.data.packing import pack_pairs, stamp_pair_weights
 from tandem.objectives.reward import RewardModeling
@@ -75,7 +76,9 @@ def test_a_tie_costs_log_two():
     assert total(RewardModeling(), batch, torch.ones(40, dtype=torch.float64)).item() == pytest.approx(math.log(2))
 
 
-@pytest.mark.parametrize("change", [lambda b: b.split(1), lambda b: b.split(9), lambda b: [b.select([2, 0, 1])]])
+@pytest.mark.parametrize(
+    "change", [lambda b: micro_batches(b, 1), lambda b: micro_batches(b, 9), lambda b: [b.select([2, 0, 1])]]
+)
 def test_packing_and_micro_batches_do_not_matter(change):
     batch = stamp_pair_weights(pack_pairs(PAIRS))
     objective = RewardModeling(center_coef=0.01)

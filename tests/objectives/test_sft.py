@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import micro_batches
 
 from tandem.data.packing import pack, stamp_weights
 from tandem.objectives.sft import SFT
@@ -44,7 +45,7 @@ def test_micro_batches_add_up():
         return LOGP[b.token_ids_T]
 
     whole = (sft.loss(Outputs(logp_T=logp(batch)), batch).loss_T * batch.weight_T).sum()
-    parts = sum((sft.loss(Outputs(logp_T=logp(b)), b).loss_T * b.weight_T).sum() for b in batch.split(1))
+    parts = sum((sft.loss(Outputs(logp_T=logp(b)), b).loss_T * b.weight_T).sum() for b in micro_batches(batch, 1))
     assert math.isclose(whole.item(), parts.item(), abs_tol=1e-6)
     torch.testing.assert_close(torch.autograd.grad(parts, LOGP), torch.autograd.grad(whole, LOGP), rtol=0, atol=1e-6)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import VOCABULARY, make_module, make_tokenizer
+from safetensors.torch import load_file
 
 from tandem.data.packing import pack, stamp_weights
 from tandem.engines.live import LiveEngine
@@ -124,3 +125,37 @@ def test_the_heads_gradient_gathers_in_its_master_with_the_embeddings(tied, toke
         assert low[name].grad.dtype == torch.float32
         # Rounding through two layers of bfloat16.
         assert (low[name].grad - weight.grad).norm() < 0.05 * weight.grad.norm() + 1e-6, name
+
+
+def partly_frozen(dtype: str, frozen: tuple[str, ...]) -> LocalTrainer:
+    """Starts from weights that bfloat16 can hold."""
+    module = make_module("llama")
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.copy_(parameter.bfloat16())
+            parameter.requires_grad_(not any(part in name for part in frozen))
+    model = prepare_module(module, make_tokenizer(), dtype=dtype)
+    return LocalTrainer(model, negative_logp, OptimParams(learning_rate=1e-3, total_steps=10), token_budget=25)
+
+
+@pytest.mark.parametrize("frozen", [("embed_tokens", "lm_head"), ("layers.0",), ("norm",), ("proj",)])
+def test_frozen_parameters_stay_and_the_others_learn_as_in_float32(frozen, tmp_path):
+    low, exact = (partly_frozen(dtype, frozen) for dtype in ("bfloat16", "float32"))
+    before = {name: weight.detach().float().clone() for name, weight in low.weights.items()}
+    for trainer in (low, exact):
+        trainer.forward_backward(batch_of())
+    for name, weight in exact.weights.items():
+        if any(part in name for part in frozen):
+            assert low.weights[name].grad is None
+        else:
+            # Rounding through two layers of bfloat16.
+            assert (low.weights[name].grad - weight.grad).norm() < 0.05 * weight.grad.norm() + 1e-6, name
+    low.optim_step()
+    low.export(tmp_path)
+    exported = load_file(tmp_path / "model.safetensors")
+    assert {tensor.dtype for tensor in exported.values()} == {torch.float32}
+    for name, tensor in exported.items():
+        assert torch.equal(tensor, before[name]) == any(part in name for part in frozen), name
+    again = partly_frozen("bfloat16", frozen)
+    again.load_state_dict(low.state_dict())
+    assert again.evaluate(batch_of()) == low.evaluate(batch_of())
