@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from tandem.lazy import torch
-from tandem.types import Aggregation, Batch, Completion, Group, Outputs, Request, Rollout, TokenLoss
+from tandem.types import Aggregation, Batch, Completion, Group, Held, Outputs, Request, Rollout, TokenLoss
 
 Metrics = dict[str, float]
 LossFn = Callable[[Outputs, Batch], TokenLoss]
@@ -17,7 +17,7 @@ LossFn = Callable[[Outputs, Batch], TokenLoss]
 
 @runtime_checkable
 class Engine(Protocol):
-    """Samples completions."""
+    """Samples completions, with weights that are its own business: the trainer's, or see ``FedEngine``."""
 
     @property
     def ended(self) -> int:
@@ -26,6 +26,56 @@ class Engine(Protocol):
 
     def generate(self, requests: Seq[Request]) -> list[list[Completion]]:
         """One list a request, one completion a seed, in the order asked for."""
+        ...
+
+
+@runtime_checkable
+class FedEngine(Engine, Protocol):
+    """An engine with weights of its own, which a trainer's pushes renew (``tandem.sync.push``)."""
+
+    def connect(self, links: Seq[Any]) -> None:
+        """Meets the trainer that will push: one ``tandem.sync.links.Link`` for each rank that the engine has.
+
+        Returns when the other ends have come, too. Links that there were before are forgotten.
+        """
+        ...
+
+    def receive(self, version: int, check: bool = False) -> list[Held]:
+        """Takes one push: what is sampled from now on comes from these weights, and carries ``version``.
+
+        Returns what it then holds of each pushed tensor, if asked to ``check``; [] otherwise. Raises UserError, naming
+        the tensor, where it cannot be loaded.
+        """
+        ...
+
+    def checksums(self) -> list[Held]:
+        """What it holds now of each tensor that was pushed, of what it computes with. Without those it cannot tell."""
+        ...
+
+    def logprobs(self, sequences: Seq[Seq[int]]) -> list[list[float]]:
+        """Log-prob, in nats at temperature 1, of every token but the first of each sequence."""
+        ...
+
+    def close(self) -> None:
+        """Ends whatever it has started."""
+        ...
+
+
+@runtime_checkable
+class SleepingEngine(FedEngine, Protocol):
+    """A fed engine that gives its memory to the trainer on its devices between turns (``tandem.workers.turns``)."""
+
+    def sleep(self) -> None:
+        """Gives the devices' memory back, with the weights in it. Nothing can be sampled until both stages are awake
+        and a push has come."""
+        ...
+
+    def wake(self, stage: Literal["weights", "cache"]) -> None:
+        """Takes memory again: for the weights, before a push, or for the cache, after it."""
+        ...
+
+    def memory(self) -> Metrics:
+        """``free`` and ``used`` GB of its fullest device; {} on a CPU."""
         ...
 
 

@@ -8,7 +8,7 @@ chosen. The first token of a segment has no such numbers; it is never trainable.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from tandem.lazy import torch
 
@@ -33,6 +33,15 @@ class Limits:
     """Rows of its embedding: token ids are below it."""
     whose: str = "the model"
     """The folder or hub name that has these limits, for messages."""
+
+
+class Held(NamedTuple):
+    """An engine's copy of a pushed tensor: which one, the engine's own parameter that it lies in, and its checksum."""
+
+    part: str
+    where: str
+    sum: int
+    """``tandem.sync.checksum``: of the whole tensor, in the dtype in which it came."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,11 +13,12 @@ from tandem.engines.replica import ReplicaEngine
 from tandem.errors import UserError
 from tandem.models.forward import LoadedModel
 from tandem.models.loading import load_causal, load_scalar
-from tandem.roles import LossFn
-from tandem.sync.checksum import Held, Sums
+from tandem.roles import Engine, FedEngine, LossFn, SleepingEngine
+from tandem.sync.checksum import Sums
 from tandem.sync.source import WeightSource
 from tandem.training.optim import OptimParams
 from tandem.training.trainer import LocalScorer, LocalTrainer, MemoryParams
+from tandem.types import Held
 from tandem.workers.process import Site
 
 
@@ -109,7 +110,7 @@ def weight_source(site: Site) -> WeightSource:
     return WeightSource(actor.parameters, actor.model.device)
 
 
-def live_engine(site: Site, sampling: SamplingSection, engine: EngineSection) -> LiveEngine:
+def live_engine(site: Site, sampling: SamplingSection, engine: EngineSection) -> Engine:
     """In the actor's only process: samples on the actor's own weights, and nothing is ever copied."""
     actor: LocalTrainer = site.roles["actor"]
     return LiveEngine(
@@ -123,9 +124,7 @@ def live_engine(site: Site, sampling: SamplingSection, engine: EngineSection) ->
     )
 
 
-def replica_engine(
-    site: Site, section: ModelSection, sampling: SamplingSection, engine: EngineSection
-) -> ReplicaEngine:
+def replica_engine(site: Site, section: ModelSection, sampling: SamplingSection, engine: EngineSection) -> FedEngine:
     """A live engine with weights of its own."""
     return ReplicaEngine(
         load_policy(site, section),
@@ -155,7 +154,7 @@ class Replicas:
 
 def vllm_engine(
     site: Site, section: ModelSection, sampling: SamplingSection, engine: EngineSection, seed: int, shared: bool
-) -> Any:
+) -> SleepingEngine:
     """vLLM in this process, on its devices."""
     # Imported here, where it is known to be wanted: it takes seconds, and not every machine has it.
     from tandem.engines.vllm import VLLMEngine

@@ -11,10 +11,10 @@ from tandem.data.packing import pack
 from tandem.engines.live import CacheDtype, LiveEngine, Way
 from tandem.errors import UserError
 from tandem.models.forward import LoadedModel, forward
-from tandem.sync.checksum import Held, Tally, checksums
+from tandem.sync.checksum import Tally, checksums
 from tandem.sync.links import Link
 from tandem.sync.receiver import Receiver
-from tandem.types import Completion, Request, Sequence
+from tandem.types import Completion, Held, Request, Sequence
 
 
 class ReplicaEngine:
@@ -97,9 +97,6 @@ class ReplicaEngine:
     def checksums(self) -> list[Held]:
         """What it holds now."""
         return [Held(name, name, total) for name, total in checksums(self.parameters.items()).items()]
-
-    def memory(self) -> dict[str, float]:
-        return {}
 
     def close(self) -> None:
         if self.receiver is not None:

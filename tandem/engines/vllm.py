@@ -12,10 +12,9 @@ from tandem.engines.vllm_checksums import combine
 from tandem.engines.vllm_setup import check_vllm, close_vllm, eos_ids, on_cpu, start_vllm
 from tandem.engines.vllm_stepper import Ended, Job, Stepper
 from tandem.errors import UserError, first_line
-from tandem.sync.checksum import Held
 from tandem.sync.links import Link
 from tandem.sync.plan import Plan
-from tandem.types import Completion, Request, SamplingParams, StopReason
+from tandem.types import Completion, Held, Request, SamplingParams, StopReason
 
 __all__ = ["VLLMEngine", "check_vllm"]
 

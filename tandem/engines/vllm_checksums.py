@@ -7,8 +7,9 @@ from math import prod
 from typing import NamedTuple
 
 from tandem.engines.vllm_regions import Region
-from tandem.sync.checksum import MODULUS, Held
+from tandem.sync.checksum import MODULUS
 from tandem.sync.plan import Plan
+from tandem.types import Held
 
 
 class Shard(NamedTuple):

@@ -9,7 +9,8 @@ from typing import Any, Literal, Protocol
 
 from tandem.errors import RunFailure
 from tandem.sync.bounds import LOGP_BOUNDS
-from tandem.sync.checksum import Held, Sums
+from tandem.sync.checksum import Sums
+from tandem.types import Held
 
 log = logging.getLogger("tandem")
 FIRST_PROBES = 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,14 +16,6 @@ from tandem.sync.plan import Plan, TensorSpec
 MODULUS = 1 << 32
 Sums = dict[str, int]
 """The checksum of each pushed tensor, by its name."""
-
-
-class Held(NamedTuple):
-    """An engine's copy of a pushed tensor: which one, the engine's own parameter that it lies in, and its checksum."""
-
-    part: str
-    where: str
-    sum: int
 
 
 class Tally:

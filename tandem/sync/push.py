@@ -33,7 +33,8 @@ class WeightPush:
     Engines on the trainer's own GPUs map its buffers (CUDA IPC); others get them by broadcast (NCCL, or gloo on
     CPUs), each trainer rank feeding its part of the engines.
 
-    Unless it is turned off, the truth check compares every tensor of every push (``tandem.sync.check``).
+    ``engines`` are ``tandem.roles.FedEngine``s. Unless it is turned off, the truth check compares every tensor of every
+    push (``tandem.sync.check``).
     """
 
     def __init__(self, source: End, trainer: End, engines: End, params: PushParams) -> None:

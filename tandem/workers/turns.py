@@ -11,7 +11,7 @@ from tandem.errors import UserError, first_line
 from tandem.roles import Engine, Metrics
 from tandem.types import Completion, Request
 from tandem.workers.group import WorkerDied, WorkerGroup
-from tandem.workers.homes import WorkersEnd
+from tandem.workers.homes import RoleEnd
 
 log = logging.getLogger("tandem")
 
@@ -39,13 +39,13 @@ class TakingTurns:
 
     To sample: optimizer states leave the device, the engine takes back room for its weights, they are pushed, the
     trainers' weights leave too, the engine takes back its cache. Afterwards the engine drops both (sleep level 2), and
-    the trainers return.
+    the trainers return. ``engines`` are ``tandem.roles.SleepingEngine``s, ``engine`` samples with all of them.
     """
 
     def __init__(
         self,
         engine: Engine,
-        engines: WorkersEnd,
+        engines: RoleEnd,
         others: Seq[Parked],
         link: Link,
         *,

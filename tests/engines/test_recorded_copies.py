@@ -10,8 +10,8 @@ from torch import nn
 from tandem.engines.vllm_checksums import Shard, combine
 from tandem.engines.vllm_copies import Copies, RecordingCopies
 from tandem.engines.vllm_regions import Piece, Region, WatchingCopies
-from tandem.sync.checksum import Held
 from tandem.sync.plan import Plan, TensorSpec
+from tandem.types import Held
 
 
 class Fused(nn.Module):

@@ -16,11 +16,10 @@ from tandem.models.loading import prepare_module
 from tandem.parallel.sharding import local, whole
 from tandem.parallel.world import World
 from tandem.sync.check import TruthCheck
-from tandem.sync.checksum import Held
 from tandem.sync.push import FillPush
 from tandem.training.optim import OptimParams
 from tandem.training.trainer import LocalTrainer
-from tandem.types import TokenLoss
+from tandem.types import Held, TokenLoss
 from tandem.workers.homes import Here
 from tandem.workers.process import Site
 

@@ -9,7 +9,7 @@ import torch
 import tandem.engines.vllm as true
 from tandem.cli.build import vllm_engine
 from tandem.engines.vllm import VLLMEngine
-from tandem.sync.checksum import Held
+from tandem.types import Held
 
 
 class Deaf(VLLMEngine):

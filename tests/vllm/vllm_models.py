@@ -16,10 +16,11 @@ from torch import Tensor
 
 from tandem.engines.vllm import VLLMEngine
 from tandem.parallel.gather import Gatherer
-from tandem.sync.checksum import Held, Sums, Truth
+from tandem.sync.checksum import Sums, Truth
 from tandem.sync.links import Link
 from tandem.sync.plan import Plan, plan_of
 from tandem.sync.sender import Sender
+from tandem.types import Held
 
 VOCABULARY = 67
 """Not a multiple of 64, to which vLLM pads."""

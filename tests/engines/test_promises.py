@@ -1,0 +1,130 @@
+"""What roles.py says of an engine is all that is asked of it: the code runs on objects that have nothing else."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_module, make_tokenizer
+
+from tandem.engines.live import LiveEngine
+from tandem.engines.replica import ReplicaEngine
+from tandem.roles import Engine, FedEngine, SleepingEngine
+from tandem.sync.push import WeightPush
+from tandem.types import Completion, Request, SamplingParams
+from tandem.workers.homes import Here
+from tandem.workers.turns import TakingTurns
+
+sys.path.append(str(Path(__file__).parents[1] / "sync"))
+from test_push import model_of, nudge, pushing
+
+REQUESTS = [Request(prompt_ids=(5, 6, 7), seeds=(1, 2), sampling=SamplingParams(max_new_tokens=4))]
+
+
+class Only:
+    """An object of which nothing can be had but what a protocol names."""
+
+    def __init__(self, inner: Any, promise: Any) -> None:
+        self.inner = inner
+        self.names = {name for kind in promise.__mro__ for name in vars(kind) if not name.startswith("_")}
+        self.used: set[str] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self.names:
+            raise AttributeError(f"{name} is not promised")
+        self.used.add(name)
+        return getattr(self.inner, name)
+
+
+class Sleepy(ReplicaEngine):
+    """Turns without a device: the engine forgets its weights as it sleeps."""
+
+    awake = frozenset(("weights", "cache"))
+
+    @torch.no_grad()
+    def sleep(self) -> None:
+        self.awake = frozenset()
+        for parameter in self.parameters.values():
+            parameter.zero_()
+
+    def wake(self, stage: str) -> None:
+        self.awake |= {stage}
+
+    def memory(self) -> dict[str, float]:
+        return {"free": 1.0, "used": 2.0}
+
+    def receive(self, version: int, check: bool = False) -> Any:
+        assert self.awake == {"weights"}
+        return super().receive(version, check)
+
+    def generate(self, requests: Any) -> list[list[Completion]]:
+        assert self.awake == {"weights", "cache"}
+        return super().generate(requests)
+
+
+class Parked:
+    """A trainer that notes when it was asked to go."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def park(self, *, weights: bool) -> None:
+        self.said.append("weights leave" if weights else "optimizer leaves")
+
+    def unpark(self) -> None:
+        self.said.append("back")
+
+
+def linked(engine: ReplicaEngine, promise: Any) -> tuple[WeightPush, Any, Only]:
+    """A push to an engine of which it sees the promise alone, and the trainer."""
+    push, trainer = pushing(engine)
+    home: Here = push.engines.home  # type: ignore[attr-defined]
+    only = Only(engine, promise)
+    home.site.roles["engine"] = only
+    return push, trainer, only
+
+
+def test_who_keeps_which():
+    live = LiveEngine(make_module("llama"), make_tokenizer())
+    assert isinstance(live, Engine)
+    assert not isinstance(live, FedEngine)
+    replica = ReplicaEngine(model_of(1))
+    assert isinstance(replica, FedEngine)
+    assert not isinstance(replica, SleepingEngine)
+    assert isinstance(Sleepy(model_of(1)), SleepingEngine)
+
+
+def test_pushes_ask_for_no_more_than_a_fed_engine_promises():
+    engine = ReplicaEngine(model_of(1))
+    push, trainer, only = linked(engine, FedEngine)
+    push(1)
+    nudge(trainer)
+    push.again()
+    assert all(torch.equal(engine.parameters[name], p) for name, p in trainer.parameters.items())
+    assert only.used == {"connect", "receive", "logprobs"}
+    only.inner.logprobs = lambda sequences: [[0.0] * (len(s) - 1) for s in sequences]
+    with pytest.raises(Exception, match="computes something else"):
+        push(2)
+    assert only.used == {"connect", "receive", "logprobs", "checksums"}
+    push.close()
+
+
+def test_turns_ask_for_no_more_than_a_sleeping_engine_promises():
+    engine = Sleepy(model_of(1))
+    push, trainer, only = linked(engine, SleepingEngine)
+    parked = Parked()
+    turns = TakingTurns(only, push.engines, [parked], push, version=lambda: 7)  # type: ignore[arg-type]
+    ((first, second),) = turns.generate(REQUESTS)
+    assert parked.said == ["optimizer leaves", "weights leave", "back"]
+    assert engine.awake == frozenset()
+    assert turns.metrics["engine_free"] == 1.0
+    assert (first.version_min, second.version_max) == (7, 7)
+    plain = LiveEngine(trainer.model.module, make_tokenizer()).generate(REQUESTS)
+    assert [c.token_ids for c in plain[0]] == [first.token_ids, second.token_ids]
+    turns.recover()
+    assert [c.token_ids for c in turns.generate(REQUESTS)[0]] == [first.token_ids, second.token_ids]
+    assert only.used == {"connect", "receive", "logprobs", "sleep", "wake", "memory", "generate"}
+    push.close()
