@@ -72,11 +72,9 @@ class Preparation:
     homes: Mapping[str, Hashable] = field(default_factory=dict)
     """Where roles live: models in different processes score at the same time."""
 
-    def __call__(self, groups: Seq[Group], state: dict[str, float], step: int) -> Prepared | None:
-        """None where no rollout of the step is usable."""
+    def __call__(self, groups: Seq[Group], state: dict[str, float], step: int) -> Prepared:
+        """At least one rollout must be usable, which ``Judge`` sees to."""
         rollouts = [r for group in groups for r in group.usable]
-        if not rollouts:
-            return None
         batch = pack_rollouts(rollouts)
         metrics: Metrics = {}
         asked: dict[str, Scorer | None] = {"reference": self.reference, "critic": self.critic}

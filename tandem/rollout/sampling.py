@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 
+from tandem.errors import RunFailure, UserError
 from tandem.rewards.combine import judge
 from tandem.rewards.shaping import MissingEos, shape_reward
 from tandem.roles import Engine, Reward, RewardBatch
@@ -74,12 +75,22 @@ class Judge:
     def __call__(self, groups: Seq[Group], seed: int | None = None) -> None:
         """Fills ``reward`` and ``reward_parts`` of every rollout that ended without an error, all in one call.
 
-        ``seed`` is for rewards that draw from the global random generators (``RewardBatch.seed``).
+        ``seed`` is for rewards that draw from the global random generators (``RewardBatch.seed``). Raises UserError
+        where no sample has got a reward, and RunFailure where each of them failed.
         """
         pairs = [(group.prompt, r) for group in groups for r in group.rollouts if r.stop != "error"]
         if not pairs:
-            return
+            error = next(
+                (r.error for group in groups for r in group.rollouts if r.error), "the engine does not say why"
+            )
+            raise RunFailure(f"no sample could be drawn: {error}")
         totals, parts = judge(self.rewards, self.weights, replace(reward_batch(pairs), seed=seed))
+        if all(total is None for total in totals):
+            names = " and ".join(repr(reward.name) for reward in self.rewards)
+            raise UserError(
+                f"reward {names} left out (None) every one of {len(totals)} samples, so nothing can be learned; "
+                "None is for a sample that cannot be judged"
+            )
         for (_, rollout), total, part in zip(pairs, totals, parts, strict=True):
             rollout.reward_parts = part
             rollout.reward = shape_reward(

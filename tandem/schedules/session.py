@@ -126,6 +126,11 @@ class Session:
             self.progress.update(self.step, metrics)
         self.pending = None
 
+    def note(self, text: str) -> None:
+        """Says something about the steps so far: a line above the display, and one in ``events.jsonl``."""
+        self.run.event("note", step=self.step, message=text)
+        self.progress.note(f"after step {self.step}: {text}")
+
     def save_if_due(self, *, last: bool = False) -> None:
         """Saves where ``save_every`` says so, and after the last step unless saving is off."""
         if self.save_every.due(self.step) or (last and self.save_every.enabled):

@@ -38,6 +38,10 @@ class OnlineRoles:
     """Most GB that the actor's process has allocated on its device since the last time of asking; None on a CPU."""
 
 
+STEPS_ALIKE = 5
+"""After 5 steps in a row whose rewards teach nothing, it is said."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sync:
     """The synchronous schedule: each step trains on samples of the weights it starts from."""
@@ -49,12 +53,16 @@ class Sync:
         """Runs from where the session's newest checkpoint stands to ``steps``."""
         done, state = session.resume(roles.prepare.algorithm.initial_state())
         evaluate = partial(_evaluate, roles, session.progress)
+        alike = 0
         with session.kept():
             roles.push_weights(done)
             session.record(evaluate)
             for step in range(done + 1, self.steps + 1):
                 metrics, groups, state = self._step(roles, session, step, state)
                 session.reached(step, state, metrics, groups)
+                alike = alike + 1 if rewards_alike(metrics) else 0
+                if alike == STEPS_ALIKE:
+                    session.note(f"rewards have told no samples apart for {alike} steps (now {metrics['reward']:.4g})")
                 session.record(evaluate)
                 session.save_if_due(last=step == self.steps)
 
@@ -68,12 +76,17 @@ class Sync:
             roles.judge(groups, step)
             prepared = roles.prepare(groups, state, step)
         with clock("training"):
-            metrics = train(roles, prepared, step - 1) if prepared is not None else {}
+            metrics = train(roles, prepared, step - 1)
         with clock("sync"):
             metrics |= roles.push_weights(step)
         metrics |= rollout_metrics(groups) | clock.metrics()
         metrics["tokens_per_second"] = metrics["sampled_tokens"] / metrics["seconds"]
-        return metrics, groups, prepared.state if prepared is not None else state
+        return metrics, groups, prepared.state
+
+
+def rewards_alike(metrics: Metrics) -> bool:
+    """Whether the samples of each prompt got one reward (``equal_reward_groups``), or all samples of the step did."""
+    return metrics.get("equal_reward_groups") == 1 or metrics["reward_min"] == metrics["reward_max"]
 
 
 def _evaluate(roles: OnlineRoles, progress: Progress, step: int) -> Evaluation:

@@ -191,15 +191,18 @@ def test_reward_functions_that_cannot_be_loaded(tandem, inputs):
     refused(tandem, inputs, with_(GRPO, reward="broken.py:f"), "broken.py", "2")
 
 
-def test_samples_left_out_are_counted(tandem, inputs):
+def test_rewards_that_teach_nothing(tandem, inputs):
+    """Samples left out are counted and rewards that stay alike are said, once; where none is judged the run ends."""
     write(inputs, "rewards.py", REWARDS)
-    for name, left_out in (("some", 6), ("none", 18)):
-        out = inputs / f"left-out-{name}"
-        code, err = tandem(*with_(GRPO, reward=f"rewards.py:{name}"), "--out", out)
-        assert code == 0, err
+    for name, noted in (("some", [5]), ("right", [])):
+        out, file = inputs / f"taught-{name}", "rewards.py" if name == "some" else "check.py"
+        assert tandem(*with_(GRPO, reward=f"{file}:{name}", steps=7), "--out", out)[0] == 0
         last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
-        assert last["left_out"] == left_out
-        assert ("grad_norm" in last) == (name == "some")
+        assert last["left_out"] == (6 if name == "some" else 0)
+        events = map(json.loads, (out / "events.jsonl").read_text().splitlines())
+        assert [event["step"] for event in events if event["event"] == "note"] == noted
+    code, err = tandem(*with_(GRPO, reward="rewards.py:none"), "--out", inputs / "taught-none")
+    assert (code, "reward 'none' left out (None) every one of 40 samples" in err) == (2, True), err
 
 
 def test_out_that_holds_a_run(tandem, inputs):

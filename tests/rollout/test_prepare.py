@@ -7,6 +7,7 @@ from conftest import make_module, make_tokenizer
 from tandem.algorithms.grpo import GRPO
 from tandem.algorithms.ppo import PPO
 from tandem.engines.live import LiveEngine
+from tandem.errors import RunFailure, UserError
 from tandem.models.loading import load_scalar, prepare_module
 from tandem.rewards.function import FunctionReward
 from tandem.rollout.prepare import Preparation, rollout_metrics, sampler_gap
@@ -75,9 +76,18 @@ def test_rewards_get_columns_and_none_leaves_a_sample_out_of_the_baseline(model)
     assert first_token_advantage == [-1.0, 1.0] * 3
 
 
-def test_nothing_usable_is_no_batch(model):
-    groups = judged(sample(model), lambda prompts, completions: [None] * len(prompts))
-    assert Preparation(algorithm=GRPO(kl_coef=0.0))(groups, {}, 1) is None
+def test_a_step_without_a_reward_is_refused(model):
+    with pytest.raises(UserError, match=r"reward 'nobody' left out \(None\) every one of 12 samples"):
+        judged(sample(model), nobody)
+    groups = sample(model)
+    for rollout in (r for group in groups for r in group.rollouts):
+        rollout.stop, rollout.error = "error", "no room in the cache"
+    with pytest.raises(RunFailure, match="no sample could be drawn: no room in the cache"):
+        judged(groups, length_reward)
+
+
+def nobody(prompts, completions):
+    return [None] * len(prompts)
 
 
 def test_minibatches_hold_every_sequence_once_an_epoch_and_weights_sum_to_one(model):
