@@ -115,14 +115,18 @@ def test_a_config_file_repeats_a_run_with_the_same_numbers(inputs):
 def test_another_seed_gives_other_numbers(inputs):
     argv = [*arguments("grpo"), "--steps", "1"]
     for seed in ("3", "4"):
-        assert run(inputs, [*argv, "--out", f"seed-{seed}", "--seed", seed])[0] == 0
+        argv[argv.index("--seed") + 1] = seed
+        code, output = run(inputs, [*argv, "--out", f"seed-{seed}"])
+        assert code == 0, output
     assert metrics(inputs / "seed-3") != metrics(inputs / "seed-4")
 
 
 def test_resume_with_another_config_is_refused_and_more_steps_are_not(inputs):
     argv = [*arguments("sft"), "--out", "longer", "--save-every", "1"]
     assert run(inputs, [*argv, "--steps", "2"])[0] == 0
-    code, output = run(inputs, [*argv, "--steps", "2", "--batch-size", "9", "--resume"])
+    other = [*argv, "--steps", "2", "--resume"]
+    other[other.index("--batch-size") + 1] = "9"
+    code, output = run(inputs, other)
     assert code == 2
     assert "batch_size (7 there, 9 now)" in output
     code, output = run(inputs, [*argv, "--steps", "3", "--resume"])
