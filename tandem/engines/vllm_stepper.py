@@ -216,5 +216,6 @@ class Stepper:
         self._busy = False
         if self._claims:
             self._claimed.notify()
-        elif waiting := next((call for call in self._calls if call.waiting), None):
+        # Whoever has something to take away wakes without stepping, and may not come back.
+        elif waiting := next((call for call in self._calls if call.waiting and not (call.ended or call.error)), None):
             waiting.wake.notify()
