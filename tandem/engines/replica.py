@@ -77,9 +77,10 @@ class ReplicaEngine:
         tally = Tally(len(names), self.model.device)
         for bucket in self.receiver.buckets():
             self.load(bucket)
-            for name, _ in bucket if check else ():
-                mine = self.parameters[name]
-                tally.add(slots[name], mine.detach().reshape(1, -1), mine.dtype)
+            with tally.aside():
+                for name, _ in bucket if check else ():
+                    mine = self.parameters[name]
+                    tally.add(slots[name], mine.detach().reshape(1, -1), mine.dtype)
         self.version = version
         return [Held(name, name, total) for name, total in zip(names, tally.result(), strict=True)] if check else []
 

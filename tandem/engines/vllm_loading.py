@@ -228,16 +228,17 @@ class Sums:
             range(len(self.held)) if parts is None else [slot for part in parts for slot in self.slots.get(part, ())]
         )
         contents: dict[str, Tensor | None] = {}
-        for slot in slots:
-            piece, name, module, target = self.held[slot]
-            if name not in contents:
-                contents[name] = _content(module, name.rpartition(".")[2], target)
-            content = contents[name]
-            if content is None:
-                self.unseen.add(slot)
-                continue
-            region = piece.region
-            self.tally.add(slot, piece.of(content), self.dtypes[piece.part], start=region.start, step=region.step)
+        with self.tally.aside():
+            for slot in slots:
+                piece, name, module, target = self.held[slot]
+                if name not in contents:
+                    contents[name] = _content(module, name.rpartition(".")[2], target)
+                content = contents[name]
+                if content is None:
+                    self.unseen.add(slot)
+                    continue
+                start, step = piece.region.start, piece.region.step
+                self.tally.add(slot, piece.of(content), self.dtypes[piece.part], start=start, step=step)
 
     def result(self) -> list[Shard]:
         """Waits for the device."""

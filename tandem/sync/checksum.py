@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,17 @@ class Tally:
 
     def __init__(self, slots: int, device: torch.device) -> None:
         self.total_N = torch.zeros(slots, dtype=torch.int32, device=device)
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is added inside comes after all that the device has been given so far, and nothing waits for it."""
+        if self.stream is None:
+            yield
+            return
+        self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
+        with torch.cuda.stream(self.stream):
+            yield
 
     @torch.no_grad()
     def add(self, slot: int, values_RC: Tensor, dtype: torch.dtype, *, start: int = 0, step: int = 0) -> None:
@@ -30,8 +42,14 @@ class Tally:
         if values_RC.numel():
             bits.add_sum(self.total_N, slot, values_RC, start=start, step=step, dtype=dtype)
 
+    def join(self) -> None:
+        """What the device is given from now on comes after what was added aside."""
+        if self.stream is not None:
+            torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
+
     def result(self) -> list[int]:
         """The sums modulo 2^32. Waits for the device."""
+        self.join()
         return [total % MODULUS for total in self.total_N.tolist()]
 
 
@@ -57,7 +75,7 @@ class Truth:
     """The checksums that a push of these parameters must have at its other end: of the parameters, not of a buffer.
 
     Each rank sums the slices that it keeps, cast to the wire's dtype, at their places in the whole tensor. ``add`` only
-    puts work on the device, a bucket at a time, so that it hides behind a bucket that is on its way.
+    gives the device work, a bucket at a time, which hides behind a bucket that is on its way.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], plan: Plan, device: torch.device) -> None:
@@ -68,17 +86,19 @@ class Truth:
     @torch.no_grad()
     def add(self, bucket: Iterable[TensorSpec]) -> None:
         """Sums this rank's part of these tensors."""
-        for spec in bucket:
-            parameter = self.parameters[spec.name].detach()
-            start = rows_of(parameter).start * _width(parameter) if isinstance(parameter, DTensor) else 0
-            # Offloaded slices lie on the CPU.
-            mine = local(parameter).to(self.device, non_blocking=True).reshape(1, -1)
-            self.tally.add(self.slots[spec.name], mine, spec.torch_dtype, start=start)
+        with self.tally.aside():
+            for spec in bucket:
+                parameter = self.parameters[spec.name].detach()
+                start = rows_of(parameter).start * _width(parameter) if isinstance(parameter, DTensor) else 0
+                # Offloaded slices lie on the CPU.
+                mine = local(parameter).to(self.device, non_blocking=True).reshape(1, -1)
+                self.tally.add(self.slots[spec.name], mine, spec.torch_dtype, start=start)
 
     def result(self) -> Sums:
         """The sums over all ranks. Waits for the device; a collective where parameters are sharded."""
         sharded = [name for name in self.slots if isinstance(self.parameters[name], DTensor)]
         if sharded:
+            self.tally.join()
             index = torch.tensor([self.slots[name] for name in sharded], device=self.device)
             total = self.tally.total_N[index].long()
             mesh = self.parameters[sharded[0]].device_mesh  # type: ignore[attr-defined]
