@@ -65,8 +65,8 @@ Examples
   tandem quickstart
   tandem sft --model Qwen/Qwen3-0.6B --data demos.jsonl --out runs/sft --steps 500
   tandem rm --model Qwen/Qwen3-0.6B --data pairs.jsonl --out runs/rm --steps 500
-  tandem ppo --config ppo.yaml --kl-coef 0.02 --dry-run
-  tandem grpo --model runs/sft/model --data prompts.jsonl --reward checker.py:score --out runs/grpo --steps 200
+  tandem ppo --config runs/ppo/config.yaml --kl-coef 0.02 --out runs/ppo-2
+  tandem grpo --model runs/sft/model --data prompts.jsonl --reward check.py:right --out runs/grpo --steps 200
 
 tandem COMMAND --help explains every key of a command. TANDEM_DEBUG=1 shows the traceback of an error."""
 

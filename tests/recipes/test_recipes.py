@@ -32,11 +32,13 @@ def test_a_config_loads(path):
     assert config.run.out.endswith(path.stem)
     # The command in its first lines is for this very file.
     (words, *_) = command_lines("\n".join(line.removeprefix("#") for line in path.read_text().splitlines()))
-    assert words[:3] == [command_of(path), "--config", path.name]
+    assert words[:3] == [command_of(path), "--config", str(path.relative_to(RECIPES))]
+    assert (RECIPES / config.data.data).is_file()
     if hasattr(config, "sampling"):
-        assert config.data.max_length + config.sampling.max_new_tokens <= config.engine.max_length
+        room = config.engine.max_length
+        assert room is None or config.data.max_length + config.sampling.max_new_tokens <= room
         file, _, function = config.reward.reward[0].partition(":")
-        assert f"def {function}(" in (path.parent / file).read_text()
+        assert f"def {function}(" in (RECIPES / file).read_text()
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
@@ -44,7 +46,7 @@ def test_a_script_is_bash_and_its_command_parses(path, monkeypatch):
     subprocess.run(["bash", "-n", str(path)], check=True)
     body = "\n".join(line for line in path.read_text().splitlines() if not line.startswith("#"))
     ((command, *argv),) = command_lines(body)
-    monkeypatch.chdir(path.parent)
+    monkeypatch.chdir(RECIPES)
     config = load_config(config_class(command), [word for word in argv if word != "$@"])
     assert config.run.resume
     assert config.run.out.startswith("$SHARED/")
@@ -97,7 +99,7 @@ def test_the_image_copies_what_there_is_and_pins_what_is_pinned():
 
 
 def test_the_reward_reads_the_last_number():
-    reward = load_reward(f"{RECIPES / 'cluster' / 'check.py'}:last_number")
+    reward = load_reward(f"{RECIPES / 'check.py'}:right")
     completions = [
         "3 + 4 = 7",
         "First 7, then 8.",

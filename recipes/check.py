@@ -5,7 +5,7 @@ import re
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
-def last_number(completions, answer):
+def right(completions, answer):
     """1.0 for each completion (text, or messages) whose last number is the answer, else 0.0."""
     return [float(_last(_text(c)) == float(str(a).replace(",", ""))) for c, a in zip(completions, answer, strict=True)]
 

@@ -1,0 +1,69 @@
+"""The commands of README.md run as they are printed, in a copy of recipes/, on a small model and for 2 steps."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from commands import code_blocks, command_lines
+from conftest import make_module, make_tokenizer
+
+from tandem.cli.main import main
+
+ROOT = Path(__file__).parents[2]
+README = command_lines(code_blocks((ROOT / "README.md").read_text()))
+RUNS = [words for words in README if "--steps" in words]
+SHORT = ["--max-new-tokens", "4", "--prompts-per-step", "2", "--samples-per-prompt", "2"]
+
+
+@pytest.fixture
+def recipes(tmp_path, monkeypatch):
+    """A copy of the folder, in which a hub's models are a small one on the disk."""
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    monkeypatch.chdir(tmp_path / "recipes")
+    module = make_module("llama")
+    module.config.max_position_embeddings = 1024  # rotary ones, of which there is no table
+    module.save_pretrained("base")
+    make_tokenizer().save_pretrained("base")
+    return tmp_path / "recipes"
+
+
+def shortened(words):
+    """The line with a local model, few steps and small ones."""
+    changed = list(words)
+    if "--steps" in changed:
+        changed[changed.index("--steps") + 1] = "2"
+    else:
+        changed += ["--steps", "2"]
+    if "--model" not in changed:
+        changed += ["--model", "base"]
+    elif changed[changed.index("--model") + 1].startswith("Qwen/"):
+        changed[changed.index("--model") + 1] = "base"
+    return changed + (SHORT if words[0] in ("ppo", "grpo") else ["--batch-size", "4"])
+
+
+def test_each_method_of_the_readme_runs_after_the_one_before(recipes):
+    assert [words[0] for words in RUNS] == ["sft", "rm", "ppo", "grpo"]
+    for words in [*RUNS, ["grpo", "--config", "grpo.yaml", "--out", "runs/from-yaml"]]:
+        assert main(shortened(words)) == 0
+        out = Path(words[words.index("--out") + 1])
+        assert (out / "model" / "config.json").is_file()
+    again = [*README[[w[:2] for w in README].index(["ppo", "--config"])]]
+    assert main(again) == 0
+    first, second = (
+        [json.loads(line) for line in (recipes / "runs" / name / "metrics.jsonl").open()] for name in ("ppo", "again")
+    )
+    assert [line["reward"] for line in first] == [line["reward"] for line in second]
+
+
+def test_files_say_what_readme_says_of_them():
+    rows = {name: [json.loads(line) for line in (ROOT / "recipes" / f"{name}.jsonl").open()]
+            for name in ("demos", "pairs", "prompts", "heldout")}  # fmt: skip
+    assert {name: len(lines) for name, lines in rows.items()} == {
+        "demos": 256, "pairs": 256, "prompts": 256, "heldout": 64,
+    }  # fmt: skip
+    prompts = [row["prompt"] for lines in rows.values() for row in lines]
+    assert len(set(prompts)) == len(prompts)
+    assert all(row["chosen"] != row["rejected"] for row in rows["pairs"])
