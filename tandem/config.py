@@ -13,7 +13,7 @@ import inspect
 import math
 import textwrap
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, field, fields, is_dataclass, make_dataclass, replace
 from os.path import expanduser
 from pathlib import Path
@@ -32,6 +32,9 @@ PREFIXED = {"prefixed": True}
 """Metadata of a section whose keys carry its name: ``placement.actor``."""
 PATH = {"path": True}
 """Metadata of a key whose values are paths, or may be: a leading ``~`` stands for the home folder."""
+
+MAY_CHANGE = {"may_change": lambda config: ""}
+"""Metadata of a key that a resumed run may have another value of, since nothing that is computed depends on it."""
 
 _TYPES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", Path: "a path"}
 _CHOICES = {bool: {"true": True, "True": True, "yes": True, "false": False, "False": False, "no": False}}
@@ -84,6 +87,25 @@ def dump_config(config: Any) -> str:
         dumped = yaml.safe_dump(plain, sort_keys=False, default_flow_style=False, allow_unicode=True, width=10**9)
         lines += ["", f"# {title}", dumped.rstrip("\n")]
     return "\n".join(lines) + "\n"
+
+
+def may_change(unless: Callable[[Any], str]) -> dict[str, Any]:
+    """Metadata of a key as ``MAY_CHANGE``, but where ``unless(config)`` gives a reason against it."""
+    return {"may_change": unless}
+
+
+def changeable(config: Any) -> dict[str, str]:
+    """The keys of a config that may change when its run is resumed, each with the reason against it, or "" for none.
+
+    A key that says nothing about itself (``MAY_CHANGE``, ``may_change``) must stay as it was.
+    """
+    return {
+        _full_name(f, inner.name): inner.metadata["may_change"](config)
+        for f in fields(config)
+        if is_dataclass(section := getattr(config, f.name))
+        for inner in fields(section)
+        if "may_change" in inner.metadata
+    }
 
 
 def describe(config: Any) -> str:

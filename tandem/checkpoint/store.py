@@ -1,8 +1,9 @@
 """Checkpoints on disk: a folder each, whole or not there, whatever moment the process is killed at.
 
 ``step_00000010`` holds ``<part>.pt`` for every part (a trainer's state), ``state.json`` and,
-written last, ``manifest.json`` with the size and sha256 of each file. A folder is written, and deleted, under the
-name ``.partial-step_00000010``, which nothing reads; it changes its name in one rename, once all of it is on the disk.
+written last, ``manifest.json`` with the run it is of and the size and sha256 of each file. A folder is written, and
+deleted, under the name ``.partial-step_00000010``, which nothing reads; it changes its name in one rename, once all of
+it is on the disk.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 from tandem.errors import RunFailure, UserError
 
 FORMAT = "tandem-checkpoint"
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 STATE = "state.json"
 _NAME = re.compile(r"step_(\d{8,})")
@@ -63,12 +64,16 @@ class Checkpoint:
 class CheckpointStore:
     """The checkpoints of one run. Only one process may save at a time (the run folder's lock sees to that)."""
 
-    def __init__(self, folder: Path, *, keep: int) -> None:
-        """``keep`` newest checkpoints stay; 0 keeps all. Creates nothing."""
+    def __init__(self, folder: Path, *, keep: int, run: Mapping[str, Any] | None = None) -> None:
+        """``keep`` newest checkpoints stay; 0 keeps all. Creates nothing.
+
+        ``run`` is what tells the run from others (its id, method and seed): a checkpoint of another one is refused.
+        """
         if keep < 0:
             raise ValueError(f"keep={keep}: the number of checkpoints to keep, or 0 for all")
         self.folder = folder
         self.keep = keep
+        self.run = dict(run or {})
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of a step is, or would be."""
@@ -88,7 +93,7 @@ class CheckpointStore:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._clean()
-            _write_folder(self._aside(final, _PARTIAL), step, parts, state)
+            _write_folder(self._aside(final, _PARTIAL), {"step": step, "run": self.run}, parts, state)
             self._land(final)
             self._remove_old(step)
         except OSError as error:
@@ -98,8 +103,8 @@ class CheckpointStore:
     def latest(self) -> Checkpoint | None:
         """The newest checkpoint; None where there is none.
 
-        Raises UserError where it is truncated or corrupt, or something lies here that Tandem did not write. A save
-        that was killed leaves neither: what it leaves is passed over.
+        Raises UserError where it is truncated or corrupt, of another run, or something lies here that Tandem did not
+        write. A save that was killed leaves none of them: what it leaves is passed over.
         """
         if not self.folder.is_dir():
             return None
@@ -107,7 +112,7 @@ class CheckpointStore:
             if not path.name.startswith(".") and not _NAME.fullmatch(path.name):
                 raise UserError(f"{path}: not a checkpoint of Tandem's; move it out of {self.folder}")
         newest = max(self._checkpoints().items(), default=None)
-        return newest and _open(*newest)
+        return newest and _open(*newest, self.run)
 
     def _checkpoints(self) -> dict[int, Path]:
         """Step → folder. One that was being replaced stands in for its successor while that has no name yet."""
@@ -185,11 +190,13 @@ class _HashingFile:
         self.file.flush()
 
 
-def _write_folder(folder: Path, step: int, parts: Mapping[str, Mapping[str, Any]], state: Mapping[str, Any]) -> None:
+def _write_folder(
+    folder: Path, about: Mapping[str, Any], parts: Mapping[str, Mapping[str, Any]], state: Mapping[str, Any]
+) -> None:
     folder.mkdir()
     files = {f"{part}.pt": _write_torch(folder / f"{part}.pt", value) for part, value in parts.items()}
     files[STATE] = _write_json(folder / STATE, state)
-    _write_json(folder / MANIFEST, {"format": FORMAT, "version": VERSION, "step": step, "files": files})
+    _write_json(folder / MANIFEST, {"format": FORMAT, "version": VERSION, **about, "files": files})
     _sync_folder(folder)
 
 
@@ -239,9 +246,9 @@ def _require_plain(value: Any, where: str) -> None:
         raise TypeError(f"{where} is a {type(value).__name__}; a checkpoint holds tensors and plain values only")
 
 
-def _open(step: int, path: Path) -> Checkpoint:
+def _open(step: int, path: Path, run: Mapping[str, Any]) -> Checkpoint:
     """The checkpoint in a folder, once its manifest, its state and the sizes of all its files are as they should be."""
-    files = _read_manifest(step, path)
+    files = _read_manifest(step, path, run)
     for name, entry in files.items():
         file = path / name
         if not file.is_file():
@@ -252,7 +259,7 @@ def _open(step: int, path: Path) -> Checkpoint:
     return Checkpoint(step=step, path=path, state=_read_json(path / STATE), files=files)
 
 
-def _read_manifest(step: int, path: Path) -> dict[str, dict[str, Any]]:
+def _read_manifest(step: int, path: Path, run: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Size and sha256 of each file, by name."""
     file = path / MANIFEST
     manifest = _read_json(file)
@@ -269,6 +276,9 @@ def _read_manifest(step: int, path: Path) -> dict[str, dict[str, Any]]:
     )
     if not whole:
         raise UserError(f"{file}: does not describe step {step}; {_fall_back(path)}")
+    theirs = manifest.get("run") or {}
+    if others := [f"{name} {theirs.get(name)}, not {run[name]}" for name in run if theirs.get(name) != run[name]]:
+        raise UserError(f"{path}: a checkpoint of another run ({'; '.join(others)}); move it back to that run's folder")
     return manifest["files"]
 
 

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from tandem.cli.configs import OfflineConfig
+from tandem.cli.inputs import digest_inputs
 from tandem.cli.placing import Homes
 from tandem.cli.sections import EngineSection
 from tandem.cli.wiring import (
     check_out,
     describe_counts,
     evaluation_due,
-    finished_model,
     load_data,
     optim_params,
     print_plan,
@@ -75,8 +75,7 @@ def run_offline(config: OfflineConfig, method: OfflineMethod[Any]) -> Path | Non
 def _drive(
     config: OfflineConfig, method: OfflineMethod[Any], opening: AbstractContextManager[Homes | Ranks]
 ) -> Path | None:
-    check_out(config.run)
-    if model := finished_model(config, config.run):
+    if (model := check_out(config, method.title)) is not None:
         return model
     rows, eval_rows = load_data(config.data)
     tokenizer = load_tokenizer(config.model.model, trust_remote_code=config.model.trust_remote_code)
@@ -85,6 +84,8 @@ def _drive(
     held_out: Seq[Any] = ()
     if eval_rows is not None:
         held_out, _ = method.load_examples(eval_rows, tokenizer, limits)
+    inputs = digest_inputs({"data": rows, "eval_data": eval_rows}, models={"actor": config.model.model})
+    check_out(config, method.title, inputs)
     order = Order(len(examples), config.run.seed)
     with opening as homes:
         say(f"loading {config.model.model}")
@@ -107,7 +108,7 @@ def _drive(
             evaluate=evaluate,
         )
         with session(
-            config, config.run, {"model": trainer}, title=method.title, leads=method.leads, counts=counts
+            config, {"model": trainer}, title=method.title, leads=method.leads, counts=counts, inputs=inputs
         ) as started:
             Offline(steps=config.run.steps, batch_size=config.offline.batch_size).run(roles, started)
             return started.finish(trainer)

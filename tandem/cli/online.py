@@ -17,6 +17,7 @@ from tandem.cli.build import (
     scalar_trainer,
 )
 from tandem.cli.configs import CriticSection, OnlineConfig
+from tandem.cli.inputs import digest_inputs
 from tandem.cli.placing import Homes, Sampler
 from tandem.cli.wiring import (
     check_out,
@@ -46,11 +47,17 @@ from tandem.types import Group, Limits, Prompt, SamplingParams
 from tandem.workers.process import Build
 
 
+def run_online(config: OnlineConfig, algorithm: Algorithm, critic: CriticSection | None, title: str) -> Path | None:
+    """Trains and exports to ``<out>/model``, which is returned. None after a dry run."""
+    if (model := check_out(config, title)) is not None:
+        return model
+    return Online(config, algorithm, critic, title).run()
+
+
 class Online:
     """Everything an online run needs, loaded and checked in the order in which a mistake is cheapest to find."""
 
     def __init__(self, config: OnlineConfig, algorithm: Algorithm, critic: CriticSection | None, title: str) -> None:
-        check_out(config.run)
         self.config, self.algorithm, self.critic, self.title = config, algorithm, critic, title
         self._check_sampling()
         require_engine(config.engine)
@@ -62,7 +69,9 @@ class Online:
         self._check_tokenizers()
         self.prompts, self.counts = self._tokenize(rows)
         self.eval_prompts = self._tokenize(eval_rows)[0] if eval_rows is not None else []
-        functions: list[Reward] = [*self.judging.rewards()] if self.judging else []
+        functions = self.judging.rewards() if self.judging else []
+        self.inputs = digest_inputs({"data": rows, "eval_data": eval_rows}, functions, self._sources())
+        check_out(config, title, self.inputs)
         trained_on = len(config.reward.reward)
         self.functions, self.eval_rewards = functions[:trained_on], functions[trained_on:]
         self.sampling_params = SamplingParams(
@@ -75,7 +84,7 @@ class Online:
         )
 
     def run(self) -> Path | None:
-        """Trains and exports to ``<out>/model``, which is returned. None after a dry run."""
+        """Trains and exports. None after a dry run."""
         config = self.config
         with ExitStack() as stack:
             if self.judging is not None:
@@ -92,7 +101,14 @@ class Online:
                 config.sampling, seed=config.run.seed, vocabulary=len(self.tokenizer), others=models
             )
             started = stack.enter_context(
-                session(config, config.run, trainers, title=self.title, leads=self.algorithm.leads, counts=self.counts)
+                session(
+                    config,
+                    trainers,
+                    title=self.title,
+                    leads=self.algorithm.leads,
+                    counts=self.counts,
+                    inputs=self.inputs,
+                )
             )
             schedule = Sync(steps=config.run.steps, prompts_per_step=config.sampling.prompts_per_step)
             schedule.run(self._roles(models, sampler, homes), started)
@@ -200,7 +216,7 @@ class Online:
     def _rewards(self, models: dict[str, Any]) -> list[Reward]:
         source = self.config.reward.reward_model
         if source is None:
-            return self.functions
+            return list(self.functions)
         tokenizer = self._load_tokenizer(source)
         reads_ids = same_tokenizer(self.tokenizer, tokenizer)
         return [*self.functions, RewardModel(models["reward"], tokenizer, reads_ids=reads_ids)]

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from tandem.cli.configs import PPOConfig
-from tandem.cli.online import Online
-from tandem.cli.wiring import finished_model, tell_end
+from tandem.cli.online import run_online
+from tandem.cli.wiring import tell_end
 
 
 def train(config: PPOConfig) -> Path | None:
     """Trains and returns the folder of the trained model; None after a dry run."""
-    return finished_model(config, config.run) or Online(config, config.algorithm, config.critic, "PPO").run()
+    return run_online(config, config.algorithm, config.critic, "PPO")
 
 
 def run(config: PPOConfig) -> int:

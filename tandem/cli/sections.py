@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from tandem.config import ONE_START, PATH
+from tandem.config import MAY_CHANGE, ONE_START, PATH, may_change
 from tandem.errors import UserError, expect, needs
 
 
@@ -24,24 +24,31 @@ def _above_zero(value: Any) -> bool:
     return value > 0
 
 
+def _counts_to_the_last_step(config: Any) -> str:
+    schedule = config.optim.lr_schedule
+    return "" if schedule == "constant" else f"its {schedule} learning rate falls to 0 at the last step"
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunSection:
     """Where the run is written and how long it goes on."""
 
-    out: str = field(metadata=PATH)
+    out: str = field(metadata=PATH | MAY_CHANGE)
     """Folder of the run: its config, metrics, checkpoints and models."""
-    steps: int
+    steps: int = field(metadata=may_change(unless=_counts_to_the_last_step))
     """Optimizer steps (offline) or rounds of sampling and training (online) in all, those before a resume included."""
     seed: int = 0
     """Every random draw of the run is derived from it."""
-    save_every: str = "10m"
+    save_every: str = field(default="10m", metadata=MAY_CHANGE)
     """Time between checkpoints: '100' steps or '10m' minutes. The last step is saved too. '0': no checkpoint at all."""
-    keep: int = field(default=2, metadata=needs(("save_every",)))
+    keep: int = field(default=2, metadata=needs(("save_every",)) | MAY_CHANGE)
     """Checkpoints kept, newest first."""
-    rollouts_logged: int = field(default=8, metadata=needs(("part", "samples")))
+    rollouts_logged: int = field(default=8, metadata=needs(("part", "samples")) | MAY_CHANGE)
     """Samples written to rollouts.jsonl each step, in whole groups; as many held-out ones at an evaluation."""
     resume: bool = field(default=False, metadata=ONE_START)
     """Go on from the newest checkpoint in --out."""
+    accept_changed: tuple[Literal["data", "reward", "model"], ...] = field(default=(), metadata=ONE_START)
+    """With --resume: go on although the data, a reward function or a model folder has changed since the run began."""
     overwrite: bool = field(default=False, metadata=ONE_START)
     """Delete the run that --out already holds."""
     dry_run: bool = field(default=False, metadata=ONE_START)
@@ -55,6 +62,8 @@ class RunSection:
         expect(self, wanted, lambda value: bool(re.fullmatch(r"\d+m?", value)), "save_every")
         if self.resume and self.overwrite:
             raise UserError("overwrite: it deletes the run that resume would go on from; give one of the two")
+        if self.accept_changed and not self.resume:
+            raise UserError("accept_changed: only a run that is resumed can have changed inputs; add --resume")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +211,7 @@ ROLES = ("actor", "critic", "reference", "reward", "engine")
 class TrainerPlacement:
     """Which processes the trainer lives in, one process a GPU (or CPU)."""
 
-    actor: str = "here"
+    actor: str = field(default="here", metadata=MAY_CHANGE)
     """The trainer: 'here' (this process, no Ray), or the number of worker processes it is split over."""
 
     def __post_init__(self) -> None:
@@ -239,13 +248,13 @@ class TrainerPlacement:
 class PlacementSection(TrainerPlacement):
     """Which processes each role lives in, one process a GPU (or CPU)."""
 
-    critic: str = field(default="actor", metadata=needs(("part", "critic")))
+    critic: str = field(default="actor", metadata=needs(("part", "critic")) | MAY_CHANGE)
     """The critic's trainer: a number of workers of its own, or the role whose processes it shares."""
-    reference: str = field(default="actor", metadata=needs(("part", "reference")))
+    reference: str = field(default="actor", metadata=needs(("part", "reference")) | MAY_CHANGE)
     """The frozen reference: a number, or the role whose processes it shares."""
-    reward: str = field(default="actor", metadata=needs(("part", "reward model")))
+    reward: str = field(default="actor", metadata=needs(("part", "reward model")) | MAY_CHANGE)
     """The reward model: a number, or the role whose processes it shares."""
-    engine: str = "actor"
+    engine: str = field(default="actor", metadata=MAY_CHANGE)
     """The sampler: 'actor' takes turns on the actor's devices (shared), a number is so many engines apart (split)."""
 
 
@@ -307,9 +316,9 @@ class EngineSection:
 class ClusterSection:
     """The Ray cluster that workers live on, where there are any."""
 
-    address: str | None = field(default=None, metadata=needs(("part", "workers")))
+    address: str | None = field(default=None, metadata=needs(("part", "workers")) | MAY_CHANGE)
     """HOST:PORT of a running cluster, or 'auto' for this machine's. None: one is started here for the run."""
-    deadline: float = field(default=1800.0, metadata=needs(("part", "workers")))
+    deadline: float = field(default=1800.0, metadata=needs(("part", "workers")) | MAY_CHANGE)
     """Longest time, in seconds, that one call to a worker may take before the run ends and says who did not answer."""
 
     def __post_init__(self) -> None:

@@ -9,30 +9,23 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import ExitStack, contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from tandem.checkpoint.saver import SaveEvery
 from tandem.checkpoint.store import CheckpointStore
-from tandem.cli.sections import ROLES, ClusterSection, DataSection, OptimSection, RunSection
-from tandem.config import describe, dump_config
+from tandem.cli.sections import DataSection, OptimSection, RunSection
+from tandem.config import changeable, describe, dump_config
 from tandem.data.rows import Rows, load_rows
+from tandem.errors import UserError
 from tandem.roles import Trainer
-from tandem.runs.folder import CONFIG, RunFolder, require_same_config
+from tandem.runs.folder import RunFolder, did_nothing
+from tandem.runs.identity import IDENTITY, Inputs, Start, read_identity
 from tandem.runs.lines import read_metrics
 from tandem.runs.progress import Progress, format_number, say
 from tandem.runs.table import print_table
 from tandem.schedules.session import Session
 from tandem.training.optim import OptimParams
-
-MAY_CHANGE = {
-    *("out", "steps", "save_every", "keep", "rollouts_logged"),
-    *(f"placement.{role}" for role in ROLES),
-    *(f"cluster.{key.name}" for key in fields(ClusterSection)),
-}
-"""Keys that may differ between a run and its resumption: none of them changes what is computed."""
-
 
 ALWAYS = ("grad_norm", "seconds", "tokens_per_second")
 """The last 3 metrics that the display shows, whatever the method."""
@@ -72,17 +65,38 @@ def load_data(section: DataSection) -> tuple[Rows, Rows | None]:
     return rows, load_rows(section.eval_data, split=section.eval_split) if section.eval_data else None
 
 
-def check_out(run: RunSection) -> None:
-    """Refuses an ``--out`` that cannot be used, before anything slow is loaded. Creates nothing."""
-    RunFolder.check(Path(run.out), resume=run.resume, overwrite=run.overwrite)
+def run_start(config: Any, method: str, inputs: Inputs | None = None) -> Start:
+    """What a command would begin in its run folder, or go on with. ``inputs``: None where nothing is read yet."""
+    run = config.run
+    return Start(
+        method=method,
+        seed=run.seed,
+        config=dump_config(config),
+        changeable=changeable(config),
+        inputs=inputs,
+        accepted=run.accept_changed,
+        resume=run.resume,
+        overwrite=run.overwrite,
+    )
 
 
-def finished_model(config: Any, run: RunSection) -> Path | None:
-    """The model of a run that ``--resume`` finds at its last step already. Raises UserError where it is another run."""
-    out = Path(run.out)
-    if not run.resume or RunFolder.finished(out) != run.steps:
+def check_out(config: Any, method: str, inputs: Inputs | None = None) -> Path | None:
+    """Refuses an ``--out`` that cannot be used, and a run that cannot be resumed, before anything slow is loaded.
+
+    Creates nothing. Returns the model of a run that has done all its steps: nothing of it is to be done again.
+    """
+    run, out = config.run, Path(config.run.out)
+    RunFolder.check(out, run_start(config, method, inputs))
+    if not run.resume or not (out / IDENTITY).exists() or did_nothing(out):
         return None
-    require_same_config(out / CONFIG, dump_config(config), MAY_CHANGE)
+    identity = {name: value for name, value in read_identity(out).items() if name != "inputs"}
+    checkpoint = CheckpointStore(out / "checkpoints", keep=run.keep, run=identity).latest()
+    finished = RunFolder.finished(out)
+    done = max(checkpoint.step if checkpoint else 0, finished or 0)
+    if done > run.steps:
+        raise UserError(f"steps: {run.steps}, and the run in {out} has done {done} already; give more than {done}")
+    if finished != run.steps or run.dry_run:
+        return None
     say(f"{out}: all {run.steps} steps are done, nothing is left to resume")
     return out / "model"
 
@@ -110,24 +124,23 @@ def following(name: str, out: Path, **flags: Any) -> str:
 @contextmanager
 def session(
     config: Any,
-    run: RunSection,
     trainers: Mapping[str, Trainer],
     *,
     title: str,
     leads: Seq[str],
     counts: Mapping[str, int],
+    inputs: Inputs,
 ) -> Iterator[Session]:
     """The run folder, open; its config written; the display on; what is loaded out of the garbage collector's way.
 
     The display shows the metrics ``leads``, and those that every schedule writes.
     Called once everything the run needs is loaded and valid, so that a wrong input never leaves a half-made folder.
     """
-    folder = RunFolder.open(
-        Path(run.out), config=dump_config(config), resume=run.resume, overwrite=run.overwrite, ignore=MAY_CHANGE
-    )
+    run = config.run
+    folder = RunFolder.open(Path(run.out), run_start(config, title, inputs))
     with folder:
         folder.event("start", title=title, **counts)
-        store = CheckpointStore(folder.checkpoints, keep=run.keep)
+        store = CheckpointStore(folder.checkpoints, keep=run.keep, run=folder.identity)
         checkpoint = store.latest()
         with (
             standing_objects(),
@@ -135,6 +148,14 @@ def session(
                 title, total=run.steps, start=checkpoint.step if checkpoint else 0, leads=(*leads, *ALWAYS)
             ) as progress,
         ):
+            if folder.replaced:
+                progress.note(f"{run.out}: in place of a run that had done no step")
+            elif run.resume and checkpoint is None:
+                progress.note(f"{run.out}: no checkpoint to resume from; the run begins with step 1")
+            if "steps" in folder.changed:
+                before, now = folder.changed["steps"]
+                share = ", and so was the warmup, a share of them" if 0 < config.optim.warmup_steps < 1 else ""
+                progress.note(f"steps: {now} now; what is done was done for {before}{share}")
             if counts["kept"] < counts["rows"] or counts["truncated"]:
                 progress.note(f"data: {describe_counts(counts)}")
             yield Session(

@@ -8,11 +8,13 @@ sample; ``columns`` are the dataset's other fields. The function names what it w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from tandem.errors import RunFailure, UserError
 from tandem.rewards.calling import Fault, LocalFunction, Scores, Wants
-from tandem.rewards.loading import import_function, shortened
+from tandem.rewards.loading import import_function, imported_module, shortened
+from tandem.rewards.sources import source_files
 from tandem.roles import RewardBatch
 from tandem.seeds import derive_seed
 
@@ -36,7 +38,9 @@ def load_reward(source: str) -> FunctionReward:
 
     Raises UserError where it cannot be imported: see ``tandem.rewards.loading``.
     """
-    return FunctionReward(import_function(source), name=reward_name(source))
+    function = import_function(source)
+    files = source_files(imported_module(source))
+    return FunctionReward(function, name=reward_name(source), source=source, files=files)
 
 
 def reward_name(source: str) -> str:
@@ -47,10 +51,19 @@ def reward_name(source: str) -> str:
 class FunctionReward:
     """Calls ``function``, here or where it lives, and names the sample where that fails.
 
-    ``name`` is the function's, unless given.
+    ``name`` is the function's, unless given. ``source`` is what it was loaded by, ``files`` what it is made of
+    (``tandem.rewards.sources``).
     """
 
-    def __init__(self, function: Callable[..., Any] | Judging, *, name: str | None = None) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Any] | Judging,
+        *,
+        name: str | None = None,
+        source: str = "",
+        files: Mapping[str, Path] | None = None,
+    ) -> None:
+        self.source, self.files = source, dict(files or {})
         self.name = str(name or getattr(function, "__name__", type(function).__name__))
         self._judging: Judging = function if isinstance(function, Judging) else LocalFunction(function)
 

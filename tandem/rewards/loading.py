@@ -44,6 +44,12 @@ def import_function(source: str) -> Callable[..., Any]:
     return function
 
 
+def imported_module(source: str) -> ModuleType:
+    """The module that ``import_function`` has imported for a source."""
+    place = source.rpartition(":")[0]
+    return sys.modules[_module_name(Path(place).expanduser().resolve()) if place.endswith(".py") else place]
+
+
 def shortened(text: str, limit: int = 100) -> str:
     """The text, or its two ends with … between them."""
     return text if len(text) <= limit else f"{text[: limit // 2]} … {text[-limit // 2 :]}"
@@ -55,11 +61,15 @@ def one_line(error: BaseException) -> str:
     return shortened(f"{type(error).__name__}: {message}" if message else type(error).__name__, 300)
 
 
+def _module_name(path: Path) -> str:
+    return f"tandem_reward_{path.stem}_{hashlib.blake2b(str(path).encode(), digest_size=4).hexdigest()}"
+
+
 def _load_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise UserError(f"{path}: no such file (the reward function's)")
     path = path.resolve()
-    name = f"tandem_reward_{path.stem}_{hashlib.blake2b(str(path).encode(), digest_size=4).hexdigest()}"
+    name = _module_name(path)
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise UserError(f"{path}: not importable as Python")

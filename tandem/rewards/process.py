@@ -89,8 +89,9 @@ class RewardProcess:
         if isinstance(answer, str):
             raise UserError(answer)
         return [
-            FunctionReward(RemoteFunction(self, i, wants, reward_name(source)), name=reward_name(source))
-            for i, (source, wants) in enumerate(zip(self.sources, answer, strict=True))
+            FunctionReward(RemoteFunction(self, i, wants, name), name=name, source=source, files=files)
+            for i, (source, (wants, files)) in enumerate(zip(self.sources, answer, strict=True))
+            for name in [reward_name(source)]
         ]
 
     def call(self, name: str, wants: Wants, message: tuple[Any, ...], end: float) -> Scores:

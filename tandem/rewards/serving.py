@@ -13,7 +13,8 @@ from typing import Any
 
 from tandem.errors import UserError
 from tandem.rewards.calling import Fault, LocalFunction
-from tandem.rewards.loading import import_function
+from tandem.rewards.loading import import_function, imported_module
+from tandem.rewards.sources import source_files
 
 _LENGTH = 8
 """Bytes in front of a message that say how long it is."""
@@ -57,11 +58,13 @@ def serve(connection_fd: int, lifeline: int, trace: int) -> None:
     os.register_at_fork(after_in_child=faulthandler.disable)
     with contextlib.suppress(EOFError, ConnectionError):  # the end, wherever it is noticed
         try:
-            functions = [LocalFunction(import_function(source)) for source in receive(connection)]
+            sources = receive(connection)
+            functions = [LocalFunction(import_function(source)) for source in sources]
         except UserError as error:
             send(connection, str(error))
             return
-        send(connection, [function.wants for function in functions])
+        files = [source_files(imported_module(source)) for source in sources]
+        send(connection, [(function.wants, its) for function, its in zip(functions, files, strict=True)])
         while True:
             index, arguments, samples, seed = receive(connection)
             try:

@@ -1,6 +1,7 @@
 """The folder of a run: its resolved config, metrics, samples, events, checkpoints and models.
 
-``config.yaml`` and ``.tandem-run`` (which is also the lock) are what a run is recognised by.
+``config.yaml`` and ``.tandem-run`` (which is also the lock) are what a run is recognised by; ``run.json`` says which
+run it is.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -16,18 +17,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import yaml
-
 from tandem.errors import UserError
+from tandem.runs.identity import CONFIG, IDENTITY, Start, changed_keys, read_identity, require_same_run
 from tandem.runs.lines import append_line, keep_until, read_lines, write_aside
 from tandem.runs.lock import FolderLock
 from tandem.types import Group, Rollout
 
 MARKER = ".tandem-run"
-CONFIG = "config.yaml"
-CONTENTS = ("metrics.jsonl", "rollouts.jsonl", "events.jsonl", "checkpoints", "model")
-"""What a run writes beside its marker and config; ``overwrite`` removes these and nothing else."""
-_CONFIG_PARTIAL = f".{CONFIG}-partial"
+EVENTS = "events.jsonl"
+CONTENTS = ("metrics.jsonl", "rollouts.jsonl", EVENTS, "checkpoints", "model")
+"""What a run writes beside its marker, config and identity; ``overwrite`` removes these and nothing else."""
+_BEGINNING = (IDENTITY, f".{IDENTITY}-partial", f".{CONFIG}-partial")
+"""What is there before the config, which makes a folder a run's, is."""
 
 
 class RunFolder:
@@ -39,22 +40,30 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
         self.rollouts = path / "rollouts.jsonl"
-        self.events = path / "events.jsonl"
+        self.events = path / EVENTS
+        self.identity: dict[str, Any] = {}
+        """Id, method and seed of the run, which its checkpoints carry too."""
+        self.replaced = False
+        """Whether the files of a run that had done no step were here."""
+        self.changed: dict[str, tuple[Any, Any]] = {}
+        """Keys that a resumed run has other values of: before, and now."""
         self._lock = lock
 
     @staticmethod
-    def check(out: Path, *, resume: bool = False, overwrite: bool = False) -> None:
+    def check(out: Path, start: Start) -> None:
         """Raises UserError where ``open`` would refuse the folder. Creates nothing."""
         ancestor = next(path for path in (out, *out.absolute().parents) if path.exists())
         if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
             raise UserError(f"{out}: cannot be written: {ancestor} is not a folder that this user may write in")
         if ancestor != out:
             return
-        names = {path.name for path in out.iterdir()}
-        if {MARKER, CONFIG} <= names:
-            if not resume and not overwrite:
+        if _holds_a_run(out):
+            if start.overwrite or did_nothing(out):
+                return
+            if not start.resume:
                 raise UserError(f"{out}: already holds a run; go on with --resume, delete it with --overwrite")
-        elif others := sorted(names - {MARKER, _CONFIG_PARTIAL}):
+            require_same_run(out, start)
+        elif others := sorted({path.name for path in out.iterdir()} - {MARKER, *_BEGINNING}):
             raise UserError(
                 f"{out}: holds {others[0]!r} but no run of Tandem's; give an empty or a new folder as --out"
             )
@@ -62,43 +71,64 @@ class RunFolder:
     @staticmethod
     def finished(out: Path) -> int | None:
         """The steps after which the run there was finished and its model written; None where it was not."""
-        ends = [e for e in read_lines(out / "events.jsonl") if e.get("event") in ("start", "finish")]
+        ends = [e for e in read_lines(out / EVENTS) if e.get("event") in ("start", "finish")]
         if not ends or ends[-1]["event"] != "finish" or not (out / "model").is_dir():
             return None
         return ends[-1].get("step")
 
     @classmethod
-    def open(
-        cls,
-        out: Path,
-        *,
-        config: str,
-        resume: bool = False,
-        overwrite: bool = False,
-        ignore: Collection[str] = (),
-    ) -> RunFolder:
-        """Takes the folder for this process and writes ``config``, the resolved config as YAML, into it.
+    def open(cls, out: Path, start: Start) -> RunFolder:
+        """Takes the folder for this process and writes the config and the run's identity into it.
 
-        A folder that is absent or empty starts a run, with ``resume`` too. ``overwrite`` removes the run that is
-        there. ``resume`` keeps it, and its config must be the given one but for the keys in ``ignore``. Raises
-        UserError where the folder holds a run and neither is given, holds something else, belongs to another
-        process, has another config, or cannot be written.
+        A folder that is absent, empty, or holds a run that has done no step begins a run, whether it is to be resumed
+        or not; the events of such a run stay. ``overwrite`` removes the run that is there. ``resume`` keeps it if it
+        is the same (``require_same_run``), and notes changed inputs that are accepted. Raises UserError where the
+        folder holds a run and neither is given, holds something else, belongs to another process, has another run, or
+        cannot be written.
         """
-        cls.check(out, resume=resume, overwrite=overwrite)
+        cls.check(out, start)
         try:
             with _made(out), _locked(out) as lock:
                 # Once more, now that nobody else can start here in between.
-                cls.check(out, resume=resume, overwrite=overwrite)
+                cls.check(out, start)
                 run = cls(out, lock)
-                if overwrite:
-                    run._remove_contents()
-                elif (out / CONFIG).exists():
-                    require_same_config(out / CONFIG, config, ignore)
-                    keep_until(run.events)
-                write_aside(out / CONFIG, config)
+                there = _holds_a_run(out)
+                run.replaced = there and not start.overwrite and did_nothing(out)
+                goes_on = there and not start.overwrite and not run.replaced
+                run._go_on(start) if goes_on else run._begin(start)
+                write_aside(out / CONFIG, start.config)
         except OSError as error:
             raise UserError(f"{error.filename or out}: cannot be written: {error.strerror}") from error
         return run
+
+    def _begin(self, start: Start) -> None:
+        # The config goes last (it is replaced), so that a run half removed is still known as one.
+        for name in CONTENTS:
+            if name == EVENTS and self.replaced:
+                continue
+            path, aside = self.path / name, self.path / f".{name}-partial"
+            for found in (path, aside):
+                if found.is_dir() and not found.is_symlink():
+                    shutil.rmtree(found)
+                else:
+                    found.unlink(missing_ok=True)
+        keep_until(self.events)
+        self._identify(start.new_identity())
+
+    def _go_on(self, start: Start) -> None:
+        changed = require_same_run(self.path, start)
+        keep_until(self.events)
+        self.changed = changed_keys(self.path, start)
+        if self.changed:
+            self.event("config", changed=self.changed)
+        for kind, names in changed.items():
+            self.event("accept_changed", what=kind, changed=names)
+        identity = read_identity(self.path)
+        self._identify(identity | {"inputs": {**identity["inputs"], **(start.inputs or {})}})
+
+    def _identify(self, identity: Mapping[str, Any]) -> None:
+        write_aside(self.path / IDENTITY, json.dumps(identity, indent=1) + "\n")
+        self.identity = {name: identity[name] for name in ("id", "method", "seed")}
 
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Adds a line to ``metrics.jsonl``."""
@@ -144,15 +174,17 @@ class RunFolder:
                 self.event("stop", reason="error", message=f"{type(error).__name__}: {error}")
         self.close()
 
-    def _remove_contents(self) -> None:
-        # The config goes last (it is replaced), so that a run half removed is still known as one.
-        for name in CONTENTS:
-            path, aside = self.path / name, self.path / f".{name}-partial"
-            for found in (path, aside):
-                if found.is_dir() and not found.is_symlink():
-                    shutil.rmtree(found)
-                else:
-                    found.unlink(missing_ok=True)
+
+def did_nothing(out: Path) -> bool:
+    """Whether the run in a folder has done no step: nothing of it is lost where another takes its place."""
+    saved = {path.name for path in (out / "checkpoints").glob("[!.]*")} - {"step_00000000"}
+    if saved or (out / "model").exists():
+        return False
+    return not any(line.get("step", 0) > 0 for line in read_lines(out / "metrics.jsonl"))
+
+
+def _holds_a_run(out: Path) -> bool:
+    return (out / MARKER).exists() and (out / CONFIG).exists()
 
 
 @contextmanager
@@ -177,34 +209,11 @@ def _locked(out: Path) -> Iterator[FolderLock]:
         yield lock
     except BaseException:
         if not (out / CONFIG).exists():
-            (out / _CONFIG_PARTIAL).unlink(missing_ok=True)
+            for name in _BEGINNING:
+                (out / name).unlink(missing_ok=True)
             (out / MARKER).unlink(missing_ok=True)
         lock.release()
         raise
-
-
-def require_same_config(path: Path, config: str, ignore: Collection[str]) -> None:
-    """Raises UserError naming every key, and both its values, in which the stored config differs from the given."""
-    try:
-        stored = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        stored.keys()
-    except (yaml.YAMLError, UnicodeDecodeError, AttributeError):
-        raise UserError(f"{path}: not the config of a run any more; start again with --overwrite") from None
-    given = yaml.safe_load(config) or {}
-    differing = [
-        f"{key} ({_show(stored, key)} there, {_show(given, key)} now)"
-        for key in dict.fromkeys([*stored, *given])
-        if key not in ignore and (key in stored, stored.get(key)) != (key in given, given.get(key))
-    ]
-    if differing:
-        raise UserError(
-            f"{path}: cannot resume with another config: {', '.join(differing)}; resume with --config {path}, "
-            "or start again with another --out"
-        )
-
-
-def _show(config: Mapping[str, Any], key: str) -> str:
-    return json.dumps(config[key], default=str) if key in config else "absent"
 
 
 def _describe(group: Group) -> dict[str, Any]:

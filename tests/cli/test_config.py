@@ -21,7 +21,7 @@ from tandem.cli.sections import (
     RunSection,
     SamplingSection,
 )
-from tandem.config import PREFIXED, describe, dump_config, for_tyro, load_config
+from tandem.config import PREFIXED, changeable, describe, dump_config, for_tyro, load_config
 from tandem.errors import UserError
 
 
@@ -330,9 +330,15 @@ def test_the_dump_is_flat_yaml_of_every_key_but_those_of_one_start():
         if is_dataclass(section := getattr(config, f.name)):
             prefix = "engine." if f.name == "engine" else ""
             names |= {prefix + key.name for key in fields(section)}
-    assert set(yaml.safe_load(text)) == names - {"resume", "overwrite", "dry_run"}
+    assert set(yaml.safe_load(text)) == names - {"resume", "accept_changed", "overwrite", "dry_run"}
     assert text.startswith("# The resolved config")
     assert "\n# optim\n" in text
+
+
+def test_a_key_that_does_not_say_so_must_stay_as_it_was():
+    assert set(changeable(load())) == {"out", "steps", "save_every", "keep", "rollouts_logged"}
+    assert not any(changeable(load()).values())
+    assert "linear" in changeable(load("--lr-schedule", "linear"))["steps"]
 
 
 def test_describe_groups_by_section():

@@ -119,16 +119,3 @@ def test_another_seed_gives_other_numbers(inputs):
         code, output = run(inputs, [*argv, "--out", f"seed-{seed}"])
         assert code == 0, output
     assert metrics(inputs / "seed-3") != metrics(inputs / "seed-4")
-
-
-def test_resume_with_another_config_is_refused_and_more_steps_are_not(inputs):
-    argv = [*arguments("sft"), "--out", "longer", "--save-every", "1"]
-    assert run(inputs, [*argv, "--steps", "2"])[0] == 0
-    other = [*argv, "--steps", "2", "--resume"]
-    other[other.index("--batch-size") + 1] = "9"
-    code, output = run(inputs, other)
-    assert code == 2
-    assert "batch_size (7 there, 9 now)" in output
-    code, output = run(inputs, [*argv, "--steps", "3", "--resume"])
-    assert code == 0, output
-    assert [line["step"] for line in metrics(inputs / "longer")] == [0, 1, 2, 3]

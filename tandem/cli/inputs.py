@@ -1,0 +1,89 @@
+"""Digests of what a run reads (rows, reward functions, models), by which a resumed run knows that they have changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from transformers.utils import cached_file
+
+from tandem.data.rows import Rows
+from tandem.errors import UserError
+from tandem.models.folder import located
+from tandem.rewards.function import FunctionReward
+from tandem.runs.identity import Inputs
+
+MODEL_FILES = (".json", ".jinja", ".txt", ".model", ".py", ".safetensors", ".bin")
+"""Files of a model folder that are read, or may be."""
+READ_WHOLE = 1 << 28
+"""Bytes (256 MiB) up to which a file is read whole; of a larger one, ``SAMPLES`` blocks of ``BLOCK`` bytes are."""
+SAMPLES, BLOCK = 256, 1 << 16
+
+
+def digest_inputs(
+    rows: Mapping[str, Rows | None], rewards: Iterable[FunctionReward] = (), models: Mapping[str, str] | None = None
+) -> Inputs:
+    """Digests by kind and name. ``rows`` by key (``data``, ``eval_data``), ``models``: folder or hub name by role.
+
+    Rows are taken as they were read, in their order, so that a change of a file's layout alone is none. A reward is
+    its file and the modules from the same folder that it uses; what it reads or imports when it is called is not seen.
+    """
+    return {
+        "data": {f"{key} {one.source}": digest_rows(one) for key, one in rows.items() if one is not None},
+        "reward": {
+            f"reward {reward.source}" + (f": {name}" if name else ""): digest_file(path)
+            for reward in rewards
+            for name, path in reward.files.items()
+        },
+        "model": {
+            f"model {source}" + (f": {name}" if name else ""): digest
+            for source in dict.fromkeys((models or {}).values())
+            for name, digest in digest_model(source).items()
+        },
+    }
+
+
+def digest_rows(rows: Rows) -> str:
+    """Of the content of all rows, in order."""
+    found = hashlib.blake2b(digest_size=16)
+    for row in rows:
+        found.update(json.dumps(row, default=str, ensure_ascii=False).encode(errors="surrogatepass") + b"\n")
+    return f"{len(rows)} rows {found.hexdigest()}"
+
+
+def digest_model(source: str) -> dict[str, str]:
+    """Of each file of a model's folder; of a model on the hub, the commit that is in the cache."""
+    folder = Path(located(source))
+    if not folder.is_dir():
+        return {"": f"commit {Path(str(cached_file(source, 'config.json'))).parent.name}"}
+    files = sorted(path for path in folder.iterdir() if path.suffix in MODEL_FILES and path.is_file())
+    return {path.name: digest_file(path) for path in files}
+
+
+def digest_file(path: Path) -> str:
+    """Of a file's size and content.
+
+    Of one above ``READ_WHOLE`` (weights: to read all of them would take as long as to load them) blocks at even
+    distances are read, both ends included. Training changes every tensor, and so some of them; a change of a few
+    numbers between them is not seen. Raises UserError where it cannot be read.
+    """
+    try:
+        return _digest_file(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _digest_file(path: Path) -> str:
+    size = path.stat().st_size
+    found = hashlib.blake2b(str(size).encode(), digest_size=16)
+    with path.open("rb") as file:
+        if size <= READ_WHOLE:
+            while block := file.read(1 << 20):
+                found.update(block)
+        else:
+            for sample in range(SAMPLES):
+                file.seek((size - BLOCK) * sample // (SAMPLES - 1))
+                found.update(file.read(BLOCK))
+    return found.hexdigest()

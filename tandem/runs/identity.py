@@ -1,0 +1,126 @@
+"""Which run a folder holds: its id, method and seed, its config, and digests of what it reads.
+
+``run.json`` keeps what ``config.yaml`` does not say. A resumed run must be the one that began, so each of them is
+compared, and what differs is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tandem.errors import UserError
+
+CONFIG = "config.yaml"
+IDENTITY = "run.json"
+Inputs = Mapping[str, Mapping[str, str]]
+"""Kind (``data``, ``reward``, ``model``) → name → digest of the content."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What a command would begin in a run folder, or go on with."""
+
+    method: str
+    seed: int
+    config: str
+    """Resolved, as YAML."""
+    changeable: Mapping[str, str] = field(default_factory=dict)
+    """Keys of the config that may differ from the stored one, each with the reason against it, or ""."""
+    inputs: Inputs | None = None
+    """None where they have not been read yet: they are not compared then."""
+    accepted: Collection[str] = ()
+    """Kinds of input that may have changed."""
+    resume: bool = False
+    overwrite: bool = False
+
+    def new_identity(self) -> dict[str, Any]:
+        """Of a run that begins now."""
+        return {"id": uuid.uuid4().hex, "method": self.method, "seed": self.seed, "inputs": self.inputs}
+
+
+def read_identity(folder: Path) -> dict[str, Any]:
+    """What ``run.json`` holds. Raises UserError where it is missing or damaged."""
+    path = folder / IDENTITY
+    try:
+        identity = json.loads(path.read_bytes())
+        return {name: identity[name] for name in ("id", "method", "seed", "inputs")}
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: is missing, so nobody knows which run this is; start again with --overwrite"
+        ) from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: not the identity of a run any more; start again with --overwrite") from None
+
+
+def require_same_run(folder: Path, start: Start) -> dict[str, list[str]]:
+    """Raises UserError where the folder's run is not the one that ``start`` goes on with; everything is named.
+
+    Returns the inputs that have changed, by kind, all of which ``start`` accepts.
+    """
+    identity = read_identity(folder)
+    if identity["method"] != start.method:
+        raise UserError(f"{folder}: holds a run of {identity['method']}, not of {start.method}; give another --out")
+    _require_same_config(folder, start)
+    changed = _changed(identity["inputs"], start.inputs) if start.inputs is not None else {}
+    if refused := [kind for kind in changed if kind not in start.accepted]:
+        names = [name for kind in refused for name in changed[kind]]
+        raise UserError(
+            f"{folder}: {', '.join(names)} {'has' if len(names) == 1 else 'have'} changed since the run began; undo "
+            f"that, or go on with --accept-changed {' '.join(sorted({*refused, *start.accepted}))}"
+        )
+    return changed
+
+
+def _changed(stored: Inputs, given: Inputs) -> dict[str, list[str]]:
+    """Names whose digests differ, or that only one side has, by kind; kinds without any are left out."""
+    changed = {}
+    for kind in given:
+        then, now = stored.get(kind, {}), given[kind]
+        if names := [name for name in dict.fromkeys([*then, *now]) if then.get(name) != now.get(name)]:
+            changed[kind] = names
+    return changed
+
+
+def changed_keys(folder: Path, start: Start) -> dict[str, tuple[Any, Any]]:
+    """Keys of the config that differ, with the value that the folder's run has and that of ``start``; None for none.
+
+    Raises UserError where the stored config cannot be read.
+    """
+    path = folder / CONFIG
+    try:
+        stored = dict(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError):
+        raise UserError(f"{path}: not the config of a run any more; start again with --overwrite") from None
+    given = yaml.safe_load(start.config) or {}
+    return {
+        key: (stored.get(key), given.get(key))
+        for key in dict.fromkeys([*stored, *given])
+        if (key in stored, stored.get(key)) != (key in given, given.get(key))
+    }
+
+
+def _require_same_config(folder: Path, start: Start) -> None:
+    """Raises UserError naming every key, and both its values, that differs and may not."""
+    described = [
+        f"{key} ({json.dumps(then, default=str)} there, {json.dumps(now, default=str)} now"
+        f"{_because(start.changeable.get(key))})"
+        for key, (then, now) in changed_keys(folder, start).items()
+        if start.changeable.get(key) != ""
+    ]
+    if described:
+        path = folder / CONFIG
+        raise UserError(
+            f"{path}: cannot resume with another config: {', '.join(described)}; resume with --config {path}, "
+            "or start again with another --out"
+        )
+
+
+def _because(reason: str | None) -> str:
+    return f": {reason}" if reason else ""
