@@ -35,44 +35,54 @@ def objective(pi):
     return (pi @ (REWARD - BETA * (pi.log() - REFERENCE))).item()
 
 
+def one_group(completions, rewards):
+    """A group with one rollout for each completion, after a prompt of one token."""
+    rollouts = [
+        Rollout(
+            prompt_id="p", sample_index=i, token_ids=[0, *ids], prompt_length=1, trainable=[False] + [True] * len(ids),
+            behaviour_logp=[0.0] * (1 + len(ids)), untruncated_logp=[0.0] * (1 + len(ids)), stop="eos", reward=reward,
+        )
+        for i, (ids, reward) in enumerate(zip(completions, rewards.tolist(), strict=True))
+    ]  # fmt: skip
+    return [Group(prompt=Prompt(prompt_id="p", prompt="", token_ids=(0,)), rollouts=rollouts)]
+
+
+def expected_loss(algorithm, groups, logp_SL, reference_SL):
+    """Over every completion, weighted by its probability: the expectation over samples of the policy.
+
+    A group's mean over these is another baseline than over samples, which changes no expectation.
+    """
+
+    def packed(x_SL):
+        return torch.cat([torch.zeros_like(x_SL[:, :1]), x_SL], 1).flatten()
+
+    batch = pack_rollouts(groups[0].rollouts)
+    batch = replace(
+        batch,
+        old_logp_T=packed(logp_SL.detach()),
+        reference_logp_T=packed(reference_SL),
+        old_value_T=torch.zeros(batch.tokens, dtype=torch.float64),
+        reward_S=torch.tensor(groups[0].rewards, dtype=torch.float64),
+    )
+    batch = algorithm.estimate(groups, batch, algorithm.initial_state()).batch
+    loss_T = algorithm.loss(Outputs(logp_T=packed(logp_SL)), batch).loss_T
+    probability_S1 = logp_SL.detach().sum(1, keepdim=True).exp()
+    return (loss_T * packed(probability_S1.expand_as(logp_SL))).sum()
+
+
 def trained(algorithm, steps=250):
     """The policy that a table of 13 logits ends at.
 
-    Each step sees every token once, weighted by its probability: the expectation over samples of the policy. A group's
-    mean over these is another baseline than over samples, which changes no expectation. The steps are those of the
-    natural gradient, so that rare tokens do not take ever longer, and their size falls to 0.
+    The steps are those of the natural gradient, so that rare tokens do not take ever longer, and their size falls to 0.
     """
-    rollouts = [
-        Rollout(
-            prompt_id="p", sample_index=v, token_ids=[0, v], prompt_length=1, trainable=[False, True],
-            behaviour_logp=[0.0, 0.0], untruncated_logp=[0.0, 0.0], stop="eos", reward=r,
-        )
-        for v, r in enumerate(REWARD.tolist())
-    ]  # fmt: skip
-    groups = [Group(prompt=Prompt(prompt_id="p", prompt="", token_ids=(0,)), rollouts=rollouts)]
-    packed = pack_rollouts(rollouts)
+    groups = one_group([[v] for v in range(13)], REWARD)
     theta = REFERENCE.clone().requires_grad_()
-    state = algorithm.initial_state()
-
-    def at_tokens(x_V):
-        return torch.stack([torch.zeros_like(x_V), x_V], 1).flatten()
-
     for step in range(steps):
         logp_V = theta.log_softmax(0)
-        batch = replace(
-            packed,
-            old_logp_T=at_tokens(logp_V.detach()),
-            reference_logp_T=at_tokens(REFERENCE),
-            old_value_T=torch.zeros(26, dtype=torch.float64),
-            reward_S=REWARD,
-        )
-        estimate = algorithm.estimate(groups, batch, state)
-        batch, state = estimate.batch, estimate.state
-        loss_T = algorithm.loss(Outputs(logp_T=at_tokens(logp_V)), batch).loss_T
-        probability_V = logp_V.detach().exp()
-        (gradient,) = torch.autograd.grad((loss_T * at_tokens(probability_V)).sum(), theta)
+        loss = expected_loss(algorithm, groups, logp_V[:, None], REFERENCE[:, None])
+        (gradient,) = torch.autograd.grad(loss, theta)
         with torch.no_grad():
-            theta -= 0.6 * (1 - step / steps) * gradient / probability_V
+            theta -= 0.6 * (1 - step / steps) * gradient / logp_V.exp()
     return theta.detach().softmax(0)
 
 
@@ -116,3 +126,42 @@ def test_each_form_ends_where_the_page_says(algorithm, end):
 def test_without_a_kl_the_reference_is_left():
     assert objective(trained(GRPO())) < objective(REFERENCE.exp())
     assert trained(GRPO()) @ REWARD > 0.9
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "sees_sequences"),
+    [
+        (GRPO(normalize="none", kl="reward", kl_coef=BETA), True),
+        (PPO(kl="reward", lam=1.0, **PLAIN_PPO), True),
+        (GRPO(normalize="none", **LOSS), False),
+        (PPO(kl="loss", lam=1.0, **PLAIN_PPO), False),
+    ],
+    ids=lambda x: None if isinstance(x, bool) else f"{type(x).__name__}-{x.kl}",
+)
+def test_only_the_kl_in_the_reward_sees_what_a_token_leads_to(algorithm, sees_sequences):
+    """Two tokens of three. After a first 0 there is a reward of 1, for a token that the reference hardly says."""
+    completions = [[a, b] for a in range(3) for b in range(3)]
+    rewards = torch.tensor([1.0, 0.0, 0.0, 0.3, 0.3, 0.3, 0.0, 0.0, 0.0], dtype=torch.float64)
+    first, second = torch.tensor(completions).T
+    references = [
+        torch.tensor([0.4, 0.3, 0.3], dtype=torch.float64).log(),
+        torch.tensor([[0.04, 0.48, 0.48], [0.4, 0.3, 0.3], [0.4, 0.3, 0.3]], dtype=torch.float64).log(),
+    ]
+    tables = [x.clone().requires_grad_() for x in references]
+    groups, adam = one_group(completions, rewards), torch.optim.Adam(tables, lr=0.1)
+
+    def at(first_V, second_VV):
+        return torch.stack([first_V.log_softmax(0)[first], second_VV.log_softmax(1)[first, second]], 1)
+
+    for step in range(200):
+        adam.param_groups[0]["lr"] = 0.1 * (1 - step / 200)
+        adam.zero_grad()
+        expected_loss(algorithm, groups, at(*tables), at(*references)).backward()
+        adam.step()
+    logp_SL, reference_SL = at(*tables).detach(), at(*references)
+    value = logp_SL.sum(1).exp() @ (rewards - BETA * (logp_SL - reference_SL).sum(1))
+    best = BETA * (reference_SL.sum(1).exp() @ (rewards / BETA).exp()).log().item()
+    if sees_sequences:
+        assert value.item() == pytest.approx(best, abs=1e-5)
+    else:
+        assert value.item() < best - 5e-3
