@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import weakref
 from contextlib import suppress
 
 import pytest
@@ -51,6 +53,32 @@ def test_one_that_follows_at_once_is_the_same():
         for _ in range(3):
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGTERM)
+
+
+def test_what_a_callback_swallows_is_raised_anew():
+    """Python prints what is raised in a callback of a weak reference, and goes on: a Ctrl-C there stopped nothing."""
+
+    class Thing:
+        pass
+
+    def run() -> None:
+        thing = Thing()
+        reference = weakref.ref(thing, lambda _: signal.raise_signal(signal.SIGINT))
+        del thing
+        assert reference() is None
+        threading.Event().wait(20)
+
+    hook = sys.unraisablehook
+    with stoppable(), pytest.raises(KeyboardInterrupt):
+        run()
+    assert sys.unraisablehook is hook
+
+
+def test_before_anything_has_begun_the_process_ends_at_once():
+    ended = []
+    with stoppable(ended.append), suppress(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    assert ended == [signal.SIGINT]
 
 
 def test_what_the_process_was_started_to_ignore_stays_ignored():

@@ -22,7 +22,7 @@ from tandem import __version__
 from tandem.config import load_config
 from tandem.errors import RunFailure, UserError
 from tandem.given import suggest
-from tandem.signals import Terminated, stoppable
+from tandem.signals import Stop, Terminated, stoppable
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,9 @@ def process() -> NoReturn:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line (without the program's name) and returns its exit code."""
     with ExitStack() as stack:
-        stop = stack.enter_context(stoppable())
+        stop = stack.enter_context(stoppable(_exit_stopped))
         try:
-            code = _dispatch(list(sys.argv[1:] if argv is None else argv))
+            code = _dispatch(list(sys.argv[1:] if argv is None else argv), stop)
             # Here, so that a reader who has gone away is noticed inside the try.
             sys.stdout.flush()
             return code
@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _stopped(stop.signum)
 
 
-def _dispatch(argv: list[str]) -> int:
+def _dispatch(argv: list[str], stop: Stop) -> int:
     if not argv:
         print(help_text(), file=sys.stderr)
         return 2
@@ -125,18 +125,20 @@ def _dispatch(argv: list[str]) -> int:
     command = COMMANDS[name]
     try:
         given = command.read(name, rest)
-    except SystemExit as stop:
+    except SystemExit as ended:
         # --help of a subcommand ends this way.
-        return stop.code if isinstance(stop.code, int) else 0
+        return ended.code if isinstance(ended.code, int) else 0
     if command.config is not None:
         # Before torch and transformers are imported, which takes seconds.
         print(f"tandem {name}: loading libraries", flush=True)
+    module = import_module(command.module)
+    stop.at_once = None
     try:
-        return import_module(command.module).run(given)
-    except SystemExit as stop:
+        return module.run(given)
+    except SystemExit as ended:
         # Whose it is, nobody knows, and it must not pass for a run that has ended.
-        line = traceback.extract_tb(stop.__traceback__)[-1]
-        raise UserError(f"{line.filename}:{line.lineno} ended the command with sys.exit({stop.code!r})") from stop
+        line = traceback.extract_tb(ended.__traceback__)[-1]
+        raise UserError(f"{line.filename}:{line.lineno} ended the command with sys.exit({ended.code!r})") from ended
 
 
 def help_text() -> str:
@@ -158,6 +160,11 @@ def help_text() -> str:
 
 def _stopped(signum: int) -> int:
     return _end(128 + signum, f"stopped by {'SIGTERM' if signum == signal.SIGTERM else 'Ctrl-C'}")
+
+
+def _exit_stopped(signum: int) -> NoReturn:
+    sys.stdout.flush()
+    os._exit(_stopped(signum))
 
 
 def _end(code: int, line: str) -> int:
