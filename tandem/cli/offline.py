@@ -90,8 +90,10 @@ def _drive(
     with opening as homes:
         say(f"loading {config.model.model}")
         trainer = homes.place("actor", method.build(optim_params(config.optim, total_steps=config.run.steps)))
+        about = homes.end("actor").call("describe")
+        say(f"  {about}")
         if config.run.dry_run:
-            print_plan(config, _uses(config, homes.end("actor").call("describe"), counts, len(held_out)))
+            print_plan(config, _uses(config, about, counts, len(held_out)))
             return None
 
         def batch(positions: range) -> Batch:

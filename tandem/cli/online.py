@@ -161,6 +161,7 @@ class Online:
         for role, source in sources.items():
             say(f"loading the {role} from {source}")
             models[role] = homes.place(role, builds[role])
+            say(f"  {homes.end(role).call('describe')}")
         return models
 
     def _roles(self, models: dict[str, Any], sampler: Sampler, homes: Homes) -> OnlineRoles:

@@ -229,5 +229,5 @@ def describe_model(model: LoadedModel) -> str:
     parameters = sum(p.numel() for p in model.module.parameters())
     layout = "packed" if model.packed else "padded"
     if model.blocks is not None:
-        layout += ", layers compiled" if model.blocks.working else ", layers not compiled"
+        layout += ", layers compiled in the first step" if model.blocks.working else ", layers not compiled"
     return f"{type(model.module).__name__}, {parameters / 1e6:.2f}M parameters, {model.device}, {model.dtype}, {layout}"

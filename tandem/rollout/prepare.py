@@ -112,11 +112,8 @@ def mean_advantages(batch: Batch) -> list[float]:
     """Each segment's mean advantage over its trainable tokens."""
     if batch.advantage_T is None:
         raise ValueError("the batch has no advantage_T")
-    sums_2S = [
-        torch.segment_reduce(x_T, "sum", offsets=batch.bounds, initial=0)
-        for x_T in (batch.advantage_T * batch.trainable_T, batch.trainable_T.to(batch.advantage_T.dtype))
-    ]
-    return (sums_2S[0] / sums_2S[1].clamp(min=1)).tolist()
+    parts = zip(batch.advantage_T.split(batch.lengths), batch.trainable_T.split(batch.lengths), strict=True)
+    return [(x_t @ trained_t.to(x_t.dtype)).item() / max(1, int(trained_t.sum())) for x_t, trained_t in parts]
 
 
 def sampler_gap(batch: Batch) -> Metrics:

@@ -74,6 +74,9 @@ def test_rewards_get_columns_and_none_leaves_a_sample_out_of_the_baseline(model)
     # Rewards 0 and 2 in the first group, 4 and 6, 8 and 10: minus one and plus one against each group's mean.
     first_token_advantage = prepared.batch.advantage_T[prepared.batch.last_S].tolist()
     assert first_token_advantage == [-1.0, 1.0] * 3
+    # Of a sample the same for all tokens, so the mean is that; none where it is not trained on.
+    assert [r.advantage for g in groups for r in g.usable] == [-1.0, 1.0] * 3
+    assert all(r.advantage is None for g in groups for r in g.rollouts if not r.usable)
 
 
 def test_a_step_without_a_reward_is_refused(model):
