@@ -40,9 +40,9 @@ def write_inputs(folder: Path) -> None:
     )
 
 
-def arguments(method: str) -> list[str]:
+def arguments(method: str, *, learning_rate: str = "3e-3") -> list[str]:
     """A few steps of each method on those inputs."""
-    common = ["--seed", "3", "--eval-every", "2", "--learning-rate", "3e-3", "--lr-schedule", "linear"]
+    common = ["--seed", "3", "--eval-every", "2", "--learning-rate", learning_rate, "--lr-schedule", "linear"]
     online = ["--data", "prompts.jsonl", "--eval-data", "prompts.jsonl", "--reward", "check.py:right",
               "--prompts-per-step", "6", "--samples-per-prompt", "3", "--max-new-tokens", "5"]  # fmt: skip
     special = {

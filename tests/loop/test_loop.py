@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tandem.errors import UserError
 from tandem.loop.sampler import Sampler
+from tandem.parallel.gather import Gatherer
 from tandem.parallel.world import World
 from tandem.sync.check import WeightMismatch
 from tandem.types import SamplingParams
@@ -288,6 +289,22 @@ def test_the_same_weights_under_another_config(folder, tmp_path):
         sampler.update(other, 1)
     with Sampler(tmp_path, check_weights=False) as sampler:
         assert sampler.update(other, 1)
+
+
+def test_weights_that_do_not_arrive_are_noticed(folder, monkeypatch):
+    """After the two updates that are probed as well."""
+    module, fill, lost = trained(), Gatherer.fill, "model.norm.weight"
+    with Sampler(folder) as sampler:
+        for step in range(4):
+            with torch.no_grad():
+                module.model.norm.weight.mul_(1.01)
+            if step < 3:
+                sampler.update(module, step)
+        monkeypatch.setattr(Gatherer, "fill", lambda self, w: fill(self, [(n, t) for n, t in w if n != lost]))
+        with pytest.raises(WeightMismatch, match=r"after step 3 the sampler does not hold the trainer's model\.norm"):
+            sampler.update(module, 3)
+        with pytest.raises(UserError, match="call update"):
+            sampler.generate(["hello"])
 
 
 # Two ranks. What runs there is a function of this module, called with the rank's world.

@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import math
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import make_tokenizer
+from vllm_faults import QUERY, all_at_once, faults_seen
 from vllm_models import POSITIONS, Pusher, covered, make_model, reference_logp, save, wrong_tensors
 
 from tandem.engines.vllm import VLLMEngine
 from tandem.engines.vllm_checksums import combine
 from tandem.errors import UserError
 from tandem.roles import SleepingEngine
-from tandem.sync.check import compare
 from tandem.sync.plan import Plan, TensorSpec, plan_of
-from tandem.sync.receiver import Receiver
 from tandem.types import Request, SamplingParams
-
-sys.path.append(str(Path(__file__).parents[1] / "sync"))
-from faults import NEVER, QUERY, Faulty, all_at_once, pushes_until_seen
 
 SLOTS = 4
 MAX_LENGTH = 100
@@ -54,20 +48,6 @@ def sample(engine: VLLMEngine, seeds: tuple[int, ...] = (0,), prompt: tuple[int,
 
 def pusher_of(engine: VLLMEngine, module: Any) -> Pusher:
     return Pusher.connect(engine, dict(module.named_parameters()))
-
-
-def spoiled(buckets: Any, faulty: Faulty) -> Any:
-    """A receiver's ``buckets``, spoiled on the engine's side of the wire."""
-
-    def after(self: Receiver) -> Iterator[Any]:
-        for bucket in buckets(self):
-            if faulty.fault == NEVER:
-                for _, tensor in bucket:
-                    tensor.zero_()
-            faulty.spoil(bucket)
-            yield bucket
-
-    return after
 
 
 def summed_by_tensor(worker: Any) -> Any:
@@ -313,24 +293,8 @@ def test_checksums_cover_every_weight(engine):
 @pytest.mark.usefixtures("restored")
 @pytest.mark.parametrize("end", ["sender", "engine"])
 def test_every_fault_is_seen_at_the_first_push_that_has_it(engine, end):
-    model = make_model("llama", seed=7, tied=True)
-    pusher = pusher_of(engine, model)
-    faulty = Faulty()
-
-    def step() -> None:
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.mul_(1.01)
-        faulty.record(dict(model.named_parameters()))
-        sums = pusher.push(0)
-        compare("the engine", sums, pusher.held)
-
-    with pytest.MonkeyPatch.context() as patch:
-        if end == "sender":
-            faulty.sender(pusher.sender.gatherer)
-        else:
-            patch.setattr(Receiver, "buckets", spoiled(Receiver.buckets, faulty))
-        seen = pushes_until_seen(step, faulty)
+    pusher = pusher_of(engine, make_model("llama", seed=7, tied=True))
+    seen = faults_seen(pusher, end)
     assert all_at_once(seen)
     assert f"{QUERY} in its model.layers.0.self_attn.qkv_proj.weight" in seen["swapped query heads"][1]
     pusher.close()

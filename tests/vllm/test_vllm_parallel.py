@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from conftest import make_module
+from vllm_faults import all_at_once, faults_seen
 from vllm_models import Pusher, covered, make_model, reference_logp, save, wrong_tensors
 
 from tandem.engines.vllm import VLLMEngine
@@ -53,6 +54,7 @@ def test_two_tensor_parallel_ranks(tmp_path):
         pusher.close()
         pusher = Pusher.connect(engine, dict(other.named_parameters()), ranks=2)
         assert wrong_tensors(engine, pusher.push(4)) == []
+        assert all_at_once(faults_seen(pusher, "sender"))
         pusher.close()
     finally:
         engine.close()
@@ -75,6 +77,10 @@ def test_bfloat16_with_one_tensor_parallel_rank(tmp_path):
         assert greatest_error(engine, other) < 0.5
         assert greatest_error(engine, module) > 1
         pusher.close()
+        for end in ("sender", "engine"):
+            pusher = Pusher.connect(engine, parameters, plan_of(parameters.items(), torch.bfloat16, bucket_bytes=1))
+            assert all_at_once(faults_seen(pusher, end))
+            pusher.close()
         pusher = Pusher.connect(engine, parameters)
         pusher.push(2)
         assert engine.checksums() == []

@@ -42,7 +42,7 @@ def at_inputs(inputs: Path, cluster_address: str, monkeypatch: pytest.MonkeyPatc
 
 
 def train(out: str, method: str, *options: str) -> dict[str, Tensor]:
-    argv = [*arguments(method), "--steps", "3", "--learning-rate", "1e-4", "--out", out, *options]
+    argv = [*arguments(method, learning_rate="1e-4"), "--steps", "3", "--out", out, *options]
     del argv[argv.index("--eval-data") : argv.index("--eval-data") + 2]
     assert main(argv) == 0
     return load_file(f"{out}/model/model.safetensors")
@@ -128,7 +128,7 @@ def test_killed_while_others_train_and_then_again(grpo_split, monkeypatch, capsy
 
     monkeypatch.setattr(RestartingOnce, "guard", fatal)
     again = kill_engine_at(monkeypatch, {3})
-    argv = [*arguments("grpo"), "--steps", "3", "--learning-rate", "1e-4", "--out", "twice", *VLLM, *SPLIT]
+    argv = [*arguments("grpo", learning_rate="1e-4"), "--steps", "3", "--out", "twice", *VLLM, *SPLIT]
     del argv[argv.index("--eval-data") : argv.index("--eval-data") + 2]
     assert main(argv) == 2
     said = capsys.readouterr().err

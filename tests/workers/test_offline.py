@@ -53,7 +53,7 @@ def test_two_workers_equal_one_process(folder, cluster_address, method):
 
 def test_torchrun_equals_one_process(folder):
     here = in_one_process("sft")
-    argv = [*arguments("sft"), "--steps", "3", "--learning-rate", "1e-4", "--out", "sft-torchrun"]
+    argv = [*arguments("sft", learning_rate="1e-4"), "--steps", "3", "--out", "sft-torchrun"]
     ended = torchrun(folder, *argv)
     assert ended.returncode == 0, ended.stderr
     assert 0 < difference(load_file("sft-torchrun/model/model.safetensors"), here) < 1e-6
@@ -66,7 +66,7 @@ def test_a_run_goes_on_under_torchrun(folder):
     options = ["--save-every", "1", "--lr-schedule", "constant"]
     unbroken = train("sft-unbroken", "sft", *options)
     train("sft-moved", "sft", *options, steps=2)
-    argv = [*arguments("sft"), "--steps", "3", "--learning-rate", "1e-4", *options, "--out", "sft-moved", "--resume"]
+    argv = [*arguments("sft", learning_rate="1e-4"), "--steps", "3", *options, "--out", "sft-moved", "--resume"]
     ended = torchrun(folder, *argv)
     assert ended.returncode == 0, ended.stderr
     assert 0 < difference(load_file("sft-moved/model/model.safetensors"), unbroken) < 1e-6

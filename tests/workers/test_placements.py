@@ -35,7 +35,7 @@ def folder(inputs: Path, cluster_address: str, monkeypatch: pytest.MonkeyPatch) 
 
 def train(out: str, method: str, *options: str, steps: int = STEPS) -> dict[str, Tensor]:
     """Runs a command in this process. Returns the parameters it ends with."""
-    assert main([*arguments(method), "--steps", str(steps), "--learning-rate", "1e-4", "--out", out, *options]) == 0
+    assert main([*arguments(method, learning_rate="1e-4"), "--steps", str(steps), "--out", out, *options]) == 0
     return load_file(f"{out}/model/model.safetensors")
 
 
