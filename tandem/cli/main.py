@@ -128,8 +128,8 @@ def _dispatch(argv: list[str], stop: Stop) -> int:
     except SystemExit as ended:
         # --help of a subcommand ends this way.
         return ended.code if isinstance(ended.code, int) else 0
-    if command.config is not None:
-        # Before torch and transformers are imported, which takes seconds.
+    if command.config is not None and os.environ.get("RANK", "0") == "0":
+        # Once under torchrun, and before torch and transformers are imported, which takes seconds.
         print(f"tandem {name}: loading libraries", flush=True)
     module = import_module(command.module)
     stop.at_once = None
