@@ -32,6 +32,8 @@ PREFIXED = {"prefixed": True}
 """Metadata of a section whose keys carry its name: ``placement.actor``."""
 PATH = {"path": True}
 """Metadata of a key whose values are paths, or may be: a leading ``~`` stands for the home folder."""
+INFINITE = {"infinite": True}
+"""Metadata of a key that may be infinite; elsewhere that would end in numbers that are none."""
 
 MAY_CHANGE = {"may_change": lambda config: ""}
 """Metadata of a key that a resumed run may have another value of, since nothing that is computed depends on it."""
@@ -40,7 +42,7 @@ _TYPES = {int: "a whole number", float: "a number", str: "text", bool: "true or 
 _CHOICES = {bool: {"true": True, "True": True, "yes": True, "false": False, "False": False, "no": False}}
 _INFINITIES = {".inf": "inf", "-.inf": "-inf"}
 _NOTHING = ("None", "none", "null")
-_UNSET = (None, "", "0", "none", 0, ())
+_UNSET = (None, "", "0", "0m", "none", 0, ())
 
 
 def load_config(cls: type[Config], argv: Sequence[str], *, prog: str = "tandem") -> Config:
@@ -210,11 +212,18 @@ def _convert_given(given: Given, key: Key) -> Any:
         converted = _convert(value, key.annotation)
         if isinstance(converted, int) and not -(2**63) <= converted < 2**63:
             raise UserError(f"{given.where}: expected a whole number of at most 64 bits, got {given.value!r}")
+        numbers = converted if isinstance(converted, tuple) else (converted,)
+        if math.inf in map(_size, numbers) and not key.metadata.get("infinite"):
+            raise UserError(f"{given.where}: expected a finite number, got {given.value!r}")
         return converted
     except ValueError:
         got = f"[{', '.join(given.value)}]" if isinstance(given.value, list) else given.value
         shown = repr(got) if given.value else "nothing"
         raise UserError(f"{given.where}: expected {_expected(key.annotation)}, got {shown}") from None
+
+
+def _size(value: Any) -> float:
+    return abs(value) if isinstance(value, float) else 0.0
 
 
 def _convert(value: str | list[str] | None, annotation: Any) -> Any:

@@ -153,6 +153,7 @@ class OnlineConfig:
             "critic": algorithm.needs_critic,
             "reference": algorithm.needs_reference,
             "reward model": self.reward.reward_model is not None,
+            "reward function": bool(self.reward.reward or self.online.eval_reward),
         }
         parts = {"samples"} | {model for model, present in models.items() if present}
         return parts | data_parts(self.data) | worker_parts(self.placement, self.engine)

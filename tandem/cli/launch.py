@@ -31,9 +31,10 @@ def run(argv: list[str]) -> int:
         options = parser.parse_args(argv)
     except SystemExit:  # after --help
         return 0
-    if not options.script.is_file():
+    script = options.script.expanduser()
+    if not script.is_file():
         raise UserError(f"launch: no file {options.script}; give the path of a Python script")
-    return _start(_workers(options.workers), [str(options.script), *options.arguments])
+    return _start(_workers(options.workers), [str(script), *options.arguments])
 
 
 def _workers(asked: int | None) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from tandem.cli.configs import OfflineConfig
 from tandem.cli.inputs import digest_inputs
@@ -45,6 +45,8 @@ class OfflineMethod(Generic[Example]):
     """What differs between offline methods: how to make the trainer, read the rows, and batch them."""
 
     title: str
+    head: Literal["lm", "scalar"]
+    """Of the model that it trains."""
     leads: Seq[str]
     """Metrics that the display shows."""
     build: Callable[[OptimParams], Build]
@@ -79,7 +81,7 @@ def _drive(
         return model
     rows, eval_rows = load_data(config.data)
     tokenizer = load_tokenizer(config.model.model, trust_remote_code=config.model.trust_remote_code)
-    limits = [read_limits(config.model.model, trust_remote_code=config.model.trust_remote_code)]
+    limits = [read_limits(config.model.model, head=method.head, trust_remote_code=config.model.trust_remote_code)]
     examples, counts = method.load_examples(rows, tokenizer, limits)
     held_out: Seq[Any] = ()
     if eval_rows is not None:

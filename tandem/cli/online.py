@@ -275,7 +275,7 @@ class Online:
         """Of the engine, and of every model that reads the policy's token ids."""
         code = self.config.model.trust_remote_code
         limits = [
-            read_limits(source, trust_remote_code=code)
+            read_limits(source, head="lm" if role in ("actor", "reference") else "scalar", trust_remote_code=code)
             for role, source in self._sources().items()
             if role != "reward" or same_tokenizer(self.tokenizer, self._load_tokenizer(source))
         ]

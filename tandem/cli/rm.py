@@ -30,6 +30,7 @@ def train(config: RMConfig) -> Path | None:
 
     method = OfflineMethod(
         title="reward model",
+        head="scalar",
         leads=config.objective.leads,
         build=lambda optim: partial(
             scalar_trainer,

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from tandem.config import MAY_CHANGE, ONE_START, PATH, may_change
+from tandem.config import INFINITE, MAY_CHANGE, ONE_START, PATH, may_change
 from tandem.errors import UserError, expect, needs
 
 
@@ -135,7 +135,7 @@ class OptimSection:
     """Decoupled, on matrices only."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay of the two moment estimates."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = field(default=1.0, metadata=INFINITE)
     """The gradient is scaled down to this norm. .inf: never."""
 
     def __post_init__(self) -> None:
@@ -186,7 +186,7 @@ class RewardSection:
     """Folder of a model with a score head, as 'tandem rm' writes it."""
     reward_weights: tuple[float, ...] = ()
     """One weight for each --reward, then one for --reward-model. Empty: 1 each."""
-    reward_deadline: float = 600.0
+    reward_deadline: float = field(default=600.0, metadata=needs(("part", "reward function")))
     """Longest time, in seconds, that one --reward may take for a step's samples, calls made again included."""
     missing_eos: Literal["none", "replace", "subtract"] = "none"
     """A completion that max_new_tokens cut off keeps its reward, gets -missing_eos_penalty instead, or loses that."""

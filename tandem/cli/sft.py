@@ -38,6 +38,7 @@ def train(config: SFTConfig) -> Path | None:
 
     method = OfflineMethod(
         title="SFT",
+        head="lm",
         leads=config.objective.leads,
         build=lambda optim: partial(
             policy_trainer, section=config.model, loss=config.objective.loss, optim=optim, options={}

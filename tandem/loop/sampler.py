@@ -19,6 +19,7 @@ from tandem.errors import UserError
 from tandem.loop.engines import EngineParams, InChild, InProcess, LoopEngine
 from tandem.loop.given import GivenModel, given, require_same
 from tandem.loop.ranks import Ranks, own_device
+from tandem.models.folder import located
 from tandem.models.loading import load_tokenizer
 from tandem.parallel.shares import divide
 from tandem.seeds import derive_seed
@@ -66,7 +67,7 @@ class Sampler:
         deadline_s: float = 1800.0,
     ) -> None:
         _check_options(engine, dtype, memory_share=memory_share, sleep=sleep, arguments=arguments)
-        self.source, self.seed, self.dtype, self.check = str(model), seed, dtype, check_weights
+        self.source, self.seed, self.dtype, self.check = located(model), seed, dtype, check_weights
         self.step: int | None = None
         """Of the weights that it holds; None before the first update, and after one that failed."""
         self.updates = 0

@@ -4,18 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers import AutoConfig
 
+from tandem.errors import UserError
 from tandem.models.folder import located, readable_errors
 from tandem.types import Limits
 
 
-def read_limits(source: str | Path, *, trust_remote_code: bool = False) -> Limits:
-    """The limits of the model in a folder or of a hub name. Raises UserError where there is none."""
+def read_limits(source: str | Path, *, head: Literal["lm", "scalar"] = "lm", trust_remote_code: bool = False) -> Limits:
+    """The limits of the model in a folder or of a hub name.
+
+    Raises UserError where there is none, and where it is to be a language model (``head``) and is a reward model.
+    """
     with readable_errors(source, "model"):
-        return limits_of(AutoConfig.from_pretrained(located(source), trust_remote_code=trust_remote_code), source)
+        config = AutoConfig.from_pretrained(located(source), trust_remote_code=trust_remote_code)
+    if head == "lm":
+        require_language_model(config, source)
+    return limits_of(config, source)
+
+
+def require_language_model(config: Any, source: str | Path) -> None:
+    """Raises UserError for a model that has a scalar head where a language model's would be."""
+    if kind := next((name for name in config.architectures or () if name.endswith("ForSequenceClassification")), None):
+        raise UserError(
+            f"{source}: a {kind}, which is a reward model or a critic without a language-model head; give the folder "
+            "of a causal language model"
+        )
 
 
 def limits_of(config: Any, source: str | Path = "the model") -> Limits:

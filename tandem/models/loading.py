@@ -14,6 +14,7 @@ from tandem.errors import UserError
 from tandem.kernels.products import speed_up_linears
 from tandem.models.folder import located, readable_errors
 from tandem.models.forward import LoadedModel
+from tandem.models.limits import require_language_model
 from tandem.models.probe import probe_forward
 from tandem.models.weights import load_whole, require_finite
 from tandem.seeds import derive_seed
@@ -62,12 +63,7 @@ def load_causal(
     """
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     with readable_errors(source, "causal language model"):
-        config = AutoConfig.from_pretrained(located(source), trust_remote_code=trust_remote_code)
-    if kind := next((name for name in config.architectures or () if name.endswith("ForSequenceClassification")), None):
-        raise UserError(
-            f"{source}: a {kind}, which is a reward model or a critic without a language-model head; give the folder "
-            "of a causal language model"
-        )
+        require_language_model(AutoConfig.from_pretrained(located(source), trust_remote_code=trust_remote_code), source)
     module, _ = load_whole(
         AutoModelForCausalLM, source, what="causal language model", trust_remote_code=trust_remote_code
     )

@@ -211,6 +211,8 @@ def test_wrong_flags_are_named(flags, message):
         (["--seed", "1", "--seed", "2"], "--seed: given twice, 1 and 2; keep one of the two"),
         (["--seed", str(2**63)], f"--seed: expected a whole number of at most 64 bits, got '{2**63}'"),
         (["--rollouts-logged", "9" * 30], "--rollouts-logged: expected a whole number of at most 64 bits, got '999"),
+        (["--learning-rate", "inf"], "--learning-rate: expected a finite number, got 'inf'"),
+        (["--reward-weights", "1", "-.inf"], "--reward-weights: expected a finite number, got ['1', '-.inf']"),
         (["--seed", "9" * 5000], "--seed: expected a whole number, got '999"),
     ],
 )

@@ -90,7 +90,7 @@ def test_a_key_that_has_an_effect_is_not(tmp_path, config, flags):
 
 def test_every_condition_names_a_key_or_a_part():
     parts = {
-        "samples", "critic", "reference", "reward model", "workers", "dataset with splits",
+        "samples", "critic", "reference", "reward model", "reward function", "workers", "dataset with splits",
         "held-out dataset with splits", "trainer split over several workers", "engine with weights of its own",
     }  # fmt: skip
     everywhere = {name for config in CONFIGS for name in _keys_of(config)}
