@@ -40,11 +40,12 @@ def write_inputs(folder: Path) -> None:
     )
 
 
-def arguments(method: str, *, learning_rate: str = "3e-3") -> list[str]:
+def arguments(method: str, *, learning_rate: str = "3e-3", prompts_per_step: int = 6) -> list[str]:
     """A few steps of each method on those inputs."""
     common = ["--seed", "3", "--eval-every", "2", "--learning-rate", learning_rate, "--lr-schedule", "linear"]
     online = ["--data", "prompts.jsonl", "--eval-data", "prompts.jsonl", "--reward", "check.py:right",
-              "--prompts-per-step", "6", "--samples-per-prompt", "3", "--max-new-tokens", "5"]  # fmt: skip
+              "--prompts-per-step", str(prompts_per_step), "--samples-per-prompt", "3",
+              "--max-new-tokens", "5"]  # fmt: skip
     special = {
         "sft": ["--data", "demos.jsonl", "--eval-data", "demos.jsonl", "--batch-size", "7"],
         "rm": ["--data", "pairs.jsonl", "--eval-data", "pairs.jsonl", "--batch-size", "7"],
@@ -61,7 +62,7 @@ def _child(
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the server that forks ignores it
     sys.stdout = sys.stderr = open(output, "w", buffering=1)  # noqa: SIM115
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     if fault is not None:
         _die_at(*fault)
     from tandem.cli.main import main
@@ -99,7 +100,10 @@ def run(
     kill_after: float | None = None,
     environment: dict[str, str] | None = None,
 ) -> tuple[int, str]:
-    """(exit code, output). A negative code is the signal that ended it. ``kill_after`` seconds, it is killed."""
+    """(exit code, output). A negative code is the signal that ended it. ``kill_after`` seconds, it is killed.
+
+    It computes with one thread, unless the environment's OMP_NUM_THREADS says otherwise.
+    """
     output = folder / "output.txt"
     process = PROCESSES.Process(target=_child, args=(str(folder), argv, fault, str(output), environment or {}))
     process.start()

@@ -1,12 +1,15 @@
 """Law 5: a run killed at any moment, several times, and resumed is the run that was left alone, bit for bit."""
 
 import json
+import os
 import random
 import signal
+from functools import partial
 
 import pytest
 import torch
 from runs_in_processes import arguments, run, write_inputs
+from runs_in_processes import run as run_with_one
 
 STEPS = 5
 TIMINGS = ("seconds", "tokens_per_second")
@@ -46,13 +49,21 @@ def assert_same(a, b, where="state"):
         assert a == b, where
 
 
-@pytest.mark.parametrize("method", ["sft", "rm", "ppo", "grpo"])
-def test_killed_and_resumed_equals_unbroken(inputs, method):
-    argv = [*arguments(method), "--steps", str(STEPS), "--save-every", "1"]
-    code, output = run(inputs, [*argv, "--out", f"{method}-whole"])
+CORES = os.cpu_count() or 1
+
+
+@pytest.mark.parametrize(
+    ("method", "threads", "prompts"), [("sft", 1, 6), ("rm", 1, 6), ("ppo", 1, 6), ("grpo", 1, 6), ("grpo", CORES, 96)]
+)
+def test_killed_and_resumed_equals_unbroken(inputs, method, threads, prompts):
+    """With the default number of threads too, in steps that are large enough for torch to divide among them."""
+    argv = [*arguments(method, prompts_per_step=prompts), "--steps", str(STEPS), "--save-every", "1"]
+    run = partial(run_with_one, environment={"OMP_NUM_THREADS": str(threads)})
+    name = f"{method}-{threads}-{prompts}"
+    code, output = run(inputs, [*argv, "--out", f"{name}-whole"])
     assert code == 0, output
 
-    broken = [*argv, "--out", f"{method}-broken", "--resume"]
+    broken = [*argv, "--out", f"{name}-broken", "--resume"]
     rng = random.Random(method)
     # Inside a save (a file half on the disk, a folder not renamed yet, an old one half removed), then at any moment.
     faults = [("fsync", 2), ("save", 4), ("rename", rng.randint(1, 3)), ("fsync", rng.randint(3, 9)), ("rename", 2)]
@@ -68,7 +79,7 @@ def test_killed_and_resumed_equals_unbroken(inputs, method):
     code, output = run(inputs, broken)
     assert code == 0, output
 
-    whole, resumed = inputs / f"{method}-whole", inputs / f"{method}-broken"
+    whole, resumed = inputs / f"{name}-whole", inputs / f"{name}-broken"
     assert [line["step"] for line in metrics(resumed)] == list(range(STEPS + 1))
     assert metrics(resumed) == metrics(whole)
     assert_same(final_state(resumed), final_state(whole))
