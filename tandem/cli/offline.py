@@ -26,8 +26,9 @@ from tandem.data.order import Order
 from tandem.data.rows import Rows
 from tandem.data.tokenize import Counts
 from tandem.errors import UserError
+from tandem.models.description import describe_source
 from tandem.models.limits import read_limits
-from tandem.models.loading import load_tokenizer
+from tandem.models.loading import load_tokenizer, pick_device
 from tandem.roles import Metrics
 from tandem.runs.progress import say
 from tandem.schedules.offline import Offline, OfflineRoles
@@ -64,6 +65,7 @@ def run_offline(config: OfflineConfig, method: OfflineMethod[Any]) -> Path | Non
     """
     if not launched():
         homes = Homes(config.model, config.placement, config.cluster, EngineSection(), ["actor"])
+        homes.check()
         return _drive(config, method, homes)
     if config.placement.actor != "here":
         raise UserError("placement.actor: torchrun has started the workers already; leave the key out")
@@ -88,15 +90,14 @@ def _drive(
         held_out, _ = method.load_examples(eval_rows, tokenizer, limits)
     inputs = digest_inputs({"data": rows, "eval_data": eval_rows}, models={"actor": config.model.model})
     check_out(config, method.title, inputs)
+    if config.run.dry_run:
+        print_plan(config, _uses(config, method.head == "scalar", counts, len(held_out)))
+        return None
     order = Order(len(examples), config.run.seed)
     with opening as homes:
         say(f"loading {config.model.model}")
         trainer = homes.place("actor", method.build(optim_params(config.optim, total_steps=config.run.steps)))
-        about = homes.end("actor").call("describe")
-        say(f"  {about}")
-        if config.run.dry_run:
-            print_plan(config, _uses(config, about, counts, len(held_out)))
-            return None
+        say(f"  {homes.end('actor').call('describe')}")
 
         def batch(positions: range) -> Batch:
             return method.batch([examples[i] for i in order.take(positions)])
@@ -118,9 +119,12 @@ def _drive(
             return started.finish(trainer)
 
 
-def _uses(config: OfflineConfig, model: str, counts: Counts, held_out: int) -> dict[str, str]:
+def _uses(config: OfflineConfig, scalar: bool, counts: Counts, held_out: int) -> dict[str, str]:
     epochs = config.run.steps * config.offline.batch_size / counts["kept"]
     workers = config.placement.workers("actor")
+    section = config.model
+    model = describe_source(section.model, scalar=scalar, trust_remote_code=section.trust_remote_code)
+    model += f", {pick_device(section.device)}, {section.dtype}"
     return {
         "model": model + (f", split over {workers} workers" if workers else ""),
         "data": f"{describe_counts(counts)}, gone through {epochs:.2f} times in {config.run.steps} steps",

@@ -33,8 +33,10 @@ from tandem.data.order import Order
 from tandem.data.rows import Rows
 from tandem.data.tokenize import Counts, build_prompts
 from tandem.errors import UserError
+from tandem.models.description import describe_source
 from tandem.models.limits import read_limits
-from tandem.models.loading import load_tokenizer
+from tandem.models.loading import load_tokenizer, pick_device
+from tandem.rewards.function import FunctionReward
 from tandem.rewards.model import RewardModel, require_same_tokenizer, same_tokenizer
 from tandem.rewards.process import RewardProcess
 from tandem.roles import Algorithm, Reward, Trainer
@@ -61,6 +63,8 @@ class Online:
         self.config, self.algorithm, self.critic, self.title = config, algorithm, critic, title
         self._check_sampling()
         require_engine(config.engine)
+        self.homes = Homes(config.model, config.placement, config.cluster, config.engine, [*self._sources(), "engine"])
+        self.homes.check()
         # Begun first, so that it imports the functions while the data is read.
         names = [*config.reward.reward, *config.online.eval_reward]
         self.judging = RewardProcess(names, deadline_s=config.reward.reward_deadline) if names else None
@@ -74,6 +78,8 @@ class Online:
         check_out(config, title, self.inputs)
         trained_on = len(config.reward.reward)
         self.functions, self.eval_rewards = functions[:trained_on], functions[trained_on:]
+        require_columns(self.functions, self.prompts, config.data.data)
+        require_columns(self.eval_rewards or self.functions, self.eval_prompts, config.data.eval_data)
         self.sampling_params = SamplingParams(
             max_new_tokens=config.sampling.max_new_tokens,
             temperature=config.sampling.temperature,
@@ -89,13 +95,11 @@ class Online:
         with ExitStack() as stack:
             if self.judging is not None:
                 stack.callback(self.judging.close)
-            homes = stack.enter_context(
-                Homes(config.model, config.placement, config.cluster, config.engine, [*self._sources(), "engine"])
-            )
-            models = self._build(homes)
             if config.run.dry_run:
-                print_plan(config, self._uses(homes, models))
+                print_plan(config, self._uses())
                 return None
+            homes = stack.enter_context(self.homes)
+            models = self._build(homes)
             trainers: dict[str, Trainer] = {role: models[role] for role in ("actor", "critic") if role in models}
             sampler = homes.sampler(
                 config.sampling, seed=config.run.seed, vocabulary=len(self.tokenizer), others=models
@@ -281,23 +285,34 @@ class Online:
         ]
         return [*limits, Limits(positions=self.config.engine.max_length, whose="the engine (engine.max_length)")]
 
-    def _uses(self, homes: Homes, models: dict[str, Any]) -> dict[str, str]:
+    def _uses(self) -> dict[str, str]:
+        section, homes = self.config.model, self.homes
         sampling, engine = self.config.sampling, self.config.engine
         samples = sampling.prompts_per_step * sampling.samples_per_prompt
         epochs = self.config.run.steps * sampling.prompts_per_step / len(self.prompts)
         uses = {
-            "model" if role == "actor" else role: f"{homes.end(role).call('describe')}{homes.where(role)}"
-            for role in models
+            "model" if role == "actor" else role: describe_source(
+                source, scalar=role in ("reward", "critic"), trust_remote_code=section.trust_remote_code
+            )
+            + f", {pick_device(section.device)}, {section.dtype}{homes.where(role)}"
+            for role, source in self._sources().items()
         }
         place = homes.where("engine")
         return uses | {
-            "rewards": ", ".join([*self.config.reward.reward, *(["reward_model"] if "reward" in models else [])]),
+            "rewards": ", ".join([*self.config.reward.reward, *(["reward_model"] if "reward" in uses else [])]),
             "engine": f"{engine.kind}{place or ', on the actor' + chr(39) + 's devices'}, {sampling.max_slots} slots",
             "prompts": f"{describe_counts(self.counts)}, gone through {epochs:.2f} times",
             "a step": f"{samples} samples of at most {sampling.max_new_tokens} tokens, "
             f"{self.config.online.epochs * self.config.online.minibatches} optimizer steps",
             "held out": f"{len(self.eval_prompts)} prompts" if self.eval_prompts else "none",
         }
+
+
+def require_columns(rewards: Seq[FunctionReward], prompts: Seq[Prompt], dataset: str | None) -> None:
+    """Raises UserError where a reward wants a column that no row of a dataset has."""
+    columns = {name for prompt in prompts for name in prompt.columns}
+    for reward in rewards if prompts else ():
+        reward.require_columns(columns, dataset or "the dataset")
 
 
 def unweighted(rewards: Seq[Reward]) -> Judge:

@@ -20,7 +20,7 @@ from tandem.roles import Engine, Metrics
 from tandem.runs.progress import say
 from tandem.sync.check import TruthCheck
 from tandem.sync.push import FillPush, PushParams, WeightPush
-from tandem.workers.cluster import Cluster, connect, own_sigterm, require_ray, visible_gpus
+from tandem.workers.cluster import Cluster, connect, own_sigterm, require_ray, require_room, visible_gpus
 from tandem.workers.group import WorkerGroup
 from tandem.workers.homes import Here, Home, RoleEnd, Workers, WorkersEnd
 from tandem.workers.launched import launched
@@ -106,17 +106,43 @@ class Homes:
     def _own_engines(self) -> bool:
         return "engine" in self.roles and self.engine.kind == "vllm"
 
-    def _open(self) -> None:
-        needed = {role: (count, 1) for role in self.roles if (count := self.placement.workers(role))}
-        if "engine" in needed:
-            needed["engine"] = (needed["engine"][0], self.engine.tensor_parallel)
+    def check(self) -> None:
+        """Raises UserError where this machine, or the Ray of this process, cannot give the placement. Starts nothing.
+
+        What another machine's cluster has is only known when it is joined.
+        """
         if launched():
             raise UserError(
                 "torchrun: this command starts workers itself; run it once, without torchrun, with --placement.actor N"
             )
         if self.model.offload == "parameters" and self.placement.actor == "here":
             raise UserError("offload: parameters can leave the device in worker processes only: --placement.actor 1")
-        device = self._device()
+        for role in self.roles:
+            if (home := self.placement.home(role)) not in self.roles:
+                raise UserError(f"placement.{role}: shares with the {home}, and this run has none; give it a number")
+        if not self.spread or self.section.address is not None:
+            return
+        device = pick_device(self.model.device)
+        self._check(self._needed(), device)
+        needed = {role: processes * each for role, (processes, each) in self._needed().items()}
+        ray = require_ray()
+        resource = "GPU" if device.type == "cuda" else "CPU"
+        if ray.is_initialized():
+            total = int(ray.cluster_resources().get(resource, 0))
+        else:
+            total = visible_gpus() if device.type == "cuda" else len(os.sched_getaffinity(0))
+        require_room(needed, total, resource)
+
+    def _needed(self) -> dict[str, tuple[int, int]]:
+        """Processes of each role that has some of its own, and devices of each process."""
+        needed = {role: (count, 1) for role in self.roles if (count := self.placement.workers(role))}
+        if "engine" in needed:
+            needed["engine"] = (needed["engine"][0], self.engine.tensor_parallel)
+        return needed
+
+    def _open(self) -> None:
+        self.check()
+        needed, device = self._needed(), self._device()
         if self.spread:
             self._check(needed, device)
             say("starting Ray" if self.section.address is None else f"joining Ray at {self.section.address}")

@@ -182,8 +182,11 @@ def build_prompts(
         long_prompts,
         on_progress,
     )
+    # Reward functions get the columns of the dataset, whichever rows meet in a step; None where a row has not got one.
+    columns = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
     seen: Counter[str] = Counter()
     for prompt in prompts:
+        prompt.columns = columns | prompt.columns
         seen[prompt.prompt_id] += 1
         if seen[prompt.prompt_id] > 1:
             prompt.prompt_id += f"#{seen[prompt.prompt_id]}"

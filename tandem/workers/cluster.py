@@ -63,14 +63,7 @@ class Cluster:
 
     def _check(self, needed: dict[str, int]) -> None:
         resource = "GPU" if self.device == "cuda" else "CPU"
-        total, wanted = int(self.ray.cluster_resources().get(resource, 0)), sum(needed.values())
-        if wanted <= total:
-            return
-        asked = ", ".join(f"{name} {count}" for name, count in needed.items())
-        raise UserError(
-            f"placement: {wanted} {resource}s are asked for ({asked}), there {'is' if total == 1 else 'are'} {total}; "
-            + what_would_fit(needed, total)
-        )
+        require_room(needed, int(self.ray.cluster_resources().get(resource, 0)), resource)
 
     def _reserve(self, bundles: list[int]) -> Any:
         """A placement group of one bundle a worker, or nothing where no worker reserves a device."""
@@ -183,6 +176,17 @@ def _reason(error: BaseException) -> str:
     if any("authentication token" in str(cause).lower() for cause in causes):
         return "it asks for a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to the cluster's"
     return " ".join(str(error).split())[:160]
+
+
+def require_room(needed: dict[str, int], total: int, resource: str) -> None:
+    """Raises UserError where groups of these sizes need more devices than ``total``."""
+    if (wanted := sum(needed.values())) <= total:
+        return
+    asked = ", ".join(f"{name} {count}" for name, count in needed.items())
+    raise UserError(
+        f"placement: {wanted} {resource}s are asked for ({asked}), there {'is' if total == 1 else 'are'} {total}; "
+        + what_would_fit(needed, total)
+    )
 
 
 def what_would_fit(needed: dict[str, int], total: int) -> str:

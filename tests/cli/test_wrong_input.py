@@ -92,10 +92,26 @@ def test_missing_column(tandem, inputs):
     refused(tandem, inputs, with_(SFT, data=data), "columns.jsonl:1", "'question'", "'response'", "'prompt'")
 
 
-def test_column_that_a_reward_wants(tandem, inputs):
+@pytest.mark.parametrize("flags", [[], ["--dry-run"]])
+def test_column_that_a_reward_wants(tandem, inputs, flags):
     data = write(inputs, "no_answer.jsonl", '{"prompt": "a="}\n')
-    code, err = tandem(*with_(GRPO, data=data, eval_data=data), "--out", inputs / "wants")
-    assert (code, "'answer'" in err) == (2, True), err
+    wanted = "'right' wants the column 'answer', which no_answer.jsonl lacks"
+    refused(tandem, inputs, [*with_(GRPO, data=data, eval_data=data), *flags], wanted)
+    refused(tandem, inputs, [*with_(GRPO, eval_data=data), *flags], wanted)
+    # Held-out samples may be judged by a reward of their own, which wants another one.
+    write(inputs, "gold.py", "def gold(completions, truth):\n    return [0.0 for _ in completions]\n")
+    gold = [*GRPO, "--eval-reward", "gold.py:gold", *flags]
+    refused(tandem, inputs, gold, "'gold' wants the column 'truth', which prompts.jsonl lacks", "answer")
+
+
+def test_a_row_without_a_column_that_others_have(tandem, inputs):
+    """Whichever rows meet in a step: the function gets None for it."""
+    rows = ['{"prompt": "a=", "answer": "a"}', *(f'{{"prompt": "{letter}="}}' for letter in "bcdefghijklm")]
+    write(inputs, "some.py", "def some(completions, answer):\n    return [float(bool(a)) for a in answer]\n")
+    data = write(inputs, "mixed.jsonl", "\n".join(rows))
+    argv = with_(GRPO, data=data, eval_data=data, reward="some.py:some", prompts_per_step=1, steps=3)
+    code, err = tandem(*argv, "--out", inputs / "mixed")
+    assert code == 0, err
 
 
 def test_empty_dataset(tandem, inputs):

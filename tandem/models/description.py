@@ -1,0 +1,28 @@
+"""What a model is, from its config: for a plan that loads no weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from tandem.errors import UserError
+from tandem.models.folder import located, readable_errors
+
+
+def describe_source(source: str, *, scalar: bool = False, trust_remote_code: bool = False) -> str:
+    """Class and size of the causal LM (``scalar``: of the model with one number a token) in a folder or on the hub.
+
+    Raises UserError where there is none, and where a folder holds no weights.
+    """
+    auto = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
+    with readable_errors(source, "model"), torch.device("meta"):
+        config = AutoConfig.from_pretrained(located(source), trust_remote_code=trust_remote_code)
+        if scalar:
+            config.num_labels = 1
+        module = auto.from_config(config, trust_remote_code=trust_remote_code)
+    folder = Path(located(source))
+    if folder.is_dir() and not any(path.suffix in (".safetensors", ".bin") for path in folder.iterdir()):
+        raise UserError(f"{source}: holds a config and no weights (*.safetensors, *.bin); give a complete folder")
+    return f"{type(module).__name__}, {sum(p.numel() for p in module.parameters()) / 1e6:.2f}M parameters"

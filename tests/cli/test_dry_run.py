@@ -1,0 +1,89 @@
+"""A plan finds what a run would stumble on, and neither loads weights nor starts Ray for it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+import ray
+from runs_in_processes import arguments, write_inputs
+from safetensors.torch import load_file
+
+from tandem.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """Whose weights nobody could load."""
+    folder = tmp_path_factory.mktemp("dry")
+    write_inputs(folder)
+    weights = load_file(folder / "base" / "model.safetensors")
+    (folder / "base" / "model.safetensors").write_bytes(b"not at all")
+    (folder / "numbers.txt").write_text(str(sum(tensor.numel() for tensor in weights.values())))
+    return folder
+
+
+@pytest.fixture
+def plan(inputs, monkeypatch, capsys):
+    """Runs a command with --dry-run; returns (exit code, standard error, standard output)."""
+    monkeypatch.chdir(inputs)
+    monkeypatch.setattr(ray, "init", None)
+
+    def call(*argv):
+        before = sorted(inputs.rglob("*"))
+        code = main([*argv, "--steps", "4", "--out", "never", "--dry-run"])
+        captured = capsys.readouterr()
+        assert [path for path in sorted(inputs.rglob("*")) if "__pycache__" not in path.parts] == [
+            path for path in before if "__pycache__" not in path.parts
+        ]
+        return code, captured.err, captured.out
+
+    return call
+
+
+def used(out):
+    lines = out.partition("would use\n")[2].splitlines()
+    return {line.split("  ")[1]: line.split("  ", 2)[2].strip() for line in lines if line.startswith("  ")}
+
+
+@pytest.mark.parametrize("method", ["sft", "rm", "ppo", "grpo"])
+@pytest.mark.parametrize("placement", [[], ["--placement.actor", str(len(os.sched_getaffinity(0)))]])
+def test_a_plan_says_what_would_be_used(plan, inputs, method, placement):
+    code, err, out = plan(*arguments(method), *placement)
+    assert code == 0, err
+    models = {role: text for role, text in used(out).items() if "parameters" in text}
+    assert set(models) == ({"model", "critic", "reference"} if method == "ppo" else {"model"})
+    size = int((inputs / "numbers.txt").read_text())
+    if method != "rm":
+        assert models["model"].startswith(f"LlamaForCausalLM, {size / 1e6:.2f}M parameters, cpu, float32")
+    for scalar in ("model",) if method == "rm" else ("critic",) if method == "ppo" else ():
+        assert models[scalar].startswith("LlamaForSequenceClassification, ")
+    assert any("40 " in text for text in used(out).values())
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (["--placement.actor", "64"], ["placement: 64 CPUs are asked for (actor 64)", "would fit"]),
+        (["--placement.actor", "1", "--placement.engine", "64"], ["(actor 1, engine 64)"]),
+        (["--max-new-tokens", "126"], ["prompts.jsonl:1", "the 128 positions of base"]),
+        (["--max-length", "4"], ["prompts.jsonl:1", "5 tokens"]),
+        (["--offload", "parameters"], ["offload", "--placement.actor 1"]),
+        (["--reward", "nowhere.py:f"], ["nowhere.py"]),
+        (["--model", "nowhere"], ["nowhere"]),
+        (["--model", "empty"], ["empty: holds a config and no weights"]),
+    ],
+)
+def test_a_plan_finds_the_mistakes_of_a_run(plan, inputs, flags, parts):
+    if "empty" in flags:
+        shutil.copytree(inputs / "base", inputs / "empty")
+        (inputs / "empty" / "model.safetensors").unlink()
+    argv = arguments("grpo")
+    if flags[0] in argv:
+        del argv[argv.index(flags[0]) : argv.index(flags[0]) + 2]
+    code, err, _ = plan(*argv, *flags)
+    assert code == 2
+    [line] = [line for line in err.splitlines() if line.startswith("tandem: error: ")]
+    for part in parts:
+        assert part in line
