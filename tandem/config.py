@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import logging
 import math
 import textwrap
 import types
@@ -25,6 +26,7 @@ from tandem import __version__
 from tandem.errors import UserError
 from tandem.given import Given, Key, flag_of, read_flags, read_yaml
 
+log = logging.getLogger("tandem")
 Config = TypeVar("Config")
 ONE_START = {"one_start": True}
 """Metadata of a key that concerns one start of a run, and so is not written to the run's config."""
@@ -50,7 +52,8 @@ def load_config(cls: type[Config], argv: Sequence[str], *, prog: str = "tandem")
 
     ``cls`` is a dataclass whose fields are sections (dataclasses) or keys. ``--help`` prints every key and raises
     SystemExit(0). Raises UserError, in one line, for an unknown key, a value of the wrong type or out of range, a
-    required key that is missing, and a value that would have no effect (see ``tandem.errors.needs``).
+    required key that is missing, and a flag that would have no effect (see ``tandem.errors.needs``). Of a file such a
+    key is said and passed over: one file serves a laptop and a cluster, and flags change what it is about.
     """
     keys = _keys_of(cls)
     if "--help" in argv or "-h" in argv:
@@ -67,8 +70,11 @@ def load_config(cls: type[Config], argv: Sequence[str], *, prog: str = "tandem")
     try:
         config = _build(cls, values)
         for name, value in values.items():
-            if value != keys[name].default:
-                _require_effect(keys[name], config)
+            if value == keys[name].default or not (idle := _no_effect(keys[name], config)):
+                continue
+            if name in flags:
+                raise UserError(f"{name}: {idle}")
+            log.warning("%s: %s", given[name].where, idle)
         return config
     except UserError as error:
         name, colon, problem = str(error).partition(": ")
@@ -186,22 +192,21 @@ def _build(cls: Any, values: dict[str, Any]) -> Any:
     return cls(**own)
 
 
-def _require_effect(key: Key, config: Any) -> None:
-    """Raises UserError where a key has no effect in this config."""
+def _no_effect(key: Key, config: Any) -> str:
+    """Why a key has no effect in this config; nothing where it has one."""
     settings = {name: value for _, section in _sections(config) for name, value in section.items()}
     for other, *values in key.metadata.get("needs", ()):
         if other == "part" and not set(values) & set(config.parts):
-            raise UserError(f"{key.name}: has no effect, since this run has no {' and no '.join(values)}")
+            return f"has no effect, since this run has no {' and no '.join(values)}"
         if other not in settings:
             continue
         found = settings[other]
         if not values and found in _UNSET:
-            raise UserError(f"{key.name}: has no effect without {flag_of(other)}")
+            return f"has no effect without {flag_of(other)}"
         if values and found not in values:
             other_value = " or ".join(map(_show, values))
-            raise UserError(
-                f"{key.name}: has no effect with {flag_of(other)} {_show(found)}; give {flag_of(other)} {other_value}"
-            )
+            return f"has no effect with {flag_of(other)} {_show(found)}; give {flag_of(other)} {other_value}"
+    return ""
 
 
 def _convert_given(given: Given, key: Key) -> Any:

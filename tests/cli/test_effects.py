@@ -1,4 +1,4 @@
-"""A key that has no effect in its run is refused; one that has, or that has its default, never is."""
+"""A flag that has no effect in its run is refused, a file's key is said; what has one, or is the default, never is."""
 
 import pytest
 
@@ -86,6 +86,21 @@ def test_a_key_that_has_an_effect_is_not(tmp_path, config, flags):
     read = load_config(config, words(config, flags))
     (tmp_path / "c.yaml").write_text(dump_config(read), encoding="utf-8")
     assert load_config(config, ["--config", str(tmp_path / "c.yaml")]) == read
+
+
+def test_a_file_serves_a_laptop_and_a_cluster(tmp_path, caplog):
+    """Flags may change what the file is about; its keys that are then idle are said, with their lines."""
+    file = tmp_path / "c.yaml"
+    file.write_text("placement.actor: 8\ncluster.address: auto\nkl_coef: 0.1\nkl_estimator: k3\n", encoding="utf-8")
+    with_file = [*words(GRPOConfig, []), "--config", str(file)]
+    load_config(GRPOConfig, with_file)
+    assert not caplog.messages
+    read = load_config(GRPOConfig, [*with_file, "--placement.actor", "here", "--kl-coef", "0"])
+    assert read.cluster.address == "auto"
+    assert caplog.messages == [
+        f"{file}:2: cluster.address: has no effect, since this run has no workers",
+        f"{file}:4: kl_estimator: has no effect without --kl-coef",
+    ]
 
 
 def test_every_condition_names_a_key_or_a_part():
