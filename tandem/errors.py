@@ -21,6 +21,10 @@ class RunFailure(UserError):
     """
 
 
+class WorkerDied(RunFailure):
+    """A process that works for this one is gone. The message says which, at what, and how its log ends."""
+
+
 class NonFiniteError(UserError):
     """A loss or a gradient is not finite. Raised before any parameter is touched by it."""
 

@@ -173,6 +173,7 @@ def vllm_engine(
         trust_remote_code=section.trust_remote_code,
         sleep=shared and on_gpu and engine.sleep,
         arguments=engine.vllm_arguments,
+        own_process=True,
     )
 
 

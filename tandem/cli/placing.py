@@ -30,6 +30,7 @@ from tandem.workers.turns import RestartingOnce, TakingTurns
 
 HOST_THREADS = 4
 """Of this process where it computes on a GPU, unless OMP_NUM_THREADS says otherwise."""
+SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 CALLS_AT_A_TIME = 8
 """A vLLM engine answers so many calls at once; their samples join one batch."""
 
@@ -125,7 +126,7 @@ class Homes:
         device = pick_device(self.model.device)
         self._check(self._needed(), device)
         needed = {role: processes * each for role, (processes, each) in self._needed().items()}
-        ray = require_ray()
+        ray = require_ray(alone=True)
         resource = "GPU" if device.type == "cuda" else "CPU"
         if ray.is_initialized():
             total = int(ray.cluster_resources().get(resource, 0))
@@ -146,7 +147,12 @@ class Homes:
         if self.spread:
             self._check(needed, device)
             say("starting Ray" if self.section.address is None else f"joining Ray at {self.section.address}")
-            self.cluster = Cluster(address=self.section.address, device=device.type, needed=needed)
+            self.cluster = Cluster(
+                address=self.section.address,
+                device=device.type,
+                needed=needed,
+                heartbeat_s=self.section.heartbeat,
+            )
             self.stack.callback(self.cluster.close)
         if self.placement.actor == "here":
             if device.type == "cuda" and "OMP_NUM_THREADS" not in os.environ:
@@ -182,7 +188,13 @@ class Homes:
         assert self.cluster is not None
         say(f"starting {size} worker{'s' if size > 1 else ''} for the {name}")
         group = WorkerGroup(
-            name, size, self.cluster, deadline_s=self.section.deadline, environment=worker_environment(), **options
+            name,
+            size,
+            self.cluster,
+            deadline_s=self.section.deadline,
+            environment=passed_on("OMP_NUM_THREADS", "HF_HOME", "HF_HUB_OFFLINE", "PYTHONPATH", "TANDEM_DEBUG"),
+            secrets=passed_on(*SECRETS),
+            **options,
         )
         home = Workers(group)
         self.stack.callback(home.close)
@@ -282,7 +294,6 @@ class Homes:
         return push
 
 
-def worker_environment() -> dict[str, str]:
+def passed_on(*names: str) -> dict[str, str]:
     """Variables that workers need as this process has them, wherever they run."""
-    passed = ("OMP_NUM_THREADS", "HF_HOME", "HF_TOKEN", "HF_HUB_OFFLINE", "PYTHONPATH", "TANDEM_DEBUG")
-    return {name: os.environ[name] for name in passed if name in os.environ}
+    return {name: os.environ[name] for name in names if name in os.environ}

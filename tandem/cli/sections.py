@@ -320,10 +320,13 @@ class ClusterSection:
     """HOST:PORT of a running cluster, or 'auto' for this machine's. None: one is started here for the run."""
     deadline: float = field(default=1800.0, metadata=needs(("part", "workers")) | MAY_CHANGE)
     """Longest time, in seconds, that one call to a worker may take before the run ends and says who did not answer."""
+    heartbeat: float = 30.0
+    """Longest time, in seconds, that a worker or Ray itself may be stopped (as by SIGSTOP) before it is killed."""
 
     def __post_init__(self) -> None:
-        if not self.deadline > 0:
-            raise UserError(f"cluster.deadline: expected more than 0, got {self.deadline!r}")
+        for key in ("deadline", "heartbeat"):
+            if not getattr(self, key) > 0:
+                raise UserError(f"cluster.{key}: expected more than 0, got {getattr(self, key)!r}")
 
 
 def _either(words: list[str]) -> str:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from tandem.engines.samples import StopRule, check_request
 from tandem.engines.vllm_checksums import combine
-from tandem.engines.vllm_setup import check_vllm, close_vllm, eos_ids, on_cpu, start_vllm
+from tandem.engines.vllm_setup import check_vllm, close_vllm, end_with_ranks, eos_ids, on_cpu, start_vllm
 from tandem.engines.vllm_stepper import Ended, Job, Stepper
 from tandem.errors import UserError, first_line
 from tandem.sync.links import Link
@@ -33,6 +33,7 @@ class VLLMEngine:
       the work, and are a little faster. Either way rounding depends on what else is in the batch.
     - ``sleep``: whether ``sleep`` can be called. On a CPU sleeping frees nothing.
     - ``arguments``: any other arguments of vLLM's ``LLM``.
+    - ``own_process``: this process is the engine's alone, and ends where a tensor-parallel rank's does.
 
     Any thread may call any method; samples of all threads run in one batch, and weights change between two steps.
     ``version``: optimizer steps behind the weights, set by ``receive``.
@@ -52,6 +53,7 @@ class VLLMEngine:
         trust_remote_code: bool = False,
         sleep: bool = False,
         arguments: Mapping[str, Any] = {},
+        own_process: bool = False,
     ) -> None:
         if max_slots < 1 or tensor_parallel < 1:
             raise UserError(f"max_slots is {max_slots} and tensor_parallel {tensor_parallel}; both must be at least 1")
@@ -71,6 +73,8 @@ class VLLMEngine:
             sleep=sleep,
             arguments=arguments,
         )
+        if own_process:
+            end_with_ranks(self._llm)
         self._engine = self._llm.llm_engine
         self.tokenizer = self._llm.get_tokenizer()
         self._room: int = self._engine.model_config.max_model_len

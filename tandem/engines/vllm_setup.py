@@ -5,10 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
+import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
+from multiprocessing.connection import wait
 from typing import Any
 
 from tandem.errors import UserError
@@ -113,6 +117,24 @@ def start_vllm(
         options["enable_sleep_mode"] = sleep
     with _explained(model, tensor_parallel, max_length):
         return LLM(model, **(options | dict(arguments)))
+
+
+def end_with_ranks(llm: Any) -> None:
+    """Has this process end where a tensor-parallel rank's does: vLLM cannot go on, and may wait for it for minutes."""
+    executor = llm.llm_engine.model_executor
+    processes = {worker.proc.sentinel: worker.proc for worker in getattr(executor, "workers", ())}
+
+    def watch() -> None:
+        ended = processes[wait(list(processes))[0]]
+        # Ranks that vLLM itself ends are not missed.
+        if executor.is_failed or not getattr(executor, "shutting_down", False):
+            ended.join()
+            how = f"exit code {ended.exitcode}" if ended.exitcode >= 0 else signal.Signals(-ended.exitcode).name
+            print(f"tandem: vLLM's {ended.name} (pid {ended.pid}) died ({how})", file=sys.stderr, flush=True)
+            os._exit(1)
+
+    if processes:
+        threading.Thread(target=watch, name="ranks", daemon=True).start()
 
 
 def on_cpu() -> bool:

@@ -254,6 +254,7 @@ def build_vllm(site: Site, params: EngineParams) -> Any:
         trust_remote_code=params.trust_remote_code,
         sleep=params.sleep,
         arguments=params.arguments,
+        own_process=True,
     )
 
 

@@ -54,23 +54,32 @@ def gather_objects(value: Any, group: dist.ProcessGroup) -> list[Any]:
 
 @contextmanager
 def join(
-    rank: int, size: int, *, device: torch.device, host: str, port: int, deadline_s: float = DEADLINE_S
+    rank: int,
+    size: int,
+    *,
+    device: torch.device,
+    host: str,
+    port: int,
+    deadline_s: float = DEADLINE_S,
+    store: dist.Store | None = None,
 ) -> Iterator[World]:
     """Joins the default process group of torch.distributed (NCCL on GPUs, gloo on CPUs), and leaves it at the end.
 
-    Rank 0 hosts the rendezvous at ``host:port``. A rank that does not come, or does not answer in a collective within
-    ``deadline_s`` seconds, ends the wait with an error.
+    Rank 0 hosts the rendezvous at ``host:port``, on every interface, unless all ranks have a ``store``. A rank that
+    does not come, or does not answer in a collective within ``deadline_s`` seconds, ends the wait with an error.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
         # A communicator that waits too long is torn down together with its process.
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
+    timeout = timedelta(seconds=deadline_s)
+    meeting: dict[str, Any] = {"init_method": f"tcp://{host}:{port}"} if store is None else {"store": store}
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        init_method=f"tcp://{host}:{port}",
+        **meeting,
         rank=rank,
         world_size=size,
-        timeout=timedelta(seconds=deadline_s),
+        timeout=timeout,
         device_id=device if device.type == "cuda" else None,
     )
     try:

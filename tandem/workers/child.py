@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import pickle
+import secrets
 import signal
 import subprocess
 import sys
@@ -18,11 +19,14 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any, NoReturn
 
-from tandem.errors import UserError
-from tandem.workers.group import LOAD_DEADLINE_S, START_DEADLINE_S, WorkerDied, WorkerFailed
+from tandem.errors import RunFailure, UserError, WorkerDied
+from tandem.workers.group import LOAD_DEADLINE_S, START_DEADLINE_S, WorkerFailed
+from tandem.workers.keeper import MARK, start_keeper
 from tandem.workers.process import Build, Where, WorkerProcess, raise_failure
 
 CLOSE_DEADLINE_S = 20.0
+HEARTBEAT_S = 30.0
+"""It is killed once it has been stopped for so long."""
 TAIL_LINES = 15
 TAIL_BYTES = 16384
 RANK_VARIABLES = frozenset(
@@ -144,7 +148,7 @@ class Child:
         return subprocess.Popen(
             # -P: the current folder is searched only where it is for this process.
             [sys.executable, "-P", "-c", code],
-            env=clean_environment(gpu),
+            env=clean_environment(gpu) | {MARK: secrets.token_hex(8)},
             stdin=subprocess.DEVNULL,
             stdout=self.output,
             stderr=subprocess.STDOUT,
@@ -172,7 +176,7 @@ class Child:
         while True:
             ready = wait([self.pipe, self.ended], max(0.0, end - time.monotonic()))
             if not ready:
-                raise UserError(f"{what}: no answer within {deadline_s:.0f} s from {self._who}{self._tail()}")
+                raise RunFailure(f"{what}: no answer within {deadline_s:.0f} s from {self._who}{self._tail()}")
             if self.pipe not in ready:
                 raise self.died(what)
             number, ok, result = pickle.loads(self.pipe.recv_bytes())
@@ -232,6 +236,7 @@ def serve(pipe_fd: int, parent: int, device: str) -> NoReturn:
             # It died before the line above.
             os._exit(1)
     os.set_inheritable(pipe_fd, False)
+    start_keeper(os.environ[MARK], HEARTBEAT_S)
     pipe = Connection(pipe_fd)
     worker = WorkerProcess(0, 1, device)
     while True:

@@ -7,8 +7,11 @@ import glob
 import importlib.util
 import itertools
 import os
+import secrets
+import select
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,32 +20,52 @@ from typing import Any
 import torch
 
 from tandem.errors import UserError
-from tandem.workers.process import Where, own_address
+from tandem.workers.keeper import MARK, STOPPED, start_keeper, state_of
+from tandem.workers.process import LOOPBACK, Where, own_address
 
 CONNECT_DEADLINE_S = 30.0
+KEEPER_LATER_S = 10.0
 TAIL_LINES = 15
 INSTALL = "pip install 'tandem-rlhf[cluster]'"
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+ON_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+"""Has Ray listen on the loopback alone, as it does on systems where it has no clusters. Read as it is imported."""
 
 
 class Cluster:
     """Ray, connected. ``address`` joins a running cluster (``auto``, ``HOST:PORT``); None starts one on this machine.
 
     ``device`` is ``cuda`` or ``cpu``: what a worker of a group gets. ``needed`` says for each group how many processes
-    it has and how many devices each of them needs. Raises UserError where Ray is not installed or does not answer,
-    and where the cluster has fewer devices than that.
+    it has and how many devices each of them needs. A process of one that was started here, or of a group, which is
+    stopped for ``heartbeat_s`` is killed, so that what waits for it ends. Raises UserError where Ray is not installed
+    or does not answer, and where the cluster has fewer devices than that.
     """
 
-    def __init__(self, *, address: str | None = None, device: str, needed: dict[str, tuple[int, int]]) -> None:
-        self.ray: Any = require_ray()
-        self.device = device
+    def __init__(
+        self,
+        *,
+        address: str | None = None,
+        device: str,
+        needed: dict[str, tuple[int, int]],
+        heartbeat_s: float = 30.0,
+    ) -> None:
+        self.ray: Any = require_ray(alone=address is None)
+        self.device, self.heartbeat_s = device, heartbeat_s
+        self.mark = secrets.token_hex(8)
+        """Of every process that belongs to the run (``tandem.workers.keeper``)."""
+        self.closing = threading.Event()
         self.started = not self.ray.is_initialized()
+        wanted = {name: processes * each for name, (processes, each) in needed.items()}
         bundles = [each for processes, each in needed.values() for _ in range(processes)]
         if self.started:
+            if device == "cpu" and address is None:
+                # Known without Ray, whose start takes seconds.
+                require_room(wanted, len(os.sched_getaffinity(0)), "CPU")
             with own_sigterm():
                 self._init(address, sum(bundles))
         try:
-            self._check({name: processes * each for name, (processes, each) in needed.items()})
+            resource = "GPU" if device == "cuda" else "CPU"
+            require_room(wanted, int(self.ray.cluster_resources().get(resource, 0)), resource)
             self.group = self._reserve(bundles)
         except BaseException:
             self.close()
@@ -54,16 +77,42 @@ class Cluster:
         if address is not None:
             connect(address)
             return
-        # Training processes compute on their own threads; Ray only counts, so the count is what is asked for.
-        options: dict[str, Any] = {"num_cpus": max(workers, os.cpu_count() or 1)}
-        if self.device == "cpu":
-            options |= {"num_gpus": 0}
-        # "local", since Ray would otherwise join whatever runs on this machine.
-        self.ray.init(address="local", include_dashboard=False, **QUIET, **options)
+        # On GPUs Ray need not count cores: there are as many workers as GPUs, and they compute there.
+        cores = len(os.sched_getaffinity(0))
+        options: dict[str, Any] = (
+            {"num_cpus": cores, "num_gpus": 0} if self.device == "cpu" else {"num_cpus": max(workers, cores)}
+        )
+        # Ray's own is in a file that others may read. It stays, since Ray reads it once in a process.
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        with environment(ON_LOOPBACK | {MARK: self.mark}):
+            # "local", since Ray would otherwise join whatever runs on this machine.
+            self.ray.init(address="local", include_dashboard=False, **QUIET, **options)
+        # By itself it gives this process the first word.
+        start_keeper(self.mark, self.heartbeat_s + KEEPER_LATER_S)
+        for name in ("raylet", "gcs_server"):
+            (started,) = self.ray._private.worker._global_node.all_processes[name]
+            threading.Thread(target=self._watch, args=(name, started.process.pid), daemon=True).start()
 
-    def _check(self, needed: dict[str, int]) -> None:
-        resource = "GPU" if self.device == "cuda" else "CPU"
-        require_room(needed, int(self.ray.cluster_resources().get(resource, 0)), resource)
+    def _watch(self, name: str, pid: int) -> None:
+        """Ends this process where one is gone or stopped that Ray cannot do without.
+
+        Ray itself waits for it, in calls that no signal interrupts, or ends this process after a minute.
+        """
+        ended = select.poll()
+        ended.register(os.pidfd_open(pid), select.POLLIN)
+        stopped = 0
+        while stopped < self.heartbeat_s and not ended.poll(1000) and not self.closing.is_set():
+            stopped = stopped + 1 if state_of(pid) in STOPPED else 0
+        if self.closing.is_set():
+            return
+        how = "died" if stopped < self.heartbeat_s else f"has been stopped for {self.heartbeat_s:.0f} s"
+        print(
+            f"\ntandem: error: cluster: Ray's {name} (pid {pid}) {how}, and no worker can be reached without it; "
+            "go on with --resume",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(os.EX_TEMPFAIL)
 
     def _reserve(self, bundles: list[int]) -> Any:
         """A placement group of one bundle a worker, or nothing where no worker reserves a device."""
@@ -86,7 +135,7 @@ class Cluster:
         """Where and with what a worker starts: in its bundle, or on devices that another group has reserved."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-        variables = dict(environment)
+        variables = environment | {MARK: f"{self.mark}.{name}-{rank}-{secrets.token_hex(4)}"}
         options: dict[str, Any] = {"name": f"tandem-{name}-{rank}-{os.getpid()}", "num_cpus": 0, "max_restarts": 0}
         if host is not None:
             mine = host[rank * gpus : (rank + 1) * gpus] or host[:1]
@@ -111,15 +160,17 @@ class Cluster:
                 from ray.util.placement_group import remove_placement_group
 
                 remove_placement_group(self.group)
+        self.closing.set()
         if self.started:
             self.ray.shutdown()
 
 
-def require_ray() -> Any:
-    """The module. Raises UserError where Ray is not installed."""
+def require_ray(*, alone: bool = False) -> Any:
+    """The module, imported for this machine ``alone`` or for a cluster. Raises UserError where Ray is not installed."""
     if importlib.util.find_spec("ray") is None:
         raise UserError(f"several processes need Ray, which is not installed: {INSTALL}")
-    import ray
+    with environment(ON_LOOPBACK if alone else {}):
+        import ray
 
     return ray
 
@@ -154,6 +205,21 @@ def _nobody_at(address: str, why: str) -> UserError:
         f"cluster.address {address}: no Ray cluster answers there ({why}); start one with 'ray start --head' "
         "or leave the key out to run on this machine"
     )
+
+
+@contextlib.contextmanager
+def environment(variables: dict[str, str]) -> Iterator[None]:
+    """Sets variables for what is imported and started inside, and puts back what was there."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 @contextlib.contextmanager
@@ -223,4 +289,4 @@ def log_tail(where: Where) -> str:
 
 
 def _same_machine(a: str, b: str) -> bool:
-    return a == b or {a, b} <= {"127.0.0.1", own_address()}
+    return a == b or {a, b} <= {LOOPBACK, own_address()}

@@ -5,21 +5,19 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from typing import Any
 
-from tandem.errors import UserError
+from tandem.errors import RunFailure, UserError, WorkerDied
 from tandem.workers.cluster import Cluster, log_tail
-from tandem.workers.process import Build, Where, WorkerProcess, raise_failure
+from tandem.workers.keeper import MARK
+from tandem.workers.process import LOOPBACK, Build, Where, WorkerProcess, raise_failure
 
 START_DEADLINE_S = 300.0
 LOAD_DEADLINE_S = 3600.0
 """Reading a large model from a slow disk is the longest of all waits."""
-
-
-class WorkerDied(UserError):
-    """A worker process is gone. The message says which, at what, and how its log ends."""
+DEATH_KNOWN_S = 5.0
+"""Until Ray knows of a death that others of a group have noticed."""
 
 
 class WorkerGroup:
@@ -27,7 +25,8 @@ class WorkerGroup:
 
     ``joined`` makes them one world for collectives. ``on_gpus_of`` puts them where other processes are, on their GPUs,
     reserving none. ``concurrency`` calls may run in one process at the same time. A call that takes longer than
-    ``deadline_s`` ends with an error that says who has not answered.
+    ``deadline_s`` ends with an error that says who has not answered. Processes start with ``environment``, which Ray
+    logs; ``secrets`` are variables that they are told in a call, and that stand in no log and on no command line.
     """
 
     def __init__(
@@ -42,9 +41,11 @@ class WorkerGroup:
         concurrency: int = 1,
         deadline_s: float = 1800.0,
         environment: dict[str, str] | None = None,
+        secrets: dict[str, str] | None = None,
     ) -> None:
         self.name, self.size, self.cluster, self.deadline_s = name, size, cluster, deadline_s
         self.device = cluster.device
+        self.secrets = secrets or {}
         self.builds: dict[str, Build] = {}
         self.options = [
             cluster.actor_options(name, rank, gpus_each, host=list(on_gpus_of) or None, environment=environment or {})
@@ -53,14 +54,20 @@ class WorkerGroup:
         ]
         self.wheres: list[Where] = []
         self.actors = [self._start(rank) for rank in range(size)]
-        self.wheres = self._all("start", [a.where.remote() for a in self.actors], START_DEADLINE_S)
+        self.wheres = self._all("start", [self._begin(rank) for rank in range(size)], START_DEADLINE_S)
         if joined:
-            host, port = self._all("rendezvous", [self.actors[0].free_port.remote()], START_DEADLINE_S)[0]
+            nodes = {where.node for where in self.wheres}
+            host = LOOPBACK if len(nodes) == 1 else self.wheres[0].node
+            port = self._all("rendezvous", [self.actors[0].listen.remote(host)], START_DEADLINE_S)[0]
             self._all("rendezvous", [a.join.remote(host, port, deadline_s) for a in self.actors], START_DEADLINE_S)
 
     def _start(self, rank: int) -> Any:
         actor = self.cluster.ray.remote(WorkerProcess)
         return actor.options(**self.options[rank]).remote(rank, self.size, self.device, os.getcwd())
+
+    def _begin(self, rank: int) -> Any:
+        mark = self.options[rank]["runtime_env"]["env_vars"][MARK]
+        return self.actors[rank].begin.remote(self.secrets, mark, self.cluster.heartbeat_s)
 
     def restart(self, rank: int) -> None:
         """A new process in the place of one that is gone, with the same roles built anew. Not for joined groups."""
@@ -68,7 +75,7 @@ class WorkerGroup:
             self.cluster.ray.kill(self.actors[rank])
         self.options[rank] |= {"name": f"{self.options[rank]['name']}-again"}
         self.actors[rank] = self._start(rank)
-        self.wheres[rank] = self._all("restart", [self.actors[rank].where.remote()], START_DEADLINE_S, rank)[0]
+        self.wheres[rank] = self._all("restart", [self._begin(rank)], START_DEADLINE_S, rank)[0]
         for role, build in self.builds.items():
             self._all(f"loading {role}", [self.actors[rank].place.remote(role, build)], LOAD_DEADLINE_S, rank)
 
@@ -126,19 +133,33 @@ class WorkerGroup:
             done, _ = ray.wait(waiting, num_returns=1, timeout=max(0.0, end - time.monotonic()))
             if not done:
                 late = ", ".join(self._who(ranks[ref]) for ref in waiting)
-                raise UserError(
+                raise RunFailure(
                     f"{what}: no answer within {deadline_s:.0f} s from {late}{self._tail(ranks[waiting[0]])}"
                 )
             for ref in done:
-                with self._naming(what, ranks[ref]):
-                    results[ref] = raise_failure(ray.get(ref), self._who(ranks[ref]))
+                try:
+                    results[ref] = self._result(what, ref, ranks[ref])
+                except (UserError, WorkerFailed) as error:
+                    others = {other: ranks[other] for other in waiting if other != ref}
+                    raise self._death(what, others) or error from None
         return [results[ref] for ref in refs]
 
-    @contextlib.contextmanager
-    def _naming(self, what: str, rank: int) -> Iterator[None]:
+    def _death(self, what: str, others: dict[Any, int]) -> WorkerDied | None:
+        """Which of the others has died: what they do together fails for those that live, who may say so first."""
+        ended = self.cluster.ray.wait(list(others), num_returns=len(others), timeout=DEATH_KNOWN_S)[0] if others else []
+        for ref in ended:
+            try:
+                self._result(what, ref, others[ref])
+            except WorkerDied as died:
+                return died
+            except (UserError, WorkerFailed):
+                continue
+        return None
+
+    def _result(self, what: str, ref: Any, rank: int) -> Any:
         exceptions = self.cluster.ray.exceptions
         try:
-            yield
+            return raise_failure(self.cluster.ray.get(ref), self._who(rank))
         except (exceptions.RayActorError, exceptions.OutOfMemoryError) as error:
             reason = " ".join(str(error).split("\n\t")[0].split())[:200]
             raise WorkerDied(f"{self._who(rank)} died in {what} ({reason}){self._tail(rank)}") from None

@@ -7,14 +7,19 @@ import socket
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from tandem.errors import NonFiniteError, RunFailure, UserError, first_line
 from tandem.parallel.world import World, join
 from tandem.types import Outputs
+from tandem.workers.keeper import start_keeper
+
+LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,7 @@ class WorkerProcess:
 
     def __init__(self, rank: int, size: int, device: str, folder: str | None = None) -> None:
         self.stack = ExitStack()
+        self.door: socket.socket | None = None
         if folder is not None and os.path.isdir(folder):
             os.chdir(folder)
         if device == "cuda":
@@ -62,20 +68,42 @@ class WorkerProcess:
         self.device = torch.device("cuda:0" if device == "cuda" else "cpu")
         self.site = Site(World(rank, size, self.device))
 
+    def begin(self, variables: dict[str, str], mark: str, heartbeat_s: float) -> Where:
+        """Takes environment variables that nobody else may read, and gets a keeper (``tandem.workers.keeper``)."""
+        os.environ.update(variables)
+        start_keeper(mark, heartbeat_s)
+        return self.where()
+
     def where(self) -> Where:
         return here(self.device)
 
-    def free_port(self) -> tuple[str, int]:
-        """This machine's address and a port on it that is free now."""
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return own_address(), probe.getsockname()[1]
+    def listen(self, host: str) -> int:
+        """Opens the door at which the other ranks of the group meet this one, on one interface. Returns its port."""
+        self.door = socket.create_server((host, 0))
+        return self.door.getsockname()[1]
 
     def join(self, host: str, port: int, deadline_s: float) -> None:
         """Meets the other ranks of the group. Returns when all have come."""
         world = self.site.world
+        store = dist.TCPStore(
+            host,
+            port,
+            is_master=self.door is not None,
+            timeout=timedelta(seconds=deadline_s),
+            wait_for_workers=False,
+            # By itself it would listen on every interface.
+            master_listen_fd=None if self.door is None else self.door.detach(),
+        )
         self.site.world = self.stack.enter_context(
-            join(world.rank, world.size, device=self.device, host=host, port=port, deadline_s=deadline_s)
+            join(
+                world.rank,
+                world.size,
+                device=self.device,
+                host=host,
+                port=port,
+                deadline_s=deadline_s,
+                store=store,
+            )
         )
 
     def place(self, role: str, build: Build) -> Failure | None:
@@ -120,7 +148,7 @@ def own_address() -> str:
             probe.connect(("10.255.255.255", 1))
             return probe.getsockname()[0]
         except OSError:
-            return "127.0.0.1"
+            return LOOPBACK
 
 
 def raise_failure(result: Any, who: str) -> Any:

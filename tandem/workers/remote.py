@@ -130,11 +130,15 @@ class BalancedEngine:
                 with lock:
                     self.ended += sum(map(len, part))
 
-        with ThreadPoolExecutor(self.group.size * self.CALLS) as pool:
+        pool = ThreadPoolExecutor(self.group.size * self.CALLS)
+        try:
             # Rank by rank, so that few requests are spread over all engines.
             served = [pool.submit(serve, rank) for _ in range(self.CALLS) for rank in range(self.group.size)]
             for future in served:
                 future.result()
+        finally:
+            # Whoever is interrupted does not wait for what the engines are at.
+            pool.shutdown(wait=False, cancel_futures=True)
         return results
 
     def _chunks(self, requests: Seq[Request]) -> list[list[int]]:

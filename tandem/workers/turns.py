@@ -7,10 +7,10 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from typing import Protocol
 
-from tandem.errors import UserError, first_line
+from tandem.errors import RunFailure, WorkerDied, first_line
 from tandem.roles import Engine, Metrics
 from tandem.types import Completion, Request
-from tandem.workers.group import WorkerDied, WorkerGroup
+from tandem.workers.group import WorkerGroup
 from tandem.workers.homes import RoleEnd
 
 log = logging.getLogger("tandem")
@@ -106,7 +106,7 @@ class RestartingOnce:
         return self.engine.ended
 
     def generate(self, requests: Seq[Request]) -> list[list[Completion]]:
-        """As the engine's own. Raises UserError where a process dies a second time."""
+        """As the engine's own. Raises RunFailure where a process dies a second time."""
         try:
             return self.engine.generate(requests)
         except WorkerDied as error:
@@ -128,7 +128,7 @@ class RestartingOnce:
 
     def _restart(self, error: WorkerDied) -> None:
         if self.restarted:
-            raise UserError(f"{error} (it was restarted once already)") from None
+            raise RunFailure(f"{error} (it was restarted once already)") from None
         self.restarted = True
         for rank in self.group.dead():
             log.warning("%s rank %d is started again: %s", self.group.name, rank, first_line(error))

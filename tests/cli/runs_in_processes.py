@@ -55,6 +55,12 @@ def arguments(method: str, *, learning_rate: str = "3e-3", prompts_per_step: int
     return [method, "--model", "base", *special[method], *common]
 
 
+def unevaluated(argv: list[str]) -> list[str]:
+    """The same without held-out data."""
+    at = [argv.index(flag) for flag in ("--eval-data", "--eval-every")]
+    return [word for i, word in enumerate(argv) if not {i, i - 1} & set(at)]
+
+
 def _child(
     folder: str, argv: list[str], fault: tuple[str, int] | None, output: str, environment: dict[str, str]
 ) -> None:

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from tandem.errors import UserError
+from tandem.errors import UserError, WorkerDied
 from tandem.workers.child import Child
-from tandem.workers.group import WorkerDied, WorkerFailed
+from tandem.workers.group import WorkerFailed
 
 
 class Role:

@@ -14,12 +14,11 @@ from conftest import make_tokenizer
 from torch.distributed.fsdp import fully_shard
 from vllm_models import make_model, reference_logp, save
 
-from tandem.errors import UserError
+from tandem.errors import UserError, WorkerDied
 from tandem.loop.sampler import Sampler
 from tandem.parallel.world import World
 from tandem.sync.check import WeightMismatch
 from tandem.types import SamplingParams
-from tandem.workers.group import WorkerDied
 
 sys.path.append(str(Path(__file__).parents[1] / "parallel"))
 import ranks

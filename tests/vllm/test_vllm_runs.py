@@ -16,7 +16,7 @@ from vllm_models import make_model, save
 
 sys.path.append(str(Path(__file__).parents[1] / "workers"))
 from safetensors.torch import load_file
-from shared_ray import arguments, cluster_address, write_inputs
+from shared_ray import arguments, cluster_address, unevaluated, write_inputs
 
 from tandem.cli import placing
 from tandem.cli.main import main
@@ -42,8 +42,7 @@ def at_inputs(inputs: Path, cluster_address: str, monkeypatch: pytest.MonkeyPatc
 
 
 def train(out: str, method: str, *options: str) -> dict[str, Tensor]:
-    argv = [*arguments(method, learning_rate="1e-4"), "--steps", "3", "--out", out, *options]
-    del argv[argv.index("--eval-data") : argv.index("--eval-data") + 2]
+    argv = [*unevaluated(arguments(method, learning_rate="1e-4")), "--steps", "3", "--out", out, *options]
     assert main(argv) == 0
     return load_file(f"{out}/model/model.safetensors")
 
@@ -128,8 +127,7 @@ def test_killed_while_others_train_and_then_again(grpo_split, monkeypatch, capsy
 
     monkeypatch.setattr(RestartingOnce, "guard", fatal)
     again = kill_engine_at(monkeypatch, {3})
-    argv = [*arguments("grpo", learning_rate="1e-4"), "--steps", "3", "--out", "twice", *VLLM, *SPLIT]
-    del argv[argv.index("--eval-data") : argv.index("--eval-data") + 2]
+    argv = [*unevaluated(arguments("grpo", learning_rate="1e-4")), "--steps", "3", "--out", "twice", *VLLM, *SPLIT]
     assert main(argv) == 2
     said = capsys.readouterr().err
     assert f"engine rank 0 (pid {again[0]} on" in said
@@ -170,6 +168,6 @@ def test_doctor_notices_an_engine_that_pushes_do_not_reach(monkeypatch, capsys):
 @pytest.mark.usefixtures("broken_engines_importable")
 def test_the_truth_check_names_the_parameter_that_is_wrong(monkeypatch, capsys):
     monkeypatch.setattr(placing, "vllm_engine", damaged_engine)
-    argv = [*arguments("grpo"), "--steps", "3", "--out", "damaged", *VLLM, *SPLIT]
+    argv = [*unevaluated(arguments("grpo")), "--steps", "3", "--out", "damaged", *VLLM, *SPLIT]
     assert main(argv) == 75
     assert "engine 0 does not hold the trainer's model.norm.weight: checksum" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-from shared_ray import arguments
+from shared_ray import arguments, unevaluated
 
 PATIENCE_S = 150.0
 """Longest wait for anything that must happen."""
@@ -42,8 +42,16 @@ class Driver:
         self.out = folder / out
         self.gate = folder / f"{out}-gate"
         self.gate.mkdir()
-        argv = [*arguments(method), "--reward", f"gate.py:{reward}", "--steps", "5", "--out", out, *options]
-        del argv[argv.index("--eval-data") : argv.index("--eval-data") + 2]
+        argv = [
+            *unevaluated(arguments(method)),
+            "--reward",
+            f"gate.py:{reward}",
+            "--steps",
+            "5",
+            "--out",
+            out,
+            *options,
+        ]
         self.written = folder / f"{out}.txt"
         with self.written.open("w") as output:
             self.process = subprocess.Popen(

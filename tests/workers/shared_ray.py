@@ -11,9 +11,9 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "cli"))
 
-from runs_in_processes import arguments, write_inputs
+from runs_in_processes import arguments, unevaluated, write_inputs
 
-__all__ = ["arguments", "cluster_address", "inputs"]
+__all__ = ["arguments", "cluster_address", "inputs", "unevaluated"]
 
 CPUS = 8
 """Ray only counts them: workers compute where there is time."""
@@ -35,7 +35,15 @@ def cluster_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     import ray
 
     with contextlib.chdir(tmp_path_factory.mktemp("elsewhere")):
-        ray.init(num_cpus=CPUS, num_gpus=0, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        ray.init(
+            # Whatever else runs on this machine, or has left its address behind, is none of the tests' business.
+            address="local",
+            num_cpus=CPUS,
+            num_gpus=0,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
     try:
         yield ray.get_runtime_context().gcs_address
     finally:
