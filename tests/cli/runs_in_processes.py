@@ -40,9 +40,11 @@ def write_inputs(folder: Path) -> None:
     )
 
 
-def arguments(method: str, *, learning_rate: str = "3e-3", prompts_per_step: int = 6) -> list[str]:
+def arguments(
+    method: str, *, learning_rate: str = "3e-3", lr_schedule: str = "linear", prompts_per_step: int = 6
+) -> list[str]:
     """A few steps of each method on those inputs."""
-    common = ["--seed", "3", "--eval-every", "2", "--learning-rate", learning_rate, "--lr-schedule", "linear"]
+    common = ["--seed", "3", "--eval-every", "2", "--learning-rate", learning_rate, "--lr-schedule", lr_schedule]
     online = ["--data", "prompts.jsonl", "--eval-data", "prompts.jsonl", "--reward", "check.py:right",
               "--prompts-per-step", str(prompts_per_step), "--samples-per-prompt", "3",
               "--max-new-tokens", "5"]  # fmt: skip

@@ -63,10 +63,11 @@ def test_torchrun_equals_one_process(folder):
 
 
 def test_a_run_goes_on_under_torchrun(folder):
-    options = ["--save-every", "1", "--lr-schedule", "constant"]
-    unbroken = train("sft-unbroken", "sft", *options)
-    train("sft-moved", "sft", *options, steps=2)
-    argv = [*arguments("sft", learning_rate="1e-4"), "--steps", "3", *options, "--out", "sft-moved", "--resume"]
+    every = ["--save-every", "1"]
+    unbroken = train("sft-unbroken", "sft", *every, lr_schedule="constant")
+    train("sft-moved", "sft", *every, lr_schedule="constant", steps=2)
+    argv = [*arguments("sft", learning_rate="1e-4", lr_schedule="constant"), "--steps", "3", *every]
+    argv += ["--out", "sft-moved", "--resume"]
     ended = torchrun(folder, *argv)
     assert ended.returncode == 0, ended.stderr
     assert 0 < difference(load_file("sft-moved/model/model.safetensors"), unbroken) < 1e-6

@@ -33,9 +33,12 @@ def folder(inputs: Path, cluster_address: str, monkeypatch: pytest.MonkeyPatch) 
     return inputs
 
 
-def train(out: str, method: str, *options: str, steps: int = STEPS) -> dict[str, Tensor]:
+def train(
+    out: str, method: str, *options: str, steps: int = STEPS, learning_rate: str = "1e-4", lr_schedule: str = "linear"
+) -> dict[str, Tensor]:
     """Runs a command in this process. Returns the parameters it ends with."""
-    assert main([*arguments(method, learning_rate="1e-4"), "--steps", str(steps), "--out", out, *options]) == 0
+    argv = arguments(method, learning_rate=learning_rate, lr_schedule=lr_schedule)
+    assert main([*argv, "--steps", str(steps), "--out", out, *options]) == 0
     return load_file(f"{out}/model/model.safetensors")
 
 
@@ -127,11 +130,10 @@ def test_grpo_with_scorers_in_groups_of_their_own(inputs):
 def test_a_run_goes_on_in_other_processes(ppo_here):
     """Stopped after 2 steps in this process; the third is made by two workers and an engine apart."""
     every = ["--save-every", "1", *TRAINER_LOGP]
-    # The learning rate falls over all steps, so that the first two must know of the third.
-    constant = ["--lr-schedule", "constant"]
-    unbroken = train("unbroken", "ppo", *every, *constant)
-    train("moved", "ppo", *every, *constant, steps=2)
+    # A falling learning rate would refuse a third step after two.
+    unbroken = train("unbroken", "ppo", *every, lr_schedule="constant")
+    train("moved", "ppo", *every, lr_schedule="constant", steps=2)
     placement = ["--placement.actor", "2", "--placement.engine", "1", "--cluster.deadline", "100"]
-    moved = train("moved", "ppo", *every, *constant, "--resume", *placement)
+    moved = train("moved", "ppo", *every, "--resume", *placement, lr_schedule="constant")
     assert difference(moved, unbroken) < 1e-6
     assert [line["step"] for line in metrics("moved")] == [1, 2, 3]
