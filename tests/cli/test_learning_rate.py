@@ -11,12 +11,12 @@ from runs_in_processes import write_inputs
 from tandem.cli.main import main
 
 STEPS, RATE = 6, 3e-3
-EMPTY = {2, 3}
-"""Steps of which every sample is left out."""
+ALONE = {2, 6}
+"""Steps of which every sample but one is left out."""
 
 
-def test_steps_without_samples_and_with_few_leave_the_end_of_the_schedule_where_it_is(tmp_path, monkeypatch):
-    """At 4 samples there are 4 minibatches of the 8 asked for. The rate is the mean of those of a step."""
+def test_steps_with_few_samples_leave_the_end_of_the_schedule_where_it_is(tmp_path, monkeypatch):
+    """Of the 8 minibatches asked for there are 4, one a sample, or 1. The rate is the mean of those of a step."""
     monkeypatch.chdir(tmp_path)
     write_inputs(tmp_path)
     (tmp_path / "leaving.py").write_text(
@@ -24,7 +24,8 @@ def test_steps_without_samples_and_with_few_leave_the_end_of_the_schedule_where_
         "def out(prompts, completions):\n"
         "    global calls\n"
         "    calls += 1\n"
-        f"    return [None if calls in {EMPTY} else float(len(set(c))) for c in completions]\n"
+        f"    left_out = 3 if calls in {ALONE} else 0\n"
+        "    return [None if i < left_out else float(len(set(c))) for i, c in enumerate(completions)]\n"
     )
     argv = ["grpo", "--model", "base", "--data", "prompts.jsonl", "--reward", "leaving.py:out", "--out", "run"]
     argv += ["--prompts-per-step", "2", "--samples-per-prompt", "2", "--max-new-tokens", "5"]
@@ -35,11 +36,11 @@ def test_steps_without_samples_and_with_few_leave_the_end_of_the_schedule_where_
     for line in Path("run/metrics.jsonl").read_text().splitlines():
         metrics = json.loads(line)
         rates[metrics["step"]] = metrics.get("learning_rate")
-    # Eight optimizer steps a step of the run, by eighths of it; up to the peak in the first, then down to 0 at the end.
-    done = {step: [step - 1 + eighth / 8 for eighth in range(8)] for step in range(1, STEPS + 1)}
-    expected = {step: sum(RATE * (1 - (d - 1) / (STEPS - 1)) for d in at) / 8 for step, at in done.items()}
-    expected[1] = sum(RATE * (d + 1) / 2 for d in done[1]) / 8
-    for step in EMPTY:
-        assert rates[step] is None
-    trained = set(expected) - EMPTY
-    assert {step: rates[step] for step in trained} == pytest.approx({step: expected[step] for step in trained})
+    # Two epochs of four minibatches, or of one; up to the peak in the first step, then down to 0 at the end.
+    expected = {}
+    for step in range(1, STEPS + 1):
+        count = 2 if step in ALONE else 8
+        done = [step - 1 + number / count for number in range(count)]
+        shares = [(d + 1) / 2 if d < 1 else 1 - (d - 1) / (STEPS - 1) for d in done]
+        expected[step] = RATE * sum(shares) / count
+    assert {step: rates[step] for step in expected} == pytest.approx(expected)
