@@ -47,6 +47,8 @@ class WorkerGroup:
         self.device = cluster.device
         self.secrets = secrets or {}
         self.builds: dict[str, Build] = {}
+        self.silent = ""
+        """Who has not answered within the deadline. The end of a run that finds that out must not wait for it again."""
         self.options = [
             cluster.actor_options(name, rank, gpus_each, host=list(on_gpus_of) or None, environment=environment or {})
             | {"max_concurrency": concurrency}
@@ -75,6 +77,7 @@ class WorkerGroup:
             self.cluster.ray.kill(self.actors[rank])
         self.options[rank] |= {"name": f"{self.options[rank]['name']}-again"}
         self.actors[rank] = self._start(rank)
+        self.silent = ""
         self.wheres[rank] = self._all("restart", [self._begin(rank)], START_DEADLINE_S, rank)[0]
         for role, build in self.builds.items():
             self._all(f"loading {role}", [self.actors[rank].place.remote(role, build)], LOAD_DEADLINE_S, rank)
@@ -125,6 +128,8 @@ class WorkerGroup:
 
     def _all(self, what: str, refs: list[Any], deadline_s: float, first_rank: int = 0) -> list[Any]:
         """The results of calls to successive ranks, watching all of them: one that fails ends the wait for the rest."""
+        if self.silent:
+            raise RunFailure(f"{what}: {self.silent} still owes the answer to an earlier call")
         ray = self.cluster.ray
         ranks = {ref: first_rank + i for i, ref in enumerate(refs)}
         results: dict[Any, Any] = {}
@@ -132,7 +137,7 @@ class WorkerGroup:
         while waiting := [ref for ref in refs if ref not in results]:
             done, _ = ray.wait(waiting, num_returns=1, timeout=max(0.0, end - time.monotonic()))
             if not done:
-                late = ", ".join(self._who(ranks[ref]) for ref in waiting)
+                self.silent = late = ", ".join(self._who(ranks[ref]) for ref in waiting)
                 raise RunFailure(
                     f"{what}: no answer within {deadline_s:.0f} s from {late}{self._tail(ranks[waiting[0]])}"
                 )
