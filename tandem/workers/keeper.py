@@ -92,11 +92,14 @@ class Family:
         new = {name for name in names if self._files.get(name, 0) < YOUNG} - self.shared
         if not new:
             return
-        mapped = {line.split(None, 5)[-1] for pid in self.alive for line in _read(pid, "maps").decode().splitlines()}
+        # By their numbers: a semaphore is mapped before it gets its name.
+        lines = [line for pid in self.alive for line in _read(pid, "maps").decode(errors="replace").splitlines()]
+        mapped = {line.split()[4] for line in lines if f"{SHARED_MEMORY}/" in line}
         for name in new:
             self._files[name] = self._files.get(name, 0) + 1
-            if str(SHARED_MEMORY / name) in mapped:
-                self.shared.add(name)
+            with suppress(FileNotFoundError):
+                if str((SHARED_MEMORY / name).stat().st_ino) in mapped:
+                    self.shared.add(name)
 
     def end(self) -> None:
         """Kills every member but the root, and removes the shared memory that they leave."""
