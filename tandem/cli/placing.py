@@ -192,13 +192,25 @@ class Homes:
             size,
             self.cluster,
             deadline_s=self.section.deadline,
-            environment=passed_on("OMP_NUM_THREADS", "HF_HOME", "HF_HUB_OFFLINE", "PYTHONPATH", "TANDEM_DEBUG"),
+            environment=self._threads(name)
+            | passed_on("OMP_NUM_THREADS", "HF_HOME", "HF_HUB_OFFLINE", "PYTHONPATH", "TANDEM_DEBUG"),
             secrets=passed_on(*SECRETS),
             **options,
         )
         home = Workers(group)
         self.stack.callback(home.close)
         return home
+
+    def _threads(self, name: str) -> dict[str, str]:
+        """CPU workers divide this machine's threads; Ray would give each a single one.
+
+        One worker then computes as this process would, to the bit: torch's CPU kernels round by how many threads there
+        are. vLLM chooses for itself.
+        """
+        if self.cluster is None or self.cluster.device != "cpu" or (name == "engine" and self.engine.kind == "vllm"):
+            return {}
+        workers = sum(processes * each for processes, each in self._needed().values())
+        return {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // workers))}
 
     def sampler(self, sampling: SamplingSection, *, seed: int, vocabulary: int, others: Mapping[str, Any]) -> Sampler:
         """Builds the engine, beside the actor or in processes of its own. ``others``: trainers and scorers by role."""
