@@ -32,12 +32,21 @@ class Where:
     """UUIDs of the GPUs that it sees, which are the same in every process; none on a CPU."""
 
 
+KINDS: dict[str, type[UserError]] = {kind.__name__: kind for kind in (NonFiniteError, RunFailure, UserError)}
+"""What a driver raises anew, by name."""
+
+
 @dataclass(frozen=True)
 class Failure:
     """An error meant for the user, on its way to the driver as a value, so that its words arrive as they are."""
 
     kind: str
     message: str
+
+    @classmethod
+    def of(cls, error: UserError) -> Failure:
+        """With the first of ``KINDS`` that the error is of."""
+        return cls(next(name for name, kind in KINDS.items() if isinstance(error, kind)), str(error))
 
 
 @dataclass
@@ -111,7 +120,7 @@ class WorkerProcess:
         try:
             self.site.roles[role] = build(self.site)
         except UserError as error:
-            return Failure(type(error).__name__, str(error))
+            return Failure.of(error)
         return None
 
     def call(self, role: str, method: str, arguments: tuple[Any, ...], options: dict[str, Any], quiet: bool) -> Any:
@@ -120,7 +129,7 @@ class WorkerProcess:
             found = getattr(self.site.roles[role], method)
             result = found(*arguments, **options) if callable(found) else found
         except UserError as error:
-            return Failure(type(error).__name__, str(error))
+            return Failure.of(error)
         except torch.OutOfMemoryError as error:
             return Failure("UserError", f"out of GPU memory: {first_line(error)}")
         return None if quiet else to_cpu(result)
@@ -154,7 +163,7 @@ def own_address() -> str:
 def raise_failure(result: Any, who: str) -> Any:
     """Raises the error that a worker sent, as it was raised there; passes anything else on."""
     if isinstance(result, Failure):
-        kind = {"NonFiniteError": NonFiniteError, "RunFailure": RunFailure}.get(result.kind, UserError)
+        kind = KINDS[result.kind]
         raise kind(result.message if kind is NonFiniteError else f"{who}: {result.message}")
     return result
 

@@ -124,7 +124,7 @@ class Ranks:
             found = getattr(self.site.roles[call.role], call.method)
             return to_cpu(found(*call.arguments, **call.options) if callable(found) else found)
         except UserError as error:
-            return Failure(type(error).__name__, str(error))
+            return Failure.of(error)
         except Exception:
             # The others wait for this rank's report: it must come, and the traceback with it.
             return Failure("UserError", traceback.format_exc())
