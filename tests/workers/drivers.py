@@ -37,13 +37,17 @@ def raising(prompts, completions):
 class Driver:
     """A run of ``method`` in a process of its own. Its reward function waits in step 3 until the gate is opened."""
 
-    def __init__(self, folder: Path, out: str, method: str, *options: str, reward: str = "gated") -> None:
+    def __init__(
+        self, folder: Path, out: str, method: str, *options: str, reward: str = "gated", model: str = "base"
+    ) -> None:
         (folder / "gate.py").write_text(GATE)
         self.out = folder / out
         self.gate = folder / f"{out}-gate"
         self.gate.mkdir()
+        given = unevaluated(arguments(method))
+        given[given.index("--model") + 1] = model
         argv = [
-            *unevaluated(arguments(method)),
+            *given,
             "--reward",
             f"gate.py:{reward}",
             "--steps",
