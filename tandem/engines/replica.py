@@ -11,8 +11,9 @@ from tandem.data.packing import pack
 from tandem.engines.live import CacheDtype, LiveEngine, Way
 from tandem.errors import UserError
 from tandem.models.forward import LoadedModel, forward
-from tandem.sync.checksum import Tally, checksums
+from tandem.sync.checksum import ParameterSums, Sums
 from tandem.sync.links import Link
+from tandem.sync.plan import plan_of
 from tandem.sync.receiver import Receiver
 from tandem.types import Completion, Held, Request, Sequence
 
@@ -34,6 +35,7 @@ class ReplicaEngine:
         self.version = 0
         self.parameters: dict[str, Tensor] = dict(model.module.named_parameters())
         self.receiver: Receiver | None = None
+        self.sums = ParameterSums(self.parameters, plan_of(self.parameters.items()), model.device)
         self.live = LiveEngine(
             model.module,
             model.tokenizer,
@@ -63,6 +65,7 @@ class ReplicaEngine:
         """Connects to the trainer that will push."""
         (link,) = links
         self.receiver = Receiver(link, self.model.device)
+        self.sums = ParameterSums(self.parameters, link.plan, self.model.device)
 
     @torch.no_grad()
     def receive(self, version: int, check: bool = False) -> list[Held]:
@@ -72,17 +75,14 @@ class ReplicaEngine:
         for one that this model does not have.
         """
         assert self.receiver is not None, "connect() comes first"
-        names = [spec.name for spec in self.receiver.plan.tensors]
-        slots = {name: slot for slot, name in enumerate(names)}
-        tally = Tally(len(names), self.model.device)
-        for bucket in self.receiver.buckets():
+        if check:
+            self.sums.begin()
+        for number, bucket in enumerate(self.receiver.buckets()):
             self.load(bucket)
-            with tally.aside():
-                for name, _ in bucket if check else ():
-                    mine = self.parameters[name]
-                    tally.add(slots[name], mine.detach().reshape(1, -1), mine.dtype)
+            if check:
+                self.sums.add(number)
         self.version = version
-        return [Held(name, name, total) for name, total in zip(names, tally.result(), strict=True)] if check else []
+        return _held(self.sums.result()) if check else []
 
     @torch.no_grad()
     def load(self, bucket: list[tuple[str, Tensor]]) -> None:
@@ -97,8 +97,12 @@ class ReplicaEngine:
 
     def checksums(self) -> list[Held]:
         """What it holds now."""
-        return [Held(name, name, total) for name, total in checksums(self.parameters.items()).items()]
+        return _held(self.sums.now())
 
     def close(self) -> None:
         if self.receiver is not None:
             self.receiver.close()
+
+
+def _held(sums: Sums) -> list[Held]:
+    return [Held(name, name, total) for name, total in sums.items()]

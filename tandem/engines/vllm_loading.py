@@ -19,6 +19,7 @@ from tandem.engines.vllm_checksums import Shard
 from tandem.engines.vllm_copies import Copies, RecordingCopies
 from tandem.engines.vllm_regions import Piece, WatchingCopies
 from tandem.errors import UserError, first_line
+from tandem.kernels import bits
 from tandem.sync.checksum import Tally
 from tandem.sync.plan import Plan
 
@@ -81,10 +82,12 @@ def load_and_record_copies(model: Any, buckets: Iterable[Bucket], record: Record
 
 def play_copies(copies: Copies, buckets: Iterable[Bucket], sums: Sums | None) -> None:
     """Loads one push by the copies of an earlier one. What a bucket filled is summed while the next is on its way."""
-    for number, bucket in enumerate(buckets):
+    if sums is not None:
+        sums.begin()
+    for number, _ in enumerate(buckets):
         copies.play(number)
         if sums is not None:
-            sums.add(name for name, _ in bucket)
+            sums.add(number)
 
 
 def _load(model: Any, bucket: Bucket) -> None:
@@ -201,44 +204,36 @@ def find_places(model: Any) -> list[Place]:
 
 
 class Sums:
-    """This rank's checksums of what the model computes with, under way.
+    """This rank's checksums of what the model computes with: ``begin``, ``add`` for each bucket, ``result``.
 
     On a CPU a linear layer's weights are packed; they are read back by sending the identity through it. Parameters
     whose values are not stored as they came (quantized, cast, computed from them) are left out.
     """
 
     def __init__(self, places: Iterable[Place], record: Record, plan: Plan, device: torch.device) -> None:
-        self.dtypes = {spec.name: spec.torch_dtype for spec in plan.tensors}
+        self.plan = plan
         self.held: list[tuple[Piece, str, Any, Target]] = []
         """Every piece, the name of what it lies in, and the module that holds that."""
+        self.owners: list[tuple[Any, str]] = []
+        """The modules that hold something to be summed, and the attributes."""
         for name, recorded, module in places:
             target = record.get(recorded)
             if target is not None and target.exact:
                 self.held += [(piece, name, module, target) for piece in target.pieces]
+                self.owners.append((module, name.rpartition(".")[2]))
         self.slots: dict[str, list[int]] = {}
         for slot, (piece, *_) in enumerate(self.held):
             self.slots.setdefault(piece.part, []).append(slot)
-        self.tally = Tally(len(self.held), device)
+        self.tally = Tally(len(self.held), device, self._jobs)
         self.unseen: set[int] = set()
 
-    @torch.no_grad()
-    def add(self, parts: Iterable[str] | None = None) -> None:
-        """Sums the pieces of these tensors (None: of all) as they are now."""
-        slots = (
-            range(len(self.held)) if parts is None else [slot for part in parts for slot in self.slots.get(part, ())]
-        )
-        contents: dict[str, Tensor | None] = {}
-        with self.tally.aside():
-            for slot in slots:
-                piece, name, module, target = self.held[slot]
-                if name not in contents:
-                    contents[name] = _content(module, name.rpartition(".")[2], target)
-                content = contents[name]
-                if content is None:
-                    self.unseen.add(slot)
-                    continue
-                start, step = piece.region.start, piece.region.step
-                self.tally.add(slot, piece.of(content), self.dtypes[piece.part], start=start, step=step)
+    def begin(self) -> None:
+        """A push begins, or all is to be summed as it is now."""
+        self.tally.begin([module._parameters[attribute] for module, attribute in self.owners])
+
+    def add(self, bucket: int) -> None:
+        """Sums the pieces of the tensors of the plan's bucket of that number as they are now."""
+        self.tally.add(bucket)
 
     def result(self) -> list[Shard]:
         """Waits for the device."""
@@ -247,6 +242,30 @@ class Sums:
             for slot, ((piece, name, *_), total) in enumerate(zip(self.held, self.tally.result(), strict=True))
             if slot not in self.unseen
         ]
+
+    def now(self) -> list[Shard]:
+        """The checksums of everything as it is now."""
+        self.begin()
+        for bucket in range(len(self.plan.buckets)):
+            self.add(bucket)
+        return self.result()
+
+    def _jobs(self, bucket: int) -> list[bits.Job]:
+        jobs: list[bits.Job] = []
+        contents: dict[str, Tensor | None] = {}
+        for spec in self.plan.buckets[bucket]:
+            for slot in self.slots.get(spec.name, ()):
+                piece, name, module, target = self.held[slot]
+                if name not in contents:
+                    contents[name] = _content(module, name.rpartition(".")[2], target)
+                content = contents[name]
+                if content is None:
+                    self.unseen.add(slot)
+                    continue
+                self.unseen.discard(slot)
+                start, step = piece.region.start, piece.region.step
+                jobs.append(bits.Job(slot, piece.of(content), spec.torch_dtype, start, step))
+        return jobs
 
 
 def _parameters(model: Any) -> Iterator[tuple[str, Any]]:

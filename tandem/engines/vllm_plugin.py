@@ -29,7 +29,6 @@ from tandem.engines.vllm_checksums import Shard
 from tandem.engines.vllm_copies import Copies, may_copy
 from tandem.engines.vllm_loading import (
     Bucket,
-    Place,
     Record,
     Sums,
     find_places,
@@ -70,8 +69,8 @@ class TandemTransfer(WeightTransferEngine):
 
     receiver: Receiver | None = None
     record: Record | None = None
-    places: Seq[Place] = ()
-    """Of the record. Walking through all modules takes longer than a checksum, so it is done once."""
+    sums: Sums | None = None
+    """Of the record. Walking through all modules takes longer than all checksums, so it is done once."""
     may_copy: bool = False
     shards: Seq[Shard] = ()
     """Of the last push, where it was to be checked."""
@@ -108,14 +107,15 @@ class TandemTransfer(WeightTransferEngine):
     def _load(self, buckets: Iterator[Bucket], check: bool) -> Seq[Shard]:
         """The first push learns what becomes of each tensor, the second which copies that takes; the rest play them."""
         if self.copies is not None:
-            sums = self.sums() if check else None
+            sums = self.sums if check else None
             play_copies(self.copies, buckets, sums)
             return sums.result() if sums is not None else []
         if self.record is None:
             record: Record = {}
             load_push(self.model, self.model_config, buckets, record)
             self.record = record
-            self.places = find_places(self.model)
+            assert self.receiver is not None, "buckets come from it"
+            self.sums = Sums(find_places(self.model), record, self.receiver.plan, self.device)
             self.may_copy = may_copy(self.model, all(target.exact for target in record.values()))
         elif self.may_copy:
             self.copies = load_and_record_copies(self.model, buckets, self.record)
@@ -124,25 +124,19 @@ class TandemTransfer(WeightTransferEngine):
             load_push(self.model, self.model_config, buckets, None)
         return self.summed() if check else []
 
-    def sums(self) -> Sums:
-        """Checksums of this rank's parameters, to be taken. Raises UserError before the first push."""
-        if self.record is None or self.receiver is None:
-            raise UserError("checksums: nothing has been pushed yet, so vLLM's tensors have no origin to compare with")
-        return Sums(self.places, self.record, self.receiver.plan, self.device)
-
     def summed(self) -> Seq[Shard]:
-        """Checksums of this rank's parameters as they are now."""
-        sums = self.sums()
-        sums.add()
-        return sums.result()
+        """Checksums of this rank's parameters as they are now. Raises UserError before the first push."""
+        if self.sums is None:
+            raise UserError("checksums: nothing has been pushed yet, so vLLM's tensors have no origin to compare with")
+        return self.sums.now()
 
     def shutdown(self) -> None:
         if self.receiver is not None:
             self.receiver.close()
             self.receiver = None
         # Another trainer may send another plan.
-        self.record = self.copies = None
-        self.places = self.shards = ()
+        self.record = self.copies = self.sums = None
+        self.shards = ()
         self.may_copy = False
 
     @staticmethod

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tandem.parallel.gather import Gatherer
-from tandem.sync.checksum import Sums, Truth
+from tandem.sync.checksum import ParameterSums, Sums
 from tandem.sync.links import BUFFERS, Channel, Link, Pending, open_channel
 from tandem.sync.meeting import Meeting
 from tandem.sync.plan import Plan, used, views
@@ -39,10 +39,12 @@ class Sender:
             size, device = self.plan.buffer_bytes, self.gatherer.device
             self.buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(BUFFERS)]
 
-    def send(self, truth: Truth | None = None) -> Sums:
+    def send(self, truth: ParameterSums | None = None) -> Sums:
         """One push of all weights. Returns the sums of ``truth``, taken while buckets are on their way; {} without."""
         push = self.pushes
         self.pushes += 1
+        if truth is not None:
+            truth.begin()
         on_way: list[Pending | None] = [None] * BUFFERS
         for number, bucket in enumerate(self.plan.buckets):
             slot = number % BUFFERS
@@ -53,7 +55,7 @@ class Sender:
             if self.channel is not None:
                 on_way[slot] = self.channel.send(push, number, used(bucket, buffer))
             if truth is not None:
-                truth.add(bucket)
+                truth.add(number)
         for pending in on_way:
             if pending is not None:
                 pending.wait()

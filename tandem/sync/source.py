@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tandem.parallel.gather import Gatherer
 from tandem.parallel.sharding import local
-from tandem.sync.checksum import Sums, Truth
+from tandem.sync.checksum import ParameterSums, Sums
 from tandem.sync.links import Link
 from tandem.sync.plan import Plan, plan_of
 from tandem.sync.sender import Sender
@@ -22,6 +22,7 @@ class WeightSource:
         self.parameters = parameters
         self.gatherer = Gatherer(self.parameters, device)
         self.sender: Sender | None = None
+        self.truth: ParameterSums | None = None
         self.aside: list[Tensor] = []
 
     def plan(self, dtype: str | None = None) -> Plan:
@@ -48,14 +49,19 @@ class WeightSource:
         """Writes all weights into tensors of this process, a layer's worth at a time. Returns what ``send`` does."""
         plan = plan_of((name, tensor) for name, tensor in targets.items())
         truth = self._truth(plan) if check else None
-        for bucket in plan.buckets:
+        if truth is not None:
+            truth.begin()
+        for number, bucket in enumerate(plan.buckets):
             self.gatherer.fill([(spec.name, targets[spec.name]) for spec in bucket])
             if truth is not None:
-                truth.add(bucket)
+                truth.add(number)
         return truth.result() if truth is not None else {}
 
-    def _truth(self, plan: Plan) -> Truth:
-        return Truth(self.parameters, plan, self.gatherer.device)
+    def _truth(self, plan: Plan) -> ParameterSums:
+        """The last push's, as long as it is of the same tensors."""
+        if self.truth is None or self.truth.parameters is not self.parameters or self.truth.plan != plan:
+            self.truth = ParameterSums(self.parameters, plan, self.gatherer.device)
+        return self.truth
 
     @torch.no_grad()
     def zero(self) -> None:

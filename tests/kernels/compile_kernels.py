@@ -25,7 +25,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from tandem import kernels
-from tandem.kernels import bits_triton, draw_triton, layers_triton, logprob_triton, pages_triton
+from tandem.kernels import bits, bits_triton, draw_triton, layers_triton, logprob_triton, pages_triton
 from tandem.kernels.draw import FIELDS
 from tandem.kernels.layers import Rotation
 from tandem.kernels.pages import EIGHT_BIT, Pages
@@ -139,11 +139,11 @@ def call_logprob() -> None:
 
 
 def call_bits() -> None:
-    total = torch.zeros(3, dtype=torch.int32)
+    # For each pair of dtypes: several elements a load, one a load, and rows that lie apart.
+    total, wide = torch.zeros(3, dtype=torch.int32), (torch.empty(1, 4096), torch.empty(1, 5000), torch.empty(7, 30))
     for dtype in DTYPES:
-        for wire in DTYPES:
-            for values in (torch.empty(1, 5000, dtype=dtype), torch.empty(7, 30, dtype=dtype)[:, :10]):
-                bits_triton.add_sum(total, 1, values, start=3, step=30, dtype=wire)
+        values = [x.to(dtype) for x in wide[:2]] + [wide[2].to(dtype)[:, :10]]
+        bits_triton.prepare([bits.Job(1, x, wire, 3, 30) for wire in DTYPES for x in values])(total)
 
 
 def call_draw() -> None:

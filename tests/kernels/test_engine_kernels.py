@@ -211,18 +211,29 @@ def test_eight_bits_keep_a_head_within_a_sixteenth(magnitude: float) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, LOW])
 @pytest.mark.parametrize("wire", [torch.float32, LOW])
-@pytest.mark.parametrize("shape", [(1, 1), (1, 5000), (7, 900), (3, 2048 * 512 + 17)])
-def test_sums_of_bits(dtype: torch.dtype, wire: torch.dtype, shape: tuple[int, int]) -> None:
-    rows, width = shape if DEVICE.type == "cuda" else (shape[0], min(shape[1], 5017))  # interpreted
-    wide = torch.randn(rows, width + 5, device=DEVICE).to(dtype)
-    for values in (wide[:, 3 : width + 3], wide[:, 3 : width + 3].contiguous()):
-        for start, step in ((0, width), (2**31 - 40, width + 9)):
-            total = torch.zeros(3, dtype=torch.int32, device=DEVICE)
-            bits_triton.add_sum(total, 1, values, start=start, step=step, dtype=wire)
-            plain = torch.zeros(3, dtype=torch.int32)
-            bits.add_sum(plain, 1, values.cpu(), start=start, step=step, dtype=wire)
-            assert total.tolist() == plain.tolist()
-            assert total[1] != 0
+def test_sums_of_bits(dtype: torch.dtype, wire: torch.dtype) -> None:
+    """Of many tensors at once: one with several blocks a program, views, positions past 2^31, two jobs for a slot."""
+    most = 2048 * 512 * 3 if DEVICE.type == "cuda" else 3 * 2048  # interpreted
+    jobs: list[bits.Job] = []
+    for rows, width in ((1, 1), (1, 5000), (7, 900), (32, 64), (3, most + 17)):
+        wide = torch.randn(rows, width + 5, device=DEVICE).to(dtype)
+        for values in (wide[:, 3 : width + 3], wide[:, 3 : width + 3].contiguous()):
+            for start, step in ((0, width), (2**31 - 40, width + 9)):
+                jobs.append(bits.Job(len(jobs) % 7, values, wire, start, step))
+    total = torch.zeros(7, dtype=torch.int32, device=DEVICE)
+    add = bits_triton.prepare(jobs)
+    add(total)
+    plain = torch.zeros(7, dtype=torch.int32)
+    bits.prepare([job._replace(values_RC=job.values_RC.cpu()) for job in jobs])(plain)
+    assert total.tolist() == plain.tolist()
+    assert len(set(total.tolist())) == 7
+    # It adds to what is there, and reads what the tensors hold then.
+    jobs[4].values_RC.neg_()
+    add(total)
+    changed = total != 2 * plain.to(DEVICE)
+    touched = {job.slot for job in jobs if job.values_RC.data_ptr() == jobs[4].values_RC.data_ptr()}
+    assert set(changed.nonzero().flatten().tolist()) == touched
+    assert 0 < len(touched) < 7
 
 
 @pytest.mark.parametrize("vocabulary", [100, 5000, 9000])

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from tandem.kernels import bits
-from tandem.sync.checksum import MODULUS, Tally, checksum
+from tandem.sync.checksum import MODULUS, ParameterSums
+from tandem.sync.plan import plan_of
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -24,6 +25,16 @@ def by_hand(tensor: Tensor) -> int:
         x = x * 0x297A2D39 % MODULUS
         total += x ^ x >> 15
     return total % MODULUS
+
+
+def sums_of(slots: int, *jobs: bits.Job) -> list[int]:
+    total = torch.zeros(slots, dtype=torch.int32)
+    bits.prepare(jobs)(total)
+    return [x % MODULUS for x in total.tolist()]
+
+
+def checksum(tensor: Tensor, dtype: torch.dtype | None = None) -> int:
+    return sums_of(1, bits.Job(0, tensor.reshape(1, -1), dtype or tensor.dtype))[0]
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -50,10 +61,8 @@ def test_parts_add_up_wherever_they_lie(chunk, monkeypatch):
         [(tensor[:, :5], 0, 12), (tensor[:, 5:].contiguous(), 5, 12)],
         [(fused[2:11], 0, 12)],
     ):
-        tally = Tally(2, torch.device("cpu"))
-        for values, start, step in parts:
-            tally.add(1, values, tensor.dtype, start=start, step=step)
-        assert tally.result() == [0, by_hand(tensor)]
+        jobs = [bits.Job(1, values, tensor.dtype, start, step) for values, start, step in parts]
+        assert sums_of(2, *jobs) == [0, by_hand(tensor)]
 
 
 def swapped(tensor: Tensor, a: slice | int, b: slice | int) -> Tensor:
@@ -105,3 +114,44 @@ def test_differences_are_spread_over_all_values():
     differences = {difference for *_, difference in found}
     assert 0 not in differences
     assert len(differences) >= len(found) - 1
+
+
+def test_what_is_prepared_is_played_back_until_a_tensor_moves(monkeypatch):
+    """Values that change where they lie, memory that is given away and comes back elsewhere, and other memory."""
+    prepared: list[int] = []
+
+    def counted(jobs):
+        prepared.append(len(jobs))
+        return prepare(jobs)
+
+    prepare = bits.prepare
+    monkeypatch.setattr(bits, "prepare", counted)
+    parameters = {"a": random(9, 12), "b": random(5), "none": random(0, 4)}
+    sums = ParameterSums(parameters, plan_of(parameters.items(), bucket_bytes=1), torch.device("cpu"))
+
+    def are_right() -> bool:
+        return sums.now() == {name: by_hand(tensor) for name, tensor in parameters.items()}
+
+    assert are_right()
+    for tensor in parameters.values():
+        tensor.mul_(1.5)
+    assert are_right()
+    assert prepared == [1, 1, 1]
+    storage, kept = parameters["a"].untyped_storage(), parameters["a"].clone()
+    storage.resize_(0)
+    elsewhere = random(9, 12)
+    storage.resize_(kept.nbytes + 4096)
+    parameters["a"].copy_(kept)
+    assert are_right()
+    parameters["b"].data = elsewhere[0, :5].clone()
+    assert are_right()
+    assert prepared in ([1] * 9, [1] * 6)
+
+
+def test_copies_made_to_be_summed_are_made_for_every_push():
+    """A parameter whose elements are no neighbours, as one that lies on the CPU and is summed on a GPU."""
+    parameters = {"a": random(9, 12).t()}
+    sums = ParameterSums(parameters, plan_of(parameters.items()), torch.device("cpu"))
+    for _ in range(3):
+        parameters["a"].mul_(1.5)
+        assert sums.now() == {"a": by_hand(parameters["a"].contiguous())}

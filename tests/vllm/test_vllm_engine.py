@@ -51,11 +51,11 @@ def pusher_of(engine: VLLMEngine, module: Any) -> Pusher:
 
 
 def summed_by_tensor(worker: Any) -> Any:
-    """A worker's shards, summed a tensor at a time, as it does between two buckets on a GPU."""
-    transfer = worker.weight_transfer_engine
-    sums = transfer.sums()
-    for spec in transfer.receiver.plan.tensors:
-        sums.add([spec.name])
+    """A worker's shards, of which the tensors of a bucket are summed as they were when the last bucket was."""
+    sums = worker.weight_transfer_engine.sums
+    sums.begin()
+    for bucket in reversed(range(len(sums.plan.buckets))):
+        sums.add(bucket)
     return sums.result()
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tandem.engines.vllm import VLLMEngine
 from tandem.parallel.gather import Gatherer
-from tandem.sync.checksum import Sums, Truth
+from tandem.sync.checksum import ParameterSums, Sums
 from tandem.sync.links import Link
 from tandem.sync.plan import Plan, plan_of
 from tandem.sync.sender import Sender
@@ -96,7 +96,8 @@ class Pusher:
         """Sends everything; returns the checksums of the parameters. ``held`` is what the engine said that it holds."""
         gatherer = self.sender.gatherer
         with ThreadPoolExecutor(1) as pool:
-            sending = pool.submit(self.sender.send, Truth(gatherer.parameters, self.sender.plan, gatherer.device))
+            truth = ParameterSums(gatherer.parameters, self.sender.plan, gatherer.device)
+            sending = pool.submit(self.sender.send, truth)
             self.held = self.engine.receive(version, check=True)
             return sending.result()
 
