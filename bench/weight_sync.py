@@ -8,7 +8,7 @@ Method. A random model of Qwen2.5's shape, float32 weights with bfloat16 computa
 (sharded by FSDP2 where there are several). Engines (vLLM starting from dummy weights) hold it in bfloat16. Each push
 gathers, casts, sends and loads all weights, drops the prefix cache, and commits the version on both sides. The truth
 check of all tensors is on in every other push, and the difference is what it costs; the probe of log-probs, which every
-64th push makes, is timed by itself. The first pushes, which make connections and learn how to load, stand apart;
+256th push makes, is timed by itself. The first pushes, which make connections and learn how to load, stand apart;
 medians are over the others. Between pushes the trainer's weights change, and the check proves that the new ones arrive.
 """
 
@@ -139,7 +139,7 @@ def table(options: argparse.Namespace, result: dict[str, Any]) -> str:
         medians[kind] = statistics.median(seconds)
         lines.append(f"{kind:10}{medians[kind]:10.4f}{min(seconds):10.4f}{max(seconds):10.4f}{gb / medians[kind]:8.1f}")
     cost = (medians["checked"] - medians["unchecked"]) / medians["unchecked"]
-    # The second push probes as every 64th does; in the first, the models are still warming up.
+    # The second push probes as every 256th does; in the first, the models are still warming up.
     probe = result["first"][1]["sync_check_seconds"]
     lines.append(
         f"the check of all tensors costs {cost:+.1%} of a push; the probe {probe:.4f} s in every {PROBE_EVERY}th, "

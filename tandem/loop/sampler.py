@@ -99,7 +99,7 @@ class Sampler:
 
         ``model``: a transformers causal LM, plain or in DDP, torch.compile or ``fully_shard``; it stays as it is, in
         training mode or not. Each update compares checksums of all parameters on both sides, the first two and every
-        64th the log-probs of a fixed probe as well. Raises UserError where the model is not the sampler's, and
+        256th the log-probs of a fixed probe as well. Raises UserError where the model is not the sampler's, and
         WeightMismatch where the check fails.
         """
         if len(steps := set(self.ranks.gather(step))) > 1:

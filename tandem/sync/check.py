@@ -15,7 +15,7 @@ from tandem.types import Held
 log = logging.getLogger("tandem")
 FIRST_PROBES = 2
 """So many pushes are probed: an engine may load its first in another way than those that follow."""
-PROBE_EVERY = 64
+PROBE_EVERY = 256
 PROBE_TOKENS = (11, 7)
 
 
@@ -41,7 +41,7 @@ class End(Protocol):
 
 
 class TruthCheck:
-    """Every push: the checksums of all tensors. The first two and every 64th: the log-probs of a fixed probe as well.
+    """Every push: the checksums of all tensors. The first two and every 256th: the log-probs of a fixed probe as well.
 
     ``dtype`` is the engines', ``vocabulary`` that of the probe's tokens.
     """

@@ -9,7 +9,9 @@ from torch import nn
 
 from tandem.engines.vllm_checksums import Shard, combine
 from tandem.engines.vllm_copies import Copies, RecordingCopies
+from tandem.engines.vllm_loading import Sums, Target, find_places, play_copies
 from tandem.engines.vllm_regions import Piece, Region, WatchingCopies
+from tandem.sync.checksum import ParameterSums
 from tandem.sync.plan import Plan, TensorSpec
 from tandem.types import Held
 
@@ -53,6 +55,29 @@ def test_played_copies_load_what_lies_in_the_buffer_now():
     for name, parameter in expected.named_parameters():
         assert torch.equal(model.get_parameter(name), parameter)
         assert parameter.abs().min() > 0
+
+
+def test_every_push_that_is_played_is_summed_where_it_lies_then():
+    """Three pushes by the same copies, of which the sums are those of the tensors sent, until a parameter moves."""
+    model, buffer = Fused(), torch.zeros(28)
+    copies = record(model, bucket_in(buffer, 1))
+    plan = Plan((TensorSpec("q", (4, 4), "float32"), TensorSpec("norm", (4,), "float32")))
+    rows, norm = Piece("q", Region(1, 16, 0, 16), 0, 16), Piece("norm", Region(1, 4, 0, 4), 0, 4)
+    pieces = {"qk": Target((6, 4), torch.float32, [rows], 16), "norm": Target((4,), torch.float32, [norm], 4)}
+    sums = Sums(find_places(model), pieces, plan, torch.device("cpu"))
+    for seed in (2, 3, 4):
+        sent = bucket_in(buffer, seed)
+        play_copies(copies, [sent], sums)
+        truth = ParameterSums(dict(sent), plan, torch.device("cpu")).now()
+        assert {shard.part: shard.sum for shard in sums.result()} == truth
+    # The copies go on filling the memory that the model no longer computes with.
+    model.qk.data = model.qk.data.clone()
+    sent = bucket_in(buffer, 5)
+    play_copies(copies, [sent], sums)
+    truth = ParameterSums(dict(sent), plan, torch.device("cpu")).now()
+    found = {shard.part: shard.sum for shard in sums.result()}
+    assert found["norm"] == truth["norm"]
+    assert found["q"] != truth["q"]
 
 
 def test_a_tensor_that_was_not_copied_straight_is_noticed():
