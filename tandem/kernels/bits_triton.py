@@ -98,7 +98,8 @@ def _launch(kind: Kind, jobs: Seq[bits.Job]) -> Launch:
     table_JF = torch.tensor(rows, dtype=torch.int64)
     job_P = torch.arange(len(jobs), dtype=torch.int32).repeat_interleave(torch.tensor(programs))
     device = jobs[0].values_RC.device
-    return Launch(kind, table_JF.to(device), job_P.to(device), blocks)
+    # Without waiting for what the device is doing; the copies are staged before these return.
+    return Launch(kind, table_JF.to(device, non_blocking=True), job_P.to(device, non_blocking=True), blocks)
 
 
 @triton.jit(do_not_specialize=["blocks"])
