@@ -13,16 +13,20 @@ import sys
 import threading
 import traceback
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NoReturn
 
 from tandem import __version__
 from tandem.config import load_config
 from tandem.errors import RunFailure, UserError
 from tandem.given import suggest
+from tandem.runs.folder import note_failure
 from tandem.signals import Stop, Terminated, stoppable
+from tandem.workers.launched import launched
+from tandem.workers.supervisor import supervise
 
 
 @dataclass(frozen=True)
@@ -79,18 +83,21 @@ def process() -> NoReturn:
     """The command as a process of its own, which ends when the command does, whoever's threads go on."""
     code = 1
     try:
-        code = main()
+        code = main(supervised=True)
     finally:
         threading.Thread(target=_end_threads, args=(code,), daemon=True).start()
     sys.exit(code)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line (without the program's name) and returns its exit code."""
+def main(argv: Sequence[str] | None = None, *, supervised: bool = False) -> int:
+    """Runs a command line (without the program's name) and returns its exit code.
+
+    ``supervised``: a command that works with Ray runs in a process forked here, which this one looks after.
+    """
     with ExitStack() as stack:
         stop = stack.enter_context(stoppable(_exit_stopped))
         try:
-            code = _dispatch(list(sys.argv[1:] if argv is None else argv), stop)
+            code = _dispatch(list(sys.argv[1:] if argv is None else argv), stop, supervised)
             # Here, so that a reader who has gone away is noticed inside the try.
             sys.stdout.flush()
             return code
@@ -109,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _stopped(stop.signum)
 
 
-def _dispatch(argv: list[str], stop: Stop) -> int:
+def _dispatch(argv: list[str], stop: Stop, supervised: bool) -> int:
     if not argv:
         print(help_text(), file=sys.stderr)
         return 2
@@ -128,6 +135,10 @@ def _dispatch(argv: list[str], stop: Stop) -> int:
     except SystemExit as ended:
         # --help of a subcommand ends this way.
         return ended.code if isinstance(ended.code, int) else 0
+    if supervised and "workers" in getattr(given, "parts", ()) and not launched():
+        if (code := _supervise(given)) is not None:
+            return code
+        stop.pid = os.getpid()
     if command.config is not None and os.environ.get("RANK", "0") == "0":
         # Once under torchrun, and before torch and transformers are imported, which takes seconds.
         print(f"tandem {name}: loading libraries", flush=True)
@@ -139,6 +150,17 @@ def _dispatch(argv: list[str], stop: Stop) -> int:
         # Whose it is, nobody knows, and it must not pass for a run that has ended.
         line = traceback.extract_tb(ended.__traceback__)[-1]
         raise UserError(f"{line.filename}:{line.lineno} ended the command with sys.exit({ended.code!r})") from ended
+
+
+def _supervise(given: Any) -> int | None:
+    """As ``supervise``; a run that ends because Ray does has that among its events."""
+    try:
+        return supervise()
+    except RunFailure as error:
+        with suppress(UserError):  # the disk may be full as well
+            if hasattr(given, "run"):
+                note_failure(Path(given.run.out), error)
+        raise
 
 
 def help_text() -> str:

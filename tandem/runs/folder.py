@@ -145,9 +145,7 @@ class RunFolder:
 
     def event(self, kind: str, **fields: Any) -> None:
         """Adds a line with the time (UTC) to ``events.jsonl``."""
-        append_line(
-            self.events, {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": kind, **fields}
-        )
+        _add_event(self.events, kind, **fields)
 
     def truncate_after(self, step: int, *, metrics: int) -> None:
         """Drops rollouts of steps after ``step``, and metrics after theirs, which a resumed run writes again."""
@@ -171,8 +169,16 @@ class RunFolder:
             elif isinstance(error, KeyboardInterrupt):
                 self.event("stop", reason="interrupted")
             else:
-                self.event("stop", reason="error", message=f"{type(error).__name__}: {error}")
+                self.event("stop", **_failed(error))
         self.close()
+
+
+def note_failure(out: Path, error: BaseException) -> None:
+    """Notes how the run in a folder ended, whose process was killed before it could. Nothing where no run goes on."""
+    path = out / EVENTS
+    keep_until(path)
+    if (events := read_lines(path)) and events[-1]["event"] != "stop":
+        _add_event(path, "stop", **_failed(error))
 
 
 def did_nothing(out: Path) -> bool:
@@ -181,6 +187,14 @@ def did_nothing(out: Path) -> bool:
     if saved or (out / "model").exists():
         return False
     return not any(line.get("step", 0) > 0 for line in read_lines(out / "metrics.jsonl"))
+
+
+def _add_event(file: Path, kind: str, /, **fields: Any) -> None:
+    append_line(file, {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": kind, **fields})
+
+
+def _failed(error: BaseException) -> dict[str, str]:
+    return {"reason": "error", "message": f"{type(error).__name__}: {error}"}
 
 
 def _holds_a_run(out: Path) -> bool:

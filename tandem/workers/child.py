@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import pickle
 import secrets
@@ -21,7 +20,7 @@ from typing import Any, NoReturn
 
 from tandem.errors import RunFailure, UserError, WorkerDied
 from tandem.workers.group import LOAD_DEADLINE_S, START_DEADLINE_S, WorkerFailed
-from tandem.workers.keeper import MARK, start_keeper
+from tandem.workers.keeper import MARK, die_with, start_keeper
 from tandem.workers.process import Build, Where, WorkerProcess, raise_failure
 
 CLOSE_DEADLINE_S = 20.0
@@ -46,7 +45,6 @@ RANK_VARIABLES = frozenset(
     )
 )
 """What torchrun tells a process about its own world, which is not the child's."""
-PR_SET_PDEATHSIG = 1
 
 
 class Child:
@@ -230,11 +228,7 @@ def clean_environment(gpu: str | None) -> dict[str, str]:
 
 def serve(pipe_fd: int, parent: int, device: str) -> NoReturn:
     """The child's whole life: answers calls until the pipe closes."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            # It died before the line above.
-            os._exit(1)
+    die_with(parent)
     os.set_inheritable(pipe_fd, False)
     start_keeper(os.environ[MARK], HEARTBEAT_S)
     pipe = Connection(pipe_fd)

@@ -7,11 +7,10 @@ import glob
 import importlib.util
 import itertools
 import os
+import re
 import secrets
-import select
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,11 +19,13 @@ from typing import Any
 import torch
 
 from tandem.errors import UserError
-from tandem.workers.keeper import MARK, STOPPED, start_keeper, state_of
+from tandem.workers.keeper import MARK, command_line, parent_of, start_keeper
 from tandem.workers.process import LOOPBACK, Where, own_address
+from tandem.workers.supervisor import stand_on
 
 CONNECT_DEADLINE_S = 30.0
 KEEPER_LATER_S = 10.0
+AGENT = re.compile(r"ray::(\w+Agent)")
 TAIL_LINES = 15
 INSTALL = "pip install 'tandem-rlhf[cluster]'"
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
@@ -53,7 +54,6 @@ class Cluster:
         self.device, self.heartbeat_s = device, heartbeat_s
         self.mark = secrets.token_hex(8)
         """Of every process that belongs to the run (``tandem.workers.keeper``)."""
-        self.closing = threading.Event()
         self.started = not self.ray.is_initialized()
         wanted = {name: processes * each for name, (processes, each) in needed.items()}
         bundles = [each for processes, each in needed.values() for _ in range(processes)]
@@ -63,6 +63,7 @@ class Cluster:
                 require_room(wanted, len(os.sched_getaffinity(0)), "CPU")
             with own_sigterm():
                 self._init(address, sum(bundles))
+        stand_on(self._stood_on(), heartbeat_s)
         try:
             resource = "GPU" if device == "cuda" else "CPU"
             require_room(wanted, int(self.ray.cluster_resources().get(resource, 0)), resource)
@@ -89,30 +90,21 @@ class Cluster:
             self.ray.init(address="local", include_dashboard=False, **QUIET, **options)
         # By itself it gives this process the first word.
         start_keeper(self.mark, self.heartbeat_s + KEEPER_LATER_S)
-        for name in ("raylet", "gcs_server"):
-            (started,) = self.ray._private.worker._global_node.all_processes[name]
-            threading.Thread(target=self._watch, args=(name, started.process.pid), daemon=True).start()
 
-    def _watch(self, name: str, pid: int) -> None:
-        """Ends this process where one is gone or stopped that Ray cannot do without.
-
-        Ray itself waits for it, in calls that no signal interrupts, or ends this process after a minute.
-        """
-        ended = select.poll()
-        ended.register(os.pidfd_open(pid), select.POLLIN)
-        stopped = 0
-        while stopped < self.heartbeat_s and not ended.poll(1000) and not self.closing.is_set():
-            stopped = stopped + 1 if state_of(pid) in STOPPED else 0
-        if self.closing.is_set():
-            return
-        how = "died" if stopped < self.heartbeat_s else f"has been stopped for {self.heartbeat_s:.0f} s"
-        print(
-            f"\ntandem: error: cluster: Ray's {name} (pid {pid}) {how}, and no worker can be reached without it; "
-            "go on with --resume",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(os.EX_TEMPFAIL)
+    def _stood_on(self) -> dict[str, int]:
+        """The processes of Ray on this machine without which no worker can be reached, by name."""
+        node = self.ray._private.worker._global_node
+        socket = f"--raylet_socket_name={node.raylet_socket_name}"
+        lines = {int(name): command_line(int(name)) for name in os.listdir("/proc") if name.isdigit()}
+        raylet = next((pid for pid, line in lines.items() if socket in line and "/raylet " in line), None)
+        if raylet is None:
+            return {}
+        started = {"raylet": raylet}
+        if "gcs_server" in node.all_processes:
+            started["gcs_server"] = node.all_processes["gcs_server"][0].process.pid
+        # A raylet ends when one of its agents does.
+        agents = {pid: AGENT.match(line) for pid, line in lines.items() if parent_of(pid) == raylet}
+        return started | {agent[1]: pid for pid, agent in agents.items() if agent}
 
     def _reserve(self, bundles: list[int]) -> Any:
         """A placement group of one bundle a worker, or nothing where no worker reserves a device."""
@@ -160,7 +152,7 @@ class Cluster:
                 from ray.util.placement_group import remove_placement_group
 
                 remove_placement_group(self.group)
-        self.closing.set()
+        stand_on({}, self.heartbeat_s)
         if self.started:
             self.ray.shutdown()
 

@@ -7,6 +7,7 @@ A mark may be the beginning of others: that of a run is the beginning of its wor
 
 from __future__ import annotations
 
+import ctypes
 import os
 import select
 import signal
@@ -25,6 +26,7 @@ YOUNG = 5
 TRACKER_S = 5.0
 """For Python's resource trackers to remove shared memory before they are ended, too."""
 SHARED_MEMORY = Path("/dev/shm")
+PR_SET_PDEATHSIG = 1
 
 
 def start_keeper(mark: str, patience_s: float) -> None:
@@ -35,10 +37,29 @@ def start_keeper(mark: str, patience_s: float) -> None:
     subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=True)
 
 
+def die_with(parent: int) -> None:
+    """Has this process killed when the thread of ``parent`` that started it ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            # It died before the line above.
+            os._exit(1)
+
+
 def name_of(pid: int) -> str:
     """What a process calls itself: its title, or its program's file name; with its number."""
-    words = _read(pid, "cmdline").replace(b"\0", b" ").decode(errors="replace").split()
+    words = command_line(pid).split()
     return f"{os.path.basename(words[0]) if words else 'process'} (pid {pid})"
+
+
+def command_line(pid: int) -> str:
+    """As a process was started, or the title that it has given itself; nothing where it is gone."""
+    return _read(pid, "cmdline").replace(b"\0", b" ").decode(errors="replace")
+
+
+def parent_of(pid: int) -> int:
+    """The number of a process's parent; 0 where it is gone."""
+    return int((_stat(pid)[1:2] or ["0"])[0])
 
 
 def state_of(pid: int) -> str:
@@ -68,10 +89,6 @@ class Family:
         """Whether a process was started with the mark."""
         return any(variable.startswith(self.mark) for variable in _read(pid, "environ").split(b"\0"))
 
-    @staticmethod
-    def _parent(pid: int) -> int:
-        return int((_stat(pid)[1:2] or ["0"])[0])
-
     def look(self) -> None:
         """Finds who and what is new, and who is stopped."""
         now = {int(name) for name in os.listdir("/proc") if name.isdigit()}
@@ -80,7 +97,7 @@ class Family:
             if self._others.get(pid, 0) < YOUNG:
                 self._others[pid] = self._others.get(pid, 0) + 1
                 # Some write their title over the environment that they were started with.
-                if self.has(pid) or self._parent(pid) in self.members:
+                if self.has(pid) or parent_of(pid) in self.members:
                     self.members[pid] = _born(pid)
         for pid in self.alive:
             self.stopped[pid] = self.stopped.get(pid, 0) + 1 if state_of(pid) in STOPPED else 0

@@ -124,6 +124,7 @@ def test_a_driver_that_is_killed_leaves_nothing(inputs):
     [
         ("raylet", signal.SIGSTOP, r"Ray's raylet \(pid {pid}\) has been stopped for 3 s"),
         ("gcs_server", signal.SIGKILL, r"Ray's gcs_server \(pid {pid}\) died"),
+        ("RuntimeEnvAgent", signal.SIGKILL, r"Ray's RuntimeEnvAgent \(pid {pid}\) died"),
     ],
 )
 def test_ray_itself_dies_or_freezes(inputs, monkeypatch, name, number, said):
@@ -131,7 +132,7 @@ def test_ray_itself_dies_or_freezes(inputs, monkeypatch, name, number, said):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     with Driver(inputs, f"no-{name}", "grpo", "--placement.actor", "2", "--cluster.heartbeat", "3") as driver:
         driver.reach_gate()
-        pid = next(pid for pid in driver.family if f"/{name} " in command(pid))
+        pid = next(pid for pid in driver.family if re.match(rf"(\S+/|ray::){name}\b", command(pid)))
         assert_closed_doors({driver.process.pid, *driver.family})
         gcs = next(command(pid) for pid in driver.family if "/gcs_server " in command(pid))
         assert_kept(Path(re.search(r"--log_dir=(\S+)", gcs)[1]))
@@ -142,6 +143,8 @@ def test_ray_itself_dies_or_freezes(inputs, monkeypatch, name, number, said):
         assert time.monotonic() - start < 30
         assert code == 75, output
         assert re.search(said.format(pid=pid), error_line(output))
+        assert events(driver.out)[-1]["reason"] == "error"
+        assert re.search(said.format(pid=pid), events(driver.out)[-1]["message"])
         wait_until(lambda: not driver.family & set(running()), "processes are left")
 
 
