@@ -37,8 +37,11 @@ VICTIMS = {
     "gcs": r"/gcs_server ",
     "worker": r"^ray::WorkerProcess",
     "rank": r"^VLLM::Worker|multiprocessing\.spawn.*spawn_main",
-    "helper": r"^ray::(DashboardAgent|RuntimeEnvAgent)|log_monitor\.py|monitor\.py|dashboard\.py",
+    "agent": r"^ray::(DashboardAgent|RuntimeEnvAgent)",
+    "helper": r"log_monitor\.py|monitor\.py|dashboard\.py",
+    "reward": r"tandem\.rewards\.serving",
 }
+"""Command lines. A worker of the vllm configuration is its engine."""
 KINDS = {
     "live": ["--placement.actor", "2"],
     "vllm": [
@@ -94,6 +97,17 @@ def family(root: int) -> list[int]:
     return found
 
 
+def shared_memory() -> set[str]:
+    """The names in ``/dev/shm`` that no process has mapped: others run on this machine, too."""
+    mapped = set()
+    for path in Path("/proc").glob("[0-9]*/maps"):
+        try:
+            mapped |= {line.split()[4] for line in path.read_text(errors="replace").splitlines() if "/dev/shm/" in line}
+        except OSError:
+            continue
+    return {path.name for path in Path("/dev/shm").glob("*") if path.exists() and str(path.stat().st_ino) not in mapped}
+
+
 def wait_for(condition: Callable[[], object], seconds: float) -> bool:
     """Whether it came to hold within so many seconds."""
     end = time.monotonic() + seconds
@@ -106,7 +120,7 @@ def wait_for(condition: Callable[[], object], seconds: float) -> bool:
 
 def one(folder: Path, number: int, kind: str, victim: str, name: str, rng: random.Random) -> Ending | None:
     """A run, hit once. None where it has no such process."""
-    before = set(os.listdir("/dev/shm"))
+    before = shared_memory()
     out = folder / f"run-{number}"
     argv = [
         *(sys.executable, "-m", "tandem", "grpo", "--model", str(folder / "model"), "--out", str(out)),
@@ -140,10 +154,11 @@ def one(folder: Path, number: int, kind: str, victim: str, name: str, rng: rando
     wait_for(lambda: not any(map(runs, members)), 2 * HEARTBEAT_S + 5)
     left = [member for member in members if runs(member)]
     names = [f"{member} {command_line(member)[:120]}" for member in left]
-    shared = sorted(set(os.listdir("/dev/shm")) - before)
+    shared = sorted(shared_memory() - before)
     text = written.read_text()
     said = next((line for line in text.splitlines() if line.startswith("tandem: error: ")), "")
-    named = str(pid) in text and bool(said)
+    # A reward is named after its function.
+    named = bool(said) and (str(pid) in text or (victim == "reward" and "reward 'score'" in said))
     killed_itself = victim == "driver" and name == "SIGKILL" and run.returncode == -signal.SIGKILL
     well = (
         ended and not left and not shared and (run.returncode == 0 or killed_itself or (named and run.returncode == 75))
@@ -156,8 +171,32 @@ def one(folder: Path, number: int, kind: str, victim: str, name: str, rng: rando
     return Ending(kind, victim, name, run.returncode, round(seconds, 1), said[:300], names, shared, well)
 
 
-def main() -> None:
-    """The command."""
+def counts(endings: list[Ending]) -> list[dict[str, object]]:
+    """How many of each configuration, victim and signal ended well, and with which exit codes."""
+    found = []
+    for key in sorted({(each.kind, each.victim, each.signal) for each in endings}):
+        same = [each for each in endings if (each.kind, each.victim, each.signal) == key]
+        codes = dict(sorted(Counter(str(each.code) for each in same).items()))
+        row = {"runs": len(same), "well": sum(each.well for each in same), "codes": codes}
+        found.append(dict(zip(("configuration", "victim", "signal"), key, strict=True)) | row)
+    return found
+
+
+def save(path: Path, endings: list[Ending]) -> None:
+    """Adds to what other commands have saved there."""
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    before = json.loads(path.read_text())["endings"] if path.exists() else []
+    command = " ".join(["python bench/kills.py", *sys.argv[1:]])
+    mine = {"command": command, "commit": commit}
+    kept = [each for each in before if {name: each[name] for name in mine} != mine]
+    every = [*kept, *(mine | asdict(each) for each in endings)]
+    fields = Ending.__dataclass_fields__
+    table = counts([Ending(**{name: each[name] for name in fields}) for each in every])
+    path.write_text(json.dumps({"counts": table, "endings": every}, indent=1) + "\n")
+
+
+def main() -> int:
+    """The command. Returns its exit code: 1 where a run has not ended well."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
@@ -182,12 +221,13 @@ def main() -> None:
                 endings.append(ending)
                 print(json.dumps(asdict(ending)), flush=True)
                 if asked.save:
-                    asked.save.write_text(json.dumps([asdict(each) for each in endings], indent=1) + "\n")
-    counts = Counter((each.victim, each.signal, "well" if each.well else "NOT WELL") for each in endings)
-    for key, count in sorted(counts.items()):
-        print(*key, count)
-    print(f"{sum(each.well for each in endings)} of {len(endings)} ended well")
+                    save(asked.save, endings)
+    for row in counts(endings):
+        print(*row.values())
+    well = sum(each.well for each in endings)
+    print(f"{well} of {len(endings)} ended well")
+    return int(well < asked.runs)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
