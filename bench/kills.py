@@ -151,7 +151,7 @@ def one(folder: Path, number: int, kind: str, victim: str, name: str, rng: rando
     start = time.monotonic()
     ended = wait_for(lambda: run.poll() is not None, BOUND_S)
     seconds = time.monotonic() - start
-    wait_for(lambda: not any(map(runs, members)), 2 * HEARTBEAT_S + 5)
+    wait_for(lambda: not any(map(runs, members)) and not shared_memory() - before, 2 * HEARTBEAT_S + 5)
     left = [member for member in members if runs(member)]
     names = [f"{member} {command_line(member)[:120]}" for member in left]
     shared = sorted(shared_memory() - before)
@@ -182,17 +182,14 @@ def counts(endings: list[Ending]) -> list[dict[str, object]]:
     return found
 
 
-def save(path: Path, endings: list[Ending]) -> None:
+def save(path: Path, command: str, commit: str, endings: list[Ending]) -> None:
     """Adds to what other commands have saved there."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
-    before = json.loads(path.read_text())["endings"] if path.exists() else []
-    command = " ".join(["python bench/kills.py", *sys.argv[1:]])
-    mine = {"command": command, "commit": commit}
-    kept = [each for each in before if {name: each[name] for name in mine} != mine]
-    every = [*kept, *(mine | asdict(each) for each in endings)]
-    fields = Ending.__dataclass_fields__
-    table = counts([Ending(**{name: each[name] for name in fields}) for each in every])
-    path.write_text(json.dumps({"counts": table, "endings": every}, indent=1) + "\n")
+    runs = json.loads(path.read_text())["runs"] if path.exists() else []
+    here = {"command": command, "commit": commit}
+    runs = [run for run in runs if {name: run[name] for name in here} != here]
+    runs.append(here | {"endings": [asdict(each) for each in endings]})
+    table = counts([Ending(**ending) for run in runs for ending in run["endings"]])
+    path.write_text(json.dumps({"counts": table, "runs": runs}, indent=1) + "\n")
 
 
 def main() -> int:
@@ -205,6 +202,7 @@ def main() -> int:
     parser.add_argument("--signals", nargs="+", default=["SIGKILL", "SIGSTOP"])
     parser.add_argument("--save", type=Path)
     asked = parser.parse_args()
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     rng = random.Random(asked.seed)
     endings: list[Ending] = []
     with tempfile.TemporaryDirectory() as name:
@@ -221,7 +219,8 @@ def main() -> int:
                 endings.append(ending)
                 print(json.dumps(asdict(ending)), flush=True)
                 if asked.save:
-                    save(asked.save, endings)
+                    words = " ".join(word for word in sys.argv[1:] if word not in ("--save", str(asked.save)))
+                    save(asked.save, f"python bench/kills.py {words}", commit, endings)
     for row in counts(endings):
         print(*row.values())
     well = sum(each.well for each in endings)

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from torch import Tensor
 from vllm_models import make_model, save
 
 sys.path.append(str(Path(__file__).parents[1] / "workers"))
+from drivers import command, descendants, running
 from safetensors.torch import load_file
 from shared_ray import arguments, cluster_address, unevaluated, write_inputs
 
 from tandem.cli import placing
 from tandem.cli.main import main
+from tandem.workers.keeper import SHARED_MEMORY
 from tandem.workers.remote import BalancedEngine
 from tandem.workers.turns import RestartingOnce
 
@@ -84,8 +87,13 @@ def test_ppo_on_two_workers_shared_devices():
     assert_sampler_agrees("ppo-shared")
 
 
-def kill_engine_at(patch: pytest.MonkeyPatch, calls: set[int]) -> list[int]:
-    """Has the engine's process killed just before these calls to it (1 is the first). Returns the pids as they come."""
+def kill_engine_at(
+    patch: pytest.MonkeyPatch, calls: set[int], of: Callable[[int], int] = lambda engine: engine
+) -> list[int]:
+    """Has the engine's process, or the one ``of`` it, killed just before these calls to it (1 is the first).
+
+    Returns the pids as they come.
+    """
     killed: list[int] = []
     generate = BalancedEngine.generate
     count = 0
@@ -94,7 +102,7 @@ def kill_engine_at(patch: pytest.MonkeyPatch, calls: set[int]) -> list[int]:
         nonlocal count
         count += 1
         if count in calls:
-            killed.append(self.group.wheres[0].pid)
+            killed.append(of(self.group.wheres[0].pid))
             os.kill(killed[-1], signal.SIGKILL)
         return generate(self, *given)
 
@@ -107,6 +115,32 @@ def test_an_engine_that_is_killed_is_restarted_once(grpo_split, monkeypatch):
     assert difference(train("killed", "grpo", *VLLM, *SPLIT), grpo_split) < 1e-5
     assert len(killed) == 1
     assert_sampler_agrees("killed")
+
+
+def test_a_tensor_parallel_rank_that_is_killed(monkeypatch):
+    """The engine ends with it, and is started again; neither its other processes nor its shared memory stay."""
+    family: set[int] = set()
+    shared: set[str] = set()
+
+    def rank(engine: int) -> int:
+        family.update({engine}, descendants(engine))
+        shared.update(*map(shared_memory, family))
+        return next(pid for pid in family if command(pid).startswith("VLLM::Worker_TP1"))
+
+    killed = kill_engine_at(monkeypatch, {2}, rank)
+    train("rank-killed", "grpo", *VLLM, *SPLIT, "--engine.tensor-parallel", "2")
+    assert len(killed) == 1
+    assert shared
+    assert_sampler_agrees("rank-killed")
+    assert not family & set(running())
+    assert not [name for name in shared if (SHARED_MEMORY / name).exists()]
+
+
+def shared_memory(pid: int) -> set[str]:
+    """The names that a process has mapped."""
+    lines = Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines()
+    mapped = {line.split()[4] for line in lines if f"{SHARED_MEMORY}/" in line}
+    return {path.name for path in SHARED_MEMORY.iterdir() if str(path.stat().st_ino) in mapped}
 
 
 def test_killed_while_others_train_and_then_again(grpo_split, monkeypatch, capsys):
