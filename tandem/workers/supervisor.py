@@ -34,8 +34,11 @@ def supervise() -> int | None:
         stream.flush()
     parent = os.getpid()
     reports, theirs = os.pipe()
+    # Until it is known whom they are for.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     command = os.fork()
     if command == 0:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
         die_with(parent)
         os.close(reports)
         os.environ[PIPE] = f"{os.getpid()}:{theirs}"
@@ -45,6 +48,7 @@ def supervise() -> int | None:
         if signal.getsignal(signum) is not signal.SIG_IGN:
             # A terminal sends them to both; the command takes two at once for one (``tandem.signals``).
             signal.signal(signum, lambda number, frame: os.kill(command, number))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
     watch = _Watch(command, reports)
     lost = watch.wait()
     if lost is not None:
@@ -85,16 +89,20 @@ class _Watch:
         """For each of their numbers what can be read from once it has ended."""
         self.since: dict[int, float] = {}
         """When each that is stopped was first found so, on the monotonic clock."""
-        self.command = os.pidfd_open(command)
+        self.command, self.handle = command, os.pidfd_open(command)
         self.poll = select.poll()
-        self.poll.register(self.command, select.POLLIN)
+        self.poll.register(self.handle, select.POLLIN)
         os.set_blocking(reports, False)
 
     def wait(self) -> str | None:
         """Returns when the command has ended; or when what it stands on has, with the words for that."""
-        while self.command not in (ready := {descriptor for descriptor, _ in self.poll.poll(LOOK_EVERY_S * 1000)}):
+        while True:
+            ready = {descriptor for descriptor, _ in self.poll.poll(LOOK_EVERY_S * 1000)}
             # After the look: the command says so before it ends what it stands on.
             self.hear()
+            # What it has started dies with its first thread, and it counts as ended with its last.
+            if self.handle in ready or state_of(self.command) == "Z":
+                return None
             for name, pid in self.processes.items():
                 if pid not in self.handles or self.handles[pid] in ready:
                     return f"Ray's {name} (pid {pid}) died"
@@ -102,8 +110,6 @@ class _Watch:
                     self.since.pop(pid, None)
                 elif time.monotonic() - self.since.setdefault(pid, time.monotonic()) > self.heartbeat_s:
                     return f"Ray's {name} (pid {pid}) has been stopped for {self.heartbeat_s:.0f} s"
-        self.hear()
-        return None
 
     def hear(self) -> None:
         """Takes the last of what the command has said: each time it says all."""

@@ -12,8 +12,9 @@ import pytest
 from drivers import running, wait_until
 
 SCRIPT = """
-import os, signal, subprocess, sys, time
+import ctypes, os, signal, subprocess, sys, threading, time
 from tandem.errors import RunFailure
+from tandem.workers.keeper import die_with
 from tandem.workers.supervisor import stand_on, supervise
 
 ray = subprocess.Popen(["sleep", "1000"], stdout=subprocess.DEVNULL)
@@ -31,6 +32,14 @@ sys.exit(code)
 """
 DEAF = "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM}); time.sleep(1000)"
 """As in a call of Ray's that lets no signal through."""
+
+DIES_WITH_FIRST_THREAD = """
+mine = subprocess.Popen(["sleep", "1000"], stdout=subprocess.DEVNULL, preexec_fn=lambda: die_with(os.getppid()))
+stand_on({"raylet": mine.pid}, 1.0)
+threading.Timer(1.0, os._exit, (7,)).start()
+ctypes.CDLL(None).pthread_exit(None)
+"""
+"""As where a command is killed that has many threads: the raylet ends first."""
 
 
 def start(command: str) -> tuple[subprocess.Popen[str], int, int]:
@@ -53,6 +62,7 @@ def start(command: str) -> tuple[subprocess.Popen[str], int, int]:
         ("os._exit(1)", 75, "cluster: Ray's raylet (pid {ray}) died, and no worker can be reached without it"),
         (f"os.kill(ray.pid, 9); {DEAF}", 75, "cluster: Ray's raylet (pid {ray}) died"),
         (f"os.kill(ray.pid, signal.SIGSTOP); {DEAF}", 75, "cluster: Ray's raylet (pid {ray}) has been stopped for 1 s"),
+        (DIES_WITH_FIRST_THREAD, 7, ""),
         ("os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL, ""),
         ("signal.signal(signal.SIGTERM, lambda *_: sys.exit(9)); os.kill(os.getppid(), signal.SIGTERM); "
          "time.sleep(1000)", 9, ""),
