@@ -144,6 +144,9 @@ def keep(root: int, mark: str, patience_s: float) -> None:
     end.register(os.pidfd_open(root), select.POLLIN)
     while not end.poll(LOOK_EVERY_S * 1000):
         family.look()
+        if root in spared and state_of(root) in STOPPED:
+            # Ctrl-Z stops a driver together with what Ray has started beside it.
+            family.stopped.clear()
         for pid, looks in family.stopped.items():
             if pid not in spared and looks * LOOK_EVERY_S >= patience_s and pid in family.alive:
                 print(
