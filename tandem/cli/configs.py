@@ -209,7 +209,7 @@ class QuickstartSection:
 
 @dataclass(frozen=True, kw_only=True)
 class QuickstartConfig:
-    """SFT, a reward model and PPO on a task that is made on the spot, in about a minute and a half on two cores."""
+    """SFT, a reward model and PPO on a task that is made on the spot, in about a minute on two cores."""
 
     quickstart: QuickstartSection = field(default_factory=QuickstartSection)
 

@@ -14,6 +14,8 @@ from tandem.cli.wiring import following, tell_end, tokenizing
 from tandem.data.packing import pack_pairs, stamp_pair_weights
 from tandem.data.rows import Rows
 from tandem.data.tokenize import Counts, build_pairs
+from tandem.errors import UserError
+from tandem.models.limits import read_limits
 from tandem.types import Batch, Limits, PreferencePair
 
 
@@ -54,6 +56,16 @@ def run(config: RMConfig) -> int:
         tell_end(
             out,
             config.objective.leads,
-            following("ppo", out, model=config.model.model, reward_model=model, data="prompts.jsonl", steps=200),
+            following("ppo", out, model=_policy(config), reward_model=model, data="prompts.jsonl", steps=200),
         )
     return 0
+
+
+def _policy(config: RMConfig) -> str:
+    """What PPO could improve against this model: the one that it began from, unless that has no language-model head."""
+    section = config.model
+    try:
+        read_limits(section.model, head="lm", trust_remote_code=section.trust_remote_code)
+    except UserError:
+        return str(Path(config.run.out).with_name("sft") / "model")
+    return section.model

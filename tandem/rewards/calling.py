@@ -87,7 +87,8 @@ class LocalFunction:
         if hasattr(result, "tolist"):
             result = result.tolist()  # an array or a tensor
         if not isinstance(result, list | tuple):
-            raise Fault(f"returned a {type(result).__name__}; it must return a list with one number or None a sample")
+            kind = type(result).__name__
+            raise Fault(f"returned a value of type {kind}; it must return a list with one number or None a sample")
         if len(result) != samples:
             raise Fault(f"returned {len(result)} values for {samples} samples; it must return one a sample")
         return [_number(value, index) for index, value in enumerate(result)]
@@ -114,7 +115,7 @@ def _number(value: Any, index: int) -> float | None:
     if getattr(value, "ndim", None) == 0:
         value = value.item()  # a number in an array's or a tensor's clothes
     if not isinstance(value, int | float):
-        raise Fault(f"returned a {type(value).__name__}, not a number or None, for ", index)
+        raise Fault(f"returned a value of type {type(value).__name__}, not a number or None, for ", index)
     if not math.isfinite(value):
         raise Fault(f"returned {float(value)} for ", index, "; return None to leave a sample out")
     return float(value)

@@ -77,6 +77,14 @@ def test_a_finished_run_says_where_its_model_is_and_what_could_follow(outputs, m
     assert "weight_decay (0.0 there, 0.5 now)" in other
 
 
+def test_a_reward_model_that_went_on_from_another_is_not_proposed_as_a_policy(outputs):
+    folder = outputs[0]
+    first = ["rm", "--model", "runs/rm/model", "--data", "pairs.jsonl", "--steps", "1", "--out", "runs/rm-2"]
+    code, printed = run(folder, first)
+    assert code == 0
+    assert "tandem ppo --model runs/sft/model --reward-model runs/rm-2/model" in printed
+
+
 @pytest.mark.parametrize("method", ["ppo", "grpo"])
 def test_rollouts_are_whole_groups_with_columns_advantages_and_held_out_samples(outputs, method):
     folder, _ = outputs

@@ -131,11 +131,11 @@ def test_long_texts_are_shortened() -> None:
     [
         ([1.0], "returned 1 values for 2 samples"),
         ([1.0] * 3, "returned 3 values for 2 samples"),
-        (1.0, "returned a float; it must return a list"),
-        (None, "returned a NoneType; it must return a list"),
-        ({"a": 1}, "returned a dict; it must return a list"),
-        ([1.0, "2"], "returned a str, not a number or None, for sample 1 (prompt p1): completion 'b'"),
-        ([1.0, [2.0]], "returned a list, not a number or None, for sample 1"),
+        (1.0, "returned a value of type float; it must return a list"),
+        (None, "returned a value of type NoneType; it must return a list"),
+        ({"a": 1}, "returned a value of type dict; it must return a list"),
+        ([1.0, "2"], "returned a value of type str, not a number or None, for sample 1 (prompt p1): completion 'b'"),
+        ([1.0, [2.0]], "returned a value of type list, not a number or None, for sample 1"),
     ],
 )
 def test_wrong_returns(returned, words) -> None:
