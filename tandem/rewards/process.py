@@ -172,7 +172,10 @@ class RemoteFunction:
                 if not fault.raised:
                     raise
                 if time.monotonic() + wait_s >= end:
-                    fault.then += f"; it was called {again} times: mend it, or what it asks, and go on with --resume"
+                    fault.then += (
+                        f"; it was called {again} times: mend it, or what it asks, and go on with --resume (a function "
+                        "that was mended: --accept-changed reward)"
+                    )
                     raise
                 what = fault.what.partition(", last at")[0]
                 log.warning("reward %r %s; it is called again in %g s", self.name, what, wait_s)

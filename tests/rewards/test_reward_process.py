@@ -104,7 +104,8 @@ def test_a_call_that_fails_is_made_again_whole(judges, caplog):
     assert failure(always, "1", "two") == (
         f"reward 'always_fails' raised ValueError: could not convert string to float: 'two' ({at('[float(c)')}), "
         "last at sample 1 (prompt p1): completion 'two'; "
-        "it was called 3 times: mend it, or what it asks, and go on with --resume"
+        "it was called 3 times: mend it, or what it asks, and go on with --resume (a function that was mended: "
+        "--accept-changed reward)"
     )
     # What it returns is wrong for good.
     with pytest.raises(UserError, match=r"'wrong' returned nan for sample 1 .*leave a sample out") as caught:
