@@ -184,7 +184,7 @@ def none(prompts, completions): return [None] * len(prompts)
         ("short", ["18", "1"]),
         ("nan", ["sample 1", "nan"]),
         ("infinite", ["sample 0", "inf"]),
-        ("text", ["sample 0", "a str"]),
+        ("text", ["sample 0", "type str"]),
     ],
 )
 def test_rewards_that_fail_name_the_sample(tandem, inputs, function, parts):
