@@ -78,7 +78,8 @@ def test_a_mistake_that_only_the_ranks_see(folder):
     """Rank 0 reads the tokenizer first; the weights are read by every rank as its trainer is built."""
     shutil.copytree(folder / "base", folder / "damaged")
     (folder / "damaged" / "model.safetensors").write_bytes(b"not at all")
-    argv = [*arguments("sft"), "--steps", "1", "--model", "damaged", "--out", "damaged-run"]
+    argv = [*arguments("sft"), "--steps", "1", "--out", "damaged-run"]
+    argv[argv.index("--model") + 1] = "damaged"
     ended = torchrun(folder, *argv)
     assert ended.returncode != 0
     errors = [line for line in ended.stderr.splitlines() if line.startswith("tandem: error: ")]
