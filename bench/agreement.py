@@ -12,7 +12,7 @@ from models import byte_tokenizer, config_of, random_model
 from torch import Tensor
 from transformers import GenerationConfig
 
-from tandem.engines.live import CacheDtype, LiveEngine
+from tandem.engines.live.engine import CacheDtype, LiveEngine
 from tandem.models.loading import prepare_module
 from tandem.types import Request, SamplingParams
 

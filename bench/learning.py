@@ -30,7 +30,7 @@ from common import Record, Row, arguments, print_table, resolve_device
 from tandem.cli.quickstart import write_rows
 from tandem.data.rows import Rows
 from tandem.data.tokenize import build_prompts
-from tandem.engines.live import LiveEngine
+from tandem.engines.live.engine import LiveEngine
 from tandem.models.forward import quiet_transformers
 from tandem.models.loading import load_causal
 from tandem.rollout.sampling import sample_groups

@@ -63,7 +63,7 @@ from common import (
 from models import SIZES, byte_tokenizer, config_of, head_size, multiplied_parameters, random_model, write_folder
 from transformers import GenerationConfig
 
-from tandem.engines.live import CacheDtype, LiveEngine
+from tandem.engines.live.engine import CacheDtype, LiveEngine
 from tandem.models.loading import prepare_module
 from tandem.types import Request, SamplingParams
 

@@ -58,12 +58,13 @@ from common import (
 from models import SIZES, byte_tokenizer, config_of, head_size, multiplied_parameters, random_model, write_folder
 from torch import Tensor
 
+from tandem.batch import Batch
 from tandem.data.packing import pack, stamp_weights
+from tandem.methods.sft import SFT
 from tandem.models.loading import prepare_module
-from tandem.objectives.sft import SFT
 from tandem.training.optim import OptimParams
 from tandem.training.trainer import LocalTrainer
-from tandem.types import Batch, Sequence
+from tandem.types import Sequence
 
 LONGEST, MEDIAN, SIGMA, SHORTEST = 4096, 300, 1.0, 16
 

@@ -27,9 +27,9 @@ import torch
 from common import machine
 from models import SIZES, random_model, write_folder
 
-from tandem.algorithms.grpo import GRPO
-from tandem.cli.placing import Homes
-from tandem.cli.sections import ClusterSection, EngineSection, ModelSection, PlacementSection, SamplingSection
+from tandem.assembly.placing import Homes
+from tandem.assembly.sections import ClusterSection, EngineSection, ModelSection, PlacementSection, SamplingSection
+from tandem.methods.grpo import GRPO
 from tandem.models.loading import load_tokenizer, prepare_module
 from tandem.sync.check import PROBE_EVERY
 from tandem.sync.push import WeightPush

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tandem
-from tandem.loop.sampler import Sampler  # tandem
+from tandem.own_loop.sampler import Sampler  # tandem
 from tandem.tasks.letters import answer, prompts
 from tandem.tasks.tiny import build_model, build_tokenizer
 

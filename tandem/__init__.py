@@ -9,10 +9,10 @@ _PUBLIC = {
     "UserError": "tandem.errors",
     "SamplingParams": "tandem.types",
     "Algorithm": "tandem.roles",
-    "GRPO": "tandem.algorithms.grpo",
-    "PPO": "tandem.algorithms.ppo",
-    "RewardModeling": "tandem.objectives.reward",
-    "SFT": "tandem.objectives.sft",
+    "GRPO": "tandem.methods.grpo",
+    "PPO": "tandem.methods.ppo",
+    "RewardModeling": "tandem.methods.rm",
+    "SFT": "tandem.methods.sft",
     "load_rows": "tandem.data.rows",
     "build_pairs": "tandem.data.tokenize",
     "build_prompts": "tandem.data.tokenize",
@@ -23,7 +23,7 @@ _PUBLIC = {
     "stamp_weights": "tandem.data.packing",
     "load_causal": "tandem.models.loading",
     "load_scalar": "tandem.models.loading",
-    "LiveEngine": "tandem.engines.live",
+    "LiveEngine": "tandem.engines.live.engine",
     "load_reward": "tandem.rewards.function",
     "RewardModel": "tandem.rewards.model",
     "Judge": "tandem.rollout.sampling",
@@ -32,7 +32,7 @@ _PUBLIC = {
     "LocalScorer": "tandem.training.trainer",
     "LocalTrainer": "tandem.training.trainer",
     "OptimParams": "tandem.training.optim",
-    "Sampler": "tandem.loop.sampler",
+    "Sampler": "tandem.own_loop.sampler",
 }
 """Name and home of everything else that ``import tandem`` offers. Each is imported when first asked for."""
 

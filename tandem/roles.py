@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
+from tandem.batch import Batch, Outputs, TokenLoss
 from tandem.lazy import torch
-from tandem.types import Aggregation, Batch, Completion, Group, Held, Outputs, Request, Rollout, TokenLoss
+from tandem.types import Aggregation, Completion, Group, Held, Request, Rollout
 
 Metrics = dict[str, float]
 LossFn = Callable[[Outputs, Batch], TokenLoss]
@@ -154,7 +155,7 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True)
 class Algorithm:
-    """An online algorithm: frozen knobs, an advantage and a loss. One file each in ``tandem/algorithms``.
+    """An online algorithm: frozen knobs, an advantage and a loss. One file each in ``tandem/methods``.
 
     Simple ones define ``advantages`` (one number a rollout) and ``loss``. Those that need per-token advantages
     (PPO) override ``estimate``. What changes from step to step (a KL controller) is a flat dict that goes in and
@@ -209,7 +210,7 @@ class Algorithm:
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """An offline method: frozen knobs and a loss. One file each in ``tandem/objectives``."""
+    """An offline method: frozen knobs and a loss. One file each in ``tandem/methods``."""
 
     leads: ClassVar[tuple[str, ...]] = ("loss",)
     """Metrics that say how a run of this method is doing, the first one first: what the display shows."""

@@ -23,9 +23,9 @@ import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from tandem.batch import Batch
 from tandem.parallel.shares import shares
 from tandem.parallel.world import World
-from tandem.types import Batch
 
 VOCABULARY = 64
 _COMMON: dict[str, Any] = {

@@ -30,7 +30,7 @@ def test_help_imports_nothing_heavy():
 
 
 def test_configs_import_nothing_heavy():
-    assert loaded_by("import tandem.config, tandem.cli.configs") == set()
+    assert loaded_by("import tandem.config, tandem.assembly.configs") == set()
 
 
 def test_help_of_every_command_and_a_mistyped_flag_load_no_torch_and_take_no_time():
@@ -76,8 +76,8 @@ import torch, transformers
 import tandem
 for name in tandem._PUBLIC:
     getattr(tandem, name)
-for module in ("types", "roles", "algorithms.ppo", "algorithms.grpo", "objectives.sft", "objectives.reward",
-               "models.loading", "training.trainer", "engines.live"):
+for module in ("types", "roles", "batch", "methods.ppo", "methods.grpo", "methods.sft", "methods.rm",
+               "models.loading", "training.trainer", "engines.live.engine"):
     __import__("tandem." + module)
 """
     assert loaded_by(code) & {"datasets", "pyarrow", "matplotlib", "rich", "tyro"} == set()

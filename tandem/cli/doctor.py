@@ -14,11 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tandem.algorithms.grpo import GRPO
-from tandem.cli.build import policy_trainer, require_engine, weight_source
-from tandem.cli.configs import DoctorConfig
-from tandem.cli.placing import Homes, Sampler
+from tandem.assembly.configs import DoctorConfig
+from tandem.assembly.models import policy_trainer, require_engine, weight_source
+from tandem.assembly.placing import Homes, Sampler
 from tandem.errors import UserError
+from tandem.methods.grpo import GRPO
 from tandem.models.forward import quiet_transformers
 from tandem.models.loading import load_tokenizer
 from tandem.seeds import derive_seed

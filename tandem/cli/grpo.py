@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tandem.cli.configs import GRPOConfig
-from tandem.cli.online import run_online
-from tandem.cli.wiring import tell_end
+from tandem.assembly.configs import GRPOConfig
+from tandem.assembly.online import run_online
+from tandem.assembly.wiring import tell_end
 
 
 def train(config: GRPOConfig) -> Path | None:

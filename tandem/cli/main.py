@@ -40,13 +40,13 @@ class Command:
     module: str
     about: str
     config: str | None
-    """A class of ``tandem.cli.configs``. None: ``run`` gets the words of the command line as they are."""
+    """A class of ``tandem.assembly.configs``. None: ``run`` gets the words of the command line as they are."""
 
     def read(self, name: str, words: list[str]) -> Any:
         """What ``run`` is given. Raises UserError for a wrong flag, and SystemExit after ``--help``."""
         if self.config is None:
             return words
-        return load_config(getattr(import_module("tandem.cli.configs"), self.config), words, prog=f"tandem {name}")
+        return load_config(getattr(import_module("tandem.assembly.configs"), self.config), words, prog=f"tandem {name}")
 
 
 START, OFFLINE, ONLINE = "Start here", "Train on a dataset", "Train on samples"

@@ -18,9 +18,7 @@ from typing import Any
 
 import torch
 
-from tandem.algorithms.ppo import PPO
-from tandem.cli import ppo, rm, sft
-from tandem.cli.configs import (
+from tandem.assembly.configs import (
     CriticSection,
     OfflineSection,
     OnlineSection,
@@ -29,11 +27,13 @@ from tandem.cli.configs import (
     RMConfig,
     SFTConfig,
 )
-from tandem.cli.sections import DataSection, ModelSection, OptimSection, RewardSection, RunSection, SamplingSection
+from tandem.assembly.sections import DataSection, ModelSection, OptimSection, RewardSection, RunSection, SamplingSection
+from tandem.cli import ppo, rm, sft
 from tandem.data.rows import Rows
 from tandem.data.tokenize import build_prompts
-from tandem.engines.live import LiveEngine
+from tandem.engines.live.engine import LiveEngine
 from tandem.errors import UserError
+from tandem.methods.ppo import PPO
 from tandem.models.forward import quiet_transformers
 from tandem.models.loading import load_causal
 from tandem.rollout.sampling import sample_groups

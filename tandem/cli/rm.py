@@ -7,16 +7,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tandem.cli.build import scalar_trainer
-from tandem.cli.configs import RMConfig
-from tandem.cli.offline import OfflineMethod, run_offline
-from tandem.cli.wiring import following, tell_end, tokenizing
+from tandem.assembly.configs import RMConfig
+from tandem.assembly.models import scalar_trainer
+from tandem.assembly.offline import OfflineMethod, run_offline
+from tandem.assembly.wiring import following, tell_end, tokenizing
+from tandem.batch import Batch
 from tandem.data.packing import pack_pairs, stamp_pair_weights
 from tandem.data.rows import Rows
 from tandem.data.tokenize import Counts, build_pairs
 from tandem.errors import UserError
 from tandem.models.limits import read_limits
-from tandem.types import Batch, Limits, PreferencePair
+from tandem.types import Limits, PreferencePair
 
 
 def train(config: RMConfig) -> Path | None:

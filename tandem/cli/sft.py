@@ -7,14 +7,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tandem.cli.build import policy_trainer
-from tandem.cli.configs import SFTConfig
-from tandem.cli.offline import OfflineMethod, run_offline
-from tandem.cli.wiring import following, tell_end, tokenizing
+from tandem.assembly.configs import SFTConfig
+from tandem.assembly.models import policy_trainer
+from tandem.assembly.offline import OfflineMethod, run_offline
+from tandem.assembly.wiring import following, tell_end, tokenizing
+from tandem.batch import Batch
 from tandem.data.packing import pack, stamp_weights
 from tandem.data.rows import Rows
 from tandem.data.tokenize import Counts, build_sequences
-from tandem.types import Batch, Limits, Sequence
+from tandem.types import Limits, Sequence
 
 
 def train(config: SFTConfig) -> Path | None:

@@ -9,7 +9,8 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from tandem.types import Aggregation, Batch, PreferencePair, Rollout, Sequence
+from tandem.batch import Batch
+from tandem.types import Aggregation, PreferencePair, Rollout, Sequence
 
 WORTH_SHARING = 32
 """A prompt goes through a model once for several sequences where it is at least one in so many of their tokens, and

@@ -20,7 +20,7 @@ def draw(
     *,
     any_greedy: bool = True,
 ) -> Tensor:
-    """What ``tandem.engines.sampler.Sampler.draw`` returns without truncation, [3, B] float64, for a row's own stream.
+    """What the live engine's ``draw`` returns without truncation, [3, B] float64, for a row's own stream.
 
     ``temperature`` and ``greedy`` (0 or 1) are float64, ``seed`` and ``drawn`` int64, all [B]. The token is that of
     the same uniform number by the same inverse of the distribution function, up to the rounding of sums. Without
@@ -141,7 +141,7 @@ def _mix(z):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _uniform(seed, counter):  # type: ignore[no-untyped-def]
-    """``tandem.engines.sampler.uniform``: SplitMix64 from a mixed seed, 53 bits."""
+    """``tandem.engines.live.sampler.uniform``: SplitMix64 from a mixed seed, 53 bits."""
     gamma = tl.full([], 0x9E3779B97F4A7C15, dtype=tl.uint64)
     start = _mix(seed.to(tl.uint64) + gamma)
     bits = _mix(start + gamma * (counter.to(tl.uint64) + 1)) >> 11

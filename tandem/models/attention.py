@@ -19,8 +19,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from tandem.batch import send
 from tandem.models.sharing import Sharing
-from tandem.types import send
 
 IMPLEMENTATION = "tandem"
 NO_MASK = torch.empty(1, 1, 1, 1)

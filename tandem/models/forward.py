@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging as transformers_logging
 
+from tandem.batch import Batch, Outputs
 from tandem.errors import RunFailure, first_line
 from tandem.functional.logprobs import chunked_logprobs
 from tandem.models.attention import NO_MASK, packed_layout
@@ -21,7 +22,6 @@ from tandem.models.compiled import Blocks
 from tandem.models.sharing import sharing_of
 from tandem.parallel.sharding import shard, transformer_layers
 from tandem.parallel.world import World
-from tandem.types import Batch, Outputs
 
 FEW_TOKENS = 1024
 """On a CPU so many and more are filled up to a number that is likely to come again."""

@@ -7,10 +7,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from tandem.batch import Batch
 from tandem.data.packing import pack
 from tandem.models.attention import IMPLEMENTATION, UnsupportedAttention
 from tandem.models.forward import LoadedModel, hidden_states, native_logits
-from tandem.types import Batch, Sequence
+from tandem.types import Sequence
 
 TOLERANCE = 2e-3
 """Largest relative difference in float32, far above rounding and far below a wrong mask or a missing scale."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tandem.types import Batch, send
+from tandem.batch import Batch, send
 
 
 @dataclass(frozen=True, kw_only=True)

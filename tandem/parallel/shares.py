@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from tandem.batch import Batch, cut
 from tandem.parallel.world import World
-from tandem.types import Batch, cut
 
 
 @dataclass(frozen=True, kw_only=True)

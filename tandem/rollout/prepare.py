@@ -11,11 +11,12 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
+from tandem.batch import Batch
 from tandem.data.packing import pack_rollouts, stamp_weights
 from tandem.roles import Algorithm, Metrics, Scorer
 from tandem.rollout.overlap import overlapped
 from tandem.seeds import derive_seed
-from tandem.types import Aggregation, Batch, Group
+from tandem.types import Aggregation, Group
 
 HELD_OUT = ("reward", "response_length", "eos_share")
 """Of held-out samples 3 kinds of metrics are reported: those whose names begin with one of these words."""

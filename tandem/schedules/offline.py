@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from tandem.batch import Batch
 from tandem.roles import Metrics, Trainer
 from tandem.runs.progress import Progress
 from tandem.schedules.session import Evaluation, Session, StepClock
-from tandem.types import Batch
 
 
 @dataclass(frozen=True, kw_only=True)

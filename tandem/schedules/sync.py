@@ -6,12 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from tandem.batch import Batch
 from tandem.roles import Metrics, Trainer
 from tandem.rollout.overlap import overlapped
 from tandem.rollout.prepare import Preparation, Prepared, held_out_metrics, rollout_metrics
 from tandem.runs.progress import Progress
 from tandem.schedules.session import Evaluation, Session, StepClock
-from tandem.types import Batch, Group, Prompt
+from tandem.types import Group, Prompt
 
 
 @dataclass(frozen=True, kw_only=True)

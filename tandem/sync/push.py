@@ -148,7 +148,7 @@ class WeightPush:
 class FillPush:
     """Weights into engines in the trainer's own processes: each rank fills its own engine with gathered parameters.
 
-    ``replicas`` does that (``cli.build.Replicas``); ``check`` is None where it is turned off.
+    ``replicas`` does that (``assembly.models.Replicas``); ``check`` is None where it is turned off.
     """
 
     def __init__(self, replicas: End, check: TruthCheck | None) -> None:

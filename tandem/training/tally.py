@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from tandem.batch import Batch, TokenLoss
 from tandem.parallel.world import World
 from tandem.roles import Metrics
-from tandem.types import Batch, TokenLoss
 
 
 class Tally:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from tandem.batch import Batch, Outputs, TokenLoss, send
 from tandem.data.packing import pack
 from tandem.errors import NonFiniteError
 from tandem.models.forward import LoadedModel, describe_model, forward
@@ -31,7 +32,7 @@ from tandem.training.masters import Masters
 from tandem.training.optim import OptimParams, build_optimizer, learning_rate_at
 from tandem.training.parking import Parking
 from tandem.training.tally import Tally
-from tandem.types import Batch, Outputs, Sequence, TokenLoss, send
+from tandem.types import Sequence
 
 CompileMode = Literal["auto", "on", "off"]
 

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tandem.batch import Outputs
 from tandem.errors import NonFiniteError, RunFailure, UserError, first_line
 from tandem.parallel.world import World, join
-from tandem.types import Outputs
 from tandem.workers.keeper import start_keeper
 
 LOOPBACK = "127.0.0.1"

@@ -9,9 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
+from tandem.batch import Batch, Outputs
 from tandem.parallel.shares import divide
 from tandem.roles import Metrics
-from tandem.types import Batch, Completion, Outputs, Request
+from tandem.types import Completion, Request
 from tandem.workers.group import WorkerGroup
 
 

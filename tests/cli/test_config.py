@@ -11,8 +11,7 @@ import pytest
 import tyro
 import yaml
 
-from tandem.algorithms.ppo import PPO
-from tandem.cli.sections import (
+from tandem.assembly.sections import (
     DataSection,
     EngineSection,
     ModelSection,
@@ -23,6 +22,7 @@ from tandem.cli.sections import (
 )
 from tandem.config import PREFIXED, changeable, describe, dump_config, for_tyro, load_config
 from tandem.errors import UserError
+from tandem.methods.ppo import PPO
 
 
 @dataclass(frozen=True, kw_only=True)

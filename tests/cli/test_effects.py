@@ -2,7 +2,7 @@
 
 import pytest
 
-from tandem.cli.configs import DoctorConfig, GRPOConfig, OnlineConfig, PPOConfig, RMConfig, SFTConfig
+from tandem.assembly.configs import DoctorConfig, GRPOConfig, OnlineConfig, PPOConfig, RMConfig, SFTConfig
 from tandem.config import _keys_of, dump_config, load_config
 from tandem.errors import UserError
 

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 
-from tandem.cli.inputs import BLOCK, READ_WHOLE, digest_file
+from tandem.assembly.inputs import BLOCK, READ_WHOLE, digest_file
 
 
 def test_a_large_file_is_sampled_at_both_ends_and_between(tmp_path):
@@ -43,7 +43,7 @@ def test_a_model_of_the_hub_is_known_by_its_commit(tmp_path):
     (model / "refs" / "main").write_text("0123abcd")
     (model / "snapshots" / "0123abcd").mkdir(parents=True)
     (model / "snapshots" / "0123abcd" / "config.json").write_text("{}")
-    code = "from tandem.cli.inputs import digest_model; print(digest_model('somebody/small'))"
+    code = "from tandem.assembly.inputs import digest_model; print(digest_model('somebody/small'))"
     environment = os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert ended.stdout == "{'': 'commit 0123abcd'}\n", ended.stderr

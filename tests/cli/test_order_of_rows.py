@@ -9,9 +9,9 @@ import pytest
 from conftest import make_tokenizer
 from runs_in_processes import arguments, write_inputs
 
+from tandem.batch import Batch
 from tandem.cli.main import main
 from tandem.training.trainer import LocalTrainer
-from tandem.types import Batch
 
 ROWS, DROPPED, EPOCHS = 20, 3, 3
 A_STEP = {"sft": 7, "rm": 7, "grpo": 6, "ppo": 6}

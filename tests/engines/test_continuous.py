@@ -18,11 +18,11 @@ from transformers import GemmaConfig, GemmaForCausalLM, Qwen3Config, Qwen3ForCau
 sys.path.insert(0, str(Path(__file__).parent))
 from engine_models import EOS, VOCABULARY, bytes_tokenizer, model, tokenizer
 
-from tandem.engines.continuous import bucket
-from tandem.engines.decoder import Landing
-from tandem.engines.forwards import OwnForward
-from tandem.engines.live import LiveEngine
-from tandem.engines.pages import PAGE
+from tandem.engines.live.continuous import bucket
+from tandem.engines.live.decoder import Landing
+from tandem.engines.live.engine import LiveEngine
+from tandem.engines.live.forwards import OwnForward
+from tandem.engines.live.pages import PAGE
 from tandem.engines.samples import Sample
 from tandem.errors import UserError
 from tandem.kernels import products
@@ -90,7 +90,7 @@ def test_rows_pages_and_memory_change_no_sample(options: dict[str, int]) -> None
 
 def test_samples_give_way_and_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """Six samples of five pages each, in eleven pages."""
-    from tandem.engines.continuous import ContinuousBatching
+    from tandem.engines.live.continuous import ContinuousBatching
 
     gone: list[int] = []
     right = ContinuousBatching._preempt

@@ -15,7 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from engine_models import EOS, VOCABULARY, model, tokenizer
 
-from tandem.engines.live import LiveEngine
+from tandem.engines.live.engine import LiveEngine
 from tandem.errors import UserError
 from tandem.roles import Engine
 from tandem.types import Request, SamplingParams
@@ -205,7 +205,7 @@ def test_why_a_model_is_padded_is_said(caplog: pytest.LogCaptureFixture) -> None
 
 
 def test_a_layout_that_is_wrong_is_found_by_the_probe(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tandem.engines.slots import DecodeLayout
+    from tandem.engines.live.slots import DecodeLayout
 
     right = DecodeLayout._mask
     monkeypatch.setattr(DecodeLayout, "_mask", lambda self, window, dtype: right(self, None, dtype))

@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import make_module, make_tokenizer
 
-from tandem.engines.live import LiveEngine
-from tandem.engines.replica import ReplicaEngine
+from tandem.engines.live.engine import LiveEngine
+from tandem.engines.live.replica import ReplicaEngine
 from tandem.roles import Engine, FedEngine, SleepingEngine
 from tandem.sync.push import WeightPush
 from tandem.types import Completion, Request, SamplingParams

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from tandem.engines.vllm_checksums import Shard, combine
-from tandem.engines.vllm_copies import Copies, RecordingCopies
-from tandem.engines.vllm_loading import Sums, Target, find_places, play_copies
-from tandem.engines.vllm_regions import Piece, Region, WatchingCopies
+from tandem.engines.vllm.checksums import Shard, combine
+from tandem.engines.vllm.copies import Copies, RecordingCopies
+from tandem.engines.vllm.loading import Sums, Target, find_places, play_copies
+from tandem.engines.vllm.regions import Piece, Region, WatchingCopies
 from tandem.sync.checksum import ParameterSums
 from tandem.sync.plan import Plan, TensorSpec
 from tandem.types import Held

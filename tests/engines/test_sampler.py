@@ -14,7 +14,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from tandem.engines.sampler import Sampler, inverse_cdf, uniform
+from tandem.engines.live.sampler import Sampler, inverse_cdf, uniform
 from tandem.types import SamplingParams
 
 CPU = torch.device("cpu")
@@ -44,7 +44,7 @@ def splitmix_reference(seed: int, counter: int) -> float:
 
 def test_splitmix_is_the_published_generator() -> None:
     # First outputs of SplitMix64 from state 1234567, as on Rosetta Code and in Java's SplittableRandom.
-    from tandem.engines import sampler
+    from tandem.engines.live import sampler
 
     state = 1234567 + sampler._GAMMA * torch.arange(1, 4)
     outputs = [z % 2**64 for z in sampler._mix(state).tolist()]

@@ -6,7 +6,7 @@ import threading
 import time
 from dataclasses import dataclass
 
-from tandem.engines.vllm_stepper import Job, Stepper
+from tandem.engines.vllm.stepper import Job, Stepper
 
 PATIENCE_S = 20.0
 

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from engine_models import EOS, bytes_tokenizer, model, tokenizer
 
 from tandem.engines import samples
-from tandem.engines.live import LiveEngine
+from tandem.engines.live.engine import LiveEngine
 from tandem.engines.samples import Sample, StopRule
 from tandem.types import Request, SamplingParams
 

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "engines"))
 from engine_models import EOS, VOCABULARY, model, tokenizer
 from test_continuous import Rounded, drawn, gap, mixed_requests
 
-from tandem.engines.live import LiveEngine
+from tandem.engines.live.engine import LiveEngine
 from tandem.models.attention import PackedLayout
 from tandem.training.parking import Parking
 from tandem.types import Request, SamplingParams
@@ -113,7 +113,7 @@ def test_the_next_call_sees_new_weights_wherever_they_lie() -> None:
 
 
 def test_a_large_cache_is_given_back_and_a_small_one_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tandem.engines import captured
+    from tandem.engines.live import captured
 
     module = model("qwen2").cuda()
     engine = live(module)

@@ -10,6 +10,7 @@ import torch
 from conftest import make_tokenizer
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+from tandem.batch import TokenLoss
 from tandem.data.packing import pack, stamp_weights
 from tandem.functional.logprobs import chunked_logprobs
 from tandem.kernels import logprob
@@ -18,7 +19,7 @@ from tandem.models.loading import prepare_module
 from tandem.models.sharing import sharing_of
 from tandem.training.optim import OptimParams
 from tandem.training.trainer import LocalTrainer
-from tandem.types import Sequence, TokenLoss
+from tandem.types import Sequence
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GPU = torch.device("cuda")

@@ -9,8 +9,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from tandem.engines.sampler import Wanted, param_columns, seed_column, uniform
-from tandem.engines.sampler import draw as plain_draw
+from tandem.engines.live.sampler import Wanted, param_columns, seed_column, uniform
+from tandem.engines.live.sampler import draw as plain_draw
 from tandem.kernels import bits, bits_triton, draw, draw_triton, layers, layers_triton, pages, pages_triton
 from tandem.types import SamplingParams
 
@@ -25,7 +25,7 @@ def _plain_torch_beside(monkeypatch: pytest.MonkeyPatch) -> None:
     """The dispatching functions give the plain torch version here, on a GPU too."""
     for module in (layers, pages, draw):
         monkeypatch.setattr(module, "on_triton", lambda _: False)
-    monkeypatch.setattr("tandem.engines.sampler.on_triton", lambda _: False)
+    monkeypatch.setattr("tandem.engines.live.sampler.on_triton", lambda _: False)
     torch.manual_seed(0)
 
 

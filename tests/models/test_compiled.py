@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, Gemma2Config, Qwen2Config
 
 from tandem.data.packing import pack, stamp_weights
-from tandem.engines.live import LiveEngine
+from tandem.engines.live.engine import LiveEngine
 from tandem.models.compiled import Blocks
 from tandem.models.forward import forward
 from tandem.models.loading import prepare_module

@@ -9,12 +9,13 @@ import torch
 from conftest import VOCABULARY, make_module, make_tokenizer
 from torch import Tensor
 
+from tandem.batch import Batch
 from tandem.data.packing import pack, stamp_weights
 from tandem.models.attention import Ask, PackedLayout
 from tandem.models.forward import forward
 from tandem.models.loading import prepare_module
 from tandem.models.sharing import sharing_of
-from tandem.types import Batch, Sequence
+from tandem.types import Sequence
 
 THREADS, TIMES = 4, 25
 """Threads, more than a small machine has cores; and how often, since a race does not always show."""

@@ -10,6 +10,7 @@ import torch
 from conftest import VOCABULARY, make_module, make_tokenizer
 from ranks import run_ranks
 
+from tandem.batch import Batch, Outputs, TokenLoss
 from tandem.data.packing import pack, stamp_weights
 from tandem.errors import NonFiniteError
 from tandem.models.loading import prepare_module
@@ -17,7 +18,7 @@ from tandem.parallel.sharding import local
 from tandem.parallel.world import World
 from tandem.training.optim import OptimParams
 from tandem.training.trainer import LocalScorer, LocalTrainer, MemoryParams
-from tandem.types import Batch, Outputs, Sequence, TokenLoss
+from tandem.types import Sequence
 
 OPTIM = OptimParams(learning_rate=1e-4, total_steps=6, lr_schedule="linear", weight_decay=0.1, max_grad_norm=0.5)
 

@@ -8,10 +8,11 @@ from collections import Counter
 import pytest
 import torch
 
+from tandem.batch import cut
 from tandem.data.packing import pack, stamp_weights
 from tandem.parallel.shares import divide, shares
 from tandem.parallel.world import World
-from tandem.types import Sequence, cut
+from tandem.types import Sequence
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7])

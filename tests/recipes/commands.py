@@ -9,7 +9,8 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from tandem.cli import configs, launch
+from tandem.assembly import configs
+from tandem.cli import launch
 from tandem.cli.main import COMMANDS
 from tandem.config import load_config
 from tandem.errors import UserError

@@ -6,13 +6,14 @@ from conftest import make_module, make_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
+from tandem.batch import Outputs
 from tandem.data.tokenize import preference_pair
 from tandem.errors import UserError
 from tandem.models.loading import load_scalar
 from tandem.rewards.model import RewardModel, require_same_tokenizer, same_tokenizer
 from tandem.roles import RewardBatch
 from tandem.training.trainer import LocalScorer
-from tandem.types import Outputs, Rollout
+from tandem.types import Rollout
 
 
 def other_tokenizer():

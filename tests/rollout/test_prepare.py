@@ -4,10 +4,10 @@ import pytest
 import torch
 from conftest import make_module, make_tokenizer
 
-from tandem.algorithms.grpo import GRPO
-from tandem.algorithms.ppo import PPO
-from tandem.engines.live import LiveEngine
+from tandem.engines.live.engine import LiveEngine
 from tandem.errors import RunFailure, UserError
+from tandem.methods.grpo import GRPO
+from tandem.methods.ppo import PPO
 from tandem.models.loading import load_scalar, prepare_module
 from tandem.rewards.function import FunctionReward
 from tandem.rollout.prepare import Preparation, rollout_metrics, sampler_gap

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
-from tandem.engines.replica import ReplicaEngine
+from tandem.engines.live.replica import ReplicaEngine
 from tandem.parallel.gather import Gatherer
 from tandem.sync.check import WeightMismatch
 

@@ -10,8 +10,9 @@ import torch
 from conftest import VOCABULARY, make_module, make_tokenizer
 from faults import NEVER, Faulty, all_at_once, pushes_until_seen
 
-from tandem.cli.build import Replicas
-from tandem.engines.replica import ReplicaEngine
+from tandem.assembly.models import Replicas
+from tandem.batch import TokenLoss
+from tandem.engines.live.replica import ReplicaEngine
 from tandem.models.loading import prepare_module
 from tandem.parallel.sharding import local, whole
 from tandem.parallel.world import World
@@ -19,7 +20,7 @@ from tandem.sync.check import TruthCheck
 from tandem.sync.push import FillPush
 from tandem.training.optim import OptimParams
 from tandem.training.trainer import LocalTrainer
-from tandem.types import Held, TokenLoss
+from tandem.types import Held
 from tandem.workers.homes import Here
 from tandem.workers.process import Site
 

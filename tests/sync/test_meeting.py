@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from test_push import model_of, pushing
 
-from tandem.engines.replica import ReplicaEngine
+from tandem.engines.live.replica import ReplicaEngine
 from tandem.errors import UserError
 from tandem.sync import links
 from tandem.sync.links import LOOPBACK, Link

@@ -10,7 +10,8 @@ import torch
 from conftest import VOCABULARY, make_module, make_tokenizer
 from faults import Faulty, all_at_once, pushes_until_seen
 
-from tandem.engines.replica import ReplicaEngine
+from tandem.batch import TokenLoss
+from tandem.engines.live.replica import ReplicaEngine
 from tandem.errors import UserError
 from tandem.models.loading import prepare_module
 from tandem.parallel.world import World
@@ -19,7 +20,6 @@ from tandem.sync.push import PushParams, WeightPush
 from tandem.sync.source import WeightSource
 from tandem.training.optim import OptimParams
 from tandem.training.trainer import LocalTrainer
-from tandem.types import TokenLoss
 from tandem.workers.homes import Here
 from tandem.workers.process import Site
 

@@ -14,12 +14,13 @@ import torch
 from conftest import VOCABULARY, make_module, make_tokenizer
 from torch import Tensor
 
+from tandem.batch import Batch, Outputs, TokenLoss
 from tandem.data.packing import pack, stamp_weights
 from tandem.models.loading import prepare_module
 from tandem.parallel.shares import shares
 from tandem.training.optim import OptimParams
 from tandem.training.trainer import LocalTrainer
-from tandem.types import Batch, Outputs, Sequence, TokenLoss
+from tandem.types import Sequence
 
 SAMPLES = 4
 PROMPTS = (3, 40, 17, 9)

@@ -7,12 +7,13 @@ import torch
 from conftest import VOCABULARY, make_module, make_tokenizer
 from safetensors.torch import load_file
 
+from tandem.batch import Batch, TokenLoss
 from tandem.data.packing import pack, stamp_weights
-from tandem.engines.live import LiveEngine
+from tandem.engines.live.engine import LiveEngine
 from tandem.models.loading import prepare_module
 from tandem.training.optim import OptimParams
 from tandem.training.trainer import LocalTrainer
-from tandem.types import Batch, Request, SamplingParams, Sequence, TokenLoss
+from tandem.types import Request, SamplingParams, Sequence
 
 
 def negative_logp(out, batch):

@@ -9,13 +9,14 @@ import pytest
 import torch
 from conftest import VOCABULARY, make_module, make_tokenizer
 
-from tandem.algorithms.grpo import GRPO
+from tandem.batch import TokenLoss
 from tandem.data.packing import pack, pack_rollouts, stamp_weights
 from tandem.errors import NonFiniteError
+from tandem.methods.grpo import GRPO
 from tandem.models.loading import prepare_module
 from tandem.training.optim import OptimParams, learning_rate_at
 from tandem.training.trainer import LocalScorer, LocalTrainer
-from tandem.types import Rollout, Sequence, TokenLoss
+from tandem.types import Rollout, Sequence
 
 
 def negative_logp(out, batch):

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-import tandem.engines.vllm as true
-from tandem.cli.build import vllm_engine
-from tandem.engines.vllm import VLLMEngine
+import tandem.engines.vllm.engine as true
+from tandem.assembly.models import vllm_engine
+from tandem.engines.vllm.engine import VLLMEngine
 from tandem.types import Held
 
 

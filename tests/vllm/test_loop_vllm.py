@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from vllm_models import make_model, reference_logp, save
 
 from tandem.errors import UserError, WorkerDied
-from tandem.loop.sampler import Sampler
+from tandem.own_loop.sampler import Sampler
 from tandem.parallel.world import World
 from tandem.sync.check import WeightMismatch
 from tandem.types import SamplingParams

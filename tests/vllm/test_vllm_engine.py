@@ -14,8 +14,8 @@ from conftest import make_tokenizer
 from vllm_faults import QUERY, all_at_once, faults_seen
 from vllm_models import POSITIONS, Pusher, covered, make_model, reference_logp, save, wrong_tensors
 
-from tandem.engines.vllm import VLLMEngine
-from tandem.engines.vllm_checksums import combine
+from tandem.engines.vllm.checksums import combine
+from tandem.engines.vllm.engine import VLLMEngine
 from tandem.errors import UserError
 from tandem.roles import SleepingEngine
 from tandem.sync.plan import Plan, TensorSpec, plan_of

@@ -12,7 +12,7 @@ from conftest import make_module
 from vllm_faults import all_at_once, faults_seen
 from vllm_models import Pusher, covered, make_model, reference_logp, save, wrong_tensors
 
-from tandem.engines.vllm import VLLMEngine
+from tandem.engines.vllm.engine import VLLMEngine
 from tandem.errors import UserError
 from tandem.sync.plan import plan_of
 from tandem.types import Request, SamplingParams

@@ -20,7 +20,7 @@ from drivers import command, descendants, running
 from safetensors.torch import load_file
 from shared_ray import arguments, cluster_address, unevaluated, write_inputs
 
-from tandem.cli import placing
+from tandem.assembly import placing
 from tandem.cli.main import main
 from tandem.workers.keeper import SHARED_MEMORY
 from tandem.workers.remote import BalancedEngine

@@ -7,7 +7,7 @@ import json
 import pytest
 from vllm_models import make_model, save
 
-from tandem.engines.vllm import VLLMEngine, check_vllm
+from tandem.engines.vllm.engine import VLLMEngine, check_vllm
 from tandem.errors import UserError
 
 

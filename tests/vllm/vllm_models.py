@@ -14,7 +14,7 @@ import transformers
 from conftest import make_tokenizer
 from torch import Tensor
 
-from tandem.engines.vllm import VLLMEngine
+from tandem.engines.vllm.engine import VLLMEngine
 from tandem.parallel.gather import Gatherer
 from tandem.sync.checksum import ParameterSums, Sums
 from tandem.sync.links import Link

@@ -17,7 +17,7 @@ from shared_ray import arguments, cluster_address, inputs
 from torch import Tensor
 from unfilled import NeverFilled
 
-from tandem.cli import placing
+from tandem.assembly import placing
 from tandem.cli.main import main
 
 __all__ = ["cluster_address", "inputs"]

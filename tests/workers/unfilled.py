@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tandem.cli.build import Replicas
+from tandem.assembly.models import Replicas
 
 
 class NeverFilled(Replicas):

@@ -1,0 +1,311 @@
+"""Decides where the roles of a run live, and builds the engine together with the way weights reach it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from tandem.assembly.models import Replicas, live_engine, replica_engine, vllm_engine, weight_source
+from tandem.assembly.sections import ClusterSection, EngineSection, ModelSection, SamplingSection, TrainerPlacement
+from tandem.errors import UserError
+from tandem.models.loading import pick_device
+from tandem.parallel.world import World
+from tandem.roles import Engine, Metrics
+from tandem.runs.progress import say
+from tandem.sync.check import TruthCheck
+from tandem.sync.push import FillPush, PushParams, WeightPush
+from tandem.workers.cluster import Cluster, connect, own_sigterm, require_ray, require_room, visible_gpus
+from tandem.workers.group import WorkerGroup
+from tandem.workers.homes import Here, Home, RoleEnd, Workers, WorkersEnd
+from tandem.workers.launched import launched
+from tandem.workers.process import Site
+from tandem.workers.remote import BalancedEngine, DividedEngine
+from tandem.workers.turns import RestartingOnce, TakingTurns
+
+HOST_THREADS = 4
+"""Of this process where it computes on a GPU, unless OMP_NUM_THREADS says otherwise."""
+SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+CALLS_AT_A_TIME = 8
+"""A vLLM engine answers so many calls at once; their samples join one batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """An engine, how new weights reach it (metrics of the push), and a line that says what it is."""
+
+    engine: Engine
+    push: Callable[[int], Metrics]
+    about: str
+    link: WeightPush | None = None
+    """The push itself, where weights travel."""
+
+
+class Homes:
+    """The processes of a run. Use as a context: all of them end with it, whatever ends the run."""
+
+    def __init__(
+        self,
+        model: ModelSection,
+        placement: TrainerPlacement,
+        cluster: ClusterSection,
+        engine: EngineSection,
+        roles: list[str],
+    ) -> None:
+        """``roles`` are those that the run has (``actor``, and ``critic``, ``reference``, ``reward``, ``engine``)."""
+        self.model, self.placement, self.section, self.engine = model, placement, cluster, engine
+        self.roles = roles
+        self.homes: dict[str, Home] = {}
+        self.cluster: Cluster | None = None
+        self.stack = ExitStack()
+
+    def __enter__(self) -> Homes:
+        with ExitStack() as opening:
+            opening.callback(self.stack.close)
+            self._open()
+            opening.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stack.close()
+
+    def place(self, role: str, build: Callable[[Site], Any], *, beside: str | None = None) -> Any:
+        """Builds a role in the processes that the placement gives it, or in another role's."""
+        return self.of(beside or role).place(role, build)
+
+    def of(self, role: str) -> Home:
+        """The processes a role lives in. Raises UserError where they are those of a role that the run does not have."""
+        home = self.placement.home(role)
+        if home not in self.homes:
+            raise UserError(f"placement.{role}: shares with the {home}, and this run has none; give it a number")
+        return self.homes[home]
+
+    def end(self, role: str, *, beside: str | None = None) -> RoleEnd:
+        """A role's every rank, to call."""
+        return self.of(beside or role).end(role)
+
+    def beside(self, role: str, others: Mapping[str, Any]) -> list[Any]:
+        """Those of ``others`` (by role) that live in the same processes as ``role``."""
+        return [other for name, other in others.items() if self.of(name) is self.of(role)]
+
+    def where(self, role: str) -> str:
+        """For a person: nothing where it is this process or the actor's."""
+        count = self.placement.workers(role)
+        return f", {count} worker{'s' if count > 1 else ''} of its own" if count else ""
+
+    @property
+    def spread(self) -> bool:
+        """Whether anything lives outside this process."""
+        return self.placement.actor != "here" or self._own_engines or any(map(self.placement.workers, self.roles))
+
+    @property
+    def _own_engines(self) -> bool:
+        return "engine" in self.roles and self.engine.kind == "vllm"
+
+    def check(self) -> None:
+        """Raises UserError where this machine, or the Ray of this process, cannot give the placement. Starts nothing.
+
+        What another machine's cluster has is only known when it is joined.
+        """
+        if launched():
+            raise UserError(
+                "torchrun: this command starts workers itself; run it once, without torchrun, with --placement.actor N"
+            )
+        if self.model.offload == "parameters" and self.placement.actor == "here":
+            raise UserError("offload: parameters can leave the device in worker processes only: --placement.actor 1")
+        for role in self.roles:
+            if (home := self.placement.home(role)) not in self.roles:
+                raise UserError(f"placement.{role}: shares with the {home}, and this run has none; give it a number")
+        if not self.spread or self.section.address is not None:
+            return
+        device = pick_device(self.model.device)
+        self._check(self._needed(), device)
+        needed = {role: processes * each for role, (processes, each) in self._needed().items()}
+        ray = require_ray(alone=True)
+        resource = "GPU" if device.type == "cuda" else "CPU"
+        if ray.is_initialized():
+            total = int(ray.cluster_resources().get(resource, 0))
+        else:
+            total = visible_gpus() if device.type == "cuda" else len(os.sched_getaffinity(0))
+        require_room(needed, total, resource)
+
+    def _needed(self) -> dict[str, tuple[int, int]]:
+        """Processes of each role that has some of its own, and devices of each process."""
+        needed = {role: (count, 1) for role in self.roles if (count := self.placement.workers(role))}
+        if "engine" in needed:
+            needed["engine"] = (needed["engine"][0], self.engine.tensor_parallel)
+        return needed
+
+    def _open(self) -> None:
+        self.check()
+        needed, device = self._needed(), self._device()
+        if self.spread:
+            self._check(needed, device)
+            say("starting Ray" if self.section.address is None else f"joining Ray at {self.section.address}")
+            self.cluster = Cluster(
+                address=self.section.address,
+                device=device.type,
+                needed=needed,
+                heartbeat_s=self.section.heartbeat,
+            )
+            self.stack.callback(self.cluster.close)
+        if self.placement.actor == "here":
+            if device.type == "cuda" and "OMP_NUM_THREADS" not in os.environ:
+                # What is left for the CPU is small, and a thread for each of its cores makes it slow where they are
+                # busy: measured on 64 of them, 24 ms to index 20,000 numbers, with the GPU waiting. (Ray's workers
+                # have one thread.)
+                torch.set_num_threads(min(HOST_THREADS, torch.get_num_threads()))
+            self.homes["actor"] = Here(Site(World(device=device)))
+            self.stack.callback(self.homes["actor"].close)
+        for role in self.roles:
+            if self.placement.home(role) == role and role not in self.homes and role != "engine":
+                self.homes[role] = self._group(role, self.placement.workers(role))
+
+    def _check(self, needed: Mapping[str, tuple[int, int]], device: torch.device) -> None:
+        if self.placement.actor == "here" and needed and device.type == "cuda":
+            raise UserError(
+                f"placement: {', '.join(needed)} would have GPUs of their own while the actor takes one in this "
+                "process, which Ray does not know of; give the actor one too: --placement.actor 1"
+            )
+
+    def _device(self) -> torch.device:
+        if self.model.device == "auto" and self.section.address is not None and not visible_gpus():
+            # The machine that drives a cluster often has no GPU itself.
+            ray = require_ray()
+            if not ray.is_initialized():
+                with own_sigterm():
+                    connect(self.section.address)
+                self.stack.callback(ray.shutdown)
+            return torch.device("cuda" if ray.cluster_resources().get("GPU") else "cpu")
+        return pick_device(self.model.device)
+
+    def _group(self, name: str, size: int, **options: Any) -> Workers:
+        assert self.cluster is not None
+        say(f"starting {size} worker{'s' if size > 1 else ''} for the {name}")
+        group = WorkerGroup(
+            name,
+            size,
+            self.cluster,
+            deadline_s=self.section.deadline,
+            environment=self._threads(name)
+            | passed_on("OMP_NUM_THREADS", "HF_HOME", "HF_HUB_OFFLINE", "PYTHONPATH", "TANDEM_DEBUG"),
+            secrets=passed_on(*SECRETS),
+            **options,
+        )
+        home = Workers(group)
+        self.stack.callback(home.close)
+        return home
+
+    def _threads(self, name: str) -> dict[str, str]:
+        """CPU workers divide this machine's threads; Ray would give each a single one.
+
+        One worker then computes as this process would, to the bit: torch's CPU kernels round by how many threads there
+        are. vLLM chooses for itself.
+        """
+        if self.cluster is None or self.cluster.device != "cpu" or (name == "engine" and self.engine.kind == "vllm"):
+            return {}
+        workers = sum(processes * each for processes, each in self._needed().values())
+        return {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // workers))}
+
+    def sampler(self, sampling: SamplingSection, *, seed: int, vocabulary: int, others: Mapping[str, Any]) -> Sampler:
+        """Builds the engine, beside the actor or in processes of its own. ``others``: trainers and scorers by role."""
+        if self.engine.kind == "live" and self.placement.home("engine") == "actor":
+            return self._live_beside_actor(sampling, vocabulary)
+        if self.engine.kind == "live":
+            home = self._group("engine", self.placement.workers("engine"), joined=False)
+            home.place("engine", partial(replica_engine, section=self.model, sampling=sampling, engine=self.engine))
+            push = self._link(WorkersEnd(home.group, "engine"), vocabulary)
+            about = f"live, {home.group.size} of its own, fed over {push.transport}"
+            return Sampler(engine=DividedEngine(home.group, "engine"), push=push, about=about, link=push)
+        return self._vllm(sampling, seed, vocabulary, others)
+
+    def _live_beside_actor(self, sampling: SamplingSection, vocabulary: int) -> Sampler:
+        home = self.of("actor")
+        if isinstance(home, Here):
+            engine = home.place("engine", partial(live_engine, sampling=sampling, engine=self.engine))
+            return Sampler(engine=engine, push=lambda step: {}, about="live, on the actor's own weights")
+        assert isinstance(home, Workers)
+        if home.group.size == 1 and self.model.offload != "parameters":
+            home.place("engine", partial(live_engine, sampling=sampling, engine=self.engine))
+            return Sampler(
+                engine=DividedEngine(home.group, "engine"),
+                push=lambda step: {},
+                about="live, on the actor's own weights",
+            )
+        home.place("engine", partial(replica_engine, section=self.model, sampling=sampling, engine=self.engine))
+        home.place("replicas", Replicas)
+
+        check = TruthCheck(
+            home.end("actor"),
+            home.end("engine"),
+            count=home.group.size,
+            dtype=self.model.dtype,
+            vocabulary=vocabulary,
+        )
+        push = FillPush(home.end("replicas"), check if self.engine.check_weights else None)
+        about = f"live, in each of the actor's {home.group.size} processes, on gathered weights"
+        return Sampler(engine=DividedEngine(home.group, "engine"), push=push, about=about)
+
+    def _vllm(self, sampling: SamplingSection, seed: int, vocabulary: int, others: Mapping[str, Any]) -> Sampler:
+        shared = self.placement.home("engine") == "actor"
+        tensor_parallel = self.engine.tensor_parallel
+        actor = self.of("actor")
+        count = len(actor.wheres) // tensor_parallel if shared else self.placement.workers("engine")
+        if not count:
+            raise UserError(
+                f"engine.tensor_parallel: {tensor_parallel} GPUs for one engine, and the actor has {len(actor.wheres)}"
+            )
+        home = self._group(
+            "engine",
+            count,
+            gpus_each=tensor_parallel,
+            joined=False,
+            on_gpus_of=actor.wheres if shared else (),
+            concurrency=CALLS_AT_A_TIME,
+        )
+        say("starting vLLM")
+        home.place(
+            "engine",
+            partial(vllm_engine, section=self.model, sampling=sampling, engine=self.engine, seed=seed, shared=shared),
+        )
+        on_cpu = not home.wheres[0].gpus
+        ends = WorkersEnd(home.group, "engine", tensor_parallel if on_cpu else 1)
+        push = self._link(ends, vocabulary)
+        about = f"vllm, {count} x {tensor_parallel}, {'shared' if shared else 'split'}, fed over {push.transport}"
+        balanced: Engine = BalancedEngine(home.group, "engine", slots=sampling.max_slots)
+        if not shared or on_cpu or not self.engine.sleep:
+            restarting = RestartingOnce(balanced, home.group, push.again)
+            return Sampler(engine=restarting, push=restarting.guard(push), about=about, link=push)
+        turns = TakingTurns(balanced, ends, self.beside("actor", others), push, version=lambda: others["actor"].version)
+        restarting = RestartingOnce(turns, home.group, turns.recover)
+        return Sampler(engine=restarting, push=turns.push_later, about=about, link=push)
+
+    def _link(self, engines: WorkersEnd, vocabulary: int) -> WeightPush:
+        actor = self.of("actor")
+        actor.place("source", weight_source)
+        push = WeightPush(
+            actor.end("source"),
+            actor.end("actor"),
+            engines,
+            PushParams(
+                dtype=self.model.dtype,
+                transport=self.engine.transport,
+                check=self.engine.check_weights,
+                ranks_per_engine=self.engine.tensor_parallel,
+                vocabulary=vocabulary,
+                timeout_s=min(300.0, self.section.deadline),
+            ),
+        )
+        self.stack.callback(push.close)
+        push.connect()
+        return push
+
+
+def passed_on(*names: str) -> dict[str, str]:
+    """Variables that workers need as this process has them, wherever they run."""
+    return {name: os.environ[name] for name in names if name in os.environ}

@@ -1,0 +1,209 @@
+"""Sampling on the trainer's own weights: nothing is copied, and the next call sees the last optimizer step."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+
+from tandem.engines.live.batching import Batching
+from tandem.engines.live.captured import CapturedSampling
+from tandem.engines.live.forwards import Unlike
+from tandem.engines.live.padded import sample_padded
+from tandem.engines.live.probe import why_not_layouts, why_not_slots
+from tandem.engines.live.sampler import Sampler
+from tandem.engines.samples import Sample, StopRule, check_request
+from tandem.errors import UserError
+from tandem.kernels.available import has_triton
+from tandem.models.limits import limits_of
+from tandem.types import Completion, Request, SamplingParams
+
+log = logging.getLogger("tandem")
+Way = Literal["auto", "captured", "slots", "padded"]
+CacheDtype = Literal["auto", "fp8"]
+
+
+class LiveEngine:
+    """Samples from ``module``, a transformers causal LM, in place, with continuous batching.
+
+    - ``max_slots``: sequences that decode at once; the others wait, and one enters as soon as one ends.
+    - ``max_length``: most tokens of a prompt and its completion; None leaves the model's own limit.
+    - ``prefill_tokens``: most prompt tokens in one forward (a longer prompt goes alone). A prompt goes through the
+      model once, whatever the number of its samples.
+    - ``way``: how it decodes. ``captured``: captured graphs over a paged cache (on a CPU, its steps one by one);
+      ``slots``: step by step over a cache of slots; ``padded``: padded batches through the module's own ``generate``.
+      ``auto`` takes the first that is meant for the device (``captured`` for GPUs) and that computes what the module
+      computes, and the log says why not another; asking for one that does not raises UserError. All draw the same, up
+      to rounding.
+    - ``cache_tokens``: most tokens in the paged cache; None plans it from the memory that is free. Samples that do not
+      fit wait, or begin again from their own tokens.
+    - ``kv_cache_dtype``: ``auto`` keeps keys and values as the model computes them, ``fp8`` in 8 bits (e4m3) with a
+      scale for each token and head: room for nearly twice the tokens, log-probs that differ by more from the trainer's.
+      Of the paged cache only: raises UserError where another way is taken.
+    - ``version``: optimizer steps that the weights have seen, for ``Completion.version_min`` and ``version_max``.
+
+    A large cache is given back at the end of each call, a small one is kept, with the graphs.
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        tokenizer: Any,
+        *,
+        max_slots: int = 256,
+        max_length: int | None = None,
+        prefill_tokens: int = 8192,
+        way: Way = "auto",
+        cache_tokens: int | None = None,
+        kv_cache_dtype: CacheDtype = "auto",
+        version: Callable[[], int] = lambda: 0,
+    ) -> None:
+        if max_slots < 1 or prefill_tokens < 1:
+            raise UserError(f"max_slots is {max_slots} and prefill_tokens {prefill_tokens}; both must be at least 1")
+        self.module = module
+        self.tokenizer = tokenizer
+        self.max_slots = max_slots
+        self.max_length = max_length
+        self.prefill_tokens = prefill_tokens
+        self.version = version
+        self.ended = 0
+        self.captured: CapturedSampling | None = None
+        with evaluating(module):
+            self.way, reasons = self._choose(way, cache_tokens, eight_bit=kv_cache_dtype == "fp8")
+        if kv_cache_dtype == "fp8" and self.captured is None:
+            raise UserError(
+                f"kv_cache_dtype fp8 is of the paged cache, and {type(module).__name__} on {self.device} is sampled by "
+                f"way {self.way}"
+                + "".join(f": {reason}" for reason in reasons)
+                + "; take kv_cache_dtype auto"
+                + (" or way captured" if not reasons else "")
+            )
+        for reason in reasons:
+            log.warning("%s: %s", type(module).__name__, reason)
+
+    def _choose(self, way: Way, cache_tokens: int | None, *, eight_bit: bool) -> tuple[Way, list[str]]:
+        """The way to decode, and why a faster one was passed over."""
+        reasons: list[str] = []
+        on_gpu = self.device.type == "cuda"
+        if way == "captured" or (way == "auto" and on_gpu):
+            try:
+                if reason := why_not_layouts(self.module) or (
+                    "" if has_triton() or not on_gpu else "Triton is missing"
+                ):
+                    raise Unlike(reason)
+                self.captured = CapturedSampling(
+                    self.module, positions=self._limit()[0], cache_tokens=cache_tokens, eight_bit=eight_bit
+                )
+            except Unlike as error:
+                if way == "captured":
+                    raise UserError(f"way captured: {error}") from error
+                reasons.append(f"{error}, so its steps are not captured (slower)")
+            else:
+                return "captured", reasons
+        if way == "padded":
+            return "padded", reasons
+        if reason := why_not_slots(self.module):
+            if way == "slots":
+                raise UserError(f"way slots: {reason}")
+            return "padded", [f"{reason}, so it is sampled in padded batches (slower)"]
+        return "slots", reasons
+
+    @property
+    def device(self) -> torch.device:
+        """Where it samples."""
+        device: torch.device = self.module.get_input_embeddings().weight.device
+        return device
+
+    def generate(self, requests: Seq[Request]) -> list[list[Completion]]:
+        """One list a request, one completion a seed, in the order asked for.
+
+        Raises UserError, and names the request, for an empty or too long prompt, ids outside the vocabulary and
+        logits that are not finite.
+        """
+        self.ended = 0
+        samples = self._samples(requests)
+        results: list[dict[int, Completion]] = [{} for _ in requests]
+
+        def finish(sample: Sample) -> None:
+            results[sample.request][sample.index] = sample.completion(self.version())
+            self.ended += 1
+
+        if samples:
+            params = [requests[s.request].sampling for s in samples]
+            seeds = [seed for request in requests for seed in request.seeds]
+            with evaluating(self.module):
+                self._sample(samples, params, seeds, finish)
+        return [[done[i] for i in range(len(done))] for done in results]
+
+    def _sample(
+        self, samples: list[Sample], params: list[SamplingParams], seeds: list[int], finish: Callable[[Sample], None]
+    ) -> None:
+        if self.captured is not None:
+            self.captured.run(
+                samples, params, seeds, finish, max_slots=self.max_slots, prefill_tokens=self.prefill_tokens
+            )
+            return
+        sampler = Sampler(params, seeds, self.device)
+        if self.way == "padded":
+            sample_padded(self.module, samples, sampler, finish, batch_size=self.max_slots)
+            return
+        Batching(
+            self.module, samples, sampler, finish, max_slots=self.max_slots, prefill_tokens=self.prefill_tokens
+        ).run()
+
+    def _limit(self) -> tuple[int | None, str]:
+        """Most tokens of a sequence, and who says so."""
+        positions = limits_of(self.module.config).positions
+        limits = [(positions, "the model's max_position_embeddings"), (self.max_length, "the engine's max_length")]
+        return min(((n, name) for n, name in limits if n), default=(None, ""))
+
+    def _samples(self, requests: Seq[Request]) -> list[Sample]:
+        vocabulary = self.module.get_input_embeddings().weight.shape[0]
+        limit, limit_name = self._limit()
+        rules: dict[SamplingParams, StopRule] = {}
+        eos_ids = _eos_ids(self.module, self.tokenizer)
+        version = self.version()
+        samples: list[Sample] = []
+        for number, request in enumerate(requests):
+            check_request(number, request, vocabulary=vocabulary, limit=limit, limit_name=limit_name)
+            if request.sampling not in rules:
+                rules[request.sampling] = StopRule(request.sampling, eos_ids, self.tokenizer)
+            samples += [
+                Sample(
+                    number=len(samples) + index,
+                    request=number,
+                    index=index,
+                    prompt_ids=request.prompt_ids,
+                    rule=rules[request.sampling],
+                    version=version,
+                )
+                for index in range(len(request.seeds))
+            ]
+        return samples
+
+
+def _eos_ids(module: Any, tokenizer: Any) -> list[int]:
+    """End-of-sequence ids: the generation config's (the config's, where it has none) and the tokenizer's."""
+    configs = (getattr(module, "generation_config", None), module.config.get_text_config())
+    found: int | list[int] | None = next((c.eos_token_id for c in configs if c and c.eos_token_id is not None), None)
+    ids = [found] if isinstance(found, int) else list(found or ())
+    own = tokenizer.eos_token_id
+    return ids if own is None or own in ids else [*ids, own]
+
+
+@contextmanager
+def evaluating(module: Any) -> Iterator[None]:
+    """Without dropout or gradient; what was in training mode is put back into it."""
+    training = [m for m in module.modules() if m.training]
+    for m in training:
+        m.training = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for m in training:
+            m.training = True

@@ -1,0 +1,134 @@
+"""The paged key-value cache: fixed pages that sequences take as they grow, and share where they begin alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tandem.batch import send
+from tandem.kernels import pages as kernels
+from tandem.kernels.layers import Rotation
+from tandem.models.attention import Ask, Layout, numbered
+
+PAGE = 64
+"""Tokens a page."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheShape:
+    """What one token needs in the cache: the same keys and values in every layer."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    eight_bit: bool = False
+    """Whether they are kept in 8 bits, with a scale for each token and head, and not as they come."""
+
+    @property
+    def page_bytes(self) -> int:
+        head = self.head_dim + 4 if self.eight_bit else self.head_dim * self.dtype.itemsize
+        return 2 * self.layers * self.kv_heads * PAGE * head
+
+
+class PagePool:
+    """All pages of a device, and who holds them. Page 0 belongs to nobody: rows that have ended write there."""
+
+    def __init__(self, shape: CacheShape, pages: int, device: torch.device) -> None:
+        self.shape = shape
+        self.pages = pages
+        # Zeros: what is masked gets weight 0, and 0 times a stray NaN would still be NaN.
+        lines = (2, shape.layers, pages, shape.kv_heads, PAGE)
+        dtype = kernels.EIGHT_BIT if shape.eight_bit else shape.dtype
+        self.store = torch.zeros(*lines, shape.head_dim, dtype=dtype, device=device)
+        self.scales = torch.zeros(lines, device=device) if shape.eight_bit else None
+        self.holders = np.zeros(pages, dtype=np.int64)
+        self.free = list(range(pages - 1, 0, -1))
+
+    @property
+    def available(self) -> int:
+        return len(self.free)
+
+    def layer(self, number: int) -> kernels.Pages:
+        """The pages of one layer."""
+        scales = (None, None) if self.scales is None else self.scales[:, number]
+        return kernels.Pages(*self.store[:, number], *scales)
+
+    def take(self, count: int) -> list[int]:
+        """Pages that nobody holds. Ask ``available`` first."""
+        assert count <= len(self.free), "more pages asked for than there are"
+        taken = [self.free.pop() for _ in range(count)]
+        self.holders[taken] = 1
+        return taken
+
+    def share(self, pages: list[int]) -> None:
+        """One more holder for each."""
+        self.holders[pages] += 1
+
+    def give_back(self, pages: list[int]) -> None:
+        """One holder less for each; those without any are free again."""
+        self.holders[pages] -= 1
+        self.free += [page for page in pages if self.holders[page] == 0]
+
+    def copy(self, sources: list[int], targets: list[int]) -> None:
+        """The content of some pages into others, in every layer."""
+        if sources:
+            source, target = (send(torch.tensor(x), self.store.device) for x in (sources, targets))
+            for kept in (self.store,) if self.scales is None else (self.store, self.scales):
+                kept[:, :, target] = kept[:, :, source]
+
+
+def send_array(values: np.ndarray, device: torch.device) -> Tensor:
+    """A copy on the device. The host does not wait, and may change ``values`` at once."""
+    tensor = torch.from_numpy(np.ascontiguousarray(values))
+    return tensor.clone() if device.type == "cpu" else send(tensor, device)
+
+
+def pages_for(tokens: int) -> int:
+    """Pages that hold so many tokens."""
+    return -(-tokens // PAGE)
+
+
+class PagedPrefill:
+    """Packed prompts: attention by ``inner``, keys and values into the places ``target_T`` of the pool as they pass."""
+
+    def __init__(self, pool: PagePool, inner: Layout, target_T: Tensor) -> None:
+        self.pool = pool
+        self.inner = inner
+        self.target_T = target_T
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, ask: Ask) -> Tensor:
+        """Query [1, H, T, D], key and value [1, Hkv, T, D] → [1, T, H, D]."""
+        kernels.store(key[0].transpose(0, 1), value[0].transpose(0, 1), self.pool.layer(numbered(ask)), self.target_T)
+        return self.inner.attend(query, key, value, ask)
+
+
+class PagedDecode:
+    """One new token for each row: its pages ``table_BP`` (int32), the tokens it holds, and whether it lives (int64)."""
+
+    def __init__(self, pool: PagePool, table_BP: Tensor, length_B: Tensor, alive_B: Tensor) -> None:
+        self.pool = pool
+        self.rows = kernels.rows_of(table_BP, length_B, alive_B, page=PAGE, kv_heads=pool.shape.kv_heads)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, ask: Ask) -> Tensor:
+        """Query [B, H, 1, D], key and value [B, Hkv, 1, D] → [B, 1, H, D]."""
+        heads = query.squeeze(2), key.squeeze(2), value.squeeze(2)
+        return self.attend_heads(*heads, ask)[:, None]
+
+    def attend_heads(
+        self, query_BHD: Tensor, key_BKD: Tensor, value_BKD: Tensor, ask: Ask, rotation: Rotation | None = None
+    ) -> Tensor:
+        """The same as [B, H, D]. ``rotation``: query and key have not been turned yet."""
+        return kernels.append_attend(
+            query_BHD,
+            key_BKD,
+            value_BKD,
+            self.pool.layer(numbered(ask)),
+            self.rows,
+            scaling=query_BHD.shape[-1] ** -0.5 if ask.scaling is None else ask.scaling,
+            sliding_window=ask.sliding_window,
+            rotation=rotation,
+        )

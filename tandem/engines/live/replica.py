@@ -1,0 +1,108 @@
+"""A live engine with weights of its own, fed from a trainer: in the trainer's process or in another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+import torch
+from torch import Tensor
+
+from tandem.data.packing import pack
+from tandem.engines.live.engine import CacheDtype, LiveEngine, Way
+from tandem.errors import UserError
+from tandem.models.forward import LoadedModel, forward
+from tandem.sync.checksum import ParameterSums, Sums
+from tandem.sync.links import Link
+from tandem.sync.plan import plan_of
+from tandem.sync.receiver import Receiver
+from tandem.types import Completion, Held, Request, Sequence
+
+
+class ReplicaEngine:
+    """Samples from a copy of the weights: ``model``'s own, which pushes overwrite."""
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        *,
+        max_slots: int = 256,
+        max_length: int | None = None,
+        way: Way = "auto",
+        kv_cache_dtype: CacheDtype = "auto",
+    ) -> None:
+        model.compute_in(model.torch_dtype)
+        self.model = model
+        self.version = 0
+        self.parameters: dict[str, Tensor] = dict(model.module.named_parameters())
+        self.receiver: Receiver | None = None
+        self.sums = ParameterSums(self.parameters, plan_of(self.parameters.items()), model.device)
+        self.live = LiveEngine(
+            model.module,
+            model.tokenizer,
+            max_slots=max_slots,
+            max_length=max_length,
+            way=way,
+            kv_cache_dtype=kv_cache_dtype,
+            version=lambda: self.version,
+        )
+
+    @property
+    def ended(self) -> int:
+        return self.live.ended
+
+    def generate(self, requests: Seq[Request]) -> list[list[Completion]]:
+        return self.live.generate(requests)
+
+    @torch.no_grad()
+    def logprobs(self, sequences: Seq[Seq[int]]) -> list[list[float]]:
+        """Log-prob, at temperature 1, of every token but the first of each sequence."""
+        rows = [Sequence(token_ids=list(ids), trainable=[False] + [True] * (len(ids) - 1)) for ids in sequences]
+        logp_T = forward(self.model, pack(rows).to(self.model.device)).logp_T
+        assert logp_T is not None
+        return [part[1:].tolist() for part in logp_T.split([len(ids) for ids in sequences])]
+
+    def connect(self, links: Seq[Link]) -> None:
+        """Connects to the trainer that will push."""
+        (link,) = links
+        self.receiver = Receiver(link, self.model.device)
+        self.sums = ParameterSums(self.parameters, link.plan, self.model.device)
+
+    @torch.no_grad()
+    def receive(self, version: int, check: bool = False) -> list[Held]:
+        """Takes one push. Returns what it then holds, if asked to ``check``: [] otherwise.
+
+        A bucket is summed as soon as it is loaded, while the next is on its way. Raises UserError, naming the tensor,
+        for one that this model does not have.
+        """
+        assert self.receiver is not None, "connect() comes first"
+        if check:
+            self.sums.begin()
+        for number, bucket in enumerate(self.receiver.buckets()):
+            self.load(bucket)
+            if check:
+                self.sums.add(number)
+        self.version = version
+        return _held(self.sums.result()) if check else []
+
+    @torch.no_grad()
+    def load(self, bucket: list[tuple[str, Tensor]]) -> None:
+        """Copies tensors into the parameters of these names."""
+        for name, tensor in bucket:
+            mine = self.parameters.get(name)
+            if mine is None or mine.shape != tensor.shape:
+                has = "no such parameter" if mine is None else f"one of shape {tuple(mine.shape)}"
+                raise UserError(f"weight sync: {name} {tuple(tensor.shape)} arrives and the engine has {has}")
+        targets = [self.parameters[name] for name, _ in bucket]
+        torch._foreach_copy_(targets, [tensor for _, tensor in bucket], non_blocking=True)
+
+    def checksums(self) -> list[Held]:
+        """What it holds now."""
+        return _held(self.sums.now())
+
+    def close(self) -> None:
+        if self.receiver is not None:
+            self.receiver.close()
+
+
+def _held(sums: Sums) -> list[Held]:
+    return [Held(name, name, total) for name, total in sums.items()]

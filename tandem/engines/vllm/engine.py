@@ -1,0 +1,344 @@
+"""Sampling with vLLM, in this process: on GPUs of its own or shared, or on a CPU, fed by a trainer's pushes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from typing import Any, Literal
+
+from tandem.engines.samples import StopRule, check_request
+from tandem.engines.vllm.checksums import combine
+from tandem.engines.vllm.setup import check_vllm, close_vllm, end_with_ranks, eos_ids, on_cpu, start_vllm
+from tandem.engines.vllm.stepper import Ended, Job, Stepper
+from tandem.errors import UserError, first_line
+from tandem.sync.links import Link
+from tandem.sync.plan import Plan
+from tandem.types import Completion, Held, Request, SamplingParams, StopReason
+
+__all__ = ["VLLMEngine", "check_vllm"]
+
+TEMPERATURES = (0.01, 2.0)
+"""vLLM changes or refuses others but 0."""
+
+
+class VLLMEngine:
+    """Samples from a model that vLLM loads from ``model`` (a Hugging Face folder or hub name) and ``receive`` renews.
+
+    - ``max_slots``: sequences that decode at once; ``max_length``: most tokens of a prompt and its completion (None:
+      the model's own limit). ``tensor_parallel`` above 1 starts one worker process a rank, on this node.
+    - ``memory_share``: share of the device's memory for weights and cache; None is vLLM's own 0.92 on a GPU, and
+      VLLM_CPU_KVCACHE_SPACE (default 1 GiB of cache) on a CPU.
+    - ``seeded``: each sample draws from a stream of its own seed. Off, draws depend on ``seed`` and on the order of
+      the work, and are a little faster. Either way rounding depends on what else is in the batch.
+    - ``sleep``: whether ``sleep`` can be called. On a CPU sleeping frees nothing.
+    - ``arguments``: any other arguments of vLLM's ``LLM``.
+    - ``own_process``: this process is the engine's alone, and ends where a tensor-parallel rank's does.
+
+    Any thread may call any method; samples of all threads run in one batch, and weights change between two steps.
+    ``version``: optimizer steps behind the weights, set by ``receive``.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        dtype: Literal["float32", "bfloat16"],
+        max_slots: int,
+        max_length: int | None = None,
+        tensor_parallel: int = 1,
+        memory_share: float | None = None,
+        seed: int = 0,
+        seeded: bool = True,
+        trust_remote_code: bool = False,
+        sleep: bool = False,
+        arguments: Mapping[str, Any] = {},
+        own_process: bool = False,
+    ) -> None:
+        if max_slots < 1 or tensor_parallel < 1:
+            raise UserError(f"max_slots is {max_slots} and tensor_parallel {tensor_parallel}; both must be at least 1")
+        self.version = 0
+        self.seeded = seeded
+        self.can_sleep = sleep
+        self.tensor_parallel = tensor_parallel
+        self._llm = start_vllm(
+            model,
+            dtype=dtype,
+            max_slots=max_slots,
+            max_length=max_length,
+            tensor_parallel=tensor_parallel,
+            memory_share=memory_share,
+            seed=seed,
+            trust_remote_code=trust_remote_code,
+            sleep=sleep,
+            arguments=arguments,
+        )
+        if own_process:
+            end_with_ranks(self._llm)
+        self._engine = self._llm.llm_engine
+        self.tokenizer = self._llm.get_tokenizer()
+        self._room: int = self._engine.model_config.max_model_len
+        self.max_length = min(max_length or self._room, self._room)
+        self.vocabulary: int = self._engine.model_config.get_vocab_size()
+        self._eos_ids = eos_ids(self._llm)
+        self._stepper = Stepper(self._engine, max_slots, lambda: self.version)
+        self._plan = Plan(())
+        self._pushes = 0
+        self._asleep: set[str] = set()
+        self._stale: Exception | None = None
+        """Why the weights cannot be used before another push."""
+        self._closed = False
+        self.ended = 0
+
+    def generate(self, requests: Seq[Request]) -> list[list[Completion]]:
+        """One list a request, one completion a seed, in the order asked for.
+
+        With truncation, ``untruncated_logp`` is NaN: vLLM does not report it. Raises UserError, and names the request,
+        for one that cannot be sampled and for logits that are not finite; and whatever vLLM fails with, in every
+        waiting call.
+        """
+        self.ended = 0
+        rules = {request.sampling: self._rule(request.sampling) for request in requests}
+        jobs: list[Job] = []
+        places: list[tuple[int, int]] = []
+        for number, request in enumerate(requests):
+            self._check(number, request)
+            rule = rules[request.sampling]
+            for sample, seed in enumerate(request.seeds):
+                jobs.append(Job(_prompt(request.prompt_ids), self._params(request.sampling, rule, seed)))
+                places.append((number, sample))
+        results: list[dict[int, Completion]] = [{} for _ in requests]
+
+        def end(index: int, ended: Ended) -> None:
+            number, sample = places[index]
+            sampling = requests[number].sampling
+            where = f"request {number}, sample {sample}"
+            results[number][sample] = _completion(ended, sampling, rules[sampling], where)
+            self.ended += 1
+
+        self._stepper.run(jobs, end)
+        return [[done[i] for i in range(len(done))] for done in results]
+
+    def logprobs(self, sequences: Seq[Seq[int]]) -> list[list[float]]:
+        """Log-prob, in nats at temperature 1, of each token but the first; one list a sequence.
+
+        All from the same weights. vLLM draws one more token, for which a sequence as long as the model's own limit has
+        no room.
+        """
+        from vllm import SamplingParams as Params
+
+        once = SamplingParams(max_new_tokens=1)
+        for number, sequence in enumerate(sequences):
+            self._check(number, Request(prompt_ids=tuple(sequence), seeds=(), sampling=once), self._room)
+        params = Params(max_tokens=1, temperature=0, prompt_logprobs=0, flat_logprobs=True, detokenize=False)
+        jobs = [Job(_prompt(sequence), params.clone()) for sequence in sequences]
+        found: dict[int, list[float]] = {}
+
+        def end(index: int, ended: Ended) -> None:
+            found[index] = _flat(ended.output.prompt_logprobs)
+
+        pushes = -1
+        while pushes != self._pushes:
+            pushes = self._pushes
+            self._stepper.run(jobs, end)
+        return [found[i] for i in range(len(jobs))]
+
+    def connect(self, links: Seq[Link]) -> None:
+        """Connects to a trainer, one link a tensor-parallel rank. Returns when the link's other ends have, too."""
+        if len(links) != self.tensor_parallel:
+            raise UserError(f"weight sync: {len(links)} links for {self.tensor_parallel} tensor-parallel ranks")
+        with self._stepper.exclusive():
+            self._call("tandem_connect", list(links))
+            self._plan = links[0].plan
+
+    def receive(self, version: int, check: bool = False) -> list[Held]:
+        """Takes one push, between two steps: the weights, an empty cache, and then ``version``.
+
+        Returns what it then holds, if asked to ``check``, in the same call to the workers: [] otherwise.
+        Running samples go on with the new weights; what they have so far is computed anew. Raises UserError and names
+        the tensor where the push cannot be loaded; nothing can be sampled then until one succeeds.
+        """
+        with self._stepper.exclusive():
+            self._check_awake("weights")
+            self._pushes += 1
+            try:
+                ranks = self._call("tandem_receive", check)
+                if not self._asleep:
+                    self._forget_cache()
+            except Exception as error:
+                self._stale = _sync_error(error, version)
+                self._stepper.fail(self._stale)
+                raise self._stale from error
+            self.version = version
+            self._stale = None
+            self._mark_usable()
+            return combine(ranks, self._plan)
+
+    def checksums(self) -> list[Held]:
+        """What it holds now of each tensor that was pushed, taken from what the model computes with.
+
+        One that it holds twice (a tied head that a CPU packs) is there twice. Missing are tensors whose bits cannot be
+        compared: quantized, cast or transformed ones. Needs one push before.
+        """
+        with self._stepper.exclusive():
+            return combine(self._call("tandem_shards"), self._plan)
+
+    def sleep(self) -> None:
+        """Gives the device's memory back: drops weights and cache. Waking needs ``wake`` and a ``receive``."""
+        if not self.can_sleep:
+            raise UserError("the vLLM engine was started without sleep; start it with sleep=True")
+        with self._stepper.exclusive():
+            if self._stepper.unfinished:
+                raise UserError(f"sleep: {self._stepper.unfinished} samples are running; wait for them first")
+            if self._asleep:
+                return
+            if on_cpu():
+                self._forget_cache()
+            else:
+                self._engine.sleep(level=2)
+            self._asleep = {"weights", "cache"}
+            self._stale = UserError("the engine's weights were dropped by sleep(); push weights first")
+            self._mark_usable()
+
+    def wake(self, stage: Literal["weights", "cache"]) -> None:
+        """Takes memory again: for the weights, which the next ``receive`` fills, or for the cache."""
+        with self._stepper.exclusive():
+            if stage not in self._asleep:
+                return
+            if not on_cpu():
+                self._engine.wake_up(["kv_cache" if stage == "cache" else stage])
+            self._asleep.discard(stage)
+            if stage == "cache":
+                self._forget_cache()
+            self._mark_usable()
+
+    def memory(self) -> dict[str, float]:
+        """``free`` and ``used`` (by any process) of the fullest device, in GB; {} on a CPU."""
+        with self._stepper.exclusive():
+            ranks = [rank for rank in self._call("tandem_memory") if rank is not None]
+        if not ranks:
+            return {}
+        free, used = min(ranks)
+        return {"free": free / 1e9, "used": used / 1e9}
+
+    def close(self) -> None:
+        """Ends vLLM and its workers. Calls that wait fail."""
+        with self._stepper.exclusive():
+            if not self._closed:
+                self._closed = True
+                closed = UserError("the vLLM engine is closed; start another one")
+                self._stepper.fail(closed)
+                self._stepper.broken = closed
+                close_vllm(self._llm)
+
+    def _call(self, method: str, *arguments: Any) -> list[Any]:
+        """Calls a method of every worker; one result a rank."""
+        if self._closed:
+            raise UserError("the vLLM engine is closed; start another one")
+        answers = self._engine.collective_rpc("tandem_call", args=(method, *arguments))
+        if error := next((error for _, error in answers if error is not None), None):
+            raise error
+        return [value for value, _ in answers]
+
+    def _check_awake(self, stage: str) -> None:
+        if stage in self._asleep:
+            raise UserError(f"the vLLM engine is asleep; call wake({stage!r}) first")
+
+    def _mark_usable(self) -> None:
+        asleep = f"the vLLM engine is asleep; call wake() for {' and '.join(sorted(self._asleep))} first"
+        self._stepper.unusable = UserError(asleep) if self._asleep else self._stale
+
+    def _forget_cache(self) -> None:
+        if not self._engine.reset_prefix_cache(reset_running_requests=True):
+            raise UserError("vLLM did not empty its prefix cache; its samples would mix old and new weights")
+
+    def _check(self, number: int, request: Request, limit: int | None = None) -> None:
+        limit, name = limit or self.max_length, "the engine's max_length"
+        check_request(number, request, vocabulary=self.vocabulary, limit=limit, limit_name=name)
+        temperature = request.sampling.temperature
+        if temperature != 0 and not TEMPERATURES[0] <= temperature <= TEMPERATURES[1]:
+            raise UserError(
+                f"request {number}: temperature is {temperature}; vLLM samples at 0 (greedy) and from "
+                f"{TEMPERATURES[0]} to {TEMPERATURES[1]}"
+            )
+
+    def _rule(self, sampling: SamplingParams) -> StopRule:
+        return StopRule(sampling, self._eos_ids, self.tokenizer)
+
+    def _params(self, sampling: SamplingParams, rule: StopRule, seed: int) -> Any:
+        """vLLM's parameters of one sample. End-of-sequence ids are among the stop ids, so that one rule holds."""
+        from vllm import SamplingParams as Params
+        from vllm.sampling_params import RequestOutputKind
+
+        return Params(
+            max_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            top_k=min(sampling.top_k, self.vocabulary),
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            seed=seed % (1 << 63) if self.seeded and sampling.temperature else None,
+            stop=list(rule.strings),
+            stop_token_ids=sorted(rule.ids),
+            ignore_eos=True,
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=bool(rule.strings),
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+
+def _sync_error(error: Exception, version: int) -> UserError:
+    if isinstance(error, UserError):
+        return error
+    return UserError(
+        f"weight sync: the push of version {version} failed: {first_line(error)}; connect again and push anew"
+    )
+
+
+def _prompt(token_ids: Seq[int]) -> Any:
+    from vllm.inputs.engine import tokens_input
+
+    return tokens_input(list(token_ids))
+
+
+def _flat(logprobs: Any) -> list[float]:
+    """The first log-prob of each position that has any: the token's own (vLLM's FlatLogprobs)."""
+    spans = zip(logprobs.start_indices, logprobs.end_indices, strict=True)
+    return [logprobs.logprobs[start] for start, end in spans if end > start]
+
+
+def _completion(ended: Ended, sampling: SamplingParams, rule: StopRule, where: str) -> Completion:
+    """Raises UserError where the logits were not finite."""
+    output = ended.output.outputs[0]
+    token_ids = list(output.token_ids)
+    logp = _flat(output.logprobs) if output.logprobs else []
+    if output.finish_reason not in ("stop", "length"):
+        stop: StopReason = "error"
+    elif output.finish_reason == "length":
+        stop = "length"
+    else:
+        stop = "stop_string" if isinstance(output.stop_reason, str) else "eos"
+    if stop == "error":
+        token_ids, logp = token_ids[: len(logp)], logp[: len(token_ids)]
+    elif len(logp) != len(token_ids):
+        raise UserError(f"{where}: vLLM gave {len(logp)} log-probs for {len(token_ids)} tokens")
+    if not all(map(math.isfinite, logp)):
+        bad = next(i for i, value in enumerate(logp) if not math.isfinite(value))
+        raise UserError(
+            f"{where}: the model's logits are not finite at new token {bad}; its weights are damaged or its number "
+            "format overflows"
+        )
+    greedy = sampling.temperature == 0
+    truncated = not greedy and (sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0)
+    text = rule.decode(token_ids)
+    return Completion(
+        token_ids=token_ids,
+        # The token of the highest probability is certain, as the live engine has it.
+        behaviour_logp=[0.0] * len(logp) if greedy else logp,
+        untruncated_logp=[math.nan] * len(logp) if truncated else list(logp),
+        stop=stop,
+        text=rule.cut(text) if stop == "stop_string" else text,
+        version_min=ended.version_min,
+        version_max=ended.version_max,
+        error=f"vLLM ended it: {output.finish_reason}" if stop == "error" else None,
+    )

@@ -1,0 +1,309 @@
+"""Inside a vLLM worker: a push of Hugging Face tensors into the model, and reading back what became of them.
+
+vLLM fuses tensors, shards them and, on CPUs, repacks them for its kernels. Its layerwise reload does all that again
+for weights that come while it runs, into the memory that captured graphs know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import wraps
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tandem.engines.vllm.checksums import Shard
+from tandem.engines.vllm.copies import Copies, RecordingCopies
+from tandem.engines.vllm.regions import Piece, WatchingCopies
+from tandem.errors import UserError, first_line
+from tandem.kernels import bits
+from tandem.sync.checksum import Tally
+from tandem.sync.plan import Plan
+
+Bucket = list[tuple[str, Tensor]]
+ROWS = 1024
+"""Rows of the identity that go through a packed layer at once."""
+
+
+@dataclass
+class Target:
+    """One parameter of the model: what was loaded into it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    pieces: list[Piece] = field(default_factory=list)
+    """What this rank took of which HF tensors, and where it lies."""
+    loaded: int = 0
+    """How many elements that is."""
+    exact: bool = True
+    """Whether the values are stored as they came, and it is known where."""
+
+
+Record = dict[str, Target]
+"""Every parameter that a push filled, by its name in vLLM's model."""
+
+
+def load_push(model: Any, model_config: Any, buckets: Iterable[Bucket], record: Record | None) -> None:
+    """Loads one push into the model. An empty ``record`` is filled on the way, which takes a little longer.
+
+    Raises UserError and names the tensors that vLLM cannot load, does not take, or that the push lacks. Whatever is
+    raised, some weights are new and some are old then, and the model must not be used before another push.
+    """
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    expected = [name for name, _ in model.named_parameters()]
+    initialize_layerwise_reload(model)
+    try:
+        if record is None:
+            for bucket in buckets:
+                _load(model, bucket)
+                _keep(model, bucket)
+        else:
+            _load_and_record(model, buckets, record, expected)
+    finally:
+        finalize_layerwise_reload(model, model_config)
+        _repack_tied(model)
+
+
+def load_and_record_copies(model: Any, buckets: Iterable[Bucket], record: Record) -> Copies | None:
+    """Loads one push straight into the parameters. Returns its copies, or None where they are not all of it."""
+    copies = Copies()
+    parameters = dict(_parameters(model))
+    for bucket in buckets:
+        recording = RecordingCopies(copies, parameters, bucket)
+        with recording:
+            _load(model, bucket)
+        recording.finish()
+    return copies if copies.covers({name: target.loaded for name, target in record.items()}) else None
+
+
+def play_copies(copies: Copies, buckets: Iterable[Bucket], sums: Sums | None) -> None:
+    """Loads one push by the copies of an earlier one. What a bucket filled is summed while the next is on its way."""
+    if sums is not None:
+        sums.begin()
+    for number, _ in enumerate(buckets):
+        copies.play(number)
+        if sums is not None:
+            sums.add(number)
+
+
+def _load(model: Any, bucket: Bucket) -> None:
+    try:
+        model.load_weights(bucket)
+    except Exception as error:
+        names = bucket[0][0] if len(bucket) == 1 else f"{bucket[0][0]} to {bucket[-1][0]}"
+        raise UserError(
+            f"weight sync: vLLM's {type(model).__name__} cannot load {names}: {first_line(error)}; "
+            "is it the trainer's model?"
+        ) from error
+
+
+def _load_and_record(model: Any, buckets: Iterable[Bucket], record: Record, expected: list[str]) -> None:
+    """One tensor at a time, so that what its loading touches is known."""
+    loading: dict[str, Any] = {}
+    loaders = [(p, p.weight_loader, name) for name, p in _parameters(model) if hasattr(p, "weight_loader")]
+    for parameter, loader, name in loaders:
+        parameter.weight_loader = _watched(loader, name, loading, record)
+    untaken = []
+    try:
+        for bucket in buckets:
+            for name, tensor in bucket:
+                loading |= {"name": name, "tensor": tensor, "taken": False}
+                _load(model, [(name, tensor)])
+                if not loading["taken"]:
+                    untaken.append(name)
+            _keep(model, bucket)
+    finally:
+        # Layerwise reload takes these very parameters the next time.
+        for parameter, loader, _ in loaders:
+            parameter.weight_loader = loader
+    if untaken:
+        raise UserError(
+            f"weight sync: vLLM's {type(model).__name__} takes no tensors of these names: {_listed(untaken)}; "
+            "send what the model's named_parameters() gives"
+        )
+    if missing := [name for name in expected if name not in record]:
+        raise UserError(
+            f"weight sync: the push left these parameters of vLLM's {type(model).__name__} as they were: "
+            f"{_listed(missing)}; is it the trainer's model?"
+        )
+
+
+def _watched(loader: Callable[..., Any], name: str, loading: dict[str, Any], record: Record) -> Callable[..., Any]:
+    """``loader``, which layerwise reload has put on parameter ``name``, noting what goes through it."""
+    from vllm.model_executor.model_loader.reload.meta import get_numel_loaded
+
+    @wraps(loader)
+    def online_process_loader(*args: Any, **kwargs: Any) -> Any:
+        original = loader
+        while original.__name__ == "online_process_loader":
+            original = original.__wrapped__  # type: ignore[attr-defined]
+        bound = signature(original).bind(*args, **kwargs)
+        bound.apply_defaults()
+        parameter, tensor = args[0], loading["tensor"]
+        target = record.setdefault(name, Target(tuple(parameter.shape), parameter.dtype))
+        with WatchingCopies(loading["name"], tensor, parameter) as watching:
+            target.loaded += get_numel_loaded(original, bound)[0]
+        target.pieces += watching.pieces
+        # Some loaders cast, others store a function of what they are given (Mamba's A).
+        target.exact &= watching.whole and tensor.dtype == parameter.dtype
+        loading["taken"] = True
+        return loader(*args, **kwargs)
+
+    # Layerwise reload knows its own wrappers by this name: it neither wraps them twice nor leaves them on.
+    online_process_loader.__name__ = "online_process_loader"
+    return online_process_loader
+
+
+def _keep(model: Any, bucket: Bucket) -> None:
+    """Copies the bucket's tensors that layerwise reload still refers to, as their memory is about to be reused.
+
+    It keeps those of layers that are not complete yet, or that never will be because of padding.
+    """
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    memory = {tensor.untyped_storage().data_ptr() for _, tensor in bucket}
+    for module in model.modules():
+        for _, bound in get_layerwise_info(module).loaded_weights:
+            for key, value in bound.arguments.items():
+                if isinstance(value, Tensor) and not value.is_meta and value.untyped_storage().data_ptr() in memory:
+                    bound.arguments[key] = value.clone()
+
+
+def _repack_tied(model: Any) -> None:
+    """A tied head has no weights of its own to load, so reloading leaves its packed copy as it was."""
+    for _, module in _packed_heads(model):
+        module.quant_method.process_weights_after_loading(module)
+
+
+def _packed_heads(model: Any) -> Iterator[tuple[str, Any]]:
+    """Heads that share the embedding's parameter and hold a packed copy of it (CPUs only)."""
+    first: dict[int, str] = {}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and first.setdefault(id(weight), name) != name and hasattr(module, "cpu_linear"):
+            yield name, module
+
+
+Place = tuple[str, str, Any]
+"""A name, the parameter (by its name in the record) that it stands for, and the module that holds it."""
+
+
+def find_places(model: Any) -> list[Place]:
+    """Everything of a model that has a checksum: its parameters, and packed copies of tied ones."""
+    owner = {id(parameter): name for name, parameter in _parameters(model)}
+    places: list[Place] = [(name, name, module) for name, module in _owners(model)]
+    return places + [
+        (f"{name}.weight", owner[id(module.weight)], module)
+        for name, module in _packed_heads(model)
+        if id(module.weight) in owner
+    ]
+
+
+class Sums:
+    """This rank's checksums of what the model computes with: ``begin``, ``add`` for each bucket, ``result``.
+
+    On a CPU a linear layer's weights are packed; they are read back by sending the identity through it. Parameters
+    whose values are not stored as they came (quantized, cast, computed from them) are left out.
+    """
+
+    def __init__(self, places: Iterable[Place], record: Record, plan: Plan, device: torch.device) -> None:
+        self.plan = plan
+        self.held: list[tuple[Piece, str, Any, Target]] = []
+        """Every piece, the name of what it lies in, and the module that holds that."""
+        self.owners: list[tuple[Any, str]] = []
+        """The modules that hold something to be summed, and the attributes."""
+        for name, recorded, module in places:
+            target = record.get(recorded)
+            if target is not None and target.exact:
+                self.held += [(piece, name, module, target) for piece in target.pieces]
+                self.owners.append((module, name.rpartition(".")[2]))
+        self.slots: dict[str, list[int]] = {}
+        for slot, (piece, *_) in enumerate(self.held):
+            self.slots.setdefault(piece.part, []).append(slot)
+        self.tally = Tally(len(self.held), device, self._jobs)
+        self.unseen: set[int] = set()
+
+    def begin(self) -> None:
+        """A push begins, or all is to be summed as it is now."""
+        self.tally.begin([module._parameters[attribute] for module, attribute in self.owners])
+
+    def add(self, bucket: int) -> None:
+        """Sums the pieces of the tensors of the plan's bucket of that number as they are now."""
+        self.tally.add(bucket)
+
+    def result(self) -> list[Shard]:
+        """Waits for the device."""
+        return [
+            Shard(piece.part, name, piece.region, total)
+            for slot, ((piece, name, *_), total) in enumerate(zip(self.held, self.tally.result(), strict=True))
+            if slot not in self.unseen
+        ]
+
+    def now(self) -> list[Shard]:
+        """The checksums of everything as it is now."""
+        self.begin()
+        for bucket in range(len(self.plan.buckets)):
+            self.add(bucket)
+        return self.result()
+
+    def _jobs(self, bucket: int) -> list[bits.Job]:
+        jobs: list[bits.Job] = []
+        contents: dict[str, Tensor | None] = {}
+        for spec in self.plan.buckets[bucket]:
+            for slot in self.slots.get(spec.name, ()):
+                piece, name, module, target = self.held[slot]
+                if name not in contents:
+                    contents[name] = _content(module, name.rpartition(".")[2], target)
+                content = contents[name]
+                if content is None:
+                    self.unseen.add(slot)
+                    continue
+                self.unseen.discard(slot)
+                start, step = piece.region.start, piece.region.step
+                jobs.append(bits.Job(slot, piece.of(content), spec.torch_dtype, start, step))
+        return jobs
+
+
+def _parameters(model: Any) -> Iterator[tuple[str, Any]]:
+    """Parameters as ``named_parameters`` gives them, tied ones once."""
+    return model.named_parameters()
+
+
+def _owners(model: Any) -> Iterator[tuple[str, Any]]:
+    """Each parameter's name and the module that it belongs to."""
+    for name, _ in _parameters(model):
+        yield name, model.get_submodule(name.rpartition(".")[0])
+
+
+def _content(module: Any, attribute: str, target: Target) -> Tensor | None:
+    """What the module computes with, in the shape in which it was loaded, or None where that cannot be told."""
+    linear = getattr(module, "cpu_linear", None)
+    weight = getattr(module, attribute).detach()
+    if attribute == "weight" and linear is not None and len(target.shape) == 2 and _multiplies(module):
+        width = target.shape[1]
+        rows = (torch.eye(width, dtype=target.dtype)[start : start + ROWS] for start in range(0, width, ROWS))
+        return torch.cat([linear(part, weight, None) for part in rows]).t().contiguous()
+    if weight.dtype != target.dtype:
+        # Some CPU kernels want the bias in float32; that keeps every value.
+        narrow = weight.to(target.dtype)
+        if not torch.equal(narrow.to(weight.dtype), weight):
+            return None
+        weight = narrow
+    return weight if weight.is_contiguous() and weight.numel() == torch.Size(target.shape).numel() else None
+
+
+def _multiplies(module: Any) -> bool:
+    """Whether the module is a matrix product, as an embedding's table is not."""
+    from vllm.model_executor.layers.linear import LinearBase
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    return isinstance(module, LinearBase | ParallelLMHead)
+
+
+def _listed(names: list[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

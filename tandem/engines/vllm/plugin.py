@@ -1,0 +1,205 @@
+"""Runs inside vLLM's workers: Tandem's weight transport, and what an engine asks its workers for.
+
+vLLM imports this file in every worker, as its entry point ``vllm.general_plugins`` and as ``worker_extension_cls``;
+the second also finds it where Tandem is used from a source tree.
+"""
+
+from __future__ import annotations
+
+import glob
+import logging
+import os
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.config import set_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+from tandem.engines.vllm.checksums import Shard
+from tandem.engines.vllm.copies import Copies, may_copy
+from tandem.engines.vllm.loading import (
+    Bucket,
+    Record,
+    Sums,
+    find_places,
+    load_and_record_copies,
+    load_push,
+    play_copies,
+)
+from tandem.errors import UserError
+from tandem.sync.links import Link
+from tandem.sync.receiver import Receiver
+
+BACKEND = "tandem"
+log = logging.getLogger("tandem")
+
+
+@dataclass
+class Links(WeightTransferInitInfo):
+    """One link a tensor-parallel rank."""
+
+    links: Seq[Link]
+
+
+@dataclass
+class Push(WeightTransferUpdateInfo):
+    """One push of all weights. All that it consists of is in the link's plan."""
+
+    check: bool = False
+    """Whether to sum what the model then holds."""
+
+
+class TandemTransfer(WeightTransferEngine):
+    """Takes a trainer's pushes from its link and loads them into this worker's model."""
+
+    init_info_cls = Links
+    update_info_cls = Push
+    # vLLM asks for it before a draft model's update, which Tandem never sends.
+    supports_draft_weight_update = False
+
+    receiver: Receiver | None = None
+    record: Record | None = None
+    sums: Sums | None = None
+    """Of the record. Walking through all modules takes longer than all checksums, so it is done once."""
+    may_copy: bool = False
+    shards: Seq[Shard] = ()
+    """Of the last push, where it was to be checked."""
+    copies: Copies | None = None
+    """How a push is loaded once it has been recorded: receive buffers and parameters stay where they are."""
+
+    def init_transfer_engine(self, init_info: Links) -> None:
+        self.shutdown()
+        self.receiver = Receiver(init_info.links[get_tensor_model_parallel_rank()], self.device)
+
+    def start_weight_update(self) -> None:
+        """Nothing: a push is loaded in one go, so that a failure leaves no half of a reload behind."""
+
+    def finish_weight_update(self) -> None:
+        """Nothing, for the same reason."""
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self.receive_weights(self.parse_update_info(update_info))
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
+
+    def receive_weights(self, update_info: Push) -> None:
+        """Takes one push. Raises UserError and names the tensor where it cannot be loaded."""
+        if self.receiver is None:
+            raise UserError("weight sync: the engine is not connected to a trainer; call connect() first")
+        try:
+            with set_current_vllm_config(self.vllm_config):
+                self.shards = self._load(self.receiver.buckets(), update_info.check)
+        except BaseException:
+            # The sender has buckets left over, which the next push must not begin with.
+            self.shutdown()
+            raise
+
+    def _load(self, buckets: Iterator[Bucket], check: bool) -> Seq[Shard]:
+        """The first push learns what becomes of each tensor, the second which copies that takes; the rest play them."""
+        if self.copies is not None:
+            sums = self.sums if check else None
+            play_copies(self.copies, buckets, sums)
+            return sums.result() if sums is not None else []
+        if self.record is None:
+            record: Record = {}
+            load_push(self.model, self.model_config, buckets, record)
+            self.record = record
+            assert self.receiver is not None, "buckets come from it"
+            self.sums = Sums(find_places(self.model), record, self.receiver.plan, self.device)
+            self.may_copy = may_copy(self.model, all(target.exact for target in record.values()))
+        elif self.may_copy:
+            self.copies = load_and_record_copies(self.model, buckets, self.record)
+            self.may_copy = self.copies is not None
+        else:
+            load_push(self.model, self.model_config, buckets, None)
+        return self.summed() if check else []
+
+    def summed(self) -> Seq[Shard]:
+        """Checksums of this rank's parameters as they are now. Raises UserError before the first push."""
+        if self.sums is None:
+            raise UserError("checksums: nothing has been pushed yet, so vLLM's tensors have no origin to compare with")
+        return self.sums.now()
+
+    def shutdown(self) -> None:
+        if self.receiver is not None:
+            self.receiver.close()
+            self.receiver = None
+        # Another trainer may send another plan.
+        self.record = self.copies = self.sums = None
+        self.shards = ()
+        self.may_copy = False
+
+    @staticmethod
+    def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:
+        """vLLM's own way to send (0.25 requires that a transport has it). Tandem sends with ``tandem.sync.sender``."""
+        raise TypeError("weights for the 'tandem' transport are sent by tandem.sync.sender.Sender")
+
+
+class WorkerExtension:
+    """Methods that a worker gets, called through ``collective_rpc``: ``tandem_call``, and through it the others."""
+
+    weight_transfer_engine: Any
+    device: torch.device
+
+    def tandem_call(self, method: str, *arguments: Any) -> tuple[Any, Exception | None]:
+        """What the method returns, and what it raised.
+
+        Returned, because vLLM reads no further answers once a rank has raised, and takes them for those to its next
+        question.
+        """
+        try:
+            return getattr(self, method)(*arguments), None
+        except UserError as error:
+            return None, error
+        except Exception as error:
+            # Others may not survive being sent to another process.
+            log.debug("%s failed in a vLLM worker", method, exc_info=error)
+            return None, RuntimeError(f"{type(error).__name__}: {error}")
+
+    def tandem_connect(self, links: Seq[Link]) -> None:
+        self.init_weight_transfer_engine({"links": links})  # type: ignore[attr-defined]
+
+    def tandem_receive(self, check: bool) -> Seq[Shard]:
+        """Takes one push. Returns ``tandem_shards`` of it, if asked to ``check``."""
+        self.start_weight_update()  # type: ignore[attr-defined]
+        self.update_weights({"check": check})  # type: ignore[attr-defined]
+        self.finish_weight_update()  # type: ignore[attr-defined]
+        return self.weight_transfer_engine.shards
+
+    def tandem_shards(self) -> Seq[Shard]:
+        """Checksums of this rank's parameters as they are now. Raises UserError before the first push."""
+        return self.weight_transfer_engine.summed()
+
+    def tandem_memory(self) -> tuple[float, float] | None:
+        """Bytes free and in use on this worker's device, by whomever; None on a CPU."""
+        if self.device.type == "cpu":
+            return None
+        free, total = torch.cuda.mem_get_info(self.device)
+        return float(free), float(total - free)
+
+    def tandem_release(self) -> None:
+        """Removes the names of the memory that ranks share on a CPU: vLLM leaves them, and it, in /dev/shm."""
+        name = os.environ.get("VLLM_DIST_IDENT")
+        if self.device.type == "cpu" and name:
+            for file in Path("/dev/shm").glob(f"{glob.escape(name)}-*"):
+                file.unlink(missing_ok=True)
+
+
+def register() -> None:
+    """Makes the transport known to vLLM in this process, once."""
+    if BACKEND not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(BACKEND, TandemTransfer)
+
+
+# A worker that got here through worker_extension_cls has not been through the entry point.
+register()

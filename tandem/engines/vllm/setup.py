@@ -1,0 +1,242 @@
+"""Starting vLLM: is it there, what it is told, and its failures in Tandem's words. Versions 0.25 to 0.32."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, distribution
+from importlib.util import find_spec
+from multiprocessing.connection import wait
+from typing import Any
+
+from tandem.errors import UserError
+
+OLDEST, NEWEST = (0, 25), (0, 32)
+INSTALL = "install it with: pip install 'tandem-rlhf[vllm]'"
+CPU_CACHE_BYTES = 1 << 30
+"""Keys and values on a CPU, where VLLM_CPU_KVCACHE_SPACE does not say."""
+
+OWN = {
+    "model": "model",
+    "tokenizer": "model",
+    "dtype": "dtype",
+    "max_num_seqs": "max_slots",
+    "max_model_len": "max_length",
+    "tensor_parallel_size": "tensor_parallel",
+    "gpu_memory_utilization": "memory_share",
+    "seed": "seed",
+    "trust_remote_code": "trust_remote_code",
+    "enable_sleep_mode": "sleep",
+}
+"""vLLM's arguments that Tandem has its own name for."""
+NEEDED = (
+    "logprobs_mode",
+    "weight_transfer_config",
+    "worker_extension_cls",
+    "runner",
+    "skip_tokenizer_init",
+    "pipeline_parallel_size",
+    "data_parallel_size",
+)
+"""vLLM's arguments that Tandem depends on."""
+
+
+def check_vllm(version: str | None = None) -> None:
+    """Raises UserError where vLLM (or ``version`` of it) is not one that Tandem works with."""
+    if version is None:
+        spec = find_spec("vllm")
+        # A folder that happens to be called vllm is found, too, but has no origin.
+        if spec is None or spec.origin is None:
+            raise UserError(f"vLLM is not installed; {INSTALL}")
+        version = _installed_version()
+    numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
+    if not OLDEST <= numbers <= NEWEST:
+        raise UserError(
+            f"vLLM {version} is installed, and Tandem works with {_dotted(OLDEST)} to {_dotted(NEWEST)}; {INSTALL}"
+        )
+
+
+def start_vllm(
+    model: str,
+    *,
+    dtype: str,
+    max_slots: int,
+    max_length: int | None,
+    tensor_parallel: int,
+    memory_share: float | None,
+    seed: int,
+    trust_remote_code: bool,
+    sleep: bool,
+    arguments: Mapping[str, Any],
+) -> Any:
+    """vLLM's ``LLM``, its engine core in this process. Raises UserError where it cannot be started."""
+    check_vllm()
+    for name in arguments:
+        if name in OWN:
+            raise UserError(f"vLLM argument {name!r} is what Tandem calls {OWN[name]!r}; set that instead")
+        if name in NEEDED:
+            raise UserError(f"vLLM argument {name!r} cannot be changed: Tandem depends on it; leave it out")
+    _set_environment()
+    from vllm import LLM
+    from vllm.config import WeightTransferConfig
+    from vllm.platforms import current_platform
+
+    from tandem.engines.vllm.plugin import BACKEND, WorkerExtension, register
+
+    register()
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "max_num_seqs": max_slots,
+        "max_model_len": max_length and _with_room(model, max_length, trust_remote_code),
+        "tensor_parallel_size": tensor_parallel,
+        "seed": seed,
+        "trust_remote_code": trust_remote_code,
+        "enable_prefix_caching": True,
+        "logprobs_mode": "processed_logprobs",
+        "weight_transfer_config": WeightTransferConfig(backend=BACKEND),
+        "worker_extension_cls": f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}",
+        "use_tqdm_on_load": False,
+        "disable_log_stats": True,
+    }
+    if tensor_parallel > 1:
+        options["distributed_executor_backend"] = "mp"
+    if memory_share is not None:
+        options["gpu_memory_utilization"] = memory_share
+    if current_platform.is_cpu():
+        # Compiling for a CPU takes minutes, and its memory cannot be given back.
+        options["enforce_eager"] = True
+        if memory_share is None and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+            options["kv_cache_memory_bytes"] = CPU_CACHE_BYTES
+    else:
+        options["enable_sleep_mode"] = sleep
+    with _explained(model, tensor_parallel, max_length):
+        return LLM(model, **(options | dict(arguments)))
+
+
+def end_with_ranks(llm: Any) -> None:
+    """Has this process end where a tensor-parallel rank's does: vLLM cannot go on, and may wait for it for minutes."""
+    executor = llm.llm_engine.model_executor
+    processes = {worker.proc.sentinel: worker.proc for worker in getattr(executor, "workers", ())}
+
+    def watch() -> None:
+        ended = processes[wait(list(processes))[0]]
+        # Ranks that vLLM itself ends are not missed.
+        if executor.is_failed or not getattr(executor, "shutting_down", False):
+            ended.join()
+            how = f"exit code {ended.exitcode}" if ended.exitcode >= 0 else signal.Signals(-ended.exitcode).name
+            print(f"tandem: vLLM's {ended.name} (pid {ended.pid}) died ({how})", file=sys.stderr, flush=True)
+            os._exit(1)
+
+    if processes:
+        threading.Thread(target=watch, name="ranks", daemon=True).start()
+
+
+def on_cpu() -> bool:
+    """Whether vLLM runs on a CPU here."""
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
+
+
+def eos_ids(llm: Any) -> list[int]:
+    """End-of-sequence ids: the generation config's (the config's, where it has none) and the tokenizer's."""
+    config = llm.llm_engine.model_config
+    found = config.try_get_generation_config().get("eos_token_id")
+    if found is None:
+        found = getattr(config.hf_text_config, "eos_token_id", None)
+    ids = [found] if isinstance(found, int) else list(found or ())
+    own = llm.get_tokenizer().eos_token_id
+    return ids if own is None or own in ids else [*ids, own]
+
+
+def close_vllm(llm: Any) -> None:
+    """Ends vLLM's workers and gives its memory back."""
+    try:
+        llm.llm_engine.collective_rpc("tandem_release")
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+def _with_room(model: str, max_length: int, trust_remote_code: bool) -> int:
+    """One token more where the model has it: scoring a sequence draws one after it."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code).get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    return max_length + 1 if positions and positions > max_length else max_length
+
+
+def _set_environment() -> None:
+    """What vLLM takes from the environment only. What the user has set stays, but for the first."""
+    # The core in this process: nothing to be left behind, and requests reach it without a socket.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # On a CPU vLLM would bind its threads to cores, the same ones for every engine of the machine.
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+
+@contextmanager
+def _explained(model: str, tensor_parallel: int, max_length: int | None) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        logging.getLogger("tandem").debug("vLLM did not start", exc_info=error)
+        cleanup_dist_env_and_memory()
+        raise UserError(explain(error, model, tensor_parallel, max_length)) from error
+
+
+def explain(error: Exception, model: str, tensor_parallel: int, max_length: int | None) -> str:
+    """One line for a failure to start."""
+    text = re.sub(r"^\d+ validation errors? for \w+ (Value error, )?", "", " ".join(str(error).split()))
+    if match := re.search(r"attention heads \((\d+)\)", text):
+        return (
+            f"tensor_parallel is {tensor_parallel}, and {model} has {match[1]} attention heads; "
+            f"set one that divides {match[1]}"
+        )
+    if "architectures" in text and ("not supported" in text or "failed to be inspected" in text):
+        named = re.search(r"architectures? (\[[^\]]*\])", text)
+        return f"vLLM does not know the architecture {named[1] if named else ''} of {model}; use engine 'live'"
+    if "does not recognize this architecture" in text:
+        return f"the model type of {model} is unknown to transformers, and so to vLLM; a newer transformers may know it"
+    if match := re.search(r"max_model_len \(\d+\) is greater than .*?max_position_embeddings=(\d+)", text):
+        return f"max_length is {max_length}, and {model} has {match[1]} positions; set at most {match[1]}"
+    if "To serve at least one request" in text:
+        needed = re.search(r"\(([\d.]+) GiB KV cache is needed", text)
+        fits = re.search(r"maximum model length is (\d+)", text)
+        wanted = max_length or re.search(r"max seq len \((\d+)\)", text)
+        number = wanted[1] if isinstance(wanted, re.Match) else wanted
+        return (
+            f"vLLM's cache is too small for one sequence of max_length {number}"
+            + (f" ({needed[1]} GiB needed)" if needed else "")
+            + (f"; max_length {fits[1]} would fit" if fits else "")
+            + "; lower max_length, or give it more memory: memory_share on a GPU, VLLM_CPU_KVCACHE_SPACE (GiB) on a CPU"
+        )
+    if match := re.search(r"unexpected keyword argument '(\w+)'", text):
+        return f"vLLM has no argument {match[1]!r}; correct it in the engine's arguments"
+    return f"vLLM cannot start with {model}: {text[:500] or type(error).__name__}"
+
+
+def _installed_version() -> str:
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return distribution(name).version
+        except PackageNotFoundError:
+            continue
+    import vllm
+
+    return str(vllm.__version__)
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))

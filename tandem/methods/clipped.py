@@ -1,0 +1,80 @@
+"""What PPO and GRPO share: the clipped surrogate with its metrics, and the KL to the reference."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from tandem.batch import Batch, Outputs, TokenLoss
+from tandem.errors import expect
+from tandem.functional.fields import required
+from tandem.functional.kl import KLLoss, kl_estimate, kl_loss
+from tandem.functional.policy import clipped_policy_loss, importance_ratio
+from tandem.functional.segments import segment_sum
+from tandem.lazy import torch
+from tandem.roles import Metrics
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+KLPlace = Literal["reward", "loss", "none"]
+"""Where the KL to the reference counts: in the reward, as a loss of its own, or nowhere."""
+
+
+def check_clipped(knobs: Any) -> None:
+    """Checks the knobs that PPO and GRPO have in common. Raises UserError naming the first that is wrong."""
+    expect(knobs, "from 0 to 1", lambda x: 0 <= x <= 1, "clip_low")
+    expect(knobs, "0 or more", lambda x: x >= 0, "clip_high", "kl_coef")
+    expect(knobs, "more than 1", lambda x: x > 1, "dual_clip")
+
+
+def uses_kl(knobs: Any) -> bool:
+    """Whether a reference is needed: nothing is computed for a KL that counts nowhere."""
+    return knobs.kl != "none" and knobs.kl_coef != 0
+
+
+def clipped_surrogate(
+    out: Outputs, batch: Batch, *, low: float, high: float, dual_clip: float | None = None
+) -> TokenLoss:
+    """PPO's clipped loss against ``batch.proximal_logp_T`` (formula: ``clipped_policy_loss``).
+
+    Metrics: ``policy_loss``, ``ratio``, ``clip_fraction``, ``approx_kl`` (k3 of KL(old || new), nats per token) and,
+    where the forward gave it, ``entropy``.
+    """
+    logp_T, old_logp_T = required(out.logp_T, "out.logp_T"), batch.proximal_logp_T
+    advantage_T = required(batch.advantage_T, "advantage_T")
+    loss_T, clipped_T = clipped_policy_loss(logp_T, old_logp_T, advantage_T, low, high, dual_clip)
+    metrics_T = {
+        "policy_loss": loss_T.detach(),
+        "ratio": importance_ratio(logp_T.detach(), old_logp_T),
+        "clip_fraction": clipped_T,
+        "approx_kl": kl_estimate(old_logp_T, logp_T.detach(), "k3"),
+    }
+    if out.entropy_T is not None:
+        metrics_T["entropy"] = out.entropy_T.detach()
+    return TokenLoss(loss_T=loss_T, metrics_T=metrics_T)
+
+
+def add_kl_loss(token_loss: TokenLoss, out: Outputs, batch: Batch, kind: KLLoss) -> TokenLoss:
+    """Adds ``kl_coef`` times the KL to the reference (``kind``: see ``kl_loss``), and the metric ``kl_loss``, in nats.
+
+    ``kl_coef`` is in units of the advantages a nat: of rewards, where nothing has scaled the advantages.
+    """
+    logp_T, reference_logp_T = required(out.logp_T, "out.logp_T"), required(batch.reference_logp_T, "reference_logp_T")
+    kl_T = kl_loss(logp_T, reference_logp_T, importance_ratio(logp_T, batch.proximal_logp_T), kind)
+    return TokenLoss(
+        loss_T=token_loss.loss_T + batch.kl_coef * kl_T,
+        metrics_T=token_loss.metrics_T | {"kl_loss": kl_T.detach()},
+    )
+
+
+def sampled_kl(batch: Batch) -> tuple[Tensor, Metrics]:
+    """k1 of KL(sampling policy || reference) for each token, [T], 0 where not trainable.
+
+    Metrics: ``kl``, its mean over tokens, and ``kl_per_sequence``, the mean over sequences of its sum, in nats.
+    """
+    k1_T = kl_estimate(batch.proximal_logp_T, required(batch.reference_logp_T, "reference_logp_T"), "k1")
+    k1_T = torch.where(batch.trainable_T, k1_T, 0.0)
+    return k1_T, {
+        "kl": k1_T[batch.trainable_T].mean().item(),
+        "kl_per_sequence": segment_sum(k1_T, batch.bounds).mean().item(),
+    }

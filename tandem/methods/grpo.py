@@ -1,0 +1,98 @@
+"""GRPO: the other samples of the prompt are the baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from tandem.batch import Batch, Outputs, TokenLoss
+from tandem.errors import expect, needs
+from tandem.functional.advantages import centred, group_normalised
+from tandem.functional.kl import KLLoss
+from tandem.functional.segments import segment_sum
+from tandem.methods.clipped import KLPlace, add_kl_loss, check_clipped, clipped_surrogate, sampled_kl, uses_kl
+from tandem.roles import Algorithm, Estimate, Metrics
+from tandem.types import Group
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPO(Algorithm):
+    """Group relative policy optimization (arXiv:2402.03300, eq. 3) with today's defaults.
+
+    The mean over tokens and no KL are DAPO's (arXiv:2503.14476), the bound on the ratio of negative advantages is that
+    of dual-clip PPO (arXiv:1912.09729). Dr.GRPO (arXiv:2503.20783) is ``normalize="none"``, ``aggregation="constant"``.
+    """
+
+    min_samples: ClassVar[int] = 2
+
+    normalize: Literal["std", "none"] = "std"
+    """Divide a group's centered rewards by their standard deviation (the paper), or leave them (Dr.GRPO)."""
+    epsilon: float = field(default=1e-4, metadata=needs(("normalize",)))
+    """Added to that standard deviation."""
+    clip_low: float = 0.2
+    """The policy ratio is clipped from below at 1 - clip_low."""
+    clip_high: float = 0.2
+    """The policy ratio is clipped from above at 1 + clip_high."""
+    dual_clip: float | None = 3.0
+    """Bound, above 1, on the ratio where the advantage is negative. None: no bound."""
+    kl: KLPlace = field(default="loss", metadata=needs(("kl_coef",)))
+    """Where the KL to the reference counts: in each sample's reward (k1), as a loss, or nowhere."""
+    kl_coef: float = field(default=0.0, metadata=needs(("kl",)))
+    """Coefficient of the KL, per nat, in units of rewards or, of a loss, of advantages. 0: no reference is needed."""
+    kl_estimator: KLLoss = field(default="ratio_k3", metadata=needs(("kl", "loss"), ("kl_coef",)))
+    """What the KL loss is: ratio_k3 and k2 lead to KL(policy || reference), k3 to KL(reference || policy)."""
+
+    def __post_init__(self) -> None:
+        check_clipped(self)
+        expect(self, "0 or more", lambda x: x >= 0, "epsilon")
+
+    @property
+    def needs_reference(self) -> bool:
+        return uses_kl(self)
+
+    def advantages(self, group: Group) -> list[float]:
+        """One number for each usable rollout: its reward against the group's. All 0 where the rewards are equal."""
+        if self.normalize == "std":
+            return group_normalised(group.rewards, self.epsilon)
+        return centred(group.rewards)
+
+    def estimate(self, groups: Seq[Group], batch: Batch, state: dict[str, float]) -> Estimate:
+        """Fills ``advantage_T`` and ``kl_coef``. ``equal_reward_groups`` is the share of groups that teach nothing.
+
+        With ``kl="reward"`` a sample's reward is less ``kl_coef`` times the sum of its k1 over its tokens before the
+        group's mean is taken: the whole sample's KL, as its reward is the whole sample's.
+        """
+        judged = [group.rewards for group in groups if group.rewards]
+        metrics: Metrics = {"equal_reward_groups": sum(len(set(r)) == 1 for r in judged) / len(judged)}
+        if self.needs_reference:
+            k1_T, kl_metrics = sampled_kl(batch)
+            metrics |= kl_metrics
+            if self.kl == "reward":
+                groups = _charged(groups, self.kl_coef * segment_sum(k1_T, batch.bounds))
+        estimate = super().estimate(groups, replace(batch, kl_coef=self.kl_coef), state)
+        return replace(estimate, metrics=metrics)
+
+    def loss(self, out: Outputs, batch: Batch) -> TokenLoss:
+        """Clipped surrogate, plus the KL where ``kl="loss"``."""
+        token_loss = clipped_surrogate(out, batch, low=self.clip_low, high=self.clip_high, dual_clip=self.dual_clip)
+        if self.kl == "loss" and self.needs_reference:
+            token_loss = add_kl_loss(token_loss, out, batch, self.kl_estimator)
+        return token_loss
+
+
+def _charged(groups: Seq[Group], cost_S: Tensor) -> list[Group]:
+    """The groups' usable rollouts, each with its cost off its reward. ``cost_S`` is in their order."""
+    costs = iter(cost_S.tolist())
+    return [
+        replace(
+            group,
+            rollouts=[
+                replace(r, reward=reward - next(costs)) for r, reward in zip(group.usable, group.rewards, strict=True)
+            ],
+        )
+        for group in groups
+    ]

@@ -1,0 +1,189 @@
+"""PPO with a critic and a KL penalty to a reference: RLHF as in InstructGPT."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar
+
+from tandem.batch import Batch, Outputs, TokenLoss
+from tandem.errors import UserError, expect, needs
+from tandem.functional.advantages import gae, whiten
+from tandem.functional.fields import required
+from tandem.functional.kl import KLLoss, adaptive_kl_coef
+from tandem.functional.moments import Moments, merge, moments
+from tandem.functional.rounding import rounding_of
+from tandem.functional.segments import segment_sum
+from tandem.functional.value import clipped_value_loss, explained_variance
+from tandem.lazy import torch
+from tandem.methods.clipped import KLPlace, add_kl_loss, check_clipped, clipped_surrogate, sampled_kl, uses_kl
+from tandem.roles import Algorithm, Estimate, Metrics
+from tandem.types import Group
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPO(Algorithm):
+    """Proximal policy optimization (arXiv:1707.06347) as used for RLHF (arXiv:1909.08593, arXiv:2203.02155).
+
+    The reward of a sequence, clipped, is given at its last trainable token; with ``kl="reward"`` every token also
+    costs ``kl_coef * (logp - reference_logp)``. Advantages come from GAE with the critic's values.
+    """
+
+    needs_critic: ClassVar[bool] = True
+    leads: ClassVar[tuple[str, ...]] = (*Algorithm.leads, "explained_variance")
+
+    clip_low: float = 0.2
+    """The policy ratio is clipped from below at 1 - clip_low."""
+    clip_high: float = 0.2
+    """The policy ratio is clipped from above at 1 + clip_high."""
+    dual_clip: float | None = None
+    """Bound, above 1, on the ratio where the advantage is negative. None: no bound."""
+    value_clip: float | None = 0.2
+    """How far a value may move from its old one before its error stops counting. None: plain squared error."""
+    gamma: float = 1.0
+    """Discount per trainable token."""
+    lam: float = 0.95
+    """GAE's lambda: 1 trusts the returns (no bias), 0 trusts the critic (little variance)."""
+    kl: KLPlace = "reward"
+    """Where the KL to the reference counts: in each token's reward (k1), as a loss, or nowhere."""
+    kl_coef: float = field(default=0.05, metadata=needs(("kl",)))
+    """Coefficient of the KL, per nat, in units of rewards or, of a loss, of advantages; the first one if kl_target is
+    set. 0: no reference is needed."""
+    kl_estimator: KLLoss = field(default="ratio_k3", metadata=needs(("kl", "loss"), ("kl_coef",)))
+    """What the KL loss is: ratio_k3 and k2 lead to KL(policy || reference), k3 to KL(reference || policy)."""
+    kl_target: float | None = None
+    """KL in nats per sequence towards which the coefficient is steered. None: the coefficient stays."""
+    kl_horizon: int = field(default=10000, metadata=needs(("kl_target",)))
+    """Sequences over which the steering acts: larger is slower."""
+    entropy_coef: float = 0.0
+    """Weight of an entropy bonus, per nat."""
+    reward_clip: float | None = 10.0
+    """Rewards are clipped to ±reward_clip, after normalization and before anything is added. None: not clipped."""
+    normalize_rewards: bool = False
+    """Subtract the running mean of all rewards so far and divide by their standard deviation."""
+    whiten_advantages: bool = True
+    """Scale advantages to mean 0 and variance 1 over the trainable tokens of the step, unless all is rounding."""
+
+    def __post_init__(self) -> None:
+        check_clipped(self)
+        expect(self, "from 0 to 1", lambda x: 0 <= x <= 1, "gamma", "lam")
+        expect(self, "more than 0", lambda x: x > 0, "value_clip", "kl_target", "kl_horizon", "reward_clip")
+        if self.kl_target is not None and not uses_kl(self):
+            raise UserError(
+                f"kl_target: there is no KL to steer with kl {self.kl!r} and kl_coef {self.kl_coef}; use kl 'reward' "
+                "or 'loss', and a coefficient above 0 to start from"
+            )
+
+    @property
+    def needs_reference(self) -> bool:
+        return uses_kl(self)
+
+    @property
+    def entropy_gradient(self) -> bool:
+        return self.entropy_coef != 0
+
+    def initial_state(self) -> dict[str, float]:
+        """The KL coefficient, and the moments of the rewards seen."""
+        return _state(self.kl_coef, Moments())
+
+    def estimate(self, groups: Seq[Group], batch: Batch, state: dict[str, float]) -> Estimate:
+        """Fills ``advantage_T``, ``return_T`` and ``kl_coef`` from rewards, reference, critic and sampler.
+
+        Needs ``reward_S``, ``old_value_T`` and, where ``needs_reference``, ``proximal_logp_T`` and
+        ``reference_logp_T``.
+        """
+        value_T = required(batch.old_value_T, "old_value_T")
+        reward_S, seen, metrics = self._shape_rewards(required(batch.reward_S, "reward_S"), state)
+        reward_T = _at_last_trainable(reward_S, batch)
+        coef = next_coef = state["kl_coef"]
+        if self.needs_reference:
+            k1_T, kl_metrics = sampled_kl(batch)
+            metrics |= kl_metrics | {"kl_coef": coef}
+            if self.kl == "reward":
+                reward_T = reward_T - coef * k1_T
+            if self.kl_target is not None:
+                next_coef = adaptive_kl_coef(
+                    coef,
+                    kl_metrics["kl_per_sequence"],
+                    target=self.kl_target,
+                    samples=batch.segments,
+                    horizon=self.kl_horizon,
+                )
+        advantage_T, return_T = gae(reward_T, value_T, batch.trainable_T, batch.bounds, self.gamma, self.lam)
+        advantage_N = advantage_T[batch.trainable_T]
+        metrics |= {
+            "reward_shaped": segment_sum(reward_T, batch.bounds).mean().item(),
+            "advantage_mean": advantage_N.mean().item(),
+            "advantage_std": advantage_N.std(correction=0).item(),
+            "return_mean": return_T[batch.trainable_T].mean().item(),
+            "value_mean": value_T[batch.trainable_T].mean().item(),
+            "explained_variance": explained_variance(value_T, return_T, batch.trainable_T),
+        }
+        if self.whiten_advantages:
+            advantage_T = whiten(advantage_T, batch.trainable_T, self._rounding(batch, coef, return_T))
+        filled = replace(batch, advantage_T=advantage_T, return_T=return_T, kl_coef=coef)
+        return Estimate(batch=filled, state=_state(next_coef, seen), metrics=metrics)
+
+    def loss(self, out: Outputs, batch: Batch) -> TokenLoss:
+        """Clipped surrogate, plus the KL where ``kl="loss"``, minus the entropy bonus."""
+        token_loss = clipped_surrogate(out, batch, low=self.clip_low, high=self.clip_high, dual_clip=self.dual_clip)
+        if self.kl == "loss" and self.needs_reference:
+            token_loss = add_kl_loss(token_loss, out, batch, self.kl_estimator)
+        if self.entropy_coef:
+            bonus_T = self.entropy_coef * required(out.entropy_T, "out.entropy_T")
+            token_loss = replace(token_loss, loss_T=token_loss.loss_T - bonus_T)
+        return token_loss
+
+    def value_loss(self, out: Outputs, batch: Batch) -> TokenLoss:
+        """Clipped squared error of the critic. Metrics: ``value_loss``, ``value_clip_fraction``."""
+        loss_T, clipped_T = clipped_value_loss(
+            required(out.value_T, "out.value_T"),
+            required(batch.old_value_T, "old_value_T"),
+            required(batch.return_T, "return_T"),
+            self.value_clip,
+        )
+        return TokenLoss(loss_T=loss_T, metrics_T={"value_loss": loss_T.detach(), "value_clip_fraction": clipped_T})
+
+    def _rounding(self, batch: Batch, coef: float, return_T: Tensor) -> float:
+        """What rounding can make of advantages: log-probs, added up as GAE adds them, and values and returns."""
+        value_T = required(batch.old_value_T, "old_value_T")
+        size_T = torch.zeros_like(value_T)
+        if self.kl == "reward" and self.needs_reference:
+            size_T = coef * (batch.proximal_logp_T.abs() + required(batch.reference_logp_T, "reference_logp_T").abs())
+        zero_T = torch.zeros_like(value_T)
+        summed_T, _ = gae(size_T, zero_T, batch.trainable_T, batch.bounds, self.gamma, self.lam)
+        return rounding_of(*(x_T[batch.trainable_T] for x_T in (summed_T, value_T, return_T)))
+
+    def _shape_rewards(self, reward_S: Tensor, state: dict[str, float]) -> tuple[Tensor, Moments, Metrics]:
+        """Normalized and clipped rewards, the moments including this step's, and metrics."""
+        seen = Moments(state["reward_count"], state["reward_mean"], state["reward_squares"])
+        metrics: Metrics = {}
+        if self.normalize_rewards:
+            seen = merge(seen, moments(reward_S.tolist()))
+            reward_S = (reward_S - seen.mean) / (seen.std + 1e-8)
+            metrics |= {"reward_running_mean": seen.mean, "reward_running_std": seen.std}
+        if self.reward_clip is not None:
+            clipped_S = reward_S.clamp(-self.reward_clip, self.reward_clip)
+            metrics["reward_clip_fraction"] = (clipped_S != reward_S).float().mean().item()
+            reward_S = clipped_S
+        return reward_S, seen, metrics
+
+
+def _state(kl_coef: float, seen: Moments) -> dict[str, float]:
+    return {
+        "kl_coef": kl_coef,
+        "reward_count": seen.count,
+        "reward_mean": seen.mean,
+        "reward_squares": seen.squares,
+    }
+
+
+def _at_last_trainable(x_S: Tensor, batch: Batch) -> Tensor:
+    """[T]: each segment's number at its last trainable token, 0 elsewhere."""
+    index_T = torch.arange(batch.tokens, device=x_S.device).masked_fill(~batch.trainable_T, -1)
+    last_S = index_T.new_full((batch.segments,), -1).scatter_reduce(0, batch.segment_T, index_T, "amax")
+    some_S = last_S >= 0
+    return x_S.new_zeros(batch.tokens).index_put((last_S[some_S],), x_S[some_S])

@@ -1,0 +1,52 @@
+"""Reward models: a scalar that prefers the answer a person preferred."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from tandem.batch import Batch, Outputs, TokenLoss
+from tandem.functional.fields import required
+from tandem.functional.preference import reward_pair_loss
+from tandem.lazy import torch
+from tandem.roles import Objective
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardModeling(Objective):
+    """Bradley-Terry on pairs (arXiv:2203.02155, eq. 1), with Llama 2's margin (arXiv:2307.09288, eq. 2)."""
+
+    leads: ClassVar[tuple[str, ...]] = ("accuracy", "loss", "score_gap")
+
+    center_coef: float = 0.0
+    """Weight of ``(chosen + rejected)^2``, which keeps scores around 0 (arXiv:2312.09244, eq. 2; 0.01 is usual)."""
+
+    def loss(self, out: Outputs, batch: Batch) -> TokenLoss:
+        """One loss a pair, at the last token of its chosen segment (see ``stamp_pair_weights``), 0 elsewhere.
+
+        Metrics at the same tokens: ``accuracy`` (a tie counts as wrong), ``score_gap``, ``chosen_score``,
+        ``rejected_score``.
+        """
+        score_S = required(out.score_S, "out.score_S")
+        chosen_P, rejected_P = score_S[0::2], score_S[1::2]
+        margin_P: Tensor | float = 0.0 if batch.margin_S is None else batch.margin_S[0::2]
+        loss_P = reward_pair_loss(chosen_P, rejected_P, margin_P)
+        if self.center_coef:
+            loss_P = loss_P + self.center_coef * (chosen_P + rejected_P).square()
+
+        place_P = batch.last_S[0::2]
+
+        def place(x_P: Tensor) -> Tensor:
+            return x_P.new_zeros(batch.tokens).index_put((place_P,), x_P)
+
+        with torch.no_grad():
+            metrics_T = {
+                "accuracy": place((chosen_P > rejected_P).to(loss_P.dtype)),
+                "score_gap": place(chosen_P - rejected_P),
+                "chosen_score": place(chosen_P),
+                "rejected_score": place(rejected_P),
+            }
+        return TokenLoss(loss_T=place(loss_P), metrics_T=metrics_T)

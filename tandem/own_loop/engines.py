@@ -1,0 +1,268 @@
+"""One rank's engine of a loop's sampler: in this process, or vLLM in a child of it; and how weights get there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as Seq
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, Protocol
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tandem.engines.live.replica import ReplicaEngine
+from tandem.errors import UserError
+from tandem.models.limits import limits_of
+from tandem.models.loading import load_causal
+from tandem.own_loop.given import GivenModel, Shapes
+from tandem.sync.check import compare
+from tandem.sync.push import PushParams, WeightPush
+from tandem.sync.source import WeightSource
+from tandem.types import Completion, Request
+from tandem.workers.child import Child
+from tandem.workers.process import Site, own_address
+
+SHARE_BESIDE_TRAINER = 0.4
+"""Of a GPU's memory, for vLLM's weights and cache on a GPU that trains, too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineParams:
+    """What a loop's engine is made of: see ``tandem.own_loop.sampler.Sampler``."""
+
+    model: str
+    dtype: Literal["float32", "bfloat16"]
+    device: torch.device
+    max_slots: int
+    max_length: int | None = None
+    memory_share: float | None = None
+    check: bool = True
+    seed: int = 0
+    sleep: bool = False
+    trust_remote_code: bool = False
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    deadline_s: float = 1800.0
+
+
+class LoopEngine(Protocol):
+    """Samples with the weights it was last given."""
+
+    shapes: Shapes
+    """Of the parameters that it must be given."""
+    limit: int | None
+    """Tokens that the model has positions for; None: any number."""
+
+    def failure(self) -> UserError | None:
+        """Why it can no longer be used."""
+        ...
+
+    def fill(self, model: GivenModel, step: int) -> None:
+        """Takes over the model's weights. A collective where they are sharded."""
+        ...
+
+    @property
+    def filled(self) -> bool:
+        """Whether it still holds what it was given."""
+        ...
+
+    def logprobs(self, sequences: Seq[Seq[int]]) -> list[list[float]]: ...
+
+    def generate(self, requests: Seq[Request]) -> list[list[Completion]]: ...
+
+    def close(self) -> None: ...
+
+
+class InProcess:
+    """Tandem's live engine, with weights of its own."""
+
+    def __init__(self, params: EngineParams) -> None:
+        model = load_causal(
+            params.model,
+            dtype=params.dtype,
+            device=str(params.device),
+            trust_remote_code=params.trust_remote_code,
+        )
+        self.engine = ReplicaEngine(model, max_slots=params.max_slots, max_length=params.max_length)
+        self.shapes: Shapes = {name: tuple(p.shape) for name, p in self.engine.parameters.items()}
+        self.limit = limits_of(model.module.config).positions
+        self.device, self.check = params.device, params.check
+        self.filled = False
+
+    def failure(self) -> UserError | None:
+        return None
+
+    def fill(self, model: GivenModel, step: int) -> None:
+        self.filled = False
+        source = WeightSource(model.parameters, gathering_device(model, self.device))
+        sums = source.fill({name: p.data for name, p in self.engine.parameters.items()}, self.check)
+        if self.check:
+            compare(f"after step {step} the sampler", sums, self.engine.checksums())
+        self.engine.version = step
+        self.filled = True
+
+    def logprobs(self, sequences: Seq[Seq[int]]) -> list[list[float]]:
+        return self.engine.logprobs(sequences)
+
+    def generate(self, requests: Seq[Request]) -> list[list[Completion]]:
+        return self.engine.generate(requests)
+
+    def close(self) -> None:
+        self.engine.close()
+
+
+class InChild:
+    """vLLM in a process of its own, on this rank's device, fed over a link. With ``sleep`` it gives the GPU's memory
+    back after sampling, and its weights with it."""
+
+    def __init__(self, params: EngineParams, name: str) -> None:
+        self.params = params
+        config = AutoConfig.from_pretrained(params.model, trust_remote_code=params.trust_remote_code)
+        self.shapes: Shapes = shapes_of(config, params.trust_remote_code)
+        self.limit = limits_of(config).positions
+        gpu = str(torch.cuda.get_device_properties(params.device).uuid) if params.device.type == "cuda" else None
+        self.child = Child(name, gpu=gpu, deadline_s=params.deadline_s)
+        self.push: WeightPush | None = None
+        self.source: WeightSource | None = None
+        self.asleep = False
+        self.filled = False
+        try:
+            self.child.place("engine", partial(build_vllm, params=params))
+            self._sleep()
+        except BaseException:
+            self.child.close()
+            raise
+
+    def failure(self) -> UserError | None:
+        if self.child.closed:
+            return UserError("the sampler is closed; make another one")
+        return None if self.child.alive else self.child.died("the time between two calls")
+
+    def fill(self, model: GivenModel, step: int) -> None:
+        self.filled = False
+        self._wake()
+        device = gathering_device(model, self.params.device)
+        if device.type == "cuda":
+            # The push works on a thread and stream of its own, after what the loop has under way.
+            torch.cuda.current_stream(device).synchronize()
+        if self.source is None or self.push is None:
+            self.source = WeightSource(model.parameters, device)
+            self.push = WeightPush(
+                SourceEnd(self.source, device),
+                NoProbe(),
+                self.child.end("engine"),
+                PushParams(dtype=self.params.dtype, check=self.params.check),
+            )
+            self.push.connect()
+        # Parameters are other objects where another model is given, and where a forward had left them gathered.
+        self.source.parameters = self.source.gatherer.parameters = model.parameters
+        self.push(step)
+        self.filled = True
+
+    def logprobs(self, sequences: Seq[Seq[int]]) -> list[list[float]]:
+        return self.child.call("engine", "logprobs", sequences)
+
+    def generate(self, requests: Seq[Request]) -> list[list[Completion]]:
+        try:
+            return self.child.call("engine", "generate", requests) if requests else []
+        finally:
+            if self.child.alive:
+                self._sleep()
+
+    def close(self) -> None:
+        self.child.close()
+        if self.push is not None:
+            self.push.close()
+        if self.source is not None:
+            self.source.close()
+
+    def _sleep(self) -> None:
+        if self.params.sleep:
+            self.filled = False
+            self.child.call("engine", "sleep")
+            self.asleep = True
+
+    def _wake(self) -> None:
+        if self.asleep:
+            # Memory that the trainer's allocator keeps for later is what vLLM is about to ask for.
+            torch.cuda.empty_cache()
+            for stage in ("weights", "cache"):
+                self.child.call("engine", "wake", stage)
+            self.asleep = False
+
+
+class NoProbe:
+    """The trainer's side of a push that leaves the probe to the sampler.
+
+    A forward of a sharded model is for all ranks together, also where one of them has found a wrong checksum.
+    """
+
+    places: Seq[tuple[str, str | None]] = ()
+
+    def each(self, method: str, arguments: Seq[tuple[Any, ...]]) -> list[Any]:
+        return []
+
+    def call(self, method: str, *arguments: Any) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class SourceEnd:
+    """This process's weights as one side of a push, called from the push's thread as if from the loop's own."""
+
+    source: WeightSource
+    device: torch.device
+
+    @property
+    def places(self) -> Seq[tuple[str, str | None]]:
+        gpu = str(torch.cuda.get_device_properties(self.device).uuid) if self.device.type == "cuda" else None
+        return [(own_address(), gpu)]
+
+    def each(self, method: str, arguments: Seq[tuple[Any, ...]]) -> list[Any]:
+        return [self.call(method, *own) for own in arguments]
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        with _on(self.device):
+            return getattr(self.source, method)(*arguments)
+
+
+def gathering_device(model: GivenModel, device: torch.device) -> torch.device:
+    """Where whole parameters come together: on the sampler's device, unless the ranks share on the CPU only."""
+    return torch.device("cpu") if model.mesh_device == "cpu" else device
+
+
+def shapes_of(config: Any, trust_remote_code: bool) -> Shapes:
+    """Names and shapes of the parameters that a causal LM of this config has."""
+    with torch.device("meta"):
+        module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+
+
+def build_vllm(site: Site, params: EngineParams) -> Any:
+    """In the child: vLLM on its only device."""
+    from tandem.engines.vllm.engine import VLLMEngine
+
+    on_gpu = site.world.device.type == "cuda"
+    return VLLMEngine(
+        params.model,
+        dtype=params.dtype,
+        max_slots=params.max_slots,
+        max_length=params.max_length,
+        memory_share=params.memory_share or (SHARE_BESIDE_TRAINER if on_gpu else None),
+        seed=params.seed,
+        trust_remote_code=params.trust_remote_code,
+        sleep=params.sleep,
+        arguments=params.arguments,
+        own_process=True,
+    )
+
+
+@contextmanager
+def _on(device: torch.device) -> Iterator[None]:
+    """The device's default stream, whatever device and stream this thread would use of itself."""
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.stream(torch.cuda.default_stream(device)):
+        yield

@@ -1,0 +1,357 @@
+"""Samples from a model while somebody's own loop trains it: a copy of the weights, on every rank of the loop."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from torch import nn
+
+from tandem.data.tokenize import prompt_of
+from tandem.engines.samples import check_request
+from tandem.errors import UserError
+from tandem.models.folder import located
+from tandem.models.loading import load_tokenizer
+from tandem.own_loop.engines import EngineParams, InChild, InProcess, LoopEngine
+from tandem.own_loop.given import GivenModel, given, require_same
+from tandem.own_loop.ranks import Ranks, own_device
+from tandem.parallel.shares import divide
+from tandem.seeds import derive_seed
+from tandem.sync.bounds import LOGP_BOUNDS
+from tandem.sync.check import FIRST_PROBES, PROBE_EVERY, PROBE_TOKENS, WeightMismatch
+from tandem.types import Completion, Message, Request, SamplingParams
+
+Prompt = str | Seq[Message] | Seq[int]
+
+
+class Sampler:
+    """Samples from the model that your own loop trains: ``update`` copies its weights, ``generate`` samples.
+
+    ``model`` is the folder or hub name that the loop starts from: its config and tokenizer are used. Every rank makes
+    the same calls; the work is divided over them, and all get the same result. Without torch.distributed it is one
+    rank. Use it as a context, or ``close`` it: that ends its processes.
+
+    - ``engine``: ``live`` samples in this process with Tandem's own engine; ``vllm`` in a child of each rank.
+    - ``dtype``: the sampler's weights, and what it computes in. ``device``: auto is this rank's GPU, else the CPU.
+    - ``max_slots``: sequences that decode at once on one rank; ``max_length``: most tokens of a prompt and its
+      completion (None: the model's own limit).
+    - ``check_weights``: prove after an update that the sampler computes what the model does (see ``update``).
+    - ``seed``: of all draws; each also depends on the step, the prompt's place and the sample's number, nothing else.
+    - ``deadline_s``: longest wait for another rank or a child.
+
+    For vLLM only: ``memory_share`` of the GPU (default 0.4, since the loop trains on it, too); ``sleep`` gives that
+    memory back after each ``generate`` (default: on a GPU yes); ``arguments``: any others of vLLM's ``LLM``.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        engine: Literal["live", "vllm"] = "live",
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        device: str = "auto",
+        max_slots: int = 64,
+        max_length: int | None = None,
+        memory_share: float | None = None,
+        check_weights: bool = True,
+        seed: int = 0,
+        sleep: bool | None = None,
+        trust_remote_code: bool = False,
+        arguments: Mapping[str, Any] | None = None,
+        deadline_s: float = 1800.0,
+    ) -> None:
+        _check_options(engine, dtype, memory_share=memory_share, sleep=sleep, arguments=arguments)
+        self.source, self.seed, self.dtype, self.check = located(model), seed, dtype, check_weights
+        self.step: int | None = None
+        """Of the weights that it holds; None before the first update, and after one that failed."""
+        self.updates = 0
+        self.vocabulary, self.max_length = 0, max_length
+        self.model: nn.Module | None = None
+        self.device = own_device(device)
+        self.tokenizer = load_tokenizer(self.source, trust_remote_code=trust_remote_code)
+        self.ranks = Ranks(deadline_s)
+        self.engine = self._start(
+            engine,
+            EngineParams(
+                model=self.source,
+                dtype=dtype,
+                device=self.device,
+                max_slots=max_slots,
+                max_length=max_length,
+                memory_share=memory_share,
+                check=check_weights,
+                seed=seed,
+                sleep=engine == "vllm" and (self.device.type == "cuda" if sleep is None else sleep),
+                trust_remote_code=trust_remote_code,
+                arguments=dict(arguments or {}),
+                deadline_s=deadline_s,
+            ),
+        )
+
+    def update(self, model: nn.Module, step: int) -> bool:
+        """Copies the model's weights. Returns False, having done nothing, where it holds those of ``step`` already.
+
+        ``model``: a transformers causal LM, plain or in DDP, torch.compile or ``fully_shard``; it stays as it is, in
+        training mode or not. Each update compares checksums of all parameters on both sides, the first two and every
+        256th the log-probs of a fixed probe as well. Raises UserError where the model is not the sampler's, and
+        WeightMismatch where the check fails.
+        """
+        if len(steps := set(self.ranks.gather(step))) > 1:
+            raise UserError(f"update: the ranks are at different steps: {sorted(steps)}")
+        if step == self.step:
+            return False
+        self._fill(model, step)
+        return True
+
+    def generate(
+        self,
+        prompts: Seq[Prompt],
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.7,
+        n: int = 1,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        stop: str | Seq[str] = (),
+        stop_token_ids: Seq[int] = (),
+    ) -> list[str]:
+        """``n`` texts for each prompt (a string, chat messages, or token ids), prompt by prompt.
+
+        ``temperature=0`` is greedy. Within a step the same call gives the same texts. Every rank gives the same
+        prompts and gets all texts. Raises UserError before the first update.
+        """
+        sampling = sampling_params(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            stop=stop,
+            stop_token_ids=stop_token_ids,
+        )
+        return [completion.text for group in self.completions(prompts, sampling, n=n) for completion in group]
+
+    def completions(self, prompts: Seq[Prompt], sampling: SamplingParams, *, n: int = 1) -> list[list[Completion]]:
+        """As ``generate``, with tokens, log-probs and why each ended: ``n`` completions for each prompt."""
+        requests, error = self._requests(prompts, sampling, n)
+        self.ranks.agree(error)
+        self._require_same_requests(requests)
+        if not self.engine.filled:
+            assert self.model is not None
+            assert self.step is not None
+            self._fill(self.model, self.step)
+        costs = [len(r.prompt_ids) + n * sampling.max_new_tokens for r in requests]
+        shares = divide(costs, self.ranks.size)
+        mine: list[list[Completion]] = []
+        try:
+            mine = self.engine.generate([requests[i] for i in shares[self.ranks.rank]])
+        except UserError as failed:
+            error = failed
+        self.ranks.agree(error)
+        results: list[list[Completion]] = [[] for _ in requests]
+        for share, part in zip(shares, self.ranks.gather(mine), strict=True):
+            for i, completions in zip(share, part, strict=True):
+                results[i] = completions
+        return results
+
+    def log(
+        self, prompts: Seq[Prompt], step: int, *, path: str | Path = "samples.jsonl", every: int = 50, **sampling: Any
+    ) -> bool:
+        """Where ``every`` divides ``step``: samples, and rank 0 appends a line for each to ``path``. Says whether.
+
+        A line has ``step``, ``weights_step`` (that of the last update), ``prompt``, ``completion``, ``stop``,
+        ``tokens`` and ``mean_logprob`` (nats a token). ``sampling``: as for ``generate``.
+        """
+        if every < 1:
+            raise UserError(f"log: every is {every}; it must be at least 1")
+        if step % every:
+            return False
+        n = sampling.pop("n", 1)
+        groups = self.completions(prompts, sampling_params(**sampling), n=n)
+        self.ranks.agree(self._write(Path(path), step, prompts, groups) if self.ranks.rank == 0 else None)
+        return True
+
+    def close(self) -> None:
+        """Ends the engine and its process. Call it on every rank, or on none."""
+        self.engine.close()
+        self.ranks.close()
+        self.model, self.step = None, None
+
+    def __enter__(self) -> Sampler:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _start(self, kind: str, params: EngineParams) -> LoopEngine:
+        """The rank's engine. Raises the error of any rank on all of them."""
+        engine: LoopEngine | None = None
+        error: UserError | None = None
+        try:
+            if kind == "vllm":
+                from tandem.engines.vllm.engine import check_vllm
+
+                check_vllm()
+                where = f" of rank {self.ranks.rank}" if self.ranks.size > 1 else ""
+                engine = InChild(params, f"the vLLM engine{where}")
+            else:
+                engine = InProcess(params)
+        except UserError as failed:
+            error = failed
+        try:
+            self.ranks.agree(error)
+        except UserError:
+            if engine is not None:
+                engine.close()
+            raise
+        assert engine is not None
+        return engine
+
+    def _fill(self, model: nn.Module, step: int) -> None:
+        held, error = None, self.engine.failure()
+        try:
+            held = given(model)
+            require_same(held.parameters, self.engine.shapes, self.source)
+        except UserError as failed:
+            error = error or failed
+        self.ranks.agree(error)
+        assert held is not None
+        self.step = None
+        mismatch: UserError | None = None
+        try:
+            self.engine.fill(held, step)
+        except WeightMismatch as found:
+            # Seen after the last collective of the push: the others can still be told. After any other error they
+            # wait in one, and this rank must end.
+            mismatch = found
+        self.ranks.agree(mismatch)
+        if self.check and (self.updates < FIRST_PROBES or self.updates % PROBE_EVERY == 0):
+            self.ranks.agree(self._probe(held, step))
+        self.updates += 1
+        # Kept for the weights that a sleeping engine drops.
+        self.model, self.step, self.vocabulary = model, step, held.vocabulary
+
+    def _probe(self, held: GivenModel, step: int) -> UserError | None:
+        """The error, where the model and the sampler give fixed tokens different log-probs."""
+        rng = random.Random(0)
+        sequences = [[rng.randrange(held.vocabulary) for _ in range(count)] for count in PROBE_TOKENS]
+        theirs, exact = held.logprobs(sequences, self.device)
+        try:
+            mine = self.engine.logprobs(sequences)
+        except UserError as error:
+            return error
+        gaps = [abs(a - b) for x, y in zip(theirs, mine, strict=True) for a, b in zip(x, y, strict=True)]
+        gap, bound = sum(gaps) / len(gaps), LOGP_BOUNDS[self.dtype if exact else "bfloat16"]
+        if gap <= bound:
+            return None
+        return WeightMismatch(
+            f"update: after step {step} the sampler gives a probe log-probs that differ from the model's by {gap:.3g} "
+            f"nats on average (bound {bound}): with the same weights {self.source} computes something else; give the "
+            "sampler a folder with the config of the model that you train (rope scaling, attention, dtype)"
+        )
+
+    def _requests(
+        self, prompts: Seq[Prompt], sampling: SamplingParams, n: int
+    ) -> tuple[list[Request], UserError | None]:
+        """What to sample, or why not."""
+        if self.step is None:
+            return [], UserError("generate: the sampler has no weights of yours yet; call update(model, step) first")
+        if isinstance(prompts, str):
+            return [], UserError("generate: prompts is one string; give a list of prompts")
+        if n < 1:
+            return [], UserError(f"generate: n is {n}; it must be at least 1")
+        requests = []
+        for number, prompt in enumerate(prompts):
+            try:
+                ids = self._encode(prompt)
+            except UserError as error:
+                return [], UserError(f"generate: prompt {number}: {error}")
+            seeds = tuple(derive_seed(self.seed, "loop", self.step, number, sample) for sample in range(n))
+            requests.append(Request(prompt_ids=ids, seeds=seeds, sampling=sampling))
+        return requests, self.engine.failure() or self._unfit(requests)
+
+    def _unfit(self, requests: Seq[Request]) -> UserError | None:
+        """Why a request cannot be sampled. Said here, where its number is that of the prompt."""
+        limits = [(self.max_length, "the sampler's max_length"), (self.engine.limit, "the model's positions")]
+        limit, name = min(((n, name) for n, name in limits if n), default=(None, ""))
+        try:
+            for number, request in enumerate(requests):
+                check_request(number, request, vocabulary=self.vocabulary, limit=limit, limit_name=name)
+        except UserError as error:
+            return error
+        return None
+
+    def _encode(self, prompt: Prompt) -> tuple[int, ...]:
+        if isinstance(prompt, str):
+            return prompt_of({"prompt": prompt}, self.tokenizer).token_ids
+        ids = tuple(token for token in prompt if isinstance(token, int))
+        return ids if len(ids) == len(prompt) else prompt_of({"prompt": list(prompt)}, self.tokenizer).token_ids
+
+    def _require_same_requests(self, requests: Seq[Request]) -> None:
+        digests = self.ranks.gather(hashlib.sha256(repr(requests).encode()).digest())
+        for rank, digest in enumerate(digests):
+            if digest != digests[0]:
+                raise UserError(
+                    f"generate: rank {rank} has other prompts or settings than rank 0; every rank gives the same list "
+                    "and gets all results"
+                )
+
+    def _write(self, path: Path, step: int, prompts: Seq[Prompt], groups: Seq[Seq[Completion]]) -> UserError | None:
+        lines = []
+        for prompt, group in zip(prompts, groups, strict=True):
+            for completion in group:
+                logp = completion.behaviour_logp
+                line = {
+                    "step": step,
+                    "weights_step": self.step,
+                    "prompt": prompt,
+                    "completion": completion.text,
+                    "stop": completion.stop,
+                    "tokens": len(completion.token_ids),
+                    "mean_logprob": round(sum(logp) / len(logp), 6) if logp else None,
+                }
+                lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write("".join(lines))
+        except OSError as error:
+            return UserError(f"log: cannot write {path}: {error.strerror or error}")
+        return None
+
+
+def sampling_params(
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.7,
+    stop: str | Seq[str] = (),
+    stop_token_ids: Seq[int] = (),
+    **truncation: Any,
+) -> SamplingParams:
+    """``SamplingParams`` with a loop's defaults; ``stop`` may be one string."""
+    return SamplingParams(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        stop_token_ids=tuple(stop_token_ids),
+        **truncation,
+    )
+
+
+def _check_options(engine: str, dtype: str, *, memory_share: object, sleep: object, arguments: object) -> None:
+    if engine not in ("live", "vllm"):
+        raise UserError(f"engine is {engine!r}; it must be 'live' or 'vllm'")
+    if dtype not in LOGP_BOUNDS:
+        raise UserError(f"dtype is {dtype!r}; it must be 'float32' or 'bfloat16'")
+    for name, value in (("memory_share", memory_share), ("sleep", sleep), ("arguments", arguments)):
+        if engine == "live" and value:
+            raise UserError(f"{name} is for engine='vllm'; leave it out with engine='live'")

@@ -1,0 +1,192 @@
+"""GRPO against TRL's numbers and the paper's equation written as loops."""
+
+import json
+import math
+import statistics
+from dataclasses import replace
+
+import pytest
+import torch
+from sampled_step import make_step
+from trl_golden import CASES, GOLDEN, problem
+
+from tandem.batch import Outputs
+from tandem.data.packing import pack, stamp_weights
+from tandem.errors import UserError
+from tandem.methods.grpo import GRPO
+from tandem.types import Group, Prompt, Rollout, Sequence
+
+PAPER = {"aggregation": "sequence", "kl_coef": 0.04, "kl_estimator": "k3", "dual_clip": None}
+"""The settings of arXiv:2402.03300."""
+
+
+@pytest.fixture
+def step():
+    return make_step(0)
+
+
+def group(*rewards):
+    rollouts = [
+        Rollout(
+            prompt_id="p",
+            sample_index=i,
+            token_ids=[0, 1],
+            prompt_length=1,
+            trainable=[False, True],
+            behaviour_logp=[0.0, 0.0],
+            untruncated_logp=[0.0, 0.0],
+            stop="error" if r == "error" else "eos",
+            reward=0.0 if r == "error" else r,
+        )
+        for i, r in enumerate(rewards)
+    ]
+    return Group(prompt=Prompt(prompt_id="p", prompt="", token_ids=(0,)), rollouts=rollouts)
+
+
+def test_advantages_golden_from_trl():
+    # TRL 1.16 grpo_trainer with scale_rewards="group": (r - mean) / (std + 1e-4), in float64.
+    expected = [0.35852573077925715, -0.8365600384849332, -0.8365600384849332, -0.239017153852838, 1.5536115000434474]
+    assert GRPO().advantages(group(1.0, 0.0, 0.0, 0.5, 2.0)) == pytest.approx(expected, abs=1e-12)
+    # scale_rewards="none" (Dr.GRPO).
+    assert GRPO(normalize="none").advantages(group(1.0, 0.0, 0.0, 0.5, 2.0)) == pytest.approx(
+        [0.3, -0.7, -0.7, -0.2, 1.3], abs=1e-12
+    )
+
+
+def test_what_failed_enters_no_baseline():
+    alone = GRPO().advantages(group(1.0, 0.0, 2.0))
+    assert GRPO().advantages(group(1.0, "error", 0.0, None, 2.0)) == alone
+
+
+@pytest.mark.parametrize("normalize", ["std", "none"])
+@pytest.mark.parametrize("rewards", [(1.0,), (0.1, 0.1, 0.1), ("error", 1.0)])
+def test_groups_of_one_and_ties_give_zero(normalize, rewards):
+    advantages = GRPO(normalize=normalize).advantages(group(*rewards))
+    assert set(advantages) == {0.0}
+
+
+@pytest.mark.parametrize(
+    ("knobs", "mean", "length"),
+    [
+        (PAPER, "sequence", None),
+        (PAPER | {"aggregation": "token", "clip_high": 0.28}, "token", None),
+        (PAPER | {"aggregation": "constant"}, "constant", 20),
+    ],
+)
+def test_loss_is_the_papers(step, knobs, mean, length):
+    """arXiv:2402.03300, eq. 3 and 4, as loops; over tokens as DAPO's eq. 8, over a fixed length as Dr.GRPO."""
+    grpo = GRPO(**knobs)
+    estimate = grpo.estimate(step.groups, step.batch(), grpo.initial_state())
+    batch = stamp_weights(estimate.batch, grpo.aggregation, constant_length=length)
+    got = (grpo.loss(step.outputs(batch), batch).loss_T * batch.weight_T).sum().item()
+
+    sequences, s = [], 0
+    for g in step.groups:
+        baseline, std = statistics.fmean(g.rewards), statistics.stdev(g.rewards)
+        for rollout in g.rollouts:
+            advantage = (rollout.reward - baseline) / (std + 1e-4)
+            start, tokens = batch.bounds[s].item(), []
+            for t, trainable in enumerate(rollout.trainable):
+                if not trainable:
+                    continue
+                logp, old = step.theta[rollout.token_ids[t]].item(), batch.old_logp_T[start + t].item()
+                ratio, x = math.exp(logp - old), batch.reference_logp_T[start + t].item() - logp
+                clipped = min(max(ratio, 0.8), 1 + grpo.clip_high)
+                tokens.append(-min(ratio * advantage, clipped * advantage) + 0.04 * (math.exp(x) - x - 1))
+            sequences.append(tokens)
+            s += 1
+    totals = [sum(tokens) for tokens in sequences]
+    expected = {
+        "sequence": statistics.fmean(total / len(tokens) for total, tokens in zip(totals, sequences, strict=True)),
+        "token": sum(totals) / sum(map(len, sequences)),
+        "constant": sum(totals) / (len(sequences) * 20),
+    }[mean]
+    # Advantages and weights are float32.
+    assert got == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("case", "knobs"),
+    [
+        ("default", {"kl_coef": 0.1, "dual_clip": None}),
+        ("two_sided", {"kl_coef": 0.1}),
+        ("paper_of_2024", PAPER),
+        ("no_kl", {}),
+    ],
+)
+def test_gradient_is_trls(case, knobs):
+    """Against TRL 1.16's own loss, with its default KL: see ``trl_golden.py``, which makes the numbers again."""
+    assert case in CASES
+    given, golden = problem(), json.loads(GOLDEN.read_text())[case]
+    batch = pack([Sequence(token_ids=[0] * (1 + len(x)), trainable=[False] + [True] * len(x)) for x in given["logp"]])
+
+    def flat(rows):
+        return torch.tensor([y for row in rows for y in [0.0, *row]], dtype=torch.float64)
+
+    advantage_T = torch.tensor(given["advantages"][0], dtype=torch.float64)[batch.segment_T] * batch.trainable_T
+    grpo = GRPO(**knobs)
+    batch = replace(
+        stamp_weights(batch, grpo.aggregation),
+        old_logp_T=flat(given["old"]),
+        reference_logp_T=flat(given["reference"]),
+        advantage_T=advantage_T,
+        kl_coef=grpo.kl_coef,
+    )
+    logp_T = flat(given["logp"]).requires_grad_()
+    loss = (grpo.loss(Outputs(logp_T=logp_T), batch).loss_T * batch.weight_T).sum()
+    (gradient_T,) = torch.autograd.grad(loss, logp_T)
+    # Weights are float32.
+    assert loss.item() == pytest.approx(golden["loss"], abs=1e-7)
+    torch.testing.assert_close(gradient_T, flat(golden["gradient"]), rtol=0, atol=1e-7)
+
+
+def test_no_reference_is_needed_without_a_kl_coefficient(step):
+    grpo = GRPO(kl_coef=0.0)
+    assert not grpo.needs_reference
+    batch = replace(step.batch(), reference_logp_T=None)
+    estimate = grpo.estimate(step.groups, batch, {})
+    assert torch.isfinite(grpo.loss(step.outputs(estimate.batch), estimate.batch).loss_T).all()
+
+
+def test_impossible_knobs():
+    with pytest.raises(UserError, match="clip_low: expected from 0 to 1, got 2"):
+        GRPO(clip_low=2)
+
+
+def test_kl_in_the_reward_is_each_samples_own(step):
+    """The sum over a sample's trainable tokens, off its reward before the mean is taken; left out are left out."""
+    step.groups[0].rollouts[1].reward = None
+    step.groups[2].rollouts[0].stop = "error"
+    batch = step.batch()
+    got = GRPO(kl="reward", kl_coef=0.3).estimate(step.groups, batch, {})
+    s = 0
+    for g in step.groups:
+        charged = []
+        for r in g.usable:
+            at = [batch.bounds[s].item() + t for t, trainable in enumerate(r.trainable) if trainable]
+            charged.append(r.reward - 0.3 * sum((batch.old_logp_T - batch.reference_logp_T)[at].tolist()))
+            s += 1
+        mean, std = statistics.fmean(charged), statistics.stdev(charged)
+        for i, value in enumerate(charged, start=s - len(charged)):
+            rows = slice(batch.bounds[i], batch.bounds[i + 1])
+            own = got.batch.advantage_T[rows][batch.trainable_T[rows]]
+            assert own.tolist() == pytest.approx([(value - mean) / (std + 1e-4)] * len(own), abs=1e-6)
+    # And only there: the loss is the one without a KL.
+    out = step.outputs(got.batch)
+    assert torch.equal(GRPO(kl="reward", kl_coef=0.3).loss(out, got.batch).loss_T, GRPO().loss(out, got.batch).loss_T)
+
+
+def test_share_of_groups_that_teach_nothing(step):
+    for rollout in step.groups[1].rollouts:
+        rollout.reward = 0.3
+    metrics = GRPO(kl="reward", kl_coef=0.1).estimate(step.groups, step.batch(), {}).metrics
+    assert metrics["equal_reward_groups"] == 0.25
+    assert set(metrics) == {"equal_reward_groups", "kl", "kl_per_sequence"}
+
+
+@pytest.mark.parametrize("kl_estimator", ["ratio_k3", "k3", "k2"])
+def test_loss_gradcheck(step, kl_estimator):
+    grpo = GRPO(kl_coef=0.1, kl_estimator=kl_estimator)
+    batch = grpo.estimate(step.groups, step.batch(), {}).batch.select([0, 1])
+    logp = step.theta[batch.token_ids_T].detach().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: grpo.loss(Outputs(logp_T=x), batch).loss_T, (logp,))

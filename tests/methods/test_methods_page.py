@@ -1,0 +1,54 @@
+"""The example of docs/methods.md works as it stands there."""
+
+import re
+from dataclasses import fields
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from sampled_step import make_step
+
+from tandem.data.packing import stamp_weights
+from tandem.functional.advantages import group_normalised
+
+PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
+
+
+@pytest.fixture
+def step():
+    return make_step(0)
+
+
+def test_your_own_algorithm_in_one_file(step, tmp_path, monkeypatch):
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    (tmp_path / "cispo_from_docs.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    from cispo_from_docs import CISPO
+
+    cispo = CISPO(max_ratio=1.1)
+    estimate = cispo.estimate(step.groups, step.batch(), cispo.initial_state())
+    batch = stamp_weights(estimate.batch, cispo.aggregation)
+    token_loss = cispo.loss(step.outputs(batch), batch)
+    (token_loss.loss_T * batch.weight_T).sum().backward()
+
+    advantages = [a for g in step.groups for a in group_normalised(g.rewards)]
+    tokens = int(batch.trainable_T.sum())
+    expected = torch.zeros_like(step.theta)
+    for t in batch.trainable_T.nonzero().squeeze(-1).tolist():
+        token, segment = batch.token_ids_T[t], int(batch.segment_T[t])
+        ratio = (step.theta[token] - step.old_logp[token]).exp().item()
+        expected[token] = -min(ratio, 1.1) * advantages[segment] / tokens
+    # Advantages and weights are float32.
+    torch.testing.assert_close(step.theta.grad, expected, rtol=0, atol=1e-7)
+    assert token_loss.metrics_T["ratio"].max().item() > 1.1
+    assert not cispo.needs_critic
+    assert not cispo.needs_reference
+
+
+@pytest.mark.parametrize("module", ["ppo", "grpo"])
+def test_every_knob_is_on_the_page(module):
+    cls = getattr(import_module(f"tandem.methods.{module}"), module.upper())
+    section = PAGE.read_text().split(f"\n## {module.upper()}\n")[1].split("\n## ")[0]
+    named = set(re.findall(r"`(\w+)`", section)) | {"aggregation"}
+    assert {f.name for f in fields(cls)} <= named

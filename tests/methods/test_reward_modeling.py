@@ -1,0 +1,100 @@
+"""The reward-model objective against OpenRLHF's and TRL's losses, and its independence of packing."""
+
+import math
+import statistics
+
+import pytest
+import torch
+from conftest import micro_batches
+
+from tandem.batch import Outputs
+from tandem.data.packing import pack_pairs, stamp_pair_weights
+from tandem.methods.rm import RewardModeling
+from tandem.types import PreferencePair, Sequence
+
+CHOSEN, REJECTED, MARGIN = [1.3, -0.2, 0.5], [0.4, 0.6, 0.5], [0.0, 0.5, 0.25]
+# OpenRLHF 0.11.2 models/loss.PairWiseLoss on each pair, in float64; TRL 1.16 reward_trainer has the same formula.
+LOSSES = [0.3411538747320878, 1.5410084538329922, 0.8259394198788436]
+
+
+def sequence(start, length):
+    return Sequence(token_ids=list(range(start, start + length)), trainable=[False] + [True] * (length - 1))
+
+
+PAIRS = [
+    PreferencePair(chosen=sequence(10 * i, 3 + i), rejected=sequence(10 * i + 5, 2 + i), margin=m)
+    for i, m in enumerate(MARGIN)
+]
+SCORES = torch.zeros(40, dtype=torch.float64)
+for i, (c, r) in enumerate(zip(CHOSEN, REJECTED, strict=True)):
+    SCORES[PAIRS[i].chosen.token_ids[-1]], SCORES[PAIRS[i].rejected.token_ids[-1]] = c, r
+
+
+def outputs(batch, scores=SCORES):
+    return Outputs(score_S=scores[batch.token_ids_T[batch.last_S]])
+
+
+def total(objective, batch, scores=SCORES):
+    return (objective.loss(outputs(batch, scores), batch).loss_T * batch.weight_T).sum()
+
+
+def test_golden():
+    batch = stamp_pair_weights(pack_pairs(PAIRS))
+    token_loss = RewardModeling().loss(outputs(batch), batch)
+    last = batch.last_S[0::2]
+    assert token_loss.loss_T[last].tolist() == pytest.approx(LOSSES, abs=1e-7)
+    elsewhere = torch.ones(batch.tokens, dtype=torch.bool)
+    elsewhere[last] = False
+    assert (token_loss.loss_T[elsewhere] == 0).all()
+    assert total(RewardModeling(), batch).item() == pytest.approx(statistics.fmean(LOSSES), abs=1e-7)
+
+
+def test_centering_is_trls():
+    # TRL adds center_rewards_coefficient * mean((chosen + rejected)^2).
+    batch = stamp_pair_weights(pack_pairs(PAIRS))
+    penalty = statistics.fmean((c + r) ** 2 for c, r in zip(CHOSEN, REJECTED, strict=True))
+    got = total(RewardModeling(center_coef=0.01), batch).item()
+    assert got == pytest.approx(statistics.fmean(LOSSES) + 0.01 * penalty, abs=1e-7)
+
+
+def test_metrics_sit_where_the_weights_are():
+    batch = stamp_pair_weights(pack_pairs(PAIRS))
+    metrics_T = RewardModeling().loss(outputs(batch), batch).metrics_T
+    weighted = {name: value_T[batch.weight_T != 0].mean().item() for name, value_T in metrics_T.items()}
+    # The third pair is a tie: wrong.
+    assert weighted == pytest.approx(
+        {
+            "accuracy": 1 / 3,
+            "score_gap": statistics.fmean(c - r for c, r in zip(CHOSEN, REJECTED, strict=True)),
+            "chosen_score": statistics.fmean(CHOSEN),
+            "rejected_score": statistics.fmean(REJECTED),
+        }
+    )
+
+
+def test_a_tie_costs_log_two():
+    batch = stamp_pair_weights(pack_pairs([PreferencePair(chosen=sequence(0, 2), rejected=sequence(5, 2))]))
+    assert total(RewardModeling(), batch, torch.ones(40, dtype=torch.float64)).item() == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize(
+    "change", [lambda b: micro_batches(b, 1), lambda b: micro_batches(b, 9), lambda b: [b.select([2, 0, 1])]]
+)
+def test_packing_and_micro_batches_do_not_matter(change):
+    batch = stamp_pair_weights(pack_pairs(PAIRS))
+    objective = RewardModeling(center_coef=0.01)
+    gradients, losses = [], []
+    for parts in ([batch], list(change(batch))):
+        scores = SCORES.clone().requires_grad_()
+        loss = sum(total(objective, part, scores) for part in parts)
+        losses.append(loss.item())
+        gradients.append(torch.autograd.grad(loss, scores)[0])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-12)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=1e-12)
+
+
+def test_gradcheck():
+    batch = stamp_pair_weights(pack_pairs(PAIRS))
+    score_S = outputs(batch).score_S.requires_grad_()
+    objective = RewardModeling(center_coef=0.01)
+    assert torch.autograd.gradcheck(lambda s: objective.loss(Outputs(score_S=s), batch).loss_T, (score_S,))

@@ -1,0 +1,84 @@
+"""A small random GRPO problem, and what TRL says of it.
+
+Where TRL is installed, ``python tests/methods/trl_golden.py`` makes the numbers again: TRL's own
+``GRPOTrainer._compute_loss`` runs on the log-probs of the problem, without a model. The script writes
+``trl_golden.json``: the loss and its gradient by each log-prob, for each of ``CASES``.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import defaultdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+GOLDEN = Path(__file__).with_suffix(".json")
+LENGTHS = [3, 6, 1, 4, 5, 2]
+CASES: dict[str, dict[str, Any]] = {
+    # What is not named here is as GRPOConfig has it: loss_type "dapo", epsilon 0.2, use_bias_correction_kl True.
+    "default": {"beta": 0.1},
+    "two_sided": {"beta": 0.1, "delta": 3.0},
+    "paper_of_2024": {"beta": 0.04, "loss_type": "grpo", "use_bias_correction_kl": False},
+    "no_kl": {"beta": 0.0, "delta": 3.0},
+}
+
+
+def problem() -> dict[str, list[list[float]]]:
+    """Log-probs of the policy, the sampler and the reference for each token, and an advantage for each sequence."""
+    rng = random.Random(0)
+    logp = [[rng.uniform(-4, -0.1) for _ in range(n)] for n in LENGTHS]
+    # Ratios on both sides of every bound, and one beyond delta.
+    old = [[x + rng.gauss(0, 0.4) for x in row] for row in logp]
+    old[1][2], old[3][0] = logp[1][2] - 1.5, logp[3][0] - 1.4
+    reference = [[x + rng.gauss(0, 0.8) for x in row] for row in logp]
+    return {"logp": logp, "old": old, "reference": reference, "advantages": [[1.2, -0.7, 0.4, -1.1, 0.9, -0.7]]}
+
+
+def trl_gradient(knobs: dict[str, Any]) -> dict[str, Any]:
+    """TRL's loss, and its gradient by each log-prob."""
+    from trl import GRPOConfig
+    from trl.trainer.grpo_trainer import GRPOTrainer
+
+    def padded(rows: list[list[float]]) -> torch.Tensor:
+        width = max(LENGTHS)
+        return torch.tensor([row + [0.0] * (width - len(row)) for row in rows], dtype=torch.float64)
+
+    given = problem()
+    logp = padded(given["logp"]).requires_grad_()
+    mask = padded([[1.0] * n for n in LENGTHS])
+    args = GRPOConfig(output_dir="unused", use_cpu=True, bf16=False, report_to="none", **knobs)
+    trainer = object.__new__(GRPOTrainer)
+    trainer.args, trainer.beta, trainer.loss_type = args, args.beta, args.loss_type
+    trainer.epsilon_low = args.epsilon
+    trainer.epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high
+    trainer.importance_sampling_level = args.importance_sampling_level
+    trainer.top_entropy_quantile, trainer.off_policy_mask_threshold = args.top_entropy_quantile, None
+    trainer.use_vllm = trainer.aux_loss_enabled = trainer._entropy_bonus_enabled = False
+    trainer.model = SimpleNamespace(training=False)
+    trainer.accelerator = SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x)
+    trainer._metrics = {"eval": defaultdict(list)}
+    trainer._get_per_token_logps_and_entropies = lambda *_, **__: (logp, torch.zeros_like(logp), None)
+    inputs = {
+        "prompt_ids": torch.zeros(len(LENGTHS), 1, dtype=torch.int64),
+        "prompt_mask": torch.ones(len(LENGTHS), 1),
+        "completion_ids": torch.zeros_like(logp, dtype=torch.int64),
+        "completion_mask": mask,
+        "advantages": torch.tensor(given["advantages"][0], dtype=torch.float64),
+        "old_per_token_logps": padded(given["old"]),
+        "ref_per_token_logps": padded(given["reference"]),
+        "num_items_in_batch": mask.sum(),
+    }
+    loss = trainer._compute_loss(None, inputs)
+    (gradient,) = torch.autograd.grad(loss, logp)
+    return {"loss": loss.item(), "gradient": [g[:n] for g, n in zip(gradient.tolist(), LENGTHS, strict=True)]}
+
+
+if __name__ == "__main__":
+    import trl
+
+    golden = {"trl": trl.__version__} | {name: trl_gradient(knobs) for name, knobs in CASES.items()}
+    GOLDEN.write_text(json.dumps(golden, indent=1) + "\n")
