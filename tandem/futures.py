@@ -1,0 +1,65 @@
+"""Results that may still be on their way. Imports nothing, so that every room can give and take them."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar, overload
+
+T = TypeVar("T")
+Result = TypeVar("Result", covariant=True)
+Key = TypeVar("Key", bound=Hashable)
+
+
+class Future(Protocol[Result]):
+    """The result of a call that has begun."""
+
+    def done(self) -> bool:
+        """Whether ``result`` returns, or raises, without waiting."""
+        ...
+
+    def result(self) -> Result:
+        """Waits for the call to end. Returns what it returned, or raises what it raised, each time it is asked."""
+        ...
+
+
+@dataclass(frozen=True)
+class Done(Generic[T]):
+    """The result of a call that was made at once."""
+
+    value: T
+
+    def done(self) -> bool:
+        return True
+
+    def result(self) -> T:
+        return self.value
+
+
+@overload
+def wait_all(futures: Mapping[Key, Future[T]]) -> dict[Key, T]: ...
+
+
+@overload
+def wait_all(futures: Seq[Future[T]]) -> list[T]: ...
+
+
+def wait_all(futures: Mapping[Any, Future[T]] | Seq[Future[T]]) -> dict[Any, T] | list[T]:
+    """Waits until every call has ended. Returns the results as they were given: by name, or in order.
+
+    Raises the error of the first of them, in the given order, that failed, whichever failed first. An interrupt ends
+    the wait at once.
+    """
+    if isinstance(futures, Mapping):
+        return dict(zip(futures, wait_all(list(futures.values())), strict=True))
+    results: list[T] = []
+    errors: list[Exception] = []
+    for future in futures:
+        try:
+            results.append(future.result())
+        except Exception as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
+    return results
