@@ -30,7 +30,7 @@ def test_all_are_waited_for_and_the_first_given_speaks():
     waited: list[str] = []
     last: Promise[int] = Promise()
     last.set_exception(ValueError("last"))
-    with pytest.raises(ValueError, match="^first$"):
+    with pytest.raises(ValueError, match=r"^first$"):
         wait_all(
             {"well": Done(0), "first": Failing("first", waited), "second": Failing("second", waited), "last": last}
         )
