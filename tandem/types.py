@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 StopReason = Literal["eos", "length", "stop_string", "tool", "error"]
 Aggregation = Literal["token", "sequence", "constant"]
@@ -24,13 +24,9 @@ class Limits:
     """The folder or hub name that has these limits, for messages."""
 
 
-class Held(NamedTuple):
-    """An engine's copy of a pushed tensor: which one, the engine's own parameter that it lies in, and its checksum."""
-
-    part: str
-    where: str
-    sum: int
-    """``tandem.sync.checksum``: of the whole tensor, in the dtype in which it came."""
+Held = tuple[str, str, int]
+"""An engine's copy of a pushed tensor: which one, the engine's own parameter that it lies in, and its checksum
+(``tandem.sync.checksum``), of the whole tensor in the dtype in which it came. Plain, because a push sends hundreds."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -110,7 +110,7 @@ def compare(who: str, sums: Sums, held: Seq[Held]) -> None:
 
 def warn_of_unseen(sums: Sums, held: Seq[Held]) -> None:
     """Says so where an engine cannot tell what it holds of some tensors."""
-    seen = {tensor.part for tensor in held}
+    seen = {part for part, _, _ in held}
     unseen = [name for name in sums if name not in seen]
     if unseen:
         log.warning(

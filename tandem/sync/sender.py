@@ -43,8 +43,6 @@ class Sender:
         """One push of all weights. Returns the sums of ``truth``, taken while buckets are on their way; {} without."""
         push = self.pushes
         self.pushes += 1
-        if truth is not None:
-            truth.begin()
         on_way: list[Pending | None] = [None] * BUFFERS
         for number, bucket in enumerate(self.plan.buckets):
             slot = number % BUFFERS
@@ -55,6 +53,9 @@ class Sender:
             if self.channel is not None:
                 on_way[slot] = self.channel.send(push, number, used(bucket, buffer))
             if truth is not None:
+                if number == 0:
+                    # Not before the receivers have something to do.
+                    truth.begin()
                 truth.add(number)
         for pending in on_way:
             if pending is not None:

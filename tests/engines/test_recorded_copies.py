@@ -7,13 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from tandem.engines.vllm.checksums import Shard, combine
+from tandem.engines.vllm.checksums import Shard, Wholes
 from tandem.engines.vllm.copies import Copies, RecordingCopies
 from tandem.engines.vllm.loading import Sums, Target, find_places, play_copies
 from tandem.engines.vllm.regions import Piece, Region, WatchingCopies
 from tandem.sync.checksum import ParameterSums
 from tandem.sync.plan import Plan, TensorSpec
-from tandem.types import Held
 
 
 class Fused(nn.Module):
@@ -65,17 +64,18 @@ def test_every_push_that_is_played_is_summed_where_it_lies_then():
     rows, norm = Piece("q", Region(1, 16, 0, 16), 0, 16), Piece("norm", Region(1, 4, 0, 4), 0, 4)
     pieces = {"qk": Target((6, 4), torch.float32, [rows], 16), "norm": Target((4,), torch.float32, [norm], 4)}
     sums = Sums(find_places(model), pieces, plan, torch.device("cpu"))
+    parts = [shard.part for shard in sums.shards]
     for seed in (2, 3, 4):
         sent = bucket_in(buffer, seed)
         play_copies(copies, [sent], sums)
         truth = ParameterSums(dict(sent), plan, torch.device("cpu")).now()
-        assert {shard.part: shard.sum for shard in sums.result()} == truth
+        assert dict(zip(parts, sums.result(), strict=True)) == truth
     # The copies go on filling the memory that the model no longer computes with.
     model.qk.data = model.qk.data.clone()
     sent = bucket_in(buffer, 5)
     play_copies(copies, [sent], sums)
     truth = ParameterSums(dict(sent), plan, torch.device("cpu")).now()
-    found = {shard.part: shard.sum for shard in sums.result()}
+    found = dict(zip(parts, sums.result(), strict=True))
     assert found["norm"] == truth["norm"]
     assert found["q"] != truth["q"]
 
@@ -126,12 +126,20 @@ def test_ranks_add_up_and_copies_of_a_region_count_once():
     plan = Plan((TensorSpec("k", (4, 2), "float32"), TensorSpec("norm", (4,), "float32")))
     top, bottom, norm = Region(1, 4, 0, 4), Region(1, 4, 4, 4), Region(1, 4, 0, 4)
 
-    def rank(region: Region, total: int, of_norm: int = 9) -> list[Shard]:
-        return [Shard("k", "qkv", region, total), Shard("norm", "norm", norm, of_norm)]
+    def rank(region: Region) -> list[Shard]:
+        return [Shard("k", "qkv", region), Shard("norm", "norm", norm)]
 
-    four = [rank(top, 3), rank(top, 3), rank(bottom, 2**32 - 1), rank(bottom, 2**32 - 1)]
-    assert combine(four, plan) == [Held("k", "qkv", 2), Held("norm", "norm", 9)]
-    four[1] = rank(top, 4, of_norm=8)
-    found = {held.where: held.sum for held in combine(four, plan)}
+    four = Wholes([rank(top), rank(top), rank(bottom), rank(bottom)], plan)
+    high = 2**32 - 1
+    assert four.held([[3, 9], [3, 9], [high, 9], [high, 9]]) == [("k", "qkv", 2), ("norm", "norm", 9)]
+    found = {where: total for _, where, total in four.held([[3, 9], [4, 8], [high, 9], [high, 9]])}
     assert found == {"qkv@0": 2, "qkv@1": 3, "qkv@2": 2, "qkv@3": 2, "norm@0": 9, "norm@1": 8, "norm@2": 9, "norm@3": 9}
-    assert combine([rank(top, 3)], plan) == [Held("norm", "norm", 9)]
+    assert Wholes([rank(top)], plan).held([[3, 9]]) == [("norm", "norm", 9)]
+    two = Wholes([rank(top), rank(bottom)], plan)
+    assert two.held([[3, 9], [high, 9]]) == [("k", "qkv", 2), ("norm", "norm", 9)]
+    # What a rank cannot tell is not compared; what another rank holds of it is.
+    found = {where: total for _, where, total in four.held([[None, 9], [4, None], [high, 9], [high, 8]])}
+    assert found == {"qkv": 3, "norm@0": 9, "norm@1": 9, "norm@2": 9, "norm@3": 8}
+    assert two.held([[None, 9], [high, None]]) == [("norm", "norm", 9)]
+    # The sums of one push say nothing of the next's.
+    assert two.held([[4, 9], [high, 9]]) == [("k", "qkv", 3), ("norm", "norm", 9)]

@@ -14,7 +14,6 @@ from conftest import make_tokenizer
 from vllm_faults import QUERY, all_at_once, faults_seen
 from vllm_models import POSITIONS, Pusher, covered, make_model, reference_logp, save, wrong_tensors
 
-from tandem.engines.vllm.checksums import combine
 from tandem.engines.vllm.engine import VLLMEngine
 from tandem.errors import UserError
 from tandem.roles import SleepingEngine
@@ -51,7 +50,7 @@ def pusher_of(engine: VLLMEngine, module: Any) -> Pusher:
 
 
 def summed_by_tensor(worker: Any) -> Any:
-    """A worker's shards, of which the tensors of a bucket are summed as they were when the last bucket was."""
+    """A worker's sums, the tensors of a bucket summed as they were when the last bucket was."""
     sums = worker.weight_transfer_engine.sums
     sums.begin()
     for bucket in reversed(range(len(sums.plan.buckets))):
@@ -280,9 +279,9 @@ def test_checksums_cover_every_weight(engine):
     pusher = pusher_of(engine, other)
     sums = pusher.push(1)
     held = engine.checksums()
-    assert held == pusher.held == combine(engine._engine.collective_rpc(summed_by_tensor), engine._plan)
+    assert held == pusher.held == engine._held(engine._engine.collective_rpc(summed_by_tensor))
     assert covered(engine) == set(dict(other.named_parameters())) == set(sums)
-    places = {tensor.part: [t.where for t in held if t.part == tensor.part] for tensor in held}
+    places = {part: [where for other, where, _ in held if other == part] for part, _, _ in held}
     assert places["model.embed_tokens.weight"] == ["model.embed_tokens.weight", "lm_head.weight"]
     key = "model.layers.1.self_attn.k_proj.weight"
     assert places[key] == ["model.layers.1.self_attn.qkv_proj.weight"]

@@ -107,9 +107,9 @@ class Pusher:
 
 def wrong_tensors(engine: VLLMEngine, sums: Sums) -> list[str]:
     """The engine's tensors that are not what the checksums say."""
-    return [held.where for held in engine.checksums() if held.sum != sums[held.part]]
+    return [where for part, where, found in engine.checksums() if found != sums[part]]
 
 
 def covered(engine: VLLMEngine) -> set[str]:
     """The pushed tensors that the engine has a checksum of."""
-    return {held.part for held in engine.checksums()}
+    return {part for part, _, _ in engine.checksums()}

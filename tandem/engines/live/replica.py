@@ -105,4 +105,4 @@ class ReplicaEngine:
 
 
 def _held(sums: Sums) -> list[Held]:
-    return [Held(name, name, total) for name, total in sums.items()]
+    return [(name, name, total) for name, total in sums.items()]

@@ -8,7 +8,7 @@ from collections.abc import Sequence as Seq
 from typing import Any, Literal
 
 from tandem.engines.samples import StopRule, check_request
-from tandem.engines.vllm.checksums import combine
+from tandem.engines.vllm.checksums import Wholes
 from tandem.engines.vllm.setup import check_vllm, close_vllm, end_with_ranks, eos_ids, on_cpu, start_vllm
 from tandem.engines.vllm.stepper import Ended, Job, Stepper
 from tandem.errors import UserError, first_line
@@ -83,6 +83,8 @@ class VLLMEngine:
         self._eos_ids = eos_ids(self._llm)
         self._stepper = Stepper(self._engine, max_slots, lambda: self.version)
         self._plan = Plan(())
+        self._wholes: Wholes | None = None
+        """Which sums of the workers belong together: asked for after the first push over a link."""
         self._pushes = 0
         self._asleep: set[str] = set()
         self._stale: Exception | None = None
@@ -149,7 +151,7 @@ class VLLMEngine:
             raise UserError(f"weight sync: {len(links)} links for {self.tensor_parallel} tensor-parallel ranks")
         with self._stepper.exclusive():
             self._call("tandem_connect", list(links))
-            self._plan = links[0].plan
+            self._plan, self._wholes = links[0].plan, None
 
     def receive(self, version: int, check: bool = False) -> list[Held]:
         """Takes one push, between two steps: the weights, an empty cache, and then ``version``.
@@ -172,7 +174,7 @@ class VLLMEngine:
             self.version = version
             self._stale = None
             self._mark_usable()
-            return combine(ranks, self._plan)
+            return self._held(ranks) if check else []
 
     def checksums(self) -> list[Held]:
         """What it holds now of each tensor that was pushed, taken from what the model computes with.
@@ -181,7 +183,7 @@ class VLLMEngine:
         compared: quantized, cast or transformed ones. Needs one push before.
         """
         with self._stepper.exclusive():
-            return combine(self._call("tandem_shards"), self._plan)
+            return self._held(self._call("tandem_sums"))
 
     def sleep(self) -> None:
         """Gives the device's memory back: drops weights and cache. Waking needs ``wake`` and a ``receive``."""
@@ -239,6 +241,12 @@ class VLLMEngine:
         if error := next((error for _, error in answers if error is not None), None):
             raise error
         return [value for value, _ in answers]
+
+    def _held(self, sums: list[Seq[int | None]]) -> list[Held]:
+        """From what each worker's ``tandem_sums`` gives."""
+        if self._wholes is None:
+            self._wholes = Wholes(self._call("tandem_shards"), self._plan)
+        return self._wholes.held(sums)
 
     def _check_awake(self, stage: str) -> None:
         if stage in self._asleep:

@@ -224,6 +224,7 @@ class Sums:
         self.slots: dict[str, list[int]] = {}
         for slot, (piece, *_) in enumerate(self.held):
             self.slots.setdefault(piece.part, []).append(slot)
+        self.shards = [Shard(piece.part, name, piece.region) for piece, name, *_ in self.held]
         self.tally = Tally(len(self.held), device, self._jobs)
         self.unseen: set[int] = set()
 
@@ -235,15 +236,11 @@ class Sums:
         """Sums the pieces of the tensors of the plan's bucket of that number as they are now."""
         self.tally.add(bucket)
 
-    def result(self) -> list[Shard]:
-        """Waits for the device."""
-        return [
-            Shard(piece.part, name, piece.region, total)
-            for slot, ((piece, name, *_), total) in enumerate(zip(self.held, self.tally.result(), strict=True))
-            if slot not in self.unseen
-        ]
+    def result(self) -> list[int | None]:
+        """The sum of each of ``shards``, None where it cannot be told. Waits for the device."""
+        return [None if slot in self.unseen else total for slot, total in enumerate(self.tally.result())]
 
-    def now(self) -> list[Shard]:
+    def now(self) -> list[int | None]:
         """The checksums of everything as it is now."""
         self.begin()
         for bucket in range(len(self.plan.buckets)):

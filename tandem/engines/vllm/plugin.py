@@ -72,8 +72,8 @@ class TandemTransfer(WeightTransferEngine):
     sums: Sums | None = None
     """Of the record. Walking through all modules takes longer than all checksums, so it is done once."""
     may_copy: bool = False
-    shards: Seq[Shard] = ()
-    """Of the last push, where it was to be checked."""
+    found: Seq[int | None] = ()
+    """The sums of the last push, where it was to be checked."""
     copies: Copies | None = None
     """How a push is loaded once it has been recorded: receive buffers and parameters stay where they are."""
 
@@ -98,13 +98,13 @@ class TandemTransfer(WeightTransferEngine):
             raise UserError("weight sync: the engine is not connected to a trainer; call connect() first")
         try:
             with set_current_vllm_config(self.vllm_config):
-                self.shards = self._load(self.receiver.buckets(), update_info.check)
+                self.found = self._load(self.receiver.buckets(), update_info.check)
         except BaseException:
             # The sender has buckets left over, which the next push must not begin with.
             self.shutdown()
             raise
 
-    def _load(self, buckets: Iterator[Bucket], check: bool) -> Seq[Shard]:
+    def _load(self, buckets: Iterator[Bucket], check: bool) -> Seq[int | None]:
         """The first push learns what becomes of each tensor, the second which copies that takes; the rest play them."""
         if self.copies is not None:
             sums = self.sums if check else None
@@ -122,13 +122,13 @@ class TandemTransfer(WeightTransferEngine):
             self.may_copy = self.copies is not None
         else:
             load_push(self.model, self.model_config, buckets, None)
-        return self.summed() if check else []
+        return self.pushed().now() if check else []
 
-    def summed(self) -> Seq[Shard]:
-        """Checksums of this rank's parameters as they are now. Raises UserError before the first push."""
+    def pushed(self) -> Sums:
+        """What sums this rank's parameters. Raises UserError before the first push."""
         if self.sums is None:
             raise UserError("checksums: nothing has been pushed yet, so vLLM's tensors have no origin to compare with")
-        return self.sums.now()
+        return self.sums
 
     def shutdown(self) -> None:
         if self.receiver is not None:
@@ -136,7 +136,7 @@ class TandemTransfer(WeightTransferEngine):
             self.receiver = None
         # Another trainer may send another plan.
         self.record = self.copies = self.sums = None
-        self.shards = ()
+        self.found = ()
         self.may_copy = False
 
     @staticmethod
@@ -169,16 +169,20 @@ class WorkerExtension:
     def tandem_connect(self, links: Seq[Link]) -> None:
         self.init_weight_transfer_engine({"links": links})  # type: ignore[attr-defined]
 
-    def tandem_receive(self, check: bool) -> Seq[Shard]:
-        """Takes one push. Returns ``tandem_shards`` of it, if asked to ``check``."""
+    def tandem_receive(self, check: bool) -> Seq[int | None]:
+        """Takes one push. Returns ``tandem_sums`` of it, if asked to ``check``."""
         self.start_weight_update()  # type: ignore[attr-defined]
         self.update_weights({"check": check})  # type: ignore[attr-defined]
         self.finish_weight_update()  # type: ignore[attr-defined]
-        return self.weight_transfer_engine.shards
+        return self.weight_transfer_engine.found
+
+    def tandem_sums(self) -> Seq[int | None]:
+        """Checksums of ``tandem_shards`` as they are now. Raises UserError before the first push."""
+        return self.weight_transfer_engine.pushed().now()
 
     def tandem_shards(self) -> Seq[Shard]:
-        """Checksums of this rank's parameters as they are now. Raises UserError before the first push."""
-        return self.weight_transfer_engine.summed()
+        """Which parts of which tensors this rank holds, the same from the first push over a link to its last."""
+        return self.weight_transfer_engine.pushed().shards
 
     def tandem_memory(self) -> tuple[float, float] | None:
         """Bytes free and in use on this worker's device, by whomever; None on a CPU."""
