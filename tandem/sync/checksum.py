@@ -24,11 +24,11 @@ class Tally:
     """Checksums of a push on a device, a slot each: ``begin``, ``add`` for each bucket, ``result``; again for the next.
 
     ``jobs(bucket)`` says what a bucket adds. It is asked and prepared once, and only played back as long as all
-    tensors stay where they are.
+    tensors stay where they are. The first ``quiet`` buckets are summed on a part of the GPU (``bits.prepare``).
     """
 
-    def __init__(self, slots: int, device: torch.device, jobs: Callable[[int], Seq[bits.Job]]) -> None:
-        self.jobs = jobs
+    def __init__(self, slots: int, device: torch.device, jobs: Callable[[int], Seq[bits.Job]], quiet: int = 0) -> None:
+        self.jobs, self.quiet = jobs, quiet
         self.total_N = torch.zeros(slots, dtype=torch.int32, device=device)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.where: list[tuple[int, torch.Size]] = []
@@ -54,7 +54,7 @@ class Tally:
                 add(self.total_N)
                 return
             jobs = self.jobs(bucket)
-            add = bits.prepare(jobs)
+            add = bits.prepare(jobs, quiet=bucket < self.quiet)
             add(self.total_N)
             # A copy that was made to be summed (from the CPU, out of a packed layer) is another one in the next push.
             if all(job.values_RC.untyped_storage().data_ptr() in self.memory for job in jobs):
@@ -85,15 +85,16 @@ class ParameterSums:
 
     Each rank sums the slices that it keeps, cast to the wire's dtype, at their places in the whole tensor. ``begin``
     and ``add`` only give the device work, a bucket at a time, which hides behind a bucket that is on its way.
+    ``quiet`` is ``Link.quiet`` of the link that it travels over.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], plan: Plan, device: torch.device) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], plan: Plan, device: torch.device, quiet: int = 0) -> None:
         self.parameters, self.plan, self.device = parameters, plan, device
         self.slots = {spec.name: slot for slot, spec in enumerate(plan.tensors)}
         # A name that is not among the parameters is refused by what loads it.
         self.ordered = [parameters[name] for name in self.slots if name in parameters]
         self.sharded = [name for name in self.slots if isinstance(parameters.get(name), DTensor)]
-        self.tally = Tally(len(self.slots), device, self._jobs)
+        self.tally = Tally(len(self.slots), device, self._jobs, quiet)
 
     @torch.no_grad()
     def begin(self) -> None:

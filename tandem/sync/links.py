@@ -41,6 +41,11 @@ class Link:
     def timeout(self) -> timedelta:
         return timedelta(seconds=self.timeout_s)
 
+    @property
+    def quiet(self) -> int:
+        """How many buckets, from the first, are summed while NCCL moves the next one: it would be slowed."""
+        return len(self.plan.buckets) - 1 if self.transport == "nccl" else 0
+
 
 class Pending(Protocol):
     """A transfer on its way."""
@@ -93,7 +98,8 @@ class Broadcast:
             gloo._devices = [make.create_device(hostname=LOOPBACK) if alone else make.create_default_device()]
             self.group: Any = dist.ProcessGroupGloo(store, link.rank, link.size, gloo)
         else:
-            options = dist.ProcessGroupNCCL.Options()
+            # Its few blocks are not to wait for those of copies and sums.
+            options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
             options._timeout = link.timeout
             self.group = dist.ProcessGroupNCCL(store, link.rank, link.size, options)
         self.options = dist.BroadcastOptions()

@@ -16,7 +16,7 @@ class Receiver:
     """One receiving end of a link, on ``device``."""
 
     def __init__(self, link: Link, device: torch.device) -> None:
-        self.plan = link.plan
+        self.link = link
         self.meeting = Meeting(link)
         self.channel = open_channel(link, self.meeting.store, device)
         self.pushes = 0
@@ -27,7 +27,7 @@ class Receiver:
         Tensors are valid until the next bucket is asked for, which is on its way meanwhile. They lie on the CPU
         with gloo, else on the device.
         """
-        push, channel, buckets = self.pushes, self.channel, self.plan.buckets
+        push, channel, buckets = self.pushes, self.channel, self.link.plan.buckets
         self.pushes += 1
         coming = self._fetch(push, 0)
         for number, bucket in enumerate(buckets):
@@ -39,7 +39,7 @@ class Receiver:
             channel.taken(push, number)
 
     def _fetch(self, push: int, number: int) -> Pending:
-        bucket = self.plan.buckets[number]
+        bucket = self.link.plan.buckets[number]
         return self.channel.receive(push, number, used(bucket, self.channel.buffers[number % BUFFERS]))
 
     def close(self) -> None:

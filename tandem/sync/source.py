@@ -43,7 +43,8 @@ class WeightSource:
     def send(self, check: bool = False) -> Sums:
         """One push over the links. Returns the checksums that the other end must have; {} unless asked to ``check``."""
         assert self.sender is not None, "connect() comes first"
-        return self.sender.send(self._truth(self.sender.plan) if check else None)
+        link = self.sender.link
+        return self.sender.send(self._truth(self.sender.plan, link.quiet if link else 0) if check else None)
 
     def fill(self, targets: Mapping[str, Tensor], check: bool = False) -> Sums:
         """Writes all weights into tensors of this process, a layer's worth at a time. Returns what ``send`` does."""
@@ -57,10 +58,10 @@ class WeightSource:
                 truth.add(number)
         return truth.result() if truth is not None else {}
 
-    def _truth(self, plan: Plan) -> ParameterSums:
+    def _truth(self, plan: Plan, quiet: int = 0) -> ParameterSums:
         """The last push's, as long as it is of the same tensors."""
         if self.truth is None or self.truth.parameters is not self.parameters or self.truth.plan != plan:
-            self.truth = ParameterSums(self.parameters, plan, self.gatherer.device)
+            self.truth = ParameterSums(self.parameters, plan, self.gatherer.device, quiet)
         return self.truth
 
     @torch.no_grad()

@@ -120,9 +120,9 @@ def test_what_is_prepared_is_played_back_until_a_tensor_moves(monkeypatch):
     """Values that change where they lie, memory that is given away and comes back elsewhere, and other memory."""
     prepared: list[int] = []
 
-    def counted(jobs):
+    def counted(jobs, **options):
         prepared.append(len(jobs))
-        return prepare(jobs)
+        return prepare(jobs, **options)
 
     prepare = bits.prepare
     monkeypatch.setattr(bits, "prepare", counted)

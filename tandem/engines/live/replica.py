@@ -65,7 +65,7 @@ class ReplicaEngine:
         """Connects to the trainer that will push."""
         (link,) = links
         self.receiver = Receiver(link, self.model.device)
-        self.sums = ParameterSums(self.parameters, link.plan, self.model.device)
+        self.sums = ParameterSums(self.parameters, link.plan, self.model.device, link.quiet)
 
     @torch.no_grad()
     def receive(self, version: int, check: bool = False) -> list[Held]:

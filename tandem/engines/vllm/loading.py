@@ -206,11 +206,15 @@ def find_places(model: Any) -> list[Place]:
 class Sums:
     """This rank's checksums of what the model computes with: ``begin``, ``add`` for each bucket, ``result``.
 
+    ``quiet`` is ``Link.quiet`` of the link that brings them.
+
     On a CPU a linear layer's weights are packed; they are read back by sending the identity through it. Parameters
     whose values are not stored as they came (quantized, cast, computed from them) are left out.
     """
 
-    def __init__(self, places: Iterable[Place], record: Record, plan: Plan, device: torch.device) -> None:
+    def __init__(
+        self, places: Iterable[Place], record: Record, plan: Plan, device: torch.device, quiet: int = 0
+    ) -> None:
         self.plan = plan
         self.held: list[tuple[Piece, str, Any, Target]] = []
         """Every piece, the name of what it lies in, and the module that holds that."""
@@ -225,7 +229,7 @@ class Sums:
         for slot, (piece, *_) in enumerate(self.held):
             self.slots.setdefault(piece.part, []).append(slot)
         self.shards = [Shard(piece.part, name, piece.region) for piece, name, *_ in self.held]
-        self.tally = Tally(len(self.held), device, self._jobs)
+        self.tally = Tally(len(self.held), device, self._jobs, quiet)
         self.unseen: set[int] = set()
 
     def begin(self) -> None:

@@ -115,7 +115,8 @@ class TandemTransfer(WeightTransferEngine):
             load_push(self.model, self.model_config, buckets, record)
             self.record = record
             assert self.receiver is not None, "buckets come from it"
-            self.sums = Sums(find_places(self.model), record, self.receiver.plan, self.device)
+            link = self.receiver.link
+            self.sums = Sums(find_places(self.model), record, link.plan, self.device, link.quiet)
             self.may_copy = may_copy(self.model, all(target.exact for target in record.values()))
         elif self.may_copy:
             self.copies = load_and_record_copies(self.model, buckets, self.record)
