@@ -172,9 +172,9 @@ def live(
 
 def way_of(engine: LiveEngine) -> str:
     """How the engine decoded, for the record: a slower way than expected must be seen."""
-    if engine.captured is None:
+    if engine.fitting is None:
         return engine.way
-    return "captured, own forward: " + engine.captured.own_because if engine.captured.own_because else "captured"
+    return "captured, own forward: " + engine.fitting.own_because if engine.fitting.own_because else "captured"
 
 
 def requests_of(options: argparse.Namespace, case: Case, sampling: SamplingParams) -> list[Request]:

@@ -141,7 +141,7 @@ def _mix(z):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _uniform(seed, counter):  # type: ignore[no-untyped-def]
-    """``tandem.engines.live.sampler.uniform``: SplitMix64 from a mixed seed, 53 bits."""
+    """``tandem.engines.live.draws.uniform``: SplitMix64 from a mixed seed, 53 bits."""
     gamma = tl.full([], 0x9E3779B97F4A7C15, dtype=tl.uint64)
     start = _mix(seed.to(tl.uint64) + gamma)
     bits = _mix(start + gamma * (counter.to(tl.uint64) + 1)) >> 11

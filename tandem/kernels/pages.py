@@ -37,7 +37,7 @@ class Pages:
 
 
 @dataclass(frozen=True)
-class Rows:
+class DecodeRows:
     """The sequences of one decoding step, each with one new token. The same in all layers."""
 
     table_BP: Tensor
@@ -53,14 +53,14 @@ class Rows:
     """int32, for such kernels to count in, by key-value heads. They find zeros and leave zeros."""
 
 
-def rows_of(table_BP: Tensor, length_B: Tensor, alive_B: Tensor, *, page: int, kv_heads: int) -> Rows:
+def decode_rows(table_BP: Tensor, length_B: Tensor, alive_B: Tensor, *, page: int, kv_heads: int) -> DecodeRows:
     """What attention needs to know of rows with these pages and lengths, of which some are ``alive`` (int64)."""
     if on_triton(table_BP):
         from tandem.kernels import pages_triton
 
-        return pages_triton.rows_of(table_BP, length_B, alive_B, page, kv_heads)
+        return pages_triton.decode_rows(table_BP, length_B, alive_B, page, kv_heads)
     page_B = table_BP.gather(1, (length_B // page)[:, None]).squeeze(1).long()
-    return Rows(table_BP, length_B, torch.where(alive_B > 0, page_B * page + length_B % page, 0))
+    return DecodeRows(table_BP, length_B, torch.where(alive_B > 0, page_B * page + length_B % page, 0))
 
 
 def store(key_TKD: Tensor, value_TKD: Tensor, pages: Pages, target_T: Tensor) -> None:
@@ -87,7 +87,7 @@ def append_attend(
     key_BKD: Tensor,
     value_BKD: Tensor,
     pages: Pages,
-    rows: Rows,
+    rows: DecodeRows,
     *,
     scaling: float,
     sliding_window: int | None = None,

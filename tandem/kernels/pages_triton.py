@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tandem.kernels.layers import Rotation
-from tandem.kernels.pages import Pages, Rows
+from tandem.kernels.pages import DecodeRows, Pages
 
 FULL = 448
 """Programs that keep a GPU busy: between three and four to each of an H200's multiprocessors."""
@@ -20,13 +20,13 @@ MANY = 1024
 """Rows times key-value heads from which on a program has two warps instead of four: others hide what one waits for."""
 
 
-def rows_of(table_BP: Tensor, length_B: Tensor, alive_B: Tensor, page: int, kv_heads: int) -> Rows:
+def decode_rows(table_BP: Tensor, length_B: Tensor, alive_B: Tensor, page: int, kv_heads: int) -> DecodeRows:
     """Where each row's next token goes; 0 for rows that have ended. What a program takes, and zeros to count in."""
     rows, device = len(length_B), table_BP.device
     target_B = torch.empty(rows, dtype=torch.int64, device=device)
     share = torch.empty(1, dtype=torch.int32, device=device)
     arrived_BK = torch.empty(rows, kv_heads, dtype=torch.int32, device=device)
-    _rows_of[(1,)](
+    _decode_rows[(1,)](
         table_BP,
         length_B,
         alive_B,
@@ -43,11 +43,11 @@ def rows_of(table_BP: Tensor, length_B: Tensor, alive_B: Tensor, page: int, kv_h
         LEAST=LEAST,
         num_warps=8,
     )
-    return Rows(table_BP, length_B, target_B, share, arrived_BK)
+    return DecodeRows(table_BP, length_B, target_B, share, arrived_BK)
 
 
 @triton.jit
-def _rows_of(  # type: ignore[no-untyped-def]
+def _decode_rows(  # type: ignore[no-untyped-def]
     table, length, alive, target, share, arrived, rows, table_row,
     PAGE: tl.constexpr, KV_HEADS: tl.constexpr, KV_PADDED: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
     LEAST: tl.constexpr,
@@ -132,7 +132,7 @@ def append_attend(
     key_BKD: Tensor,
     value_BKD: Tensor,
     pages: Pages,
-    rows: Rows,
+    rows: DecodeRows,
     *,
     scaling: float,
     sliding_window: int | None,

@@ -12,7 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "engines"))
 from engine_models import EOS, VOCABULARY, model, tokenizer
-from test_continuous import Rounded, drawn, gap, mixed_requests
+from test_over_pages import Rounded, drawn, gap, mixed_requests
 
 from tandem.engines.live.engine import LiveEngine
 from tandem.models.attention import PackedLayout
@@ -113,21 +113,21 @@ def test_the_next_call_sees_new_weights_wherever_they_lie() -> None:
 
 
 def test_a_large_cache_is_given_back_and_a_small_one_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tandem.engines.live import captured
+    from tandem.engines.live import fitting
 
     module = model("qwen2").cuda()
     engine = live(module)
     asked = [Request(prompt_ids=(5, 9), seeds=(1, 2), sampling=SamplingParams(max_new_tokens=30))]
     first = engine.generate(asked)
-    assert engine.captured is not None
-    decoder = engine.captured.decoder
+    assert engine.fitting is not None
+    decoder = engine.fitting.decoder
     assert decoder is not None
     assert drawn(engine.generate(asked)) == drawn(first)
-    assert engine.captured.decoder is decoder
-    monkeypatch.setattr(captured, "KEPT_SHARE", 0.0)
+    assert engine.fitting.decoder is decoder
+    monkeypatch.setattr(fitting, "KEPT_SHARE", 0.0)
     del decoder
     assert drawn(engine.generate(asked)) == drawn(first)
-    assert engine.captured.decoder is None
+    assert engine.fitting.decoder is None
     assert drawn(engine.generate(asked)) == drawn(first)
 
 
@@ -136,8 +136,8 @@ def test_steps_ask_the_host_nothing() -> None:
     engine = live(module)
     asked = [Request(prompt_ids=(5, 9), seeds=tuple(range(8)), sampling=SamplingParams(max_new_tokens=60))]
     engine.generate(asked)
-    assert engine.captured is not None
-    decoder = engine.captured.decoder
+    assert engine.fitting is not None
+    decoder = engine.fitting.decoder
     assert decoder is not None
     ((rows, wanted), _), *_ = decoder.graphs.items()
     torch.cuda.set_sync_debug_mode("error")

@@ -179,7 +179,7 @@ def call_attention(
     pages = Pages(*kept, *torch.zeros(2, 4, kv_heads, PAGE) if scaled else ())
     length = torch.zeros(count, dtype=torch.int64)
     table = torch.zeros(count, width, dtype=torch.int32)
-    rows = pages_triton.rows_of(table, length, length, PAGE, kv_heads)
+    rows = pages_triton.decode_rows(table, length, length, PAGE, kv_heads)
     pages_triton.store(key, value, pages, rows.target_B)
     pages_triton.append_attend(
         query, key, value, pages, rows, scaling=0.1, sliding_window=window,

@@ -9,8 +9,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from tandem.engines.live.sampler import Wanted, param_columns, seed_column, uniform
-from tandem.engines.live.sampler import draw as plain_draw
+from tandem.engines.live.draws import Wanted, param_columns, seed_column, uniform
+from tandem.engines.live.draws import draw as plain_draw
 from tandem.kernels import bits, bits_triton, draw, draw_triton, layers, layers_triton, pages, pages_triton
 from tandem.types import SamplingParams
 
@@ -25,7 +25,7 @@ def _plain_torch_beside(monkeypatch: pytest.MonkeyPatch) -> None:
     """The dispatching functions give the plain torch version here, on a GPU too."""
     for module in (layers, pages, draw):
         monkeypatch.setattr(module, "on_triton", lambda _: False)
-    monkeypatch.setattr("tandem.engines.live.sampler.on_triton", lambda _: False)
+    monkeypatch.setattr("tandem.engines.live.draws.on_triton", lambda _: False)
     torch.manual_seed(0)
 
 
@@ -106,10 +106,10 @@ def test_pages(dtype: torch.dtype, heads: int, kv_heads: int, size: int, page: i
     for row in range(3):
         table[row, length[row] // page] = 5 + row
     alive = torch.tensor([1, 0, 1, 1], device=DEVICE)
-    plain_rows = pages.rows_of(table, length, alive, page=page, kv_heads=kv_heads)
-    some_rows = pages_triton.rows_of(table, length, alive, page, kv_heads)
+    plain_rows = pages.decode_rows(table, length, alive, page=page, kv_heads=kv_heads)
+    some_rows = pages_triton.decode_rows(table, length, alive, page, kv_heads)
     assert torch.equal(some_rows.target_B, plain_rows.target_B)
-    rows = pages_triton.rows_of(table, length, torch.ones_like(alive), page, kv_heads)
+    rows = pages_triton.decode_rows(table, length, torch.ones_like(alive), page, kv_heads)
     query = torch.randn(4, heads, size, device=DEVICE).to(dtype)
     for window in (None, page + 3, 1):
         arguments = (query, key[:4], value[:4])
@@ -137,7 +137,7 @@ def test_decoding_turns_queries_and_keys_by_the_way(dtype: torch.dtype, normed: 
     norms = (*torch.rand(2, size, device=DEVICE).to(dtype), 1e-6) if normed else None
     rotation = layers.Rotation(angle.cos().to(dtype), angle.sin().to(dtype), norms)
     table = torch.tensor([[1, 2], [3, 4], [5, 6]], device=DEVICE).int()
-    rows = pages_triton.rows_of(table, length, torch.ones_like(length), page, kv_heads)
+    rows = pages_triton.decode_rows(table, length, torch.ones_like(length), page, kv_heads)
     turned = qkv.clone()
     layers.rotate_(turned, length, rotation, heads, kv_heads)
     parts = [heads, kv_heads, kv_heads]
@@ -159,7 +159,7 @@ def test_long_rows_are_divided_among_programs() -> None:
     heads, kv_heads, size, page = 6, 2, 16, 16
     length = torch.tensor([11 * page, 3, 40, 7 * page + 1], device=DEVICE)
     table = torch.arange(1, 49, device=DEVICE).view(4, 12).int()
-    rows = pages_triton.rows_of(table, length, torch.ones_like(length), page, kv_heads)
+    rows = pages_triton.decode_rows(table, length, torch.ones_like(length), page, kv_heads)
     assert rows.share is not None
     assert rows.share.tolist() == [pages_triton.LEAST]
     cache = new_pages(torch.float32, (49, kv_heads, page, size), eight_bit=False)
@@ -173,7 +173,7 @@ def test_long_rows_are_divided_among_programs() -> None:
         close(found, truth, 2)
     # 300 rows of 1 to 10 pages: what each program would take if all took as much.
     length = torch.arange(300, device=DEVICE) % 10 * page + 5
-    rows = pages_triton.rows_of(table[:1].expand(300, 12), length, torch.ones_like(length), page, kv_heads)
+    rows = pages_triton.decode_rows(table[:1].expand(300, 12), length, torch.ones_like(length), page, kv_heads)
     assert rows.share is not None
     assert rows.share.tolist() == [-(-300 * 11 // 2 * kv_heads // pages_triton.FULL)]
 
@@ -187,7 +187,7 @@ def test_the_new_token_is_attended_to_and_stored() -> None:
     pages.store(key[:last], value[:last], cache, page + torch.arange(last, device=DEVICE))
     query = torch.randn(1, 2, size, device=DEVICE)
     table, length = torch.tensor([[1, 2, 3]], device=DEVICE).int(), torch.tensor([last], device=DEVICE)
-    rows = pages.Rows(table, length, page + length)
+    rows = pages.DecodeRows(table, length, page + length)
     found = pages.append_attend(query, key[last:], value[last:], cache, rows, scaling=0.5, sliding_window=None)
     weight = (0.5 * query[0] @ key[:, 0].T).softmax(-1)
     close(found[0], weight @ value[:, 0], 2)

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tandem.engines.live.capture import Capturing
+from tandem.engines.live.draws import Wanted, draw
+from tandem.engines.live.graphs import Capturing
 from tandem.engines.live.pages import CacheShape, PagedDecode, PagePool, send_array
 from tandem.engines.live.prefill import Forward, Prefill
-from tandem.engines.live.sampler import Wanted, draw
 from tandem.kernels.draw import ALIVE, DRAWN, FIELDS, LENGTH, LIMIT, RULE, SEED, TOKEN, advance
 
 STEPS = 16

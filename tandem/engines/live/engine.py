@@ -10,12 +10,12 @@ from typing import Any, Literal
 
 import torch
 
-from tandem.engines.live.batching import Batching
-from tandem.engines.live.captured import CapturedSampling
+from tandem.engines.live.draws import Sampler
+from tandem.engines.live.fitting import Fitting
 from tandem.engines.live.forwards import Unlike
+from tandem.engines.live.over_slots import SlotBatching
 from tandem.engines.live.padded import sample_padded
 from tandem.engines.live.probe import why_not_layouts, why_not_slots
-from tandem.engines.live.sampler import Sampler
 from tandem.engines.samples import Sample, StopRule, check_request
 from tandem.errors import UserError
 from tandem.kernels.available import has_triton
@@ -71,10 +71,10 @@ class LiveEngine:
         self.prefill_tokens = prefill_tokens
         self.version = version
         self.ended = 0
-        self.captured: CapturedSampling | None = None
+        self.fitting: Fitting | None = None
         with evaluating(module):
             self.way, reasons = self._choose(way, cache_tokens, eight_bit=kv_cache_dtype == "fp8")
-        if kv_cache_dtype == "fp8" and self.captured is None:
+        if kv_cache_dtype == "fp8" and self.fitting is None:
             raise UserError(
                 f"kv_cache_dtype fp8 is of the paged cache, and {type(module).__name__} on {self.device} is sampled by "
                 f"way {self.way}"
@@ -95,7 +95,7 @@ class LiveEngine:
                     "" if has_triton() or not on_gpu else "Triton is missing"
                 ):
                     raise Unlike(reason)
-                self.captured = CapturedSampling(
+                self.fitting = Fitting(
                     self.module, positions=self._limit()[0], cache_tokens=cache_tokens, eight_bit=eight_bit
                 )
             except Unlike as error:
@@ -142,8 +142,8 @@ class LiveEngine:
     def _sample(
         self, samples: list[Sample], params: list[SamplingParams], seeds: list[int], finish: Callable[[Sample], None]
     ) -> None:
-        if self.captured is not None:
-            self.captured.run(
+        if self.fitting is not None:
+            self.fitting.run(
                 samples, params, seeds, finish, max_slots=self.max_slots, prefill_tokens=self.prefill_tokens
             )
             return
@@ -151,7 +151,7 @@ class LiveEngine:
         if self.way == "padded":
             sample_padded(self.module, samples, sampler, finish, batch_size=self.max_slots)
             return
-        Batching(
+        SlotBatching(
             self.module, samples, sampler, finish, max_slots=self.max_slots, prefill_tokens=self.prefill_tokens
         ).run()
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from tandem.engines.live.sampler import Sampler
+from tandem.engines.live.draws import Sampler
 from tandem.engines.samples import Sample
 
 

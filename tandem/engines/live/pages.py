@@ -111,7 +111,7 @@ class PagedDecode:
 
     def __init__(self, pool: PagePool, table_BP: Tensor, length_B: Tensor, alive_B: Tensor) -> None:
         self.pool = pool
-        self.rows = kernels.rows_of(table_BP, length_B, alive_B, page=PAGE, kv_heads=pool.shape.kv_heads)
+        self.rows = kernels.decode_rows(table_BP, length_B, alive_B, page=PAGE, kv_heads=pool.shape.kv_heads)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, ask: Ask) -> Tensor:
         """Query [B, H, 1, D], key and value [B, Hkv, 1, D] → [B, 1, H, D]."""

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tandem.engines.live.capture import Capturing
+from tandem.engines.live.graphs import Capturing
 from tandem.engines.live.pages import PAGE, PagedPrefill, PagePool, send_array
 from tandem.models.attention import FlashLayout, Layout, packed_layout
 

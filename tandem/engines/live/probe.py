@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tandem.engines.live.batching import Prefilled
 from tandem.engines.live.decoder import Decoder
 from tandem.engines.live.forwards import OwnForward, Unlike
+from tandem.engines.live.over_slots import Prefilled
 from tandem.engines.live.pages import CacheShape, PagedDecode
 from tandem.engines.live.prefill import Forward
 from tandem.engines.live.slots import DecodeLayout, SlotCache

@@ -18,10 +18,10 @@ from transformers import GemmaConfig, GemmaForCausalLM, Qwen3Config, Qwen3ForCau
 sys.path.insert(0, str(Path(__file__).parent))
 from engine_models import EOS, VOCABULARY, bytes_tokenizer, model, tokenizer
 
-from tandem.engines.live.continuous import bucket
 from tandem.engines.live.decoder import Landing
 from tandem.engines.live.engine import LiveEngine
 from tandem.engines.live.forwards import OwnForward
+from tandem.engines.live.over_pages import bucket
 from tandem.engines.live.pages import PAGE
 from tandem.engines.samples import Sample
 from tandem.errors import UserError
@@ -90,16 +90,16 @@ def test_rows_pages_and_memory_change_no_sample(options: dict[str, int]) -> None
 
 def test_samples_give_way_and_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """Six samples of five pages each, in eleven pages."""
-    from tandem.engines.live.continuous import ContinuousBatching
+    from tandem.engines.live.over_pages import PagedBatching
 
     gone: list[int] = []
-    right = ContinuousBatching._preempt
+    right = PagedBatching._preempt
 
-    def counted(self: ContinuousBatching) -> None:
+    def counted(self: PagedBatching) -> None:
         gone.append(len(self.row_of))
         right(self)
 
-    monkeypatch.setattr(ContinuousBatching, "_preempt", counted)
+    monkeypatch.setattr(PagedBatching, "_preempt", counted)
     module = model("llama")
     module.config.max_position_embeddings = 512
     long = SamplingParams(max_new_tokens=300, temperature=0)
@@ -108,9 +108,9 @@ def test_samples_give_way_and_come_back(monkeypatch: pytest.MonkeyPatch) -> None
     engine = live(module, way="captured", cache_tokens=12 * PAGE)
     assert drawn(engine.generate(asked)) == drawn(truth)
     assert gone
-    assert engine.captured is not None
-    assert engine.captured.decoder is not None
-    pool = engine.captured.decoder.pool
+    assert engine.fitting is not None
+    assert engine.fitting.decoder is not None
+    pool = engine.fitting.decoder.pool
     assert pool.available == pool.pages - 1, "every page is given back"
     assert not pool.holders.any()
 
@@ -158,8 +158,8 @@ def test_eight_bits_round_keys_and_values_and_nothing_else(architecture: str) ->
     # A key next to an edge may be rounded to its other side: few are.
     assert to_rounded.median() < 1e-5
     assert to_rounded.mean() < to_exact.mean() / 20
-    assert engine.captured is not None
-    shape = engine.captured.shape
+    assert engine.fitting is not None
+    shape = engine.fitting.shape
     assert shape.page_bytes / replace(shape, eight_bit=False).page_bytes == (shape.head_dim + 4) / (4 * shape.head_dim)
 
 
@@ -219,8 +219,8 @@ def test_the_lean_forward_is_used_where_it_is_right_and_only_there() -> None:
     reasons = {}
     for module in (model("qwen2"), model("llama"), model("mistral"), qwen3, gemma, model("gpt_neox")):
         engine = live(module, way="captured")
-        assert engine.captured is not None
-        reasons[type(module).__name__] = engine.captured.own_because
+        assert engine.fitting is not None
+        reasons[type(module).__name__] = engine.fitting.own_because
         asked = [Request(prompt_ids=(4, 5, 6), seeds=(1, 2), sampling=SamplingParams(max_new_tokens=70))]
         assert drawn(engine.generate(asked)) == drawn(live(module, way="slots").generate(asked))
     assert [name for name, reason in reasons.items() if not reason] == [
@@ -239,8 +239,8 @@ def test_the_lean_forward_takes_linears_that_multiply_by_onednn(monkeypatch: pyt
     products.speed_up_linears(module)
     assert type(module.model.layers[0].mlp.up_proj) is products.Linear
     engine = live(module, way="captured")
-    assert engine.captured is not None
-    assert not engine.captured.own_because
+    assert engine.fitting is not None
+    assert not engine.fitting.own_because
     assert drawn(engine.generate(asked)) == drawn(truth)
 
 
@@ -273,12 +273,12 @@ def test_a_cache_that_is_given_back_is_gone_at_once() -> None:
     """Without a garbage collection: it may be most of a device's memory."""
     engine = live(model("qwen2", eos=EOS), way="captured")
     engine.generate(mixed_requests())
-    assert engine.captured is not None
-    assert engine.captured.decoder is not None
-    gone = weakref.ref(engine.captured.decoder.pool)
+    assert engine.fitting is not None
+    assert engine.fitting.decoder is not None
+    gone = weakref.ref(engine.fitting.decoder.pool)
     gc.disable()
     try:
-        engine.captured.release()
+        engine.fitting.release()
         assert gone() is None
     finally:
         gc.enable()

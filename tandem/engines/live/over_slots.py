@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tandem.engines.live.draws import Sampler
 from tandem.engines.live.forwards import OwnForward
-from tandem.engines.live.sampler import Sampler
 from tandem.engines.live.slots import DecodeLayout, PrefillLayout, SlotCache
 from tandem.engines.samples import Sample
 
@@ -41,7 +41,7 @@ class Prefilled:
         cache.load(self.kept, *(x.to(self.device) for x in (source_N, slot_N, position_N)))
 
 
-class Batching:
+class SlotBatching:
     """One call of ``generate``. Row i decodes in slot i; samples enter in the order they were asked for."""
 
     def __init__(

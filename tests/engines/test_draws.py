@@ -14,7 +14,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from tandem.engines.live.sampler import Sampler, inverse_cdf, uniform
+from tandem.engines.live.draws import Sampler, inverse_cdf, uniform
 from tandem.types import SamplingParams
 
 CPU = torch.device("cpu")
@@ -44,10 +44,10 @@ def splitmix_reference(seed: int, counter: int) -> float:
 
 def test_splitmix_is_the_published_generator() -> None:
     # First outputs of SplitMix64 from state 1234567, as on Rosetta Code and in Java's SplittableRandom.
-    from tandem.engines.live import sampler
+    from tandem.engines.live import draws
 
-    state = 1234567 + sampler._GAMMA * torch.arange(1, 4)
-    outputs = [z % 2**64 for z in sampler._mix(state).tolist()]
+    state = 1234567 + draws._GAMMA * torch.arange(1, 4)
+    outputs = [z % 2**64 for z in draws._mix(state).tolist()]
     assert outputs == [6457827717110365317, 3203168211198807973, 9817491932198370423]
 
 

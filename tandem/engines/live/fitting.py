@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from tandem.engines.live.continuous import ContinuousBatching
 from tandem.engines.live.decoder import Decoder
 from tandem.engines.live.forwards import LeanForward, OwnForward, Unlike
+from tandem.engines.live.over_pages import PagedBatching
 from tandem.engines.live.pages import PAGE, pages_for
 from tandem.engines.live.probe import find_cache_shape, why_not_pages
 from tandem.engines.samples import Sample
@@ -26,7 +26,7 @@ FREE_SHARE = 0.85
 """The cache takes at most this share of the memory that is free; activations and logits need the rest."""
 
 
-class CapturedSampling:
+class Fitting:
     """Continuous batching over pages, each step one captured graph. It samples on the module's own parameters.
 
     ``positions``: most tokens of a sequence (None: the model has no limit of its own); ``cache_tokens``: most tokens in
@@ -74,7 +74,7 @@ class CapturedSampling:
         rules = [stops.setdefault(sample.rule.ids, len(stops)) for sample in samples]
         decoder.set_stops(list(stops), self.module.get_output_embeddings().weight.shape[0])
         try:
-            ContinuousBatching(decoder, samples, params, seeds, rules, finish, prefill_tokens=prefill_tokens).run()
+            PagedBatching(decoder, samples, params, seeds, rules, finish, prefill_tokens=prefill_tokens).run()
         except BaseException:
             # Its pages are held by samples that are gone.
             self.release()

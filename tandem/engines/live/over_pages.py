@@ -12,8 +12,8 @@ import numpy as np
 from torch import Tensor
 
 from tandem.engines.live.decoder import STEPS, Decoder, Landing
+from tandem.engines.live.draws import Wanted, param_columns, seed_column
 from tandem.engines.live.pages import PAGE, pages_for
-from tandem.engines.live.sampler import Wanted, param_columns, seed_column
 from tandem.engines.samples import Sample
 from tandem.errors import UserError
 from tandem.kernels.draw import DRAWN, FIELDS, LENGTH, LIMIT, RULE, SEED
@@ -26,7 +26,7 @@ REFILL = 16
 
 
 @dataclass(eq=False)
-class Prompt:
+class Prefix:
     """Tokens to prefill once for the samples that begin with them."""
 
     samples: deque[Sample]
@@ -45,7 +45,7 @@ class Flight:
     landing: Landing
 
 
-class ContinuousBatching:
+class PagedBatching:
     """One call of ``generate`` on a decoder. A sample decodes in a row; one that ends leaves its row to the next.
 
     The host runs ahead: one stretch of steps is always enqueued while the results of the one before are read, so a row
@@ -74,8 +74,8 @@ class ContinuousBatching:
         groups = [list(group) for _, group in groupby(samples, key=lambda s: s.request)]
         # Those that may become longest first: whatever comes last decodes with few beside it.
         groups.sort(key=lambda group: -group[0].rule.max_new_tokens)
-        self.waiting = deque(Prompt(deque(group), list(group[0].prompt_ids)) for group in groups)
-        self.ready: deque[Prompt] = deque()
+        self.waiting = deque(Prefix(deque(group), list(group[0].prompt_ids)) for group in groups)
+        self.ready: deque[Prefix] = deque()
         self.logits_PV: Tensor | None = None
         slots = decoder.slots
         self.rows: list[Sample | None] = [None] * slots
@@ -114,7 +114,7 @@ class ContinuousBatching:
 
     def _prefill(self, free: int) -> bool:
         """Takes prompts through the model, no more than fill the free rows, the token budget and the free pages."""
-        prompts: list[Prompt] = []
+        prompts: list[Prefix] = []
         tokens = samples = 0
         # Every row that decodes, and every sample that starts, may need one more page soon.
         spare = self.decoder.pool.available - len(self.row_of)
@@ -143,7 +143,7 @@ class ContinuousBatching:
     def _start(self, free: int) -> int:
         """Draws the next tokens of samples whose prompts are ready, into free rows. Returns how many."""
         pool = self.decoder.pool
-        started: list[tuple[Sample, Prompt]] = []
+        started: list[tuple[Sample, Prefix]] = []
         copies: list[tuple[int, int]] = []
         while self.ready and len(started) < free:
             prompt = self.ready[0]
@@ -258,7 +258,7 @@ class ContinuousBatching:
             )
         sample = min(reversed(self.row_of), key=lambda s: len(s.token_ids))
         self.to_stop.append(self._leave(sample))
-        self.waiting.appendleft(Prompt(deque([sample]), [*sample.prompt_ids, *sample.token_ids]))
+        self.waiting.appendleft(Prefix(deque([sample]), [*sample.prompt_ids, *sample.token_ids]))
 
     def _leave(self, sample: Sample) -> int:
         """Takes a sample out of its row, which it returns, and frees its pages."""
