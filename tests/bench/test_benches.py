@@ -8,6 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 BENCH = Path(__file__).parents[2] / "bench"
 
@@ -126,6 +128,52 @@ def test_learning(run):
     assert 1.0 < plain["sft_loss"] < 3.0
     assert len(plain["train_rewards"]) == 2
     assert "--compile off" in plain["commands"][0]
+
+
+def test_parameters(tmp_path, monkeypatch, capsys):
+    """A run equals itself; one bit of a tensor, a number of a series, a metric that is gone are differences."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    parameters = importlib.import_module("parameters")
+    file = tmp_path / "before.json"
+    monkeypatch.setattr(sys, "argv", ["parameters.py", "--only", "sft-token", "--json", str(file)])
+    assert parameters.main() == 0
+    earlier = json.loads(file.read_text())
+    (row,) = earlier["rows"]
+    assert parameters.compare(earlier, [row]) == []
+    assert len(row["metrics"]["loss"].split(", ")) == parameters.STEPS
+
+    changed = row["metrics"] | {"loss": row["metrics"]["loss"].replace("1: 2.", "1: 7.", 1), "new": "1: 0.0"}
+    del changed["grad_norm"]
+    monkeypatch.setattr(parameters, "train", lambda *_: row | {"metrics": changed, "parameters": "0" * 64})
+    monkeypatch.setattr(sys, "argv", [*sys.argv[:3], "--against", str(file)])
+    assert parameters.main() == 1
+    said = capsys.readouterr().out
+    assert "sft-token: parameters\n" in said
+    assert "sft-token: loss: step 1: 2." in said
+    assert "sft-token: grad_norm: is gone" in said
+    assert "0 of 1 configs" in said
+    assert "new" not in said
+
+
+def test_a_hash_of_tensors_sees_every_bit(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    parameters = importlib.import_module("parameters")
+    tensors = {"b": torch.zeros(2, 3, dtype=torch.bfloat16), "a": torch.ones(4)}
+    hashes = []
+    for i, changed in enumerate(
+        (
+            tensors,
+            dict(reversed(tensors.items())),
+            tensors | {"b": -tensors["b"]},
+            tensors | {"a": torch.ones(2, 2)},
+            {"b": tensors["b"], "c": tensors["a"]},
+        )
+    ):
+        (tmp_path / str(i)).mkdir()
+        save_file(changed, tmp_path / str(i) / "model.safetensors")
+        hashes.append(parameters.hash_of_tensors(tmp_path / str(i)))
+    assert hashes[0] == hashes[1]
+    assert len(set(hashes)) == 4
 
 
 def test_each_system_has_a_process_and_a_dead_one_is_a_row(tmp_path):
