@@ -31,6 +31,7 @@ from tandem.assembly.placing import Homes
 from tandem.assembly.sections import ClusterSection, EngineSection, ModelSection, PlacementSection, SamplingSection
 from tandem.methods.grpo import GRPO
 from tandem.models.loading import load_tokenizer, prepare_module
+from tandem.roles import Seat
 from tandem.sync.check import PROBE_EVERY
 from tandem.sync.push import WeightPush
 from tandem.training.optim import OptimParams
@@ -78,7 +79,7 @@ def measure(options: argparse.Namespace, folder: str) -> dict[str, Any]:
     placement = PlacementSection(actor=options.actor, engine=options.engine)
     with Homes(model, placement, ClusterSection(), engine, ["actor", "engine"]) as homes:
         homes.place("actor", partial(trainer, size=options.size, folder=folder, dtype=model.dtype))
-        homes.place("nudge", Nudge, beside="actor")
+        nudge = homes.place("nudge", Nudge, beside="actor")
         sampling = SamplingSection(max_slots=64, max_new_tokens=8)
         sampler = homes.sampler(sampling, seed=0, vocabulary=256, others={})
         push = sampler.link
@@ -86,17 +87,17 @@ def measure(options: argparse.Namespace, folder: str) -> dict[str, Any]:
             raise SystemExit("nothing travels: the engine samples on the trainer's own weights")
         pushes: dict[bool, list[dict[str, float]]] = {True: [], False: []}
         # The first ones connect, learn how to load, and probe: they are reported by themselves.
-        first = [_timed(homes, push, step) for step in range(WARM)]
+        first = [_timed(nudge, push, step) for step in range(WARM)]
         for step in range(WARM, WARM + 2 * options.repeats):
             # Alternating, so that both meet the same neighbours.
             push.params.check = step % 2 == 0
-            pushes[push.params.check].append(_timed(homes, push, step))
+            pushes[push.params.check].append(_timed(nudge, push, step))
     return {"about": sampler.about, "first": first, "checked": pushes[True], "unchecked": pushes[False]}
 
 
-def _timed(homes: Homes, push: WeightPush, step: int) -> dict[str, float]:
+def _timed(nudge: Seat, push: WeightPush, step: int) -> dict[str, float]:
     """A push of changed weights, with the seconds from the call to its return."""
-    homes.end("nudge", beside="actor").call("nudge")
+    nudge.call("nudge")
     start = time.perf_counter()
     return push(step) | {"seconds": time.perf_counter() - start}
 

@@ -26,6 +26,7 @@ _PUBLIC = {
     "LiveEngine": "tandem.engines.live.engine",
     "load_reward": "tandem.rewards.function",
     "RewardModel": "tandem.rewards.model",
+    "seat_of": "tandem.workers.homes",
     "Judge": "tandem.rollout.sampling",
     "sample_groups": "tandem.rollout.sampling",
     "Preparation": "tandem.rollout.prepare",

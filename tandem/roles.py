@@ -9,11 +9,86 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from tandem.batch import Batch, Outputs, TokenLoss
+from tandem.futures import Future, wait_all
 from tandem.lazy import torch
 from tandem.types import Aggregation, Completion, Group, Held, Request, Rollout
 
 Metrics = dict[str, float]
 LossFn = Callable[[Outputs, Batch], TokenLoss]
+Place = tuple[str, str | None]
+"""The address of a rank's machine, and the UUID of its GPU; None on a CPU."""
+
+
+class Home(Protocol):
+    """Processes in which roles are built and called (``tandem.workers``).
+
+    The ranks of a joined home all see its calls in one order, the one in which they were submitted: calls to several
+    of its roles may be under way together, and their collectives still meet. To be used by one thread.
+    """
+
+    at_once: bool
+    """Whether ``submit`` returns when the call has ended: in this process, there is nobody else to make it."""
+
+    @property
+    def places(self) -> Seq[Place]:
+        """One for each rank."""
+        ...
+
+    def place(self, role: str, build: Callable[[Any], Any]) -> Seat:
+        """Builds a role in every process, from the ``tandem.workers.process.Site`` that it finds there."""
+        ...
+
+    def submit(self, role: str, verb: str, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Future[Any]:
+        """A role's method in every process with the same arguments; an attribute of its where the verb is no method.
+
+        The result is what rank 0 returned, or the error of any rank. Raises that error itself where calls are made at
+        once.
+        """
+        ...
+
+    def submit_each(self, role: str, verb: str, arguments: Seq[tuple[Any, ...]]) -> Future[list[Any]]:
+        """As ``submit``, each process with its own arguments. The result is what each of them returned."""
+        ...
+
+    def close(self) -> None:
+        """Ends the roles, and the processes that were started for them."""
+        ...
+
+
+@dataclass(frozen=True)
+class Seat:
+    """A role where it lives: ``seat.call("score", batch)`` is the role's own ``score(batch)``, in its processes."""
+
+    home: Home
+    role: str
+
+    @property
+    def places(self) -> Seq[Place]:
+        """One for each rank."""
+        return self.home.places
+
+    def submit(self, verb: str, *arguments: Any, **options: Any) -> Future[Any]:
+        """Begins a call of every rank with the same arguments. See ``Home.submit``."""
+        return self.home.submit(self.role, verb, arguments, options)
+
+    def submit_each(self, verb: str, arguments: Seq[tuple[Any, ...]]) -> Future[list[Any]]:
+        """Begins a call of every process with its own arguments. See ``Home.submit_each``."""
+        return self.home.submit_each(self.role, verb, arguments)
+
+    def call(self, verb: str, *arguments: Any, **options: Any) -> Any:
+        """``submit``, and waits."""
+        return self.submit(verb, *arguments, **options).result()
+
+
+def call_all(seats: Mapping[str, Seat], verb: str, *arguments: Any, **options: Any) -> dict[str, Any]:
+    """One verb of several seats: at the same time where their homes differ, one after another where they share one.
+
+    Raises the error of the first seat, in the given order, that failed, once all that were begun have ended.
+    """
+    # What this process does itself comes last: by then the others are at work.
+    order = sorted(seats, key=lambda role: seats[role].home.at_once)
+    begun = {role: seats[role].submit(verb, *arguments, **options) for role in order}
+    return wait_all({role: begun[role] for role in seats})
 
 
 @runtime_checkable

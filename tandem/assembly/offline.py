@@ -98,7 +98,7 @@ def _drive(
     with opening as homes:
         say(f"loading {config.model.model}")
         trainer = homes.place("actor", method.build(optim_params(config.optim, total_steps=config.run.steps)))
-        say(f"  {homes.end('actor').call('describe')}")
+        say(f"  {trainer.call('describe')}")
 
         def batch(positions: range) -> Batch:
             return method.batch([examples[i] for i in order.take(positions)])
@@ -106,7 +106,7 @@ def _drive(
         def evaluate(step: int) -> Metrics:
             if not held_out or not evaluation_due(config.run, config.data, step):
                 return {}
-            return {f"eval/{name}": value for name, value in trainer.evaluate(method.batch(held_out)).items()}
+            return {f"eval/{name}": value for name, value in trainer.call("evaluate", method.batch(held_out)).items()}
 
         roles = OfflineRoles(
             batch=batch,

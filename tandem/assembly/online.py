@@ -39,7 +39,7 @@ from tandem.models.loading import load_tokenizer, pick_device
 from tandem.rewards.function import FunctionReward
 from tandem.rewards.model import RewardModel, require_same_tokenizer, same_tokenizer
 from tandem.rewards.process import RewardProcess
-from tandem.roles import Algorithm, Reward, Trainer
+from tandem.roles import Algorithm, Reward, Seat
 from tandem.rollout.prepare import Preparation
 from tandem.rollout.sampling import Judge, sample_groups
 from tandem.runs.progress import say
@@ -100,7 +100,7 @@ class Online:
                 return None
             homes = stack.enter_context(self.homes)
             models = self._build(homes)
-            trainers: dict[str, Trainer] = {role: models[role] for role in ("actor", "critic") if role in models}
+            trainers = {role: seat for role, seat in models.items() if role in ("actor", "critic")}
             sampler = homes.sampler(
                 config.sampling, seed=config.run.seed, vocabulary=len(self.tokenizer), others=models
             )
@@ -115,7 +115,7 @@ class Online:
                 )
             )
             schedule = Sync(steps=config.run.steps, prompts_per_step=config.sampling.prompts_per_step)
-            schedule.run(self._roles(models, sampler, homes), started)
+            schedule.run(self._roles(models, sampler), started)
             return started.finish(models["actor"])
 
     def _sources(self) -> dict[str, str]:
@@ -130,7 +130,7 @@ class Online:
             sources["critic"] = self.critic.critic or config.reward.reward_model or config.model.model
         return sources
 
-    def _build(self, homes: Homes) -> dict[str, Any]:
+    def _build(self, homes: Homes) -> dict[str, Seat]:
         """Every trainer and scorer by role, each in its own place."""
         config, sources = self.config, self._sources()
         steps = config.run.steps
@@ -161,14 +161,14 @@ class Online:
                 loss=self.algorithm.value_loss,
                 optim=optim_params(config.optim, total_steps=steps, learning_rate=self.critic.critic_learning_rate),
             )
-        models: dict[str, Any] = {}
+        models: dict[str, Seat] = {}
         for role, source in sources.items():
             say(f"loading the {role} from {source}")
             models[role] = homes.place(role, builds[role])
-            say(f"  {homes.end(role).call('describe')}")
+            say(f"  {models[role].call('describe')}")
         return models
 
-    def _roles(self, models: dict[str, Any], sampler: Sampler, homes: Homes) -> OnlineRoles:
+    def _roles(self, models: dict[str, Seat], sampler: Sampler) -> OnlineRoles:
         config = self.config
         order = Order(len(self.prompts), config.run.seed)
         rewards = self._rewards(models)
@@ -206,19 +206,18 @@ class Online:
                 minibatches=config.online.minibatches,
                 max_new_tokens=config.sampling.max_new_tokens,
                 seed=config.run.seed,
-                homes={role: id(homes.of(role)) for role in models},
             ),
             actor=models["actor"],
             critic=models.get("critic"),
-            push_weights=lambda step: sampler.push(models["actor"].version),
+            push_weights=lambda step: sampler.push(models["actor"].call("version")),
             evaluate=evaluate,
             samples=config.sampling.prompts_per_step * config.sampling.samples_per_prompt,
             held_out=len(self.eval_prompts),
             ended=lambda: sampler.engine.ended,
-            memory=models["actor"].memory_peak,
+            memory=lambda: models["actor"].call("memory_peak"),
         )
 
-    def _rewards(self, models: dict[str, Any]) -> list[Reward]:
+    def _rewards(self, models: dict[str, Seat]) -> list[Reward]:
         source = self.config.reward.reward_model
         if source is None:
             return list(self.functions)

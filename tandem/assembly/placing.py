@@ -16,17 +16,17 @@ from tandem.assembly.sections import ClusterSection, EngineSection, ModelSection
 from tandem.errors import UserError
 from tandem.models.loading import pick_device
 from tandem.parallel.world import World
-from tandem.roles import Engine, Metrics
+from tandem.roles import Engine, Home, Metrics, Seat
 from tandem.runs.progress import say
 from tandem.sync.check import TruthCheck
 from tandem.sync.push import FillPush, PushParams, WeightPush
+from tandem.sync.turns import TakingTurns
 from tandem.workers.cluster import Cluster, connect, own_sigterm, require_ray, require_room, visible_gpus
+from tandem.workers.engines import BalancedEngine, DividedEngine, RestartingOnce
 from tandem.workers.group import WorkerGroup
-from tandem.workers.homes import Here, Home, RoleEnd, Workers, WorkersEnd
+from tandem.workers.homes import Aside, Here
 from tandem.workers.launched import launched
 from tandem.workers.process import Site
-from tandem.workers.remote import BalancedEngine, DividedEngine
-from tandem.workers.turns import RestartingOnce, TakingTurns
 
 HOST_THREADS = 4
 """Of this process where it computes on a GPU, unless OMP_NUM_THREADS says otherwise."""
@@ -74,7 +74,7 @@ class Homes:
     def __exit__(self, *error: object) -> None:
         self.stack.close()
 
-    def place(self, role: str, build: Callable[[Site], Any], *, beside: str | None = None) -> Any:
+    def place(self, role: str, build: Callable[[Site], Any], *, beside: str | None = None) -> Seat:
         """Builds a role in the processes that the placement gives it, or in another role's."""
         return self.of(beside or role).place(role, build)
 
@@ -84,14 +84,6 @@ class Homes:
         if home not in self.homes:
             raise UserError(f"placement.{role}: shares with the {home}, and this run has none; give it a number")
         return self.homes[home]
-
-    def end(self, role: str, *, beside: str | None = None) -> RoleEnd:
-        """A role's every rank, to call."""
-        return self.of(beside or role).end(role)
-
-    def beside(self, role: str, others: Mapping[str, Any]) -> list[Any]:
-        """Those of ``others`` (by role) that live in the same processes as ``role``."""
-        return [other for name, other in others.items() if self.of(name) is self.of(role)]
 
     def where(self, role: str) -> str:
         """For a person: nothing where it is this process or the actor's."""
@@ -184,7 +176,7 @@ class Homes:
             return torch.device("cuda" if ray.cluster_resources().get("GPU") else "cpu")
         return pick_device(self.model.device)
 
-    def _group(self, name: str, size: int, **options: Any) -> Workers:
+    def _group(self, name: str, size: int, **options: Any) -> WorkerGroup:
         assert self.cluster is not None
         say(f"starting {size} worker{'s' if size > 1 else ''} for the {name}")
         group = WorkerGroup(
@@ -197,9 +189,8 @@ class Homes:
             secrets=passed_on(*SECRETS),
             **options,
         )
-        home = Workers(group)
-        self.stack.callback(home.close)
-        return home
+        self.stack.callback(group.close)
+        return group
 
     def _threads(self, name: str) -> dict[str, str]:
         """CPU workers divide this machine's threads; Ray would give each a single one.
@@ -212,85 +203,89 @@ class Homes:
         workers = sum(processes * each for processes, each in self._needed().values())
         return {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // workers))}
 
-    def sampler(self, sampling: SamplingSection, *, seed: int, vocabulary: int, others: Mapping[str, Any]) -> Sampler:
+    def sampler(self, sampling: SamplingSection, *, seed: int, vocabulary: int, others: Mapping[str, Seat]) -> Sampler:
         """Builds the engine, beside the actor or in processes of its own. ``others``: trainers and scorers by role."""
         if self.engine.kind == "live" and self.placement.home("engine") == "actor":
             return self._live_beside_actor(sampling, vocabulary)
         if self.engine.kind == "live":
-            home = self._group("engine", self.placement.workers("engine"), joined=False)
-            home.place("engine", partial(replica_engine, section=self.model, sampling=sampling, engine=self.engine))
-            push = self._link(WorkersEnd(home.group, "engine"), vocabulary)
-            about = f"live, {home.group.size} of its own, fed over {push.transport}"
-            return Sampler(engine=DividedEngine(home.group, "engine"), push=push, about=about, link=push)
+            group = self._group("engine", self.placement.workers("engine"), joined=False)
+            engines = group.place(
+                "engine", partial(replica_engine, section=self.model, sampling=sampling, engine=self.engine)
+            )
+            push = self._link(engines, vocabulary)
+            about = f"live, {group.size} of its own, fed over {push.transport}"
+            return Sampler(engine=DividedEngine(engines), push=push, about=about, link=push)
         return self._vllm(sampling, seed, vocabulary, others)
 
     def _live_beside_actor(self, sampling: SamplingSection, vocabulary: int) -> Sampler:
         home = self.of("actor")
+        build = partial(live_engine, sampling=sampling, engine=self.engine)
         if isinstance(home, Here):
-            engine = home.place("engine", partial(live_engine, sampling=sampling, engine=self.engine))
+            home.place("engine", build)
+            engine: Engine = home.site.roles["engine"]
             return Sampler(engine=engine, push=lambda step: {}, about="live, on the actor's own weights")
-        assert isinstance(home, Workers)
-        if home.group.size == 1 and self.model.offload != "parameters":
-            home.place("engine", partial(live_engine, sampling=sampling, engine=self.engine))
+        assert isinstance(home, WorkerGroup)
+        if home.size == 1 and self.model.offload != "parameters":
             return Sampler(
-                engine=DividedEngine(home.group, "engine"),
+                engine=DividedEngine(home.place("engine", build)),
                 push=lambda step: {},
                 about="live, on the actor's own weights",
             )
-        home.place("engine", partial(replica_engine, section=self.model, sampling=sampling, engine=self.engine))
-        home.place("replicas", Replicas)
-
-        check = TruthCheck(
-            home.end("actor"),
-            home.end("engine"),
-            count=home.group.size,
-            dtype=self.model.dtype,
-            vocabulary=vocabulary,
+        engines = home.place(
+            "engine", partial(replica_engine, section=self.model, sampling=sampling, engine=self.engine)
         )
-        push = FillPush(home.end("replicas"), check if self.engine.check_weights else None)
-        about = f"live, in each of the actor's {home.group.size} processes, on gathered weights"
-        return Sampler(engine=DividedEngine(home.group, "engine"), push=push, about=about)
+        check = TruthCheck(Seat(home, "actor"), engines, count=home.size, dtype=self.model.dtype, vocabulary=vocabulary)
+        push = FillPush(home.place("replicas", Replicas), check if self.engine.check_weights else None)
+        about = f"live, in each of the actor's {home.size} processes, on gathered weights"
+        return Sampler(engine=DividedEngine(engines), push=push, about=about)
 
-    def _vllm(self, sampling: SamplingSection, seed: int, vocabulary: int, others: Mapping[str, Any]) -> Sampler:
+    def _vllm(self, sampling: SamplingSection, seed: int, vocabulary: int, others: Mapping[str, Seat]) -> Sampler:
         shared = self.placement.home("engine") == "actor"
         tensor_parallel = self.engine.tensor_parallel
         actor = self.of("actor")
-        count = len(actor.wheres) // tensor_parallel if shared else self.placement.workers("engine")
+        count = len(actor.places) // tensor_parallel if shared else self.placement.workers("engine")
         if not count:
             raise UserError(
-                f"engine.tensor_parallel: {tensor_parallel} GPUs for one engine, and the actor has {len(actor.wheres)}"
+                f"engine.tensor_parallel: {tensor_parallel} GPUs for one engine, and the actor has {len(actor.places)}"
             )
-        home = self._group(
+        group = self._group(
             "engine",
             count,
             gpus_each=tensor_parallel,
             joined=False,
-            on_gpus_of=actor.wheres if shared else (),
+            on_gpus_of=actor.places if shared else (),
             concurrency=CALLS_AT_A_TIME,
         )
         say("starting vLLM")
-        home.place(
+        engines = group.place(
             "engine",
             partial(vllm_engine, section=self.model, sampling=sampling, engine=self.engine, seed=seed, shared=shared),
         )
-        on_cpu = not home.wheres[0].gpus
-        ends = WorkersEnd(home.group, "engine", tensor_parallel if on_cpu else 1)
-        push = self._link(ends, vocabulary)
+        push = self._link(engines, vocabulary)
         about = f"vllm, {count} x {tensor_parallel}, {'shared' if shared else 'split'}, fed over {push.transport}"
-        balanced: Engine = BalancedEngine(home.group, "engine", slots=sampling.max_slots)
-        if not shared or on_cpu or not self.engine.sleep:
-            restarting = RestartingOnce(balanced, home.group, push.again)
+        balanced: Engine = BalancedEngine(group, "engine", slots=sampling.max_slots)
+        if not shared or not group.wheres[0].gpus or not self.engine.sleep:
+            restarting = RestartingOnce(balanced, group, push.again)
             return Sampler(engine=restarting, push=restarting.guard(push), about=about, link=push)
-        turns = TakingTurns(balanced, ends, self.beside("actor", others), push, version=lambda: others["actor"].version)
-        restarting = RestartingOnce(turns, home.group, turns.recover)
+        turns = TakingTurns(
+            balanced,
+            engines,
+            [seat for seat in others.values() if seat.home is actor],
+            push,
+            version=lambda: others["actor"].call("version"),
+        )
+        restarting = RestartingOnce(turns, group, turns.recover)
         return Sampler(engine=restarting, push=turns.push_later, about=about, link=push)
 
-    def _link(self, engines: WorkersEnd, vocabulary: int) -> WeightPush:
-        actor = self.of("actor")
-        actor.place("source", weight_source)
+    def _link(self, engines: Seat, vocabulary: int) -> WeightPush:
+        actor = sender = self.of("actor")
+        if isinstance(actor, Here):
+            # Whoever sends waits for an engine, and somebody must be free to see it die.
+            sender = Aside(actor.site)
+            self.stack.callback(sender.close)
         push = WeightPush(
-            actor.end("source"),
-            actor.end("actor"),
+            sender.place("source", weight_source),
+            Seat(actor, "actor"),
             engines,
             PushParams(
                 dtype=self.model.dtype,
@@ -301,7 +296,6 @@ class Homes:
                 timeout_s=min(300.0, self.section.deadline),
             ),
         )
-        self.stack.callback(push.close)
         push.connect()
         return push
 

@@ -18,7 +18,7 @@ from tandem.checkpoint.store import CheckpointStore
 from tandem.config import changeable, describe, dump_config
 from tandem.data.rows import Rows, load_rows
 from tandem.errors import UserError
-from tandem.roles import Trainer
+from tandem.roles import Seat
 from tandem.runs.folder import RunFolder, did_nothing
 from tandem.runs.identity import IDENTITY, Inputs, Start, read_identity
 from tandem.runs.lines import read_metrics
@@ -124,7 +124,7 @@ def following(name: str, out: Path, **flags: Any) -> str:
 @contextmanager
 def session(
     config: Any,
-    trainers: Mapping[str, Trainer],
+    trainers: Mapping[str, Seat],
     *,
     title: str,
     leads: Seq[str],

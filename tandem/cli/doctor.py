@@ -21,6 +21,7 @@ from tandem.errors import UserError
 from tandem.methods.grpo import GRPO
 from tandem.models.forward import quiet_transformers
 from tandem.models.loading import load_tokenizer
+from tandem.roles import Seat
 from tandem.seeds import derive_seed
 from tandem.sync.bounds import LOGP_BOUNDS
 from tandem.training.optim import OptimParams
@@ -65,24 +66,24 @@ def check(config: DoctorConfig) -> None:
             optim=OptimParams(learning_rate=1e-6, total_steps=1),
             options=options,
         )
-        actor = report.timed(
-            "trainer", lambda: homes.place("actor", build), lambda _: homes.end("actor").call("describe")
-        )
+        actor = report.timed("trainer", lambda: homes.place("actor", build), lambda found: found.call("describe"))
         sampler = report.timed(
             "engine",
             lambda: homes.sampler(config.sampling, seed=0, vocabulary=len(tokenizer), others={"actor": actor}),
             lambda found: found.about,
         )
-        homes.place("weights", weight_source, beside="actor")
-        _Examination(report, homes, sampler, len(tokenizer), config).run()
+        source = homes.place("weights", weight_source, beside="actor")
+        _Examination(report, actor, source, sampler, len(tokenizer), config).run()
 
 
 class _Examination:
     """Sample, zero, push, sample, restore, push, sample."""
 
-    def __init__(self, report: Report, homes: Homes, sampler: Sampler, vocabulary: int, config: DoctorConfig) -> None:
+    def __init__(
+        self, report: Report, actor: Seat, source: Seat, sampler: Sampler, vocabulary: int, config: DoctorConfig
+    ) -> None:
         self.report, self.sampler, self.vocabulary = report, sampler, vocabulary
-        self.actor, self.source = homes.end("actor"), homes.end("weights", beside="actor")
+        self.actor, self.source = actor, source
         self.dtype = config.model.dtype
         self.rounds = config.engine.kind == "vllm"
         params = SamplingParams(max_new_tokens=config.sampling.max_new_tokens)

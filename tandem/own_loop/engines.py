@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -17,12 +16,14 @@ from tandem.errors import UserError
 from tandem.models.limits import limits_of
 from tandem.models.loading import load_causal
 from tandem.own_loop.given import GivenModel, Shapes
+from tandem.parallel.world import World
 from tandem.sync.check import compare
 from tandem.sync.push import PushParams, WeightPush
 from tandem.sync.source import WeightSource
 from tandem.types import Completion, Request
 from tandem.workers.child import Child
-from tandem.workers.process import Site, own_address
+from tandem.workers.homes import Aside
+from tandem.workers.process import Site
 
 SHARE_BESIDE_TRAINER = 0.4
 """Of a GPU's memory, for vLLM's weights and cache on a GPU that trains, too."""
@@ -124,11 +125,12 @@ class InChild:
         gpu = str(torch.cuda.get_device_properties(params.device).uuid) if params.device.type == "cuda" else None
         self.child = Child(name, gpu=gpu, deadline_s=params.deadline_s)
         self.push: WeightPush | None = None
+        self.aside: Aside | None = None
         self.source: WeightSource | None = None
         self.asleep = False
         self.filled = False
         try:
-            self.child.place("engine", partial(build_vllm, params=params))
+            self.engine = self.child.place("engine", partial(build_vllm, params=params))
             self._sleep()
         except BaseException:
             self.child.close()
@@ -144,14 +146,17 @@ class InChild:
         self._wake()
         device = gathering_device(model, self.params.device)
         if device.type == "cuda":
-            # The push works on a thread and stream of its own, after what the loop has under way.
+            # The push has a thread of its own, and comes after what the loop has under way.
             torch.cuda.current_stream(device).synchronize()
         if self.source is None or self.push is None:
-            self.source = WeightSource(model.parameters, device)
+            self.source = source = WeightSource(model.parameters, device)
+            self.aside = Aside(Site(World(device=device)))
+            # The probe is left to the sampler: a forward of a sharded model is for all ranks together, also where one
+            # of them has found a wrong checksum.
             self.push = WeightPush(
-                SourceEnd(self.source, device),
-                NoProbe(),
-                self.child.end("engine"),
+                self.aside.place("source", lambda site: source),
+                None,
+                self.engine,
                 PushParams(dtype=self.params.dtype, check=self.params.check),
             )
             self.push.connect()
@@ -161,26 +166,26 @@ class InChild:
         self.filled = True
 
     def logprobs(self, sequences: Seq[Seq[int]]) -> list[list[float]]:
-        return self.child.call("engine", "logprobs", sequences)
+        return self.engine.call("logprobs", sequences)
 
     def generate(self, requests: Seq[Request]) -> list[list[Completion]]:
         try:
-            return self.child.call("engine", "generate", requests) if requests else []
+            return self.engine.call("generate", requests) if requests else []
         finally:
             if self.child.alive:
                 self._sleep()
 
     def close(self) -> None:
         self.child.close()
-        if self.push is not None:
-            self.push.close()
+        if self.aside is not None:
+            self.aside.close()
         if self.source is not None:
             self.source.close()
 
     def _sleep(self) -> None:
         if self.params.sleep:
             self.filled = False
-            self.child.call("engine", "sleep")
+            self.engine.call("sleep")
             self.asleep = True
 
     def _wake(self) -> None:
@@ -188,43 +193,8 @@ class InChild:
             # Memory that the trainer's allocator keeps for later is what vLLM is about to ask for.
             torch.cuda.empty_cache()
             for stage in ("weights", "cache"):
-                self.child.call("engine", "wake", stage)
+                self.engine.call("wake", stage)
             self.asleep = False
-
-
-class NoProbe:
-    """The trainer's side of a push that leaves the probe to the sampler.
-
-    A forward of a sharded model is for all ranks together, also where one of them has found a wrong checksum.
-    """
-
-    places: Seq[tuple[str, str | None]] = ()
-
-    def each(self, method: str, arguments: Seq[tuple[Any, ...]]) -> list[Any]:
-        return []
-
-    def call(self, method: str, *arguments: Any) -> None:
-        return None
-
-
-@dataclass(frozen=True)
-class SourceEnd:
-    """This process's weights as one side of a push, called from the push's thread as if from the loop's own."""
-
-    source: WeightSource
-    device: torch.device
-
-    @property
-    def places(self) -> Seq[tuple[str, str | None]]:
-        gpu = str(torch.cuda.get_device_properties(self.device).uuid) if self.device.type == "cuda" else None
-        return [(own_address(), gpu)]
-
-    def each(self, method: str, arguments: Seq[tuple[Any, ...]]) -> list[Any]:
-        return [self.call(method, *own) for own in arguments]
-
-    def call(self, method: str, *arguments: Any) -> Any:
-        with _on(self.device):
-            return getattr(self.source, method)(*arguments)
 
 
 def gathering_device(model: GivenModel, device: torch.device) -> torch.device:
@@ -256,13 +226,3 @@ def build_vllm(site: Site, params: EngineParams) -> Any:
         arguments=params.arguments,
         own_process=True,
     )
-
-
-@contextmanager
-def _on(device: torch.device) -> Iterator[None]:
-    """The device's default stream, whatever device and stream this thread would use of itself."""
-    if device.type != "cuda":
-        yield
-        return
-    with torch.cuda.stream(torch.cuda.default_stream(device)):
-        yield

@@ -8,7 +8,7 @@ from tandem.data.packing import pack
 from tandem.data.tokenize import encode, ended, sft_sequence
 from tandem.errors import UserError
 from tandem.rewards.combine import checked
-from tandem.roles import RewardBatch, Scorer
+from tandem.roles import RewardBatch, Seat
 from tandem.types import Rollout, Sequence, StopReason
 
 
@@ -21,7 +21,7 @@ class RewardModel:
     the text is, through the reward model's own chat template for conversations.
     """
 
-    def __init__(self, scorer: Scorer, tokenizer: Any, *, reads_ids: bool, name: str = "reward_model") -> None:
+    def __init__(self, scorer: Seat, tokenizer: Any, *, reads_ids: bool, name: str = "reward_model") -> None:
         self.scorer = scorer
         self.tokenizer = tokenizer
         self.reads_ids = reads_ids
@@ -37,7 +37,7 @@ class RewardModel:
         else:
             samples = zip(batch.prompts, batch.completions, batch.rollouts, strict=True)
             sequences = [self._read_text(prompt, completion, r.stop) for prompt, completion, r in samples]
-        score_S = self.scorer.score(pack(sequences)).score_S
+        score_S = self.scorer.call("score", pack(sequences)).score_S
         if score_S is None:
             raise UserError(f"{self.name}: the model has no scalar head")
         return [checked(self.name, score, batch, i) for i, score in enumerate(score_S.tolist())]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -13,8 +12,7 @@ import torch.nn.functional as F
 
 from tandem.batch import Batch
 from tandem.data.packing import pack_rollouts, stamp_weights
-from tandem.roles import Algorithm, Metrics, Scorer
-from tandem.rollout.overlap import overlapped
+from tandem.roles import Algorithm, Metrics, Seat, call_all
 from tandem.seeds import derive_seed
 from tandem.types import Aggregation, Group
 
@@ -63,29 +61,25 @@ class Preparation:
     """
 
     algorithm: Algorithm
-    reference: Scorer | None = None
-    critic: Scorer | None = None
-    actor: Scorer | None = None
+    reference: Seat | None = None
+    critic: Seat | None = None
+    actor: Seat | None = None
     old_logp: Literal["sampler", "trainer"] = "sampler"
     epochs: int = 1
     minibatches: int = 1
     max_new_tokens: int = 0
     seed: int = 0
-    homes: Mapping[str, Hashable] = field(default_factory=dict)
-    """Where roles live: models in different processes score at the same time."""
 
     def __call__(self, groups: Seq[Group], state: dict[str, float], step: int) -> Prepared:
         """At least one rollout must be usable, which ``Judge`` sees to."""
         rollouts = [r for group in groups for r in group.usable]
         batch = pack_rollouts(rollouts)
         metrics: Metrics = {}
-        asked: dict[str, Scorer | None] = {"reference": self.reference, "critic": self.critic}
+        asked: dict[str, Seat | None] = {"reference": self.reference, "critic": self.critic}
         on_policy = self.epochs == self.minibatches == 1 and not self.algorithm.needs_old_logp
         if self.old_logp == "trainer" and not on_policy:
             asked["actor"] = self.actor
-        scores = overlapped(
-            {role: partial(scorer.score, batch) for role, scorer in asked.items() if scorer is not None}, self.homes
-        )
+        scores = call_all({role: seat for role, seat in asked.items() if seat is not None}, "score", batch)
         batch = replace(
             batch,
             on_policy=self.old_logp == "trainer" and on_policy,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from tandem.batch import Batch
-from tandem.roles import Metrics, Trainer
+from tandem.roles import Metrics, Seat
 from tandem.runs.progress import Progress
 from tandem.schedules.session import Evaluation, Session, StepClock
 
@@ -17,7 +17,7 @@ class OfflineRoles:
     """Who does what in an offline run. ``batch`` is the rows at some positions, packed, its weights stamped."""
 
     batch: Callable[[range], Batch]
-    trainer: Trainer
+    trainer: Seat
     evaluate: Callable[[int], Metrics]
 
 
@@ -38,7 +38,9 @@ class Offline:
                 with clock("data"):
                     batch = roles.batch(session.take(self.batch_size))
                 with clock("training"):
-                    metrics = roles.trainer.forward_backward(batch) | roles.trainer.optim_step(step - 1)
+                    metrics = roles.trainer.call("forward_backward", batch)
+                    session.changing()
+                    metrics |= roles.trainer.call("optim_step", step - 1)
                 metrics |= {"trained_tokens": float(batch.tokens)} | clock.metrics()
                 metrics["tokens_per_second"] = metrics["trained_tokens"] / metrics["seconds"]
                 session.reached(step, state, metrics)

@@ -13,7 +13,7 @@ from pathlib import Path
 from tandem.checkpoint.saver import SaveEvery
 from tandem.checkpoint.store import CheckpointStore
 from tandem.errors import NonFiniteError, RunFailure, UserError
-from tandem.roles import Metrics, Trainer
+from tandem.roles import Metrics, Seat
 from tandem.runs.folder import RunFolder
 from tandem.runs.progress import Progress
 from tandem.signals import held
@@ -60,14 +60,14 @@ class StepClock:
 class Session:
     """A run folder, its checkpoints and its display. ``trainers`` are what a checkpoint holds, by role.
 
-    A schedule goes through its steps within ``kept``: it says ``reached`` when a step has been trained, and
-    ``record`` when that step has been evaluated.
+    A schedule goes through its steps within ``kept``: it says ``changing`` before a step changes parameters,
+    ``reached`` when the step has been trained, and ``record`` when it has been evaluated.
     """
 
     run: RunFolder
     store: CheckpointStore
     save_every: SaveEvery
-    trainers: Mapping[str, Trainer]
+    trainers: Mapping[str, Seat]
     progress: Progress
     rollouts_logged: int = 8
     """Rollouts written to ``rollouts.jsonl`` each step, in whole groups; as many held-out ones."""
@@ -82,8 +82,8 @@ class Session:
     saved_step: int = field(default=-1, init=False)
     handed_out: int = field(default=0, init=False)
     """``taken``, and what the step in progress has taken."""
-    versions: list[int] = field(default_factory=list, init=False)
-    """Of the trainers, at that step."""
+    changed: bool = field(default=False, init=False)
+    """Whether the step in progress may have changed parameters."""
 
     def resume(self, initial_state: dict[str, float]) -> tuple[int, dict[str, float]]:
         """Loads the newest whole checkpoint, if there is one: (steps done, algorithm state).
@@ -95,7 +95,7 @@ class Session:
         pending: Metrics | None = {}
         if checkpoint is not None:
             for role, trainer in self.trainers.items():
-                trainer.load_state_dict(checkpoint.load(role))
+                trainer.call("load_state_dict", checkpoint.load(role))
             step, state = checkpoint.step, dict(checkpoint.state["algorithm"])
             pending, self.handed_out = checkpoint.state.get("pending"), checkpoint.state["taken"]
             self.saved_step = step
@@ -109,6 +109,10 @@ class Session:
         """Positions of the next ``count`` items of the data. No position is handed out twice, and none is left out."""
         first, self.handed_out = self.handed_out, self.handed_out + count
         return range(first, self.handed_out)
+
+    def changing(self) -> None:
+        """An optimizer step is about to be asked for: who is interrupted from here on is not taken for untouched."""
+        self.changed = True
 
     def reached(self, step: int, state: dict[str, float], metrics: Metrics, groups: Seq[Group] = ()) -> None:
         """Step ``step`` has been trained, and goes into the next checkpoint. Writes a few of its rollouts."""
@@ -141,13 +145,13 @@ class Session:
         if self.step == self.saved_step:
             return
         with held(), self.progress.phase("saving"):
-            parts = {role: trainer.state_dict() for role, trainer in self.trainers.items()}
+            parts = {role: trainer.call("state_dict") for role, trainer in self.trainers.items()}
             state = {"algorithm": self.state, "pending": self.pending, "taken": self.taken}
             path = self.store.save(self.step, parts, state)
             self.saved_step = self.step
             self.run.event("checkpoint", step=self.step, path=str(path))
 
-    def finish(self, trainer: Trainer) -> Path:
+    def finish(self, trainer: Seat) -> Path:
         """Exports the trained model to ``<run>/model``, whole or not at all, and returns that folder.
 
         Raises RunFailure where the disk is full or refuses.
@@ -157,7 +161,8 @@ class Session:
         try:
             shutil.rmtree(aside, ignore_errors=True)
             with self.progress.phase("writing the model"):
-                trainer.export(aside)
+                # Rank 0 writes, on a disk that it shares with this process, though not the folder that it works in.
+                trainer.call("export", aside.absolute())
             with held():
                 shutil.rmtree(folder, ignore_errors=True)
                 aside.rename(folder)
@@ -180,9 +185,8 @@ class Session:
             yield
         except BaseException as error:
             step = self.step + 1
-            unchanged = [trainer.version for trainer in self.trainers.values()] == self.versions
             wanted = self.save_every.enabled or not isinstance(error, KeyboardInterrupt)
-            if isinstance(error, NonFiniteError) or (self.step > 0 and unchanged and wanted):
+            if isinstance(error, NonFiniteError) or (self.step > 0 and not self.changed and wanted):
                 with suppress(UserError):  # what ended the run may be what hinders the save
                     self.save()
             if isinstance(error, NonFiniteError):
@@ -195,4 +199,4 @@ class Session:
 
     def _at(self, step: int, state: dict[str, float], pending: Metrics | None) -> None:
         self.step, self.state, self.pending, self.taken = step, state, pending, self.handed_out
-        self.versions = [trainer.version for trainer in self.trainers.values()]
+        self.changed = False

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
 from tandem.batch import Batch
-from tandem.roles import Metrics, Trainer
-from tandem.rollout.overlap import overlapped
+from tandem.roles import Metrics, Seat, call_all
 from tandem.rollout.prepare import Preparation, Prepared, held_out_metrics, rollout_metrics
 from tandem.runs.progress import Progress
 from tandem.schedules.session import Evaluation, Session, StepClock
@@ -24,8 +23,8 @@ class OnlineRoles:
     sample: Callable[[list[Prompt], int], list[Group]]
     judge: Callable[[list[Group], int], None]
     prepare: Preparation
-    actor: Trainer
-    critic: Trainer | None
+    actor: Seat
+    critic: Seat | None
     push_weights: Callable[[int], Metrics]
     evaluate: Callable[[int], list[Group]]
     """Judged samples of held-out prompts after a step at which that is due, else none."""
@@ -77,7 +76,7 @@ class Sync:
             roles.judge(groups, step)
             prepared = roles.prepare(groups, state, step)
         with clock("training"):
-            metrics = train(roles, prepared, step - 1)
+            metrics = train(roles, prepared, step - 1, session.changing)
         with clock("sync"):
             metrics |= roles.push_weights(step)
         metrics |= rollout_metrics(groups) | clock.metrics()
@@ -96,20 +95,15 @@ def _evaluate(roles: OnlineRoles, progress: Progress, step: int) -> Evaluation:
     return held_out_metrics(held_out) if held_out else {}, held_out
 
 
-def _step(trainer: Trainer, minibatch: Batch, done: float) -> Metrics:
-    return trainer.forward_backward(minibatch) | trainer.optim_step(done)
-
-
-def train(roles: OnlineRoles, prepared: Prepared, done: int) -> Metrics:
+def train(roles: OnlineRoles, prepared: Prepared, done: int, changing: Callable[[], None]) -> Metrics:
     """Every minibatch of every epoch through actor and critic; metrics are means over minibatches.
 
-    ``done`` is how many steps of the run are behind.
+    ``done`` is how many steps of the run are behind; ``changing`` is called before parameters change.
     """
     collected: list[Metrics] = []
     trainers = {"actor": roles.actor} | ({"critic": roles.critic} if roles.critic is not None else {})
     for number, minibatch in enumerate(prepared):
-        calls = {role: partial(_step, t, minibatch, done + number / len(prepared)) for role, t in trainers.items()}
-        stepped = overlapped(calls, roles.prepare.homes)
+        stepped = _step(trainers, minibatch, done + number / len(prepared), changing)
         of_critic = stepped.get("critic", {})
         metrics = stepped["actor"] | {
             name if name.startswith("value") else f"critic_{name}": v for name, v in of_critic.items()
@@ -117,3 +111,18 @@ def train(roles: OnlineRoles, prepared: Prepared, done: int) -> Metrics:
         collected.append(metrics)
     means = {name: sum(m[name] for m in collected) / len(collected) for name in collected[0]}
     return prepared.metrics | means | {"trained_tokens": float(prepared.batch.tokens)}
+
+
+def _step(
+    trainers: Mapping[str, Seat], minibatch: Batch, done: float, changing: Callable[[], None]
+) -> dict[str, Metrics]:
+    """Those that share a home go one after another, so that one gradient is alive there at a time."""
+    metrics: dict[str, Metrics] = {}
+    while waiting := {role: seat for role, seat in trainers.items() if role not in metrics}:
+        first_of = {seat.home: role for role, seat in reversed(waiting.items())}
+        turn = {role: seat for role, seat in waiting.items() if first_of[seat.home] == role}
+        metrics |= call_all(turn, "forward_backward", minibatch)
+        changing()
+        for role, stepped in call_all(turn, "optim_step", done).items():
+            metrics[role] |= stepped
+    return metrics

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Sequence as Seq
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from tandem.errors import RunFailure
+from tandem.roles import Seat
 from tandem.sync.bounds import LOGP_BOUNDS
 from tandem.sync.checksum import Sums
 from tandem.types import Held
@@ -23,31 +24,14 @@ class WeightMismatch(RunFailure):
     """An engine does not hold the weights that were pushed to it, or computes something else with them."""
 
 
-class End(Protocol):
-    """One side of a push: the ranks of a trainer, or a set of engines, wherever their processes are."""
-
-    @property
-    def places(self) -> Seq[tuple[str, str | None]]:
-        """For each rank, its machine's address and its GPU."""
-        ...
-
-    def each(self, method: str, arguments: Seq[tuple[Any, ...]]) -> list[Any]:
-        """Calls every rank with its own arguments; what each returned."""
-        ...
-
-    def call(self, method: str, *arguments: Any) -> Any:
-        """Calls every rank with the same arguments; what rank 0 returned."""
-        ...
-
-
 class TruthCheck:
     """Every push: the checksums of all tensors. The first two and every 256th: the log-probs of a fixed probe as well.
 
-    ``dtype`` is the engines', ``vocabulary`` that of the probe's tokens.
+    ``dtype`` is the engines', ``vocabulary`` that of the probe's tokens. Without a ``trainer`` there is no probe.
     """
 
     def __init__(
-        self, trainer: End, engines: End, *, count: int, dtype: Literal["float32", "bfloat16"], vocabulary: int
+        self, trainer: Seat | None, engines: Seat, *, count: int, dtype: Literal["float32", "bfloat16"], vocabulary: int
     ) -> None:
         self.trainer, self.engines, self.count = trainer, engines, count
         self.dtype, self.vocabulary = dtype, vocabulary
@@ -67,7 +51,7 @@ class TruthCheck:
             warn_of_unseen(sums, held[0])
         for engine, tensors in enumerate(held):
             compare(f"after push {version} engine {engine}", sums, tensors)
-        if self.pushes < FIRST_PROBES or self.pushes % PROBE_EVERY == 0:
+        if self.trainer is not None and (self.pushes < FIRST_PROBES or self.pushes % PROBE_EVERY == 0):
             self.logp = self.trainer.call("logprobs", self._sequences)
         self.pushes += 1
 
@@ -77,18 +61,21 @@ class TruthCheck:
             return
         truth = [x for row in self.logp for x in row]
         self.logp = None
-        for engine, rows in enumerate(self.engines.each("logprobs", [(self._sequences,)] * self.count)):
+        for engine, rows in enumerate(self._of_each("logprobs", self._sequences)):
             found = [x for row in rows for x in row]
             gap = sum(abs(a - b) for a, b in zip(truth, found, strict=True)) / len(truth)
             if not gap <= LOGP_BOUNDS[self.dtype]:
                 # It may have lost since what it held when it was pushed.
-                for number, tensors in enumerate(self.engines.each("checksums", [()] * self.count)):
+                for number, tensors in enumerate(self._of_each("checksums")):
                     compare(f"after push {version} engine {number}", self.sums, tensors)
                 raise WeightMismatch(
                     f"weight sync: after push {version} engine {engine} gives a probe log-probs that differ from the "
                     f"trainer's by {gap:.3g} nats on average (bound {LOGP_BOUNDS[self.dtype]}), though every tensor "
                     "that can be compared is the same: it computes something else with them"
                 )
+
+    def _of_each(self, verb: str, *arguments: Any) -> list[Any]:
+        return self.engines.submit_each(verb, [arguments] * self.count).result()
 
     @property
     def _sequences(self) -> list[list[int]]:

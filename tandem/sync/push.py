@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence as Seq
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from secrets import token_hex
 from typing import Any, Literal
 
 from tandem.errors import UserError
-from tandem.sync.check import End, TruthCheck
+from tandem.roles import Seat
+from tandem.sync.check import TruthCheck
 from tandem.sync.links import LOOPBACK, Link, Transport
 from tandem.sync.plan import Plan
 
@@ -33,22 +33,23 @@ class WeightPush:
     Engines on the trainer's own GPUs map its buffers (CUDA IPC); others get them by broadcast (NCCL, or gloo on
     CPUs), each trainer rank feeding its part of the engines.
 
-    ``engines`` are ``tandem.roles.FedEngine``s. Unless it is turned off, the truth check compares every tensor of every
-    push (``tandem.sync.check``).
+    ``source`` is a ``tandem.sync.source.WeightSource`` in every rank of the trainer, ``engines`` are
+    ``tandem.roles.FedEngine``s; neither may be called at once, since each waits for the other. Unless it is turned off,
+    the truth check compares every tensor of every push (``tandem.sync.check``), with a probe where it is given the
+    ``trainer``.
     """
 
-    def __init__(self, source: End, trainer: End, engines: End, params: PushParams) -> None:
+    def __init__(self, source: Seat, trainer: Seat | None, engines: Seat, params: PushParams) -> None:
         self.source, self.engines, self.params = source, engines, params
         self.plan: Plan = source.call("plan", params.dtype)
         self.version = 0
         self.check = TruthCheck(trainer, engines, count=self._engines, dtype=params.dtype, vocabulary=params.vocabulary)
-        self.pool = ThreadPoolExecutor(2, thread_name_prefix="push")
 
     def connect(self) -> None:
         """Makes all links anew. Raises UserError where devices cannot be linked."""
         transport, receivers = self._pair()
         links = [self._link(transport, rank, mine) if mine else None for rank, mine in enumerate(receivers)]
-        ports = self.source.each("listen", [(link, self.plan) for link in links])
+        ports = self.source.submit_each("listen", [(link, self.plan) for link in links]).result()
         ends: dict[int, Link] = {}
         for link, port, mine in zip(links, ports, receivers, strict=True):
             for place, number in enumerate(mine):
@@ -96,17 +97,14 @@ class WeightPush:
         """Compares the engines' log-probs of the probe with the trainer's, where it is this push's turn."""
         self.check.prove(version)
 
-    def close(self) -> None:
-        self.pool.shutdown(wait=False)
-
     @property
     def _engines(self) -> int:
         return len(self.engines.places) // self.params.ranks_per_engine
 
     def _both(self, source: tuple[str, tuple[Any, ...]], engines: tuple[str, list[tuple[Any, ...]]]) -> tuple[Any, Any]:
         """A call to the source and one to the engines at the same time."""
-        sent = self.pool.submit(self.source.call, source[0], *source[1])
-        received = self.pool.submit(self.engines.each, *engines)
+        received = self.engines.submit_each(*engines)
+        sent = self.source.submit(source[0], *source[1])
         # The engines first: when one has died, the source waits for it in vain.
         theirs = received.result()
         return sent.result(), theirs
@@ -151,13 +149,13 @@ class FillPush:
     ``replicas`` does that (``assembly.models.Replicas``); ``check`` is None where it is turned off.
     """
 
-    def __init__(self, replicas: End, check: TruthCheck | None) -> None:
+    def __init__(self, replicas: Seat, check: TruthCheck | None) -> None:
         self.replicas, self.check = replicas, check
 
     def __call__(self, version: int) -> dict[str, float]:
         """Fills all engines and proves it. Raises WeightMismatch, naming the parameter."""
         start = time.perf_counter()
-        ranks = self.replicas.each("push", [(self.check is not None,)] * len(self.replicas.places))
+        ranks = self.replicas.submit_each("push", [(self.check is not None,)] * len(self.replicas.places)).result()
         pushed = time.perf_counter()
         if self.check is not None:
             self.check.compare(version, ranks[0][0], [held for _, held in ranks])

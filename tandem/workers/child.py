@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 import traceback
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any, NoReturn
 
 from tandem.errors import RunFailure, UserError, WorkerDied
+from tandem.futures import Future
+from tandem.roles import Place, Seat
 from tandem.workers.group import LOAD_DEADLINE_S, START_DEADLINE_S, WorkerFailed
 from tandem.workers.keeper import MARK, die_with, start_keeper
 from tandem.workers.process import Build, Where, WorkerProcess, raise_failure
@@ -48,18 +51,20 @@ RANK_VARIABLES = frozenset(
 
 
 class Child:
-    """One process with roles in it (``tandem.workers.process.WorkerProcess``), on this machine.
+    """One process of this machine as a home for roles (``tandem.roles.Home``), which it takes calls to in order.
 
-    ``gpu`` is the UUID of the only GPU that it sees; None runs it on the CPU. ``name`` is how errors call it. A call
-    that takes longer than ``deadline_s``, or whose process dies, ends with an error that says so and shows the end of
-    what the process wrote. Calls from several threads go one after another.
+    ``gpu`` is the UUID of the only GPU that it sees; None runs it on the CPU. ``name`` is how errors call it. A wait
+    for an answer that takes longer than ``deadline_s``, or whose process dies, ends with an error that says so and
+    shows the end of what the process wrote.
     """
+
+    at_once = False
 
     def __init__(self, name: str, *, gpu: str | None = None, deadline_s: float = 1800.0) -> None:
         self.name, self.deadline_s = name, deadline_s
-        self.lock = threading.Lock()
         self.calls = 0
-        self.answered = 0
+        self.open: dict[int, _Answer] = {}
+        """Calls that it has not answered, by number."""
         self.output = tempfile.TemporaryFile()  # noqa: SIM115
         self.pipe, theirs = Pipe()
         self.ended, ended = Pipe(duplex=False)
@@ -76,22 +81,28 @@ class Child:
             raise born[0]
         self.process: subprocess.Popen[bytes] = born[0]
         try:
-            self.where: Where = self._ask("start", "where", (), START_DEADLINE_S)
+            self.where: Where = self._begin("start", "where", (), START_DEADLINE_S).result()
         except BaseException:
             self.close()
             raise
 
-    def place(self, role: str, build: Build) -> None:
+    @property
+    def places(self) -> Seq[Place]:
+        return [(self.where.node, self.where.gpus[0] if self.where.gpus else None)]
+
+    def place(self, role: str, build: Build) -> Seat:
         """Builds a role there. ``build`` is pickled: a function of a module that can be imported there."""
-        self._ask(f"loading {role}", "place", (role, build), LOAD_DEADLINE_S)
+        self._begin(f"loading {role}", "place", (role, build), LOAD_DEADLINE_S).result()
+        return Seat(self, role)
 
-    def call(self, role: str, method: str, *arguments: Any, **options: Any) -> Any:
-        """A role's method, or its attribute where that is no method. Returns what that returned."""
-        return self._ask(f"{role}.{method}", "call", (role, method, arguments, options, False), self.deadline_s)
+    def submit(self, role: str, verb: str, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Future[Any]:
+        """See ``tandem.roles.Home``."""
+        return self._begin(f"{role}.{verb}", "call", (role, verb, arguments, options, False), self.deadline_s)
 
-    def end(self, role: str) -> ChildEnd:
-        """The role as one side of a push."""
-        return ChildEnd(self, role)
+    def submit_each(self, role: str, verb: str, arguments: Seq[tuple[Any, ...]]) -> Future[list[Any]]:
+        """See ``tandem.roles.Home``."""
+        (own,) = arguments
+        return self._begin(f"{role}.{verb}", "call", (role, verb, own, {}, False), self.deadline_s, each=True)
 
     @property
     def alive(self) -> bool:
@@ -111,9 +122,9 @@ class Child:
     def close(self) -> None:
         """Ends the roles and the process, by force where it does not answer."""
         # One that is still at an earlier call would answer after that only.
-        if self.alive and self.answered == self.calls:
+        if self.alive and not self.open:
             with suppress(UserError, WorkerFailed, OSError):
-                self._ask("close", "close", (), CLOSE_DEADLINE_S)
+                self._begin("close", "close", (), CLOSE_DEADLINE_S).result()
             self.pipe.close()
             self.keeper.join(CLOSE_DEADLINE_S)
         if self.alive:
@@ -155,32 +166,36 @@ class Child:
             start_new_session=True,
         )
 
-    def _ask(self, what: str, method: str, arguments: tuple[Any, ...], deadline_s: float) -> Any:
-        with self.lock:
-            if self.pipe.closed:
-                raise UserError(f"{what}: {self.name} is closed; start another one")
-            self.calls += 1
-            try:
-                self.pipe.send_bytes(pickle.dumps((self.calls, method, arguments)))
-                ok, result = self._answer(what, self.calls, time.monotonic() + deadline_s, deadline_s)
-            except (EOFError, ConnectionError):
-                raise self.died(what) from None
-        if not ok:
-            raise WorkerFailed(f"{self._who} failed in {what}: {result.strip().splitlines()[-1]}\n{result}")
-        return raise_failure(result, self._who)
+    def _begin(
+        self, what: str, method: str, arguments: tuple[Any, ...], deadline_s: float, *, each: bool = False
+    ) -> _Answer:
+        self._require_open(what)
+        self.calls += 1
+        answer = self.open[self.calls] = _Answer(self, what, deadline_s, each)
+        try:
+            self.pipe.send_bytes(pickle.dumps((self.calls, method, arguments)))
+        except ConnectionError:
+            raise self.died(what) from None
+        return answer
 
-    def _answer(self, what: str, call: int, end: float, deadline_s: float) -> tuple[bool, Any]:
-        """The answer to a call. Answers to earlier ones, whose wait was given up, are passed over."""
-        while True:
-            ready = wait([self.pipe, self.ended], max(0.0, end - time.monotonic()))
-            if not ready:
-                raise RunFailure(f"{what}: no answer within {deadline_s:.0f} s from {self._who}{self._tail()}")
-            if self.pipe not in ready:
-                raise self.died(what)
-            number, ok, result = pickle.loads(self.pipe.recv_bytes())
-            if number == call:
-                self.answered = call
-                return ok, result
+    def _hear(self, what: str, timeout_s: float) -> bool:
+        """Takes the next answer to any open call. Returns False where none comes; ``what`` is waited for."""
+        self._require_open(what)
+        ready = wait([self.pipe, self.ended], max(0.0, timeout_s))
+        if not ready:
+            return False
+        if self.pipe not in ready:
+            raise self.died(what)
+        try:
+            number, *outcome = pickle.loads(self.pipe.recv_bytes())
+        except (EOFError, ConnectionError):
+            raise self.died(what) from None
+        self.open.pop(number).outcome = outcome
+        return True
+
+    def _require_open(self, what: str) -> None:
+        if self.pipe.closed:
+            raise UserError(f"{what}: {self.name} is closed; start another one")
 
     @property
     def _who(self) -> str:
@@ -194,23 +209,37 @@ class Child:
         return "; its output ends:\n  " + "\n  ".join(lines) if lines else "; it wrote nothing"
 
 
-@dataclass(frozen=True)
-class ChildEnd:
-    """A role of a child as one side of a push (``tandem.sync.push.End``)."""
+@dataclass(eq=False)
+class _Answer:
+    """What the child returns from a call that is under way (``tandem.futures.Future``)."""
 
     child: Child
-    role: str
+    what: str
+    deadline_s: float
+    each: bool
+    """Whether the result is to be a list of one."""
+    outcome: Seq[Any] | None = None
+    """Whether the call ended well, and its result or the traceback."""
 
-    @property
-    def places(self) -> Seq[tuple[str, str | None]]:
-        where = self.child.where
-        return [(where.node, where.gpus[0] if where.gpus else None)]
+    def done(self) -> bool:
+        with suppress(WorkerDied):
+            while self.outcome is None and self.child._hear(self.what, 0.0):
+                pass
+        return self.outcome is not None or not self.child.alive
 
-    def each(self, method: str, arguments: Seq[tuple[Any, ...]]) -> list[Any]:
-        return [self.child.call(self.role, method, *own) for own in arguments]
-
-    def call(self, method: str, *arguments: Any) -> Any:
-        return self.child.call(self.role, method, *arguments)
+    def result(self) -> Any:
+        end = time.monotonic() + self.deadline_s
+        who = self.child._who
+        while self.outcome is None:
+            if not self.child._hear(self.what, end - time.monotonic()):
+                raise RunFailure(
+                    f"{self.what}: no answer within {self.deadline_s:.0f} s from {who}{self.child._tail()}"
+                )
+        ok, result = self.outcome
+        if not ok:
+            raise WorkerFailed(f"{who} failed in {self.what}: {result.strip().splitlines()[-1]}\n{result}")
+        result = raise_failure(result, who)
+        return [result] if self.each else result
 
 
 def clean_environment(gpu: str | None) -> dict[str, str]:

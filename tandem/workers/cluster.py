@@ -13,12 +13,14 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
+from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tandem.errors import UserError
+from tandem.roles import Place
 from tandem.workers.keeper import MARK, command_line, parent_of, start_keeper
 from tandem.workers.process import LOOPBACK, Where, own_address
 from tandem.workers.supervisor import stand_on
@@ -122,7 +124,7 @@ class Cluster:
         return group
 
     def actor_options(
-        self, name: str, rank: int, gpus: int, *, host: list[Where] | None, environment: dict[str, str]
+        self, name: str, rank: int, gpus: int, *, host: Seq[Place] | None, environment: dict[str, str]
     ) -> dict[str, Any]:
         """Where and with what a worker starts: in its bundle, or on devices that another group has reserved."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
@@ -132,11 +134,10 @@ class Cluster:
         if host is not None:
             mine = host[rank * gpus : (rank + 1) * gpus] or host[:1]
             variables |= {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
-            if mine[0].gpus:
-                variables |= {"CUDA_VISIBLE_DEVICES": ",".join(f"GPU-{where.gpus[0]}" for where in mine)}
-            node = next(
-                n for n in self.ray.nodes() if n["Alive"] and _same_machine(n["NodeManagerAddress"], mine[0].node)
-            )
+            address, gpu = mine[0]
+            if gpu is not None:
+                variables |= {"CUDA_VISIBLE_DEVICES": ",".join(f"GPU-{gpu}" for _, gpu in mine)}
+            node = next(n for n in self.ray.nodes() if n["Alive"] and _same_machine(n["NodeManagerAddress"], address))
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         else:
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(

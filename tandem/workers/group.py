@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Collection, Mapping
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 from typing import Any
 
 from tandem.errors import RunFailure, UserError, WorkerDied
+from tandem.roles import Place, Seat
 from tandem.workers.cluster import Cluster, log_tail
 from tandem.workers.keeper import MARK
 from tandem.workers.process import LOOPBACK, Build, Where, WorkerProcess, raise_failure
@@ -21,13 +24,17 @@ DEATH_KNOWN_S = 5.0
 
 
 class WorkerGroup:
-    """``size`` processes, one a GPU (or CPU), that are called together and get the same arguments.
+    """``size`` processes, one a GPU (or CPU), as a home for roles (``tandem.roles.Home``).
 
-    ``joined`` makes them one world for collectives. ``on_gpus_of`` puts them where other processes are, on their GPUs,
-    reserving none. ``concurrency`` calls may run in one process at the same time. A call that takes longer than
-    ``deadline_s`` ends with an error that says who has not answered. Processes start with ``environment``, which Ray
+    ``joined`` makes them one world for collectives. All ranks see calls in the order of submission: a Ray actor that
+    runs one call at a time, and is not restarted, takes those of one driver in their order. ``concurrency`` above 1
+    gives that up, so that several calls run in one process at the same time, and is for processes that are not joined.
+    ``on_gpus_of`` puts them where other processes are, on their GPUs, reserving none. Whoever has waited for an answer
+    for ``deadline_s`` gets an error that says who has not given it. Processes start with ``environment``, which Ray
     logs; ``secrets`` are variables that they are told in a call, and that stand in no log and on no command line.
     """
+
+    at_once = False
 
     def __init__(
         self,
@@ -37,14 +44,15 @@ class WorkerGroup:
         *,
         gpus_each: int = 1,
         joined: bool = True,
-        on_gpus_of: Seq[Where] = (),
+        on_gpus_of: Seq[Place] = (),
         concurrency: int = 1,
         deadline_s: float = 1800.0,
         environment: dict[str, str] | None = None,
         secrets: dict[str, str] | None = None,
     ) -> None:
+        assert concurrency == 1 or not joined
         self.name, self.size, self.cluster, self.deadline_s = name, size, cluster, deadline_s
-        self.device = cluster.device
+        self.device, self.gpus_each = cluster.device, gpus_each
         self.secrets = secrets or {}
         self.builds: dict[str, Build] = {}
         self.silent = ""
@@ -92,29 +100,44 @@ class WorkerGroup:
                 gone.append(rank)
         return gone
 
-    def place(self, role: str, build: Build) -> None:
+    @property
+    def places(self) -> Seq[Place]:
+        """One for each device; on a CPU, for each rank that a process runs by itself (tensor-parallel engines)."""
+        return [(where.node, gpu) for where in self.wheres for gpu in (where.gpus or (None,) * self.gpus_each)]
+
+    def place(self, role: str, build: Build) -> Seat:
         """Builds a role in every process."""
         self.builds[role] = build
         self._all(f"loading {role}", [a.place.remote(role, build) for a in self.actors], LOAD_DEADLINE_S)
+        return Seat(self, role)
 
-    def call(self, role: str, method: str, *arguments: Any, **options: Any) -> Any:
-        """A method in every process with the same arguments. Returns what rank 0 returned."""
+    def submit(self, role: str, verb: str, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Answer:
+        """See ``tandem.roles.Home``."""
         # Stored once, however many read it.
         shared = self.cluster.ray.put(arguments) if self.size > 1 else arguments
-        refs = [actor.call.remote(role, method, shared, options, rank > 0) for rank, actor in enumerate(self.actors)]
-        return self._all(f"{role}.{method}", refs, self.deadline_s)[0]
+        refs = [actor.call.remote(role, verb, shared, options, rank > 0) for rank, actor in enumerate(self.actors)]
+        return Answer(self, f"{role}.{verb}", refs)
 
-    def each(self, role: str, method: str, arguments: Seq[tuple[Any, ...]]) -> list[Any]:
-        """A method in every process, each with its own arguments. Returns what each returned."""
-        refs = [
-            actor.call.remote(role, method, own, {}, False) for actor, own in zip(self.actors, arguments, strict=True)
-        ]
-        return self._all(f"{role}.{method}", refs, self.deadline_s)
+    def submit_each(self, role: str, verb: str, arguments: Seq[tuple[Any, ...]]) -> Answer:
+        """See ``tandem.roles.Home``."""
+        calls = zip(self.actors, arguments, strict=True)
+        refs = [actor.call.remote(role, verb, own, {}, False) for actor, own in calls]
+        return Answer(self, f"{role}.{verb}", refs, each=True)
 
-    def one(self, rank: int, role: str, method: str, *arguments: Any, **options: Any) -> Any:
+    def submit_one(self, rank: int, role: str, verb: str, *arguments: Any) -> Answer:
         """A method in one process."""
-        ref = self.actors[rank].call.remote(role, method, arguments, options, False)
-        return self._all(f"{role}.{method}", [ref], self.deadline_s, first_rank=rank)[0]
+        ref = self.actors[rank].call.remote(role, verb, arguments, {}, False)
+        return Answer(self, f"{role}.{verb}", [ref], rank)
+
+    def first_of(self, calls: Collection[Answer]) -> Answer:
+        """The first call to one process to end, of several that are under way."""
+        by_ref = {call.refs[0]: call for call in calls}
+        what = next(iter(by_ref.values())).what
+        self._require_heard(what)
+        ended, _ = self.cluster.ray.wait(list(by_ref), num_returns=1, timeout=self.deadline_s)
+        if not ended:
+            raise self._late(what, sorted({call.first_rank for call in calls}), self.deadline_s)
+        return by_ref[ended[0]]
 
     def close(self) -> None:
         """Ends every process, at once where one does not answer."""
@@ -128,8 +151,7 @@ class WorkerGroup:
 
     def _all(self, what: str, refs: list[Any], deadline_s: float, first_rank: int = 0) -> list[Any]:
         """The results of calls to successive ranks, watching all of them: one that fails ends the wait for the rest."""
-        if self.silent:
-            raise RunFailure(f"{what}: {self.silent} still owes the answer to an earlier call")
+        self._require_heard(what)
         ray = self.cluster.ray
         ranks = {ref: first_rank + i for i, ref in enumerate(refs)}
         results: dict[Any, Any] = {}
@@ -137,10 +159,7 @@ class WorkerGroup:
         while waiting := [ref for ref in refs if ref not in results]:
             done, _ = ray.wait(waiting, num_returns=1, timeout=max(0.0, end - time.monotonic()))
             if not done:
-                self.silent = late = ", ".join(self._who(ranks[ref]) for ref in waiting)
-                raise RunFailure(
-                    f"{what}: no answer within {deadline_s:.0f} s from {late}{self._tail(ranks[waiting[0]])}"
-                )
+                raise self._late(what, [ranks[ref] for ref in waiting], deadline_s)
             for ref in done:
                 try:
                     results[ref] = self._result(what, ref, ranks[ref])
@@ -148,6 +167,14 @@ class WorkerGroup:
                     others = {other: ranks[other] for other in waiting if other != ref}
                     raise self._death(what, others) or error from None
         return [results[ref] for ref in refs]
+
+    def _require_heard(self, what: str) -> None:
+        if self.silent:
+            raise RunFailure(f"{what}: {self.silent} still owes the answer to an earlier call")
+
+    def _late(self, what: str, ranks: list[int], deadline_s: float) -> RunFailure:
+        self.silent = ", ".join(map(self._who, ranks))
+        return RunFailure(f"{what}: no answer within {deadline_s:.0f} s from {self.silent}{self._tail(ranks[0])}")
 
     def _death(self, what: str, others: dict[Any, int]) -> WorkerDied | None:
         """Which of the others has died: what they do together fails for those that live, who may say so first."""
@@ -180,6 +207,28 @@ class WorkerGroup:
 
     def _tail(self, rank: int) -> str:
         return log_tail(self.wheres[rank]) if rank < len(self.wheres) else ""
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """What processes return from a call that is under way (``tandem.futures.Future``).
+
+    ``result`` watches all of them: it names who is late, and who has died. It is what each returned, or what the first
+    of them did.
+    """
+
+    group: WorkerGroup
+    what: str
+    refs: list[Any]
+    first_rank: int = 0
+    each: bool = False
+
+    def done(self) -> bool:
+        return len(self.group.cluster.ray.wait(self.refs, num_returns=len(self.refs), timeout=0)[0]) == len(self.refs)
+
+    def result(self) -> Any:
+        results = self.group._all(self.what, self.refs, self.group.deadline_s, self.first_rank)
+        return results if self.each else results[0]
 
 
 class WorkerFailed(RuntimeError):

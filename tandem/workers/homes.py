@@ -1,132 +1,87 @@
-"""Where roles live: in this process, or in worker groups. The rest of a run sees trainers, scorers and engines."""
+"""This process as a home for roles (``tandem.roles.Home``). The others: ``group``, ``torchrun`` and ``child``."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
-from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any, Protocol
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 
-from tandem.workers.group import WorkerGroup
-from tandem.workers.process import Build, Site, Where, here
-from tandem.workers.remote import RemoteTrainer
-
-
-class Home(Protocol):
-    """Processes in which roles can be built and called."""
-
-    @property
-    def wheres(self) -> list[Where]: ...
-
-    def place(self, role: str, build: Build) -> Any:
-        """Builds a role. Returns it, or what stands for it here, with the same promises."""
-        ...
-
-    def end(self, role: str) -> RoleEnd:
-        """A role's every rank, to call."""
-        ...
-
-    def close(self) -> None: ...
-
-
-class RoleEnd(Protocol):
-    """All ranks of a role (``tandem.sync.push.End``)."""
-
-    @property
-    def places(self) -> Seq[tuple[str, str | None]]: ...
-
-    def each(self, method: str, arguments: Seq[tuple[Any, ...]]) -> list[Any]: ...
-
-    def call(self, method: str, *arguments: Any) -> Any: ...
+from tandem.futures import Done, Future
+from tandem.parallel.world import World
+from tandem.roles import Place, Seat
+from tandem.workers.process import Build, Site, own_address
 
 
 class Here:
-    """This process: roles are the objects themselves, and a call is a call."""
+    """This process: roles are the objects themselves, and a call is made at once."""
+
+    at_once = True
 
     def __init__(self, site: Site) -> None:
         self.site = site
 
     @property
-    def wheres(self) -> list[Where]:
-        where = here(self.site.world.device)
-        if where.gpus:
-            where = Where(where.node, where.pid, (where.gpus[torch.cuda.current_device()],))
-        return [where]
+    def places(self) -> Seq[Place]:
+        device = self.site.world.device
+        return [(own_address(), str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None)]
 
-    def place(self, role: str, build: Build) -> Any:
+    def place(self, role: str, build: Build) -> Seat:
         self.site.roles[role] = build(self.site)
-        return self.site.roles[role]
+        return Seat(self, role)
 
-    def end(self, role: str) -> RoleEnd:
-        return HereEnd(self, role)
+    def submit(self, role: str, verb: str, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Future[Any]:
+        return Done(self.site.call(role, verb, arguments, options))
 
-    def close(self) -> None:
-        for role in reversed(list(self.site.roles.values())):
-            if hasattr(role, "close"):
-                with suppress(Exception):
-                    role.close()
-
-
-@dataclass(frozen=True)
-class HereEnd:
-    """A role of this process as the only rank there is."""
-
-    home: Here
-    role: str
-
-    @property
-    def places(self) -> Seq[tuple[str, str | None]]:
-        return _places(self.home.wheres)
-
-    def each(self, method: str, arguments: Seq[tuple[Any, ...]]) -> list[Any]:
-        return [getattr(self.home.site.roles[self.role], method)(*own) for own in arguments]
-
-    def call(self, method: str, *arguments: Any) -> Any:
-        return getattr(self.home.site.roles[self.role], method)(*arguments)
-
-
-class Workers:
-    """A worker group."""
-
-    def __init__(self, group: WorkerGroup) -> None:
-        self.group = group
-
-    @property
-    def wheres(self) -> list[Where]:
-        return self.group.wheres
-
-    def place(self, role: str, build: Build) -> Any:
-        self.group.place(role, build)
-        return RemoteTrainer(self.group, role)
-
-    def end(self, role: str) -> RoleEnd:
-        return WorkersEnd(self.group, role)
+    def submit_each(self, role: str, verb: str, arguments: Seq[tuple[Any, ...]]) -> Future[list[Any]]:
+        return Done([self.site.call(role, verb, own, {}) for own in arguments])
 
     def close(self) -> None:
-        self.group.close()
+        with suppress(Exception):
+            self.site.close()
 
 
-@dataclass(frozen=True)
-class WorkersEnd:
-    """A role of a worker group."""
+class Aside(Here):
+    """Roles of this process, called in order by a thread that is there for them alone.
 
-    group: WorkerGroup
-    role: str
-    ranks_per_process: int = 1
-    """Where a process runs several ranks of its own (a tensor-parallel engine on a CPU)."""
+    For a call that waits in here for another process (the sending end of a push): this process must be free to notice
+    that the other one has died. The calls compute on the device's default stream, as if made by the main thread.
+    """
 
-    @property
-    def places(self) -> Seq[tuple[str, str | None]]:
-        return [place for place in _places(self.group.wheres) for _ in range(self.ranks_per_process)]
+    at_once = False
 
-    def each(self, method: str, arguments: Seq[tuple[Any, ...]]) -> list[Any]:
-        return self.group.each(self.role, method, arguments)
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="aside")
 
-    def call(self, method: str, *arguments: Any) -> Any:
-        return self.group.call(self.role, method, *arguments)
+    def submit(self, role: str, verb: str, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Future[Any]:
+        return self.thread.submit(self._call, role, verb, arguments, options)
+
+    def submit_each(self, role: str, verb: str, arguments: Seq[tuple[Any, ...]]) -> Future[list[Any]]:
+        return self.thread.submit(lambda: [self._call(role, verb, own, {}) for own in arguments])
+
+    def _call(self, role: str, verb: str, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
+        with default_stream(self.site.world.device):
+            return self.site.call(role, verb, arguments, options)
+
+    def close(self) -> None:
+        """Ends the thread when it is done with what it does. The roles are left to their home."""
+        self.thread.shutdown(wait=False)
 
 
-def _places(wheres: list[Where]) -> list[tuple[str, str | None]]:
-    return [(where.node, gpu) for where in wheres for gpu in (where.gpus or (None,))]
+def seat_of(role: Any) -> Seat:
+    """A seat for an object of this process, a trainer or scorer of your own."""
+    return Here(Site(World())).place("role", lambda site: role)
+
+
+@contextmanager
+def default_stream(device: torch.device) -> Iterator[None]:
+    """Computes on the device's default stream, whatever device and stream this thread would use of itself."""
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.stream(torch.cuda.default_stream(device)):
+        yield

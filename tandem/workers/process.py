@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -55,6 +55,19 @@ class Site:
 
     world: World
     roles: dict[str, Any] = field(default_factory=dict)
+
+    def call(self, role: str, verb: str, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
+        """A role's method, or its attribute where that is no method."""
+        found = getattr(self.roles[role], verb)
+        return found(*arguments, **options) if callable(found) else found
+
+    def close(self) -> None:
+        """Ends the roles that have something to end, the last one first."""
+        with ExitStack() as ending:
+            ending.callback(self.roles.clear)
+            for role in self.roles.values():
+                if hasattr(role, "close"):
+                    ending.callback(role.close)
 
 
 Build = Callable[[Site], Any]
@@ -123,11 +136,10 @@ class WorkerProcess:
             return Failure.of(error)
         return None
 
-    def call(self, role: str, method: str, arguments: tuple[Any, ...], options: dict[str, Any], quiet: bool) -> Any:
-        """A role's method, or its attribute where that is no method. ``quiet``: the result is not sent back."""
+    def call(self, role: str, verb: str, arguments: tuple[Any, ...], options: Mapping[str, Any], quiet: bool) -> Any:
+        """See ``Site.call``. ``quiet``: the result is not sent back."""
         try:
-            found = getattr(self.site.roles[role], method)
-            result = found(*arguments, **options) if callable(found) else found
+            result = self.site.call(role, verb, arguments, options)
         except UserError as error:
             return Failure.of(error)
         except torch.OutOfMemoryError as error:
@@ -135,11 +147,8 @@ class WorkerProcess:
         return None if quiet else to_cpu(result)
 
     def close(self) -> None:
-        """Ends roles that have something to end, and leaves the world."""
-        for role in reversed(list(self.site.roles.values())):
-            if hasattr(role, "close"):
-                role.close()
-        self.site.roles.clear()
+        """Ends the roles, and leaves the world."""
+        self.site.close()
         self.stack.close()
 
 

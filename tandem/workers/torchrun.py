@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import pickle
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 
 from tandem.errors import UserError
+from tandem.futures import Done, Future
 from tandem.parallel.world import World, gather_objects, join
-from tandem.workers.homes import RoleEnd
-from tandem.workers.process import Build, Failure, Site, Where, here, raise_failure, to_cpu
-from tandem.workers.remote import RemoteTrainer
+from tandem.roles import Place, Seat
+from tandem.workers.process import Build, Failure, Site, own_address, raise_failure, to_cpu
 
 IDLE_DEADLINE = timedelta(days=7)
 """How long ranks wait for the next call. One that is gone is noticed at once: its connections close."""
@@ -52,17 +52,22 @@ def joined(device: str, deadline_s: float) -> Iterator[Ranks]:
 
 @dataclass(frozen=True)
 class _Call:
-    """``method`` of a role, or its making where ``build`` is given."""
+    """``verb`` of a role, or its making where ``build`` is given."""
 
     role: str
-    method: str = ""
+    verb: str = ""
     arguments: tuple[Any, ...] = ()
-    options: Any = None
+    options: Mapping[str, Any] = field(default_factory=dict)
     build: Build | None = None
 
 
 class Ranks:
-    """The ranks of one torchrun as a home for roles (``tandem.workers.homes.Home``)."""
+    """The ranks of one torchrun as a home for roles (``tandem.roles.Home``).
+
+    A call is made at once, on this rank too, and the others see calls in the order in which it broadcasts them.
+    """
+
+    at_once = True
 
     def __init__(self, world: World) -> None:
         self.site = Site(world)
@@ -75,20 +80,20 @@ class Ranks:
         return self.site.world.rank == 0
 
     @property
-    def wheres(self) -> list[Where]:
-        return [here(self.site.world.device)]
+    def places(self) -> Seq[Place]:
+        return [(own_address(), None)]
 
-    def place(self, role: str, build: Build) -> Any:
+    def place(self, role: str, build: Build) -> Seat:
         """Builds a role on every rank."""
         self._run(_Call(role, build=build))
-        return RemoteTrainer(self, role)
+        return Seat(self, role)
 
-    def end(self, role: str) -> RoleEnd:
-        return _RanksEnd(self, role)
+    def submit(self, role: str, verb: str, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Future[Any]:
+        """See ``tandem.roles.Home``."""
+        return Done(self._run(_Call(role, verb, arguments, options)))
 
-    def call(self, role: str, method: str, *arguments: Any, **options: Any) -> Any:
-        """A method on every rank with the same arguments. Returns what rank 0 returned."""
-        return self._run(_Call(role, method, arguments, options))
+    def submit_each(self, role: str, verb: str, arguments: Seq[tuple[Any, ...]]) -> Future[list[Any]]:
+        raise UserError("under torchrun every rank gets the same call; start without torchrun for an online run")
 
     def follow(self) -> None:
         """Does what rank 0 asks for until it is done, or gone."""
@@ -121,26 +126,9 @@ class Ranks:
             if call.build is not None:
                 self.site.roles[call.role] = call.build(self.site)
                 return None
-            found = getattr(self.site.roles[call.role], call.method)
-            return to_cpu(found(*call.arguments, **call.options) if callable(found) else found)
+            return to_cpu(self.site.call(call.role, call.verb, call.arguments, call.options))
         except UserError as error:
             return Failure.of(error)
         except Exception:
             # The others wait for this rank's report: it must come, and the traceback with it.
             return Failure("UserError", traceback.format_exc())
-
-
-@dataclass(frozen=True)
-class _RanksEnd:
-    ranks: Ranks
-    role: str
-
-    @property
-    def places(self) -> Seq[tuple[str, str | None]]:
-        return [(where.node, None) for where in self.ranks.wheres]
-
-    def each(self, method: str, arguments: Seq[tuple[Any, ...]]) -> list[Any]:
-        raise UserError("under torchrun every rank gets the same call; start without torchrun for an online run")
-
-    def call(self, method: str, *arguments: Any) -> Any:
-        return self.ranks.call(self.role, method, *arguments)

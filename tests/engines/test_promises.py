@@ -14,9 +14,9 @@ from tandem.engines.live.engine import LiveEngine
 from tandem.engines.live.replica import ReplicaEngine
 from tandem.roles import Engine, FedEngine, SleepingEngine
 from tandem.sync.push import WeightPush
+from tandem.sync.turns import TakingTurns
 from tandem.types import Completion, Request, SamplingParams
-from tandem.workers.homes import Here
-from tandem.workers.turns import TakingTurns
+from tandem.workers.homes import Aside, seat_of
 
 sys.path.append(str(Path(__file__).parents[1] / "sync"))
 from test_push import model_of, nudge, pushing
@@ -65,7 +65,7 @@ class Sleepy(ReplicaEngine):
         return super().generate(requests)
 
 
-class Parked:
+class Parking:
     """A trainer that notes when it was asked to go."""
 
     def __init__(self) -> None:
@@ -81,7 +81,8 @@ class Parked:
 def linked(engine: ReplicaEngine, promise: Any) -> tuple[WeightPush, Any, Only]:
     """A push to an engine of which it sees the promise alone, and the trainer."""
     push, trainer = pushing(engine)
-    home: Here = push.engines.home  # type: ignore[attr-defined]
+    home = push.engines.home
+    assert isinstance(home, Aside)
     only = Only(engine, promise)
     home.site.roles["engine"] = only
     return push, trainer, only
@@ -109,14 +110,13 @@ def test_pushes_ask_for_no_more_than_a_fed_engine_promises():
     with pytest.raises(Exception, match="computes something else"):
         push(2)
     assert only.used == {"connect", "receive", "logprobs", "checksums"}
-    push.close()
 
 
 def test_turns_ask_for_no_more_than_a_sleeping_engine_promises():
     engine = Sleepy(model_of(1))
     push, trainer, only = linked(engine, SleepingEngine)
-    parked = Parked()
-    turns = TakingTurns(only, push.engines, [parked], push, version=lambda: 7)  # type: ignore[arg-type]
+    parked = Parking()
+    turns = TakingTurns(only, push.engines, [seat_of(parked)], push, version=lambda: 7)  # type: ignore[arg-type]
     ((first, second),) = turns.generate(REQUESTS)
     assert parked.said == ["optimizer leaves", "weights leave", "back"]
     assert engine.awake == frozenset()
@@ -127,4 +127,3 @@ def test_turns_ask_for_no_more_than_a_sleeping_engine_promises():
     turns.recover()
     assert [c.token_ids for c in turns.generate(REQUESTS)[0]] == [first.token_ids, second.token_ids]
     assert only.used == {"connect", "receive", "logprobs", "sleep", "wake", "memory", "generate"}
-    push.close()

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ import pytest
 import torch
 
 from tandem.errors import UserError, WorkerDied
+from tandem.futures import wait_all
+from tandem.roles import Seat
 from tandem.workers.child import Child
 from tandem.workers.group import WorkerFailed
 
@@ -63,10 +66,14 @@ def build_badly(site: Any) -> Role:
 @pytest.fixture
 def child() -> Iterator[Child]:
     child = Child("the helper")
-    child.place("role", build)
     yield child
     child.close()
     assert gone(child.process.pid)
+
+
+@pytest.fixture
+def role(child: Child) -> Seat:
+    return child.place("role", build)
 
 
 def gone(pid: int) -> bool:
@@ -77,55 +84,76 @@ def gone(pid: int) -> bool:
         return True
 
 
-def test_calls_and_errors(child):
-    assert child.call("role", "add", 2) == 2
-    assert child.call("role", "add", 1, twice=True) == 4
-    assert child.call("role", "count") == 4
-    assert torch.equal(child.call("role", "tensor")["a"], torch.tensor([0.0, 2.0, 4.0]))
+def test_calls_and_errors(child, role):
+    assert role.call("add", 2) == 2
+    assert role.call("add", 1, twice=True) == 4
+    assert role.call("count") == 4
+    assert torch.equal(role.call("tensor")["a"], torch.tensor([0.0, 2.0, 4.0]))
     with pytest.raises(UserError, match=rf"the helper \(pid {child.process.pid}\): the cup is empty; fill it"):
-        child.call("role", "refuse")
+        role.call("refuse")
     with pytest.raises(WorkerFailed, match=r"failed in role.break_down: ValueError: a bug\n(.|\n)*Traceback"):
-        child.call("role", "break_down")
+        role.call("break_down")
     with pytest.raises(UserError, match="no such model"):
         child.place("other", build_badly)
-    assert child.call("role", "add", 0) == 4
-    end = child.end("role")
-    assert end.each("add", [(1,)]) == [5]
-    assert [gpu for _, gpu in end.places] == [None]
+    assert role.call("add", 0) == 4
+    assert role.submit_each("add", [(1,)]).result() == [5]
+    assert [gpu for _, gpu in role.places] == [None]
 
 
-def test_a_late_answer_is_not_taken_for_the_next(child, tmp_path):
+def test_calls_that_are_under_way_together_end_in_their_order(child, role, tmp_path):
+    other = child.place("other", partial(build, start=100))
+    gate = tmp_path / "go"
+    first = role.submit("wait_for", str(gate))
+    second, third, fourth = role.submit("add", 1), other.submit("add", 1), role.submit("add", 1)
+    assert not any(answer.done() for answer in (first, second, third, fourth))
+    gate.touch()
+    assert [fourth.result(), third.result(), second.result()] == [2, 101, 1]
+    assert first.done()
+    assert [first.result(), first.result()] == [str(gate)] * 2
+
+
+def test_one_death_ends_every_wait(child, role, tmp_path):
+    answers = [role.submit("wait_for", str(tmp_path / "never")), role.submit("add", 1)]
+    os.kill(child.process.pid, signal.SIGKILL)
+    with pytest.raises(WorkerDied, match=r"died in role\.wait_for"):
+        wait_all(answers)
+    with pytest.raises(WorkerDied, match=r"died in role\.add"):
+        answers[1].result()
+    assert all(answer.done() for answer in answers)
+
+
+def test_a_late_answer_is_not_taken_for_the_next(child, role, tmp_path):
     child.deadline_s = 0.2
     with pytest.raises(UserError, match=r"role.wait_for: no answer within 0 s from the helper"):
-        child.call("role", "wait_for", str(tmp_path / "go"))
+        role.call("wait_for", str(tmp_path / "go"))
     child.deadline_s = 60
     (tmp_path / "go").touch()
-    assert child.call("role", "add", 7) == 7
+    assert role.call("add", 7) == 7
 
 
-def test_the_end_does_not_wait_for_a_call_that_was_given_up(child, tmp_path):
+def test_the_end_does_not_wait_for_a_call_that_was_given_up(child, role, tmp_path):
     child.deadline_s = 0.1
     with pytest.raises(UserError, match="no answer"):
-        child.call("role", "wait_for", str(tmp_path / "never"))
+        role.call("wait_for", str(tmp_path / "never"))
     child.close()
     assert child.process.returncode == -signal.SIGKILL
 
 
 @pytest.mark.parametrize(("code", "how"), [(3, "exit code 3"), (0, "exit code 0")])
-def test_a_child_that_ends_itself(child, code, how):
+def test_a_child_that_ends_itself(role, code, how):
     with pytest.raises(
         WorkerDied, match=rf"the helper \(pid \d+\) died in role.end \({how}\); its output ends:\n.*words$"
     ):
-        child.call("role", "end", code)
+        role.call("end", code)
     with pytest.raises(WorkerDied, match=r"died in role\.add"):
-        child.call("role", "add", 1)
+        role.call("add", 1)
 
 
-def test_a_child_that_is_killed_while_it_works(child, tmp_path):
+def test_a_child_that_is_killed_while_it_works(child, role, tmp_path):
     timer = threading.Timer(0.3, os.kill, (child.process.pid, signal.SIGKILL))
     timer.start()
     with pytest.raises(WorkerDied, match=r"died in role.wait_for \(killed by SIGKILL\); it wrote nothing"):
-        child.call("role", "wait_for", str(tmp_path / "never"))
+        role.call("wait_for", str(tmp_path / "never"))
     timer.join()
 
 
@@ -135,8 +163,8 @@ def test_it_knows_nothing_of_the_parents_world(monkeypatch):
         monkeypatch.setenv(name, value)
     child = Child("the helper")
     try:
-        child.place("role", build)
-        variables = child.call("role", "variables")
+        role = child.place("role", build)
+        variables = role.call("variables")
     finally:
         child.close()
     assert not variables.keys() & (world.keys() | {"TORCHELASTIC_RUN_ID"})
@@ -150,18 +178,18 @@ def test_it_outlives_the_thread_that_made_it():
     thread.join()
     (child,) = made
     try:
-        child.place("role", build)
-        assert child.call("role", "add", 1) == 1
+        assert child.place("role", build).call("add", 1) == 1
     finally:
         child.close()
 
 
 def test_after_its_end():
     child = Child("the helper")
+    role = child.place("role", build)
     child.close()
     child.close()
     with pytest.raises(UserError, match="the helper is closed"):
-        child.call("role", "add", 1)
+        role.call("add", 1)
 
 
 PARENT = """
@@ -170,9 +198,9 @@ sys.path.insert(0, {tests!r})
 from tandem.workers.child import Child
 import test_child
 child = Child("the helper")
-child.place("role", test_child.build)
+role = child.place("role", test_child.build)
 print(child.process.pid, flush=True)
-child.call("role", "wait_for", {never!r})
+role.call("wait_for", {never!r})
 """
 
 

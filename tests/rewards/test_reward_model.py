@@ -14,6 +14,7 @@ from tandem.rewards.model import RewardModel, require_same_tokenizer, same_token
 from tandem.roles import RewardBatch
 from tandem.training.trainer import LocalScorer
 from tandem.types import Rollout
+from tandem.workers.homes import seat_of
 
 
 def other_tokenizer():
@@ -66,7 +67,7 @@ def test_score_is_the_plain_classifiers(tmp_path, own):
     batch = RewardBatch(
         prompts=[prompt for prompt, _, _ in samples], completions=[r.completion for r in rollouts], rollouts=rollouts
     )
-    reward = RewardModel(LocalScorer(model, token_budget=100), model.tokenizer, reads_ids=not own)
+    reward = RewardModel(seat_of(LocalScorer(model, token_budget=100)), model.tokenizer, reads_ids=not own)
 
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm")
     ended = [tokenizer(text)["input_ids"] + [1] for text in ("abcde", "abcde", "ab")]
@@ -99,7 +100,7 @@ def test_what_a_reward_model_reads_ends_as_its_training_rows_do():
 
     batch = RewardBatch(prompts=[prompt], completions=[answer], rollouts=[stopped])
     for reads_ids in (True, False):
-        RewardModel(Reads(), tokenizer, reads_ids=reads_ids).score(batch)
+        RewardModel(seat_of(Reads()), tokenizer, reads_ids=reads_ids).score(batch)
     trained = preference_pair({"prompt": prompt, "chosen": answer, "rejected": "?"}, tokenizer).chosen.token_ids
     assert trained[-1] == tokenizer.eos_token_id
     assert seen == [trained, trained]
@@ -113,7 +114,7 @@ def test_a_score_that_is_no_number_names_the_sample():
     rollouts = [rollout(make_tokenizer(), "ab", text, "eos") for text in ("cde", "xyz")]
     batch = RewardBatch(prompts=["ab"] * 2, completions=["cde", "xyz"], rollouts=rollouts)
     with pytest.raises(UserError, match=r"reward 'reward_model' is nan for sample 1 \(prompt ab\): completion 'xyz'"):
-        RewardModel(Broken(), make_tokenizer(), reads_ids=True).score(batch)
+        RewardModel(seat_of(Broken()), make_tokenizer(), reads_ids=True).score(batch)
 
 
 def test_a_critic_with_another_tokenizer_is_refused():

@@ -14,6 +14,7 @@ from tandem.rollout.prepare import Preparation, rollout_metrics, sampler_gap
 from tandem.rollout.sampling import Judge, sample_groups
 from tandem.training.trainer import LocalScorer
 from tandem.types import Prompt, SamplingParams
+from tandem.workers.homes import seat_of
 
 SAMPLING = SamplingParams(max_new_tokens=6, temperature=0.8)
 
@@ -118,7 +119,7 @@ def test_law_4_sampler_and_trainer_agree(model, truncation):
     """Also under truncation: ratios are taken against the untruncated log-probs (REFERENCE stumble 6)."""
     sampling = SamplingParams(max_new_tokens=6, temperature=0.8, **truncation)
     groups = judged(sample(model, sampling=sampling), length_reward)
-    scorer = LocalScorer(model, token_budget=40, temperature=0.8)
+    scorer = seat_of(LocalScorer(model, token_budget=40, temperature=0.8))
     prepare = Preparation(algorithm=GRPO(kl_coef=0.0), actor=scorer, old_logp="trainer", minibatches=2)
     prepared = prepare(groups, {}, 1)
     assert prepared.metrics["sampler_gap_max"] < 1e-4
@@ -131,11 +132,11 @@ def test_law_4_sampler_and_trainer_agree(model, truncation):
 
 def test_ppo_gets_what_it_needs(model, tmp_path):
     groups = judged(sample(model), length_reward)
-    scorer = LocalScorer(model, token_budget=100, temperature=0.8)
+    scorer = seat_of(LocalScorer(model, token_budget=100, temperature=0.8))
 
     make_module("llama").save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
-    critic = LocalScorer(load_scalar(tmp_path, new_head="zero", device="cpu"), token_budget=100)
+    critic = seat_of(LocalScorer(load_scalar(tmp_path, new_head="zero", device="cpu"), token_budget=100))
     algorithm = PPO(whiten_advantages=False, lam=1.0)
     prepared = Preparation(algorithm=algorithm, reference=scorer, critic=critic)(groups, algorithm.initial_state(), 1)
     # The reference is the sampler itself, so the KL is rounding and every token's return is the length of its answer.
@@ -157,7 +158,7 @@ def test_ppo_gets_what_it_needs(model, tmp_path):
 )
 def test_a_forward_is_saved_only_where_the_trained_one_is_the_same(model, algorithm, cut, saved):
     groups = judged(sample(model), length_reward)
-    scorer = LocalScorer(model, token_budget=100, temperature=0.8)
+    scorer = seat_of(LocalScorer(model, token_budget=100, temperature=0.8))
     prepare = Preparation(algorithm=algorithm, reference=scorer, actor=scorer, old_logp="trainer", **cut)
     batch = prepare(groups, {}, 1).batch
     assert batch.on_policy == saved

@@ -16,6 +16,7 @@ from tandem.engines.live.replica import ReplicaEngine
 from tandem.models.loading import prepare_module
 from tandem.parallel.sharding import local, whole
 from tandem.parallel.world import World
+from tandem.roles import Seat
 from tandem.sync.check import TruthCheck
 from tandem.sync.push import FillPush
 from tandem.training.optim import OptimParams
@@ -62,11 +63,10 @@ def seen_by(world: World, end: str, dtype: Any) -> dict[str, tuple[int, str]]:
     )
     engine = ReplicaEngine(model(1))
     home.site.roles |= {"actor": trainer, "engine": engine}
-    replicas: Replicas = home.place("replicas", Replicas)
-    check = TruthCheck(home.end("actor"), home.end("engine"), count=1, dtype=dtype, vocabulary=VOCABULARY)
-    push, faulty = FillPush(home.end("replicas"), check), Faulty()
+    check = TruthCheck(Seat(home, "actor"), Seat(home, "engine"), count=1, dtype=dtype, vocabulary=VOCABULARY)
+    push, faulty = FillPush(home.place("replicas", Replicas), check), Faulty()
     if end == "sender":
-        faulty.sender(replicas.source.gatherer)
+        faulty.sender(home.site.roles["replicas"].source.gatherer)
     else:
         spoil_what_is_held(engine, faulty)
 

@@ -43,7 +43,6 @@ def test_on_one_machine_all_that_listens_is_the_loopback():
     push, _ = pushing(ReplicaEngine(model_of(1)))
     assert listening() - before == {"0100007F"}
     push(1)
-    push.close()
 
 
 @pytest.fixture
@@ -88,7 +87,6 @@ def test_a_push_between_two_machines(monkeypatch):
     push, trainer = pushing(engine)
     push(1)
     assert all(torch.equal(engine.parameters[name], p) for name, p in trainer.parameters.items())
-    push.close()
 
 
 def test_a_buffers_handle_is_plain_data(monkeypatch):

@@ -20,7 +20,7 @@ from tandem.sync.push import PushParams, WeightPush
 from tandem.sync.source import WeightSource
 from tandem.training.optim import OptimParams
 from tandem.training.trainer import LocalTrainer
-from tandem.workers.homes import Here
+from tandem.workers.homes import Aside, Here
 from tandem.workers.process import Site
 
 
@@ -49,14 +49,15 @@ def model_of(seed: int, name: str = "llama", dtype: Any = "float32") -> Any:
 
 
 def pushing(engine: ReplicaEngine, dtype: Any = "float32", name: str = "llama") -> tuple[WeightPush, LocalTrainer]:
-    home = Here(Site(World()))
+    """Both ends are in this process, and each waits for the other: the engine has a thread of its own."""
+    home, aside = Here(Site(World())), Aside(Site(World()))
     trainer = LocalTrainer(
         model_of(0, name, dtype), negative_logp, OptimParams(learning_rate=1e-3, total_steps=9), token_budget=64
     )
-    home.site.roles |= {"actor": trainer, "engine": engine}
-    home.place("source", lambda site: WeightSource(trainer.parameters, torch.device("cpu")))
+    actor = home.place("actor", lambda site: trainer)
+    source = home.place("source", lambda site: WeightSource(trainer.parameters, torch.device("cpu")))
     params = PushParams(dtype=dtype, vocabulary=VOCABULARY, timeout_s=20)
-    push = WeightPush(home.end("source"), home.end("actor"), home.end("engine"), params)
+    push = WeightPush(source, actor, aside.place("engine", lambda site: engine), params)
     push.connect()
     return push, trainer
 
@@ -86,7 +87,6 @@ def test_every_push_brings_the_weights_of_its_version(name, dtype):
         for key, parameter in trainer.parameters.items():
             assert torch.equal(engine.parameters[key], parameter), key
         assert metrics["sync_seconds"] > 0
-    push.close()
 
 
 def test_a_tensor_that_does_not_arrive_is_named_at_the_first_push():
@@ -113,7 +113,6 @@ def test_every_fault_is_seen_at_the_first_push_that_has_it(end, dtype):
         push(0)
 
     assert all_at_once(pushes_until_seen(step, faulty))
-    push.close()
 
 
 def test_an_engine_that_computes_something_else_is_noticed_by_the_probe():

@@ -22,9 +22,8 @@ from shared_ray import arguments, cluster_address, unevaluated, write_inputs
 
 from tandem.assembly import placing
 from tandem.cli.main import main
+from tandem.workers.engines import BalancedEngine, RestartingOnce
 from tandem.workers.keeper import SHARED_MEMORY
-from tandem.workers.remote import BalancedEngine
-from tandem.workers.turns import RestartingOnce
 
 __all__ = ["cluster_address"]
 VLLM = ("--engine.kind", "vllm", "--old-logp", "trainer", "--max-slots", "8", "--engine.max-length", "32")

@@ -184,9 +184,9 @@ def test_secrets_reach_a_worker_of_any_cluster(cluster_address):
     cluster = Cluster(device="cpu", needed={"actor": (1, 1)})
     group = WorkerGroup("actor", 1, cluster, environment={"TANDEM_DEBUG": "0"}, secrets={"HF_TOKEN": TOKEN})
     try:
-        group.place("environment", lambda site: os.environ)
-        assert group.call("environment", "get", "HF_TOKEN") == TOKEN
-        assert group.call("environment", "get", "TANDEM_DEBUG") == "0"
+        variables = group.place("environment", lambda site: os.environ)
+        assert variables.call("get", "HF_TOKEN") == TOKEN
+        assert variables.call("get", "TANDEM_DEBUG") == "0"
         assert_kept(Path(ray._private.worker._global_node.get_logs_dir_path()))
     finally:
         group.close()
