@@ -161,8 +161,8 @@ class Session:
         try:
             shutil.rmtree(aside, ignore_errors=True)
             with self.progress.phase("writing the model"):
-                # Rank 0 writes, on a disk that it shares with this process, though not the folder that it works in.
-                trainer.call("export", aside.absolute())
+                # Other processes share the disk with this one, but may work in another folder.
+                trainer.call("export", aside if trainer.home.at_once else aside.absolute())
             with held():
                 shutil.rmtree(folder, ignore_errors=True)
                 aside.rename(folder)
