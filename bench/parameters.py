@@ -185,14 +185,11 @@ def train(name: str, folder: Path) -> Row:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(found_first)}
     start = time.perf_counter()
     for words in commands(name):
-        done = subprocess.run(
-            [sys.executable, "-m", *words],
-            cwd=folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=LONGEST_S,
-        )
+        argv = [sys.executable, "-m", *words]
+        try:
+            done = subprocess.run(argv, cwd=folder, env=environment, capture_output=True, text=True, timeout=LONGEST_S)
+        except subprocess.TimeoutExpired:
+            return row | {"error": f"not done after {LONGEST_S:g} s"}
         if done.returncode:
             last = (done.stderr.strip() or done.stdout.strip() or "no word").splitlines()[-1]
             return row | {"error": f"exit code {done.returncode}: {last}"}
