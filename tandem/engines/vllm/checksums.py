@@ -34,14 +34,21 @@ class Wholes:
         for number, (rank, shard) in enumerate((r, shard) for r, shards in enumerate(ranks) for shard in shards):
             regions.setdefault((shard.part, shard.where), {}).setdefault(shard.region, {})[rank] = number
         sizes = {spec.name: prod(spec.shape) for spec in plan.tensors}
+        self.alone: list[tuple[str, str, int]] = []
+        """A tensor of which there is one shard, the parameter that it lies in, and the shard's number."""
         self.tensors: list[tuple[str, str, list[list[int]]]] = []
-        """A tensor, the parameter that it lies in, and for each rank the numbers of the shards that it is summed from:
-        others' where the rank has no copy. Where that is the same for all ranks, it is there once."""
+        """Another tensor, the parameter that it lies in, and for each rank the numbers of the shards that it is summed
+        from: others' where the rank has no copy. Where that is the same for all ranks, it is there once."""
         for (part, where), copies in regions.items():
             if sum(region.numel for region in copies) == sizes[part]:
                 first = [next(iter(numbers.values())) for numbers in copies.values()]
                 ways = [[n.get(r, f) for n, f in zip(copies.values(), first, strict=True)] for r in range(len(ranks))]
-                self.tensors.append((part, where, ways if any(way != first for way in ways) else [first]))
+                if any(way != first for way in ways):
+                    self.tensors.append((part, where, ways))
+                elif len(first) > 1:
+                    self.tensors.append((part, where, [first]))
+                else:
+                    self.alone.append((part, where, first[0]))
 
     def held(self, ranks: Seq[Seq[int | None]]) -> list[Held]:
         """From the sums of all ranks' shards, None for those that cannot be told."""
@@ -52,7 +59,7 @@ class Wholes:
             ]
             return Wholes(told, self.plan).held([[total for total in sums if total is not None] for sums in ranks])
         flat = [total for sums in ranks for total in sums if total is not None]
-        found: list[Held] = []
+        found: list[Held] = [(part, where, flat[number]) for part, where, number in self.alone]
         for part, where, ways in self.tensors:
             totals = [sum([flat[number] for number in way]) % MODULUS for way in ways]
             if totals.count(totals[0]) == len(totals):
