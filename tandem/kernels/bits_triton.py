@@ -17,7 +17,7 @@ from tandem.kernels import bits
 BLOCK = 2048
 MOST_BLOCKS = 16
 """Blocks that a program adds up, where there are enough of them to keep all programs busy."""
-QUIET_PROGRAMS = 256
+QUIET_PROGRAMS = 128
 """Programs (about) that share a quiet launch: of a GPU's 132 processors each has room for 16."""
 FIELDS = 8
 """Of a job in the table, int64: address, slot, size, width, stride between rows, start, step, first program."""
