@@ -28,7 +28,7 @@ from common import machine
 from models import SIZES, random_model, write_folder
 
 from tandem.assembly.placing import Homes
-from tandem.assembly.sections import ClusterSection, EngineSection, ModelSection, PlacementSection, SamplingSection
+from tandem.assembly.sections import ClusterSection, EngineSection, ModelSection, SamplingPlacement, SamplingSection
 from tandem.methods.grpo import GRPO
 from tandem.models.loading import load_tokenizer, prepare_module
 from tandem.roles import Seat
@@ -76,7 +76,7 @@ def measure(options: argparse.Namespace, folder: str) -> dict[str, Any]:
         max_length=512,
         sleep=False,
     )
-    placement = PlacementSection(actor=options.actor, engine=options.engine)
+    placement = SamplingPlacement(actor=options.actor, engine=options.engine)
     with Homes(model, placement, ClusterSection(), engine, ["actor", "engine"]) as homes:
         homes.place("actor", partial(trainer, size=options.size, folder=folder, dtype=model.dtype))
         nudge = homes.place("nudge", Nudge, beside="actor")

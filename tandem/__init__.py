@@ -1,14 +1,22 @@
 """Tandem aligns language models with human preferences and verifiable rewards."""
 
+from __future__ import annotations
+
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tandem.assembly.configs import RunConfig
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
     "UserError": "tandem.errors",
     "SamplingParams": "tandem.types",
-    "Algorithm": "tandem.roles",
+    "read_config": "tandem.assembly.configs",
+    "Method": "tandem.methods.base",
     "GRPO": "tandem.methods.grpo",
     "PPO": "tandem.methods.ppo",
     "RewardModeling": "tandem.methods.rm",
@@ -36,6 +44,18 @@ _PUBLIC = {
     "Sampler": "tandem.own_loop.sampler",
 }
 """Name and home of everything else that ``import tandem`` offers. Each is imported when first asked for."""
+
+
+def run(config: RunConfig) -> Path | None:
+    """Trains as a config says (``read_config`` makes one), and exports to ``<out>/model``, which is returned.
+
+    It is what the command of the config's method does. None after a dry run, and on ranks above 0 of a torchrun, which
+    do what rank 0 asks for. Raises UserError, in one line, for whatever a person can put right, and RunFailure where a
+    run can go on with ``resume``.
+    """
+    from tandem.assembly.run import run as run_of
+
+    return run_of(config)
 
 
 def __getattr__(name: str) -> Any:

@@ -7,6 +7,7 @@ of the state in which token ``t`` was chosen. The first token of a segment has n
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -39,19 +40,18 @@ class Batch:
     """float32; 0 where not trainable."""
     segments_per_unit: int = 1
     """Segments that must stay together: 2 for preference pairs (chosen, rejected), else 1."""
-    kl_coef: float = 0.0
-    """Coefficient of the KL term for this step (adaptive controllers change it)."""
+    seen: dict[str, Outputs] = field(default_factory=dict)
+    """What models said about this batch before it is trained on, by role: a reference's log-probs, a critic's old
+    values; those of the policy itself (``actor``) where the trainer was asked for them at the start of the step."""
+    state: dict[str, float] = field(default_factory=dict)
+    """The method's numbers of this step, such as a KL coefficient that a controller changes."""
     on_policy: bool = False
     """Ratios are taken against the log-probs of the very forward that is trained on, which the trainer puts into
-    ``old_logp_T``: they are 1, and only their gradient is not 0."""
-    behaviour_logp_T: Tensor | None = None
-    """Untruncated, at the sampling temperature, from the weights that sampled."""
-    old_logp_T: Tensor | None = None
-    """From the trainer at the start of the step; None: the sampler's are used."""
-    reference_logp_T: Tensor | None = None
+    ``seen["actor"]``: they are 1, and only their gradient is not 0."""
+    untruncated_logp_T: Tensor | None = None
+    """At the sampling temperature without truncation, in nats, from the weights that sampled."""
     advantage_T: Tensor | None = None
     return_T: Tensor | None = None
-    old_value_T: Tensor | None = None
     reward_S: Tensor | None = None
     margin_S: Tensor | None = None
     index_S: Tensor | None = None
@@ -93,12 +93,33 @@ class Batch:
     @property
     def proximal_logp_T(self) -> Tensor:
         """Log-probs that the policy ratio is taken against: the trainer's own where computed, else the sampler's."""
-        if self.on_policy and self.old_logp_T is None:
+        if "actor" in self.seen:
+            return self.logp_by("actor")
+        if self.on_policy:
             raise ValueError("an on_policy batch has old log-probs in the loss only, not before the trainer's forward")
-        logp_T = self.old_logp_T if self.old_logp_T is not None else self.behaviour_logp_T
-        if logp_T is None:
-            raise ValueError("the batch has neither old_logp_T nor behaviour_logp_T")
-        return logp_T
+        return filled(self.untruncated_logp_T, "untruncated_logp_T")
+
+    def logp_by(self, role: str) -> Tensor:
+        """Log-probs [T] that a model gave this batch. Raises ValueError where it has not seen the batch."""
+        return filled(self._by(role).logp_T, f"seen[{role!r}].logp_T")
+
+    def values_by(self, role: str) -> Tensor:
+        """Values [T] that a model gave this batch, as ``values`` reads them."""
+        return self.values(self._by(role))
+
+    def values(self, out: Outputs) -> Tensor:
+        """[T]: the scalar head's value of the state in which each trainable token was chosen, 0 for other tokens."""
+        scalar_T = filled(out.scalar_T, "out.scalar_T")
+        return torch.cat([scalar_T.new_zeros(1), scalar_T[:-1]]) * self.trainable_T
+
+    def scores(self, out: Outputs) -> Tensor:
+        """[S]: the scalar head at each segment's last token."""
+        return filled(out.scalar_T, "out.scalar_T").index_select(0, self.last_S)
+
+    def _by(self, role: str) -> Outputs:
+        if role not in self.seen:
+            raise ValueError(f"the {role} has not seen the batch; what should ask it is not wired")
+        return self.seen[role]
 
     def segments_of(self, units: list[int]) -> Tensor:
         """int64: the segments of these units, in this order."""
@@ -122,6 +143,7 @@ class Batch:
                 changes[f.name] = value[send(token_index, value.device)]
             elif isinstance(value, torch.Tensor) and f.name.endswith("_S"):
                 changes[f.name] = value[send(segment_index, value.device)]
+        changes["seen"] = {role: out.map(lambda x: x[send(token_index, x.device)]) for role, out in self.seen.items()}
         return replace(self, **changes)
 
     def unshared(self) -> Batch:
@@ -137,7 +159,15 @@ class Batch:
         }
         if self.trainable_T.device.type == "cpu":
             moved["trainable_N"] = send(self.trainable_T.nonzero().squeeze(-1), device)
+        moved["seen"] = {role: out.map(lambda x: send(x, device)) for role, out in self.seen.items()}
         return replace(self, **moved)
+
+
+def filled(value: Tensor | None, name: str) -> Tensor:
+    """The tensor itself. Raises ValueError where it is None: something that should have filled ``name`` did not."""
+    if value is None:
+        raise ValueError(f"{name} is not filled; what should fill it is not wired")
+    return value
 
 
 def send(tensor: Tensor, device: torch.device | str) -> Tensor:
@@ -166,16 +196,18 @@ def cut(sizes: list[int], budget: int, following: list[int] | None = None) -> li
 
 @dataclass(kw_only=True)
 class Outputs:
-    """What a model says about a batch. A causal LM fills the first two, a scalar head the last two."""
+    """What a model says about a batch, [T] each. A causal LM fills the first two, a scalar head the last one."""
 
     logp_T: Tensor | None = None
     """float32, at the sampling temperature; 0 where not trainable."""
     entropy_T: Tensor | None = None
     """float32, in nats; 0 where not trainable. Detached: it is for the metrics unless asked for with gradient."""
-    value_T: Tensor | None = None
-    """float32; 0 where not trainable."""
-    score_S: Tensor | None = None
-    """float32: the scalar head at each segment's last token."""
+    scalar_T: Tensor | None = None
+    """float32: the head where it has read up to and including each token (``Batch.values``, ``Batch.scores``)."""
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Outputs:
+        """Every tensor that is filled, changed."""
+        return Outputs(**{name: x if x is None else change(x) for name, x in vars(self).items()})
 
 
 @dataclass(kw_only=True)

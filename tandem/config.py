@@ -14,7 +14,7 @@ import logging
 import math
 import textwrap
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, field, fields, is_dataclass, make_dataclass, replace
 from os.path import expanduser
 from pathlib import Path
@@ -28,6 +28,7 @@ from tandem.given import Given, Key, flag_of, read_flags, read_yaml
 
 log = logging.getLogger("tandem")
 Config = TypeVar("Config")
+Section = TypeVar("Section")
 ONE_START = {"one_start": True}
 """Metadata of a key that concerns one start of a run, and so is not written to the run's config."""
 PREFIXED = {"prefixed": True}
@@ -45,6 +46,18 @@ _CHOICES = {bool: {"true": True, "True": True, "yes": True, "false": False, "Fal
 _INFINITIES = {".inf": "inf", "-.inf": "-inf"}
 _NOTHING = ("None", "none", "null")
 _UNSET = (None, "", "0", "0m", "none", 0, ())
+
+
+def section_class(name: str, keys: Mapping[str, tuple[Any, Any, str]], base: type[Section]) -> type[Section]:
+    """``base`` with more keys, each with its type, its ``dataclasses.field`` and its help."""
+    named = [(key, annotation, declared) for key, (annotation, declared, _) in keys.items()]
+    namespace = {"__doc__": base.__doc__, "_docs": {key: doc for key, (_, _, doc) in keys.items()}}
+    return make_dataclass(name, named, bases=(base,), namespace=namespace, frozen=True, kw_only=True)
+
+
+def settings(config: Any) -> dict[str, Any]:
+    """Every key of a config with its value."""
+    return {name: value for _, section in _sections(config) for name, value in section.items()}
 
 
 def load_config(cls: type[Config], argv: Sequence[str], *, prog: str = "tandem") -> Config:
@@ -159,7 +172,8 @@ def _attribute_docs(cls: Any) -> dict[str, str]:
     """The strings written below the fields of a dataclass and of those it extends."""
     docs: dict[str, str] = {}
     for base in reversed(cls.__mro__):
-        if "__dataclass_fields__" not in vars(base):
+        docs |= vars(base).get("_docs", {})
+        if "__dataclass_fields__" not in vars(base) or "_docs" in vars(base):
             continue
         (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
         assert isinstance(definition, ast.ClassDef)
@@ -194,13 +208,13 @@ def _build(cls: Any, values: dict[str, Any]) -> Any:
 
 def _no_effect(key: Key, config: Any) -> str:
     """Why a key has no effect in this config; nothing where it has one."""
-    settings = {name: value for _, section in _sections(config) for name, value in section.items()}
+    given = settings(config)
     for other, *values in key.metadata.get("needs", ()):
         if other == "part" and not set(values) & set(config.parts):
             return f"has no effect, since this run has no {' and no '.join(values)}"
-        if other not in settings:
+        if other not in given:
             continue
-        found = settings[other]
+        found = given[other]
         if not values and found in _UNSET:
             return f"has no effect without {flag_of(other)}"
         if values and found not in values:
@@ -308,12 +322,22 @@ def for_tyro(cls: Any) -> Any:
     import tyro
 
     hints = get_type_hints(cls)
-    marked = [
-        (
-            f.name,
-            hints[f.name] if f.metadata.get("prefixed") else Annotated[hints[f.name], tyro.conf.OmitArgPrefixes],
-            field(default=f.default) if f.default_factory is MISSING else field(default_factory=f.default_factory),
+
+    marked = []
+    for f in fields(cls):
+        hint, same = hints[f.name], _same(f)
+        if any("_docs" in vars(base) for base in hint.__mro__):
+            # Its source, where tyro looks for help, is not written anywhere.
+            docs, inner = _attribute_docs(hint), get_type_hints(hint)
+            helped = {g.name: Annotated[inner[g.name], tyro.conf.arg(help=docs[g.name])] for g in fields(hint)}
+            keys = [(g.name, helped[g.name], _same(g)) for g in fields(hint)]
+            hint = make_dataclass(hint.__name__, keys, namespace={"__doc__": hint.__doc__}, kw_only=True, frozen=True)
+            same = field() if _default(f) is MISSING else field(default_factory=hint)
+        marked.append(
+            (f.name, hint if f.metadata.get("prefixed") else Annotated[hint, tyro.conf.OmitArgPrefixes], same)
         )
-        for f in fields(cls)
-    ]
     return make_dataclass(cls.__name__, marked, kw_only=True, frozen=True)
+
+
+def _same(f: Field[Any]) -> Any:
+    return field(default=f.default) if f.default_factory is MISSING else field(default_factory=f.default_factory)

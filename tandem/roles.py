@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field, replace
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from tandem.batch import Batch, Outputs, TokenLoss
 from tandem.futures import Future, wait_all
-from tandem.lazy import torch
-from tandem.types import Aggregation, Completion, Group, Held, Request, Rollout
+from tandem.types import Completion, Held, Request, Rollout, Ticket
 
 Metrics = dict[str, float]
 LossFn = Callable[[Outputs, Batch], TokenLoss]
@@ -194,6 +194,36 @@ class Trainer(Scorer, Protocol):
         ...
 
 
+Item = TypeVar("Item", covariant=True)
+
+
+class Clock(Protocol):
+    """Measures the phases of a step, and shows which one goes on."""
+
+    def __call__(
+        self, phase: str, *, of: int = 0, done: Callable[[], int] | None = None
+    ) -> AbstractContextManager[None]:
+        """Around a phase; ``done()`` says at any time how many of ``of`` things are done."""
+        ...
+
+
+class Source(Protocol[Item]):
+    """Where a run's items come from: a dataset, which has them at once, or an engine with rewards."""
+
+    @property
+    def phase(self) -> str:
+        """The phase of a step in which its items are prepared for training."""
+        ...
+
+    def begin(self, tickets: Seq[Ticket]) -> Future[Seq[Item]]:
+        """The items of some tickets, in their order. Tickets that are begun together are worked on together."""
+        ...
+
+    def metrics(self, items: Seq[Any]) -> Metrics:
+        """Of all items of a step, those that are not trained on included."""
+        ...
+
+
 @dataclass(kw_only=True)
 class RewardBatch:
     """What a reward sees: parallel lists, one entry a sample. ``columns`` hold the dataset's other fields."""
@@ -217,78 +247,3 @@ class Reward(Protocol):
     def score(self, batch: RewardBatch) -> list[float | None]:
         """One number a sample; None leaves the sample out. Raises UserError and names the sample it failed on."""
         ...
-
-
-@dataclass(kw_only=True)
-class Estimate:
-    """A batch with its advantages, the algorithm's next state, and metrics."""
-
-    batch: Batch
-    state: dict[str, float]
-    metrics: Metrics = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Algorithm:
-    """An online algorithm: frozen knobs, an advantage and a loss. One file each in ``tandem/methods``.
-
-    Simple ones define ``advantages`` (one number a rollout) and ``loss``. Those that need per-token advantages
-    (PPO) override ``estimate``. What changes from step to step (a KL controller) is a flat dict that goes in and
-    comes out of ``estimate`` and is saved with the checkpoint; the object itself never changes.
-    """
-
-    needs_critic: ClassVar[bool] = False
-    min_samples: ClassVar[int] = 1
-    """Fewest samples of a prompt that the algorithm can learn from."""
-    leads: ClassVar[tuple[str, ...]] = ("reward", "kl", "entropy", "response_length", "eos_share")
-    """Metrics that say how a run of this method is doing, the first one first: what the display shows."""
-
-    aggregation: Aggregation = "token"
-    """Which mean the loss is: over tokens, over sequences of their token means, or per sequence over a fixed length."""
-
-    @property
-    def entropy_gradient(self) -> bool:
-        """Whether the loss differentiates ``out.entropy_T``."""
-        return False
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether ``batch.reference_logp_T`` must be filled."""
-        return False
-
-    @property
-    def needs_old_logp(self) -> bool:
-        """Whether ``estimate`` reads ``batch.proximal_logp_T``, not ``loss`` alone."""
-        return self.needs_reference
-
-    def initial_state(self) -> dict[str, float]:
-        return {}
-
-    def advantages(self, group: Group) -> list[float]:
-        """One advantage for each usable rollout of the group, spread over its trainable tokens."""
-        raise TypeError(f"{type(self).__name__} defines neither advantages() nor estimate()")
-
-    def estimate(self, groups: Seq[Group], batch: Batch, state: dict[str, float]) -> Estimate:
-        """Fills ``advantage_T``. ``batch`` holds the groups' usable rollouts, in order."""
-        advantage_S = torch.tensor([a for group in groups for a in self.advantages(group)], dtype=torch.float32)
-        advantage_T = advantage_S.to(batch.token_ids_T.device)[batch.segment_T] * batch.trainable_T
-        return Estimate(batch=replace(batch, advantage_T=advantage_T), state=state)
-
-    def loss(self, out: Outputs, batch: Batch) -> TokenLoss:
-        """The policy's unreduced loss."""
-        raise TypeError(f"{type(self).__name__} does not define loss()")
-
-    def value_loss(self, out: Outputs, batch: Batch) -> TokenLoss:
-        """The critic's unreduced loss, for algorithms with ``needs_critic``."""
-        raise TypeError(f"{type(self).__name__} does not define value_loss()")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Objective:
-    """An offline method: frozen knobs and a loss. One file each in ``tandem/methods``."""
-
-    leads: ClassVar[tuple[str, ...]] = ("loss",)
-    """Metrics that say how a run of this method is doing, the first one first: what the display shows."""
-
-    def loss(self, out: Outputs, batch: Batch) -> TokenLoss:
-        raise TypeError(f"{type(self).__name__} does not define loss()")

@@ -127,6 +127,20 @@ class Prompt:
     columns: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Ticket:
+    """One item of a run, on its way from the dataset to a trainer: a pure function of its number."""
+
+    number: int
+    """Its place in the run's stream of items, from 0."""
+    row: int
+    """Of the dataset."""
+    step: int
+    """The step that its random draws are named after: the one that trains on it, where every item is kept."""
+    place: int
+    """Among the tickets of that step."""
+
+
 @dataclass(kw_only=True)
 class Group:
     """The rollouts of one prompt."""
@@ -159,3 +173,7 @@ class PreferencePair:
     chosen: Sequence
     rejected: Sequence
     margin: float = 0.0
+
+
+Example = Rollout | Sequence | PreferencePair
+"""What a batch is packed of."""

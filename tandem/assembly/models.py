@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
 
 import torch
 
-from tandem.assembly.sections import EngineSection, ModelSection, SamplingSection
+from tandem.assembly.configs import RunConfig, SamplesConfig
+from tandem.assembly.sections import EngineSection, ModelSection, OptimSection, SamplingSection
 from tandem.engines.live.engine import LiveEngine
 from tandem.engines.live.replica import ReplicaEngine
 from tandem.errors import UserError
+from tandem.methods.base import ASKS_NOTHING, Asks
 from tandem.models.forward import LoadedModel
 from tandem.models.loading import load_causal, load_scalar
 from tandem.roles import Engine, FedEngine, LossFn, SleepingEngine
@@ -19,83 +23,102 @@ from tandem.sync.source import WeightSource
 from tandem.training.optim import OptimParams
 from tandem.training.trainer import LocalScorer, LocalTrainer, MemoryParams
 from tandem.types import Held
-from tandem.workers.process import Site
+from tandem.workers.process import Build, Site
+
+Head = Literal["lm", "scalar"]
+NewHead = Literal["refuse", "random", "zero"]
 
 
-def load_policy(site: Site, section: ModelSection, source: str | None = None) -> LoadedModel:
-    """The causal LM of a run (or another, ``source``) on this process's device."""
-    return load_causal(
-        source or section.model,
-        dtype=section.dtype,
-        device=str(site.world.device),
-        trust_remote_code=section.trust_remote_code,
+def heads(config: RunConfig) -> dict[str, Head]:
+    """The head of every model that a run may have, by role."""
+    return {"actor": config.method.head, "reward": "scalar"} | {need.role: need.head for need in config.method.models}
+
+
+def builds(config: RunConfig) -> dict[str, Build]:
+    """For every model of the run, by role, what makes it where it will live: a trainer, or a scorer that is frozen."""
+    method, head_of, losses = config.method, heads(config), config.method.losses()
+    temperature = config.sampling.temperature if isinstance(config, SamplesConfig) else 1.0
+    found: dict[str, Build] = {}
+    for role, source in config.sources.items():
+        model = partial(load, section=config.model, source=source, head=head_of[role], seed=config.run.seed)
+        if role not in losses:
+            found[role] = partial(frozen, load=model, section=config.model, temperature=temperature)
+            continue
+        asks = method.asks if role == "actor" else ASKS_NOTHING
+        rate = config.optim.learning_rate if role == "actor" else config.models.learning_rate(role)
+        found[role] = partial(
+            trained,
+            load=partial(model, new_head="random" if role == "actor" else "zero"),
+            section=config.model,
+            loss=losses[role],
+            optim=optim_params(config.optim, total_steps=config.run.steps, learning_rate=rate),
+            temperature=temperature,
+            asks=asks,
+        )
+    return found
+
+
+def optim_params(section: OptimSection, *, total_steps: int, learning_rate: float) -> OptimParams:
+    """The optimizer of one model; ``total_steps`` are the run's."""
+    warmup = section.warmup_steps
+    return OptimParams(
+        learning_rate=learning_rate,
+        total_steps=total_steps,
+        lr_schedule=section.lr_schedule,
+        warmup_steps=math.ceil(warmup * total_steps) if warmup < 1 else int(warmup),
+        weight_decay=section.weight_decay,
+        betas=section.betas,
+        max_grad_norm=section.max_grad_norm,
     )
 
 
-def load_scorer(site: Site, section: ModelSection, source: str, new_head: Any, seed: int = 0) -> LoadedModel:
-    """A model with a scalar head on this process's device."""
-    return load_scalar(
-        source,
-        new_head=new_head,
-        seed=seed,
-        dtype=section.dtype,
-        device=str(site.world.device),
-        trust_remote_code=section.trust_remote_code,
+def load(
+    site: Site, section: ModelSection, source: str, head: Head = "lm", new_head: NewHead = "refuse", seed: int = 0
+) -> LoadedModel:
+    """A model on this process's device. ``new_head``: what becomes of a scalar head that its folder lacks."""
+    options: dict[str, Any] = {
+        "dtype": section.dtype,
+        "device": str(site.world.device),
+        "trust_remote_code": section.trust_remote_code,
+    }
+    return (
+        load_causal(source, **options) if head == "lm" else load_scalar(source, new_head=new_head, seed=seed, **options)
     )
 
 
-def policy_trainer(
-    site: Site, section: ModelSection, loss: LossFn, optim: OptimParams, options: Mapping[str, Any]
-) -> LocalTrainer:
-    """A trainer of the run's causal LM. ``options``: temperature and entropies (``LocalTrainer``)."""
-    return _trainer(site, load_policy(site, section), section, loss, optim, options)
-
-
-def scalar_trainer(
-    site: Site, section: ModelSection, source: str, new_head: str, seed: int, loss: LossFn, optim: OptimParams
-) -> LocalTrainer:
-    """A trainer of a model with a scalar head: a critic or a reward model."""
-    return _trainer(site, load_scorer(site, section, source, new_head, seed), section, loss, optim, {})
-
-
-def _trainer(
+def trained(
     site: Site,
-    model: LoadedModel,
+    load: Callable[[Site], LoadedModel],
     section: ModelSection,
     loss: LossFn,
     optim: OptimParams,
-    options: Mapping[str, Any],
+    temperature: float = 1.0,
+    asks: Asks = ASKS_NOTHING,
 ) -> LocalTrainer:
+    """A trainer of the model that ``load`` gives."""
     memory = MemoryParams(
         keep_gathered=section.keep_gathered,
         offload=section.offload,
         activation_checkpointing=section.activation_checkpointing,
     )
     return LocalTrainer(
-        model,
+        load(site),
         loss,
         optim,
         token_budget=section.token_budget,
+        temperature=temperature,
+        entropy=asks.entropy,
+        entropy_gradient=asks.entropy_gradient,
         world=site.world,
         memory=memory,
         compile=section.compile,
-        **options,
     )
 
 
-def reference_scorer(site: Site, section: ModelSection, source: str, temperature: float) -> LocalScorer:
-    """The frozen reference."""
-    return _scorer(site, load_policy(site, section, source), section, temperature)
-
-
-def reward_scorer(site: Site, section: ModelSection, source: str) -> LocalScorer:
-    """A reward model, whose head must have been trained."""
-    return _scorer(site, load_scorer(site, section, source, "refuse"), section, 1.0)
-
-
-def _scorer(site: Site, model: LoadedModel, section: ModelSection, temperature: float) -> LocalScorer:
+def frozen(site: Site, load: Callable[[Site], LoadedModel], section: ModelSection, temperature: float) -> LocalScorer:
+    """A scorer with the model that ``load`` gives."""
     return LocalScorer(
-        model,
+        load(site),
         token_budget=section.token_budget,
         temperature=temperature,
         world=site.world,
@@ -127,7 +150,7 @@ def live_engine(site: Site, sampling: SamplingSection, engine: EngineSection) ->
 def replica_engine(site: Site, section: ModelSection, sampling: SamplingSection, engine: EngineSection) -> FedEngine:
     """A live engine with weights of its own."""
     return ReplicaEngine(
-        load_policy(site, section),
+        load(site, section, section.model),
         max_slots=sampling.max_slots,
         max_length=engine.max_length,
         way=engine.way,

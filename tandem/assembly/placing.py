@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tandem.assembly.models import Replicas, live_engine, replica_engine, vllm_engine, weight_source
-from tandem.assembly.sections import ClusterSection, EngineSection, ModelSection, SamplingSection, TrainerPlacement
+from tandem.assembly.sections import ClusterSection, EngineSection, ModelSection, Placement, SamplingSection
 from tandem.errors import UserError
 from tandem.models.loading import pick_device
 from tandem.parallel.world import World
@@ -52,7 +52,7 @@ class Homes:
     def __init__(
         self,
         model: ModelSection,
-        placement: TrainerPlacement,
+        placement: Placement,
         cluster: ClusterSection,
         engine: EngineSection,
         roles: list[str],

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from tandem.config import INFINITE, MAY_CHANGE, ONE_START, PATH, may_change
+from tandem.config import INFINITE, MAY_CHANGE, ONE_START, PATH, may_change, section_class
 from tandem.errors import UserError, expect, needs
+from tandem.methods.base import Need
 
 
 def _at_least(minimum: float) -> Callable[[Any], bool]:
@@ -112,6 +113,9 @@ class DataSection:
     """Steps between evaluations; the last step is evaluated too. 0: only the last."""
     max_length: int = 4096
     """Longest row in tokens; of an online dataset, longest prompt."""
+    train_on: Literal["completion", "all"] = field(default="completion", metadata=needs(("part", "demonstrations")))
+    """What of a demonstration is learned: the completion or the assistant's turns only, or every token. Rows with only
+    'text' are learned whole."""
     long_rows: Literal["refuse", "truncate", "drop"] = "refuse"
     """What becomes of longer rows: an error that names the first, their left end cut off, or left out and counted."""
 
@@ -143,6 +147,17 @@ class OptimSection:
         expect(self, "0 or more", _at_least(0), "weight_decay")
         expect(self, "a whole number, or a share in [0, 1)", _count_or_share, "warmup_steps")
         expect(self, "2 numbers in [0, 1)", lambda betas: all(0 <= beta < 1 for beta in betas), "betas")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowsSection:
+    """How a fixed dataset is gone through."""
+
+    batch_size: int = 32
+    """Rows in an optimizer step, over all devices."""
+
+    def __post_init__(self) -> None:
+        expect(self, "1 or more", _at_least(1), "batch_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,35 +219,52 @@ class RewardSection:
         expect(self, "more than 0", lambda value: value > 0, "reward_deadline")
 
 
-ROLES = ("actor", "critic", "reference", "reward", "engine")
+@dataclass(frozen=True, kw_only=True)
+class StepSection:
+    """How a step's samples are trained on, and judged when held out."""
+
+    epochs: int = 1
+    """Times that a step's samples are gone through."""
+    minibatches: int = 1
+    """Optimizer steps in one epoch."""
+    old_logp: Literal["sampler", "trainer"] = "sampler"
+    """What ratios are taken against: the sampler's log-probs, or the trainer's own from a forward more."""
+    eval_reward: tuple[str, ...] = field(default=(), metadata=PATH | needs(("eval_data",)))
+    """FILE.py:function that judges samples of --eval-data and is never trained on. Empty: the training rewards."""
+
+    def __post_init__(self) -> None:
+        expect(self, "1 or more", _at_least(1), "epochs", "minibatches")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainerPlacement:
-    """Which processes the trainer lives in, one process a GPU (or CPU)."""
+class Placement:
+    """Which processes each role lives in, one process a GPU (or CPU)."""
 
     actor: str = field(default="here", metadata=MAY_CHANGE)
     """The trainer: 'here' (this process, no Ray), or the number of worker processes it is split over."""
 
     def __post_init__(self) -> None:
-        for role in ROLES:
-            if (value := getattr(self, role, None)) is None:
-                continue
-            words = self.words(role)
+        for role in self.roles:
+            value, words = getattr(self, role), self.words(role)
             if not (value in words or _is_count(value)):
                 raise UserError(f"placement.{role}: expected a number of processes or {_either(words)}, got {value!r}")
             self.home(role)
+
+    @property
+    def roles(self) -> list[str]:
+        """Those that can be placed."""
+        return [f.name for f in fields(self)]
 
     def words(self, role: str) -> list[str]:
         """What may stand for a role besides a number."""
         if role == "actor":
             return ["here"]
-        return ["actor"] if role == "engine" else [r for r in ROLES if r not in (role, "engine")]
+        return ["actor"] if role == "engine" else [other for other in self.roles if other not in (role, "engine")]
 
     def home(self, role: str) -> str:
         """The role whose processes ``role`` lives in: itself where it has its own."""
         seen = [role]
-        while (value := getattr(self, seen[-1])) in ROLES:
+        while (value := getattr(self, seen[-1])) in self.roles:
             if value in seen:
                 raise UserError(f"placement.{role}: {' shares with '.join([*seen, value])}, so none has processes")
             seen.append(value)
@@ -245,17 +277,57 @@ class TrainerPlacement:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlacementSection(TrainerPlacement):
+class SamplingPlacement(Placement):
     """Which processes each role lives in, one process a GPU (or CPU)."""
 
-    critic: str = field(default="actor", metadata=needs(("part", "critic")) | MAY_CHANGE)
-    """The critic's trainer: a number of workers of its own, or the role whose processes it shares."""
-    reference: str = field(default="actor", metadata=needs(("part", "reference")) | MAY_CHANGE)
-    """The frozen reference: a number, or the role whose processes it shares."""
     reward: str = field(default="actor", metadata=needs(("part", "reward model")) | MAY_CHANGE)
     """The reward model: a number, or the role whose processes it shares."""
     engine: str = field(default="actor", metadata=MAY_CHANGE)
     """The sampler: 'actor' takes turns on the actor's devices (shared), a number is so many engines apart (split)."""
+
+
+def placement_class(base: type[Placement], models: Iterable[Need]) -> type[Placement]:
+    """``base``, with a key for each model that a method may need."""
+    keys: dict[str, tuple[Any, Any, str]] = {}
+    for need in models:
+        what = f"The trainer of the {need.role}" if need.trained else f"The frozen {need.role}"
+        doc = f"{what}: a number of workers of its own, or the role whose processes it shares."
+        keys[need.role] = str, field(default="actor", metadata=needs(("part", need.role)) | MAY_CHANGE), doc
+    return section_class("Placement", keys, base)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelsSection:
+    """The models beside the policy."""
+
+    def __post_init__(self) -> None:
+        expect(self, "more than 0", _above_zero, *(f.name for f in fields(self) if f.name.endswith("_learning_rate")))
+
+    def source(self, role: str) -> str | None:
+        """The folder or hub name that is given for a role."""
+        found: str | None = getattr(self, role)
+        return found
+
+    def learning_rate(self, role: str) -> float:
+        """Of a role that is trained."""
+        found: float = getattr(self, f"{role}_learning_rate")
+        return found
+
+
+def models_class(models: Iterable[Need]) -> type[ModelsSection]:
+    """A key for the folder of each model that a method may need, and for the learning rate of one that is trained."""
+    keys: dict[str, tuple[Any, Any, str]] = {}
+    for need in models:
+        part = needs(("part", need.role))
+        keys[need.role] = (
+            (str, field(metadata=PATH), need.doc)
+            if need.required
+            else (str | None, field(default=None, metadata=PATH | part), need.doc)
+        )
+        if need.trained:
+            doc = f"The learning rate of the {need.role}, which may be higher than the policy's."
+            keys[f"{need.role}_learning_rate"] = (float, field(default=need.learning_rate, metadata=part), doc)
+    return section_class("Models", keys, ModelsSection)
 
 
 LIVE, VLLM = needs(("engine.kind", "live")), needs(("engine.kind", "vllm"))

@@ -14,9 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tandem.assembly.configs import DoctorConfig
-from tandem.assembly.models import policy_trainer, require_engine, weight_source
+from tandem.assembly.models import load, require_engine, trained, weight_source
 from tandem.assembly.placing import Homes, Sampler
+from tandem.cli.configs import DoctorConfig
 from tandem.errors import UserError
 from tandem.methods.grpo import GRPO
 from tandem.models.forward import quiet_transformers
@@ -58,13 +58,12 @@ def check(config: DoctorConfig) -> None:
         tokenizer = load_tokenizer(config.model.model, trust_remote_code=config.model.trust_remote_code)
         homes = Homes(config.model, config.placement, config.cluster, config.engine, ["actor", "engine"])
         report.timed("processes", lambda: stack.enter_context(homes), lambda _: _describe_processes(config))
-        options = {"temperature": 1.0}
         build = partial(
-            policy_trainer,
+            trained,
+            load=partial(load, section=config.model, source=config.model.model),
             section=config.model,
             loss=GRPO().loss,
             optim=OptimParams(learning_rate=1e-6, total_steps=1),
-            options=options,
         )
         actor = report.timed("trainer", lambda: homes.place("actor", build), lambda found: found.call("describe"))
         sampler = report.timed(

@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from tandem import __version__
+from tandem.assembly.configs import config_class
 from tandem.config import load_config
 from tandem.errors import RunFailure, UserError
 from tandem.given import suggest
+from tandem.methods.table import ROWS, SAMPLES
 from tandem.runs.folder import note_failure
 from tandem.signals import Stop, Terminated, stoppable
 from tandem.workers.launched import launched
@@ -40,15 +42,22 @@ class Command:
     module: str
     about: str
     config: str | None
-    """A class of ``tandem.assembly.configs``. None: ``run`` gets the words of the command line as they are."""
+    """A class of ``tandem.cli.configs``, or METHOD. None: ``run`` gets the words of the command line as they are."""
+
+    def config_class(self, name: str) -> Any:
+        """What the flags of the command with this name are read into; None where they are read elsewhere."""
+        if self.config == METHOD:
+            return config_class(name)
+        return self.config and getattr(import_module("tandem.cli.configs"), self.config)
 
     def read(self, name: str, words: list[str]) -> Any:
         """What ``run`` is given. Raises UserError for a wrong flag, and SystemExit after ``--help``."""
-        if self.config is None:
-            return words
-        return load_config(getattr(import_module("tandem.assembly.configs"), self.config), words, prog=f"tandem {name}")
+        cls = self.config_class(name)
+        return words if cls is None else load_config(cls, words, prog=f"tandem {name}")
 
 
+METHOD = "METHOD"
+"""The config of a command that is a method's follows from the method."""
 START, OFFLINE, ONLINE = "Start here", "Train on a dataset", "Train on samples"
 COMMANDS = {
     "quickstart": Command(
@@ -58,10 +67,8 @@ COMMANDS = {
         START, "tandem.cli.doctor", "check that devices, engine and weight sync work, and how fast", "DoctorConfig"
     ),
     "launch": Command(START, "tandem.cli.launch", "a loop of your own in several local processes", None),
-    "sft": Command(OFFLINE, "tandem.cli.sft", "supervised fine-tuning on demonstrations", "SFTConfig"),
-    "rm": Command(OFFLINE, "tandem.cli.rm", "a reward model from preference pairs", "RMConfig"),
-    "ppo": Command(ONLINE, "tandem.cli.ppo", "PPO with a critic and a KL penalty to a reference", "PPOConfig"),
-    "grpo": Command(ONLINE, "tandem.cli.grpo", "GRPO: each sample against the others of its prompt", "GRPOConfig"),
+    **{name: Command(OFFLINE, "tandem.cli.train", line.about, METHOD) for name, line in ROWS.items()},
+    **{name: Command(ONLINE, "tandem.cli.train", line.about, METHOD) for name, line in SAMPLES.items()},
 }
 
 EXAMPLES = """\

@@ -18,22 +18,13 @@ from typing import Any
 
 import torch
 
-from tandem.assembly.configs import (
-    CriticSection,
-    OfflineSection,
-    OnlineSection,
-    PPOConfig,
-    QuickstartConfig,
-    RMConfig,
-    SFTConfig,
-)
-from tandem.assembly.sections import DataSection, ModelSection, OptimSection, RewardSection, RunSection, SamplingSection
-from tandem.cli import ppo, rm, sft
+from tandem.assembly.configs import read_config
+from tandem.assembly.run import run as train
+from tandem.cli.configs import QuickstartConfig
 from tandem.data.rows import Rows
 from tandem.data.tokenize import build_prompts
 from tandem.engines.live.engine import LiveEngine
 from tandem.errors import UserError
-from tandem.methods.ppo import PPO
 from tandem.models.forward import quiet_transformers
 from tandem.models.loading import load_causal
 from tandem.rollout.sampling import sample_groups
@@ -75,67 +66,66 @@ def quickstart(out: Path, seed: int) -> dict[str, Any]:
 def imitate_people(out: Path, seed: int) -> Path:
     """Stage 1, SFT: imitate imperfect people, for so long that there is room to improve."""
     data = write_rows(out / "data" / "demonstrations.jsonl", letters.demonstrations(4096, seed))
-    config = SFTConfig(
-        run=stage(out / "sft", seed, steps=100),
-        model=ModelSection(model=str(out / "base")),
-        data=DataSection(data=data),
-        optim=OptimSection(learning_rate=2e-3, lr_schedule="linear", warmup_steps=20),
-        offline=OfflineSection(batch_size=64),
-    )
-    return trained(sft.train(config))
+    knobs = {"learning_rate": 2e-3, "lr_schedule": "linear", "warmup_steps": 20, "batch_size": 64}
+    return stage("sft", out / "sft", seed, steps=100, model=out / "base", data=data, **knobs)
 
 
 def learn_preferences(out: Path, seed: int, sft_model: Path) -> Path:
     """Stage 2, a reward model: which of two answers people prefer, most of them that model's own."""
     train = comparisons(sft_model, 1400, seed, split="train")
     heldout = comparisons(sft_model, 300, seed, split="heldout")
-    config = RMConfig(
-        run=stage(out / "reward_model", seed, steps=500),
-        model=ModelSection(model=str(sft_model)),
-        data=DataSection(
-            data=write_rows(out / "data" / "preferences.jsonl", train),
-            eval_data=write_rows(out / "data" / "heldout_preferences.jsonl", heldout),
-            eval_every=100,
-        ),
-        optim=OptimSection(learning_rate=1e-3, lr_schedule="linear", warmup_steps=10),
-        offline=OfflineSection(batch_size=32),
+    return stage(
+        "rm",
+        out / "reward_model",
+        seed,
+        steps=500,
+        model=sft_model,
+        data=write_rows(out / "data" / "preferences.jsonl", train),
+        eval_data=write_rows(out / "data" / "heldout_preferences.jsonl", heldout),
+        eval_every=100,
+        learning_rate=1e-3,
+        lr_schedule="linear",
+        warmup_steps=10,
+        batch_size=32,
     )
-    return trained(rm.train(config))
 
 
 def improve(out: Path, seed: int, sft_model: Path, reward_model: Path) -> Path:
     """Stage 3, PPO: sample, let the reward model judge, improve. The checker only measures, on held-out prompts."""
     train = ({"prompt": prompt} for prompt in letters.prompts(4096, seed))
     heldout = ({"prompt": prompt} for prompt in letters.prompts(512, seed, split="heldout"))
-    config = PPOConfig(
-        run=stage(out / "ppo", seed, steps=40),
-        model=ModelSection(model=str(sft_model)),
-        data=DataSection(
-            data=write_rows(out / "data" / "prompts.jsonl", train),
-            eval_data=write_rows(out / "data" / "heldout_prompts.jsonl", heldout),
-            eval_every=5,
-        ),
-        optim=OptimSection(learning_rate=5e-4, lr_schedule="linear", warmup_steps=10),
-        sampling=SamplingSection(
-            prompts_per_step=64, samples_per_prompt=4, max_new_tokens=letters.MAX_NEW_TOKENS, max_slots=512
-        ),
-        reward=RewardSection(reward_model=str(reward_model), missing_eos="replace", missing_eos_penalty=4.0),
-        online=OnlineSection(minibatches=2, eval_reward=(GOLD,)),
-        critic=CriticSection(critic_learning_rate=1e-3),
-        algorithm=PPO(kl_coef=0.3, value_clip=None),
+    return stage(
+        "ppo",
+        out / "ppo",
+        seed,
+        steps=40,
+        model=sft_model,
+        data=write_rows(out / "data" / "prompts.jsonl", train),
+        eval_data=write_rows(out / "data" / "heldout_prompts.jsonl", heldout),
+        eval_every=5,
+        learning_rate=5e-4,
+        lr_schedule="linear",
+        warmup_steps=10,
+        prompts_per_step=64,
+        samples_per_prompt=4,
+        max_new_tokens=letters.MAX_NEW_TOKENS,
+        max_slots=512,
+        reward_model=reward_model,
+        missing_eos="replace",
+        missing_eos_penalty=4.0,
+        minibatches=2,
+        eval_reward=GOLD,
+        critic_learning_rate=1e-3,
+        kl_coef=0.3,
+        value_clip=None,
     )
-    return trained(ppo.train(config))
 
 
-def trained(model: Path | None) -> Path:
-    """The folder of a stage's model, which only a dry run would not have."""
-    assert model is not None
+def stage(method: str, out: Path, seed: int, **keys: Any) -> Path:
+    """A run in a folder of its own. Returns the folder of its model."""
+    model = train(read_config(method, out=out, seed=seed, overwrite=out.exists(), save_every="0", **keys))
+    assert model is not None, "only a dry run has none"
     return model
-
-
-def stage(out: Path, seed: int, *, steps: int) -> RunSection:
-    """A stage's run, in a folder of its own."""
-    return RunSection(out=str(out), steps=steps, seed=seed, overwrite=out.exists(), save_every="0")
 
 
 def make_base(folder: Path, seed: int) -> None:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from tandem.seeds import derive_seed
+from tandem.types import Ticket
 
 T = TypeVar("T")
 
@@ -39,6 +40,10 @@ class Order:
     def take(self, positions: range) -> list[int]:
         """Indices of the items at these positions."""
         return [self.item(position) for position in positions]
+
+    def tickets(self, positions: range, per_step: int) -> list[Ticket]:
+        """Those of these positions, for a run of ``per_step`` items a step."""
+        return [Ticket(number=k, row=self.item(k), step=k // per_step + 1, place=k % per_step) for k in positions]
 
     def _permutation(self, epoch: int) -> list[int]:
         if epoch not in self._epochs:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tandem.batch import Batch
-from tandem.types import Aggregation, PreferencePair, Rollout, Sequence
+from tandem.types import Aggregation, Example, PreferencePair, Rollout, Sequence
 
 WORTH_SHARING = 32
 """A prompt goes through a model once for several sequences where it is at least one in so many of their tokens, and
@@ -69,7 +69,7 @@ def pack_rollouts(rollouts: Seq[Rollout]) -> Batch:
     batch = pack(sequences, prompt_lengths=[r.prompt_length for r in rollouts])
     return replace(
         batch,
-        behaviour_logp_T=torch.tensor(
+        untruncated_logp_T=torch.tensor(
             list(chain.from_iterable(r.untruncated_logp for r in rollouts)), dtype=torch.float32
         ),
         reward_S=torch.tensor([0.0 if r.reward is None else r.reward for r in rollouts], dtype=torch.float32),
@@ -81,6 +81,22 @@ def pack_pairs(pairs: Seq[PreferencePair]) -> Batch:
     batch = pack([s for pair in pairs for s in (pair.chosen, pair.rejected)], segments_per_unit=2)
     margin_S = torch.tensor([pair.margin for pair in pairs for _ in range(2)], dtype=torch.float32)
     return replace(batch, margin_S=margin_S, index_S=torch.arange(len(pairs)).repeat_interleave(2))
+
+
+def pack_examples(examples: Seq[Example]) -> Batch:
+    """Packs what a method trains on, all of one kind: rollouts, sequences, or preference pairs."""
+    rollouts = [example for example in examples if isinstance(example, Rollout)]
+    pairs = [example for example in examples if isinstance(example, PreferencePair)]
+    if rollouts or pairs:
+        return pack_rollouts(rollouts) if rollouts else pack_pairs(pairs)
+    return pack([example for example in examples if isinstance(example, Sequence)])
+
+
+def stamp(batch: Batch, aggregation: Aggregation, *, constant_length: int | None = None) -> Batch:
+    """Stamps ``weight_T``: of pairs one a pair (``stamp_pair_weights``), else as ``stamp_weights`` does."""
+    if batch.segments_per_unit == 2:
+        return stamp_pair_weights(batch)
+    return stamp_weights(batch, aggregation, constant_length=constant_length)
 
 
 def stamp_weights(batch: Batch, aggregation: Aggregation, *, constant_length: int | None = None) -> Batch:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from tandem.batch import Batch, Outputs, TokenLoss
+from tandem.batch import Batch, Outputs, TokenLoss, filled
 from tandem.errors import expect
-from tandem.functional.fields import required
 from tandem.functional.kl import KLLoss, kl_estimate, kl_loss
 from tandem.functional.policy import clipped_policy_loss, importance_ratio
 from tandem.functional.segments import segment_sum
@@ -16,6 +15,8 @@ from tandem.roles import Metrics
 if TYPE_CHECKING:
     from torch import Tensor
 
+SAMPLED_LEADS = ("reward", "kl", "entropy", "response_length", "eos_share")
+"""Metrics that the display of a method on samples shows."""
 KLPlace = Literal["reward", "loss", "none"]
 """Where the KL to the reference counts: in the reward, as a loss of its own, or nowhere."""
 
@@ -40,8 +41,8 @@ def clipped_surrogate(
     Metrics: ``policy_loss``, ``ratio``, ``clip_fraction``, ``approx_kl`` (k3 of KL(old || new), nats per token) and,
     where the forward gave it, ``entropy``.
     """
-    logp_T, old_logp_T = required(out.logp_T, "out.logp_T"), batch.proximal_logp_T
-    advantage_T = required(batch.advantage_T, "advantage_T")
+    logp_T, old_logp_T = filled(out.logp_T, "out.logp_T"), batch.proximal_logp_T
+    advantage_T = filled(batch.advantage_T, "advantage_T")
     loss_T, clipped_T = clipped_policy_loss(logp_T, old_logp_T, advantage_T, low, high, dual_clip)
     metrics_T = {
         "policy_loss": loss_T.detach(),
@@ -59,10 +60,10 @@ def add_kl_loss(token_loss: TokenLoss, out: Outputs, batch: Batch, kind: KLLoss)
 
     ``kl_coef`` is in units of the advantages a nat: of rewards, where nothing has scaled the advantages.
     """
-    logp_T, reference_logp_T = required(out.logp_T, "out.logp_T"), required(batch.reference_logp_T, "reference_logp_T")
-    kl_T = kl_loss(logp_T, reference_logp_T, importance_ratio(logp_T, batch.proximal_logp_T), kind)
+    logp_T = filled(out.logp_T, "out.logp_T")
+    kl_T = kl_loss(logp_T, batch.logp_by("reference"), importance_ratio(logp_T, batch.proximal_logp_T), kind)
     return TokenLoss(
-        loss_T=token_loss.loss_T + batch.kl_coef * kl_T,
+        loss_T=token_loss.loss_T + batch.state["kl_coef"] * kl_T,
         metrics_T=token_loss.metrics_T | {"kl_loss": kl_T.detach()},
     )
 
@@ -72,7 +73,7 @@ def sampled_kl(batch: Batch) -> tuple[Tensor, Metrics]:
 
     Metrics: ``kl``, its mean over tokens, and ``kl_per_sequence``, the mean over sequences of its sum, in nats.
     """
-    k1_T = kl_estimate(batch.proximal_logp_T, required(batch.reference_logp_T, "reference_logp_T"), "k1")
+    k1_T = kl_estimate(batch.proximal_logp_T, batch.logp_by("reference"), "k1")
     k1_T = torch.where(batch.trainable_T, k1_T, 0.0)
     return k1_T, {
         "kl": k1_T[batch.trainable_T].mean().item(),

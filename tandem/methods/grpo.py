@@ -11,8 +11,17 @@ from tandem.errors import expect, needs
 from tandem.functional.advantages import centred, group_normalised
 from tandem.functional.kl import KLLoss
 from tandem.functional.segments import segment_sum
-from tandem.methods.clipped import KLPlace, add_kl_loss, check_clipped, clipped_surrogate, sampled_kl, uses_kl
-from tandem.roles import Algorithm, Estimate, Metrics
+from tandem.methods.base import REFERENCE, Estimate, Method, Need, Samples
+from tandem.methods.clipped import (
+    SAMPLED_LEADS,
+    KLPlace,
+    add_kl_loss,
+    check_clipped,
+    clipped_surrogate,
+    sampled_kl,
+    uses_kl,
+)
+from tandem.roles import Metrics
 from tandem.types import Group
 
 if TYPE_CHECKING:
@@ -20,14 +29,23 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GRPO(Algorithm):
+class GRPO(Method):
     """Group relative policy optimization (arXiv:2402.03300, eq. 3) with today's defaults.
 
     The mean over tokens and no KL are DAPO's (arXiv:2503.14476), the bound on the ratio of negative advantages is that
     of dual-clip PPO (arXiv:1912.09729). Dr.GRPO (arXiv:2503.20783) is ``normalize="none"``, ``aggregation="constant"``.
     """
 
-    min_samples: ClassVar[int] = 2
+    reads: ClassVar = Samples(at_least=2)
+    title: ClassVar = "GRPO"
+    about: ClassVar = """Improve a model against a reward with GRPO: the other samples of a prompt are the baseline.
+
+    Rows: prompt (a string or a list of messages); other columns go to the reward functions, as in TRL.
+    Example: tandem grpo --model runs/sft/model --reward check.py:right --data prompts.jsonl --out runs/grpo
+    --steps 200
+    """
+    models: ClassVar = (REFERENCE,)
+    leads: ClassVar = SAMPLED_LEADS
 
     normalize: Literal["std", "none"] = "std"
     """Divide a group's centered rewards by their standard deviation (the paper), or leave them (Dr.GRPO)."""
@@ -50,9 +68,8 @@ class GRPO(Algorithm):
         check_clipped(self)
         expect(self, "0 or more", lambda x: x >= 0, "epsilon")
 
-    @property
-    def needs_reference(self) -> bool:
-        return uses_kl(self)
+    def needs(self) -> tuple[Need, ...]:
+        return self.models if uses_kl(self) else ()
 
     def advantages(self, group: Group) -> list[float]:
         """One number for each usable rollout: its reward against the group's. All 0 where the rewards are equal."""
@@ -61,25 +78,25 @@ class GRPO(Algorithm):
         return centred(group.rewards)
 
     def estimate(self, groups: Seq[Group], batch: Batch, state: dict[str, float]) -> Estimate:
-        """Fills ``advantage_T`` and ``kl_coef``. ``equal_reward_groups`` is the share of groups that teach nothing.
+        """Fills ``advantage_T`` and ``state``. ``equal_reward_groups`` is the share of groups that teach nothing.
 
         With ``kl="reward"`` a sample's reward is less ``kl_coef`` times the sum of its k1 over its tokens before the
         group's mean is taken: the whole sample's KL, as its reward is the whole sample's.
         """
         judged = [group.rewards for group in groups if group.rewards]
         metrics: Metrics = {"equal_reward_groups": sum(len(set(r)) == 1 for r in judged) / len(judged)}
-        if self.needs_reference:
+        if self.needs_model("reference"):
             k1_T, kl_metrics = sampled_kl(batch)
             metrics |= kl_metrics
             if self.kl == "reward":
                 groups = _charged(groups, self.kl_coef * segment_sum(k1_T, batch.bounds))
-        estimate = super().estimate(groups, replace(batch, kl_coef=self.kl_coef), state)
+        estimate = super().estimate(groups, replace(batch, state={"kl_coef": self.kl_coef}), state)
         return replace(estimate, metrics=metrics)
 
     def loss(self, out: Outputs, batch: Batch) -> TokenLoss:
         """Clipped surrogate, plus the KL where ``kl="loss"``."""
         token_loss = clipped_surrogate(out, batch, low=self.clip_low, high=self.clip_high, dual_clip=self.dual_clip)
-        if self.kl == "loss" and self.needs_reference:
+        if self.kl == "loss" and self.needs_model("reference"):
             token_loss = add_kl_loss(token_loss, out, batch, self.kl_estimator)
         return token_loss
 

@@ -6,18 +6,26 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from tandem.batch import Batch, Outputs, TokenLoss
+from tandem.batch import Batch, Outputs, TokenLoss, filled
 from tandem.errors import UserError, expect, needs
 from tandem.functional.advantages import gae, whiten
-from tandem.functional.fields import required
 from tandem.functional.kl import KLLoss, adaptive_kl_coef
 from tandem.functional.moments import Moments, merge, moments
 from tandem.functional.rounding import rounding_of
 from tandem.functional.segments import segment_sum
 from tandem.functional.value import clipped_value_loss, explained_variance
 from tandem.lazy import torch
-from tandem.methods.clipped import KLPlace, add_kl_loss, check_clipped, clipped_surrogate, sampled_kl, uses_kl
-from tandem.roles import Algorithm, Estimate, Metrics
+from tandem.methods.base import REFERENCE, Asks, Estimate, Method, Need, Samples
+from tandem.methods.clipped import (
+    SAMPLED_LEADS,
+    KLPlace,
+    add_kl_loss,
+    check_clipped,
+    clipped_surrogate,
+    sampled_kl,
+    uses_kl,
+)
+from tandem.roles import LossFn, Metrics
 from tandem.types import Group
 
 if TYPE_CHECKING:
@@ -25,15 +33,32 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PPO(Algorithm):
+class PPO(Method):
     """Proximal policy optimization (arXiv:1707.06347) as used for RLHF (arXiv:1909.08593, arXiv:2203.02155).
 
     The reward of a sequence, clipped, is given at its last trainable token; with ``kl="reward"`` every token also
     costs ``kl_coef * (logp - reference_logp)``. Advantages come from GAE with the critic's values.
     """
 
-    needs_critic: ClassVar[bool] = True
-    leads: ClassVar[tuple[str, ...]] = (*Algorithm.leads, "explained_variance")
+    reads: ClassVar = Samples()
+    title: ClassVar = "PPO"
+    about: ClassVar = """Improve a model against a reward with PPO: actor, critic, and a frozen reference for the KL.
+
+    Rows: prompt (a string or a list of messages); other columns go to the reward functions, as in TRL.
+    Example: tandem ppo --model runs/sft/model --reward-model runs/rm/model --data prompts.jsonl --out runs/ppo
+    --steps 200
+    """
+    models: ClassVar = (
+        REFERENCE,
+        Need(
+            role="critic",
+            doc="Folder it starts from. None: the reward model, or without one the model with a head that says 0.",
+            head="scalar",
+            sources=("reward_model", "model"),
+            trained=True,
+        ),
+    )
+    leads: ClassVar = (*SAMPLED_LEADS, "explained_variance")
 
     clip_low: float = 0.2
     """The policy ratio is clipped from below at 1 - clip_low."""
@@ -77,29 +102,27 @@ class PPO(Algorithm):
                 "or 'loss', and a coefficient above 0 to start from"
             )
 
-    @property
-    def needs_reference(self) -> bool:
-        return uses_kl(self)
+    def needs(self) -> tuple[Need, ...]:
+        return self.models if uses_kl(self) else self.models[1:]
 
     @property
-    def entropy_gradient(self) -> bool:
-        return self.entropy_coef != 0
+    def asks(self) -> Asks:
+        return Asks(entropy=True, entropy_gradient=self.entropy_coef != 0)
 
     def initial_state(self) -> dict[str, float]:
         """The KL coefficient, and the moments of the rewards seen."""
         return _state(self.kl_coef, Moments())
 
     def estimate(self, groups: Seq[Group], batch: Batch, state: dict[str, float]) -> Estimate:
-        """Fills ``advantage_T``, ``return_T`` and ``kl_coef`` from rewards, reference, critic and sampler.
+        """Fills ``advantage_T``, ``return_T`` and ``state`` from rewards, reference, critic and sampler.
 
-        Needs ``reward_S``, ``old_value_T`` and, where ``needs_reference``, ``proximal_logp_T`` and
-        ``reference_logp_T``.
+        Needs ``reward_S``, and what the critic and, where the KL counts, the reference have said.
         """
-        value_T = required(batch.old_value_T, "old_value_T")
-        reward_S, seen, metrics = self._shape_rewards(required(batch.reward_S, "reward_S"), state)
+        value_T = batch.values_by("critic")
+        reward_S, seen, metrics = self._shape_rewards(filled(batch.reward_S, "reward_S"), state)
         reward_T = _at_last_trainable(reward_S, batch)
         coef = next_coef = state["kl_coef"]
-        if self.needs_reference:
+        if self.needs_model("reference"):
             k1_T, kl_metrics = sampled_kl(batch)
             metrics |= kl_metrics | {"kl_coef": coef}
             if self.kl == "reward":
@@ -124,35 +147,38 @@ class PPO(Algorithm):
         }
         if self.whiten_advantages:
             advantage_T = whiten(advantage_T, batch.trainable_T, self._rounding(batch, coef, return_T))
-        filled = replace(batch, advantage_T=advantage_T, return_T=return_T, kl_coef=coef)
-        return Estimate(batch=filled, state=_state(next_coef, seen), metrics=metrics)
+        ready = replace(batch, advantage_T=advantage_T, return_T=return_T, state={"kl_coef": coef})
+        return Estimate(batch=ready, state=_state(next_coef, seen), metrics=metrics)
 
     def loss(self, out: Outputs, batch: Batch) -> TokenLoss:
         """Clipped surrogate, plus the KL where ``kl="loss"``, minus the entropy bonus."""
         token_loss = clipped_surrogate(out, batch, low=self.clip_low, high=self.clip_high, dual_clip=self.dual_clip)
-        if self.kl == "loss" and self.needs_reference:
+        if self.kl == "loss" and self.needs_model("reference"):
             token_loss = add_kl_loss(token_loss, out, batch, self.kl_estimator)
         if self.entropy_coef:
-            bonus_T = self.entropy_coef * required(out.entropy_T, "out.entropy_T")
+            bonus_T = self.entropy_coef * filled(out.entropy_T, "out.entropy_T")
             token_loss = replace(token_loss, loss_T=token_loss.loss_T - bonus_T)
         return token_loss
 
     def value_loss(self, out: Outputs, batch: Batch) -> TokenLoss:
         """Clipped squared error of the critic. Metrics: ``value_loss``, ``value_clip_fraction``."""
         loss_T, clipped_T = clipped_value_loss(
-            required(out.value_T, "out.value_T"),
-            required(batch.old_value_T, "old_value_T"),
-            required(batch.return_T, "return_T"),
+            batch.values(out),
+            batch.values_by("critic"),
+            filled(batch.return_T, "return_T"),
             self.value_clip,
         )
         return TokenLoss(loss_T=loss_T, metrics_T={"value_loss": loss_T.detach(), "value_clip_fraction": clipped_T})
 
+    def losses(self) -> dict[str, LossFn]:
+        return {"actor": self.loss, "critic": self.value_loss}
+
     def _rounding(self, batch: Batch, coef: float, return_T: Tensor) -> float:
         """What rounding can make of advantages: log-probs, added up as GAE adds them, and values and returns."""
-        value_T = required(batch.old_value_T, "old_value_T")
+        value_T = batch.values_by("critic")
         size_T = torch.zeros_like(value_T)
-        if self.kl == "reward" and self.needs_reference:
-            size_T = coef * (batch.proximal_logp_T.abs() + required(batch.reference_logp_T, "reference_logp_T").abs())
+        if self.kl == "reward" and self.needs_model("reference"):
+            size_T = coef * (batch.proximal_logp_T.abs() + batch.logp_by("reference").abs())
         zero_T = torch.zeros_like(value_T)
         summed_T, _ = gae(size_T, zero_T, batch.trainable_T, batch.bounds, self.gamma, self.lam)
         return rounding_of(*(x_T[batch.trainable_T] for x_T in (summed_T, value_T, return_T)))

@@ -6,20 +6,29 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from tandem.batch import Batch, Outputs, TokenLoss
-from tandem.functional.fields import required
 from tandem.functional.preference import reward_pair_loss
 from tandem.lazy import torch
-from tandem.roles import Objective
+from tandem.methods.base import Method, Rows
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardModeling(Objective):
+class RewardModeling(Method):
     """Bradley-Terry on pairs (arXiv:2203.02155, eq. 1), with Llama 2's margin (arXiv:2307.09288, eq. 2)."""
 
-    leads: ClassVar[tuple[str, ...]] = ("accuracy", "loss", "score_gap")
+    reads: ClassVar = Rows("preferences")
+    title: ClassVar = "reward model"
+    about: ClassVar = """Train a reward model on preference pairs.
+
+    Rows: chosen and rejected, with prompt or with the prompt at the start of both (strings or lists of messages),
+    as in TRL; an optional margin. The model gets one scalar head named 'score'.
+    Example: tandem rm --model runs/sft/model --data pairs.jsonl --out runs/rm --steps 500
+    """
+    head: ClassVar = "scalar"
+    learning_rate: ClassVar = 1e-5
+    leads: ClassVar = ("accuracy", "loss", "score_gap")
 
     center_coef: float = 0.0
     """Weight of ``(chosen + rejected)^2``, which keeps scores around 0 (arXiv:2312.09244, eq. 2; 0.01 is usual)."""
@@ -30,7 +39,7 @@ class RewardModeling(Objective):
         Metrics at the same tokens: ``accuracy`` (a tie counts as wrong), ``score_gap``, ``chosen_score``,
         ``rejected_score``.
         """
-        score_S = required(out.score_S, "out.score_S")
+        score_S = batch.scores(out)
         chosen_P, rejected_P = score_S[0::2], score_S[1::2]
         margin_P: Tensor | float = 0.0 if batch.margin_S is None else batch.margin_S[0::2]
         loss_P = reward_pair_loss(chosen_P, rejected_P, margin_P)

@@ -124,7 +124,7 @@ class Sharded(nn.Module):
     def forward(self, batch: Batch, **options: Any) -> tuple[Tensor | None, ...]:
         # A plain tuple: hooks look for tensors in it to hang the backward on.
         out = _compute(self.model, batch, **options)
-        return out.logp_T, out.entropy_T, out.value_T, out.score_S
+        return out.logp_T, out.entropy_T, out.scalar_T
 
 
 def forward(
@@ -137,21 +137,19 @@ def forward(
 ) -> Outputs:
     """Runs ``batch`` (on the model's device) with gradient where enabled.
 
-    A causal LM gives ``logp_T`` at ``temperature`` (and ``entropy_T`` if asked), a scalar model ``value_T`` and
-    ``score_S``. Only trainable tokens go through the language-model head.
+    A causal LM gives ``logp_T`` at ``temperature`` (and ``entropy_T`` if asked), a scalar model
+    ``scalar_T``. Only trainable tokens go through the language-model head.
     """
     options: dict[str, Any] = {"temperature": temperature, "entropy": entropy, "entropy_gradient": entropy_gradient}
     if model.sharded is None:
         return _compute(model, batch, **options)
-    logp_T, entropy_T, value_T, score_S = model.sharded(batch, **options)
-    return Outputs(logp_T=logp_T, entropy_T=entropy_T, value_T=value_T, score_S=score_S)
+    logp_T, entropy_T, scalar_T = model.sharded(batch, **options)
+    return Outputs(logp_T=logp_T, entropy_T=entropy_T, scalar_T=scalar_T)
 
 
 def _compute(model: LoadedModel, batch: Batch, *, temperature: float, entropy: bool, entropy_gradient: bool) -> Outputs:
     if model.scalar:
-        scalar_T = model.module.score(hidden_states(model, batch)).squeeze(-1).float()
-        before_T = torch.cat([scalar_T.new_zeros(1), scalar_T[:-1]])
-        return Outputs(value_T=before_T * batch.trainable_T, score_S=scalar_T.index_select(0, batch.last_S))
+        return Outputs(scalar_T=model.module.score(hidden_states(model, batch)).squeeze(-1).float())
     index_N = batch.trainable_N if batch.trainable_N is not None else batch.trainable_T.nonzero().squeeze(-1)
     if model.split_head:
         source_T, head = hidden_states(model, batch), model.module.get_output_embeddings()

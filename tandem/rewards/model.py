@@ -37,9 +37,11 @@ class RewardModel:
         else:
             samples = zip(batch.prompts, batch.completions, batch.rollouts, strict=True)
             sequences = [self._read_text(prompt, completion, r.stop) for prompt, completion, r in samples]
-        score_S = self.scorer.call("score", pack(sequences)).score_S
-        if score_S is None:
+        read = pack(sequences)
+        out = self.scorer.call("score", read)
+        if out.scalar_T is None:
             raise UserError(f"{self.name}: the model has no scalar head")
+        score_S = read.scores(out)
         return [checked(self.name, score, batch, i) for i, score in enumerate(score_S.tolist())]
 
     def _read_ids(self, rollout: Rollout) -> Sequence:

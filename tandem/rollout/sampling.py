@@ -1,16 +1,18 @@
-"""One step's prompts through the engine and the rewards, into groups."""
+"""Tickets through the engine and the rewards, into judged groups."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from tandem.errors import RunFailure, UserError
+from tandem.futures import Future
 from tandem.rewards.combine import judge
 from tandem.rewards.shaping import MissingEos, shape_reward
-from tandem.roles import Engine, Reward, RewardBatch
+from tandem.roles import Clock, Engine, Metrics, Reward, RewardBatch
+from tandem.rollout.measure import rollout_metrics
 from tandem.seeds import derive_seed
-from tandem.types import Completion, Group, Prompt, Request, Rollout, SamplingParams
+from tandem.types import Completion, Group, Prompt, Request, Rollout, SamplingParams, Ticket
 
 
 def sample_groups(
@@ -22,22 +24,28 @@ def sample_groups(
     seed: int,
     step: int,
 ) -> list[Group]:
-    """Samples every prompt ``samples_per_prompt`` times.
-
-    A sample's seed is a hash of run seed, step, the prompt's place in the step, prompt and sample index, so it
-    depends neither on the order in which samples finish nor on which engine draws it.
-    """
+    """Samples every prompt ``samples_per_prompt`` times, as the prompts of a step in this order."""
+    tickets = [Ticket(number=place, row=place, step=step, place=place) for place in range(len(prompts))]
     requests = [
-        Request(
-            prompt_ids=prompt.token_ids,
-            seeds=tuple(
-                derive_seed(seed, "sample", step, place, prompt.prompt_id, i) for i in range(samples_per_prompt)
-            ),
-            sampling=sampling,
-        )
-        for place, prompt in enumerate(prompts)
+        request(prompt, ticket, sampling, samples_per_prompt=samples_per_prompt, seed=seed)
+        for prompt, ticket in zip(prompts, tickets, strict=True)
     ]
-    completions = engine.generate(requests)
+    return groups_of(prompts, engine.generate(requests))
+
+
+def request(prompt: Prompt, ticket: Ticket, sampling: SamplingParams, *, samples_per_prompt: int, seed: int) -> Request:
+    """What an engine is asked for a ticket.
+
+    A sample's seed is a hash of run seed, the ticket's step and place, prompt and sample index, so it depends neither
+    on the order in which samples finish nor on which engine draws it.
+    """
+    names = (seed, "sample", ticket.step, ticket.place, prompt.prompt_id)
+    seeds = tuple(derive_seed(*names, i) for i in range(samples_per_prompt))
+    return Request(prompt_ids=prompt.token_ids, seeds=seeds, sampling=sampling)
+
+
+def groups_of(prompts: Seq[Prompt], completions: Seq[Seq[Completion]]) -> list[Group]:
+    """Each prompt with its completions, not judged yet."""
     return [
         Group(prompt=prompt, rollouts=[_rollout(prompt, i, c) for i, c in enumerate(samples)])
         for prompt, samples in zip(prompts, completions, strict=True)
@@ -61,6 +69,56 @@ def _rollout(prompt: Prompt, sample_index: int, completion: Completion) -> Rollo
         version_max=completion.version_max,
         error=completion.error,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """A source of judged groups (``tandem.roles.Source``): prompts through the engine, then through the rewards."""
+
+    engine: Engine
+    prompts: Seq[Prompt]
+    """By a ticket's row."""
+    params: SamplingParams
+    samples_per_prompt: int
+    judge: Judge
+    seed: int
+    clock: Clock
+    phase: str = field(default="scoring", init=False)
+
+    def begin(self, tickets: Seq[Ticket]) -> Future[list[Group]]:
+        """The tickets' groups, sampled together, and judged together in one call to each reward."""
+        return _Sampled(self, tickets)
+
+    def metrics(self, items: Seq[Group]) -> Metrics:
+        """See ``rollout_metrics``."""
+        return rollout_metrics(items)
+
+
+class _Sampled:
+    """The groups of some tickets. Whoever asks for them drives the engine: in one process there is nobody else."""
+
+    def __init__(self, source: Sampling, tickets: Seq[Ticket]) -> None:
+        self.source, self.tickets = source, tickets
+        self.prompts = [source.prompts[ticket.row] for ticket in tickets]
+        requests = [
+            request(prompt, t, source.params, samples_per_prompt=source.samples_per_prompt, seed=source.seed)
+            for prompt, t in zip(self.prompts, tickets, strict=True)
+        ]
+        self.requests = requests
+        self.groups: list[Group] | None = None
+
+    def done(self) -> bool:
+        return self.groups is not None
+
+    def result(self) -> list[Group]:
+        if self.groups is None:
+            source, samples = self.source, sum(len(request.seeds) for request in self.requests)
+            with source.clock("sampling", of=samples, done=lambda: source.engine.ended):
+                groups = groups_of(self.prompts, source.engine.generate(self.requests))
+            with source.clock("scoring"):
+                source.judge(groups, derive_seed(source.seed, "judge", self.tickets[0].step))
+            self.groups = groups
+        return self.groups
 
 
 @dataclass(frozen=True, kw_only=True)

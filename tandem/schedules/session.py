@@ -1,4 +1,4 @@
-"""What every schedule does around its steps: resume, record, save, and stop without losing anything."""
+"""What stands around the steps of a run: resume, record, save, and stop without losing anything."""
 
 from __future__ import annotations
 
@@ -24,17 +24,21 @@ Evaluation = tuple[Metrics, Seq[Group]]
 
 
 class StepClock:
-    """Seconds spent in each phase of a step, and the most memory allocated in it.
+    """Seconds spent in each phase of a step, and the most memory allocated in it (``tandem.roles.Clock``).
 
     ``progress`` shows the phase. ``memory`` gives the peak in GB since it was last asked; None where that means
     nothing.
     """
 
     def __init__(self, progress: Progress, memory: Callable[[], float | None] = lambda: None) -> None:
-        self.started = time.perf_counter()
         self.progress = progress
-        self.phases: dict[str, float] = {}
         self.memory = memory
+        self.start()
+
+    def start(self) -> None:
+        """A step begins."""
+        self.started = time.perf_counter()
+        self.phases: dict[str, float] = {}
         self.peaks: dict[str, float] = {}
 
     @contextmanager
@@ -60,7 +64,7 @@ class StepClock:
 class Session:
     """A run folder, its checkpoints and its display. ``trainers`` are what a checkpoint holds, by role.
 
-    A schedule goes through its steps within ``kept``: it says ``changing`` before a step changes parameters,
+    The pipeline goes through its steps within ``kept``: it says ``changing`` before a step changes parameters,
     ``reached`` when the step has been trained, and ``record`` when it has been evaluated.
     """
 
@@ -69,6 +73,7 @@ class Session:
     save_every: SaveEvery
     trainers: Mapping[str, Seat]
     progress: Progress
+    clock: StepClock
     rollouts_logged: int = 8
     """Rollouts written to ``rollouts.jsonl`` each step, in whole groups; as many held-out ones."""
     step: int = field(default=0, init=False)
@@ -76,7 +81,7 @@ class Session:
     taken: int = field(default=0, init=False)
     """How many items of the data the steps reached have taken: the cursor of the run."""
     state: dict[str, float] = field(default_factory=dict, init=False)
-    """The algorithm's after it."""
+    """The method's after it."""
     pending: Metrics | None = field(default=None, init=False)
     """Its metrics where they are not written yet, since its evaluation is not done."""
     saved_step: int = field(default=-1, init=False)
@@ -85,8 +90,8 @@ class Session:
     changed: bool = field(default=False, init=False)
     """Whether the step in progress may have changed parameters."""
 
-    def resume(self, initial_state: dict[str, float]) -> tuple[int, dict[str, float]]:
-        """Loads the newest whole checkpoint, if there is one: (steps done, algorithm state).
+    def resume(self, initial_state: dict[str, float]) -> None:
+        """Goes to where the newest whole checkpoint stands, if there is one: its step, and the method's state.
 
         Metrics written after it are dropped, so that each step stands once in the files.
         """
@@ -96,14 +101,13 @@ class Session:
         if checkpoint is not None:
             for role, trainer in self.trainers.items():
                 trainer.call("load_state_dict", checkpoint.load(role))
-            step, state = checkpoint.step, dict(checkpoint.state["algorithm"])
+            step, state = checkpoint.step, dict(checkpoint.state["method"])
             pending, self.handed_out = checkpoint.state.get("pending"), checkpoint.state["taken"]
             self.saved_step = step
             self.run.event("resume", step=step)
         written = step if checkpoint is not None else -1
         self.run.truncate_after(written, metrics=written if pending is None else step - 1)
         self._at(step, state, pending)
-        return step, state
 
     def take(self, count: int) -> range:
         """Positions of the next ``count`` items of the data. No position is handed out twice, and none is left out."""
@@ -111,13 +115,13 @@ class Session:
         return range(first, self.handed_out)
 
     def changing(self) -> None:
-        """An optimizer step is about to be asked for: who is interrupted from here on is not taken for untouched."""
+        """From here on the step in progress changes parameters."""
         self.changed = True
 
-    def reached(self, step: int, state: dict[str, float], metrics: Metrics, groups: Seq[Group] = ()) -> None:
-        """Step ``step`` has been trained, and goes into the next checkpoint. Writes a few of its rollouts."""
-        self._at(step, state, metrics)
-        self.run.log_rollouts(step, groups, self.rollouts_logged)
+    def reached(self, state: dict[str, float], metrics: Metrics, groups: Seq[Group] = ()) -> None:
+        """The next step has been trained, and goes into the next checkpoint. Writes a few of its rollouts."""
+        self._at(self.step + 1, state, metrics)
+        self.run.log_rollouts(self.step, groups, self.rollouts_logged)
 
     def record(self, evaluate: Callable[[int], Evaluation]) -> None:
         """Evaluates the step reached, unless that has been done: one line in ``metrics.jsonl``, and the display."""
@@ -146,13 +150,13 @@ class Session:
             return
         with held(), self.progress.phase("saving"):
             parts = {role: trainer.call("state_dict") for role, trainer in self.trainers.items()}
-            state = {"algorithm": self.state, "pending": self.pending, "taken": self.taken}
+            state = {"method": self.state, "pending": self.pending, "taken": self.taken}
             path = self.store.save(self.step, parts, state)
             self.saved_step = self.step
             self.run.event("checkpoint", step=self.step, path=str(path))
 
-    def finish(self, trainer: Seat) -> Path:
-        """Exports the trained model to ``<run>/model``, whole or not at all, and returns that folder.
+    def finish(self) -> Path:
+        """Exports the trained policy to ``<run>/model``, whole or not at all, and returns that folder.
 
         Raises RunFailure where the disk is full or refuses.
         """
@@ -161,8 +165,8 @@ class Session:
         try:
             shutil.rmtree(aside, ignore_errors=True)
             with self.progress.phase("writing the model"):
-                # Other processes share the disk with this one, but may work in another folder.
-                trainer.call("export", aside if trainer.home.at_once else aside.absolute())
+                # Rank 0 writes: the folder must be on a disk that it shares with this process.
+                self.trainers["actor"].call("export", aside.absolute())
             with held():
                 shutil.rmtree(folder, ignore_errors=True)
                 aside.rename(folder)

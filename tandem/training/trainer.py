@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -314,7 +314,7 @@ class LocalTrainer(LocalScorer):
             )
             micro, gap_T = share.batch, {}
             if micro.on_policy and out.logp_T is not None:
-                micro = replace(micro, old_logp_T=out.logp_T.detach())
+                micro = replace(micro, seen=micro.seen | {"actor": Outputs(logp_T=out.logp_T.detach())})
                 gap_T = _sampler_gap(micro)
             token_loss = self.loss(out, micro)
             yield micro, replace(token_loss, metrics_T=token_loss.metrics_T | gap_T)
@@ -322,29 +322,22 @@ class LocalTrainer(LocalScorer):
 
 def _sampler_gap(batch: Batch) -> dict[str, Tensor]:
     """Absolute difference between the sampler's and the trainer's log-probs, in nats, where the sampler gave any."""
-    if batch.behaviour_logp_T is None or batch.old_logp_T is None:
+    if batch.untruncated_logp_T is None:
         return {}
-    gap_T = (batch.old_logp_T - batch.behaviour_logp_T).abs()
+    gap_T = (batch.logp_by("actor") - batch.untruncated_logp_T).abs()
     return {"sampler_gap_max": gap_T, "sampler_gap_mean": gap_T}
 
 
 def _assemble(batch: Batch, parts: list[tuple[list[int], Outputs]], world: World) -> Outputs:
     """The whole batch's outputs from every rank's micro-batches, in the batch's order."""
 
-    def joined(read: Callable[[Outputs], Tensor | None], index: Callable[[list[int]], Tensor], size: int) -> Any:
-        if (first := read(parts[0][1])) is None:
+    def joined(name: str) -> Tensor | None:
+        if getattr(parts[0][1], name) is None:
             return None
-        result = first.new_zeros(size)
+        result = getattr(parts[0][1], name).new_zeros(batch.tokens)
         for units, out in parts:
             if units:
-                value = read(out)
-                assert value is not None
-                result[send(index(units), result.device)] = value
+                result[send(batch.tokens_of(units), result.device)] = getattr(out, name)
         return world.sum(result)
 
-    return Outputs(
-        logp_T=joined(lambda out: out.logp_T, batch.tokens_of, batch.tokens),
-        entropy_T=joined(lambda out: out.entropy_T, batch.tokens_of, batch.tokens),
-        value_T=joined(lambda out: out.value_T, batch.tokens_of, batch.tokens),
-        score_S=joined(lambda out: out.score_S, batch.segments_of, batch.segments),
-    )
+    return Outputs(**{f.name: joined(f.name) for f in fields(Outputs)})

@@ -2,12 +2,14 @@
 
 import pytest
 
-from tandem.assembly.configs import DoctorConfig, GRPOConfig, OnlineConfig, PPOConfig, RMConfig, SFTConfig
+from tandem.assembly.configs import SamplesConfig, config_class
+from tandem.cli.configs import DoctorConfig
 from tandem.config import _keys_of, dump_config, load_config
 from tandem.errors import UserError
 
 REQUIRED = ["--out", "runs/a", "--steps", "5", "--model", "m"]
 VLLM = ["--engine.kind", "vllm"]
+SFTConfig, RMConfig, PPOConfig, GRPOConfig = map(config_class, ("sft", "rm", "ppo", "grpo"))
 CONFIGS = (SFTConfig, RMConfig, PPOConfig, GRPOConfig, DoctorConfig)
 
 
@@ -16,7 +18,7 @@ def words(config: type, flags: list[str]) -> list[str]:
     if config is DoctorConfig:
         return flags
     data = [] if "--data" in flags else ["--data", "d.jsonl"]
-    return [*REQUIRED, *data, *(["--reward", "r.py:f"] if issubclass(config, OnlineConfig) else []), *flags]
+    return [*REQUIRED, *data, *(["--reward", "r.py:f"] if issubclass(config, SamplesConfig) else []), *flags]
 
 
 @pytest.mark.parametrize(
@@ -41,7 +43,7 @@ def words(config: type, flags: list[str]) -> list[str]:
         (PPOConfig, ["--placement.reward", "1"], "--placement.reward: has no effect, since this run has no reward"),
         (PPOConfig, ["--missing-eos-penalty", "2"], "--missing-eos-penalty: has no effect without --missing-eos"),
         (PPOConfig, ["--eval-reward", "r.py:f"], "--eval-reward: has no effect without --eval-data"),
-        (GRPOConfig, ["--placement.critic", "1"], "--placement.critic: has no effect, since this run has no critic"),
+        (GRPOConfig, ["--placement.reference", "1"], "--placement.reference: has no effect, since this run has no ref"),
         (GRPOConfig, ["--normalize", "none", "--epsilon", "1"], "--epsilon: has no effect without --normalize"),
         (GRPOConfig, ["--engine.transport", "gloo"], "--engine.transport: has no effect, since this run has no eng"),
         (GRPOConfig, ["--engine.no-check-weights"], "--engine.no-check-weights: has no effect, since this run has"),

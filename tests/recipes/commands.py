@@ -9,7 +9,6 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from tandem.assembly import configs
 from tandem.cli import launch
 from tandem.cli.main import COMMANDS
 from tandem.config import load_config
@@ -45,7 +44,7 @@ def code_blocks(markdown: str) -> str:
 
 def config_class(command: str) -> Any:
     """The config that a command loads."""
-    return getattr(configs, COMMANDS[command].config)
+    return COMMANDS[command].config_class(command)
 
 
 def parse(words: list[str], monkeypatch: pytest.MonkeyPatch, folder: Any) -> None:

@@ -16,7 +16,7 @@ import pytest
 from drivers import PATIENCE_S, Driver, command, descendants, running, wait_until
 from shared_ray import cluster_address, inputs
 
-from tandem.assembly.sections import PlacementSection, TrainerPlacement
+from tandem.assembly.sections import Placement, SamplingPlacement
 from tandem.errors import UserError
 from tandem.workers.cluster import Cluster, require_room, what_would_fit
 from tandem.workers.group import WorkerGroup
@@ -297,13 +297,13 @@ def test_what_would_fit_fits():
 )
 def test_placements_that_make_no_sense(placement, words):
     with pytest.raises(UserError, match=words):
-        PlacementSection(**placement)
+        SamplingPlacement(**placement)
 
 
 def test_homes():
-    placement = PlacementSection(actor="2", critic="1", reward="critic", engine="3")
+    placement = SamplingPlacement(actor="2", critic="1", reward="critic", engine="3")
     assert [placement.home(role) for role in ("actor", "critic", "reward", "reference", "engine")] == [
         *("actor", "critic", "critic", "actor", "engine")
     ]
     assert [placement.workers(role) for role in ("actor", "critic", "reward", "engine")] == [2, 1, 0, 3]
-    assert TrainerPlacement().workers("actor") == 0
+    assert Placement().workers("actor") == 0

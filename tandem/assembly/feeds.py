@@ -1,0 +1,323 @@
+"""What a run's items are made of: a dataset's rows, or prompts with an engine and rewards. Read and checked first."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Sequence as Seq
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Protocol, cast
+
+from tandem.assembly.configs import RowsConfig, RunConfig, SamplesConfig
+from tandem.assembly.inputs import digest_inputs
+from tandem.assembly.models import heads, require_engine
+from tandem.assembly.placing import Homes
+from tandem.assembly.sections import DataSection
+from tandem.data.rows import Rows, load_rows
+from tandem.data.tokenize import Counts, build_pairs, build_prompts, build_sequences
+from tandem.errors import UserError
+from tandem.methods.base import Samples
+from tandem.models.limits import read_limits
+from tandem.models.loading import load_tokenizer
+from tandem.rewards.function import FunctionReward
+from tandem.rewards.model import RewardModel, same_tokenizer
+from tandem.rewards.process import RewardProcess
+from tandem.roles import Metrics, Reward, Seat, Source
+from tandem.rollout.measure import held_out_metrics
+from tandem.rollout.prepare import Preparation
+from tandem.rollout.rows import Dataset
+from tandem.rollout.sampling import Judge, Sampling, sample_groups
+from tandem.runs.identity import Inputs
+from tandem.runs.progress import Progress, say
+from tandem.schedules.session import Evaluation, StepClock
+from tandem.seeds import derive_seed
+from tandem.types import Group, Limits, Prompt, SamplingParams
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fed:
+    """A feed at work: the source of items, what gives the sampler new weights, and what measures held-out data."""
+
+    source: Source[Any]
+    push_weights: Callable[[int], Metrics] | None
+    measure: Callable[[int], Evaluation]
+
+
+class Feed(Protocol):
+    """The items of a run before anything runs: read, tokenized, and known to fit."""
+
+    size: int
+    """Rows that are gone through."""
+    held_out: int
+    """Rows that are not."""
+    counts: Counts
+    inputs: Inputs
+    step: Mapping[str, Any]
+    """How ``Preparation`` makes batches of a step's items."""
+
+    def uses(self, homes: Homes) -> dict[str, str]:
+        """What the run would use, for a dry run."""
+        ...
+
+    def start(self, models: Mapping[str, Seat], homes: Homes) -> Callable[[StepClock, Preparation], Fed]:
+        """Starts what it needs beside the models. What that returns makes the source, once the session is open."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class RowsFeed:
+    """The rows of a dataset."""
+
+    def __init__(self, config: RowsConfig, tokenizer: Any) -> None:
+        self.config, self.tokenizer = config, tokenizer
+        self.step: Mapping[str, Any] = {}
+        rows, eval_rows = load_data(config.data)
+        limits = limits_of_models(config, tokenizer)
+        self.examples, self.counts = self._tokenize(rows, limits)
+        self.held = self._tokenize(eval_rows, limits)[0] if eval_rows is not None else []
+        self.size, self.held_out = len(self.examples), len(self.held)
+        self.inputs = digest_inputs({"data": rows, "eval_data": eval_rows}, models=config.sources)
+
+    def uses(self, homes: Homes) -> dict[str, str]:
+        config = self.config
+        epochs = config.run.steps * config.rows.batch_size / self.size
+        return {
+            "data": f"{describe_counts(self.counts)}, gone through {epochs:.2f} times in {config.run.steps} steps",
+            "held out": f"{self.held_out} rows" if self.held else "none",
+        }
+
+    def start(self, models: Mapping[str, Seat], homes: Homes) -> Callable[[StepClock, Preparation], Fed]:
+        def fed(clock: StepClock, prepare: Preparation) -> Fed:
+            return Fed(
+                source=Dataset(self.examples),
+                push_weights=None,
+                measure=partial(self._measure, models["actor"], clock.progress, prepare),
+            )
+
+        return fed
+
+    def close(self) -> None:
+        return None
+
+    def _measure(self, actor: Seat, progress: Progress, prepare: Preparation, step: int) -> Evaluation:
+        if not self.held or not evaluation_due(self.config, step):
+            return {}, []
+        with progress.phase("evaluating"):
+            (batch,) = prepare(self.held, {}, step)
+            metrics = actor.call("evaluate", batch)
+        return {f"eval/{name}": value for name, value in metrics.items()}, []
+
+    def _tokenize(self, rows: Rows, limits: Seq[Limits]) -> tuple[list[Any], Counts]:
+        data = self.config.data
+        build: Callable[..., tuple[list[Any], Counts]] = (
+            build_pairs if "preferences" in self.config.parts else partial(build_sequences, train_on=data.train_on)
+        )
+        with tokenizing(rows) as on_progress:
+            return build(rows, self.tokenizer, data.max_length, data.long_rows, limits=limits, on_progress=on_progress)
+
+
+class SamplesFeed:
+    """Prompts, an engine that answers them, and what judges the answers."""
+
+    def __init__(self, config: SamplesConfig, tokenizer: Any) -> None:
+        self.config, self.tokenizer = config, tokenizer
+        section = config.step
+        self.step: Mapping[str, Any] = {
+            "old_logp": section.old_logp,
+            "epochs": section.epochs,
+            "minibatches": section.minibatches,
+            "max_new_tokens": config.sampling.max_new_tokens,
+        }
+        # Begun first, so that it imports the functions while the data is read.
+        names = [*config.reward.reward, *section.eval_reward]
+        self.judging = RewardProcess(names, deadline_s=config.reward.reward_deadline) if names else None
+        rows, eval_rows = load_data(config.data)
+        self.prompts, self.counts = self._tokenize(rows)
+        self.eval_prompts = self._tokenize(eval_rows)[0] if eval_rows is not None else []
+        self.size, self.held_out = len(self.prompts), len(self.eval_prompts)
+        functions = self.judging.rewards() if self.judging else []
+        self.inputs = digest_inputs({"data": rows, "eval_data": eval_rows}, functions, config.sources)
+        trained_on = len(config.reward.reward)
+        self.functions, self.eval_rewards = functions[:trained_on], functions[trained_on:]
+
+    def check_columns(self) -> None:
+        """Raises UserError where a reward wants a column that no row has."""
+        data = self.config.data
+        require_columns(self.functions, self.prompts, data.data)
+        require_columns(self.eval_rewards or self.functions, self.eval_prompts, data.eval_data)
+
+    def uses(self, homes: Homes) -> dict[str, str]:
+        config = self.config
+        sampling, engine, step = config.sampling, config.engine, config.step
+        samples = sampling.prompts_per_step * sampling.samples_per_prompt
+        epochs = config.run.steps * sampling.prompts_per_step / self.size
+        place = homes.where("engine")
+        rewards = [*config.reward.reward, *(["reward_model"] if config.reward.reward_model else [])]
+        return {
+            "rewards": ", ".join(rewards),
+            "engine": f"{engine.kind}{place or ', on the actor' + chr(39) + 's devices'}, {sampling.max_slots} slots",
+            "prompts": f"{describe_counts(self.counts)}, gone through {epochs:.2f} times",
+            "a step": f"{samples} samples of at most {sampling.max_new_tokens} tokens, "
+            f"{step.epochs * step.minibatches} optimizer steps",
+            "held out": f"{self.held_out} prompts" if self.held_out else "none",
+        }
+
+    def start(self, models: Mapping[str, Seat], homes: Homes) -> Callable[[StepClock, Preparation], Fed]:
+        config = self.config
+        sampler = homes.sampler(
+            config.sampling, seed=config.run.seed, vocabulary=len(self.tokenizer), others=dict(models)
+        )
+        judge = self._judge(models)
+
+        def fed(clock: StepClock, prepare: Preparation) -> Fed:
+            source = Sampling(
+                engine=sampler.engine,
+                prompts=self.prompts,
+                params=self._params(),
+                samples_per_prompt=config.sampling.samples_per_prompt,
+                judge=judge,
+                seed=config.run.seed,
+                clock=clock,
+            )
+            measure = partial(self._measure, source, clock.progress)
+            return Fed(source=source, push_weights=sampler.push, measure=measure)
+
+        return fed
+
+    def close(self) -> None:
+        if self.judging is not None:
+            self.judging.close()
+
+    def _measure(self, source: Sampling, progress: Progress, step: int) -> Evaluation:
+        """Judged samples of the held-out prompts, one each."""
+        if not self.eval_prompts or not evaluation_due(self.config, step):
+            return {}, []
+        seed = self.config.run.seed
+        with progress.phase("evaluating", of=self.held_out, done=lambda: source.engine.ended):
+            groups: list[Group] = sample_groups(
+                source.engine, self.eval_prompts, source.params, samples_per_prompt=1, seed=seed, step=0
+            )
+            judge = unweighted(self.eval_rewards) if self.eval_rewards else source.judge
+            judge(groups, derive_seed(seed, "judge", 0))
+        return held_out_metrics(groups), groups
+
+    def _params(self) -> SamplingParams:
+        sampling = self.config.sampling
+        return SamplingParams(
+            max_new_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            stop=sampling.stop,
+        )
+
+    def _judge(self, models: Mapping[str, Seat]) -> Judge:
+        section = self.config.reward
+        rewards: list[Reward] = list(self.functions)
+        if section.reward_model is not None:
+            code = self.config.model.trust_remote_code
+            tokenizer = load_tokenizer(section.reward_model, trust_remote_code=code)
+            reads_ids = same_tokenizer(self.tokenizer, tokenizer)
+            rewards.append(RewardModel(models["reward"], tokenizer, reads_ids=reads_ids))
+        return replace(
+            unweighted(rewards),
+            weights=section.reward_weights or (1.0,) * len(rewards),
+            missing_eos=section.missing_eos,
+            missing_eos_penalty=section.missing_eos_penalty,
+        )
+
+    def _tokenize(self, rows: Rows) -> tuple[list[Prompt], Counts]:
+        config, data = self.config, self.config.data
+        engine = Limits(positions=config.engine.max_length, whose="the engine (engine.max_length)")
+        with tokenizing(rows) as on_progress:
+            return build_prompts(
+                rows,
+                self.tokenizer,
+                data.max_length,
+                data.long_rows,
+                limits=[*limits_of_models(config, self.tokenizer), engine],
+                max_new_tokens=config.sampling.max_new_tokens,
+                on_progress=on_progress,
+            )
+
+
+def check_sampling(config: SamplesConfig) -> None:
+    """Raises UserError where the method could not learn from such samples, or the engine is not installed."""
+    sampling, method = config.sampling, config.method
+    at_least = cast(Samples, method.reads).at_least
+    if sampling.samples_per_prompt < at_least:
+        raise UserError(
+            f"samples_per_prompt: {method.title} compares the samples of a prompt with one another and needs "
+            f"{at_least} or more, got {sampling.samples_per_prompt}"
+        )
+    if sampling.temperature == 0:
+        raise UserError("temperature: 0 is greedy, all samples of a prompt would be equal; give more than 0")
+    truncated = sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
+    if truncated and config.engine.kind == "vllm" and config.step.old_logp == "sampler":
+        raise UserError(
+            "old_logp: vLLM reports truncated log-probs only, which would bias the ratios; with top_k, top_p or "
+            "min_p add --old-logp trainer"
+        )
+    require_engine(config.engine)
+
+
+def limits_of_models(config: RunConfig, tokenizer: Any) -> list[Limits]:
+    """Of every model that reads the policy's token ids."""
+    code, head_of = config.model.trust_remote_code, heads(config)
+    return [
+        read_limits(source, head=head_of[role], trust_remote_code=code)
+        for role, source in config.sources.items()
+        if role != "reward" or same_tokenizer(tokenizer, load_tokenizer(source, trust_remote_code=code))
+    ]
+
+
+def require_columns(rewards: Seq[FunctionReward], prompts: Seq[Prompt], dataset: str | None) -> None:
+    """Raises UserError where a reward wants a column that no row of a dataset has."""
+    columns = {name for prompt in prompts for name in prompt.columns}
+    for reward in rewards if prompts else ():
+        reward.require_columns(columns, dataset or "the dataset")
+
+
+def unweighted(rewards: Seq[Reward]) -> Judge:
+    """The plain sum of rewards."""
+    return Judge(rewards=tuple(rewards), weights=(1.0,) * len(rewards))
+
+
+def evaluation_due(config: RunConfig, step: int) -> bool:
+    """Before the first step, every ``eval_every`` steps and after the last."""
+    every = config.data.eval_every
+    return step in (0, config.run.steps) or (every > 0 and step % every == 0)
+
+
+def load_data(section: DataSection) -> tuple[Rows, Rows | None]:
+    """The rows of ``data`` and of ``eval_data``. Read before any model, since a mistake in them shows soonest."""
+    rows = load_rows(section.data, split=section.split)
+    return rows, load_rows(section.eval_data, split=section.eval_split) if section.eval_data else None
+
+
+@contextmanager
+def tokenizing(rows: Rows) -> Iterator[Callable[[int, int], None]]:
+    """A callback for (rows done, rows in all), which shows a bar where that takes longer than a second."""
+    say(f"tokenizing {len(rows)} rows of {rows.source}")
+    started = time.monotonic()
+    with ExitStack() as stack:
+        bar: Progress | None = None
+
+        def on_progress(done: int, total: int) -> None:
+            nonlocal bar
+            if bar is None and time.monotonic() - started > 1:
+                bar = stack.enter_context(Progress(f"tokenizing {rows.source}", total=total, start=done))
+            if bar is not None:
+                bar.update(done)
+
+        yield on_progress
+
+
+def describe_counts(counts: Mapping[str, int]) -> str:
+    """How many rows are used, and what became of the others."""
+    rest = ", ".join(f"{counts[what]} {what}" for what in ("truncated", "dropped") if counts[what])
+    return f"{counts['kept']} rows" + (f" ({rest})" if rest else "")

@@ -1,0 +1,133 @@
+"""A config made into a run: its items read, its models placed, its crew put together, its steps run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Protocol
+
+from tandem.assembly.configs import RowsConfig, RunConfig, SamplesConfig
+from tandem.assembly.feeds import Feed, RowsFeed, SamplesFeed, check_sampling
+from tandem.assembly.models import builds, heads
+from tandem.assembly.placing import Homes
+from tandem.assembly.sections import EngineSection
+from tandem.assembly.sessions import check_out, session
+from tandem.config import describe
+from tandem.data.order import Order
+from tandem.errors import UserError
+from tandem.models.description import describe_source
+from tandem.models.loading import load_tokenizer, pick_device
+from tandem.rewards.model import require_same_tokenizer
+from tandem.roles import Seat
+from tandem.rollout.prepare import Preparation
+from tandem.runs.progress import say
+from tandem.schedules.crew import Crew
+from tandem.schedules.pipeline import Pipeline
+from tandem.workers.launched import launched
+from tandem.workers.process import Build
+from tandem.workers.torchrun import Ranks, joined
+
+
+class Places(Protocol):
+    """Where models can be put."""
+
+    def place(self, role: str, build: Build) -> Seat: ...
+
+
+def run(config: RunConfig) -> Path | None:
+    """See ``tandem.run``."""
+    with ExitStack() as stack:
+        if launched() and not isinstance(config, SamplesConfig):
+            if config.placement.actor != "here":
+                raise UserError("placement.actor: torchrun has started the workers already; leave the key out")
+            ranks = stack.enter_context(joined(config.model.device, config.cluster.deadline))
+            if not ranks.leader:
+                ranks.follow()
+                return None
+            return _run(config, stack, ranks)
+        return _run(config, stack, None)
+
+
+def _run(config: RunConfig, stack: ExitStack, ranks: Ranks | None) -> Path | None:
+    """The run, in the order in which a mistake is cheapest to find. ``ranks``: those of a torchrun that are there."""
+    if (model := check_out(config)) is not None:
+        return model
+    samples = isinstance(config, SamplesConfig)
+    if isinstance(config, SamplesConfig):
+        check_sampling(config)
+    engine = config.engine if isinstance(config, SamplesConfig) else EngineSection()
+    roles = [*config.sources, *(["engine"] if samples else [])]
+    homes = Homes(config.model, config.placement, config.cluster, engine, roles)
+    if ranks is None:
+        homes.check()
+    feed = _feed(config)
+    stack.callback(feed.close)
+    check_out(config, feed.inputs)
+    if isinstance(feed, SamplesFeed):
+        feed.check_columns()
+    if config.run.dry_run:
+        _print_plan(config, homes, feed)
+        return None
+    places: Places = stack.enter_context(homes) if ranks is None else ranks
+    models = _models(config, places)
+    trainers = {role: models[role] for role in config.method.losses()}
+    start = feed.start(models, homes)
+    started = stack.enter_context(session(config, trainers, counts=feed.counts, inputs=feed.inputs))
+    prepare = Preparation(method=config.method, models=models, seed=config.run.seed, **feed.step)
+    fed = start(started.clock, prepare)
+    order = Order(feed.size, config.run.seed)
+    crew = Crew(
+        method=config.method,
+        tickets=lambda positions: order.tickets(positions, config.items_per_step),
+        source=fed.source,
+        prepare=prepare,
+        trainers=trainers,
+        push_weights=fed.push_weights,
+        evaluate=fed.measure,
+    )
+    Pipeline(steps=config.run.steps, items_per_step=config.items_per_step).run(crew, started)
+    return started.finish()
+
+
+def _feed(config: RunConfig) -> Feed:
+    """The items of the run, read and checked against the tokenizers of all models that read the policy's tokens."""
+    code = config.model.trust_remote_code
+    tokenizer = load_tokenizer(config.model.model, trust_remote_code=code)
+    for need in config.method.needs():
+        source = config.sources[need.role]
+        if source != config.model.model:
+            other = load_tokenizer(source, trust_remote_code=code)
+            require_same_tokenizer(tokenizer, other, policy="the model", other=f"the {need.role}")
+    if isinstance(config, SamplesConfig):
+        return SamplesFeed(config, tokenizer)
+    assert isinstance(config, RowsConfig)
+    return RowsFeed(config, tokenizer)
+
+
+def _models(config: RunConfig, places: Places) -> dict[str, Seat]:
+    """Every trainer and scorer by role, each in its own place."""
+    models: dict[str, Seat] = {}
+    for role, build in builds(config).items():
+        say(f"loading the {role} from {config.sources[role]}")
+        models[role] = places.place(role, build)
+        say(f"  {models[role].call('describe')}")
+    return models
+
+
+def _print_plan(config: RunConfig, homes: Homes, feed: Feed) -> None:
+    """What a dry run shows: the resolved config and what the run would use."""
+    section, head_of = config.model, heads(config)
+    uses: Mapping[str, Any] = {
+        "model" if role == "actor" else role: describe_source(
+            source, scalar=head_of[role] == "scalar", trust_remote_code=section.trust_remote_code
+        )
+        + f", {pick_device(section.device)}, {section.dtype}{homes.where(role)}"
+        for role, source in config.sources.items()
+    }
+    uses = {**uses, **feed.uses(homes)}
+    width = max(map(len, uses))
+    print(describe(config))
+    print("\nwould use")
+    for what, value in uses.items():
+        print(f"  {what:<{width}}  {value}")

@@ -1,0 +1,110 @@
+"""A run in its folder: what may begin or go on there, and the session in which it does."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from tandem.assembly.configs import RunConfig
+from tandem.assembly.feeds import describe_counts
+from tandem.checkpoint.saver import SaveEvery
+from tandem.checkpoint.store import CheckpointStore
+from tandem.config import changeable, dump_config
+from tandem.errors import UserError
+from tandem.roles import Seat
+from tandem.runs.folder import RunFolder, did_nothing
+from tandem.runs.identity import IDENTITY, Inputs, Start, read_identity
+from tandem.runs.progress import Progress, say
+from tandem.schedules.session import Session, StepClock
+
+ALWAYS = ("grad_norm", "seconds", "tokens_per_second")
+"""The last 3 metrics that the display shows, whatever the method."""
+
+
+def run_start(config: RunConfig, inputs: Inputs | None = None) -> Start:
+    """What a command would begin in its run folder, or go on with. ``inputs``: None where nothing is read yet."""
+    run = config.run
+    return Start(
+        method=config.method.title,
+        seed=run.seed,
+        config=dump_config(config),
+        changeable=changeable(config),
+        inputs=inputs,
+        accepted=run.accept_changed,
+        resume=run.resume,
+        overwrite=run.overwrite,
+    )
+
+
+def check_out(config: RunConfig, inputs: Inputs | None = None) -> Path | None:
+    """Refuses an ``--out`` that cannot be used, and a run that cannot be resumed, before anything slow is loaded.
+
+    Creates nothing. Returns the model of a run that has done all its steps: nothing of it is to be done again.
+    """
+    run, out = config.run, Path(config.run.out)
+    RunFolder.check(out, run_start(config, inputs))
+    if not run.resume or not (out / IDENTITY).exists() or did_nothing(out):
+        return None
+    identity = {name: value for name, value in read_identity(out).items() if name != "inputs"}
+    checkpoint = CheckpointStore(out / "checkpoints", keep=run.keep, run=identity).latest()
+    finished = RunFolder.finished(out)
+    done = max(checkpoint.step if checkpoint else 0, finished or 0)
+    if done > run.steps:
+        raise UserError(f"steps: {run.steps}, and the run in {out} has done {done} already; give more than {done}")
+    if finished != run.steps or run.dry_run:
+        return None
+    say(f"{out}: all {run.steps} steps are done, nothing is left to resume")
+    return out / "model"
+
+
+@contextmanager
+def session(
+    config: RunConfig, trainers: Mapping[str, Seat], *, counts: Mapping[str, int], inputs: Inputs
+) -> Iterator[Session]:
+    """The run folder, open; its config written; the display on; what is loaded out of the garbage collector's way.
+
+    The display shows the metrics that lead the method, and those that every run writes.
+    Called once everything the run needs is loaded and valid, so that a wrong input never leaves a half-made folder.
+    """
+    run, title = config.run, config.method.title
+    folder = RunFolder.open(Path(run.out), run_start(config, inputs))
+    with folder:
+        folder.event("start", title=title, **counts)
+        store = CheckpointStore(folder.checkpoints, keep=run.keep, run=folder.identity)
+        checkpoint = store.latest()
+        done = checkpoint.step if checkpoint else 0
+        with (
+            standing_objects(),
+            Progress(title, total=run.steps, start=done, leads=(*config.method.leads, *ALWAYS)) as progress,
+        ):
+            if folder.replaced:
+                progress.note(f"{run.out}: in place of a run that had done no step")
+            elif run.resume and checkpoint is None:
+                progress.note(f"{run.out}: no checkpoint to resume from; the run begins with step 1")
+            if "steps" in folder.changed:
+                before, now = folder.changed["steps"]
+                share = ", and so was the warmup, a share of them" if 0 < config.optim.warmup_steps < 1 else ""
+                progress.note(f"steps: {now} now; what is done was done for {before}{share}")
+            if counts["kept"] < counts["rows"] or counts["truncated"]:
+                progress.note(f"data: {describe_counts(counts)}")
+            yield Session(
+                run=folder,
+                store=store,
+                save_every=SaveEvery.parse(run.save_every),
+                trainers=trainers,
+                progress=progress,
+                clock=StepClock(progress, lambda: trainers["actor"].call("memory_peak")),
+                rollouts_logged=run.rollouts_logged,
+            )
+
+
+@contextmanager
+def standing_objects() -> Iterator[None]:
+    """Keeps full collections of garbage from walking all that stands, which takes a quarter of a second each time."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

@@ -1,0 +1,66 @@
+"""The commands of all methods: a run from its config, and how it ended."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence as Seq
+from pathlib import Path
+from typing import Any
+
+from tandem.assembly.configs import RunConfig
+from tandem.assembly.run import run as train
+from tandem.errors import UserError
+from tandem.models.limits import read_limits
+from tandem.runs.lines import read_metrics
+from tandem.runs.progress import format_number
+from tandem.runs.table import print_table
+
+
+def run(config: RunConfig) -> int:
+    """The command."""
+    if model := train(config):
+        tell_end(Path(config.run.out), config.method.leads, *next_commands(config, model))
+    return 0
+
+
+def next_commands(config: RunConfig, model: Path) -> list[str]:
+    """Commands that could follow: what the trained model is of use for."""
+    out = Path(config.run.out)
+    if "demonstrations" in config.parts:
+        return [
+            following("rm", out, model=model, data="pairs.jsonl", steps=500),
+            following("grpo", out, model=model, reward="check.py:right", data="prompts.jsonl", steps=200),
+        ]
+    if config.method.head == "scalar":
+        return [following("ppo", out, model=_policy(config), reward_model=model, data="prompts.jsonl", steps=200)]
+    return []
+
+
+def _policy(config: RunConfig) -> str:
+    """What PPO could improve against this reward model: what it began from, if that has a language-model head."""
+    section = config.model
+    try:
+        read_limits(section.model, head="lm", trust_remote_code=section.trust_remote_code)
+    except UserError:
+        return str(Path(config.run.out).with_name("sft") / "model")
+    return section.model
+
+
+def tell_end(out: Path, leads: Seq[str], *commands: str) -> None:
+    """How far a finished run has come, where its model is, and commands that could follow."""
+    rows = []
+    records = read_metrics(out / "metrics.jsonl")
+    for name in (shown for lead in leads for shown in (lead, f"eval/{lead}")):
+        values = [record[name] for record in records if name in record]
+        if values:
+            rows.append((name, format_number(values[0]), format_number(values[-1])))
+    print_table(f"{out}: {records[-1]['step']} steps", ("", "first", "last"), rows)
+    print(f"\nThe model is in {out / 'model'}")
+    for command in commands:
+        print(f"  next: {command}")
+
+
+def following(name: str, out: Path, **flags: Any) -> str:
+    """A command that could follow the run in ``out``, as one would type it. Its own run is beside that."""
+    words = [word for flag, value in flags.items() for word in (f"--{flag.replace('_', '-')}", str(value))]
+    return shlex.join(["tandem", name, *words, "--out", str(out.with_name(name))])

@@ -1,0 +1,149 @@
+"""What a method is: frozen knobs, what it reads, the models it needs, and its losses. One file each in this room."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal
+
+from tandem.batch import Batch, Outputs, TokenLoss
+from tandem.lazy import torch
+from tandem.roles import LossFn, Metrics
+from tandem.types import Aggregation, Example, Group
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A method's items are the rows of a dataset: demonstrations (``Sequence``) or preferences (``PreferencePair``)."""
+
+    kind: Literal["demonstrations", "preferences"]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A method's items are groups of samples of one prompt, judged."""
+
+    at_least: int = 1
+    """Fewest samples of a prompt that the method can learn from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Need:
+    """A model that a method needs beside the policy. Its keys in the config and its placement follow from this."""
+
+    role: str
+    """Its name, which is that of its key, too; what it says about a batch stands in ``Batch.seen`` under it."""
+    doc: str
+    """The help of that key: what the folder is, and what is taken where the key is not given."""
+    head: Literal["lm", "scalar"] = "lm"
+    sources: tuple[str, ...] = ("model",)
+    """Keys whose folder is loaded where its own key names none: the first that is given."""
+    required: bool = False
+    """Whether its own key must be given: nothing else makes sense."""
+    trained: bool = False
+    """Whether it is trained with the policy, by ``losses()[role]``. Otherwise it is frozen."""
+    learning_rate: float = 1e-5
+    """The default learning rate of one that is trained."""
+
+
+REFERENCE = Need(
+    role="reference",
+    doc="Folder of the frozen reference that the KL is taken to. None: the model as it was at the start.",
+)
+
+
+@dataclass(frozen=True)
+class Asks:
+    """What the forward that trains the policy must give besides log-probs."""
+
+    entropy: bool = False
+    entropy_gradient: bool = False
+    """Whether a loss differentiates ``out.entropy_T``."""
+
+
+ASKS_NOTHING = Asks()
+
+
+@dataclass(kw_only=True)
+class Estimate:
+    """A batch with what the losses read, the method's next state, and metrics."""
+
+    batch: Batch
+    state: dict[str, float]
+    metrics: Metrics = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A way to train a policy. The object never changes: what does (a KL controller) goes through ``estimate``.
+
+    A simple method on samples defines ``advantages`` (one number a sample) and ``loss``; one that needs per-token
+    advantages overrides ``estimate``; one on rows defines ``loss`` alone.
+    """
+
+    reads: ClassVar[Rows | Samples]
+    title: ClassVar[str]
+    """What a person calls it: on the display, in errors."""
+    about: ClassVar[str] = ""
+    """The help of its command: what it does, its rows, an example."""
+    head: ClassVar[Literal["lm", "scalar"]] = "lm"
+    """Of the policy."""
+    models: ClassVar[tuple[Need, ...]] = ()
+    """Every model that it needs with some setting of its knobs (``needs``: with these)."""
+    learning_rate: ClassVar[float] = 1e-6
+    """The default learning rate of the policy."""
+    leads: ClassVar[tuple[str, ...]] = ("loss",)
+    """Metrics that say how a run of this method is doing, the first one first: what the display shows."""
+
+    aggregation: Aggregation = "token"
+    """Which mean the loss is: over tokens, over sequences of their token means, or per sequence over a fixed length."""
+
+    def needs(self) -> tuple[Need, ...]:
+        """The models that it needs beside the policy."""
+        return self.models
+
+    def needs_model(self, role: str) -> bool:
+        """Whether one of them is the ``role``."""
+        return any(need.role == role for need in self.needs())
+
+    @property
+    def asks(self) -> Asks:
+        """Of the policy's forward in training."""
+        return Asks(entropy=isinstance(self.reads, Samples))
+
+    @property
+    def needs_old_logp(self) -> bool:
+        """Whether ``estimate`` reads ``batch.proximal_logp_T``, not a loss alone."""
+        return any(not need.trained for need in self.needs())
+
+    def initial_state(self) -> dict[str, float]:
+        """What ``estimate`` is given at the first step."""
+        return {}
+
+    def keep(self, item: Any) -> bool:
+        """Whether an item is trained on. One that is not is replaced by the next of the source."""
+        return True
+
+    def examples(self, item: Any) -> Seq[Example]:
+        """What of an item is packed into the batch: a row itself, a group's usable rollouts."""
+        return item.usable if isinstance(item, Group) else [item]
+
+    def advantages(self, group: Group) -> list[float]:
+        """One advantage for each usable rollout of the group, spread over its trainable tokens."""
+        raise TypeError(f"{type(self).__name__} defines neither advantages() nor estimate()")
+
+    def estimate(self, items: Seq[Any], batch: Batch, state: dict[str, float]) -> Estimate:
+        """Fills what the losses read: ``advantage_T`` of samples. ``batch`` holds the items' examples, in order."""
+        if isinstance(self.reads, Rows):
+            return Estimate(batch=batch, state=state)
+        advantage_S = torch.tensor([a for group in items for a in self.advantages(group)], dtype=torch.float32)
+        advantage_T = advantage_S.to(batch.token_ids_T.device)[batch.segment_T] * batch.trainable_T
+        return Estimate(batch=replace(batch, advantage_T=advantage_T), state=state)
+
+    def loss(self, out: Outputs, batch: Batch) -> TokenLoss:
+        """The policy's unreduced loss."""
+        raise TypeError(f"{type(self).__name__} does not define loss()")
+
+    def losses(self) -> dict[str, LossFn]:
+        """The loss of each model that is trained, by role; the policy is the ``actor``."""
+        return {"actor": self.loss}

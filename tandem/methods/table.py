@@ -1,0 +1,36 @@
+"""The methods by the name of their command. Nothing is imported before a method is asked for."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from tandem.methods.base import Method
+
+
+class Line(NamedTuple):
+    """A method's class, ``module:name`` in this room, and what its command is for."""
+
+    where: str
+    about: str
+
+
+ROWS = {
+    "sft": Line("sft:SFT", "supervised fine-tuning on demonstrations"),
+    "rm": Line("rm:RewardModeling", "a reward model from preference pairs"),
+}
+"""Those that train on a dataset."""
+SAMPLES = {
+    "ppo": Line("ppo:PPO", "PPO with a critic and a KL penalty to a reference"),
+    "grpo": Line("grpo:GRPO", "GRPO: each sample against the others of its prompt"),
+}
+"""Those that train on samples of the policy."""
+METHODS = ROWS | SAMPLES
+
+
+def method_class(name: str) -> type[Method]:
+    """The class of the method with this command."""
+    module, _, cls = METHODS[name].where.partition(":")
+    found: type[Method] = getattr(import_module(f"tandem.methods.{module}"), cls)
+    return found

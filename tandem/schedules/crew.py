@@ -1,0 +1,79 @@
+"""Who does what in a run, and how a step's minibatches go through all that is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tandem.batch import Batch
+from tandem.methods.base import Method
+from tandem.roles import Clock, Home, Metrics, Seat, Source, call_all
+from tandem.rollout.prepare import Preparation, Prepared
+from tandem.schedules.session import Evaluation
+from tandem.types import Ticket
+
+OF_TRAINER = ("loss", "grad_norm", "learning_rate")
+"""What every trainer reports: 3 metrics, which carry the role's name where it is not the actor's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crew:
+    """The parts of a run that the pipeline sets to work."""
+
+    method: Method
+    tickets: Callable[[range], list[Ticket]]
+    """Those at some positions of the run's stream of items."""
+    source: Source[Any]
+    prepare: Preparation
+    trainers: Mapping[str, Seat]
+    """What is trained, by role: the ``actor`` first."""
+    push_weights: Callable[[int], Metrics] | None
+    """Gives the sampler the policy's weights, as of so many optimizer steps. None: nothing is sampled."""
+    evaluate: Callable[[int], Evaluation]
+    """Measures the held-out data after a step at which that is due; else nothing."""
+
+    def publish(self, clock: Clock) -> Metrics:
+        """Gives the sampler the policy's weights as they are now."""
+        if self.push_weights is None:
+            return {}
+        with clock("sync"):
+            return self.push_weights(self.trainers["actor"].call("version"))
+
+    def train(self, prepared: Prepared, *, done: int, changing: Callable[[], None]) -> Metrics:
+        """Every minibatch of every epoch through all that is trained; metrics are means over minibatches.
+
+        ``done`` is how many steps of the run are behind, for the learning rate. ``changing`` is called before
+        parameters change. Of roles that share a home only one has a gradient at a time.
+        """
+        collected: list[Metrics] = []
+        for number, minibatch in enumerate(prepared):
+            at = done + number / len(prepared)
+            metrics: Metrics = {}
+            for roles in self._turns():
+                metrics |= self._step(roles, minibatch, at, changing)
+            collected.append(metrics)
+        means = {name: sum(m[name] for m in collected) / len(collected) for name in collected[0]}
+        return prepared.metrics | means | {"trained_tokens": float(prepared.batch.tokens)}
+
+    def _step(self, roles: list[str], minibatch: Batch, done: float, changing: Callable[[], None]) -> Metrics:
+        seats = {role: self.trainers[role] for role in roles}
+        losses = call_all(seats, "forward_backward", minibatch)
+        changing()
+        steps = call_all(seats, "optim_step", done)
+        return {
+            f"{role}_{name}" if role != "actor" and name in OF_TRAINER else name: value
+            for role in roles
+            for name, value in (losses[role] | steps[role]).items()
+        }
+
+    def _turns(self) -> list[list[str]]:
+        """The trained roles in lists of those that live apart: of each home, the first in the first turn, and so on."""
+        turns: list[list[str]] = []
+        homes: list[Home] = []
+        for role, seat in self.trainers.items():
+            before = sum(seat.home is home for home in homes)
+            homes.append(seat.home)
+            turns += [[]] if before == len(turns) else []
+            turns[before].append(role)
+        return turns
