@@ -1,9 +1,12 @@
 """Packing keeps every token at its place, and the stamped weights are the three means they claim to be."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import micro_batches
 
+from tandem.batch import Outputs
 from tandem.data.packing import pack, pack_pairs, pack_rollouts, stamp_pair_weights, stamp_weights
 from tandem.types import PreferencePair, Rollout, Sequence
 
@@ -41,9 +44,15 @@ def test_select_and_split_keep_every_field_together():
         for i, n in enumerate((3, 5, 2, 4))
     ]
     batch = pack_rollouts(rollouts)
+    batch = replace(batch, seen={"critic": Outputs(scalar_T=batch.untruncated_logp_T + 0.5)})
     chosen = batch.select([3, 0])
     assert chosen.token_ids_T.tolist() == [30, 31, 32, 33, 0, 1, 2]
-    assert chosen.behaviour_logp_T.tolist() == [300, 301, 302, 303, 0, 1, 2]
+    assert chosen.untruncated_logp_T.tolist() == [300, 301, 302, 303, 0, 1, 2]
+    assert chosen.seen["critic"].scalar_T.tolist() == [300.5, 301.5, 302.5, 303.5, 0.5, 1.5, 2.5]
+    assert chosen.seen["critic"].logp_T is None
+    # A value is the head's number one token before; a score, that at a segment's end.
+    assert chosen.values_by("critic").tolist() == [0, 300.5, 301.5, 302.5, 0, 0.5, 1.5]
+    assert chosen.scores(chosen.seen["critic"]).tolist() == [303.5, 2.5]
     assert chosen.reward_S.tolist() == [3.0, 0.0]
     assert chosen.index_S.tolist() == [3, 0]
     assert chosen.bounds.tolist() == [0, 4, 7]

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from sampled_step import make_step
+from helpers.batches import seen_batch, unseen_by
+from helpers.sampled_step import make_step
 from trl_golden import CASES, GOLDEN, problem
 
 from tandem.batch import Outputs
@@ -89,8 +90,8 @@ def test_loss_is_the_papers(step, knobs, mean, length):
             for t, trainable in enumerate(rollout.trainable):
                 if not trainable:
                     continue
-                logp, old = step.theta[rollout.token_ids[t]].item(), batch.old_logp_T[start + t].item()
-                ratio, x = math.exp(logp - old), batch.reference_logp_T[start + t].item() - logp
+                logp, old = step.theta[rollout.token_ids[t]].item(), batch.proximal_logp_T[start + t].item()
+                ratio, x = math.exp(logp - old), batch.logp_by("reference")[start + t].item() - logp
                 clipped = min(max(ratio, 0.8), 1 + grpo.clip_high)
                 tokens.append(-min(ratio * advantage, clipped * advantage) + 0.04 * (math.exp(x) - x - 1))
             sequences.append(tokens)
@@ -126,11 +127,13 @@ def test_gradient_is_trls(case, knobs):
     advantage_T = torch.tensor(given["advantages"][0], dtype=torch.float64)[batch.segment_T] * batch.trainable_T
     grpo = GRPO(**knobs)
     batch = replace(
-        stamp_weights(batch, grpo.aggregation),
-        old_logp_T=flat(given["old"]),
-        reference_logp_T=flat(given["reference"]),
+        seen_batch(
+            stamp_weights(batch, grpo.aggregation),
+            old_logp_T=flat(given["old"]),
+            reference_logp_T=flat(given["reference"]),
+        ),
         advantage_T=advantage_T,
-        kl_coef=grpo.kl_coef,
+        state={"kl_coef": grpo.kl_coef},
     )
     logp_T = flat(given["logp"]).requires_grad_()
     loss = (grpo.loss(Outputs(logp_T=logp_T), batch).loss_T * batch.weight_T).sum()
@@ -142,8 +145,8 @@ def test_gradient_is_trls(case, knobs):
 
 def test_no_reference_is_needed_without_a_kl_coefficient(step):
     grpo = GRPO(kl_coef=0.0)
-    assert not grpo.needs_reference
-    batch = replace(step.batch(), reference_logp_T=None)
+    assert grpo.needs() == ()
+    batch = unseen_by(step.batch(), "reference")
     estimate = grpo.estimate(step.groups, batch, {})
     assert torch.isfinite(grpo.loss(step.outputs(estimate.batch), estimate.batch).loss_T).all()
 
@@ -164,7 +167,7 @@ def test_kl_in_the_reward_is_each_samples_own(step):
         charged = []
         for r in g.usable:
             at = [batch.bounds[s].item() + t for t, trainable in enumerate(r.trainable) if trainable]
-            charged.append(r.reward - 0.3 * sum((batch.old_logp_T - batch.reference_logp_T)[at].tolist()))
+            charged.append(r.reward - 0.3 * sum((batch.proximal_logp_T - batch.logp_by("reference"))[at].tolist()))
             s += 1
         mean, std = statistics.fmean(charged), statistics.stdev(charged)
         for i, value in enumerate(charged, start=s - len(charged)):

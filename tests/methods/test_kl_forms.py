@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.batches import seen_batch
 
 from tandem.batch import Outputs
 from tandem.data.packing import pack_rollouts
@@ -48,7 +49,7 @@ def one_group(completions, rewards):
     return [Group(prompt=Prompt(prompt_id="p", prompt="", token_ids=(0,)), rollouts=rollouts)]
 
 
-def expected_loss(algorithm, groups, logp_SL, reference_SL):
+def expected_loss(method, groups, logp_SL, reference_SL):
     """Over every completion, weighted by its probability: the expectation over samples of the policy.
 
     A group's mean over these is another baseline than over samples, which changes no expectation.
@@ -58,20 +59,19 @@ def expected_loss(algorithm, groups, logp_SL, reference_SL):
         return torch.cat([torch.zeros_like(x_SL[:, :1]), x_SL], 1).flatten()
 
     batch = pack_rollouts(groups[0].rollouts)
-    batch = replace(
-        batch,
+    batch = seen_batch(
+        replace(batch, reward_S=torch.tensor(groups[0].rewards, dtype=torch.float64)),
         old_logp_T=packed(logp_SL.detach()),
         reference_logp_T=packed(reference_SL),
         old_value_T=torch.zeros(batch.tokens, dtype=torch.float64),
-        reward_S=torch.tensor(groups[0].rewards, dtype=torch.float64),
     )
-    batch = algorithm.estimate(groups, batch, algorithm.initial_state()).batch
-    loss_T = algorithm.loss(Outputs(logp_T=packed(logp_SL)), batch).loss_T
+    batch = method.estimate(groups, batch, method.initial_state()).batch
+    loss_T = method.loss(Outputs(logp_T=packed(logp_SL)), batch).loss_T
     probability_S1 = logp_SL.detach().sum(1, keepdim=True).exp()
     return (loss_T * packed(probability_S1.expand_as(logp_SL))).sum()
 
 
-def trained(algorithm, steps=250):
+def trained(method, steps=250):
     """The policy that a table of 13 logits ends at.
 
     The steps are those of the natural gradient, so that rare tokens do not take ever longer, and their size falls to 0.
@@ -80,7 +80,7 @@ def trained(algorithm, steps=250):
     theta = REFERENCE.clone().requires_grad_()
     for step in range(steps):
         logp_V = theta.log_softmax(0)
-        loss = expected_loss(algorithm, groups, logp_V[:, None], REFERENCE[:, None])
+        loss = expected_loss(method, groups, logp_V[:, None], REFERENCE[:, None])
         (gradient,) = torch.autograd.grad(loss, theta)
         with torch.no_grad():
             theta -= 0.6 * (1 - step / steps) * gradient / logp_V.exp()
@@ -94,7 +94,7 @@ PLAIN_PPO = {"whiten_advantages": False, "kl_coef": BETA}
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "end"),
+    ("method", "end"),
     [
         (GRPO(normalize="none", kl="reward", kl_coef=BETA), reverse(BETA)),
         (GRPO(normalize="none", **LOSS), reverse(BETA)),
@@ -111,8 +111,8 @@ PLAIN_PPO = {"whiten_advantages": False, "kl_coef": BETA}
     ],
     ids=lambda x: None if isinstance(x, torch.Tensor) else f"{type(x).__name__}-{x.kl}-{x.kl_estimator}",
 )
-def test_each_form_ends_where_the_page_says(algorithm, end):
-    pi = trained(algorithm)
+def test_each_form_ends_where_the_page_says(method, end):
+    pi = trained(method)
     # Advantages and rewards are float32, and what is divided by its spread jitters by the last steps' size.
     torch.testing.assert_close(pi, end, rtol=0, atol=1e-3)
     best = BETA * math.log((REFERENCE + REWARD / BETA).exp().sum())
@@ -130,7 +130,7 @@ def test_without_a_kl_the_reference_is_left():
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "sees_sequences"),
+    ("method", "sees_sequences"),
     [
         (GRPO(normalize="none", kl="reward", kl_coef=BETA), True),
         (PPO(kl="reward", lam=1.0, **PLAIN_PPO), True),
@@ -139,7 +139,7 @@ def test_without_a_kl_the_reference_is_left():
     ],
     ids=lambda x: None if isinstance(x, bool) else f"{type(x).__name__}-{x.kl}",
 )
-def test_only_the_kl_in_the_reward_sees_what_a_token_leads_to(algorithm, sees_sequences):
+def test_only_the_kl_in_the_reward_sees_what_a_token_leads_to(method, sees_sequences):
     """Two tokens of three. After a first 0 there is a reward of 1, for a token that the reference hardly says."""
     completions = [[a, b] for a in range(3) for b in range(3)]
     rewards = torch.tensor([1.0, 0.0, 0.0, 0.3, 0.3, 0.3, 0.0, 0.0, 0.0], dtype=torch.float64)
@@ -157,7 +157,7 @@ def test_only_the_kl_in_the_reward_sees_what_a_token_leads_to(algorithm, sees_se
     for step in range(200):
         adam.param_groups[0]["lr"] = 0.1 * (1 - step / 200)
         adam.zero_grad()
-        expected_loss(algorithm, groups, at(*tables), at(*references)).backward()
+        expected_loss(method, groups, at(*tables), at(*references)).backward()
         adam.step()
     logp_SL, reference_SL = at(*tables).detach(), at(*references)
     value = logp_SL.sum(1).exp() @ (rewards - BETA * (logp_SL - reference_SL).sum(1))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sampled_step import make_step
+from helpers.sampled_step import make_step
 
 from tandem.data.packing import stamp_weights
 from tandem.functional.advantages import group_normalised
@@ -20,7 +20,7 @@ def step():
     return make_step(0)
 
 
-def test_your_own_algorithm_in_one_file(step, tmp_path, monkeypatch):
+def test_your_own_method_in_one_file(step, tmp_path, monkeypatch):
     (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     (tmp_path / "cispo_from_docs.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
@@ -42,8 +42,8 @@ def test_your_own_algorithm_in_one_file(step, tmp_path, monkeypatch):
     # Advantages and weights are float32.
     torch.testing.assert_close(step.theta.grad, expected, rtol=0, atol=1e-7)
     assert token_loss.metrics_T["ratio"].max().item() > 1.1
-    assert not cispo.needs_critic
-    assert not cispo.needs_reference
+    assert cispo.needs() == ()
+    assert set(cispo.losses()) == {"actor"}
 
 
 @pytest.mark.parametrize("module", ["ppo", "grpo"])

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from sampled_step import make_step
+from helpers.batches import scalar_outputs, seen_batch, unseen_by
+from helpers.sampled_step import make_step
 
 from tandem.batch import Outputs
 from tandem.data.packing import pack
@@ -25,7 +26,8 @@ def one_segment(reward=1.0, prompt=1, **fields):
     n = len(next(iter(fields.values())))
     batch = pack([Sequence(token_ids=[0] * (prompt + n), trainable=[False] * prompt + [True] * n)])
     padded = {name: torch.tensor([0.0] * prompt + list(x), dtype=torch.float64) for name, x in fields.items()}
-    return replace(batch, reward_S=torch.tensor([reward], dtype=torch.float64), **padded)
+    seen = {name: padded.pop(name) for name in ("old_logp_T", "reference_logp_T", "old_value_T") if name in padded}
+    return seen_batch(replace(batch, reward_S=torch.tensor([reward], dtype=torch.float64), **padded), **seen)
 
 
 LOGP = [-0.5, -1.2, -0.3, -2.0, -0.9, -0.1]
@@ -61,8 +63,9 @@ def test_an_outrageous_reward_moves_the_others_no_more_than_a_clipped_one(step):
 def test_estimate_against_loops(step):
     """Whole pipeline: normalize, clip, KL, GAE over trainable tokens, whitening, adaptive coefficient."""
     batch = step.batch()
-    batch = replace(batch, reference_logp_T=batch.reference_logp_T - 0.5 * batch.trainable_T)
-    kl = (batch.old_logp_T - batch.reference_logp_T).sum().item() / batch.segments
+    batch = seen_batch(batch, reference_logp_T=batch.logp_by("reference") - 0.5 * batch.trainable_T)
+    k1_T = batch.proximal_logp_T - batch.logp_by("reference")
+    kl = k1_T.sum().item() / batch.segments
     target = kl / 1.1  # An error of 0.1: inside the clip of ±0.2.
     ppo = PPO(gamma=0.98, lam=0.9, normalize_rewards=True, reward_clip=1.0, kl_target=target, kl_horizon=100)
     estimate = ppo.estimate(step.groups, batch, ppo.initial_state())
@@ -73,10 +76,10 @@ def test_estimate_against_loops(step):
     for s, score in enumerate(raw):
         a, b = batch.bounds[s].item(), batch.bounds[s + 1].item()
         at = [t for t in range(a, b) if batch.trainable_T[t]]
-        k1 = [(batch.old_logp_T[t] - batch.reference_logp_T[t]).item() for t in at]
+        k1 = k1_T[at].tolist()
         reward = [-0.05 * x for x in k1]
         reward[-1] += min(max((score - mean) / (std + 1e-8), -1.0), 1.0)
-        value = [batch.old_value_T[t].item() for t in at]
+        value = batch.values_by("critic")[at].tolist()
         delta = [r + 0.98 * (value[i + 1] if i + 1 < len(at) else 0.0) - value[i] for i, r in enumerate(reward)]
         advantages += [sum((0.98 * 0.9) ** (j - i) * delta[j] for j in range(i, len(at))) for i in range(len(at))]
         sequence_kls.append(math.fsum(k1))
@@ -85,7 +88,7 @@ def test_estimate_against_loops(step):
     got = estimate.batch.advantage_T[batch.trainable_T]
     assert got.tolist() == pytest.approx(expected, abs=1e-9)
 
-    assert estimate.batch.kl_coef == 0.05
+    assert estimate.batch.state == {"kl_coef": 0.05}
     assert estimate.state["kl_coef"] == pytest.approx(0.05 * (1 + 0.1 * len(raw) / 100), rel=1e-12)
     assert estimate.metrics["kl_per_sequence"] == pytest.approx(statistics.fmean(sequence_kls), abs=1e-12)
     assert estimate.metrics["advantage_mean"] == pytest.approx(centre, abs=1e-12)
@@ -142,7 +145,7 @@ def test_rounding_is_not_whitened_to_a_signal(reward):
 
 def test_kl_has_one_place(step):
     batch = step.batch()
-    far = replace(batch, reference_logp_T=batch.reference_logp_T - 3.0 * batch.trainable_T)
+    far = seen_batch(batch, reference_logp_T=batch.logp_by("reference") - 3.0 * batch.trainable_T)
 
     def estimated(ppo, batch):
         return ppo.estimate(step.groups, batch, ppo.initial_state()).batch
@@ -156,8 +159,8 @@ def test_kl_has_one_place(step):
     assert torch.equal(in_reward.loss(step.outputs(a), a).loss_T, in_reward.loss(step.outputs(b), b).loss_T)
 
     without = PPO(kl="none")
-    assert not without.needs_reference
-    assert torch.isfinite(estimated(without, replace(batch, reference_logp_T=None)).advantage_T).all()
+    assert [need.role for need in without.needs()] == ["critic"]
+    assert torch.isfinite(estimated(without, unseen_by(batch, "reference")).advantage_T).all()
 
 
 def test_loss_with_kl_and_entropy_bonus():
@@ -165,7 +168,7 @@ def test_loss_with_kl_and_entropy_bonus():
     batch = one_segment(
         old_logp_T=REFERENCE, reference_logp_T=[-0.6, -1.1, -0.5, -1.7, -1.0, -0.4], advantage_T=advantage
     )
-    batch = replace(batch, kl_coef=0.04)
+    batch = replace(batch, state={"kl_coef": 0.04})
     logp_T = torch.tensor([0.0, *LOGP], dtype=torch.float64)
     entropy_T = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0], dtype=torch.float64)
     out = Outputs(logp_T=logp_T, entropy_T=entropy_T)
@@ -191,7 +194,7 @@ def test_loss_gradcheck(step):
     logp = step.theta[batch.token_ids_T].detach().requires_grad_()
     value = step.omega[batch.token_ids_T].detach().requires_grad_()
     assert torch.autograd.gradcheck(lambda x: ppo.loss(Outputs(logp_T=x, entropy_T=x.square()), batch).loss_T, (logp,))
-    assert torch.autograd.gradcheck(lambda v: ppo.value_loss(Outputs(value_T=v), batch).loss_T, (value,))
+    assert torch.autograd.gradcheck(lambda v: ppo.value_loss(scalar_outputs(v), batch).loss_T, (value,))
 
 
 def test_metrics_of_the_losses():
@@ -213,7 +216,7 @@ def test_metrics_of_the_losses():
     dual = PPO(kl="none", clip_high=0.28, dual_clip=3.0).loss(Outputs(logp_T=logp_T), batch)
     assert dual.loss_T[-1].item() == pytest.approx(1.8, abs=1e-12)
     value_T = torch.tensor([0.0, 0.9, 0.9, 0.1, 0.1, -0.1, 1.0], dtype=torch.float64)
-    of_critic = PPO().value_loss(Outputs(value_T=value_T), batch).metrics_T
+    of_critic = PPO().value_loss(scalar_outputs(value_T), batch).metrics_T
     assert of_critic["value_clip_fraction"][1:].tolist() == [1, 1, 0, 0, 0, 1]
 
 
@@ -233,8 +236,10 @@ def test_impossible_knobs(knobs, message):
         PPO(**knobs)
 
 
-@pytest.mark.parametrize("missing", ["old_value_T", "reference_logp_T", "reward_S"])
-def test_a_missing_field_is_named(step, missing):
+def test_what_is_missing_is_named(step):
     ppo = PPO()
-    with pytest.raises(ValueError, match=missing):
-        ppo.estimate(step.groups, replace(step.batch(), **{missing: None}), ppo.initial_state())
+    for role in ("critic", "reference"):
+        with pytest.raises(ValueError, match=f"the {role} has not seen the batch"):
+            ppo.estimate(step.groups, unseen_by(step.batch(), role), ppo.initial_state())
+    with pytest.raises(ValueError, match="reward_S"):
+        ppo.estimate(step.groups, replace(step.batch(), reward_S=None), ppo.initial_state())

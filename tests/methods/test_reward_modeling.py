@@ -1,4 +1,4 @@
-"""The reward-model objective against OpenRLHF's and TRL's losses, and its independence of packing."""
+"""The reward-model loss against OpenRLHF's and TRL's losses, and its independence of packing."""
 
 import math
 import statistics
@@ -31,11 +31,11 @@ for i, (c, r) in enumerate(zip(CHOSEN, REJECTED, strict=True)):
 
 
 def outputs(batch, scores=SCORES):
-    return Outputs(score_S=scores[batch.token_ids_T[batch.last_S]])
+    return Outputs(scalar_T=scores[batch.token_ids_T])
 
 
-def total(objective, batch, scores=SCORES):
-    return (objective.loss(outputs(batch, scores), batch).loss_T * batch.weight_T).sum()
+def total(method, batch, scores=SCORES):
+    return (method.loss(outputs(batch, scores), batch).loss_T * batch.weight_T).sum()
 
 
 def test_golden():
@@ -82,11 +82,11 @@ def test_a_tie_costs_log_two():
 )
 def test_packing_and_micro_batches_do_not_matter(change):
     batch = stamp_pair_weights(pack_pairs(PAIRS))
-    objective = RewardModeling(center_coef=0.01)
+    method = RewardModeling(center_coef=0.01)
     gradients, losses = [], []
     for parts in ([batch], list(change(batch))):
         scores = SCORES.clone().requires_grad_()
-        loss = sum(total(objective, part, scores) for part in parts)
+        loss = sum(total(method, part, scores) for part in parts)
         losses.append(loss.item())
         gradients.append(torch.autograd.grad(loss, scores)[0])
     assert losses[1] == pytest.approx(losses[0], abs=1e-12)
@@ -95,6 +95,6 @@ def test_packing_and_micro_batches_do_not_matter(change):
 
 def test_gradcheck():
     batch = stamp_pair_weights(pack_pairs(PAIRS))
-    score_S = outputs(batch).score_S.requires_grad_()
-    objective = RewardModeling(center_coef=0.01)
-    assert torch.autograd.gradcheck(lambda s: objective.loss(Outputs(score_S=s), batch).loss_T, (score_S,))
+    scalar_T = outputs(batch).scalar_T.requires_grad_()
+    method = RewardModeling(center_coef=0.01)
+    assert torch.autograd.gradcheck(lambda x: method.loss(Outputs(scalar_T=x), batch).loss_T, (scalar_T,))

@@ -34,15 +34,16 @@ def test_scalar_model_round_trip(tmp_path, name):
         out = forward(load_scalar(tmp_path / "rm", new_head="refuse", device="cpu"), batch)
         want = [plain(input_ids=torch.tensor([s.token_ids])).logits.item() for s in SEQUENCES]
         prefix = plain(input_ids=torch.tensor([[5, 9]])).logits.item()
-    torch.testing.assert_close(out.score_S.tolist(), want, atol=1e-5, rtol=0)
+    torch.testing.assert_close(batch.scores(out).tolist(), want, atol=1e-5, rtol=0)
     # The value of token 2 is the head's number where that token was chosen: after [5, 9].
-    assert out.value_T[2].item() == pytest.approx(prefix, abs=1e-5)
-    assert out.value_T[[0, 4]].tolist() == [0.0, 0.0]
+    value_T = batch.values(out)
+    assert value_T[2].item() == pytest.approx(prefix, abs=1e-5)
+    assert value_T[[0, 4]].tolist() == [0.0, 0.0]
 
 
 def test_a_critic_from_a_causal_lm_starts_at_zero(model_folder):
     model = load_scalar(model_folder, new_head="zero", device="cpu")
-    assert not forward(model, pack(SEQUENCES)).value_T.any()
+    assert not forward(model, pack(SEQUENCES)).scalar_T.any()
 
 
 def test_export_loads_as_a_causal_lm(model_folder, tmp_path):

@@ -124,8 +124,9 @@ def test_values_and_scores(tmp_path, name):
     for variant in (batch, batch.unshared()):
         model.module.zero_grad()
         out = forward(model, variant)
-        ((out.value_T * batch.advantage_T).sum() + out.score_S.square().sum()).backward()
-        results.append([out.value_T.detach(), out.score_S.detach(), *(p.grad for p in model.module.parameters())])
+        value_T, score_S = variant.values(out), variant.scores(out)
+        ((value_T * batch.advantage_T).sum() + score_S.square().sum()).backward()
+        results.append([value_T.detach(), score_S.detach(), *(p.grad for p in model.module.parameters())])
     for found, want in zip(*results, strict=True):
         torch.testing.assert_close(found, want, atol=1e-6, rtol=1e-6)
 

@@ -96,7 +96,7 @@ def test_what_a_reward_model_reads_ends_as_its_training_rows_do():
     class Reads:
         def score(self, batch):
             seen.append(batch.token_ids_T.tolist())
-            return Outputs(score_S=torch.zeros(batch.segments))
+            return Outputs(scalar_T=torch.zeros(batch.tokens))
 
     batch = RewardBatch(prompts=[prompt], completions=[answer], rollouts=[stopped])
     for reads_ids in (True, False):
@@ -109,7 +109,7 @@ def test_what_a_reward_model_reads_ends_as_its_training_rows_do():
 def test_a_score_that_is_no_number_names_the_sample():
     class Broken:
         def score(self, batch):
-            return Outputs(score_S=torch.tensor([0.5, float("nan")]))
+            return Outputs(scalar_T=torch.zeros(batch.tokens).index_fill(0, batch.last_S[1], float("nan")))
 
     rollouts = [rollout(make_tokenizer(), "ab", text, "eos") for text in ("cde", "xyz")]
     batch = RewardBatch(prompts=["ab"] * 2, completions=["cde", "xyz"], rollouts=rollouts)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import VOCABULARY, make_module, make_tokenizer
+from helpers.batches import seen_batch
 
 from tandem.batch import TokenLoss
 from tandem.data.packing import pack, pack_rollouts, stamp_weights
@@ -184,9 +185,9 @@ def test_an_on_policy_batch_equals_one_with_its_own_log_probs():
     batch = replace(batch, advantage_T=torch.randn(batch.tokens, generator=generator))
     two, one = make_trainer(surrogate, token_budget=30), make_trainer(surrogate, token_budget=30)
     own_logp_T = two.score(batch).logp_T
-    two.forward_backward(replace(batch, old_logp_T=own_logp_T))
+    two.forward_backward(seen_batch(batch, old_logp_T=own_logp_T))
     shifted_T = own_logp_T + 0.25 * batch.trainable_T
-    metrics = one.forward_backward(replace(batch, on_policy=True, behaviour_logp_T=shifted_T))
+    metrics = one.forward_backward(replace(batch, on_policy=True, untruncated_logp_T=shifted_T))
     assert metrics["ratio"] == 1.0
     assert metrics["sampler_gap_mean"] == pytest.approx(0.25, abs=1e-5)
     assert metrics["sampler_gap_max"] == pytest.approx(0.25, abs=1e-5)
@@ -195,7 +196,7 @@ def test_an_on_policy_batch_equals_one_with_its_own_log_probs():
 
 
 def test_old_log_probs_of_an_on_policy_batch_are_not_there_before_the_forward():
-    batch = replace(make_batch(0), on_policy=True, behaviour_logp_T=torch.zeros(74))
+    batch = replace(make_batch(0), on_policy=True, untruncated_logp_T=torch.zeros(74))
     with pytest.raises(ValueError, match="on_policy"):
         _ = batch.proximal_logp_T
 
@@ -215,10 +216,9 @@ def test_grpo_trains_with_shared_prompts_as_without():
     batch = pack_rollouts([rollout(ids, name, i, 3 + 4 * i) for name, ids in prompts.items() for i in range(4)])
     grpo = GRPO()
     batch = replace(
-        stamp_weights(batch, "sequence"),
+        seen_batch(stamp_weights(batch, "sequence"), reference_logp_T=batch.untruncated_logp_T),
         advantage_T=torch.randn(batch.tokens, generator=generator),
-        reference_logp_T=batch.behaviour_logp_T,
-        kl_coef=0.1,
+        state={"kl_coef": 0.1},
     )
     shared, unshared = (make_trainer(grpo.loss, token_budget=100, entropy=True) for _ in range(2))
     metrics = shared.forward_backward(batch), unshared.forward_backward(batch.unshared())

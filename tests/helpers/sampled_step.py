@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass, replace
 
 import torch
+from helpers.batches import scalar_outputs, seen_batch
 from torch import Tensor
 
 from tandem.batch import Batch, Outputs
@@ -30,12 +31,11 @@ class Step:
     old_value: Tensor
 
     def batch(self, groups: list[Group] | None = None) -> Batch:
-        """The groups packed, with everything an algorithm may ask for."""
+        """The groups packed, with everything that PPO and GRPO may ask for."""
         batch = pack_rollouts([r for g in (groups or self.groups) for r in g.usable])
         ids, mask = batch.token_ids_T, batch.trainable_T
-        return replace(
-            batch,
-            reward_S=batch.reward_S.double(),
+        return seen_batch(
+            replace(batch, reward_S=batch.reward_S.double()),
             old_logp_T=self.old_logp[ids] * mask,
             reference_logp_T=self.reference_logp[ids] * mask,
             old_value_T=self.old_value[ids] * mask,
@@ -45,7 +45,9 @@ class Step:
         """What a model with parameters ``theta`` (log-probs, entropies) and ``omega`` (values) would say."""
         theta_T, omega_T = self.theta[batch.token_ids_T], self.omega[batch.token_ids_T]
         mask_T = batch.trainable_T
-        return Outputs(logp_T=theta_T * mask_T, entropy_T=theta_T.square() * mask_T, value_T=omega_T * mask_T)
+        return replace(
+            scalar_outputs(omega_T * mask_T), logp_T=theta_T * mask_T, entropy_T=theta_T.square() * mask_T
+        )
 
 
 def make_step(seed: int, groups: int = 4, *, extra_prompt: int = 0, extra_tail: int = 0) -> Step:
