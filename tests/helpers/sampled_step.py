@@ -6,9 +6,9 @@ import random
 from dataclasses import dataclass, replace
 
 import torch
-from helpers.batches import scalar_outputs, seen_batch
 from torch import Tensor
 
+from helpers.batches import scalar_outputs, seen_batch
 from tandem.batch import Batch, Outputs
 from tandem.data.packing import pack_rollouts
 from tandem.types import Group, Prompt, Rollout
@@ -45,9 +45,7 @@ class Step:
         """What a model with parameters ``theta`` (log-probs, entropies) and ``omega`` (values) would say."""
         theta_T, omega_T = self.theta[batch.token_ids_T], self.omega[batch.token_ids_T]
         mask_T = batch.trainable_T
-        return replace(
-            scalar_outputs(omega_T * mask_T), logp_T=theta_T * mask_T, entropy_T=theta_T.square() * mask_T
-        )
+        return replace(scalar_outputs(omega_T * mask_T), logp_T=theta_T * mask_T, entropy_T=theta_T.square() * mask_T)
 
 
 def make_step(seed: int, groups: int = 4, *, extra_prompt: int = 0, extra_tail: int = 0) -> Step:

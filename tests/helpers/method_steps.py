@@ -1,0 +1,105 @@
+"""A step of any method: items such as it reads, packed, seen by the models it needs, and its losses' gradients."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from helpers.sampled_step import make_step
+from tandem.batch import Batch, Outputs
+from tandem.data.packing import pack, pack_pairs, pack_rollouts, stamp_pair_weights, stamp_weights
+from tandem.methods.base import Estimate, Method, Samples
+from tandem.types import Example, PreferencePair, Rollout, Sequence
+
+IDS = 4000
+"""Token ids below this. Every token of a step has an id of its own, which stands for it however it is packed."""
+Cut = Callable[[Batch], list[Batch]]
+
+
+def items_of(method: Method, seed: int = 0) -> list[Any]:
+    """Groups of judged samples, demonstrations or preference pairs, as the method reads them."""
+    if isinstance(method.reads, Samples):
+        return list(make_step(seed).groups)
+    rng, ids = random.Random(seed), iter(range(IDS))
+
+    def row(prompt: int, answer: int) -> Sequence:
+        own = [next(ids) for _ in range(prompt + answer)]
+        return Sequence(token_ids=own, trainable=[False] * prompt + [True] * answer)
+
+    if method.reads.kind == "demonstrations":
+        return [row(rng.randint(1, 4), rng.randint(1, 9)) for _ in range(7)]
+    return [
+        PreferencePair(chosen=row(2, rng.randint(1, 9)), rejected=row(2, rng.randint(1, 9)), margin=rng.random())
+        for _ in range(5)
+    ]
+
+
+def packed(examples: Seq[Example]) -> Batch:
+    """The examples as the packing room packs their kind, in float64."""
+    by_kind = {Rollout: pack_rollouts, Sequence: pack, PreferencePair: pack_pairs}
+    (kind,) = {type(example) for example in examples}
+    return doubled(by_kind[kind](examples))
+
+
+def doubled(batch: Batch) -> Batch:
+    floats = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    return replace(
+        batch,
+        **{name: x.double() for name, x in floats.items() if isinstance(x, Tensor) and x.is_floating_point()},
+    )
+
+
+class Models:
+    """The policy and the models that a method needs: what each says of a token is an entry of its table, by id.
+
+    ``tables`` are those being trained, by role; at the start of the step each said what is in ``start``.
+    """
+
+    def __init__(self, method: Method, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.heads = {"actor": method.head} | {need.role: need.head for need in method.needs()}
+        self.start, self.tables = {}, {}
+        for role, head in self.heads.items():
+            drawn = torch.randn(2, IDS, generator=generator, dtype=torch.float64)
+            self.start[role] = 0.5 * drawn[0] - (1.5 if head == "lm" else 0.0)
+            if role in method.losses():
+                self.tables[role] = (self.start[role] + 0.2 * drawn[1]).requires_grad_()
+
+    def said(self, role: str, table: Tensor, batch: Batch) -> Outputs:
+        table_T = table[batch.token_ids_T]
+        if self.heads[role] == "scalar":
+            return Outputs(scalar_T=table_T)
+        return Outputs(logp_T=table_T * batch.trainable_T, entropy_T=table_T.square() * batch.trainable_T)
+
+    def seen(self, batch: Batch) -> dict[str, Outputs]:
+        """What all of them said at the start of the step."""
+        return {role: self.said(role, table, batch) for role, table in self.start.items()}
+
+
+def estimated(method: Method, models: Models, items: Seq[Any]) -> Estimate:
+    """The items that the method keeps, packed, seen, estimated, and with their weights stamped."""
+    kept = [item for item in items if method.keep(item)]
+    batch = packed([example for item in kept for example in method.examples(item)])
+    estimate = method.estimate(kept, replace(batch, seen=models.seen(batch)), method.initial_state())
+    if estimate.batch.segments_per_unit == 2:
+        stamped = stamp_pair_weights(estimate.batch)
+    else:
+        stamped = stamp_weights(estimate.batch, method.aggregation, constant_length=16)
+    return replace(estimate, batch=doubled(stamped))
+
+
+def losses_and_gradients(method: Method, models: Models, batch: Batch, cut: Cut = lambda batch: [batch]) -> Tensor:
+    """Of every model that is trained: its loss and its gradient by token id, added up over micro-batches."""
+    found = []
+    for role, loss in method.losses().items():
+        table, total = models.tables[role], torch.zeros((), dtype=torch.float64)
+        for micro in cut(batch):
+            total = total + (loss(models.said(role, table, micro), micro).loss_T * micro.weight_T).sum()
+        found += [total.detach()[None], *torch.autograd.grad(total, table)]
+    return torch.cat(found)
