@@ -13,9 +13,9 @@ from torch import Tensor
 
 from helpers.sampled_step import make_step
 from tandem.batch import Batch, Outputs
-from tandem.data.packing import pack, pack_pairs, pack_rollouts, stamp_pair_weights, stamp_weights
+from tandem.data.packing import pack_examples, stamp
 from tandem.methods.base import Estimate, Method, Samples
-from tandem.types import Example, PreferencePair, Rollout, Sequence
+from tandem.types import PreferencePair, Sequence
 
 IDS = 4000
 """Token ids below this. Every token of a step has an id of its own, which stands for it however it is packed."""
@@ -40,14 +40,8 @@ def items_of(method: Method, seed: int = 0) -> list[Any]:
     ]
 
 
-def packed(examples: Seq[Example]) -> Batch:
-    """The examples as the packing room packs their kind, in float64."""
-    by_kind = {Rollout: pack_rollouts, Sequence: pack, PreferencePair: pack_pairs}
-    (kind,) = {type(example) for example in examples}
-    return doubled(by_kind[kind](examples))
-
-
 def doubled(batch: Batch) -> Batch:
+    """The batch in float64."""
     floats = {f.name: getattr(batch, f.name) for f in fields(batch)}
     return replace(
         batch,
@@ -85,13 +79,9 @@ class Models:
 def estimated(method: Method, models: Models, items: Seq[Any]) -> Estimate:
     """The items that the method keeps, packed, seen, estimated, and with their weights stamped."""
     kept = [item for item in items if method.keep(item)]
-    batch = packed([example for item in kept for example in method.examples(item)])
+    batch = doubled(pack_examples([example for item in kept for example in method.examples(item)]))
     estimate = method.estimate(kept, replace(batch, seen=models.seen(batch)), method.initial_state())
-    if estimate.batch.segments_per_unit == 2:
-        stamped = stamp_pair_weights(estimate.batch)
-    else:
-        stamped = stamp_weights(estimate.batch, method.aggregation, constant_length=16)
-    return replace(estimate, batch=doubled(stamped))
+    return replace(estimate, batch=doubled(stamp(estimate.batch, method.aggregation, constant_length=16)))
 
 
 def losses_and_gradients(method: Method, models: Models, batch: Batch, cut: Cut = lambda batch: [batch]) -> Tensor:
