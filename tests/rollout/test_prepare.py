@@ -10,10 +10,12 @@ from tandem.methods.grpo import GRPO
 from tandem.methods.ppo import PPO
 from tandem.models.loading import load_scalar, prepare_module
 from tandem.rewards.function import FunctionReward
-from tandem.rollout.prepare import Preparation, rollout_metrics, sampler_gap
+from tandem.rollout.measure import rollout_metrics
+from tandem.rollout.prepare import Preparation, sampler_gap
 from tandem.rollout.sampling import Judge, sample_groups
 from tandem.training.trainer import LocalScorer
 from tandem.types import Prompt, SamplingParams
+from tandem.workers.homes import seat_of
 
 SAMPLING = SamplingParams(max_new_tokens=6, temperature=0.8)
 
@@ -69,7 +71,7 @@ def test_rewards_get_columns_and_none_leaves_a_sample_out_of_the_baseline(model)
     assert seen["prompts"] == ["ab"] * 4 + ["cde"] * 4 + ["f"] * 4
     assert [len(g.usable) for g in groups] == [2, 2, 2]
     assert rollout_metrics(groups)["left_out"] == 6
-    prepared = Preparation(method=GRPO(kl_coef=0.0, normalize="none"))(groups, {}, 1)
+    prepared = Preparation(method=GRPO(kl_coef=0.0, normalize="none"), models={})(groups, {}, 1)
     assert prepared.batch.segments == 6
     # Rewards 0 and 2 in the first group, 4 and 6, 8 and 10: minus one and plus one against each group's mean.
     first_token_advantage = prepared.batch.advantage_T[prepared.batch.last_S].tolist()
@@ -89,13 +91,19 @@ def test_a_step_without_a_reward_is_refused(model):
         judged(groups, length_reward)
 
 
+def test_items_without_anything_to_train_on_are_refused(model):
+    prepare = Preparation(method=GRPO(), models={})
+    with pytest.raises(UserError, match="GRPO: none of the 3 items of the step can be trained on"):
+        prepare(sample(model), {}, 1)
+
+
 def nobody(prompts, completions):
     return [None] * len(prompts)
 
 
 def test_minibatches_hold_every_sequence_once_an_epoch_and_weights_sum_to_one(model):
     groups = judged(sample(model), length_reward)
-    prepared = Preparation(method=GRPO(kl_coef=0.0), epochs=2, minibatches=5, seed=3)(groups, {}, 7)
+    prepared = Preparation(method=GRPO(kl_coef=0.0), models={}, epochs=2, minibatches=5, seed=3)(groups, {}, 7)
     batches = list(prepared)
     assert len(batches) == 10
     for epoch in (batches[:5], batches[5:]):
@@ -103,13 +111,13 @@ def test_minibatches_hold_every_sequence_once_an_epoch_and_weights_sum_to_one(mo
     assert batches[0].index_S.tolist() != batches[5].index_S.tolist()
     for batch in batches:
         assert batch.weight_T.sum().item() == pytest.approx(1.0)
-    again = Preparation(method=GRPO(kl_coef=0.0), epochs=2, minibatches=5, seed=3)(groups, {}, 7)
+    again = Preparation(method=GRPO(kl_coef=0.0), models={}, epochs=2, minibatches=5, seed=3)(groups, {}, 7)
     assert all(torch.equal(a.index_S, b.index_S) for a, b in zip(batches, again, strict=True))
 
 
 def test_more_minibatches_than_sequences(model):
     groups = judged(sample(model, samples=1), length_reward)
-    prepared = Preparation(method=GRPO(kl_coef=0.0), minibatches=50)(groups, {}, 1)
+    prepared = Preparation(method=GRPO(kl_coef=0.0), models={}, minibatches=50)(groups, {}, 1)
     assert [b.segments for b in prepared] == [1, 1, 1]
 
 
@@ -119,7 +127,7 @@ def test_law_4_sampler_and_trainer_agree(model, truncation):
     sampling = SamplingParams(max_new_tokens=6, temperature=0.8, **truncation)
     groups = judged(sample(model, sampling=sampling), length_reward)
     scorer = LocalScorer(model, token_budget=40, temperature=0.8)
-    prepare = Preparation(method=GRPO(kl_coef=0.0), actor=scorer, old_logp="trainer", minibatches=2)
+    prepare = Preparation(method=GRPO(kl_coef=0.0), models={"actor": seat_of(scorer)}, old_logp="trainer", minibatches=2)
     prepared = prepare(groups, {}, 1)
     assert prepared.metrics["sampler_gap_max"] < 1e-4
     assert sampler_gap(prepared.batch)["sampler_gap_mean"] < 1e-5
@@ -137,7 +145,8 @@ def test_ppo_gets_what_it_needs(model, tmp_path):
     make_tokenizer().save_pretrained(tmp_path)
     critic = LocalScorer(load_scalar(tmp_path, new_head="zero", device="cpu"), token_budget=100)
     method = PPO(whiten_advantages=False, lam=1.0)
-    prepared = Preparation(method=method, reference=scorer, critic=critic)(groups, method.initial_state(), 1)
+    models = {"reference": seat_of(scorer), "critic": seat_of(critic)}
+    prepared = Preparation(method=method, models=models)(groups, method.initial_state(), 1)
     # The reference is the sampler itself, so the KL is rounding and every token's return is the length of its answer.
     lengths = torch.tensor([float(len(r.completion_ids)) for g in groups for r in g.rollouts])
     batch = prepared.batch
@@ -157,8 +166,8 @@ def test_ppo_gets_what_it_needs(model, tmp_path):
 )
 def test_a_forward_is_saved_only_where_the_trained_one_is_the_same(model, method, cut, saved):
     groups = judged(sample(model), length_reward)
-    scorer = LocalScorer(model, token_budget=100, temperature=0.8)
-    prepare = Preparation(method=method, reference=scorer, actor=scorer, old_logp="trainer", **cut)
+    seat = seat_of(LocalScorer(model, token_budget=100, temperature=0.8))
+    prepare = Preparation(method=method, models={"reference": seat, "actor": seat}, old_logp="trainer", **cut)
     batch = prepare(groups, {}, 1).batch
     assert batch.on_policy == saved
     assert ("actor" not in batch.seen) == saved
