@@ -22,10 +22,16 @@ IDS = 4000
 Cut = Callable[[Batch], list[Batch]]
 
 
-def items_of(method: Method, seed: int = 0) -> list[Any]:
-    """Groups of judged samples, demonstrations or preference pairs, as the method reads them."""
+def items_of(method: Method, seed: int = 0, **extra: int) -> list[Any]:
+    """Groups of judged samples, demonstrations or preference pairs, as the method reads them.
+
+    One of the groups has equal rewards. ``extra`` is ``make_step``'s.
+    """
     if isinstance(method.reads, Samples):
-        return list(make_step(seed).groups)
+        groups = make_step(seed, **extra).groups
+        for rollout in groups[1].rollouts:
+            rollout.reward = 0.3
+        return groups
     rng, ids = random.Random(seed), iter(range(IDS))
 
     def row(prompt: int, answer: int) -> Sequence:

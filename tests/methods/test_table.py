@@ -14,7 +14,6 @@ import pytest
 import torch
 from conftest import micro_batches
 from helpers.method_steps import Models, estimated, items_of, losses_and_gradients
-from helpers.sampled_step import make_step
 from torch import Tensor
 
 from tandem.batch import Outputs
@@ -183,7 +182,7 @@ SAMPLED = [method for method in SETTINGS if isinstance(method.reads, Samples)]
 def test_tokens_that_are_not_trained_on_do_not_matter(method):
     models, results = Models(method), []
     for extra in ({}, {"extra_prompt": 5}, {"extra_tail": 3}):
-        estimate = estimated(method, models, make_step(0, **extra).groups)
+        estimate = estimated(method, models, items_of(method, **extra))
         results.append((losses_and_gradients(method, models, estimate.batch), estimate.metrics))
     for found, metrics in results[1:]:
         close(found, results[0][0], 1e-12)

@@ -127,7 +127,9 @@ def test_law_4_sampler_and_trainer_agree(model, truncation):
     sampling = SamplingParams(max_new_tokens=6, temperature=0.8, **truncation)
     groups = judged(sample(model, sampling=sampling), length_reward)
     scorer = LocalScorer(model, token_budget=40, temperature=0.8)
-    prepare = Preparation(method=GRPO(kl_coef=0.0), models={"actor": seat_of(scorer)}, old_logp="trainer", minibatches=2)
+    prepare = Preparation(
+        method=GRPO(kl_coef=0.0), models={"actor": seat_of(scorer)}, old_logp="trainer", minibatches=2
+    )
     prepared = prepare(groups, {}, 1)
     assert prepared.metrics["sampler_gap_max"] < 1e-4
     assert sampler_gap(prepared.batch)["sampler_gap_mean"] < 1e-5
