@@ -43,7 +43,7 @@ class ExampleConfig:
     sampling: SamplingSection
     reward: RewardSection
     engine: EngineSection = field(default_factory=EngineSection, metadata=PREFIXED)
-    algorithm: PPO = field(default_factory=lambda: PPO(gamma=0.9))
+    method: PPO = field(default_factory=lambda: PPO(gamma=0.9))
 
 
 REQUIRED = ["--out", "runs/a", "--steps", "5", "--model", "m", "--data", "d.jsonl", "--reward", "r.py:f"]
@@ -79,11 +79,11 @@ def test_defaults_of_sections_of_their_subclasses_and_of_the_config():
     config = load()
     assert (config.run.seed, config.model.dtype, config.sampling.stop) == (0, "float32", ())
     assert config.optim == HotOptim(learning_rate=1e-3)
-    assert config.algorithm == PPO(gamma=0.9)
+    assert config.method == PPO(gamma=0.9)
 
 
 def test_a_flag_changes_its_key_and_no_other():
-    assert load("--lam", "0.8").algorithm == PPO(gamma=0.9, lam=0.8)
+    assert load("--lam", "0.8").method == PPO(gamma=0.9, lam=0.8)
     assert load("--betas", "0.8", "0.99").optim == HotOptim(betas=(0.8, 0.99))
     assert load("--critic", "c").critic == "c"
 
@@ -146,7 +146,7 @@ def test_empty_yaml_and_null(file):
     assert load("--config", "a.yaml") == load()
     file("value_clip: null\nreward_clip:\ncritic: ~\n")
     config = load("--config", "a.yaml")
-    assert (config.algorithm.value_clip, config.algorithm.reward_clip, config.critic) == (None, None, None)
+    assert (config.method.value_clip, config.method.reward_clip, config.critic) == (None, None, None)
 
 
 @pytest.mark.parametrize(
