@@ -326,7 +326,7 @@ def for_tyro(cls: Any) -> Any:
     marked = []
     for f in fields(cls):
         hint, same = hints[f.name], _same(f)
-        if is_dataclass(hint) and any("_docs" in vars(base) for base in hint.__mro__):
+        if isinstance(hint, type) and any("_docs" in vars(base) for base in hint.__mro__):
             # Its source, where tyro looks for help, is not written anywhere.
             docs, inner = _attribute_docs(hint), get_type_hints(hint)
             helped = {g.name: Annotated[inner[g.name], tyro.conf.arg(help=docs[g.name])] for g in fields(hint)}
