@@ -61,7 +61,7 @@ class RunConfig:
     @property
     def parts(self) -> set[str]:
         """What the run has, for keys that need it (``tandem.errors.needs``)."""
-        models = {need.role for need in self.method.needs()}
+        models = {need.role for need in self.method.needs()} | (set() if self.method.pairwise else {"losses of tokens"})
         return models | data_parts(self.data) | worker_parts(self.placement)
 
 

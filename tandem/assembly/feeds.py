@@ -22,7 +22,7 @@ from tandem.methods.base import Samples
 from tandem.models.limits import read_limits
 from tandem.models.loading import load_tokenizer
 from tandem.rewards.function import FunctionReward
-from tandem.rewards.model import RewardModel, same_tokenizer
+from tandem.rewards.model import RewardModel, require_same_tokenizer, same_tokenizer
 from tandem.rewards.process import RewardProcess
 from tandem.roles import Metrics, Reward, Seat, Source
 from tandem.rollout.measure import held_out_metrics
@@ -71,11 +71,12 @@ class Feed(Protocol):
 class RowsFeed:
     """The rows of a dataset."""
 
-    def __init__(self, config: RowsConfig, tokenizer: Any) -> None:
-        self.config, self.tokenizer = config, tokenizer
+    def __init__(self, config: RowsConfig) -> None:
+        self.config = config
         self.step: Mapping[str, Any] = {}
         rows, eval_rows = load_data(config.data)
-        limits = limits_of_models(config, tokenizer)
+        self.tokenizer = load_tokenizers(config)
+        limits = limits_of_models(config, self.tokenizer)
         self.examples, self.counts = self._tokenize(rows, limits)
         self.held = self._tokenize(eval_rows, limits)[0] if eval_rows is not None else []
         self.size, self.held_out = len(self.examples), len(self.held)
@@ -122,8 +123,8 @@ class RowsFeed:
 class SamplesFeed:
     """Prompts, an engine that answers them, and what judges the answers."""
 
-    def __init__(self, config: SamplesConfig, tokenizer: Any) -> None:
-        self.config, self.tokenizer = config, tokenizer
+    def __init__(self, config: SamplesConfig) -> None:
+        self.config = config
         section = config.step
         self.step: Mapping[str, Any] = {
             "old_logp": section.old_logp,
@@ -135,6 +136,7 @@ class SamplesFeed:
         names = [*config.reward.reward, *section.eval_reward]
         self.judging = RewardProcess(names, deadline_s=config.reward.reward_deadline) if names else None
         rows, eval_rows = load_data(config.data)
+        self.tokenizer = load_tokenizers(config)
         self.prompts, self.counts = self._tokenize(rows)
         self.eval_prompts = self._tokenize(eval_rows)[0] if eval_rows is not None else []
         self.size, self.held_out = len(self.prompts), len(self.eval_prompts)
@@ -263,6 +265,18 @@ def check_sampling(config: SamplesConfig) -> None:
             "min_p add --old-logp trainer"
         )
     require_engine(config.engine)
+
+
+def load_tokenizers(config: RunConfig) -> Any:
+    """The policy's. Raises UserError where a model that reads the policy's token ids has another one."""
+    code = config.model.trust_remote_code
+    tokenizer = load_tokenizer(config.model.model, trust_remote_code=code)
+    for need in config.method.needs():
+        source = config.sources[need.role]
+        if source != config.model.model:
+            other = load_tokenizer(source, trust_remote_code=code)
+            require_same_tokenizer(tokenizer, other, policy="the model", other=f"the {need.role}")
+    return tokenizer
 
 
 def limits_of_models(config: RunConfig, tokenizer: Any) -> list[Limits]:

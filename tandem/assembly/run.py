@@ -17,8 +17,7 @@ from tandem.config import describe
 from tandem.data.order import Order
 from tandem.errors import UserError
 from tandem.models.description import describe_source
-from tandem.models.loading import load_tokenizer, pick_device
-from tandem.rewards.model import require_same_tokenizer
+from tandem.models.loading import pick_device
 from tandem.roles import Seat
 from tandem.rollout.prepare import Preparation
 from tandem.runs.progress import say
@@ -91,18 +90,10 @@ def _run(config: RunConfig, stack: ExitStack, ranks: Ranks | None) -> Path | Non
 
 
 def _feed(config: RunConfig) -> Feed:
-    """The items of the run, read and checked against the tokenizers of all models that read the policy's tokens."""
-    code = config.model.trust_remote_code
-    tokenizer = load_tokenizer(config.model.model, trust_remote_code=code)
-    for need in config.method.needs():
-        source = config.sources[need.role]
-        if source != config.model.model:
-            other = load_tokenizer(source, trust_remote_code=code)
-            require_same_tokenizer(tokenizer, other, policy="the model", other=f"the {need.role}")
     if isinstance(config, SamplesConfig):
-        return SamplesFeed(config, tokenizer)
+        return SamplesFeed(config)
     assert isinstance(config, RowsConfig)
-    return RowsFeed(config, tokenizer)
+    return RowsFeed(config)
 
 
 def _models(config: RunConfig, places: Places) -> dict[str, Seat]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 from tandem.batch import Batch, Outputs, TokenLoss
+from tandem.errors import needs
 from tandem.lazy import torch
 from tandem.roles import LossFn, Metrics
 from tandem.types import Aggregation, Example, Group
@@ -95,7 +96,10 @@ class Method:
     leads: ClassVar[tuple[str, ...]] = ("loss",)
     """Metrics that say how a run of this method is doing, the first one first: what the display shows."""
 
-    aggregation: Aggregation = "token"
+    pairwise: ClassVar[bool] = False
+    """Whether its losses are numbers of pairs, one at the last token of each chosen segment, and not of tokens."""
+
+    aggregation: Aggregation = field(default="token", metadata=needs(("part", "losses of tokens")))
     """Which mean the loss is: over tokens, over sequences of their token means, or per sequence over a fixed length."""
 
     def needs(self) -> tuple[Need, ...]:

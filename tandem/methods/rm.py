@@ -27,6 +27,7 @@ class RewardModeling(Method):
     Example: tandem rm --model runs/sft/model --data pairs.jsonl --out runs/rm --steps 500
     """
     head: ClassVar = "scalar"
+    pairwise: ClassVar = True
     learning_rate: ClassVar = 1e-5
     leads: ClassVar = ("accuracy", "loss", "score_gap")
 

@@ -165,8 +165,9 @@ class Session:
         try:
             shutil.rmtree(aside, ignore_errors=True)
             with self.progress.phase("writing the model"):
-                # Rank 0 writes: the folder must be on a disk that it shares with this process.
-                self.trainers["actor"].call("export", aside.absolute())
+                # Other processes share the disk with this one, but may work in another folder.
+                actor = self.trainers["actor"]
+                actor.call("export", aside if actor.home.at_once else aside.absolute())
             with held():
                 shutil.rmtree(folder, ignore_errors=True)
                 aside.rename(folder)

@@ -32,6 +32,11 @@ def words(config: type, flags: list[str]) -> list[str]:
         (SFTConfig, ["--offload-frozen"], "--offload-frozen: has no effect, since this run has no reference and no"),
         (SFTConfig, ["--keep-gathered", "--placement.actor", "1"], "--keep-gathered: has no effect, since this run"),
         (SFTConfig, ["--cluster.deadline", "9"], "--cluster.deadline: has no effect, since this run has no workers"),
+        (
+            RMConfig,
+            ["--aggregation", "sequence"],
+            "--aggregation: has no effect, since this run has no los",
+        ),
         (RMConfig, ["--cluster.address", "auto"], "--cluster.address: has no effect, since this run has no workers"),
         (PPOConfig, ["--kl", "none", "--kl-coef", "1"], "--kl-coef: has no effect without --kl"),
         (PPOConfig, ["--kl-estimator", "k3"], "--kl-estimator: has no effect with --kl reward; give --kl loss"),
@@ -109,6 +114,7 @@ def test_every_condition_names_a_key_or_a_part():
     parts = {
         "samples", "critic", "reference", "reward model", "reward function", "workers", "dataset with splits",
         "held-out dataset with splits", "trainer split over several workers", "engine with weights of its own",
+        "demonstrations", "losses of tokens",
     }  # fmt: skip
     everywhere = {name for config in CONFIGS for name in _keys_of(config)}
     for config in CONFIGS:

@@ -246,7 +246,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(tandem, inputs, mon
     assert "step " in err
     [checkpoint] = (out / "checkpoints").iterdir()
     assert str(checkpoint) in err
-    state = torch.load(checkpoint / "model.pt", weights_only=True)
+    state = torch.load(checkpoint / "actor.pt", weights_only=True)
     assert all(math.isfinite(p.abs().max()) for p in state["model"].values())
     assert not (out / "model").exists()
     resumed = with_(argv, steps=60)
@@ -257,11 +257,11 @@ def test_a_truncated_checkpoint_is_refused_by_name(tandem, inputs):
     out = inputs / "truncated"
     argv = with_(SFT, save_every=1)
     assert tandem(*argv, "--out", out)[0] == 0
-    part = out / "checkpoints" / "step_00000001" / "model.pt"
+    part = out / "checkpoints" / "step_00000001" / "actor.pt"
     part.write_bytes(part.read_bytes()[:1000])
     code, err = tandem(*with_(argv, steps=2), "--out", out, "--resume")
     assert code == 2
-    assert "model.pt" in err
+    assert "actor.pt" in err
 
 
 @pytest.mark.parametrize(
