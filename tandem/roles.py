@@ -139,7 +139,7 @@ class FedEngine(Engine, Protocol):
 
 @runtime_checkable
 class SleepingEngine(FedEngine, Protocol):
-    """A fed engine that gives its memory to the trainer on its devices between turns (``tandem.workers.turns``)."""
+    """A fed engine that gives its memory to the trainer on its devices between turns (``tandem.sync.turns``)."""
 
     def sleep(self) -> None:
         """Gives the devices' memory back, with the weights in it. Nothing can be sampled until both stages are awake

@@ -15,6 +15,7 @@ from tandem.checkpoint import store
 from tandem.cli.main import main
 from tandem.rewards import process
 from tandem.runs.lines import read_metrics
+from tandem.training.trainer import LocalTrainer
 
 SIGNALS = {signal.SIGTERM: (143, "stopped by SIGTERM"), signal.SIGINT: (130, "stopped by Ctrl-C")}
 
@@ -70,6 +71,26 @@ def test_a_signal_inside_a_save_waits_until_it_is_whole(tandem, inputs, monkeypa
     assert "stopped in step 3; go on after step 2 with --resume" in stdout
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step_00000002"]
     assert tandem(*argv, "--resume")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "count", "kept"),
+    [
+        ("sft", "forward_backward", 3, "go on after step 2 with --resume"),
+        ("sft", "optim_step", 3, "nothing is saved"),
+        # A step of 2 minibatches and 2 epochs: the actor's first, then the critic's, when the actor has stepped.
+        ("ppo", "forward_backward", 9, "go on after step 1 with --resume"),
+        ("ppo", "forward_backward", 10, "nothing is saved"),
+    ],
+)
+def test_an_interrupted_step_is_saved_as_long_as_it_has_changed_nothing(
+    tandem, inputs, monkeypatch, method, name, count, kept
+):
+    out = inputs / f"{method}-{name}-{count}"
+    at_call(monkeypatch, LocalTrainer, name, count, lambda: os.kill(os.getpid(), signal.SIGINT))
+    ended, stdout, _ = tandem(*arguments(method), "--steps", 4, "--save-every", 9, "--out", out)
+    assert ended == 130
+    assert kept in stdout
 
 
 def final(folder: Path) -> tuple[list[dict[str, float]], bytes]:

@@ -48,16 +48,25 @@ def error_line(output: str) -> str:
     return lines[0]
 
 
-def test_a_worker_that_is_killed(inputs, cluster_address):
-    with Driver(inputs, "killed", "grpo", "--cluster.address", cluster_address, *TWO) as driver:
+@pytest.mark.parametrize(
+    ("placement", "who"),
+    [
+        (TWO, r"actor rank [01] \(pid {pid} on \S+\) died in \w+\.\w+ \("),
+        # This process waits for it, and sends to it.
+        (("--placement.engine", "1"), r"engine rank 0 \(pid {pid} on \S+\) died in engine\.receive \("),
+    ],
+)
+def test_a_worker_that_is_killed(inputs, cluster_address, placement, who):
+    out = f"killed-{placement[0][12:]}"
+    with Driver(inputs, out, "grpo", "--cluster.address", cluster_address, *placement) as driver:
         driver.reach_gate()
         pids = workers_of_this_ray()
-        assert len(pids) == 2
+        assert len(pids) == int(placement[1])
         os.kill(pids[0], signal.SIGKILL)
         driver.open_gate()
         code, output = driver.end()
         assert code == 75, output
-        assert re.search(rf"actor rank [01] \(pid {pids[0]} on \S+\) died in \w+\.\w+ \(", error_line(output))
+        assert re.search(who.format(pid=pids[0]), error_line(output))
         assert_no_workers()
         assert events(driver.out)[-1]["reason"] == "error"
 

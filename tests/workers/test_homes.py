@@ -1,0 +1,149 @@
+"""Seats of real homes: calls in one order on every rank, at the same time where homes differ, and how they fail."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from meeting_roles import PATIENCE_S, Role, Sampling
+from shared_ray import cluster_address
+
+from tandem.errors import RunFailure, UserError, WorkerDied
+from tandem.futures import wait_all
+from tandem.parallel.world import World
+from tandem.roles import Seat, call_all
+from tandem.types import Request, SamplingParams
+from tandem.workers.cluster import Cluster
+from tandem.workers.engines import BalancedEngine
+from tandem.workers.group import WorkerGroup
+from tandem.workers.homes import Aside, Here, seat_of
+from tandem.workers.process import Site
+
+__all__ = ["cluster_address"]
+
+
+@contextmanager
+def groups(*sizes: int, **options: Any) -> Iterator[list[WorkerGroup]]:
+    """Worker groups named ``home0``, ``home1``, ... on the Ray of this process."""
+    cluster = Cluster(device="cpu", needed={f"home{i}": (size, 1) for i, size in enumerate(sizes)})
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    made: list[WorkerGroup] = []
+    try:
+        for i, size in enumerate(sizes):
+            made.append(WorkerGroup(f"home{i}", size, cluster, environment={"PYTHONPATH": path}, **options))
+        yield made
+    finally:
+        for group in made:
+            group.close()
+        cluster.close()
+
+
+def seats_in(group: WorkerGroup, *names: str) -> list[Seat]:
+    return [group.place(name, lambda site, name=name: Role(site, name)) for name in names]
+
+
+def test_every_rank_sees_the_calls_of_two_seats_in_one_order(cluster_address):
+    with groups(2) as (group,):
+        actor, critic = seats_in(group, "actor", "critic")
+        asked = [(("actor", "critic", "critic")[n % 3], n) for n in range(30)]
+        begun = [{"actor": actor, "critic": critic}[name].submit("meet", n) for name, n in asked]
+        results = wait_all(begun)
+        # Were the ranks at different calls, each would have met another one's.
+        assert [met for met, _ in results] == [[call, call] for call in asked]
+        assert results[-1][1] == asked
+        assert all(future.done() for future in begun)
+        everywhere = critic.submit_each("heard", [(), ()]).result()
+        assert everywhere == [asked, asked]
+
+
+def test_a_rank_that_is_killed_while_two_seats_are_called(cluster_address, tmp_path):
+    with groups(2) as (group,):
+        actor, critic = seats_in(group, "actor", "critic")
+        calls = {"actor": actor.submit("wait", tmp_path / "never", 1), "critic": critic.submit("meet", 1)}
+        assert not calls["actor"].done()
+        start = time.monotonic()
+        os.kill(group.wheres[1].pid, signal.SIGKILL)
+        with pytest.raises(WorkerDied, match=rf"home0 rank 1 \(pid {group.wheres[1].pid} on \S+\) died in actor\.wait"):
+            wait_all(calls)
+        with pytest.raises(WorkerDied, match=r"home0 rank 1 .* died in critic\.meet"):
+            calls["critic"].result()
+        assert time.monotonic() - start < PATIENCE_S
+
+
+def test_a_rank_that_never_answers_is_waited_for_once(cluster_address, tmp_path):
+    with groups(2, deadline_s=3.0) as (group,):
+        actor, critic = seats_in(group, "actor", "critic")
+        late, behind = actor.submit("wait", tmp_path / "never", 1), critic.submit("meet", 1)
+        with pytest.raises(RunFailure, match=r"actor\.wait: no answer within 3 s from home0 rank 0 .*home0 rank 1 "):
+            late.result()
+        start = time.monotonic()
+        with pytest.raises(RunFailure, match=r"critic\.meet: .*rank 1 .* still owes the answer to an earlier call"):
+            behind.result()
+        assert time.monotonic() - start < 1
+
+
+def test_different_homes_work_at_the_same_time(cluster_address, tmp_path):
+    """One after the other, the first would wait in vain; this process, which makes its call at once, is the last."""
+    with groups(1, 1) as (first, second):
+        (actor,), (critic,) = seats_in(first, "actor"), seats_in(second, "critic")
+        seats = {"driver": seat_of(Role(Site(World()), "driver")), "actor": actor, "critic": critic}
+        assert list(call_all(seats, "come", tmp_path, *seats).items()) == [(name, name) for name in seats]
+
+
+def test_the_first_home_speaks_though_the_second_fails_first(cluster_address, tmp_path):
+    with groups(1, 1) as (first, second):
+        (actor,), (critic,) = seats_in(first, "actor"), seats_in(second, "critic")
+        failed, done = tmp_path / "failed", tmp_path / "done"
+        calls = {
+            "actor": actor.submit("fail", failed, done),
+            "critic": critic.submit("fail", None, failed),
+        }
+        with pytest.raises(UserError, match=r"home1 rank 0 \(pid \d+ on \S+\): critic has nothing to give"):
+            calls["critic"].result()
+        with pytest.raises(UserError, match=r"home0 rank 0 \(pid \d+ on \S+\): actor has nothing to give"):
+            wait_all(calls)
+        # What was begun has ended by then.
+        calls = {"critic": critic.submit("fail"), "actor": actor.submit("come", tmp_path, done.name)}
+        with pytest.raises(UserError, match="critic has nothing to give"):
+            wait_all(calls)
+        assert calls["actor"].done()
+
+
+def test_engines_are_fed_as_they_have_room(cluster_address, tmp_path):
+    """One that is held up keeps what it has begun; all the rest goes to the other, and is returned in order."""
+    with groups(2, joined=False, concurrency=8) as (group,):
+        # A request of 1 sample fills a call: with 1 slot, half of 2 are on their way in each.
+        kept = BalancedEngine.CALLS
+        asked = [Request(prompt_ids=(n,), seeds=(1,), sampling=SamplingParams()) for n in range(20)]
+        group.place("engine", lambda site: Sampling(site, tmp_path / "open", len(asked) - kept))
+        engine = BalancedEngine(group, "engine", slots=1)
+        ((first,), *rest) = engine.generate(asked)
+        assert engine.ended == len(asked)
+        assert [c.token_ids for (c,) in ([first], *rest)] == [[n, 1] for n in range(20)]
+        assert [c.text for (c,) in ([first], *rest)].count("0") == kept
+        assert engine.generate([]) == []
+
+
+def test_this_process_is_called_at_once_or_aside(tmp_path):
+    """A call that waits for somebody is made aside, and then in order too; an error comes with the result."""
+    site = Site(World(), {"role": Role(Site(World()), "role")})
+    with pytest.raises(UserError, match=r"^role has nothing to give$"):
+        Seat(Here(site), "role").submit("fail")
+    aside = Aside(site)
+    seat = Seat(aside, "role")
+    first, second = seat.submit("wait", tmp_path / "open"), seat.submit("fail")
+    assert not first.done()
+    assert not second.done()
+    (tmp_path / "open").touch()
+    with pytest.raises(UserError, match=r"^role has nothing to give$"):
+        second.result()
+    assert first.result() == "role"
+    assert seat.call("name") == "role"
+    assert seat.places == Seat(Here(site), "role").places
+    aside.close()
