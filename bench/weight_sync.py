@@ -27,8 +27,9 @@ import torch
 from common import machine
 from models import SIZES, random_model, write_folder
 
+from tandem.assembly.needed import SamplingPlacement
 from tandem.assembly.placing import Homes
-from tandem.assembly.sections import ClusterSection, EngineSection, ModelSection, SamplingPlacement, SamplingSection
+from tandem.assembly.sections import ClusterSection, EngineSection, ModelSection, SamplingSection
 from tandem.methods.grpo import GRPO
 from tandem.models.loading import load_tokenizer, prepare_module
 from tandem.roles import Seat
@@ -81,7 +82,7 @@ def measure(options: argparse.Namespace, folder: str) -> dict[str, Any]:
         homes.place("actor", partial(trainer, size=options.size, folder=folder, dtype=model.dtype))
         nudge = homes.place("nudge", Nudge, beside="actor")
         sampling = SamplingSection(max_slots=64, max_new_tokens=8)
-        sampler = homes.sampler(sampling, seed=0, vocabulary=256, others={})
+        sampler = homes.wire_engine(sampling, seed=0, vocabulary=256, others={})
         push = sampler.link
         if push is None:
             raise SystemExit("nothing travels: the engine samples on the trainer's own weights")

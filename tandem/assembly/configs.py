@@ -8,22 +8,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+from tandem.assembly.needed import ModelsSection, Placement, SamplingPlacement, models_class, placement_class
 from tandem.assembly.sections import (
     ClusterSection,
     DataSection,
     EngineSection,
     ModelSection,
-    ModelsSection,
     OptimSection,
-    Placement,
     RewardSection,
     RowsSection,
     RunSection,
-    SamplingPlacement,
     SamplingSection,
     StepSection,
-    models_class,
-    placement_class,
 )
 from tandem.config import PREFIXED, load_config, section_class, settings
 from tandem.methods.base import Method, Rows

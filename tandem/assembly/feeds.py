@@ -169,7 +169,7 @@ class SamplesFeed:
 
     def start(self, models: Mapping[str, Seat], homes: Homes) -> Callable[[StepClock, Preparation], Fed]:
         config = self.config
-        sampler = homes.sampler(
+        sampler = homes.wire_engine(
             config.sampling, seed=config.run.seed, vocabulary=len(self.tokenizer), others=dict(models)
         )
         judge = self._judge(models)

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from tandem.assembly.models import Replicas, live_engine, replica_engine, vllm_engine, weight_source
-from tandem.assembly.sections import ClusterSection, EngineSection, ModelSection, Placement, SamplingSection
+from tandem.assembly.needed import Placement
+from tandem.assembly.sections import ClusterSection, EngineSection, ModelSection, SamplingSection
 from tandem.errors import UserError
 from tandem.models.loading import pick_device
 from tandem.parallel.world import World
@@ -36,7 +37,7 @@ CALLS_AT_A_TIME = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampler:
+class WiredEngine:
     """An engine, how new weights reach it (metrics of the push), and a line that says what it is."""
 
     engine: Engine
@@ -203,7 +204,9 @@ class Homes:
         workers = sum(processes * each for processes, each in self._needed().values())
         return {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // workers))}
 
-    def sampler(self, sampling: SamplingSection, *, seed: int, vocabulary: int, others: Mapping[str, Seat]) -> Sampler:
+    def wire_engine(
+        self, sampling: SamplingSection, *, seed: int, vocabulary: int, others: Mapping[str, Seat]
+    ) -> WiredEngine:
         """Builds the engine, beside the actor or in processes of its own. ``others``: trainers and scorers by role."""
         if self.engine.kind == "live" and self.placement.home("engine") == "actor":
             return self._live_beside_actor(sampling, vocabulary)
@@ -214,19 +217,19 @@ class Homes:
             )
             push = self._link(engines, vocabulary)
             about = f"live, {group.size} of its own, fed over {push.transport}"
-            return Sampler(engine=DividedEngine(engines), push=push, about=about, link=push)
+            return WiredEngine(engine=DividedEngine(engines), push=push, about=about, link=push)
         return self._vllm(sampling, seed, vocabulary, others)
 
-    def _live_beside_actor(self, sampling: SamplingSection, vocabulary: int) -> Sampler:
+    def _live_beside_actor(self, sampling: SamplingSection, vocabulary: int) -> WiredEngine:
         home = self.of("actor")
         build = partial(live_engine, sampling=sampling, engine=self.engine)
         if isinstance(home, Here):
             home.place("engine", build)
             engine: Engine = home.site.roles["engine"]
-            return Sampler(engine=engine, push=lambda step: {}, about="live, on the actor's own weights")
+            return WiredEngine(engine=engine, push=lambda step: {}, about="live, on the actor's own weights")
         assert isinstance(home, WorkerGroup)
         if home.size == 1 and self.model.offload != "parameters":
-            return Sampler(
+            return WiredEngine(
                 engine=DividedEngine(home.place("engine", build)),
                 push=lambda step: {},
                 about="live, on the actor's own weights",
@@ -237,9 +240,9 @@ class Homes:
         check = TruthCheck(Seat(home, "actor"), engines, count=home.size, dtype=self.model.dtype, vocabulary=vocabulary)
         push = FillPush(home.place("replicas", Replicas), check if self.engine.check_weights else None)
         about = f"live, in each of the actor's {home.size} processes, on gathered weights"
-        return Sampler(engine=DividedEngine(engines), push=push, about=about)
+        return WiredEngine(engine=DividedEngine(engines), push=push, about=about)
 
-    def _vllm(self, sampling: SamplingSection, seed: int, vocabulary: int, others: Mapping[str, Seat]) -> Sampler:
+    def _vllm(self, sampling: SamplingSection, seed: int, vocabulary: int, others: Mapping[str, Seat]) -> WiredEngine:
         shared = self.placement.home("engine") == "actor"
         tensor_parallel = self.engine.tensor_parallel
         actor = self.of("actor")
@@ -266,7 +269,7 @@ class Homes:
         balanced: Engine = BalancedEngine(group, "engine", slots=sampling.max_slots)
         if not shared or not group.wheres[0].gpus or not self.engine.sleep:
             restarting = RestartingOnce(balanced, group, push.again)
-            return Sampler(engine=restarting, push=restarting.guard(push), about=about, link=push)
+            return WiredEngine(engine=restarting, push=restarting.guard(push), about=about, link=push)
         turns = TakingTurns(
             balanced,
             engines,
@@ -275,7 +278,7 @@ class Homes:
             version=lambda: others["actor"].call("version"),
         )
         restarting = RestartingOnce(turns, group, turns.recover)
-        return Sampler(engine=restarting, push=turns.push_later, about=about, link=push)
+        return WiredEngine(engine=restarting, push=turns.push_later, about=about, link=push)
 
     def _link(self, engines: Seat, vocabulary: int) -> WeightPush:
         actor = sender = self.of("actor")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from tandem.assembly.configs import worker_parts
-from tandem.assembly.sections import ClusterSection, EngineSection, ModelSection, SamplingPlacement, SamplingSection
+from tandem.assembly.needed import SamplingPlacement
+from tandem.assembly.sections import ClusterSection, EngineSection, ModelSection, SamplingSection
 from tandem.config import PATH, PREFIXED
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tandem.assembly.models import load, require_engine, trained, weight_source
-from tandem.assembly.placing import Homes, Sampler
+from tandem.assembly.placing import Homes, WiredEngine
 from tandem.cli.configs import DoctorConfig
 from tandem.errors import UserError
 from tandem.methods.grpo import GRPO
@@ -68,7 +68,7 @@ def check(config: DoctorConfig) -> None:
         actor = report.timed("trainer", lambda: homes.place("actor", build), lambda found: found.call("describe"))
         sampler = report.timed(
             "engine",
-            lambda: homes.sampler(config.sampling, seed=0, vocabulary=len(tokenizer), others={"actor": actor}),
+            lambda: homes.wire_engine(config.sampling, seed=0, vocabulary=len(tokenizer), others={"actor": actor}),
             lambda found: found.about,
         )
         source = homes.place("weights", weight_source, beside="actor")
@@ -79,7 +79,7 @@ class _Examination:
     """Sample, zero, push, sample, restore, push, sample."""
 
     def __init__(
-        self, report: Report, actor: Seat, source: Seat, sampler: Sampler, vocabulary: int, config: DoctorConfig
+        self, report: Report, actor: Seat, source: Seat, sampler: WiredEngine, vocabulary: int, config: DoctorConfig
     ) -> None:
         self.report, self.sampler, self.vocabulary = report, sampler, vocabulary
         self.actor, self.source = actor, source

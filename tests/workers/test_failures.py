@@ -16,7 +16,7 @@ import pytest
 from drivers import PATIENCE_S, Driver, command, descendants, running, wait_until
 from shared_ray import cluster_address, inputs
 
-from tandem.assembly.sections import Placement, SamplingPlacement
+from tandem.assembly.needed import Placement, SamplingPlacement
 from tandem.errors import UserError
 from tandem.workers.cluster import Cluster, require_room, what_would_fit
 from tandem.workers.group import WorkerGroup

@@ -1,0 +1,118 @@
+"""The sections that follow from the models which a method needs: what is loaded for each role, and where it lives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from tandem.config import MAY_CHANGE, PATH, section_class
+from tandem.errors import UserError, expect, needs
+from tandem.methods.base import Need
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Which processes each role lives in, one process a GPU (or CPU)."""
+
+    actor: str = field(default="here", metadata=MAY_CHANGE)
+    """The trainer: 'here' (this process, no Ray), or the number of worker processes it is split over."""
+
+    def __post_init__(self) -> None:
+        for role in self.roles:
+            value, words = getattr(self, role), self.words(role)
+            if not (value in words or _is_count(value)):
+                raise UserError(f"placement.{role}: expected a number of processes or {_either(words)}, got {value!r}")
+            self.home(role)
+
+    @property
+    def roles(self) -> list[str]:
+        """Those that can be placed."""
+        return [f.name for f in fields(self)]
+
+    def words(self, role: str) -> list[str]:
+        """What may stand for a role besides a number."""
+        if role == "actor":
+            return ["here"]
+        return ["actor"] if role == "engine" else [other for other in self.roles if other not in (role, "engine")]
+
+    def home(self, role: str) -> str:
+        """The role whose processes ``role`` lives in: itself where it has its own."""
+        seen = [role]
+        while (value := getattr(self, seen[-1])) in self.roles:
+            if value in seen:
+                raise UserError(f"placement.{role}: {' shares with '.join([*seen, value])}, so none has processes")
+            seen.append(value)
+        return seen[-1]
+
+    def workers(self, role: str) -> int:
+        """Worker processes that a role has of its own; 0 where it shares another's or is here."""
+        value = getattr(self, role)
+        return int(value) if _is_count(value) else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingPlacement(Placement):
+    """Which processes each role lives in, one process a GPU (or CPU)."""
+
+    reward: str = field(default="actor", metadata=needs(("part", "reward model")) | MAY_CHANGE)
+    """The reward model: a number, or the role whose processes it shares."""
+    engine: str = field(default="actor", metadata=MAY_CHANGE)
+    """The sampler: 'actor' takes turns on the actor's devices (shared), a number is so many engines apart (split)."""
+
+
+def placement_class(base: type[Placement], models: Iterable[Need]) -> type[Placement]:
+    """``base``, with a key for each model that a method may need."""
+    keys: dict[str, tuple[Any, Any, str]] = {}
+    for need in models:
+        what = f"The trainer of the {need.role}" if need.trained else f"The frozen {need.role}"
+        doc = f"{what}: a number of workers of its own, or the role whose processes it shares."
+        keys[need.role] = str, field(default="actor", metadata=needs(("part", need.role)) | MAY_CHANGE), doc
+    return section_class("Placement", keys, base)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelsSection:
+    """The models beside the policy."""
+
+    def __post_init__(self) -> None:
+        expect(
+            self,
+            "more than 0",
+            lambda value: value > 0,
+            *(f.name for f in fields(self) if f.name.endswith("_learning_rate")),
+        )
+
+    def source(self, role: str) -> str | None:
+        """The folder or hub name that is given for a role."""
+        found: str | None = getattr(self, role)
+        return found
+
+    def learning_rate(self, role: str) -> float:
+        """Of a role that is trained."""
+        found: float = getattr(self, f"{role}_learning_rate")
+        return found
+
+
+def models_class(models: Iterable[Need]) -> type[ModelsSection]:
+    """A key for the folder of each model that a method may need, and for the learning rate of one that is trained."""
+    keys: dict[str, tuple[Any, Any, str]] = {}
+    for need in models:
+        part = needs(("part", need.role))
+        keys[need.role] = (
+            (str, field(metadata=PATH), need.doc)
+            if need.required
+            else (str | None, field(default=None, metadata=PATH | part), need.doc)
+        )
+        if need.trained:
+            doc = f"The learning rate of the {need.role}, which may be higher than the policy's."
+            keys[f"{need.role}_learning_rate"] = (float, field(default=need.learning_rate, metadata=part), doc)
+    return section_class("Models", keys, ModelsSection)
+
+
+def _either(words: list[str]) -> str:
+    return " or ".join(map(repr, words))
+
+
+def _is_count(value: str) -> bool:
+    return value.isdigit() and int(value) >= 1
