@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,8 +23,10 @@ from tandem.assembly.sections import (
     StepSection,
 )
 from tandem.config import PREFIXED, load_config, section_class, settings
+from tandem.errors import UserError
+from tandem.given import suggest
 from tandem.methods.base import Method, Rows
-from tandem.methods.table import method_class
+from tandem.methods.table import METHODS, method_class
 from tandem.workers.launched import launched
 
 
@@ -106,8 +109,14 @@ class SamplesConfig(RunConfig):
         return super().parts | {"samples"} | present | worker_parts(self.placement, self.engine)
 
 
+@functools.cache
 def config_class(name: str) -> type[RunConfig]:
-    """The config of a method's command: its sections, a default learning rate of its own, keys for what it needs."""
+    """The config of a method's command: its sections, a default learning rate of its own, keys for what it needs.
+
+    Raises UserError where there is no such method.
+    """
+    if name not in METHODS:
+        raise UserError(f"no method {name!r}{suggest(name, METHODS)}")
     method = method_class(name)
     rows = isinstance(method.reads, Rows)
     base: type[RunConfig] = RowsConfig if rows else SamplesConfig

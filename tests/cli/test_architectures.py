@@ -4,7 +4,7 @@ import json
 
 import pytest
 from conftest import make_module
-from runs_in_processes import arguments, write_inputs
+from helpers.runs import arguments, write_inputs
 
 from tandem.cli.main import main
 

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import ray
-from runs_in_processes import arguments, write_inputs
+from helpers.runs import arguments, write_inputs
 from safetensors.torch import load_file
 
 from tandem.cli.main import main

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs_in_processes import arguments, run, write_inputs
+from helpers.runs import arguments, run, write_inputs
 
 from tandem.checkpoint import store
 from tandem.cli.main import main

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from runs_in_processes import write_inputs
+from helpers.runs import write_inputs
 
 from tandem.cli.main import main
 

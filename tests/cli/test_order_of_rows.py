@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import make_tokenizer
-from runs_in_processes import arguments, write_inputs
+from helpers.runs import arguments, write_inputs
 
 from tandem.batch import Batch
 from tandem.cli.main import main

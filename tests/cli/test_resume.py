@@ -8,8 +8,8 @@ from functools import partial
 
 import pytest
 import torch
-from runs_in_processes import arguments, run, write_inputs
-from runs_in_processes import run as run_with_one
+from helpers.runs import arguments, run, write_inputs
+from helpers.runs import run as run_with_one
 
 STEPS = 5
 TIMINGS = ("seconds", "tokens_per_second")

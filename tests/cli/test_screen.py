@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from runs_in_processes import arguments, run, write_inputs
+from helpers.runs import arguments, run, write_inputs
 
 ROOT = Path(__file__).parents[2]
 STEPS = 3

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from runs_in_processes import arguments, write_inputs
+from helpers.runs import arguments, write_inputs
 
 from tandem.cli.main import main
 from tandem.models.forward import quiet_transformers

@@ -11,7 +11,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "cli"))
 
-from runs_in_processes import arguments, unevaluated, write_inputs
+from helpers.runs import arguments, unevaluated, write_inputs
 
 __all__ = ["arguments", "cluster_address", "inputs", "unevaluated"]
 

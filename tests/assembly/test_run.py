@@ -1,0 +1,65 @@
+"""A run as a value: a config made in Python is the command's, and running it does what the command does."""
+
+import json
+import shlex
+
+import pytest
+from helpers.runs import write_inputs
+
+import tandem
+from tandem.assembly.configs import config_class
+from tandem.config import dump_config, load_config
+from tandem.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("keys", "flags"),
+    [
+        ({"learning_rate": 1e-5, "betas": (0.9, 0.99)}, "--learning-rate 1e-5 --betas 0.9 0.99"),
+        ({"reward": ["a.py:f", "b.py:g"], "reward_weights": [1, 0.5]}, "--reward a.py:f b.py:g --reward-weights 1 0.5"),
+        ({"engine__kind": "vllm", "engine__sleep": False}, "--engine.kind vllm --engine.no-sleep"),
+        ({"stop": ["--"], "top_p": 0.9}, "--stop=-- --top-p 0.9"),
+        ({"dual_clip": None, "overwrite": True, "resume": False}, "--dual-clip none --overwrite"),
+        ({"reference": "~/x", "kl_coef": -0.0 + 0.1}, "--reference ~/x --kl-coef 0.1"),
+    ],
+)
+def test_keys_are_the_commands_flags(keys, flags):
+    given = {"model": "m", "data": "d.jsonl", "out": "o", "steps": 3, "reward": "check.py:f"} | keys
+    words = shlex.split("--model m --data d.jsonl --out o --steps 3 " + flags)
+    words += [] if "--reward" in words else ["--reward", "check.py:f"]
+    assert tandem.read_config("grpo", **given) == load_config(config_class("grpo"), words)
+
+
+def test_files_come_first_and_keys_win(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("learning_rate: 1e-4\nbatch_size: 7\n")
+    config = tandem.read_config("sft", file, model="m", data="d.jsonl", out="o", steps=1, batch_size=9)
+    assert (config.optim.learning_rate, config.items_per_step) == (1e-4, 9)
+    with pytest.raises(UserError, match=r"unknown flag --lerning-rate; did you mean --learning-rate\?"):
+        tandem.read_config("sft", lerning_rate=1)
+    with pytest.raises(UserError, match="no method 'sfd'; did you mean sft"):
+        tandem.read_config("sfd", model="m")
+
+
+def test_a_run_in_python_is_the_commands_run(tmp_path, monkeypatch, capsys):
+    write_inputs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    keys = {"model": "base", "steps": 2, "max_new_tokens": 5, "samples_per_prompt": 2, "prompts_per_step": 3}
+    keys |= {"data": "prompts.jsonl", "reward": "check.py:right", "learning_rate": 1e-3}
+    assert tandem.run(tandem.read_config("grpo", out="dry", dry_run=True, **keys)) is None
+    assert "would use" in capsys.readouterr().out
+    assert not (tmp_path / "dry").exists()
+    config = tandem.read_config("grpo", out="one", **keys)
+    model = tandem.run(config)
+    assert model is not None
+    assert model.resolve() == (tmp_path / "one" / "model").resolve()
+    from tandem.cli.main import main
+
+    (tmp_path / "again.yaml").write_text(dump_config(config))
+    assert main(["grpo", "--config", "again.yaml", "--out", "two"]) == 0
+    assert (model / "model.safetensors").read_bytes() == (tmp_path / "two/model/model.safetensors").read_bytes()
+    series = [(tmp_path / out / "metrics.jsonl").read_text().splitlines() for out in ("one", "two")]
+    rewards = [[json.loads(line)["reward"] for line in lines] for lines in series]
+    assert rewards[0] == rewards[1]
+    with pytest.raises(UserError, match="--resume"):
+        tandem.run(config)
