@@ -1,6 +1,6 @@
 """The typed config: sections of keys, read from YAML and flags by one parser, written back, and explained.
 
-A command's config is a dataclass of sections (``run: RunSection``, ``model: ModelSection``, its algorithm's own
+A command's config is a dataclass of sections (``run: RunSection``, ``model: ModelSection``, its method's own
 knobs). Keys are flat: ``learning_rate: 1e-5`` in a file and ``--learning-rate 1e-5`` on the command line are the
 same key, whatever section holds it. Nothing here imports torch.
 """

@@ -35,7 +35,7 @@ def first_line(error: BaseException) -> str:
 
 
 def expect(section: Any, wanted: str, ok: Callable[[Any], bool], *keys: str) -> None:
-    """Checks keys of a config section or knobs of an algorithm.
+    """Checks keys of a config section or knobs of a method.
 
     Raises UserError naming the first of ``keys`` whose value is neither None nor ``ok``.
     """

@@ -1,6 +1,6 @@
 """torch, imported when one of its names is first used.
 
-An algorithm's knobs stand beside its maths, and ``tandem grpo --help`` reads the knobs. What such a file needs of torch
+A method's knobs stand beside its maths, and ``tandem grpo --help`` reads the knobs. What such a file needs of torch
 when it is imported is nothing, so it says ``from tandem.lazy import torch``.
 """
 

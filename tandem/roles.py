@@ -166,7 +166,7 @@ class Scorer(Protocol):
 
 @runtime_checkable
 class Trainer(Scorer, Protocol):
-    """Owns a model and its optimizer. It does not know the algorithm: it is given a loss."""
+    """Owns a model and its optimizer. It does not know the method: it is given a loss."""
 
     @property
     def version(self) -> int:

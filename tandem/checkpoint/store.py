@@ -25,7 +25,7 @@ import torch
 from tandem.errors import RunFailure, UserError
 
 FORMAT = "tandem-checkpoint"
-VERSION = 2
+VERSION = 3
 MANIFEST = "manifest.json"
 STATE = "state.json"
 _NAME = re.compile(r"step_(\d{8,})")

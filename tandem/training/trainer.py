@@ -1,4 +1,4 @@
-"""A model and its optimizer, in one process or split over several. It is given a loss and knows no algorithm."""
+"""A model and its optimizer, in one process or split over several. It is given a loss and knows no method."""
 
 from __future__ import annotations
 

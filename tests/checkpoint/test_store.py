@@ -163,10 +163,10 @@ def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
         ("{", "not JSON"),
         ("[]", "its format is not"),
         (json.dumps({"format": "somebody-elses"}), "its format is not 'tandem-checkpoint'"),
-        (json.dumps({"format": "tandem-checkpoint", "version": 99}), "version 99 of the format; this Tandem reads 2"),
-        (json.dumps({"format": "tandem-checkpoint", "version": 2, "step": 2, "files": {}}), "does not describe step 1"),
+        (json.dumps({"format": "tandem-checkpoint", "version": 99}), "version 99 of the format; this Tandem reads 3"),
+        (json.dumps({"format": "tandem-checkpoint", "version": 3, "step": 2, "files": {}}), "does not describe step 1"),
         (
-            json.dumps({"format": "tandem-checkpoint", "version": 2, "step": 1, "files": {"state.json": 3}}),
+            json.dumps({"format": "tandem-checkpoint", "version": 3, "step": 1, "files": {"state.json": 3}}),
             "does not describe",
         ),
     ],
