@@ -97,11 +97,19 @@ class Engine(Protocol):
 
     @property
     def ended(self) -> int:
-        """Samples of the newest call of ``generate`` that have ended so far, for whoever shows how far it is."""
+        """Samples that have ended since nothing was being sampled, for whoever shows how far it is."""
+        ...
+
+    def submit(self, requests: Seq[Request]) -> list[Future[list[Completion]]]:
+        """Begins requests, one future each: one completion a seed, in the order asked for.
+
+        They are sampled together, beside what was submitted before, and fail together: an error of a sample is that of
+        every request that was submitted with it and has not ended. Raises UserError for one that cannot be sampled.
+        """
         ...
 
     def generate(self, requests: Seq[Request]) -> list[list[Completion]]:
-        """One list a request, one completion a seed, in the order asked for."""
+        """``submit``, and waits for all: one list a request."""
         ...
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -70,30 +71,70 @@ class StopRule:
         return self._may_end[token]
 
 
-@dataclass(eq=False, kw_only=True)
-class Sample:
-    """One sample of one request."""
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """A request that can be sampled: what its samples share."""
 
     number: int
-    """Its place among all samples of the call."""
-    request: int
+    """Its place in its call, for messages."""
+    request: Request
+    rule: StopRule
+
+
+def take_requests(
+    requests: Seq[Request], check: Callable[[int, Request], None], rule: Callable[[SamplingParams], StopRule]
+) -> list[Asked]:
+    """Every request with its ``rule``, one for those that are sampled alike. ``check`` raises where one is wrong."""
+    rules: dict[SamplingParams, StopRule] = {}
+    for number, request in enumerate(requests):
+        check(number, request)
+        if request.sampling not in rules:
+            rules[request.sampling] = rule(request.sampling)
+    return [Asked(number, request, rules[request.sampling]) for number, request in enumerate(requests)]
+
+
+@dataclass(eq=False)
+class Sample:
+    """One sample of a request in the live engine: what it is, what it has drawn, and where it decodes."""
+
+    asked: Asked
     index: int
     """Its place among the samples of its request."""
-    prompt_ids: tuple[int, ...]
-    rule: StopRule
-    version: int
+    name: int = 0
+    """What the engine's core knows it by."""
+    version: int = 0
     """Of the weights when it started."""
     token_ids: list[int] = field(default_factory=list)
     behaviour_logp: list[float] = field(default_factory=list)
     untruncated_logp: list[float] = field(default_factory=list)
     stop: StopReason | None = None
+    error: UserError | None = None
+    """Why it ended, where its stop is ``error``."""
     text: str = ""
     """Of its first ``decoded`` tokens."""
     decoded: int = 0
+    kind: int = 0
+    """The number of its sampling parameters among those that are sampled now (``live.draws.Kinds``)."""
+    row: int | None = None
+    """Where it decodes, in the paged cache."""
+    pages: list[int] = field(default_factory=list)
+    """Those that hold its keys and values there, in order."""
+    ahead: int = 0
+    """Steps that are enqueued for it and whose results are not read yet."""
 
     @cached_property
     def prompt_length(self) -> int:
-        return len(self.prompt_ids)
+        return len(self.asked.request.prompt_ids)
+
+    @cached_property
+    def limit(self) -> int:
+        """Most tokens that it may become, its prompt included."""
+        return self.prompt_length + self.asked.rule.max_new_tokens
+
+    @cached_property
+    def seed(self) -> int:
+        """Of its stream of draws: a signed number of the same 64 bits as the one asked for."""
+        return (self.asked.request.seeds[self.index] + (1 << 63)) % (1 << 64) - (1 << 63)
 
     @property
     def length(self) -> int:
@@ -101,35 +142,43 @@ class Sample:
         return self.prompt_length + len(self.token_ids) - 1
 
     def add(self, token: int, behaviour_logp: float, untruncated_logp: float) -> bool:
-        """Takes its next token. Returns whether it ends there. Raises UserError where the logits were not finite."""
+        """Takes its next token. Returns whether it ends there: with an error, where the logits were not finite."""
         if untruncated_logp != untruncated_logp:
-            raise UserError(
-                f"request {self.request}, sample {self.index}: the model's logits are not finite at new token "
-                f"{len(self.token_ids)}; its weights are damaged or its number format overflows"
+            self.fail(
+                f"the model's logits are not finite at new token {len(self.token_ids)}; its weights are damaged or its "
+                "number format overflows"
             )
+            return True
         self.token_ids.append(token)
         self.behaviour_logp.append(behaviour_logp)
         self.untruncated_logp.append(untruncated_logp)
-        self.stop = self.rule.check(self.token_ids)
+        self.stop = self.asked.rule.check(self.token_ids)
         return self.stop is not None
 
-    def extend(self, tokens: list[int], behaviour_logp: list[float], untruncated_logp: list[float]) -> bool:
-        """Takes its next tokens, finite all, up to where it ends. Returns whether it ended.
+    def extend(
+        self, tokens: list[int], behaviour_logp: list[float], untruncated_logp: list[float], *, finite: bool
+    ) -> bool:
+        """Takes its next tokens, up to where it ends. Returns whether it ended. ``finite``: all log-probs are.
 
         Only the last may be a stop id, or the one that makes it long enough.
         """
-        if self.rule.strings:
+        if self.asked.rule.strings or not finite:
             return any(self.add(*drawn) for drawn in zip(tokens, behaviour_logp, untruncated_logp, strict=True))
         self.token_ids += tokens
         self.behaviour_logp += behaviour_logp
         self.untruncated_logp += untruncated_logp
-        self.stop = self.rule.check(self.token_ids)
+        self.stop = self.asked.rule.check(self.token_ids)
         return self.stop is not None
+
+    def fail(self, why: str) -> None:
+        """Ends it with an error that names it."""
+        self.stop = "error"
+        self.error = UserError(f"request {self.asked.number}, sample {self.index}: {why}")
 
     def decode_ahead(self) -> None:
         """Turns into text what it has drawn, where that stays as it is whatever follows, and there is enough of it."""
-        if self.rule.joins and len(self.token_ids) - self.decoded >= AHEAD:
-            piece = self.rule.decode(self.token_ids[self.decoded :])
+        if self.asked.rule.joins and len(self.token_ids) - self.decoded >= AHEAD:
+            piece = self.asked.rule.decode(self.token_ids[self.decoded :])
             # The last character may be incomplete.
             if not piece.endswith("\ufffd"):
                 self.text += piece
@@ -138,13 +187,13 @@ class Sample:
     def completion(self, version: int) -> Completion:
         """What it has become, ``version`` being that of the weights at its end."""
         assert self.stop is not None
-        text = self.text + self.rule.decode(self.token_ids[self.decoded :])
+        text = self.text + self.asked.rule.decode(self.token_ids[self.decoded :])
         return Completion(
             token_ids=self.token_ids,
             behaviour_logp=self.behaviour_logp,
             untruncated_logp=self.untruncated_logp,
             stop=self.stop,
-            text=self.rule.cut(text) if self.stop == "stop_string" else text,
+            text=self.asked.rule.cut(text) if self.stop == "stop_string" else text,
             version_min=self.version,
             version_max=version,
         )

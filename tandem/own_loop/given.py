@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from tandem.engines.live.engine import evaluating
+from tandem.engines.live.core import evaluating
 from tandem.errors import UserError
 from tandem.parallel.sharding import forget_gathered
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
+from tandem.futures import Done, Future
 from tandem.roles import Engine, Metrics, Seat
 from tandem.sync.push import WeightPush
 from tandem.types import Completion, Request
@@ -37,6 +38,10 @@ class TakingTurns:
     @property
     def ended(self) -> int:
         return self.engine.ended
+
+    def submit(self, requests: Seq[Request]) -> list[Future[list[Completion]]]:
+        """Samples at once."""
+        return [Done(completions) for completions in self.generate(requests)]
 
     def generate(self, requests: Seq[Request]) -> list[list[Completion]]:
         """As the engine's own, with weights as they are now."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 from tandem.errors import RunFailure, WorkerDied, first_line
+from tandem.futures import Done, Future
 from tandem.parallel.shares import divide
 from tandem.roles import Engine, Metrics, Seat
 from tandem.types import Completion, Request
@@ -22,6 +23,10 @@ class DividedEngine:
     def __init__(self, engines: Seat) -> None:
         self.engines = engines
         self.ended = 0
+
+    def submit(self, requests: Seq[Request]) -> list[Future[list[Completion]]]:
+        """Samples at once."""
+        return [Done(completions) for completions in self.generate(requests)]
 
     def generate(self, requests: Seq[Request]) -> list[list[Completion]]:
         """One list a request, in the order asked for. Until all engines are done, none has ended."""
@@ -50,6 +55,10 @@ class BalancedEngine:
 
     CALLS = 4
     """Calls on their way to one engine."""
+
+    def submit(self, requests: Seq[Request]) -> list[Future[list[Completion]]]:
+        """Samples at once."""
+        return [Done(completions) for completions in self.generate(requests)]
 
     def generate(self, requests: Seq[Request]) -> list[list[Completion]]:
         """One list a request, in the order asked for."""
@@ -105,6 +114,10 @@ class RestartingOnce:
     @property
     def ended(self) -> int:
         return self.engine.ended
+
+    def submit(self, requests: Seq[Request]) -> list[Future[list[Completion]]]:
+        """Samples at once."""
+        return [Done(completions) for completions in self.generate(requests)]
 
     def generate(self, requests: Seq[Request]) -> list[list[Completion]]:
         """As the engine's own. Raises RunFailure where a process dies a second time."""

@@ -14,20 +14,22 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from tandem.engines.live.draws import Sampler, inverse_cdf, uniform
+from tandem.engines.live.draws import Wanted, draw, inverse_cdf, param_columns, uniform
 from tandem.types import SamplingParams
 
-CPU = torch.device("cpu")
+
+def drawn(logits_BV: torch.Tensor, params: list[SamplingParams], seeds: list[int], counts: list[int]) -> torch.Tensor:
+    """[3, B]: draw number ``counts[i]`` of the stream of ``seeds[i]``."""
+    seed_B, drawn_B = torch.tensor(seeds), torch.tensor(counts)
+    return draw(logits_BV, seed_B, param_columns(params), drawn_B, Wanted.of(params))
 
 
 def draw_many(logits_V: torch.Tensor, params: SamplingParams, count: int) -> torch.Tensor:
     """[3, count]: half over seeds, half over positions of one stream each."""
-    sampler = Sampler([params] * (count // 2), list(range(count // 2)), CPU)
-    sample = torch.arange(count // 2)
-    logits = logits_V.expand(count // 2, -1)
-    zero = torch.zeros_like(sample)
-    first = sampler.draw(logits, sample, zero)
-    return torch.cat([first, sampler.draw(logits, zero, sample + 1)], dim=1)
+    half = count // 2
+    logits, same = logits_V.expand(half, -1), [params] * half
+    first = drawn(logits, same, list(range(half)), [0] * half)
+    return torch.cat([first, drawn(logits, same, [0] * half, list(range(1, half + 1)))], dim=1)
 
 
 def splitmix_reference(seed: int, counter: int) -> float:
@@ -126,13 +128,10 @@ def test_rows_keep_their_own_parameters() -> None:
     ]
     logits = torch.randn(5, 150, generator=torch.Generator().manual_seed(3))
     seeds = [11, 12, 13, 14, 15]
-    together = Sampler(kinds, seeds, CPU)
-    rows = torch.tensor([4, 2, 0, 1, 3])
-    drawn = torch.tensor([5, 0, 9, 2, 2])
-    found = together.draw(logits[rows], rows, drawn)
-    for place, row in enumerate(rows.tolist()):
-        alone = Sampler([kinds[row]], [seeds[row]], CPU)
-        expected = alone.draw(logits[row : row + 1], torch.tensor([0]), drawn[place : place + 1])
+    rows, counts = [4, 2, 0, 1, 3], [5, 0, 9, 2, 2]
+    found = drawn(logits[rows], [kinds[row] for row in rows], [seeds[row] for row in rows], counts)
+    for place, row in enumerate(rows):
+        expected = drawn(logits[row : row + 1], [kinds[row]], [seeds[row]], [counts[place]])
         torch.testing.assert_close(found[:, place], expected[:, 0], atol=1e-7, rtol=0)
     greedy = found[:, 3]
     assert int(greedy[0]) == int(logits[1].argmax())
@@ -173,8 +172,7 @@ def test_logits_that_are_not_finite_come_back_as_nan() -> None:
     logits[0, 3], logits[1, 4], logits[2] = float("nan"), float("inf"), float("-inf")
     logits[3, 10:] = float("-inf")  # a mask is fine
     for params in (SamplingParams(), SamplingParams(temperature=0), SamplingParams(top_p=0.9, top_k=5)):
-        sampler = Sampler([params] * 4, [1, 2, 3, 4], CPU)
-        token, behaviour, untruncated = sampler.draw(logits, torch.arange(4), torch.zeros(4, dtype=torch.int64))
+        token, behaviour, untruncated = drawn(logits, [params] * 4, [1, 2, 3, 4], [0] * 4)
         assert untruncated.isnan().tolist() == [True, True, True, False]
         assert behaviour.isnan().tolist() == [True, True, True, False]
         assert int(token[3]) < 10

@@ -96,7 +96,7 @@ def test_samples_give_way_and_come_back(monkeypatch: pytest.MonkeyPatch) -> None
     right = PagedBatching._preempt
 
     def counted(self: PagedBatching) -> None:
-        gone.append(len(self.row_of))
+        gone.append(len(self.running))
         right(self)
 
     monkeypatch.setattr(PagedBatching, "_preempt", counted)

@@ -1,59 +1,169 @@
-"""Threads that share one engine: whoever stops stepping leaves it to one who still waits for something."""
+"""Callers that share one core: who steps it, what an error of one costs the others, and what an interrupt leaves."""
 
 from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
 
-from tandem.engines.vllm.stepper import Job, Stepper
+import pytest
+
+from tandem.engines.stepper import Stepper
+from tandem.errors import UserError
 
 PATIENCE_S = 20.0
 
 
-@dataclass
-class Output:
-    request_id: str
-    finished: bool = True
-
-
-class Engine:
-    """Ends what the first two calls wait for in one step, once all are there, and the rest a step later."""
+class Counting:
+    """A job is the number of steps that it takes, and its result the names of all that were in the last of them."""
 
     def __init__(self) -> None:
+        self.jobs: dict[int, int] = {}
         self.steps = 0
-        self.requests: list[str] = []
-        self.stepper = Stepper(self, 9, lambda: 0)
+        self.before: Callable[[], None] = lambda: None
 
-    def add_request(self, name: str, prompt: object, params: object) -> None:
-        self.requests.append(name)
+    def add(self, name: int, job: int) -> None:
+        if job > 1000:
+            raise ValueError("too long")
+        self.jobs[name] = job
 
-    def step(self) -> list[Output]:
+    def step(self) -> dict[int, list[int] | Exception]:
+        self.before()
         self.steps += 1
-        if self.steps == 1:
-            end = time.monotonic() + PATIENCE_S
-            while [call.waiting for call in self.stepper._calls] != [False, True, True]:
-                assert time.monotonic() < end
-                time.sleep(0.001)
-            return []
-        ended, self.requests = self.requests[:2], self.requests[2:]
-        return [Output(name) for name in ended]
+        beside = sorted(self.jobs)
+        for name in self.jobs:
+            self.jobs[name] -= 1
+        ended = [name for name, left in self.jobs.items() if left == 0]
+        bad = [name for name, left in self.jobs.items() if left < 0]
+        for name in (*ended, *bad):
+            del self.jobs[name]
+        return dict.fromkeys(ended, beside) | {name: UserError(f"job {name}") for name in bad}
+
+    def abort(self, names: list[int]) -> None:
+        for name in names:
+            self.jobs.pop(name, None)
+
+    def renew(self, version: int) -> None: ...
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def test_a_result_is_stepped_for_no_longer_than_it_takes():
+    stepper = Stepper(core := Counting())
+    slow, quick, nothing = stepper.submit([[5, 3], [2], []])
+    assert not quick.done()
+    assert nothing.result() == []
+    assert core.steps == 0
+    assert quick.result() == quick.result() == [[0, 1, 2]]
+    assert (core.steps, stepper.ended, stepper.unfinished, slow.done()) == (2, 1, 2, False)
+    (late,) = stepper.submit([[1]])
+    assert slow.result() == [[0], [0, 1, 3]]
+    assert (late.done(), late.result(), core.steps, stepper.ended) == (True, [[0, 1, 3]], 5, 4)
+    stepper.submit([[1]])
+    assert stepper.ended == 0
+
+
+def test_an_error_ends_its_own_call_and_no_other():
+    stepper = Stepper(core := Counting())
+    (other,) = stepper.submit([[4]])
+    early, bad, with_it = stepper.submit([[1], [0], [9]])
+    with pytest.raises(UserError, match="job 2"):
+        bad.result()
+    assert core.jobs == {0: 3}, "what was submitted with it has left"
+    assert with_it.done()
+    with pytest.raises(UserError, match="job 2"):
+        with_it.result()
+    assert early.result() == [[0, 1, 2, 3]]
+    with pytest.raises(ValueError, match="too long"):
+        stepper.submit([[1], [1, 1001]])
+    assert core.jobs == {0: 3}
+    assert other.result() == [[0]]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("gone")])
+def test_a_step_that_is_cut_off_costs_every_call_and_not_the_stepper(error):
+    stepper = Stepper(core := Counting())
+    (one,), (other,) = stepper.submit([[2]]), stepper.submit([[3]])
+
+    def cut_off() -> None:
+        core.jobs.clear()
+        raise error
+
+    core.before = cut_off
+    with pytest.raises(type(error)):
+        one.result()
+    core.before = lambda: None
+    with pytest.raises(RuntimeError if isinstance(error, KeyboardInterrupt) else OSError):
+        other.result()
+    assert stepper.unfinished == 0
+    assert stepper.submit([[2]])[0].result() == [[2]]
 
 
 def test_two_calls_that_end_in_one_step_leave_the_third_to_go_on():
-    engine = Engine()
-    done: list[int] = []
+    stepper = Stepper(core := Counting())
+    started = threading.Event()
 
-    def call(number: int) -> None:
-        engine.stepper.run([Job(None, None)], lambda index, ended: done.append(number))
+    def hold() -> None:
+        # The first step waits for everybody, so that the first two end while the others wait.
+        core.before = lambda: None
+        started.set()
+        until(lambda: len(stepper._waiting) == 2)
 
-    threads = [threading.Thread(target=call, args=(number,), daemon=True) for number in range(3)]
-    for count, thread in enumerate(threads, 1):
+    core.before = hold
+    futures = [stepper.submit([[steps]])[0] for steps in (1, 1, 4)]
+    threads = [threading.Thread(target=future.result, daemon=True) for future in futures]
+    threads[0].start()
+    assert started.wait(PATIENCE_S)
+    for thread in threads[1:]:
         thread.start()
-        end = time.monotonic() + PATIENCE_S
-        while len(engine.stepper._calls) < count and time.monotonic() < end:
-            time.sleep(0.001)
     for thread in threads:
         thread.join(PATIENCE_S)
-    assert sorted(done) == [0, 1, 2]
-    assert engine.steps == 3
+        assert not thread.is_alive()
+    assert core.steps == 4
+
+
+def test_who_claims_the_core_has_it_between_two_steps():
+    stepper = Stepper(core := Counting())
+    inside, go = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        inside.set()
+        assert go.wait(PATIENCE_S)
+
+    core.before = hold
+    (long,), (given_up,) = stepper.submit([[3]]), stepper.submit([[2]])
+
+    def drive() -> None:
+        with pytest.raises(UserError, match="closed"):
+            long.result()
+
+    driver = threading.Thread(target=drive, daemon=True)
+    driver.start()
+    assert inside.wait(PATIENCE_S)
+    found: list[dict[int, int]] = []
+
+    def claim() -> None:
+        with stepper.exclusive():
+            found.append(dict(core.jobs))
+            stepper.fail(UserError("closed"))
+
+    def wait() -> None:
+        with pytest.raises(UserError, match="closed"):
+            given_up.result()
+
+    others = [threading.Thread(target=target, daemon=True) for target in (wait, claim)]
+    for other in others:
+        other.start()
+    until(lambda: stepper._claims == 1 and len(stepper._waiting) == 1)
+    assert not found
+    go.set()
+    for thread in (driver, *others):
+        thread.join(PATIENCE_S)
+        assert not thread.is_alive()
+    assert found == [{0: 2, 1: 1}]
+    assert (core.jobs, core.steps) == ({}, 1)

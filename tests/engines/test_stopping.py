@@ -17,7 +17,7 @@ from engine_models import EOS, bytes_tokenizer, model, tokenizer
 
 from tandem.engines import samples
 from tandem.engines.live.engine import LiveEngine
-from tandem.engines.samples import Sample, StopRule
+from tandem.engines.samples import Asked, Sample, StopRule
 from tandem.types import Request, SamplingParams
 
 
@@ -80,8 +80,8 @@ def test_eos_stop_ids_and_length() -> None:
 
 
 def sample_of(tok: Any, **sampling: Any) -> Sample:
-    rule = StopRule(SamplingParams(**sampling), [], tok)
-    return Sample(number=0, request=0, index=0, prompt_ids=(1,), rule=rule, version=0)
+    request = Request(prompt_ids=(1,), seeds=(0,), sampling=SamplingParams(**sampling))
+    return Sample(Asked(0, request, StopRule(request.sampling, [], tok)), 0)
 
 
 def test_what_is_decoded_ahead_is_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +96,8 @@ def test_what_is_decoded_ahead_is_the_text(monkeypatch: pytest.MonkeyPatch) -> N
         sample = sample_of(tok, max_new_tokens=len(tokens))
         ahead = 0
         while sample.stop is None:
-            sample.extend(taken := tokens[len(sample.token_ids) :][: rng.randint(1, 5)], [0.0] * len(taken), [])
+            taken = tokens[len(sample.token_ids) :][: rng.randint(1, 5)]
+            sample.extend(taken, [0.0] * len(taken), [], finite=True)
             sample.decode_ahead()
             ahead = max(ahead, sample.decoded)
         assert ahead > len(tokens) // 2

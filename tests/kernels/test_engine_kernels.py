@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from tandem.engines.live.draws import Wanted, param_columns, seed_column, uniform
+from tandem.engines.live.draws import Wanted, param_columns, uniform
 from tandem.engines.live.draws import draw as plain_draw
 from tandem.kernels import bits, bits_triton, draw, draw_triton, layers, layers_triton, pages, pages_triton
 from tandem.types import SamplingParams
@@ -245,7 +245,7 @@ def test_draws(vocabulary: int) -> None:
     logits = 3 * torch.randn(rows, vocabulary, device=DEVICE)
     logits[3, : vocabulary // 2] = -float("inf")
     params = [SamplingParams(temperature=(1, 0.7, 0, 1.3)[i % 4]) for i in range(rows)]
-    columns, seeds = param_columns(params).to(DEVICE), seed_column([i * 7919 + 2**63 for i in range(rows)]).to(DEVICE)
+    columns, seeds = param_columns(params).to(DEVICE), torch.tensor([i * 7919 - 2**63 for i in range(rows)]).to(DEVICE)
     drawn = torch.randint(0, 99, (rows,), device=DEVICE)
     truth = plain_draw(logits, seeds, columns, drawn, Wanted.of(params))
     found = draw_triton.draw(logits, columns[0], columns[1], seeds, drawn)

@@ -18,7 +18,7 @@ class Deaf(VLLMEngine):
     def receive(self, version: int, check: bool = False) -> list[Held]:
         with self._stepper.exclusive():
             self._engine.collective_rpc(_drop)
-        self.version = version
+        self._core.version = version
         return []
 
 

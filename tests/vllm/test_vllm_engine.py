@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -200,55 +199,41 @@ def test_calls_of_many_threads_share_the_engine(engine):
     }
 
 
-@contextmanager
-def interrupted(engine: VLLMEngine, when_one_ends: Callable[[int], None]) -> Iterator[None]:
-    """Calls ``when_one_ends`` with a sample's number, between two steps, as each of this thread's samples ends."""
-    run, thread = engine._stepper.run, threading.get_ident()
-
-    def running(jobs: Any, end: Callable[[int, Any], None]) -> None:
-        def ended(number: int, found: Any) -> None:
-            end(number, found)
-            if threading.get_ident() == thread:
-                when_one_ends(number)
-
-        run(jobs, ended)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine._stepper, "run", running)
-        yield
+def greedy(*lengths: int) -> list[Request]:
+    """One sample of each length."""
+    sampling = [SamplingParams(max_new_tokens=n, temperature=0.0) for n in lengths]
+    return [Request(prompt_ids=PROMPT, seeds=(0,), sampling=one) for one in sampling]
 
 
 def test_a_later_call_joins_the_running_batch(engine):
-    """The short call, which starts inside the long one, ends before it."""
-    order: list[str] = []
-    inner: list[threading.Thread] = []
-
-    def short() -> None:
-        sample(engine, (1,), max_new_tokens=1)
-        order.append("short")
-
-    def meanwhile(number: int) -> None:
-        if not inner:
-            inner.append(threading.Thread(target=short))
-            inner[0].start()
-            inner[0].join()
-        order.append(f"long {number}")
-
-    sampling = [SamplingParams(max_new_tokens=n, temperature=0.0) for n in (1, 60)]
-    with interrupted(engine, meanwhile):
-        engine.generate([Request(prompt_ids=PROMPT, seeds=(0,), sampling=s) for s in sampling])
-    assert order == ["short", "long 0", "long 1"]
+    """The short call of another thread, made while the long one has begun, ends before it."""
+    alone = engine.generate(greedy(60))[0][0].token_ids
+    short, long = engine.submit(greedy(1, 60))
+    short.result()
+    assert engine._engine.get_num_unfinished_requests() == 1
+    thread = threading.Thread(target=lambda: sample(engine, (1,), max_new_tokens=1))
+    thread.start()
+    thread.join()
+    assert not long.done()
+    assert engine._engine.get_num_unfinished_requests() == 1
+    (completion,) = long.result()
+    assert completion.token_ids == alone
 
 
-def test_a_call_that_fails_in_the_middle_leaves_nothing_behind(engine):
-    def fail(number: int) -> None:
-        raise ZeroDivisionError
-
+def test_a_call_that_fails_in_the_middle_leaves_nothing_behind(engine, monkeypatch):
     request = Request(prompt_ids=PROMPT, seeds=tuple(range(9)), sampling=SamplingParams(max_new_tokens=50))
-    with interrupted(engine, fail), pytest.raises(ZeroDivisionError):
-        engine.generate([request])
+    (other,) = engine.submit(greedy(30))
+    bad, long = engine.submit([*greedy(10), request])
+    with monkeypatch.context() as patch:
+        patch.setattr("tandem.engines.vllm.engine._flat", lambda logprobs: [math.nan] * 10)
+        with pytest.raises(UserError, match=r"request 0, sample 0: .* not finite"):
+            bad.result()
+    assert long.done()
+    with pytest.raises(UserError, match="request 0, sample 0"):
+        long.result()
+    assert engine._engine.get_num_unfinished_requests() == 1
+    assert len(other.result()[0].token_ids) == 30
     assert engine._engine.get_num_unfinished_requests() == 0
-    assert sample(engine, max_new_tokens=3)[0].stop == "length"
 
 
 @pytest.mark.usefixtures("restored")
@@ -304,18 +289,15 @@ def test_weights_change_between_two_steps_of_running_samples(engine, module):
     """The long sample sees both models: each of its tokens has the log-prob of the one that drew it."""
     other = make_model("llama", seed=3, tied=True)
     pusher = pusher_of(engine, other)
-    engine.version = 0
-
-    def push(number: int) -> None:
-        if number == 0:
-            pusher.push(1)
-
+    engine._core.version = 0
     requests = [
         Request(prompt_ids=PROMPT, seeds=(1,), sampling=SamplingParams(max_new_tokens=n, temperature=t))
         for n, t in ((10, 1.0), (40, 1.0))
     ]
-    with interrupted(engine, push):
-        short, long = (row[0] for row in engine.generate(requests))
+    first, second = engine.submit(requests)
+    (short,) = first.result()
+    pusher.push(1)
+    (long,) = second.result()
     assert (short.version_min, short.version_max, long.version_min, long.version_max) == (0, 0, 0, 1)
     old = reference_logp(module, PROMPT, long.token_ids)
     new = reference_logp(other, PROMPT, long.token_ids)

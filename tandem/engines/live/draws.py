@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tandem.engines.samples import Sample
 from tandem.kernels.available import on_triton
 from tandem.types import SamplingParams
 
@@ -45,31 +46,32 @@ class Wanted:
         return bool(self.max_top_k or self.top_p or self.min_p)
 
 
-def seed_column(seeds: Seq[int]) -> Tensor:
-    """int64 [N] of the seeds' 64 bits."""
-    return torch.tensor([(seed + (1 << 63)) % (1 << 64) - (1 << 63) for seed in seeds], dtype=torch.int64)
-
-
-def param_columns(params: Seq[SamplingParams]) -> Tensor:
+def param_columns(params: Iterable[SamplingParams]) -> Tensor:
     """float64 [5, N]: temperature (1 where greedy), whether greedy, top_k, top_p, min_p."""
     table = [[p.temperature or 1.0, float(p.temperature == 0), p.top_k, p.top_p, p.min_p] for p in params]
     return torch.tensor(table, dtype=torch.float64).view(len(table), 5).T.contiguous()
 
 
-class Sampler:
-    """Draws for N samples, in batches of any of them, in any order.
+class Kinds:
+    """The different sampling parameters of samples that are drawn side by side, and what they ask for together."""
 
-    What a sample draws depends on its seed, on how many tokens it has drawn, and on its logits; on nothing else.
-    """
+    def __init__(self) -> None:
+        self.numbers: dict[SamplingParams, int] = {}
+        self.columns_5K = param_columns(())
+        """``param_columns`` of each kind, by its number."""
+        self.wanted = Wanted.of(())
 
-    def __init__(self, params: Seq[SamplingParams], seeds: Seq[int], device: torch.device) -> None:
-        self.seed_N = seed_column(seeds).to(device)
-        self.params_5N = param_columns(params).to(device)
-        self.wanted = Wanted.of(params)
+    def add(self, samples: Seq[Sample]) -> None:
+        """Gives every sample its ``kind``."""
+        for sample in samples:
+            sample.kind = self.numbers.setdefault(sample.asked.request.sampling, len(self.numbers))
+        if len(self.numbers) > self.columns_5K.shape[1]:
+            self.columns_5K, self.wanted = param_columns(self.numbers), Wanted.of(self.numbers)
 
-    def draw(self, logits_BV: Tensor, sample_B: Tensor, drawn_B: Tensor) -> Tensor:
-        """``draw`` for samples ``sample_B`` (int64), of which each has drawn ``drawn_B`` tokens so far."""
-        return draw(logits_BV, self.seed_N[sample_B], self.params_5N[:, sample_B], drawn_B, self.wanted)
+    def columns(self, samples: Seq[Sample]) -> tuple[Tensor, Tensor]:
+        """The samples' seeds, int64 [N], and parameters, float64 [5, N], on the CPU."""
+        seed_N = torch.tensor([sample.seed for sample in samples], dtype=torch.int64)
+        return seed_N, self.columns_5K[:, [sample.kind for sample in samples]]
 
 
 def draw(logits_BV: Tensor, seed_B: Tensor, params_5B: Tensor, drawn_B: Tensor, wanted: Wanted) -> Tensor:

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
 
-from tandem.engines.live.draws import Sampler
+from tandem.engines.live.core import Batching, LiveCore, evaluating
 from tandem.engines.live.fitting import Fitting
 from tandem.engines.live.forwards import Unlike
+from tandem.engines.live.over_pages import PagedBatching
 from tandem.engines.live.over_slots import SlotBatching
-from tandem.engines.live.padded import sample_padded
+from tandem.engines.live.padded import PaddedBatching
 from tandem.engines.live.probe import why_not_layouts, why_not_slots
-from tandem.engines.samples import Sample, StopRule, check_request
+from tandem.engines.samples import Sample, StopRule, check_request, take_requests
+from tandem.engines.stepper import Stepper
 from tandem.errors import UserError
+from tandem.futures import Future, wait_all
 from tandem.kernels.available import has_triton
 from tandem.models.limits import limits_of
-from tandem.types import Completion, Request, SamplingParams
+from tandem.types import Completion, Request
 
 log = logging.getLogger("tandem")
 Way = Literal["auto", "captured", "slots", "padded"]
@@ -44,9 +47,11 @@ class LiveEngine:
     - ``kv_cache_dtype``: ``auto`` keeps keys and values as the model computes them, ``fp8`` in 8 bits (e4m3) with a
       scale for each token and head: room for nearly twice the tokens, log-probs that differ by more from the trainer's.
       Of the paged cache only: raises UserError where another way is taken.
-    - ``version``: optimizer steps that the weights have seen, for ``Completion.version_min`` and ``version_max``.
+    - ``version``: optimizer steps that the weights have seen, for ``Completion.version_min`` and ``version_max``. It is
+      asked before every step: what runs goes on with weights that have changed, from keys and values of the old ones.
 
-    A large cache is given back at the end of each call, a small one is kept, with the graphs.
+    A large cache is given back when nothing is left to sample, a small one is kept, with the graphs. Any thread may
+    call ``submit`` and wait; nothing runs but in threads that wait.
     """
 
     def __init__(
@@ -69,9 +74,9 @@ class LiveEngine:
         self.max_slots = max_slots
         self.max_length = max_length
         self.prefill_tokens = prefill_tokens
-        self.version = version
-        self.ended = 0
         self.fitting: Fitting | None = None
+        """Of way ``captured``: its forward, and its cache."""
+        self.stepper: Stepper[Sample, Completion] = Stepper(LiveCore(module, self._begin, version))
         with evaluating(module):
             self.way, reasons = self._choose(way, cache_tokens, eight_bit=kv_cache_dtype == "fp8")
         if kv_cache_dtype == "fp8" and self.fitting is None:
@@ -118,72 +123,44 @@ class LiveEngine:
         device: torch.device = self.module.get_input_embeddings().weight.device
         return device
 
-    def generate(self, requests: Seq[Request]) -> list[list[Completion]]:
-        """One list a request, one completion a seed, in the order asked for.
+    @property
+    def ended(self) -> int:
+        """Samples that have ended since nothing was being sampled."""
+        return self.stepper.ended
 
-        Raises UserError, and names the request, for an empty or too long prompt, ids outside the vocabulary and
-        logits that are not finite.
+    def submit(self, requests: Seq[Request]) -> list[Future[list[Completion]]]:
+        """Begins requests, one future each: one completion a seed, in the order asked for.
+
+        Samples are drawn while somebody waits for a result, all that were submitted side by side. Raises UserError, and
+        names the request, for an empty or too long prompt, ids outside the vocabulary and bad parameters; a future
+        raises it for a sample of the same call that no cache has room for, or whose logits are not finite.
         """
-        self.ended = 0
-        samples = self._samples(requests)
-        results: list[dict[int, Completion]] = [{} for _ in requests]
+        vocabulary = self.module.get_input_embeddings().weight.shape[0]
+        limit, limit_name = self._limit()
+        eos_ids = _eos_ids(self.module, self.tokenizer)
+        taken = take_requests(
+            requests,
+            partial(check_request, vocabulary=vocabulary, limit=limit, limit_name=limit_name),
+            lambda sampling: StopRule(sampling, eos_ids, self.tokenizer),
+        )
+        return self.stepper.submit([[Sample(asked, i) for i in range(len(asked.request.seeds))] for asked in taken])
 
-        def finish(sample: Sample) -> None:
-            results[sample.request][sample.index] = sample.completion(self.version())
-            self.ended += 1
+    def generate(self, requests: Seq[Request]) -> list[list[Completion]]:
+        """``submit``, and waits for all: one list a request."""
+        return wait_all(self.submit(requests))
 
-        if samples:
-            params = [requests[s.request].sampling for s in samples]
-            seeds = [seed for request in requests for seed in request.seeds]
-            with evaluating(self.module):
-                self._sample(samples, params, seeds, finish)
-        return [[done[i] for i in range(len(done))] for done in results]
-
-    def _sample(
-        self, samples: list[Sample], params: list[SamplingParams], seeds: list[int], finish: Callable[[Sample], None]
-    ) -> None:
+    def _begin(self) -> Batching:
         if self.fitting is not None:
-            self.fitting.run(
-                samples, params, seeds, finish, max_slots=self.max_slots, prefill_tokens=self.prefill_tokens
-            )
-            return
-        sampler = Sampler(params, seeds, self.device)
-        if self.way == "padded":
-            sample_padded(self.module, samples, sampler, finish, batch_size=self.max_slots)
-            return
-        SlotBatching(
-            self.module, samples, sampler, finish, max_slots=self.max_slots, prefill_tokens=self.prefill_tokens
-        ).run()
+            return PagedBatching(self.fitting, max_slots=self.max_slots, prefill_tokens=self.prefill_tokens)
+        if self.way == "slots":
+            return SlotBatching(self.module, max_slots=self.max_slots, prefill_tokens=self.prefill_tokens)
+        return PaddedBatching(self.module, batch_size=self.max_slots)
 
     def _limit(self) -> tuple[int | None, str]:
         """Most tokens of a sequence, and who says so."""
         positions = limits_of(self.module.config).positions
         limits = [(positions, "the model's max_position_embeddings"), (self.max_length, "the engine's max_length")]
         return min(((n, name) for n, name in limits if n), default=(None, ""))
-
-    def _samples(self, requests: Seq[Request]) -> list[Sample]:
-        vocabulary = self.module.get_input_embeddings().weight.shape[0]
-        limit, limit_name = self._limit()
-        rules: dict[SamplingParams, StopRule] = {}
-        eos_ids = _eos_ids(self.module, self.tokenizer)
-        version = self.version()
-        samples: list[Sample] = []
-        for number, request in enumerate(requests):
-            check_request(number, request, vocabulary=vocabulary, limit=limit, limit_name=limit_name)
-            if request.sampling not in rules:
-                rules[request.sampling] = StopRule(request.sampling, eos_ids, self.tokenizer)
-            samples += [
-                Sample(
-                    number=len(samples) + index,
-                    request=number,
-                    index=index,
-                    prompt_ids=request.prompt_ids,
-                    rule=rules[request.sampling],
-                    version=version,
-                )
-                for index in range(len(request.seeds))
-            ]
-        return samples
 
 
 def _eos_ids(module: Any, tokenizer: Any) -> list[int]:
@@ -193,17 +170,3 @@ def _eos_ids(module: Any, tokenizer: Any) -> list[int]:
     ids = [found] if isinstance(found, int) else list(found or ())
     own = tokenizer.eos_token_id
     return ids if own is None or own in ids else [*ids, own]
-
-
-@contextmanager
-def evaluating(module: Any) -> Iterator[None]:
-    """Without dropout or gradient; what was in training mode is put back into it."""
-    training = [m for m in module.modules() if m.training]
-    for m in training:
-        m.training = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for m in training:
-            m.training = True

@@ -1,9 +1,8 @@
-"""The live engine's fast way on a GPU: which forward, how large a cache, and what is kept from call to call."""
+"""What fits the model and the device: which forward over pages, how large a cache, kept from call to call."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from typing import Any
@@ -12,12 +11,9 @@ import torch
 
 from tandem.engines.live.decoder import Decoder
 from tandem.engines.live.forwards import LeanForward, OwnForward, Unlike
-from tandem.engines.live.over_pages import PagedBatching
 from tandem.engines.live.pages import PAGE, pages_for
 from tandem.engines.live.probe import find_cache_shape, why_not_pages
 from tandem.engines.samples import Sample
-from tandem.errors import UserError
-from tandem.types import SamplingParams
 
 log = logging.getLogger("tandem")
 KEPT_SHARE = 0.05
@@ -27,7 +23,7 @@ FREE_SHARE = 0.85
 
 
 class Fitting:
-    """Continuous batching over pages, each step one captured graph. It samples on the module's own parameters.
+    """A forward over pages on the module's own parameters, and a decoder in which given samples fit.
 
     ``positions``: most tokens of a sequence (None: the model has no limit of its own); ``cache_tokens``: most tokens in
     the cache (None: what is free); ``eight_bit``: whether it keeps them in 8 bits. Raises Unlike where no forward over
@@ -41,6 +37,8 @@ class Fitting:
         self.cache_tokens = cache_tokens
         self.shape, attention = find_cache_shape(module)
         self.decoder: Decoder | None = None
+        self.planned = 0
+        """Pages that the decoder was to have; it may have got fewer."""
         self.addresses: tuple[int, ...] = ()
         self.forward: LeanForward | OwnForward
         self.own_because = ""
@@ -58,28 +56,53 @@ class Fitting:
         # Only now: what is compared above is how it computes, not what 8 bits lose.
         self.shape = replace(self.shape, eight_bit=eight_bit)
 
-    def run(
-        self,
-        samples: list[Sample],
-        params: Seq[SamplingParams],
-        seeds: Seq[int],
-        finish: Callable[[Sample], None],
-        *,
-        max_slots: int,
-        prefill_tokens: int,
-    ) -> None:
-        """Samples everything, at most ``max_slots`` side by side. Parameters by the samples' numbers."""
-        decoder = self._decoder(samples, min(max_slots, len(samples)))
-        stops: dict[frozenset[int], int] = {}
-        rules = [stops.setdefault(sample.rule.ids, len(stops)) for sample in samples]
-        decoder.set_stops(list(stops), self.module.get_output_embeddings().weight.shape[0])
-        try:
-            PagedBatching(decoder, samples, params, seeds, rules, finish, prefill_tokens=prefill_tokens).run()
-        except BaseException:
-            # Its pages are held by samples that are gone.
-            self.release()
-            raise
-        if decoder.device.type == "cuda":
+    @property
+    def vocabulary(self) -> int:
+        """Logits of a token."""
+        return int(self.module.get_output_embeddings().weight.shape[0])
+
+    def look(self) -> None:
+        """Before steps: parameters may have been moved since the last ones, and graphs know where they lay."""
+        if isinstance(self.forward, LeanForward):
+            self.forward.stack()
+        addresses = tuple(parameter.data_ptr() for parameter in self.module.parameters())
+        if self.decoder is not None and addresses != self.addresses:
+            self.decoder.forget_graphs()
+        self.addresses = addresses
+
+    def fits(self, samples: Seq[Sample], slots: int) -> bool:
+        """Whether these can run in the decoder that there is, ``slots`` side by side."""
+        width, pages = _needs(samples, slots)
+        decoder = self.decoder
+        return decoder is not None and decoder.slots >= slots and decoder.width >= width and self.planned >= pages
+
+    def make(self, samples: Seq[Sample], slots: int, *, spare: int) -> list[Sample]:
+        """Makes a decoder for these, no smaller than the one that there was, which goes.
+
+        It has up to ``spare`` times the pages that they need. Returns those that do not fit even by themselves, with
+        their error.
+        """
+        least = (0, 0) if self.decoder is None else (self.decoder.slots, self.decoder.width)
+        self.release()
+        room = self._room()
+        refused = [sample for sample in samples if room is not None and pages_for(sample.limit) + 2 > room]
+        for sample in refused:
+            sample.fail(
+                f"the key-value cache has room for {(room or 0) * PAGE} tokens and one sample may need "
+                f"{pages_for(sample.limit) * PAGE}; lower max_new_tokens, or leave the device more memory"
+            )
+        if len(refused) < len(samples):
+            width, pages = _needs([sample for sample in samples if sample.error is None], slots)
+            self.planned = spare * pages
+            pages = self.planned if room is None else min(self.planned, room)
+            slots, width = max(slots, least[0]), max(width, least[1])
+            self.decoder = Decoder(self.forward, self.shape, slots=slots, pages=pages, width=width)
+        return refused
+
+    def rest(self) -> None:
+        """Between calls a large cache is given back."""
+        decoder = self.decoder
+        if decoder is not None and decoder.device.type == "cuda":
             memory = torch.cuda.get_device_properties(decoder.device).total_memory
             if decoder.pool.pages * self.shape.page_bytes > KEPT_SHARE * memory:
                 self.release()
@@ -90,41 +113,20 @@ class Fitting:
             torch.cuda.synchronize(self.decoder.device)
         self.decoder = None
 
-    def _decoder(self, samples: list[Sample], slots: int) -> Decoder:
-        """The one of the last call if it is large enough; its graphs too, if the parameters lie where they lay."""
-        sizes = sorted((pages_for(s.prompt_length + s.rule.max_new_tokens) for s in samples), reverse=True)
-        width = sizes[0]
-        # One page a row beside what samples can fill: prompts are shared until their last sample starts.
-        wanted = 1 + sum(sizes[:slots]) + slots + width
-        if isinstance(self.forward, LeanForward):
-            self.forward.stack()
-        addresses = tuple(parameter.data_ptr() for parameter in self.module.parameters())
-        decoder = self.decoder
-        if decoder is None or decoder.slots < slots or decoder.width < width or decoder.pool.pages < wanted:
-            if decoder is not None:
-                slots, width = max(slots, decoder.slots), max(width, decoder.width)
-                del decoder
-            self.release()
-            pages = self._pages(wanted, width)
-            self.decoder = decoder = Decoder(self.forward, self.shape, slots=slots, pages=pages, width=width)
-        elif addresses != self.addresses:
-            decoder.forget_graphs()
-        self.addresses = addresses
-        return decoder
+    def _room(self) -> int | None:
+        """Pages that there is room for; None: as many as are asked for."""
+        room = None if self.cache_tokens is None else self.cache_tokens // PAGE
+        if self.forward.device.type != "cuda":
+            return room
+        free = int(FREE_SHARE * _free_bytes(self.forward.device)) // self.shape.page_bytes
+        return free if room is None else min(room, free)
 
-    def _pages(self, wanted: int, width: int) -> int:
-        """As many as are wanted, or as there is memory for. Raises UserError where not even one sample fits."""
-        pages = wanted
-        if self.cache_tokens is not None:
-            pages = min(pages, self.cache_tokens // PAGE)
-        if self.forward.device.type == "cuda":
-            pages = min(pages, int(FREE_SHARE * _free_bytes(self.forward.device)) // self.shape.page_bytes)
-        if pages < width + 2:
-            raise UserError(
-                f"the key-value cache has room for {pages * PAGE} tokens and one sample may need {width * PAGE}; lower "
-                "max_new_tokens, or leave the device more memory"
-            )
-        return pages
+
+def _needs(samples: Seq[Sample], slots: int) -> tuple[int, int]:
+    """The most pages of one, and of all when ``slots`` of the longest run."""
+    sizes = sorted((pages_for(sample.limit) for sample in samples), reverse=True)
+    # One page a row beside what samples can fill: prompts are shared until their last sample starts.
+    return sizes[0], 1 + sum(sizes[:slots]) + slots + sizes[0]
 
 
 def _free_bytes(device: torch.device) -> int:

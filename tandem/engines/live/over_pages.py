@@ -1,10 +1,10 @@
-"""The host's side of continuous batching: who decodes where, with which pages, and what has come of it."""
+"""Decoding over pages, the host's side: who decodes in which row, with which pages, and what has come of it."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -12,12 +12,11 @@ import numpy as np
 from torch import Tensor
 
 from tandem.engines.live.decoder import STEPS, Decoder, Landing
-from tandem.engines.live.draws import Wanted, param_columns, seed_column
+from tandem.engines.live.draws import Kinds
+from tandem.engines.live.fitting import Fitting
 from tandem.engines.live.pages import PAGE, pages_for
 from tandem.engines.samples import Sample
-from tandem.errors import UserError
 from tandem.kernels.draw import DRAWN, FIELDS, LENGTH, LIMIT, RULE, SEED
-from tandem.types import SamplingParams
 
 QUICK_STEPS = 4
 """Steps between two readings of results while samples wait for the rows of those that end."""
@@ -46,64 +45,120 @@ class Flight:
 
 
 class PagedBatching:
-    """One call of ``generate`` on a decoder. A sample decodes in a row; one that ends leaves its row to the next.
+    """Samples in rows of a decoder; one that ends leaves its row to the next (``live.core.Batching``).
 
     The host runs ahead: one stretch of steps is always enqueued while the results of the one before are read, so a row
     that has ended idles for a few steps before the host knows. Where pages run out, the sample that came last gives
     its pages up and starts again from its own tokens later; what it has drawn stays.
     """
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        samples: list[Sample],
-        params: Seq[SamplingParams],
-        seeds: Seq[int],
-        rules: Seq[int],
-        finish: Callable[[Sample], None],
-        *,
-        prefill_tokens: int,
-    ) -> None:
-        """``params``, ``seeds`` and ``rules`` (an index of the decoder's stops) are by the number of a sample."""
-        self.decoder = decoder
-        self.finish = finish
-        self.prefill_tokens = prefill_tokens
-        self.params_5N, self.seed_N = param_columns(params), seed_column(seeds).numpy()
-        self.rules = rules
-        self.wanted = Wanted.of(params)
-        groups = [list(group) for _, group in groupby(samples, key=lambda s: s.request)]
-        # Those that may become longest first: whatever comes last decodes with few beside it.
-        groups.sort(key=lambda group: -group[0].rule.max_new_tokens)
-        self.waiting = deque(Prefix(deque(group), list(group[0].prompt_ids)) for group in groups)
+    def __init__(self, fitting: Fitting, *, max_slots: int, prefill_tokens: int) -> None:
+        self.fitting = fitting
+        self.max_slots, self.prefill_tokens = max_slots, prefill_tokens
+        self.kinds = Kinds()
+        self.stops: dict[frozenset[int], int] = {}
+        """Sets of stop ids, by their rows in the decoder's table."""
+        self.waiting: deque[Prefix] = deque()
         self.ready: deque[Prefix] = deque()
+        """Those that have been through the model, with their pages."""
         self.logits_PV: Tensor | None = None
-        slots = decoder.slots
-        self.rows: list[Sample | None] = [None] * slots
-        self.row_of: dict[Sample, int] = {}
-        self.pages_of: dict[Sample, list[int]] = {}
-        self.table_SP = np.zeros((slots, decoder.width), dtype=np.int32)
+        self.running: list[Sample] = []
+        """Samples that have a row, in the order in which they came."""
+        self.rows: list[Sample | None] = []
+        self.table_SP = np.zeros((0, 0), dtype=np.int32)
+        """The pages of the samples in rows: what the device has of it, unless ``table_changed``."""
         self.table_changed = True
-        self.ahead_S = np.zeros(slots, dtype=np.int64)
-        """Steps enqueued for each row whose results are not read yet."""
-        self.flights: deque[Flight] = deque()
         self.to_stop: list[int] = []
+        """Rows that the device may go on with though their samples are gone."""
+        self.flights: deque[Flight] = deque()
+        self.ended: list[Sample] = []
+        fitting.look()
+        self._lay_rows()
 
-    def run(self) -> None:
-        """Samples everything."""
-        while self.row_of or self.waiting or self.ready or self.flights:
-            if self.to_stop:
-                # Before anybody else moves into these rows.
-                self.decoder.stop(self.to_stop)
-                self.to_stop = []
-            self._admit()
-            launched = self._launch()
-            while self.flights and (len(self.flights) > 1 or not launched):
-                self._read(self.flights.popleft())
+    @property
+    def decoder(self) -> Decoder:
+        assert self.fitting.decoder is not None
+        return self.fitting.decoder
+
+    def enter(self, samples: Seq[Sample]) -> None:
+        waiting = [sample for prefix in (*self.ready, *self.waiting) for sample in prefix.samples]
+        everyone = [*self.running, *waiting, *samples]
+        slots = min(self.max_slots, len(everyone))
+        if refit := not self.fitting.fits(everyone, slots):
+            self._refit(everyone, slots)
+        samples = [sample for sample in samples if sample.error is None]
+        known = len(self.stops)
+        for sample in samples:
+            self.stops.setdefault(sample.asked.rule.ids, len(self.stops))
+        if self.fitting.decoder is not None and (refit or len(self.stops) > known):
+            self.decoder.set_stops(list(self.stops), self.fitting.vocabulary)
+        self.kinds.add(samples)
+        groups = [list(group) for _, group in groupby(samples, key=lambda sample: sample.asked)]
+        # Those that may become longest first: whatever comes last decodes with few beside it.
+        groups.sort(key=lambda group: -group[0].asked.rule.max_new_tokens)
+        self.waiting.extend(Prefix(deque(group), list(group[0].asked.request.prompt_ids)) for group in groups)
+
+    def round(self) -> list[Sample]:
+        """Fills free rows, enqueues a stretch of steps, and reads the results of the one before."""
+        if self.to_stop:
+            # Before anybody else moves into these rows.
+            self.decoder.stop(self.to_stop)
+            self.to_stop = []
+        self._admit()
+        launched = self._launch()
+        while self.flights and (len(self.flights) > 1 or not launched):
+            self._read(self.flights.popleft())
+        ended, self.ended = self.ended, []
+        return ended
+
+    def leave(self, samples: AbstractSet[Sample]) -> None:
+        for queue in (self.waiting, self.ready):
+            for prefix in list(queue):
+                prefix.samples = deque(sample for sample in prefix.samples if sample not in samples)
+                if not prefix.samples:
+                    queue.remove(prefix)
+                    self._give_back(prefix)
+        self.to_stop += [self._vacate(sample) for sample in samples if sample.row is not None]
+
+    def renew(self) -> None:
+        self.fitting.look()
+        while self.ready:
+            self._unready()
+
+    def close(self, *, failed: bool) -> None:
+        if failed:
+            # Its pages are held by samples that are gone.
+            self.fitting.release()
+        else:
+            self.fitting.rest()
+
+    def _refit(self, everyone: Seq[Sample], slots: int) -> None:
+        """Another decoder, in which all fit. Those that run start again in it, from what they have drawn."""
+        while self.flights:
+            self._read(self.flights.popleft())
+        busy = bool(self.running)
+        if busy:
+            slots = min(self.max_slots, max(slots, 2 * self.decoder.slots))
+        while self.ready or self.running:
+            self._preempt()
+        refused = self.fitting.make([s for s in everyone if s.stop is None], slots, spare=2 if busy else 1)
+        self._lay_rows()
+        self.leave(set(refused))
+        self.ended += refused
+
+    def _lay_rows(self) -> None:
+        """Nobody decodes, on the device neither."""
+        decoder = self.fitting.decoder
+        slots, width = (0, 0) if decoder is None else (decoder.slots, decoder.width)
+        self.rows = [None] * slots
+        self.table_SP = np.zeros((slots, width), dtype=np.int32)
+        self.table_changed = True
+        self.to_stop = list(range(slots))
 
     def _admit(self) -> None:
         """Fills free rows, prefilling where nothing is ready."""
-        free = len(self.rows) - len(self.row_of)
-        if self.row_of and not self.ready and free * REFILL < len(self.rows):
+        free = len(self.rows) - len(self.running)
+        if self.running and not self.ready and free * REFILL < len(self.rows):
             return
         while free and (self.ready or self.waiting):
             if not self.ready and not self._prefill(free):
@@ -117,7 +172,7 @@ class PagedBatching:
         prompts: list[Prefix] = []
         tokens = samples = 0
         # Every row that decodes, and every sample that starts, may need one more page soon.
-        spare = self.decoder.pool.available - len(self.row_of)
+        spare = self.decoder.pool.available - len(self.running)
         while self.waiting and samples < free:
             prompt = self.waiting[0]
             tokens += len(prompt.token_ids)
@@ -130,11 +185,7 @@ class PagedBatching:
             samples += len(prompt.samples)
             prompts.append(self.waiting.popleft())
         if not prompts:
-            if not self.row_of and not self.flights:
-                raise UserError(
-                    f"the key-value cache has room for {self.decoder.pool.pages * PAGE} tokens, too few for a prompt "
-                    f"of {len(self.waiting[0].token_ids)}; lower max_length or leave the device more memory"
-                )
+            assert self.running or self.flights, "a decoder has room for each of its samples"
             return False
         self.logits_PV = self.decoder.prefill([p.token_ids for p in prompts], [p.pages for p in prompts])
         self.ready.extend(prompts)
@@ -161,25 +212,24 @@ class PagedBatching:
                 if partial:
                     pages = pages + pool.take(1)
                     copies.append((prompt.pages[-1], pages[-1]))
-            self.pages_of[sample] = pages
+            sample.pages = pages
             started.append((sample, prompt))
         if not started:
             return 0
         pool.copy([a for a, _ in copies], [b for _, b in copies])
-        numbers = [sample.number for sample, _ in started]
-        slots = self._take_rows([sample for sample, _ in started])
+        samples = [sample for sample, _ in started]
+        slots = self._take_rows(samples)
+        seed_N, params_5N = self.kinds.columns(samples)
         state_FN = np.zeros((FIELDS, len(started)), dtype=np.int64)
-        state_FN[LENGTH] = [len(prompt.token_ids) for _, prompt in started]
-        state_FN[DRAWN] = [len(sample.token_ids) for sample, _ in started]
-        state_FN[LIMIT] = [sample.rule.max_new_tokens for sample, _ in started]
-        state_FN[RULE] = [self.rules[number] for number in numbers]
-        state_FN[SEED] = self.seed_N[numbers]
+        state_FN[LENGTH] = [len(prefix.token_ids) for _, prefix in started]
+        state_FN[DRAWN] = [len(sample.token_ids) for sample in samples]
+        state_FN[LIMIT] = [sample.asked.rule.max_new_tokens for sample in samples]
+        state_FN[RULE] = [self.stops[sample.asked.rule.ids] for sample in samples]
+        state_FN[SEED] = seed_N.numpy()
         assert self.logits_PV is not None
-        chosen = [prompt.row for _, prompt in started]
-        params_5N = self.params_5N[:, numbers]
-        landing = self.decoder.start(slots, state_FN, params_5N, self.logits_PV, chosen, self.wanted)
-        self.flights.append(Flight([sample for sample, _ in started], 1, landing))
-        self.ahead_S[slots] = 1
+        chosen = [prefix.row for _, prefix in started]
+        landing = self.decoder.start(slots, state_FN, params_5N, self.logits_PV, chosen, self.kinds.wanted)
+        self._take_off(Flight(list(samples), 1, landing))
         if not self.ready:
             self.logits_PV = None
         return len(started)
@@ -190,19 +240,19 @@ class PagedBatching:
         slots = [row for row, _ in zip(free, samples, strict=False)]
         for row, sample in zip(slots, samples, strict=True):
             self._put(row, sample)
+        self.running += samples
         return slots
 
     def _put(self, row: int, sample: Sample) -> None:
         self.rows[row] = sample
-        self.row_of[sample] = row
-        pages = self.pages_of[sample]
+        sample.row = row
         self.table_SP[row] = 0
-        self.table_SP[row, : len(pages)] = pages
+        self.table_SP[row, : len(sample.pages)] = sample.pages
         self.table_changed = True
 
     def _launch(self) -> bool:
         """Enqueues the next stretch of steps, if any row may need one."""
-        if not self.row_of:
+        if not self.running:
             return False
         steps = min(QUICK_STEPS if self.waiting or self.ready else STEPS, self._needed())
         if steps <= 0 or not self._reserve(steps):
@@ -212,26 +262,26 @@ class PagedBatching:
         if self.table_changed:
             self.decoder.set_table(self.table_SP)
             self.table_changed = False
-        rows = bucket(max(self.row_of.values()) + 1, len(self.rows))
-        landing = self.decoder.steps(rows, steps, self.wanted)
-        self.flights.append(Flight(self.rows[:rows], steps, landing))
-        self.ahead_S[:rows] += steps
+        rows = bucket(max(sample.row or 0 for sample in self.running) + 1, len(self.rows))
+        self._take_off(Flight(self.rows[:rows], steps, self.decoder.steps(rows, steps, self.kinds.wanted)))
         return True
+
+    def _take_off(self, flight: Flight) -> None:
+        self.flights.append(flight)
+        for sample in flight.samples:
+            if sample is not None:
+                sample.ahead += flight.steps
 
     def _needed(self) -> int:
         """Steps after which every row will have reached its length at the latest, counted from what is enqueued."""
-        return max(
-            sample.rule.max_new_tokens - len(sample.token_ids) - int(self.ahead_S[row])
-            for sample, row in self.row_of.items()
-        )
+        return max(s.asked.rule.max_new_tokens - len(s.token_ids) - s.ahead for s in self.running)
 
     def _reserve(self, steps: int) -> bool:
         """Gives every row the pages it may reach. False where results had to be read, or a sample had to go, for it."""
         wanted: list[tuple[Sample, int]] = []
-        for sample, row in self.row_of.items():
-            reach = sample.prompt_length + len(sample.token_ids) + int(self.ahead_S[row]) + steps
-            reach = min(reach, sample.prompt_length + sample.rule.max_new_tokens)
-            if (more := pages_for(reach) - len(self.pages_of[sample])) > 0:
+        for sample in self.running:
+            reach = min(sample.prompt_length + len(sample.token_ids) + sample.ahead + steps, sample.limit)
+            if (more := pages_for(reach) - len(sample.pages)) > 0:
                 wanted.append((sample, more))
         if sum(more for _, more in wanted) > self.decoder.pool.available:
             if self.flights:
@@ -240,40 +290,47 @@ class PagedBatching:
                 self._preempt()
             return False
         for sample, more in wanted:
-            self.pages_of[sample] += self.decoder.pool.take(more)
-            self._put(self.row_of[sample], sample)
+            sample.pages += self.decoder.pool.take(more)
+            assert sample.row is not None
+            self._put(sample.row, sample)
         return True
 
     def _preempt(self) -> None:
         """Frees pages: of a prompt that waits for a row, else of the sample that has drawn least, drawn tokens kept."""
         if self.ready:
-            prompt = self.ready.pop()
-            self.decoder.pool.give_back(prompt.pages)
-            self.waiting.appendleft(prompt)
+            self._unready()
             return
-        if len(self.row_of) == 1:
-            raise UserError(
-                f"the key-value cache has room for {self.decoder.pool.pages * PAGE} tokens, too few for one sample; "
-                "lower max_new_tokens or leave the device more memory"
-            )
-        sample = min(reversed(self.row_of), key=lambda s: len(s.token_ids))
-        self.to_stop.append(self._leave(sample))
-        self.waiting.appendleft(Prefix(deque([sample]), [*sample.prompt_ids, *sample.token_ids]))
+        sample = min(reversed(self.running), key=lambda s: len(s.token_ids))
+        self.to_stop.append(self._vacate(sample))
+        self.waiting.appendleft(Prefix(deque([sample]), [*sample.asked.request.prompt_ids, *sample.token_ids]))
 
-    def _leave(self, sample: Sample) -> int:
+    def _unready(self) -> None:
+        """The prompt that was prefilled last waits again, and its pages are free."""
+        prefix = self.ready.pop()
+        self._give_back(prefix)
+        self.waiting.appendleft(prefix)
+
+    def _vacate(self, sample: Sample) -> int:
         """Takes a sample out of its row, which it returns, and frees its pages."""
-        row = self.row_of.pop(sample)
+        row = sample.row
+        assert row is not None
+        self.running.remove(sample)
         self.rows[row] = None
         self.table_SP[row] = 0
         self.table_changed = True
-        self.ahead_S[row] = 0
-        self.decoder.pool.give_back(self.pages_of.pop(sample))
+        sample.row, sample.ahead = None, 0
+        self._give_back(sample)
         return row
+
+    def _give_back(self, holder: Sample | Prefix) -> None:
+        pages, holder.pages = holder.pages, []
+        if pages:
+            self.decoder.pool.give_back(pages)
 
     def _compact(self) -> None:
         """Moves rows down where all would then fit fewer of them."""
-        rows = bucket(len(self.row_of), len(self.rows))
-        sources = sorted(row for row in self.row_of.values() if row >= rows)
+        rows = bucket(len(self.running), len(self.rows))
+        sources = sorted(s.row for s in self.running if s.row is not None and s.row >= rows)
         if not sources:
             return
         targets = [row for row in range(rows) if self.rows[row] is None][: len(sources)]
@@ -284,11 +341,10 @@ class PagedBatching:
             self.rows[source] = None
             self.table_SP[source] = 0
             self._put(target, sample)
-            self.ahead_S[target], self.ahead_S[source] = self.ahead_S[source], 0
 
     def _read(self, flight: Flight) -> None:
         """Hands samples the tokens that a flight drew, and lets those that ended go."""
-        for decoding in self.row_of:
+        for decoding in self.running:
             # Samples of one length end all at once: their texts would be waited for then.
             if flight.landing.landed:
                 break
@@ -299,19 +355,17 @@ class PagedBatching:
         drawn_B = (values[:, 0] >= 0).sum(axis=0).tolist()
         finite_B = (~np.isnan(values[:, 2]) | (values[:, 0] < 0)).all(axis=0).tolist()
         for place, sample in enumerate(flight.samples):
-            if sample is None or (row := self.row_of.get(sample)) is None:
+            if sample is None or sample.row is None:
                 continue
-            self.ahead_S[row] -= flight.steps
+            sample.ahead -= flight.steps
             n = drawn_B[place]
             drawn = token_BK[place][:n], behaviour_BK[place][:n], untruncated_BK[place][:n]
-            if not finite_B[place]:
-                for one in zip(*drawn, strict=True):
-                    sample.add(*one)
-            if n and sample.extend(*drawn):
-                self._leave(sample)
-                if sample.stop == "stop_string":
+            if n and sample.extend(*drawn, finite=finite_B[place]):
+                row = self._vacate(sample)
+                if sample.stop in ("stop_string", "error"):
+                    # The device goes on with it.
                     self.to_stop.append(row)
-                self.finish(sample)
+                self.ended.append(sample)
 
 
 def bucket(rows: int, slots: int) -> int:

@@ -1,17 +1,17 @@
-"""Continuous batching: rows decode side by side, those that end leave at once, and waiting samples take their slots."""
+"""Decoding over a cache of slots: those that end leave at once, and waiting samples take their slots."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from collections.abc import Set as AbstractSet
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tandem.engines.live.draws import Sampler
+from tandem.engines.live.draws import Kinds, draw
 from tandem.engines.live.forwards import OwnForward
 from tandem.engines.live.slots import DecodeLayout, PrefillLayout, SlotCache
 from tandem.engines.samples import Sample
@@ -42,63 +42,72 @@ class Prefilled:
 
 
 class SlotBatching:
-    """One call of ``generate``. Row i decodes in slot i; samples enter in the order they were asked for."""
+    """Row i decodes in slot i; samples enter as they were asked for (``tandem.engines.live.core.Batching``)."""
 
-    def __init__(
-        self,
-        module: Any,
-        samples: list[Sample],
-        sampler: Sampler,
-        finish: Callable[[Sample], None],
-        *,
-        max_slots: int,
-        prefill_tokens: int,
-    ) -> None:
+    def __init__(self, module: Any, *, max_slots: int, prefill_tokens: int) -> None:
         self.model = OwnForward(module)
-        self.sampler = sampler
-        self.finish = finish
-        self.prefill_tokens = prefill_tokens
-        longest = max(s.prompt_length + s.rule.max_new_tokens for s in samples)
-        self.cache = SlotCache(min(max_slots, len(samples)), longest)
-        self.waiting = deque(list(group) for _, group in groupby(samples, key=lambda s: s.request))
+        self.max_slots, self.prefill_tokens = max_slots, prefill_tokens
+        self.cache = SlotCache()
+        self.kinds = Kinds()
+        self.waiting: deque[list[Sample]] = deque()
+        """Samples of one prompt each, of which none has started."""
         self.ready: deque[tuple[Sample, int]] = deque()
         """Samples whose prompts have been through the model, with the prompt's place in ``prefilled``."""
         self.prefilled: Prefilled | None = None
         self.rows: list[Sample] = []
         self.longest = 0
+        self.state: State | None = None
+        self.ended: list[Sample] = []
 
-    def run(self) -> None:
-        """Samples everything."""
-        state_4B = self._admit()
-        while self.rows:
-            state_4B, ended = self._decode(state_4B)
-            if ended:
-                self._close(ended)
-                state_4B = self._admit()
+    def enter(self, samples: Seq[Sample]) -> None:
+        self.kinds.add(samples)
+        self.waiting.extend(_by_request(samples))
+        unfinished = len(self.rows) + len(self.ready) + sum(map(len, self.waiting))
+        self.cache.grow(min(self.max_slots, unfinished), max(sample.limit for sample in samples))
+        self.state = None
 
-    def _decode(self, state_4B: Tensor) -> tuple[Tensor, list[int]]:
-        """One token for every row; returns the next state, and the rows that ended.
+    def round(self) -> list[Sample]:
+        """One token for every row, after samples have taken the rows of those that ended."""
+        if self.state is None:
+            self.state = self._admit()
+        if self.rows:
+            self._decode(self.state)
+        ended, self.ended = self.ended, []
+        return ended
 
-        The state, int64, is each row's sample number, tokens in the cache, tokens drawn, and last token.
-        """
-        sample_B, length_B, drawn_B, token_B = state_4B
-        layout = DecodeLayout(self.cache, length_B, self.longest)
-        logits_BV = self.model(token_B[:, None], length_B[:, None], layout)[:, -1]
-        drawn_3B = self.sampler.draw(logits_BV, sample_B, drawn_B)
+    def leave(self, samples: AbstractSet[Sample]) -> None:
+        groups = ([sample for sample in group if sample not in samples] for group in self.waiting)
+        self.waiting = deque(group for group in groups if group)
+        self.ready = deque(entry for entry in self.ready if entry[0] not in samples)
+        self._close([row for row, sample in enumerate(self.rows) if sample in samples])
+
+    def renew(self) -> None:
+        self.waiting.extendleft(reversed(_by_request([sample for sample, _ in self.ready])))
+        self.ready.clear()
+
+    def close(self, *, failed: bool) -> None:
+        """The cache goes with it."""
+
+    def _decode(self, state: State) -> None:
+        layout = DecodeLayout(self.cache, state.length_B, self.longest)
+        logits_BV = self.model(state.token_B[:, None], state.length_B[:, None], layout)[:, -1]
+        drawn_3B = draw(logits_BV, state.seed_B, state.params_5B, state.drawn_B, self.kinds.wanted)
         self.longest += 1
-        ended = self._record(self.rows, drawn_3B)
-        return torch.stack((sample_B, length_B + 1, drawn_B + 1, drawn_3B[0].long())), ended
+        if ended := self._record(self.rows, drawn_3B):
+            self._close(ended)
+        else:
+            self.state = State(state.seed_B, state.params_5B, state.length_B + 1, state.drawn_B + 1, drawn_3B[0].long())
 
     def _record(self, samples: list[Sample], drawn_3B: Tensor) -> list[int]:
         """Hands every sample its token. Returns the places of those that ended."""
         drawn = zip(samples, *drawn_3B.tolist(), strict=True)
         ended = [place for place, (sample, token, b, u) in enumerate(drawn) if sample.add(int(token), b, u)]
-        for place in ended:
-            self.finish(samples[place])
+        self.ended += [samples[place] for place in ended]
         return ended
 
     def _close(self, ended: list[int]) -> None:
         """Takes rows out and moves the last ones into their places, so that the rows in use stay the first ones."""
+        self.state = None
         kept = len(self.rows) - len(ended)
         targets = [row for row in ended if row < kept]
         sources = sorted(set(range(kept, len(self.rows))) - set(ended))
@@ -109,7 +118,7 @@ class SlotBatching:
         if sources:
             self.cache.move(sources, targets, self.longest)
 
-    def _admit(self) -> Tensor:
+    def _admit(self) -> State:
         """Fills free slots, prefilling where nothing is ready, and returns the state of all rows."""
         while (free := self.cache.slots - len(self.rows)) and (self.ready or self.waiting):
             if not self.ready:
@@ -117,8 +126,9 @@ class SlotBatching:
             self._start([self.ready.popleft() for _ in range(min(free, len(self.ready)))])
             if not self.ready:
                 self.prefilled = None
-        state = [(s.number, s.length, len(s.token_ids), s.token_ids[-1]) for s in self.rows]
-        return torch.tensor(state, dtype=torch.int64).view(len(state), 4).T.contiguous().to(self.model.device)
+        counts = [(s.length, len(s.token_ids), s.token_ids[-1]) for s in self.rows]
+        length_B, drawn_B, token_B = torch.tensor(counts, dtype=torch.int64).view(-1, 3).T.contiguous().to(self.device)
+        return State(*self._columns(self.rows), length_B, drawn_B, token_B)
 
     def _prefill(self) -> None:
         """Takes prompts through the model: within the token budget, and no more than could fill all slots."""
@@ -131,17 +141,18 @@ class SlotBatching:
                 break
             self.waiting.popleft()
             self.ready.extend((sample, len(prompts)) for sample in group)
-            prompts.append(group[0].prompt_ids)
+            prompts.append(group[0].asked.request.prompt_ids)
         self.prefilled = Prefilled(self.model, prompts)
 
     def _start(self, entries: list[tuple[Sample, int]]) -> None:
         """Draws samples' first tokens from their prompts' logits; those that do not end there get a row."""
         assert self.prefilled is not None
-        device = self.model.device
-        prompt_B = torch.tensor([prompt for _, prompt in entries]).to(device)
-        sample_B = torch.tensor([sample.number for sample, _ in entries]).to(device)
-        drawn_3B = self.sampler.draw(self.prefilled.logits_PV[prompt_B], sample_B, torch.zeros_like(sample_B))
-        ended = set(self._record([sample for sample, _ in entries], drawn_3B))
+        prompt_B = torch.tensor([prompt for _, prompt in entries]).to(self.device)
+        samples = [sample for sample, _ in entries]
+        seed_B, params_5B = self._columns(samples)
+        logits_BV = self.prefilled.logits_PV[prompt_B]
+        drawn_3B = draw(logits_BV, seed_B, params_5B, torch.zeros_like(seed_B), self.kinds.wanted)
+        ended = set(self._record(samples, drawn_3B))
         going = [entry for place, entry in enumerate(entries) if place not in ended]
         if not going:
             return
@@ -150,3 +161,25 @@ class SlotBatching:
         self.longest = max(self.longest, *(sample.length for sample, _ in going))
         self.cache.reserve(self.longest)
         self.prefilled.load_into(self.cache, list(range(first, len(self.rows))), [prompt for _, prompt in going])
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def _columns(self, samples: list[Sample]) -> tuple[Tensor, Tensor]:
+        seed_B, params_5B = self.kinds.columns(samples)
+        return seed_B.to(self.device), params_5B.to(self.device)
+
+
+class State(NamedTuple):
+    """What a step needs of every row: its stream and parameters, tokens in the cache and drawn so far, last token."""
+
+    seed_B: Tensor
+    params_5B: Tensor
+    length_B: Tensor
+    drawn_B: Tensor
+    token_B: Tensor
+
+
+def _by_request(samples: Seq[Sample]) -> list[list[Sample]]:
+    return [list(group) for _, group in groupby(samples, key=lambda sample: sample.asked)]

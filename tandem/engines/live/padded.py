@@ -6,7 +6,9 @@ live engine's own: every sample draws the same tokens as it would from the slot 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,66 +16,81 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from tandem.engines.live.draws import Sampler
+from tandem.engines.live.draws import Kinds, draw
 from tandem.engines.samples import Sample
 
 
-def sample_padded(
-    module: Any, samples: list[Sample], sampler: Sampler, finish: Callable[[Sample], None], *, batch_size: int
-) -> None:
-    """Samples everything in batches of ``batch_size``, prompts padded on the left; a batch runs until its last end."""
-    device = sampler.seed_N.device
-    for start in range(0, len(samples), batch_size):
-        batch = samples[start : start + batch_size]
+class PaddedBatching:
+    """A round is a batch of ``batch_size``, padded on the left, up to its last end (``live.core.Batching``)."""
+
+    def __init__(self, module: Any, *, batch_size: int) -> None:
+        self.module = module
+        self.batch_size = batch_size
+        self.kinds = Kinds()
+        self.waiting: list[Sample] = []
+
+    def enter(self, samples: Seq[Sample]) -> None:
+        self.kinds.add(samples)
+        self.waiting += samples
+
+    def round(self) -> list[Sample]:
+        batch, self.waiting = self.waiting[: self.batch_size], self.waiting[self.batch_size :]
+        device = self.module.get_input_embeddings().weight.device
         longest = max(s.prompt_length for s in batch)
         token_BQ = torch.zeros(len(batch), longest, dtype=torch.int64)
         real_BQ = torch.zeros_like(token_BQ)
         for row, sample in enumerate(batch):
-            token_BQ[row, longest - sample.prompt_length :] = torch.tensor(sample.prompt_ids)
+            token_BQ[row, longest - sample.prompt_length :] = torch.tensor(sample.asked.request.prompt_ids)
             real_BQ[row, longest - sample.prompt_length :] = 1
-        draw = _Draw(batch, sampler, finish)
         config = GenerationConfig(
             do_sample=False,
-            max_new_tokens=max(s.rule.max_new_tokens for s in batch),
+            max_new_tokens=max(s.asked.rule.max_new_tokens for s in batch),
             pad_token_id=0,
             use_cache=True,
         )
-        with _only(module, config):
-            module.generate(
+        with _only(self.module, config):
+            self.module.generate(
                 token_BQ.to(device),
                 attention_mask=real_BQ.to(device),
-                logits_processor=LogitsProcessorList([draw]),
-                stopping_criteria=StoppingCriteriaList([_AllEnded(draw)]),
+                logits_processor=LogitsProcessorList([_Draw(batch, self.kinds, device)]),
+                stopping_criteria=StoppingCriteriaList([_AllEnded(batch)]),
             )
+        return batch
+
+    def leave(self, samples: AbstractSet[Sample]) -> None:
+        self.waiting = [sample for sample in self.waiting if sample not in samples]
+
+    def renew(self) -> None:
+        """Nothing that waits has started."""
+
+    def close(self, *, failed: bool) -> None:
+        """Nothing is held between two rounds."""
 
 
 class _Draw(LogitsProcessor):
     """Draws every row's next token, records it, and leaves greedy search no other choice."""
 
-    def __init__(self, batch: list[Sample], sampler: Sampler, finish: Callable[[Sample], None]) -> None:
-        self.batch = batch
-        self.sampler = sampler
-        self.finish = finish
-        self.ended = [False] * len(batch)
+    def __init__(self, batch: list[Sample], kinds: Kinds, device: torch.device) -> None:
+        self.batch, self.wanted = batch, kinds.wanted
+        self.seed_B, self.params_5B = (x.to(device) for x in kinds.columns(batch))
         self.drawn = 0
-        self.sample_B = torch.tensor([s.number for s in batch]).to(sampler.seed_N.device)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        drawn_3B = self.sampler.draw(scores, self.sample_B, torch.full_like(self.sample_B, self.drawn))
+        drawn_B = torch.full_like(self.seed_B, self.drawn)
+        drawn_3B = draw(scores, self.seed_B, self.params_5B, drawn_B, self.wanted)
         self.drawn += 1
-        for row, (token, behaviour, untruncated) in enumerate(zip(*drawn_3B.tolist(), strict=True)):
-            if not self.ended[row] and self.batch[row].add(int(token), behaviour, untruncated):
-                self.ended[row] = True
-                self.finish(self.batch[row])
+        for sample, token, behaviour, untruncated in zip(self.batch, *drawn_3B.tolist(), strict=True):
+            if sample.stop is None:
+                sample.add(int(token), behaviour, untruncated)
         return torch.full_like(scores, float("-inf")).scatter_(1, drawn_3B[0].long()[:, None], 0.0)
 
 
 class _AllEnded(StoppingCriteria):
-    def __init__(self, draw: _Draw) -> None:
-        self.draw = draw
+    def __init__(self, batch: list[Sample]) -> None:
+        self.batch = batch
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        return torch.tensor(self.draw.ended, device=input_ids.device)
+        return torch.tensor([sample.stop is not None for sample in self.batch], device=input_ids.device)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from torch import Tensor
 from tandem.data.packing import pack
 from tandem.engines.live.engine import CacheDtype, LiveEngine, Way
 from tandem.errors import UserError
+from tandem.futures import Future
 from tandem.models.forward import LoadedModel, forward
 from tandem.sync.checksum import ParameterSums, Sums
 from tandem.sync.links import Link
@@ -49,6 +50,9 @@ class ReplicaEngine:
     @property
     def ended(self) -> int:
         return self.live.ended
+
+    def submit(self, requests: Seq[Request]) -> list[Future[list[Completion]]]:
+        return self.live.submit(requests)
 
     def generate(self, requests: Seq[Request]) -> list[list[Completion]]:
         return self.live.generate(requests)

@@ -13,7 +13,7 @@ from tandem.models.attention import Ask, PackedLayout, numbered
 PackedKeyValues = Mapping[int, tuple[Tensor, Tensor]]
 """For each layer, keys and values [T, Hkv, D] of packed tokens."""
 GRAIN = 16
-"""Attention reaches over a multiple of so many positions, so that shapes repeat from step to step."""
+"""Attention reaches over a multiple of 16 positions, so that shapes repeat from step to step."""
 
 
 class SlotCache:
@@ -23,22 +23,29 @@ class SlotCache:
     grows as sequences do, up to ``limit``.
     """
 
-    def __init__(self, slots: int, limit: int) -> None:
-        self.slots = slots
-        self.limit = _round_up(limit)
+    def __init__(self, slots: int = 0, limit: int = 0) -> None:
+        self.slots, self.limit = slots, _round_up(limit)
         self.capacity = 0
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
+    def grow(self, slots: int, limit: int) -> None:
+        """Makes it at least so large."""
+        self.limit = max(self.limit, _round_up(limit))
+        if slots > self.slots:
+            self.slots = slots
+            self._copy(self.capacity)
+
     def reserve(self, length: int) -> None:
         """Makes room for sequences of ``length`` tokens. Doubles, so that copying stays a small part of the work."""
-        if length <= self.capacity:
-            return
-        old = self.capacity
-        self.capacity = min(self.limit, max(_round_up(length), 2 * old))
+        if length > self.capacity:
+            self._copy(min(self.limit, max(_round_up(length), 2 * self.capacity)))
+
+    def _copy(self, capacity: int) -> None:
+        old, self.capacity = self.capacity, capacity
         for layer, pair in self.layers.items():
             grown = tuple(self._empty(x) for x in pair)
             for new, x in zip(grown, pair, strict=True):
-                new[:, :, :old] = x
+                new[: len(x), :, :old] = x
             self.layers[layer] = (grown[0], grown[1])
 
     def load(self, packed: PackedKeyValues, source_N: Tensor, slot_N: Tensor, position_N: Tensor) -> None:
@@ -109,7 +116,7 @@ class DecodeLayout:
         return out.reshape(rows, 1, heads, -1).to(query.dtype)
 
     def _target(self, heads: int) -> Tensor:
-        """Rows [B Hkv] of a store of so many heads where this step's tokens go; the same in every layer."""
+        """Rows [B Hkv] of a store of ``heads`` heads where this step's tokens go; the same in every layer."""
         if heads not in self.targets:
             slot_B = torch.arange(len(self.length_B), device=self.length_B.device)
             head_H = torch.arange(heads, device=self.length_B.device)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
+from functools import partial
 from typing import Any, Literal
 
-from tandem.engines.samples import StopRule, check_request
+from tandem.engines.samples import Asked, StopRule, check_request, take_requests
+from tandem.engines.stepper import Stepper
 from tandem.engines.vllm.checksums import Wholes
+from tandem.engines.vllm.core import Job, VLLMCore
 from tandem.engines.vllm.setup import check_vllm, close_vllm, end_with_ranks, eos_ids, on_cpu, start_vllm
-from tandem.engines.vllm.stepper import Ended, Job, Stepper
 from tandem.errors import UserError, first_line
+from tandem.futures import Future, wait_all
 from tandem.sync.links import Link
 from tandem.sync.plan import Plan
 from tandem.types import Completion, Held, Request, SamplingParams, StopReason
@@ -36,7 +39,6 @@ class VLLMEngine:
     - ``own_process``: this process is the engine's alone, and ends where a tensor-parallel rank's does.
 
     Any thread may call any method; samples of all threads run in one batch, and weights change between two steps.
-    ``version``: optimizer steps behind the weights, set by ``receive``.
     """
 
     def __init__(
@@ -57,7 +59,6 @@ class VLLMEngine:
     ) -> None:
         if max_slots < 1 or tensor_parallel < 1:
             raise UserError(f"max_slots is {max_slots} and tensor_parallel {tensor_parallel}; both must be at least 1")
-        self.version = 0
         self.seeded = seeded
         self.can_sleep = sleep
         self.tensor_parallel = tensor_parallel
@@ -81,7 +82,8 @@ class VLLMEngine:
         self.max_length = min(max_length or self._room, self._room)
         self.vocabulary: int = self._engine.model_config.get_vocab_size()
         self._eos_ids = eos_ids(self._llm)
-        self._stepper = Stepper(self._engine, max_slots, lambda: self.version)
+        self._core = VLLMCore(self._engine, max_slots)
+        self._stepper: Stepper[Job, Any] = Stepper(self._core)
         self._plan = Plan(())
         self._wholes: Wholes | None = None
         """Which sums of the workers belong together: asked for after the first push over a link."""
@@ -90,36 +92,30 @@ class VLLMEngine:
         self._stale: Exception | None = None
         """Why the weights cannot be used before another push."""
         self._closed = False
-        self.ended = 0
 
-    def generate(self, requests: Seq[Request]) -> list[list[Completion]]:
-        """One list a request, one completion a seed, in the order asked for.
+    @property
+    def version(self) -> int:
+        """Optimizer steps behind the weights, as of the last push."""
+        return self._core.version
+
+    @property
+    def ended(self) -> int:
+        """Samples that have ended since nothing was being sampled."""
+        return self._stepper.ended
+
+    def submit(self, requests: Seq[Request]) -> list[Future[list[Completion]]]:
+        """Begins requests, one future each: one completion a seed, in the order asked for.
 
         With truncation, ``untruncated_logp`` is NaN: vLLM does not report it. Raises UserError, and names the request,
-        for one that cannot be sampled and for logits that are not finite; and whatever vLLM fails with, in every
-        waiting call.
+        for one that cannot be sampled; a future raises it for logits of the same call that are not finite, and
+        whatever vLLM fails with.
         """
-        self.ended = 0
-        rules = {request.sampling: self._rule(request.sampling) for request in requests}
-        jobs: list[Job] = []
-        places: list[tuple[int, int]] = []
-        for number, request in enumerate(requests):
-            self._check(number, request)
-            rule = rules[request.sampling]
-            for sample, seed in enumerate(request.seeds):
-                jobs.append(Job(_prompt(request.prompt_ids), self._params(request.sampling, rule, seed)))
-                places.append((number, sample))
-        results: list[dict[int, Completion]] = [{} for _ in requests]
+        taken = take_requests(requests, self._check, lambda s: StopRule(s, self._eos_ids, self.tokenizer))
+        return self._stepper.submit([[self._job(asked, i) for i in range(len(asked.request.seeds))] for asked in taken])
 
-        def end(index: int, ended: Ended) -> None:
-            number, sample = places[index]
-            sampling = requests[number].sampling
-            where = f"request {number}, sample {sample}"
-            results[number][sample] = _completion(ended, sampling, rules[sampling], where)
-            self.ended += 1
-
-        self._stepper.run(jobs, end)
-        return [[done[i] for i in range(len(done))] for done in results]
+    def generate(self, requests: Seq[Request]) -> list[list[Completion]]:
+        """``submit``, and waits for all: one list a request."""
+        return wait_all(self.submit(requests))
 
     def logprobs(self, sequences: Seq[Seq[int]]) -> list[list[float]]:
         """Log-prob, in nats at temperature 1, of each token but the first; one list a sequence.
@@ -133,17 +129,13 @@ class VLLMEngine:
         for number, sequence in enumerate(sequences):
             self._check(number, Request(prompt_ids=tuple(sequence), seeds=(), sampling=once), self._room)
         params = Params(max_tokens=1, temperature=0, prompt_logprobs=0, flat_logprobs=True, detokenize=False)
-        jobs = [Job(_prompt(sequence), params.clone()) for sequence in sequences]
-        found: dict[int, list[float]] = {}
-
-        def end(index: int, ended: Ended) -> None:
-            found[index] = _flat(ended.output.prompt_logprobs)
-
+        jobs = [Job(_prompt(sequence), params.clone(), _prompt_logprobs) for sequence in sequences]
+        found: list[list[float]] = []
         pushes = -1
         while pushes != self._pushes:
             pushes = self._pushes
-            self._stepper.run(jobs, end)
-        return [found[i] for i in range(len(jobs))]
+            (found,) = wait_all(self._stepper.submit([jobs]))
+        return found
 
     def connect(self, links: Seq[Link]) -> None:
         """Connects to a trainer, one link a tensor-parallel rank. Returns when the link's other ends have, too."""
@@ -165,13 +157,15 @@ class VLLMEngine:
             self._pushes += 1
             try:
                 ranks = self._call("tandem_receive", check)
-                if not self._asleep:
-                    self._forget_cache()
+                if self._asleep:
+                    self._core.version = version
+                else:
+                    self._core.renew(version)
             except Exception as error:
                 self._stale = _sync_error(error, version)
+                self._core.unusable = self._stale
                 self._stepper.fail(self._stale)
                 raise self._stale from error
-            self.version = version
             self._stale = None
             self._mark_usable()
             return self._held(ranks) if check else []
@@ -195,7 +189,7 @@ class VLLMEngine:
             if self._asleep:
                 return
             if on_cpu():
-                self._forget_cache()
+                self._core.forget_cache()
             else:
                 self._engine.sleep(level=2)
             self._asleep = {"weights", "cache"}
@@ -211,7 +205,7 @@ class VLLMEngine:
                 self._engine.wake_up(["kv_cache" if stage == "cache" else stage])
             self._asleep.discard(stage)
             if stage == "cache":
-                self._forget_cache()
+                self._core.forget_cache()
             self._mark_usable()
 
     def memory(self) -> dict[str, float]:
@@ -230,7 +224,7 @@ class VLLMEngine:
                 self._closed = True
                 closed = UserError("the vLLM engine is closed; start another one")
                 self._stepper.fail(closed)
-                self._stepper.broken = closed
+                self._core.broken = closed
                 close_vllm(self._llm)
 
     def _call(self, method: str, *arguments: Any) -> list[Any]:
@@ -254,11 +248,7 @@ class VLLMEngine:
 
     def _mark_usable(self) -> None:
         asleep = f"the vLLM engine is asleep; call wake() for {' and '.join(sorted(self._asleep))} first"
-        self._stepper.unusable = UserError(asleep) if self._asleep else self._stale
-
-    def _forget_cache(self) -> None:
-        if not self._engine.reset_prefix_cache(reset_running_requests=True):
-            raise UserError("vLLM did not empty its prefix cache; its samples would mix old and new weights")
+        self._core.unusable = UserError(asleep) if self._asleep else self._stale
 
     def _check(self, number: int, request: Request, limit: int | None = None) -> None:
         limit, name = limit or self.max_length, "the engine's max_length"
@@ -270,8 +260,10 @@ class VLLMEngine:
                 f"{TEMPERATURES[0]} to {TEMPERATURES[1]}"
             )
 
-    def _rule(self, sampling: SamplingParams) -> StopRule:
-        return StopRule(sampling, self._eos_ids, self.tokenizer)
+    def _job(self, asked: Asked, index: int) -> Job:
+        request = asked.request
+        params = self._params(request.sampling, asked.rule, request.seeds[index])
+        return Job(_prompt(request.prompt_ids), params, partial(_completion, asked, index))
 
     def _params(self, sampling: SamplingParams, rule: StopRule, seed: int) -> Any:
         """vLLM's parameters of one sample. End-of-sequence ids are among the stop ids, so that one rule holds."""
@@ -309,15 +301,21 @@ def _prompt(token_ids: Seq[int]) -> Any:
     return tokens_input(list(token_ids))
 
 
+def _prompt_logprobs(output: Any, version_min: int, version_max: int) -> list[float]:
+    return _flat(output.prompt_logprobs)
+
+
 def _flat(logprobs: Any) -> list[float]:
     """The first log-prob of each position that has any: the token's own (vLLM's FlatLogprobs)."""
     spans = zip(logprobs.start_indices, logprobs.end_indices, strict=True)
     return [logprobs.logprobs[start] for start, end in spans if end > start]
 
 
-def _completion(ended: Ended, sampling: SamplingParams, rule: StopRule, where: str) -> Completion:
+def _completion(asked: Asked, index: int, ended: Any, version_min: int, version_max: int) -> Completion:
     """Raises UserError where the logits were not finite."""
-    output = ended.output.outputs[0]
+    sampling, rule = asked.request.sampling, asked.rule
+    where = f"request {asked.number}, sample {index}"
+    output = ended.outputs[0]
     token_ids = list(output.token_ids)
     logp = _flat(output.logprobs) if output.logprobs else []
     if output.finish_reason not in ("stop", "length"):
@@ -346,7 +344,7 @@ def _completion(ended: Ended, sampling: SamplingParams, rule: StopRule, where: s
         untruncated_logp=[math.nan] * len(logp) if truncated else list(logp),
         stop=stop,
         text=rule.cut(text) if stop == "stop_string" else text,
-        version_min=ended.version_min,
-        version_max=ended.version_max,
+        version_min=version_min,
+        version_max=version_max,
         error=f"vLLM ended it: {output.finish_reason}" if stop == "error" else None,
     )

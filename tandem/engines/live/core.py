@@ -1,0 +1,120 @@
+"""The live engine's core: samples of one module, taken, advanced and given up between any two steps."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Collection, Iterator
+from collections.abc import Sequence as Seq
+from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+
+from tandem.engines.samples import Sample
+from tandem.errors import UserError
+from tandem.types import Completion
+
+
+class Batching(Protocol):
+    """A way to decode samples side by side: from the first one that comes until none is left."""
+
+    def enter(self, samples: Seq[Sample]) -> None:
+        """Takes samples, which wait until there is room."""
+        ...
+
+    def round(self) -> list[Sample]:
+        """Goes a little further with those that run, and starts others. Returns those that have ended."""
+        ...
+
+    def leave(self, samples: AbstractSet[Sample]) -> None:
+        """Gives samples up, wherever they are."""
+        ...
+
+    def renew(self) -> None:
+        """The weights have changed: samples that have not started yet start with the new ones."""
+        ...
+
+    def close(self, *, failed: bool) -> None:
+        """No sample is left, or a round ``failed`` and nothing can be relied on any more."""
+        ...
+
+
+class LiveCore:
+    """``tandem.engines.stepper.Core`` for ``module``: its jobs are samples.
+
+    ``begin`` makes the batching in which samples run; ``version`` tells which weights the module has now, and is asked
+    before every step.
+    """
+
+    def __init__(self, module: Any, begin: Callable[[], Batching], version: Callable[[], int]) -> None:
+        self.module = module
+        self.begin = begin
+        self.current_version = version
+        self.version = 0
+        self.batching: Batching | None = None
+        self.new: deque[Sample] = deque()
+        self.samples: dict[int, Sample] = {}
+
+    def add(self, name: int, job: Sample) -> None:
+        job.name, job.version = name, self.version
+        self.samples[name] = job
+        self.new.append(job)
+
+    def step(self) -> dict[int, Completion | UserError]:
+        """One round of the batching: where samples decode one by one, a token of each."""
+        try:
+            with evaluating(self.module):
+                if (version := self.current_version()) != self.version:
+                    self.renew(version)
+                self.batching = self.batching or self.begin()
+                if self.new:
+                    self.batching.enter([self.new.popleft() for _ in range(len(self.new))])
+                ended = {s.name: s.error or s.completion(self.version) for s in self.batching.round()}
+        except BaseException:
+            self.samples.clear()
+            self.new.clear()
+            self._close(failed=True)
+            raise
+        self._forget(ended)
+        return ended
+
+    def abort(self, names: Collection[int]) -> None:
+        gone = {self.samples[name] for name in names if name in self.samples}
+        self.new = deque(sample for sample in self.new if sample not in gone)
+        if self.batching is not None and gone:
+            self.batching.leave(gone)
+        self._forget([sample.name for sample in gone])
+
+    def renew(self, version: int) -> None:
+        self.version = version
+        if self.batching is not None:
+            self.batching.renew()
+        for sample in self.samples.values():
+            if not sample.token_ids and sample.row is None:
+                sample.version = version
+
+    def _forget(self, names: Collection[int]) -> None:
+        for name in names:
+            del self.samples[name]
+        if not self.samples:
+            self._close(failed=False)
+
+    def _close(self, *, failed: bool) -> None:
+        batching, self.batching = self.batching, None
+        if batching is not None:
+            batching.close(failed=failed)
+
+
+@contextmanager
+def evaluating(module: Any) -> Iterator[None]:
+    """Without dropout or gradient; what was in training mode is put back into it."""
+    training = [m for m in module.modules() if m.training]
+    for m in training:
+        m.training = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for m in training:
+            m.training = True

@@ -1,0 +1,220 @@
+"""Callers that share one engine: their jobs run side by side, and whoever waits for a result steps it for all."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Sequence as Seq
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
+
+from tandem.futures import Future
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+Taken = TypeVar("Taken", contravariant=True)
+Given = TypeVar("Given", covariant=True)
+
+
+class Core(Protocol[Taken, Given]):
+    """Runs jobs side by side, one round at a time. No two threads may be in it at once, but for ``add``."""
+
+    def add(self, name: int, job: Taken) -> None:
+        """Takes a job, which runs from the next step on. Raises the error why nothing can be run now."""
+        ...
+
+    def step(self) -> Mapping[int, Given | Exception]:
+        """One round. The jobs that ended in it: what each has come to, or the error that is its own.
+
+        Whatever it raises has cost all jobs: none of them is there any more.
+        """
+        ...
+
+    def abort(self, names: Collection[int]) -> None:
+        """Takes jobs out, wherever they are. Those that it does not have are none of its business."""
+        ...
+
+    def renew(self, version: int) -> None:
+        """The weights are now those after ``version`` optimizer steps. What runs goes on with them."""
+        ...
+
+
+@dataclass(eq=False)
+class Call:
+    """Jobs that were submitted together: an error of one ends all."""
+
+    error: Exception | None = None
+
+
+@dataclass(eq=False)
+class Part(Generic[Result]):
+    """The future of some jobs of a call: their results, in order. Guarded by the stepper's lock."""
+
+    stepper: Stepper[Any, Result]
+    call: Call
+    left: int
+    """Jobs that have not ended."""
+    wake: threading.Condition
+    results: dict[int, Result] = field(default_factory=dict)
+
+    def done(self) -> bool:
+        return not self.left or self.call.error is not None
+
+    def result(self) -> list[Result]:
+        """Steps the engine, unless another thread is at it, until all have ended. Raises the call's error."""
+        self.stepper.wait(self)
+        return [self.results[index] for index in range(len(self.results))]
+
+
+class Stepper(Generic[Job, Result]):
+    """Owns a core.
+
+    A thread that waits steps the core for everyone, unless another one is at it, until its own jobs have ended; then
+    the next one that waits goes on. Where there is one thread, nothing happens but in its calls.
+    """
+
+    def __init__(self, core: Core[Job, Result]) -> None:
+        self.core = core
+        self.ended = 0
+        """Jobs that have ended since there were none."""
+        self._lock = threading.Lock()
+        self._claimed = threading.Condition(self._lock)
+        self._claims = 0
+        self._busy = False
+        self._waiting: list[Part[Result]] = []
+        self._jobs: dict[int, tuple[Part[Result], int]] = {}
+        """Where the result of each job in the core goes: its part, and its place there."""
+        self._gone: list[int] = []
+        """Jobs of calls that have failed, which the core may still have."""
+        self._names = itertools.count()
+
+    @property
+    def unfinished(self) -> int:
+        """Jobs that have not ended."""
+        return len(self._jobs)
+
+    def submit(self, parts: Seq[Seq[Job]]) -> list[Future[list[Result]]]:
+        """Begins a call: one future a part. Raises what ``Core.add`` raises, and has begun nothing then."""
+        call = Call()
+        with self._lock:
+            if not self._jobs:
+                self.ended = 0
+            begun = [Part(self, call, len(jobs), threading.Condition(self._lock)) for jobs in parts]
+            for part, jobs in zip(begun, parts, strict=True):
+                for index, job in enumerate(jobs):
+                    name = next(self._names)
+                    self._jobs[name] = part, index
+                    try:
+                        self.core.add(name, job)
+                    except BaseException as error:
+                        del self._jobs[name]
+                        self._end(call, error)
+                        raise
+        return list(begun)
+
+    def wait(self, part: Part[Result]) -> None:
+        """Returns once all jobs of the part have ended. Steps the core if nobody else does."""
+        with self._lock:
+            try:
+                while part.left:
+                    if part.call.error:
+                        raise part.call.error
+                    if self._busy or self._claims:
+                        self._waiting.append(part)
+                        try:
+                            part.wake.wait()
+                        finally:
+                            self._waiting.remove(part)
+                    else:
+                        self._drive(part)
+            except BaseException as error:
+                # Whoever is interrupted here wants none of it any more.
+                self._end(part.call, error)
+                raise
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Between two steps, with the core to oneself."""
+        with self._lock:
+            self._claims += 1
+            try:
+                while self._busy:
+                    self._claimed.wait()
+            finally:
+                self._claims -= 1
+            self._busy = True
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._leave()
+
+    def fail(self, error: Exception) -> None:
+        """Ends every call with ``error``, for the holder of ``exclusive``."""
+        with self._lock:
+            self._end_all(error)
+            self._abort()
+
+    def _drive(self, part: Part[Result]) -> None:
+        """Steps until the part is done or someone claims the core. Holds the lock between steps."""
+        self._busy = True
+        try:
+            while not part.done() and not self._claims:
+                self._lock.release()
+                try:
+                    ended = self.core.step()
+                finally:
+                    self._lock.acquire()
+                self._deliver(ended)
+                self._abort()
+        except BaseException as error:
+            self._end_all(error)
+            raise
+        finally:
+            self._leave()
+
+    def _deliver(self, ended: Mapping[int, Result | Exception]) -> None:
+        for name, result in ended.items():
+            if name not in self._jobs:
+                continue
+            part, index = self._jobs.pop(name)
+            if isinstance(result, Exception):
+                self._end(part.call, result)
+                continue
+            part.results[index] = result
+            part.left -= 1
+            self.ended += 1
+            if not part.left:
+                part.wake.notify_all()
+
+    def _end_all(self, error: BaseException) -> None:
+        for call in {part.call for part, _ in self._jobs.values()}:
+            self._end(call, error)
+
+    def _end(self, call: Call, error: BaseException) -> None:
+        """Ends a call with its first error, or this one. Its jobs leave the core as soon as nobody is in it."""
+        cut_off = RuntimeError(f"the engine was interrupted: {error!r}")
+        call.error = call.error or (error if isinstance(error, Exception) else cut_off)
+        names = [name for name, (part, _) in self._jobs.items() if part.call is call]
+        for part, _ in (self._jobs.pop(name) for name in names):
+            part.wake.notify_all()
+        self._gone += names
+        if not self._busy:
+            self._abort()
+
+    def _abort(self) -> None:
+        gone, self._gone = self._gone, []
+        if gone:
+            self.core.abort(gone)
+
+    def _leave(self) -> None:
+        """Gives the core to the next one who waits for it."""
+        self._abort()
+        self._busy = False
+        if self._claims:
+            self._claimed.notify()
+        # Whoever is done wakes without stepping.
+        elif waiting := next((part for part in self._waiting if not part.done()), None):
+            waiting.wake.notify()

@@ -1,0 +1,93 @@
+"""vLLM's engine as a core: what it runs, and what has come of it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+from tandem.errors import UserError
+
+
+@dataclass(frozen=True)
+class Job:
+    """One sequence for vLLM, in its own terms."""
+
+    prompt: Any
+    params: Any
+    read: Callable[[Any, int, int], Any]
+    """Its result, from vLLM's final ``RequestOutput`` and the weights' versions as it entered the batch and as it left.
+    Raises UserError where it has none."""
+
+
+class VLLMCore:
+    """``tandem.engines.stepper.Core`` over vLLM's ``LLMEngine``, which no two threads may touch at once.
+
+    At most ``slots`` jobs are in vLLM, first come first served, so that a job's first version is that of the weights
+    which draw its first token.
+    """
+
+    def __init__(self, engine: Any, slots: int) -> None:
+        self.engine, self.slots = engine, slots
+        self.version = 0
+        self.unusable: Exception | None = None
+        """Why nothing can be sampled now."""
+        self.broken: Exception | None = None
+        """Why nothing can be sampled any more."""
+        self.waiting: deque[tuple[int, Job]] = deque()
+        self.running: dict[int, tuple[Job, int]] = {}
+        """Jobs that vLLM has, with the version at which they entered."""
+
+    def add(self, name: int, job: Job) -> None:
+        if error := self.broken or self.unusable:
+            raise error
+        self.waiting.append((name, job))
+
+    def step(self) -> dict[int, Any]:
+        try:
+            ended = self._admit()
+            for output in self.engine.step():
+                name = int(output.request_id)
+                if output.finished and name in self.running:
+                    job, version = self.running.pop(name)
+                    try:
+                        ended[name] = job.read(output, version, self.version)
+                    except UserError as error:
+                        ended[name] = error
+            return ended
+        except BaseException as error:
+            # The step may have lost any of them, and what vLLM is left with is unknown.
+            cut_off = RuntimeError(f"a vLLM step was cut off: {error!r}")
+            self.broken = error if isinstance(error, Exception) else cut_off
+            raise
+
+    def abort(self, names: Collection[int]) -> None:
+        gone = set(names)
+        self.waiting = deque(entry for entry in self.waiting if entry[0] not in gone)
+        inside = [name for name in gone if self.running.pop(name, None)]
+        if not self.broken:
+            self.engine.abort_request([str(name) for name in inside])
+
+    def renew(self, version: int) -> None:
+        """What running samples have so far is computed anew."""
+        self.forget_cache()
+        self.version = version
+
+    def forget_cache(self) -> None:
+        """Empties the prefix cache."""
+        if not self.engine.reset_prefix_cache(reset_running_requests=True):
+            raise UserError("vLLM did not empty its prefix cache; its samples would mix old and new weights")
+
+    def _admit(self) -> dict[int, Any]:
+        refused: dict[int, Any] = {}
+        while self.waiting and len(self.running) < self.slots:
+            name, job = self.waiting.popleft()
+            try:
+                self.engine.add_request(str(name), job.prompt, job.params)
+            except ValueError as error:
+                # vLLM refuses this one; the others are none the worse.
+                refused[name] = error
+            else:
+                self.running[name] = job, self.version
+        return refused
