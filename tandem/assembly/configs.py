@@ -60,8 +60,10 @@ class RunConfig:
     @property
     def parts(self) -> set[str]:
         """What the run has, for keys that need it (``tandem.errors.needs``)."""
-        models = {need.role for need in self.method.needs()} | (set() if self.method.pairwise else {"losses of tokens"})
-        return models | data_parts(self.data) | worker_parts(self.placement)
+        needed = self.method.needs()
+        parts = {need.role for need in needed} | {"frozen model" for need in needed if not need.trained}
+        parts |= set() if self.method.pairwise else {"losses of tokens"}
+        return parts | data_parts(self.data) | worker_parts(self.placement)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +90,10 @@ class SamplesConfig(RunConfig):
     step: StepSection = field(default_factory=StepSection)
     engine: EngineSection = field(default_factory=EngineSection, metadata=PREFIXED)
 
+    def __post_init__(self) -> None:
+        if not self.reward.judges and self.method.samples.rewards == "required":
+            raise UserError("reward: nothing judges the samples; give --reward FILE.py:function or --reward-model DIR")
+
     @property
     def sources(self) -> dict[str, str]:
         found = super().sources
@@ -102,6 +108,8 @@ class SamplesConfig(RunConfig):
     @property
     def parts(self) -> set[str]:
         judges = {
+            "reward": bool(self.reward.judges),
+            "frozen model": self.reward.reward_model is not None,
             "reward model": self.reward.reward_model is not None,
             "reward function": bool(self.reward.reward or self.step.eval_reward),
         }

@@ -8,7 +8,7 @@ from collections.abc import Sequence as Seq
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 from tandem.assembly.configs import RowsConfig, RunConfig, SamplesConfig
 from tandem.assembly.inputs import digest_inputs
@@ -18,7 +18,6 @@ from tandem.assembly.sections import DataSection
 from tandem.data.rows import Rows, load_rows
 from tandem.data.tokenize import Counts, build_pairs, build_prompts, build_sequences
 from tandem.errors import UserError
-from tandem.methods.base import Samples
 from tandem.models.limits import read_limits
 from tandem.models.loading import load_tokenizer
 from tandem.rewards.function import FunctionReward
@@ -137,6 +136,8 @@ class SamplesFeed:
         self.judging = RewardProcess(names, deadline_s=config.reward.reward_deadline) if names else None
         rows, eval_rows = load_data(config.data)
         self.tokenizer = load_tokenizers(config)
+        self.limits = limits_of_models(config, self.tokenizer)
+        require_readers(self.limits, len(self.tokenizer))
         self.prompts, self.counts = self._tokenize(rows)
         self.eval_prompts = self._tokenize(eval_rows)[0] if eval_rows is not None else []
         self.size, self.held_out = len(self.prompts), len(self.eval_prompts)
@@ -157,9 +158,8 @@ class SamplesFeed:
         samples = sampling.prompts_per_step * sampling.samples_per_prompt
         epochs = config.run.steps * sampling.prompts_per_step / self.size
         place = homes.where("engine")
-        rewards = [*config.reward.reward, *(["reward_model"] if config.reward.reward_model else [])]
         return {
-            "rewards": ", ".join(rewards),
+            "rewards": ", ".join(config.reward.judges) or "none",
             "engine": f"{engine.kind}{place or ', on the actor' + chr(39) + 's devices'}, {sampling.max_slots} slots",
             "prompts": f"{describe_counts(self.counts)}, gone through {epochs:.2f} times",
             "a step": f"{samples} samples of at most {sampling.max_new_tokens} tokens, "
@@ -184,7 +184,7 @@ class SamplesFeed:
                 seed=config.run.seed,
                 clock=clock,
             )
-            measure = partial(self._measure, source, clock.progress)
+            measure = partial(self._measure, source, clock.progress, prepare)
             return Fed(source=source, push_weights=sampler.push, measure=measure)
 
         return fed
@@ -193,8 +193,8 @@ class SamplesFeed:
         if self.judging is not None:
             self.judging.close()
 
-    def _measure(self, source: Sampling, progress: Progress, step: int) -> Evaluation:
-        """Judged samples of the held-out prompts, one each."""
+    def _measure(self, source: Sampling, progress: Progress, prepare: Preparation, step: int) -> Evaluation:
+        """Samples of the held-out prompts, one each: judged, or measured by the method where nothing judges."""
         if not self.eval_prompts or not evaluation_due(self.config, step):
             return {}, []
         seed = self.config.run.seed
@@ -204,7 +204,11 @@ class SamplesFeed:
             )
             judge = unweighted(self.eval_rewards) if self.eval_rewards else source.judge
             judge(groups, derive_seed(seed, "judge", 0))
-        return held_out_metrics(groups), groups
+        metrics = held_out_metrics(groups, judged=bool(judge.rewards))
+        if not judge.rewards:
+            _, estimate = prepare.estimated(groups, self.config.method.initial_state())
+            metrics |= {f"eval/{name}": value for name, value in estimate.metrics.items()}
+        return metrics, groups
 
     def _params(self) -> SamplingParams:
         sampling = self.config.sampling
@@ -241,7 +245,7 @@ class SamplesFeed:
                 self.tokenizer,
                 data.max_length,
                 data.long_rows,
-                limits=[*limits_of_models(config, self.tokenizer), engine],
+                limits=[*self.limits, engine],
                 max_new_tokens=config.sampling.max_new_tokens,
                 on_progress=on_progress,
             )
@@ -250,7 +254,7 @@ class SamplesFeed:
 def check_sampling(config: SamplesConfig) -> None:
     """Raises UserError where the method could not learn from such samples, or the engine is not installed."""
     sampling, method = config.sampling, config.method
-    at_least = cast(Samples, method.reads).at_least
+    at_least = method.samples.at_least
     if sampling.samples_per_prompt < at_least:
         raise UserError(
             f"samples_per_prompt: {method.title} compares the samples of a prompt with one another and needs "
@@ -287,6 +291,18 @@ def limits_of_models(config: RunConfig, tokenizer: Any) -> list[Limits]:
         for role, source in config.sources.items()
         if role != "reward" or same_tokenizer(tokenizer, load_tokenizer(source, trust_remote_code=code))
     ]
+
+
+def require_readers(limits: Seq[Limits], tokens: int) -> None:
+    """Raises UserError where a model lacks one of the ``tokens`` that the policy, the first of them, may sample."""
+    policy, *others = limits
+    sampled = min(tokens, policy.vocabulary or tokens)
+    for other in others:
+        if other.vocabulary is not None and other.vocabulary < sampled:
+            raise UserError(
+                f"{other.whose}: its embedding has {other.vocabulary} rows, and {policy.whose} may sample each of "
+                f"{sampled} tokens; start both from the same base model"
+            )
 
 
 def require_columns(rewards: Seq[FunctionReward], prompts: Seq[Prompt], dataset: str | None) -> None:

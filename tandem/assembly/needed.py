@@ -76,12 +76,9 @@ class ModelsSection:
     """The models beside the policy."""
 
     def __post_init__(self) -> None:
-        expect(
-            self,
-            "more than 0",
-            lambda value: value > 0,
-            *(f.name for f in fields(self) if f.name.endswith("_learning_rate")),
-        )
+        rates = [f.name for f in fields(self) if f.name.endswith("_learning_rate")]
+        expect(self, "a folder or a name on the hub", bool, *(f.name for f in fields(self) if f.name not in rates))
+        expect(self, "more than 0", lambda value: value > 0, *rates)
 
     def source(self, role: str) -> str | None:
         """The folder or hub name that is given for a role."""

@@ -84,8 +84,8 @@ class ModelSection:
     """Over several workers: keep gathered parameters until the backward (ZeRO 1, 2) instead of gathering twice (3)."""
     offload: Literal["none", "optimizer", "parameters"] = "none"
     """Kept on the CPU between uses: nothing, the optimizer's state, or parameters and gradients too."""
-    offload_frozen: bool = field(default=False, metadata=needs(("part", "reference", "reward model")))
-    """Keep the reference and reward models on the CPU between uses."""
+    offload_frozen: bool = field(default=False, metadata=needs(("part", "frozen model")))
+    """Keep frozen models (a reference, a reward model) on the CPU between uses."""
     activation_checkpointing: bool = False
     """Keep only each layer's input for the backward and compute the rest again."""
     compile: Literal["auto", "on", "off"] = "auto"
@@ -202,20 +202,24 @@ class RewardSection:
     """One weight for each --reward, then one for --reward-model. Empty: 1 each."""
     reward_deadline: float = field(default=600.0, metadata=needs(("part", "reward function")))
     """Longest time, in seconds, that one --reward may take for a step's samples, calls made again included."""
-    missing_eos: Literal["none", "replace", "subtract"] = "none"
+    missing_eos: Literal["none", "replace", "subtract"] = field(default="none", metadata=needs(("part", "reward")))
     """A completion that max_new_tokens cut off keeps its reward, gets -missing_eos_penalty instead, or loses that."""
     missing_eos_penalty: float = field(default=1.0, metadata=needs(("missing_eos",)))
     """How much that is."""
 
     def __post_init__(self) -> None:
-        if not self.reward and not self.reward_model:
-            raise UserError("reward: nothing judges the samples; give --reward FILE.py:function or --reward-model DIR")
+        expect(self, "a folder", bool, "reward_model")
         shaped = re.compile(r".+:[A-Za-z_]\w*")
         expect(self, "FILE.py:function", lambda names: all(map(shaped.fullmatch, names)), "reward")
-        count = len(self.reward) + (self.reward_model is not None)
+        count = len(self.judges)
         expect(self, f"{count} weights, one a reward", lambda weights: len(weights) in (0, count), "reward_weights")
         expect(self, "from 0 to 1e15", lambda penalty: 0 <= penalty <= 1e15, "missing_eos_penalty")
         expect(self, "more than 0", lambda value: value > 0, "reward_deadline")
+
+    @property
+    def judges(self) -> list[str]:
+        """The rewards by name, in the order of their weights."""
+        return [*self.reward, *(["reward_model"] if self.reward_model is not None else [])]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 from tandem.batch import Batch, Outputs, TokenLoss
 from tandem.errors import needs
@@ -22,10 +22,12 @@ class Rows:
 
 @dataclass(frozen=True)
 class Samples:
-    """A method's items are groups of samples of one prompt, judged."""
+    """A method's items are groups of samples of one prompt."""
 
     at_least: int = 1
     """Fewest samples of a prompt that the method can learn from."""
+    rewards: Literal["required", "optional"] = "required"
+    """Whether something must judge the samples. Where they are not judged, each has a reward of 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +103,11 @@ class Method:
 
     aggregation: Aggregation = field(default="token", metadata=needs(("part", "losses of tokens")))
     """Which mean the loss is: over tokens, over sequences of their token means, or per sequence over a fixed length."""
+
+    @property
+    def samples(self) -> Samples:
+        """What it asks of samples with these knobs, where it learns from samples."""
+        return cast(Samples, self.reads)
 
     def needs(self) -> tuple[Need, ...]:
         """The models that it needs beside the policy."""

@@ -1,4 +1,4 @@
-"""What PPO and GRPO share: the clipped surrogate with its metrics, and the KL to the reference."""
+"""What methods on samples share: the clipped surrogate with its metrics, and the KL to the reference."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ KLPlace = Literal["reward", "loss", "none"]
 
 
 def check_clipped(knobs: Any) -> None:
-    """Checks the knobs that PPO and GRPO have in common. Raises UserError naming the first that is wrong."""
+    """Checks the knobs of ``clipped_surrogate``. Raises UserError naming the first that is wrong."""
     expect(knobs, "from 0 to 1", lambda x: 0 <= x <= 1, "clip_low")
-    expect(knobs, "0 or more", lambda x: x >= 0, "clip_high", "kl_coef")
+    expect(knobs, "0 or more", lambda x: x >= 0, "clip_high")
     expect(knobs, "more than 1", lambda x: x > 1, "dual_clip")
 
 
@@ -68,14 +68,14 @@ def add_kl_loss(token_loss: TokenLoss, out: Outputs, batch: Batch, kind: KLLoss)
     )
 
 
-def sampled_kl(batch: Batch) -> tuple[Tensor, Metrics]:
-    """k1 of KL(sampling policy || reference) for each token, [T], 0 where not trainable.
+def sampled_kl(batch: Batch, role: str = "reference", name: str = "kl") -> tuple[Tensor, Metrics]:
+    """k1 of KL(sampling policy || the model of that ``role``) for each token, [T], 0 where not trainable.
 
-    Metrics: ``kl``, its mean over tokens, and ``kl_per_sequence``, the mean over sequences of its sum, in nats.
+    Metrics: ``<name>``, its mean over tokens, and ``<name>_per_sequence``, the mean over sequences of its sum, in nats.
     """
-    k1_T = kl_estimate(batch.proximal_logp_T, batch.logp_by("reference"), "k1")
+    k1_T = kl_estimate(batch.proximal_logp_T, batch.logp_by(role), "k1")
     k1_T = torch.where(batch.trainable_T, k1_T, 0.0)
     return k1_T, {
-        "kl": k1_T[batch.trainable_T].mean().item(),
-        "kl_per_sequence": segment_sum(k1_T, batch.bounds).mean().item(),
+        name: k1_T[batch.trainable_T].mean().item(),
+        f"{name}_per_sequence": segment_sum(k1_T, batch.bounds).mean().item(),
     }

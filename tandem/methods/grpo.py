@@ -66,7 +66,7 @@ class GRPO(Method):
 
     def __post_init__(self) -> None:
         check_clipped(self)
-        expect(self, "0 or more", lambda x: x >= 0, "epsilon")
+        expect(self, "0 or more", lambda x: x >= 0, "kl_coef", "epsilon")
 
     def needs(self) -> tuple[Need, ...]:
         return self.models if uses_kl(self) else ()

@@ -94,6 +94,7 @@ class PPO(Method):
 
     def __post_init__(self) -> None:
         check_clipped(self)
+        expect(self, "0 or more", lambda x: x >= 0, "kl_coef")
         expect(self, "from 0 to 1", lambda x: 0 <= x <= 1, "gamma", "lam")
         expect(self, "more than 0", lambda x: x > 0, "value_clip", "kl_target", "kl_horizon", "reward_clip")
         if self.kl_target is not None and not uses_kl(self):

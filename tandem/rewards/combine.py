@@ -19,12 +19,13 @@ def judge(
     """Per sample: the weighted sum of its rewards, and its parts by name, before their weights.
 
     A reward that leaves a sample out (None) adds nothing to it; where all of them do, the total is None (TRL).
+    Without any reward every total is 0.
     Rewards that share a name are told apart as ``name``, ``name#2``, …. Raises UserError for a score or a sum that is
     not a number or beyond ``LARGEST_REWARD``, with its sample, and ValueError where the numbers of rewards, weights or
     scores do not fit.
     """
     parts: list[dict[str, float]] = [{} for _ in batch.completions]
-    totals: list[float | None] = [None] * len(parts)
+    totals: list[float | None] = [None if rewards else 0.0] * len(parts)
     seen: Counter[str] = Counter()
     for reward, weight in zip(rewards, weights, strict=True):
         seen[reward.name] += 1

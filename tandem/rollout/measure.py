@@ -13,13 +13,14 @@ HELD_OUT = ("reward", "response_length", "eos_share")
 """Of held-out samples 3 kinds of metrics are reported: those whose names begin with one of these words."""
 
 
-def held_out_metrics(groups: Seq[Group]) -> Metrics:
+def held_out_metrics(groups: Seq[Group], *, judged: bool = True) -> Metrics:
     """Reward, lengths and how they ended, of samples that are not trained on: names begin with ``eval/``."""
-    return {f"eval/{name}": v for name, v in rollout_metrics(groups).items() if name.startswith(HELD_OUT)}
+    found = rollout_metrics(groups, judged=judged)
+    return {f"eval/{name}": v for name, v in found.items() if name.startswith(HELD_OUT)}
 
 
-def rollout_metrics(groups: Seq[Group]) -> Metrics:
-    """Reward and its spread, lengths, how they ended, and how many were left out."""
+def rollout_metrics(groups: Seq[Group], *, judged: bool = True) -> Metrics:
+    """Reward and its spread where something has ``judged``, lengths, how they ended, and how many were left out."""
     rollouts = [r for group in groups for r in group.rollouts]
     usable = [r for r in rollouts if r.usable]
     rewards = torch.tensor([r.reward for r in usable], dtype=torch.float64)
@@ -38,4 +39,4 @@ def rollout_metrics(groups: Seq[Group]) -> Metrics:
     for name in sorted({name for r in rollouts for name in r.reward_parts}):
         parts = [r.reward_parts[name] for r in rollouts if name in r.reward_parts]
         metrics[f"reward/{name}"] = sum(parts) / len(parts)
-    return metrics
+    return metrics if judged else {name: v for name, v in metrics.items() if not name.startswith("reward")}

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from tandem.batch import Batch, filled
 from tandem.data.packing import pack_examples, stamp
 from tandem.errors import UserError
-from tandem.methods.base import Method
+from tandem.methods.base import Estimate, Method
 from tandem.roles import Metrics, Seat, call_all
 from tandem.seeds import derive_seed
-from tandem.types import Aggregation, Rollout
+from tandem.types import Aggregation, Example, Rollout
 
 
 @dataclass(kw_only=True)
@@ -70,6 +70,27 @@ class Preparation:
 
     def __call__(self, items: Seq[Any], state: dict[str, float], step: int) -> Prepared:
         """Raises UserError where there is nothing in the items to train on."""
+        examples, estimate = self.estimated(items, state)
+        if estimate.batch.advantage_T is not None:
+            for example, advantage in zip(examples, mean_advantages(estimate.batch), strict=False):
+                if isinstance(example, Rollout):
+                    example.advantage = advantage
+        return Prepared(
+            batch=estimate.batch,
+            state=estimate.state,
+            metrics=estimate.metrics,
+            epochs=self.epochs,
+            minibatches=self.minibatches,
+            aggregation=self.method.aggregation,
+            constant_length=self.max_new_tokens,
+            seed=derive_seed(self.seed, "step", step),
+        )
+
+    def estimated(self, items: Seq[Any], state: dict[str, float]) -> tuple[list[Example], Estimate]:
+        """The items' examples; what the models and the method say of them packed, and metrics of that.
+
+        Raises UserError where there is nothing in the items to train on.
+        """
         examples = [example for item in items for example in self.method.examples(item)]
         if not examples:
             raise UserError(f"{self.method.title}: none of the {len(items)} items of the step can be trained on")
@@ -83,20 +104,7 @@ class Preparation:
         batch = replace(batch, on_policy=on_policy, seen=seen)
         metrics = sampler_gap(batch) if "actor" in seen else {}
         estimate = self.method.estimate(items, batch.to("cpu"), state)
-        if estimate.batch.advantage_T is not None:
-            for example, advantage in zip(examples, mean_advantages(estimate.batch), strict=False):
-                if isinstance(example, Rollout):
-                    example.advantage = advantage
-        return Prepared(
-            batch=estimate.batch,
-            state=estimate.state,
-            metrics=metrics | estimate.metrics,
-            epochs=self.epochs,
-            minibatches=self.minibatches,
-            aggregation=self.method.aggregation,
-            constant_length=self.max_new_tokens,
-            seed=derive_seed(self.seed, "step", step),
-        )
+        return examples, replace(estimate, metrics=metrics | estimate.metrics)
 
 
 def mean_advantages(batch: Batch) -> list[float]:

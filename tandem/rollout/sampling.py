@@ -91,7 +91,7 @@ class Sampling:
 
     def metrics(self, items: Seq[Group]) -> Metrics:
         """See ``rollout_metrics``."""
-        return rollout_metrics(items)
+        return rollout_metrics(items, judged=bool(self.judge.rewards))
 
 
 class _Sampled:
@@ -123,7 +123,10 @@ class _Sampled:
 
 @dataclass(frozen=True, kw_only=True)
 class Judge:
-    """The rewards of a run: functions and models, their weights, and what a missing end of sequence costs."""
+    """The rewards of a run: functions and models, their weights, and what a missing end of sequence costs.
+
+    Without any reward every sample gets 0, which says nothing of it.
+    """
 
     rewards: tuple[Reward, ...]
     weights: tuple[float, ...]

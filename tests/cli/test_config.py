@@ -11,6 +11,7 @@ import pytest
 import tyro
 import yaml
 
+from tandem.assembly.configs import config_class
 from tandem.assembly.sections import (
     DataSection,
     EngineSection,
@@ -294,8 +295,17 @@ def test_values_out_of_range_name_their_flag(flags):
 
 def test_keys_that_contradict_each_other():
     assert refusal("--resume", "--overwrite").startswith("--overwrite: ")
-    with pytest.raises(UserError, match=r"^reward: nothing judges .* --reward FILE.py:function or --reward-model DIR"):
-        load_config(ExampleConfig, REQUIRED[:-2])
+    assert refusal("--reward-model", "").startswith("--reward-model: expected a folder")
+
+
+def test_a_method_that_learns_from_rewards_is_given_one(tmp_path):
+    unjudged, wanted = REQUIRED[:-2], r"reward: nothing judges .* --reward FILE.py:function or --reward-model DIR"
+    with pytest.raises(UserError, match=f"^{wanted}"):
+        load_config(config_class("grpo"), unjudged)
+    file = tmp_path / "c.yaml"
+    file.write_text("seed: 1\nreward: []\n", encoding="utf-8")
+    with pytest.raises(UserError, match=f"^{file}:2: {wanted}"):
+        load_config(config_class("ppo"), [*unjudged, "--config", str(file)])
 
 
 def test_missing_keys_are_all_named_with_what_they_are():

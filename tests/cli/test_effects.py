@@ -29,7 +29,7 @@ def words(config: type, flags: list[str]) -> list[str]:
         (SFTConfig, ["--rollouts-logged", "5"], "--rollouts-logged: has no effect, since this run has no samples"),
         (SFTConfig, ["--split", "test"], "--split: has no effect, since this run has no dataset with splits"),
         (SFTConfig, ["--eval-data", "e*.json", "--eval-split", "a"], "--eval-split: has no effect, since this run"),
-        (SFTConfig, ["--offload-frozen"], "--offload-frozen: has no effect, since this run has no reference and no"),
+        (SFTConfig, ["--offload-frozen"], "--offload-frozen: has no effect, since this run has no frozen model"),
         (SFTConfig, ["--keep-gathered", "--placement.actor", "1"], "--keep-gathered: has no effect, since this run"),
         (SFTConfig, ["--cluster.deadline", "9"], "--cluster.deadline: has no effect, since this run has no workers"),
         (
@@ -114,7 +114,7 @@ def test_every_condition_names_a_key_or_a_part():
     parts = {
         "samples", "critic", "reference", "reward model", "reward function", "workers", "dataset with splits",
         "held-out dataset with splits", "trainer split over several workers", "engine with weights of its own",
-        "demonstrations", "losses of tokens",
+        "demonstrations", "losses of tokens", "frozen model", "reward",
     }  # fmt: skip
     everywhere = {name for config in CONFIGS for name in _keys_of(config)}
     for config in CONFIGS:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 import shlex
-from dataclasses import fields, is_dataclass
-from typing import Any, get_type_hints
+from typing import Any
 
 import pytest
 
 from tandem.cli import launch
 from tandem.cli.main import COMMANDS
-from tandem.config import load_config
+from tandem.config import _keys_of, load_config
 from tandem.errors import UserError
 
 ENDS = {"&&", "||", "|", ";", "&", ">", "2>&1"}
@@ -67,16 +66,7 @@ def parse(words: list[str], monkeypatch: pytest.MonkeyPatch, folder: Any) -> Non
 
 def placeholders(cls: Any, argv: list[str]) -> list[str]:
     """Values for required keys, for a line that names a config file or shows one key only."""
-    given = {"model": "m", "data": "d.jsonl", "out": "o", "steps": "1", "reward": "r.py:f"}
+    keys = _keys_of(cls)
+    given = {name: name for name, key in keys.items() if key.required} | {"steps": "1", "reward": "r.py:f"}
     flags = {word.partition("=")[0] for word in argv}
-    return [w for name, v in given.items() if name in _keys(cls) and f"--{name}" not in flags for w in (f"--{name}", v)]
-
-
-def _keys(cls: Any) -> set[str]:
-    """Names of the keys that go without their section's."""
-    hints = get_type_hints(cls)
-    found: set[str] = set()
-    for f in fields(cls):
-        inside = is_dataclass(hints[f.name]) and not f.metadata.get("prefixed")
-        found |= _keys(hints[f.name]) if inside else {f.name}
-    return found
+    return [w for name, v in given.items() if name in keys and f"--{name}" not in flags for w in (f"--{name}", v)]

@@ -1,4 +1,4 @@
-"""The commands of README.md run as they are printed, in a copy of recipes/, on a small model and for 2 steps."""
+"""The commands of README.md and docs/methods.md run as printed, in a copy of recipes/, for 2 steps of a small model."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from commands import code_blocks, command_lines
 from conftest import make_module, make_tokenizer
 
 from tandem.cli.main import main
+from tandem.methods.table import SAMPLES
 
 ROOT = Path(__file__).parents[2]
-README = command_lines(code_blocks((ROOT / "README.md").read_text()))
+README, PAGE = (command_lines(code_blocks((ROOT / name).read_text())) for name in ("README.md", "docs/methods.md"))
 RUNS = [words for words in README if "--steps" in words]
 SHORT = ["--max-new-tokens", "4", "--prompts-per-step", "2", "--samples-per-prompt", "2"]
 
@@ -32,21 +33,20 @@ def recipes(tmp_path, monkeypatch):
 
 def shortened(words):
     """The line with a local model, few steps and small ones."""
-    changed = list(words)
+    changed = ["base" if word.startswith("Qwen/") else word for word in words]
     if "--steps" in changed:
         changed[changed.index("--steps") + 1] = "2"
     else:
         changed += ["--steps", "2"]
     if "--model" not in changed:
         changed += ["--model", "base"]
-    elif changed[changed.index("--model") + 1].startswith("Qwen/"):
-        changed[changed.index("--model") + 1] = "base"
-    return changed + (SHORT if words[0] in ("ppo", "grpo") else ["--batch-size", "4"])
+    return changed + (SHORT if words[0] in SAMPLES else ["--batch-size", "4"])
 
 
 def test_each_method_of_the_readme_runs_after_the_one_before(recipes):
     assert [words[0] for words in RUNS] == ["sft", "rm", "ppo", "grpo"]
-    for words in [*RUNS, ["grpo", "--config", "grpo.yaml", "--out", "runs/from-yaml"]]:
+    of_the_page = [words for words in PAGE if "--steps" in words]
+    for words in [*RUNS, ["grpo", "--config", "grpo.yaml", "--out", "runs/from-yaml"], *of_the_page]:
         assert main(shortened(words)) == 0
         out = Path(words[words.index("--out") + 1])
         assert (out / "model" / "config.json").is_file()

@@ -32,6 +32,10 @@ def test_weighted_sum_skips_none_and_keeps_the_parts() -> None:
     assert parts == [{"a": 1.0, "b": 2.0}, {"b": 3.0}, {}]
 
 
+def test_without_rewards_every_total_is_0() -> None:
+    assert judge([], [], BATCH) == ([0.0] * 3, [{}] * 3)
+
+
 def test_rewards_of_one_name_are_both_counted() -> None:
     totals, parts = judge([Fixed("a", [1.0] * 3), Fixed("a", [2.0] * 3)], [1.0, 1.0], BATCH)
     assert totals == [3.0] * 3

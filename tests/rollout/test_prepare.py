@@ -91,6 +91,18 @@ def test_a_step_without_a_reward_is_refused(model):
         judged(groups, length_reward)
 
 
+def test_samples_that_nothing_judges_are_usable_and_say_nothing_of_rewards(model):
+    groups = sample(model)
+    Judge(rewards=(), weights=())(groups)
+    assert {r.reward for g in groups for r in g.usable} == {0.0}
+    assert sum(len(g.usable) for g in groups) == 12
+    found = rollout_metrics(groups, judged=False)
+    assert not [name for name in found if name.startswith("reward")]
+    judged_ones = rollout_metrics(groups)
+    assert found == {name: value for name, value in judged_ones.items() if not name.startswith("reward")}
+    assert judged_ones["reward"] == 0
+
+
 def test_items_without_anything_to_train_on_are_refused(model):
     prepare = Preparation(method=GRPO(), models={})
     with pytest.raises(UserError, match="GRPO: none of the 3 items of the step can be trained on"):
