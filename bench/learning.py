@@ -28,7 +28,7 @@ from typing import Any
 from common import Record, Row, arguments, print_table, resolve_device
 
 from tandem.cli.quickstart import write_rows
-from tandem.data.rows import Rows
+from tandem.data.rows import Dataset
 from tandem.data.tokenize import build_prompts
 from tandem.engines.live.engine import LiveEngine
 from tandem.models.forward import quiet_transformers
@@ -114,7 +114,7 @@ def reward_of(folder: Path, options: argparse.Namespace, seed: int) -> float:
     """Share of right answers of a model, sampled here on the CPU."""
     model = load_causal(folder, device="cpu")
     rows = [{"prompt": prompt} for prompt in letters.prompts(options.held_out, seed, split="heldout")]
-    prompts, _ = build_prompts(Rows(rows), model.tokenizer)
+    prompts, _ = build_prompts(Dataset(rows), model.tokenizer)
     engine = LiveEngine(model.module, model.tokenizer, max_slots=256, max_length=32)
     sampling = SamplingParams(max_new_tokens=letters.MAX_NEW_TOKENS)
     groups = sample_groups(engine, prompts, sampling, samples_per_prompt=1, seed=seed, step=0)

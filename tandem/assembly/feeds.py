@@ -15,7 +15,7 @@ from tandem.assembly.inputs import digest_inputs
 from tandem.assembly.models import heads, require_engine
 from tandem.assembly.placing import Homes
 from tandem.assembly.sections import DataSection
-from tandem.data.rows import Rows, load_rows
+from tandem.data.rows import Dataset, load_rows
 from tandem.data.tokenize import Counts, build_pairs, build_prompts, build_sequences
 from tandem.errors import UserError
 from tandem.models.limits import read_limits
@@ -26,7 +26,7 @@ from tandem.rewards.process import RewardProcess
 from tandem.roles import Metrics, Reward, Seat, Source
 from tandem.rollout.measure import held_out_metrics
 from tandem.rollout.prepare import Preparation
-from tandem.rollout.rows import Dataset
+from tandem.rollout.rows import Tokenized
 from tandem.rollout.sampling import Judge, Sampling, sample_groups
 from tandem.runs.identity import Inputs
 from tandem.runs.progress import Progress, say
@@ -48,9 +48,9 @@ class Feed(Protocol):
     """The items of a run before anything runs: read, tokenized, and known to fit."""
 
     size: int
-    """Rows that are gone through."""
+    """Dataset that are gone through."""
     held_out: int
-    """Rows that are not."""
+    """Dataset that are not."""
     counts: Counts
     inputs: Inputs
     step: Mapping[str, Any]
@@ -92,7 +92,7 @@ class RowsFeed:
     def start(self, models: Mapping[str, Seat], homes: Homes) -> Callable[[StepClock, Preparation], Fed]:
         def fed(clock: StepClock, prepare: Preparation) -> Fed:
             return Fed(
-                source=Dataset(self.examples),
+                source=Tokenized(self.examples),
                 push_weights=None,
                 measure=partial(self._measure, models["actor"], clock.progress, prepare),
             )
@@ -110,7 +110,7 @@ class RowsFeed:
             metrics = actor.call("evaluate", batch)
         return {f"eval/{name}": value for name, value in metrics.items()}, []
 
-    def _tokenize(self, rows: Rows, limits: Seq[Limits]) -> tuple[list[Any], Counts]:
+    def _tokenize(self, rows: Dataset, limits: Seq[Limits]) -> tuple[list[Any], Counts]:
         data = self.config.data
         build: Callable[..., tuple[list[Any], Counts]] = (
             build_pairs if "preferences" in self.config.parts else partial(build_sequences, train_on=data.train_on)
@@ -236,7 +236,7 @@ class SamplesFeed:
             missing_eos_penalty=section.missing_eos_penalty,
         )
 
-    def _tokenize(self, rows: Rows) -> tuple[list[Prompt], Counts]:
+    def _tokenize(self, rows: Dataset) -> tuple[list[Prompt], Counts]:
         config, data = self.config, self.config.data
         engine = Limits(positions=config.engine.max_length, whose="the engine (engine.max_length)")
         with tokenizing(rows) as on_progress:
@@ -323,14 +323,14 @@ def evaluation_due(config: RunConfig, step: int) -> bool:
     return step in (0, config.run.steps) or (every > 0 and step % every == 0)
 
 
-def load_data(section: DataSection) -> tuple[Rows, Rows | None]:
+def load_data(section: DataSection) -> tuple[Dataset, Dataset | None]:
     """The rows of ``data`` and of ``eval_data``. Read before any model, since a mistake in them shows soonest."""
     rows = load_rows(section.data, split=section.split)
     return rows, load_rows(section.eval_data, split=section.eval_split) if section.eval_data else None
 
 
 @contextmanager
-def tokenizing(rows: Rows) -> Iterator[Callable[[int, int], None]]:
+def tokenizing(rows: Dataset) -> Iterator[Callable[[int, int], None]]:
     """A callback for (rows done, rows in all), which shows a bar where that takes longer than a second."""
     say(f"tokenizing {len(rows)} rows of {rows.source}")
     started = time.monotonic()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers.utils import cached_file
 
-from tandem.data.rows import Rows
+from tandem.data.rows import Dataset
 from tandem.errors import UserError
 from tandem.models.folder import located
 from tandem.rewards.function import FunctionReward
@@ -23,11 +23,11 @@ SAMPLES, BLOCK = 256, 1 << 16
 
 
 def digest_inputs(
-    rows: Mapping[str, Rows | None], rewards: Iterable[FunctionReward] = (), models: Mapping[str, str] | None = None
+    rows: Mapping[str, Dataset | None], rewards: Iterable[FunctionReward] = (), models: Mapping[str, str] | None = None
 ) -> Inputs:
     """Digests by kind and name. ``rows`` by key (``data``, ``eval_data``), ``models``: folder or hub name by role.
 
-    Rows are taken as they were read, in their order, so that a change of a file's layout alone is none. A reward is
+    Dataset are taken as they were read, in their order, so that a change of a file's layout alone is none. A reward is
     its file and the modules from the same folder that it uses; what it reads or imports when it is called is not seen.
     """
     return {
@@ -45,7 +45,7 @@ def digest_inputs(
     }
 
 
-def digest_rows(rows: Rows) -> str:
+def digest_rows(rows: Dataset) -> str:
     """Of the content of all rows, in order."""
     found = hashlib.blake2b(digest_size=16)
     for row in rows:

@@ -21,7 +21,7 @@ import torch
 from tandem.assembly.configs import read_config
 from tandem.assembly.run import run as train
 from tandem.cli.configs import QuickstartConfig
-from tandem.data.rows import Rows
+from tandem.data.rows import Dataset
 from tandem.data.tokenize import build_prompts
 from tandem.engines.live.engine import LiveEngine
 from tandem.errors import UserError
@@ -145,7 +145,7 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> str:
 def answers(folder: Path, prompts: list[str], samples: int, seed: int) -> list[list[str]]:
     """``samples`` answers of a model to each prompt."""
     model = load_causal(folder)
-    tokenized, _ = build_prompts(Rows([{"prompt": prompt} for prompt in prompts]), model.tokenizer)
+    tokenized, _ = build_prompts(Dataset([{"prompt": prompt} for prompt in prompts]), model.tokenizer)
     groups = sample_groups(
         LiveEngine(model.module, model.tokenizer, max_slots=512),
         tokenized,

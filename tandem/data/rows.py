@@ -21,10 +21,10 @@ _SUFFIXES = (".jsonl", ".json", ".parquet")
 _GAP = re.compile(r"\s*")
 
 
-class Rows:
-    """A dataset in memory. ``rows[i]`` is a plain dict, ``rows.where(i)`` says where it was read.
+class Dataset:
+    """A dataset in memory. ``dataset[i]`` is a plain dict, ``dataset.where(i)`` says where it was read.
 
-    >>> Rows([{"prompt": "2+2="}], source="my list").where(0)
+    >>> Dataset([{"prompt": "2+2="}], source="my list").where(0)
     'my list row 1'
     """
 
@@ -47,10 +47,10 @@ class Rows:
         name, number = self._places[index]
         return f"{name}:{number}" if name.endswith((".jsonl", ".json")) else f"{name} row {number}"
 
-    def select(self, indices: Iterable[int]) -> Rows:
+    def select(self, indices: Iterable[int]) -> Dataset:
         """The rows at these indices, which keep their places."""
         chosen = list(indices)
-        return Rows([self._rows[i] for i in chosen], source=self.source, places=[self._places[i] for i in chosen])
+        return Dataset([self._rows[i] for i in chosen], source=self.source, places=[self._places[i] for i in chosen])
 
     @contextmanager
     def at(self, index: int) -> Iterator[Row]:
@@ -61,7 +61,7 @@ class Rows:
             raise UserError(f"{self.where(index)}: {error}") from error
 
 
-def load_rows(source: str, *, split: str = "train") -> Rows:
+def load_rows(source: str, *, split: str = "train") -> Dataset:
     """Reads ``source``, the first of these that it is.
 
     - a .jsonl, .json or .parquet file, or a glob of them: taken whole, whatever ``split`` says;
@@ -119,7 +119,7 @@ def _begins_with_split(file: Path, split: str) -> bool:
     return re.match(rf"{re.escape(split)}(?![A-Za-z0-9])", file.name) is not None
 
 
-def _read_files(files: list[Path], source: str) -> Rows:
+def _read_files(files: list[Path], source: str) -> Dataset:
     if not files:
         raise UserError(f"{source}: no file matches")
     rows: list[Row] = []
@@ -133,7 +133,7 @@ def _read_files(files: list[Path], source: str) -> Rows:
                 raise UserError(f"{file}:{number}: a row must be a JSON object, not a {type(row).__name__}")
             rows.append(row)
             places.append((str(file), number))
-    return Rows(rows, source=source, places=places)
+    return Dataset(rows, source=source, places=places)
 
 
 def _read_bytes(file: Path) -> bytes:
@@ -212,7 +212,7 @@ def _read_parquet(file: Path) -> Iterator[tuple[int, Any]]:
     yield from enumerate(table.to_pylist(), start=1)
 
 
-def _read_saved_dataset(folder: Path, split: str) -> Rows:
+def _read_saved_dataset(folder: Path, split: str) -> Dataset:
     import datasets
 
     try:
@@ -223,10 +223,10 @@ def _read_saved_dataset(folder: Path, split: str) -> Rows:
         if split not in dataset:
             raise UserError(f"{folder}: no split {split!r}; splits present: {', '.join(map(repr, dataset))}")
         dataset = dataset[split]
-    return Rows(dataset.to_list(), source=str(folder))
+    return Dataset(dataset.to_list(), source=str(folder))
 
 
-def _read_hub(source: str, split: str) -> Rows:
+def _read_hub(source: str, split: str) -> Dataset:
     import datasets
 
     name, _, config = source.partition(":")
@@ -236,4 +236,4 @@ def _read_hub(source: str, split: str) -> Rows:
         raise UserError(
             f"{source}: no such file, and not loadable as a hub dataset (split {split!r}): {first_line(error)}"
         ) from error
-    return Rows(dataset.to_list(), source=f"{source}[{split}]")
+    return Dataset(dataset.to_list(), source=f"{source}[{split}]")

@@ -1,4 +1,4 @@
-"""Rows into token ids and masks, one at a time and whole datasets.
+"""Dataset into token ids and masks, one at a time and whole datasets.
 
 Token boundaries are those that sampling has. A prompt is tokenized alone, as it will be before sampling, and what
 follows it never changes its tokens; an answer ends in exactly one end-of-sequence token, right after its own last
@@ -17,7 +17,7 @@ from tandem.data import formats
 from tandem.data.chat import conversation_pieces, marked_answers, marks_answers, render_prompt
 from tandem.data.order import content_hash
 from tandem.data.room import Room
-from tandem.data.rows import Row, Rows
+from tandem.data.rows import Dataset, Row
 from tandem.errors import UserError
 from tandem.types import Limits, PreferencePair, Prompt, Sequence
 
@@ -151,7 +151,7 @@ def ended(token_ids: list[int], trainable: list[bool], tokenizer: Any) -> Sequen
 
 
 def build_prompts(
-    rows: Rows,
+    rows: Dataset,
     tokenizer: Any,
     max_prompt_tokens: int | None = None,
     long_prompts: TooLong = "refuse",
@@ -194,7 +194,7 @@ def build_prompts(
 
 
 def build_sequences(
-    rows: Rows,
+    rows: Dataset,
     tokenizer: Any,
     max_length: int | None = None,
     long_rows: TooLong = "refuse",
@@ -220,7 +220,7 @@ def build_sequences(
 
 
 def build_pairs(
-    rows: Rows,
+    rows: Dataset,
     tokenizer: Any,
     max_length: int | None = None,
     long_rows: TooLong = "refuse",
@@ -250,7 +250,7 @@ def build_pairs(
 
 
 def _build(
-    rows: Rows,
+    rows: Dataset,
     make: Callable[[Row], T],
     texts: Callable[[T], list[Seq[int]]],
     cut: Callable[[T, int], T | None],

@@ -20,14 +20,14 @@ from tandem.models.folder import located
 from tandem.models.loading import load_tokenizer
 from tandem.own_loop.engines import EngineParams, InChild, InProcess, LoopEngine
 from tandem.own_loop.given import GivenModel, given, require_same
-from tandem.own_loop.ranks import Ranks, own_device
+from tandem.own_loop.peers import Peers, own_device
 from tandem.parallel.shares import divide
 from tandem.seeds import derive_seed
 from tandem.sync.bounds import LOGP_BOUNDS
 from tandem.sync.check import FIRST_PROBES, PROBE_EVERY, PROBE_TOKENS, WeightMismatch
 from tandem.types import Completion, Message, Request, SamplingParams
 
-Prompt = str | Seq[Message] | Seq[int]
+PromptLike = str | Seq[Message] | Seq[int]
 
 
 class Sampler:
@@ -75,7 +75,7 @@ class Sampler:
         self.model: nn.Module | None = None
         self.device = own_device(device)
         self.tokenizer = load_tokenizer(self.source, trust_remote_code=trust_remote_code)
-        self.ranks = Ranks(deadline_s)
+        self.peers = Peers(deadline_s)
         self.engine = self._start(
             engine,
             EngineParams(
@@ -102,7 +102,7 @@ class Sampler:
         256th the log-probs of a fixed probe as well. Raises UserError where the model is not the sampler's, and
         WeightMismatch where the check fails.
         """
-        if len(steps := set(self.ranks.gather(step))) > 1:
+        if len(steps := set(self.peers.gather(step))) > 1:
             raise UserError(f"update: the ranks are at different steps: {sorted(steps)}")
         if step == self.step:
             return False
@@ -111,7 +111,7 @@ class Sampler:
 
     def generate(
         self,
-        prompts: Seq[Prompt],
+        prompts: Seq[PromptLike],
         *,
         max_new_tokens: int = 64,
         temperature: float = 0.7,
@@ -138,31 +138,37 @@ class Sampler:
         )
         return [completion.text for group in self.completions(prompts, sampling, n=n) for completion in group]
 
-    def completions(self, prompts: Seq[Prompt], sampling: SamplingParams, *, n: int = 1) -> list[list[Completion]]:
+    def completions(self, prompts: Seq[PromptLike], sampling: SamplingParams, *, n: int = 1) -> list[list[Completion]]:
         """As ``generate``, with tokens, log-probs and why each ended: ``n`` completions for each prompt."""
         requests, error = self._requests(prompts, sampling, n)
-        self.ranks.agree(error)
+        self.peers.agree(error)
         self._require_same_requests(requests)
         if not self.engine.filled:
             assert self.model is not None
             assert self.step is not None
             self._fill(self.model, self.step)
         costs = [len(r.prompt_ids) + n * sampling.max_new_tokens for r in requests]
-        shares = divide(costs, self.ranks.size)
+        shares = divide(costs, self.peers.size)
         mine: list[list[Completion]] = []
         try:
-            mine = self.engine.generate([requests[i] for i in shares[self.ranks.rank]])
+            mine = self.engine.generate([requests[i] for i in shares[self.peers.rank]])
         except UserError as failed:
             error = failed
-        self.ranks.agree(error)
+        self.peers.agree(error)
         results: list[list[Completion]] = [[] for _ in requests]
-        for share, part in zip(shares, self.ranks.gather(mine), strict=True):
+        for share, part in zip(shares, self.peers.gather(mine), strict=True):
             for i, completions in zip(share, part, strict=True):
                 results[i] = completions
         return results
 
     def log(
-        self, prompts: Seq[Prompt], step: int, *, path: str | Path = "samples.jsonl", every: int = 50, **sampling: Any
+        self,
+        prompts: Seq[PromptLike],
+        step: int,
+        *,
+        path: str | Path = "samples.jsonl",
+        every: int = 50,
+        **sampling: Any,
     ) -> bool:
         """Where ``every`` divides ``step``: samples, and rank 0 appends a line for each to ``path``. Says whether.
 
@@ -175,13 +181,13 @@ class Sampler:
             return False
         n = sampling.pop("n", 1)
         groups = self.completions(prompts, sampling_params(**sampling), n=n)
-        self.ranks.agree(self._write(Path(path), step, prompts, groups) if self.ranks.rank == 0 else None)
+        self.peers.agree(self._write(Path(path), step, prompts, groups) if self.peers.rank == 0 else None)
         return True
 
     def close(self) -> None:
         """Ends the engine and its process. Call it on every rank, or on none."""
         self.engine.close()
-        self.ranks.close()
+        self.peers.close()
         self.model, self.step = None, None
 
     def __enter__(self) -> Sampler:
@@ -201,14 +207,14 @@ class Sampler:
                 from tandem.engines.vllm.engine import check_vllm
 
                 check_vllm()
-                where = f" of rank {self.ranks.rank}" if self.ranks.size > 1 else ""
+                where = f" of rank {self.peers.rank}" if self.peers.size > 1 else ""
                 engine = InChild(params, f"the vLLM engine{where}")
             else:
                 engine = InProcess(params)
         except UserError as failed:
             error = failed
         try:
-            self.ranks.agree(error)
+            self.peers.agree(error)
         except UserError:
             if engine is not None:
                 engine.close()
@@ -223,7 +229,7 @@ class Sampler:
             require_same(held.parameters, self.engine.shapes, self.source)
         except UserError as failed:
             error = error or failed
-        self.ranks.agree(error)
+        self.peers.agree(error)
         assert held is not None
         self.step = None
         mismatch: UserError | None = None
@@ -233,9 +239,9 @@ class Sampler:
             # Seen after the last collective of the push: the others can still be told. After any other error they
             # wait in one, and this rank must end.
             mismatch = found
-        self.ranks.agree(mismatch)
+        self.peers.agree(mismatch)
         if self.check and (self.updates < FIRST_PROBES or self.updates % PROBE_EVERY == 0):
-            self.ranks.agree(self._probe(held, step))
+            self.peers.agree(self._probe(held, step))
         self.updates += 1
         # Kept for the weights that a sleeping engine drops.
         self.model, self.step, self.vocabulary = model, step, held.vocabulary
@@ -260,7 +266,7 @@ class Sampler:
         )
 
     def _requests(
-        self, prompts: Seq[Prompt], sampling: SamplingParams, n: int
+        self, prompts: Seq[PromptLike], sampling: SamplingParams, n: int
     ) -> tuple[list[Request], UserError | None]:
         """What to sample, or why not."""
         if self.step is None:
@@ -290,14 +296,14 @@ class Sampler:
             return error
         return None
 
-    def _encode(self, prompt: Prompt) -> tuple[int, ...]:
+    def _encode(self, prompt: PromptLike) -> tuple[int, ...]:
         if isinstance(prompt, str):
             return prompt_of({"prompt": prompt}, self.tokenizer).token_ids
         ids = tuple(token for token in prompt if isinstance(token, int))
         return ids if len(ids) == len(prompt) else prompt_of({"prompt": list(prompt)}, self.tokenizer).token_ids
 
     def _require_same_requests(self, requests: Seq[Request]) -> None:
-        digests = self.ranks.gather(hashlib.sha256(repr(requests).encode()).digest())
+        digests = self.peers.gather(hashlib.sha256(repr(requests).encode()).digest())
         for rank, digest in enumerate(digests):
             if digest != digests[0]:
                 raise UserError(
@@ -305,7 +311,7 @@ class Sampler:
                     "and gets all results"
                 )
 
-    def _write(self, path: Path, step: int, prompts: Seq[Prompt], groups: Seq[Seq[Completion]]) -> UserError | None:
+    def _write(self, path: Path, step: int, prompts: Seq[PromptLike], groups: Seq[Seq[Completion]]) -> UserError | None:
         lines = []
         for prompt, group in zip(prompts, groups, strict=True):
             for completion in group:

@@ -12,7 +12,7 @@ from tandem.types import Example, Ticket
 
 
 @dataclass(frozen=True)
-class Dataset:
+class Tokenized:
     """A source of tokenized rows (``tandem.roles.Source``)."""
 
     rows: Seq[Example]

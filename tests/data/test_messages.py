@@ -6,7 +6,7 @@ import time
 import pytest
 from conftest import make_tokenizer
 
-from tandem.data.rows import Rows, load_rows
+from tandem.data.rows import Dataset, load_rows
 from tandem.data.tokenize import build_prompts, build_sequences
 from tandem.errors import UserError
 
@@ -26,7 +26,7 @@ def tokenizer():
 
 def refusal(row, tokenizer) -> str:
     with pytest.raises(UserError) as caught:
-        build_sequences(Rows([row], source="talk"), tokenizer)
+        build_sequences(Dataset([row], source="talk"), tokenizer)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -75,8 +75,8 @@ def test_a_message_that_is_malformed(tokenizer, tmp_path, message, words):
 def test_messages_that_templates_can_render(tokenizer, message):
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}{% endfor %}"
     tokenizer.chat_template += "{% if add_generation_prompt %}assistant{% endif %}"
-    assert build_sequences(Rows([{"messages": [ASK, message]}]), tokenizer)[1]["kept"] == 1
-    assert build_prompts(Rows([{"prompt": [{"role": "critic", "content": "x"}, ASK]}]), tokenizer)[1]["kept"] == 1
+    assert build_sequences(Dataset([{"messages": [ASK, message]}]), tokenizer)[1]["kept"] == 1
+    assert build_prompts(Dataset([{"prompt": [{"role": "critic", "content": "x"}, ASK]}]), tokenizer)[1]["kept"] == 1
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_what_a_row_may_not_tell_the_template(tokenizer, columns, words):
 def test_a_row_may_name_one_of_the_tokenizer_s_templates(tokenizer):
     tokenizer.chat_template = {"default": "never", "short": tokenizer.chat_template}
     row = {"messages": [ASK, ANSWER], "chat_template_kwargs": {"chat_template": "short"}}
-    (sequence,), _ = build_sequences(Rows([row]), tokenizer)
+    (sequence,), _ = build_sequences(Dataset([row]), tokenizer)
     assert tokenizer.decode(sequence.token_ids).startswith("(user:hi)(assistant:yes")
     row["chat_template_kwargs"] = {"chat_template": "long"}
     assert "may only name one of the tokenizer's templates (default, short)" in refusal(row, tokenizer)

@@ -1,9 +1,9 @@
-"""Rows against what the models that will read them can take: positions and token ids, with file and line."""
+"""Dataset against what the models that will read them can take: positions and token ids, with file and line."""
 
 import pytest
 from conftest import make_tokenizer
 
-from tandem.data.rows import Rows
+from tandem.data.rows import Dataset
 from tandem.data.tokenize import build_pairs, build_prompts, build_sequences
 from tandem.errors import UserError
 from tandem.types import Limits
@@ -14,8 +14,10 @@ LARGE = Limits(positions=1000, vocabulary=64, whose="large")
 ENDLESS = Limits(vocabulary=64, whose="endless")
 
 
-def rows(*lengths: int) -> Rows:
-    return Rows([{"prompt": "a" * n, "completion": "b", "chosen": "b", "rejected": "c"} for n in lengths], source="d")
+def rows(*lengths: int) -> Dataset:
+    return Dataset(
+        [{"prompt": "a" * n, "completion": "b", "chosen": "b", "rejected": "c"} for n in lengths], source="d"
+    )
 
 
 def refusal(build, *arguments, **options) -> str:

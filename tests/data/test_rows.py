@@ -1,4 +1,4 @@
-"""Rows come from every kind of source, and every fault is named by file, line and column."""
+"""Dataset come from every kind of source, and every fault is named by file, line and column."""
 
 import json
 
@@ -7,7 +7,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from tandem.data.rows import Rows, load_rows, require_column
+from tandem.data.rows import Dataset, load_rows, require_column
 from tandem.errors import UserError
 
 ROWS = [{"prompt": "2+2=", "answer": 4}, {"prompt": "3+3=", "answer": 6}]
@@ -158,6 +158,6 @@ def test_missing_column_names_the_row_and_those_present(tmp_path) -> None:
 
 
 def test_selected_rows_keep_their_places() -> None:
-    rows = Rows([{"a": i} for i in range(5)], source="list").select([3, 1])
+    rows = Dataset([{"a": i} for i in range(5)], source="list").select([3, 1])
     assert [row["a"] for row in rows] == [3, 1]
     assert rows.where(0) == "list row 4"

@@ -1,4 +1,4 @@
-"""Rows become the tokens that sampling would see, with one EOS right behind every answer."""
+"""Dataset become the tokens that sampling would see, with one EOS right behind every answer."""
 
 import string
 
@@ -6,7 +6,7 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from tandem.data.rows import Rows
+from tandem.data.rows import Dataset
 from tandem.data.tokenize import build_pairs, build_prompts, build_sequences, preference_pair, prompt_of, sft_sequence
 from tandem.errors import UserError
 
@@ -261,9 +261,9 @@ def test_a_tokenizer_without_eos_is_refused() -> None:
 # Whole datasets ---------------------------------------------------------------------------------------------------
 
 
-def rows(*values, column: str = "prompt") -> Rows:
+def rows(*values, column: str = "prompt") -> Dataset:
     places = [("data.jsonl", 2 * n) for n in range(1, len(values) + 1)]
-    return Rows([{column: v} if isinstance(v, str) else v for v in values], source="data.jsonl", places=places)
+    return Dataset([{column: v} if isinstance(v, str) else v for v in values], source="data.jsonl", places=places)
 
 
 def test_prompt_ids_depend_on_content_not_order_and_repeats_are_numbered() -> None:

@@ -13,7 +13,7 @@ from tandem.errors import UserError
 from tandem.parallel.world import gather_objects
 
 
-class Ranks:
+class Peers:
     """The default process group's ranks, over a gloo group of their own; or this process alone, where there is none.
 
     Making it is a collective. Raises UserError where torchrun started several processes that have not met yet.
