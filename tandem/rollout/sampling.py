@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 
 from tandem.errors import RunFailure, UserError
-from tandem.futures import Future
+from tandem.futures import Future, wait_all
 from tandem.rewards.combine import judge
 from tandem.rewards.shaping import MissingEos, shape_reward
 from tandem.roles import Clock, Engine, Metrics, Reward, RewardBatch
@@ -87,34 +88,41 @@ class Sampling:
 
     def begin(self, tickets: Seq[Ticket]) -> Future[list[Group]]:
         """The tickets' groups, sampled together, and judged together in one call to each reward."""
-        return _Sampled(self, tickets)
+        prompts = [self.prompts[ticket.row] for ticket in tickets]
+        requests = [
+            request(prompt, ticket, self.params, samples_per_prompt=self.samples_per_prompt, seed=self.seed)
+            for prompt, ticket in zip(prompts, tickets, strict=True)
+        ]
+        with self.sampling(len(tickets)):
+            return _Sampled(self, tickets, prompts, self.engine.submit(requests))
+
+    def sampling(self, prompts: int) -> AbstractContextManager[None]:
+        """The clock, around work of the engine on so many prompts."""
+        return self.clock("sampling", of=prompts * self.samples_per_prompt, done=lambda: self.engine.ended)
 
     def metrics(self, items: Seq[Group]) -> Metrics:
         """See ``rollout_metrics``."""
-        return rollout_metrics(items, judged=bool(self.judge.rewards))
+        return rollout_metrics(items)
 
 
+@dataclass
 class _Sampled:
     """The groups of some tickets. Whoever asks for them drives the engine: in one process there is nobody else."""
 
-    def __init__(self, source: Sampling, tickets: Seq[Ticket]) -> None:
-        self.source, self.tickets = source, tickets
-        self.prompts = [source.prompts[ticket.row] for ticket in tickets]
-        requests = [
-            request(prompt, t, source.params, samples_per_prompt=source.samples_per_prompt, seed=source.seed)
-            for prompt, t in zip(self.prompts, tickets, strict=True)
-        ]
-        self.requests = requests
-        self.groups: list[Group] | None = None
+    source: Sampling
+    tickets: Seq[Ticket]
+    prompts: Seq[Prompt]
+    completions: Seq[Future[list[Completion]]]
+    groups: list[Group] | None = None
 
     def done(self) -> bool:
         return self.groups is not None
 
     def result(self) -> list[Group]:
         if self.groups is None:
-            source, samples = self.source, sum(len(request.seeds) for request in self.requests)
-            with source.clock("sampling", of=samples, done=lambda: source.engine.ended):
-                groups = groups_of(self.prompts, source.engine.generate(self.requests))
+            source = self.source
+            with source.sampling(len(self.prompts)):
+                groups = groups_of(self.prompts, wait_all(self.completions))
             with source.clock("scoring"):
                 source.judge(groups, derive_seed(source.seed, "judge", self.tickets[0].step))
             self.groups = groups
