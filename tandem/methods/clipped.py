@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from tandem.batch import Batch, Outputs, TokenLoss, filled
 from tandem.errors import expect
-from tandem.functional.kl import KLLoss, kl_estimate, kl_loss
+from tandem.functional.kl import kl_estimate, kl_loss
 from tandem.functional.policy import clipped_policy_loss, importance_ratio
 from tandem.functional.segments import segment_sum
 from tandem.lazy import torch
 from tandem.roles import Metrics
+from tandem.types import Group
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,13 +58,18 @@ def clipped_surrogate(
     return TokenLoss(loss_T=loss_T, metrics_T=metrics_T)
 
 
-def add_kl_loss(token_loss: TokenLoss, out: Outputs, batch: Batch, kind: KLLoss) -> TokenLoss:
-    """Adds ``kl_coef`` times the KL to the reference (``kind``: see ``kl_loss``), and the metric ``kl_loss``, in nats.
+def clipped_with_kl(knobs: Any, out: Outputs, batch: Batch) -> TokenLoss:
+    """The clipped surrogate, and, with ``kl="loss"``, ``kl_coef`` times the KL to the reference (``kl_loss``).
 
-    ``kl_coef`` is in units of the advantages a nat: of rewards, where nothing has scaled the advantages.
+    Adds the metric ``kl_loss``, in nats. ``kl_coef`` (``batch.state``) is in units of the advantages a nat: of rewards,
+    where nothing has scaled the advantages.
     """
+    token_loss = clipped_surrogate(out, batch, low=knobs.clip_low, high=knobs.clip_high, dual_clip=knobs.dual_clip)
+    if knobs.kl != "loss" or not uses_kl(knobs):
+        return token_loss
     logp_T = filled(out.logp_T, "out.logp_T")
-    kl_T = kl_loss(logp_T, batch.logp_by("reference"), importance_ratio(logp_T, batch.proximal_logp_T), kind)
+    ratio_T = importance_ratio(logp_T, batch.proximal_logp_T)
+    kl_T = kl_loss(logp_T, batch.logp_by("reference"), ratio_T, knobs.kl_estimator)
     return TokenLoss(
         loss_T=token_loss.loss_T + batch.state["kl_coef"] * kl_T,
         metrics_T=token_loss.metrics_T | {"kl_loss": kl_T.detach()},
@@ -79,3 +87,35 @@ def sampled_kl(batch: Batch, role: str = "reference", name: str = "kl") -> tuple
         name: k1_T[batch.trainable_T].mean().item(),
         f"{name}_per_sequence": segment_sum(k1_T, batch.bounds).mean().item(),
     }
+
+
+def charge_kl(knobs: Any, groups: Seq[Group], batch: Batch) -> tuple[Seq[Group], Batch, Metrics]:
+    """The KL to the reference where the baseline is a prompt's other samples.
+
+    Returns the groups, with ``kl="reward"`` less ``kl_coef`` times the sum of a sample's k1 over its tokens in its
+    reward: the whole sample's KL, as its reward is the whole sample's. Then the batch with the state that
+    ``clipped_with_kl`` reads, and metrics: ``equal_reward_groups``, the share of groups whose rewards are equal as they
+    were given, and those of ``sampled_kl``.
+    """
+    judged = [group.rewards for group in groups if group.rewards]
+    metrics: Metrics = {"equal_reward_groups": sum(len(set(r)) == 1 for r in judged) / len(judged)}
+    if uses_kl(knobs):
+        k1_T, kl_metrics = sampled_kl(batch)
+        metrics |= kl_metrics
+        if knobs.kl == "reward":
+            groups = less(groups, (knobs.kl_coef * segment_sum(k1_T, batch.bounds)).tolist())
+    return groups, replace(batch, state={"kl_coef": knobs.kl_coef}), metrics
+
+
+def less(groups: Seq[Group], costs: Seq[float]) -> list[Group]:
+    """The groups with their usable rollouts alone, each with its cost off its reward. ``costs`` are in their order."""
+    left = iter(costs)
+    return [
+        replace(
+            group,
+            rollouts=[
+                replace(r, reward=reward - next(left)) for r, reward in zip(group.usable, group.rewards, strict=True)
+            ],
+        )
+        for group in groups
+    ]

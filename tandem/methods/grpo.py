@@ -4,28 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from tandem.batch import Batch, Outputs, TokenLoss
 from tandem.errors import expect, needs
 from tandem.functional.advantages import centred, group_normalised
 from tandem.functional.kl import KLLoss
-from tandem.functional.segments import segment_sum
 from tandem.methods.base import REFERENCE, Estimate, Method, Need, Samples
 from tandem.methods.clipped import (
     SAMPLED_LEADS,
     KLPlace,
-    add_kl_loss,
+    charge_kl,
     check_clipped,
-    clipped_surrogate,
-    sampled_kl,
+    clipped_with_kl,
     uses_kl,
 )
-from tandem.roles import Metrics
 from tandem.types import Group
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,38 +72,10 @@ class GRPO(Method):
         return centred(group.rewards)
 
     def estimate(self, groups: Seq[Group], batch: Batch, state: dict[str, float]) -> Estimate:
-        """Fills ``advantage_T`` and ``state``. ``equal_reward_groups`` is the share of groups that teach nothing.
-
-        With ``kl="reward"`` a sample's reward is less ``kl_coef`` times the sum of its k1 over its tokens before the
-        group's mean is taken: the whole sample's KL, as its reward is the whole sample's.
-        """
-        judged = [group.rewards for group in groups if group.rewards]
-        metrics: Metrics = {"equal_reward_groups": sum(len(set(r)) == 1 for r in judged) / len(judged)}
-        if self.needs_model("reference"):
-            k1_T, kl_metrics = sampled_kl(batch)
-            metrics |= kl_metrics
-            if self.kl == "reward":
-                groups = _charged(groups, self.kl_coef * segment_sum(k1_T, batch.bounds))
-        estimate = super().estimate(groups, replace(batch, state={"kl_coef": self.kl_coef}), state)
-        return replace(estimate, metrics=metrics)
+        """Fills ``advantage_T`` and ``state``; metrics are those of ``charge_kl``."""
+        groups, batch, metrics = charge_kl(self, groups, batch)
+        return replace(super().estimate(groups, batch, state), metrics=metrics)
 
     def loss(self, out: Outputs, batch: Batch) -> TokenLoss:
         """Clipped surrogate, plus the KL where ``kl="loss"``."""
-        token_loss = clipped_surrogate(out, batch, low=self.clip_low, high=self.clip_high, dual_clip=self.dual_clip)
-        if self.kl == "loss" and self.needs_model("reference"):
-            token_loss = add_kl_loss(token_loss, out, batch, self.kl_estimator)
-        return token_loss
-
-
-def _charged(groups: Seq[Group], cost_S: Tensor) -> list[Group]:
-    """The groups' usable rollouts, each with its cost off its reward. ``cost_S`` is in their order."""
-    costs = iter(cost_S.tolist())
-    return [
-        replace(
-            group,
-            rollouts=[
-                replace(r, reward=reward - next(costs)) for r, reward in zip(group.usable, group.rewards, strict=True)
-            ],
-        )
-        for group in groups
-    ]
+        return clipped_with_kl(self, out, batch)

@@ -19,9 +19,8 @@ from tandem.methods.base import REFERENCE, Asks, Estimate, Method, Need, Samples
 from tandem.methods.clipped import (
     SAMPLED_LEADS,
     KLPlace,
-    add_kl_loss,
     check_clipped,
-    clipped_surrogate,
+    clipped_with_kl,
     sampled_kl,
     uses_kl,
 )
@@ -153,9 +152,7 @@ class PPO(Method):
 
     def loss(self, out: Outputs, batch: Batch) -> TokenLoss:
         """Clipped surrogate, plus the KL where ``kl="loss"``, minus the entropy bonus."""
-        token_loss = clipped_surrogate(out, batch, low=self.clip_low, high=self.clip_high, dual_clip=self.dual_clip)
-        if self.kl == "loss" and self.needs_model("reference"):
-            token_loss = add_kl_loss(token_loss, out, batch, self.kl_estimator)
+        token_loss = clipped_with_kl(self, out, batch)
         if self.entropy_coef:
             bonus_T = self.entropy_coef * filled(out.entropy_T, "out.entropy_T")
             token_loss = replace(token_loss, loss_T=token_loss.loss_T - bonus_T)
