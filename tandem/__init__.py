@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from tandem.methods.table import METHODS
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -17,10 +19,7 @@ _PUBLIC = {
     "SamplingParams": "tandem.types",
     "read_config": "tandem.assembly.configs",
     "Method": "tandem.methods.base",
-    "GRPO": "tandem.methods.grpo",
-    "PPO": "tandem.methods.ppo",
-    "RewardModeling": "tandem.methods.rm",
-    "SFT": "tandem.methods.sft",
+    **{name: f"tandem.methods.{module}" for module, name in (line.where.split(":") for line in METHODS.values())},
     "load_rows": "tandem.data.rows",
     "build_pairs": "tandem.data.tokenize",
     "build_prompts": "tandem.data.tokenize",
