@@ -24,6 +24,7 @@ ROWS = {
 SAMPLES = {
     "ppo": Line("ppo:PPO", "PPO with a critic and a KL penalty to a reference"),
     "grpo": Line("grpo:GRPO", "GRPO: each sample against the others of its prompt"),
+    "rloo": Line("rloo:RLOO", "RLOO: each sample against the mean of the others of its prompt, without scaling"),
 }
 """Those that train on samples of the policy."""
 METHODS = ROWS | SAMPLES

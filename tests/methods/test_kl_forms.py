@@ -11,6 +11,7 @@ from tandem.batch import Outputs
 from tandem.data.packing import pack_rollouts
 from tandem.methods.grpo import GRPO
 from tandem.methods.ppo import PPO
+from tandem.methods.rloo import RLOO
 from tandem.types import Group, Prompt, Rollout
 
 BETA = 0.3
@@ -101,6 +102,7 @@ PLAIN_PPO = {"whiten_advantages": False, "kl_coef": BETA}
         (GRPO(normalize="none", **LOSS, kl_estimator="k2"), reverse(BETA)),
         (GRPO(normalize="none", **LOSS, kl_estimator="k3"), forward(BETA)),
         (GRPO(kl="reward", kl_coef=BETA), reverse(BETA)),
+        (RLOO(kl_coef=BETA), reverse(BETA)),
         (GRPO(**LOSS), reverse(BETA * GROUP_STD)),
         (GRPO(**LOSS, kl_estimator="k3"), forward(BETA * GROUP_STD)),
         (PPO(kl="reward", **PLAIN_PPO), reverse(BETA)),
@@ -133,6 +135,7 @@ def test_without_a_kl_the_reference_is_left():
     ("method", "sees_sequences"),
     [
         (GRPO(normalize="none", kl="reward", kl_coef=BETA), True),
+        (RLOO(kl_coef=BETA), True),
         (PPO(kl="reward", lam=1.0, **PLAIN_PPO), True),
         (GRPO(normalize="none", **LOSS), False),
         (PPO(kl="loss", lam=1.0, **PLAIN_PPO), False),
