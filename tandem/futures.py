@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar, overload
@@ -35,6 +35,22 @@ class Done(Generic[T]):
 
     def result(self) -> T:
         return self.value
+
+
+@dataclass
+class Later(Generic[T]):
+    """The result of a call that whoever first asks for it makes."""
+
+    make: Callable[[], T]
+    made: Done[T] | None = None
+
+    def done(self) -> bool:
+        return self.made is not None
+
+    def result(self) -> T:
+        if self.made is None:
+            self.made = Done(self.make())
+        return self.made.value
 
 
 @overload

@@ -223,7 +223,7 @@ class Source(Protocol[Item]):
         """The phase of a step in which its items are prepared for training."""
         ...
 
-    def begin(self, tickets: Seq[Ticket]) -> Future[Seq[Item]]:
+    def begin(self, tickets: Seq[Ticket], clock: Clock) -> Future[Seq[Item]]:
         """The items of some tickets, in their order. Tickets that are begun together are worked on together."""
         ...
 

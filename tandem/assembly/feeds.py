@@ -30,38 +30,41 @@ from tandem.rollout.rows import Tokenized
 from tandem.rollout.sampling import Judge, Sampling, sample_groups
 from tandem.runs.identity import Inputs
 from tandem.runs.progress import Progress, say
-from tandem.schedules.session import Evaluation, StepClock
+from tandem.schedules.session import Evaluation
 from tandem.seeds import derive_seed
 from tandem.types import Group, Limits, Prompt, SamplingParams
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fed:
-    """A feed at work: the source of items, what gives the sampler new weights, and what measures held-out data."""
+    """A feed at work: its part of a ``Crew``."""
 
     source: Source[Any]
+    prepare: Preparation
     push_weights: Callable[[int], Metrics] | None
-    measure: Callable[[int], Evaluation]
+    evaluate: Callable[[int, Progress], Evaluation]
 
 
 class Feed(Protocol):
     """The items of a run before anything runs: read, tokenized, and known to fit."""
 
     size: int
-    """Dataset that are gone through."""
+    """Rows that are gone through."""
     held_out: int
-    """Dataset that are not."""
+    """Rows that are not."""
     counts: Counts
     inputs: Inputs
-    step: Mapping[str, Any]
-    """How ``Preparation`` makes batches of a step's items."""
+
+    def check(self) -> None:
+        """Raises UserError where what was read does not fit together."""
+        ...
 
     def uses(self, homes: Homes) -> dict[str, str]:
         """What the run would use, for a dry run."""
         ...
 
-    def start(self, models: Mapping[str, Seat], homes: Homes) -> Callable[[StepClock, Preparation], Fed]:
-        """Starts what it needs beside the models. What that returns makes the source, once the session is open."""
+    def start(self, models: Mapping[str, Seat], homes: Homes) -> Fed:
+        """Starts what it needs beside the models."""
         ...
 
     def close(self) -> None: ...
@@ -72,7 +75,6 @@ class RowsFeed:
 
     def __init__(self, config: RowsConfig) -> None:
         self.config = config
-        self.step: Mapping[str, Any] = {}
         rows, eval_rows = load_data(config.data)
         self.tokenizer = load_tokenizers(config)
         limits = limits_of_models(config, self.tokenizer)
@@ -89,20 +91,18 @@ class RowsFeed:
             "held out": f"{self.held_out} rows" if self.held else "none",
         }
 
-    def start(self, models: Mapping[str, Seat], homes: Homes) -> Callable[[StepClock, Preparation], Fed]:
-        def fed(clock: StepClock, prepare: Preparation) -> Fed:
-            return Fed(
-                source=Tokenized(self.examples),
-                push_weights=None,
-                measure=partial(self._measure, models["actor"], clock.progress, prepare),
-            )
+    def check(self) -> None:
+        return None
 
-        return fed
+    def start(self, models: Mapping[str, Seat], homes: Homes) -> Fed:
+        prepare = Preparation(method=self.config.method, models=models, seed=self.config.run.seed)
+        evaluate = partial(self._evaluate, models["actor"], prepare)
+        return Fed(source=Tokenized(self.examples), prepare=prepare, push_weights=None, evaluate=evaluate)
 
     def close(self) -> None:
         return None
 
-    def _measure(self, actor: Seat, progress: Progress, prepare: Preparation, step: int) -> Evaluation:
+    def _evaluate(self, actor: Seat, prepare: Preparation, step: int, progress: Progress) -> Evaluation:
         if not self.held or not evaluation_due(self.config, step):
             return {}, []
         with progress.phase("evaluating"):
@@ -124,15 +124,8 @@ class SamplesFeed:
 
     def __init__(self, config: SamplesConfig) -> None:
         self.config = config
-        section = config.step
-        self.step: Mapping[str, Any] = {
-            "old_logp": section.old_logp,
-            "epochs": section.epochs,
-            "minibatches": section.minibatches,
-            "max_new_tokens": config.sampling.max_new_tokens,
-        }
         # Begun first, so that it imports the functions while the data is read.
-        names = [*config.reward.reward, *section.eval_reward]
+        names = [*config.reward.reward, *config.step.eval_reward]
         self.judging = RewardProcess(names, deadline_s=config.reward.reward_deadline) if names else None
         rows, eval_rows = load_data(config.data)
         self.tokenizer = load_tokenizers(config)
@@ -146,7 +139,7 @@ class SamplesFeed:
         trained_on = len(config.reward.reward)
         self.functions, self.eval_rewards = functions[:trained_on], functions[trained_on:]
 
-    def check_columns(self) -> None:
+    def check(self) -> None:
         """Raises UserError where a reward wants a column that no row has."""
         data = self.config.data
         require_columns(self.functions, self.prompts, data.data)
@@ -167,33 +160,36 @@ class SamplesFeed:
             "held out": f"{self.held_out} prompts" if self.held_out else "none",
         }
 
-    def start(self, models: Mapping[str, Seat], homes: Homes) -> Callable[[StepClock, Preparation], Fed]:
+    def start(self, models: Mapping[str, Seat], homes: Homes) -> Fed:
         config = self.config
-        sampler = homes.wire_engine(
+        engine = homes.wire_engine(
             config.sampling, seed=config.run.seed, vocabulary=len(self.tokenizer), others=dict(models)
         )
-        judge = self._judge(models)
-
-        def fed(clock: StepClock, prepare: Preparation) -> Fed:
-            source = Sampling(
-                engine=sampler.engine,
-                prompts=self.prompts,
-                params=self._params(),
-                samples_per_prompt=config.sampling.samples_per_prompt,
-                judge=judge,
-                seed=config.run.seed,
-                clock=clock,
-            )
-            measure = partial(self._measure, source, clock.progress, prepare)
-            return Fed(source=source, push_weights=sampler.push, measure=measure)
-
-        return fed
+        source = Sampling(
+            engine=engine.engine,
+            prompts=self.prompts,
+            params=self._params(),
+            samples_per_prompt=config.sampling.samples_per_prompt,
+            judge=self._judge(models),
+            seed=config.run.seed,
+        )
+        prepare = Preparation(
+            method=config.method,
+            models=models,
+            old_logp=config.step.old_logp,
+            epochs=config.step.epochs,
+            minibatches=config.step.minibatches,
+            max_new_tokens=config.sampling.max_new_tokens,
+            seed=config.run.seed,
+        )
+        evaluate = partial(self._evaluate, source, prepare)
+        return Fed(source=source, prepare=prepare, push_weights=engine.push, evaluate=evaluate)
 
     def close(self) -> None:
         if self.judging is not None:
             self.judging.close()
 
-    def _measure(self, source: Sampling, progress: Progress, prepare: Preparation, step: int) -> Evaluation:
+    def _evaluate(self, source: Sampling, prepare: Preparation, step: int, progress: Progress) -> Evaluation:
         """Samples of the held-out prompts, one each: judged, or measured by the method where nothing judges."""
         if not self.eval_prompts or not evaluation_due(self.config, step):
             return {}, []

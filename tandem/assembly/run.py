@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +20,6 @@ from tandem.errors import UserError
 from tandem.models.description import describe_source
 from tandem.models.loading import pick_device
 from tandem.roles import Seat
-from tandem.rollout.prepare import Preparation
 from tandem.runs.progress import say
 from tandem.schedules.crew import Crew
 from tandem.schedules.pipeline import Pipeline
@@ -63,28 +63,21 @@ def _run(config: RunConfig, stack: ExitStack, ranks: Ranks | None) -> Path | Non
     feed = _feed(config)
     stack.callback(feed.close)
     check_out(config, feed.inputs)
-    if isinstance(feed, SamplesFeed):
-        feed.check_columns()
+    feed.check()
     if config.run.dry_run:
         _print_plan(config, homes, feed)
         return None
-    places: Places = stack.enter_context(homes) if ranks is None else ranks
-    models = _models(config, places)
+    models = _models(config, stack.enter_context(homes) if ranks is None else ranks)
     trainers = {role: models[role] for role in config.method.losses()}
-    start = feed.start(models, homes)
-    started = stack.enter_context(session(config, trainers, counts=feed.counts, inputs=feed.inputs))
-    prepare = Preparation(method=config.method, models=models, seed=config.run.seed, **feed.step)
-    fed = start(started.clock, prepare)
+    fed = feed.start(models, homes)
     order = Order(feed.size, config.run.seed)
     crew = Crew(
         method=config.method,
-        tickets=lambda positions: order.tickets(positions, config.items_per_step),
-        source=fed.source,
-        prepare=prepare,
+        tickets=partial(order.tickets, per_step=config.items_per_step),
         trainers=trainers,
-        push_weights=fed.push_weights,
-        evaluate=fed.measure,
+        **vars(fed),
     )
+    started = stack.enter_context(session(config, trainers, counts=feed.counts, inputs=feed.inputs))
     Pipeline(steps=config.run.steps, items_per_step=config.items_per_step).run(crew, started)
     return started.finish()
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tandem.futures import Done, Future
-from tandem.roles import Metrics
+from tandem.roles import Clock, Metrics
 from tandem.types import Example, Ticket
 
 
@@ -18,7 +18,7 @@ class Tokenized:
     rows: Seq[Example]
     phase: str = field(default="data", init=False)
 
-    def begin(self, tickets: Seq[Ticket]) -> Future[list[Any]]:
+    def begin(self, tickets: Seq[Ticket], clock: Clock) -> Future[list[Any]]:
         """The tickets' rows."""
         return Done([self.rows[ticket.row] for ticket in tickets])
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from tandem.errors import RunFailure, UserError
-from tandem.futures import Future, wait_all
+from tandem.futures import Future, Later, wait_all
 from tandem.rewards.combine import judge
 from tandem.rewards.shaping import MissingEos, shape_reward
 from tandem.roles import Clock, Engine, Metrics, Reward, RewardBatch
@@ -83,50 +83,32 @@ class Sampling:
     samples_per_prompt: int
     judge: Judge
     seed: int
-    clock: Clock
     phase: str = field(default="scoring", init=False)
 
-    def begin(self, tickets: Seq[Ticket]) -> Future[list[Group]]:
+    def begin(self, tickets: Seq[Ticket], clock: Clock) -> Future[list[Group]]:
         """The tickets' groups, sampled together, and judged together in one call to each reward."""
         prompts = [self.prompts[ticket.row] for ticket in tickets]
         requests = [
             request(prompt, ticket, self.params, samples_per_prompt=self.samples_per_prompt, seed=self.seed)
             for prompt, ticket in zip(prompts, tickets, strict=True)
         ]
-        with self.sampling(len(tickets)):
-            return _Sampled(self, tickets, prompts, self.engine.submit(requests))
+        sampling = partial(clock, "sampling", of=len(tickets) * self.samples_per_prompt, done=lambda: self.engine.ended)
+        with sampling():
+            completions = self.engine.submit(requests)
 
-    def sampling(self, prompts: int) -> AbstractContextManager[None]:
-        """The clock, around work of the engine on so many prompts."""
-        return self.clock("sampling", of=prompts * self.samples_per_prompt, done=lambda: self.engine.ended)
+        def judged() -> list[Group]:
+            # Whoever asks for the groups drives the engine: in one process there is nobody else.
+            with sampling():
+                groups = groups_of(prompts, wait_all(completions))
+            with clock("scoring"):
+                self.judge(groups, derive_seed(self.seed, "judge", tickets[0].step))
+            return groups
+
+        return Later(judged)
 
     def metrics(self, items: Seq[Group]) -> Metrics:
         """See ``rollout_metrics``."""
         return rollout_metrics(items)
-
-
-@dataclass
-class _Sampled:
-    """The groups of some tickets. Whoever asks for them drives the engine: in one process there is nobody else."""
-
-    source: Sampling
-    tickets: Seq[Ticket]
-    prompts: Seq[Prompt]
-    completions: Seq[Future[list[Completion]]]
-    groups: list[Group] | None = None
-
-    def done(self) -> bool:
-        return self.groups is not None
-
-    def result(self) -> list[Group]:
-        if self.groups is None:
-            source = self.source
-            with source.sampling(len(self.prompts)):
-                groups = groups_of(self.prompts, wait_all(self.completions))
-            with source.clock("scoring"):
-                source.judge(groups, derive_seed(source.seed, "judge", self.tickets[0].step))
-            self.groups = groups
-        return self.groups
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -60,7 +60,7 @@ class Pipeline:
                     f"needs {self.items_per_step}: nothing is left to learn from such data, or nothing yet; see what "
                     "rollouts.jsonl says of earlier steps"
                 )
-            for item in crew.source.begin(crew.tickets(session.take(missing))).result():
+            for item in crew.source.begin(crew.tickets(session.take(missing)), session.clock).result():
                 (kept if crew.method.keep(item) else passed).append(item)
         return kept, passed
 

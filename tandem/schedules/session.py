@@ -123,11 +123,11 @@ class Session:
         self._at(self.step + 1, state, metrics)
         self.run.log_rollouts(self.step, groups, self.rollouts_logged)
 
-    def record(self, evaluate: Callable[[int], Evaluation]) -> None:
+    def record(self, evaluate: Callable[[int, Progress], Evaluation]) -> None:
         """Evaluates the step reached, unless that has been done: one line in ``metrics.jsonl``, and the display."""
         if self.pending is None:
             return
-        evaluated, held_out = evaluate(self.step)
+        evaluated, held_out = evaluate(self.step, self.progress)
         if metrics := self.pending | evaluated:
             self.run.log_metrics(self.step, metrics)
             self.run.log_rollouts(self.step, held_out, self.rollouts_logged, held_out=True)
