@@ -116,6 +116,10 @@ class Batch:
         """[S]: the scalar head at each segment's last token."""
         return filled(out.scalar_T, "out.scalar_T").index_select(0, self.last_S)
 
+    def of_pairs(self, x_P: Tensor) -> Tensor:
+        """[T]: each pair's number at its chosen segment's last token, where a pair has its weight; 0 elsewhere."""
+        return x_P.new_zeros(self.tokens).index_put((self.last_S[0::2],), x_P)
+
     def _by(self, role: str) -> Outputs:
         if role not in self.seen:
             raise ValueError(f"the {role} has not seen the batch; what should ask it is not wired")

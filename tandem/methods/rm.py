@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, ClassVar
 
 from tandem.batch import Batch, Outputs, TokenLoss
 from tandem.functional.preference import reward_pair_loss
-from tandem.lazy import torch
 from tandem.methods.base import Method, Rows
 
 if TYPE_CHECKING:
@@ -47,16 +46,13 @@ class RewardModeling(Method):
         if self.center_coef:
             loss_P = loss_P + self.center_coef * (chosen_P + rejected_P).square()
 
-        place_P = batch.last_S[0::2]
-
-        def place(x_P: Tensor) -> Tensor:
-            return x_P.new_zeros(batch.tokens).index_put((place_P,), x_P)
-
-        with torch.no_grad():
-            metrics_T = {
-                "accuracy": place((chosen_P > rejected_P).to(loss_P.dtype)),
-                "score_gap": place(chosen_P - rejected_P),
-                "chosen_score": place(chosen_P),
-                "rejected_score": place(rejected_P),
-            }
-        return TokenLoss(loss_T=place(loss_P), metrics_T=metrics_T)
+        metrics = {
+            "accuracy": (chosen_P > rejected_P).to(loss_P.dtype),
+            "score_gap": chosen_P - rejected_P,
+            "chosen_score": chosen_P,
+            "rejected_score": rejected_P,
+        }
+        return TokenLoss(
+            loss_T=batch.of_pairs(loss_P),
+            metrics_T={name: batch.of_pairs(x_P.detach()) for name, x_P in metrics.items()},
+        )
