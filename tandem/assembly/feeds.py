@@ -259,7 +259,7 @@ def check_sampling(config: SamplesConfig) -> None:
     if sampling.temperature == 0:
         raise UserError("temperature: 0 is greedy, all samples of a prompt would be equal; give more than 0")
     truncated = sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
-    if truncated and config.engine.kind == "vllm" and config.step.old_logp == "sampler":
+    if truncated and not method.pairwise and config.engine.kind == "vllm" and config.step.old_logp == "sampler":
         raise UserError(
             "old_logp: vLLM reports truncated log-probs only, which would bias the ratios; with top_k, top_p or "
             "min_p add --old-logp trainer"

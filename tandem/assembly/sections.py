@@ -230,7 +230,7 @@ class StepSection:
     """Times that a step's samples are gone through."""
     minibatches: int = 1
     """Optimizer steps in one epoch."""
-    old_logp: Literal["sampler", "trainer"] = "sampler"
+    old_logp: Literal["sampler", "trainer"] = field(default="sampler", metadata=needs(("part", "losses of tokens")))
     """What ratios are taken against: the sampler's log-probs, or the trainer's own from a forward more."""
     eval_reward: tuple[str, ...] = field(default=(), metadata=PATH | needs(("eval_data",)))
     """FILE.py:function that judges samples of --eval-data and is never trained on. Empty: the training rewards."""

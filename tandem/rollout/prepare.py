@@ -96,9 +96,10 @@ class Preparation:
             raise UserError(f"{self.method.title}: none of the {len(items)} items of the step can be trained on")
         batch = pack_examples(examples)
         asked = [need.role for need in self.method.needs()]
-        on_policy = self.old_logp == "trainer" and self.epochs == self.minibatches == 1
-        on_policy = on_policy and not self.method.needs_old_logp
-        if self.old_logp == "trainer" and not on_policy:
+        # A loss of pairs takes no ratios.
+        own = self.old_logp == "trainer" and not self.method.pairwise
+        on_policy = own and self.epochs == self.minibatches == 1 and not self.method.needs_old_logp
+        if own and not on_policy:
             asked.append("actor")
         seen = call_all({role: self.models[role] for role in asked}, "score", batch)
         batch = replace(batch, on_policy=on_policy, seen=seen)
