@@ -19,6 +19,7 @@ class Line(NamedTuple):
 ROWS = {
     "sft": Line("sft:SFT", "supervised fine-tuning on demonstrations"),
     "rm": Line("rm:RewardModeling", "a reward model from preference pairs"),
+    "dpo": Line("dpo:DPO", "DPO: a policy from preference pairs, without a reward model"),
 }
 """Those that train on a dataset."""
 SAMPLES = {

@@ -48,9 +48,11 @@ def arguments(
     online = ["--data", "prompts.jsonl", "--eval-data", "prompts.jsonl", "--reward", "check.py:right",
               "--prompts-per-step", str(prompts_per_step), "--samples-per-prompt", "3",
               "--max-new-tokens", "5"]  # fmt: skip
+    pairs = ["--data", "pairs.jsonl", "--eval-data", "pairs.jsonl", "--batch-size", "7"]
     special = {
         "sft": ["--data", "demos.jsonl", "--eval-data", "demos.jsonl", "--batch-size", "7"],
-        "rm": ["--data", "pairs.jsonl", "--eval-data", "pairs.jsonl", "--batch-size", "7"],
+        "rm": pairs,
+        "dpo": [*pairs, "--sft-coef", "0.1"],
         "ppo": [*online, "--epochs", "2", "--minibatches", "2", "--kl-target", "0.5", "--normalize-rewards"],
         "grpo": [*online, "--minibatches", "2"],
     }

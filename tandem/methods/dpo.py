@@ -1,0 +1,114 @@
+"""DPO: preference pairs train the policy itself, which is its own reward model against a frozen reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from tandem.batch import Batch, Outputs, TokenLoss, filled
+from tandem.errors import expect
+from tandem.functional.preference import PreferenceLoss, preference_loss
+from tandem.functional.segments import segment_sum
+from tandem.lazy import torch
+from tandem.methods.base import Method, Need, Rows
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PAIR_REFERENCE = Need(
+    role="reference",
+    doc="Folder of the frozen reference that answers are compared with. None: the model as it was at the start.",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPO(Method):
+    """Direct preference optimization (arXiv:2305.18290, eq. 7), with IPO's loss (arXiv:2310.12036, eq. 17) as a choice.
+
+    The likelihood of the chosen answer beside it (``sft_coef``) is that of iterative RPO (arXiv:2404.19733).
+    """
+
+    reads: ClassVar = Rows("preferences")
+    title: ClassVar = "DPO"
+    about: ClassVar = """Improve a model on preference pairs with DPO: no reward model, and nothing is sampled.
+
+    Rows: chosen and rejected, with prompt or with the prompt at the start of both (strings or lists of messages),
+    as in TRL.
+    Example: tandem dpo --model runs/sft/model --data pairs.jsonl --out runs/dpo --steps 500
+    """
+    models: ClassVar = (PAIR_REFERENCE,)
+    pairwise: ClassVar = True
+    leads: ClassVar = ("accuracy", "loss", "reward_margin")
+
+    beta: float = 0.1
+    """How strongly the policy is held to the reference: an answer's implicit reward is beta log(policy / reference)."""
+    loss_type: PreferenceLoss = "sigmoid"
+    """sigmoid: the log-likelihood of the preferences; ipo: the squared distance of the margin to 1 / (2 beta)."""
+    label_smoothing: float = 0.0
+    """Share of preferences that are taken to be the wrong way round, below 0.5 (conservative DPO)."""
+    sft_coef: float = 0.0
+    """Weight of the chosen answer's negative log-likelihood, a mean over its tokens, beside the loss of the pair."""
+
+    def __post_init__(self) -> None:
+        expect(self, "more than 0", lambda x: x > 0, "beta")
+        expect(self, "from 0 to below 0.5", lambda x: 0 <= x < 0.5, "label_smoothing")
+        expect(self, "0 or more", lambda x: x >= 0, "sft_coef")
+
+    def loss(self, out: Outputs, batch: Batch) -> TokenLoss:
+        """See ``policy_pair_loss``. With ``sft_coef`` the metric ``sft_loss``, too, in nats a token."""
+        return policy_pair_loss(
+            out,
+            batch,
+            beta=self.beta,
+            loss_type=self.loss_type,
+            label_smoothing=self.label_smoothing,
+            sft_coef=self.sft_coef,
+        )
+
+
+def policy_pair_loss(
+    out: Outputs,
+    batch: Batch,
+    *,
+    beta: float,
+    loss_type: PreferenceLoss,
+    label_smoothing: float = 0.0,
+    sft_coef: float = 0.0,
+) -> TokenLoss:
+    """One loss a pair, at the last token of its chosen segment (``Batch.of_pairs``): see ``preference_loss``.
+
+    An answer's log(policy / reference) is the sum over its tokens, or with ``ipo`` their mean, so that 1 / (2 beta)
+    is asked of long and short answers alike (TRL's convention; OpenRLHF's is the sum).
+
+    Metrics at the same tokens: ``accuracy`` (a tie counts as wrong), ``chosen_reward``, ``rejected_reward`` (beta
+    log(policy / reference)) and ``reward_margin``, their difference; ``chosen_logp`` and ``rejected_logp``, sums over
+    the answers' tokens; and where the forward gave it, ``entropy``, nats a token.
+    """
+
+    def summed(x_T: Tensor) -> Tensor:
+        return segment_sum(torch.where(batch.trainable_T, x_T, 0.0), batch.bounds)
+
+    logp_T = filled(out.logp_T, "out.logp_T")
+    logp_S, ratio_S = summed(logp_T), summed(logp_T - batch.logp_by("reference"))
+    length_S = summed(torch.ones_like(logp_T)).clamp(min=1)
+    if loss_type == "ipo":
+        ratio_S = ratio_S / length_S
+    x_P = ratio_S[0::2] - ratio_S[1::2]
+    loss_P = preference_loss(x_P, beta, loss_type, label_smoothing)
+    metrics = {
+        "accuracy": (x_P > 0).to(x_P.dtype),
+        "reward_margin": beta * x_P,
+        "chosen_reward": beta * ratio_S[0::2],
+        "rejected_reward": beta * ratio_S[1::2],
+        "chosen_logp": logp_S[0::2],
+        "rejected_logp": logp_S[1::2],
+    }
+    if sft_coef:
+        metrics["sft_loss"] = -(logp_S / length_S)[0::2]
+        loss_P = loss_P + sft_coef * metrics["sft_loss"]
+    if out.entropy_T is not None:
+        entropy_S = summed(out.entropy_T) / length_S
+        metrics["entropy"] = (entropy_S[0::2] + entropy_S[1::2]) / 2
+    return TokenLoss(
+        loss_T=batch.of_pairs(loss_P), metrics_T={name: batch.of_pairs(x.detach()) for name, x in metrics.items()}
+    )
