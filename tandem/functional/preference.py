@@ -26,8 +26,8 @@ def preference_loss(x_P: Tensor, beta: float, kind: PreferenceLoss = "sigmoid", 
     - ``sigmoid``: ``-log sigmoid(beta x)``, in nats (DPO, arXiv:2305.18290, eq. 7).
     - ``ipo``: ``(x - 1 / (2 beta))^2``, in nats squared (IPO, arXiv:2310.12036, eq. 17, where beta is tau).
 
-    With ``label_smoothing`` e it is ``(1 - e) loss(x) + e loss(-x)``: what is expected where a share e of preferences is
-    the wrong way round (with ``sigmoid``: cDPO, ericmitchell.ai/cdpo.pdf, eq. 3).
+    With ``label_smoothing`` e it is ``(1 - e) loss(x) + e loss(-x)``, the expectation where a share e of preferences
+    is the wrong way round (with ``sigmoid``: cDPO, ericmitchell.ai/cdpo.pdf, eq. 3).
     """
 
     def loss(x_P: Tensor) -> Tensor:

@@ -11,10 +11,11 @@ from helpers.runs import arguments, write_inputs
 
 from tandem.batch import Batch
 from tandem.cli.main import main
+from tandem.methods.table import ROWS as ROW_METHODS
 from tandem.training.trainer import LocalTrainer
 
 ROWS, DROPPED, EPOCHS = 20, 3, 3
-A_STEP = {"sft": 7, "rm": 7, "grpo": 6, "ppo": 6}
+A_STEP = {"sft": 7, "rm": 7, "dpo": 7, "grpo": 6, "ppo": 6}
 """Rows that a step takes: an epoch ends in the middle of one."""
 
 
@@ -33,7 +34,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def steps_of(run: Path, method: str, batches: list[Batch]) -> list[list[str]]:
     """The prompts of each step: of the batches that were trained on, or of the samples."""
-    if method in ("sft", "rm"):
+    if method in ROW_METHODS:
         tokenizer = make_tokenizer()
         found = [[tokenizer.decode(ids) for ids in b.token_ids_T.split(b.lengths)] for b in batches]
         return [[text.split("=")[0] for text in step[:: batches[0].segments_per_unit]] for step in found]
@@ -68,7 +69,7 @@ def test_every_row_once_an_epoch_over_stops_and_dropped_rows(inputs, method, tra
     monkeypatch.chdir(inputs)
     steps = -(-ROWS * EPOCHS // A_STEP[method])
     argv = [*arguments(method), "--out", method, "--max-length", "40", "--long-rows", "drop"]
-    argv += [] if method in ("sft", "rm") else ["--rollouts-logged", "99"]
+    argv += [] if method in ROW_METHODS else ["--rollouts-logged", "99"]
     for flag in ("--eval-data", "--eval-every"):
         del argv[argv.index(flag) : argv.index(flag) + 2]
     codes = [main([*argv, "--steps", str(steps), "--resume"]) for _ in range(3)]

@@ -15,6 +15,7 @@ STEPS = 3
 EXTRA = {
     "sft": [],
     "rm": [],
+    "dpo": [],
     "ppo": ["--old-logp", "trainer"],
     "grpo": ["--old-logp", "trainer", "--rollouts-logged", "4"],
 }
@@ -24,6 +25,7 @@ NEXT = {
     "--out runs/grpo\n",
     "rm": "  next: tandem ppo --model base --reward-model runs/rm/model --data prompts.jsonl --steps 200 "
     "--out runs/ppo\n",
+    "dpo": "",
     "ppo": "",
     "grpo": "",
 }
@@ -54,9 +56,9 @@ def test_lines_come_before_the_first_step_and_the_method_says_what_leads(outputs
     assert places == sorted(places)
     last = [line for line in printed.splitlines() if f" {STEPS}/{STEPS}  " in line][-1]
     (names,) = [re.findall(r"  ([\w/]+) \S+", last)]
-    lead = {"sft": "loss", "rm": "accuracy", "ppo": "reward", "grpo": "reward"}[method]
+    lead = {"sft": "loss", "rm": "accuracy", "dpo": "accuracy", "ppo": "reward", "grpo": "reward"}[method]
     assert names[:2] == [lead, f"eval/{lead}"]
-    assert ("loss" in names) == (method in ("sft", "rm"))
+    assert ("loss" in names) == (method in ("sft", "rm", "dpo"))
 
 
 @pytest.mark.parametrize("method", EXTRA)

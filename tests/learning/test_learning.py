@@ -79,6 +79,19 @@ def test_reward_model(tmp_path, seed):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
+def test_dpo(tmp_path, seed):
+    """The same comparisons, of a policy that says either answer as often at first."""
+    lines = run(
+        tmp_path / "run", "dpo", "--model", base(tmp_path, seed),
+        "--data", write_rows(tmp_path / "train.jsonl", pairs(2000, seed, "train")),
+        "--eval-data", write_rows(tmp_path / "heldout.jsonl", pairs(200, seed, "heldout")),
+        "--steps", 40, "--batch-size", 32, "--learning-rate", 1e-3, "--seed", seed,
+    )  # fmt: skip
+    assert lines[0]["eval/accuracy"] == 0
+    assert lines[-1]["eval/accuracy"] > 0.95
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("method", ["ppo", "grpo"])
 def test_online(tmp_path, seed, method):
     """From random weights: answer with letters of the prompt."""

@@ -41,7 +41,7 @@ def in_one_process(method: str) -> dict[str, Tensor]:
     return train(f"{method}-here", method, "--overwrite")
 
 
-@pytest.mark.parametrize("method", ["sft", "rm"])
+@pytest.mark.parametrize("method", ["sft", "rm", "dpo"])
 def test_two_workers_equal_one_process(folder, cluster_address, method):
     here = in_one_process(method)
     workers = train(f"{method}-two", method, "--placement.actor", "2")
@@ -51,15 +51,15 @@ def test_two_workers_equal_one_process(folder, cluster_address, method):
             assert line[name] == pytest.approx(wanted[name], rel=1e-4)
 
 
-def test_torchrun_equals_one_process(folder):
-    here = in_one_process("sft")
-    argv = [*arguments("sft", learning_rate="1e-4"), "--steps", "3", "--out", "sft-torchrun"]
-    ended = torchrun(folder, *argv)
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_torchrun_equals_one_process(folder, method):
+    here, out = in_one_process(method), f"{method}-torchrun"
+    ended = torchrun(folder, *arguments(method, learning_rate="1e-4"), "--steps", "3", "--out", out)
     assert ended.returncode == 0, ended.stderr
-    assert 0 < difference(load_file("sft-torchrun/model/model.safetensors"), here) < 1e-6
+    assert 0 < difference(load_file(f"{out}/model/model.safetensors"), here) < 1e-6
     # Rank 0 alone writes and talks.
-    assert [line["step"] for line in metrics("sft-torchrun")] == [1, 2, 3]
-    assert (ended.stdout + ended.stderr).count("SFT 3/3") == 1
+    assert [line["step"] for line in metrics(out)] == [1, 2, 3]
+    assert (ended.stdout + ended.stderr).count(f"{method.upper()} 3/3") == 1
 
 
 def test_a_run_goes_on_under_torchrun(folder):
