@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PreferenceLoss = Literal["sigmoid", "ipo"]
+"""What is made of how much more the policy prefers the chosen answer than the reference does."""
 
 
 def reward_pair_loss(chosen_P: Tensor, rejected_P: Tensor, margin_P: Tensor | float = 0.0) -> Tensor:
