@@ -33,7 +33,7 @@ class Core(Protocol[Taken, Given]):
         ...
 
     def abort(self, names: Collection[int]) -> None:
-        """Takes jobs out, wherever they are. Those that it does not have are none of its business."""
+        """Takes jobs out, wherever they are; not those that it does not have. An error costs as much as in a step."""
         ...
 
     def renew(self, version: int) -> None:
@@ -102,16 +102,15 @@ class Stepper(Generic[Job, Result]):
             if not self._jobs:
                 self.ended = 0
             begun = [Part(self, call, len(jobs), threading.Condition(self._lock)) for jobs in parts]
-            for part, jobs in zip(begun, parts, strict=True):
-                for index, job in enumerate(jobs):
-                    name = next(self._names)
-                    self._jobs[name] = part, index
-                    try:
+            try:
+                for part, jobs in zip(begun, parts, strict=True):
+                    for index, job in enumerate(jobs):
+                        name = next(self._names)
+                        self._jobs[name] = part, index
                         self.core.add(name, job)
-                    except BaseException as error:
-                        del self._jobs[name]
-                        self._end(call, error)
-                        raise
+            except BaseException as error:
+                self._end(call, error)
+                raise
         return list(begun)
 
     def wait(self, part: Part[Result]) -> None:
@@ -207,14 +206,20 @@ class Stepper(Generic[Job, Result]):
     def _abort(self) -> None:
         gone, self._gone = self._gone, []
         if gone:
-            self.core.abort(gone)
+            try:
+                self.core.abort(gone)
+            except BaseException as error:
+                self._end_all(error)
+                raise
 
     def _leave(self) -> None:
         """Gives the core to the next one who waits for it."""
-        self._abort()
-        self._busy = False
-        if self._claims:
-            self._claimed.notify()
-        # Whoever is done wakes without stepping.
-        elif waiting := next((part for part in self._waiting if not part.done()), None):
-            waiting.wake.notify()
+        try:
+            self._abort()
+        finally:
+            self._busy = False
+            if self._claims:
+                self._claimed.notify()
+            # Whoever is done wakes without stepping.
+            elif waiting := next((part for part in self._waiting if not part.done()), None):
+                waiting.wake.notify()

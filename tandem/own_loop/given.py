@@ -55,7 +55,7 @@ class GivenModel:
         hook = head and head.register_forward_hook(lambda module, inputs, output: dtypes.add(output.dtype))
         rows = []
         try:
-            with evaluating(self.module):
+            with evaluating(self.module.modules()):
                 for sequence in sequences:
                     token_1L = torch.tensor([list(sequence)], device=device)
                     logp_LV = self.module(input_ids=token_1L, use_cache=False).logits[0].float().log_softmax(-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tandem.engines.live.pages import PAGE
 from tandem.engines.samples import Sample
 from tandem.errors import UserError
 from tandem.futures import wait_all
-from tandem.types import Request, SamplingParams
+from tandem.types import Completion, Request, SamplingParams
 
 WAYS = ["slots", "captured", "padded"]
 
@@ -222,3 +223,45 @@ def test_a_larger_decoder_is_made_few_times_while_samples_run(monkeypatch: pytes
     assert len(made) <= 6
     assert drawn(found) == drawn(live(module, "slots").generate(asked))
     nothing_is_left(engine)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_threads_share_an_engine(way: str) -> None:
+    module = model("qwen2", eos=EOS)
+    asked = mixed_requests(6)
+    truth = [live(module, way).generate([request])[0] for request in asked]
+    engine = live(module, way, max_slots=4)
+    found: dict[int, list[Completion]] = {}
+
+    def ask(number: int) -> None:
+        found[number] = engine.generate([asked[number]])[0]
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(asked))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert drawn([found[number] for number in range(len(asked))]) == drawn(truth)
+    nothing_is_left(engine)
+
+
+@pytest.mark.parametrize("way", ["slots", "captured"])
+def test_an_interrupt_while_samples_are_given_up_costs_all_and_not_the_engine(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = model("qwen2")
+    engine = live(module, way)
+    (gone,), (other,) = engine.submit([one(60)]), engine.submit([one(20, 8)])
+    advance(engine, 1)
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(core(engine).batching), "leave", interrupted)
+        with pytest.raises(KeyboardInterrupt), engine.stepper._lock:
+            engine.stepper._end(gone.call, UserError("given up"))  # type: ignore[attr-defined]
+    with pytest.raises(RuntimeError, match="interrupted"):
+        other.result()
+    nothing_is_left(engine)
+    assert drawn(engine.generate([one(20, 8)])) == drawn(live(module, way).generate([one(20, 8)]))

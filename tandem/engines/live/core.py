@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
@@ -35,24 +35,30 @@ class Batching(Protocol):
         """The weights have changed: samples that have not started yet start with the new ones."""
         ...
 
-    def close(self, *, failed: bool) -> None:
-        """No sample is left, or a round ``failed`` and nothing can be relied on any more."""
-        ...
-
 
 class LiveCore:
     """``tandem.engines.stepper.Core`` for ``module``: its jobs are samples.
 
-    ``begin`` makes the batching in which samples run; ``version`` tells which weights the module has now, and is asked
-    before every step.
+    ``begin`` makes the batching in which samples run. ``end`` is told when it has gone: no sample is left, or a round
+    failed and what the samples held cannot be relied on. ``version`` tells which weights the module has now, and is
+    asked before every step.
     """
 
-    def __init__(self, module: Any, begin: Callable[[], Batching], version: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        module: Any,
+        *,
+        begin: Callable[[], Batching],
+        end: Callable[[bool], None],
+        version: Callable[[], int],
+    ) -> None:
         self.module = module
-        self.begin = begin
+        self.begin, self.end = begin, end
         self.current_version = version
         self.version = 0
         self.batching: Batching | None = None
+        self.modules: list[Any] = []
+        """The module and all in it, as of the batching's start: looked through in every step."""
         self.new: deque[Sample] = deque()
         self.samples: dict[int, Sample] = {}
 
@@ -63,28 +69,25 @@ class LiveCore:
 
     def step(self) -> dict[int, Completion | UserError]:
         """One round of the batching: where samples decode one by one, a token of each."""
-        try:
-            with evaluating(self.module):
-                if (version := self.current_version()) != self.version:
-                    self.renew(version)
-                self.batching = self.batching or self.begin()
-                if self.new:
-                    self.batching.enter([self.new.popleft() for _ in range(len(self.new))])
-                ended = {s.name: s.error or s.completion(self.version) for s in self.batching.round()}
-        except BaseException:
-            self.samples.clear()
-            self.new.clear()
-            self._close(failed=True)
-            raise
-        self._forget(ended)
+        if self.batching is None:
+            self.modules = list(self.module.modules())
+        with self._losing_all(), evaluating(self.modules):
+            self.batching = self.batching or self.begin()
+            if (version := self.current_version()) != self.version:
+                self.renew(version)
+            if self.new:
+                self.batching.enter([self.new.popleft() for _ in range(len(self.new))])
+            ended = {s.name: s.error or s.completion(self.version) for s in self.batching.round()}
+            self._forget(ended)
         return ended
 
     def abort(self, names: Collection[int]) -> None:
         gone = {self.samples[name] for name in names if name in self.samples}
         self.new = deque(sample for sample in self.new if sample not in gone)
-        if self.batching is not None and gone:
-            self.batching.leave(gone)
-        self._forget([sample.name for sample in gone])
+        with self._losing_all():
+            if self.batching is not None and gone:
+                self.batching.leave(gone)
+            self._forget([sample.name for sample in gone])
 
     def renew(self, version: int) -> None:
         self.version = version
@@ -94,22 +97,30 @@ class LiveCore:
             if not sample.token_ids and sample.row is None:
                 sample.version = version
 
+    @contextmanager
+    def _losing_all(self) -> Iterator[None]:
+        """Where it is left by an error, no sample is as the batching says."""
+        try:
+            yield
+        except BaseException:
+            self.samples.clear()
+            self.new.clear()
+            self.batching = None
+            self.end(True)
+            raise
+
     def _forget(self, names: Collection[int]) -> None:
         for name in names:
             del self.samples[name]
-        if not self.samples:
-            self._close(failed=False)
-
-    def _close(self, *, failed: bool) -> None:
-        batching, self.batching = self.batching, None
-        if batching is not None:
-            batching.close(failed=failed)
+        if not self.samples and self.batching is not None:
+            self.batching = None
+            self.end(False)
 
 
 @contextmanager
-def evaluating(module: Any) -> Iterator[None]:
+def evaluating(modules: Iterable[Any]) -> Iterator[None]:
     """Without dropout or gradient; what was in training mode is put back into it."""
-    training = [m for m in module.modules() if m.training]
+    training = [m for m in modules if m.training]
     for m in training:
         m.training = False
     try:

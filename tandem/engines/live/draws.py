@@ -70,8 +70,8 @@ class Kinds:
 
     def columns(self, samples: Seq[Sample]) -> tuple[Tensor, Tensor]:
         """The samples' seeds, int64 [N], and parameters, float64 [5, N], on the CPU."""
-        seed_N = torch.tensor([sample.seed for sample in samples], dtype=torch.int64)
-        return seed_N, self.columns_5K[:, [sample.kind for sample in samples]]
+        seed_N, kind_N = torch.tensor([(s.seed, s.kind) for s in samples], dtype=torch.int64).view(-1, 2).T
+        return seed_N.contiguous(), self.columns_5K[:, kind_N]
 
 
 def draw(logits_BV: Tensor, seed_B: Tensor, params_5B: Tensor, drawn_B: Tensor, wanted: Wanted) -> Tensor:

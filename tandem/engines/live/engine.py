@@ -76,8 +76,10 @@ class LiveEngine:
         self.prefill_tokens = prefill_tokens
         self.fitting: Fitting | None = None
         """Of way ``captured``: its forward, and its cache."""
-        self.stepper: Stepper[Sample, Completion] = Stepper(LiveCore(module, self._begin, version))
-        with evaluating(module):
+        self.stepper: Stepper[Sample, Completion] = Stepper(
+            LiveCore(module, begin=self._begin, end=self._end, version=version)
+        )
+        with evaluating(module.modules()):
             self.way, reasons = self._choose(way, cache_tokens, eight_bit=kv_cache_dtype == "fp8")
         if kv_cache_dtype == "fp8" and self.fitting is None:
             raise UserError(
@@ -155,6 +157,10 @@ class LiveEngine:
         if self.way == "slots":
             return SlotBatching(self.module, max_slots=self.max_slots, prefill_tokens=self.prefill_tokens)
         return PaddedBatching(self.module, batch_size=self.max_slots)
+
+    def _end(self, failed: bool) -> None:
+        if self.fitting is not None:
+            self.fitting.rest(failed)
 
     def _limit(self) -> tuple[int | None, str]:
         """Most tokens of a sequence, and who says so."""

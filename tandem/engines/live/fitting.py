@@ -99,13 +99,14 @@ class Fitting:
             self.decoder = Decoder(self.forward, self.shape, slots=slots, pages=pages, width=width)
         return refused
 
-    def rest(self) -> None:
-        """Between calls a large cache is given back."""
+    def rest(self, failed: bool) -> None:
+        """While nothing runs, a large cache is given back; also one whose pages are held by samples that are gone."""
         decoder = self.decoder
-        if decoder is not None and decoder.device.type == "cuda":
+        if decoder is not None and not failed and decoder.device.type == "cuda":
             memory = torch.cuda.get_device_properties(decoder.device).total_memory
-            if decoder.pool.pages * self.shape.page_bytes > KEPT_SHARE * memory:
-                self.release()
+            failed = decoder.pool.pages * self.shape.page_bytes > KEPT_SHARE * memory
+        if failed:
+            self.release()
 
     def release(self) -> None:
         """Gives the cache and the graphs back."""

@@ -125,13 +125,6 @@ class PagedBatching:
         while self.ready:
             self._unready()
 
-    def close(self, *, failed: bool) -> None:
-        if failed:
-            # Its pages are held by samples that are gone.
-            self.fitting.release()
-        else:
-            self.fitting.rest()
-
     def _refit(self, everyone: Seq[Sample], slots: int) -> None:
         """Another decoder, in which all fit. Those that run start again in it, from what they have drawn."""
         while self.flights:

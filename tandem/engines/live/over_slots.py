@@ -85,9 +85,6 @@ class SlotBatching:
         self.waiting.extendleft(reversed(_by_request([sample for sample, _ in self.ready])))
         self.ready.clear()
 
-    def close(self, *, failed: bool) -> None:
-        """The cache goes with it."""
-
     def _decode(self, state: State) -> None:
         layout = DecodeLayout(self.cache, state.length_B, self.longest)
         logits_BV = self.model(state.token_B[:, None], state.length_B[:, None], layout)[:, -1]

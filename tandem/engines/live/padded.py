@@ -63,9 +63,6 @@ class PaddedBatching:
     def renew(self) -> None:
         """Nothing that waits has started."""
 
-    def close(self, *, failed: bool) -> None:
-        """Nothing is held between two rounds."""
-
 
 class _Draw(LogitsProcessor):
     """Draws every row's next token, records it, and leaves greedy search no other choice."""

@@ -73,7 +73,7 @@ class ReplicaEngine:
 
     @torch.no_grad()
     def receive(self, version: int, check: bool = False) -> list[Held]:
-        """Takes one push. Returns what it then holds, if asked to ``check``: [] otherwise.
+        """Takes one push, between two steps. Returns what it then holds, if asked to ``check``: [] otherwise.
 
         A bucket is summed as soon as it is loaded, while the next is on its way. Raises UserError, naming the tensor,
         for one that this model does not have.
@@ -81,11 +81,12 @@ class ReplicaEngine:
         assert self.receiver is not None, "connect() comes first"
         if check:
             self.sums.begin()
-        for number, bucket in enumerate(self.receiver.buckets()):
-            self.load(bucket)
-            if check:
-                self.sums.add(number)
-        self.version = version
+        with self.live.stepper.exclusive():
+            for number, bucket in enumerate(self.receiver.buckets()):
+                self.load(bucket)
+                if check:
+                    self.sums.add(number)
+            self.version = version
         return _held(self.sums.result()) if check else []
 
     @torch.no_grad()
