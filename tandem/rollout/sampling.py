@@ -108,7 +108,7 @@ class Sampling:
 
     def metrics(self, items: Seq[Group]) -> Metrics:
         """See ``rollout_metrics``."""
-        return rollout_metrics(items)
+        return rollout_metrics(items, judged=bool(self.judge.rewards))
 
 
 @dataclass(frozen=True, kw_only=True)
