@@ -9,8 +9,8 @@ from tandem.errors import UserError
 
 REQUIRED = ["--out", "runs/a", "--steps", "5", "--model", "m"]
 VLLM = ["--engine.kind", "vllm"]
-SFTConfig, RMConfig, PPOConfig, GRPOConfig = map(config_class, ("sft", "rm", "ppo", "grpo"))
-CONFIGS = (SFTConfig, RMConfig, PPOConfig, GRPOConfig, DoctorConfig)
+SFTConfig, RMConfig, PPOConfig, GRPOConfig, OPDConfig = map(config_class, ("sft", "rm", "ppo", "grpo", "opd"))
+CONFIGS = (SFTConfig, RMConfig, PPOConfig, GRPOConfig, OPDConfig, DoctorConfig)
 
 
 def words(config: type, flags: list[str]) -> list[str]:
@@ -18,6 +18,8 @@ def words(config: type, flags: list[str]) -> list[str]:
     if config is DoctorConfig:
         return flags
     data = [] if "--data" in flags else ["--data", "d.jsonl"]
+    if config is OPDConfig:
+        return [*REQUIRED, *data, "--teacher", "t", *flags]
     return [*REQUIRED, *data, *(["--reward", "r.py:f"] if issubclass(config, SamplesConfig) else []), *flags]
 
 
@@ -47,6 +49,8 @@ def words(config: type, flags: list[str]) -> list[str]:
         (PPOConfig, ["--kl-horizon", "9"], "--kl-horizon: has no effect without --kl-target"),
         (PPOConfig, ["--placement.reward", "1"], "--placement.reward: has no effect, since this run has no reward"),
         (PPOConfig, ["--missing-eos-penalty", "2"], "--missing-eos-penalty: has no effect without --missing-eos"),
+        (OPDConfig, ["--missing-eos", "subtract"], "--missing-eos: has no effect, since this run has no reward"),
+        (OPDConfig, ["--placement.reward", "1"], "--placement.reward: has no effect, since this run has no reward m"),
         (PPOConfig, ["--eval-reward", "r.py:f"], "--eval-reward: has no effect without --eval-data"),
         (GRPOConfig, ["--placement.reference", "1"], "--placement.reference: has no effect, since this run has no ref"),
         (GRPOConfig, ["--normalize", "none", "--epsilon", "1"], "--epsilon: has no effect without --normalize"),
@@ -85,6 +89,7 @@ def test_a_key_that_has_no_effect_is_refused(config, flags, message):
         (SFTConfig, ["--placement.actor", "2", "--keep-gathered", "--cluster.deadline", "9"]),
         (PPOConfig, ["--kl-target", "3", "--kl-horizon", "9", "--kl-coef", "1", "--reference", "r"]),
         (GRPOConfig, [*VLLM, "--engine.no-sleep", "--engine.tensor-parallel", "2", "--cluster.deadline", "9"]),
+        (OPDConfig, ["--offload-frozen", "--placement.teacher", "1", "--eval-data", "e", "--eval-reward", "r.py:f"]),
         (GRPOConfig, ["--placement.engine", "1", "--engine.transport", "gloo", "--engine.way", "slots"]),
     ],
 )
@@ -112,9 +117,9 @@ def test_a_file_serves_a_laptop_and_a_cluster(tmp_path, caplog):
 
 def test_every_condition_names_a_key_or_a_part():
     parts = {
-        "samples", "critic", "reference", "reward model", "reward function", "workers", "dataset with splits",
-        "held-out dataset with splits", "trainer split over several workers", "engine with weights of its own",
-        "demonstrations", "losses of tokens", "frozen model", "reward",
+        "samples", "critic", "reference", "teacher", "reward model", "reward function", "workers",
+        "dataset with splits", "held-out dataset with splits", "trainer split over several workers",
+        "engine with weights of its own", "demonstrations", "losses of tokens", "frozen model", "reward",
     }  # fmt: skip
     everywhere = {name for config in CONFIGS for name in _keys_of(config)}
     for config in CONFIGS:

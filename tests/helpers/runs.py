@@ -22,9 +22,11 @@ PROCESSES.set_forkserver_preload(["tandem.cli.train"])
 
 
 def write_inputs(folder: Path) -> None:
-    """A base model, demonstrations, preferences, prompts and a reward function, all tiny."""
+    """A base model, a teacher, demonstrations, preferences, prompts and a reward function, all tiny."""
     make_module("llama").save_pretrained(folder / "base")
-    make_tokenizer().save_pretrained(folder / "base")
+    make_module("llama", seed=1).save_pretrained(folder / "teacher")
+    for name in ("base", "teacher"):
+        make_tokenizer().save_pretrained(folder / name)
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdef", k=4)) for _ in range(40)]
     rows = {
@@ -45,9 +47,10 @@ def arguments(
 ) -> list[str]:
     """A few steps of each method on those inputs."""
     common = ["--seed", "3", "--eval-every", "2", "--learning-rate", learning_rate, "--lr-schedule", lr_schedule]
-    online = ["--data", "prompts.jsonl", "--eval-data", "prompts.jsonl", "--reward", "check.py:right",
-              "--prompts-per-step", str(prompts_per_step), "--samples-per-prompt", "3",
-              "--max-new-tokens", "5"]  # fmt: skip
+    sampled = ["--data", "prompts.jsonl", "--eval-data", "prompts.jsonl",
+               "--prompts-per-step", str(prompts_per_step), "--samples-per-prompt", "3",
+               "--max-new-tokens", "5"]  # fmt: skip
+    online = [*sampled, "--reward", "check.py:right"]
     pairs = ["--data", "pairs.jsonl", "--eval-data", "pairs.jsonl", "--batch-size", "7"]
     special = {
         "sft": ["--data", "demos.jsonl", "--eval-data", "demos.jsonl", "--batch-size", "7"],
@@ -55,6 +58,7 @@ def arguments(
         "dpo": [*pairs, "--sft-coef", "0.1"],
         "ppo": [*online, "--epochs", "2", "--minibatches", "2", "--kl-target", "0.5", "--normalize-rewards"],
         "grpo": [*online, "--minibatches", "2"],
+        "opd": [*sampled, "--teacher", "teacher", "--minibatches", "2"],
     }
     return [method, "--model", "base", *special[method], *common]
 

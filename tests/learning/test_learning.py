@@ -112,3 +112,31 @@ def test_online(tmp_path, seed, method):
     # A token drawn at random is a letter of the prompt one time in three, and the first end-of-sequence ends it.
     assert lines[0]["eval/reward"] < 0.35
     assert lines[-1]["eval/reward"] > lines[0]["eval/reward"] + 0.2
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_distillation(tmp_path, seed):
+    """A student that has seen 30 batches of right answers learns from a teacher that has seen 70, without a reward."""
+    writers = letters.Writers(careful=1.0, hurried=0.0)
+    demonstrations = write_rows(tmp_path / "train.jsonl", letters.demonstrations(4000, seed, writers=writers))
+    prompts, held_out = (
+        write_rows(
+            tmp_path / f"{split}-prompts.jsonl", [{"prompt": p} for p in letters.prompts(count, seed, split=split)]
+        )
+        for split, count in (("train", 1000), ("heldout", 200))
+    )
+    student, teacher = tmp_path / "student" / "model", tmp_path / "teacher" / "model"
+    common = ["--seed", seed, "--save-every", 0]
+    for model, start, steps in ((student, base(tmp_path, seed), 30), (teacher, student, 40)):
+        run(
+            model.parent, "sft", "--model", start, "--data", demonstrations, "--steps", steps,
+            "--batch-size", 64, "--learning-rate", 3e-3, *common,
+        )  # fmt: skip
+    lines = run(
+        tmp_path / "run", "opd", "--model", student, "--teacher", teacher, "--data", prompts,
+        "--eval-data", held_out, "--eval-reward", "tandem.tasks.letters:reward", "--eval-every", 0,
+        "--steps", 25, "--prompts-per-step", 64, "--samples-per-prompt", 1, "--max-new-tokens", 10,
+        "--learning-rate", 1e-3, *common,
+    )  # fmt: skip
+    assert lines[-1]["eval/reward"] > lines[0]["eval/reward"] + 0.1
+    assert lines[-1]["teacher_kl"] < 1.2

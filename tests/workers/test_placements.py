@@ -137,3 +137,9 @@ def test_a_run_goes_on_in_other_processes(ppo_here):
     moved = train("moved", "ppo", *every, "--resume", *placement, lr_schedule="constant")
     assert difference(moved, unbroken) < 1e-6
     assert [line["step"] for line in metrics("moved")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("actor", ["here", "1"])
+def test_a_teacher_in_a_worker_of_its_own(inputs, actor):
+    apart = train(f"taught-{actor}", "opd", "--placement.actor", actor, "--placement.teacher", "1")
+    assert_equal(apart, train(f"taught-here-{actor}", "opd"))
