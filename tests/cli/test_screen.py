@@ -18,6 +18,7 @@ EXTRA = {
     "dpo": [],
     "ppo": ["--old-logp", "trainer"],
     "grpo": ["--old-logp", "trainer", "--rollouts-logged", "4"],
+    "opd": ["--old-logp", "trainer"],
 }
 NEXT = {
     "sft": "  next: tandem rm --model runs/sft/model --data pairs.jsonl --steps 500 --out runs/rm\n"
@@ -28,6 +29,7 @@ NEXT = {
     "dpo": "",
     "ppo": "",
     "grpo": "",
+    "opd": "",
 }
 
 
@@ -56,7 +58,7 @@ def test_lines_come_before_the_first_step_and_the_method_says_what_leads(outputs
     assert places == sorted(places)
     last = [line for line in printed.splitlines() if f" {STEPS}/{STEPS}  " in line][-1]
     (names,) = [re.findall(r"  ([\w/]+) \S+", last)]
-    lead = {"sft": "loss", "rm": "accuracy", "dpo": "accuracy", "ppo": "reward", "grpo": "reward"}[method]
+    lead = {"sft": "loss", "rm": "accuracy", "dpo": "accuracy", "opd": "teacher_kl"}.get(method, "reward")
     assert names[:2] == [lead, f"eval/{lead}"]
     assert ("loss" in names) == (method in ("sft", "rm", "dpo"))
 
