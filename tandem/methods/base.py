@@ -125,7 +125,7 @@ class Method:
     @property
     def needs_old_logp(self) -> bool:
         """Whether ``estimate`` reads ``batch.proximal_logp_T``, not a loss alone."""
-        return any(not need.trained for need in self.needs())
+        return not self.pairwise and any(not need.trained for need in self.needs())
 
     def initial_state(self) -> dict[str, float]:
         """What ``estimate`` is given at the first step."""

@@ -47,15 +47,17 @@ def used(out):
     return {line.split("  ")[1]: line.split("  ", 2)[2].strip() for line in lines if line.startswith("  ")}
 
 
-@pytest.mark.parametrize("method", ["sft", "rm", "dpo", "ppo", "grpo", "opd"])
+@pytest.mark.parametrize("method", ["sft", "rm", "dpo", "ppo", "grpo", "online-dpo", "opd"])
 @pytest.mark.parametrize("placement", [[], ["--placement.actor", str(len(os.sched_getaffinity(0)))]])
 def test_a_plan_says_what_would_be_used(plan, inputs, method, placement):
     code, err, out = plan(*arguments(method), *placement)
     assert code == 0, err
     models = {role: text for role, text in used(out).items() if "parameters" in text}
-    beside = {"ppo": {"critic", "reference"}, "dpo": {"reference"}, "opd": {"teacher"}}
+    reference = {"reference"}
+    beside = {"ppo": {"critic"} | reference, "dpo": reference, "online-dpo": reference, "opd": {"teacher"}}
     assert set(models) == {"model"} | beside.get(method, set())
-    assert used(out).get("rewards") == {"ppo": "check.py:right", "grpo": "check.py:right", "opd": "none"}.get(method)
+    judged = "check.py:right" if "--reward" in arguments(method) else "none" if method == "opd" else None
+    assert used(out).get("rewards") == judged
     size = int((inputs / "numbers.txt").read_text())
     if method != "rm":
         assert models["model"].startswith(f"LlamaForCausalLM, {size / 1e6:.2f}M parameters, cpu, float32")

@@ -40,6 +40,11 @@ def words(config: type, flags: list[str]) -> list[str]:
             "--aggregation: has no effect, since this run has no los",
         ),
         (RMConfig, ["--cluster.address", "auto"], "--cluster.address: has no effect, since this run has no workers"),
+        (
+            config_class("online-dpo"),
+            ["--old-logp", "trainer"],
+            "--old-logp: has no effect, since this run has no losses of tokens",
+        ),
         (PPOConfig, ["--kl", "none", "--kl-coef", "1"], "--kl-coef: has no effect without --kl"),
         (PPOConfig, ["--kl-estimator", "k3"], "--kl-estimator: has no effect with --kl reward; give --kl loss"),
         (GRPOConfig, ["--kl-estimator", "k3"], "--kl-estimator: has no effect without --kl-coef"),

@@ -15,7 +15,7 @@ from tandem.methods.table import ROWS as ROW_METHODS
 from tandem.training.trainer import LocalTrainer
 
 ROWS, DROPPED, EPOCHS = 20, 3, 3
-A_STEP = {"sft": 7, "rm": 7, "dpo": 7, "grpo": 6, "ppo": 6}
+A_STEP = {"sft": 7, "rm": 7, "dpo": 7, "grpo": 6, "ppo": 6, "online-dpo": 6}
 """Rows that a step takes: an epoch ends in the middle of one."""
 
 

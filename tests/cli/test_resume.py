@@ -54,7 +54,7 @@ CORES = os.cpu_count() or 1
 
 @pytest.mark.parametrize(
     ("method", "threads", "prompts"),
-    [("sft", 1, 6), ("rm", 1, 6), ("dpo", 1, 6), ("ppo", 1, 6), ("grpo", 1, 6), ("opd", 1, 6), ("grpo", CORES, 96)],
+    [*((m, 1, 6) for m in ("sft", "rm", "dpo", "ppo", "grpo", "online-dpo", "opd")), ("grpo", CORES, 96)],
 )
 def test_killed_and_resumed_equals_unbroken(inputs, method, threads, prompts):
     """With the default number of threads too, in steps that are large enough for torch to divide among them."""

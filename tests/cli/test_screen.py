@@ -18,6 +18,7 @@ EXTRA = {
     "dpo": [],
     "ppo": ["--old-logp", "trainer"],
     "grpo": ["--old-logp", "trainer", "--rollouts-logged", "4"],
+    "online-dpo": [],
     "opd": ["--old-logp", "trainer"],
 }
 NEXT = {
@@ -29,6 +30,7 @@ NEXT = {
     "dpo": "",
     "ppo": "",
     "grpo": "",
+    "online-dpo": "",
     "opd": "",
 }
 
@@ -89,7 +91,7 @@ def test_a_reward_model_that_went_on_from_another_is_not_proposed_as_a_policy(ou
     assert "tandem ppo --model runs/sft/model --reward-model runs/rm-2/model" in printed
 
 
-@pytest.mark.parametrize("method", ["ppo", "grpo"])
+@pytest.mark.parametrize("method", ["ppo", "grpo", "online-dpo"])
 def test_rollouts_are_whole_groups_with_columns_advantages_and_held_out_samples(outputs, method):
     folder, _ = outputs
     lines = records(folder, method, "rollouts.jsonl")
@@ -104,7 +106,8 @@ def test_rollouts_are_whole_groups_with_columns_advantages_and_held_out_samples(
     assert {line["step"] for line in lines if line["held_out"]} == {0, 2, 3}
     for line in lines:
         known = [sample["advantage"] is not None for sample in line["samples"]]
-        assert known == [not line["held_out"]] * len(known)
+        # A pair has none.
+        assert known == [not line["held_out"] and method != "online-dpo"] * len(known)
     if method == "grpo":
         # Advantages of a group have the order of its rewards.
         for line in trained:

@@ -58,6 +58,7 @@ def arguments(
         "dpo": [*pairs, "--sft-coef", "0.1"],
         "ppo": [*online, "--epochs", "2", "--minibatches", "2", "--kl-target", "0.5", "--normalize-rewards"],
         "grpo": [*online, "--minibatches", "2"],
+        "online-dpo": [*online, "--epochs", "2", "--minibatches", "2"],
         "opd": [*sampled, "--teacher", "teacher", "--minibatches", "2"],
     }
     return [method, "--model", "base", *special[method], *common]

@@ -92,8 +92,11 @@ def test_dpo(tmp_path, seed):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("method", ["ppo", "grpo"])
-def test_online(tmp_path, seed, method):
+@pytest.mark.parametrize(
+    ("method", "knobs"),
+    [("ppo", ["--kl-coef", 0.001]), ("grpo", ["--kl-coef", 0.001]), ("online-dpo", [])],
+)
+def test_online(tmp_path, seed, method, knobs):
     """From random weights: answer with letters of the prompt."""
     (tmp_path / "check.py").write_text(
         "def of_the_prompt(prompts, completions):\n"
@@ -105,7 +108,7 @@ def test_online(tmp_path, seed, method):
         tmp_path / "run", method, "--model", base(tmp_path, seed),
         "--data", write_rows(tmp_path / "prompts.jsonl", rows),
         "--eval-data", write_rows(tmp_path / "heldout.jsonl", held_out),
-        "--reward", f"{tmp_path}/check.py:of_the_prompt", "--seed", seed, "--kl-coef", 0.001,
+        "--reward", f"{tmp_path}/check.py:of_the_prompt", "--seed", seed, *knobs,
         "--steps", 25, "--prompts-per-step", 16, "--samples-per-prompt", 8, "--max-new-tokens", 10,
         "--learning-rate", 2e-3, "--minibatches", 2,
     )  # fmt: skip

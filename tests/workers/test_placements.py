@@ -112,6 +112,14 @@ def test_one_engine_apart_trained_on_its_own_log_probs(inputs):
     assert "sync_gb_per_second" in metrics("own-apart")[-1]
 
 
+def test_online_dpo_in_a_worker(inputs):
+    here = train("online-dpo-here", "online-dpo")
+    assert difference(here, load_file("base/model.safetensors")) > 1e-4
+    assert_equal(train("online-dpo-one", "online-dpo", "--placement.actor", "1"), here)
+    lines = zip(metrics("online-dpo-one"), metrics("online-dpo-here"), strict=True)
+    assert all(one["reward_margin"] == other["reward_margin"] for one, other in lines)
+
+
 def test_grpo_with_scorers_in_groups_of_their_own(inputs):
     rm = ["--reward-model", "judge/model", "--kl-coef", "0.1", *TRAINER_LOGP]
     train("judge", "rm", steps=2)
