@@ -227,6 +227,10 @@ class Source(Protocol[Item]):
         """The items of some tickets, in their order. Tickets that are begun together are worked on together."""
         ...
 
+    def check(self, items: Seq[Any]) -> None:
+        """Raises UserError or RunFailure where nothing has come of any item that a step has been given so far."""
+        ...
+
     def metrics(self, items: Seq[Any]) -> Metrics:
         """Of all items of a step, those that are not trained on included."""
         ...

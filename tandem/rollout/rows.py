@@ -22,6 +22,9 @@ class Tokenized:
         """The tickets' rows."""
         return Done([self.rows[ticket.row] for ticket in tickets])
 
+    def check(self, items: Seq[Any]) -> None:
+        """Nothing: a row is there."""
+
     def metrics(self, items: Seq[Any]) -> Metrics:
         """None: a row is as it is."""
         return {}

@@ -100,11 +100,18 @@ class Sampling:
             # Whoever asks for the groups drives the engine: in one process there is nobody else.
             with sampling():
                 groups = groups_of(prompts, wait_all(completions))
+            first = tickets[0]
+            # Tickets in the place of items that were passed over begin within a step: a name of their own.
+            names = (first.step, first.place) if first.place else (first.step,)
             with clock("scoring"):
-                self.judge(groups, derive_seed(self.seed, "judge", tickets[0].step))
+                self.judge.fill(groups, derive_seed(self.seed, "judge", *names))
             return groups
 
         return Later(judged)
+
+    def check(self, items: Seq[Group]) -> None:
+        """See ``Judge.check``."""
+        self.judge.check(items)
 
     def metrics(self, items: Seq[Group]) -> Metrics:
         """See ``rollout_metrics``."""
@@ -124,28 +131,37 @@ class Judge:
     missing_eos_penalty: float = 0.0
 
     def __call__(self, groups: Seq[Group], seed: int | None = None) -> None:
+        """``fill`` and ``check``."""
+        self.fill(groups, seed)
+        self.check(groups)
+
+    def fill(self, groups: Seq[Group], seed: int | None = None) -> None:
         """Fills ``reward`` and ``reward_parts`` of every rollout that ended without an error, all in one call.
 
-        ``seed`` is for rewards that draw from the global random generators (``RewardBatch.seed``). Raises UserError
-        where no sample has got a reward, and RunFailure where each of them failed.
+        ``seed`` is for rewards that draw from the global random generators (``RewardBatch.seed``).
         """
         pairs = [(group.prompt, r) for group in groups for r in group.rollouts if r.stop != "error"]
         if not pairs:
-            error = next(
-                (r.error for group in groups for r in group.rollouts if r.error), "the engine does not say why"
-            )
-            raise RunFailure(f"no sample could be drawn: {error}")
+            return
         totals, parts = judge(self.rewards, self.weights, replace(reward_batch(pairs), seed=seed))
-        if all(total is None for total in totals):
-            names = " and ".join(repr(reward.name) for reward in self.rewards)
-            raise UserError(
-                f"reward {names} left out (None) every one of {len(totals)} samples, so nothing can be learned; "
-                "None is for a sample that cannot be judged"
-            )
         for (_, rollout), total, part in zip(pairs, totals, parts, strict=True):
             rollout.reward_parts = part
             rollout.reward = shape_reward(
                 total, rollout.stop, missing_eos=self.missing_eos, penalty=self.missing_eos_penalty
+            )
+
+    def check(self, groups: Seq[Group]) -> None:
+        """Raises UserError where no sample of filled groups has got a reward, RunFailure where each of them failed."""
+        rollouts = [r for group in groups for r in group.rollouts]
+        drawn = [r for r in rollouts if r.stop != "error"]
+        if not drawn:
+            error = next((r.error for r in rollouts if r.error), "the engine does not say why")
+            raise RunFailure(f"no sample could be drawn: {error}")
+        if not any(r.usable for r in drawn):
+            names = " and ".join(repr(reward.name) for reward in self.rewards)
+            raise UserError(
+                f"reward {names} left out (None) every one of {len(drawn)} samples, so nothing can be learned; "
+                "None is for a sample that cannot be judged"
             )
 
 

@@ -62,6 +62,7 @@ class Pipeline:
                 )
             for item in crew.source.begin(crew.tickets(session.take(missing)), session.clock).result():
                 (kept if crew.method.keep(item) else passed).append(item)
+            crew.source.check([*kept, *passed])
         return kept, passed
 
 

@@ -103,6 +103,16 @@ def test_samples_that_nothing_judges_are_usable_and_say_nothing_of_rewards(model
     assert judged_ones["reward"] == 0
 
 
+def test_a_group_without_a_reward_is_no_fault_beside_others(model):
+    """As one that came in the place of a group that was passed over: judged alone, and checked with all of the step."""
+    judge = Judge(rewards=(FunctionReward(nobody),), weights=(1.0,))
+    others, alone = judged(sample(model), length_reward), sample(model)[:1]
+    judge.fill(alone)
+    judge.check([*others, *alone])
+    with pytest.raises(UserError, match=r"reward 'nobody' left out \(None\) every one of 4 samples"):
+        judge.check(alone)
+
+
 def test_items_without_anything_to_train_on_are_refused(model):
     prepare = Preparation(method=GRPO(), models={})
     with pytest.raises(UserError, match="GRPO: none of the 3 items of the step can be trained on"):
