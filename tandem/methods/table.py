@@ -26,6 +26,7 @@ SAMPLES = {
     "ppo": Line("ppo:PPO", "PPO with a critic and a KL penalty to a reference"),
     "grpo": Line("grpo:GRPO", "GRPO: each sample against the others of its prompt"),
     "rloo": Line("rloo:RLOO", "RLOO: each sample against the mean of the others of its prompt, without scaling"),
+    "dapo": Line("dapo:DAPO", "DAPO: GRPO clipped higher, with new groups in the place of those that teach nothing"),
     "online-dpo": Line("online_dpo:OnlineDPO", "online DPO: a prompt's best sample against its worst"),
     "opd": Line("opd:OPD", "on-policy distillation from a teacher"),
 }

@@ -61,7 +61,7 @@ def arguments(
         "online-dpo": [*online, "--epochs", "2", "--minibatches", "2"],
         "opd": [*sampled, "--teacher", "teacher", "--minibatches", "2"],
     }
-    return [method, "--model", "base", *special[method], *common]
+    return [method, "--model", "base", *special.get(method, online), *common]
 
 
 def unevaluated(argv: list[str]) -> list[str]:

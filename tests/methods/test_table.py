@@ -20,6 +20,7 @@ from tandem.batch import Outputs
 from tandem.config import _attribute_docs
 from tandem.errors import UserError
 from tandem.methods.base import Method, Rows, Samples
+from tandem.methods.dapo import DAPO
 from tandem.methods.grpo import GRPO
 from tandem.methods.ppo import PPO
 from tandem.methods.table import METHODS, ROWS, method_class
@@ -54,6 +55,7 @@ COMBINED = [
     PPO(aggregation="sequence", whiten_advantages=False, value_clip=None, kl="none"),
     PPO(kl_target=6.0),
     GRPO(normalize="none", aggregation="constant", kl_coef=0.0),
+    DAPO(overlong_length=7, overlong_buffer=4),
 ]
 SETTINGS = list(
     {named(x): x for x in [*(x for name in METHODS for x in settings_of(method_class(name))), *COMBINED]}.values()
@@ -78,6 +80,7 @@ def method(request):
 def test_a_method_is_read_without_torch():
     code = """
 import sys
+from tandem.methods.dapo import DAPO
 from tandem.methods.grpo import GRPO
 from tandem.methods.ppo import PPO
 from tandem.methods.table import METHODS, method_class
