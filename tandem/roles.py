@@ -124,16 +124,21 @@ class FedEngine(Engine, Protocol):
         """
         ...
 
-    def receive(self, version: int, check: bool = False) -> list[Held]:
+    def receive(self, version: int, check: bool = False) -> Seq[int | None]:
         """Takes one push: what is sampled from now on comes from these weights, and carries ``version``.
 
-        Returns what it then holds of each pushed tensor, if asked to ``check``; [] otherwise. Raises UserError, naming
-        the tensor, where it cannot be loaded.
+        Returns ``checksums`` of it, if asked to ``check``; [] otherwise. Raises UserError, naming the tensor, where it
+        cannot be loaded.
         """
         ...
 
-    def checksums(self) -> list[Held]:
-        """What it holds now of each tensor that was pushed, of what it computes with. Without those it cannot tell."""
+    def held(self) -> list[Held]:
+        """Its copies of pushed tensors: the same ones, in one order, from the first push over a link to the last."""
+        ...
+
+    def checksums(self) -> Seq[int | None]:
+        """For each of ``held``, the checksum (``tandem.sync.checksum``) of what it computes with now, as a whole tensor
+        in the dtype in which it came; None where it cannot tell."""
         ...
 
     def logprobs(self, sequences: Seq[Seq[int]]) -> list[list[float]]:

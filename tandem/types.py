@@ -24,9 +24,8 @@ class Limits:
     """The folder or hub name that has these limits, for messages."""
 
 
-Held = tuple[str, str, int]
-"""An engine's copy of a pushed tensor: which one, the engine's own parameter that it lies in, and its checksum
-(``tandem.sync.checksum``), of the whole tensor in the dtype in which it came. Plain, because a push sends hundreds."""
+Held = tuple[str, str]
+"""An engine's copy of a pushed tensor: the tensor's name, and that of the engine's own parameter that it lies in."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from functools import partial
 from typing import Any, Literal
 
@@ -22,7 +23,6 @@ from tandem.sync.checksum import Sums
 from tandem.sync.source import WeightSource
 from tandem.training.optim import OptimParams
 from tandem.training.trainer import LocalScorer, LocalTrainer, MemoryParams
-from tandem.types import Held
 from tandem.workers.process import Build, Site
 
 Head = Literal["lm", "scalar"]
@@ -166,7 +166,7 @@ class Replicas:
         self.engine: ReplicaEngine = site.roles["engine"]
         self.source = WeightSource(self.actor.parameters, self.actor.model.device)
 
-    def push(self, check: bool) -> tuple[Sums, list[Held]]:
+    def push(self, check: bool) -> tuple[Sums, Seq[int | None]]:
         """The engine holds the actor's weights when this returns: the checksums of both, if asked to ``check``."""
         sums = self.source.fill({name: p.data for name, p in self.engine.parameters.items()}, check)
         self.engine.version = self.actor.version

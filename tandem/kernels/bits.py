@@ -42,18 +42,17 @@ class Job(NamedTuple):
     step: int = 0
 
 
-def prepare(jobs: Seq[Job], *, quiet: bool = False) -> Callable[[Tensor], None]:
+def prepare(jobs: Seq[Job]) -> Callable[[Tensor], None]:
     """What adds the sums of all jobs, of the values that they have then, to a ``total_N`` (int32, modulo 2^32).
 
     All of it is on one device. On a GPU it is a launch for all jobs of the same dtypes, which knows addresses only:
-    whoever calls it sees to it that the values still lie where they lay when it was prepared. ``quiet``: slower, and
-    with most of a GPU's memory bandwidth and blocks left to what runs beside it.
+    whoever calls it sees to it that the values still lie where they lay when it was prepared.
     """
     jobs = [job for job in jobs if job.values_RC.numel()]
     if jobs and on_triton(jobs[0].values_RC):
         from tandem.kernels import bits_triton
 
-        return bits_triton.prepare(jobs, quiet)
+        return bits_triton.prepare(jobs)
     return partial(_add, jobs)
 
 

@@ -15,10 +15,8 @@ from torch import Tensor
 from tandem.kernels import bits
 
 BLOCK = 2048
-MOST_BLOCKS = 16
-"""Blocks that a program adds up, where there are enough of them to keep all programs busy."""
-QUIET_PROGRAMS = 128
-"""Programs (about) that share a quiet launch: of a GPU's 132 processors each has room for 16."""
+MOST_BLOCKS, LEAST_PROGRAMS = 16, 512
+"""Blocks that a program adds up, where there are enough of them to keep a GPU busy with so many programs."""
 FIELDS = 8
 """Of a job in the table, int64: address, slot, size, width, stride between rows, start, step, first program."""
 VECTOR = 16
@@ -65,12 +63,12 @@ class Launch:
         )  # fmt: skip
 
 
-def prepare(jobs: Seq[bits.Job], quiet: bool = False) -> Callable[[Tensor], None]:
+def prepare(jobs: Seq[bits.Job]) -> Callable[[Tensor], None]:
     """As ``bits.prepare``, of jobs that are not empty. The values' memory is not kept alive."""
     kinds: dict[Kind, list[bits.Job]] = {}
     for job in jobs:
         kinds.setdefault(_kind(job), []).append(job)
-    launches = [_launch(kind, mine, quiet) for kind, mine in kinds.items()]
+    launches = [_launch(kind, mine) for kind, mine in kinds.items()]
 
     def add(total_N: Tensor) -> None:
         for launch in launches:
@@ -87,10 +85,9 @@ def _kind(job: bits.Job) -> Kind:
     return Kind(values_RC.dtype, job.dtype, flat, aligned)
 
 
-def _launch(kind: Kind, jobs: Seq[bits.Job], quiet: bool) -> Launch:
+def _launch(kind: Kind, jobs: Seq[bits.Job]) -> Launch:
     sizes = [job.values_RC.numel() for job in jobs]
-    all_blocks = triton.cdiv(sum(sizes), BLOCK)
-    blocks = max(1, triton.cdiv(all_blocks, QUIET_PROGRAMS) if quiet else min(MOST_BLOCKS, all_blocks // 512))
+    blocks = max(1, min(MOST_BLOCKS, triton.cdiv(sum(sizes), BLOCK) // LEAST_PROGRAMS))
     programs = [triton.cdiv(size, BLOCK * blocks) for size in sizes]
     rows: list[list[int]] = []
     first = 0

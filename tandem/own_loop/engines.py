@@ -99,7 +99,7 @@ class InProcess:
         source = WeightSource(model.parameters, gathering_device(model, self.device))
         sums = source.fill({name: p.data for name, p in self.engine.parameters.items()}, self.check)
         if self.check:
-            compare(f"after step {step} the sampler", sums, self.engine.checksums())
+            compare(f"after step {step} the sampler", sums, self.engine.held(), self.engine.checksums())
         self.engine.version = step
         self.filled = True
 

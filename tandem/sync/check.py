@@ -38,19 +38,21 @@ class TruthCheck:
         self.pushes = 0
         self.sums: Sums = {}
         """Of the last push."""
+        self.held: list[list[Held]] = []
+        """What each engine's checksums are of, the same from the first push over its link to the last."""
         self.logp: list[list[float]] | None = None
         """The trainer's log-probs of the probe, until the engines' have been compared with them."""
 
-    def compare(self, version: int, sums: Sums, held: Seq[Seq[Held]]) -> None:
-        """What each engine holds with the trainer's sums. Takes the trainer's side of the probe where it is its turn.
+    def compare(self, version: int, sums: Sums, found: Seq[Seq[int | None]]) -> None:
+        """Each engine's checksums with the trainer's. Takes the trainer's side of the probe where it is its turn.
 
         Raises WeightMismatch, naming the parameter.
         """
         self.sums = sums
         if self.pushes == 0:
-            warn_of_unseen(sums, held[0])
-        for engine, tensors in enumerate(held):
-            compare(f"after push {version} engine {engine}", sums, tensors)
+            self.held = self._of_each("held")
+            warn_of_unseen(sums, self.held[0], found[0])
+        self._compare(version, found)
         if self.trainer is not None and (self.pushes < FIRST_PROBES or self.pushes % PROBE_EVERY == 0):
             self.logp = self.trainer.call("logprobs", self._sequences)
         self.pushes += 1
@@ -66,13 +68,16 @@ class TruthCheck:
             gap = sum(abs(a - b) for a, b in zip(truth, found, strict=True)) / len(truth)
             if not gap <= LOGP_BOUNDS[self.dtype]:
                 # It may have lost since what it held when it was pushed.
-                for number, tensors in enumerate(self._of_each("checksums")):
-                    compare(f"after push {version} engine {number}", self.sums, tensors)
+                self._compare(version, self._of_each("checksums"))
                 raise WeightMismatch(
                     f"weight sync: after push {version} engine {engine} gives a probe log-probs that differ from the "
                     f"trainer's by {gap:.3g} nats on average (bound {LOGP_BOUNDS[self.dtype]}), though every tensor "
                     "that can be compared is the same: it computes something else with them"
                 )
+
+    def _compare(self, version: int, found: Seq[Seq[int | None]]) -> None:
+        for engine, (held, totals) in enumerate(zip(self.held, found, strict=True)):
+            compare(f"after push {version} engine {engine}", self.sums, held, totals)
 
     def _of_each(self, verb: str, *arguments: Any) -> list[Any]:
         return self.engines.submit_each(verb, [arguments] * self.count).result()
@@ -84,20 +89,23 @@ class TruthCheck:
         return [[rng.randrange(self.vocabulary) for _ in range(n)] for n in PROBE_TOKENS]
 
 
-def compare(who: str, sums: Sums, held: Seq[Held]) -> None:
-    """Raises WeightMismatch, naming the parameter, where an engine's copy of a tensor is not the trainer's."""
-    for part, where, found in held:
-        if found != sums[part]:
+def compare(who: str, sums: Sums, held: Seq[Held], found: Seq[int | None]) -> None:
+    """Raises WeightMismatch, naming the parameter, where an engine's copy of a tensor is not the trainer's.
+
+    ``found`` are the checksums of what is ``held``, None for those that the engine cannot tell.
+    """
+    for (part, where), total in zip(held, found, strict=True):
+        if total is not None and total != sums[part]:
             inside = "" if where == part else f" in its {where}"
             raise WeightMismatch(
-                f"weight sync: {who} does not hold the trainer's {part}{inside}: checksum {found:08x}, the trainer's "
+                f"weight sync: {who} does not hold the trainer's {part}{inside}: checksum {total:08x}, the trainer's "
                 f"is {sums[part]:08x}"
             )
 
 
-def warn_of_unseen(sums: Sums, held: Seq[Held]) -> None:
+def warn_of_unseen(sums: Sums, held: Seq[Held], found: Seq[int | None]) -> None:
     """Says so where an engine cannot tell what it holds of some tensors."""
-    seen = {part for part, _, _ in held}
+    seen = {part for (part, _), total in zip(held, found, strict=True) if total is not None}
     unseen = [name for name in sums if name not in seen]
     if unseen:
         log.warning(

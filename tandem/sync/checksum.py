@@ -18,50 +18,55 @@ from tandem.sync.plan import Plan
 MODULUS = 1 << 32
 Sums = dict[str, int]
 """The checksum of each pushed tensor, by its name."""
+Jobs = Callable[[int], Seq[bits.Job]]
+Tensors = Callable[[], Seq[Tensor]]
 
 
 class Tally:
-    """Checksums of a push on a device, a slot each: ``begin``, ``add`` for each bucket, ``result``; again for the next.
+    """Checksums of a push on a device, a slot each: ``add`` buckets 0, 1, 2..., then ``result``; again for the next.
 
-    ``jobs(bucket)`` says what a bucket adds. It is asked and prepared once, and only played back as long as all
-    tensors stay where they are. The first ``quiet`` buckets are summed on a part of the GPU (``bits.prepare``).
+    ``jobs(bucket)`` says what a bucket adds. It is asked and prepared once, and only played back as long as all of
+    ``tensors()``, whose elements are summed, stay where they are. With ``overlap`` the device gets a bucket's work as
+    soon as it is added, else that of all buckets in one launch.
     """
 
-    def __init__(self, slots: int, device: torch.device, jobs: Callable[[int], Seq[bits.Job]], quiet: int = 0) -> None:
-        self.jobs, self.quiet = jobs, quiet
+    def __init__(self, slots: int, device: torch.device, jobs: Jobs, tensors: Tensors, overlap: bool) -> None:
+        self.jobs, self.tensors, self.overlap = jobs, tensors, overlap
         self.total_N = torch.zeros(slots, dtype=torch.int32, device=device)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.where: list[tuple[int, torch.Size]] = []
         self.memory: set[int] = set()
         """Of the tensors: where their storages begin."""
-        self.prepared: dict[int, Callable[[Tensor], None]] = {}
-
-    def begin(self, tensors: Seq[Tensor]) -> None:
-        """Sets all sums to 0. ``tensors`` are those whose elements will be added."""
-        where = [(tensor.data_ptr(), tensor.shape) for tensor in tensors]
-        if where != self.where:
-            self.where, self.prepared = where, {}
-            self.memory = {tensor.untyped_storage().data_ptr() for tensor in tensors}
-        with self._aside():
-            self.total_N.zero_()
+        self.added: tuple[int, ...] = ()
+        """Buckets that the device has yet to be given."""
+        self.prepared: dict[tuple[int, ...], Callable[[Tensor], None]] = {}
 
     @torch.no_grad()
     def add(self, bucket: int) -> None:
-        """Gives the device the bucket's work, which comes after all that it was given so far. Nothing waits for it."""
-        with self._aside():
-            add = self.prepared.get(bucket)
-            if add is not None:
-                add(self.total_N)
-                return
-            jobs = self.jobs(bucket)
-            add = bits.prepare(jobs, quiet=bucket < self.quiet)
-            add(self.total_N)
-            # A copy that was made to be summed (from the CPU, out of a packed layer) is another one in the next push.
-            if all(job.values_RC.untyped_storage().data_ptr() in self.memory for job in jobs):
-                self.prepared[bucket] = add
+        """Sums what the bucket's tensors hold now (until ``launch``, without ``overlap``). Bucket 0 begins a push."""
+        if bucket == 0:
+            self.added, tensors = (), self.tensors()
+            where = [(tensor.data_ptr(), tensor.shape) for tensor in tensors]
+            if where != self.where:
+                self.where, self.prepared = where, {}
+                self.memory = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+            with self._aside():
+                self.total_N.zero_()
+        self.added += (bucket,)
+        if self.overlap:
+            self.launch()
+
+    @torch.no_grad()
+    def launch(self) -> None:
+        """Gives the device the added buckets' work, after all that it was given so far. Nothing waits for it."""
+        added, self.added = self.added, ()
+        if added:
+            with self._aside():
+                (self.prepared.get(added) or self._prepare(added))(self.total_N)
 
     def join(self) -> None:
         """What the device is given from now on comes after what was added."""
+        self.launch()
         if self.stream is not None:
             torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
 
@@ -69,6 +74,23 @@ class Tally:
         """The sums modulo 2^32. Waits for the device."""
         self.join()
         return [total % MODULUS for total in self.total_N.tolist()]
+
+    def _prepare(self, buckets: tuple[int, ...]) -> Callable[[Tensor], None]:
+        """What adds the sums of the buckets, less those that had to be copied to be summed (from the CPU, out of a
+        packed layer): they are added here, a bucket at a time, and their copies are others in the next push."""
+        found = [jobs for bucket in buckets if (jobs := self._lasting(bucket)) is not None]
+        add = bits.prepare([job for jobs in found for job in jobs])
+        if len(found) == len(buckets):
+            self.prepared[buckets] = add
+        return add
+
+    def _lasting(self, bucket: int) -> Seq[bits.Job] | None:
+        """The bucket's jobs, where they read the tensors themselves; else adds them and forgets their copies."""
+        jobs = self.jobs(bucket)
+        if all(job.values_RC.untyped_storage().data_ptr() in self.memory for job in jobs):
+            return jobs
+        bits.prepare(jobs)(self.total_N)
+        return None
 
     @contextmanager
     def _aside(self) -> Iterator[None]:
@@ -83,27 +105,19 @@ class Tally:
 class ParameterSums:
     """The checksums that a push of these parameters has at both ends: of the parameters themselves, not of a buffer.
 
-    Each rank sums the slices that it keeps, cast to the wire's dtype, at their places in the whole tensor. ``begin``
-    and ``add`` only give the device work, a bucket at a time, which hides behind a bucket that is on its way.
-    ``quiet`` is ``Link.quiet`` of the link that it travels over.
+    Each rank sums the slices that it keeps, cast to the wire's dtype, at their places in the whole tensor. ``tally`` is
+    told of the plan's buckets as they go. ``overlap`` is ``Link.overlaps`` of the link that they travel over.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], plan: Plan, device: torch.device, quiet: int = 0) -> None:
+    def __init__(
+        self, parameters: Mapping[str, Tensor], plan: Plan, device: torch.device, overlap: bool = True
+    ) -> None:
         self.parameters, self.plan, self.device = parameters, plan, device
         self.slots = {spec.name: slot for slot, spec in enumerate(plan.tensors)}
         # A name that is not among the parameters is refused by what loads it.
         self.ordered = [parameters[name] for name in self.slots if name in parameters]
         self.sharded = [name for name in self.slots if isinstance(parameters.get(name), DTensor)]
-        self.tally = Tally(len(self.slots), device, self._jobs, quiet)
-
-    @torch.no_grad()
-    def begin(self) -> None:
-        """A push begins."""
-        self.tally.begin([local(parameter) for parameter in self.ordered])
-
-    def add(self, bucket: int) -> None:
-        """Sums this rank's part of the plan's bucket of that number."""
-        self.tally.add(bucket)
+        self.tally = Tally(len(self.slots), device, self._jobs, lambda: [local(p) for p in self.ordered], overlap)
 
     def result(self) -> Sums:
         """The sums over all ranks. Waits for the device; a collective where parameters are sharded."""
@@ -118,9 +132,8 @@ class ParameterSums:
 
     def now(self) -> Sums:
         """The sums of all buckets as the parameters are now."""
-        self.begin()
         for bucket in range(len(self.plan.buckets)):
-            self.add(bucket)
+            self.tally.add(bucket)
         return self.result()
 
     def _jobs(self, bucket: int) -> list[bits.Job]:

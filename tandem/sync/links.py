@@ -42,9 +42,10 @@ class Link:
         return timedelta(seconds=self.timeout_s)
 
     @property
-    def quiet(self) -> int:
-        """How many buckets, from the first, are summed while NCCL moves the next one: it would be slowed."""
-        return len(self.plan.buckets) - 1 if self.transport == "nccl" else 0
+    def overlaps(self) -> bool:
+        """Whether sums of a bucket hide behind the next one on its way. IPC's way is the memory that sums read, too:
+        there they hide behind what an engine does after the last bucket."""
+        return self.transport != "ipc"
 
 
 class Pending(Protocol):

@@ -83,10 +83,10 @@ class WeightPush:
         start = time.perf_counter()
         self.version = version
         check = self.params.check
-        sums, held = self._both(("send", (check,)), ("receive", [(version, check)] * self._engines))
+        sums, found = self._both(("send", (check,)), ("receive", [(version, check)] * self._engines))
         pushed = time.perf_counter()
         if check:
-            self.check.compare(version, sums, held)
+            self.check.compare(version, sums, found)
         return {
             "sync_seconds": pushed - start,
             "sync_check_seconds": time.perf_counter() - pushed,
@@ -158,6 +158,6 @@ class FillPush:
         ranks = self.replicas.submit_each("push", [(self.check is not None,)] * len(self.replicas.places)).result()
         pushed = time.perf_counter()
         if self.check is not None:
-            self.check.compare(version, ranks[0][0], [held for _, held in ranks])
+            self.check.compare(version, ranks[0][0], [found for _, found in ranks])
             self.check.prove(version)
         return {"sync_seconds": pushed - start, "sync_check_seconds": time.perf_counter() - pushed}

@@ -40,7 +40,7 @@ class Sender:
             self.buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(BUFFERS)]
 
     def send(self, truth: ParameterSums | None = None) -> Sums:
-        """One push of all weights. Returns the sums of ``truth``, taken while buckets are on their way; {} without."""
+        """One push of all weights. Returns the sums of ``truth``, begun once a bucket is on its way; {} without."""
         push = self.pushes
         self.pushes += 1
         on_way: list[Pending | None] = [None] * BUFFERS
@@ -53,10 +53,7 @@ class Sender:
             if self.channel is not None:
                 on_way[slot] = self.channel.send(push, number, used(bucket, buffer))
             if truth is not None:
-                if number == 0:
-                    # Not before the receivers have something to do.
-                    truth.begin()
-                truth.add(number)
+                truth.tally.add(number)
         for pending in on_way:
             if pending is not None:
                 pending.wait()

@@ -44,24 +44,19 @@ class WeightSource:
         """One push over the links. Returns the checksums that the other end must have; {} unless asked to ``check``."""
         assert self.sender is not None, "connect() comes first"
         link = self.sender.link
-        return self.sender.send(self._truth(self.sender.plan, link.quiet if link else 0) if check else None)
+        return self.sender.send(self._truth(self.sender.plan, link is None or link.overlaps) if check else None)
 
     def fill(self, targets: Mapping[str, Tensor], check: bool = False) -> Sums:
         """Writes all weights into tensors of this process, a layer's worth at a time. Returns what ``send`` does."""
         plan = plan_of((name, tensor) for name, tensor in targets.items())
-        truth = self._truth(plan) if check else None
-        if truth is not None:
-            truth.begin()
-        for number, bucket in enumerate(plan.buckets):
+        for bucket in plan.buckets:
             self.gatherer.fill([(spec.name, targets[spec.name]) for spec in bucket])
-            if truth is not None:
-                truth.add(number)
-        return truth.result() if truth is not None else {}
+        return self._truth(plan, overlap=False).now() if check else {}
 
-    def _truth(self, plan: Plan, quiet: int = 0) -> ParameterSums:
+    def _truth(self, plan: Plan, overlap: bool) -> ParameterSums:
         """The last push's, as long as it is of the same tensors."""
         if self.truth is None or self.truth.parameters is not self.parameters or self.truth.plan != plan:
-            self.truth = ParameterSums(self.parameters, plan, self.gatherer.device, quiet)
+            self.truth = ParameterSums(self.parameters, plan, self.gatherer.device, overlap)
         return self.truth
 
     @torch.no_grad()

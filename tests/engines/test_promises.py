@@ -105,11 +105,11 @@ def test_pushes_ask_for_no_more_than_a_fed_engine_promises():
     nudge(trainer)
     push.again()
     assert all(torch.equal(engine.parameters[name], p) for name, p in trainer.parameters.items())
-    assert only.used == {"connect", "receive", "logprobs"}
+    assert only.used == {"connect", "receive", "held", "logprobs"}
     only.inner.logprobs = lambda sequences: [[0.0] * (len(s) - 1) for s in sequences]
     with pytest.raises(Exception, match="computes something else"):
         push(2)
-    assert only.used == {"connect", "receive", "logprobs", "checksums"}
+    assert only.used == {"connect", "receive", "held", "logprobs", "checksums"}
 
 
 def test_turns_ask_for_no_more_than_a_sleeping_engine_promises():
@@ -126,4 +126,4 @@ def test_turns_ask_for_no_more_than_a_sleeping_engine_promises():
     assert [c.token_ids for c in plain[0]] == [first.token_ids, second.token_ids]
     turns.recover()
     assert [c.token_ids for c in turns.generate(REQUESTS)[0]] == [first.token_ids, second.token_ids]
-    assert only.used == {"connect", "receive", "logprobs", "sleep", "wake", "memory", "generate"}
+    assert only.used == {"connect", "receive", "held", "logprobs", "sleep", "wake", "memory", "generate"}

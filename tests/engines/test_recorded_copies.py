@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -13,6 +14,7 @@ from tandem.engines.vllm.loading import Sums, Target, find_places, play_copies
 from tandem.engines.vllm.regions import Piece, Region, WatchingCopies
 from tandem.sync.checksum import ParameterSums
 from tandem.sync.plan import Plan, TensorSpec
+from tandem.types import Held
 
 
 class Fused(nn.Module):
@@ -56,14 +58,15 @@ def test_played_copies_load_what_lies_in_the_buffer_now():
         assert parameter.abs().min() > 0
 
 
-def test_every_push_that_is_played_is_summed_where_it_lies_then():
+@pytest.mark.parametrize("overlap", [True, False])
+def test_every_push_that_is_played_is_summed_where_it_lies_then(overlap):
     """Three pushes by the same copies, of which the sums are those of the tensors sent, until a parameter moves."""
     model, buffer = Fused(), torch.zeros(28)
     copies = record(model, bucket_in(buffer, 1))
     plan = Plan((TensorSpec("q", (4, 4), "float32"), TensorSpec("norm", (4,), "float32")))
     rows, norm = Piece("q", Region(1, 16, 0, 16), 0, 16), Piece("norm", Region(1, 4, 0, 4), 0, 4)
     pieces = {"qk": Target((6, 4), torch.float32, [rows], 16), "norm": Target((4,), torch.float32, [norm], 4)}
-    sums = Sums(find_places(model), pieces, plan, torch.device("cpu"))
+    sums = Sums(find_places(model), pieces, plan, torch.device("cpu"), overlap)
     parts = [shard.part for shard in sums.shards]
     for seed in (2, 3, 4):
         sent = bucket_in(buffer, seed)
@@ -129,17 +132,22 @@ def test_ranks_add_up_and_copies_of_a_region_count_once():
     def rank(region: Region) -> list[Shard]:
         return [Shard("k", "qkv", region), Shard("norm", "norm", norm)]
 
+    def told(wholes: Wholes, *ranks: list[int | None]) -> dict[Held, int | None]:
+        return dict(zip(wholes.held, wholes.add_up(ranks), strict=True))
+
     four = Wholes([rank(top), rank(top), rank(bottom), rank(bottom)], plan)
     high = 2**32 - 1
-    assert four.held([[3, 9], [3, 9], [high, 9], [high, 9]]) == [("k", "qkv", 2), ("norm", "norm", 9)]
-    found = {where: total for _, where, total in four.held([[3, 9], [4, 8], [high, 9], [high, 9]])}
-    assert found == {"qkv@0": 2, "qkv@1": 3, "qkv@2": 2, "qkv@3": 2, "norm@0": 9, "norm@1": 8, "norm@2": 9, "norm@3": 9}
-    assert Wholes([rank(top)], plan).held([[3, 9]]) == [("norm", "norm", 9)]
+    names = [("k", f"qkv@{r}") for r in range(4)] + [("norm", f"norm@{r}") for r in range(4)]
+    assert four.held == names
+    assert four.add_up([[3, 9], [3, 9], [high, 9], [high, 9]]) == [2, 2, 2, 2, 9, 9, 9, 9]
+    assert four.add_up([[3, 9], [4, 8], [high, 9], [high, 9]]) == [2, 3, 2, 2, 9, 8, 9, 9]
+    assert four.add_up([[3, 9], [3, 9], [high, 9], [7, 9]]) == [2, 2, 2, 10, 9, 9, 9, 9]
+    assert told(Wholes([rank(top)], plan), [3, 9]) == {("norm", "norm"): 9}
     two = Wholes([rank(top), rank(bottom)], plan)
-    assert two.held([[3, 9], [high, 9]]) == [("k", "qkv", 2), ("norm", "norm", 9)]
+    both = {("norm", "norm@0"): 9, ("norm", "norm@1"): 9}
+    assert told(two, [3, 9], [high, 9]) == {("k", "qkv"): 2} | both
     # What a rank cannot tell is not compared; what another rank holds of it is.
-    found = {where: total for _, where, total in four.held([[None, 9], [4, None], [high, 9], [high, 8]])}
-    assert found == {"qkv": 3, "norm@0": 9, "norm@1": 9, "norm@2": 9, "norm@3": 8}
-    assert two.held([[None, 9], [high, None]]) == [("norm", "norm", 9)]
+    assert four.add_up([[None, 9], [4, None], [high, 9], [high, 8]]) == [3, 3, 3, 3, 9, 9, 9, 8]
+    assert told(two, [None, 9], [high, None]) == {("k", "qkv"): None} | both
     # The sums of one push say nothing of the next's.
-    assert two.held([[4, 9], [high, 9]]) == [("k", "qkv", 3), ("norm", "norm", 9)]
+    assert told(two, [4, 9], [high, 9]) == {("k", "qkv"): 3} | both

@@ -116,7 +116,8 @@ def test_differences_are_spread_over_all_values():
     assert len(differences) >= len(found) - 1
 
 
-def test_what_is_prepared_is_played_back_until_a_tensor_moves(monkeypatch):
+@pytest.mark.parametrize(("overlap", "at_once"), [(True, [1, 1, 1]), (False, [3])])
+def test_what_is_prepared_is_played_back_until_a_tensor_moves(overlap, at_once, monkeypatch):
     """Values that change where they lie, memory that is given away and comes back elsewhere, and other memory."""
     prepared: list[int] = []
 
@@ -127,7 +128,7 @@ def test_what_is_prepared_is_played_back_until_a_tensor_moves(monkeypatch):
     prepare = bits.prepare
     monkeypatch.setattr(bits, "prepare", counted)
     parameters = {"a": random(9, 12), "b": random(5), "none": random(0, 4)}
-    sums = ParameterSums(parameters, plan_of(parameters.items(), bucket_bytes=1), torch.device("cpu"))
+    sums = ParameterSums(parameters, plan_of(parameters.items(), bucket_bytes=1), torch.device("cpu"), overlap)
 
     def are_right() -> bool:
         return sums.now() == {name: by_hand(tensor) for name, tensor in parameters.items()}
@@ -136,7 +137,7 @@ def test_what_is_prepared_is_played_back_until_a_tensor_moves(monkeypatch):
     for tensor in parameters.values():
         tensor.mul_(1.5)
     assert are_right()
-    assert prepared == [1, 1, 1]
+    assert prepared == at_once
     storage, kept = parameters["a"].untyped_storage(), parameters["a"].clone()
     storage.resize_(0)
     elsewhere = random(9, 12)
@@ -145,13 +146,15 @@ def test_what_is_prepared_is_played_back_until_a_tensor_moves(monkeypatch):
     assert are_right()
     parameters["b"].data = elsewhere[0, :5].clone()
     assert are_right()
-    assert prepared in ([1] * 9, [1] * 6)
+    assert prepared in (at_once * 3, at_once * 2)
 
 
-def test_copies_made_to_be_summed_are_made_for_every_push():
-    """A parameter whose elements are no neighbours, as one that lies on the CPU and is summed on a GPU."""
-    parameters = {"a": random(9, 12).t()}
-    sums = ParameterSums(parameters, plan_of(parameters.items()), torch.device("cpu"))
+@pytest.mark.parametrize("overlap", [True, False])
+def test_copies_made_to_be_summed_are_made_for_every_push(overlap):
+    """A parameter whose elements are no neighbours, as one that lies on the CPU and is summed on a GPU; and others."""
+    parameters = {"a": random(9, 12), "b": random(9, 12).t(), "c": random(5)}
+    sums = ParameterSums(parameters, plan_of(parameters.items(), bucket_bytes=1), torch.device("cpu"), overlap)
     for _ in range(3):
-        parameters["a"].mul_(1.5)
-        assert sums.now() == {"a": by_hand(parameters["a"].contiguous())}
+        for tensor in parameters.values():
+            tensor.mul_(1.5)
+        assert sums.now() == {name: by_hand(tensor.contiguous()) for name, tensor in parameters.items()}

@@ -21,7 +21,6 @@ from tandem.sync.check import TruthCheck
 from tandem.sync.push import FillPush
 from tandem.training.optim import OptimParams
 from tandem.training.trainer import LocalTrainer
-from tandem.types import Held
 from tandem.workers.homes import Here
 from tandem.workers.process import Site
 
@@ -41,7 +40,7 @@ def spoil_what_is_held(engine: ReplicaEngine, faulty: Faulty) -> None:
     first = {name: parameter.detach().clone() for name, parameter in engine.parameters.items()}
 
     @torch.no_grad()
-    def of_spoiled() -> list[Held]:
+    def of_spoiled() -> Any:
         if faulty.fault == NEVER:
             for name, parameter in engine.parameters.items():
                 parameter.copy_(first[name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from typing import Any
 
 import torch
@@ -15,17 +16,20 @@ from tandem.types import Held
 class Deaf(VLLMEngine):
     """Takes a push off the wire and throws it away."""
 
-    def receive(self, version: int, check: bool = False) -> list[Held]:
+    def receive(self, version: int, check: bool = False) -> Seq[int | None]:
         with self._stepper.exclusive():
             self._engine.collective_rpc(_drop)
         self._core.version = version
+        return []
+
+    def held(self) -> list[Held]:
         return []
 
 
 class Damaged(VLLMEngine):
     """One number of one parameter is changed after each push."""
 
-    def receive(self, version: int, check: bool = False) -> list[Held]:
+    def receive(self, version: int, check: bool = False) -> Seq[int | None]:
         super().receive(version)
         with self._stepper.exclusive():
             self._engine.collective_rpc(_damage)

@@ -51,9 +51,8 @@ def pusher_of(engine: VLLMEngine, module: Any) -> Pusher:
 def summed_by_tensor(worker: Any) -> Any:
     """A worker's sums, the tensors of a bucket summed as they were when the last bucket was."""
     sums = worker.weight_transfer_engine.sums
-    sums.begin()
-    for bucket in reversed(range(len(sums.plan.buckets))):
-        sums.add(bucket)
+    for bucket in (0, *reversed(range(1, len(sums.plan.buckets)))):
+        sums.tally.add(bucket)
     return sums.result()
 
 
@@ -263,10 +262,11 @@ def test_checksums_cover_every_weight(engine):
     other = make_model("llama", seed=2, tied=True)
     pusher = pusher_of(engine, other)
     sums = pusher.push(1)
-    held = engine.checksums()
-    assert held == pusher.held == engine._held(engine._engine.collective_rpc(summed_by_tensor))
+    held, found = engine.held(), engine.checksums()
+    by_tensor = engine._engine.collective_rpc(summed_by_tensor)
+    assert found == pusher.found == engine._whole_tensors().add_up(by_tensor)
     assert covered(engine) == set(dict(other.named_parameters())) == set(sums)
-    places = {part: [where for other, where, _ in held if other == part] for part, _, _ in held}
+    places = {part: [where for other, where in held if other == part] for part, _ in held}
     assert places["model.embed_tokens.weight"] == ["model.embed_tokens.weight", "lm_head.weight"]
     key = "model.layers.1.self_attn.k_proj.weight"
     assert places[key] == ["model.layers.1.self_attn.qkv_proj.weight"]

@@ -31,7 +31,7 @@ def faults_seen(pusher: Pusher, end: Literal["sender", "engine"]) -> dict[str, t
             parameter.mul_(1.01)
         faulty.record(parameters)
         sums = pusher.push(0)
-        compare("the engine", sums, pusher.held)
+        compare("the engine", sums, pusher.engine.held(), pusher.found)
 
     with pytest.MonkeyPatch.context() as patch:
         if end == "sender":

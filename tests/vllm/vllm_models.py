@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
+from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from tandem.sync.checksum import ParameterSums, Sums
 from tandem.sync.links import Link
 from tandem.sync.plan import Plan, plan_of
 from tandem.sync.sender import Sender
-from tandem.types import Held
 
 VOCABULARY = 67
 """Not a multiple of 64, to which vLLM pads."""
@@ -75,7 +75,7 @@ class Pusher:
 
     engine: VLLMEngine
     sender: Sender
-    held: list[Held] = field(default_factory=list)
+    found: Seq[int | None] = ()
 
     @classmethod
     def connect(
@@ -93,12 +93,12 @@ class Pusher:
         return cls(engine, sender)
 
     def push(self, version: int) -> dict[str, Sums]:
-        """Sends everything; returns the checksums of the parameters. ``held`` is what the engine said that it holds."""
+        """Sends everything; returns the checksums of the parameters. ``found`` are the engine's."""
         gatherer = self.sender.gatherer
         with ThreadPoolExecutor(1) as pool:
             truth = ParameterSums(gatherer.parameters, self.sender.plan, gatherer.device)
             sending = pool.submit(self.sender.send, truth)
-            self.held = self.engine.receive(version, check=True)
+            self.found = self.engine.receive(version, check=True)
             return sending.result()
 
     def close(self) -> None:
@@ -107,9 +107,11 @@ class Pusher:
 
 def wrong_tensors(engine: VLLMEngine, sums: Sums) -> list[str]:
     """The engine's tensors that are not what the checksums say."""
-    return [where for part, where, found in engine.checksums() if found != sums[part]]
+    held = zip(engine.held(), engine.checksums(), strict=True)
+    return [where for (part, where), found in held if found is not None and found != sums[part]]
 
 
 def covered(engine: VLLMEngine) -> set[str]:
     """The pushed tensors that the engine has a checksum of."""
-    return {part for part, _, _ in engine.checksums()}
+    held = zip(engine.held(), engine.checksums(), strict=True)
+    return {part for (part, _), found in held if found is not None}

@@ -12,7 +12,7 @@ from tandem.engines.live.engine import CacheDtype, LiveEngine, Way
 from tandem.errors import UserError
 from tandem.futures import Future
 from tandem.models.forward import LoadedModel, forward
-from tandem.sync.checksum import ParameterSums, Sums
+from tandem.sync.checksum import ParameterSums
 from tandem.sync.links import Link
 from tandem.sync.plan import plan_of
 from tandem.sync.receiver import Receiver
@@ -69,25 +69,22 @@ class ReplicaEngine:
         """Connects to the trainer that will push."""
         (link,) = links
         self.receiver = Receiver(link, self.model.device)
-        self.sums = ParameterSums(self.parameters, link.plan, self.model.device, link.quiet)
+        self.sums = ParameterSums(self.parameters, link.plan, self.model.device, link.overlaps)
 
     @torch.no_grad()
-    def receive(self, version: int, check: bool = False) -> list[Held]:
-        """Takes one push, between two steps. Returns what it then holds, if asked to ``check``: [] otherwise.
+    def receive(self, version: int, check: bool = False) -> Seq[int | None]:
+        """Takes one push, between two steps. Returns ``checksums``, if asked to ``check``: [] otherwise.
 
-        A bucket is summed as soon as it is loaded, while the next is on its way. Raises UserError, naming the tensor,
-        for one that this model does not have.
+        Raises UserError, naming the tensor, for one that this model does not have.
         """
         assert self.receiver is not None, "connect() comes first"
-        if check:
-            self.sums.begin()
         with self.live.stepper.exclusive():
             for number, bucket in enumerate(self.receiver.buckets()):
                 self.load(bucket)
                 if check:
-                    self.sums.add(number)
+                    self.sums.tally.add(number)
             self.version = version
-        return _held(self.sums.result()) if check else []
+        return list(self.sums.result().values()) if check else []
 
     @torch.no_grad()
     def load(self, bucket: list[tuple[str, Tensor]]) -> None:
@@ -100,14 +97,14 @@ class ReplicaEngine:
         targets = [self.parameters[name] for name, _ in bucket]
         torch._foreach_copy_(targets, [tensor for _, tensor in bucket], non_blocking=True)
 
-    def checksums(self) -> list[Held]:
-        """What it holds now."""
-        return _held(self.sums.now())
+    def held(self) -> list[Held]:
+        """Every parameter, by its own name."""
+        return [(name, name) for name in self.sums.slots]
+
+    def checksums(self) -> Seq[int | None]:
+        """Of what it holds now."""
+        return list(self.sums.now().values())
 
     def close(self) -> None:
         if self.receiver is not None:
             self.receiver.close()
-
-
-def _held(sums: Sums) -> list[Held]:
-    return [(name, name, total) for name, total in sums.items()]

@@ -24,46 +24,34 @@ class Wholes:
     """The whole tensors that every tensor-parallel rank's shards make up: which sums belong together, found once.
 
     Regions add up; one that several ranks hold (norms; keys and values of fewer heads than ranks) counts once. Where
-    the ranks' copies of it differ, each stands by itself under ``where@rank``. Tensors that are not there in full are
-    left out.
+    the ranks have different copies of it, each rank's tensor stands by itself under ``where@rank``. Tensors that are
+    not there in full are left out.
     """
 
     def __init__(self, ranks: Seq[Seq[Shard]], plan: Plan) -> None:
-        self.ranks, self.plan = ranks, plan
         regions: dict[tuple[str, str], dict[Region, dict[int, int]]] = {}
         for number, (rank, shard) in enumerate((r, shard) for r, shards in enumerate(ranks) for shard in shards):
             regions.setdefault((shard.part, shard.where), {}).setdefault(shard.region, {})[rank] = number
         sizes = {spec.name: prod(spec.shape) for spec in plan.tensors}
-        self.alone: list[tuple[str, str, int]] = []
-        """A tensor of which there is one shard, the parameter that it lies in, and the shard's number."""
-        self.tensors: list[tuple[str, str, list[list[int]]]] = []
-        """Another tensor, the parameter that it lies in, and for each rank the numbers of the shards that it is summed
-        from: others' where the rank has no copy. Where that is the same for all ranks, it is there once."""
+        self.held: list[Held] = []
+        self.shards: list[list[list[int]]] = []
+        """Of each of ``held``, for each region: the numbers of the shards that hold it, the rank's own first."""
         for (part, where), copies in regions.items():
-            if sum(region.numel for region in copies) == sizes[part]:
-                first = [next(iter(numbers.values())) for numbers in copies.values()]
-                ways = [[n.get(r, f) for n, f in zip(copies.values(), first, strict=True)] for r in range(len(ranks))]
-                if any(way != first for way in ways):
-                    self.tensors.append((part, where, ways))
-                elif len(first) > 1:
-                    self.tensors.append((part, where, [first]))
-                else:
-                    self.alone.append((part, where, first[0]))
+            if sum(region.numel for region in copies) != sizes[part]:
+                continue
+            alone = all(len(numbers) == 1 for numbers in copies.values())
+            for rank in range(1 if alone else len(ranks)):
+                self.held.append((part, where if alone else f"{where}@{rank}"))
+                self.shards.append([sorted(n.values(), key=lambda i: i != n.get(rank)) for n in copies.values()])
 
-    def held(self, ranks: Seq[Seq[int | None]]) -> list[Held]:
-        """From the sums of all ranks' shards, None for those that cannot be told."""
-        if any(None in sums for sums in ranks):
-            told = [
-                [shard for shard, total in zip(shards, sums, strict=True) if total is not None]
-                for shards, sums in zip(self.ranks, ranks, strict=True)
-            ]
-            return Wholes(told, self.plan).held([[total for total in sums if total is not None] for sums in ranks])
-        flat = [total for sums in ranks for total in sums if total is not None]
-        found: list[Held] = [(part, where, flat[number]) for part, where, number in self.alone]
-        for part, where, ways in self.tensors:
-            totals = [sum([flat[number] for number in way]) % MODULUS for way in ways]
-            if totals.count(totals[0]) == len(totals):
-                found.append((part, where, totals[0]))
-            else:
-                found += [(part, f"{where}@{rank}", total) for rank, total in enumerate(totals)]
-        return found
+    def add_up(self, ranks: Seq[Seq[int | None]]) -> list[int | None]:
+        """The sum of each of ``held`` from those of all ranks' shards, None for what cannot be told."""
+        flat = [total for sums in ranks for total in sums]
+        # Most tensors of one rank are one shard, and hundreds come with every push.
+        return [flat[s[0][0]] if len(s) == len(s[0]) == 1 else _added(flat, s) for s in self.shards]
+
+
+def _added(flat: Seq[int | None], regions: Seq[Seq[int]]) -> int | None:
+    told = [next((total for n in numbers if (total := flat[n]) is not None), None) for numbers in regions]
+    known = [total for total in told if total is not None]
+    return sum(known) % MODULUS if len(known) == len(told) else None

@@ -145,10 +145,10 @@ class VLLMEngine:
             self._call("tandem_connect", list(links))
             self._plan, self._wholes = links[0].plan, None
 
-    def receive(self, version: int, check: bool = False) -> list[Held]:
+    def receive(self, version: int, check: bool = False) -> Seq[int | None]:
         """Takes one push, between two steps: the weights, an empty cache, and then ``version``.
 
-        Returns what it then holds, if asked to ``check``, in the same call to the workers: [] otherwise.
+        Returns ``checksums`` of it, if asked to ``check``: [] otherwise. The workers sum while the cache is emptied.
         Running samples go on with the new weights; what they have so far is computed anew. Raises UserError and names
         the tensor where the push cannot be loaded; nothing can be sampled then until one succeeds.
         """
@@ -156,11 +156,12 @@ class VLLMEngine:
             self._check_awake("weights")
             self._pushes += 1
             try:
-                ranks = self._call("tandem_receive", check)
+                self._call("tandem_receive", check)
                 if self._asleep:
                     self._core.version = version
                 else:
                     self._core.renew(version)
+                ranks = self._call("tandem_result") if check else []
             except Exception as error:
                 self._stale = _sync_error(error, version)
                 self._core.unusable = self._stale
@@ -168,16 +169,20 @@ class VLLMEngine:
                 raise self._stale from error
             self._stale = None
             self._mark_usable()
-            return self._held(ranks) if check else []
+            return self._whole_tensors().add_up(ranks) if check else []
 
-    def checksums(self) -> list[Held]:
-        """What it holds now of each tensor that was pushed, taken from what the model computes with.
+    def held(self) -> list[Held]:
+        """Its copies of pushed tensors, one that it holds twice (a tied head that a CPU packs) twice.
 
-        One that it holds twice (a tied head that a CPU packs) is there twice. Missing are tensors whose bits cannot be
-        compared: quantized, cast or transformed ones. Needs one push before.
+        Missing are tensors whose bits cannot be compared: quantized, cast or transformed ones. Needs one push before.
         """
         with self._stepper.exclusive():
-            return self._held(self._call("tandem_sums"))
+            return self._whole_tensors().held
+
+    def checksums(self) -> Seq[int | None]:
+        """Of each of ``held`` as it is now, taken from what the model computes with. Needs one push before."""
+        with self._stepper.exclusive():
+            return self._whole_tensors().add_up(self._call("tandem_sums"))
 
     def sleep(self) -> None:
         """Gives the device's memory back: drops weights and cache. Waking needs ``wake`` and a ``receive``."""
@@ -236,11 +241,10 @@ class VLLMEngine:
             raise error
         return [value for value, _ in answers]
 
-    def _held(self, sums: list[Seq[int | None]]) -> list[Held]:
-        """From what each worker's ``tandem_sums`` gives."""
+    def _whole_tensors(self) -> Wholes:
         if self._wholes is None:
             self._wholes = Wholes(self._call("tandem_shards"), self._plan)
-        return self._wholes.held(sums)
+        return self._wholes
 
     def _check_awake(self, stage: str) -> None:
         if stage in self._asleep:

@@ -81,13 +81,13 @@ def load_and_record_copies(model: Any, buckets: Iterable[Bucket], record: Record
 
 
 def play_copies(copies: Copies, buckets: Iterable[Bucket], sums: Sums | None) -> None:
-    """Loads one push by the copies of an earlier one. What a bucket filled is summed while the next is on its way."""
-    if sums is not None:
-        sums.begin()
+    """Loads one push by the copies of an earlier one, and begins to sum what it filled."""
     for number, _ in enumerate(buckets):
         copies.play(number)
         if sums is not None:
-            sums.add(number)
+            sums.tally.add(number)
+    if sums is not None:
+        sums.tally.launch()
 
 
 def _load(model: Any, bucket: Bucket) -> None:
@@ -204,16 +204,16 @@ def find_places(model: Any) -> list[Place]:
 
 
 class Sums:
-    """This rank's checksums of what the model computes with: ``begin``, ``add`` for each bucket, ``result``.
+    """This rank's checksums of what the model computes with. ``tally`` is told of the buckets of a push.
 
-    ``quiet`` is ``Link.quiet`` of the link that brings them.
+    ``overlap`` is ``Link.overlaps`` of the link that brings them.
 
     On a CPU a linear layer's weights are packed; they are read back by sending the identity through it. Parameters
     whose values are not stored as they came (quantized, cast, computed from them) are left out.
     """
 
     def __init__(
-        self, places: Iterable[Place], record: Record, plan: Plan, device: torch.device, quiet: int = 0
+        self, places: Iterable[Place], record: Record, plan: Plan, device: torch.device, overlap: bool = True
     ) -> None:
         self.plan = plan
         self.held: list[tuple[Piece, str, Any, Target]] = []
@@ -229,27 +229,20 @@ class Sums:
         for slot, (piece, *_) in enumerate(self.held):
             self.slots.setdefault(piece.part, []).append(slot)
         self.shards = [Shard(piece.part, name, piece.region) for piece, name, *_ in self.held]
-        self.tally = Tally(len(self.held), device, self._jobs, quiet)
+        self.tally = Tally(
+            len(self.held), device, self._jobs, lambda: [m._parameters[a] for m, a in self.owners], overlap
+        )
         self.unseen: set[int] = set()
 
     def begin(self) -> None:
-        """A push begins, or all is to be summed as it is now."""
-        self.tally.begin([module._parameters[attribute] for module, attribute in self.owners])
-
-    def add(self, bucket: int) -> None:
-        """Sums the pieces of the tensors of the plan's bucket of that number as they are now."""
-        self.tally.add(bucket)
+        """Sums everything as it is now."""
+        for bucket in range(len(self.plan.buckets)):
+            self.tally.add(bucket)
+        self.tally.launch()
 
     def result(self) -> list[int | None]:
         """The sum of each of ``shards``, None where it cannot be told. Waits for the device."""
         return [None if slot in self.unseen else total for slot, total in enumerate(self.tally.result())]
-
-    def now(self) -> list[int | None]:
-        """The checksums of everything as it is now."""
-        self.begin()
-        for bucket in range(len(self.plan.buckets)):
-            self.add(bucket)
-        return self.result()
 
     def _jobs(self, bucket: int) -> list[bits.Job]:
         jobs: list[bits.Job] = []

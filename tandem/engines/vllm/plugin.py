@@ -72,8 +72,6 @@ class TandemTransfer(WeightTransferEngine):
     sums: Sums | None = None
     """Of the record. Walking through all modules takes longer than all checksums, so it is done once."""
     may_copy: bool = False
-    found: Seq[int | None] = ()
-    """The sums of the last push, where it was to be checked."""
     copies: Copies | None = None
     """How a push is loaded once it has been recorded: receive buffers and parameters stay where they are."""
 
@@ -90,7 +88,8 @@ class TandemTransfer(WeightTransferEngine):
     def update_weights(self, update_info: dict[str, Any]) -> None:
         self.receive_weights(self.parse_update_info(update_info))
         if self.device.type != "cpu":
-            torch.accelerator.synchronize()
+            # Sums go on, on a stream of their own.
+            torch.accelerator.current_stream().synchronize()
 
     def receive_weights(self, update_info: Push) -> None:
         """Takes one push. Raises UserError and names the tensor where it cannot be loaded."""
@@ -98,32 +97,32 @@ class TandemTransfer(WeightTransferEngine):
             raise UserError("weight sync: the engine is not connected to a trainer; call connect() first")
         try:
             with set_current_vllm_config(self.vllm_config):
-                self.found = self._load(self.receiver.buckets(), update_info.check)
+                self._load(self.receiver.buckets(), update_info.check)
         except BaseException:
             # The sender has buckets left over, which the next push must not begin with.
             self.shutdown()
             raise
 
-    def _load(self, buckets: Iterator[Bucket], check: bool) -> Seq[int | None]:
+    def _load(self, buckets: Iterator[Bucket], check: bool) -> None:
         """The first push learns what becomes of each tensor, the second which copies that takes; the rest play them."""
         if self.copies is not None:
-            sums = self.sums if check else None
-            play_copies(self.copies, buckets, sums)
-            return sums.result() if sums is not None else []
+            play_copies(self.copies, buckets, self.sums if check else None)
+            return
         if self.record is None:
             record: Record = {}
             load_push(self.model, self.model_config, buckets, record)
             self.record = record
             assert self.receiver is not None, "buckets come from it"
             link = self.receiver.link
-            self.sums = Sums(find_places(self.model), record, link.plan, self.device, link.quiet)
+            self.sums = Sums(find_places(self.model), record, link.plan, self.device, link.overlaps)
             self.may_copy = may_copy(self.model, all(target.exact for target in record.values()))
         elif self.may_copy:
             self.copies = load_and_record_copies(self.model, buckets, self.record)
             self.may_copy = self.copies is not None
         else:
             load_push(self.model, self.model_config, buckets, None)
-        return self.pushed().now() if check else []
+        if check:
+            self.pushed().begin()
 
     def pushed(self) -> Sums:
         """What sums this rank's parameters. Raises UserError before the first push."""
@@ -137,7 +136,6 @@ class TandemTransfer(WeightTransferEngine):
             self.receiver = None
         # Another trainer may send another plan.
         self.record = self.copies = self.sums = None
-        self.found = ()
         self.may_copy = False
 
     @staticmethod
@@ -170,16 +168,20 @@ class WorkerExtension:
     def tandem_connect(self, links: Seq[Link]) -> None:
         self.init_weight_transfer_engine({"links": links})  # type: ignore[attr-defined]
 
-    def tandem_receive(self, check: bool) -> Seq[int | None]:
-        """Takes one push. Returns ``tandem_sums`` of it, if asked to ``check``."""
+    def tandem_receive(self, check: bool) -> None:
+        """Takes one push. Begins to sum what came, if asked to ``check``."""
         self.start_weight_update()  # type: ignore[attr-defined]
         self.update_weights({"check": check})  # type: ignore[attr-defined]
         self.finish_weight_update()  # type: ignore[attr-defined]
-        return self.weight_transfer_engine.found
+
+    def tandem_result(self) -> Seq[int | None]:
+        """The checksums that the last push has begun, of each of ``tandem_shards``."""
+        return self.weight_transfer_engine.pushed().result()
 
     def tandem_sums(self) -> Seq[int | None]:
         """Checksums of ``tandem_shards`` as they are now. Raises UserError before the first push."""
-        return self.weight_transfer_engine.pushed().now()
+        self.weight_transfer_engine.pushed().begin()
+        return self.tandem_result()
 
     def tandem_shards(self) -> Seq[Shard]:
         """Which parts of which tensors this rank holds, the same from the first push over a link to its last."""
