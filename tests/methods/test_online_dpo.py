@@ -9,9 +9,12 @@ import torch
 from conftest import make_module, make_tokenizer
 from safetensors.torch import load_file
 
+from tandem.assembly import feeds
+from tandem.assembly.configs import read_config
 from tandem.batch import Outputs
 from tandem.cli.main import main
 from tandem.data.packing import pack_pairs, stamp
+from tandem.errors import UserError
 from tandem.methods.online_dpo import OnlineDPO
 from tandem.models.loading import prepare_module
 from tandem.rollout.prepare import Preparation
@@ -70,6 +73,8 @@ def test_a_tie_has_no_gradient_and_stays_in_the_mean(loss_type):
     batch = pack_pairs([pair for g in groups for pair in method.examples(g)])
     generator = torch.Generator().manual_seed(0)
     logp_T, reference_T = torch.randn(2, batch.tokens, generator=generator, dtype=torch.float64) * batch.trainable_T
+    # Of the pair that is a tie, the policy likes the first copy better.
+    logp_T = logp_T + 5 * (batch.segment_T == 2) * batch.trainable_T
     batch = replace(batch, seen={"reference": Outputs(logp_T=reference_T)})
     estimate = method.estimate(groups, batch, {})
     assert estimate.metrics == {"equal_reward_groups": pytest.approx(1 / 3)}
@@ -105,6 +110,15 @@ def test_minibatches_and_epochs_hold_pairs_and_nothing_is_taken_for_a_ratio():
         assert not batch.on_policy
         assert set(batch.seen) == {"reference"}
         assert batch.weight_T.sum().item() == pytest.approx(1.0)
+
+
+def test_truncated_samples_of_vllm_need_no_other_log_probs(monkeypatch):
+    monkeypatch.setattr(feeds, "require_engine", lambda engine: None)
+    keys = {"model": "m", "data": "d.jsonl", "reward": "r.py:f", "out": "o", "steps": 1, "top_p": 0.9}
+    grpo, online = (read_config(name, engine__kind="vllm", **keys) for name in ("grpo", "online-dpo"))
+    with pytest.raises(UserError, match="old_logp: vLLM reports truncated log-probs only"):
+        feeds.check_sampling(grpo)
+    feeds.check_sampling(online)
 
 
 @pytest.fixture
