@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from tandem.batch import Batch, Outputs, TokenLoss, filled
+from tandem.batch import Batch, Outputs, TokenLoss, filled, send
 from tandem.errors import expect
 from tandem.functional.preference import PreferenceLoss, preference_loss
 from tandem.functional.segments import segment_sum
@@ -85,10 +85,12 @@ def policy_pair_loss(
     the answers' tokens; and where the forward gave it, ``entropy``, nats a token.
     """
 
-    def summed(x_T: Tensor) -> Tensor:
-        return segment_sum(torch.where(batch.trainable_T, x_T, 0.0), batch.bounds)
-
     logp_T = filled(out.logp_T, "out.logp_T")
+    bounds = send(batch.bounds, logp_T.device)
+
+    def summed(x_T: Tensor) -> Tensor:
+        return segment_sum(torch.where(batch.trainable_T, x_T, 0.0), bounds)
+
     logp_S, ratio_S = summed(logp_T), summed(logp_T - batch.logp_by("reference"))
     length_S = summed(torch.ones_like(logp_T)).clamp(min=1)
     if loss_type == "ipo":
