@@ -51,6 +51,10 @@ class DAPO(Method):
                 f"got {self.overlong_buffer}"
             )
 
+    @property
+    def samples(self) -> Samples:
+        return Samples(at_least=2, longer_than=(self.overlong_length or 0) - (self.overlong_buffer or 0))
+
     def keep(self, item: Any) -> bool:
         """Not a group with fewer than 2 rewards, or with equal ones before any punishment of length (eq. 11)."""
         return len(set(item.rewards)) > 1

@@ -2,12 +2,15 @@
 
 import math
 import statistics
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 from helpers.sampled_step import make_step
 from test_grpo import group
 
+from tandem.assembly.configs import read_config
+from tandem.assembly.feeds import check_sampling
 from tandem.data.packing import stamp_weights
 from tandem.errors import UserError
 from tandem.methods.dapo import DAPO
@@ -118,6 +121,19 @@ def test_loss_is_the_papers(knobs):
 def test_senseless_knobs(knobs, message):
     with pytest.raises(UserError, match=message):
         DAPO(**knobs)
+
+
+@pytest.mark.parametrize(("longest", "refused"), [(12, True), (13, False), (20, False)])
+def test_a_punishment_that_no_sample_can_reach_is_refused(longest, refused):
+    """Of answers of more than 20 - 8 tokens."""
+    keys = {"model": "m", "data": "d.jsonl", "reward": "r.py:f", "out": "o", "steps": 1} | OVERLONG
+    config = read_config("dapo", **keys, max_new_tokens=longest)
+    with (
+        pytest.raises(UserError, match="max_new_tokens: DAPO is set to treat samples longer than 12 tokens apart")
+        if refused
+        else nullcontext()
+    ):
+        check_sampling(config)
 
 
 def test_no_model_beside_the_policy():
