@@ -6,13 +6,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from tandem.methods.table import METHODS
+from tandem.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from tandem.assembly.configs import RunConfig
-
-__version__ = "0.1.0"
 
 _PUBLIC = {
     "UserError": "tandem.errors",

@@ -19,7 +19,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tandem import __version__
 from tandem.assembly.configs import config_class
 from tandem.config import load_config
 from tandem.errors import RunFailure, UserError
@@ -27,6 +26,7 @@ from tandem.given import suggest
 from tandem.methods.table import ROWS, SAMPLES
 from tandem.runs.folder import note_failure
 from tandem.signals import Stop, Terminated, stoppable
+from tandem.version import __version__
 from tandem.workers.launched import launched
 from tandem.workers.supervisor import supervise
 

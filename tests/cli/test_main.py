@@ -10,9 +10,9 @@ from types import ModuleType
 
 import pytest
 
-from tandem import __version__
 from tandem.cli import main as shell
 from tandem.errors import UserError
+from tandem.version import __version__
 
 
 @pytest.fixture
