@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import make_module
+from helpers.models import make_module
 from helpers.runs import arguments, write_inputs
 
 from tandem.cli.main import main

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import make_tokenizer
+from helpers.models import make_tokenizer
 from helpers.runs import arguments, write_inputs
 
 from tandem.batch import Batch

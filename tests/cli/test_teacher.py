@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, make_tokenizer
+from helpers.models import ARCHITECTURES, make_tokenizer
 from helpers.runs import arguments, write_inputs
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM

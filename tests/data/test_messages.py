@@ -4,7 +4,7 @@ import json
 import time
 
 import pytest
-from conftest import make_tokenizer
+from helpers.models import make_tokenizer
 
 from tandem.data.rows import Dataset, load_rows
 from tandem.data.tokenize import build_prompts, build_sequences

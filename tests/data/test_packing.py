@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import micro_batches
+from helpers.models import micro_batches
 
 from tandem.batch import Outputs
 from tandem.data.packing import pack, pack_pairs, pack_rollouts, stamp_pair_weights, stamp_weights

@@ -1,7 +1,7 @@
 """Dataset against what the models that will read them can take: positions and token ids, with file and line."""
 
 import pytest
-from conftest import make_tokenizer
+from helpers.models import make_tokenizer
 
 from tandem.data.rows import Dataset
 from tandem.data.tokenize import build_pairs, build_prompts, build_sequences

@@ -5,15 +5,11 @@ from __future__ import annotations
 import copy
 import logging
 import random
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-from engine_models import EOS, VOCABULARY, model, tokenizer
+from helpers.engine_models import EOS, VOCABULARY, model, tokenizer
 
 from tandem.engines.live.engine import LiveEngine
 from tandem.errors import UserError

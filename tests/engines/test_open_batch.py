@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import threading
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-from engine_models import EOS, model, tokenizer
-from test_over_pages import drawn, mixed_requests
+from helpers.drawing import drawn, mixed_requests
+from helpers.engine_models import EOS, model, tokenizer
 
 from tandem.engines.live.core import LiveCore
 from tandem.engines.live.decoder import Decoder

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import make_module, make_tokenizer
+from helpers.models import make_module, make_tokenizer
+from helpers.pushes import model_of, nudge, pushing
 
 from tandem.engines.live.engine import LiveEngine
 from tandem.engines.live.replica import ReplicaEngine
@@ -17,9 +16,6 @@ from tandem.sync.push import WeightPush
 from tandem.sync.turns import TakingTurns
 from tandem.types import Completion, Request, SamplingParams
 from tandem.workers.homes import Aside, seat_of
-
-sys.path.append(str(Path(__file__).parents[1] / "sync"))
-from test_push import model_of, nudge, pushing
 
 REQUESTS = [Request(prompt_ids=(5, 6, 7), seeds=(1, 2), sampling=SamplingParams(max_new_tokens=4))]
 

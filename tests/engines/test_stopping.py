@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import random
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.engine_models import EOS, bytes_tokenizer, model, tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-
-sys.path.insert(0, str(Path(__file__).parent))
-from engine_models import EOS, bytes_tokenizer, model, tokenizer
 
 from tandem.engines import samples
 from tandem.engines.live.engine import LiveEngine

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import random
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "engines"))
-from engine_models import EOS, VOCABULARY, model, tokenizer
-from test_over_pages import Rounded, drawn, gap, mixed_requests
+from helpers.drawing import Rounded, drawn, gap, mixed_requests
+from helpers.engine_models import EOS, VOCABULARY, model, tokenizer
 
 from tandem.engines.live.engine import LiveEngine
 from tandem.models.attention import PackedLayout

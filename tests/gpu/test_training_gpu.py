@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import make_tokenizer
+from helpers.models import make_tokenizer
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from tandem.batch import TokenLoss

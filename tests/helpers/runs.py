@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import make_module, make_tokenizer
 
+from helpers.models import make_module, make_tokenizer
 from tandem.training.trainer import LocalTrainer
 
 # Children are forked from a server that has imported everything but computed nothing: quick, and free of threads.

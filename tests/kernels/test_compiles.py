@@ -11,11 +11,11 @@ import pytest
 
 pytest.importorskip("triton")
 
-SCRIPT = Path(__file__).with_name("compile_kernels.py")
+SCRIPT = Path(__file__).parents[1] / "helpers" / "compile_kernels.py"
 BROKEN = """
 import sys
 
-import compile_kernels
+from helpers import compile_kernels
 import torch
 import triton
 import triton.language as tl

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make_module, make_tokenizer
+from helpers.models import make_module, make_tokenizer
 from helpers.sampled_step import make_step
 from test_kl_forms import REWARD, one_group
 

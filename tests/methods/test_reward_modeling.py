@@ -5,7 +5,7 @@ import statistics
 
 import pytest
 import torch
-from conftest import micro_batches
+from helpers.models import micro_batches
 
 from tandem.batch import Outputs
 from tandem.data.packing import pack_pairs, stamp_pair_weights

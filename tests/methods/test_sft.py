@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import micro_batches
+from helpers.models import micro_batches
 
 from tandem.batch import Outputs
 from tandem.data.packing import pack, stamp_weights

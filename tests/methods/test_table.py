@@ -12,8 +12,8 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
-from conftest import micro_batches
 from helpers.method_steps import Models, estimated, items_of, losses_and_gradients
+from helpers.models import micro_batches
 from torch import Tensor
 
 from tandem.batch import Outputs

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from conftest import VOCABULARY, make_module, make_tokenizer
+from helpers.models import VOCABULARY, make_module, make_tokenizer
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, Gemma2Config, Qwen2Config
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, VOCABULARY, make_module, make_tokenizer
+from helpers.models import ARCHITECTURES, VOCABULARY, make_module, make_tokenizer
 
 from tandem.data.packing import pack, stamp_weights
 from tandem.models.forward import forward

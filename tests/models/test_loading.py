@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import make_module, make_tokenizer
+from helpers.models import make_module, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from tandem.data.packing import pack

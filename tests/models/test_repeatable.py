@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from conftest import VOCABULARY, make_module, make_tokenizer
+from helpers.models import VOCABULARY, make_module, make_tokenizer
 from torch import Tensor
 
 from tandem.batch import Batch

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import VOCABULARY, make_module, make_tokenizer
+from helpers.models import VOCABULARY, make_module, make_tokenizer
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from tandem.data.packing import pack, pack_pairs, pack_rollouts, stamp_weights

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import make_module, make_tokenizer
+from helpers.models import make_module, make_tokenizer
+from helpers.ranks import run_ranks
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -23,9 +23,6 @@ from tandem.parallel.gather import Gatherer
 from tandem.parallel.world import World
 from tandem.sync.check import WeightMismatch
 from tandem.types import SamplingParams
-
-sys.path.append(str(Path(__file__).parents[1] / "parallel"))
-from ranks import run_ranks
 
 PROMPTS: list[Any] = ["hello", [5, 6, 7], "a=1;", "what is this?", "x"]
 SAMPLING = SamplingParams(max_new_tokens=12, temperature=1.0)

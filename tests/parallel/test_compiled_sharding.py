@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_module, make_tokenizer
-from ranks import run_ranks
+from helpers.models import make_module, make_tokenizer
+from helpers.ranks import run_ranks
 from test_sharded_training import OPTIM, assert_close, batch_of, loss
 
 from tandem.models.loading import prepare_module

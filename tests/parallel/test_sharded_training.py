@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import VOCABULARY, make_module, make_tokenizer
-from ranks import run_ranks
+from helpers.models import VOCABULARY, make_module, make_tokenizer
+from helpers.ranks import run_ranks
 
 from tandem.batch import Batch, Outputs, TokenLoss
 from tandem.data.packing import pack, stamp_weights

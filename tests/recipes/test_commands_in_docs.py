@@ -7,7 +7,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from commands import code_blocks, command_lines, parse
+from helpers.commands import code_blocks, command_lines, parse
 
 import tandem
 from tandem.errors import UserError

@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from commands import code_blocks, command_lines
-from conftest import make_module, make_tokenizer
+from helpers.commands import code_blocks, command_lines
+from helpers.models import make_module, make_tokenizer
 
 from tandem.cli.main import main
 from tandem.methods.table import SAMPLES
@@ -16,7 +16,9 @@ from tandem.methods.table import SAMPLES
 ROOT = Path(__file__).parents[2]
 README, PAGE = (command_lines(code_blocks((ROOT / name).read_text())) for name in ("README.md", "docs/methods.md"))
 RUNS = [words for words in README if "--steps" in words]
-SHORT = ["--max-new-tokens", "4", "--prompts-per-step", "2", "--samples-per-prompt", "2"]
+GRADED = "def graded(completion_ids, **columns):\n    return [sum(ids) % 97 / 97 for ids in completion_ids]\n"
+SHORT = {"--max-new-tokens": "4", "--prompts-per-step": "2", "--samples-per-prompt": "2"}
+SMALL = SHORT | {"--steps": "2", "--overlong-length": "4", "--overlong-buffer": "2"}
 
 
 @pytest.fixture
@@ -28,19 +30,21 @@ def recipes(tmp_path, monkeypatch):
     module.config.max_position_embeddings = 1024  # rotary ones, of which there is no table
     module.save_pretrained("base")
     make_tokenizer().save_pretrained("base")
+    Path("graded.py").write_text(GRADED)
     return tmp_path / "recipes"
 
 
 def shortened(words):
-    """The line with a local model, few steps and small ones."""
+    """The line with a local model, few steps and small ones.
+
+    A model with random weights answers nothing right, and DAPO ends where all samples of a prompt are equally wrong.
+    """
     changed = ["base" if word.startswith("Qwen/") else word for word in words]
-    if "--steps" in changed:
-        changed[changed.index("--steps") + 1] = "2"
-    else:
-        changed += ["--steps", "2"]
-    if "--model" not in changed:
-        changed += ["--model", "base"]
-    return changed + (SHORT if words[0] in SAMPLES else ["--batch-size", "4"])
+    if words[0] == "dapo":
+        changed[changed.index("check.py:right")] = "graded.py:graded"
+    changed = [SMALL.get(before, word) for before, word in zip(["", *changed], changed, strict=False)]
+    more = {"--steps": "2", "--model": "base"} | (SHORT if words[0] in SAMPLES else {"--batch-size": "4"})
+    return changed + [word for flag, value in more.items() if flag not in changed for word in (flag, value)]
 
 
 def test_each_method_of_the_readme_runs_after_the_one_before(recipes):

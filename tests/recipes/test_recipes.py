@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from commands import command_lines, config_class
+from helpers.commands import command_lines, config_class
 
 from tandem.config import load_config
 from tandem.rewards.function import load_reward

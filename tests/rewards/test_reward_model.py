@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import make_module, make_tokenizer
+from helpers.models import make_module, make_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 

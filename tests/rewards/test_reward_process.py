@@ -20,7 +20,7 @@ from tandem.rewards.function import FunctionReward
 from tandem.rewards.process import RewardProcess
 from tandem.roles import Reward
 
-JUDGES = Path(__file__).with_name("judges.py")
+JUDGES = Path(__file__).parents[1] / "helpers" / "judges.py"
 
 
 def at(text: str) -> str:

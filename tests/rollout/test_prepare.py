@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import make_module, make_tokenizer
+from helpers.models import make_module, make_tokenizer
 
 from tandem.engines.live.engine import LiveEngine
 from tandem.errors import RunFailure, UserError

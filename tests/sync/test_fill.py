@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import VOCABULARY, make_module, make_tokenizer
-from faults import NEVER, Faulty, all_at_once, pushes_until_seen
+from helpers.faults import NEVER, Faulty, all_at_once, pushes_until_seen
+from helpers.models import VOCABULARY, make_module, make_tokenizer
+from helpers.ranks import run_ranks
 
 from tandem.assembly.models import Replicas
 from tandem.batch import TokenLoss
@@ -23,9 +22,6 @@ from tandem.training.optim import OptimParams
 from tandem.training.trainer import LocalTrainer
 from tandem.workers.homes import Here
 from tandem.workers.process import Site
-
-sys.path.append(str(Path(__file__).parents[1] / "parallel"))
-from ranks import run_ranks
 
 DTYPES: tuple[Any, ...] = ("float32", "bfloat16")
 

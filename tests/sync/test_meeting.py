@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from test_push import model_of, pushing
+from helpers.pushes import model_of, pushing
 
 from tandem.engines.live.replica import ReplicaEngine
 from tandem.errors import UserError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import make_module
+from helpers.models import make_module
 
 from tandem.sync.plan import ALIGNMENT, plan_of, used, views
 

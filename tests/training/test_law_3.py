@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import VOCABULARY, make_module, make_tokenizer
+from helpers.models import VOCABULARY, make_module, make_tokenizer
 from torch import Tensor
 
 from tandem.batch import Batch, Outputs, TokenLoss

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import VOCABULARY, make_module, make_tokenizer
+from helpers.models import VOCABULARY, make_module, make_tokenizer
 from safetensors.torch import load_file
 
 from tandem.batch import Batch, TokenLoss

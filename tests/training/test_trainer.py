@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import VOCABULARY, make_module, make_tokenizer
 from helpers.batches import seen_batch
+from helpers.models import VOCABULARY, make_module, make_tokenizer
 
 from tandem.batch import TokenLoss
 from tandem.data.packing import pack, pack_rollouts, stamp_weights

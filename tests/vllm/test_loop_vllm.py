@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import make_tokenizer
+from helpers import ranks
+from helpers.models import make_tokenizer
+from helpers.vllm_models import make_model, reference_logp, save
 from torch.distributed.fsdp import fully_shard
-from vllm_models import make_model, reference_logp, save
 
 from tandem.errors import UserError, WorkerDied
 from tandem.own_loop.sampler import Sampler
 from tandem.parallel.world import World
 from tandem.sync.check import WeightMismatch
 from tandem.types import SamplingParams
-
-sys.path.append(str(Path(__file__).parents[1] / "parallel"))
-import ranks
 
 PROMPTS: list[Any] = ["hello", [5, 6, 7], "a=1;"]
 SAMPLING = SamplingParams(max_new_tokens=12, temperature=1.0)

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_tokenizer
-from vllm_faults import QUERY, all_at_once, faults_seen
-from vllm_models import POSITIONS, Pusher, covered, make_model, reference_logp, save, wrong_tensors
+from helpers.models import make_tokenizer
+from helpers.vllm_faults import QUERY, all_at_once, faults_seen
+from helpers.vllm_models import POSITIONS, Pusher, covered, make_model, reference_logp, save, wrong_tensors
 
 from tandem.engines.vllm.engine import VLLMEngine
 from tandem.errors import UserError

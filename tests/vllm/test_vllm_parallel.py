@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import make_module
-from vllm_faults import all_at_once, faults_seen
-from vllm_models import Pusher, covered, make_model, reference_logp, save, wrong_tensors
+from helpers.models import make_module
+from helpers.vllm_faults import all_at_once, faults_seen
+from helpers.vllm_models import Pusher, covered, make_model, reference_logp, save, wrong_tensors
 
 from tandem.engines.vllm.engine import VLLMEngine
 from tandem.errors import UserError

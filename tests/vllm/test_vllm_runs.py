@@ -5,20 +5,17 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from broken_engines import damaged_engine, deaf_engine
-from torch import Tensor
-from vllm_models import make_model, save
-
-sys.path.append(str(Path(__file__).parents[1] / "workers"))
-from drivers import command, descendants, running
+from helpers.broken_engines import damaged_engine, deaf_engine
+from helpers.drivers import command, descendants, running
+from helpers.shared_ray import arguments, cluster_address, unevaluated, write_inputs
+from helpers.vllm_models import make_model, save
 from safetensors.torch import load_file
-from shared_ray import arguments, cluster_address, unevaluated, write_inputs
+from torch import Tensor
 
 from tandem.assembly import placing
 from tandem.cli.main import main
@@ -182,13 +179,7 @@ def test_doctor(capsys):
     assert "checks passed" in said
 
 
-@pytest.fixture
-def broken_engines_importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers get this process's PYTHONPATH."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
-
-
-@pytest.mark.usefixtures("broken_engines_importable")
+@pytest.mark.usefixtures("helpers_importable")
 def test_doctor_notices_an_engine_that_pushes_do_not_reach(monkeypatch, capsys):
     monkeypatch.setattr(placing, "vllm_engine", deaf_engine)
     argv = ["doctor", "--engine.kind", "vllm", "--max-slots", "32", "--engine.max-length", "64"]
@@ -198,7 +189,7 @@ def test_doctor_notices_an_engine_that_pushes_do_not_reach(monkeypatch, capsys):
     assert "it changed" not in said.out
 
 
-@pytest.mark.usefixtures("broken_engines_importable")
+@pytest.mark.usefixtures("helpers_importable")
 def test_the_truth_check_names_the_parameter_that_is_wrong(monkeypatch, capsys):
     monkeypatch.setattr(placing, "vllm_engine", damaged_engine)
     argv = [*unevaluated(arguments("grpo")), "--steps", "3", "--out", "damaged", *VLLM, *SPLIT]

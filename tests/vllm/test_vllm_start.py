@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from vllm_models import make_model, save
+from helpers.vllm_models import make_model, save
 
 from tandem.engines.vllm.engine import VLLMEngine, check_vllm
 from tandem.errors import UserError

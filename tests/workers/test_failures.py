@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 import pytest
-from drivers import PATIENCE_S, Driver, command, descendants, running, wait_until
-from shared_ray import cluster_address, inputs
+from helpers.drivers import PATIENCE_S, Driver, command, descendants, running, wait_until
+from helpers.shared_ray import cluster_address, inputs
 
 from tandem.assembly.needed import Placement, SamplingPlacement
 from tandem.errors import UserError

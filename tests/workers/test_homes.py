@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from meeting_roles import PATIENCE_S, Role, Sampling
-from shared_ray import cluster_address
+from helpers.meeting_roles import PATIENCE_S, Role, Sampling
+from helpers.shared_ray import cluster_address
 
 from tandem.errors import RunFailure, UserError, WorkerDied
 from tandem.futures import wait_all
@@ -32,7 +32,7 @@ __all__ = ["cluster_address"]
 def groups(*sizes: int, **options: Any) -> Iterator[list[WorkerGroup]]:
     """Worker groups named ``home0``, ``home1``, ... on the Ray of this process."""
     cluster = Cluster(device="cpu", needed={f"home{i}": (size, 1) for i, size in enumerate(sizes)})
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     made: list[WorkerGroup] = []
     try:
         for i, size in enumerate(sizes):

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 
-from drivers import running, wait_until
+from helpers.drivers import running, wait_until
 
 PATIENCE_S = 2.0
 SCRIPT = f"""

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from drivers import PATIENCE_S
+from helpers.drivers import PATIENCE_S
+from helpers.shared_ray import arguments, cluster_address, inputs
 from safetensors.torch import load_file
-from shared_ray import arguments, cluster_address, inputs
 from test_placements import difference, metrics, train
 from torch import Tensor
 

@@ -6,16 +6,15 @@ Runs here use the Ray of this process, so that none of them has to start one.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.shared_ray import arguments, cluster_address, inputs
+from helpers.unfilled import NeverFilled
 from safetensors.torch import load_file
-from shared_ray import arguments, cluster_address, inputs
 from torch import Tensor
-from unfilled import NeverFilled
 
 from tandem.assembly import placing
 from tandem.cli.main import main
@@ -95,8 +94,8 @@ def test_ppo_in_two_workers(ppo_here):
     assert_sampler_agrees("ppo-two")
 
 
+@pytest.mark.usefixtures("helpers_importable")
 def test_engines_in_the_actors_workers_that_are_never_filled_end_the_run(monkeypatch, capsys):
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setattr(placing, "Replicas", NeverFilled)
     argv = [*arguments("grpo"), "--steps", "3", "--placement.actor", "2", "--out", "unfilled"]
     assert main(argv) == 75

@@ -9,7 +9,7 @@ import sys
 import textwrap
 
 import pytest
-from drivers import running, wait_until
+from helpers.drivers import running, wait_until
 
 SCRIPT = """
 import ctypes, os, signal, subprocess, sys, threading, time

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from shared_ray import arguments, inputs
+from helpers.shared_ray import arguments, inputs
 
 __all__ = ["inputs"]
 PROMPTS = 96

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 import transformers
-from conftest import make_tokenizer
 from torch import Tensor
 
+from helpers.models import make_tokenizer
 from tandem.engines.vllm.engine import VLLMEngine
 from tandem.parallel.gather import Gatherer
 from tandem.sync.checksum import ParameterSums, Sums

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-from shared_ray import arguments, unevaluated
+from helpers.shared_ray import arguments, unevaluated
 
 PATIENCE_S = 150.0
 """Longest wait for anything that must happen."""

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
-from vllm_models import Pusher
 
+from helpers.faults import NEVER, QUERY, Faulty, all_at_once, pushes_until_seen
+from helpers.vllm_models import Pusher
 from tandem.sync.check import compare
 from tandem.sync.receiver import Receiver
-
-sys.path.append(str(Path(__file__).parents[1] / "sync"))
-from faults import NEVER, QUERY, Faulty, all_at_once, pushes_until_seen
 
 __all__ = ["QUERY", "all_at_once", "faults_seen"]
 
