@@ -16,12 +16,14 @@ import pytest
 from helpers.drivers import PATIENCE_S, Driver, command, descendants, running, wait_until
 from helpers.shared_ray import cluster_address, inputs
 
-from tandem.assembly.needed import Placement, SamplingPlacement
+from tandem.assembly.needed import Placement, SamplingPlacement, placement_class
 from tandem.errors import UserError
+from tandem.methods.ppo import PPO
 from tandem.workers.cluster import Cluster, require_room, what_would_fit
 from tandem.workers.group import WorkerGroup
 
 __all__ = ["cluster_address", "inputs"]
+OF_PPO = placement_class(SamplingPlacement, PPO.models)
 TWO = ("--placement.actor", "2")
 TOKEN = "hf_" + "NotForAnybodysEyes"
 LOOPBACKS = ("0100007F:", "0000000000000000FFFF00000100007F:", "00000000000000000000000001000000:")
@@ -261,7 +263,7 @@ def test_ray_that_is_not_installed(inputs):
 
 
 def test_more_workers_than_cores(inputs):
-    ended = run_to_its_end(inputs, COMMAND.format(before="", options="'--placement.actor', '64', '--device', 'cpu'"))
+    ended = run_to_its_end(inputs, COMMAND.format(before="", options="'--placement.actor', '64', '--overwrite'"))
     assert ended.returncode == 2, ended.stderr
     cores = len(os.sched_getaffinity(0))
     assert re.search(
@@ -300,17 +302,17 @@ def test_what_would_fit_fits():
         ({"actor": "0"}, "placement.actor"),
         ({"actor": "2", "critic": "engine"}, "placement.critic: expected .*got 'engine'"),
         ({"actor": "2", "engine": "critic"}, "placement.engine: expected .*got 'critic'"),
-        ({"critic": "reward", "reward": "critic"}, "critic shares with reward shares with critic, so none"),
+        ({"critic": "reward", "reward": "critic"}, "reward shares with critic shares with reward, so none"),
         ({"reference": "reference"}, "placement.reference: expected"),
     ],
 )
 def test_placements_that_make_no_sense(placement, words):
     with pytest.raises(UserError, match=words):
-        SamplingPlacement(**placement)
+        OF_PPO(**placement)
 
 
 def test_homes():
-    placement = SamplingPlacement(actor="2", critic="1", reward="critic", engine="3")
+    placement = OF_PPO(actor="2", critic="1", reward="critic", engine="3")
     assert [placement.home(role) for role in ("actor", "critic", "reward", "reference", "engine")] == [
         *("actor", "critic", "critic", "actor", "engine")
     ]
