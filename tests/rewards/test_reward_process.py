@@ -186,7 +186,7 @@ sys.stdin.read()
 @pytest.mark.parametrize("name", ["pool", "pool_then_hangs", "computes"])
 def test_it_is_gone_when_the_run_is_killed(tmp_path, pids, name):
     """Also what it has started, and also one that lets no thread of its own run."""
-    code = PARENT.format(paths=[str(JUDGES.parent)], source=f"{JUDGES}:{name}")
+    code = PARENT.format(paths=[str(Path(__file__).parent)], source=f"{JUDGES}:{name}")
     parent = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     assert parent.stdout.readline() == "ready\n"
