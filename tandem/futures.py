@@ -39,7 +39,7 @@ class Done(Generic[T]):
 
 @dataclass
 class Later(Generic[T]):
-    """The result of a call that whoever first asks for it makes."""
+    """The result of a call that whoever first asks for it makes; who asks after it failed makes it again."""
 
     make: Callable[[], T]
     made: Done[T] | None = None

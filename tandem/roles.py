@@ -83,7 +83,8 @@ class Seat:
 def call_all(seats: Mapping[str, Seat], verb: str, *arguments: Any, **options: Any) -> dict[str, Any]:
     """One verb of several seats: at the same time where their homes differ, one after another where they share one.
 
-    Raises the error of the first seat, in the given order, that failed, once all that were begun have ended.
+    Raises the error of the first seat, in the given order, that failed, once all that were begun have ended; that of a
+    seat in this process at once, with the others still at work.
     """
     # What this process does itself comes last: by then the others are at work.
     order = sorted(seats, key=lambda role: seats[role].home.at_once)

@@ -50,8 +50,6 @@ class Feed(Protocol):
 
     size: int
     """Rows that are gone through."""
-    held_out: int
-    """Rows that are not."""
     counts: Counts
     inputs: Inputs
 
@@ -80,7 +78,7 @@ class RowsFeed:
         limits = limits_of_models(config, self.tokenizer)
         self.examples, self.counts = self._tokenize(rows, limits)
         self.held = self._tokenize(eval_rows, limits)[0] if eval_rows is not None else []
-        self.size, self.held_out = len(self.examples), len(self.held)
+        self.size = len(self.examples)
         self.inputs = digest_inputs({"data": rows, "eval_data": eval_rows}, models=config.sources)
 
     def uses(self, homes: Homes) -> dict[str, str]:
@@ -88,7 +86,7 @@ class RowsFeed:
         epochs = config.run.steps * config.rows.batch_size / self.size
         return {
             "data": f"{describe_counts(self.counts)}, gone through {epochs:.2f} times in {config.run.steps} steps",
-            "held out": f"{self.held_out} rows" if self.held else "none",
+            "held out": f"{len(self.held)} rows" if self.held else "none",
         }
 
     def check(self) -> None:
@@ -133,7 +131,7 @@ class SamplesFeed:
         require_readers(self.limits, len(self.tokenizer))
         self.prompts, self.counts = self._tokenize(rows)
         self.eval_prompts = self._tokenize(eval_rows)[0] if eval_rows is not None else []
-        self.size, self.held_out = len(self.prompts), len(self.eval_prompts)
+        self.size = len(self.prompts)
         functions = self.judging.rewards() if self.judging else []
         self.inputs = digest_inputs({"data": rows, "eval_data": eval_rows}, functions, config.sources)
         trained_on = len(config.reward.reward)
@@ -157,7 +155,7 @@ class SamplesFeed:
             "prompts": f"{describe_counts(self.counts)}, gone through {epochs:.2f} times",
             "a step": f"{samples} samples of at most {sampling.max_new_tokens} tokens, "
             f"{step.epochs * step.minibatches} optimizer steps",
-            "held out": f"{self.held_out} prompts" if self.held_out else "none",
+            "held out": f"{len(self.eval_prompts)} prompts" if self.eval_prompts else "none",
         }
 
     def start(self, models: Mapping[str, Seat], homes: Homes) -> Fed:
@@ -194,7 +192,7 @@ class SamplesFeed:
         if not self.eval_prompts or not evaluation_due(self.config, step):
             return {}, []
         seed = self.config.run.seed
-        with progress.phase("evaluating", of=self.held_out, done=lambda: source.engine.ended):
+        with progress.phase("evaluating", of=len(self.eval_prompts), done=lambda: source.engine.ended):
             groups: list[Group] = sample_groups(
                 source.engine, self.eval_prompts, source.params, samples_per_prompt=1, seed=seed, step=0
             )

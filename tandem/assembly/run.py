@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from tandem.assembly.configs import RowsConfig, RunConfig, SamplesConfig
 from tandem.assembly.feeds import Feed, RowsFeed, SamplesFeed, check_sampling
@@ -52,11 +51,10 @@ def _run(config: RunConfig, stack: ExitStack, ranks: Ranks | None) -> Path | Non
     """The run, in the order in which a mistake is cheapest to find. ``ranks``: those of a torchrun that are there."""
     if (model := check_out(config)) is not None:
         return model
-    samples = isinstance(config, SamplesConfig)
+    engine, roles = EngineSection(), [*config.sources]
     if isinstance(config, SamplesConfig):
         check_sampling(config)
-    engine = config.engine if isinstance(config, SamplesConfig) else EngineSection()
-    roles = [*config.sources, *(["engine"] if samples else [])]
+        engine, roles = config.engine, [*roles, "engine"]
     homes = Homes(config.model, config.placement, config.cluster, engine, roles)
     if ranks is None:
         homes.check()
@@ -74,8 +72,11 @@ def _run(config: RunConfig, stack: ExitStack, ranks: Ranks | None) -> Path | Non
     crew = Crew(
         method=config.method,
         tickets=partial(order.tickets, per_step=config.items_per_step),
+        source=fed.source,
+        prepare=fed.prepare,
         trainers=trainers,
-        **vars(fed),
+        push_weights=fed.push_weights,
+        evaluate=fed.evaluate,
     )
     started = stack.enter_context(session(config, trainers, counts=feed.counts, inputs=feed.inputs))
     Pipeline(steps=config.run.steps, items_per_step=config.items_per_step).run(crew, started)
@@ -102,14 +103,14 @@ def _models(config: RunConfig, places: Places) -> dict[str, Seat]:
 def _print_plan(config: RunConfig, homes: Homes, feed: Feed) -> None:
     """What a dry run shows: the resolved config and what the run would use."""
     section, head_of = config.model, heads(config)
-    uses: Mapping[str, Any] = {
+    uses = {
         "model" if role == "actor" else role: describe_source(
             source, scalar=head_of[role] == "scalar", trust_remote_code=section.trust_remote_code
         )
         + f", {pick_device(section.device)}, {section.dtype}{homes.where(role)}"
         for role, source in config.sources.items()
     }
-    uses = {**uses, **feed.uses(homes)}
+    uses |= feed.uses(homes)
     width = max(map(len, uses))
     print(describe(config))
     print("\nwould use")

@@ -71,10 +71,10 @@ class Preparation:
     def __call__(self, items: Seq[Any], state: dict[str, float], step: int) -> Prepared:
         """Raises UserError where there is nothing in the items to train on."""
         examples, estimate = self.estimated(items, state)
-        if estimate.batch.advantage_T is not None:
-            for example, advantage in zip(examples, mean_advantages(estimate.batch), strict=False):
-                if isinstance(example, Rollout):
-                    example.advantage = advantage
+        rollouts = [example for example in examples if isinstance(example, Rollout)]
+        if rollouts and estimate.batch.advantage_T is not None:
+            for rollout, advantage in zip(rollouts, mean_advantages(estimate.batch), strict=True):
+                rollout.advantage = advantage
         return Prepared(
             batch=estimate.batch,
             state=estimate.state,

@@ -22,7 +22,7 @@ Jobs = Callable[[int], Seq[bits.Job]]
 Tensors = Callable[[], Seq[Tensor]]
 
 
-class Tally:
+class RunningSums:
     """Checksums of a push on a device, a slot each: ``add`` buckets 0, 1, 2..., then ``result``; again for the next.
 
     ``jobs(bucket)`` says what a bucket adds. It is asked and prepared once, and only played back as long as all of
@@ -117,7 +117,7 @@ class ParameterSums:
         # A name that is not among the parameters is refused by what loads it.
         self.ordered = [parameters[name] for name in self.slots if name in parameters]
         self.sharded = [name for name in self.slots if isinstance(parameters.get(name), DTensor)]
-        self.tally = Tally(len(self.slots), device, self._jobs, lambda: [local(p) for p in self.ordered], overlap)
+        self.tally = RunningSums(len(self.slots), device, self._jobs, lambda: [local(p) for p in self.ordered], overlap)
 
     def result(self) -> Sums:
         """The sums over all ranks. Waits for the device; a collective where parameters are sharded."""

@@ -11,7 +11,7 @@ from tandem.errors import UserError
 
 
 @dataclass(frozen=True)
-class Job:
+class VLLMJob:
     """One sequence for vLLM, in its own terms."""
 
     prompt: Any
@@ -35,11 +35,11 @@ class VLLMCore:
         """Why nothing can be sampled now."""
         self.broken: Exception | None = None
         """Why nothing can be sampled any more."""
-        self.waiting: deque[tuple[int, Job]] = deque()
-        self.running: dict[int, tuple[Job, int]] = {}
+        self.waiting: deque[tuple[int, VLLMJob]] = deque()
+        self.running: dict[int, tuple[VLLMJob, int]] = {}
         """Jobs that vLLM has, with the version at which they entered."""
 
-    def add(self, name: int, job: Job) -> None:
+    def add(self, name: int, job: VLLMJob) -> None:
         if error := self.broken or self.unusable:
             raise error
         self.waiting.append((name, job))

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from tandem.engines.samples import Asked, StopRule, check_request, take_requests
 from tandem.engines.stepper import Stepper
 from tandem.engines.vllm.checksums import Wholes
-from tandem.engines.vllm.core import Job, VLLMCore
+from tandem.engines.vllm.core import VLLMCore, VLLMJob
 from tandem.engines.vllm.setup import check_vllm, close_vllm, end_with_ranks, eos_ids, on_cpu, start_vllm
 from tandem.errors import UserError, first_line
 from tandem.futures import Future, wait_all
@@ -83,7 +83,7 @@ class VLLMEngine:
         self.vocabulary: int = self._engine.model_config.get_vocab_size()
         self._eos_ids = eos_ids(self._llm)
         self._core = VLLMCore(self._engine, max_slots)
-        self._stepper: Stepper[Job, Any] = Stepper(self._core)
+        self._stepper: Stepper[VLLMJob, Any] = Stepper(self._core)
         self._plan = Plan(())
         self._wholes: Wholes | None = None
         """Which sums of the workers belong together: asked for after the first push over a link."""
@@ -129,7 +129,7 @@ class VLLMEngine:
         for number, sequence in enumerate(sequences):
             self._check(number, Request(prompt_ids=tuple(sequence), seeds=(), sampling=once), self._room)
         params = Params(max_tokens=1, temperature=0, prompt_logprobs=0, flat_logprobs=True, detokenize=False)
-        jobs = [Job(_prompt(sequence), params.clone(), _prompt_logprobs) for sequence in sequences]
+        jobs = [VLLMJob(_prompt(sequence), params.clone(), _prompt_logprobs) for sequence in sequences]
         found: list[list[float]] = []
         pushes = -1
         while pushes != self._pushes:
@@ -264,10 +264,10 @@ class VLLMEngine:
                 f"{TEMPERATURES[0]} to {TEMPERATURES[1]}"
             )
 
-    def _job(self, asked: Asked, index: int) -> Job:
+    def _job(self, asked: Asked, index: int) -> VLLMJob:
         request = asked.request
         params = self._params(request.sampling, asked.rule, request.seeds[index])
-        return Job(_prompt(request.prompt_ids), params, partial(_completion, asked, index))
+        return VLLMJob(_prompt(request.prompt_ids), params, partial(_completion, asked, index))
 
     def _params(self, sampling: SamplingParams, rule: StopRule, seed: int) -> Any:
         """vLLM's parameters of one sample. End-of-sequence ids are among the stop ids, so that one rule holds."""

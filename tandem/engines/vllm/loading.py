@@ -20,7 +20,7 @@ from tandem.engines.vllm.copies import Copies, RecordingCopies
 from tandem.engines.vllm.regions import Piece, WatchingCopies
 from tandem.errors import UserError, first_line
 from tandem.kernels import bits
-from tandem.sync.checksum import Tally
+from tandem.sync.checksum import RunningSums
 from tandem.sync.plan import Plan
 
 Bucket = list[tuple[str, Tensor]]
@@ -229,7 +229,7 @@ class Sums:
         for slot, (piece, *_) in enumerate(self.held):
             self.slots.setdefault(piece.part, []).append(slot)
         self.shards = [Shard(piece.part, name, piece.region) for piece, name, *_ in self.held]
-        self.tally = Tally(
+        self.tally = RunningSums(
             len(self.held), device, self._jobs, lambda: [m._parameters[a] for m, a in self.owners], overlap
         )
         self.unseen: set[int] = set()
