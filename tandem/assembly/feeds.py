@@ -32,7 +32,7 @@ from tandem.runs.identity import Inputs
 from tandem.runs.progress import Progress, say
 from tandem.schedules.session import Evaluation
 from tandem.seeds import derive_seed
-from tandem.types import Group, Limits, Prompt, SamplingParams
+from tandem.types import Group, Limits, Prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +166,7 @@ class SamplesFeed:
         source = Sampling(
             engine=engine.engine,
             prompts=self.prompts,
-            params=self._params(),
+            params=config.sampling.params,
             samples_per_prompt=config.sampling.samples_per_prompt,
             judge=self._judge(models),
             seed=config.run.seed,
@@ -203,17 +203,6 @@ class SamplesFeed:
             _, estimate = prepare.estimated(groups, self.config.method.initial_state())
             metrics |= {f"eval/{name}": value for name, value in estimate.metrics.items()}
         return metrics, groups
-
-    def _params(self) -> SamplingParams:
-        sampling = self.config.sampling
-        return SamplingParams(
-            max_new_tokens=sampling.max_new_tokens,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            min_p=sampling.min_p,
-            stop=sampling.stop,
-        )
 
     def _judge(self, models: Mapping[str, Seat]) -> Judge:
         section = self.config.reward

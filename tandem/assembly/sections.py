@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from tandem.config import INFINITE, MAY_CHANGE, ONE_START, PATH, may_change
 from tandem.errors import UserError, expect, needs
+from tandem.types import SamplingParams
 
 
 def _at_least(minimum: float) -> Callable[[Any], bool]:
@@ -97,31 +98,41 @@ class ModelSection:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataSection:
-    """The dataset and what is held out of it."""
+class DatasetSection:
+    """The dataset, and how its rows are read."""
 
     data: str = field(metadata=PATH)
     """A .jsonl, .json or .parquet file, or the name of a dataset on the hub."""
     split: str = field(default="train", metadata=needs(("part", "dataset with splits")))
-    """Split to train on, for a dataset that has splits."""
+    """Split to read, for a dataset that has splits."""
+    max_length: int = 4096
+    """Longest row in tokens; of an online dataset, longest prompt."""
+    long_rows: Literal["refuse", "truncate", "drop"] = "refuse"
+    """What becomes of longer rows: an error that names the first, their left end cut off, or left out and counted."""
+
+    def __post_init__(self) -> None:
+        expect(self, "a file or the name of a dataset", bool, "data")
+        expect(self, "1 or more", _at_least(1), "max_length")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSection(DatasetSection):
+    """The dataset and what is held out of it."""
+
     eval_data: str | None = field(default=None, metadata=PATH)
     """Held-out rows, named like --data. None: no evaluation."""
     eval_split: str = field(default="test", metadata=needs(("eval_data",), ("part", "held-out dataset with splits")))
     """Split of --eval-data, for a dataset that has splits."""
     eval_every: int = field(default=50, metadata=needs(("eval_data",)))
     """Steps between evaluations; the last step is evaluated too. 0: only the last."""
-    max_length: int = 4096
-    """Longest row in tokens; of an online dataset, longest prompt."""
     train_on: Literal["completion", "all"] = field(default="completion", metadata=needs(("part", "demonstrations")))
     """What of a demonstration is learned: the completion or the assistant's turns only, or every token. Rows with only
     'text' are learned whole."""
-    long_rows: Literal["refuse", "truncate", "drop"] = "refuse"
-    """What becomes of longer rows: an error that names the first, their left end cut off, or left out and counted."""
 
     def __post_init__(self) -> None:
-        expect(self, "a file or the name of a dataset", bool, "data", "eval_data")
+        super().__post_init__()
+        expect(self, "a file or the name of a dataset", bool, "eval_data")
         expect(self, "0 or more", _at_least(0), "eval_every")
-        expect(self, "1 or more", _at_least(1), "max_length")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,11 +171,9 @@ class RowsSection:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingSection:
-    """What is sampled each step, and how."""
+class DrawsSection:
+    """How often each prompt is sampled, and how."""
 
-    prompts_per_step: int = 32
-    """Prompts in a step, over all devices."""
     samples_per_prompt: int = 8
     """Completions sampled for each prompt."""
     max_new_tokens: int = 512
@@ -183,11 +192,35 @@ class SamplingSection:
     """Completions decoded at a time: bounds memory and changes nothing else."""
 
     def __post_init__(self) -> None:
-        expect(self, "1 or more", _at_least(1), "prompts_per_step", "samples_per_prompt", "max_new_tokens", "max_slots")
+        expect(self, "1 or more", _at_least(1), "samples_per_prompt", "max_new_tokens", "max_slots")
         expect(self, "0 or more", _at_least(0), "temperature", "top_k")
         expect(self, "more than 0 and at most 1", lambda value: 0 < value <= 1, "top_p")
         expect(self, "0 to 1", lambda value: 0 <= value <= 1, "min_p")
         expect(self, "no empty string", all, "stop")
+
+    @property
+    def params(self) -> SamplingParams:
+        """What an engine is asked for."""
+        return SamplingParams(
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            stop=self.stop,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingSection(DrawsSection):
+    """What is sampled each step, and how."""
+
+    prompts_per_step: int = 32
+    """Prompts in a step, over all devices."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        expect(self, "1 or more", _at_least(1), "prompts_per_step")
 
 
 @dataclass(frozen=True, kw_only=True)
