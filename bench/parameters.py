@@ -75,7 +75,7 @@ CONFIGS = {
     "grpo": f"grpo {CLOSE} --eval-data heldout.jsonl --eval-every 2",
     "grpo-constant": f"grpo {CLOSE} --normalize none --aggregation constant --kl loss --kl-coef 0.1 --kl-estimator k2"
     " --engine.way padded",
-    "grpo-old-logp": f"grpo {CLOSE} --kl loss --kl-coef 0.1 --kl-estimator k3 --epochs 2 --minibatches 2"
+    "grpo-old-logp": f"grpo {CLOSE} --kl loss --kl-coef 0.1 --kl-estimator k3 --sample-epochs 2 --minibatches 2"
     " --old-logp trainer --engine.way captured",
     "grpo-truncated": f"grpo {CLOSE} --reference other --kl loss --kl-coef 0.1 --kl-estimator ratio_k3"
     " --temperature 0.9 --top-p 0.8 --stop ej c --engine.way slots --max-slots 5",
@@ -88,11 +88,11 @@ CONFIGS = {
     "grpo-engine-apart": f"grpo {CLOSE} --placement.engine 1",
     "grpo-vllm": f"grpo {CLOSE} --engine.kind vllm --placement.engine 1 --old-logp trainer --max-slots 8"
     " --engine.max-length 64",
-    "ppo": "ppo --reward-model judge --epochs 2 --minibatches 2 --eval-data heldout.jsonl --eval-every 2",
+    "ppo": "ppo --reward-model judge --sample-epochs 2 --minibatches 2 --eval-data heldout.jsonl --eval-every 2",
     "ppo-adaptive": f"{ADAPTIVE} --token-budget 96",
     "ppo-resumed": f"{ADAPTIVE} --token-budget 96",
     "ppo-critic-apart": "ppo --reward-model judge --critic judge --kl loss --value-clip none --placement.critic 1"
-    " --placement.reference critic --epochs 2",
+    " --placement.reference critic --sample-epochs 2",
 }
 """Command lines by name, to which the flags of ``COMMON`` are added."""
 RESUMED = {"sft-resumed", "ppo-resumed"}

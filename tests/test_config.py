@@ -188,9 +188,9 @@ def test_wrong_yaml_is_named_with_its_line(file, text, message):
         (["--lr", "1"], "unknown flag --lr; did you mean --long-rows or --learning-rate?"),
         (["--confg", "a.yaml"], "unknown flag --confg; did you mean --config?"),
         (["--no-seed"], "unknown flag --no-seed"),
-        (["--steps", "abc"], "--steps: expected a whole number, got 'abc'"),
-        (["--steps"], "--steps: expected a whole number, got nothing"),
-        (["--steps", "1", "2"], "--steps: expected a whole number, got '[1, 2]'"),
+        (["--steps", "abc"], "--steps: expected a whole number or none, got 'abc'"),
+        (["--steps"], "--steps: expected a whole number or none, got nothing"),
+        (["--steps", "1", "2"], "--steps: expected a whole number or none, got '[1, 2]'"),
         (["--resume", "maybe"], "--resume: expected true or false, got 'maybe'"),
         (["--config", "none.yaml"], "--config none.yaml: cannot be read: No such file or directory"),
         (["--config"], "--config: expected a YAML file"),
@@ -348,7 +348,7 @@ def test_the_dump_is_flat_yaml_of_every_key_but_those_of_one_start():
 
 
 def test_a_key_that_does_not_say_so_must_stay_as_it_was():
-    assert set(changeable(load())) == {"out", "steps", "save_every", "keep", "rollouts_logged"}
+    assert set(changeable(load())) == {"out", "steps", "epochs", "save_every", "keep", "rollouts_logged"}
     assert not any(changeable(load()).values())
     assert "linear" in changeable(load("--lr-schedule", "linear"))["steps"]
 

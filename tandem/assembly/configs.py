@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, cast
 
@@ -56,6 +58,12 @@ class RunConfig:
     def items_per_step(self) -> int:
         """Rows, or prompts, in a step."""
         raise TypeError(type(self).__name__)
+
+    def steps_over(self, size: int) -> int:
+        """The run's steps with a dataset of ``size`` rows: as given, or whole ones for at least so many epochs."""
+        if self.run.steps is not None:
+            return self.run.steps
+        return max(1, math.ceil(Fraction(str(self.run.epochs)) * size / self.items_per_step))
 
     @property
     def parts(self) -> set[str]:

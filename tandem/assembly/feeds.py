@@ -50,6 +50,8 @@ class Feed(Protocol):
 
     size: int
     """Rows that are gone through."""
+    steps: int
+    """The run's length."""
     counts: Counts
     inputs: Inputs
 
@@ -79,13 +81,14 @@ class RowsFeed:
         self.examples, self.counts = self._tokenize(rows, limits)
         self.held = self._tokenize(eval_rows, limits)[0] if eval_rows is not None else []
         self.size = len(self.examples)
+        self.steps = config.steps_over(self.size)
         self.inputs = digest_inputs({"data": rows, "eval_data": eval_rows}, models=config.sources)
 
     def uses(self, homes: Homes) -> dict[str, str]:
         config = self.config
-        epochs = config.run.steps * config.rows.batch_size / self.size
+        epochs = self.steps * config.rows.batch_size / self.size
         return {
-            "data": f"{describe_counts(self.counts)}, gone through {epochs:.2f} times in {config.run.steps} steps",
+            "data": f"{describe_counts(self.counts)}, gone through {epochs:.2f} times in {self.steps} steps",
             "held out": f"{len(self.held)} rows" if self.held else "none",
         }
 
@@ -101,7 +104,7 @@ class RowsFeed:
         return None
 
     def _evaluate(self, actor: Seat, prepare: Preparation, step: int, progress: Progress) -> Evaluation:
-        if not self.held or not evaluation_due(self.config, step):
+        if not self.held or not evaluation_due(self.config.data, step, last=self.steps):
             return {}, []
         with progress.phase("evaluating"):
             (batch,) = prepare(self.held, {}, step)
@@ -132,6 +135,7 @@ class SamplesFeed:
         self.prompts, self.counts = self._tokenize(rows)
         self.eval_prompts = self._tokenize(eval_rows)[0] if eval_rows is not None else []
         self.size = len(self.prompts)
+        self.steps = config.steps_over(self.size)
         functions = self.judging.rewards() if self.judging else []
         self.inputs = digest_inputs({"data": rows, "eval_data": eval_rows}, functions, config.sources)
         trained_on = len(config.reward.reward)
@@ -147,14 +151,14 @@ class SamplesFeed:
         config = self.config
         sampling, engine, step = config.sampling, config.engine, config.step
         samples = sampling.prompts_per_step * sampling.samples_per_prompt
-        epochs = config.run.steps * sampling.prompts_per_step / self.size
+        epochs = self.steps * sampling.prompts_per_step / self.size
         place = homes.where("engine")
         return {
             "rewards": ", ".join(config.reward.judges) or "none",
             "engine": f"{engine.kind}{place or ', on the actor' + chr(39) + 's devices'}, {sampling.max_slots} slots",
-            "prompts": f"{describe_counts(self.counts)}, gone through {epochs:.2f} times",
+            "prompts": f"{describe_counts(self.counts)}, gone through {epochs:.2f} times in {self.steps} steps",
             "a step": f"{samples} samples of at most {sampling.max_new_tokens} tokens, "
-            f"{step.epochs * step.minibatches} optimizer steps",
+            f"{step.sample_epochs * step.minibatches} optimizer steps",
             "held out": f"{len(self.eval_prompts)} prompts" if self.eval_prompts else "none",
         }
 
@@ -175,7 +179,7 @@ class SamplesFeed:
             method=config.method,
             models=models,
             old_logp=config.step.old_logp,
-            epochs=config.step.epochs,
+            epochs=config.step.sample_epochs,
             minibatches=config.step.minibatches,
             max_new_tokens=config.sampling.max_new_tokens,
             seed=config.run.seed,
@@ -189,7 +193,7 @@ class SamplesFeed:
 
     def _evaluate(self, source: Sampling, prepare: Preparation, step: int, progress: Progress) -> Evaluation:
         """Samples of the held-out prompts, one each: judged, or measured by the method where nothing judges."""
-        if not self.eval_prompts or not evaluation_due(self.config, step):
+        if not self.eval_prompts or not evaluation_due(self.config.data, step, last=self.steps):
             return {}, []
         seed = self.config.run.seed
         with progress.phase("evaluating", of=len(self.eval_prompts), done=lambda: source.engine.ended):
@@ -305,10 +309,10 @@ def unweighted(rewards: Seq[Reward]) -> Judge:
     return Judge(rewards=tuple(rewards), weights=(1.0,) * len(rewards))
 
 
-def evaluation_due(config: RunConfig, step: int) -> bool:
+def evaluation_due(section: DataSection, step: int, *, last: int) -> bool:
     """Before the first step, every ``eval_every`` steps and after the last."""
-    every = config.data.eval_every
-    return step in (0, config.run.steps) or (every > 0 and step % every == 0)
+    every = section.eval_every
+    return step in (0, last) or (every > 0 and step % every == 0)
 
 
 def load_data(section: DataSection) -> tuple[Dataset, Dataset | None]:

@@ -34,8 +34,11 @@ def heads(config: RunConfig) -> dict[str, Head]:
     return {"actor": config.method.head, "reward": "scalar"} | {need.role: need.head for need in config.method.models}
 
 
-def builds(config: RunConfig) -> dict[str, Build]:
-    """For every model of the run, by role, what makes it where it will live: a trainer, or a scorer that is frozen."""
+def builds(config: RunConfig, steps: int) -> dict[str, Build]:
+    """For every model of the run, by role, what makes it where it will live: a trainer, or a scorer that is frozen.
+
+    ``steps`` is the run's length.
+    """
     method, head_of, losses = config.method, heads(config), config.method.losses()
     temperature = config.sampling.temperature if isinstance(config, SamplesConfig) else 1.0
     found: dict[str, Build] = {}
@@ -51,7 +54,7 @@ def builds(config: RunConfig) -> dict[str, Build]:
             load=partial(model, new_head="random" if role == "actor" else "zero"),
             section=config.model,
             loss=losses[role],
-            optim=optim_params(config.optim, total_steps=config.run.steps, learning_rate=rate),
+            optim=optim_params(config.optim, total_steps=steps, learning_rate=rate),
             temperature=temperature,
             asks=asks,
         )

@@ -49,7 +49,7 @@ def run(config: RunConfig) -> Path | None:
 
 def _run(config: RunConfig, stack: ExitStack, ranks: Ranks | None) -> Path | None:
     """The run, in the order in which a mistake is cheapest to find. ``ranks``: those of a torchrun that are there."""
-    if (model := check_out(config)) is not None:
+    if (model := check_out(config, steps=config.run.steps)) is not None:
         return model
     engine, roles = EngineSection(), [*config.sources]
     if isinstance(config, SamplesConfig):
@@ -60,12 +60,15 @@ def _run(config: RunConfig, stack: ExitStack, ranks: Ranks | None) -> Path | Non
         homes.check()
     feed = _feed(config)
     stack.callback(feed.close)
-    check_out(config, feed.inputs)
+    if (model := check_out(config, feed.inputs, steps=feed.steps)) is not None:
+        return model
     feed.check()
     if config.run.dry_run:
         _print_plan(config, homes, feed)
         return None
-    models = _models(config, stack.enter_context(homes) if ranks is None else ranks)
+    if config.run.epochs is not None:
+        say(f"{config.run.epochs:g} epochs of {feed.size} rows are {feed.steps} steps of {config.items_per_step}")
+    models = _models(config, feed.steps, stack.enter_context(homes) if ranks is None else ranks)
     trainers = {role: models[role] for role in config.method.losses()}
     fed = feed.start(models, homes)
     order = Order(feed.size, config.run.seed)
@@ -78,8 +81,8 @@ def _run(config: RunConfig, stack: ExitStack, ranks: Ranks | None) -> Path | Non
         push_weights=fed.push_weights,
         evaluate=fed.evaluate,
     )
-    started = stack.enter_context(session(config, trainers, counts=feed.counts, inputs=feed.inputs))
-    Pipeline(steps=config.run.steps, items_per_step=config.items_per_step).run(crew, started)
+    started = stack.enter_context(session(config, trainers, steps=feed.steps, counts=feed.counts, inputs=feed.inputs))
+    Pipeline(steps=feed.steps, items_per_step=config.items_per_step).run(crew, started)
     return started.finish()
 
 
@@ -90,10 +93,10 @@ def _feed(config: RunConfig) -> Feed:
     return RowsFeed(config)
 
 
-def _models(config: RunConfig, places: Places) -> dict[str, Seat]:
+def _models(config: RunConfig, steps: int, places: Places) -> dict[str, Seat]:
     """Every trainer and scorer by role, each in its own place."""
     models: dict[str, Seat] = {}
-    for role, build in builds(config).items():
+    for role, build in builds(config, steps).items():
         say(f"loading the {role} from {config.sources[role]}")
         models[role] = places.place(role, build)
         say(f"  {models[role].call('describe')}")

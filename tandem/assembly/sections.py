@@ -36,8 +36,10 @@ class RunSection:
 
     out: str = field(metadata=PATH | MAY_CHANGE)
     """Folder of the run: its config, metrics, checkpoints and models."""
-    steps: int = field(metadata=may_change(unless=_counts_to_the_last_step))
+    steps: int | None = field(default=None, metadata=may_change(unless=_counts_to_the_last_step))
     """Optimizer steps (offline) or rounds of sampling and training (online) in all, those before a resume included."""
+    epochs: float | None = field(default=None, metadata=may_change(unless=_counts_to_the_last_step))
+    """The run's length instead of --steps: times that as many rows as --data has are trained on, in whole steps."""
     seed: int = 0
     """Every random draw of the run is derived from it."""
     save_every: str = field(default="10m", metadata=MAY_CHANGE)
@@ -58,9 +60,16 @@ class RunSection:
     def __post_init__(self) -> None:
         expect(self, "a path", bool, "out")
         expect(self, "1 or more", _at_least(1), "steps", "keep")
+        expect(self, "more than 0", _above_zero, "epochs")
         expect(self, "0 or more", _at_least(0), "seed", "rollouts_logged")
         wanted = "a number of steps such as 100, or of minutes such as 10m"
         expect(self, wanted, lambda value: bool(re.fullmatch(r"\d+m?", value)), "save_every")
+        if self.steps is None and self.epochs is None:
+            raise UserError("steps: how long shall the run be? give --steps, or --epochs")
+        if self.steps is not None and self.epochs is not None:
+            raise UserError(
+                "epochs: steps is set too, and both say how long the run is; give one, and the other as none"
+            )
         if self.resume and self.overwrite:
             raise UserError("overwrite: it deletes the run that resume would go on from; give one of the two")
         if self.accept_changed and not self.resume:
@@ -259,17 +268,17 @@ class RewardSection:
 class StepSection:
     """How a step's samples are trained on, and judged when held out."""
 
-    epochs: int = 1
+    sample_epochs: int = 1
     """Times that a step's samples are gone through."""
     minibatches: int = 1
-    """Optimizer steps in one epoch."""
+    """Optimizer steps in each of them."""
     old_logp: Literal["sampler", "trainer"] = field(default="sampler", metadata=needs(("part", "losses of tokens")))
     """What ratios are taken against: the sampler's log-probs, or the trainer's own from a forward more."""
     eval_reward: tuple[str, ...] = field(default=(), metadata=PATH | needs(("eval_data",)))
     """FILE.py:function that judges samples of --eval-data and is never trained on. Empty: the training rewards."""
 
     def __post_init__(self) -> None:
-        expect(self, "1 or more", _at_least(1), "epochs", "minibatches")
+        expect(self, "1 or more", _at_least(1), "sample_epochs", "minibatches")
 
 
 LIVE, VLLM = needs(("engine.kind", "live")), needs(("engine.kind", "vllm"))

@@ -38,10 +38,11 @@ def run_start(config: RunConfig, inputs: Inputs | None = None) -> Start:
     )
 
 
-def check_out(config: RunConfig, inputs: Inputs | None = None) -> Path | None:
+def check_out(config: RunConfig, inputs: Inputs | None = None, *, steps: int | None) -> Path | None:
     """Refuses an ``--out`` that cannot be used, and a run that cannot be resumed, before anything slow is loaded.
 
-    Creates nothing. Returns the model of a run that has done all its steps: nothing of it is to be done again.
+    Creates nothing. Returns the model of a run that has done all its ``steps`` (None: they are not known before the
+    data are read): nothing of it is to be done again.
     """
     run, out = config.run, Path(config.run.out)
     RunFolder.check(out, run_start(config, inputs))
@@ -51,17 +52,18 @@ def check_out(config: RunConfig, inputs: Inputs | None = None) -> Path | None:
     checkpoint = CheckpointStore(out / "checkpoints", keep=run.keep, run=identity).latest()
     finished = RunFolder.finished(out)
     done = max(checkpoint.step if checkpoint else 0, finished or 0)
-    if done > run.steps:
-        raise UserError(f"steps: {run.steps}, and the run in {out} has done {done} already; give more than {done}")
-    if finished != run.steps or run.dry_run:
+    if steps is not None and done > steps:
+        key = "steps" if run.epochs is None else "epochs"
+        raise UserError(f"{key}: {steps} steps, and the run in {out} has done {done} already; give more than {done}")
+    if finished is None or finished != steps or run.dry_run:
         return None
-    say(f"{out}: all {run.steps} steps are done, nothing is left to resume")
+    say(f"{out}: all {steps} steps are done, nothing is left to resume")
     return out / "model"
 
 
 @contextmanager
 def session(
-    config: RunConfig, trainers: Mapping[str, Seat], *, counts: Mapping[str, int], inputs: Inputs
+    config: RunConfig, trainers: Mapping[str, Seat], *, steps: int, counts: Mapping[str, int], inputs: Inputs
 ) -> Iterator[Session]:
     """The run folder, open; its config written; the display on; what is loaded out of the garbage collector's way.
 
@@ -77,16 +79,19 @@ def session(
         done = checkpoint.step if checkpoint else 0
         with (
             standing_objects(),
-            Progress(title, total=run.steps, start=done, leads=(*config.method.leads, *ALWAYS)) as progress,
+            Progress(title, total=steps, start=done, leads=(*config.method.leads, *ALWAYS)) as progress,
         ):
             if folder.replaced:
                 progress.note(f"{run.out}: in place of a run that had done no step")
             elif run.resume and checkpoint is None:
                 progress.note(f"{run.out}: no checkpoint to resume from; the run begins with step 1")
-            if "steps" in folder.changed:
-                before, now = folder.changed["steps"]
+            if lengths := {key: folder.changed[key] for key in ("steps", "epochs") if key in folder.changed}:
+                then, now = (
+                    ", ".join(f"{values[i]} {key}" for key, values in lengths.items() if values[i] is not None)
+                    for i in (0, 1)
+                )
                 share = ", and so was the warmup, a share of them" if 0 < config.optim.warmup_steps < 1 else ""
-                progress.note(f"steps: {now} now; what is done was done for {before}{share}")
+                progress.note(f"{now} now; what is done was done for {then}{share}")
             if counts["kept"] < counts["rows"] or counts["truncated"]:
                 progress.note(f"data: {describe_counts(counts)}")
             yield Session(

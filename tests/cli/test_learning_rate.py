@@ -29,7 +29,7 @@ def test_steps_with_few_samples_leave_the_end_of_the_schedule_where_it_is(tmp_pa
     )
     argv = ["grpo", "--model", "base", "--data", "prompts.jsonl", "--reward", "leaving.py:out", "--out", "run"]
     argv += ["--prompts-per-step", "2", "--samples-per-prompt", "2", "--max-new-tokens", "5"]
-    argv += ["--minibatches", "8", "--epochs", "2", "--steps", str(STEPS)]
+    argv += ["--minibatches", "8", "--sample-epochs", "2", "--steps", str(STEPS)]
     argv += ["--learning-rate", str(RATE), "--lr-schedule", "linear", "--warmup-steps", "1"]
     assert main(argv) == 0
     rates = {}

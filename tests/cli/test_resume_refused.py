@@ -163,7 +163,7 @@ def test_steps(tandem):
     refused(tandem(*with_(ON, steps=1)), "steps: 1", "grpo", "has done 2 already")
     code, err, out = tandem(*ON)
     assert code == 0, err
-    assert "steps: 3 now; what is done was done for 2, and so was the warmup" in out
+    assert "3 steps now; what is done was done for 2 steps, and so was the warmup" in out
     assert steps("grpo") == [0, 1, 2, 3]
     [event] = [event for event in events("grpo") if event["event"] == "config"]
     assert event["changed"] == {"steps": [2, 3]}

@@ -137,7 +137,8 @@ def test_wrong_types_and_ranges(tandem, inputs):
 
 
 def test_missing_flag(tandem, inputs):
-    refused(tandem, inputs, SFT[:3], "--data", "--steps")
+    refused(tandem, inputs, SFT[:3], "--data")
+    refused(tandem, inputs, SFT[:5], "--steps", "--epochs")
 
 
 def test_long_prompts(tandem, inputs):

@@ -69,4 +69,6 @@ def placeholders(cls: Any, argv: list[str]) -> list[str]:
     keys = _keys_of(cls)
     given = {name: name for name, key in keys.items() if key.required} | {"steps": "1", "reward": "r.py:f"}
     flags = {word.partition("=")[0] for word in argv}
+    if "--epochs" in flags:
+        del given["steps"]
     return [w for name, v in given.items() if name in keys and f"--{name}" not in flags for w in (f"--{name}", v)]

@@ -56,9 +56,9 @@ def arguments(
         "sft": ["--data", "demos.jsonl", "--eval-data", "demos.jsonl", "--batch-size", "7"],
         "rm": pairs,
         "dpo": [*pairs, "--sft-coef", "0.1"],
-        "ppo": [*online, "--epochs", "2", "--minibatches", "2", "--kl-target", "0.5", "--normalize-rewards"],
+        "ppo": [*online, "--sample-epochs", "2", "--minibatches", "2", "--kl-target", "0.5", "--normalize-rewards"],
         "grpo": [*online, "--minibatches", "2"],
-        "online-dpo": [*online, "--epochs", "2", "--minibatches", "2"],
+        "online-dpo": [*online, "--sample-epochs", "2", "--minibatches", "2"],
         "opd": [*sampled, "--teacher", "teacher", "--minibatches", "2"],
     }
     return [method, "--model", "base", *special.get(method, online), *common]
