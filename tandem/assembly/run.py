@@ -63,6 +63,7 @@ def _run(config: RunConfig, stack: ExitStack, ranks: Ranks | None) -> Path | Non
     if (model := check_out(config, feed.inputs, steps=feed.steps)) is not None:
         return model
     feed.check()
+    config.method.check(feed.steps)
     if config.run.dry_run:
         _print_plan(config, homes, feed)
         return None

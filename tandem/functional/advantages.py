@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def gae(
-    reward_T: Tensor, value_T: Tensor, trainable_T: Tensor, bounds: Tensor, gamma: float, lam: float
+    reward_T: Tensor, value_T: Tensor, trainable_T: Tensor, bounds: Tensor, gamma: float, lam: float | Tensor
 ) -> tuple[Tensor, Tensor]:
     """Generalized advantage estimation (arXiv:1506.02438, eq. 16; the finite sum of arXiv:1707.06347, eq. 11).
 
@@ -22,7 +22,8 @@ def gae(
     is the next *trainable* token of the segment: tool output in between neither decays nor ends anything. After the
     last trainable token the value is 0.
 
-    All [T], ``trainable_T`` bool, ``bounds`` int64 [S + 1]. Returns advantage_T and return_T, 0 where not trainable.
+    All [T], ``trainable_T`` bool, ``bounds`` int64 [S + 1]; ``lam`` is one number, or one of each segment [S]
+    (``length_adaptive_lambda``). Returns advantage_T and return_T, 0 where not trainable.
     """
     with torch.no_grad():
         count_S = segment_sum(trainable_T.float(), bounds).long()
@@ -41,6 +42,17 @@ def gae(
             advantage_SL[:, t] = next_advantage_S
         advantage_T = torch.zeros_like(value_T).masked_scatter(trainable_T, advantage_SL[real_SL])
         return advantage_T, (advantage_T + value_T) * trainable_T
+
+
+def length_adaptive_lambda(trainable_T: Tensor, bounds: Tensor, alpha: float) -> Tensor:
+    """GAE's lambda of each segment [S], ``max(0, 1 - 1 / (alpha l))`` for ``l`` trainable tokens, in float64.
+
+    Length-adaptive GAE (VAPO, arXiv:2504.05118, section 4.2): the coefficients of a segment's TD errors sum to about
+    ``1 / (1 - lambda) = alpha l``, so that the reward at the end reaches the first tokens of a long answer, and a short
+    one has less variance. An answer of at most ``1 / alpha`` tokens has 0, the critic's one-step error.
+    """
+    count_S = segment_sum(trainable_T.double(), bounds)
+    return (1 - 1 / (alpha * count_S.clamp(min=1))).clamp(min=0)
 
 
 def whiten(x_T: Tensor, mask_T: Tensor, floor: float) -> Tensor:

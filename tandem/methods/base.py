@@ -157,6 +157,14 @@ class Method:
         """The policy's unreduced loss."""
         raise TypeError(f"{type(self).__name__} does not define loss()")
 
+    def check(self, steps: int) -> None:
+        """Raises UserError where a run of so many steps is too short for these knobs."""
+        return None
+
+    def trains(self, state: dict[str, float]) -> tuple[str, ...]:
+        """The roles that a step trains which begins with this state: all that have a loss, or some of them."""
+        return tuple(self.losses())
+
     def losses(self) -> dict[str, LossFn]:
         """The loss of each model that is trained, by role; the policy is the ``actor``."""
         return {"actor": self.loss}

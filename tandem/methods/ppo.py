@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from tandem.batch import Batch, Outputs, TokenLoss, filled
 from tandem.errors import UserError, expect, needs
-from tandem.functional.advantages import gae, whiten
+from tandem.functional.advantages import gae, length_adaptive_lambda, whiten
 from tandem.functional.kl import KLLoss, adaptive_kl_coef
 from tandem.functional.moments import Moments, merge, moments
 from tandem.functional.rounding import rounding_of
@@ -71,6 +71,12 @@ class PPO(Method):
     """Discount per trainable token."""
     lam: float = 0.95
     """GAE's lambda: 1 trusts the returns (no bias), 0 trusts the critic (little variance)."""
+    lam_alpha: float | None = None
+    """Length-adaptive GAE: lambda is 1 - 1 / (lam_alpha x an answer's tokens), 0.05 in VAPO. None: lam for all."""
+    critic_lam: float | None = None
+    """Lambda of the returns that the critic learns; 1: the rewards themselves. None: the same as the advantages'."""
+    critic_warmup_steps: int = 0
+    """The run's first steps, in which the critic alone is trained."""
     kl: KLPlace = "reward"
     """Where the KL to the reference counts: in each token's reward (k1), as a loss, or nowhere."""
     kl_coef: float = field(default=0.05, metadata=needs(("kl",)))
@@ -94,8 +100,13 @@ class PPO(Method):
     def __post_init__(self) -> None:
         check_clipped(self)
         expect(self, "0 or more", lambda x: x >= 0, "kl_coef")
-        expect(self, "from 0 to 1", lambda x: 0 <= x <= 1, "gamma", "lam")
-        expect(self, "more than 0", lambda x: x > 0, "value_clip", "kl_target", "kl_horizon", "reward_clip")
+        expect(self, "from 0 to 1", lambda x: 0 <= x <= 1, "gamma", "lam", "critic_lam")
+        expect(self, "0 or more", lambda x: x >= 0, "critic_warmup_steps")
+        expect(
+            self, "more than 0", lambda x: x > 0, "lam_alpha", "value_clip", "kl_target", "kl_horizon", "reward_clip"
+        )
+        if self.lam_alpha is not None and self.lam != type(self).lam:
+            raise UserError("lam: has no effect with lam_alpha, which gives each answer its own lambda; leave one out")
         if self.kl_target is not None and not uses_kl(self):
             raise UserError(
                 f"kl_target: there is no KL to steer with kl {self.kl!r} and kl_coef {self.kl_coef}; use kl 'reward' "
@@ -110,12 +121,25 @@ class PPO(Method):
         return Asks(entropy=True, entropy_gradient=self.entropy_coef != 0)
 
     def initial_state(self) -> dict[str, float]:
-        """The KL coefficient, and the moments of the rewards seen."""
-        return _state(self.kl_coef, Moments())
+        """The KL coefficient, the moments of the rewards seen, and the steps that train the critic alone."""
+        return _state(self.kl_coef, Moments(), self.critic_warmup_steps)
+
+    def check(self, steps: int) -> None:
+        """The policy must be trained, too."""
+        if steps <= self.critic_warmup_steps:
+            raise UserError(
+                f"critic_warmup_steps: {self.critic_warmup_steps}, and the run has {steps} steps: the policy would "
+                "never be trained; give fewer, or a longer run"
+            )
+
+    def trains(self, state: dict[str, float]) -> tuple[str, ...]:
+        """The critic alone while there are steps of its warmup left, both after them."""
+        return ("critic",) if state["critic_warmup"] > 0 else super().trains(state)
 
     def estimate(self, groups: Seq[Group], batch: Batch, state: dict[str, float]) -> Estimate:
         """Fills ``advantage_T``, ``return_T`` and ``state`` from rewards, reference, critic and sampler.
 
+        The advantages' lambda and that of the critic's returns may differ (decoupled GAE, VC-PPO, arXiv:2503.01491).
         Needs ``reward_S``, and what the critic and, where the KL counts, the reference have said.
         """
         value_T = batch.values_by("critic")
@@ -127,7 +151,8 @@ class PPO(Method):
             metrics |= kl_metrics | {"kl_coef": coef}
             if self.kl == "reward":
                 reward_T = reward_T - coef * k1_T
-            if self.kl_target is not None:
+            # A policy that does not move yet says nothing of where the coefficient leads it.
+            if self.kl_target is not None and state["critic_warmup"] == 0:
                 next_coef = adaptive_kl_coef(
                     coef,
                     kl_metrics["kl_per_sequence"],
@@ -135,7 +160,7 @@ class PPO(Method):
                     samples=batch.segments,
                     horizon=self.kl_horizon,
                 )
-        advantage_T, return_T = gae(reward_T, value_T, batch.trainable_T, batch.bounds, self.gamma, self.lam)
+        advantage_T, return_T = self._gae(reward_T, value_T, batch)
         advantage_N = advantage_T[batch.trainable_T]
         metrics |= {
             "reward_shaped": segment_sum(reward_T, batch.bounds).mean().item(),
@@ -148,7 +173,7 @@ class PPO(Method):
         if self.whiten_advantages:
             advantage_T = whiten(advantage_T, batch.trainable_T, self._rounding(batch, coef, return_T))
         ready = replace(batch, advantage_T=advantage_T, return_T=return_T, state={"kl_coef": coef})
-        return Estimate(batch=ready, state=_state(next_coef, seen), metrics=metrics)
+        return Estimate(batch=ready, state=_state(next_coef, seen, max(0, state["critic_warmup"] - 1)), metrics=metrics)
 
     def loss(self, out: Outputs, batch: Batch) -> TokenLoss:
         """Clipped surrogate, plus the KL where ``kl="loss"``, minus the entropy bonus."""
@@ -181,6 +206,15 @@ class PPO(Method):
         summed_T, _ = gae(size_T, zero_T, batch.trainable_T, batch.bounds, self.gamma, self.lam)
         return rounding_of(*(x_T[batch.trainable_T] for x_T in (summed_T, value_T, return_T)))
 
+    def _gae(self, reward_T: Tensor, value_T: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Advantages with the policy's lambda, and returns with the critic's."""
+        trainable_T, bounds = batch.trainable_T, batch.bounds
+        lam = self.lam if self.lam_alpha is None else length_adaptive_lambda(trainable_T, bounds, self.lam_alpha)
+        advantage_T, return_T = gae(reward_T, value_T, trainable_T, bounds, self.gamma, lam)
+        if self.critic_lam is not None:
+            _, return_T = gae(reward_T, value_T, trainable_T, bounds, self.gamma, self.critic_lam)
+        return advantage_T, return_T
+
     def _shape_rewards(self, reward_S: Tensor, state: dict[str, float]) -> tuple[Tensor, Moments, Metrics]:
         """Normalized and clipped rewards, the moments including this step's, and metrics."""
         seen = Moments(state["reward_count"], state["reward_mean"], state["reward_squares"])
@@ -196,8 +230,9 @@ class PPO(Method):
         return reward_S, seen, metrics
 
 
-def _state(kl_coef: float, seen: Moments) -> dict[str, float]:
+def _state(kl_coef: float, seen: Moments, critic_warmup: float) -> dict[str, float]:
     return {
+        "critic_warmup": float(critic_warmup),
         "kl_coef": kl_coef,
         "reward_count": seen.count,
         "reward_mean": seen.mean,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,8 +41,8 @@ class Crew:
         with clock("sync"):
             return self.push_weights(self.trainers["actor"].call("version"))
 
-    def train(self, prepared: Prepared, *, done: int, changing: Callable[[], None]) -> Metrics:
-        """Every minibatch of every epoch through all that is trained; metrics are means over minibatches.
+    def train(self, prepared: Prepared, *, roles: Collection[str], done: int, changing: Callable[[], None]) -> Metrics:
+        """Every minibatch of every epoch through the ``roles`` that are trained; metrics are means over minibatches.
 
         ``done`` is how many steps of the run are behind, for the learning rate. ``changing`` is called before
         parameters change. Of roles that share a home only one has a gradient at a time.
@@ -51,8 +51,8 @@ class Crew:
         for number, minibatch in enumerate(prepared):
             at = done + number / len(prepared)
             metrics: Metrics = {}
-            for roles in self._turns():
-                metrics |= self._step(roles, minibatch, at, changing)
+            for turn in self._turns(roles):
+                metrics |= self._step(turn, minibatch, at, changing)
             collected.append(metrics)
         means = {name: sum(m[name] for m in collected) / len(collected) for name in collected[0]}
         return prepared.metrics | means | {"trained_tokens": float(prepared.batch.tokens)}
@@ -68,11 +68,12 @@ class Crew:
             for name, value in (losses[role] | steps[role]).items()
         }
 
-    def _turns(self) -> list[list[str]]:
-        """The trained roles in lists of those that live apart: of each home, the first in the first turn, and so on."""
+    def _turns(self, roles: Collection[str]) -> list[list[str]]:
+        """The roles in lists of those that live apart: of each home, the first in the first turn, and so on."""
         turns: list[list[str]] = []
         homes: list[Home] = []
-        for role, seat in self.trainers.items():
+        for role in filter(roles.__contains__, self.trainers):
+            seat = self.trainers[role]
             before = sum(seat.home is home for home in homes)
             homes.append(seat.home)
             turns += [[]] if before == len(turns) else []

@@ -38,7 +38,8 @@ class Pipeline:
                 with clock(crew.source.phase):
                     prepared = crew.prepare(items, session.state, session.step + 1)
                 with clock("training"):
-                    metrics = crew.train(prepared, done=session.step, changing=session.changing)
+                    roles = crew.method.trains(session.state)
+                    metrics = crew.train(prepared, roles=roles, done=session.step, changing=session.changing)
                 metrics |= crew.publish(clock)
                 metrics |= crew.source.metrics([*items, *passed]) | clock.metrics()
                 metrics |= rates(metrics, passed)

@@ -50,6 +50,8 @@ def assert_same(a, b, where="state"):
 
 
 CORES = os.cpu_count() or 1
+MORE = {"ppo": ["--critic-warmup-steps", "1", "--lam-alpha", "0.5", "--critic-lam", "1"]}
+"""Flags of what else goes from step to step."""
 
 
 @pytest.mark.parametrize(
@@ -58,7 +60,14 @@ CORES = os.cpu_count() or 1
 )
 def test_killed_and_resumed_equals_unbroken(inputs, method, threads, prompts):
     """With the default number of threads too, in steps that are large enough for torch to divide among them."""
-    argv = [*arguments(method, prompts_per_step=prompts), "--steps", str(STEPS), "--save-every", "1"]
+    argv = [
+        *arguments(method, prompts_per_step=prompts),
+        "--steps",
+        str(STEPS),
+        "--save-every",
+        "1",
+        *MORE.get(method, []),
+    ]
     run = partial(run_with_one, environment={"OMP_NUM_THREADS": str(threads)})
     name = f"{method}-{threads}-{prompts}"
     code, output = run(inputs, [*argv, "--out", f"{name}-whole"])

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from tandem.functional.advantages import centred, gae, group_normalised, whiten
+from tandem.functional.advantages import centred, gae, group_normalised, length_adaptive_lambda, whiten
 
 
 def packed(*lists, dtype=torch.float64):
@@ -138,3 +138,32 @@ def test_group_goldens():
 def test_a_tied_group_teaches_nothing(baseline, rewards):
     # Exactly: 0.1 + 0.1 + 0.1 is not 0.3, and a std of 1e-17 must not blow that up.
     assert baseline(rewards) == [0.0] * len(rewards)
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.3, 2.0])
+def test_length_adaptive_lambda_of_each_segment(alpha):
+    """Against a loop in float64: lambda = 1 - 1 / (alpha l) (VAPO), over trainable tokens, none below 0."""
+    segments = random_segments(1)
+    reward, bounds = packed(*(s[0] for s in segments))
+    value, _ = packed(*(s[1] for s in segments))
+    trainable = torch.tensor([m for s in segments for m in s[2]])
+    lam_S = length_adaptive_lambda(trainable, bounds, alpha)
+    a, r = gae(reward, value, trainable, bounds, 1.0, lam_S)
+    expected = []
+    for (rewards, values, mask), lam in zip(segments, lam_S.tolist(), strict=True):
+        length = sum(mask)
+        if length:
+            assert lam == pytest.approx(max(0.0, 1 - 1 / (alpha * length)), abs=1e-15)
+        own = [[x for x, m in zip(xs, mask, strict=True) if m] for xs in (rewards, values)]
+        advantage = iter(defined_gae(*own, 1.0, lam))
+        expected += [next(advantage) if m else 0.0 for m in mask]
+    assert a.tolist() == pytest.approx(expected, abs=1e-12)
+    assert torch.equal(r, (a + value) * trainable)
+
+
+def test_length_adaptive_coefficients_sum_to_the_length():
+    """What the formula is made for: an answer's TD errors have weights that sum to nearly alpha l."""
+    bounds = torch.tensor([0, 4000, 12000])
+    lam_S = length_adaptive_lambda(torch.ones(12000, dtype=torch.bool), bounds, 0.05)
+    for lam, length in zip(lam_S.tolist(), (4000, 8000), strict=True):
+        assert sum(lam**i for i in range(length)) == pytest.approx(0.05 * length, rel=1e-6)

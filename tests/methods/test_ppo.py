@@ -95,6 +95,61 @@ def test_estimate_against_loops(step):
     assert estimate.metrics["advantage_std"] == pytest.approx(spread, abs=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("knobs", "policy", "critic"),
+    [
+        ({"critic_lam": 1.0}, lambda n: 0.95, lambda n: 1.0),
+        ({"lam_alpha": 0.4}, lambda n: max(0.0, 1 - 1 / (0.4 * n)), None),
+        ({"lam_alpha": 0.4, "critic_lam": 0.9}, lambda n: max(0.0, 1 - 1 / (0.4 * n)), lambda n: 0.9),
+    ],
+)
+def test_policy_and_critic_have_lambdas_of_their_own(step, knobs, policy, critic):
+    """Decoupled GAE (VC-PPO) with lambda by length (VAPO), against loops in float64; no KL and no whitening."""
+    batch = step.batch()
+    ppo = PPO(gamma=0.98, kl="none", whiten_advantages=False, **knobs)
+    estimate = ppo.estimate(step.groups, batch, ppo.initial_state())
+    advantages, returns, lengths = [], [], set()
+    for s, score in enumerate(batch.reward_S.tolist()):
+        at = [t for t in range(batch.bounds[s], batch.bounds[s + 1]) if batch.trainable_T[t]]
+        lengths.add(len(at))
+        value = batch.values_by("critic")[at].tolist()
+        delta = [
+            score * (i + 1 == len(at)) + 0.98 * (value[i + 1] if i + 1 < len(at) else 0.0) - value[i]
+            for i in range(len(at))
+        ]
+        for name, found in (("policy", advantages), ("critic", returns)):
+            lam = (critic if name == "critic" and critic else policy)(len(at))
+            gaes = [sum((0.98 * lam) ** (j - i) * delta[j] for j in range(i, len(at))) for i in range(len(at))]
+            found += gaes if name == "policy" else [a + v for a, v in zip(gaes, value, strict=True)]
+    assert len(lengths) > 1
+    mask = batch.trainable_T
+    assert estimate.batch.advantage_T[mask].tolist() == pytest.approx(advantages, abs=1e-9)
+    assert estimate.batch.return_T[mask].tolist() == pytest.approx(returns, abs=1e-9)
+
+
+def test_a_lambda_that_would_do_nothing_is_refused():
+    with pytest.raises(UserError, match="lam: has no effect with lam_alpha"):
+        PPO(lam=0.9, lam_alpha=0.05)
+    for knobs in ({"lam_alpha": 0.0}, {"critic_lam": 1.5}, {"critic_warmup_steps": -1}):
+        with pytest.raises(UserError, match=next(iter(knobs))):
+            PPO(**knobs)
+
+
+def test_the_first_steps_train_the_critic_alone_and_leave_the_kl_coefficient(step):
+    ppo = PPO(critic_warmup_steps=2, kl_target=1e-3)
+    state, trained, coefs = ppo.initial_state(), [], []
+    for _ in range(4):
+        trained.append(ppo.trains(state))
+        state = ppo.estimate(step.groups, step.batch(), state).state
+        coefs.append(state["kl_coef"])
+    assert trained == [("critic",), ("critic",), ("actor", "critic"), ("actor", "critic")]
+    assert coefs[0] == coefs[1] == 0.05
+    assert len({*coefs}) == 3
+    ppo.check(3)
+    with pytest.raises(UserError, match="critic_warmup_steps: 2, and the run has 2 steps"):
+        ppo.check(2)
+
+
 def test_running_normalization_remembers_across_steps():
     ppo = PPO(normalize_rewards=True)
     state, seen = ppo.initial_state(), []

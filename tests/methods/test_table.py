@@ -53,7 +53,8 @@ def named(method: Method) -> str:
 COMBINED = [
     PPO(kl="loss", entropy_coef=0.01, dual_clip=2.0, normalize_rewards=True),
     PPO(aggregation="sequence", whiten_advantages=False, value_clip=None, kl="none"),
-    PPO(kl_target=6.0),
+    PPO(kl_target=6.0, critic_warmup_steps=1),
+    PPO(lam_alpha=0.5, critic_lam=1.0),
     GRPO(normalize="none", aggregation="constant", kl_coef=0.0),
     DAPO(overlong_length=7, overlong_buffer=4),
 ]

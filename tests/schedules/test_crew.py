@@ -56,8 +56,10 @@ def crew(log, *homes, bad=()):
     )
 
 
-def train(made, log, minibatches=("a", "b")):
-    return made.train(Minibatches(minibatches), done=4, changing=lambda: log.append("changing"))
+def train(made, log, minibatches=("a", "b"), roles=None):
+    return made.train(
+        Minibatches(minibatches), roles=roles or made.trainers, done=4, changing=lambda: log.append("changing")
+    )
 
 
 def test_roles_of_one_home_train_one_after_the_other():
@@ -83,6 +85,22 @@ def test_roles_of_two_homes_go_together_and_a_third_comes_after_the_one_it_lives
         ("actor", "optim_step"), ("critic", "optim_step"),
         ("judge", "forward_backward"), "changing", ("judge", "optim_step"),
     ]  # fmt: skip
+
+
+def test_a_step_trains_the_roles_that_it_is_told():
+    log = []
+    made = crew(log, ["actor", "critic"])
+    metrics = train(made, log, roles=["critic"])
+    assert [entry[0] for entry in log if entry != "changing"] == ["critic"] * 4
+    assert made.trainers["actor"].call("version") == 0
+    assert set(metrics) == {
+        "kl",
+        "trained_tokens",
+        "critic_loss",
+        "of_critic",
+        "critic_grad_norm",
+        "critic_learning_rate",
+    }
 
 
 @pytest.mark.parametrize("bad", ["actor", "critic"])
