@@ -14,7 +14,7 @@ import logging
 import math
 import textwrap
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, field, fields, is_dataclass, make_dataclass, replace
 from os.path import expanduser
 from pathlib import Path
@@ -56,8 +56,25 @@ def section_class(name: str, keys: Mapping[str, tuple[Any, Any, str]], base: typ
 
 
 def settings(config: Any) -> dict[str, Any]:
-    """Every key of a config with its value."""
-    return {name: value for _, section in _sections(config) for name, value in section.items()}
+    """Every key of a config, or of a section, with its value. Not those that concern one start."""
+    return {name: value for name, f, value in _values(config) if not f.metadata.get("one_start")}
+
+
+def with_keys(section: Section, **values: Any) -> Section:
+    """The section with other values of these keys, those of dataclasses in it included: what ``replace`` is to fields.
+
+    Raises TypeError where it has no such key, and what the dataclasses raise of a value.
+    """
+    if unknown := values.keys() - _keys_of(type(section)):
+        raise TypeError(f"{type(section).__name__} has no key {', '.join(sorted(unknown))}")
+    changes: dict[str, Any] = {}
+    for f in fields(section):  # type: ignore[arg-type]
+        own = getattr(section, f.name)
+        if not is_dataclass(own):
+            changes |= {f.name: values[f.name]} if f.name in values else {}
+        elif inner := _inner(f, type(own), values):
+            changes[f.name] = with_keys(own, **inner)
+    return replace(section, **changes)  # type: ignore[type-var]
 
 
 def load_config(cls: type[Config], argv: Sequence[str], *, prog: str = "tandem") -> Config:
@@ -120,13 +137,8 @@ def changeable(config: Any) -> dict[str, str]:
 
     A key that says nothing about itself (``MAY_CHANGE``, ``may_change``) must stay as it was.
     """
-    return {
-        _full_name(f, inner.name): inner.metadata["may_change"](config)
-        for f in fields(config)
-        if is_dataclass(section := getattr(config, f.name))
-        for inner in fields(section)
-        if "may_change" in inner.metadata
-    }
+    keys = _keys_of(type(config)).items()
+    return {name: key.metadata["may_change"](config) for name, key in keys if "may_change" in key.metadata}
 
 
 def describe(config: Any) -> str:
@@ -153,7 +165,7 @@ def _keys_of(cls: Any) -> dict[str, Key]:
                     key,
                     name=_full_name(f, name),
                     required=key.required and required,
-                    default=key.default if required else getattr(default, name),
+                    default=key.default if required else {inner: value for inner, _, value in _values(default)}[name],
                 )
                 for name, key in _keys_of(hints[f.name]).items()
             }
@@ -197,13 +209,17 @@ def _build(cls: Any, values: dict[str, Any]) -> Any:
     hints = get_type_hints(cls)
     for f in fields(cls):
         if is_dataclass(hints[f.name]):
-            named = {name: _full_name(f, name) for name in _keys_of(hints[f.name])}
-            inner = {name: values[full] for name, full in named.items() if full in values}
-            default = _default(f)
-            own[f.name] = _build(hints[f.name], inner) if default is MISSING else replace(default, **inner)
+            inner, default = _inner(f, hints[f.name], values), _default(f)
+            own[f.name] = _build(hints[f.name], inner) if default is MISSING else with_keys(default, **inner)
         elif f.name in values:
             own[f.name] = values[f.name]
     return cls(**own)
+
+
+def _inner(f: Field[Any], cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the values that are of keys of a field's dataclass, by the names that they have in it."""
+    named = {name: _full_name(f, name) for name in _keys_of(cls)}
+    return {name: values[full] for name, full in named.items() if full in values}
 
 
 def _no_effect(key: Key, config: Any) -> str:
@@ -287,6 +303,16 @@ def _without_none(annotation: Any) -> Any:
     return inner
 
 
+def _values(config: Any) -> Iterator[tuple[str, Field[Any], Any]]:
+    """(full name, field, value) of each key of a config or section."""
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if is_dataclass(value):
+            yield from ((_full_name(f, name), inner, x) for name, inner, x in _values(value))
+        else:
+            yield f.name, f, value
+
+
 def _sections(config: Any) -> list[tuple[str, dict[str, Any]]]:
     """(name, keys and values) of each section of a config; the keys that are in none come first."""
     loose: dict[str, Any] = {}
@@ -294,12 +320,10 @@ def _sections(config: Any) -> list[tuple[str, dict[str, Any]]]:
     for f in fields(config):
         value = getattr(config, f.name)
         if is_dataclass(value):
-            kept = [inner for inner in fields(value) if not inner.metadata.get("one_start")]
-            if kept:
-                sections.append((f.name, {_full_name(f, inner.name): getattr(value, inner.name) for inner in kept}))
-        else:
+            sections.append((f.name, {_full_name(f, name): x for name, x in settings(value).items()}))
+        elif not f.metadata.get("one_start"):
             loose[f.name] = value
-    return [("options", loose), *sections] if loose else sections
+    return [(title, section) for title, section in (("options", loose), *sections) if section]
 
 
 def _show(value: Any) -> str:

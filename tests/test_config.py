@@ -21,7 +21,18 @@ from tandem.assembly.sections import (
     RunSection,
     SamplingSection,
 )
-from tandem.config import PREFIXED, changeable, describe, dump_config, for_tyro, load_config
+from tandem.config import (
+    MAY_CHANGE,
+    PREFIXED,
+    _keys_of,
+    changeable,
+    describe,
+    dump_config,
+    for_tyro,
+    load_config,
+    settings,
+    with_keys,
+)
 from tandem.errors import UserError
 from tandem.methods.ppo import PPO
 
@@ -322,6 +333,7 @@ AWKWARD = [
     ["--learning-rate", "1e-05", "--max-grad-norm", "inf", "--betas", "0.1", "0.30000000000000004"],
     ["--critic", "123", "--value-clip", "None", "--reward", "a b.py:f", "c.py:g", "--reward-weights", "1", "1e-9"],
     ["--model", "yes", "--data", "1:30", "--device", "null", "--stop=--end"],
+    ["--dual-clip", "3", "--kl", "loss", "--kl-estimator", "k2", "--clip-high", "0.28"],
 ]
 
 
@@ -341,7 +353,7 @@ def test_the_dump_is_flat_yaml_of_every_key_but_those_of_one_start():
     for f in fields(config):
         if is_dataclass(section := getattr(config, f.name)):
             prefix = "engine." if f.name == "engine" else ""
-            names |= {prefix + key.name for key in fields(section)}
+            names |= {prefix + key for key in _keys_of(type(section))}
     assert set(yaml.safe_load(text)) == names - {"resume", "accept_changed", "overwrite", "dry_run"}
     assert text.startswith("# The resolved config")
     assert "\n# optim\n" in text
@@ -369,15 +381,61 @@ def test_help_teaches_every_key(capsys):
     assert "--config FILE.yaml" in words
     assert "A config with every section" in words
     for section in (RunSection, ModelSection, DataSection, OptimSection, SamplingSection, RewardSection, PPO):
-        for f in fields(section):
-            assert f"--{f.name.replace('_', '-')}" in words
+        for name in _keys_of(section):
+            assert f"--{name.replace('_', '-')}" in words
+    assert "Bound, above 1, on the ratio where the advantage is negative." in words
     assert "Divides the logits. 0 is greedy." in words
 
 
 def test_every_key_of_every_section_has_help():
-    from tandem.config import _keys_of
-
     assert [name for name, key in _keys_of(ExampleConfig).items() if not key.doc] == []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    """Knobs that sections share."""
+
+    depth: int = field(default=1, metadata=MAY_CHANGE)
+    """How deep."""
+    width: float = 0.5
+    """How wide."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outer:
+    """A section with a dataclass in it, whose default is not that of its class."""
+
+    height: int = 3
+    """How high."""
+    inner: Inner = field(default=Inner(depth=2))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nested:
+    """A config with such a section, one of them prefixed."""
+
+    outer: Outer = field(default_factory=lambda: Outer(height=4))
+    other: Outer = field(default_factory=Outer, metadata=PREFIXED)
+
+
+def test_a_dataclass_in_a_section_is_flat(tmp_path):
+    config = load_config(Nested, ["--depth", "7", "--other.width", "0.25"])
+    assert config == Nested(outer=Outer(height=4, inner=Inner(depth=7)), other=Outer(inner=Inner(depth=2, width=0.25)))
+    assert settings(config) == {
+        "height": 4, "depth": 7, "width": 0.5, "other.height": 3, "other.depth": 2, "other.width": 0.25
+    }  # fmt: skip
+    assert set(changeable(config)) == {"depth", "other.depth"}
+    (tmp_path / "c.yaml").write_text(dump_config(config), encoding="utf-8")
+    assert load_config(Nested, ["--config", str(tmp_path / "c.yaml")]) == config
+    with pytest.raises(UserError, match=r"unknown flag --inner\.depth; did you mean --depth"):
+        load_config(Nested, ["--inner.depth", "7"])
+    assert tyro.cli(for_tyro(Nested), args=["--depth", "7"]).outer == Outer(height=4, inner=Inner(depth=7))
+
+
+def test_keys_are_changed_wherever_they_are():
+    assert with_keys(Outer(), depth=9, height=1) == Outer(height=1, inner=Inner(depth=9))
+    with pytest.raises(TypeError, match="Outer has no key size"):
+        with_keys(Outer(), size=1)
 
 
 def test_two_sections_with_the_same_key_are_a_bug():

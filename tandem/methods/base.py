@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from tandem.batch import Batch, Outputs, TokenLoss
 from tandem.errors import needs
 from tandem.lazy import torch
 from tandem.roles import LossFn, Metrics
 from tandem.types import Aggregation, Example, Group
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -149,8 +152,7 @@ class Method:
         """Fills what the losses read: ``advantage_T`` of samples. ``batch`` holds the items' examples, in order."""
         if isinstance(self.reads, Rows):
             return Estimate(batch=batch, state=state)
-        advantage_S = torch.tensor([a for group in items for a in self.advantages(group)], dtype=torch.float32)
-        advantage_T = advantage_S.to(batch.token_ids_T.device)[batch.segment_T] * batch.trainable_T
+        advantage_T = spread([a for group in items for a in self.advantages(group)], batch)
         return Estimate(batch=replace(batch, advantage_T=advantage_T), state=state)
 
     def loss(self, out: Outputs, batch: Batch) -> TokenLoss:
@@ -168,3 +170,9 @@ class Method:
     def losses(self) -> dict[str, LossFn]:
         """The loss of each model that is trained, by role; the policy is the ``actor``."""
         return {"actor": self.loss}
+
+
+def spread(advantages: Seq[float], batch: Batch) -> Tensor:
+    """[T]: one number a sample, at each of its trainable tokens."""
+    advantage_S = torch.tensor(advantages, dtype=torch.float32).to(batch.token_ids_T.device)
+    return advantage_S[batch.segment_T] * batch.trainable_T

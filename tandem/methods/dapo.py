@@ -6,16 +6,17 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-from tandem.batch import Batch, Outputs, TokenLoss
+from tandem.batch import Batch
 from tandem.errors import UserError, expect, needs
 from tandem.functional.advantages import group_normalised
-from tandem.methods.base import Estimate, Method, Samples
-from tandem.methods.clipped import check_clipped, clipped_surrogate
+from tandem.methods.base import Estimate, Samples
+from tandem.methods.knobs import Clip
+from tandem.methods.tokens import TokenMethod
 from tandem.types import Group, Rollout
 
 
 @dataclass(frozen=True, kw_only=True)
-class DAPO(Method):
+class DAPO(TokenMethod):
     """Decoupled clip and dynamic sampling policy optimization (arXiv:2503.14476, eq. 8 to 13): no KL, no reference."""
 
     reads: ClassVar = Samples(at_least=2)
@@ -28,12 +29,7 @@ class DAPO(Method):
     """
     leads: ClassVar = ("reward", "passed_over", "entropy", "response_length", "eos_share")
 
-    clip_low: float = 0.2
-    """The policy ratio is clipped from below at 1 - clip_low."""
-    clip_high: float = 0.28
-    """The policy ratio is clipped from above at 1 + clip_high: higher, so that what is rare can become likely."""
-    dual_clip: float | None = None
-    """Bound, above 1, on the ratio where the advantage is negative. None: no bound."""
+    clip: Clip = Clip(clip_high=0.28)
     overlong_length: int | None = None
     """Tokens of an answer at which its punishment is whole: max_new_tokens, as a rule. None: length costs nothing."""
     overlong_buffer: int | None = field(default=None, metadata=needs(("overlong_length",)))
@@ -42,7 +38,7 @@ class DAPO(Method):
     """The whole punishment, which comes off the reward."""
 
     def __post_init__(self) -> None:
-        check_clipped(self)
+        super().__post_init__()
         expect(self, "1 or more", lambda x: x >= 1, "overlong_length", "overlong_buffer")
         expect(self, "more than 0", lambda x: x > 0, "overlong_penalty")
         if self.overlong_length is not None and not 1 <= (self.overlong_buffer or 0) <= self.overlong_length:
@@ -77,8 +73,4 @@ class DAPO(Method):
         if self.overlong_length is None:
             return estimate
         punished = [self.punishment(rollout) > 0 for group in groups for rollout in group.usable]
-        return replace(estimate, metrics={"overlong_share": sum(punished) / len(punished)})
-
-    def loss(self, out: Outputs, batch: Batch) -> TokenLoss:
-        """Clipped surrogate (eq. 10)."""
-        return clipped_surrogate(out, batch, low=self.clip_low, high=self.clip_high, dual_clip=self.dual_clip)
+        return replace(estimate, metrics=estimate.metrics | {"overlong_share": sum(punished) / len(punished)})

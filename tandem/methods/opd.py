@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
-from tandem.batch import Batch, Outputs, TokenLoss, filled
+from tandem.batch import Batch
 from tandem.errors import expect
 from tandem.functional.advantages import centred
-from tandem.methods.base import Estimate, Method, Need, Samples
-from tandem.methods.clipped import check_clipped, clipped_surrogate, sampled_kl
+from tandem.methods.base import REFERENCE, Need, Samples, spread
+from tandem.methods.knobs import Clip
+from tandem.methods.tokens import TokenMethod, sampled_kl
+from tandem.roles import Metrics
 from tandem.types import Group
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class OPD(Method):
+class OPD(TokenMethod):
     """Reverse-KL distillation on the student's own samples (arXiv:2306.13649 with lambda 1; arXiv:2306.08543).
 
     As in Thinking Machines' "On-Policy Distillation" (2025) the advantage of a token is the teacher's log-prob less
@@ -36,6 +41,7 @@ class OPD(Method):
             doc="Folder of the frozen teacher, or its name on the hub. It has the tokenizer of the model.",
             required=True,
         ),
+        REFERENCE,
     )
     leads: ClassVar = ("teacher_kl", "reward", "entropy", "response_length", "eos_share")
 
@@ -43,15 +49,10 @@ class OPD(Method):
     """Weight of the teacher's log-prob less the student's, per nat, in each token's advantage."""
     reward_coef: float = 0.0
     """Weight of a sample's reward less the mean of its prompt's samples, in the advantage of each of its tokens."""
-    clip_low: float = 0.2
-    """The policy ratio is clipped from below at 1 - clip_low."""
-    clip_high: float = 0.2
-    """The policy ratio is clipped from above at 1 + clip_high."""
-    dual_clip: float | None = 3.0
-    """Bound, above 1, on the ratio where the advantage is negative. None: no bound."""
+    clip: Clip = Clip(dual_clip=3.0)
 
     def __post_init__(self) -> None:
-        check_clipped(self)
+        super().__post_init__()
         expect(self, "more than 0", lambda x: x > 0, "teacher_coef")
         expect(self, "0 or more", lambda x: x >= 0, "reward_coef")
 
@@ -63,17 +64,14 @@ class OPD(Method):
         """The part of the reward: of each usable rollout, against the group's mean."""
         return [self.reward_coef * advantage for advantage in centred(group.rewards)]
 
-    def estimate(self, groups: Seq[Group], batch: Batch, state: dict[str, float]) -> Estimate:
-        """Fills ``advantage_T`` from the teacher and the rewards.
+    def credit(
+        self, groups: Seq[Group], batch: Batch, cost_T: Tensor, state: dict[str, float]
+    ) -> tuple[Tensor, dict[str, float], Metrics]:
+        """The rewards' part, less the KL to the teacher.
 
         Metrics: ``teacher_kl``, the mean over tokens of the student's log-prob less the teacher's, and
         ``teacher_kl_per_sequence``, the mean over sequences of its sum, in nats.
         """
         k1_T, metrics = sampled_kl(batch, "teacher", "teacher_kl")
-        estimate = super().estimate(groups, batch, state)
-        advantage_T = filled(estimate.batch.advantage_T, "advantage_T") - self.teacher_coef * k1_T
-        return replace(estimate, batch=replace(estimate.batch, advantage_T=advantage_T), metrics=metrics)
-
-    def loss(self, out: Outputs, batch: Batch) -> TokenLoss:
-        """Clipped surrogate: the importance-weighted loss while ratios are within their bounds."""
-        return clipped_surrogate(out, batch, low=self.clip_low, high=self.clip_high, dual_clip=self.dual_clip)
+        advantage_T = spread([a for group in groups for a in self.advantages(group)], batch)
+        return advantage_T - self.teacher_coef * k1_T - cost_T, state, metrics

@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from tandem.batch import Batch, Outputs, TokenLoss, filled
-from tandem.errors import UserError, expect, needs
+from tandem.errors import UserError, expect
 from tandem.functional.advantages import gae, length_adaptive_lambda, whiten
-from tandem.functional.kl import KLLoss, adaptive_kl_coef
 from tandem.functional.moments import Moments, merge, moments
 from tandem.functional.rounding import rounding_of
 from tandem.functional.segments import segment_sum
 from tandem.functional.value import clipped_value_loss, explained_variance
 from tandem.lazy import torch
-from tandem.methods.base import REFERENCE, Asks, Estimate, Method, Need, Samples
-from tandem.methods.clipped import (
-    SAMPLED_LEADS,
-    KLPlace,
-    check_clipped,
-    clipped_with_kl,
-    sampled_kl,
-    uses_kl,
-)
+from tandem.methods.base import REFERENCE, Estimate, Need, Samples
+from tandem.methods.knobs import ReferenceKL
+from tandem.methods.tokens import TokenMethod, charge_kl, state_of_step
 from tandem.roles import LossFn, Metrics
 from tandem.types import Group
 
@@ -32,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PPO(Method):
+class PPO(TokenMethod):
     """Proximal policy optimization (arXiv:1707.06347) as used for RLHF (arXiv:1909.08593, arXiv:2203.02155).
 
     The reward of a sequence, clipped, is given at its last trainable token; with ``kl="reward"`` every token also
@@ -57,14 +50,11 @@ class PPO(Method):
             trained=True,
         ),
     )
-    leads: ClassVar = (*SAMPLED_LEADS, "explained_variance")
+    leads: ClassVar = (*TokenMethod.leads, "explained_variance")
 
-    clip_low: float = 0.2
-    """The policy ratio is clipped from below at 1 - clip_low."""
-    clip_high: float = 0.2
-    """The policy ratio is clipped from above at 1 + clip_high."""
-    dual_clip: float | None = None
-    """Bound, above 1, on the ratio where the advantage is negative. None: no bound."""
+    reference_kl: ReferenceKL = ReferenceKL(kl="reward", kl_coef=0.05)
+    reward_clip: float | None = 10.0
+    """Rewards are clipped to ±reward_clip, after normalization and before anything is added. None: not clipped."""
     value_clip: float | None = 0.2
     """How far a value may move from its old one before its error stops counting. None: plain squared error."""
     gamma: float = 1.0
@@ -77,52 +67,22 @@ class PPO(Method):
     """Lambda of the returns that the critic learns; 1: the rewards themselves. None: the same as the advantages'."""
     critic_warmup_steps: int = 0
     """The run's first steps, in which the critic alone is trained."""
-    kl: KLPlace = "reward"
-    """Where the KL to the reference counts: in each token's reward (k1), as a loss, or nowhere."""
-    kl_coef: float = field(default=0.05, metadata=needs(("kl",)))
-    """Coefficient of the KL, per nat, in units of rewards or, of a loss, of advantages; the first one if kl_target is
-    set. 0: no reference is needed."""
-    kl_estimator: KLLoss = field(default="ratio_k3", metadata=needs(("kl", "loss"), ("kl_coef",)))
-    """What the KL loss is: ratio_k3 and k2 lead to KL(policy || reference), k3 to KL(reference || policy)."""
-    kl_target: float | None = None
-    """KL in nats per sequence towards which the coefficient is steered. None: the coefficient stays."""
-    kl_horizon: int = field(default=10000, metadata=needs(("kl_target",)))
-    """Sequences over which the steering acts: larger is slower."""
-    entropy_coef: float = 0.0
-    """Weight of an entropy bonus, per nat."""
-    reward_clip: float | None = 10.0
-    """Rewards are clipped to ±reward_clip, after normalization and before anything is added. None: not clipped."""
     normalize_rewards: bool = False
     """Subtract the running mean of all rewards so far and divide by their standard deviation."""
     whiten_advantages: bool = True
     """Scale advantages to mean 0 and variance 1 over the trainable tokens of the step, unless all is rounding."""
 
     def __post_init__(self) -> None:
-        check_clipped(self)
-        expect(self, "0 or more", lambda x: x >= 0, "kl_coef")
+        super().__post_init__()
         expect(self, "from 0 to 1", lambda x: 0 <= x <= 1, "gamma", "lam", "critic_lam")
         expect(self, "0 or more", lambda x: x >= 0, "critic_warmup_steps")
-        expect(
-            self, "more than 0", lambda x: x > 0, "lam_alpha", "value_clip", "kl_target", "kl_horizon", "reward_clip"
-        )
+        expect(self, "more than 0", lambda x: x > 0, "lam_alpha", "value_clip")
         if self.lam_alpha is not None and self.lam != type(self).lam:
             raise UserError("lam: has no effect with lam_alpha, which gives each answer its own lambda; leave one out")
-        if self.kl_target is not None and not uses_kl(self):
-            raise UserError(
-                f"kl_target: there is no KL to steer with kl {self.kl!r} and kl_coef {self.kl_coef}; use kl 'reward' "
-                "or 'loss', and a coefficient above 0 to start from"
-            )
-
-    def needs(self) -> tuple[Need, ...]:
-        return self.models if uses_kl(self) else self.models[1:]
-
-    @property
-    def asks(self) -> Asks:
-        return Asks(entropy=True, entropy_gradient=self.entropy_coef != 0)
 
     def initial_state(self) -> dict[str, float]:
-        """The KL coefficient, the moments of the rewards seen, and the steps that train the critic alone."""
-        return _state(self.kl_coef, Moments(), self.critic_warmup_steps)
+        """The KL coefficient, where the KL counts, the rewards' moments, and the steps that train the critic alone."""
+        return super().initial_state() | _state(Moments(), self.critic_warmup_steps)
 
     def check(self, steps: int) -> None:
         """The policy must be trained, too."""
@@ -145,21 +105,12 @@ class PPO(Method):
         value_T = batch.values_by("critic")
         reward_S, seen, metrics = self._shape_rewards(filled(batch.reward_S, "reward_S"), state)
         reward_T = _at_last_trainable(reward_S, batch)
-        coef = next_coef = state["kl_coef"]
-        if self.needs_model("reference"):
-            k1_T, kl_metrics = sampled_kl(batch)
-            metrics |= kl_metrics | {"kl_coef": coef}
-            if self.kl == "reward":
-                reward_T = reward_T - coef * k1_T
+        cost_T, kept, kl_metrics = charge_kl(self.reference_kl, batch, state)
+        metrics |= kl_metrics
+        reward_T = reward_T - cost_T
+        if state["critic_warmup"] > 0:
             # A policy that does not move yet says nothing of where the coefficient leads it.
-            if self.kl_target is not None and state["critic_warmup"] == 0:
-                next_coef = adaptive_kl_coef(
-                    coef,
-                    kl_metrics["kl_per_sequence"],
-                    target=self.kl_target,
-                    samples=batch.segments,
-                    horizon=self.kl_horizon,
-                )
+            kept = state
         advantage_T, return_T = self._gae(reward_T, value_T, batch)
         advantage_N = advantage_T[batch.trainable_T]
         metrics |= {
@@ -171,17 +122,10 @@ class PPO(Method):
             "explained_variance": explained_variance(value_T, return_T, batch.trainable_T),
         }
         if self.whiten_advantages:
-            advantage_T = whiten(advantage_T, batch.trainable_T, self._rounding(batch, coef, return_T))
-        ready = replace(batch, advantage_T=advantage_T, return_T=return_T, state={"kl_coef": coef})
-        return Estimate(batch=ready, state=_state(next_coef, seen, max(0, state["critic_warmup"] - 1)), metrics=metrics)
-
-    def loss(self, out: Outputs, batch: Batch) -> TokenLoss:
-        """Clipped surrogate, plus the KL where ``kl="loss"``, minus the entropy bonus."""
-        token_loss = clipped_with_kl(self, out, batch)
-        if self.entropy_coef:
-            bonus_T = self.entropy_coef * filled(out.entropy_T, "out.entropy_T")
-            token_loss = replace(token_loss, loss_T=token_loss.loss_T - bonus_T)
-        return token_loss
+            advantage_T = whiten(advantage_T, batch.trainable_T, self._rounding(batch, state, return_T))
+        ready = replace(batch, advantage_T=advantage_T, return_T=return_T, state=state_of_step(state))
+        kept = kept | _state(seen, max(0, state["critic_warmup"] - 1))
+        return Estimate(batch=ready, state=kept, metrics=metrics)
 
     def value_loss(self, out: Outputs, batch: Batch) -> TokenLoss:
         """Clipped squared error of the critic. Metrics: ``value_loss``, ``value_clip_fraction``."""
@@ -196,12 +140,12 @@ class PPO(Method):
     def losses(self) -> dict[str, LossFn]:
         return {"actor": self.loss, "critic": self.value_loss}
 
-    def _rounding(self, batch: Batch, coef: float, return_T: Tensor) -> float:
+    def _rounding(self, batch: Batch, state: dict[str, float], return_T: Tensor) -> float:
         """What rounding can make of advantages: log-probs, added up as GAE adds them, and values and returns."""
         value_T = batch.values_by("critic")
         size_T = torch.zeros_like(value_T)
-        if self.kl == "reward" and self.needs_model("reference"):
-            size_T = coef * (batch.proximal_logp_T.abs() + batch.logp_by("reference").abs())
+        if self.reference_kl.kl == "reward" and self.reference_kl.counts:
+            size_T = state["kl_coef"] * (batch.proximal_logp_T.abs() + batch.logp_by("reference").abs())
         zero_T = torch.zeros_like(value_T)
         summed_T, _ = gae(size_T, zero_T, batch.trainable_T, batch.bounds, self.gamma, self.lam)
         return rounding_of(*(x_T[batch.trainable_T] for x_T in (summed_T, value_T, return_T)))
@@ -230,10 +174,9 @@ class PPO(Method):
         return reward_S, seen, metrics
 
 
-def _state(kl_coef: float, seen: Moments, critic_warmup: float) -> dict[str, float]:
+def _state(seen: Moments, critic_warmup: float) -> dict[str, float]:
     return {
         "critic_warmup": float(critic_warmup),
-        "kl_coef": kl_coef,
         "reward_count": seen.count,
         "reward_mean": seen.mean,
         "reward_squares": seen.squares,

@@ -52,6 +52,7 @@ def words(config: type, flags: list[str]) -> list[str]:
         (GRPOConfig, ["--kl", "none", "--kl-coef", "1"], "--kl"),
         (PPOConfig, ["--kl", "none", "--reference", "r"], "--reference: has no effect, since this run has no refer"),
         (PPOConfig, ["--kl-horizon", "9"], "--kl-horizon: has no effect without --kl-target"),
+        (config_class("rloo"), ["--kl-horizon", "9"], "--kl-horizon: has no effect without --kl-target"),
         (PPOConfig, ["--placement.reward", "1"], "--placement.reward: has no effect, since this run has no reward"),
         (PPOConfig, ["--missing-eos-penalty", "2"], "--missing-eos-penalty: has no effect without --missing-eos"),
         (OPDConfig, ["--missing-eos", "subtract"], "--missing-eos: has no effect, since this run has no reward"),

@@ -12,6 +12,7 @@ from helpers.sampled_step import make_step
 from trl_golden import CASES, GOLDEN, problem
 
 from tandem.batch import Outputs
+from tandem.config import settings, with_keys
 from tandem.data.packing import pack, stamp_weights
 from tandem.errors import UserError
 from tandem.methods.grpo import GRPO
@@ -76,7 +77,7 @@ def test_groups_of_one_and_ties_give_zero(normalize, rewards):
 )
 def test_loss_is_the_papers(step, knobs, mean, length):
     """arXiv:2402.03300, eq. 3 and 4, as loops; over tokens as DAPO's eq. 8, over a fixed length as Dr.GRPO."""
-    grpo = GRPO(**knobs)
+    grpo = with_keys(GRPO(), **knobs)
     estimate = grpo.estimate(step.groups, step.batch(), grpo.initial_state())
     batch = stamp_weights(estimate.batch, grpo.aggregation, constant_length=length)
     got = (grpo.loss(step.outputs(batch), batch).loss_T * batch.weight_T).sum().item()
@@ -92,7 +93,7 @@ def test_loss_is_the_papers(step, knobs, mean, length):
                     continue
                 logp, old = step.theta[rollout.token_ids[t]].item(), batch.proximal_logp_T[start + t].item()
                 ratio, x = math.exp(logp - old), batch.logp_by("reference")[start + t].item() - logp
-                clipped = min(max(ratio, 0.8), 1 + grpo.clip_high)
+                clipped = min(max(ratio, 0.8), 1 + settings(grpo)["clip_high"])
                 tokens.append(-min(ratio * advantage, clipped * advantage) + 0.04 * (math.exp(x) - x - 1))
             sequences.append(tokens)
             s += 1
@@ -125,7 +126,7 @@ def test_gradient_is_trls(case, knobs):
         return torch.tensor([y for row in rows for y in [0.0, *row]], dtype=torch.float64)
 
     advantage_T = torch.tensor(given["advantages"][0], dtype=torch.float64)[batch.segment_T] * batch.trainable_T
-    grpo = GRPO(**knobs)
+    grpo = with_keys(GRPO(), **knobs)
     batch = replace(
         seen_batch(
             stamp_weights(batch, grpo.aggregation),
@@ -133,7 +134,7 @@ def test_gradient_is_trls(case, knobs):
             reference_logp_T=flat(given["reference"]),
         ),
         advantage_T=advantage_T,
-        state={"kl_coef": grpo.kl_coef},
+        state={"kl_coef": settings(grpo)["kl_coef"]},
     )
     logp_T = flat(given["logp"]).requires_grad_()
     loss = (grpo.loss(Outputs(logp_T=logp_T), batch).loss_T * batch.weight_T).sum()
@@ -144,16 +145,16 @@ def test_gradient_is_trls(case, knobs):
 
 
 def test_no_reference_is_needed_without_a_kl_coefficient(step):
-    grpo = GRPO(kl_coef=0.0)
+    grpo = GRPO()
     assert grpo.needs() == ()
     batch = unseen_by(step.batch(), "reference")
-    estimate = grpo.estimate(step.groups, batch, {})
+    estimate = grpo.estimate(step.groups, batch, grpo.initial_state())
     assert torch.isfinite(grpo.loss(step.outputs(estimate.batch), estimate.batch).loss_T).all()
 
 
 def test_impossible_knobs():
     with pytest.raises(UserError, match="clip_low: expected from 0 to 1, got 2"):
-        GRPO(clip_low=2)
+        with_keys(GRPO(), clip_low=2)
 
 
 def test_kl_in_the_reward_is_each_samples_own(step):
@@ -161,7 +162,8 @@ def test_kl_in_the_reward_is_each_samples_own(step):
     step.groups[0].rollouts[1].reward = None
     step.groups[2].rollouts[0].stop = "error"
     batch = step.batch()
-    got = GRPO(kl="reward", kl_coef=0.3).estimate(step.groups, batch, {})
+    grpo = with_keys(GRPO(), kl="reward", kl_coef=0.3)
+    got = grpo.estimate(step.groups, batch, grpo.initial_state())
     s = 0
     for g in step.groups:
         charged = []
@@ -176,20 +178,21 @@ def test_kl_in_the_reward_is_each_samples_own(step):
             assert own.tolist() == pytest.approx([(value - mean) / (std + 1e-4)] * len(own), abs=1e-6)
     # And only there: the loss is the one without a KL.
     out = step.outputs(got.batch)
-    assert torch.equal(GRPO(kl="reward", kl_coef=0.3).loss(out, got.batch).loss_T, GRPO().loss(out, got.batch).loss_T)
+    assert torch.equal(grpo.loss(out, got.batch).loss_T, GRPO().loss(out, got.batch).loss_T)
 
 
 def test_share_of_groups_that_teach_nothing(step):
     for rollout in step.groups[1].rollouts:
         rollout.reward = 0.3
-    metrics = GRPO(kl="reward", kl_coef=0.1).estimate(step.groups, step.batch(), {}).metrics
+    grpo = with_keys(GRPO(), kl="reward", kl_coef=0.1)
+    metrics = grpo.estimate(step.groups, step.batch(), grpo.initial_state()).metrics
     assert metrics["equal_reward_groups"] == 0.25
-    assert set(metrics) == {"equal_reward_groups", "kl", "kl_per_sequence"}
+    assert set(metrics) == {"equal_reward_groups", "kl", "kl_per_sequence", "kl_coef"}
 
 
 @pytest.mark.parametrize("kl_estimator", ["ratio_k3", "k3", "k2"])
 def test_loss_gradcheck(step, kl_estimator):
-    grpo = GRPO(kl_coef=0.1, kl_estimator=kl_estimator)
-    batch = grpo.estimate(step.groups, step.batch(), {}).batch.select([0, 1])
+    grpo = with_keys(GRPO(), kl_coef=0.1, kl_estimator=kl_estimator)
+    batch = grpo.estimate(step.groups, step.batch(), grpo.initial_state()).batch.select([0, 1])
     logp = step.theta[batch.token_ids_T].detach().requires_grad_()
     assert torch.autograd.gradcheck(lambda x: grpo.loss(Outputs(logp_T=x), batch).loss_T, (logp,))

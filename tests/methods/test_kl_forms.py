@@ -8,6 +8,7 @@ import torch
 from helpers.batches import seen_batch
 
 from tandem.batch import Outputs
+from tandem.config import settings, with_keys
 from tandem.data.packing import pack_rollouts
 from tandem.methods.grpo import GRPO
 from tandem.methods.ppo import PPO
@@ -97,21 +98,23 @@ PLAIN_PPO = {"whiten_advantages": False, "kl_coef": BETA}
 @pytest.mark.parametrize(
     ("method", "end"),
     [
-        (GRPO(normalize="none", kl="reward", kl_coef=BETA), reverse(BETA)),
-        (GRPO(normalize="none", **LOSS), reverse(BETA)),
-        (GRPO(normalize="none", **LOSS, kl_estimator="k2"), reverse(BETA)),
-        (GRPO(normalize="none", **LOSS, kl_estimator="k3"), forward(BETA)),
-        (GRPO(kl="reward", kl_coef=BETA), reverse(BETA)),
-        (RLOO(kl_coef=BETA), reverse(BETA)),
-        (GRPO(**LOSS), reverse(BETA * GROUP_STD)),
-        (GRPO(**LOSS, kl_estimator="k3"), forward(BETA * GROUP_STD)),
-        (PPO(kl="reward", **PLAIN_PPO), reverse(BETA)),
-        (PPO(kl="loss", **PLAIN_PPO), reverse(BETA)),
-        (PPO(kl="loss", kl_estimator="k3", **PLAIN_PPO), forward(BETA)),
-        (PPO(kl="reward", kl_coef=BETA), reverse(BETA)),
-        (PPO(**LOSS), reverse(BETA * STEP_STD)),
+        (with_keys(GRPO(), normalize="none", kl="reward", kl_coef=BETA), reverse(BETA)),
+        (with_keys(GRPO(), normalize="none", **LOSS), reverse(BETA)),
+        (with_keys(GRPO(), normalize="none", **LOSS, kl_estimator="k2"), reverse(BETA)),
+        (with_keys(GRPO(), normalize="none", **LOSS, kl_estimator="k3"), forward(BETA)),
+        (with_keys(GRPO(), kl="reward", kl_coef=BETA), reverse(BETA)),
+        (with_keys(RLOO(), kl_coef=BETA), reverse(BETA)),
+        (with_keys(GRPO(), **LOSS), reverse(BETA * GROUP_STD)),
+        (with_keys(GRPO(), **LOSS, kl_estimator="k3"), forward(BETA * GROUP_STD)),
+        (with_keys(PPO(), kl="reward", **PLAIN_PPO), reverse(BETA)),
+        (with_keys(PPO(), kl="loss", **PLAIN_PPO), reverse(BETA)),
+        (with_keys(PPO(), kl="loss", kl_estimator="k3", **PLAIN_PPO), forward(BETA)),
+        (with_keys(PPO(), kl="reward", kl_coef=BETA), reverse(BETA)),
+        (with_keys(PPO(), **LOSS), reverse(BETA * STEP_STD)),
     ],
-    ids=lambda x: None if isinstance(x, torch.Tensor) else f"{type(x).__name__}-{x.kl}-{x.kl_estimator}",
+    ids=lambda x: (
+        None if isinstance(x, torch.Tensor) else f"{type(x).__name__}-{settings(x)['kl']}-{settings(x)['kl_estimator']}"
+    ),
 )
 def test_each_form_ends_where_the_page_says(method, end):
     pi = trained(method)
@@ -134,13 +137,13 @@ def test_without_a_kl_the_reference_is_left():
 @pytest.mark.parametrize(
     ("method", "sees_sequences"),
     [
-        (GRPO(normalize="none", kl="reward", kl_coef=BETA), True),
-        (RLOO(kl_coef=BETA), True),
-        (PPO(kl="reward", lam=1.0, **PLAIN_PPO), True),
-        (GRPO(normalize="none", **LOSS), False),
-        (PPO(kl="loss", lam=1.0, **PLAIN_PPO), False),
+        (with_keys(GRPO(), normalize="none", kl="reward", kl_coef=BETA), True),
+        (with_keys(RLOO(), kl_coef=BETA), True),
+        (with_keys(PPO(), kl="reward", lam=1.0, **PLAIN_PPO), True),
+        (with_keys(GRPO(), normalize="none", **LOSS), False),
+        (with_keys(PPO(), kl="loss", lam=1.0, **PLAIN_PPO), False),
     ],
-    ids=lambda x: None if isinstance(x, bool) else f"{type(x).__name__}-{x.kl}",
+    ids=lambda x: None if isinstance(x, bool) else f"{type(x).__name__}-{settings(x)['kl']}",
 )
 def test_only_the_kl_in_the_reward_sees_what_a_token_leads_to(method, sees_sequences):
     """Two tokens of three. After a first 0 there is a reward of 1, for a token that the reference hardly says."""

@@ -76,7 +76,7 @@ def test_a_tie_has_no_gradient_and_stays_in_the_mean(loss_type):
     # Of the pair that is a tie, the policy likes the first copy better.
     logp_T = logp_T + 5 * (batch.segment_T == 2) * batch.trainable_T
     batch = replace(batch, seen={"reference": Outputs(logp_T=reference_T)})
-    estimate = method.estimate(groups, batch, {})
+    estimate = method.estimate(groups, batch, method.initial_state())
     assert estimate.metrics == {"equal_reward_groups": pytest.approx(1 / 3)}
     batch = stamp(estimate.batch, "token")
     leaf_T = logp_T.clone().requires_grad_()

@@ -11,6 +11,7 @@ from helpers.sampled_step import make_step
 from test_kl_forms import REWARD, one_group
 
 from tandem.batch import Outputs
+from tandem.config import settings, with_keys
 from tandem.data.packing import pack_rollouts, stamp_weights
 from tandem.engines.live.engine import LiveEngine
 from tandem.errors import UserError
@@ -40,10 +41,10 @@ def taught(batch, teacher_logp_T, old_logp_T=None):
 )
 @pytest.mark.parametrize("mean", ["token", "sequence"])
 def test_advantage_loss_and_metrics_are_those_of_loops(knobs, mean):
-    step, opd = make_step(0), OPD(aggregation=mean, **knobs)
+    step, opd = make_step(0), with_keys(OPD(), aggregation=mean, **knobs)
     batch = step.batch()
     batch = taught(batch, step.reference_logp[batch.token_ids_T] * batch.trainable_T)
-    estimate = opd.estimate(step.groups, batch, {})
+    estimate = opd.estimate(step.groups, batch, opd.initial_state())
     ready = stamp_weights(estimate.batch, mean)
     loss = (opd.loss(step.outputs(ready), ready).loss_T * ready.weight_T).sum().item()
 
@@ -58,9 +59,9 @@ def test_advantage_loss_and_metrics_are_those_of_loops(knobs, mean):
                 old, teacher = step.old_logp[token].item(), step.reference_logp[token].item()
                 advantage = opd.teacher_coef * (teacher - old) + opd.reward_coef * (rollout.reward - baseline)
                 ratio = math.exp(step.theta[token].item() - old)
-                value = min(ratio * advantage, min(max(ratio, 0.8), 1 + opd.clip_high) * advantage)
-                if advantage < 0 and opd.dual_clip:
-                    value = max(value, opd.dual_clip * advantage)
+                value = min(ratio * advantage, min(max(ratio, 0.8), 1 + settings(opd)["clip_high"]) * advantage)
+                if advantage < 0 and settings(opd)["dual_clip"]:
+                    value = max(value, settings(opd)["dual_clip"] * advantage)
                 tokens.append(-value)
                 sums.append(old - teacher)
             sequences.append(tokens)
@@ -69,8 +70,11 @@ def test_advantage_loss_and_metrics_are_those_of_loops(knobs, mean):
     expected = statistics.fmean(every) if mean == "token" else statistics.fmean(map(statistics.fmean, sequences))
     # Rewards and weights are float32.
     assert loss == pytest.approx(expected, abs=1e-6)
+    # What is compared is compared in groups of different rewards.
+    compared = {"equal_reward_groups": 0.0} if opd.reward_coef else {}
     assert estimate.metrics == pytest.approx(
-        {
+        compared
+        | {
             "teacher_kl": statistics.fmean(x for sums in gaps for x in sums),
             "teacher_kl_per_sequence": statistics.fmean(map(sum, gaps)),
         },
@@ -85,7 +89,9 @@ def expected_loss(method, groups, logp_SL, teacher_SL):
         return torch.cat([torch.zeros_like(x_SL[:, :1]), x_SL], 1).flatten()
 
     batch = taught(pack_rollouts(groups[0].rollouts), packed(teacher_SL), packed(logp_SL.detach()))
-    loss_T = method.loss(Outputs(logp_T=packed(logp_SL)), method.estimate(groups, batch, {}).batch).loss_T
+    loss_T = method.loss(
+        Outputs(logp_T=packed(logp_SL)), method.estimate(groups, batch, method.initial_state()).batch
+    ).loss_T
     probability_S1 = logp_SL.detach().sum(1, keepdim=True).exp()
     return (loss_T * packed(probability_S1.expand_as(logp_SL))).sum()
 
@@ -173,4 +179,4 @@ def test_the_reward_asks_for_groups_and_for_somebody_who_judges():
     with pytest.raises(UserError, match="teacher_coef: expected more than 0, got 0"):
         OPD(teacher_coef=0.0)
     with pytest.raises(UserError, match="clip_low: expected from 0 to 1, got 2"):
-        OPD(clip_low=2.0)
+        with_keys(OPD(), clip_low=2.0)

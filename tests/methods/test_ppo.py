@@ -10,6 +10,7 @@ from helpers.batches import scalar_outputs, seen_batch, unseen_by
 from helpers.sampled_step import make_step
 
 from tandem.batch import Outputs
+from tandem.config import with_keys
 from tandem.data.packing import pack
 from tandem.errors import UserError
 from tandem.methods.ppo import PPO
@@ -67,7 +68,9 @@ def test_estimate_against_loops(step):
     k1_T = batch.proximal_logp_T - batch.logp_by("reference")
     kl = k1_T.sum().item() / batch.segments
     target = kl / 1.1  # An error of 0.1: inside the clip of ±0.2.
-    ppo = PPO(gamma=0.98, lam=0.9, normalize_rewards=True, reward_clip=1.0, kl_target=target, kl_horizon=100)
+    ppo = with_keys(
+        PPO(), gamma=0.98, lam=0.9, normalize_rewards=True, reward_clip=1.0, kl_target=target, kl_horizon=100
+    )
     estimate = ppo.estimate(step.groups, batch, ppo.initial_state())
 
     raw = batch.reward_S.tolist()
@@ -106,7 +109,7 @@ def test_estimate_against_loops(step):
 def test_policy_and_critic_have_lambdas_of_their_own(step, knobs, policy, critic):
     """Decoupled GAE (VC-PPO) with lambda by length (VAPO), against loops in float64; no KL and no whitening."""
     batch = step.batch()
-    ppo = PPO(gamma=0.98, kl="none", whiten_advantages=False, **knobs)
+    ppo = with_keys(PPO(), gamma=0.98, kl="none", whiten_advantages=False, **knobs)
     estimate = ppo.estimate(step.groups, batch, ppo.initial_state())
     advantages, returns, lengths = [], [], set()
     for s, score in enumerate(batch.reward_S.tolist()):
@@ -132,11 +135,11 @@ def test_a_lambda_that_would_do_nothing_is_refused():
         PPO(lam=0.9, lam_alpha=0.05)
     for knobs in ({"lam_alpha": 0.0}, {"critic_lam": 1.5}, {"critic_warmup_steps": -1}):
         with pytest.raises(UserError, match=next(iter(knobs))):
-            PPO(**knobs)
+            with_keys(PPO(), **knobs)
 
 
 def test_the_first_steps_train_the_critic_alone_and_leave_the_kl_coefficient(step):
-    ppo = PPO(critic_warmup_steps=2, kl_target=1e-3)
+    ppo = with_keys(PPO(), critic_warmup_steps=2, kl_target=1e-3)
     state, trained, coefs = ppo.initial_state(), [], []
     for _ in range(4):
         trained.append(ppo.trains(state))
@@ -205,15 +208,15 @@ def test_kl_has_one_place(step):
     def estimated(ppo, batch):
         return ppo.estimate(step.groups, batch, ppo.initial_state()).batch
 
-    in_loss = PPO(kl="loss", whiten_advantages=False)
+    in_loss = with_keys(PPO(), kl="loss", whiten_advantages=False)
     assert torch.equal(estimated(in_loss, far).advantage_T, estimated(in_loss, batch).advantage_T)
-    in_reward = PPO(kl="reward", whiten_advantages=False)
+    in_reward = with_keys(PPO(), kl="reward", whiten_advantages=False)
     assert not torch.equal(estimated(in_reward, far).advantage_T, estimated(in_reward, batch).advantage_T)
     a, b = (estimated(in_reward, x) for x in (batch, far))
     b = replace(b, advantage_T=a.advantage_T)
     assert torch.equal(in_reward.loss(step.outputs(a), a).loss_T, in_reward.loss(step.outputs(b), b).loss_T)
 
-    without = PPO(kl="none")
+    without = with_keys(PPO(), kl="none")
     assert [need.role for need in without.needs()] == ["critic"]
     assert torch.isfinite(estimated(without, unseen_by(batch, "reference")).advantage_T).all()
 
@@ -237,14 +240,14 @@ def test_loss_with_kl_and_entropy_bonus():
         -0.9598065032785615,
         3.6314212074750354,
     ]
-    loss_T = PPO(kl="loss", kl_estimator="k3", entropy_coef=0.1).loss(out, batch).loss_T
+    loss_T = with_keys(PPO(), kl="loss", kl_estimator="k3", entropy_coef=0.1).loss(out, batch).loss_T
     expected = [x - 0.1 * (i + 1) for i, x in enumerate(surrogate_and_kl)]
     assert loss_T[0] == 0
     assert loss_T[1:].tolist() == pytest.approx(expected, abs=1e-12)
 
 
 def test_loss_gradcheck(step):
-    ppo = PPO(kl="loss", entropy_coef=0.1, dual_clip=2.0)
+    ppo = with_keys(PPO(), kl="loss", entropy_coef=0.1, dual_clip=2.0)
     batch = ppo.estimate(step.groups, step.batch(), ppo.initial_state()).batch.select([0, 1])
     logp = step.theta[batch.token_ids_T].detach().requires_grad_()
     value = step.omega[batch.token_ids_T].detach().requires_grad_()
@@ -257,7 +260,7 @@ def test_metrics_of_the_losses():
         old_logp_T=REFERENCE, advantage_T=[1.0, -0.5, 2.0, -1.5, 0.8, -0.6], old_value_T=[0.0] * 6, return_T=[1.0] * 6
     )
     logp_T = torch.tensor([0.0, *LOGP], dtype=torch.float64)
-    metrics = PPO(kl="none", clip_high=0.28).loss(Outputs(logp_T=logp_T), batch).metrics_T
+    metrics = with_keys(PPO(), kl="none", clip_high=0.28).loss(Outputs(logp_T=logp_T), batch).metrics_T
     mean = {name: value_T[1:].mean().item() for name, value_T in metrics.items()}
     # OpenRLHF 0.11.2 PolicyLoss(0.2, 0.28): loss 0.16563, clip_ratio 1/3.
     assert mean["policy_loss"] == pytest.approx(0.1656251828377647, abs=1e-12)
@@ -268,7 +271,7 @@ def test_metrics_of_the_losses():
     assert mean["approx_kl"] == pytest.approx(statistics.fmean(r - 1 - math.log(r) for r in ratios), abs=1e-12)
     assert "entropy" not in metrics
     # The same with dual_clip=3: its last token's loss is 3 * 0.6.
-    dual = PPO(kl="none", clip_high=0.28, dual_clip=3.0).loss(Outputs(logp_T=logp_T), batch)
+    dual = with_keys(PPO(), kl="none", clip_high=0.28, dual_clip=3.0).loss(Outputs(logp_T=logp_T), batch)
     assert dual.loss_T[-1].item() == pytest.approx(1.8, abs=1e-12)
     value_T = torch.tensor([0.0, 0.9, 0.9, 0.1, 0.1, -0.1, 1.0], dtype=torch.float64)
     of_critic = PPO().value_loss(scalar_outputs(value_T), batch).metrics_T
@@ -288,7 +291,7 @@ def test_metrics_of_the_losses():
 )
 def test_impossible_knobs(knobs, message):
     with pytest.raises(UserError, match=message):
-        PPO(**knobs)
+        with_keys(PPO(), **knobs)
 
 
 def test_what_is_missing_is_named(step):

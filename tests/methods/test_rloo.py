@@ -9,6 +9,7 @@ from helpers.sampled_step import make_step
 from test_grpo import group
 
 from tandem.batch import Outputs
+from tandem.config import settings, with_keys
 from tandem.data.packing import stamp_weights
 from tandem.methods.grpo import GRPO
 from tandem.methods.rloo import RLOO
@@ -86,7 +87,7 @@ def charged(step, batch, coef):
 def test_the_gradient_is_reinforces_and_trls(step):
     """At the sampling policy. TRL's loss: the mean over samples of -min(s A, clip(s) A), s the whole sample's ratio."""
     rloo = RLOO()
-    estimate = rloo.estimate(step.groups, step.batch(), {})
+    estimate = rloo.estimate(step.groups, step.batch(), rloo.initial_state())
     batch = stamp_weights(estimate.batch, rloo.aggregation, constant_length=20)
     theta = step.old_logp.clone().requires_grad_()
     loss_T = rloo.loss(Outputs(logp_T=theta[batch.token_ids_T] * batch.trainable_T), batch).loss_T
@@ -109,10 +110,10 @@ def test_the_gradient_is_reinforces_and_trls(step):
 
 @pytest.mark.parametrize("knobs", [NO_KL, {"kl": "loss", "kl_coef": 0.1}, {"clip_high": 0.05, "dual_clip": 1.1}])
 def test_loss_is_the_pages(step, knobs):
-    rloo = RLOO(aggregation="token", **knobs)
-    batch = stamp_weights(rloo.estimate(step.groups, step.batch(), {}).batch, "token")
+    rloo = with_keys(RLOO(), aggregation="token", **knobs)
+    batch = stamp_weights(rloo.estimate(step.groups, step.batch(), rloo.initial_state()).batch, "token")
     found = (rloo.loss(step.outputs(batch), batch).loss_T * batch.weight_T).sum().item()
-    coef = rloo.kl_coef if rloo.kl == "reward" else 0.0
+    coef = settings(rloo)["kl_coef"] if settings(rloo)["kl"] == "reward" else 0.0
     advantages = [a for rewards in charged(step, batch, coef) for a in leave_one_out(rewards)]
     tokens = []
     for s, (rollout, advantage) in enumerate(
@@ -123,18 +124,20 @@ def test_loss_is_the_pages(step, knobs):
                 continue
             at, logp = batch.bounds[s].item() + t, step.theta[rollout.token_ids[t]].item()
             ratio = math.exp(logp - batch.proximal_logp_T[at].item())
-            surrogate = min(ratio * advantage, min(max(ratio, 0.8), 1 + rloo.clip_high) * advantage)
-            if rloo.dual_clip is not None and advantage < 0:
-                surrogate = max(surrogate, rloo.dual_clip * advantage)
+            surrogate = min(ratio * advantage, min(max(ratio, 0.8), 1 + settings(rloo)["clip_high"]) * advantage)
+            if settings(rloo)["dual_clip"] is not None and advantage < 0:
+                surrogate = max(surrogate, settings(rloo)["dual_clip"] * advantage)
             x = logp - batch.logp_by("reference")[at].item()
-            tokens.append(-surrogate + (0.1 * ratio * (math.exp(-x) - 1 + x) if rloo.kl == "loss" else 0.0))
+            tokens.append(
+                -surrogate + (0.1 * ratio * (math.exp(-x) - 1 + x) if settings(rloo)["kl"] == "loss" else 0.0)
+            )
     # Advantages and weights are float32.
     assert found == pytest.approx(sum(tokens) / len(tokens), abs=1e-6)
 
 
 @pytest.mark.parametrize("knobs", [NO_KL, {"kl_coef": 0.0}])
 def test_no_reference_is_needed_without_a_kl(step, knobs):
-    rloo = RLOO(**knobs)
+    rloo = with_keys(RLOO(), **knobs)
     assert rloo.needs() == ()
     estimate = rloo.estimate(step.groups, unseen_by(step.batch(), "reference"), {})
     assert set(estimate.metrics) == {"equal_reward_groups"}

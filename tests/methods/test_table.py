@@ -6,9 +6,9 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import MISSING, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Literal, get_args, get_origin
 
 import pytest
 import torch
@@ -17,13 +17,14 @@ from helpers.models import micro_batches
 from torch import Tensor
 
 from tandem.batch import Outputs
-from tandem.config import _attribute_docs
+from tandem.config import _keys_of, settings, with_keys
 from tandem.errors import UserError
 from tandem.methods.base import Method, Rows, Samples
 from tandem.methods.dapo import DAPO
 from tandem.methods.grpo import GRPO
 from tandem.methods.ppo import PPO
 from tandem.methods.table import METHODS, ROWS, method_class
+from tandem.methods.tokens import TokenMethod
 from tandem.types import Group, Prompt
 
 PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
@@ -31,31 +32,31 @@ PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
 
 def settings_of(cls: type[Method]) -> Iterator[Method]:
     """The defaults; those with the terms that a coefficient of 0 leaves out; of these each with another choice."""
-    hints = get_type_hints(cls)
+    keys = _keys_of(cls).items()
     yield cls()
-    full = cls(**{f.name: 0.1 for f in fields(cls) if hints[f.name] is float and f.default == 0.0})
+    full = with_keys(cls(), **{name: 0.1 for name, key in keys if key.annotation is float and key.default == 0.0})
     yield full
-    for f in fields(cls):
-        kind = hints[f.name]
+    for name, key in keys:
+        kind = key.annotation
         choices = get_args(kind) if get_origin(kind) is Literal else (True, False) if kind is bool else ()
         for choice in (*choices, *([None] if type(None) in get_args(kind) else [])):
             try:
-                yield replace(full, **{f.name: choice})
+                yield with_keys(full, **{name: choice})
             except UserError:
                 continue  # A choice that the other knobs exclude.
 
 
 def named(method: Method) -> str:
-    knobs = [f"{f.name}={x}" for f in fields(method) if (x := getattr(method, f.name)) != f.default]
-    return "-".join([type(method).__name__, *knobs])
+    defaults = settings(type(method)())
+    return "-".join([type(method).__name__, *(f"{k}={x}" for k, x in settings(method).items() if x != defaults[k])])
 
 
 COMBINED = [
-    PPO(kl="loss", entropy_coef=0.01, dual_clip=2.0, normalize_rewards=True),
-    PPO(aggregation="sequence", whiten_advantages=False, value_clip=None, kl="none"),
-    PPO(kl_target=6.0, critic_warmup_steps=1),
+    with_keys(PPO(), kl="loss", entropy_coef=0.01, dual_clip=2.0, normalize_rewards=True),
+    with_keys(PPO(), aggregation="sequence", whiten_advantages=False, value_clip=None, kl="none"),
+    with_keys(PPO(), kl_target=6.0, critic_warmup_steps=1),
     PPO(lam_alpha=0.5, critic_lam=1.0),
-    GRPO(normalize="none", aggregation="constant", kl_coef=0.0),
+    with_keys(GRPO(), normalize="none", aggregation="constant", kl_coef=0.0),
     DAPO(overlong_length=7, overlong_buffer=4),
 ]
 SETTINGS = list(
@@ -97,11 +98,10 @@ assert "torch" not in sys.modules
 def test_it_is_a_frozen_dataclass_of_documented_knobs(cls):
     assert issubclass(cls, Method)
     assert cls.__dataclass_params__.frozen
-    docs = _attribute_docs(cls)
-    for f in fields(cls):
-        assert f.kw_only, f.name
-        assert f.default is not MISSING or f.default_factory is not MISSING, f.name
-        assert docs.get(f.name), f"{f.name} has no docstring"
+    assert all(f.kw_only for f in fields(cls))
+    for key in _keys_of(cls).values():
+        assert not key.required, key.name
+        assert key.doc, f"{key.name} has no docstring"
 
 
 def test_it_says_what_it_is(name, cls):
@@ -117,7 +117,12 @@ def test_it_says_what_it_is(name, cls):
 def test_the_page_has_a_section_with_every_knob(cls):
     section = PAGE.read_text().split(f"\n## {cls.__name__}\n")[1].split("\n## ")[0]
     on_the_page = set(re.findall(r"`(\w+)`", section)) | {"aggregation"}
-    assert {f.name for f in fields(cls)} <= on_the_page
+    shared = set(re.findall(r"`(\w+)`", PAGE.read_text().split("\n## Knobs that methods share\n")[1].split("\n## ")[0]))
+    common = {name: key.default for name, key in _keys_of(TokenMethod).items()}
+    for name, key in _keys_of(cls).items():
+        # What is as everywhere stands once on the page.
+        usual = name in common and key.default == common[name]
+        assert name in (on_the_page | shared if usual else on_the_page), name
 
 
 def test_its_models_have_roles_of_their_own(cls):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers.models import make_module, make_tokenizer
 
+from tandem.config import with_keys
 from tandem.engines.live.engine import LiveEngine
 from tandem.errors import RunFailure, UserError
 from tandem.methods.grpo import GRPO
@@ -71,7 +72,7 @@ def test_rewards_get_columns_and_none_leaves_a_sample_out_of_the_baseline(model)
     assert seen["prompts"] == ["ab"] * 4 + ["cde"] * 4 + ["f"] * 4
     assert [len(g.usable) for g in groups] == [2, 2, 2]
     assert rollout_metrics(groups)["left_out"] == 6
-    prepared = Preparation(method=GRPO(kl_coef=0.0, normalize="none"), models={})(groups, {}, 1)
+    prepared = Preparation(method=GRPO(normalize="none"), models={})(groups, {}, 1)
     assert prepared.batch.segments == 6
     # Rewards 0 and 2 in the first group, 4 and 6, 8 and 10: minus one and plus one against each group's mean.
     first_token_advantage = prepared.batch.advantage_T[prepared.batch.last_S].tolist()
@@ -125,7 +126,7 @@ def nobody(prompts, completions):
 
 def test_minibatches_hold_every_sequence_once_an_epoch_and_weights_sum_to_one(model):
     groups = judged(sample(model), length_reward)
-    prepared = Preparation(method=GRPO(kl_coef=0.0), models={}, epochs=2, minibatches=5, seed=3)(groups, {}, 7)
+    prepared = Preparation(method=GRPO(), models={}, epochs=2, minibatches=5, seed=3)(groups, {}, 7)
     batches = list(prepared)
     assert len(batches) == 10
     for epoch in (batches[:5], batches[5:]):
@@ -133,13 +134,13 @@ def test_minibatches_hold_every_sequence_once_an_epoch_and_weights_sum_to_one(mo
     assert batches[0].index_S.tolist() != batches[5].index_S.tolist()
     for batch in batches:
         assert batch.weight_T.sum().item() == pytest.approx(1.0)
-    again = Preparation(method=GRPO(kl_coef=0.0), models={}, epochs=2, minibatches=5, seed=3)(groups, {}, 7)
+    again = Preparation(method=GRPO(), models={}, epochs=2, minibatches=5, seed=3)(groups, {}, 7)
     assert all(torch.equal(a.index_S, b.index_S) for a, b in zip(batches, again, strict=True))
 
 
 def test_more_minibatches_than_sequences(model):
     groups = judged(sample(model, samples=1), length_reward)
-    prepared = Preparation(method=GRPO(kl_coef=0.0), models={}, minibatches=50)(groups, {}, 1)
+    prepared = Preparation(method=GRPO(), models={}, minibatches=50)(groups, {}, 1)
     assert [b.segments for b in prepared] == [1, 1, 1]
 
 
@@ -149,9 +150,7 @@ def test_law_4_sampler_and_trainer_agree(model, truncation):
     sampling = SamplingParams(max_new_tokens=6, temperature=0.8, **truncation)
     groups = judged(sample(model, sampling=sampling), length_reward)
     scorer = LocalScorer(model, token_budget=40, temperature=0.8)
-    prepare = Preparation(
-        method=GRPO(kl_coef=0.0), models={"actor": seat_of(scorer)}, old_logp="trainer", minibatches=2
-    )
+    prepare = Preparation(method=GRPO(), models={"actor": seat_of(scorer)}, old_logp="trainer", minibatches=2)
     prepared = prepare(groups, {}, 1)
     assert prepared.metrics["sampler_gap_max"] < 1e-4
     assert sampler_gap(prepared.batch)["sampler_gap_mean"] < 1e-5
@@ -182,16 +181,16 @@ def test_ppo_gets_what_it_needs(model, tmp_path):
 @pytest.mark.parametrize(
     ("method", "cut", "saved"),
     [
-        (GRPO(kl_coef=0.0), {}, True),
-        (GRPO(kl_coef=0.0), {"epochs": 2}, False),
-        (GRPO(kl_coef=0.0), {"minibatches": 2}, False),
-        (GRPO(kl_coef=0.1), {}, False),
+        (GRPO(), {}, True),
+        (GRPO(), {"epochs": 2}, False),
+        (GRPO(), {"minibatches": 2}, False),
+        (with_keys(GRPO(), kl_coef=0.1), {}, False),
     ],
 )
 def test_a_forward_is_saved_only_where_the_trained_one_is_the_same(model, method, cut, saved):
     groups = judged(sample(model), length_reward)
     seat = seat_of(LocalScorer(model, token_budget=100, temperature=0.8))
     prepare = Preparation(method=method, models={"reference": seat, "actor": seat}, old_logp="trainer", **cut)
-    batch = prepare(groups, {}, 1).batch
+    batch = prepare(groups, method.initial_state(), 1).batch
     assert batch.on_policy == saved
     assert ("actor" not in batch.seen) == saved
