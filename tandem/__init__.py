@@ -25,7 +25,7 @@ _PUBLIC = {
     "build_sequences": "tandem.data.tokenize",
     "pack": "tandem.data.packing",
     "pack_pairs": "tandem.data.packing",
-    "stamp_pair_weights": "tandem.data.packing",
+    "stamp_unit_weights": "tandem.data.packing",
     "stamp_weights": "tandem.data.packing",
     "load_causal": "tandem.models.loading",
     "load_scalar": "tandem.models.loading",

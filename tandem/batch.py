@@ -54,6 +54,10 @@ class Batch:
     return_T: Tensor | None = None
     reward_S: Tensor | None = None
     margin_S: Tensor | None = None
+    desirable_S: Tensor | None = None
+    """bool: the label of each answer, where answers are labelled."""
+    aside: Batch | None = None
+    """Sequences that models have seen beside this batch, for a method's ``estimate``. Nothing of it is trained on."""
     index_S: Tensor | None = None
     """int64: which rollout or row a segment came from, for messages that name it."""
     group_S: Tensor | None = None
@@ -116,9 +120,9 @@ class Batch:
         """[S]: the scalar head at each segment's last token."""
         return filled(out.scalar_T, "out.scalar_T").index_select(0, self.last_S)
 
-    def of_pairs(self, x_P: Tensor) -> Tensor:
-        """[T]: each pair's number at its chosen segment's last token, where a pair has its weight; 0 elsewhere."""
-        return x_P.new_zeros(self.tokens).index_put((self.last_S[0::2],), x_P)
+    def of_units(self, x_U: Tensor) -> Tensor:
+        """[T]: each unit's number at the last token of its first segment, where a unit has its weight; 0 elsewhere."""
+        return x_U.new_zeros(self.tokens).index_put((self.last_S[:: self.segments_per_unit],), x_U)
 
     def _by(self, role: str) -> Outputs:
         if role not in self.seen:

@@ -174,5 +174,13 @@ class PreferencePair:
     margin: float = 0.0
 
 
-Example = Rollout | Sequence | PreferencePair
+@dataclass(kw_only=True)
+class LabelledAnswer:
+    """A tokenized answer after its prompt, and whether it is a desirable one."""
+
+    answer: Sequence
+    desirable: bool
+
+
+Example = Rollout | Sequence | PreferencePair | LabelledAnswer
 """What a batch is packed of."""

@@ -80,13 +80,25 @@ class RowsConfig(RunConfig):
 
     rows: RowsSection = field(default_factory=RowsSection)
 
+    def __post_init__(self) -> None:
+        if self.rows.batch_size < self.reads.at_least:
+            raise UserError(
+                f"batch_size: {self.method.title} compares the rows of a step with one another and needs "
+                f"{self.reads.at_least} or more, got {self.rows.batch_size}"
+            )
+
+    @property
+    def reads(self) -> Rows:
+        """What kind of rows the method reads."""
+        return cast(Rows, self.method.reads)
+
     @property
     def items_per_step(self) -> int:
         return self.rows.batch_size
 
     @property
     def parts(self) -> set[str]:
-        return super().parts | {cast(Rows, self.method.reads).kind}
+        return super().parts | {self.reads.kind}
 
 
 @dataclass(frozen=True, kw_only=True)

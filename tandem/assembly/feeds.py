@@ -15,8 +15,9 @@ from tandem.assembly.inputs import digest_inputs
 from tandem.assembly.models import heads, require_engine
 from tandem.assembly.placing import Homes
 from tandem.assembly.sections import DataSection
+from tandem.data.room import Room
 from tandem.data.rows import Dataset, load_rows
-from tandem.data.tokenize import Counts, build_pairs, build_prompts, build_sequences
+from tandem.data.tokenize import Counts, build_pairs, build_prompts, build_sequences, build_unpaired
 from tandem.errors import UserError
 from tandem.models.limits import read_limits
 from tandem.models.loading import load_tokenizer
@@ -78,6 +79,7 @@ class RowsFeed:
         rows, eval_rows = load_data(config.data)
         self.tokenizer = load_tokenizers(config)
         limits = limits_of_models(config, self.tokenizer)
+        self.longest = Room(config.data.max_length, limits).limit
         self.examples, self.counts = self._tokenize(rows, limits)
         self.held = self._tokenize(eval_rows, limits)[0] if eval_rows is not None else []
         self.size = len(self.examples)
@@ -93,10 +95,16 @@ class RowsFeed:
         }
 
     def check(self) -> None:
-        return None
+        """Says what the method has to say about the rows. Raises UserError where it can learn nothing from them, or
+        the held-out ones cannot be measured."""
+        method = self.config.method
+        for note in method.notes(self.examples):
+            say(f"data: {note}")
+        if self.held:
+            method.aside(self.held, self.longest)
 
     def start(self, models: Mapping[str, Seat], homes: Homes) -> Fed:
-        prepare = Preparation(method=self.config.method, models=models, seed=self.config.run.seed)
+        prepare = Preparation(method=self.config.method, models=models, longest=self.longest, seed=self.config.run.seed)
         evaluate = partial(self._evaluate, models["actor"], prepare)
         return Fed(source=Tokenized(self.examples), prepare=prepare, push_weights=None, evaluate=evaluate)
 
@@ -113,9 +121,12 @@ class RowsFeed:
 
     def _tokenize(self, rows: Dataset, limits: Seq[Limits]) -> tuple[list[Any], Counts]:
         data = self.config.data
-        build: Callable[..., tuple[list[Any], Counts]] = (
-            build_pairs if "preferences" in self.config.parts else partial(build_sequences, train_on=data.train_on)
-        )
+        builds: dict[str, Callable[..., tuple[list[Any], Counts]]] = {
+            "demonstrations": partial(build_sequences, train_on=data.train_on),
+            "preferences": build_pairs,
+            "unpaired": build_unpaired,
+        }
+        build = builds[self.config.reads.kind]
         with tokenizing(rows) as on_progress:
             return build(rows, self.tokenizer, data.max_length, data.long_rows, limits=limits, on_progress=on_progress)
 

@@ -7,6 +7,7 @@ Each comes as plain strings or as conversations (lists of messages):
 - prompt-completion: ``prompt``, ``completion``
 - preference: ``prompt``, ``chosen``, ``rejected``; without ``prompt`` (or with a plain one beside whole
   conversations), it is what ``chosen`` and ``rejected`` begin with in common
+- unpaired preference: ``prompt``, ``completion``, ``label``; a preference is two of them
 """
 
 from __future__ import annotations
@@ -98,6 +99,19 @@ def preference(row: Row) -> tuple[Content, Content, Content]:
         if isinstance(chosen, str):
             raise UserError("column 'prompt' is a list of messages, so 'chosen' and 'rejected' must be too")
     return extract_prompt(chosen, rejected)
+
+
+def unpaired(row: Row) -> list[tuple[Content, Content, bool]]:
+    """Prompt, answer, and whether it is desirable: one of them, or the two of a preference, the chosen one first."""
+    if "completion" not in row and row.get("chosen") is not None and row.get("rejected") is not None:
+        prompt, chosen, rejected = preference(row)
+        return [(prompt, chosen, True), (prompt, rejected, False)]
+    prompt, completion = prompt_completion(row)
+    require_column(row, "label")
+    label = row["label"]
+    if not isinstance(label, bool | int) or label not in (0, 1):
+        raise UserError(f"column 'label' must be true (a desirable completion) or false, not {label!r}")
+    return [(prompt, completion, bool(label))]
 
 
 def extract_prompt(chosen: Content, rejected: Content) -> tuple[Content, Content, Content]:

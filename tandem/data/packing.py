@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tandem.batch import Batch
-from tandem.types import Aggregation, Example, PreferencePair, Rollout, Sequence
+from tandem.types import Aggregation, Example, LabelledAnswer, PreferencePair, Rollout, Sequence
 
 WORTH_SHARING = 32
 """A prompt goes through a model once for several sequences where it is at least one in so many of their tokens, and
@@ -83,19 +83,26 @@ def pack_pairs(pairs: Seq[PreferencePair]) -> Batch:
     return replace(batch, margin_S=margin_S, index_S=torch.arange(len(pairs)).repeat_interleave(2))
 
 
+def pack_labelled(answers: Seq[LabelledAnswer]) -> Batch:
+    """Packs labelled answers, a segment each."""
+    batch = pack([labelled.answer for labelled in answers])
+    return replace(batch, desirable_S=torch.tensor([labelled.desirable for labelled in answers]))
+
+
 def pack_examples(examples: Seq[Example]) -> Batch:
-    """Packs what a method trains on, all of one kind: rollouts, sequences, or preference pairs."""
+    """Packs what a method trains on, all of one kind: rollouts, sequences, preference pairs, or labelled answers."""
     rollouts = [example for example in examples if isinstance(example, Rollout)]
     pairs = [example for example in examples if isinstance(example, PreferencePair)]
-    if rollouts or pairs:
-        return pack_rollouts(rollouts) if rollouts else pack_pairs(pairs)
+    labelled = [example for example in examples if isinstance(example, LabelledAnswer)]
+    if rollouts or pairs or labelled:
+        return pack_rollouts(rollouts) if rollouts else pack_pairs(pairs) if pairs else pack_labelled(labelled)
     return pack([example for example in examples if isinstance(example, Sequence)])
 
 
 def stamp(batch: Batch, aggregation: Aggregation, *, constant_length: int | None = None) -> Batch:
-    """Stamps ``weight_T``: of pairs one a pair (``stamp_pair_weights``), else as ``stamp_weights`` does."""
-    if batch.segments_per_unit == 2:
-        return stamp_pair_weights(batch)
+    """Stamps ``weight_T``: one for each pair or labelled answer (``stamp_unit_weights``), or as ``stamp_weights``."""
+    if batch.segments_per_unit == 2 or batch.desirable_S is not None:
+        return stamp_unit_weights(batch)
     return stamp_weights(batch, aggregation, constant_length=constant_length)
 
 
@@ -127,8 +134,8 @@ def stamp_weights(batch: Batch, aggregation: Aggregation, *, constant_length: in
     return replace(batch, weight_T=weight_T)
 
 
-def stamp_pair_weights(batch: Batch) -> Batch:
-    """One over the number of pairs at each chosen segment's last token, where pair losses are put; 0 elsewhere."""
+def stamp_unit_weights(batch: Batch) -> Batch:
+    """One over the number of units where their losses are put: at the last token of each one's first segment."""
     weight_T = torch.zeros_like(batch.weight_T)
-    weight_T[batch.last_S[::2]] = 1.0 / batch.units
+    weight_T[batch.last_S[:: batch.segments_per_unit]] = 1.0 / batch.units
     return replace(batch, weight_T=weight_T)

@@ -19,7 +19,7 @@ from tandem.data.order import content_hash
 from tandem.data.room import Room
 from tandem.data.rows import Dataset, Row
 from tandem.errors import UserError
-from tandem.types import Limits, PreferencePair, Prompt, Sequence
+from tandem.types import LabelledAnswer, Limits, PreferencePair, Prompt, Sequence
 
 TrainOn = Literal["completion", "all"]
 TooLong = Literal["refuse", "truncate", "drop"]
@@ -92,6 +92,14 @@ def preference_pair(row: Row, tokenizer: Any) -> PreferencePair:
         rejected=_answered(prompt, rejected, tokenizer, row),
         margin=float(margin or 0.0),
     )
+
+
+def labelled_answers(row: Row, tokenizer: Any) -> list[LabelledAnswer]:
+    """The row's answer or, of a preference, its two, each ended with EOS and trainable. Raises UserError as above."""
+    return [
+        LabelledAnswer(answer=_answered(prompt, answer, tokenizer, row), desirable=desirable)
+        for prompt, answer, desirable in formats.unpaired(row)
+    ]
 
 
 def encode(text: str, tokenizer: Any, *, special_tokens: bool) -> list[int]:
@@ -239,14 +247,46 @@ def build_pairs(
 
     def cut(pair: PreferencePair, limit: int) -> PreferencePair | None:
         excess = max(map(len, texts(pair))) - limit
-        prompt_length = pair.chosen.trainable.index(True)
-        if excess >= prompt_length - _front(pair.chosen.token_ids, tokenizer):
-            return None
-        chosen, rejected = (_cut_sequence(s, excess, tokenizer) for s in (pair.chosen, pair.rejected))
-        return replace(pair, chosen=chosen, rejected=rejected)
+        chosen, rejected = (_cut_prompt(s, excess, tokenizer) for s in (pair.chosen, pair.rejected))
+        return None if chosen is None or rejected is None else replace(pair, chosen=chosen, rejected=rejected)
 
     room = Room(max_length, limits)
     return _build(rows, lambda row: preference_pair(row, tokenizer), texts, cut, room, long_rows, on_progress)
+
+
+def build_unpaired(
+    rows: Dataset,
+    tokenizer: Any,
+    max_length: int | None = None,
+    long_rows: TooLong = "refuse",
+    *,
+    limits: Seq[Limits] = (),
+    on_progress: OnProgress | None = None,
+) -> tuple[list[LabelledAnswer], Counts]:
+    """Labelled answers of at most ``max_length`` tokens, within ``limits``: of a preference two. Raises as above.
+
+    Truncation cuts prompts; a row with an answer that leaves no room for any of its prompt is dropped.
+    """
+
+    def cut(answers: list[LabelledAnswer], limit: int) -> list[LabelledAnswer] | None:
+        kept = []
+        for labelled in answers:
+            answer = _cut_prompt(labelled.answer, max(0, len(labelled.answer.token_ids) - limit), tokenizer)
+            if answer is None:
+                return None
+            kept.append(replace(labelled, answer=answer))
+        return kept
+
+    found, counts = _build(
+        rows,
+        lambda row: labelled_answers(row, tokenizer),
+        lambda answers: [labelled.answer.token_ids for labelled in answers],
+        cut,
+        Room(max_length, limits),
+        long_rows,
+        on_progress,
+    )
+    return [labelled for answers in found for labelled in answers], counts
 
 
 def _build(
@@ -297,3 +337,10 @@ def _cut_sequence(sequence: Sequence, excess: int, tokenizer: Any) -> Sequence:
         token_ids=sequence.token_ids[:front] + sequence.token_ids[front + excess :],
         trainable=sequence.trainable[:front] + sequence.trainable[front + excess :],
     )
+
+
+def _cut_prompt(sequence: Sequence, excess: int, tokenizer: Any) -> Sequence | None:
+    """Without so many tokens of its prompt; None where it has no more than those."""
+    if excess and excess >= sequence.trainable.index(True) - _front(sequence.token_ids, tokenizer):
+        return None
+    return _cut_sequence(sequence, excess, tokenizer)

@@ -10,7 +10,7 @@ from tandem.batch import Batch, Outputs, TokenLoss
 from tandem.errors import needs
 from tandem.lazy import torch
 from tandem.roles import LossFn, Metrics
-from tandem.types import Aggregation, Example, Group
+from tandem.types import Aggregation, Example, Group, Sequence
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,9 +18,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rows:
-    """A method's items are the rows of a dataset: demonstrations (``Sequence``) or preferences (``PreferencePair``)."""
+    """A method's items are the rows of a dataset: demonstrations (``Sequence``), preferences (``PreferencePair``) or
+    labelled answers (``LabelledAnswer``)."""
 
-    kind: Literal["demonstrations", "preferences"]
+    kind: Literal["demonstrations", "preferences", "unpaired"]
+    at_least: int = 1
+    """Fewest rows of a step that the method can learn from."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,8 @@ class Method:
     """Metrics that say how a run of this method is doing, the first one first: what the display shows."""
 
     pairwise: ClassVar[bool] = False
-    """Whether its losses are numbers of pairs, one at the last token of each chosen segment, and not of tokens."""
+    """Whether its losses are numbers of pairs or of whole answers, and not of tokens: one for each unit of the batch,
+    at the last token of its first segment (``Batch.of_units``)."""
 
     aggregation: Aggregation = field(default="token", metadata=needs(("part", "losses of tokens")))
     """Which mean the loss is: over tokens, over sequences of their token means, or per sequence over a fixed length."""
@@ -143,6 +147,18 @@ class Method:
     def examples(self, item: Any) -> Seq[Example]:
         """What of an item is packed into the batch: a row itself, a group's usable rollouts."""
         return item.usable if isinstance(item, Group) else [item]
+
+    def aside(self, items: Seq[Any], longest: int | None) -> Seq[Sequence]:
+        """Sequences of at most ``longest`` tokens that the policy and the other models see beside the batch.
+
+        What they say of them stands in ``Batch.aside`` when ``estimate`` is called. Raises UserError where the items
+        cannot give them.
+        """
+        return []
+
+    def notes(self, items: Seq[Any]) -> Seq[str]:
+        """What a person should know of all the rows that it is going to learn from, a line each."""
+        return []
 
     def advantages(self, group: Group) -> list[float]:
         """One advantage for each usable rollout of the group, spread over its trainable tokens."""

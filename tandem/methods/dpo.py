@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from tandem.batch import Batch, Outputs, TokenLoss, filled, send
 from tandem.errors import expect
@@ -21,9 +21,13 @@ PAIR_REFERENCE = Need(
 )
 
 
+AnswerLogp = Literal["auto", "sum", "mean"]
+"""How the log-probs of an answer's tokens become one number."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DPO(Method):
-    """Direct preference optimization (arXiv:2305.18290, eq. 7), with IPO's loss (arXiv:2310.12036, eq. 17) as a choice.
+    """Direct preference optimization (arXiv:2305.18290, eq. 7), with the losses of IPO, SLiC and APO as choices.
 
     The likelihood of the chosen answer beside it (``sft_coef``) is that of iterative RPO (arXiv:2404.19733).
     """
@@ -43,7 +47,11 @@ class DPO(Method):
     beta: float = 0.1
     """How strongly the policy is held to the reference: an answer's implicit reward is beta log(policy / reference)."""
     loss_type: PreferenceLoss = "sigmoid"
-    """sigmoid: the log-likelihood of the preferences; ipo: the squared distance of the margin to 1 / (2 beta)."""
+    """sigmoid: the log-likelihood of the preferences; ipo: the squared distance of the margin to 1 / (2 beta); hinge:
+    what the margin lacks to 1 / beta (SLiC); apo_zero: chosen answers up and rejected ones down, each for itself."""
+    answer_logp: AnswerLogp = "auto"
+    """An answer's log(policy / reference) is the sum over its tokens, or their mean. auto: the mean with ipo, the sum
+    with the others."""
     label_smoothing: float = 0.0
     """Share of preferences that are taken to be the wrong way round, below 0.5 (conservative DPO)."""
     sft_coef: float = 0.0
@@ -61,6 +69,7 @@ class DPO(Method):
             batch,
             beta=self.beta,
             loss_type=self.loss_type,
+            answer_logp=self.answer_logp,
             label_smoothing=self.label_smoothing,
             sft_coef=self.sft_coef,
         )
@@ -72,31 +81,26 @@ def policy_pair_loss(
     *,
     beta: float,
     loss_type: PreferenceLoss,
+    answer_logp: AnswerLogp = "auto",
     label_smoothing: float = 0.0,
     sft_coef: float = 0.0,
 ) -> TokenLoss:
-    """One loss a pair, at the last token of its chosen segment (``Batch.of_pairs``): see ``preference_loss``.
+    """One loss a pair, at the last token of its chosen segment (``Batch.of_units``): see ``preference_loss``.
 
-    An answer's log(policy / reference) is the sum over its tokens, or with ``ipo`` their mean, so that 1 / (2 beta)
-    is asked of long and short answers alike (TRL's convention; OpenRLHF's is the sum).
+    With ``auto`` an answer's log(policy / reference) is the sum over its tokens, or with ``ipo`` their mean, so that
+    1 / (2 beta) is asked of long and short answers alike (TRL's convention, from IPO's authors; OpenRLHF's is the sum).
 
     Metrics at the same tokens: ``accuracy`` (a tie counts as wrong), ``chosen_reward``, ``rejected_reward`` (beta
     log(policy / reference)) and ``reward_margin``, their difference; ``chosen_logp`` and ``rejected_logp``, sums over
     the answers' tokens; and where the forward gave it, ``entropy``, nats a token.
     """
-
     logp_T = filled(out.logp_T, "out.logp_T")
-    bounds = send(batch.bounds, logp_T.device)
-
-    def summed(x_T: Tensor) -> Tensor:
-        return segment_sum(torch.where(batch.trainable_T, x_T, 0.0), bounds)
-
-    logp_S, ratio_S = summed(logp_T), summed(logp_T - batch.logp_by("reference"))
-    length_S = summed(torch.ones_like(logp_T)).clamp(min=1)
-    if loss_type == "ipo":
+    logp_S, ratio_S = of_answers(batch, logp_T), of_answers(batch, logp_T - batch.logp_by("reference"))
+    length_S = of_answers(batch, torch.ones_like(logp_T)).clamp(min=1)
+    if answer_logp == "mean" or (answer_logp == "auto" and loss_type == "ipo"):
         ratio_S = ratio_S / length_S
     x_P = ratio_S[0::2] - ratio_S[1::2]
-    loss_P = preference_loss(x_P, beta, loss_type, label_smoothing)
+    loss_P = preference_loss(ratio_S[0::2], ratio_S[1::2], beta, loss_type, label_smoothing)
     metrics = {
         "accuracy": (x_P > 0).to(x_P.dtype),
         "reward_margin": beta * x_P,
@@ -109,8 +113,13 @@ def policy_pair_loss(
         metrics["sft_loss"] = -(logp_S / length_S)[0::2]
         loss_P = loss_P + sft_coef * metrics["sft_loss"]
     if out.entropy_T is not None:
-        entropy_S = summed(out.entropy_T) / length_S
+        entropy_S = of_answers(batch, out.entropy_T) / length_S
         metrics["entropy"] = (entropy_S[0::2] + entropy_S[1::2]) / 2
     return TokenLoss(
-        loss_T=batch.of_pairs(loss_P), metrics_T={name: batch.of_pairs(x.detach()) for name, x in metrics.items()}
+        loss_T=batch.of_units(loss_P), metrics_T={name: batch.of_units(x.detach()) for name, x in metrics.items()}
     )
+
+
+def of_answers(batch: Batch, x_T: Tensor) -> Tensor:
+    """[S]: the sum of a number over each segment's trainable tokens."""
+    return segment_sum(torch.where(batch.trainable_T, x_T, 0.0), send(batch.bounds, x_T.device))

@@ -10,7 +10,7 @@ from tandem.batch import Batch, Outputs, TokenLoss, filled
 from tandem.errors import expect
 from tandem.functional.preference import PreferenceLoss
 from tandem.methods.base import Estimate, Method, Samples
-from tandem.methods.dpo import PAIR_REFERENCE, policy_pair_loss
+from tandem.methods.dpo import PAIR_REFERENCE, AnswerLogp, policy_pair_loss
 from tandem.types import Group, PreferencePair, Sequence
 
 
@@ -36,7 +36,11 @@ class OnlineDPO(Method):
     beta: float = 0.1
     """How strongly the policy is held to the reference: an answer's implicit reward is beta log(policy / reference)."""
     loss_type: PreferenceLoss = "sigmoid"
-    """sigmoid: the log-likelihood of the preferences; ipo: the squared distance of the margin to 1 / (2 beta)."""
+    """sigmoid: the log-likelihood of the preferences; ipo: the squared distance of the margin to 1 / (2 beta); hinge:
+    what the margin lacks to 1 / beta (SLiC); apo_zero: chosen answers up and rejected ones down, each for itself."""
+    answer_logp: AnswerLogp = "auto"
+    """An answer's log(policy / reference) is the sum over its tokens, or their mean. auto: the mean with ipo, the sum
+    with the others."""
 
     def __post_init__(self) -> None:
         expect(self, "more than 0", lambda x: x > 0, "beta")
@@ -62,9 +66,11 @@ class OnlineDPO(Method):
 
     def loss(self, out: Outputs, batch: Batch) -> TokenLoss:
         """See ``policy_pair_loss``. Of pairs with equal rewards 0, and in ``accuracy`` wrong."""
-        token_loss = policy_pair_loss(out, batch, beta=self.beta, loss_type=self.loss_type)
+        token_loss = policy_pair_loss(
+            out, batch, beta=self.beta, loss_type=self.loss_type, answer_logp=self.answer_logp
+        )
         metrics_T = token_loss.metrics_T
-        differ_T = batch.of_pairs((filled(batch.margin_S, "margin_S")[0::2] > 0).to(token_loss.loss_T.dtype))
+        differ_T = batch.of_units((filled(batch.margin_S, "margin_S")[0::2] > 0).to(token_loss.loss_T.dtype))
         return TokenLoss(
             loss_T=token_loss.loss_T * differ_T,
             metrics_T=metrics_T | {"accuracy": metrics_T["accuracy"] * differ_T},

@@ -34,7 +34,7 @@ class RewardModeling(Method):
     """Weight of ``(chosen + rejected)^2``, which keeps scores around 0 (arXiv:2312.09244, eq. 2; 0.01 is usual)."""
 
     def loss(self, out: Outputs, batch: Batch) -> TokenLoss:
-        """One loss a pair, at the last token of its chosen segment (see ``stamp_pair_weights``), 0 elsewhere.
+        """One loss a pair, at the last token of its chosen segment (see ``stamp_unit_weights``), 0 elsewhere.
 
         Metrics at the same tokens: ``accuracy`` (a tie counts as wrong), ``score_gap``, ``chosen_score``,
         ``rejected_score``.
@@ -53,6 +53,6 @@ class RewardModeling(Method):
             "rejected_score": rejected_P,
         }
         return TokenLoss(
-            loss_T=batch.of_pairs(loss_P),
-            metrics_T={name: batch.of_pairs(x_P.detach()) for name, x_P in metrics.items()},
+            loss_T=batch.of_units(loss_P),
+            metrics_T={name: batch.of_units(x_P.detach()) for name, x_P in metrics.items()},
         )

@@ -20,6 +20,7 @@ ROWS = {
     "sft": Line("sft:SFT", "supervised fine-tuning on demonstrations"),
     "rm": Line("rm:RewardModeling", "a reward model from preference pairs"),
     "dpo": Line("dpo:DPO", "DPO: a policy from preference pairs, without a reward model"),
+    "kto": Line("kto:KTO", "KTO: a policy from answers that are labelled good or bad, without pairs"),
 }
 """Those that train on a dataset."""
 SAMPLES = {

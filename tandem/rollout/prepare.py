@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from tandem.batch import Batch, filled
-from tandem.data.packing import pack_examples, stamp
+from tandem.data.packing import pack, pack_examples, stamp
 from tandem.errors import UserError
 from tandem.methods.base import Estimate, Method
 from tandem.roles import Metrics, Seat, call_all
@@ -66,6 +66,8 @@ class Preparation:
     epochs: int = 1
     minibatches: int = 1
     max_new_tokens: int = 0
+    longest: int | None = None
+    """Most tokens of a sequence that the method makes of several rows (``Method.aside``). None: without a limit."""
     seed: int = 0
 
     def __call__(self, items: Seq[Any], state: dict[str, float], step: int) -> Prepared:
@@ -102,10 +104,19 @@ class Preparation:
         if own and not on_policy:
             asked.append("actor")
         seen = call_all({role: self.models[role] for role in asked}, "score", batch)
-        batch = replace(batch, on_policy=on_policy, seen=seen)
+        batch = replace(batch, on_policy=on_policy, seen=seen, aside=self._aside(items))
         metrics = sampler_gap(batch) if "actor" in seen else {}
         estimate = self.method.estimate(items, batch.to("cpu"), state)
         return examples, replace(estimate, metrics=metrics | estimate.metrics)
+
+    def _aside(self, items: Seq[Any]) -> Batch | None:
+        sequences = self.method.aside(items, self.longest)
+        if not sequences:
+            return None
+        batch = pack(sequences)
+        asked = ["actor", *(need.role for need in self.method.needs())]
+        seen = call_all({role: self.models[role] for role in asked}, "score", batch)
+        return replace(batch, seen=seen).to("cpu")
 
 
 def mean_advantages(batch: Batch) -> list[float]:

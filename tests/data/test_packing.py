@@ -7,7 +7,7 @@ import torch
 from helpers.models import micro_batches
 
 from tandem.batch import Outputs
-from tandem.data.packing import pack, pack_pairs, pack_rollouts, stamp_pair_weights, stamp_weights
+from tandem.data.packing import pack, pack_pairs, pack_rollouts, stamp_unit_weights, stamp_weights
 from tandem.types import PreferencePair, Rollout, Sequence
 
 SEQUENCES = [
@@ -84,7 +84,7 @@ def test_pairs_stay_together():
         )
         for i in range(3)
     ]
-    batch = stamp_pair_weights(pack_pairs(pairs))
+    batch = stamp_unit_weights(pack_pairs(pairs))
     assert (batch.segments, batch.units) == (6, 3)
     assert batch.weight_T.sum().item() == pytest.approx(1.0)
     assert batch.weight_T.nonzero().squeeze(-1).tolist() == batch.last_S[::2].tolist()

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from helpers.sampled_step import make_step
 from tandem.batch import Batch, Outputs
-from tandem.data.packing import pack_examples, stamp
+from tandem.data.packing import pack, pack_examples, stamp
 from tandem.methods.base import Estimate, Method, Samples
-from tandem.types import PreferencePair, Sequence
+from tandem.types import LabelledAnswer, PreferencePair, Sequence
 
 IDS = 4000
 """Token ids below this. Every token of a step has an id of its own, which stands for it however it is packed."""
@@ -23,7 +23,7 @@ Cut = Callable[[Batch], list[Batch]]
 
 
 def items_of(method: Method, seed: int = 0, **extra: int) -> list[Any]:
-    """Groups of judged samples, demonstrations or preference pairs, as the method reads them.
+    """Groups of judged samples, demonstrations, preference pairs or labelled answers, as the method reads them.
 
     One of the groups has equal rewards. ``extra`` is ``make_step``'s.
     """
@@ -38,6 +38,8 @@ def items_of(method: Method, seed: int = 0, **extra: int) -> list[Any]:
         own = [next(ids) for _ in range(prompt + answer)]
         return Sequence(token_ids=own, trainable=[False] * prompt + [True] * answer)
 
+    if method.reads.kind == "unpaired":
+        return [LabelledAnswer(answer=row(2, rng.randint(1, 9)), desirable=i % 3 != 1) for i in range(7)]
     if method.reads.kind == "demonstrations":
         return [row(rng.randint(1, 4), rng.randint(1, 9)) for _ in range(7)]
     return [
@@ -86,6 +88,9 @@ def estimated(method: Method, models: Models, items: Seq[Any]) -> Estimate:
     """The items that the method keeps, packed, seen, estimated, and with their weights stamped."""
     kept = [item for item in items if method.keep(item)]
     batch = doubled(pack_examples([example for item in kept for example in method.examples(item)]))
+    if sequences := method.aside(kept, None):
+        aside = doubled(pack(sequences))
+        batch = replace(batch, aside=replace(aside, seen=models.seen(aside)))
     estimate = method.estimate(kept, replace(batch, seen=models.seen(batch)), method.initial_state())
     return replace(estimate, batch=doubled(stamp(estimate.batch, method.aggregation, constant_length=16)))
 

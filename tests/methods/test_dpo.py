@@ -5,19 +5,21 @@ import json
 import math
 import random
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
 from helpers.models import make_module, make_tokenizer
+from preference_golden import DPO_CASES, GOLDEN, LENGTHS, problem
 from safetensors.torch import load_file
 
 from tandem.batch import Outputs
 from tandem.cli.main import main
-from tandem.data.packing import pack_pairs, stamp_pair_weights
+from tandem.data.packing import pack_pairs, stamp_unit_weights
 from tandem.data.rows import load_rows
 from tandem.data.tokenize import build_pairs
 from tandem.errors import UserError
-from tandem.functional.preference import preference_loss
+from tandem.functional.preference import PreferenceLoss, preference_loss
 from tandem.methods.dpo import DPO
 from tandem.models.loading import prepare_module
 from tandem.parallel.shares import shares
@@ -68,7 +70,7 @@ def test_a_plain_loop_gives_the_same(method):
         chosen, rejected = (Sequence(token_ids=[5] * len(m), trainable=list(map(bool, m))) for m in pair)
         pairs.append(PreferencePair(chosen=chosen, rejected=rejected))
     flat_T2 = torch.tensor([token for pair in answers for answer in pair for token in answer], dtype=torch.float64)
-    batch = seen(stamp_pair_weights(pack_pairs(pairs)), flat_T2[:, 1])
+    batch = seen(stamp_unit_weights(pack_pairs(pairs)), flat_T2[:, 1])
     token_loss = method.loss(Outputs(logp_T=flat_T2[:, 0] * batch.trainable_T), batch)
 
     kept = [
@@ -101,7 +103,7 @@ def optimum_of(method, reward_V, reference_V):
 
     batch = pack_pairs([PreferencePair(chosen=answer(i), rejected=answer(j)) for i, j in ordered])
     likely_P = torch.stack([(reward_V[i] - reward_V[j]).sigmoid() for i, j in ordered])
-    batch = replace(batch, weight_T=batch.of_pairs(likely_P))
+    batch = replace(batch, weight_T=batch.of_units(likely_P))
     nothing_V = torch.zeros(1, dtype=torch.float64)
     batch = seen(batch, torch.cat([reference_V, nothing_V])[batch.token_ids_T])
     theta_V = reference_V.clone().requires_grad_()
@@ -143,20 +145,43 @@ def test_smoothed_labels_end_where_labels_with_that_share_of_mistakes_do(method)
     torch.testing.assert_close(optimum_of(method, reward_V, reference_V), expected, rtol=0, atol=1e-7)
 
 
-@pytest.mark.parametrize("kind", ["sigmoid", "ipo"])
+@pytest.mark.parametrize("kind", get_args(PreferenceLoss))
 def test_far_away_and_gradcheck(kind):
-    x = torch.tensor([1.3, -0.2, 0.0], dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: preference_loss(x, 0.3, kind, 0.1), (x,))
-    assert torch.isfinite(preference_loss(torch.tensor([-1e6, 1e6]), 0.1, kind, 0.1)).all()
+    chosen = torch.tensor([1.3, -0.2, 0.0], dtype=torch.float64, requires_grad=True)
+    rejected = torch.tensor([0.4, 0.1, -9.0], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda c, r: preference_loss(c, r, 0.3, kind, 0.1), (chosen, rejected))
+    far = torch.tensor([-1e6, 1e6])
+    assert torch.isfinite(preference_loss(far, -far, 0.1, kind, 0.1)).all()
 
 
 def test_goldens_of_the_papers_formulas():
     # -log sigmoid(0.1 x) and (x - 5)^2 at beta 0.1: log 2, log(1 + e^-0.2), log(1 + e^0.3).
-    x = torch.tensor([0.0, 2.0, -3.0], dtype=torch.float64)
+    x, y = torch.tensor([[0.5, 1.0, -2.0], [0.5, -1.0, 1.0]], dtype=torch.float64)
     expected = [0.6931471805599453, 0.5981388693815919, 0.8543552444685272]
-    assert preference_loss(x, 0.1).tolist() == pytest.approx(expected, abs=1e-12)
-    assert preference_loss(x, 0.1, "ipo").tolist() == pytest.approx([25.0, 9.0, 64.0], abs=1e-12)
-    assert preference_loss(x[1:2], 0.1, label_smoothing=0.25).item() == pytest.approx(0.6481388693815919, abs=1e-12)
+    assert preference_loss(x, y, 0.1).tolist() == pytest.approx(expected, abs=1e-12)
+    assert preference_loss(x, y, 0.1, "ipo").tolist() == pytest.approx([25.0, 9.0, 64.0], abs=1e-12)
+    smoothed = preference_loss(x[1:2], y[1:2], 0.1, label_smoothing=0.25)
+    assert smoothed.item() == pytest.approx(0.6481388693815919, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", DPO_CASES)
+def test_loss_and_gradient_are_trls(name):
+    golden, given, knobs = json.loads(GOLDEN.read_text())[name], problem(), DPO_CASES[name]
+    kinds = {"loss_type": "sigmoid", "answer_logp": "mean"} if name == "sigmoid_norm" else {"loss_type": name}
+    method = DPO(beta=knobs["beta"], **kinds)
+
+    def flat(rows):
+        return torch.tensor([x for row in rows for x in (0.0, *row)], dtype=torch.float64)
+
+    answers = [Sequence(token_ids=[5] * (n + 1), trainable=[False] + [True] * n) for n in LENGTHS]
+    pairs = [PreferencePair(chosen=c, rejected=r) for c, r in zip(answers[::2], answers[1::2], strict=True)]
+    batch = seen(stamp_unit_weights(pack_pairs(pairs)), flat(given["reference"]))
+    logp = flat(given["logp"]).requires_grad_()
+    loss = (method.loss(Outputs(logp_T=logp), batch).loss_T * batch.weight_T).sum()
+    # Weights are float32.
+    assert loss.item() == pytest.approx(golden["loss"], abs=1e-7)
+    (gradient,) = torch.autograd.grad(loss, logp)
+    torch.testing.assert_close(gradient, flat(golden["gradient"]), rtol=0, atol=1e-6)
 
 
 def test_knobs_out_of_range_are_refused():
@@ -207,7 +232,7 @@ def test_a_shared_prompt_and_micro_batches_change_nothing(method, tmp_path):
         prepare_module(policy, tokenizer), method.loss, OptimParams(learning_rate=1.0, total_steps=1), token_budget=1
     )
     scorer = LocalScorer(prepare_module(reference, tokenizer), token_budget=70)
-    batch = stamp_pair_weights(pack_pairs(pairs))
+    batch = stamp_unit_weights(pack_pairs(pairs))
     batch = replace(batch, seen={"reference": scorer.score(batch)})
     assert batch.prefix_S.sum() > 100
     for variant in (batch, batch.unshared(), batch.select([2, 0, 3, 1])):

@@ -8,7 +8,7 @@ import torch
 from helpers.models import micro_batches
 
 from tandem.batch import Outputs
-from tandem.data.packing import pack_pairs, stamp_pair_weights
+from tandem.data.packing import pack_pairs, stamp_unit_weights
 from tandem.methods.rm import RewardModeling
 from tandem.types import PreferencePair, Sequence
 
@@ -39,7 +39,7 @@ def total(method, batch, scores=SCORES):
 
 
 def test_golden():
-    batch = stamp_pair_weights(pack_pairs(PAIRS))
+    batch = stamp_unit_weights(pack_pairs(PAIRS))
     token_loss = RewardModeling().loss(outputs(batch), batch)
     last = batch.last_S[0::2]
     assert token_loss.loss_T[last].tolist() == pytest.approx(LOSSES, abs=1e-7)
@@ -51,14 +51,14 @@ def test_golden():
 
 def test_centering_is_trls():
     # TRL adds center_rewards_coefficient * mean((chosen + rejected)^2).
-    batch = stamp_pair_weights(pack_pairs(PAIRS))
+    batch = stamp_unit_weights(pack_pairs(PAIRS))
     penalty = statistics.fmean((c + r) ** 2 for c, r in zip(CHOSEN, REJECTED, strict=True))
     got = total(RewardModeling(center_coef=0.01), batch).item()
     assert got == pytest.approx(statistics.fmean(LOSSES) + 0.01 * penalty, abs=1e-7)
 
 
 def test_metrics_sit_where_the_weights_are():
-    batch = stamp_pair_weights(pack_pairs(PAIRS))
+    batch = stamp_unit_weights(pack_pairs(PAIRS))
     metrics_T = RewardModeling().loss(outputs(batch), batch).metrics_T
     weighted = {name: value_T[batch.weight_T != 0].mean().item() for name, value_T in metrics_T.items()}
     # The third pair is a tie: wrong.
@@ -73,7 +73,7 @@ def test_metrics_sit_where_the_weights_are():
 
 
 def test_a_tie_costs_log_two():
-    batch = stamp_pair_weights(pack_pairs([PreferencePair(chosen=sequence(0, 2), rejected=sequence(5, 2))]))
+    batch = stamp_unit_weights(pack_pairs([PreferencePair(chosen=sequence(0, 2), rejected=sequence(5, 2))]))
     assert total(RewardModeling(), batch, torch.ones(40, dtype=torch.float64)).item() == pytest.approx(math.log(2))
 
 
@@ -81,7 +81,7 @@ def test_a_tie_costs_log_two():
     "change", [lambda b: micro_batches(b, 1), lambda b: micro_batches(b, 9), lambda b: [b.select([2, 0, 1])]]
 )
 def test_packing_and_micro_batches_do_not_matter(change):
-    batch = stamp_pair_weights(pack_pairs(PAIRS))
+    batch = stamp_unit_weights(pack_pairs(PAIRS))
     method = RewardModeling(center_coef=0.01)
     gradients, losses = [], []
     for parts in ([batch], list(change(batch))):
@@ -94,7 +94,7 @@ def test_packing_and_micro_batches_do_not_matter(change):
 
 
 def test_gradcheck():
-    batch = stamp_pair_weights(pack_pairs(PAIRS))
+    batch = stamp_unit_weights(pack_pairs(PAIRS))
     scalar_T = outputs(batch).scalar_T.requires_grad_()
     method = RewardModeling(center_coef=0.01)
     assert torch.autograd.gradcheck(lambda x: method.loss(Outputs(scalar_T=x), batch).loss_T, (scalar_T,))

@@ -64,9 +64,9 @@ def test_each_method_of_the_readme_runs_after_the_one_before(recipes):
 
 def test_files_say_what_readme_says_of_them():
     rows = {name: [json.loads(line) for line in (ROOT / "recipes" / f"{name}.jsonl").open()]
-            for name in ("demos", "pairs", "prompts", "heldout")}  # fmt: skip
+            for name in ("demos", "pairs", "labelled", "prompts", "heldout")}  # fmt: skip
     assert {name: len(lines) for name, lines in rows.items()} == {
-        "demos": 256, "pairs": 256, "prompts": 256, "heldout": 64,
+        "demos": 256, "pairs": 256, "labelled": 256, "prompts": 256, "heldout": 64,
     }  # fmt: skip
     prompts = [row["prompt"] for lines in rows.values() for row in lines]
     assert len(set(prompts)) == len(prompts)
