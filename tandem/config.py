@@ -242,6 +242,7 @@ def _no_effect(key: Key, config: Any) -> str:
 def _convert_given(given: Given, key: Key) -> Any:
     value = given.value
     if key.metadata.get("path"):
+        value = None if get_origin(key.annotation) is tuple and value in _NOTHING else value
         value = [expanduser(text) for text in value] if isinstance(value, list) else value and expanduser(value)
     try:
         converted = _convert(value, key.annotation)

@@ -12,6 +12,7 @@ import tyro
 import yaml
 
 from tandem.assembly.configs import config_class
+from tandem.assembly.evaluation import SampledEvaluationSection
 from tandem.assembly.sections import (
     DataSection,
     EngineSection,
@@ -54,6 +55,7 @@ class ExampleConfig:
     optim: HotOptim
     sampling: SamplingSection
     reward: RewardSection
+    evaluation: SampledEvaluationSection = field(default_factory=SampledEvaluationSection)
     engine: EngineSection = field(default_factory=EngineSection, metadata=PREFIXED)
     method: PPO = field(default_factory=lambda: PPO(gamma=0.9))
 
@@ -276,6 +278,9 @@ def test_a_word_without_a_flag():
         ["--save-every", "10h"],
         ["--token-budget", "0"],
         ["--eval-every", "-1"],
+        ["--eval-samples", "0"],
+        ["--eval-temperature", "-1"],
+        ["--eval-data="],
         ["--max-length", "0"],
         ["--learning-rate", "0"],
         ["--max-grad-norm", "-1"],

@@ -11,6 +11,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, cast
 
+from tandem.assembly.evaluation import EvaluationSection, SampledEvaluationSection
 from tandem.assembly.needed import ModelsSection, Placement, SamplingPlacement, models_class, placement_class
 from tandem.assembly.sections import (
     ClusterSection,
@@ -43,6 +44,7 @@ class RunConfig:
     method: Method
     models: ModelsSection
     placement: Placement
+    evaluation: EvaluationSection = field(default_factory=EvaluationSection)
     cluster: ClusterSection = field(default_factory=ClusterSection, metadata=PREFIXED)
 
     @property
@@ -71,7 +73,7 @@ class RunConfig:
         needed = self.method.needs()
         parts = {need.role for need in needed} | {"frozen model" for need in needed if not need.trained}
         parts |= set() if self.method.pairwise else {"losses of tokens"}
-        return parts | data_parts(self.data) | worker_parts(self.placement)
+        return parts | data_parts(self.data, self.evaluation) | worker_parts(self.placement)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +110,7 @@ class SamplesConfig(RunConfig):
     sampling: SamplingSection
     reward: RewardSection
     step: StepSection = field(default_factory=StepSection)
+    evaluation: SampledEvaluationSection = field(default_factory=SampledEvaluationSection)
     engine: EngineSection = field(default_factory=EngineSection, metadata=PREFIXED)
 
     def __post_init__(self) -> None:
@@ -131,7 +134,8 @@ class SamplesConfig(RunConfig):
             "reward": bool(self.reward.judges),
             "frozen model": self.reward.reward_model is not None,
             "reward model": self.reward.reward_model is not None,
-            "reward function": bool(self.reward.reward or self.step.eval_reward),
+            "reward function": bool(self.reward.reward or self.evaluation.eval_reward),
+            "judge of held-out samples": bool(self.reward.judges or self.evaluation.eval_reward),
         }
         present = {part for part, there in judges.items() if there}
         return super().parts | {"samples"} | present | worker_parts(self.placement, self.engine)
@@ -189,8 +193,8 @@ def worker_parts(placement: Placement, engine: EngineSection | None = None) -> s
     return {part for part, present in parts.items() if present}
 
 
-def data_parts(data: DataSection) -> set[str]:
+def data_parts(data: DataSection, evaluation: EvaluationSection) -> set[str]:
     """Which datasets may have splits: a file has none, nor have several that a pattern names."""
-    sources = {"dataset with splits": data.data, "held-out dataset with splits": data.eval_data}
+    sources = {"dataset with splits": [data.data], "held-out dataset with splits": [*evaluation.sets.values()]}
     files = re.compile(r"\.(jsonl|json|parquet)$|[*?\[]")
-    return {part for part, source in sources.items() if source is not None and not files.search(source)}
+    return {part for part, given in sources.items() if not all(map(files.search, given))}

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from tandem.assembly.configs import RowsConfig, RunConfig, SamplesConfig
+from tandem.assembly.evaluation import EvaluationSection
 from tandem.assembly.inputs import digest_inputs
 from tandem.assembly.models import heads, require_engine
 from tandem.assembly.placing import Homes
@@ -25,15 +26,14 @@ from tandem.rewards.function import FunctionReward
 from tandem.rewards.model import RewardModel, require_same_tokenizer, same_tokenizer
 from tandem.rewards.process import RewardProcess
 from tandem.roles import Metrics, Reward, Seat, Source
-from tandem.rollout.measure import held_out_metrics
+from tandem.rollout.evaluate import Evaluation, HeldOut, HeldOutRows, HeldOutSamples
 from tandem.rollout.prepare import Preparation
 from tandem.rollout.rows import Tokenized
-from tandem.rollout.sampling import Judge, Sampling, sample_groups
+from tandem.rollout.sampling import Judge, Sampling
 from tandem.runs.identity import Inputs
 from tandem.runs.progress import Progress, say
-from tandem.schedules.session import Evaluation
-from tandem.seeds import derive_seed
-from tandem.types import Group, Limits, Prompt
+from tandem.schedules.session import Evaluate
+from tandem.types import Limits, Prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class Fed:
     source: Source[Any]
     prepare: Preparation
     push_weights: Callable[[int], Metrics] | None
-    evaluate: Callable[[int, Progress], Evaluation]
+    evaluate: Evaluate
 
 
 class Feed(Protocol):
@@ -76,22 +76,22 @@ class RowsFeed:
 
     def __init__(self, config: RowsConfig) -> None:
         self.config = config
-        rows, eval_rows = load_data(config.data)
+        rows, held_out = load_data(config.data), load_held_out(config.evaluation)
         self.tokenizer = load_tokenizers(config)
         limits = limits_of_models(config, self.tokenizer)
         self.longest = Room(config.data.max_length, limits).limit
         self.examples, self.counts = self._tokenize(rows, limits)
-        self.held = self._tokenize(eval_rows, limits)[0] if eval_rows is not None else []
+        self.held_out = {name: self._tokenize(one, limits)[0] for name, one in held_out.items()}
         self.size = len(self.examples)
         self.steps = config.steps_over(self.size)
-        self.inputs = digest_inputs({"data": rows, "eval_data": eval_rows}, models=config.sources)
+        self.inputs = digest_inputs(by_key(rows, held_out), models=config.sources)
 
     def uses(self, homes: Homes) -> dict[str, str]:
         config = self.config
         epochs = self.steps * config.rows.batch_size / self.size
         return {
             "data": f"{describe_counts(self.counts)}, gone through {epochs:.2f} times in {self.steps} steps",
-            "held out": f"{len(self.held)} rows" if self.held else "none",
+            "held out": describe_sets(self.held_out, "rows"),
         }
 
     def check(self) -> None:
@@ -100,24 +100,17 @@ class RowsFeed:
         method = self.config.method
         for note in method.notes(self.examples):
             say(f"data: {note}")
-        if self.held:
-            method.aside(self.held, self.longest)
+        for rows in self.held_out.values():
+            method.aside(rows, self.longest)
 
     def start(self, models: Mapping[str, Seat], homes: Homes) -> Fed:
         prepare = Preparation(method=self.config.method, models=models, longest=self.longest, seed=self.config.run.seed)
-        evaluate = partial(self._evaluate, models["actor"], prepare)
+        measure = HeldOutRows(sets=self.held_out, actor=models["actor"], prepare=prepare)
+        evaluate = when_due(self.config.evaluation, measure, last=self.steps)
         return Fed(source=Tokenized(self.examples), prepare=prepare, push_weights=None, evaluate=evaluate)
 
     def close(self) -> None:
         return None
-
-    def _evaluate(self, actor: Seat, prepare: Preparation, step: int, progress: Progress) -> Evaluation:
-        if not self.held or not evaluation_due(self.config.data, step, last=self.steps):
-            return {}, []
-        with progress.phase("evaluating"):
-            (batch,) = prepare(self.held, {}, step)
-            metrics = actor.call("evaluate", batch)
-        return {f"eval/{name}": value for name, value in metrics.items()}, []
 
     def _tokenize(self, rows: Dataset, limits: Seq[Limits]) -> tuple[list[Any], Counts]:
         data = self.config.data
@@ -137,26 +130,26 @@ class SamplesFeed:
     def __init__(self, config: SamplesConfig) -> None:
         self.config = config
         # Begun first, so that it imports the functions while the data is read.
-        names = [*config.reward.reward, *config.step.eval_reward]
+        names = [*config.reward.reward, *config.evaluation.eval_reward]
         self.judging = RewardProcess(names, deadline_s=config.reward.reward_deadline) if names else None
-        rows, eval_rows = load_data(config.data)
+        rows, held_out = load_data(config.data), load_held_out(config.evaluation)
         self.tokenizer = load_tokenizers(config)
         self.limits = limits_of_models(config, self.tokenizer)
         require_readers(self.limits, len(self.tokenizer))
         self.prompts, self.counts = self._tokenize(rows)
-        self.eval_prompts = self._tokenize(eval_rows)[0] if eval_rows is not None else []
+        self.held_out = {name: self._tokenize(one)[0] for name, one in held_out.items()}
         self.size = len(self.prompts)
         self.steps = config.steps_over(self.size)
         functions = self.judging.rewards() if self.judging else []
-        self.inputs = digest_inputs({"data": rows, "eval_data": eval_rows}, functions, config.sources)
+        self.inputs = digest_inputs(by_key(rows, held_out), functions, config.sources)
         trained_on = len(config.reward.reward)
         self.functions, self.eval_rewards = functions[:trained_on], functions[trained_on:]
 
     def check(self) -> None:
         """Raises UserError where a reward wants a column that no row has."""
-        data = self.config.data
-        require_columns(self.functions, self.prompts, data.data)
-        require_columns(self.eval_rewards or self.functions, self.eval_prompts, data.eval_data)
+        require_columns(self.functions, self.prompts, self.config.data.data)
+        for name, source in self.config.evaluation.sets.items():
+            require_columns(self.eval_rewards or self.functions, self.held_out[name], source)
 
     def uses(self, homes: Homes) -> dict[str, str]:
         config = self.config
@@ -170,7 +163,7 @@ class SamplesFeed:
             "prompts": f"{describe_counts(self.counts)}, gone through {epochs:.2f} times in {self.steps} steps",
             "a step": f"{samples} samples of at most {sampling.max_new_tokens} tokens, "
             f"{step.sample_epochs * step.minibatches} optimizer steps",
-            "held out": f"{len(self.eval_prompts)} prompts" if self.eval_prompts else "none",
+            "held out": describe_sets(self.held_out, "prompts"),
         }
 
     def start(self, models: Mapping[str, Seat], homes: Homes) -> Fed:
@@ -195,29 +188,27 @@ class SamplesFeed:
             max_new_tokens=config.sampling.max_new_tokens,
             seed=config.run.seed,
         )
-        evaluate = partial(self._evaluate, source, prepare)
+        evaluate = when_due(config.evaluation, self._measure(source, prepare), last=self.steps)
         return Fed(source=source, prepare=prepare, push_weights=engine.push, evaluate=evaluate)
 
     def close(self) -> None:
         if self.judging is not None:
             self.judging.close()
 
-    def _evaluate(self, source: Sampling, prepare: Preparation, step: int, progress: Progress) -> Evaluation:
-        """Samples of the held-out prompts, one each: judged, or measured by the method where nothing judges."""
-        if not self.eval_prompts or not evaluation_due(self.config.data, step, last=self.steps):
-            return {}, []
-        seed = self.config.run.seed
-        with progress.phase("evaluating", of=len(self.eval_prompts), done=lambda: source.engine.ended):
-            groups: list[Group] = sample_groups(
-                source.engine, self.eval_prompts, source.params, samples_per_prompt=1, seed=seed, step=0
-            )
-            judge = unweighted(self.eval_rewards) if self.eval_rewards else source.judge
-            judge(groups, derive_seed(seed, "judge", 0))
-        metrics = held_out_metrics(groups, judged=bool(judge.rewards))
-        if not judge.rewards:
-            _, estimate = prepare.estimated(groups, self.config.method.initial_state())
-            metrics |= {f"eval/{name}": value for name, value in estimate.metrics.items()}
-        return metrics, groups
+    def _measure(self, source: Sampling, prepare: Preparation) -> HeldOutSamples:
+        section, params = self.config.evaluation, source.params
+        if section.eval_temperature is not None:
+            params = replace(params, temperature=section.eval_temperature)
+        return HeldOutSamples(
+            sets=self.held_out,
+            engine=source.engine,
+            params=params,
+            samples_per_prompt=section.eval_samples,
+            judge=unweighted(self.eval_rewards) if self.eval_rewards else source.judge,
+            success=section.eval_success,
+            prepare=prepare,
+            seed=self.config.run.seed,
+        )
 
     def _judge(self, models: Mapping[str, Seat]) -> Judge:
         section = self.config.reward
@@ -320,16 +311,29 @@ def unweighted(rewards: Seq[Reward]) -> Judge:
     return Judge(rewards=tuple(rewards), weights=(1.0,) * len(rewards))
 
 
-def evaluation_due(section: DataSection, step: int, *, last: int) -> bool:
-    """Before the first step, every ``eval_every`` steps and after the last."""
-    every = section.eval_every
-    return step in (0, last) or (every > 0 and step % every == 0)
+def when_due(section: EvaluationSection, measure: HeldOut, *, last: int) -> Evaluate:
+    """Measures before the first step, every ``eval_every`` steps and after the last, where anything is held out."""
+
+    def evaluate(step: int, progress: Progress) -> Evaluation:
+        due = step in (0, last) or (section.eval_every > 0 and step % section.eval_every == 0)
+        return measure(step, progress.phase) if section.sets and due else Evaluation()
+
+    return evaluate
 
 
-def load_data(section: DataSection) -> tuple[Dataset, Dataset | None]:
-    """The rows of ``data`` and of ``eval_data``. Read before any model, since a mistake in them shows soonest."""
-    rows = load_rows(section.data, split=section.split)
-    return rows, load_rows(section.eval_data, split=section.eval_split) if section.eval_data else None
+def load_data(section: DataSection) -> Dataset:
+    """The rows that are trained on. Read before any model, since a mistake in them shows soonest."""
+    return load_rows(section.data, split=section.split)
+
+
+def load_held_out(section: EvaluationSection) -> dict[str, Dataset]:
+    """The rows of each held-out set, by its name."""
+    return {name: load_rows(source, split=section.eval_split) for name, source in section.sets.items()}
+
+
+def by_key(rows: Dataset, held_out: Mapping[str, Dataset]) -> dict[str, Dataset]:
+    """All that a run reads, each under the key that names it, and its own name where it has one."""
+    return {"data": rows} | {f"eval_data {name}".rstrip(): one for name, one in held_out.items()}
 
 
 @contextmanager
@@ -348,6 +352,12 @@ def tokenizing(rows: Dataset) -> Iterator[Callable[[int, int], None]]:
                 bar.update(done)
 
         yield on_progress
+
+
+def describe_sets(sets: Mapping[str, Seq[Any]], what: str) -> str:
+    """How much is held out: ``20 rows``, or of sets with names ``math 20, code 30 prompts``."""
+    sizes = [f"{name} {len(items)}".lstrip() for name, items in sets.items()]
+    return f"{', '.join(sizes)} {what}" if sizes else "none"
 
 
 def describe_counts(counts: Mapping[str, int]) -> str:

@@ -126,22 +126,11 @@ class DatasetSection:
 
 @dataclass(frozen=True, kw_only=True)
 class DataSection(DatasetSection):
-    """The dataset and what is held out of it."""
+    """The dataset that is trained on."""
 
-    eval_data: str | None = field(default=None, metadata=PATH)
-    """Held-out rows, named like --data. None: no evaluation."""
-    eval_split: str = field(default="test", metadata=needs(("eval_data",), ("part", "held-out dataset with splits")))
-    """Split of --eval-data, for a dataset that has splits."""
-    eval_every: int = field(default=50, metadata=needs(("eval_data",)))
-    """Steps between evaluations; the last step is evaluated too. 0: only the last."""
     train_on: Literal["completion", "all"] = field(default="completion", metadata=needs(("part", "demonstrations")))
     """What of a demonstration is learned: the completion or the assistant's turns only, or every token. Rows with only
     'text' are learned whole."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        expect(self, "a file or the name of a dataset", bool, "eval_data")
-        expect(self, "0 or more", _at_least(0), "eval_every")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,7 +255,7 @@ class RewardSection:
 
 @dataclass(frozen=True, kw_only=True)
 class StepSection:
-    """How a step's samples are trained on, and judged when held out."""
+    """How a step's samples are trained on."""
 
     sample_epochs: int = 1
     """Times that a step's samples are gone through."""
@@ -274,8 +263,6 @@ class StepSection:
     """Optimizer steps in each of them."""
     old_logp: Literal["sampler", "trainer"] = field(default="sampler", metadata=needs(("part", "losses of tokens")))
     """What ratios are taken against: the sampler's log-probs, or the trainer's own from a forward more."""
-    eval_reward: tuple[str, ...] = field(default=(), metadata=PATH | needs(("eval_data",)))
-    """FILE.py:function that judges samples of --eval-data and is never trained on. Empty: the training rewards."""
 
     def __post_init__(self) -> None:
         expect(self, "1 or more", _at_least(1), "sample_epochs", "minibatches")

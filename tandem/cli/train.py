@@ -12,7 +12,7 @@ from tandem.assembly.run import run as train
 from tandem.errors import UserError
 from tandem.models.limits import read_limits
 from tandem.runs.lines import read_metrics
-from tandem.runs.progress import format_number
+from tandem.runs.progress import format_number, held_out_names
 from tandem.runs.table import print_table
 
 
@@ -50,7 +50,8 @@ def tell_end(out: Path, leads: Seq[str], *commands: str) -> None:
     """How far a finished run has come, where its model is, and commands that could follow."""
     rows = []
     records = read_metrics(out / "metrics.jsonl")
-    for name in (shown for lead in leads for shown in (lead, f"eval/{lead}")):
+    known = dict.fromkeys(name for record in records for name in record)
+    for name in (shown for lead in leads for shown in (lead, *held_out_names(lead, known))):
         values = [record[name] for record in records if name in record]
         if values:
             rows.append((name, format_number(values[0]), format_number(values[-1])))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Seq
 
 import torch
@@ -9,14 +10,64 @@ import torch
 from tandem.roles import Metrics
 from tandem.types import Group
 
-HELD_OUT = ("reward", "response_length", "eos_share")
-"""Of held-out samples 3 kinds of metrics are reported: those whose names begin with one of these words."""
+HELD_OUT = ("reward", "response_length", "eos_share", "left_out")
+"""Of held-out samples 4 kinds of metrics are reported: those whose names begin with one of these words."""
 
 
-def held_out_metrics(groups: Seq[Group], *, judged: bool = True) -> Metrics:
-    """Reward, lengths and how they ended, of samples that are not trained on: names begin with ``eval/``."""
-    found = rollout_metrics(groups, judged=judged)
-    return {f"eval/{name}": v for name, v in found.items() if name.startswith(HELD_OUT)}
+def held_out_metrics(groups: Seq[Group], *, judged: bool = True, success: float | None = None) -> Metrics:
+    """Of samples that are not trained on: ``rollout_metrics`` of ``HELD_OUT``, and with a ``success`` ``pass_at``.
+
+    ``reward`` is the mean over all samples (mean@n). Beside it and beside each ``pass@k`` stands its standard error, as
+    NAME_se, where there are two prompts or more.
+    """
+    found = {name: v for name, v in rollout_metrics(groups, judged=judged).items() if name.startswith(HELD_OUT)}
+    rewards = [group.rewards for group in groups if group.rewards]
+    if judged and len(rewards) > 1:
+        found["reward_se"] = clustered_error(rewards)
+    samples = max(len(group.rollouts) for group in groups)
+    return found | (pass_at(rewards, success, samples) if success is not None else {})
+
+
+def clustered_error(values: Seq[Seq[float]]) -> float:
+    """The standard error of the mean over all values, of which those of a cluster (a prompt's) depend on each other.
+
+    Liang and Zeger's, as in arXiv:2411.00640, eq. 4, times C / (C - 1) under the root for C clusters: with as many
+    values in each, the deviation of the clusters' means over sqrt(C). Two clusters or more.
+    """
+    count, clusters = sum(map(len, values)), len(values)
+    mean = math.fsum(value for cluster in values for value in cluster) / count
+    squares = math.fsum(math.fsum(value - mean for value in cluster) ** 2 for cluster in values)
+    return math.sqrt(squares * clusters / (clusters - 1)) / count
+
+
+def pass_at(rewards: Seq[Seq[float]], success: float, samples: int) -> Metrics:
+    """``pass@k``: the chance that one of k samples of a prompt is right, that is has a reward of ``success`` or more.
+
+    For each of ``ks(samples)`` the mean over the prompts with k judged samples or more of the unbiased
+    1 - C(n - right, k) / C(n, k) (arXiv:2107.03374, eq. 1), and its standard error over prompts.
+    """
+    found: Metrics = {}
+    for k in ks(samples):
+        each = [
+            pass_at_k(sum(reward >= success for reward in of_prompt), len(of_prompt), k)
+            for of_prompt in rewards
+            if len(of_prompt) >= k
+        ]
+        if each:
+            found[f"pass@{k}"] = math.fsum(each) / len(each)
+        if len(each) > 1:
+            found[f"pass@{k}_se"] = clustered_error([[one] for one in each])
+    return found
+
+
+def ks(samples: int) -> list[int]:
+    """1, 2, 4, ... and ``samples`` itself."""
+    return sorted({2**power for power in range(samples.bit_length())} | {samples})
+
+
+def pass_at_k(right: int, samples: int, k: int) -> float:
+    """The share of all choices of ``k`` of a prompt's ``samples`` in which one of those that are ``right`` is."""
+    return 1 - math.comb(samples - right, k) / math.comb(samples, k)
 
 
 def rollout_metrics(groups: Seq[Group], *, judged: bool = True) -> Metrics:

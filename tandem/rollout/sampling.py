@@ -26,12 +26,19 @@ def sample_groups(
     step: int,
 ) -> list[Group]:
     """Samples every prompt ``samples_per_prompt`` times, as the prompts of a step in this order."""
+    requests = requests_of(prompts, sampling, samples_per_prompt=samples_per_prompt, seed=seed, step=step)
+    return groups_of(prompts, engine.generate(requests))
+
+
+def requests_of(
+    prompts: Seq[Prompt], sampling: SamplingParams, *, samples_per_prompt: int, seed: int, step: int
+) -> list[Request]:
+    """What an engine is asked for prompts as those of a step in this order."""
     tickets = [Ticket(number=place, row=place, step=step, place=place) for place in range(len(prompts))]
-    requests = [
+    return [
         request(prompt, ticket, sampling, samples_per_prompt=samples_per_prompt, seed=seed)
         for prompt, ticket in zip(prompts, tickets, strict=True)
     ]
-    return groups_of(prompts, engine.generate(requests))
 
 
 def request(prompt: Prompt, ticket: Ticket, sampling: SamplingParams, *, samples_per_prompt: int, seed: int) -> Request:

@@ -134,13 +134,16 @@ class RunFolder:
         """Adds a line to ``metrics.jsonl``."""
         append_line(self.metrics, {"step": step, **metrics})
 
-    def log_rollouts(self, step: int, groups: Seq[Group], limit: int, *, held_out: bool = False) -> None:
+    def log_rollouts(
+        self, step: int, groups: Seq[Group], limit: int, *, held_out: bool = False, eval_set: str = ""
+    ) -> None:
         """A line in ``rollouts.jsonl`` for each of the first groups, until they hold ``limit`` samples or more."""
+        about = {"step": step, "held_out": held_out} | ({"eval_set": eval_set} if eval_set else {})
         written = 0
         for group in groups:
             if written >= limit:
                 break
-            append_line(self.rollouts, {"step": step, "held_out": held_out, **_describe(group)})
+            append_line(self.rollouts, about | _describe(group))
             written += len(group.rollouts)
 
     def event(self, kind: str, **fields: Any) -> None:

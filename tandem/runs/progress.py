@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from types import TracebackType
@@ -97,10 +98,10 @@ class Progress:
             self._print_line()
 
     @contextmanager
-    def phase(self, name: str, *, of: int = 0, done: Callable[[], int] | None = None) -> Iterator[None]:
+    def phase(self, phase: str, *, of: int = 0, done: Callable[[], int] | None = None) -> Iterator[None]:
         """What the step in progress does in the body. ``done()`` says how many of ``of`` things are, at any time."""
         self._phase_started, self._phase_of, self._phase_done = self._clock(), of, done
-        self._phase = name
+        self._phase = phase
         try:
             yield
         finally:
@@ -129,7 +130,7 @@ class Progress:
         self._printed = self._clock()
 
     def _shown_metrics(self) -> list[tuple[str, str]]:
-        names = [name for lead in self.leads for name in (lead, f"eval/{lead}")]
+        names = [name for lead in self.leads for name in (lead, *held_out_names(lead, self._metrics))]
         return [(name, format_number(self._metrics[name])) for name in names if name in self._metrics]
 
     def _times(self) -> str:
@@ -174,6 +175,17 @@ class Progress:
 def say(text: str) -> None:
     """A line for what goes on before there is a display: loading, tokenizing, starting processes."""
     print(text, flush=True)
+
+
+def held_out_names(metric: str, names: Iterable[str]) -> list[str]:
+    """Those of ``names`` that are a metric of held-out data: ``eval/METRIC``, or ``eval/SET/METRIC`` of each set."""
+    given = list(names)
+    alone = f"eval/{metric}"
+    return (
+        [alone]
+        if alone in given
+        else [name for name in given if re.fullmatch(rf"eval/[^/]+/{re.escape(metric)}", name)]
+    )
 
 
 def format_number(value: float) -> str:

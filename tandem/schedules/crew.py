@@ -10,8 +10,7 @@ from tandem.batch import Batch
 from tandem.methods.base import Method
 from tandem.roles import Clock, Home, Metrics, Seat, Source, call_all
 from tandem.rollout.prepare import Preparation, Prepared
-from tandem.runs.progress import Progress
-from tandem.schedules.session import Evaluation
+from tandem.schedules.session import Evaluate
 from tandem.types import Ticket
 
 OF_TRAINER = ("loss", "grad_norm", "learning_rate")
@@ -31,8 +30,7 @@ class Crew:
     """What is trained, by role: the ``actor`` first."""
     push_weights: Callable[[int], Metrics] | None
     """Gives the sampler the policy's weights, as of so many optimizer steps. None: nothing is sampled."""
-    evaluate: Callable[[int, Progress], Evaluation]
-    """Measures the held-out data after a step at which that is due; else nothing."""
+    evaluate: Evaluate
 
     def publish(self, clock: Clock) -> Metrics:
         """Gives the sampler the policy's weights as they are now."""

@@ -14,13 +14,14 @@ from tandem.checkpoint.saver import SaveEvery
 from tandem.checkpoint.store import CheckpointStore
 from tandem.errors import NonFiniteError, RunFailure, UserError
 from tandem.roles import Metrics, Seat
+from tandem.rollout.evaluate import Evaluation
 from tandem.runs.folder import RunFolder
 from tandem.runs.progress import Progress
 from tandem.signals import held
 from tandem.types import Group
 
-Evaluation = tuple[Metrics, Seq[Group]]
-"""Metrics of held-out data, whose names begin with ``eval/``, and the judged samples that they are of."""
+Evaluate = Callable[[int, Progress], Evaluation]
+"""Measures the held-out data after a step at which that is due; else nothing."""
 
 
 class StepClock:
@@ -123,14 +124,15 @@ class Session:
         self._at(self.step + 1, state, metrics)
         self.run.log_rollouts(self.step, groups, self.rollouts_logged)
 
-    def record(self, evaluate: Callable[[int, Progress], Evaluation]) -> None:
+    def record(self, evaluate: Evaluate) -> None:
         """Evaluates the step reached, unless that has been done: one line in ``metrics.jsonl``, and the display."""
         if self.pending is None:
             return
-        evaluated, held_out = evaluate(self.step, self.progress)
-        if metrics := self.pending | evaluated:
+        found = evaluate(self.step, self.progress)
+        if metrics := self.pending | found.metrics:
             self.run.log_metrics(self.step, metrics)
-            self.run.log_rollouts(self.step, held_out, self.rollouts_logged, held_out=True)
+            for name, groups in found.groups.items():
+                self.run.log_rollouts(self.step, groups, self.rollouts_logged, held_out=True, eval_set=name)
             self.progress.update(self.step, metrics)
         self.pending = None
 

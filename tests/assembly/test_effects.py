@@ -58,6 +58,17 @@ def words(config: type, flags: list[str]) -> list[str]:
         (OPDConfig, ["--missing-eos", "subtract"], "--missing-eos: has no effect, since this run has no reward"),
         (OPDConfig, ["--placement.reward", "1"], "--placement.reward: has no effect, since this run has no reward m"),
         (PPOConfig, ["--eval-reward", "r.py:f"], "--eval-reward: has no effect without --eval-data"),
+        (GRPOConfig, ["--eval-samples", "2"], "--eval-samples: has no effect without --eval-data"),
+        (
+            OPDConfig,
+            ["--eval-data", "e", "--eval-success", "1"],
+            "--eval-success: has no effect, since this run has no judge",
+        ),
+        (
+            OPDConfig,
+            ["--eval-data", "e", "--eval-temperature", "1"],
+            "--eval-temperature: has no effect, since this run has no judge",
+        ),
         (GRPOConfig, ["--placement.reference", "1"], "--placement.reference: has no effect, since this run has no ref"),
         (GRPOConfig, ["--normalize", "none", "--epsilon", "1"], "--epsilon: has no effect without --normalize"),
         (GRPOConfig, ["--engine.transport", "gloo"], "--engine.transport: has no effect, since this run has no eng"),
@@ -91,6 +102,12 @@ def test_a_key_that_has_no_effect_is_refused(config, flags, message):
     ("config", "flags"),
     [
         (SFTConfig, ["--eval-data", "e", "--eval-every", "5", "--eval-split", "a"]),
+        (SFTConfig, ["--eval-data", "e.json", "h=hub/e", "--eval-split", "a"]),
+        (
+            GRPOConfig,
+            ["--eval-data", "e", "--eval-samples", "4", "--eval-temperature", "0.5", "--eval-success", "1"],
+        ),
+        (OPDConfig, ["--eval-data", "e", "--eval-reward", "r.py:f", "--eval-success", "1"]),
         (RMConfig, ["--data", "hub/name", "--split", "b"]),
         (SFTConfig, ["--placement.actor", "2", "--keep-gathered", "--cluster.deadline", "9"]),
         (PPOConfig, ["--kl-target", "3", "--kl-horizon", "9", "--kl-coef", "1", "--reference", "r"]),
@@ -126,6 +143,7 @@ def test_every_condition_names_a_key_or_a_part():
         "samples", "critic", "reference", "teacher", "reward model", "reward function", "workers",
         "dataset with splits", "held-out dataset with splits", "trainer split over several workers",
         "engine with weights of its own", "demonstrations", "losses of tokens", "frozen model", "reward",
+        "judge of held-out samples",
     }  # fmt: skip
     everywhere = {name for config in CONFIGS for name in _keys_of(config)}
     for config in CONFIGS:

@@ -1,0 +1,114 @@
+"""Held-out data measured after a step: rows by the method's own loss, prompts by samples that are judged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from tandem.errors import RunFailure
+from tandem.roles import Clock, Engine, Metrics, Seat
+from tandem.rollout.measure import held_out_metrics
+from tandem.rollout.prepare import Preparation
+from tandem.rollout.sampling import Judge, groups_of, requests_of
+from tandem.seeds import derive_seed
+from tandem.types import Group, Prompt, SamplingParams
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What one evaluation found."""
+
+    metrics: Metrics = field(default_factory=dict)
+    """Their names begin with ``eval/``, those of a set that has a name with ``eval/NAME/``."""
+    groups: Mapping[str, Seq[Group]] = field(default_factory=dict)
+    """The judged samples that they are of, by the name of their set."""
+
+
+class HeldOut(Protocol):
+    """Held-out sets by name; the name of one that needs none is empty."""
+
+    def __call__(self, step: int, phase: Clock) -> Evaluation:
+        """Measures all of them with the weights that ``step`` has ended with. Changes nothing that training reads."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutRows:
+    """Sets of tokenized rows: the loss, and whatever the method's loss measures beside it."""
+
+    sets: Mapping[str, Seq[Any]]
+    actor: Seat
+    prepare: Preparation
+
+    def __call__(self, step: int, phase: Clock) -> Evaluation:
+        """One batch a set, weighted as one optimizer step would be."""
+        metrics: Metrics = {}
+        for name, rows in self.sets.items():
+            with phase("evaluating"):
+                (batch,) = self.prepare(rows, {}, step)
+                metrics |= named(name, self.actor.call("evaluate", batch))
+        return Evaluation(metrics=metrics)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutSamples:
+    """Sets of prompts, each sampled a few times: judged, or measured by the method where nothing judges.
+
+    The draws are those of step 0, which trains on nothing: the same at each evaluation, and none of training's.
+    """
+
+    sets: Mapping[str, Seq[Prompt]]
+    engine: Engine
+    params: SamplingParams
+    samples_per_prompt: int
+    judge: Judge
+    success: float | None
+    """The reward from which a sample is right (``measure.pass_at``)."""
+    prepare: Preparation
+    seed: int
+
+    def __call__(self, step: int, phase: Clock) -> Evaluation:
+        """All sets are sampled together. Raises RunFailure where two samples are of different weights."""
+        params, count = self.params, self.samples_per_prompt
+        requests = {
+            name: requests_of(prompts, params, samples_per_prompt=count, seed=self.seed, step=0)
+            for name, prompts in self.sets.items()
+        }
+        together = [request for of_set in requests.values() for request in of_set]
+        with phase("evaluating", of=len(together) * count, done=lambda: self.engine.ended):
+            completions = iter(self.engine.generate(together))
+            groups = {
+                name: groups_of(prompts, [next(completions) for _ in prompts]) for name, prompts in self.sets.items()
+            }
+            require_one_version(step, [group for of_set in groups.values() for group in of_set])
+            for of_set in groups.values():
+                self.judge(of_set, derive_seed(self.seed, "judge", 0))
+        metrics: Metrics = {}
+        for name, of_set in groups.items():
+            metrics |= named(name, self._measured(of_set))
+        return Evaluation(metrics=metrics, groups=groups)
+
+    def _measured(self, groups: Seq[Group]) -> Metrics:
+        if self.judge.rewards:
+            return held_out_metrics(groups, success=self.success)
+        _, estimate = self.prepare.estimated(groups, self.prepare.method.initial_state())
+        return held_out_metrics(groups, judged=False) | estimate.metrics
+
+
+def named(name: str, metrics: Metrics) -> Metrics:
+    """Metrics of a held-out set under their names in ``metrics.jsonl``."""
+    return {f"eval/{name}/{metric}" if name else f"eval/{metric}": value for metric, value in metrics.items()}
+
+
+def require_one_version(step: int, groups: Seq[Group]) -> None:
+    """Raises RunFailure where not all samples were drawn from the weights of one version."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    oldest = min(rollout.version_min for rollout in rollouts)
+    newest = max(rollout.version_max for rollout in rollouts)
+    if oldest != newest:
+        raise RunFailure(
+            f"the evaluation after step {step} has samples of weights that had seen {oldest} to {newest} optimizer "
+            "steps, so it measures none of them; the engine took new weights while it sampled; go on with --resume"
+        )
