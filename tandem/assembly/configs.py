@@ -12,10 +12,18 @@ from pathlib import Path
 from typing import Any, cast
 
 from tandem.assembly.evaluation import EvaluationSection, SampledEvaluationSection
-from tandem.assembly.needed import ModelsSection, Placement, SamplingPlacement, models_class, placement_class
+from tandem.assembly.needed import (
+    ModelsSection,
+    Placement,
+    RolePlacement,
+    SamplingPlacement,
+    models_class,
+    placement_class,
+)
 from tandem.assembly.sections import (
     ClusterSection,
     DataSection,
+    DatasetSection,
     EngineSection,
     ModelSection,
     OptimSection,
@@ -130,15 +138,13 @@ class SamplesConfig(RunConfig):
 
     @property
     def parts(self) -> set[str]:
+        judging = bool(self.evaluation.eval_reward)
         judges = {
-            "reward": bool(self.reward.judges),
-            "frozen model": self.reward.reward_model is not None,
-            "reward model": self.reward.reward_model is not None,
-            "reward function": bool(self.reward.reward or self.evaluation.eval_reward),
-            "judge of held-out samples": bool(self.reward.judges or self.evaluation.eval_reward),
+            "reward function": judging,
+            "judge of held-out samples": judging or bool(self.reward.judges),
         }
         present = {part for part, there in judges.items() if there}
-        return super().parts | {"samples"} | present | worker_parts(self.placement, self.engine)
+        return super().parts | {"samples"} | self.reward.parts | present | worker_parts(self.placement, self.engine)
 
 
 @functools.cache
@@ -181,20 +187,23 @@ def read_config(method: str, *files: str | Path, **keys: Any) -> RunConfig:
     return load_config(config_class(method), words, prog=f"tandem {method}")
 
 
-def worker_parts(placement: Placement, engine: EngineSection | None = None) -> set[str]:
+def worker_parts(placement: RolePlacement, engine: EngineSection | None = None) -> set[str]:
     """Which of these a run has: workers, a trainer that is split over them, an engine that weights must reach."""
     own = {role for role in placement.roles if placement.workers(role)}
-    vllm = engine is not None and engine.kind == "vllm"
+    vllm = engine is not None and engine.kind == "vllm" and not placement.is_here("engine")
+    trains = "actor" in placement.roles
     parts = {
         "workers": bool(own) or vllm or launched(),
-        "trainer split over several workers": placement.workers("actor") > 1 or launched(),
-        "engine with weights of its own": vllm or "engine" in own or placement.workers("actor") > 1,
+        "trained model": trains,
+        "trainer split over several workers": trains and (placement.workers("actor") > 1 or launched()),
+        "engine with weights of its own": trains and (vllm or "engine" in own or placement.workers("actor") > 1),
     }
     return {part for part, present in parts.items() if present}
 
 
-def data_parts(data: DataSection, evaluation: EvaluationSection) -> set[str]:
+def data_parts(data: DatasetSection, evaluation: EvaluationSection | None = None) -> set[str]:
     """Which datasets may have splits: a file has none, nor have several that a pattern names."""
-    sources = {"dataset with splits": [data.data], "held-out dataset with splits": [*evaluation.sets.values()]}
+    held_out = [] if evaluation is None else [*evaluation.sets.values()]
+    sources = {"dataset with splits": [data.data], "held-out dataset with splits": held_out}
     files = re.compile(r"\.(jsonl|json|parquet)$|[*?\[]")
     return {part for part, given in sources.items() if not all(map(files.search, given))}

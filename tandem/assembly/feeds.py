@@ -15,7 +15,7 @@ from tandem.assembly.evaluation import EvaluationSection
 from tandem.assembly.inputs import digest_inputs
 from tandem.assembly.models import heads, require_engine
 from tandem.assembly.placing import Homes
-from tandem.assembly.sections import DataSection
+from tandem.assembly.sections import DatasetSection
 from tandem.data.room import Room
 from tandem.data.rows import Dataset, load_rows
 from tandem.data.tokenize import Counts, build_pairs, build_prompts, build_sequences, build_unpaired
@@ -321,7 +321,7 @@ def when_due(section: EvaluationSection, measure: HeldOut, *, last: int) -> Eval
     return evaluate
 
 
-def load_data(section: DataSection) -> Dataset:
+def load_data(section: DatasetSection) -> Dataset:
     """The rows that are trained on. Read before any model, since a mistake in them shows soonest."""
     return load_rows(section.data, split=section.split)
 

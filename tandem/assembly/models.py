@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from tandem.assembly.configs import RunConfig, SamplesConfig
-from tandem.assembly.sections import EngineSection, ModelSection, OptimSection, SamplingSection
+from tandem.assembly.sections import DrawsSection, EngineSection, ModelSection, OptimSection
 from tandem.engines.live.engine import LiveEngine
 from tandem.engines.live.replica import ReplicaEngine
 from tandem.errors import UserError
@@ -136,7 +136,7 @@ def weight_source(site: Site) -> WeightSource:
     return WeightSource(actor.parameters, actor.model.device)
 
 
-def live_engine(site: Site, sampling: SamplingSection, engine: EngineSection) -> Engine:
+def live_engine(site: Site, sampling: DrawsSection, engine: EngineSection) -> Engine:
     """In the actor's only process: samples on the actor's own weights, and nothing is ever copied."""
     actor: LocalTrainer = site.roles["actor"]
     return LiveEngine(
@@ -150,7 +150,7 @@ def live_engine(site: Site, sampling: SamplingSection, engine: EngineSection) ->
     )
 
 
-def replica_engine(site: Site, section: ModelSection, sampling: SamplingSection, engine: EngineSection) -> FedEngine:
+def replica_engine(site: Site, section: ModelSection, sampling: DrawsSection, engine: EngineSection) -> FedEngine:
     """A live engine with weights of its own."""
     return ReplicaEngine(
         load(site, section, section.model),
@@ -179,9 +179,15 @@ class Replicas:
 
 
 def vllm_engine(
-    site: Site, section: ModelSection, sampling: SamplingSection, engine: EngineSection, seed: int, shared: bool
+    site: Site,
+    section: ModelSection,
+    sampling: DrawsSection,
+    engine: EngineSection,
+    seed: int,
+    shared: bool,
+    own_process: bool = True,
 ) -> SleepingEngine:
-    """vLLM in this process, on its devices."""
+    """vLLM in this process, on its devices. ``own_process``: this process is there for nothing else."""
     # Imported here, where it is known to be wanted: it takes seconds, and not every machine has it.
     from tandem.engines.vllm.engine import VLLMEngine
 
@@ -199,7 +205,7 @@ def vllm_engine(
         trust_remote_code=section.trust_remote_code,
         sleep=shared and on_gpu and engine.sleep,
         arguments=engine.vllm_arguments,
-        own_process=True,
+        own_process=own_process,
     )
 
 

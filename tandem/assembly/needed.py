@@ -12,11 +12,8 @@ from tandem.methods.base import Need
 
 
 @dataclass(frozen=True, kw_only=True)
-class Placement:
+class RolePlacement:
     """Which processes each role lives in, one process a GPU (or CPU)."""
-
-    actor: str = field(default="here", metadata=MAY_CHANGE)
-    """The trainer: 'here' (this process, no Ray), or the number of worker processes it is split over."""
 
     def __post_init__(self) -> None:
         for role in self.roles:
@@ -32,9 +29,7 @@ class Placement:
 
     def words(self, role: str) -> list[str]:
         """What may stand for a role besides a number."""
-        if role == "actor":
-            return ["here"]
-        return ["actor"] if role == "engine" else [other for other in self.roles if other not in (role, "engine")]
+        return ["here"]
 
     def home(self, role: str) -> str:
         """The role whose processes ``role`` lives in: itself where it has its own."""
@@ -47,8 +42,41 @@ class Placement:
 
     def workers(self, role: str) -> int:
         """Worker processes that a role has of its own; 0 where it shares another's or is here."""
-        value = getattr(self, role)
+        value = getattr(self, role, "")
         return int(value) if _is_count(value) else 0
+
+    def is_here(self, role: str) -> bool:
+        """Whether the placement has the role and puts it into this process by name."""
+        return getattr(self, role, None) == "here"
+
+
+@dataclass(frozen=True, kw_only=True)
+class UsePlacement(RolePlacement):
+    """Which processes the sampler and what judges its samples live in, one process a GPU (or CPU)."""
+
+    engine: str = field(default="here", metadata=MAY_CHANGE)
+    """The sampler: 'here' (this process, no Ray), or a number of engines in processes of their own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgedPlacement(UsePlacement):
+    """Which processes the sampler and what judges its samples live in, one process a GPU (or CPU)."""
+
+    reward: str = field(default="here", metadata=needs(("part", "reward model")) | MAY_CHANGE)
+    """The reward model: 'here', or the number of worker processes it is split over."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement(RolePlacement):
+    """Which processes each role lives in, one process a GPU (or CPU)."""
+
+    actor: str = field(default="here", metadata=MAY_CHANGE)
+    """The trainer: 'here' (this process, no Ray), or the number of worker processes it is split over."""
+
+    def words(self, role: str) -> list[str]:
+        if role == "actor":
+            return ["here"]
+        return ["actor"] if role == "engine" else [other for other in self.roles if other not in (role, "engine")]
 
 
 @dataclass(frozen=True, kw_only=True)

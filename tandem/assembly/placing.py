@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from tandem.assembly.models import Replicas, live_engine, replica_engine, vllm_engine, weight_source
-from tandem.assembly.needed import Placement
-from tandem.assembly.sections import ClusterSection, EngineSection, ModelSection, SamplingSection
+from tandem.assembly.needed import RolePlacement
+from tandem.assembly.sections import ClusterSection, DrawsSection, EngineSection, ModelSection, SamplingSection
 from tandem.errors import UserError
 from tandem.models.loading import pick_device
 from tandem.parallel.world import World
@@ -53,7 +53,7 @@ class Homes:
     def __init__(
         self,
         model: ModelSection,
-        placement: Placement,
+        placement: RolePlacement,
         cluster: ClusterSection,
         engine: EngineSection,
         roles: list[str],
@@ -94,11 +94,11 @@ class Homes:
     @property
     def spread(self) -> bool:
         """Whether anything lives outside this process."""
-        return self.placement.actor != "here" or self._own_engines or any(map(self.placement.workers, self.roles))
+        return self._own_engines or any(map(self.placement.workers, self.roles))
 
     @property
     def _own_engines(self) -> bool:
-        return "engine" in self.roles and self.engine.kind == "vllm"
+        return "engine" in self.roles and self.engine.kind == "vllm" and not self.placement.is_here("engine")
 
     def check(self) -> None:
         """Raises UserError where this machine, or the Ray of this process, cannot give the placement. Starts nothing.
@@ -109,7 +109,7 @@ class Homes:
             raise UserError(
                 "torchrun: this command starts workers itself; run it once, without torchrun, with --placement.actor N"
             )
-        if self.model.offload == "parameters" and self.placement.actor == "here":
+        if self.model.offload == "parameters" and self.placement.is_here("actor"):
             raise UserError("offload: parameters can leave the device in worker processes only: --placement.actor 1")
         for role in self.roles:
             if (home := self.placement.home(role)) not in self.roles:
@@ -147,23 +147,25 @@ class Homes:
                 heartbeat_s=self.section.heartbeat,
             )
             self.stack.callback(self.cluster.close)
-        if self.placement.actor == "here":
+        if here := [role for role in self.roles if self.placement.is_here(role)]:
             if device.type == "cuda" and "OMP_NUM_THREADS" not in os.environ:
                 # What is left for the CPU is small, and a thread for each of its cores makes it slow where they are
                 # busy: measured on 64 of them, 24 ms to index 20,000 numbers, with the GPU waiting. (Ray's workers
                 # have one thread.)
                 torch.set_num_threads(min(HOST_THREADS, torch.get_num_threads()))
-            self.homes["actor"] = Here(Site(World(device=device)))
-            self.stack.callback(self.homes["actor"].close)
+            home = Here(Site(World(device=device)))
+            self.homes |= dict.fromkeys(here, home)
+            self.stack.callback(home.close)
         for role in self.roles:
             if self.placement.home(role) == role and role not in self.homes and role != "engine":
                 self.homes[role] = self._group(role, self.placement.workers(role))
 
     def _check(self, needed: Mapping[str, tuple[int, int]], device: torch.device) -> None:
-        if self.placement.actor == "here" and needed and device.type == "cuda":
+        here = next((role for role in self.roles if self.placement.is_here(role)), None)
+        if here and needed and device.type == "cuda":
             raise UserError(
-                f"placement: {', '.join(needed)} would have GPUs of their own while the actor takes one in this "
-                "process, which Ray does not know of; give the actor one too: --placement.actor 1"
+                f"placement: {', '.join(needed)} would have GPUs of their own while the {here} takes one in this "
+                f"process, which Ray does not know of; give the {here} one too: --placement.{here} 1"
             )
 
     def _device(self) -> torch.device:
@@ -219,6 +221,37 @@ class Homes:
             about = f"live, {group.size} of its own, fed over {push.transport}"
             return WiredEngine(engine=DividedEngine(engines), push=push, about=about, link=push)
         return self._vllm(sampling, seed, vocabulary, others)
+
+    def engine_alone(self, draws: DrawsSection, *, seed: int) -> Engine:
+        """An engine on the weights of the model's folder, where nothing is trained and nothing ever pushed."""
+        vllm = self.engine.kind == "vllm"
+        own = bool(count := self.placement.workers("engine"))
+        live = partial(replica_engine, section=self.model, sampling=draws, engine=self.engine)
+        build = (
+            partial(
+                vllm_engine,
+                section=self.model,
+                sampling=draws,
+                engine=self.engine,
+                seed=seed,
+                shared=False,
+                own_process=own,
+            )
+            if vllm
+            else live
+        )
+        if not own:
+            home = self.of("engine")
+            assert isinstance(home, Here)
+            home.place("engine", build)
+            engine: Engine = home.site.roles["engine"]
+            return engine
+        gpus = {"gpus_each": self.engine.tensor_parallel, "concurrency": CALLS_AT_A_TIME} if vllm else {}
+        group = self._group("engine", count, joined=False, **gpus)
+        seat = group.place("engine", build)
+        # One that is started again loads the folder again, and needs no push.
+        balanced = BalancedEngine(group, "engine", slots=draws.max_slots)
+        return RestartingOnce(balanced, group, lambda: None) if vllm else DividedEngine(seat)
 
     def _live_beside_actor(self, sampling: SamplingSection, vocabulary: int) -> WiredEngine:
         home = self.of("actor")

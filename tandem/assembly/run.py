@@ -11,9 +11,9 @@ from tandem.assembly.configs import RowsConfig, RunConfig, SamplesConfig
 from tandem.assembly.feeds import Feed, RowsFeed, SamplesFeed, check_sampling
 from tandem.assembly.models import builds, heads
 from tandem.assembly.placing import Homes
+from tandem.assembly.plans import print_plan
 from tandem.assembly.sections import EngineSection
 from tandem.assembly.sessions import check_out, session
-from tandem.config import describe
 from tandem.data.order import Order
 from tandem.errors import UserError
 from tandem.models.description import describe_source
@@ -115,8 +115,4 @@ def _print_plan(config: RunConfig, homes: Homes, feed: Feed) -> None:
         for role, source in config.sources.items()
     }
     uses |= feed.uses(homes)
-    width = max(map(len, uses))
-    print(describe(config))
-    print("\nwould use")
-    for what, value in uses.items():
-        print(f"  {what:<{width}}  {value}")
+    print_plan(config, uses)

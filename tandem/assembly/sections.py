@@ -31,25 +31,15 @@ def _counts_to_the_last_step(config: Any) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunSection:
-    """Where the run is written and how long it goes on."""
+class OutSection:
+    """Where it is written, and with which draws."""
 
     out: str = field(metadata=PATH | MAY_CHANGE)
-    """Folder of the run: its config, metrics, checkpoints and models."""
-    steps: int | None = field(default=None, metadata=may_change(unless=_counts_to_the_last_step))
-    """Optimizer steps (offline) or rounds of sampling and training (online) in all, those before a resume included."""
-    epochs: float | None = field(default=None, metadata=may_change(unless=_counts_to_the_last_step))
-    """The run's length instead of --steps: times that as many rows as --data has are trained on, in whole steps."""
+    """Folder of the run: its config, and all that it writes."""
     seed: int = 0
     """Every random draw of the run is derived from it."""
-    save_every: str = field(default="10m", metadata=MAY_CHANGE)
-    """Time between checkpoints: '100' steps or '10m' minutes. The last step is saved too. '0': no checkpoint at all."""
-    keep: int = field(default=2, metadata=needs(("save_every",)) | MAY_CHANGE)
-    """Checkpoints kept, newest first."""
-    rollouts_logged: int = field(default=8, metadata=needs(("part", "samples")) | MAY_CHANGE)
-    """Samples written to rollouts.jsonl each step, in whole groups; as many held-out ones at an evaluation."""
     resume: bool = field(default=False, metadata=ONE_START)
-    """Go on from the newest checkpoint in --out."""
+    """Go on from the newest checkpoint in --out, or after the last rows."""
     accept_changed: tuple[Literal["data", "reward", "model"], ...] = field(default=(), metadata=ONE_START)
     """With --resume: go on although the data, a reward function or a model folder has changed since the run began."""
     overwrite: bool = field(default=False, metadata=ONE_START)
@@ -59,9 +49,33 @@ class RunSection:
 
     def __post_init__(self) -> None:
         expect(self, "a path", bool, "out")
+        expect(self, "0 or more", _at_least(0), "seed")
+        if self.resume and self.overwrite:
+            raise UserError("overwrite: it deletes the run that resume would go on from; give one of the two")
+        if self.accept_changed and not self.resume:
+            raise UserError("accept_changed: only a run that is resumed can have changed inputs; add --resume")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSection(OutSection):
+    """Where the run is written and how long it goes on."""
+
+    steps: int | None = field(default=None, metadata=may_change(unless=_counts_to_the_last_step))
+    """Optimizer steps (offline) or rounds of sampling and training (online) in all, those before a resume included."""
+    epochs: float | None = field(default=None, metadata=may_change(unless=_counts_to_the_last_step))
+    """The run's length instead of --steps: times that as many rows as --data has are trained on, in whole steps."""
+    save_every: str = field(default="10m", metadata=MAY_CHANGE)
+    """Time between checkpoints: '100' steps or '10m' minutes. The last step is saved too. '0': no checkpoint at all."""
+    keep: int = field(default=2, metadata=needs(("save_every",)) | MAY_CHANGE)
+    """Checkpoints kept, newest first."""
+    rollouts_logged: int = field(default=8, metadata=needs(("part", "samples")) | MAY_CHANGE)
+    """Samples written to rollouts.jsonl each step, in whole groups; as many held-out ones at an evaluation."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         expect(self, "1 or more", _at_least(1), "steps", "keep")
         expect(self, "more than 0", _above_zero, "epochs")
-        expect(self, "0 or more", _at_least(0), "seed", "rollouts_logged")
+        expect(self, "0 or more", _at_least(0), "rollouts_logged")
         wanted = "a number of steps such as 100, or of minutes such as 10m"
         expect(self, wanted, lambda value: bool(re.fullmatch(r"\d+m?", value)), "save_every")
         if self.steps is None and self.epochs is None:
@@ -70,15 +84,15 @@ class RunSection:
             raise UserError(
                 "epochs: steps is set too, and both say how long the run is; give one, and the other as none"
             )
-        if self.resume and self.overwrite:
-            raise UserError("overwrite: it deletes the run that resume would go on from; give one of the two")
-        if self.accept_changed and not self.resume:
-            raise UserError("accept_changed: only a run that is resumed can have changed inputs; add --resume")
+
+
+TRAINS, COMPUTES = needs(("part", "trained model")), needs(("part", "trained model", "frozen model"))
+"""Keys of models that are trained, and of models that batches go through: a sampler is neither."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSection:
-    """The model that is trained, and what it runs on."""
+    """The model, and what it runs on."""
 
     model: str = field(metadata=PATH)
     """A Hugging Face folder, or a name on the hub."""
@@ -86,19 +100,19 @@ class ModelSection:
     """Precision of the computation, and of sampling. The optimizer keeps float32 weights in either case."""
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto takes a GPU where there is one."""
-    token_budget: int = 16384
+    token_budget: int = field(default=16384, metadata=COMPUTES)
     """Tokens in a micro-batch, a prompt of several samples counted once: bounds memory and changes nothing else."""
     trust_remote_code: bool = False
     """Run the Python code that comes with the model."""
     keep_gathered: bool = field(default=False, metadata=needs(("part", "trainer split over several workers")))
     """Over several workers: keep gathered parameters until the backward (ZeRO 1, 2) instead of gathering twice (3)."""
-    offload: Literal["none", "optimizer", "parameters"] = "none"
+    offload: Literal["none", "optimizer", "parameters"] = field(default="none", metadata=TRAINS)
     """Kept on the CPU between uses: nothing, the optimizer's state, or parameters and gradients too."""
     offload_frozen: bool = field(default=False, metadata=needs(("part", "frozen model")))
     """Keep frozen models (a reference, a reward model) on the CPU between uses."""
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool = field(default=False, metadata=TRAINS)
     """Keep only each layer's input for the backward and compute the rest again."""
-    compile: Literal["auto", "on", "off"] = "auto"
+    compile: Literal["auto", "on", "off"] = field(default="auto", metadata=COMPUTES)
     """Run layers as compiled graphs in training and scoring: faster, after a minute of compiling. auto: on a GPU."""
 
     def __post_init__(self) -> None:
@@ -251,6 +265,17 @@ class RewardSection:
     def judges(self) -> list[str]:
         """The rewards by name, in the order of their weights."""
         return [*self.reward, *(["reward_model"] if self.reward_model is not None else [])]
+
+    @property
+    def parts(self) -> set[str]:
+        """Which of these there are, for keys that need them."""
+        parts = {
+            "reward": bool(self.judges),
+            "frozen model": self.reward_model is not None,
+            "reward model": self.reward_model is not None,
+            "reward function": bool(self.reward),
+        }
+        return {part for part, present in parts.items() if present}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,9 +6,11 @@ import gc
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from tandem.assembly.configs import RunConfig
 from tandem.assembly.feeds import describe_counts
+from tandem.assembly.sections import OutSection
 from tandem.checkpoint.saver import SaveEvery
 from tandem.checkpoint.store import CheckpointStore
 from tandem.config import changeable, dump_config
@@ -25,9 +27,13 @@ ALWAYS = ("grad_norm", "seconds", "tokens_per_second")
 
 def run_start(config: RunConfig, inputs: Inputs | None = None) -> Start:
     """What a command would begin in its run folder, or go on with. ``inputs``: None where nothing is read yet."""
-    run = config.run
+    return start_of(config, config.run, config.method.title, inputs)
+
+
+def start_of(config: Any, run: OutSection, title: str, inputs: Inputs | None = None) -> Start:
+    """The same of any config: ``run`` is its section, and ``title`` what the folder is known by."""
     return Start(
-        method=config.method.title,
+        method=title,
         seed=run.seed,
         config=dump_config(config),
         changeable=changeable(config),

@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from importlib import import_module
@@ -35,6 +35,8 @@ from tandem.workers.supervisor import supervise
 class Command:
     """A subcommand: its flags are read into ``config``, and ``run(config) -> int`` of ``module`` does the work.
 
+    ``module`` may name another function, ``tandem.cli.use:generate``.
+
     The module, which may need torch, is imported once the flags are known to be right.
     """
 
@@ -42,13 +44,21 @@ class Command:
     module: str
     about: str
     config: str | None
-    """A class of ``tandem.cli.configs``, or METHOD. None: ``run`` gets the words of the command line as they are."""
+    """A class of ``tandem.cli.configs``, or of another ``module:class``, or METHOD.
+
+    None: the function gets the words of the command line as they are.
+    """
 
     def config_class(self, name: str) -> Any:
         """What the flags of the command with this name are read into; None where they are read elsewhere."""
         if self.config == METHOD:
             return config_class(name)
-        return self.config and getattr(import_module("tandem.cli.configs"), self.config)
+        return self.config and _named(self.config, "tandem.cli.configs")
+
+    def function(self) -> Callable[[Any], int]:
+        """What does the work with what ``read`` gave. Imports the module."""
+        found: Callable[[Any], int] = _named(self.module if ":" in self.module else f"{self.module}:run")
+        return found
 
     def read(self, name: str, words: list[str]) -> Any:
         """What ``run`` is given. Raises UserError for a wrong flag, and SystemExit after ``--help``."""
@@ -56,9 +66,16 @@ class Command:
         return words if cls is None else load_config(cls, words, prog=f"tandem {name}")
 
 
+def _named(name: str, module: str = "") -> Any:
+    """What ``module:name`` names, or what a name alone does in ``module``."""
+    place, _, name = name.rpartition(":")
+    return getattr(import_module(place or module), name)
+
+
 METHOD = "METHOD"
 """The config of a command that is a method's follows from the method."""
-START, OFFLINE, ONLINE = "Start here", "Train on a dataset", "Train on samples"
+START, OFFLINE, ONLINE, USE = "Start here", "Train on a dataset", "Train on samples", "Use a model"
+USES = "tandem.assembly.uses"
 COMMANDS = {
     "quickstart": Command(
         START, "tandem.cli.quickstart", "SFT, a reward model and PPO in miniature, on a CPU", "QuickstartConfig"
@@ -69,6 +86,13 @@ COMMANDS = {
     "launch": Command(START, "tandem.cli.launch", "a loop of your own in several local processes", None),
     **{name: Command(OFFLINE, "tandem.cli.train", line.about, METHOD) for name, line in ROWS.items()},
     **{name: Command(ONLINE, "tandem.cli.train", line.about, METHOD) for name, line in SAMPLES.items()},
+    "generate": Command(USE, "tandem.cli.use:generate", "samples of a dataset's prompts", f"{USES}:GenerateConfig"),
+    "sample": Command(
+        USE,
+        "tandem.cli.use:sample",
+        "the best of each prompt's samples, or pairs of them, to train on",
+        f"{USES}:SampleConfig",
+    ),
 }
 
 EXAMPLES = """\
@@ -149,10 +173,10 @@ def _dispatch(argv: list[str], stop: Stop, supervised: bool) -> int:
     if command.config is not None and os.environ.get("RANK", "0") == "0":
         # Once under torchrun, and before torch and transformers are imported, which takes seconds.
         print(f"tandem {name}: loading libraries", flush=True)
-    module = import_module(command.module)
+    run = command.function()
     stop.at_once = None
     try:
-        return module.run(given)
+        return run(given)
     except SystemExit as ended:
         # Whose it is, nobody knows, and it must not pass for a run that has ended.
         line = traceback.extract_tb(ended.__traceback__)[-1]

@@ -25,7 +25,9 @@ from tandem.types import Group, Rollout
 
 MARKER = ".tandem-run"
 EVENTS = "events.jsonl"
-CONTENTS = ("metrics.jsonl", "rollouts.jsonl", EVENTS, "checkpoints", "model")
+SAMPLES, BEST, PAIRS, SCORED = "samples.jsonl", "best.jsonl", "pairs.jsonl", "scored.jsonl"
+"""Files of rows that commands write which only use a model."""
+CONTENTS = ("metrics.jsonl", "rollouts.jsonl", EVENTS, "checkpoints", "model", SAMPLES, BEST, PAIRS, SCORED)
 """What a run writes beside its marker, config and identity; ``overwrite`` removes these and nothing else."""
 _BEGINNING = (IDENTITY, f".{IDENTITY}-partial", f".{CONFIG}-partial")
 """What is there before the config, which makes a folder a run's, is."""
@@ -185,7 +187,9 @@ def note_failure(out: Path, error: BaseException) -> None:
 
 
 def did_nothing(out: Path) -> bool:
-    """Whether the run in a folder has done no step: nothing of it is lost where another takes its place."""
+    """Whether a folder's run has done no step and written no row: nothing is lost where another takes its place."""
+    if any((out / name).exists() and (out / name).stat().st_size for name in (SAMPLES, SCORED)):
+        return False
     saved = {path.name for path in (out / "checkpoints").glob("[!.]*")} - {"step_00000000"}
     if saved or (out / "model").exists():
         return False

@@ -1,11 +1,12 @@
-"""Files of JSON lines: appended to one line at a time, read back, and cut after a step."""
+"""Files of JSON lines: appended to a few lines at a time, read back, and cut after a step or after a whole item."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,31 @@ from tandem.errors import RunFailure, UserError
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
-    """Adds one line and hands it to the operating system. NaN and infinities, which JSON lacks, become null,
-    and what JSON has no type for (a date, an image) its text.
+    """``append_lines`` of one record."""
+    append_lines(path, [record])
 
+
+def append_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Adds a line for each record and hands them to the operating system.
+
+    NaN and infinities, which JSON lacks, become null, and what JSON has no type for (a date, an image) its text.
     Raises RunFailure where the file cannot be written.
     """
-    line = json.dumps(_finite(record), ensure_ascii=False, allow_nan=False, default=str)
+    text = json_lines(records)
     try:
         with path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+            file.write(text)
     except OSError as error:
         raise RunFailure(
             f"{path}: cannot be written: {error.strerror}; put that right and go on with --resume"
         ) from error
+
+
+def json_lines(records: Iterable[Mapping[str, Any]]) -> str:
+    """The records as ``append_lines`` writes them."""
+    return "".join(
+        json.dumps(_finite(record), ensure_ascii=False, allow_nan=False, default=str) + "\n" for record in records
+    )
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -62,6 +75,43 @@ def keep_until(path: Path, step: int | None = None) -> None:
     text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept)
     if path.exists() and text.encode() != path.read_bytes():
         write_aside(path, text)
+
+
+def whole_items(path: Path, *, items: int, lines_each: int, lot: int = 1) -> tuple[int, int]:
+    """How many items stand whole in a file that is written a ``lot`` of them at a time, and where in it they end.
+
+    There are to be ``items`` in all, ``lines_each`` lines of each. The last lot may be smaller.
+    """
+    if not path.exists():
+        return 0, 0
+    with path.open("rb") as file:
+        whole = sum(line.endswith(b"\n") for line in file) // lines_each
+        done = items if whole >= items else whole - whole % lot
+        file.seek(0)
+        return done, sum(map(len, islice(file, done * lines_each)))
+
+
+def keep_items(path: Path, key: str, *, items: int, lines_each: int, lot: int = 1) -> int:
+    """Cuts off what a kill has torn; the ``whole_items`` that stay. Each line has its item's number as its ``key``.
+
+    Raises UserError where the last line that stays is not of the item that belongs there.
+    """
+    done, end = whole_items(path, items=items, lines_each=lines_each, lot=lot)
+    if not done:
+        path.unlink(missing_ok=True)
+        return 0
+    with path.open("rb+") as file:
+        last = next(islice(file, done * lines_each - 1, None))
+        try:
+            number = json.loads(last).get(key)
+        except (ValueError, AttributeError):
+            number = None
+        if number != done - 1:
+            raise UserError(
+                f"{path}:{done * lines_each}: not the row that was written there; begin again with --overwrite"
+            )
+        file.truncate(end)
+    return done
 
 
 def write_aside(path: Path, text: str) -> None:

@@ -3,14 +3,15 @@
 import pytest
 
 from tandem.assembly.configs import SamplesConfig, config_class
+from tandem.assembly.uses import GenerateConfig, SampleConfig, UseConfig
 from tandem.cli.configs import DoctorConfig
 from tandem.config import _keys_of, dump_config, load_config
 from tandem.errors import UserError
 
 REQUIRED = ["--out", "runs/a", "--steps", "5", "--model", "m"]
-VLLM = ["--engine.kind", "vllm"]
+VLLM, JUDGED = ["--engine.kind", "vllm"], ["--reward", "r.py:f"]
 SFTConfig, RMConfig, PPOConfig, GRPOConfig, OPDConfig = map(config_class, ("sft", "rm", "ppo", "grpo", "opd"))
-CONFIGS = (SFTConfig, RMConfig, PPOConfig, GRPOConfig, OPDConfig, DoctorConfig)
+CONFIGS = (SFTConfig, RMConfig, PPOConfig, GRPOConfig, OPDConfig, DoctorConfig, GenerateConfig, SampleConfig)
 
 
 def words(config: type, flags: list[str]) -> list[str]:
@@ -20,6 +21,8 @@ def words(config: type, flags: list[str]) -> list[str]:
     data = [] if "--data" in flags else ["--data", "d.jsonl"]
     if config is OPDConfig:
         return [*REQUIRED, *data, "--teacher", "t", *flags]
+    if issubclass(config, UseConfig):
+        return ["--out", "o", "--model", "m", *data, *flags]
     return [*REQUIRED, *data, *(["--reward", "r.py:f"] if issubclass(config, SamplesConfig) else []), *flags]
 
 
@@ -89,6 +92,24 @@ def words(config: type, flags: list[str]) -> list[str]:
             "--engine.no-sleep: has no effect with --placement.engine 1; give --placement.engine actor",
         ),
         (GRPOConfig, [*VLLM, "--engine.way", "slots"], "--engine.way: has no effect with --engine.kind vllm; give"),
+        (
+            GenerateConfig,
+            ["--token-budget", "9"],
+            "--token-budget: has no effect, since this run has no trained model a",
+        ),
+        (
+            GenerateConfig,
+            ["--cluster.deadline", "9"],
+            "--cluster.deadline: has no effect, since this run has no workers",
+        ),
+        (GenerateConfig, ["--engine.no-check-weights"], "--engine.no-check-weights: has no effect, since this run has"),
+        (SampleConfig, [*JUDGED, "--compile", "on"], "--compile: has no effect, since this run has no trained model a"),
+        (
+            SampleConfig,
+            [*JUDGED, "--placement.reward", "1"],
+            "--placement.reward: has no effect, since this run has no",
+        ),
+        (SampleConfig, [*JUDGED, "--keep", "all", "--min-reward", "1"], "--min-reward: has no effect with --keep all"),
         (DoctorConfig, ["--engine.no-seeded"], "--engine.no-seeded: has no effect with --engine.kind live"),
     ],
 )
@@ -113,6 +134,12 @@ def test_a_key_that_has_no_effect_is_refused(config, flags, message):
         (PPOConfig, ["--kl-target", "3", "--kl-horizon", "9", "--kl-coef", "1", "--reference", "r"]),
         (GRPOConfig, [*VLLM, "--engine.no-sleep", "--engine.tensor-parallel", "2", "--cluster.deadline", "9"]),
         (OPDConfig, ["--offload-frozen", "--placement.teacher", "1", "--eval-data", "e", "--eval-reward", "r.py:f"]),
+        (GenerateConfig, ["--placement.engine", "2", "--cluster.deadline", "9", "--data", "hub/name", "--split", "b"]),
+        (GenerateConfig, [*VLLM, "--engine.tensor-parallel", "2", "--write", "tokens"]),
+        (
+            SampleConfig,
+            ["--reward-model", "r", "--token-budget", "9", "--placement.reward", "1", "--min-reward", "0.5"],
+        ),
         (GRPOConfig, ["--placement.engine", "1", "--engine.transport", "gloo", "--engine.way", "slots"]),
     ],
 )
@@ -144,6 +171,7 @@ def test_every_condition_names_a_key_or_a_part():
         "dataset with splits", "held-out dataset with splits", "trainer split over several workers",
         "engine with weights of its own", "demonstrations", "losses of tokens", "frozen model", "reward",
         "judge of held-out samples",
+        "trained model",
     }  # fmt: skip
     everywhere = {name for config in CONFIGS for name in _keys_of(config)}
     for config in CONFIGS:

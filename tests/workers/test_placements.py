@@ -150,3 +150,11 @@ def test_a_run_goes_on_in_other_processes(ppo_here):
 def test_a_teacher_in_a_worker_of_its_own(inputs, actor):
     apart = train(f"taught-{actor}", "opd", "--placement.actor", actor, "--placement.teacher", "1")
     assert_equal(apart, train(f"taught-here-{actor}", "opd"))
+
+
+def test_a_command_that_trains_nothing_divides_its_prompts_among_engines():
+    words = ["generate", "--model", "base", "--data", "prompts.jsonl", "--max-new-tokens", "5"]
+    assert main([*words, "--out", "sampled/here"]) == 0
+    assert main([*words, "--out", "sampled/apart", "--placement.engine", "2"]) == 0
+    here, apart = (Path("sampled", name, "samples.jsonl").read_bytes() for name in ("here", "apart"))
+    assert here == apart

@@ -1,0 +1,219 @@
+"""Prompts through an engine, and through rewards where there are any, into a file of rows: nothing is trained."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as Seq
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from tandem.assembly.feeds import describe_counts, load_data, require_columns, tokenizing, unweighted
+from tandem.assembly.inputs import digest_inputs
+from tandem.assembly.models import frozen, load, require_engine
+from tandem.assembly.placing import Homes
+from tandem.assembly.plans import print_plan
+from tandem.assembly.sessions import start_of
+from tandem.assembly.uses import UseConfig
+from tandem.data.tokenize import build_prompts
+from tandem.futures import Future
+from tandem.models.description import describe_source
+from tandem.models.limits import read_limits
+from tandem.models.loading import load_tokenizer, pick_device
+from tandem.rewards.model import RewardModel, same_tokenizer
+from tandem.rewards.process import RewardProcess
+from tandem.roles import Engine, Reward
+from tandem.rollout.sampling import Judge, groups_of, request
+from tandem.runs.folder import SAMPLES, RunFolder
+from tandem.runs.identity import Inputs, Start
+from tandem.runs.lines import append_lines, keep_items, whole_items
+from tandem.runs.progress import Progress, say
+from tandem.seeds import derive_seed
+from tandem.types import Completion, Group, Limits, Prompt, Request, Rollout, Ticket
+
+JUDGED = 32
+"""32 prompts are judged in one call to each reward and written together: the same ones however often it is resumed."""
+OF_A_SAMPLE = (
+    *("completion", "row", "sample", "stop", "length", "error"),
+    *("reward", "reward_parts", "token_ids", "logprobs"),
+)
+"""What is written of a sample beside the columns of its prompt."""
+
+
+def sample_rows(config: UseConfig, title: str) -> Path | None:
+    """Writes ``samples.jsonl``, a row a sample, into ``--out`` and returns the file; None for a dry run.
+
+    What an earlier start has written stays, in whole lots of prompts. Raises UserError for wrong input, before anything
+    slow is loaded, and RunFailure for what ``--resume`` goes on after.
+    """
+    with ExitStack() as stack:
+        return _Sampling(config, title, stack).run()
+
+
+class _Sampling:
+    """One start of such a command. It is made in the order in which a mistake is cheapest to find."""
+
+    def __init__(self, config: UseConfig, title: str, stack: ExitStack) -> None:
+        self.config, self.title, self.stack = config, title, stack
+        self.out, self.count = Path(config.run.out), config.sampling.samples_per_prompt
+        RunFolder.check(self.out, self._start())
+        require_engine(config.engine)
+        self.homes = Homes(config.model, config.placement, config.cluster, config.engine, list(config.sources))
+        self.homes.check()
+        # Begun first, so that it imports the functions while the data is read.
+        names = list(config.rewards.reward)
+        judging = RewardProcess(names, deadline_s=config.rewards.reward_deadline) if names else None
+        if judging is not None:
+            stack.callback(judging.close)
+        rows = load_data(config.data)
+        code = config.model.trust_remote_code
+        self.tokenizer = load_tokenizer(config.model.model, trust_remote_code=code)
+        with tokenizing(rows) as on_progress:
+            self.prompts, self.counts = build_prompts(
+                rows,
+                self.tokenizer,
+                config.data.max_length,
+                config.data.long_rows,
+                limits=[
+                    read_limits(config.model.model, trust_remote_code=code),
+                    Limits(positions=config.engine.max_length, whose="the engine (engine.max_length)"),
+                ],
+                max_new_tokens=config.sampling.max_new_tokens,
+                on_progress=on_progress,
+            )
+        self.functions = judging.rewards() if judging else []
+        require_columns(self.functions, self.prompts, config.data.data)
+        self.inputs = digest_inputs({"data": rows}, self.functions, config.sources)
+        RunFolder.check(self.out, self._start(self.inputs))
+
+    def run(self) -> Path | None:
+        if self.config.run.dry_run:
+            self._print_plan()
+            return None
+        path = self.out / SAMPLES
+        # Prompts that are written together, and how to find out how many are.
+        lot = JUDGED if self.config.rewards.judges else 1
+        shape = {"items": len(self.prompts), "lines_each": self.count, "lot": lot}
+        missing = not self.config.run.resume or whole_items(path, **shape)[0] < len(self.prompts)
+        parts = self._load() if missing else None
+        with RunFolder.open(self.out, self._start(self.inputs)) as folder:
+            done = keep_items(path, "row", **shape)
+            folder.event("start", title=self.title, prompts_done=done, **self.counts)
+            if parts is not None:
+                self._write(path, done, lot, *parts)
+            folder.event("finish", prompts=len(self.prompts))
+        return path
+
+    def _load(self) -> tuple[Engine, Judge]:
+        config = self.config
+        self.stack.enter_context(self.homes)
+        say(f"loading the model from {config.model.model}")
+        engine = self.homes.engine_alone(config.sampling, seed=config.run.seed)
+        rewards: list[Reward] = list(self.functions)
+        if (source := config.rewards.reward_model) is not None:
+            say(f"loading the reward model from {source}")
+            model = partial(load, section=config.model, source=source, head="scalar")
+            scorer = self.homes.place("reward", partial(frozen, load=model, section=config.model, temperature=1.0))
+            tokenizer = load_tokenizer(source, trust_remote_code=config.model.trust_remote_code)
+            rewards.append(RewardModel(scorer, tokenizer, reads_ids=same_tokenizer(self.tokenizer, tokenizer)))
+        judge = replace(
+            unweighted(rewards),
+            weights=config.rewards.reward_weights or (1.0,) * len(rewards),
+            missing_eos=config.rewards.missing_eos,
+            missing_eos_penalty=config.rewards.missing_eos_penalty,
+        )
+        return engine, judge
+
+    def _write(self, path: Path, done: int, lot: int, engine: Engine, judge: Judge) -> None:
+        """The rows of all prompts from number ``done`` on, a lot at a time."""
+        with Progress(self.title, total=len(self.prompts), start=done) as progress:
+            if done:
+                progress.note(f"{path}: goes on after {done} prompts")
+            if taken := sorted({name for prompt in self.prompts for name in prompt.columns} & set(OF_A_SAMPLE)):
+                progress.note(f"data: the columns {', '.join(taken)} are not written, the samples have these names")
+            groups = self._groups(engine, done, progress)
+            while together := list(islice(groups, lot)):
+                if judge.rewards:
+                    with progress.phase("scoring"):
+                        judge.fill(together, derive_seed(self.config.run.seed, "judge", done // lot))
+                append_lines(path, self._rows(together, first=done, judged=bool(judge.rewards)))
+                done += len(together)
+                progress.update(done)
+
+    def _groups(self, engine: Engine, first: int, progress: Progress) -> Iterator[Group]:
+        """The prompts' groups in their order. The engine is kept supplied with more than it can decode at once."""
+        waiting = deque(enumerate(self.prompts[first:], start=first))
+        under_way: deque[tuple[Prompt, Future[list[Completion]]]] = deque()
+        engines = max(1, self.config.placement.workers("engine"))
+        share = -(-self.config.sampling.max_slots * engines // self.count)
+        of = len(waiting) * self.count
+        while waiting or under_way:
+            with progress.phase("sampling", of=of, done=lambda: engine.ended):
+                while waiting and len(under_way) <= share:
+                    some = [waiting.popleft() for _ in range(min(share, len(waiting)))]
+                    futures = engine.submit([self._request(row, prompt) for row, prompt in some])
+                    under_way += [(prompt, future) for (_, prompt), future in zip(some, futures, strict=True)]
+                prompt, future = under_way.popleft()
+                (group,) = groups_of([prompt], [future.result()])
+            yield group
+
+    def _request(self, row: int, prompt: Prompt) -> Request:
+        """What is asked for a prompt. The names of its draws are the run's seed, its row, itself and the sample."""
+        ticket = Ticket(number=row, row=row, step=0, place=row)
+        draws, seed = self.config.sampling, self.config.run.seed
+        return request(prompt, ticket, draws.params, samples_per_prompt=self.count, seed=seed)
+
+    def _rows(self, groups: Seq[Group], *, first: int, judged: bool) -> Iterable[dict[str, Any]]:
+        for row, group in enumerate(groups, start=first):
+            columns = {name: value for name, value in group.prompt.columns.items() if name not in OF_A_SAMPLE}
+            for rollout in group.rollouts:
+                yield {"prompt": group.prompt.prompt} | columns | self._sample(group.prompt, rollout, row, judged)
+
+    def _sample(self, prompt: Prompt, rollout: Rollout, row: int, judged: bool) -> dict[str, Any]:
+        found: dict[str, Any] = {
+            "completion": as_column(prompt, rollout.completion),
+            "row": row,
+            "sample": rollout.sample_index,
+            "stop": rollout.stop,
+            "length": len(rollout.completion_ids),
+        }
+        if rollout.error:
+            found["error"] = rollout.error
+        if judged:
+            found |= {"reward": rollout.reward, "reward_parts": rollout.reward_parts}
+        if "tokens" in self.config.written.write:
+            found["token_ids"] = rollout.completion_ids
+        if "logprobs" in self.config.written.write:
+            found["logprobs"] = rollout.untruncated_logp[rollout.prompt_length :]
+        return found
+
+    def _start(self, inputs: Inputs | None = None) -> Start:
+        return start_of(self.config, self.config.run, self.title, inputs)
+
+    def _print_plan(self) -> None:
+        """What a dry run shows: the resolved config and what would be used."""
+        config = self.config
+        code = config.model.trust_remote_code
+        uses = {
+            "model" if role == "engine" else role: describe_source(
+                source, scalar=role == "reward", trust_remote_code=code
+            )
+            + f", {pick_device(config.model.device)}, {config.model.dtype}{self.homes.where(role)}"
+            for role, source in config.sources.items()
+        }
+        uses |= {
+            "rewards": ", ".join(config.rewards.judges) or "none",
+            "engine": f"{config.engine.kind}, {config.sampling.max_slots} slots",
+            "prompts": describe_counts(self.counts),
+            "samples": f"{self.count * len(self.prompts)} of at most {config.sampling.max_new_tokens} tokens",
+        }
+        print_plan(config, uses)
+
+
+def as_column(prompt: Prompt, text: str) -> Any:
+    """A completion as a column beside its prompt: text, or the assistant's message where the prompt is messages."""
+    return text if isinstance(prompt.prompt, str) else [{"role": "assistant", "content": text}]

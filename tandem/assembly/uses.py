@@ -1,0 +1,124 @@
+"""The configs of the commands that use a model without training it. Nothing here imports torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tandem.assembly.configs import data_parts, worker_parts
+from tandem.assembly.needed import JudgedPlacement, UsePlacement
+from tandem.assembly.sections import (
+    ClusterSection,
+    DatasetSection,
+    DrawsSection,
+    EngineSection,
+    ModelSection,
+    OutSection,
+    RewardSection,
+)
+from tandem.config import MAY_CHANGE, PREFIXED
+from tandem.errors import UserError, needs
+
+
+@dataclass(frozen=True, kw_only=True)
+class WriteSection:
+    """What is written of each sample."""
+
+    write: tuple[Literal["tokens", "logprobs"], ...] = ()
+    """Beside the text: token ids, and their log-probs in nats at the sampling temperature, before any truncation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UseConfig:
+    """What every command that samples without training has."""
+
+    run: OutSection
+    model: ModelSection
+    data: DatasetSection
+    sampling: DrawsSection = field(default_factory=lambda: DrawsSection(samples_per_prompt=1))
+    written: WriteSection = field(default_factory=WriteSection)
+    placement: UsePlacement = field(default_factory=UsePlacement, metadata=PREFIXED)
+    engine: EngineSection = field(default_factory=EngineSection, metadata=PREFIXED)
+    cluster: ClusterSection = field(default_factory=ClusterSection, metadata=PREFIXED)
+
+    def __post_init__(self) -> None:
+        draws = self.sampling
+        if draws.temperature == 0 and draws.samples_per_prompt > 1:
+            raise UserError("temperature: 0 is greedy, all samples of a prompt would be equal; sample each once")
+        truncated = draws.top_k > 0 or draws.top_p < 1 or draws.min_p > 0
+        if truncated and self.engine.kind == "vllm" and "logprobs" in self.written.write:
+            raise UserError("write: vLLM reports log-probs of truncated distributions only; leave logprobs out")
+
+    @property
+    def rewards(self) -> RewardSection:
+        """What judges the samples."""
+        return RewardSection()
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """The models by role, and where each is loaded from."""
+        judge = self.rewards.reward_model
+        return {"engine": self.model.model} | ({} if judge is None else {"reward": judge})
+
+    @property
+    def parts(self) -> set[str]:
+        """What it has, for keys that need it (``tandem.errors.needs``)."""
+        return {"samples"} | data_parts(self.data) | worker_parts(self.placement, self.engine) | self.rewards.parts
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(UseConfig):
+    """Sample the prompts of a dataset: --out/samples.jsonl, a line a sample, which --resume goes on with after a kill.
+
+    A line has the row's prompt and other columns, and the completion: a dataset for 'tandem sft', and what
+    'tandem score' reads. A sample depends on --seed, its row and its number alone.
+    Example: tandem generate --model runs/sft/model --data prompts.jsonl --out runs/answers --max-new-tokens 256
+    Example: tandem generate --model runs/sft/model --data prompts.jsonl --out runs/answers --engine.kind vllm
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeepSection:
+    """What is made of a prompt's samples once they are judged."""
+
+    keep: Literal["best", "pairs", "all"] = field(default="best", metadata=MAY_CHANGE)
+    """best: best.jsonl, each prompt with its best completion, for 'tandem sft'. pairs: pairs.jsonl, best against worst,
+    for 'tandem dpo' and 'tandem rm'. all: samples.jsonl alone, which is always there."""
+    min_reward: float | None = field(default=None, metadata=needs(("keep", "best")) | MAY_CHANGE)
+    """best: leave out prompts whose best completion has less. None: keep each prompt's best."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgedConfig(UseConfig):
+    """What every command that judges its samples has beside."""
+
+    reward: RewardSection
+    placement: JudgedPlacement = field(default_factory=JudgedPlacement, metadata=PREFIXED)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.reward.judges:
+            raise UserError("reward: nothing judges the samples; give --reward FILE.py:function or --reward-model DIR")
+
+    @property
+    def rewards(self) -> RewardSection:
+        return self.reward
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig(JudgedConfig):
+    """Sample prompts, judge the samples, and keep the best, or the best against the worst, as a dataset to train on.
+
+    The loop of rejection sampling and of iterative DPO; recipes/ has both.
+    Example: tandem sample --model runs/sft/model --data prompts.jsonl --reward check.py:right --out runs/best
+    Example: tandem sample --model runs/sft/model --data prompts.jsonl --reward-model runs/rm/model --out runs/pairs
+      --keep pairs
+    """
+
+    sampling: DrawsSection = field(default_factory=DrawsSection)
+    kept: KeepSection = field(default_factory=KeepSection)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kept.keep == "pairs" and self.sampling.samples_per_prompt < 2:
+            raise UserError("samples_per_prompt: a pair is of 2 samples of a prompt; give 2 or more, got 1")
