@@ -329,7 +329,9 @@ def test_missing_keys_are_all_named_with_what_they_are():
         load_config(ExampleConfig, ["--out", "a", "--steps", "1"])
     assert str(caught.value) == (
         "missing --model (A Hugging Face folder, or a name on the hub); "
-        "--data (A .jsonl, .json or .parquet file, or the name of a dataset on the hub)"
+        "--data (A .jsonl, .json, .csv, .parquet or .arrow file, a folder of them, json@FOLDER, or the name of a "
+        "dataset on the hub; or several of these, with commas between them, each with :WEIGHT behind it or none: "
+        "a.jsonl:0.4,b.jsonl:0.6)"
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -202,8 +201,7 @@ def worker_parts(placement: RolePlacement, engine: EngineSection | None = None) 
 
 
 def data_parts(data: DatasetSection, evaluation: EvaluationSection | None = None) -> set[str]:
-    """Which datasets may have splits: a file has none, nor have several that a pattern names."""
-    held_out = [] if evaluation is None else [*evaluation.sets.values()]
-    sources = {"dataset with splits": [data.data], "held-out dataset with splits": held_out}
-    files = re.compile(r"\.(jsonl|json|parquet)$|[*?\[]")
-    return {part for part, given in sources.items() if not all(map(files.search, given))}
+    """Which datasets may have splits."""
+    held_out = [] if evaluation is None else evaluation.sources
+    named = {"dataset with splits": data.sources, "held-out dataset with splits": held_out}
+    return {part for part, sources in named.items() if any(one.has_splits for one in sources)}

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from os.path import expanduser
 
 from tandem.config import PATH
+from tandem.data.sources import Source, parse_sources, unweighted_sources
 from tandem.errors import UserError, expect, needs
 
 EVALUATED = ("eval_data",)
@@ -26,16 +27,25 @@ class EvaluationSection:
     """Split of --eval-data, for a dataset that has splits."""
     eval_every: int = field(default=50, metadata=needs(EVALUATED))
     """Steps between evaluations; the last step is evaluated too. 0: only the last."""
+    max_eval_samples: int | None = field(default=None, metadata=needs(EVALUATED))
+    """Rows read of each source of --eval-data, its first ones. None: all."""
 
     def __post_init__(self) -> None:
         expect(self, "files or names of datasets", all, "eval_data")
         expect(self, "0 or more", lambda value: value >= 0, "eval_every")
-        named_sets(self.eval_data)
+        expect(self, "1 or more", lambda value: value >= 1, "max_eval_samples")
+        for text in self.sets.values():
+            unweighted_sources("eval_data", text)
 
     @property
     def sets(self) -> dict[str, str]:
         """Where each held-out set is read from, by its name; the name of one that needs none is empty."""
         return named_sets(self.eval_data)
+
+    @property
+    def sources(self) -> list[Source]:
+        """The sources of all sets."""
+        return [one for text in self.sets.values() for one in parse_sources(text)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,4 +85,4 @@ def named_sets(given: Seq[str]) -> dict[str, str]:
 def own_name(source: str) -> str:
     """What a set is called that is given no name: its file, without folder and ending."""
     last = re.split(r"[/\\@:]", source.rstrip("/"))[-1]
-    return re.sub(r"[^\w.-]+", "_", re.sub(r"\.(jsonl|json|parquet)$", "", last)) or "held_out"
+    return re.sub(r"[^\w.-]+", "_", re.sub(r"\.(jsonl|json|csv|parquet|arrow)$", "", last)) or "held_out"

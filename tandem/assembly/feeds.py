@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -15,9 +13,11 @@ from tandem.assembly.evaluation import EvaluationSection
 from tandem.assembly.inputs import digest_inputs
 from tandem.assembly.models import heads, require_engine
 from tandem.assembly.placing import Homes
-from tandem.assembly.sections import DatasetSection
+from tandem.assembly.reading import by_key, describe_data, load_data, load_held_out, ordered, tokenizing
+from tandem.data.chat import set_template
+from tandem.data.order import Order
 from tandem.data.room import Room
-from tandem.data.rows import Dataset, load_rows
+from tandem.data.rows import Dataset
 from tandem.data.tokenize import Counts, build_pairs, build_prompts, build_sequences, build_unpaired
 from tandem.errors import UserError
 from tandem.models.limits import read_limits
@@ -53,6 +53,8 @@ class Feed(Protocol):
     """Rows that are gone through."""
     steps: int
     """The run's length."""
+    order: Order
+    """Of its items."""
     counts: Counts
     inputs: Inputs
 
@@ -76,21 +78,25 @@ class RowsFeed:
 
     def __init__(self, config: RowsConfig) -> None:
         self.config = config
-        rows, held_out = load_data(config.data), load_held_out(config.evaluation)
+        kind = config.reads.kind
+        self.rows, held_out = load_data(config.data, kind), load_held_out(config.evaluation, config.data, kind)
         self.tokenizer = load_tokenizers(config)
         limits = limits_of_models(config, self.tokenizer)
         self.longest = Room(config.data.max_length, limits).limit
-        self.examples, self.counts = self._tokenize(rows, limits)
+        self.examples, self.counts = self._tokenize(self.rows, limits)
         self.held_out = {name: self._tokenize(one, limits)[0] for name, one in held_out.items()}
         self.size = len(self.examples)
         self.steps = config.steps_over(self.size)
-        self.inputs = digest_inputs(by_key(rows, held_out), models=config.sources)
+        self.order = ordered(self.rows, self.counts, config.run.seed)
+        self.inputs = digest_inputs(
+            by_key(self.rows, held_out), models=config.sources, template=config.data.chat_template
+        )
 
     def uses(self, homes: Homes) -> dict[str, str]:
         config = self.config
-        epochs = self.steps * config.rows.batch_size / self.size
+        items = self.steps * config.rows.batch_size
         return {
-            "data": f"{describe_counts(self.counts)}, gone through {epochs:.2f} times in {self.steps} steps",
+            "data": describe_data(self.rows, self.counts, self.order, items, self.steps),
             "held out": describe_sets(self.held_out, "rows"),
         }
 
@@ -132,16 +138,18 @@ class SamplesFeed:
         # Begun first, so that it imports the functions while the data is read.
         names = [*config.reward.reward, *config.evaluation.eval_reward]
         self.judging = RewardProcess(names, deadline_s=config.reward.reward_deadline) if names else None
-        rows, held_out = load_data(config.data), load_held_out(config.evaluation)
+        self.rows = load_data(config.data, "prompts")
+        held_out = load_held_out(config.evaluation, config.data, "prompts")
         self.tokenizer = load_tokenizers(config)
         self.limits = limits_of_models(config, self.tokenizer)
         require_readers(self.limits, len(self.tokenizer))
-        self.prompts, self.counts = self._tokenize(rows)
+        self.prompts, self.counts = self._tokenize(self.rows)
         self.held_out = {name: self._tokenize(one)[0] for name, one in held_out.items()}
         self.size = len(self.prompts)
         self.steps = config.steps_over(self.size)
+        self.order = ordered(self.rows, self.counts, config.run.seed)
         functions = self.judging.rewards() if self.judging else []
-        self.inputs = digest_inputs(by_key(rows, held_out), functions, config.sources)
+        self.inputs = digest_inputs(by_key(self.rows, held_out), functions, config.sources, config.data.chat_template)
         trained_on = len(config.reward.reward)
         self.functions, self.eval_rewards = functions[:trained_on], functions[trained_on:]
 
@@ -155,12 +163,12 @@ class SamplesFeed:
         config = self.config
         sampling, engine, step = config.sampling, config.engine, config.step
         samples = sampling.prompts_per_step * sampling.samples_per_prompt
-        epochs = self.steps * sampling.prompts_per_step / self.size
+        items = self.steps * sampling.prompts_per_step
         place = homes.where("engine")
         return {
             "rewards": ", ".join(config.reward.judges) or "none",
             "engine": f"{engine.kind}{place or ', on the actor' + chr(39) + 's devices'}, {sampling.max_slots} slots",
-            "prompts": f"{describe_counts(self.counts)}, gone through {epochs:.2f} times in {self.steps} steps",
+            "prompts": describe_data(self.rows, self.counts, self.order, items, self.steps),
             "a step": f"{samples} samples of at most {sampling.max_new_tokens} tokens, "
             f"{step.sample_epochs * step.minibatches} optimizer steps",
             "held out": describe_sets(self.held_out, "prompts"),
@@ -269,6 +277,7 @@ def load_tokenizers(config: RunConfig) -> Any:
     """The policy's. Raises UserError where a model that reads the policy's token ids has another one."""
     code = config.model.trust_remote_code
     tokenizer = load_tokenizer(config.model.model, trust_remote_code=code)
+    set_template(tokenizer, config.data.chat_template)
     for need in config.method.needs():
         source = config.sources[need.role]
         if source != config.model.model:
@@ -321,46 +330,7 @@ def when_due(section: EvaluationSection, measure: HeldOut, *, last: int) -> Eval
     return evaluate
 
 
-def load_data(section: DatasetSection) -> Dataset:
-    """The rows that are trained on. Read before any model, since a mistake in them shows soonest."""
-    return load_rows(section.data, split=section.split)
-
-
-def load_held_out(section: EvaluationSection) -> dict[str, Dataset]:
-    """The rows of each held-out set, by its name."""
-    return {name: load_rows(source, split=section.eval_split) for name, source in section.sets.items()}
-
-
-def by_key(rows: Dataset, held_out: Mapping[str, Dataset]) -> dict[str, Dataset]:
-    """All that a run reads, each under the key that names it, and its own name where it has one."""
-    return {"data": rows} | {f"eval_data {name}".rstrip(): one for name, one in held_out.items()}
-
-
-@contextmanager
-def tokenizing(rows: Dataset) -> Iterator[Callable[[int, int], None]]:
-    """A callback for (rows done, rows in all), which shows a bar where that takes longer than a second."""
-    say(f"tokenizing {len(rows)} rows of {rows.source}")
-    started = time.monotonic()
-    with ExitStack() as stack:
-        bar: Progress | None = None
-
-        def on_progress(done: int, total: int) -> None:
-            nonlocal bar
-            if bar is None and time.monotonic() - started > 1:
-                bar = stack.enter_context(Progress(f"tokenizing {rows.source}", total=total, start=done))
-            if bar is not None:
-                bar.update(done)
-
-        yield on_progress
-
-
 def describe_sets(sets: Mapping[str, Seq[Any]], what: str) -> str:
     """How much is held out: ``20 rows``, or of sets with names ``math 20, code 30 prompts``."""
     sizes = [f"{name} {len(items)}".lstrip() for name, items in sets.items()]
     return f"{', '.join(sizes)} {what}" if sizes else "none"
-
-
-def describe_counts(counts: Mapping[str, int]) -> str:
-    """How many rows are used, and what became of the others."""
-    rest = ", ".join(f"{counts[what]} {what}" for what in ("truncated", "dropped") if counts[what])
-    return f"{counts['kept']} rows" + (f" ({rest})" if rest else "")

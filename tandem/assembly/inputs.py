@@ -23,15 +23,20 @@ SAMPLES, BLOCK = 256, 1 << 16
 
 
 def digest_inputs(
-    rows: Mapping[str, Dataset | None], rewards: Iterable[FunctionReward] = (), models: Mapping[str, str] | None = None
+    rows: Mapping[str, Dataset | None],
+    rewards: Iterable[FunctionReward] = (),
+    models: Mapping[str, str] | None = None,
+    template: str | None = None,
 ) -> Inputs:
     """Digests by kind and name. ``rows`` by key (``data``, ``eval_data``), ``models``: folder or hub name by role.
+    ``template``: the file with a chat template, or the name of one of the tokenizer's.
 
-    Dataset are taken as they were read, in their order, so that a change of a file's layout alone is none. A reward is
+    Datasets are taken as they were read, in their order, so that a change of a file's layout alone is none. A reward is
     its file and the modules from the same folder that it uses; what it reads or imports when it is called is not seen.
     """
     return {
-        "data": {f"{key} {one.source}": digest_rows(one) for key, one in rows.items() if one is not None},
+        "data": {f"{key} {one.source}": digest_rows(one) for key, one in rows.items() if one is not None}
+        | ({f"chat template {template}": digest_file(Path(template))} if template and Path(template).is_file() else {}),
         "reward": {
             f"reward {reward.source}" + (f": {name}" if name else ""): digest_file(path)
             for reward in rewards

@@ -12,12 +12,13 @@ import torch
 
 from tandem.assembly.configs import RunConfig, SamplesConfig
 from tandem.assembly.sections import DrawsSection, EngineSection, ModelSection, OptimSection
+from tandem.data.chat import set_template
 from tandem.engines.live.engine import LiveEngine
 from tandem.engines.live.replica import ReplicaEngine
 from tandem.errors import UserError
 from tandem.methods.base import ASKS_NOTHING, Asks
 from tandem.models.forward import LoadedModel
-from tandem.models.loading import load_causal, load_scalar
+from tandem.models.loading import load_causal, load_scalar, load_tokenizer
 from tandem.roles import Engine, FedEngine, LossFn, SleepingEngine
 from tandem.sync.checksum import Sums
 from tandem.sync.source import WeightSource
@@ -41,6 +42,7 @@ def builds(config: RunConfig, steps: int) -> dict[str, Build]:
     """
     method, head_of, losses = config.method, heads(config), config.method.losses()
     temperature = config.sampling.temperature if isinstance(config, SamplesConfig) else 1.0
+    template = _template(config)
     found: dict[str, Build] = {}
     for role, source in config.sources.items():
         model = partial(load, section=config.model, source=source, head=head_of[role], seed=config.run.seed)
@@ -51,7 +53,9 @@ def builds(config: RunConfig, steps: int) -> dict[str, Build]:
         rate = config.optim.learning_rate if role == "actor" else config.models.learning_rate(role)
         found[role] = partial(
             trained,
-            load=partial(model, new_head="random" if role == "actor" else "zero"),
+            load=partial(model, new_head="random", chat_template=template)
+            if role == "actor"
+            else partial(model, new_head="zero"),
             section=config.model,
             loss=losses[role],
             optim=optim_params(config.optim, total_steps=steps, learning_rate=rate),
@@ -59,6 +63,15 @@ def builds(config: RunConfig, steps: int) -> dict[str, Build]:
             asks=asks,
         )
     return found
+
+
+def _template(config: RunConfig) -> str | None:
+    """The chat template that goes into the trained model's folder, where the config names one."""
+    if config.data.chat_template is None:
+        return None
+    tokenizer = load_tokenizer(config.model.model, trust_remote_code=config.model.trust_remote_code)
+    set_template(tokenizer, config.data.chat_template)
+    return tokenizer.chat_template
 
 
 def optim_params(section: OptimSection, *, total_steps: int, learning_rate: float) -> OptimParams:
@@ -76,17 +89,29 @@ def optim_params(section: OptimSection, *, total_steps: int, learning_rate: floa
 
 
 def load(
-    site: Site, section: ModelSection, source: str, head: Head = "lm", new_head: NewHead = "refuse", seed: int = 0
+    site: Site,
+    section: ModelSection,
+    source: str,
+    head: Head = "lm",
+    new_head: NewHead = "refuse",
+    seed: int = 0,
+    chat_template: str | None = None,
 ) -> LoadedModel:
-    """A model on this process's device. ``new_head``: what becomes of a scalar head that its folder lacks."""
+    """A model on this process's device. ``new_head``: what becomes of a scalar head that its folder lacks.
+
+    ``chat_template``, the text of one, takes the place of its tokenizer's.
+    """
     options: dict[str, Any] = {
         "dtype": section.dtype,
         "device": str(site.world.device),
         "trust_remote_code": section.trust_remote_code,
     }
-    return (
+    model = (
         load_causal(source, **options) if head == "lm" else load_scalar(source, new_head=new_head, seed=seed, **options)
     )
+    if chat_template is not None:
+        model.tokenizer.chat_template = chat_template
+    return model
 
 
 def trained(

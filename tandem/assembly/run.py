@@ -14,7 +14,6 @@ from tandem.assembly.placing import Homes
 from tandem.assembly.plans import print_plan
 from tandem.assembly.sections import EngineSection
 from tandem.assembly.sessions import check_out, session
-from tandem.data.order import Order
 from tandem.errors import UserError
 from tandem.models.description import describe_source
 from tandem.models.loading import pick_device
@@ -72,10 +71,9 @@ def _run(config: RunConfig, stack: ExitStack, ranks: Ranks | None) -> Path | Non
     models = _models(config, feed.steps, stack.enter_context(homes) if ranks is None else ranks)
     trainers = {role: models[role] for role in config.method.losses()}
     fed = feed.start(models, homes)
-    order = Order(feed.size, config.run.seed)
     crew = Crew(
         method=config.method,
-        tickets=partial(order.tickets, per_step=config.items_per_step),
+        tickets=partial(feed.order.tickets, per_step=config.items_per_step),
         source=fed.source,
         prepare=fed.prepare,
         trainers=trainers,

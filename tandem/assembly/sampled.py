@@ -6,19 +6,21 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tandem.assembly.feeds import describe_counts, load_data, require_columns, tokenizing, unweighted
+from tandem.assembly.feeds import require_columns, unweighted
 from tandem.assembly.inputs import digest_inputs
 from tandem.assembly.models import frozen, load, require_engine
 from tandem.assembly.placing import Homes
 from tandem.assembly.plans import print_plan
+from tandem.assembly.reading import load_data, tokenizing
 from tandem.assembly.sessions import start_of
 from tandem.assembly.uses import UseConfig
+from tandem.data.chat import set_template
 from tandem.data.tokenize import build_prompts
 from tandem.futures import Future
 from tandem.models.description import describe_source
@@ -69,9 +71,10 @@ class _Sampling:
         judging = RewardProcess(names, deadline_s=config.rewards.reward_deadline) if names else None
         if judging is not None:
             stack.callback(judging.close)
-        rows = load_data(config.data)
+        rows = load_data(config.data, "prompts")
         code = config.model.trust_remote_code
         self.tokenizer = load_tokenizer(config.model.model, trust_remote_code=code)
+        set_template(self.tokenizer, config.data.chat_template)
         with tokenizing(rows) as on_progress:
             self.prompts, self.counts = build_prompts(
                 rows,
@@ -87,7 +90,7 @@ class _Sampling:
             )
         self.functions = judging.rewards() if judging else []
         require_columns(self.functions, self.prompts, config.data.data)
-        self.inputs = digest_inputs({"data": rows}, self.functions, config.sources)
+        self.inputs = digest_inputs({"data": rows}, self.functions, config.sources, config.data.chat_template)
         RunFolder.check(self.out, self._start(self.inputs))
 
     def run(self) -> Path | None:
@@ -102,7 +105,7 @@ class _Sampling:
         parts = self._load() if missing else None
         with RunFolder.open(self.out, self._start(self.inputs)) as folder:
             done = keep_items(path, "row", **shape)
-            folder.event("start", title=self.title, prompts_done=done, **self.counts)
+            folder.event("start", title=self.title, prompts_done=done, **asdict(self.counts))
             if parts is not None:
                 self._write(path, done, lot, *parts)
             folder.event("finish", prompts=len(self.prompts))
@@ -208,7 +211,7 @@ class _Sampling:
         uses |= {
             "rewards": ", ".join(config.rewards.judges) or "none",
             "engine": f"{config.engine.kind}, {config.sampling.max_slots} slots",
-            "prompts": describe_counts(self.counts),
+            "prompts": str(self.counts),
             "samples": f"{self.count * len(self.prompts)} of at most {config.sampling.max_new_tokens} tokens",
         }
         print_plan(config, uses)

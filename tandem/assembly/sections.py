@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tandem.config import INFINITE, MAY_CHANGE, ONE_START, PATH, may_change
+from tandem.data.sources import Source, parse_sources, unweighted_sources
 from tandem.errors import UserError, expect, needs
 from tandem.types import SamplingParams
 
@@ -125,26 +126,71 @@ class DatasetSection:
     """The dataset, and how its rows are read."""
 
     data: str = field(metadata=PATH)
-    """A .jsonl, .json or .parquet file, or the name of a dataset on the hub."""
+    """A .jsonl, .json, .csv, .parquet or .arrow file, a folder of them, json@FOLDER, or the name of a dataset on the
+    hub; or several of these, with commas between them."""
     split: str = field(default="train", metadata=needs(("part", "dataset with splits")))
     """Split to read, for a dataset that has splits."""
+    max_samples: int | None = None
+    """Rows read of each source of --data, its first ones. None: all."""
     max_length: int = 4096
     """Longest row in tokens; of an online dataset, longest prompt."""
     long_rows: Literal["refuse", "truncate", "drop"] = "refuse"
     """What becomes of longer rows: an error that names the first, their left end cut off, or left out and counted."""
+    input_key: str | None = None
+    """Column of the prompt; of demonstrations without a completion, of the messages or the text. None: as TRL names
+    them."""
+    output_key: str | None = field(default=None, metadata=needs(("part", "demonstrations", "unpaired")))
+    """Column of the completion. None: 'completion'."""
+    chosen_key: str | None = field(default=None, metadata=needs(("part", "preferences", "unpaired")))
+    """Column of the better answer. None: 'chosen'."""
+    rejected_key: str | None = field(default=None, metadata=needs(("part", "preferences", "unpaired")))
+    """Column of the worse answer. None: 'rejected'."""
+    label_key: str | None = field(default=None, metadata=needs(("part", "unpaired", "samples")))
+    """Column of the label: what a method learns from, or, for samples, what reward functions get as 'label'. None:
+    'label'."""
+    input_template: str | None = None
+    """Put around a prompt that is text, as 'User: {}\\nAssistant: '. \\n is a line break."""
+    apply_chat_template: bool = False
+    """Make turns of texts: the user's of a prompt, the assistant's of an answer."""
+    system: str | None = None
+    """System message of the conversations that have none."""
+    chat_template: str | None = field(default=None, metadata=PATH)
+    """A file with the chat template to use, and to keep with the trained model; or the name of one of the tokenizer's.
+    None: the tokenizer's."""
 
     def __post_init__(self) -> None:
         expect(self, "a file or the name of a dataset", bool, "data")
-        expect(self, "1 or more", _at_least(1), "max_length")
+        expect(self, "1 or more", _at_least(1), "max_length", "max_samples")
+        expect(self, "the name of a column", bool, *(key for key in vars(self) if key.endswith("_key")))
+        expect(self, "a text with one {}", lambda text: text.count("{}") == 1, "input_template")
+        expect(self, "a text", bool, "system", "chat_template")
+        self._check_sources()
+
+    def _check_sources(self) -> None:
+        unweighted_sources("data", self.data)
+
+    @property
+    def sources(self) -> list[Source]:
+        """What ``data`` names."""
+        return parse_sources(self.data)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSection(DatasetSection):
     """The dataset that is trained on."""
 
+    data: str = field(metadata=PATH)
+    """A .jsonl, .json, .csv, .parquet or .arrow file, a folder of them, json@FOLDER, or the name of a dataset on the
+    hub; or several of these, with commas between them, each with :WEIGHT behind it or none: a.jsonl:0.4,b.jsonl:0.6."""
     train_on: Literal["completion", "all"] = field(default="completion", metadata=needs(("part", "demonstrations")))
     """What of a demonstration is learned: the completion or the assistant's turns only, or every token. Rows with only
     'text' are learned whole."""
+
+    def _check_sources(self) -> None:
+        try:
+            parse_sources(self.data)
+        except UserError as error:
+            raise UserError(f"data: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)

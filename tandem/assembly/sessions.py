@@ -5,15 +5,16 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tandem.assembly.configs import RunConfig
-from tandem.assembly.feeds import describe_counts
 from tandem.assembly.sections import OutSection
 from tandem.checkpoint.saver import SaveEvery
 from tandem.checkpoint.store import CheckpointStore
 from tandem.config import changeable, dump_config
+from tandem.data.tokenize import Counts
 from tandem.errors import UserError
 from tandem.roles import Seat
 from tandem.runs.folder import RunFolder, did_nothing
@@ -69,7 +70,7 @@ def check_out(config: RunConfig, inputs: Inputs | None = None, *, steps: int | N
 
 @contextmanager
 def session(
-    config: RunConfig, trainers: Mapping[str, Seat], *, steps: int, counts: Mapping[str, int], inputs: Inputs
+    config: RunConfig, trainers: Mapping[str, Seat], *, steps: int, counts: Counts, inputs: Inputs
 ) -> Iterator[Session]:
     """The run folder, open; its config written; the display on; what is loaded out of the garbage collector's way.
 
@@ -79,7 +80,7 @@ def session(
     run, title = config.run, config.method.title
     folder = RunFolder.open(Path(run.out), run_start(config, inputs))
     with folder:
-        folder.event("start", title=title, **counts)
+        folder.event("start", title=title, **asdict(counts))
         store = CheckpointStore(folder.checkpoints, keep=run.keep, run=folder.identity)
         checkpoint = store.latest()
         done = checkpoint.step if checkpoint else 0
@@ -98,8 +99,8 @@ def session(
                 )
                 share = ", and so was the warmup, a share of them" if 0 < config.optim.warmup_steps < 1 else ""
                 progress.note(f"{now} now; what is done was done for {then}{share}")
-            if counts["kept"] < counts["rows"] or counts["truncated"]:
-                progress.note(f"data: {describe_counts(counts)}")
+            if counts.kept < counts.rows or counts.truncated:
+                progress.note(f"data: {counts}")
             yield Session(
                 run=folder,
                 store=store,

@@ -7,15 +7,42 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from jinja2.exceptions import TemplateError
+from jinja2.exceptions import TemplateError, TemplateSyntaxError
 
 from tandem.data.rows import Row
 from tandem.errors import UserError
 from tandem.types import Message
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+def set_template(tokenizer: Any, template: str | None) -> None:
+    """Gives the tokenizer a chat template: that of a file, or one of its own by its name. None: it keeps what it has.
+
+    Raises UserError where there is neither, or the file cannot be read or is no template.
+    """
+    if template is None:
+        return
+    named, path = tokenizer.chat_template, Path(template)
+    if isinstance(named, dict) and template in named:
+        tokenizer.chat_template = named[template]
+        return
+    if not path.is_file():
+        names = f" ({', '.join(named)})" if isinstance(named, dict) else ""
+        raise UserError(f"chat_template: {template} is no file, and none of the tokenizer's templates{names}")
+    try:
+        text = path.read_text(encoding="utf-8")
+        tokenizer.apply_chat_template([{"role": "user", "content": ""}], chat_template=text, tokenize=False)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"chat_template: {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    except TemplateSyntaxError as error:
+        raise UserError(f"chat_template: {path}:{error.lineno}: no chat template: {error.message}") from error
+    except Exception:
+        pass  # it may want more of a conversation than this one; the rows will tell
+    tokenizer.chat_template = text
 
 
 def template_arguments(tokenizer: Any, row: Row) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""TRL's dataset formats, read from one row.
+"""TRL's dataset formats, read from one row: which columns each kind of rows has, and what is in them.
 
-Each comes as plain strings or as conversations (lists of messages):
+Each kind comes as plain strings or as conversations (lists of messages):
 
 - language modeling: ``text``, or ``messages``
 - prompt-only: ``prompt``
@@ -13,19 +13,77 @@ Each comes as plain strings or as conversations (lists of messages):
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 from itertools import takewhile
 from typing import Any
 
-from tandem.data.rows import Row, require_column
+from tandem.data.rows import Row, present, require_column
 from tandem.errors import UserError
 from tandem.types import Message
 
 Content = str | list[Message]
+COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "demonstrations": (("text",), ("messages",), ("prompt", "completion")),
+    "preferences": (("chosen", "rejected"),),
+    "unpaired": (("prompt", "completion", "label"), ("chosen", "rejected")),
+    "prompts": (("prompt",),),
+}
+"""The columns of each kind of rows, in each of the ways in which they may be there."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
 """Roles that most templates know. Others are left to the template, but for those that are one of these mistyped."""
 _INSTEAD = ("tool_calls", "function_call", "reasoning_content", "thinking")
 """What an assistant's message may have instead of a content."""
+
+
+def kinds(row: Row) -> list[str]:
+    """The kinds of rows that the columns of this one make it."""
+    return [kind for kind, ways in COLUMNS.items() if any(_has(row, way) for way in ways)]
+
+
+def require_kind(row: Row, kind: str) -> None:
+    """Raises UserError where the row lacks the columns of its kind, and names those it has."""
+    ways = COLUMNS[kind]
+    if any(_has(row, way) for way in ways):
+        return
+    if len(ways) == 1:
+        require_column(row, next(column for column in ways[0] if row.get(column) is None))
+    *others, last = (" with ".join(map(repr, way)) for way in ways)
+    raise UserError(f"no column {', no '.join(others)}, and no {last}; columns present: {present(row)}")
+
+
+def _has(row: Row, columns: Iterable[str]) -> bool:
+    return all(row.get(column) is not None for column in columns)
+
+
+def conversational(row: Row) -> bool:
+    """Whether a column of any kind of rows holds messages."""
+    columns = {column for ways in COLUMNS.values() for way in ways for column in way}
+    return any(isinstance(row.get(column), list) for column in columns)
+
+
+def number(row: Row, column: str, default: float) -> float:
+    """The column's number, also where it is written as text (CSV). Raises UserError for anything else."""
+    value = row.get(column)
+    if value is None:
+        return default
+    try:
+        found = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else math.nan
+    except ValueError:
+        found = math.nan
+    if not math.isfinite(found):
+        raise UserError(f"column {column!r} must be a finite number, not {value!r}")
+    return found
+
+
+def truth(row: Row, column: str) -> bool:
+    """The column's true or false, also as 1 or 0 and as text (CSV). Raises UserError for anything else."""
+    require_column(row, column)
+    value = row[column]
+    found = {"true": True, "1": True, "false": False, "0": False}.get(str(value).lower())
+    if found is None or isinstance(value, float):
+        raise UserError(f"column {column!r} must be true or false, not {value!r}")
+    return found
 
 
 def content(row: Row, column: str) -> Content:
@@ -103,15 +161,11 @@ def preference(row: Row) -> tuple[Content, Content, Content]:
 
 def unpaired(row: Row) -> list[tuple[Content, Content, bool]]:
     """Prompt, answer, and whether it is desirable: one of them, or the two of a preference, the chosen one first."""
-    if "completion" not in row and row.get("chosen") is not None and row.get("rejected") is not None:
+    if row.get("completion") is None and row.get("chosen") is not None and row.get("rejected") is not None:
         prompt, chosen, rejected = preference(row)
         return [(prompt, chosen, True), (prompt, rejected, False)]
     prompt, completion = prompt_completion(row)
-    require_column(row, "label")
-    label = row["label"]
-    if not isinstance(label, bool | int) or label not in (0, 1):
-        raise UserError(f"column 'label' must be true (a desirable completion) or false, not {label!r}")
-    return [(prompt, completion, bool(label))]
+    return [(prompt, completion, truth(row, "label"))]
 
 
 def extract_prompt(chosen: Content, rejected: Content) -> tuple[Content, Content, Content]:

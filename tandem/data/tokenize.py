@@ -7,10 +7,12 @@ token. ``tokenizer`` is a Hugging Face tokenizer throughout.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from typing import Any, Literal, TypeVar
 
 from tandem.data import formats
@@ -26,9 +28,37 @@ TooLong = Literal["refuse", "truncate", "drop"]
 """What happens to a row above the limit: an error, its left end is cut off, or it is left out."""
 OnProgress = Callable[[int, int], None]
 """Called with (rows done, rows in all) after each row."""
-Counts = dict[str, int]
-"""``rows`` read, ``kept`` (truncated ones included), ``truncated``, ``dropped``."""
 T = TypeVar("T")
+Text = Sequence | Prompt
+"""What of an item goes through a model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """What became of a dataset's rows."""
+
+    rows: int
+    """Read."""
+    kept: int
+    """Truncated ones included."""
+    truncated: int = 0
+    """Too long, and cut."""
+    dropped: int = 0
+    """Too long, and left out."""
+    untrained: int = 0
+    """Left out since none of their tokens would be trained, as where all that was left is the first token."""
+    items_of: tuple[int, ...]
+    """Items of a run that were made of the kept rows of each source (``Dataset.parts``): one of each row, mostly."""
+
+    def __str__(self) -> str:
+        """How many rows are used, and what became of the others."""
+        said = {
+            "truncated": self.truncated,
+            "dropped": self.dropped,
+            "left out with nothing to train on": self.untrained,
+        }
+        rest = ", ".join(f"{count} {what}" for what, count in said.items() if count)
+        return f"{self.kept} rows" + (f" ({rest})" if rest else "")
 
 
 def prompt_of(row: Row, tokenizer: Any) -> Prompt:
@@ -55,24 +85,20 @@ def sft_sequence(row: Row, tokenizer: Any, *, train_on: TrainOn = "completion") 
     tokens of ``messages`` are answers. What follows the last answer is left out. Raises UserError where the row has
     none of these formats or the chat template cannot render it.
     """
-    if "prompt" in row and "completion" in row:
+    formats.require_kind(row, "demonstrations")
+    if row.get("prompt") is not None and row.get("completion") is not None:
         sequence = _answered(*formats.prompt_completion(row), tokenizer, row)
-    elif "messages" in row:
+    elif row.get("messages") is not None:
         messages = formats.messages(row, "messages")
         if marks_answers(tokenizer, row):
             sequence = ended(*marked_answers(messages, tokenizer, row), tokenizer)
         else:
             sequence = _joined(conversation_pieces(messages, tokenizer, row), tokenizer, special_tokens=False)
-    elif "text" in row:
+    else:
         text = formats.content(row, "text")
         if not isinstance(text, str):
             raise UserError("column 'text' must be a string; conversations go into a column 'messages'")
         sequence = _joined([(text, True)], tokenizer, special_tokens=True)
-    else:
-        raise UserError(
-            "no column 'text', no 'messages', and no 'prompt' with 'completion'; "
-            f"columns present: {', '.join(map(repr, row)) or 'none'}"
-        )
     if train_on == "all":
         sequence.trainable = [True] * len(sequence.token_ids)
     return sequence
@@ -84,13 +110,10 @@ def preference_pair(row: Row, tokenizer: Any) -> PreferencePair:
     An optional column ``margin`` (a number) says by how much chosen is better. Raises UserError as above.
     """
     prompt, chosen, rejected = formats.preference(row)
-    margin = row.get("margin")
-    if margin is not None and (isinstance(margin, bool) or not isinstance(margin, int | float)):
-        raise UserError(f"column 'margin' must be a number, not {margin!r}")
     return PreferencePair(
         chosen=_answered(prompt, chosen, tokenizer, row),
         rejected=_answered(prompt, rejected, tokenizer, row),
-        margin=float(margin or 0.0),
+        margin=formats.number(row, "margin", 0.0),
     )
 
 
@@ -184,7 +207,7 @@ def build_prompts(
     prompts, counts = _build(
         rows,
         lambda row: prompt_of(row, tokenizer),
-        lambda prompt: [prompt.token_ids],
+        lambda prompt: [prompt],
         cut,
         Room(max_prompt_tokens, limits, max_new_tokens),
         long_prompts,
@@ -219,7 +242,7 @@ def build_sequences(
     return _build(
         rows,
         lambda row: sft_sequence(row, tokenizer, train_on=train_on),
-        lambda sequence: [sequence.token_ids],
+        lambda sequence: [sequence],
         cut,
         Room(max_length, limits),
         long_rows,
@@ -242,11 +265,11 @@ def build_pairs(
     leave no room for any of the prompt is dropped.
     """
 
-    def texts(pair: PreferencePair) -> list[Seq[int]]:
-        return [pair.chosen.token_ids, pair.rejected.token_ids]
+    def texts(pair: PreferencePair) -> Seq[Text]:
+        return [pair.chosen, pair.rejected]
 
     def cut(pair: PreferencePair, limit: int) -> PreferencePair | None:
-        excess = max(map(len, texts(pair))) - limit
+        excess = max(len(text.token_ids) for text in texts(pair)) - limit
         chosen, rejected = (_cut_prompt(s, excess, tokenizer) for s in (pair.chosen, pair.rejected))
         return None if chosen is None or rejected is None else replace(pair, chosen=chosen, rejected=rejected)
 
@@ -280,11 +303,12 @@ def build_unpaired(
     found, counts = _build(
         rows,
         lambda row: labelled_answers(row, tokenizer),
-        lambda answers: [labelled.answer.token_ids for labelled in answers],
+        lambda answers: [labelled.answer for labelled in answers],
         cut,
         Room(max_length, limits),
         long_rows,
         on_progress,
+        count=len,
     )
     return [labelled for answers in found for labelled in answers], counts
 
@@ -292,38 +316,56 @@ def build_unpaired(
 def _build(
     rows: Dataset,
     make: Callable[[Row], T],
-    texts: Callable[[T], list[Seq[int]]],
+    texts: Callable[[T], Seq[Text]],
     cut: Callable[[T, int], T | None],
     room: Room,
     too_long: TooLong,
     on_progress: OnProgress | None,
+    count: Callable[[T], int] = lambda item: 1,
 ) -> tuple[list[T], Counts]:
+    """``texts`` of what a row becomes, and the ``count`` of items of a run that it is."""
     items: list[T] = []
-    counts = {"rows": len(rows), "kept": 0, "truncated": 0, "dropped": 0}
+    kept: list[int] = []
+    truncated = dropped = untrained = 0
     for index in range(len(rows)):
         with rows.at(index) as row:
-            item: T | None = make(row)
-            if item is not None:
-                for token_ids in texts(item):
-                    room.check_ids(token_ids)
-                length = max(map(len, texts(item)))
-                if room.limit is not None and length > room.limit:
-                    if too_long == "refuse":
-                        raise UserError(room.explain(length))
-                    item = cut(item, room.limit) if too_long == "truncate" else None
-                    counts["truncated"] += item is not None
-        if item is None:
-            counts["dropped"] += 1
-        else:
+            made = make(row)
+            for text in texts(made):
+                room.check_ids(text.token_ids)
+            length = max(len(text.token_ids) for text in texts(made))
+            item: T | None = made
+            if room.limit is not None and length > room.limit:
+                if too_long == "refuse":
+                    raise UserError(room.explain(length))
+                item = cut(made, room.limit) if too_long == "truncate" else None
+                truncated += item is not None
+                dropped += item is None
+        if item is not None and not all(map(_trains, texts(item))):
+            untrained += 1
+        elif item is not None:
             items.append(item)
+            kept.append(index)
         if on_progress is not None:
             on_progress(index + 1, len(rows))
-    counts["kept"] = len(items)
-    if not items:
+    ends = accumulate((part.rows for part in rows.parts), initial=0)
+    bounds = [bisect_left(kept, end) for end in ends]
+    items_of = tuple(sum(map(count, items[first:last])) for first, last in pairwise(bounds))
+    if not items and not untrained:
         raise UserError(
             f"{rows.source}: all {len(rows)} rows are longer than the limit of {room.limit} tokens; raise it"
         )
+    counts = Counts(
+        rows=len(rows), kept=len(items), truncated=truncated, dropped=dropped, untrained=untrained, items_of=items_of
+    )
+    for part, size in zip(rows.parts, items_of, strict=True):
+        if not items or (part.weight is not None and not size):
+            raise UserError(f"{part.name if items else rows.source}: no row is left to train on; of all: {counts}")
     return items, counts
+
+
+def _trains(text: Text) -> bool:
+    """Whether a token of it would be trained. The first one never is, as nothing is before it to tell it from."""
+    return isinstance(text, Prompt) or any(text.trainable[1:])
 
 
 def _front(token_ids: Seq[int], tokenizer: Any) -> int:

@@ -64,6 +64,33 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
     return batches
 
 
+@pytest.mark.parametrize("method", ["sft", "grpo"])
+def test_each_source_by_its_weight_and_once_an_epoch_of_its_own(inputs, method, trained, monkeypatch, capsys):
+    """40% of the rows from a file of 17, 60% from one of 6, over stops."""
+    monkeypatch.chdir(inputs)
+    steps, a_step = 10, A_STEP[method]
+    argv = [*arguments(method), "--out", f"mixed-{method}", "--max-length", "40", "--long-rows", "drop"]
+    argv += [] if method in ROW_METHODS else ["--rollouts-logged", "99"]
+    for flag in ("--eval-data", "--eval-every"):
+        del argv[argv.index(flag) : argv.index(flag) + 2]
+    first = argv[argv.index("--data") + 1]
+    lines = [json.loads(line) for line in Path(first).read_text().splitlines()]
+    second = [line | {"prompt": f"{i}{line['prompt']}"} for i, line in enumerate(lines[1:5] + lines[6:8])]
+    Path("second.jsonl").write_text("".join(json.dumps(line) + "\n" for line in second))
+    argv[argv.index("--data") + 1] = f"{first}:0.4,second.jsonl:0.6"
+    assert main([*argv, "--steps", str(steps), "--dry-run"]) == 0
+    assert f": {first} 40.0%, {0.4 * steps * a_step / ROWS:.2f} times, second.jsonl 60.0%, " in capsys.readouterr().out
+    assert [main([*argv, "--steps", str(steps), "--resume"]) for _ in range(3)] == [130, 130, 0]
+    times = [dict.fromkeys((row["prompt"].split("=")[0] for row in rows), 0) for rows in (lines, second)]
+    times[0] = {prompt: count for prompt, count in times[0].items() if not prompt.startswith("long")}
+    for number, prompts in enumerate(steps_of(Path(f"mixed-{method}"), method, trained), start=1):
+        for prompt in prompts:
+            times[prompt in times[1]][prompt] += 1
+        assert all(max(source.values()) - min(source.values()) <= 1 for source in times)
+        assert abs(sum(times[0].values()) - 0.4 * number * a_step) < 1
+    assert [sum(source.values()) for source in times] == [0.4 * steps * a_step, 0.6 * steps * a_step]
+
+
 @pytest.mark.parametrize("method", A_STEP)
 def test_every_row_once_an_epoch_over_stops_and_dropped_rows(inputs, method, trained, monkeypatch):
     monkeypatch.chdir(inputs)

@@ -30,15 +30,15 @@ def test_the_tightest_of_the_models_counts() -> None:
     """A sequence may fill every position; a prompt leaves room for what is sampled after it."""
     for build in (build_sequences, build_pairs):
         # The answer is a letter and its end of sequence.
-        assert build(rows(8), TOKENIZER, 4096, limits=[LARGE, SMALL, ENDLESS])[1]["kept"] == 1
+        assert build(rows(8), TOKENIZER, 4096, limits=[LARGE, SMALL, ENDLESS])[1].kept == 1
         message = refusal(build, rows(8, 9), TOKENIZER, 4096, limits=[LARGE, SMALL, ENDLESS])
         assert message.startswith("d row 2: 11 tokens, more than the 10 positions of small; choose to truncate")
-    assert build_prompts(rows(7), TOKENIZER, 4096, limits=[SMALL], max_new_tokens=3)[1]["kept"] == 1
+    assert build_prompts(rows(7), TOKENIZER, 4096, limits=[SMALL], max_new_tokens=3)[1].kept == 1
     message = refusal(build_prompts, rows(7, 8), TOKENIZER, 4096, limits=[SMALL], max_new_tokens=3)
     assert message.startswith("d row 2: 8 tokens and up to 3 new ones, more than the 10 positions of small; lower")
     message = refusal(build_prompts, rows(1), TOKENIZER, 4096, limits=[SMALL], max_new_tokens=10)
     assert message == "max_new_tokens: 10 leave no room for a prompt in the 10 positions of small"
-    assert build_sequences(rows(5000), TOKENIZER, None, limits=[ENDLESS])[1]["kept"] == 1
+    assert build_sequences(rows(5000), TOKENIZER, None, limits=[ENDLESS])[1].kept == 1
 
 
 def test_a_limit_of_the_user_s_below_the_model_s_is_named_as_before() -> None:
@@ -50,9 +50,9 @@ def test_a_limit_of_the_user_s_below_the_model_s_is_named_as_before() -> None:
 
 def test_long_rows_go_the_way_of_those_above_max_length() -> None:
     prompts, counts = build_prompts(rows(20, 3), TOKENIZER, 4096, "truncate", limits=[SMALL], max_new_tokens=3)
-    assert ([len(p.token_ids) for p in prompts], counts["truncated"]) == ([7, 3], 1)
+    assert ([len(p.token_ids) for p in prompts], counts.truncated) == ([7, 3], 1)
     sequences, counts = build_sequences(rows(20, 3), TOKENIZER, 4096, "drop", limits=[SMALL])
-    assert ([len(s.token_ids) for s in sequences], counts["dropped"]) == ([5], 1)
+    assert ([len(s.token_ids) for s in sequences], counts.dropped) == ([5], 1)
 
 
 def test_token_ids_that_a_model_has_no_embedding_of() -> None:
@@ -61,4 +61,4 @@ def test_token_ids_that_a_model_has_no_embedding_of() -> None:
         message = refusal(build, rows(2), TOKENIZER, limits=[LARGE, few])
         assert message.startswith("d row 1: token id 3, and the embedding of few has 3 rows: the tokenizer is another")
     # What no row holds does no harm: Gemma 3's text models have a tokenizer with one token more than embeddings.
-    assert build_prompts(rows(2), TOKENIZER, limits=[few])[1]["kept"] == 1
+    assert build_prompts(rows(2), TOKENIZER, limits=[few])[1].kept == 1

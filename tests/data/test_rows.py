@@ -7,7 +7,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from tandem.data.rows import Dataset, load_rows, require_column
+from tandem.data.rows import load_rows, require_column
 from tandem.errors import UserError
 
 ROWS = [{"prompt": "2+2=", "answer": 4}, {"prompt": "3+3=", "answer": 6}]
@@ -92,8 +92,8 @@ def test_saved_datasets(tmp_path) -> None:
 def test_hub_names(monkeypatch) -> None:
     asked = []
 
-    def load_dataset(name, config, *, split):
-        asked.append((name, config, split))
+    def load_dataset(name, config, *, split, data_dir):
+        asked.append((name, config, split, data_dir))
         if name == "nobody/nothing":
             raise datasets.exceptions.DatasetNotFoundError("Dataset 'nobody/nothing' doesn't exist\non the Hub")
         return datasets.Dataset.from_list(ROWS)
@@ -101,7 +101,8 @@ def test_hub_names(monkeypatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     rows = load_rows("openai/gsm8k:main", split="test")
     assert list(rows) == ROWS
-    assert asked == [("openai/gsm8k", "main", "test")]
+    load_rows("owner/name@sub")
+    assert asked == [("openai/gsm8k", "main", "test", None), ("owner/name", None, "train", "sub")]
     assert rows.where(0) == "openai/gsm8k:main[test] row 1"
     assert refused("nobody/nothing").endswith("Dataset 'nobody/nothing' doesn't exist")
 
@@ -145,7 +146,8 @@ def test_empty_datasets_are_refused(tmp_path, name, text) -> None:
 
 def test_other_unreadable_files(tmp_path) -> None:
     assert "not a readable parquet file" in refused(write(tmp_path / "a.parquet", "no"))
-    assert "not in '.csv'" in refused(write(tmp_path / "a.csv", "a,b"))
+    assert "not a readable arrow file" in refused(write(tmp_path / "a.arrow", "no"))
+    assert "not in '.tsv'" in refused(write(tmp_path / "a.tsv", "a b"))
 
 
 def test_missing_column_names_the_row_and_those_present(tmp_path) -> None:
@@ -155,9 +157,3 @@ def test_missing_column_names_the_row_and_those_present(tmp_path) -> None:
     with pytest.raises(UserError) as caught, rows.at(1) as row:
         require_column(row, "prompt")
     assert str(caught.value) == f"{file}:3: no column 'prompt'; columns present: 'question', 'x'"
-
-
-def test_selected_rows_keep_their_places() -> None:
-    rows = Dataset([{"a": i} for i in range(5)], source="list").select([3, 1])
-    assert [row["a"] for row in rows] == [3, 1]
-    assert rows.where(0) == "list row 4"

@@ -7,7 +7,15 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from tandem.data.rows import Dataset
-from tandem.data.tokenize import build_pairs, build_prompts, build_sequences, preference_pair, prompt_of, sft_sequence
+from tandem.data.tokenize import (
+    Counts,
+    build_pairs,
+    build_prompts,
+    build_sequences,
+    preference_pair,
+    prompt_of,
+    sft_sequence,
+)
 from tandem.errors import UserError
 
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<user>", "<assistant>", "<tool>", "<end>"]
@@ -240,7 +248,12 @@ def test_preference_pairs(row) -> None:
         (prompt_of, {"prompt": [{"role": "system", "content": "a"}]}, TURNS, "not from 'system'"),
         (prompt_of, {"prompt": [user("a")]}, None, "no chat template"),
         (prompt_of, {"prompt": [user("a")], "tools": "[{"}, TURNS, "'tools' is malformed JSON"),
-        (preference_pair, {"chosen": "ab", "rejected": "ac", "margin": "1"}, None, "'margin' must be a number"),
+        (
+            preference_pair,
+            {"chosen": "ab", "rejected": "ac", "margin": "much"},
+            None,
+            "'margin' must be a finite number",
+        ),
         (preference_pair, {"chosen": "ab"}, None, "no column 'rejected'"),
     ],
 )
@@ -271,7 +284,7 @@ def test_prompt_ids_depend_on_content_not_order_and_repeats_are_numbered() -> No
     prompts, counts = build_prompts(rows("a", "b", "a", "a"), tokenizer)
     ids = [p.prompt_id for p in prompts]
     assert ids[2:] == [f"{ids[0]}#2", f"{ids[0]}#3"]
-    assert counts == {"rows": 4, "kept": 4, "truncated": 0, "dropped": 0}
+    assert counts == Counts(rows=4, kept=4, items_of=(4,))
     assert [p.prompt_id for p in build_prompts(rows("b", "a"), tokenizer)[0]] == [ids[1], ids[0]]
 
 
@@ -284,10 +297,10 @@ def test_long_prompts() -> None:
     prompts, counts = build_prompts(data, tokenizer, 4, "truncate")
     assert [tokenizer.decode(p.token_ids) for p in prompts] == ["<bos>abc", "<bos>fgh", "<bos>ab"]
     assert prompts[1].prompt == "abcdefgh"
-    assert counts == {"rows": 3, "kept": 3, "truncated": 1, "dropped": 0}
+    assert counts == Counts(rows=3, kept=3, items_of=(3,), truncated=1)
     prompts, counts = build_prompts(data, tokenizer, 4, "drop")
     assert [p.prompt for p in prompts] == ["abc", "ab"]
-    assert counts == {"rows": 3, "kept": 2, "truncated": 0, "dropped": 1}
+    assert counts == Counts(rows=3, kept=2, items_of=(2,), dropped=1)
     with pytest.raises(UserError, match=r"data\.jsonl: all 3 rows are longer than the limit of 1 tokens"):
         build_prompts(data, tokenizer, 1, "drop")
 
@@ -299,7 +312,7 @@ def test_long_sequences_keep_their_right_end() -> None:
         build_sequences(data, tokenizer, 5)
     sequences, counts = build_sequences(data, tokenizer, 5, "truncate")
     assert [pieces(tokenizer, s) for s in sequences] == ["ef[gh<eos>]", "a[b<eos>]"]
-    assert counts["truncated"] == 1
+    assert counts.truncated == 1
     assert len(build_sequences(data, tokenizer, 5, "drop")[0]) == 1
     sequences, _ = build_sequences(data, tokenizer, train_on="all")
     assert all(all(s.trainable) for s in sequences)
@@ -314,9 +327,9 @@ def test_long_pairs_are_cut_alike_and_never_into_their_answers() -> None:
     pairs, counts = build_pairs(data, tokenizer, 10, "truncate")
     assert pieces(tokenizer, pairs[0].chosen) == "<bos>def[gh<eos>]"
     assert pieces(tokenizer, pairs[0].rejected) == "<bos>def[ghijk<eos>]"
-    assert counts == {"rows": 2, "kept": 2, "truncated": 1, "dropped": 0}
+    assert counts == Counts(rows=2, kept=2, items_of=(2,), truncated=1)
     assert pieces(tokenizer, build_pairs(data, tokenizer, 8, "truncate")[0][0].chosen) == "<bos>f[gh<eos>]"
-    assert build_pairs(data, tokenizer, 7, "truncate")[1] == {"rows": 2, "kept": 1, "truncated": 0, "dropped": 1}
+    assert build_pairs(data, tokenizer, 7, "truncate")[1] == Counts(rows=2, kept=1, items_of=(1,), dropped=1)
 
 
 def test_a_wrong_row_is_named_by_file_and_line() -> None:

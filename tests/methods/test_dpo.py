@@ -200,7 +200,7 @@ def pairs_of(path, tokenizer):
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     pairs, counts = build_pairs(load_rows(str(path)), tokenizer, 60, "truncate")
-    assert counts["truncated"] == 1
+    assert counts.truncated == 1
     return pairs
 
 

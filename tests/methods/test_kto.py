@@ -14,7 +14,7 @@ from tandem.batch import Outputs
 from tandem.cli.main import main
 from tandem.data.packing import pack, pack_examples, stamp
 from tandem.data.rows import Dataset
-from tandem.data.tokenize import build_unpaired
+from tandem.data.tokenize import Counts, build_unpaired
 from tandem.errors import UserError
 from tandem.methods.kto import KTO
 from tandem.models.loading import prepare_module
@@ -128,22 +128,22 @@ def test_rows_and_pairs_become_labelled_answers(tokenizer):
     ])  # fmt: skip
     with pytest.raises(UserError, match="data row 3: columns 'prompt' and 'completion' must both be strings"):
         build_unpaired(rows, tokenizer)
-    items, counts = build_unpaired(rows.select([0, 1]), tokenizer)
-    assert counts == {"rows": 2, "kept": 2, "truncated": 0, "dropped": 0}
+    items, counts = build_unpaired(rows.head(2), tokenizer)
+    assert counts == Counts(rows=2, kept=2, items_of=(3,))
     assert [item.desirable for item in items] == [True, True, False]
     assert items[0].answer == items[1].answer
     assert tokenizer.decode(items[2].answer.token_ids) == "abdd<eos>"
     assert items[2].answer.trainable == [False, False, True, True, True]
-    short, counts = build_unpaired(rows.select([1]), tokenizer, 4, "truncate")
+    short, counts = build_unpaired(Dataset([rows[1]]), tokenizer, 4, "truncate")
     assert [tokenizer.decode(item.answer.token_ids) for item in short] == ["abc<eos>", "bdd<eos>"]
     with pytest.raises(UserError, match="all 1 rows are longer than the limit of 3"):
-        build_unpaired(rows.select([1]), tokenizer, 3, "truncate")
+        build_unpaired(Dataset([rows[1]]), tokenizer, 3, "truncate")
 
 
 @pytest.mark.parametrize("label", ["yes", 2, -1, 0.5, None])
 def test_a_label_out_of_range_is_refused(tokenizer, label):
     rows = Dataset([{"prompt": "ab", "completion": "c", "label": label}])
-    message = "no column 'label'" if label is None else "'label' must be true .a desirable completion. or false, not"
+    message = "no column 'label'" if label is None else "'label' must be true or false, not"
     with pytest.raises(UserError, match=f"data row 1: .*{message}"):
         build_unpaired(rows, tokenizer)
 

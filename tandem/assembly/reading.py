@@ -1,0 +1,120 @@
+"""The rows of a run, read and made to be of the kind that its method reads; and the order in which they come."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Sequence as Seq
+from contextlib import ExitStack, contextmanager
+from dataclasses import fields
+from fractions import Fraction
+
+from tandem.assembly.evaluation import EvaluationSection
+from tandem.assembly.sections import DatasetSection
+from tandem.data import formats
+from tandem.data.columns import Columns, shape
+from tandem.data.order import Order
+from tandem.data.rows import Dataset, load_rows
+from tandem.data.tokenize import Counts
+from tandem.errors import UserError
+from tandem.methods.base import Rows
+from tandem.methods.table import METHODS, method_class
+from tandem.runs.progress import Progress, say
+
+
+def load_data(section: DatasetSection, kind: str) -> Dataset:
+    """The rows of ``data``, as rows of their kind (``formats.COLUMNS``).
+
+    Read before any model, since a mistake in them shows soonest. Raises UserError for one, naming the commands that
+    rows with such columns are for, where they are for others.
+    """
+    rows = load_rows(section.data, split=section.split, max_samples=section.max_samples)
+    rows = of_kind(shape(rows, columns_of(section, kind)), kind)
+    if section.chat_template is not None and not any(map(formats.conversational, rows)):
+        raise UserError(
+            f"chat_template: no row of {rows.source} has a conversation; leave it out, or add --apply-chat-template"
+        )
+    return rows
+
+
+def load_held_out(section: EvaluationSection, data: DatasetSection, kind: str) -> dict[str, Dataset]:
+    """The rows of each held-out set, by its name; their columns are made what ``data``'s are made."""
+    columns = columns_of(data, kind)
+    sets = {
+        name: load_rows(source, split=section.eval_split, max_samples=section.max_eval_samples)
+        for name, source in section.sets.items()
+    }
+    return {name: of_kind(shape(rows, columns, strict=False), kind) for name, rows in sets.items()}
+
+
+def columns_of(section: DatasetSection, kind: str) -> Columns:
+    """What the keys of a section make of rows."""
+    return Columns(kind=kind, **{f.name: getattr(section, f.name) for f in fields(Columns) if f.name != "kind"})
+
+
+def of_kind(rows: Dataset, kind: str) -> Dataset:
+    """The rows. Raises UserError for the first that is of another kind, naming the commands that it is for."""
+    for index in range(len(rows)):
+        with rows.at(index) as row:
+            try:
+                formats.require_kind(row, kind)
+            except UserError as error:
+                fitting = [name for name in METHODS if read_kind(name) in formats.kinds(row)]
+                raise UserError(f"{error}{_readers(fitting)}") from error
+    return rows
+
+
+def _readers(commands: Seq[str]) -> str:
+    if not commands:
+        return ""
+    *others, last = commands
+    named = f"{', '.join(others)} and {last} read" if others else f"{last} reads"
+    return f"; tandem {named} rows with such columns, and --input-key and its like name others"
+
+
+def read_kind(method: str) -> str:
+    """The kind of rows that a method's command reads."""
+    reads = method_class(method).reads
+    return reads.kind if isinstance(reads, Rows) else "prompts"
+
+
+def ordered(rows: Dataset, counts: Counts, seed: int) -> Order:
+    """The order in which a run goes through what was made of these rows: all of it, or each source by its weight."""
+    weights = [part.weight for part in rows.parts if part.weight is not None]
+    return Order(counts.items_of, seed, weights) if weights else Order(sum(counts.items_of), seed)
+
+
+def describe_data(rows: Dataset, counts: Counts, order: Order, items: int, steps: int) -> str:
+    """What is kept of the rows, how many times ``items`` go through it, and the share of each of several sources."""
+    size = sum(counts.items_of)
+    said = f"{counts}, gone through {items / size:.2f} times in {steps} steps"
+    if len(rows.parts) == 1:
+        return said
+    shares = order.shares if len(order.shares) > 1 else [Fraction(count, size) for count in counts.items_of]
+    return f"{said}: " + ", ".join(
+        f"{part.name} {float(share):.1%}, {float(share * items / max(count, 1)):.2f} times"
+        for part, share, count in zip(rows.parts, shares, counts.items_of, strict=True)
+    )
+
+
+def by_key(rows: Dataset, held_out: Mapping[str, Dataset]) -> dict[str, Dataset]:
+    """All that a run reads, each under the key that names it, and its own name where it has one."""
+    return {"data": rows} | {f"eval_data {name}".rstrip(): one for name, one in held_out.items()}
+
+
+@contextmanager
+def tokenizing(rows: Dataset) -> Iterator[Callable[[int, int], None]]:
+    """A callback for (rows done, rows in all), which shows a bar where that takes longer than a second."""
+    say(f"tokenizing {len(rows)} rows of {rows.source}")
+    started = time.monotonic()
+    with ExitStack() as stack:
+        bar: Progress | None = None
+
+        def on_progress(done: int, total: int) -> None:
+            nonlocal bar
+            if bar is None and time.monotonic() - started > 1:
+                bar = stack.enter_context(Progress(f"tokenizing {rows.source}", total=total, start=done))
+            if bar is not None:
+                bar.update(done)
+
+        yield on_progress

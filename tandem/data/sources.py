@@ -1,0 +1,98 @@
+"""What ``--data`` names: one source of rows, or several with their weights. Nothing is read here."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+from tandem.errors import UserError
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
+"""Endings of files of rows."""
+TYPES = {"json": (".jsonl", ".json"), "csv": (".csv",), "parquet": (".parquet",), "arrow": (".arrow",)}
+"""What stands before the ``@`` of ``json@FOLDER``, and the files of the folder that it means."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One of the sources of a dataset, and its weight against the others."""
+
+    name: str
+    weight: Fraction | None = None
+
+    @property
+    def has_splits(self) -> bool:
+        """Whether it may have splits: a file has none, nor have several that a pattern names."""
+        return not (self.name.endswith(SUFFIXES) or is_pattern(self.name))
+
+
+def parse_sources(text: str) -> list[Source]:
+    """The sources that ``--data`` names. Raises UserError for a weight that is none, or that some have and some not.
+
+    What exists as a file or folder is one source, whatever its name has in it.
+    """
+    names = [text] if _exists(text) else [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise UserError(f"{text}: a comma with no source beside it")
+    sources = [_parse_source(name) for name in names]
+    weighed = [one for one in sources if one.weight is not None]
+    if weighed and len(sources) == 1 and not is_local(sources[0].name):
+        return [Source(text)]  # a dataset on the hub with a config that is a number
+    if weighed and len(sources) == 1:
+        raise UserError(f"{text}: the weight of the only source has no effect; leave it out")
+    if weighed and len(weighed) < len(sources):
+        bare = next(one.name for one in sources if one.weight is None)
+        raise UserError(f"{bare}: the other sources have weights and it has none; give all of them one, or none")
+    if len(twice := {one.name for one in sources}) < len(sources):
+        again = next(name for name in twice if [one.name for one in sources].count(name) > 1)
+        raise UserError(f"{again}: named twice among the sources; give it a larger weight instead")
+    return sources
+
+
+def unweighted_sources(key: str, text: str) -> list[Source]:
+    """As ``parse_sources``, of rows that are all read. Raises UserError, which names the key, also for a weight."""
+    try:
+        sources = parse_sources(text)
+        for one in sources:
+            if one.weight is not None:
+                raise UserError(f"{one.name} has a weight, and here each of its rows is read once; leave it out")
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
+    return sources
+
+
+def _parse_source(text: str) -> Source:
+    name, colon, weight = text.rpartition(":")
+    drive = re.fullmatch("[A-Za-z]", name) is not None and weight.startswith(("\\", "/"))
+    if not colon or drive or _exists(text):
+        return Source(text)
+    try:
+        number = float(weight)
+    except ValueError:
+        if not is_local(name):
+            return Source(text)  # a dataset on the hub with its config
+        raise UserError(f"{text}: the weight {weight!r} is no number") from None
+    if not 0 < number < math.inf:
+        raise UserError(f"{text}: a weight must be a finite number above 0, not {weight}")
+    return Source(name, Fraction(weight))
+
+
+def is_pattern(name: str) -> bool:
+    """Whether a name stands for the files that match it."""
+    return any(character in name for character in "*?[")
+
+
+def is_local(name: str) -> bool:
+    """Whether a name is meant as a file or a folder here, be it there or not."""
+    local = Path(name).suffix in SUFFIXES or name.startswith((".", "/", "~")) or is_pattern(name) or _exists(name)
+    if local or name.count("/") > 1 or name.partition("@")[0] in TYPES:
+        return True
+    return re.match(r"[A-Za-z]:[\\/]", name) is not None
+
+
+def _exists(name: str) -> bool:
+    return os.path.exists(os.path.expanduser(name))
