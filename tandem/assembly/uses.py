@@ -16,8 +16,8 @@ from tandem.assembly.sections import (
     OutSection,
     RewardSection,
 )
-from tandem.config import MAY_CHANGE, PREFIXED
-from tandem.errors import UserError, needs
+from tandem.config import MAY_CHANGE, PATH, PREFIXED
+from tandem.errors import UserError, expect, needs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,3 +122,43 @@ class SampleConfig(JudgedConfig):
         super().__post_init__()
         if self.kept.keep == "pairs" and self.sampling.samples_per_prompt < 2:
             raise UserError("samples_per_prompt: a pair is of 2 samples of a prompt; give 2 or more, got 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSection:
+    """What is exported, and where to."""
+
+    model: str = field(metadata=PATH)
+    """Folder of a run (its finished model, or else its newest checkpoint), of a checkpoint, or of a model."""
+    out: str = field(metadata=PATH)
+    """The Hugging Face folder that is written: weights as safetensors, config and tokenizer."""
+    step: int | None = None
+    """Of a run's folder: the checkpoint after that step."""
+    base: str | None = field(default=None, metadata=PATH)
+    """Of a checkpoint: the model that its run began with, whose config and tokenizer it has. None: as the run says."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """What the weights are written in. A checkpoint holds float32."""
+    push_to_hub: str | None = None
+    """Name of a repository on the Hugging Face hub that the folder is pushed to, made if it is not there."""
+    private: bool = field(default=False, metadata=needs(("push_to_hub",)))
+    """Make it a private one."""
+    trust_remote_code: bool = False
+    """Run the Python code that comes with the model."""
+    overwrite: bool = False
+    """Replace --out."""
+
+    def __post_init__(self) -> None:
+        expect(self, "a folder", bool, "model", "out", "base")
+        expect(self, "OWNER/NAME", bool, "push_to_hub")
+        expect(self, "0 or more", lambda step: step >= 0, "step")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Write a Hugging Face folder of a run, of any of its checkpoints, or of a model in another dtype.
+
+    Example: tandem export --model runs/grpo --out models/grpo --dtype bfloat16
+    Example: tandem export --model runs/grpo/checkpoints/step_00000100 --out models/grpo-100 --push-to-hub me/grpo-100
+    """
+
+    export: ExportSection

@@ -246,6 +246,13 @@ def _require_plain(value: Any, where: str) -> None:
         raise TypeError(f"{where} is a {type(value).__name__}; a checkpoint holds tensors and plain values only")
 
 
+def open_checkpoint(path: Path, run: Mapping[str, Any]) -> Checkpoint:
+    """The checkpoint in a folder, of this run (anything of it that is known). Raises UserError as ``latest`` does."""
+    if (match := _NAME.fullmatch(path.name)) is None:
+        raise UserError(f"{path}: not a whole checkpoint, which is called step_ and its step")
+    return _open(int(match[1]), path, run)
+
+
 def _open(step: int, path: Path, run: Mapping[str, Any]) -> Checkpoint:
     """The checkpoint in a folder, once its manifest, its state and the sizes of all its files are as they should be."""
     files = _read_manifest(step, path, run)

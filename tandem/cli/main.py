@@ -93,6 +93,9 @@ COMMANDS = {
         "the best of each prompt's samples, or pairs of them, to train on",
         f"{USES}:SampleConfig",
     ),
+    "export": Command(
+        USE, "tandem.cli.export", "a Hugging Face folder of a run or a checkpoint; to the hub", f"{USES}:ExportConfig"
+    ),
 }
 
 EXAMPLES = """\

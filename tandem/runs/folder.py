@@ -25,9 +25,10 @@ from tandem.types import Group, Rollout
 
 MARKER = ".tandem-run"
 EVENTS = "events.jsonl"
+CHECKPOINTS, MODEL = "checkpoints", "model"
 SAMPLES, BEST, PAIRS, SCORED = "samples.jsonl", "best.jsonl", "pairs.jsonl", "scored.jsonl"
 """Files of rows that commands write which only use a model."""
-CONTENTS = ("metrics.jsonl", "rollouts.jsonl", EVENTS, "checkpoints", "model", SAMPLES, BEST, PAIRS, SCORED)
+CONTENTS = ("metrics.jsonl", "rollouts.jsonl", EVENTS, CHECKPOINTS, MODEL, SAMPLES, BEST, PAIRS, SCORED)
 """What a run writes beside its marker, config and identity; ``overwrite`` removes these and nothing else."""
 _BEGINNING = (IDENTITY, f".{IDENTITY}-partial", f".{CONFIG}-partial")
 """What is there before the config, which makes a folder a run's, is."""
@@ -39,7 +40,7 @@ class RunFolder:
     def __init__(self, path: Path, lock: FolderLock) -> None:
         """For ``RunFolder.open``, which makes sure of what is in the folder first."""
         self.path = path
-        self.checkpoints = path / "checkpoints"
+        self.checkpoints = path / CHECKPOINTS
         self.metrics = path / "metrics.jsonl"
         self.rollouts = path / "rollouts.jsonl"
         self.events = path / EVENTS
@@ -74,7 +75,7 @@ class RunFolder:
     def finished(out: Path) -> int | None:
         """The steps after which the run there was finished and its model written; None where it was not."""
         ends = [e for e in read_lines(out / EVENTS) if e.get("event") in ("start", "finish")]
-        if not ends or ends[-1]["event"] != "finish" or not (out / "model").is_dir():
+        if not ends or ends[-1]["event"] != "finish" or not (out / MODEL).is_dir():
             return None
         return ends[-1].get("step")
 
@@ -190,8 +191,8 @@ def did_nothing(out: Path) -> bool:
     """Whether a folder's run has done no step and written no row: nothing is lost where another takes its place."""
     if any((out / name).exists() and (out / name).stat().st_size for name in (SAMPLES, SCORED)):
         return False
-    saved = {path.name for path in (out / "checkpoints").glob("[!.]*")} - {"step_00000000"}
-    if saved or (out / "model").exists():
+    saved = {path.name for path in (out / CHECKPOINTS).glob("[!.]*")} - {"step_00000000"}
+    if saved or (out / MODEL).exists():
         return False
     return not any(line.get("step", 0) > 0 for line in read_lines(out / "metrics.jsonl"))
 

@@ -1,0 +1,191 @@
+"""A Hugging Face folder of a run's newest weights, of one of its checkpoints, or of a model in another dtype."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
+
+from tandem.assembly.uses import ExportConfig
+from tandem.checkpoint.store import Checkpoint, CheckpointStore, open_checkpoint
+from tandem.errors import RunFailure, UserError, first_line
+from tandem.models.folder import located, readable_errors
+from tandem.models.forward import LoadedModel
+from tandem.models.loading import load_tokenizer
+from tandem.models.weights import load_whole
+from tandem.runs.folder import CHECKPOINTS, MODEL
+from tandem.runs.identity import CONFIG, IDENTITY, read_identity
+from tandem.runs.progress import say
+
+
+def export(config: ExportConfig) -> Path:
+    """Writes ``--out``, whole or not at all, and pushes it if asked. Returns the folder.
+
+    Raises UserError for a checkpoint that is damaged, half there or not of the base model, for a folder that is neither
+    a run, a checkpoint nor a model, and for what the hub refuses.
+    """
+    section, out = config.export, Path(config.export.out)
+    if out.exists() and not section.overwrite:
+        raise UserError(f"{out}: is there already; give another --out, or replace it with --overwrite")
+    found = find_weights(section.model, section.step)
+    model, state = _of_checkpoint(found, config) if isinstance(found, Checkpoint) else _of_folder(found, config)
+    hub = Hub(section.push_to_hub, private=section.private) if section.push_to_hub is not None else None
+    aside = out.with_name(f".{out.name}-partial")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        say(f"writing {out}")
+        model.export(
+            aside, {name: t.to(model.torch_dtype) if t.is_floating_point() else t for name, t in state.items()}
+        )
+        shutil.rmtree(out, ignore_errors=True)
+        aside.rename(out)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    if hub is not None:
+        hub.upload(out)
+    return out
+
+
+def find_weights(place: str, step: int | None) -> Checkpoint | str:
+    """The checkpoint, or the folder or hub name of a model, that a place means.
+
+    Of a run's folder the checkpoint of ``step``, or without one the finished model, or else the newest checkpoint.
+    """
+    path = Path(located(place))
+    if path.name.endswith(".pt"):
+        path = path.parent
+    if path.parent.name == CHECKPOINTS or (path / "manifest.json").exists():
+        if step is not None:
+            raise UserError(f"step: {path} is one checkpoint already; leave the key out, or give its run's folder")
+        return _checkpoint(path)
+    if not (path / IDENTITY).exists():
+        if step is not None:
+            raise UserError(f"step: {place} is not the folder of a run, which alone has checkpoints")
+        return place
+    if step is not None:
+        found = path / CHECKPOINTS / f"step_{step:08d}"
+        if not found.is_dir():
+            names = [p.name for p in sorted((path / CHECKPOINTS).glob("step_*"))]
+            raise UserError(f"{found}: no such checkpoint; those of the run: {', '.join(names) or 'none'}")
+        return _checkpoint(found)
+    if (path / MODEL / "config.json").exists():
+        return str(path / MODEL)
+    newest = CheckpointStore(path / CHECKPOINTS, keep=0, run=_identity(path)).latest()
+    if newest is None:
+        raise UserError(f"{path}: a run that has saved no checkpoint and written no model yet")
+    return newest
+
+
+def _checkpoint(path: Path) -> Checkpoint:
+    if not path.is_dir():
+        raise UserError(f"{path}: no such checkpoint")
+    run = path.parent.parent
+    return open_checkpoint(path, _identity(run) if (run / IDENTITY).exists() else {})
+
+
+def _identity(run: Path) -> dict[str, Any]:
+    return {name: value for name, value in read_identity(run).items() if name != "inputs"}
+
+
+def _of_checkpoint(checkpoint: Checkpoint, config: ExportConfig) -> tuple[LoadedModel, dict[str, Tensor]]:
+    """The weights of the policy in a checkpoint, and an empty model of the base's class to write them with."""
+    base = config.export.base or _base_of(checkpoint.path.parent.parent)
+    say(f"reading {checkpoint.path}")
+    state: dict[str, Tensor] = checkpoint.load("actor")["model"]
+    scalar = any(name.startswith("score.") for name in state)
+    code = config.export.trust_remote_code
+    tokenizer = load_tokenizer(base, trust_remote_code=code)
+    auto = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
+    with readable_errors(base, "model"), torch.device("meta"):
+        about = AutoConfig.from_pretrained(located(base), trust_remote_code=code)
+        if scalar:
+            about.num_labels, about.pad_token_id = 1, tokenizer.pad_token_id
+        module = auto.from_config(about, trust_remote_code=code).eval()
+    with suppress(OSError):  # a base that has none
+        if not scalar:
+            module.generation_config = GenerationConfig.from_pretrained(located(base))
+    wanted = {name: tuple(p.shape) for name, p in module.named_parameters()}
+    given = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if differing := sorted(name for name in wanted if given.get(name) != wanted[name]):
+        raise UserError(
+            f"{checkpoint.path}: not a checkpoint of {base}: {differing[0]} is {given.get(differing[0], 'not there')} "
+            f"in it and {wanted[differing[0]]} there; give the model that its run began with as --base"
+        )
+    return _written_in(module, tokenizer, config), state
+
+
+def _of_folder(source: str, config: ExportConfig) -> tuple[LoadedModel, dict[str, Tensor]]:
+    """A whole model, in a folder or on the hub."""
+    code = config.export.trust_remote_code
+    if config.export.base is not None:
+        raise UserError(f"base: {source} is a whole model, which needs none; leave the key out")
+    with readable_errors(source, "model"):
+        about = AutoConfig.from_pretrained(located(source), trust_remote_code=code)
+    scalar = any(name.endswith("ForSequenceClassification") for name in about.architectures or ())
+    auto = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
+    module, _ = load_whole(auto, source, what="model", trust_remote_code=code)
+    model = _written_in(module, load_tokenizer(source, trust_remote_code=code), config)
+    return model, module.state_dict()
+
+
+def _written_in(module: Any, tokenizer: Any, config: ExportConfig) -> LoadedModel:
+    """The module in the dtype that is asked for, so that its config says so."""
+    model = LoadedModel(module=module.to(getattr(torch, config.export.dtype)), tokenizer=tokenizer)
+    model.dtype = config.export.dtype  # type: ignore[assignment]
+    return model
+
+
+def _base_of(run: Path) -> str:
+    """What the run that a checkpoint is of began with, as its config says."""
+    try:
+        base = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))["model"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{run / CONFIG}: does not say which model the run began with ({first_line(error)}); give it as --base"
+        ) from None
+    return str(base)
+
+
+class Hub:
+    """A repository on the Hugging Face hub."""
+
+    def __init__(self, name: str, *, private: bool) -> None:
+        """Makes it, unless it is there: a wrong name or token shows before anything is written. Raises UserError."""
+        from huggingface_hub import HfApi
+
+        self.name, self.api = name, HfApi()
+        self._call("cannot be made", lambda: self.api.create_repo(name, private=private, exist_ok=True))
+
+    def upload(self, folder: Path) -> None:
+        """One commit with all files. Raises RunFailure where that fails; the folder stays."""
+        say(f"pushing to {self.api.endpoint}/{self.name}")
+        self._call(
+            f"cannot be pushed to; {folder} is written, and 'hf upload {self.name} {folder}' pushes it again",
+            lambda: self.api.upload_folder(
+                repo_id=self.name, folder_path=folder, commit_message=f"Exported by Tandem from {folder.name}"
+            ),
+        )
+
+    def _call(self, what: str, call: Any) -> None:
+        from httpx2 import HTTPError
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+        try:
+            call()
+        except HFValidationError as error:
+            raise UserError(f"push_to_hub: {first_line(error)}") from None
+        except HfHubHTTPError as error:
+            code = error.response.status_code
+            hint = "; log in with 'hf auth login', or set HF_TOKEN" if code in (401, 403) else ""
+            kind = UserError if code < 500 else RunFailure
+            raise kind(f"push_to_hub: {self.name} {what}: {code} from {self.api.endpoint}{hint}") from None
+        except (HTTPError, OSError) as error:
+            raise RunFailure(f"push_to_hub: {self.name} {what}: {first_line(error)} ({self.api.endpoint})") from None
