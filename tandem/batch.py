@@ -222,7 +222,8 @@ class Outputs:
 class TokenLoss:
     """Unreduced loss, and metrics to be averaged over the tokens whose weight is not zero. All [T].
 
-    Of a metric whose name ends in ``_max``, the largest value is taken instead.
+    Of a metric whose name ends in ``_max``, the largest value is taken instead; of the weights in
+    ``effective_sample_size`` what that says.
     """
 
     loss_T: Tensor

@@ -8,13 +8,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-KLKind = Literal["k1", "k2", "k3"]
-KLLoss = Literal["ratio_k3", "k3", "k2"]
+KLEstimator = Literal["k1", "k2", "k3", "ratio_k3"]
 MAX_EXPONENT = 20.0
 """Beyond it, exp(x) is of no use to a loss: 4.9e8, and inf above 88 in float32."""
 
 
-def kl_estimate(logp_T: Tensor, reference_logp_T: Tensor, kind: KLKind) -> Tensor:
+def kl_estimate(logp_T: Tensor, reference_logp_T: Tensor, kind: KLEstimator) -> Tensor:
     """Per-token estimate of KL(policy || reference) in nats, for tokens sampled from the policy. [T], not clamped.
 
     J. Schulman, "Approximating KL Divergence" (joschu.net/blog/kl-approx.html), with ``x = logp - reference_logp``:
@@ -37,10 +36,10 @@ def kl_estimate(logp_T: Tensor, reference_logp_T: Tensor, kind: KLKind) -> Tenso
         exponent_T = (-log_ratio_T).clamp(max=MAX_EXPONENT)
         beyond_T = -log_ratio_T - exponent_T
         return exponent_T.expm1() + exponent_T.exp() * beyond_T + log_ratio_T
-    raise ValueError(f"unknown KL estimator {kind!r}: k1, k2 or k3")
+    raise ValueError(f"no estimate {kind!r} of a KL: k1, k2 or k3")
 
 
-def kl_loss(logp_T: Tensor, reference_logp_T: Tensor, ratio_T: Tensor, kind: KLLoss) -> Tensor:
+def kl_loss(logp_T: Tensor, reference_logp_T: Tensor, ratio_T: Tensor, kind: KLEstimator) -> Tensor:
     """A KL to the reference to be differentiated, in nats, [T], for tokens sampled with probability ``p / ratio``.
 
     With ``x = logp - reference_logp``, and in expectation over the samples:
@@ -50,6 +49,7 @@ def kl_loss(logp_T: Tensor, reference_logp_T: Tensor, ratio_T: Tensor, kind: KLL
     - ``k3``: the gradient of KL(reference || policy), the other direction, while the ratio is 1 (GRPO's penalty,
       arXiv:2402.03300, eq. 4).
     - ``k2``: the gradient of KL(policy || reference) while the ratio is 1.
+    - ``k1``: none while the ratio is 1. It is the value alone that is right.
 
     The two parts of ``ratio k3``'s gradient, ``ratio k3`` and ``ratio (1 - exp(-x))``, add up to ``ratio x``. It is
     differentiated as that: at x = -15 the parts are so large that in float32 nothing is left of their sum.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 from tandem.errors import UserError, expect, needs
-from tandem.functional.kl import KLLoss
+from tandem.functional.corrections import BOUNDS, Rule
+from tandem.functional.kl import KLEstimator
 
 KLPlace = Literal["reward", "loss", "none"]
 """Where the KL to the reference counts: in the reward, as a loss of its own, or nowhere."""
@@ -38,8 +40,9 @@ class ReferenceKL:
     kl_coef: float = field(default=0.0, metadata=needs(("kl",)))
     """Coefficient of the KL, per nat, in units of rewards or, of a loss, of advantages; the first one if kl_target is
     set. 0: no reference is needed."""
-    kl_estimator: KLLoss = field(default="ratio_k3", metadata=needs(("kl", "loss"), ("kl_coef",)))
-    """What the KL loss is: ratio_k3 and k2 lead to KL(policy || reference), k3 to KL(reference || policy)."""
+    kl_estimator: KLEstimator | None = field(default=None, metadata=needs(("kl",), ("kl_coef",)))
+    """What estimates it. In the reward: k1, k2, k3, of which k1 leads to KL(policy || reference). As a loss: ratio_k3
+    and k2, which lead there, and k3, to KL(reference || policy). None: k1 in the reward, ratio_k3 as a loss."""
     kl_target: float | None = field(default=None, metadata=needs(("kl",)))
     """KL in nats per sequence towards which the coefficient is steered. None: the coefficient stays."""
     kl_horizon: int = field(default=10000, metadata=needs(("kl_target",)))
@@ -48,6 +51,13 @@ class ReferenceKL:
     def __post_init__(self) -> None:
         expect(self, "0 or more", lambda x: x >= 0, "kl_coef")
         expect(self, "more than 0", lambda x: x > 0, "kl_target", "kl_horizon")
+        if (self.kl, self.kl_estimator) == ("loss", "k1"):
+            raise UserError(
+                "kl_estimator: k1 has no gradient in expectation, so as a loss it would add noise alone; give k2, k3 "
+                "or ratio_k3, or kl 'reward'"
+            )
+        if (self.kl, self.kl_estimator) == ("reward", "ratio_k3"):
+            raise UserError("kl_estimator: ratio_k3 is a loss; in the reward give k1, k2 or k3, or kl 'loss'")
         if self.kl_target is not None and not self.counts:
             raise UserError(
                 f"kl_target: there is no KL to steer with kl {self.kl!r} and kl_coef {self.kl_coef}; use kl 'reward' "
@@ -58,3 +68,39 @@ class ReferenceKL:
     def counts(self) -> bool:
         """Whether a reference is needed: nothing is computed for a KL that counts nowhere."""
         return self.kl != "none" and self.kl_coef != 0
+
+    @property
+    def estimator(self) -> KLEstimator:
+        """The one that is given, or the one that is exact where the KL counts."""
+        return self.kl_estimator or ("k1" if self.kl == "reward" else "ratio_k3")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Correction:
+    """What makes up for a sampler whose probabilities are not the trainer's (``functional/corrections.py``)."""
+
+    correction: Literal[Rule, "none"] = field(default="none", metadata=needs(("old_logp", "trainer")))
+    """Weights by the trainer's probability over the sampler's: cut off for each token (token_tis) or each sequence
+    (sequence_tis), or with tokens (icepop, gap) or sequences (geo) of other probabilities left out."""
+    correction_low: float | None = field(default=None, metadata=needs(("correction", *BOUNDS)))
+    """Its bound on that ratio from below. None: 0.2 (icepop), 0.99 (geo), 0 (token_tis, sequence_tis)."""
+    correction_high: float | None = field(default=None, metadata=needs(("correction", *BOUNDS)))
+    """Its bound from above. None: 2 (token_tis), 5 (sequence_tis, icepop), 1.01 (geo)."""
+    correction_gap: float = field(default=0.3, metadata=needs(("correction", "gap")))
+    """gap: how far the two probabilities of a token may be apart."""
+
+    def __post_init__(self) -> None:
+        expect(self, "0 or more", lambda x: x >= 0, "correction_low")
+        expect(self, "more than 0", lambda x: x > 0, "correction_high")
+        expect(self, "more than 0 and less than 1", lambda x: 0 < x < 1, "correction_gap")
+        if self.correction in BOUNDS and not self.bounds[0] < self.bounds[1]:
+            raise UserError(
+                f"correction_low: expected less than correction_high, {self.bounds[1]}, got {self.bounds[0]}"
+            )
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Those that are given, or the usual ones."""
+        low, high = BOUNDS.get(self.correction, (0.0, math.inf))
+        given = self.correction_low, self.correction_high
+        return (low if given[0] is None else given[0], high if given[1] is None else given[1])

@@ -16,7 +16,7 @@ from tandem.functional.value import clipped_value_loss, explained_variance
 from tandem.lazy import torch
 from tandem.methods.base import REFERENCE, Estimate, Need, Samples
 from tandem.methods.knobs import ReferenceKL
-from tandem.methods.tokens import TokenMethod, charge_kl, state_of_step
+from tandem.methods.tokens import TokenMethod, at_last_trainable, charge_kl, corrected, kl_size, state_of_step
 from tandem.roles import LossFn, Metrics
 from tandem.types import Group
 
@@ -104,7 +104,7 @@ class PPO(TokenMethod):
         """
         value_T = batch.values_by("critic")
         reward_S, seen, metrics = self._shape_rewards(filled(batch.reward_S, "reward_S"), state)
-        reward_T = _at_last_trainable(reward_S, batch)
+        reward_T = at_last_trainable(reward_S, batch)
         cost_T, kept, kl_metrics = charge_kl(self.reference_kl, batch, state)
         metrics |= kl_metrics
         reward_T = reward_T - cost_T
@@ -125,7 +125,8 @@ class PPO(TokenMethod):
             advantage_T = whiten(advantage_T, batch.trainable_T, self._rounding(batch, state, return_T))
         ready = replace(batch, advantage_T=advantage_T, return_T=return_T, state=state_of_step(state))
         kept = kept | _state(seen, max(0, state["critic_warmup"] - 1))
-        return Estimate(batch=ready, state=kept, metrics=metrics)
+        ready, corrected_metrics = corrected(ready, self.importance)
+        return Estimate(batch=ready, state=kept, metrics=metrics | corrected_metrics)
 
     def value_loss(self, out: Outputs, batch: Batch) -> TokenLoss:
         """Clipped squared error of the critic. Metrics: ``value_loss``, ``value_clip_fraction``."""
@@ -143,9 +144,7 @@ class PPO(TokenMethod):
     def _rounding(self, batch: Batch, state: dict[str, float], return_T: Tensor) -> float:
         """What rounding can make of advantages: log-probs, added up as GAE adds them, and values and returns."""
         value_T = batch.values_by("critic")
-        size_T = torch.zeros_like(value_T)
-        if self.reference_kl.kl == "reward" and self.reference_kl.counts:
-            size_T = state["kl_coef"] * (batch.proximal_logp_T.abs() + batch.logp_by("reference").abs())
+        size_T = kl_size(self.reference_kl, batch, state).to(value_T.dtype)
         zero_T = torch.zeros_like(value_T)
         summed_T, _ = gae(size_T, zero_T, batch.trainable_T, batch.bounds, self.gamma, self.lam)
         return rounding_of(*(x_T[batch.trainable_T] for x_T in (summed_T, value_T, return_T)))
@@ -181,11 +180,3 @@ def _state(seen: Moments, critic_warmup: float) -> dict[str, float]:
         "reward_mean": seen.mean,
         "reward_squares": seen.squares,
     }
-
-
-def _at_last_trainable(x_S: Tensor, batch: Batch) -> Tensor:
-    """[T]: each segment's number at its last trainable token, 0 elsewhere."""
-    index_T = torch.arange(batch.tokens, device=x_S.device).masked_fill(~batch.trainable_T, -1)
-    last_S = index_T.new_full((batch.segments,), -1).scatter_reduce(0, batch.segment_T, index_T, "amax")
-    some_S = last_S >= 0
-    return x_S.new_zeros(batch.tokens).index_put((last_S[some_S],), x_S[some_S])

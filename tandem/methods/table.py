@@ -27,6 +27,14 @@ SAMPLES = {
     "ppo": Line("ppo:PPO", "PPO with a critic and a KL penalty to a reference"),
     "grpo": Line("grpo:GRPO", "GRPO: each sample against the others of its prompt"),
     "rloo": Line("rloo:RLOO", "RLOO: each sample against the mean of the others of its prompt, without scaling"),
+    "reinforce": Line("reinforce:REINFORCE", "REINFORCE: rewards less one baseline for all prompts, no critic"),
+    "reinforce-pp": Line("reinforce_pp:ReinforcePP", "REINFORCE++: token rewards whitened over the step, no critic"),
+    "reinforce-pp-baseline": Line(
+        "reinforce_pp_baseline:ReinforcePPBaseline", "REINFORCE++ with the mean of a prompt's samples as baseline"
+    ),
+    "dr-grpo": Line("dr_grpo:DrGRPO", "Dr.GRPO: GRPO without its divisions by spread and length"),
+    "gspo": Line("gspo:GSPO", "GSPO: GRPO with one ratio for each sequence"),
+    "cispo": Line("cispo:CISPO", "CISPO: GRPO in which every token learns, with a clipped weight"),
     "dapo": Line("dapo:DAPO", "DAPO: GRPO clipped higher, with new groups in the place of those that teach nothing"),
     "online-dpo": Line("online_dpo:OnlineDPO", "online DPO: a prompt's best sample against its worst"),
     "opd": Line("opd:OPD", "on-policy distillation from a teacher"),

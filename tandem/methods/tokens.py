@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from tandem.batch import Batch, Outputs, TokenLoss, filled
-from tandem.errors import expect
+from tandem.errors import UserError, expect
+from tandem.functional.corrections import correction
 from tandem.functional.kl import adaptive_kl_coef, kl_estimate, kl_loss
 from tandem.functional.policy import clipped_policy_loss, importance_ratio
 from tandem.functional.segments import segment_sum
 from tandem.lazy import torch
 from tandem.methods.base import REFERENCE, Asks, Estimate, Method, Need, spread
-from tandem.methods.knobs import Clip, ReferenceKL
+from tandem.methods.knobs import Clip, Correction, ReferenceKL
 from tandem.roles import Metrics
 from tandem.types import Group
 
@@ -34,6 +36,7 @@ class TokenMethod(Method):
 
     clip: Clip = Clip()
     reference_kl: ReferenceKL = ReferenceKL()
+    importance: Correction = Correction()
     entropy_coef: float = 0.0
     """Weight of an entropy bonus, per nat."""
     reward_clip: float | None = None
@@ -49,6 +52,10 @@ class TokenMethod(Method):
     def asks(self) -> Asks:
         return Asks(entropy=True, entropy_gradient=self.entropy_coef != 0)
 
+    @property
+    def needs_old_logp(self) -> bool:
+        return super().needs_old_logp or self.importance.correction != "none"
+
     def initial_state(self) -> dict[str, float]:
         """The KL coefficient, where the KL counts."""
         return {"kl_coef": self.reference_kl.kl_coef} if self.reference_kl.counts else {}
@@ -58,7 +65,7 @@ class TokenMethod(Method):
 
         Metrics: ``equal_reward_groups``, the share of groups whose rewards are equal as they were given
         (where they are compared), those of
-        ``charge_kl`` and of ``clipped_rewards``.
+        ``charge_kl``, ``clipped_rewards``, ``credit`` and ``corrected``.
         """
         metrics: Metrics = {}
         if self.samples.at_least > 1:
@@ -68,8 +75,9 @@ class TokenMethod(Method):
         cost_T, kept, kl_metrics = charge_kl(self.reference_kl, batch, state)
         batch = replace(batch, state=state_of_step(state))
         advantage_T, kept, more = self.credit(groups, batch, cost_T, kept)
-        ready = replace(batch, advantage_T=advantage_T)
-        return Estimate(batch=ready, state=kept, metrics=metrics | clip_metrics | kl_metrics | more)
+        batch, corrected_metrics = corrected(replace(batch, advantage_T=advantage_T), self.importance)
+        metrics |= clip_metrics | kl_metrics | more | corrected_metrics
+        return Estimate(batch=batch, state=kept, metrics=metrics)
 
     def credit(
         self, groups: Seq[Group], batch: Batch, cost_T: Tensor, state: dict[str, float]
@@ -99,14 +107,17 @@ class TokenMethod(Method):
         """``surrogate``, plus the KL where ``kl="loss"``, minus the entropy bonus.
 
         ``kl_loss`` is the KL's metric, in nats. ``kl_coef`` (``batch.state``) is in units of the advantages a nat: of
-        rewards, where nothing has scaled the advantages.
+        rewards, where nothing has scaled the advantages. Metrics of all losses are those of ``sampler_metrics`` and,
+        where the forward gave it, ``entropy``.
         """
         token_loss = self.surrogate(out, batch)
-        loss_T, metrics_T = token_loss.loss_T, token_loss.metrics_T
+        loss_T, metrics_T = token_loss.loss_T, token_loss.metrics_T | sampler_metrics(out, batch)
+        if out.entropy_T is not None:
+            metrics_T["entropy"] = out.entropy_T.detach()
         if self.reference_kl.kl == "loss" and self.reference_kl.counts:
             logp_T = filled(out.logp_T, "out.logp_T")
             ratio_T = importance_ratio(logp_T, batch.proximal_logp_T)
-            kl_T = kl_loss(logp_T, batch.logp_by("reference"), ratio_T, self.reference_kl.kl_estimator)
+            kl_T = kl_loss(logp_T, batch.logp_by("reference"), ratio_T, self.reference_kl.estimator)
             loss_T = loss_T + batch.state["kl_coef"] * kl_T
             metrics_T = metrics_T | {"kl_loss": kl_T.detach()}
         if self.entropy_coef:
@@ -118,26 +129,75 @@ class TokenMethod(Method):
         return clipped_surrogate(out, batch, self.clip)
 
 
-def clipped_surrogate(out: Outputs, batch: Batch, clip: Clip) -> TokenLoss:
-    """PPO's clipped loss against ``batch.proximal_logp_T`` (formula: ``clipped_policy_loss``).
+def clipped_surrogate(
+    out: Outputs, batch: Batch, clip: Clip, formula: Callable[..., tuple[Tensor, Tensor]] = clipped_policy_loss
+) -> TokenLoss:
+    """PPO's clipped loss against ``batch.proximal_logp_T``, or that of another ``formula`` with the same arguments.
 
-    Metrics: ``policy_loss``, ``ratio``, ``clip_fraction``, ``approx_kl`` (k3 of KL(old || new), nats per token) and,
-    where the forward gave it, ``entropy``.
+    Metrics: ``policy_loss``, ``ratio``, ``clip_fraction`` and ``approx_kl`` (k3 of KL(old || new), nats per token).
     """
     logp_T, old_logp_T = filled(out.logp_T, "out.logp_T"), batch.proximal_logp_T
     advantage_T = filled(batch.advantage_T, "advantage_T")
-    loss_T, clipped_T = clipped_policy_loss(
-        logp_T, old_logp_T, advantage_T, clip.clip_low, clip.clip_high, clip.dual_clip
-    )
+    loss_T, clipped_T = formula(logp_T, old_logp_T, advantage_T, clip.clip_low, clip.clip_high, clip.dual_clip)
     metrics_T = {
         "policy_loss": loss_T.detach(),
         "ratio": importance_ratio(logp_T.detach(), old_logp_T),
         "clip_fraction": clipped_T,
         "approx_kl": kl_estimate(old_logp_T, logp_T.detach(), "k3"),
     }
-    if out.entropy_T is not None:
-        metrics_T["entropy"] = out.entropy_T.detach()
     return TokenLoss(loss_T=loss_T, metrics_T=metrics_T)
+
+
+def sampler_metrics(out: Outputs, batch: Batch) -> dict[str, Tensor]:
+    """How far the sampler's log-probs are from the trainer's; nothing where the sampler gave none. [T] each.
+
+    The trainer's are those of the start of the step where they are known (``--old-logp trainer``), else those of the
+    forward that is trained on. ``mismatch_kl`` is k3 of KL(sampler || trainer), in nats per token, and
+    ``effective_sample_size`` the share of the tokens that weights by the ratio of the two are worth.
+    """
+    if batch.untruncated_logp_T is None:
+        return {}
+    logp_T = batch.logp_by("actor") if "actor" in batch.seen else filled(out.logp_T, "out.logp_T").detach()
+    sampler_logp_T = torch.where(batch.trainable_T, batch.untruncated_logp_T, 0.0)
+    return {
+        "mismatch_kl": kl_estimate(sampler_logp_T, logp_T, "k3"),
+        "effective_sample_size": importance_ratio(logp_T, sampler_logp_T),
+    }
+
+
+def corrected(batch: Batch, knobs: Correction) -> tuple[Batch, Metrics]:
+    """The batch with its advantages weighted, without the tokens that the rule leaves out: no mean counts them.
+
+    A weight on the advantage is one on the surrogate. Sequences of which nothing is left are left out whole. Metrics:
+    ``masked_positive`` and ``masked_negative``, the shares of the tokens with a positive or negative advantage that are
+    left out. Raises UserError where nothing is left.
+    """
+    if knobs.correction == "none":
+        return batch, {}
+    low, high = knobs.bounds
+    advantage_T = filled(batch.advantage_T, "advantage_T")
+    weight_T, kept_T = correction(
+        batch.logp_by("actor"),
+        filled(batch.untruncated_logp_T, "untruncated_logp_T"),
+        batch.trainable_T,
+        batch.bounds,
+        knobs.correction,
+        low=low,
+        high=high,
+        gap=knobs.correction_gap,
+    )
+    if not kept_T.any():
+        raise UserError(
+            f"correction: {knobs.correction} leaves out every token of the step, so far are the sampler's "
+            "probabilities from the trainer's (sampler_gap_mean of earlier steps says how far); give it wider bounds"
+        )
+    metrics: Metrics = {}
+    for name, sign_T in (("masked_positive", advantage_T > 0), ("masked_negative", advantage_T < 0)):
+        count = int((sign_T & batch.trainable_T).sum())
+        metrics[name] = int((sign_T & batch.trainable_T & ~kept_T).sum()) / max(count, 1)
+    batch = replace(batch, advantage_T=advantage_T * weight_T, trainable_T=kept_T, trainable_N=None)
+    left_S = segment_sum(kept_T.float(), batch.bounds) > 0
+    return batch if left_S.all() else batch.select(left_S.nonzero().squeeze(-1).tolist()), metrics
 
 
 def sampled_kl(batch: Batch, role: str = "reference", name: str = "kl") -> tuple[Tensor, Metrics]:
@@ -154,7 +214,7 @@ def sampled_kl(batch: Batch, role: str = "reference", name: str = "kl") -> tuple
 
 
 def charge_kl(knobs: ReferenceKL, batch: Batch, state: dict[str, float]) -> tuple[Tensor, dict[str, float], Metrics]:
-    """What the KL takes off the reward at each token, [T]: ``kl_coef`` times k1 with ``kl="reward"``, else 0.
+    """What the KL takes off the reward at each token, [T]: ``kl_coef`` times it with ``kl="reward"``, else 0.
 
     Then the state with the next step's coefficient, and metrics: those of ``sampled_kl``, and ``kl_coef``.
     """
@@ -162,9 +222,10 @@ def charge_kl(knobs: ReferenceKL, batch: Batch, state: dict[str, float]) -> tupl
     if not knobs.counts:
         return cost_T, state, {}
     coef = state["kl_coef"]
-    k1_T, metrics = sampled_kl(batch)
+    _, metrics = sampled_kl(batch)
     if knobs.kl == "reward":
-        cost_T = coef * k1_T
+        estimate_T = kl_estimate(batch.proximal_logp_T, batch.logp_by("reference"), knobs.estimator)
+        cost_T = coef * torch.where(batch.trainable_T, estimate_T, 0.0)
     if knobs.kl_target is not None:
         state = state | {
             "kl_coef": adaptive_kl_coef(
@@ -189,3 +250,18 @@ def with_rewards(groups: Seq[Group], rewards: Seq[float]) -> list[Group]:
     return [
         replace(group, rollouts=[replace(rollout, reward=next(left)) for rollout in group.usable]) for group in groups
     ]
+
+
+def kl_size(knobs: ReferenceKL, batch: Batch, state: dict[str, float]) -> Tensor:
+    """[T]: the sizes of the numbers that a token's KL in the reward is a difference of; 0 where it counts elsewhere."""
+    if knobs.kl != "reward" or not knobs.counts:
+        return torch.zeros_like(batch.weight_T)
+    return state["kl_coef"] * (batch.proximal_logp_T.abs() + batch.logp_by("reference").abs())
+
+
+def at_last_trainable(x_S: Tensor, batch: Batch) -> Tensor:
+    """[T]: each segment's number at its last trainable token, 0 elsewhere."""
+    index_T = torch.arange(batch.tokens, device=x_S.device).masked_fill(~batch.trainable_T, -1)
+    last_S = index_T.new_full((batch.segments,), -1).scatter_reduce(0, batch.segment_T, index_T, "amax")
+    some_S = last_S >= 0
+    return x_S.new_zeros(batch.tokens).index_put((last_S[some_S],), x_S[some_S])

@@ -75,8 +75,10 @@ class Preparation:
         examples, estimate = self.estimated(items, state)
         rollouts = [example for example in examples if isinstance(example, Rollout)]
         if rollouts and estimate.batch.advantage_T is not None:
-            for rollout, advantage in zip(rollouts, mean_advantages(estimate.batch), strict=True):
-                rollout.advantage = advantage
+            # A method may leave some out.
+            numbers = filled(estimate.batch.index_S, "index_S").tolist()
+            for number, advantage in zip(numbers, mean_advantages(estimate.batch), strict=True):
+                rollouts[number].advantage = advantage
         return Prepared(
             batch=estimate.batch,
             state=estimate.state,

@@ -11,11 +11,17 @@ from tandem.batch import Batch, TokenLoss
 from tandem.parallel.world import World
 from tandem.roles import Metrics
 
+ESS = "effective_sample_size"
+SQUARES = "effective_sample_size_squares"
+TINY = 1e-300
+"""1e-300: what stands for 0 below a fraction bar."""
+
 
 class Tally:
     """The total loss of some micro-batches, and every metric over the tokens whose weight is not zero.
 
-    That is its mean, or its largest value where its name ends in ``_max``.
+    That is its mean, or its largest value where its name ends in ``_max``, or, of weights w of N tokens in
+    ``effective_sample_size``, the share of the tokens that they are worth: ``(sum w)^2 / (N sum w^2)`` (Kish 1965).
     """
 
     def __init__(self) -> None:
@@ -38,6 +44,8 @@ class Tally:
                 self.maxima[name] = torch.maximum(self.maxima.get(name, value), value)
             else:
                 self._sum(name, value_T.detach() * mask_T)
+            if name == ESS:
+                self._sum(SQUARES, value_T.detach().square() * mask_T)
         return total
 
     def _sum(self, name: str, value_T: Tensor) -> None:
@@ -54,6 +62,8 @@ class Tally:
         loss, sums, maxima, faults = zip(*ranks, strict=True)
         tokens, *totals = (sum(column) for column in zip(*sums, strict=True))
         means = {name: total / max(tokens, 1) for name, total in zip(list(self.sums)[1:], totals, strict=True)}
+        if ESS in means:
+            means[ESS] = means[ESS] ** 2 / max(means.pop(SQUARES), TINY)
         largest = dict(zip(self.maxima, map(max, zip(*maxima, strict=True)), strict=True))
         return {"loss": sum(loss)} | means | largest, next(filter(None, faults), "")
 

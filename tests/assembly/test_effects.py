@@ -9,9 +9,13 @@ from tandem.config import _keys_of, dump_config, load_config
 from tandem.errors import UserError
 
 REQUIRED = ["--out", "runs/a", "--steps", "5", "--model", "m"]
-VLLM, JUDGED = ["--engine.kind", "vllm"], ["--reward", "r.py:f"]
-SFTConfig, RMConfig, PPOConfig, GRPOConfig, OPDConfig = map(config_class, ("sft", "rm", "ppo", "grpo", "opd"))
-CONFIGS = (SFTConfig, RMConfig, PPOConfig, GRPOConfig, OPDConfig, DoctorConfig, GenerateConfig, SampleConfig)
+VLLM, JUDGED, TRAINER = ["--engine.kind", "vllm"], ["--reward", "r.py:f"], ["--old-logp", "trainer"]
+SFTConfig, RMConfig, PPOConfig, GRPOConfig, OPDConfig, REINFORCEConfig = map(
+    config_class, ("sft", "rm", "ppo", "grpo", "opd", "reinforce")
+)
+CONFIGS = (
+    SFTConfig, RMConfig, PPOConfig, GRPOConfig, OPDConfig, REINFORCEConfig, DoctorConfig, GenerateConfig, SampleConfig
+)  # fmt: skip
 
 
 def words(config: type, flags: list[str]) -> list[str]:
@@ -54,7 +58,24 @@ def words(config: type, flags: list[str]) -> list[str]:
             "--old-logp: has no effect, since this run has no losses of tokens",
         ),
         (PPOConfig, ["--kl", "none", "--kl-coef", "1"], "--kl-coef: has no effect without --kl"),
-        (PPOConfig, ["--kl-estimator", "k3"], "--kl-estimator: has no effect with --kl reward; give --kl loss"),
+        (PPOConfig, ["--kl", "none", "--kl-estimator", "k3"], "--kl-estimator: has no effect without --kl"),
+        (
+            GRPOConfig,
+            ["--correction", "geo"],
+            "--correction: has no effect with --old-logp sampler",
+        ),
+        (OPDConfig, ["--correction-low", "0.5"], "--correction-low: has no effect with --correction none; give --corr"),
+        (
+            GRPOConfig,
+            [*TRAINER, "--correction", "gap", "--correction-high", "2"],
+            "--correction-high: has no effect",
+        ),
+        (
+            GRPOConfig,
+            [*TRAINER, "--correction", "geo", "--correction-gap", "0.2"],
+            "--correction-gap: has no effect",
+        ),
+        (REINFORCEConfig, ["--baseline-decay", "0.5"], "--baseline-decay: has no effect with --baseline batch; give"),
         (GRPOConfig, ["--kl-estimator", "k3"], "--kl-estimator: has no effect without --kl-coef"),
         (GRPOConfig, ["--kl", "reward"], "--kl: has no effect without --kl-coef"),
         (GRPOConfig, ["--kl", "none", "--kl-coef", "1"], "--kl"),
@@ -138,6 +159,13 @@ def test_a_key_that_has_no_effect_is_refused(config, flags, message):
         (SFTConfig, ["--data", "a.jsonl:1,json@b:2", "--split", "b", "--output-key", "a", "--max-samples", "3"]),
         (GRPOConfig, ["--label-key", "a", "--eval-data", "e", "--max-eval-samples", "3"]),
         (SFTConfig, ["--placement.actor", "2", "--keep-gathered", "--cluster.deadline", "9"]),
+        (PPOConfig, ["--kl-estimator", "k3"]),
+        (GRPOConfig, [*TRAINER, "--correction", "icepop", "--correction-low", "0.5", "--correction-high", "2"]),
+        (
+            OPDConfig,
+            [*TRAINER, "--correction", "gap", "--correction-gap", "0.2", "--kl-coef", "0.1", "--reference", "r"],
+        ),
+        (REINFORCEConfig, ["--baseline", "running", "--baseline-decay", "0.5", "--kl-target", "3"]),
         (PPOConfig, ["--kl-target", "3", "--kl-horizon", "9", "--kl-coef", "1", "--reference", "r"]),
         (GRPOConfig, [*VLLM, "--engine.no-sleep", "--engine.tensor-parallel", "2", "--cluster.deadline", "9"]),
         (OPDConfig, ["--offload-frozen", "--placement.teacher", "1", "--eval-data", "e", "--eval-reward", "r.py:f"]),

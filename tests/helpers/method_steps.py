@@ -60,7 +60,8 @@ def doubled(batch: Batch) -> Batch:
 class Models:
     """The policy and the models that a method needs: what each says of a token is an entry of its table, by id.
 
-    ``tables`` are those being trained, by role; at the start of the step each said what is in ``start``.
+    ``tables`` are those being trained, by role; at the start of the step each said what is in ``start``. The
+    ``sampler`` is nearly the policy at the start: for one token in ten it is far off.
     """
 
     def __init__(self, method: Method, seed: int = 0) -> None:
@@ -72,6 +73,9 @@ class Models:
             self.start[role] = 0.5 * drawn[0] - (1.5 if head == "lm" else 0.0)
             if role in method.losses():
                 self.tables[role] = (self.start[role] + 0.2 * drawn[1]).requires_grad_()
+
+        drawn = torch.randn(2, IDS, generator=generator, dtype=torch.float64)
+        self.sampler = self.start["actor"] + torch.where(drawn[0] > 1.3, 3.0, 0.01) * drawn[1]
 
     def said(self, role: str, table: Tensor, batch: Batch) -> Outputs:
         table_T = table[batch.token_ids_T]
@@ -91,6 +95,8 @@ def estimated(method: Method, models: Models, items: Seq[Any]) -> Estimate:
     if sequences := method.aside(kept, None):
         aside = doubled(pack(sequences))
         batch = replace(batch, aside=replace(aside, seen=models.seen(aside)))
+    if batch.untruncated_logp_T is not None:
+        batch = replace(batch, untruncated_logp_T=models.sampler[batch.token_ids_T] * batch.trainable_T)
     estimate = method.estimate(kept, replace(batch, seen=models.seen(batch)), method.initial_state())
     return replace(estimate, batch=doubled(stamp(estimate.batch, method.aggregation, constant_length=16)))
 

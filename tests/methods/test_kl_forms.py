@@ -10,8 +10,16 @@ from helpers.batches import seen_batch
 from tandem.batch import Outputs
 from tandem.config import settings, with_keys
 from tandem.data.packing import pack_rollouts
+from tandem.errors import UserError
+from tandem.methods.cispo import CISPO
+from tandem.methods.dapo import DAPO
+from tandem.methods.dr_grpo import DrGRPO
 from tandem.methods.grpo import GRPO
+from tandem.methods.gspo import GSPO
 from tandem.methods.ppo import PPO
+from tandem.methods.reinforce import REINFORCE
+from tandem.methods.reinforce_pp import ReinforcePP
+from tandem.methods.reinforce_pp_baseline import ReinforcePPBaseline
 from tandem.methods.rloo import RLOO
 from tandem.types import Group, Prompt, Rollout
 
@@ -73,10 +81,11 @@ def expected_loss(method, groups, logp_SL, reference_SL):
     return (loss_T * packed(probability_S1.expand_as(logp_SL))).sum()
 
 
-def trained(method, steps=250):
+def trained(method, steps=250, furthest=math.inf):
     """The policy that a table of 13 logits ends at.
 
     The steps are those of the natural gradient, so that rare tokens do not take ever longer, and their size falls to 0.
+    No logit goes further than ``furthest`` in a step.
     """
     groups = one_group([[v] for v in range(13)], REWARD)
     theta = REFERENCE.clone().requires_grad_()
@@ -85,7 +94,8 @@ def trained(method, steps=250):
         loss = expected_loss(method, groups, logp_V[:, None], REFERENCE[:, None])
         (gradient,) = torch.autograd.grad(loss, theta)
         with torch.no_grad():
-            theta -= 0.6 * (1 - step / steps) * gradient / logp_V.exp()
+            step_V = 0.6 * (1 - step / steps) * gradient / logp_V.exp()
+            theta -= step_V.clamp(-furthest, furthest)
     return theta.detach().softmax(0)
 
 
@@ -111,6 +121,16 @@ PLAIN_PPO = {"whiten_advantages": False, "kl_coef": BETA}
         (with_keys(PPO(), kl="loss", kl_estimator="k3", **PLAIN_PPO), forward(BETA)),
         (with_keys(PPO(), kl="reward", kl_coef=BETA), reverse(BETA)),
         (with_keys(PPO(), **LOSS), reverse(BETA * STEP_STD)),
+        (with_keys(REINFORCE(), kl_coef=BETA), reverse(BETA)),
+        (with_keys(REINFORCE(), baseline="none", **LOSS), reverse(BETA)),
+        (with_keys(ReinforcePP(), kl_coef=BETA), reverse(BETA)),
+        (with_keys(ReinforcePP(), **LOSS), reverse(BETA * STEP_STD)),
+        (with_keys(ReinforcePPBaseline(), kl_coef=BETA), reverse(BETA * STEP_STD)),
+        (with_keys(DrGRPO(), **LOSS), reverse(BETA)),
+        (with_keys(DrGRPO(), **LOSS, kl_estimator="k3"), forward(BETA)),
+        (with_keys(GSPO(), **LOSS), reverse(BETA * GROUP_STD)),
+        (with_keys(CISPO(), **LOSS), reverse(BETA * GROUP_STD)),
+        (with_keys(DAPO(), kl="reward", kl_coef=BETA), reverse(BETA)),
     ],
     ids=lambda x: (
         None if isinstance(x, torch.Tensor) else f"{type(x).__name__}-{settings(x)['kl']}-{settings(x)['kl_estimator']}"
@@ -127,6 +147,34 @@ def test_each_form_ends_where_the_page_says(method, end):
     else:
         # The other direction and a scaled coefficient are other places, by more than any tolerance here.
         assert objective(pi) < best - 5e-3
+
+
+def k2_in_the_reward(kept):
+    """Where r - beta x^2 / 2, with x > 0, is the same number for the ``kept`` best tokens, and the others are gone."""
+    low, high = -10.0, REWARD[-kept].item()
+    for _ in range(100):
+        middle = (low + high) / 2
+        x = (2 * (REWARD[-kept:] - middle) / BETA).sqrt()
+        low, high = (middle, high) if (REFERENCE[-kept:] + x).exp().sum() > 1 else (low, middle)
+    return torch.cat([torch.zeros(13 - kept, dtype=torch.float64), (REFERENCE[-kept:] + x).exp()])
+
+
+def test_k2_and_k3_in_the_reward_charge_a_token_for_being_rarer_too():
+    """Which makes it rarer still: what is below the reference goes to 0, and they end where no KL has its best."""
+    best = BETA * math.log((REFERENCE + REWARD / BETA).exp().sum())
+    pi = trained(with_keys(DrGRPO(), kl="reward", kl_coef=BETA, kl_estimator="k2"), furthest=1.0)
+    torch.testing.assert_close(pi, k2_in_the_reward(6), rtol=0, atol=1e-3)
+    assert objective(pi.clamp(min=1e-300)) < best - 0.05
+    pi = trained(with_keys(DrGRPO(), kl="reward", kl_coef=BETA, kl_estimator="k3"), furthest=1.0)
+    assert pi[:7].max() < 1e-6
+    assert objective(pi.clamp(min=1e-300)) < best - 0.05
+
+
+def test_forms_that_are_none_are_refused():
+    with pytest.raises(UserError, match="kl_estimator: k1 has no gradient in expectation"):
+        with_keys(GRPO(), **LOSS, kl_estimator="k1")
+    with pytest.raises(UserError, match="kl_estimator: ratio_k3 is a loss"):
+        with_keys(RLOO(), kl_estimator="ratio_k3")
 
 
 def test_without_a_kl_the_reference_is_left():

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
+from types import UnionType
 from typing import Literal, get_args, get_origin
 
 import pytest
@@ -37,9 +38,10 @@ def settings_of(cls: type[Method]) -> Iterator[Method]:
     full = with_keys(cls(), **{name: 0.1 for name, key in keys if key.annotation is float and key.default == 0.0})
     yield full
     for name, key in keys:
-        kind = key.annotation
-        choices = get_args(kind) if get_origin(kind) is Literal else (True, False) if kind is bool else ()
-        for choice in (*choices, *([None] if type(None) in get_args(kind) else [])):
+        kinds = get_args(key.annotation) if get_origin(key.annotation) is UnionType else (key.annotation,)
+        literals = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+        choices = literals or ((True, False) if bool in kinds else ())
+        for choice in (*choices, *([None] if type(None) in kinds else [])):
             try:
                 yield with_keys(full, **{name: choice})
             except UserError:

@@ -24,18 +24,36 @@ CASES: dict[str, dict[str, Any]] = {
     "two_sided": {"beta": 0.1, "delta": 3.0},
     "paper_of_2024": {"beta": 0.04, "loss_type": "grpo", "use_bias_correction_kl": False},
     "no_kl": {"beta": 0.0, "delta": 3.0},
-}
+    "clip_higher": {"beta": 0.0, "epsilon_high": 0.28},
+    "dr_grpo": {"beta": 0.0, "loss_type": "dr_grpo", "max_completion_length": 20},
+    # As in the paper of GSPO but for wider bounds, on both sides of which there are ratios.
+    "gspo": {
+        "beta": 0.0, "loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 0.1, "epsilon_high": 0.15
+    },
+    "cispo": {"beta": 0.0, "loss_type": "cispo", "epsilon_high": 1.5},
+    "token_truncate": {"beta": 0.0, "use_vllm": True, "vllm_importance_sampling_mode": "token_truncate",
+                       "vllm_importance_sampling_clip_max": 1.3},
+    "sequence_truncate": {"beta": 0.0, "use_vllm": True, "vllm_importance_sampling_mode": "sequence_truncate",
+                          "vllm_importance_sampling_clip_min": 0.8, "vllm_importance_sampling_clip_max": 1.3},
+}  # fmt: skip
 
 
 def problem() -> dict[str, list[list[float]]]:
-    """Log-probs of the policy, the sampler and the reference for each token, and an advantage for each sequence."""
+    """Log-probs for each token: of the policy now and before the step, of the reference and of the sampler.
+
+    And an advantage for each sequence.
+    """
     rng = random.Random(0)
     logp = [[rng.uniform(-4, -0.1) for _ in range(n)] for n in LENGTHS]
     # Ratios on both sides of every bound, and one beyond delta.
     old = [[x + rng.gauss(0, 0.4) for x in row] for row in logp]
     old[1][2], old[3][0] = logp[1][2] - 1.5, logp[3][0] - 1.4
     reference = [[x + rng.gauss(0, 0.8) for x in row] for row in logp]
-    return {"logp": logp, "old": old, "reference": reference, "advantages": [[1.2, -0.7, 0.4, -1.1, 0.9, -0.7]]}
+    sampler = [[x + rng.gauss(0, 0.3) for x in row] for row in old]
+    return {
+        "logp": logp, "old": old, "reference": reference, "advantages": [[1.2, -0.7, 0.4, -1.1, 0.9, -0.7]],
+        "sampler": sampler,
+    }  # fmt: skip
 
 
 def trl_gradient(knobs: dict[str, Any]) -> dict[str, Any]:
@@ -57,7 +75,9 @@ def trl_gradient(knobs: dict[str, Any]) -> dict[str, Any]:
     trainer.epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high
     trainer.importance_sampling_level = args.importance_sampling_level
     trainer.top_entropy_quantile, trainer.off_policy_mask_threshold = args.top_entropy_quantile, None
-    trainer.use_vllm = trainer.aux_loss_enabled = trainer._entropy_bonus_enabled = False
+    trainer.aux_loss_enabled = trainer._entropy_bonus_enabled = False
+    trainer.use_vllm, trainer.vllm_importance_sampling_correction = args.use_vllm, True
+    trainer.max_completion_length = args.max_completion_length
     trainer.model = SimpleNamespace(training=False)
     trainer.accelerator = SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x)
     trainer._metrics = {"eval": defaultdict(list)}
@@ -72,6 +92,13 @@ def trl_gradient(knobs: dict[str, Any]) -> dict[str, Any]:
         "ref_per_token_logps": padded(given["reference"]),
         "num_items_in_batch": mask.sum(),
     }
+    if args.use_vllm:
+        # The formula of _generate_and_score_completions, which needs a model for the rest of it.
+        gap = (inputs["old_per_token_logps"] - padded(given["sampler"])) * mask
+        if args.vllm_importance_sampling_mode.startswith("sequence"):
+            gap = gap.sum(dim=-1, keepdim=True)
+        low, high = args.vllm_importance_sampling_clip_min, args.vllm_importance_sampling_clip_max
+        inputs["importance_sampling_ratio"] = gap.exp().clamp(low, high)
     loss = trainer._compute_loss(None, inputs)
     (gradient,) = torch.autograd.grad(loss, logp)
     return {"loss": loss.item(), "gradient": [g[:n] for g, n in zip(gradient.tolist(), LENGTHS, strict=True)]}

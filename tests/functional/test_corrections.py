@@ -1,0 +1,92 @@
+"""Weights and masks against loops in float64, and log-probs that are nowhere near each other."""
+
+import math
+
+import pytest
+import torch
+
+from tandem.functional.corrections import BOUNDS, correction
+
+LENGTHS = [4, 1, 6, 3, 5]
+GENERATOR = torch.Generator().manual_seed(0)
+
+
+def drawn(scale):
+    return scale * torch.randn(sum(LENGTHS), generator=GENERATOR, dtype=torch.float64)
+
+
+SAMPLER = -1.5 + drawn(0.5)
+TRAINER = SAMPLER + drawn(0.02)
+TRAINER[[1, 5, 9]] += torch.tensor([1.9, -2.1, 0.9], dtype=torch.float64)  # far above, far below, a little above
+TRAINABLE = torch.ones(sum(LENGTHS), dtype=torch.bool)
+TRAINABLE[[0, 5 + 2, 11]] = False
+SEGMENTS = torch.tensor([0, *LENGTHS]).cumsum(0)
+
+
+def by_loops(rule, low, high, gap):
+    """The rules a token at a time."""
+    weights, kept, start = [], [], 0
+    for length in LENGTHS:
+        rows = range(start, start + length)
+        own = [t for t in rows if TRAINABLE[t]]
+        w = {t: math.exp(TRAINER[t].item() - SAMPLER[t].item()) for t in own}
+        product = math.prod(w.values())
+        mean = product ** (1 / len(own))
+        for t in rows:
+            probabilities = math.exp(TRAINER[t].item()), math.exp(SAMPLER[t].item())
+            size = w.get(t, 0.0)
+            inside = t in w
+            if rule == "icepop":
+                inside = inside and low <= size <= high
+            elif rule == "geo":
+                inside = inside and low <= mean <= high
+            elif rule == "gap":
+                inside = inside and abs(probabilities[0] - probabilities[1]) <= gap
+            else:
+                size = min(max(product if rule == "sequence_tis" else size, low), high)
+            weights.append(size if inside else 0.0)
+            kept.append(inside)
+        start += length
+    return weights, kept
+
+
+@pytest.mark.parametrize(
+    ("rule", "bounds", "gap"),
+    [
+        *((rule, bounds, 1.0) for rule, bounds in BOUNDS.items()),
+        ("token_tis", (0.5, 1.01), 1.0),
+        ("sequence_tis", (0.99, 1.02), 1.0),
+        ("geo", (0.9, 1.1), 1.0),
+        ("gap", (0.0, math.inf), 0.3),
+        ("gap", (0.0, math.inf), 0.005),
+    ],
+)
+def test_weights_and_masks_are_those_of_loops(rule, bounds, gap):
+    low, high = bounds
+    weight_T, kept_T = correction(TRAINER, SAMPLER, TRAINABLE, SEGMENTS, rule, low=low, high=high, gap=gap)
+    weights, kept = by_loops(rule, low, high, gap)
+    assert kept_T.tolist() == kept
+    assert weight_T.tolist() == pytest.approx(weights, rel=1e-12)
+    if rule in ("icepop", "geo", "gap"):
+        assert 0 < kept_T.sum() < TRAINABLE.sum()
+    else:
+        assert torch.equal(kept_T, TRAINABLE)
+
+
+@pytest.mark.parametrize("rule", [*BOUNDS, "gap"])
+@pytest.mark.parametrize("far", [90.0, 800.0, -90.0, -800.0, -math.inf])
+def test_a_ratio_of_e_to_the_90_is_no_number_of_the_loss(rule, far):
+    """In float32, whose largest number is e^88.7. And -inf: a token that the trainer's model excludes."""
+    sampler_T = torch.full((6,), -1.0)
+    logp_T = sampler_T + torch.tensor([0.0, 0.001, far, 0.0, 0.0, 0.001])
+    low, high = BOUNDS.get(rule, (0.0, math.inf))
+    weight_T, kept_T = correction(
+        logp_T, sampler_T, torch.ones(6, dtype=torch.bool), torch.tensor([0, 3, 6]), rule, low=low, high=high, gap=0.3
+    )
+    assert torch.isfinite(weight_T).all()
+    assert weight_T.max() <= (high if math.isfinite(high) else 1.1)
+    assert kept_T[3:].all()
+    if rule in ("icepop", "gap"):
+        assert kept_T.tolist() == [True, True, False, True, True, True]
+    if rule == "geo":
+        assert kept_T.tolist() == [False] * 3 + [True] * 3
