@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from tandem.batch import Batch, Outputs, TokenLoss
 from tandem.futures import Future, wait_all
-from tandem.types import Completion, Held, Request, Rollout, Ticket
+from tandem.types import Completion, Held, Request, Rollout, Ticket, Watch
 
 Metrics = dict[str, float]
 LossFn = Callable[[Outputs, Batch], TokenLoss]
@@ -101,15 +101,17 @@ class Engine(Protocol):
         """Samples that have ended since nothing was being sampled, for whoever shows how far it is."""
         ...
 
-    def submit(self, requests: Seq[Request]) -> list[Future[list[Completion]]]:
+    def submit(self, requests: Seq[Request], watch: Watch | None = None) -> list[Future[list[Completion]]]:
         """Begins requests, one future each: one completion a seed, in the order asked for.
 
         They are sampled together, beside what was submitted before, and fail together: an error of a sample is that of
         every request that was submitted with it and has not ended. Raises UserError for one that cannot be sampled.
+        ``watch`` hears of samples as early as the engine knows of them: one by one, in lots, or not at all; twice of
+        one that had to be drawn again.
         """
         ...
 
-    def generate(self, requests: Seq[Request]) -> list[list[Completion]]:
+    def generate(self, requests: Seq[Request], watch: Watch | None = None) -> list[list[Completion]]:
         """``submit``, and waits for all: one list a request."""
         ...
 
@@ -264,4 +266,22 @@ class Reward(Protocol):
 
     def score(self, batch: RewardBatch) -> list[float | None]:
         """One number a sample; None leaves the sample out. Raises UserError and names the sample it failed on."""
+        ...
+
+
+@runtime_checkable
+class BegunReward(Reward, Protocol):
+    """A reward that judges while others do: what it is given is judged elsewhere, and asked for later."""
+
+    @property
+    def per(self) -> Literal["sample", "group", "all"]:
+        """What it judges in one call."""
+        ...
+
+    def begin(self, batch: RewardBatch) -> Future[list[float | None]]:
+        """As ``score``, of what it judges in one call."""
+        ...
+
+    def counted(self) -> dict[str, int]:
+        """What it has counted beside its scores since this was last asked, by name."""
         ...

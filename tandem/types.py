@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -71,6 +73,13 @@ class Completion:
     version_min: int = 0
     version_max: int = 0
     error: str | None = None
+
+
+Ended = tuple[int, int, Completion]
+"""A sample that has ended: the place of its request among those submitted together, its own place there, the sample."""
+Watch = Callable[[Seq[Ended]], None]
+"""Told of samples as they end, and with none of them in between, in the thread that steps the engine. It must not ask
+the engine for anything; what it raises ends the requests that it watches."""
 
 
 @dataclass(kw_only=True)

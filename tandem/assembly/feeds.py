@@ -24,12 +24,13 @@ from tandem.models.limits import read_limits
 from tandem.models.loading import load_tokenizer
 from tandem.rewards.function import FunctionReward
 from tandem.rewards.model import RewardModel, require_same_tokenizer, same_tokenizer
-from tandem.rewards.process import RewardProcess
+from tandem.rewards.process import RewardProcesses
 from tandem.roles import Metrics, Reward, Seat, Source
 from tandem.rollout.evaluate import Evaluation, HeldOut, HeldOutRows, HeldOutSamples
+from tandem.rollout.judging import Judge
 from tandem.rollout.prepare import Preparation
 from tandem.rollout.rows import Tokenized
-from tandem.rollout.sampling import Judge, Sampling
+from tandem.rollout.sampling import Sampling
 from tandem.runs.identity import Inputs
 from tandem.runs.progress import Progress, say
 from tandem.schedules.session import Evaluate
@@ -137,7 +138,7 @@ class SamplesFeed:
         self.config = config
         # Begun first, so that it imports the functions while the data is read.
         names = [*config.reward.reward, *config.evaluation.eval_reward]
-        self.judging = RewardProcess(names, deadline_s=config.reward.reward_deadline) if names else None
+        self.judging = RewardProcesses(names, deadline_s=config.reward.reward_deadline) if names else None
         self.rows = load_data(config.data, "prompts")
         held_out = load_held_out(config.evaluation, config.data, "prompts")
         self.tokenizer = load_tokenizers(config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -46,6 +46,10 @@ class Call:
     """Jobs that were submitted together: an error of one ends all."""
 
     error: Exception | None = None
+    watch: Callable[[Seq[tuple[int, int, Any]]], None] | None = None
+    """Told between steps of what has ended: the part's place, the job's place in it, its result."""
+    left: int = 0
+    """Jobs that have not ended."""
 
 
 @dataclass(eq=False)
@@ -54,6 +58,8 @@ class Part(Generic[Result]):
 
     stepper: Stepper[Any, Result]
     call: Call
+    number: int
+    """Its place in the call."""
     left: int
     """Jobs that have not ended."""
     wake: threading.Condition
@@ -86,6 +92,7 @@ class Stepper(Generic[Job, Result]):
         self._waiting: list[Part[Result]] = []
         self._jobs: dict[int, tuple[Part[Result], int]] = {}
         """Where the result of each job in the core goes: its part, and its place there."""
+        self._watched: list[Call] = []
         self._gone: list[int] = []
         """Jobs of calls that have failed, which the core may still have."""
         self._names = itertools.count()
@@ -95,13 +102,19 @@ class Stepper(Generic[Job, Result]):
         """Jobs that have not ended."""
         return len(self._jobs)
 
-    def submit(self, parts: Seq[Seq[Job]]) -> list[Future[list[Result]]]:
-        """Begins a call: one future a part. Raises what ``Core.add`` raises, and has begun nothing then."""
-        call = Call()
+    def submit(
+        self, parts: Seq[Seq[Job]], watch: Callable[[Seq[tuple[int, int, Result]]], None] | None = None
+    ) -> list[Future[list[Result]]]:
+        """Begins a call: one future a part. Raises what ``Core.add`` raises, and has begun nothing then.
+
+        ``watch`` is told between any two steps of what has ended in the last one (``Call.watch``), by the thread that
+        steps; what it raises is the call's error.
+        """
+        call = Call(watch=watch, left=sum(map(len, parts)))
         with self._lock:
             if not self._jobs:
                 self.ended = 0
-            begun = [Part(self, call, len(jobs), threading.Condition(self._lock)) for jobs in parts]
+            begun = [Part(self, call, i, len(jobs), threading.Condition(self._lock)) for i, jobs in enumerate(parts)]
             try:
                 for part, jobs in zip(begun, parts, strict=True):
                     for index, job in enumerate(jobs):
@@ -111,6 +124,8 @@ class Stepper(Generic[Job, Result]):
             except BaseException as error:
                 self._end(call, error)
                 raise
+            if watch is not None and call.left:
+                self._watched.append(call)
         return list(begun)
 
     def wait(self, part: Part[Result]) -> None:
@@ -166,7 +181,9 @@ class Stepper(Generic[Job, Result]):
                     ended = self.core.step()
                 finally:
                     self._lock.acquire()
+                self._tell(ended)
                 self._deliver(ended)
+                self._watched = [call for call in self._watched if call.left and call.error is None]
                 self._abort()
         except BaseException as error:
             self._end_all(error)
@@ -184,9 +201,30 @@ class Stepper(Generic[Job, Result]):
                 continue
             part.results[index] = result
             part.left -= 1
+            part.call.left -= 1
             self.ended += 1
             if not part.left:
                 part.wake.notify_all()
+
+    def _tell(self, ended: Mapping[int, Result | Exception]) -> None:
+        """Tells every watched call of what is about to be delivered to it, without the lock: others may submit."""
+        for call in list(self._watched):
+            mine = [(*self._jobs[name], result) for name, result in ended.items() if name in self._jobs]
+            heard = [
+                (part.number, index, result)
+                for part, index, result in mine
+                if part.call is call and not isinstance(result, Exception)
+            ]
+            failed: Exception | None = None
+            self._lock.release()
+            try:
+                call.watch(heard)  # type: ignore[misc]
+            except Exception as error:
+                failed = error
+            finally:
+                self._lock.acquire()
+            if failed is not None:
+                self._end(call, failed)
 
     def _end_all(self, error: BaseException) -> None:
         for call in {part.call for part, _ in self._jobs.values()}:

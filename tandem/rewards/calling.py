@@ -17,23 +17,58 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal, TypeVar
 
+from tandem.errors import UserError
+from tandem.futures import Future, Later
 from tandem.rewards.loading import one_line
 
 Scores = list[float | None]
+Per = Literal["sample", "group", "all"]
+"""What a function judges in one call: one sample, the samples of one prompt, or those of a whole step."""
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def judges(per: Per) -> Callable[[Function], Function]:
+    """Declares what a reward function judges in one call, which then begins as soon as that has been sampled.
+
+    ``sample``: ``f(prompt, completion, completion_ids, **columns) -> float | None``, one of each. ``group``: lists as
+    TRL gives them, of the samples of one prompt. ``all``, as without a declaration: lists of all samples of a step.
+
+    >>> @judges("sample")
+    ... def short(completion):
+    ...     return float(len(completion) < 100)
+    """
+    if per not in ("sample", "group", "all"):
+        raise UserError(f"judges: expected 'sample', 'group' or 'all', got {per!r}")
+
+    def declared(function: Function) -> Function:
+        function.judges = per  # type: ignore[attr-defined]
+        return function
+
+    return declared
 
 
 class Fault(Exception):
     """A call that gave no scores: ``what`` was wrong goes after the reward's name, ``then`` after the sample's.
 
     ``sample`` is the index of the one at fault, if it is known. ``raised``: the function itself failed, and may not
-    fail when it is called again.
+    fail when it is called again; ``final``: it has tried for as long as it may.
     """
 
-    def __init__(self, what: str, sample: int | None = None, then: str = "", *, raised: bool = False) -> None:
+    def __init__(
+        self, what: str, sample: int | None = None, then: str = "", *, raised: bool = False, final: bool = False
+    ) -> None:
         super().__init__(what)
-        self.what, self.sample, self.then, self.raised = what, sample, then, raised
+        self.what, self.sample, self.then, self.raised, self.final = what, sample, then, raised, final
+
+
+class Unavailable(Exception):
+    """Raised by a judge that asks somebody else, and has asked for as long as it may: what it got in the end."""
+
+
+class Misjudged(Exception):
+    """Raised by a judge that asks somebody else and was told nonsense, which asking again would not change."""
 
 
 @dataclass(frozen=True)
@@ -44,19 +79,31 @@ class Wants:
     optional: tuple[str, ...]
     everything: bool
     file: str | None
+    per: Per
+    awaits: bool
+    """Whether it is ``async``: its calls are made side by side."""
+    patient: bool
+    """Whether it keeps to the deadline by itself, and so is given a little more time."""
+    counts: tuple[str, ...]
+    """Names of what it counts beside its scores."""
 
     @classmethod
     def of(cls, function: Callable[..., Any]) -> Wants:
         parameters = inspect.signature(function).parameters.values()
+        plain = _plain(function)
         named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         return cls(
             required=tuple(p.name for p in named if p.default is p.empty),
             optional=tuple(p.name for p in named if p.default is not p.empty),
             everything=any(p.kind is p.VAR_KEYWORD for p in parameters),
             file=_source_file(function),
+            per=getattr(plain, "judges", "all"),
+            awaits=inspect.iscoroutinefunction(plain) or inspect.iscoroutinefunction(plain.__call__),
+            patient=getattr(plain, "patient", False),
+            counts=tuple(getattr(plain, "counts", ())),
         )
 
-    def of_offered(self, offered: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    def of_offered(self, offered: Mapping[str, Any]) -> dict[str, Any]:
         """What the function is called with."""
         if self.everything:
             return dict(offered)
@@ -64,26 +111,64 @@ class Wants:
 
 
 class LocalFunction:
-    """A reward function in this process."""
+    """A reward function in this process. Its arguments are single values where it judges one sample, and else lists."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.wants = Wants.of(function)
         self._function = function
         self._runner: asyncio.Runner | None = None
 
-    def __call__(self, arguments: Mapping[str, list[Any]], samples: int, seed: int | None = None) -> Scores:
+    def begin(self, arguments: Mapping[str, Any], samples: int, seed: int | None = None) -> Future[Scores]:
+        """The call, made when somebody asks for what it gives."""
+        return Later(partial(self, arguments, samples, seed))
+
+    def __call__(self, arguments: Mapping[str, Any], samples: int, seed: int | None = None) -> Scores:
         """One number a sample, None where the function leaves it out. Raises Fault where it gives anything else.
 
         ``seed`` is what Python's, numpy's and torch's global generators start from; None leaves them alone.
         """
         if seed is not None:
-            _seed_generators(seed)
+            seed_generators(seed)
         try:
             result = self._run(arguments)
         except (Exception, SystemExit) as error:  # the user's code may raise anything, and must not end ours
-            sample = _last_sample(error.__traceback__, self.wants.file, arguments.get("completions", ()))
-            then = "" if sample is None else ", last at "
-            raise Fault(f"raised {self._described(error)}{then}", sample, raised=True) from error
+            raise self._fault(error, arguments) from error
+        return self._scores(result, samples)
+
+    async def judged(self, arguments: Mapping[str, Any], samples: int, seed: int | None = None) -> Scores:
+        """As a call, for an ``async`` function in a loop that has other calls too.
+
+        What it draws from global generators follows from ``seed`` up to where it first waits.
+        """
+        try:
+            call = self._function(**arguments)
+            if seed is not None:
+                seed_generators(seed)
+            result = await call
+        except (Exception, SystemExit) as error:
+            raise self._fault(error, arguments) from error
+        return self._scores(result, samples)
+
+    def counted(self) -> dict[str, int]:
+        """What the function has counted since it was last asked."""
+        counts: dict[str, int] = getattr(_plain(self._function), "counts", {})
+        found = {name: count for name, count in counts.items() if count}
+        counts |= dict.fromkeys(found, 0)
+        return found
+
+    def _run(self, arguments: Mapping[str, Any]) -> Any:
+        result = self._function(**arguments)
+        if not inspect.isawaitable(result):
+            return result
+        if self._runner is None:
+            # One loop for all calls: a client that the function keeps between them is bound to it.
+            self._runner = asyncio.Runner()
+            weakref.finalize(self, self._runner.close)
+        return self._runner.run(_awaited(result))
+
+    def _scores(self, result: Any, samples: int) -> Scores:
+        if self.wants.per == "sample":
+            return [_number(result, 0)]
         if hasattr(result, "tolist"):
             result = result.tolist()  # an array or a tensor
         if not isinstance(result, list | tuple):
@@ -93,15 +178,17 @@ class LocalFunction:
             raise Fault(f"returned {len(result)} values for {samples} samples; it must return one a sample")
         return [_number(value, index) for index, value in enumerate(result)]
 
-    def _run(self, arguments: Mapping[str, list[Any]]) -> Any:
-        result = self._function(**arguments)
-        if not inspect.isawaitable(result):
-            return result
-        if self._runner is None:
-            # One loop for all calls: a client that the function keeps between them is bound to it.
-            self._runner = asyncio.Runner()
-            weakref.finalize(self, self._runner.close)
-        return self._runner.run(_awaited(result))
+    def _fault(self, error: BaseException, arguments: Mapping[str, Any]) -> Fault:
+        if isinstance(error, Misjudged):
+            return Fault(f"{error} for ", 0)
+        if isinstance(error, Unavailable):
+            return Fault(f"{error}; last asked for ", 0, "; go on with --resume", raised=True, final=True)
+        if self.wants.per == "sample":
+            sample: int | None = 0
+        else:
+            sample = _last_sample(error.__traceback__, self.wants.file, arguments.get("completions", ()))
+        then = "" if sample is None else ", last at "
+        return Fault(f"raised {self._described(error)}{then}", sample, raised=True)
 
     def _described(self, error: BaseException) -> str:
         frames = traceback.extract_tb(error.__traceback__)
@@ -135,7 +222,8 @@ def _last_sample(trace: TracebackType | None, file: str | None, completions: Any
     return None
 
 
-def _seed_generators(seed: int) -> None:
+def seed_generators(seed: int) -> None:
+    """Python's, numpy's and torch's, where they are imported."""
     random.seed(seed)
     if (numpy := sys.modules.get("numpy")) is not None:
         numpy.random.seed(seed % 2**32)
@@ -147,9 +235,13 @@ async def _awaited(value: Awaitable[Any]) -> Any:
     return await value
 
 
-def _source_file(function: Callable[..., Any]) -> str | None:
+def _plain(function: Callable[..., Any]) -> Any:
     while isinstance(function, partial):
         function = function.func
-    function = inspect.unwrap(function)
+    return function
+
+
+def _source_file(function: Callable[..., Any]) -> str | None:
+    function = inspect.unwrap(_plain(function))
     code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
     return code.co_filename if code else None

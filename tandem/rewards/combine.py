@@ -13,24 +13,20 @@ LARGEST_REWARD = 1e15
 """Rewards are squared and added up in float32, which ends at 3.4e38: those of a million samples stay below 1e36."""
 
 
-def judge(
-    rewards: Seq[Reward], weights: Seq[float], batch: RewardBatch
+def combine(
+    rewards: Seq[Reward], weights: Seq[float], scores: Seq[Seq[float | None]], batch: RewardBatch
 ) -> tuple[list[float | None], list[dict[str, float]]]:
     """Per sample: the weighted sum of its rewards, and its parts by name, before their weights.
 
-    A reward that leaves a sample out (None) adds nothing to it; where all of them do, the total is None (TRL).
-    Without any reward every total is 0.
-    Rewards that share a name are told apart as ``name``, ``name#2``, …. Raises UserError for a score or a sum that is
-    not a number or beyond ``LARGEST_REWARD``, with its sample, and ValueError where the numbers of rewards, weights or
-    scores do not fit.
+    ``scores`` are each reward's, one a sample. A reward that leaves a sample out (None) adds nothing to it; where all
+    of them do, the total is None (TRL). Without any reward every total is 0. Parts are called as ``part_names`` says.
+    Raises UserError for a score or a sum that is not a number or beyond ``LARGEST_REWARD``, with its sample, and
+    ValueError where the numbers of rewards, weights or scores do not fit.
     """
     parts: list[dict[str, float]] = [{} for _ in batch.completions]
     totals: list[float | None] = [None if rewards else 0.0] * len(parts)
-    seen: Counter[str] = Counter()
-    for reward, weight in zip(rewards, weights, strict=True):
-        seen[reward.name] += 1
-        name = reward.name if seen[reward.name] == 1 else f"{reward.name}#{seen[reward.name]}"
-        for i, (part, score) in enumerate(zip(parts, reward.score(batch), strict=True)):
+    for name, weight, its_scores in zip(part_names(rewards), weights, scores, strict=True):
+        for i, (part, score) in enumerate(zip(parts, its_scores, strict=True)):
             if score is not None:
                 part[name] = checked(name, score, batch, i)
                 totals[i] = (totals[i] or 0.0) + weight * score
@@ -38,6 +34,16 @@ def judge(
         if total is not None:
             checked("weighted sum", total, batch, i)
     return totals, parts
+
+
+def part_names(rewards: Seq[Reward]) -> list[str]:
+    """What each reward's part is called: rewards that share a name are told apart as ``name``, ``name#2``, …."""
+    seen: Counter[str] = Counter()
+    names = []
+    for reward in rewards:
+        seen[reward.name] += 1
+        names.append(reward.name if seen[reward.name] == 1 else f"{reward.name}#{seen[reward.name]}")
+    return names
 
 
 def checked(name: str, score: float, batch: RewardBatch, index: int) -> float:

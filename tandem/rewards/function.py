@@ -2,24 +2,29 @@
 
 ``f(prompts=…, completions=…, completion_ids=…, **columns) -> list[float | None]``: parallel lists, one entry a
 sample; ``columns`` are the dataset's other fields. The function names what it wants and gets only that, or takes
-``**kwargs`` and gets everything. It may be ``async``.
+``**kwargs`` and gets everything. It may be ``async``. ``@judges("sample")`` and ``@judges("group")``
+(``tandem.rewards.calling``) make it a judge of one sample, or of one prompt's samples, at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from tandem.errors import RunFailure, UserError
-from tandem.rewards.calling import Fault, LocalFunction, Scores, Wants
-from tandem.rewards.loading import import_function, imported_module, shortened
-from tandem.rewards.sources import source_files
+from tandem.futures import Future, wait_all
+from tandem.rewards.calling import Fault, LocalFunction, Per, Scores, Wants
+from tandem.rewards.kinds import find_function, reward_name
+from tandem.rewards.loading import shortened
 from tandem.roles import RewardBatch
 from tandem.seeds import derive_seed
 
 SAMPLED = ("prompts", "completions", "completion_ids")
 """What every reward function can have, whatever the dataset."""
+SAMPLED_ONE = ("prompt", "completion", "completion_ids")
+"""The same for one that judges a sample at a time."""
 
 
 @runtime_checkable
@@ -28,31 +33,29 @@ class Judging(Protocol):
 
     wants: Wants
 
-    def __call__(self, arguments: Mapping[str, list[Any]], samples: int, seed: int | None = None) -> Scores:
-        """Scores of so many samples. Raises Fault, or RunFailure where its process failed."""
+    def begin(self, arguments: Mapping[str, Any], samples: int, seed: int | None = None) -> Future[Scores]:
+        """Scores of so many samples. Its result raises Fault, or RunFailure where its process failed."""
+        ...
+
+    def counted(self) -> dict[str, int]:
+        """What the function has counted beside its scores since this was last asked, by name."""
         ...
 
 
 def load_reward(source: str) -> FunctionReward:
-    """``FILE.py:function`` or ``package.module:function`` as a reward named after the function, in this process.
+    """A source of ``--reward``, such as ``FILE.py:function``, as a reward in this process.
 
     Raises UserError where it cannot be imported: see ``tandem.rewards.loading``.
     """
-    function = import_function(source)
-    files = source_files(imported_module(source))
-    return FunctionReward(function, name=reward_name(source), source=source, files=files)
-
-
-def reward_name(source: str) -> str:
-    """The function's."""
-    return source.rpartition(":")[2]
+    found = find_function(source)
+    return FunctionReward(found.function, name=reward_name(source), source=source, files=found.files)
 
 
 class FunctionReward:
     """Calls ``function``, here or where it lives, and names the sample where that fails.
 
     ``name`` is the function's, unless given. ``source`` is what it was loaded by, ``files`` what it is made of
-    (``tandem.rewards.sources``).
+    (``tandem.rewards.sources``), ``version`` what a server says of itself.
     """
 
     def __init__(
@@ -62,10 +65,36 @@ class FunctionReward:
         name: str | None = None,
         source: str = "",
         files: Mapping[str, Path] | None = None,
+        version: str = "",
     ) -> None:
-        self.source, self.files = source, dict(files or {})
+        self.source, self.files, self.version = source, dict(files or {}), version
         self.name = str(name or getattr(function, "__name__", type(function).__name__))
         self._judging: Judging = function if isinstance(function, Judging) else LocalFunction(function)
+
+    @property
+    def per(self) -> Per:
+        """What it judges in one call."""
+        return self._judging.wants.per
+
+    def begin(self, batch: RewardBatch) -> Future[Scores]:
+        """Begins one call, of a batch of what it judges in one: see ``score``, whose errors the result raises."""
+        self.require_columns(batch.columns)
+        ids = [rollout.completion_ids for rollout in batch.rollouts]
+        offered: dict[str, Any]
+        if self.per == "sample":
+            (prompt,), (completion,), (own_ids,) = batch.prompts, batch.completions, ids
+            offered = {name: value for name, (value,) in batch.columns.items()}
+            offered |= {"prompt": prompt, "completion": completion, "completion_ids": own_ids}
+        else:
+            offered = {
+                **batch.columns,
+                "prompts": batch.prompts,
+                "completions": batch.completions,
+                "completion_ids": ids,
+            }
+        seed = None if batch.seed is None else derive_seed(batch.seed, self.name)
+        arguments = self._judging.wants.of_offered(offered)
+        return Judged(self.name, batch, self._judging.begin(arguments, len(batch.completions), seed))
 
     def score(self, batch: RewardBatch) -> Scores:
         """One number a sample, None where the function leaves it out.
@@ -74,26 +103,16 @@ class FunctionReward:
         finite number or None a sample (which one, and its completion). Raises RunFailure where it raises (the
         exception, the line, and the sample that it was at, where its variables show that).
         """
-        self.require_columns(batch.columns)
-        arguments = self._judging.wants.of_offered(
-            {
-                **batch.columns,
-                "prompts": batch.prompts,
-                "completions": batch.completions,
-                "completion_ids": [rollout.completion_ids for rollout in batch.rollouts],
-            }
-        )
-        seed = None if batch.seed is None else derive_seed(batch.seed, self.name)
-        try:
-            return self._judging(arguments, len(batch.completions), seed)
-        except Fault as fault:
-            where = "" if fault.sample is None else sample(batch, fault.sample)
-            kind = RunFailure if fault.raised else UserError
-            raise kind(f"reward {self.name!r} {fault.what}{where}{fault.then}") from fault
+        calls = [self.begin(one) for one in divided(batch, self.per)]
+        return [score for scores in wait_all(calls) for score in scores]
+
+    def counted(self) -> dict[str, int]:
+        """What the function has counted beside its scores since this was last asked, by name."""
+        return self._judging.counted()
 
     def require_columns(self, columns: Iterable[str], dataset: str = "the dataset") -> None:
         """Raises UserError where the function wants a column that the dataset does not have."""
-        offered = {*columns, *SAMPLED}
+        offered = {*columns, *(SAMPLED_ONE if self.per == "sample" else SAMPLED)}
         for name in self._judging.wants.required:
             if name not in offered:
                 raise UserError(
@@ -102,8 +121,54 @@ class FunctionReward:
                 )
 
 
+@dataclass(frozen=True)
+class Judged:
+    """The scores of a call, with an error in words that name the reward and the sample."""
+
+    name: str
+    batch: RewardBatch
+    call: Future[Scores]
+
+    def done(self) -> bool:
+        return self.call.done()
+
+    def result(self) -> Scores:
+        try:
+            return self.call.result()
+        except Fault as fault:
+            where = "" if fault.sample is None else sample(self.batch, fault.sample)
+            kind = RunFailure if fault.raised else UserError
+            raise kind(f"reward {self.name!r} {fault.what}{where}{fault.then}") from fault
+
+
+def divided(batch: RewardBatch, per: Per) -> Iterator[RewardBatch]:
+    """The batch in parts of what is judged in one call, each with a seed of its own."""
+    rollouts = batch.rollouts
+    if per == "all":
+        yield batch
+        return
+    starts = [
+        i
+        for i, rollout in enumerate(rollouts)
+        if per == "sample"
+        or i == 0
+        or rollout.prompt_id != rollouts[i - 1].prompt_id
+        or rollout.sample_index <= rollouts[i - 1].sample_index
+    ]
+    for number, (start, end) in enumerate(zip(starts, [*starts[1:], len(rollouts)], strict=True)):
+        yield replace(
+            batch,
+            prompts=batch.prompts[start:end],
+            completions=batch.completions[start:end],
+            rollouts=rollouts[start:end],
+            columns={name: values[start:end] for name, values in batch.columns.items()},
+            seed=None if batch.seed is None else derive_seed(batch.seed, number),
+        )
+
+
 def sample(batch: RewardBatch, index: int) -> str:
-    """A sample as an error names it: its place in the batch, its prompt and its completion, shortened."""
-    completion = batch.completions[index]
+    """A sample as an error names it: its place (in its group, if it is alone), prompt and completion, shortened."""
+    completion, rollout = batch.completions[index], batch.rollouts[index]
     text = completion if isinstance(completion, str) else completion[-1].get("content")
-    return f"sample {index} (prompt {batch.rollouts[index].prompt_id}): completion {shortened(repr(text))}"
+    number = rollout.sample_index if len(batch.rollouts) == 1 else index
+    return f"sample {number} (prompt {rollout.prompt_id}): completion {shortened(repr(text))}"

@@ -1,4 +1,4 @@
-"""Reward functions in a process of their own, which may crash, hang or end itself without taking the run along."""
+"""Reward functions in processes of their own, which may crash, hang or end without taking the run along."""
 
 from __future__ import annotations
 
@@ -16,136 +16,355 @@ import tempfile
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import IO, Any
 
 from tandem.errors import RunFailure, UserError
+from tandem.futures import Future
 from tandem.rewards.calling import Fault, Scores, Wants
-from tandem.rewards.function import FunctionReward, reward_name
-from tandem.rewards.serving import receive, send
+from tandem.rewards.function import FunctionReward
+from tandem.rewards.kinds import Setting, reward_name
+from tandem.rewards.serving import packed, unpacked
 
 WAITS_S = (1.0, 2.0, 4.0)
 """A call that raises is made again after each of these, in seconds: what it asks for may be back."""
 END_S = 5.0
-"""How long, in seconds, the process may take to end by itself."""
+"""How long, in seconds, a process may take to end by itself."""
+AHEAD = 4
+"""Calls that one of several processes of a function is given at a time: a slow one holds up 3 others at most."""
+MOST = 8
+"""A function that judges samples or groups gets a process for every second core, 8 at most, unless told otherwise."""
 _FRAME = re.compile(r'File "(.+)", line (\d+) in ')
 
 log = logging.getLogger(__name__)
 
 
-class RewardProcess:
-    """One process for the reward functions that ``sources`` name, begun at once: it imports while others load.
+class RewardProcesses:
+    """Processes for the reward functions that ``sources`` name, begun at once: they import while others load.
 
-    A batch must be judged within ``deadline_s`` seconds, calls that raise and are made again included. What functions
-    print goes where this process prints. They have nothing on standard input, and their process is gone, with all that
-    it started, when this one is.
+    Each function has its own, so that none waits for another; one that judges a sample or a group at a time, and is
+    not ``async``, has ``processes`` (None: ``MOST``). A call must be answered within ``deadline_s`` seconds from when
+    its process comes to it, calls that raise and are made again included. What functions print goes where this process
+    prints. They have nothing on standard input, and their processes are gone, with all that they started, when this
+    one is.
+
+    Nothing here runs by itself but the passing on of what is printed: calls go out and answers come in whenever one
+    of the calls is asked whether it is done.
     """
 
-    def __init__(self, sources: Seq[str], *, deadline_s: float, waits_s: Seq[float] | None = None) -> None:
-        self.sources, self.deadline_s, self.waits_s = list(sources), deadline_s, tuple(waits_s or WAITS_S)
-        self._connection, theirs = socket.socketpair()
-        read, write = os.pipe()
-        self._trace = tempfile.TemporaryFile()  # noqa: SIM115
-        passed = (theirs.fileno(), read, self._trace.fileno())
-        code = f"import sys; sys.path[:] = {sys.path!r}; from tandem.rewards.serving import serve; serve(*{passed!r})"
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", code],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            pass_fds=passed,
-            # A group of its own, which is killed as one. Ctrl-C is for this process.
-            start_new_session=True,
-        )
-        theirs.close()
-        os.close(read)
-        assert self._process.stdout is not None
-        assert self._process.stderr is not None
-        printing = [
-            threading.Thread(target=_print, args=(pipe, name), daemon=True)
-            for pipe, name in ((self._process.stdout, "stdout"), (self._process.stderr, "stderr"))
-        ]
-        for thread in printing:
-            thread.start()
-        self._busy = threading.Event()
-        self._busy.set()
-        self._end = weakref.finalize(self, _end, self._process, self._connection, write, printing, self._busy)
-        send(self._connection, self.sources)
+    def __init__(
+        self,
+        sources: Seq[str],
+        *,
+        deadline_s: float,
+        processes: int | None = None,
+        waits_s: Seq[float] | None = None,
+        folder: str = "",
+    ) -> None:
+        self.deadline_s, self.waits_s = deadline_s, tuple(waits_s or WAITS_S)
+        self.processes = processes or max(1, min(MOST, len(os.sched_getaffinity(0)) // 2))
+        self.setting = Setting(deadline_s=deadline_s, folder=folder)
+        lifeline, self._end_of_ours = os.pipe()
+        self._passed: list[int] = [lifeline]
+        printing = []
+        for name in ("stdout", "stderr"):
+            read, write = os.pipe()
+            self._passed.append(write)
+            printing.append(threading.Thread(target=_print, args=(os.fdopen(read, "rb"), name), daemon=True))
+            printing[-1].start()
+        self._workers: list[Worker] = []
+        self._end = weakref.finalize(self, _end_all, self._workers, self._passed, self._end_of_ours, printing)
+        self.functions = [RemoteFunction(self, source) for source in sources]
 
     def rewards(self) -> list[FunctionReward]:
         """One for each source, named after its function, once they are imported.
 
         Raises UserError where one cannot be (``tandem.rewards.loading``), or ends its process or hangs as it is.
         """
-        what = f"the import of {', '.join(self.sources)}"
-        try:
-            answer = self._exchange(self.deadline_s)
-        except TimeoutError:
-            raise UserError(f"{what} has not ended within {self.deadline_s:g} s{self._killed_at(None)}") from None
-        except (EOFError, ConnectionError):
-            raise UserError(f"{what} ended its process ({self._how()})") from None
-        if isinstance(answer, str):
-            raise UserError(answer)
-        return [
-            FunctionReward(RemoteFunction(self, i, wants, name), name=name, source=source, files=files)
-            for i, (source, (wants, files)) in enumerate(zip(self.sources, answer, strict=True))
-            for name in [reward_name(source)]
-        ]
+        return [function.reward() for function in self.functions]
 
-    def call(self, name: str, wants: Wants, message: tuple[Any, ...], end: float) -> Scores:
-        """One call of a function, to be answered before ``end`` (``time.monotonic``). Raises Fault and RunFailure."""
-        if not self._end.alive:
-            raise RunFailure(f"reward {name!r}: its process has ended; go on with --resume")
-        try:
-            answer = self._exchange(max(0.001, end - time.monotonic()), message)
-        except TimeoutError:
-            raise RunFailure(
-                f"reward {name!r} has not answered within {self.deadline_s:g} s (--reward-deadline)"
-                f"{self._killed_at(wants.file)}; go on with --resume"
-            ) from None
-        except (EOFError, ConnectionError):
-            raise RunFailure(
-                f"reward {name!r} ended its process ({self._how()}{self._place(wants.file)}); go on with --resume"
-            ) from None
-        if isinstance(answer, dict):
-            raise Fault(**answer)
-        return answer
+    def start(self, source: str) -> Worker:
+        """Another process for a function, which imports it."""
+        worker = Worker(source, self.setting, self._passed)
+        self._workers.append(worker)
+        return worker
 
-    def wait(self, seconds: float) -> None:
-        """Before the next call; not longer than the process lives."""
-        select.select([self._connection], [], [], seconds)
+    def turn(self, call: Call, *, wait: bool) -> None:
+        """Sends what can be sent and takes what has come, whosever it is; waits for that if the call is not settled."""
+        now = time.monotonic()
+        dues = [due for function in self.functions if (due := function.dispatch(now)) is not None]
+        working = [worker for worker in self._workers if worker.calls]
+        dues += [worker.limit(self.deadline_s) for worker in working]
+        poll = select.poll()
+        for worker in working:
+            poll.register(worker.connection, select.POLLIN | (select.POLLOUT if worker.outgoing else 0))
+        wait_s = max(0.0, min(dues, default=now) - now) if wait and not call.settled else 0.0
+        # Rounded up, so that what is waited for is then due.
+        ready = {fd for fd, _ in poll.poll(math.ceil(min(wait_s, 3600.0) * 1000))}
+        for worker in working:
+            if worker.connection.fileno() in ready:
+                worker.exchange()
+        now = time.monotonic()
+        for worker in working:
+            if worker.calls and worker.limit(self.deadline_s) <= now:
+                worker.kill(self.deadline_s)
 
     def close(self) -> None:
-        """Ends the process and all that it started; by force at once where a function is being called."""
+        """Ends the processes and all that they started; by force at once where a function is being called."""
         self._end()
 
-    def _exchange(self, seconds: float, message: tuple[Any, ...] | None = None) -> Any:
-        self._connection.settimeout(seconds)
-        self._busy.set()
-        if message is not None:
-            send(self._connection, message)
-        answer = receive(self._connection)
-        self._busy.clear()
-        return answer
+
+class Call:
+    """A call on its way to a process, or the import before the first (``tandem.futures.Future``)."""
+
+    def __init__(self, function: RemoteFunction, message: Any) -> None:
+        self.function, self.message = function, message
+        self.settled = False
+        self.tries = 0
+        self.sent = 0.0
+        self.began: float | None = None
+        """When its first try began, where there has been one."""
+        self.answer: Any = None
+        self.error: Exception | None = None
+
+    def done(self) -> bool:
+        if not self.settled:
+            self.function.owner.turn(self, wait=False)
+        return self.settled
+
+    def result(self) -> Any:
+        while not self.settled:
+            self.function.owner.turn(self, wait=True)
+        if self.error is not None:
+            raise self.error
+        return self.answer
+
+    def settle(self, answer: Any = None, error: Exception | None = None) -> None:
+        self.answer, self.error, self.settled = answer, error, True
+
+
+class RemoteFunction:
+    """A reward function in processes of its own (``tandem.rewards.function.Judging``)."""
+
+    def __init__(self, owner: RewardProcesses, source: str) -> None:
+        self.owner, self.source, self.name = owner, source, reward_name(source)
+        self.wants: Wants
+        self._counts: dict[str, int] = {}
+        self._waiting: deque[Call] = deque()
+        self._again: list[tuple[float, Call]] = []
+        """Calls that have raised, and when each is due again."""
+        self._hello = Call(self, None)
+        self._workers = [owner.start(source)]
+        self._workers[0].calls[0] = self._hello
+        self._hello.sent = time.monotonic()
+
+    def reward(self) -> FunctionReward:
+        """See ``RewardProcesses.rewards``."""
+        answer = self._hello.result()
+        if isinstance(answer, str):
+            raise UserError(answer)
+        self.wants, files, version = answer
+        if self.wants.per != "all" and not self.wants.awaits:
+            self._workers += [self.owner.start(self.source) for _ in range(self.owner.processes - 1)]
+            for worker in self._workers[1:]:
+                worker.calls[0] = Call(self, None)
+                worker.calls[0].sent = time.monotonic()
+        self._counts = dict.fromkeys(self.wants.counts, 0)
+        return FunctionReward(self, name=self.name, source=self.source, files=files, version=version)
+
+    def begin(self, arguments: Mapping[str, Any], samples: int, seed: int | None = None) -> Future[Scores]:
+        """A call that raises is made again a few times, each as if it were the first (with the same seed)."""
+        call = Call(self, (dict(arguments), samples, seed))
+        self._waiting.append(call)
+        return call
+
+    def counted(self) -> dict[str, int]:
+        found, self._counts = self._counts, dict.fromkeys(self.wants.counts, 0)
+        return found
+
+    def dispatch(self, now: float) -> float | None:
+        """Gives calls to the processes that have fewest. When the next one is due again, if any is."""
+        self._waiting += [call for due, call in self._again if due <= now]
+        self._again = [(due, call) for due, call in self._again if due > now]
+        while self._waiting:
+            alive = [worker for worker in self._workers if worker.alive]
+            if not alive:
+                self._waiting.popleft().settle(
+                    error=RunFailure(f"reward {self.name!r}: its process has ended; go on with --resume")
+                )
+                continue
+            worker = min(alive, key=lambda worker: worker.load)
+            if len(self._workers) > 1 and worker.load >= AHEAD:
+                break
+            worker.give(self._waiting.popleft())
+        return min((due for due, _ in self._again), default=None)
+
+    def take(self, call: Call, began: float, answer: Any) -> None:
+        """What a process has answered to a call that it came to at ``began``."""
+        if call.message is None:
+            call.settle(answer)
+            return
+        found, counts = answer
+        for name, count in counts.items():
+            self._counts[name] = self._counts.get(name, 0) + count
+        if not isinstance(found, dict):
+            call.settle(found)
+            return
+        fault = Fault(**found)
+        call.tries += 1
+        call.began = began if call.began is None else call.began
+        waits = self.owner.waits_s
+        wait_s = waits[call.tries - 1] if call.tries <= len(waits) else math.inf
+        now = time.monotonic()
+        if not fault.raised or fault.final:
+            call.settle(error=fault)
+        elif now + wait_s >= call.began + self.owner.deadline_s:
+            fault.then += (
+                f"; it was called {call.tries} times: mend it, or what it asks, and go on with --resume (a function "
+                "that was mended: --accept-changed reward)"
+            )
+            call.settle(error=fault)
+        else:
+            what = fault.what.partition(", last at")[0]
+            log.warning("reward %r %s; it is called again in %g s", self.name, what, wait_s)
+            self._again.append((now + wait_s, call))
+
+
+class Worker:
+    """One process with one function: what goes to it, and what comes from it, without waiting for either."""
+
+    def __init__(self, source: str, setting: Setting, passed: Seq[int]) -> None:
+        self.calls: dict[int, Call] = {}
+        """Those that it has not answered, in the order in which they were given; 0 is the import."""
+        self.outgoing: deque[memoryview] = deque()
+        self.alive = True
+        self._given = 0
+        self._incoming = bytearray()
+        self._free = time.monotonic()
+        """When it last answered: it came to the next call then."""
+        self.connection, theirs = socket.socketpair()
+        self._trace = tempfile.TemporaryFile()  # noqa: SIM115
+        lifeline, stdout, stderr = passed
+        handed = (theirs.fileno(), lifeline, self._trace.fileno())
+        code = f"import sys; sys.path[:] = {sys.path!r}; from tandem.rewards.serving import serve; serve(*{handed!r})"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            pass_fds=handed,
+            # A group of its own, which is killed as one. Ctrl-C is for this process.
+            start_new_session=True,
+        )
+        theirs.close()
+        self.connection.setblocking(False)
+        self.outgoing.append(memoryview(packed((source, setting))))
+        self.exchange()
+
+    @property
+    def load(self) -> int:
+        """Calls that it has not answered, the import aside."""
+        return len(self.calls) - (0 in self.calls)
+
+    def give(self, call: Call) -> None:
+        """Sends as much of a call as goes now."""
+        self._given += 1
+        self.calls[self._given] = call
+        call.sent = time.monotonic()
+        self.outgoing.append(memoryview(packed((self._given, *call.message))))
+        self.exchange()
+
+    def exchange(self) -> None:
+        """Sends and takes what goes without waiting. Where the process has ended, its calls end with how it did."""
+        try:
+            with contextlib.suppress(BlockingIOError):
+                while part := self.connection.recv(1 << 20):
+                    self._incoming += part
+                raise EOFError
+            with contextlib.suppress(BlockingIOError):
+                while self.outgoing:
+                    sent = self.connection.send(self.outgoing[0])
+                    rest = self.outgoing.popleft()[sent:]
+                    if rest:
+                        self.outgoing.appendleft(rest)
+        except (EOFError, ConnectionError):
+            self._take()
+            self._fail(self._how())
+            return
+        self._take()
+
+    def limit(self, deadline_s: float) -> float:
+        """When the call that was given first must have been answered."""
+        head = next(iter(self.calls.values()))
+        patient = head.message is not None and head.function.wants.patient
+        return self._began(head) + deadline_s + (END_S if patient else 0.0)
+
+    def kill(self, deadline_s: float) -> None:
+        """Ends a process that does not answer, and its calls with where it was."""
+        # Its own handler of this one writes down where it is, whatever it is doing, and lets it die.
+        self.process.send_signal(signal.SIGABRT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(END_S)
+        self.end()
+        self._fail(None, deadline_s)
+
+    def end(self) -> None:
+        """Lets a process that waits for a call end by itself, and kills it, and what it has left, after a while."""
+        if not self.alive:
+            return
+        self.alive = False
+        self.connection.close()
+        if not self.calls:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(END_S)
+        with contextlib.suppress(ProcessLookupError):
+            # The number is still the group's: a process of it waits for this one's end.
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def _began(self, call: Call) -> float:
+        """When the process came to a call, as far as can be told from here; to its first try, if there was one."""
+        if call.began is not None:
+            return call.began
+        side_by_side = call.message is not None and call.function.wants.awaits
+        return call.sent if side_by_side else max(call.sent, self._free)
+
+    def _take(self) -> None:
+        for number, answer in unpacked(self._incoming):
+            call = self.calls.pop(number)
+            began = self._began(call)
+            self._free = time.monotonic()
+            call.function.take(call, began, answer)
+
+    def _fail(self, how: str | None, deadline_s: float = 0.0) -> None:
+        calls, self.calls = self.calls, {}
+        for number, call in calls.items():
+            file = None if number == 0 else call.function.wants.file
+            place, name = self._place(file), call.function.name
+            what = f"the import of {call.function.source}"
+            error: Exception
+            if number == 0:
+                late = f"has not ended within {deadline_s:g} s" if how is None else f"ended its process ({how})"
+                error = UserError(f"{what} {late}")
+            elif how is None:
+                error = RunFailure(
+                    f"reward {name!r} has not answered within {deadline_s:g} s (--reward-deadline){place}; go on with "
+                    "--resume"
+                )
+            else:
+                error = RunFailure(f"reward {name!r} ended its process ({how}{place}); go on with --resume")
+            call.settle(error=error)
 
     def _how(self) -> str:
         """What a process that has gone away died of."""
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(END_S)
-        self.close()
-        code = self._process.returncode
+            self.process.wait(END_S)
+        self.end()
+        code = self.process.returncode
         return signal.Signals(-code).name if code < 0 else f"exit code {code}"
-
-    def _killed_at(self, file: str | None) -> str:
-        """Ends a process that does not answer; where it was, in words."""
-        # Its own handler of this one writes down where it is, whatever it is doing, and lets it die.
-        self._process.send_signal(signal.SIGABRT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(END_S)
-        self.close()
-        return self._place(file)
 
     def _place(self, file: str | None) -> str:
         """The line of the function's file at which the process died, where that is known."""
@@ -155,51 +374,13 @@ class RewardProcess:
         return f", at {Path(file).name}:{lines[0]}" if file and lines else ""
 
 
-class RemoteFunction:
-    """A reward function of the process (``tandem.rewards.function.Judging``)."""
-
-    def __init__(self, process: RewardProcess, index: int, wants: Wants, name: str) -> None:
-        self.process, self.index, self.wants, self.name = process, index, wants, name
-
-    def __call__(self, arguments: Mapping[str, list[Any]], samples: int, seed: int | None = None) -> Scores:
-        """A call that raises is made again a few times, each as if it were the first (with the same seed)."""
-        message = (self.index, dict(arguments), samples, seed)
-        end = time.monotonic() + self.process.deadline_s
-        for again, wait_s in enumerate((*self.process.waits_s, math.inf), start=1):
-            try:
-                return self.process.call(self.name, self.wants, message, end)
-            except Fault as fault:
-                if not fault.raised:
-                    raise
-                if time.monotonic() + wait_s >= end:
-                    fault.then += (
-                        f"; it was called {again} times: mend it, or what it asks, and go on with --resume (a function "
-                        "that was mended: --accept-changed reward)"
-                    )
-                    raise
-                what = fault.what.partition(", last at")[0]
-                log.warning("reward %r %s; it is called again in %g s", self.name, what, wait_s)
-            self.process.wait(wait_s)
-        raise AssertionError("unreachable: the last wait ends after the deadline")
-
-
-def _end(
-    process: subprocess.Popen[bytes],
-    connection: socket.socket,
-    lifeline: int,
-    printing: Seq[threading.Thread],
-    busy: threading.Event,
-) -> None:
-    """Lets a process that waits for a call end by itself, and kills it, and what it has left, after a while."""
-    connection.close()
-    if not busy.is_set():
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(END_S)
-    with contextlib.suppress(ProcessLookupError):
-        # The number is still the group's: a process of it waits for this one's end.
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    os.close(lifeline)
+def _end_all(workers: Seq[Worker], passed: Seq[int], end_of_ours: int, printing: Seq[threading.Thread]) -> None:
+    for worker in workers:
+        worker.connection.close()  # all see it before any is waited for
+    for worker in workers:
+        worker.end()
+    for descriptor in (*passed, end_of_ours):
+        os.close(descriptor)
     for thread in printing:
         thread.join(END_S)
 

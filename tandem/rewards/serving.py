@@ -1,7 +1,8 @@
-"""The process in which reward functions are judged, from inside: a loop that answers calls (``rewards/process.py``)."""
+"""The process in which a reward function is called, from inside: it answers calls (``rewards/process.py``)."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import faulthandler
 import os
@@ -9,25 +10,33 @@ import pickle
 import signal
 import socket
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from tandem.errors import UserError
 from tandem.rewards.calling import Fault, LocalFunction
-from tandem.rewards.loading import import_function, imported_module
-from tandem.rewards.sources import source_files
+from tandem.rewards.kinds import find_function
 
 _LENGTH = 8
 """Bytes in front of a message that say how long it is."""
 
 
-def send(connection: socket.socket, message: Any) -> None:
-    """Raises TimeoutError where the connection has a time-out, and the other side does not read."""
+def packed(message: Any) -> bytes:
+    """A message as it travels."""
     data = pickle.dumps(message)
-    connection.sendall(len(data).to_bytes(_LENGTH, "big") + data)
+    return len(data).to_bytes(_LENGTH, "big") + data
 
 
-def receive(connection: socket.socket) -> Any:
-    """The next message. Raises EOFError where the other side is gone, TimeoutError as ``send`` does."""
+def unpacked(data: bytearray) -> Iterator[Any]:
+    """The whole messages of what has come so far, which are taken out of it."""
+    while len(data) >= _LENGTH and len(data) >= (end := _LENGTH + int.from_bytes(data[:_LENGTH], "big")):
+        message = pickle.loads(memoryview(data)[_LENGTH:end].tobytes())
+        del data[:end]
+        yield message
+
+
+def _receive(connection: socket.socket) -> Any:
+    """The next message. Raises EOFError where the other side is gone."""
     return pickle.loads(_exactly(connection, int.from_bytes(_exactly(connection, _LENGTH), "big")))
 
 
@@ -43,7 +52,7 @@ def _exactly(connection: socket.socket, count: int) -> bytes:
 
 
 def serve(connection_fd: int, lifeline: int, trace: int) -> None:
-    """The process's whole life: imports the functions that the first message names, and judges until it is closed.
+    """The process's whole life: finds the function that the first message names, and judges until it is closed.
 
     ``lifeline`` is a pipe that the parent keeps open as long as it lives. ``trace`` is a file for the lines of Python
     at which a crash (or SIGABRT) found the process.
@@ -57,23 +66,51 @@ def serve(connection_fd: int, lifeline: int, trace: int) -> None:
     os.register_at_fork(after_in_child=connection.close)
     os.register_at_fork(after_in_child=faulthandler.disable)
     with contextlib.suppress(EOFError, ConnectionError):  # the end, wherever it is noticed
+        source, setting = _receive(connection)
         try:
-            sources = receive(connection)
-            functions = [LocalFunction(import_function(source)) for source in sources]
+            found = find_function(source, setting)
+            function = LocalFunction(found.function)
         except UserError as error:
-            send(connection, str(error))
+            connection.sendall(packed((0, str(error))))
             return
-        files = [source_files(imported_module(source)) for source in sources]
-        send(connection, [(function.wants, its) for function, its in zip(functions, files, strict=True)])
+        connection.sendall(packed((0, (function.wants, found.files, found.version))))
+        if function.wants.awaits:
+            asyncio.run(_answer_side_by_side(connection, function))
         while True:
-            index, arguments, samples, seed = receive(connection)
+            number, *call = _receive(connection)
             try:
-                answer: Any = functions[index](arguments, samples, seed)
+                answer: Any = function(*call)
             except Fault as fault:
                 answer = vars(fault)
-            sys.stdout.flush()
-            sys.stderr.flush()
-            send(connection, answer)
+            _send_printed()
+            connection.sendall(packed((number, (answer, function.counted()))))
+
+
+async def _answer_side_by_side(connection: socket.socket, function: LocalFunction) -> None:
+    """Every call is begun as it comes. Returns when the other side is gone, with the calls that have not ended."""
+    reader, writer = await asyncio.open_connection(sock=connection)
+    calls: set[asyncio.Task[None]] = set()
+
+    async def answer(number: int, *call: Any) -> None:
+        try:
+            found: Any = await function.judged(*call)
+        except Fault as fault:
+            found = vars(fault)
+        _send_printed()
+        writer.write(packed((number, (found, function.counted()))))
+
+    with contextlib.suppress(asyncio.IncompleteReadError):
+        while True:
+            length = int.from_bytes(await reader.readexactly(_LENGTH), "big")
+            task = asyncio.create_task(answer(*pickle.loads(await reader.readexactly(length))))
+            calls.add(task)
+            task.add_done_callback(calls.discard)
+    raise EOFError
+
+
+def _send_printed() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
 
 
 def _end_with_the_parent(connection: socket.socket, lifeline: int) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence as Seq
 from tandem.futures import Done, Future
 from tandem.roles import Engine, Metrics, Seat
 from tandem.sync.push import WeightPush
-from tandem.types import Completion, Request
+from tandem.types import Completion, Request, Watch
 
 
 class TakingTurns:
@@ -39,11 +39,11 @@ class TakingTurns:
     def ended(self) -> int:
         return self.engine.ended
 
-    def submit(self, requests: Seq[Request]) -> list[Future[list[Completion]]]:
+    def submit(self, requests: Seq[Request], watch: Watch | None = None) -> list[Future[list[Completion]]]:
         """Samples at once."""
-        return [Done(completions) for completions in self.generate(requests)]
+        return [Done(completions) for completions in self.generate(requests, watch)]
 
-    def generate(self, requests: Seq[Request]) -> list[list[Completion]]:
+    def generate(self, requests: Seq[Request], watch: Watch | None = None) -> list[list[Completion]]:
         """As the engine's own, with weights as they are now."""
         for other in self.others:
             other.call("park", weights=False)
@@ -54,7 +54,7 @@ class TakingTurns:
             other.call("park", weights=True)
         self.engines.call("wake", "cache")
         self.link.prove(version)
-        completions = self.engine.generate(requests)
+        completions = self.engine.generate(requests, watch)
         self.metrics |= {f"engine_{name}": value for name, value in self.engines.call("memory").items()}
         self.engines.call("sleep")
         for other in self.others:

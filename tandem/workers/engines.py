@@ -11,7 +11,7 @@ from tandem.errors import RunFailure, WorkerDied, first_line
 from tandem.futures import Done, Future
 from tandem.parallel.shares import divide
 from tandem.roles import Engine, Metrics, Seat
-from tandem.types import Completion, Request
+from tandem.types import Completion, Request, Watch
 from tandem.workers.group import Answer, WorkerGroup
 
 log = logging.getLogger("tandem")
@@ -24,12 +24,12 @@ class DividedEngine:
         self.engines = engines
         self.ended = 0
 
-    def submit(self, requests: Seq[Request]) -> list[Future[list[Completion]]]:
+    def submit(self, requests: Seq[Request], watch: Watch | None = None) -> list[Future[list[Completion]]]:
         """Samples at once."""
-        return [Done(completions) for completions in self.generate(requests)]
+        return [Done(completions) for completions in self.generate(requests, watch)]
 
-    def generate(self, requests: Seq[Request]) -> list[list[Completion]]:
-        """One list a request, in the order asked for. Until all engines are done, none has ended."""
+    def generate(self, requests: Seq[Request], watch: Watch | None = None) -> list[list[Completion]]:
+        """One list a request, in the order asked for. Until all engines are done, none has ended: nothing to watch."""
         self.ended = 0
         if not requests:
             return []
@@ -56,11 +56,11 @@ class BalancedEngine:
     CALLS = 4
     """Calls on their way to one engine."""
 
-    def submit(self, requests: Seq[Request]) -> list[Future[list[Completion]]]:
+    def submit(self, requests: Seq[Request], watch: Watch | None = None) -> list[Future[list[Completion]]]:
         """Samples at once."""
-        return [Done(completions) for completions in self.generate(requests)]
+        return [Done(completions) for completions in self.generate(requests, watch)]
 
-    def generate(self, requests: Seq[Request]) -> list[list[Completion]]:
+    def generate(self, requests: Seq[Request], watch: Watch | None = None) -> list[list[Completion]]:
         """One list a request, in the order asked for."""
         self.ended = 0
         waiting = deque(self._chunks(requests))
@@ -75,9 +75,12 @@ class BalancedEngine:
                 under_way[self.group.submit_one(free.popleft(), self.role, "generate", asked)] = chunk
             answer = self.group.first_of(under_way)
             part = answer.result()
-            for i, completions in zip(under_way.pop(answer), part, strict=True):
+            chunk = under_way.pop(answer)
+            for i, completions in zip(chunk, part, strict=True):
                 results[i] = completions
             self.ended += sum(map(len, part))
+            if watch is not None:
+                watch([(i, j, completion) for i in chunk for j, completion in enumerate(results[i])])
             free.append(answer.first_rank)
         return results
 
@@ -115,17 +118,17 @@ class RestartingOnce:
     def ended(self) -> int:
         return self.engine.ended
 
-    def submit(self, requests: Seq[Request]) -> list[Future[list[Completion]]]:
+    def submit(self, requests: Seq[Request], watch: Watch | None = None) -> list[Future[list[Completion]]]:
         """Samples at once."""
-        return [Done(completions) for completions in self.generate(requests)]
+        return [Done(completions) for completions in self.generate(requests, watch)]
 
-    def generate(self, requests: Seq[Request]) -> list[list[Completion]]:
+    def generate(self, requests: Seq[Request], watch: Watch | None = None) -> list[list[Completion]]:
         """As the engine's own. Raises RunFailure where a process dies a second time."""
         try:
-            return self.engine.generate(requests)
+            return self.engine.generate(requests, watch)
         except WorkerDied as error:
             self._restart(error)
-            return self.engine.generate(requests)
+            return self.engine.generate(requests, watch)
 
     def guard(self, push: Callable[[int], Metrics]) -> Callable[[int], Metrics]:
         """``push``, for engines that may have died since they sampled: most of a step goes by meanwhile."""

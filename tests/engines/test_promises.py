@@ -56,9 +56,9 @@ class Sleepy(ReplicaEngine):
         assert self.awake == {"weights"}
         return super().receive(version, check)
 
-    def generate(self, requests: Any) -> list[list[Completion]]:
+    def generate(self, requests: Any, watch: Any = None) -> list[list[Completion]]:
         assert self.awake == {"weights", "cache"}
-        return super().generate(requests)
+        return super().generate(requests, watch)
 
 
 class Parking:

@@ -68,6 +68,41 @@ def test_a_result_is_stepped_for_no_longer_than_it_takes():
     assert stepper.ended == 0
 
 
+def test_a_call_is_told_between_steps_of_what_ends_in_it():
+    stepper = Stepper(core := Counting())
+    heard: list[list[tuple[int, int]]] = []
+    late = []
+
+    def watch(ended):
+        if not heard:
+            late.extend(stepper.submit([[1]]))  # nobody holds the lock
+        assert not any((quick, slow)[part].done() for part, _, _ in ended), "it is told before anyone has the result"
+        heard.append([(part, index) for part, index, _ in ended])
+
+    quick, slow = stepper.submit([[2], [4, 2]], watch)
+    (other,) = stepper.submit([[6]])
+    slow.result()
+    assert heard == [[], [(0, 0), (1, 1)], [], [(1, 0)]]
+    assert other.result()
+    assert len(heard) == 4, "what has ended is not watched any more"
+    assert late[0].done()
+    assert core.steps == 6
+
+
+def test_what_a_watch_raises_ends_its_call_and_no_other():
+    stepper = Stepper(core := Counting())
+    (other,) = stepper.submit([[3]])
+
+    def watch(ended):
+        raise UserError("seen enough")
+
+    (watched,) = stepper.submit([[1, 9]], watch)
+    with pytest.raises(UserError, match="seen enough"):
+        watched.result()
+    assert core.jobs == {0: 2}
+    assert other.result() == [[0]]
+
+
 def test_an_error_ends_its_own_call_and_no_other():
     stepper = Stepper(core := Counting())
     (other,) = stepper.submit([[4]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import multiprocessing
 import os
@@ -10,9 +11,12 @@ import re
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy
+
+from tandem.rewards.calling import judges
 
 calls: list[int] = []
 kept: list[object] = []
@@ -104,3 +108,60 @@ def thread(completions):
 
 def big(completions):
     return [float(sum(map(len, completions)))] * len(completions)
+
+
+@judges("sample")
+def one(prompt, completion, completion_ids, answer):
+    assert isinstance(completion, str)
+    return None if completion == "skip" else float(completion == answer) + 0.01 * len(completion_ids)
+
+
+@judges("sample")
+def one_draws(completion):
+    return random.random() + numpy.random.rand()
+
+
+@judges("group")
+def best(prompts, completions):
+    assert len(set(prompts)) == 1
+    return [float(len(c) == max(map(len, completions))) for c in completions]
+
+
+@judges("sample")
+async def waits(completion):
+    """A second for a completion that says so, and nothing for others."""
+    await asyncio.sleep(1.0 if completion.startswith("slow") else 0.0)
+    return time.monotonic()
+
+
+@judges("sample")
+def works(completion):
+    time.sleep(1.0 if completion.startswith("slow") else 0.0)
+    return time.monotonic()
+
+
+@judges("sample")
+def when(completion):
+    return time.monotonic()
+
+
+def when_all(completions):
+    return [time.monotonic()] * len(completions)
+
+
+@judges("sample")
+def one_nan(completion):
+    return float("nan") if completion == "bad" else 1.0
+
+
+@judges("sample")
+def one_fails(completion):
+    return float(completion)
+
+
+def counting(completions):
+    counting.counts["odd"] += sum(len(c) % 2 for c in completions)
+    return length(completions)
+
+
+counting.counts = {"odd": 0, "even": 0}

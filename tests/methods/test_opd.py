@@ -17,8 +17,9 @@ from tandem.engines.live.engine import LiveEngine
 from tandem.errors import UserError
 from tandem.methods.opd import OPD
 from tandem.models.loading import prepare_module
+from tandem.rollout.judging import Judge
 from tandem.rollout.prepare import Preparation
-from tandem.rollout.sampling import Judge, sample_groups
+from tandem.rollout.sampling import sample_groups
 from tandem.training.optim import OptimParams
 from tandem.training.trainer import LocalScorer, LocalTrainer
 from tandem.types import Prompt, SamplingParams

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 
 from tandem.errors import UserError
-from tandem.rewards.combine import judge
+from tandem.rewards.combine import combine
 from tandem.rewards.shaping import shape_reward
 from tandem.roles import RewardBatch
 from tandem.types import Rollout
@@ -20,6 +20,10 @@ class Fixed:
 
     def score(self, batch):
         return self.scores
+
+
+def judge(rewards, weights, batch):
+    return combine(rewards, weights, [reward.score(batch) for reward in rewards], batch)
 
 
 BATCH = RewardBatch(prompts=[""] * 3, completions=[""] * 3, rollouts=[])

@@ -17,7 +17,7 @@ from test_function_reward import batch
 from tandem.errors import RunFailure, UserError
 from tandem.rewards import process
 from tandem.rewards.function import FunctionReward
-from tandem.rewards.process import RewardProcess
+from tandem.rewards.process import RewardProcesses
 from tandem.roles import Reward
 
 JUDGES = Path(__file__).parents[1] / "helpers" / "judges.py"
@@ -35,7 +35,7 @@ def judges():
 
     def start(*names: str, **options) -> list[FunctionReward]:
         started.append(
-            RewardProcess(
+            RewardProcesses(
                 [f"{JUDGES}:{name}" for name in names], **{"waits_s": (0.01, 0.01), "deadline_s": 60.0, **options}
             )
         )
@@ -44,7 +44,7 @@ def judges():
     yield start
     for one in started:
         one.close()
-        assert gone(one._process.pid)
+        assert all(gone(worker.process.pid) for worker in one._workers)
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_what_goes_well(judges, capsys):
     with pytest.raises(UserError, match="'asks' wants the column 'answer', which the dataset lacks"):
         asks.score(batch("a"))
     prints.score(batch("a"))
-    length._judging.process.close()
+    length._judging.owner.close()
     out, err = capsys.readouterr()
     assert (out, err) == ("a line of the reward's\n", "an error of the reward's\n")
 
@@ -134,7 +134,7 @@ def test_a_function_that_ends_its_process(judges, name, how):
 def test_a_function_that_hangs_is_named_with_its_line(judges, monkeypatch, name, place):
     monkeypatch.setattr(process, "END_S", 1.0)
     (reward,) = judges(name)
-    reward._judging.process.deadline_s = 0.3
+    reward._judging.owner.deadline_s = 0.3
     assert failure(reward) == (
         f"reward {name!r} has not answered within 0.3 s (--reward-deadline){place}; go on with --resume"
     )
@@ -143,19 +143,19 @@ def test_a_function_that_hangs_is_named_with_its_line(judges, monkeypatch, name,
 def test_the_deadline_holds_for_a_process_that_does_not_read(judges, monkeypatch):
     monkeypatch.setattr(process, "END_S", 1.0)
     (reward,) = judges("length")
-    reward._judging.process.deadline_s = 0.5
-    os.kill(reward._judging.process._process.pid, signal.SIGSTOP)
+    reward._judging.owner.deadline_s = 0.5
+    os.kill(reward._judging._workers[0].process.pid, signal.SIGSTOP)
     assert "has not answered within 0.5 s" in failure(reward, "x" * 5_000_000)
 
 
 @pytest.mark.parametrize("name", ["pool", "pool_then_exits", "pool_then_hangs"])
 def test_what_a_function_has_started_ends_with_it(judges, pids, name):
     (reward,) = judges(name)
-    reward._judging.process.deadline_s = 3.0 if name == "pool_then_hangs" else 60.0
+    reward._judging.owner.deadline_s = 3.0 if name == "pool_then_hangs" else 60.0
     if name == "pool":
         assert reward.score(batch("a", "bc")) == [1.0, 2.0]
         assert not any(map(gone, pids()))
-        reward._judging.process.close()
+        reward._judging.owner.close()
     else:
         assert "exit code 4" in (said := failure(reward)) or "has not answered" in said
     assert len(pids()) == 3
@@ -167,7 +167,7 @@ def test_a_thread_that_goes_on_does_not_keep_it(judges, monkeypatch):
     (reward,) = judges("thread")
     assert reward.score(batch("a")) == [1.0]
     start = time.monotonic()
-    reward._judging.process.close()
+    reward._judging.owner.close()
     assert time.monotonic() - start < 5
 
 
@@ -175,8 +175,8 @@ PARENT = """
 import sys
 sys.path[:0] = {paths!r}
 from test_function_reward import batch
-from tandem.rewards.process import RewardProcess
-reward, = RewardProcess([{source!r}], deadline_s=60.0).rewards()
+from tandem.rewards.process import RewardProcesses
+reward, = RewardProcesses([{source!r}], deadline_s=60.0).rewards()
 print("ready", flush=True)
 reward.score(batch("a", "bc"))
 sys.stdin.read()
@@ -215,7 +215,7 @@ def test_imports_that_fail_end_or_hang(tmp_path, judges):
     ):
         (tmp_path / "mine.py").write_text(text)
         source = f"{tmp_path}/mine.py:f"
-        broken = RewardProcess([source], deadline_s=0.5 if "Event" in text else 60.0)
+        broken = RewardProcesses([source], deadline_s=0.5 if "Event" in text else 60.0)
         with pytest.raises(UserError) as caught:
             broken.rewards()
         assert words.format(source) in str(caught.value)

@@ -11,9 +11,10 @@ from tandem.methods.grpo import GRPO
 from tandem.methods.ppo import PPO
 from tandem.models.loading import load_scalar, prepare_module
 from tandem.rewards.function import FunctionReward
+from tandem.rollout.judging import Judge
 from tandem.rollout.measure import rollout_metrics
 from tandem.rollout.prepare import Preparation, sampler_gap
-from tandem.rollout.sampling import Judge, sample_groups
+from tandem.rollout.sampling import sample_groups
 from tandem.training.trainer import LocalScorer
 from tandem.types import Prompt, SamplingParams
 from tandem.workers.homes import seat_of

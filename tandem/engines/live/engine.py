@@ -23,7 +23,7 @@ from tandem.errors import UserError
 from tandem.futures import Future, wait_all
 from tandem.kernels.available import has_triton
 from tandem.models.limits import limits_of
-from tandem.types import Completion, Request
+from tandem.types import Completion, Request, Watch
 
 log = logging.getLogger("tandem")
 Way = Literal["auto", "captured", "slots", "padded"]
@@ -130,7 +130,7 @@ class LiveEngine:
         """Samples that have ended since nothing was being sampled."""
         return self.stepper.ended
 
-    def submit(self, requests: Seq[Request]) -> list[Future[list[Completion]]]:
+    def submit(self, requests: Seq[Request], watch: Watch | None = None) -> list[Future[list[Completion]]]:
         """Begins requests, one future each: one completion a seed, in the order asked for.
 
         Samples are drawn while somebody waits for a result, all that were submitted side by side. Raises UserError, and
@@ -145,11 +145,12 @@ class LiveEngine:
             partial(check_request, vocabulary=vocabulary, limit=limit, limit_name=limit_name),
             lambda sampling: StopRule(sampling, eos_ids, self.tokenizer),
         )
-        return self.stepper.submit([[Sample(asked, i) for i in range(len(asked.request.seeds))] for asked in taken])
+        samples = [[Sample(asked, i) for i in range(len(asked.request.seeds))] for asked in taken]
+        return self.stepper.submit(samples, watch)
 
-    def generate(self, requests: Seq[Request]) -> list[list[Completion]]:
+    def generate(self, requests: Seq[Request], watch: Watch | None = None) -> list[list[Completion]]:
         """``submit``, and waits for all: one list a request."""
-        return wait_all(self.submit(requests))
+        return wait_all(self.submit(requests, watch))
 
     def _begin(self) -> Batching:
         if self.fitting is not None:

@@ -16,7 +16,7 @@ from tandem.sync.checksum import ParameterSums
 from tandem.sync.links import Link
 from tandem.sync.plan import plan_of
 from tandem.sync.receiver import Receiver
-from tandem.types import Completion, Held, Request, Sequence
+from tandem.types import Completion, Held, Request, Sequence, Watch
 
 
 class ReplicaEngine:
@@ -51,11 +51,11 @@ class ReplicaEngine:
     def ended(self) -> int:
         return self.live.ended
 
-    def submit(self, requests: Seq[Request]) -> list[Future[list[Completion]]]:
-        return self.live.submit(requests)
+    def submit(self, requests: Seq[Request], watch: Watch | None = None) -> list[Future[list[Completion]]]:
+        return self.live.submit(requests, watch)
 
-    def generate(self, requests: Seq[Request]) -> list[list[Completion]]:
-        return self.live.generate(requests)
+    def generate(self, requests: Seq[Request], watch: Watch | None = None) -> list[list[Completion]]:
+        return self.live.generate(requests, watch)
 
     @torch.no_grad()
     def logprobs(self, sequences: Seq[Seq[int]]) -> list[list[float]]:

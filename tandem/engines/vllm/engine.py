@@ -17,7 +17,7 @@ from tandem.errors import UserError, first_line
 from tandem.futures import Future, wait_all
 from tandem.sync.links import Link
 from tandem.sync.plan import Plan
-from tandem.types import Completion, Held, Request, SamplingParams, StopReason
+from tandem.types import Completion, Held, Request, SamplingParams, StopReason, Watch
 
 __all__ = ["VLLMEngine", "check_vllm"]
 
@@ -103,7 +103,7 @@ class VLLMEngine:
         """Samples that have ended since nothing was being sampled."""
         return self._stepper.ended
 
-    def submit(self, requests: Seq[Request]) -> list[Future[list[Completion]]]:
+    def submit(self, requests: Seq[Request], watch: Watch | None = None) -> list[Future[list[Completion]]]:
         """Begins requests, one future each: one completion a seed, in the order asked for.
 
         With truncation, ``untruncated_logp`` is NaN: vLLM does not report it. Raises UserError, and names the request,
@@ -111,11 +111,12 @@ class VLLMEngine:
         whatever vLLM fails with.
         """
         taken = take_requests(requests, self._check, lambda s: StopRule(s, self._eos_ids, self.tokenizer))
-        return self._stepper.submit([[self._job(asked, i) for i in range(len(asked.request.seeds))] for asked in taken])
+        jobs = [[self._job(asked, i) for i in range(len(asked.request.seeds))] for asked in taken]
+        return self._stepper.submit(jobs, watch)
 
-    def generate(self, requests: Seq[Request]) -> list[list[Completion]]:
+    def generate(self, requests: Seq[Request], watch: Watch | None = None) -> list[list[Completion]]:
         """``submit``, and waits for all: one list a request."""
-        return wait_all(self.submit(requests))
+        return wait_all(self.submit(requests, watch))
 
     def logprobs(self, sequences: Seq[Seq[int]]) -> list[list[float]]:
         """Log-prob, in nats at temperature 1, of each token but the first; one list a sequence.

@@ -1,0 +1,189 @@
+"""Samples are judged when they end, in calls of their own, and nobody waits for a judge that is slow."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_function_reward import batch
+
+import tandem
+from tandem.engines.stepper import Stepper
+from tandem.errors import RunFailure, UserError
+from tandem.rewards.function import FunctionReward
+from tandem.rewards.process import RewardProcesses
+from tandem.rollout.judging import Judge
+from tandem.rollout.sampling import Sampling, groups_of
+from tandem.types import Completion, Group, Prompt, SamplingParams, Ticket
+
+JUDGES = Path(__file__).parents[1] / "helpers" / "judges.py"
+
+
+@pytest.fixture(scope="module")
+def judges():
+    """Rewards by name, each in its processes; made once for all tests of this file."""
+    names = ("one", "one_draws", "best", "waits", "works", "when", "when_all", "one_nan", "one_fails", "counting")
+    processes = RewardProcesses(
+        [f"{JUDGES}:{name}" for name in names], deadline_s=20.0, waits_s=(0.01, 0.01), processes=2
+    )
+    yield dict(zip(names, processes.rewards(), strict=True))
+    processes.close()
+
+
+class Core:
+    """A sample ends after as many steps as its job says; a step takes a hundredth of a second."""
+
+    def __init__(self, pace_s: float) -> None:
+        self.jobs: dict[int, tuple[int, str]] = {}
+        self.pace_s = pace_s
+
+    def add(self, name: int, job: tuple[int, str]) -> None:
+        self.jobs[name] = job
+
+    def step(self) -> Mapping[int, Completion | Exception]:
+        time.sleep(self.pace_s)
+        self.jobs = {name: (left - 1, text) for name, (left, text) in self.jobs.items()}
+        ended = {name: completed(text) for name, (left, text) in self.jobs.items() if left == 0}
+        self.jobs = {name: job for name, job in self.jobs.items() if name not in ended}
+        return ended
+
+    def abort(self, names: Any) -> None: ...
+
+    def renew(self, version: int) -> None: ...
+
+
+def completed(text: str) -> Completion:
+    ids = [ord(c) for c in text]
+    return Completion(
+        token_ids=ids, behaviour_logp=[0.0] * len(ids), untruncated_logp=[0.0] * len(ids), stop="eos", text=text
+    )
+
+
+class Engine:
+    """An engine that gives prompt ``i`` its texts, each after so many steps."""
+
+    def __init__(self, texts: list[list[str]], steps: list[list[int]], pace_s: float = 0.0, *, watched: bool = True):
+        self.jobs = [list(zip(s, t, strict=True)) for s, t in zip(steps, texts, strict=True)]
+        self.stepper: Stepper[Any, Completion] = Stepper(Core(pace_s))
+        self.watched = watched
+        self.sampled = 0.0
+
+    ended = property(lambda self: self.stepper.ended)
+
+    def submit(self, requests: Any, watch: Any = None) -> Any:
+        return self.stepper.submit(self.jobs, watch if self.watched else None)
+
+
+def run(engine: Engine, *rewards: FunctionReward, **columns: list) -> list[Group]:
+    prompts = [
+        Prompt(
+            prompt_id=f"p{i}", prompt="q", token_ids=(1,), columns={name: values[i] for name, values in columns.items()}
+        )
+        for i in range(len(engine.jobs))
+    ]
+    source = Sampling(
+        engine=engine,
+        prompts=prompts,
+        params=SamplingParams(),
+        samples_per_prompt=len(engine.jobs[0]),
+        judge=Judge(rewards=rewards, weights=(1.0,) * len(rewards)),
+        seed=3,
+    )
+    tickets = [Ticket(number=i, row=i, step=5, place=i) for i in range(len(prompts))]
+    return source.begin(tickets, lambda *_, **__: nullcontext()).result()
+
+
+def parts(groups: list[Group], name: str) -> list[float | None]:
+    return [r.reward_parts.get(name) for group in groups for r in group.rollouts]
+
+
+TEXTS = [["a", "bb", "ccc"], ["dd", "skip", "a"]]
+
+
+@pytest.mark.parametrize("steps", [[[1, 2, 3], [4, 5, 6]], [[6, 5, 4], [3, 2, 1]], [[2, 2, 2], [2, 2, 2]]])
+@pytest.mark.parametrize("watched", [True, False])
+def test_what_a_sample_gets_does_not_depend_on_when_it_ended(judges, steps, watched):
+    names = ("one", "one_draws", "best", "counting")
+    groups = run(
+        Engine(TEXTS, steps, watched=watched),
+        *(judges[name] for name in names),
+        answer=["a", "a"],
+    )
+    assert parts(groups, "one") == [1.01, 0.02, 0.03, 0.02, None, 1.01]
+    assert parts(groups, "best") == [0, 0, 1, 0, 1, 0]
+    assert parts(groups, "counting") == [1, 2, 3, 2, 4, 1]
+    draws = parts(groups, "one_draws")
+    assert len(set(draws)) == 6
+    assert draws == DRAWS.setdefault("", draws)
+    reward = groups[0].rollouts[0].reward
+    assert reward == 1.01 + draws[0] + 0 + 1
+
+
+DRAWS: dict[str, list] = {}
+
+
+def test_a_slow_sample_delays_neither_sampling_nor_other_judging(judges):
+    """A second of sampling, and a second for the sample that ends first: together little more than one."""
+    texts = [["slow", *map(str, range(9))], [*map(str, range(10))]]
+    steps = [[1, *range(12, 102, 10)], [*range(10, 110, 10)]]
+    start = time.monotonic()
+    groups = run(Engine(texts, steps, 0.01), judges["waits"], judges["works"], judges["when"], judges["when_all"])
+    took = time.monotonic() - start
+    sampled = min(parts(groups, "when_all"))
+    assert sampled - start > 1.0
+    assert took < 1.5, "two seconds and more, if one waited for the other"
+    for name in ("waits", "works"):
+        slow, *others = parts(groups, name)[:10]
+        assert slow - start > 1.0
+        assert sum(when < slow for when in others) >= 7, "what ended meanwhile was judged meanwhile"
+    assert parts(groups, "when")[0] < start + 0.5
+
+
+def test_counts_beside_the_scores(judges):
+    assert judges["counting"].score(batch("a", "bb", "ccc")) == [1.0, 2.0, 3.0]
+    assert judges["counting"].counted() == {"odd": 2, "even": 0}
+    assert judges["counting"].counted() == {"odd": 0, "even": 0}
+    judge = Judge(rewards=(judges["counting"],), weights=(1.0,))
+    (prompt,) = [Prompt(prompt_id="p", prompt="q", token_ids=(1,))]
+    groups = groups_of([prompt], [[completed("a"), completed("bb")]])
+    assert judge.fill(groups) == {"counting/odd": 1, "counting/even": 0}
+
+
+def test_what_goes_wrong_names_the_sample(judges):
+    with pytest.raises(UserError, match=r"'one_nan' returned nan for sample 1 \(prompt p0\): completion 'bad'"):
+        run(Engine([["good", "bad"]], [[1, 2]]), judges["one_nan"])
+    with pytest.raises(RunFailure, match=r"'one_fails' raised ValueError: .* last at sample 1 .* called 3 times"):
+        run(Engine([["1", "bad"]], [[2, 1]]), judges["one_fails"])
+    with pytest.raises(UserError, match=r"'one' wants the column 'answer'.*can have: completion, completion_ids, prom"):
+        run(Engine([["1"]], [[1]]), judges["one"])
+    with pytest.raises(UserError, match="expected 'sample', 'group' or 'all', got 'each'"):
+        tandem.judges("each")
+
+
+def test_a_column_that_a_row_lacks_is_none(judges):
+    prompts = [Prompt(prompt_id="p", prompt="q", token_ids=(1,), columns={"answer": "a"}),
+               Prompt(prompt_id="r", prompt="q", token_ids=(1,))]  # fmt: skip
+    groups = groups_of(prompts, [[completed("a")], [completed("a")]])
+    Judge(rewards=(judges["one"],), weights=(1.0,))(groups)
+    assert parts(groups, "one") == [1.01, 0.01]
+
+
+def test_in_this_process_too():
+    @tandem.judges("sample")
+    def one(completion, level):
+        return len(completion) + level
+
+    @tandem.judges("group")
+    async def group(completions):
+        return [len(completions) + random.random()] * len(completions)
+
+    data = batch("a", "bc", level=[1, 2])
+    assert FunctionReward(one).score(data) == [2.0, 4.0]
+    scores = FunctionReward(group).score(data)
+    assert [int(score) for score in scores] == [1, 1]
+    assert scores[0] != scores[1], "two groups, two draws"
