@@ -138,7 +138,7 @@ class SamplesFeed:
         self.config = config
         # Begun first, so that it imports the functions while the data is read.
         names = [*config.reward.reward, *config.evaluation.eval_reward]
-        self.judging = RewardProcesses(names, deadline_s=config.reward.reward_deadline) if names else None
+        self.judging = start_rewards(config.reward, names, config.run.out)
         self.rows = load_data(config.data, "prompts")
         held_out = load_held_out(config.evaluation, config.data, "prompts")
         self.tokenizer = load_tokenizers(config)

@@ -292,7 +292,10 @@ class RewardSection:
     reward_weights: tuple[float, ...] = ()
     """One weight for each --reward, then one for --reward-model. Empty: 1 each."""
     reward_deadline: float = field(default=600.0, metadata=needs(("part", "reward function")))
-    """Longest time, in seconds, that one --reward may take for a step's samples, calls made again included."""
+    """Longest time, in seconds, that one call of a --reward may take, calls made again included."""
+    reward_processes: int | None = field(default=None, metadata=needs(("part", "reward function")) | MAY_CHANGE)
+    """Processes for each --reward that judges a sample or a group at a time. None: one for every second core, at most
+    8."""
     missing_eos: Literal["none", "replace", "subtract"] = field(default="none", metadata=needs(("part", "reward")))
     """A completion that max_new_tokens cut off keeps its reward, gets -missing_eos_penalty instead, or loses that."""
     missing_eos_penalty: float = field(default=1.0, metadata=needs(("missing_eos",)))
@@ -306,6 +309,7 @@ class RewardSection:
         expect(self, f"{count} weights, one a reward", lambda weights: len(weights) in (0, count), "reward_weights")
         expect(self, "from 0 to 1e15", lambda penalty: 0 <= penalty <= 1e15, "missing_eos_penalty")
         expect(self, "more than 0", lambda value: value > 0, "reward_deadline")
+        expect(self, "1 or more", _at_least(1), "reward_processes")
 
     @property
     def judges(self) -> list[str]:
