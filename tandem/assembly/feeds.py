@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from tandem.assembly.configs import RowsConfig, RunConfig, SamplesConfig
 from tandem.assembly.evaluation import EvaluationSection
 from tandem.assembly.inputs import digest_inputs
+from tandem.assembly.judging import judge_of, start_rewards, unweighted
 from tandem.assembly.models import heads, require_engine
 from tandem.assembly.placing import Homes
 from tandem.assembly.reading import by_key, describe_data, load_data, load_held_out, ordered, tokenizing
@@ -24,7 +25,6 @@ from tandem.models.limits import read_limits
 from tandem.models.loading import load_tokenizer
 from tandem.rewards.function import FunctionReward
 from tandem.rewards.model import RewardModel, require_same_tokenizer, same_tokenizer
-from tandem.rewards.process import RewardProcesses
 from tandem.roles import Metrics, Reward, Seat, Source
 from tandem.rollout.evaluate import Evaluation, HeldOut, HeldOutRows, HeldOutSamples
 from tandem.rollout.judging import Judge
@@ -227,12 +227,7 @@ class SamplesFeed:
             tokenizer = load_tokenizer(section.reward_model, trust_remote_code=code)
             reads_ids = same_tokenizer(self.tokenizer, tokenizer)
             rewards.append(RewardModel(models["reward"], tokenizer, reads_ids=reads_ids))
-        return replace(
-            unweighted(rewards),
-            weights=section.reward_weights or (1.0,) * len(rewards),
-            missing_eos=section.missing_eos,
-            missing_eos_penalty=section.missing_eos_penalty,
-        )
+        return judge_of(section, rewards)
 
     def _tokenize(self, rows: Dataset) -> tuple[list[Prompt], Counts]:
         config, data = self.config, self.config.data
@@ -314,11 +309,6 @@ def require_columns(rewards: Seq[FunctionReward], prompts: Seq[Prompt], dataset:
     columns = {name for prompt in prompts for name in prompt.columns}
     for reward in rewards if prompts else ():
         reward.require_columns(columns, dataset or "the dataset")
-
-
-def unweighted(rewards: Seq[Reward]) -> Judge:
-    """The plain sum of rewards."""
-    return Judge(rewards=tuple(rewards), weights=(1.0,) * len(rewards))
 
 
 def when_due(section: EvaluationSection, measure: HeldOut, *, last: int) -> Evaluate:

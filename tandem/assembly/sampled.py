@@ -6,14 +6,15 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tandem.assembly.feeds import require_columns, unweighted
+from tandem.assembly.feeds import require_columns
 from tandem.assembly.inputs import digest_inputs
+from tandem.assembly.judging import judge_of, start_rewards
 from tandem.assembly.models import frozen, load, require_engine
 from tandem.assembly.placing import Homes
 from tandem.assembly.plans import print_plan
@@ -27,9 +28,9 @@ from tandem.models.description import describe_source
 from tandem.models.limits import read_limits
 from tandem.models.loading import load_tokenizer, pick_device
 from tandem.rewards.model import RewardModel, same_tokenizer
-from tandem.rewards.process import RewardProcess
 from tandem.roles import Engine, Reward
-from tandem.rollout.sampling import Judge, groups_of, request
+from tandem.rollout.judging import Judge
+from tandem.rollout.sampling import groups_of, request
 from tandem.runs.folder import SAMPLES, RunFolder
 from tandem.runs.identity import Inputs, Start
 from tandem.runs.lines import append_lines, keep_items, whole_items
@@ -67,8 +68,7 @@ class _Sampling:
         self.homes = Homes(config.model, config.placement, config.cluster, config.engine, list(config.sources))
         self.homes.check()
         # Begun first, so that it imports the functions while the data is read.
-        names = list(config.rewards.reward)
-        judging = RewardProcess(names, deadline_s=config.rewards.reward_deadline) if names else None
+        judging = start_rewards(config.rewards, config.rewards.reward, config.run.out)
         if judging is not None:
             stack.callback(judging.close)
         rows = load_data(config.data, "prompts")
@@ -123,13 +123,7 @@ class _Sampling:
             scorer = self.homes.place("reward", partial(frozen, load=model, section=config.model, temperature=1.0))
             tokenizer = load_tokenizer(source, trust_remote_code=config.model.trust_remote_code)
             rewards.append(RewardModel(scorer, tokenizer, reads_ids=same_tokenizer(self.tokenizer, tokenizer)))
-        judge = replace(
-            unweighted(rewards),
-            weights=config.rewards.reward_weights or (1.0,) * len(rewards),
-            missing_eos=config.rewards.missing_eos,
-            missing_eos_penalty=config.rewards.missing_eos_penalty,
-        )
-        return engine, judge
+        return engine, judge_of(config.rewards, rewards)
 
     def _write(self, path: Path, done: int, lot: int, engine: Engine, judge: Judge) -> None:
         """The rows of all prompts from number ``done`` on, a lot at a time."""

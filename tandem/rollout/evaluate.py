@@ -9,9 +9,10 @@ from typing import Any, Protocol
 
 from tandem.errors import RunFailure
 from tandem.roles import Clock, Engine, Metrics, Seat
+from tandem.rollout.judging import Judge
 from tandem.rollout.measure import held_out_metrics
 from tandem.rollout.prepare import Preparation
-from tandem.rollout.sampling import Judge, groups_of, requests_of
+from tandem.rollout.sampling import groups_of, requests_of
 from tandem.seeds import derive_seed
 from tandem.types import Group, Prompt, SamplingParams
 

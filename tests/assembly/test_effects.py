@@ -85,6 +85,7 @@ def words(config: type, flags: list[str]) -> list[str]:
         (PPOConfig, ["--placement.reward", "1"], "--placement.reward: has no effect, since this run has no reward"),
         (PPOConfig, ["--missing-eos-penalty", "2"], "--missing-eos-penalty: has no effect without --missing-eos"),
         (OPDConfig, ["--missing-eos", "subtract"], "--missing-eos: has no effect, since this run has no reward"),
+        (OPDConfig, ["--reward-processes", "2"], "--reward-processes: has no effect, since this run has no reward f"),
         (OPDConfig, ["--placement.reward", "1"], "--placement.reward: has no effect, since this run has no reward m"),
         (PPOConfig, ["--eval-reward", "r.py:f"], "--eval-reward: has no effect without --eval-data"),
         (GRPOConfig, ["--eval-samples", "2"], "--eval-samples: has no effect without --eval-data"),

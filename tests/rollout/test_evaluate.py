@@ -11,7 +11,7 @@ from tandem.assembly.evaluation import named_sets
 from tandem.cli.main import main
 from tandem.errors import RunFailure, UserError
 from tandem.rollout.evaluate import HeldOutSamples
-from tandem.rollout.sampling import Judge
+from tandem.rollout.judging import Judge
 from tandem.runs.lines import read_metrics
 from tandem.types import Completion, Prompt, SamplingParams
 
