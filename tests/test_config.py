@@ -367,7 +367,15 @@ def test_the_dump_is_flat_yaml_of_every_key_but_those_of_one_start():
 
 
 def test_a_key_that_does_not_say_so_must_stay_as_it_was():
-    assert set(changeable(load())) == {"out", "steps", "epochs", "save_every", "keep", "rollouts_logged"}
+    assert set(changeable(load())) == {
+        "out",
+        "steps",
+        "epochs",
+        "save_every",
+        "keep",
+        "rollouts_logged",
+        "reward_processes",
+    }
     assert not any(changeable(load()).values())
     assert "linear" in changeable(load("--lr-schedule", "linear"))["steps"]
 
