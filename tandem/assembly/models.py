@@ -22,7 +22,7 @@ from tandem.models.loading import load_causal, load_scalar, load_tokenizer
 from tandem.roles import Engine, FedEngine, LossFn, SleepingEngine
 from tandem.sync.checksum import Sums
 from tandem.sync.source import WeightSource
-from tandem.training.optim import OptimParams
+from tandem.training.optim import OptimParams, require_bitsandbytes
 from tandem.training.trainer import LocalScorer, LocalTrainer, MemoryParams
 from tandem.workers.process import Build, Site
 
@@ -80,6 +80,7 @@ def optim_params(section: OptimSection, *, total_steps: int, learning_rate: floa
     return OptimParams(
         learning_rate=learning_rate,
         total_steps=total_steps,
+        optimizer=section.optimizer,
         lr_schedule=section.lr_schedule,
         warmup_steps=math.ceil(warmup * total_steps) if warmup < 1 else int(warmup),
         weight_decay=section.weight_decay,
@@ -232,6 +233,12 @@ def vllm_engine(
         arguments=engine.vllm_arguments,
         own_process=own_process,
     )
+
+
+def require_optimizer(section: OptimSection) -> None:
+    """Raises UserError where the optimizer's library is not installed, before anything is loaded."""
+    if section.optimizer == "adamw8bit":
+        require_bitsandbytes()
 
 
 def require_engine(engine: EngineSection) -> None:

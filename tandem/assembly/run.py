@@ -9,7 +9,7 @@ from typing import Protocol
 
 from tandem.assembly.configs import RowsConfig, RunConfig, SamplesConfig
 from tandem.assembly.feeds import Feed, RowsFeed, SamplesFeed, check_sampling
-from tandem.assembly.models import builds, heads
+from tandem.assembly.models import builds, heads, require_optimizer
 from tandem.assembly.placing import Homes
 from tandem.assembly.plans import print_plan
 from tandem.assembly.sections import EngineSection
@@ -50,6 +50,7 @@ def _run(config: RunConfig, stack: ExitStack, ranks: Ranks | None) -> Path | Non
     """The run, in the order in which a mistake is cheapest to find. ``ranks``: those of a torchrun that are there."""
     if (model := check_out(config, steps=config.run.steps)) is not None:
         return model
+    require_optimizer(config.optim)
     engine, roles = EngineSection(), [*config.sources]
     if isinstance(config, SamplesConfig):
         check_sampling(config)

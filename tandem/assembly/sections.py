@@ -195,18 +195,21 @@ class DataSection(DatasetSection):
 
 @dataclass(frozen=True, kw_only=True)
 class OptimSection:
-    """AdamW and its learning rate."""
+    """The optimizer and its learning rate."""
 
     learning_rate: float = 1e-6
     """Its peak, after the warmup. Meant for models of 0.1B parameters and more; those of a million learn with 1e-3."""
+    optimizer: Literal["adamw", "adamw8bit", "adafactor", "muon"] = "adamw"
+    """adamw8bit keeps its moments in 8 bits (pip install 'tandem-rlhf[quant]'), adafactor only sums of a matrix's rows
+    and columns, muon makes the steps of hidden matrices orthogonal."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """After the warmup: stay, or fall to 0 at the last step."""
     warmup_steps: float = 0.03
     """The run's steps over which the learning rate rises linearly; below 1, their share of all."""
     weight_decay: float = 0.0
     """Decoupled, on matrices only."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of the two moment estimates."""
+    betas: tuple[float, float] = field(default=(0.9, 0.95), metadata=needs(("optimizer", "adamw", "adamw8bit", "muon")))
+    """AdamW's decay of the two moment estimates."""
     max_grad_norm: float = field(default=1.0, metadata=INFINITE)
     """The gradient is scaled down to this norm. .inf: never."""
 

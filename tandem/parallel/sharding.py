@@ -80,15 +80,18 @@ def whole(value: Any, *, keep: bool = True) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(whole(inner, keep=keep) for inner in value)
     if isinstance(value, DTensor):
-        full = _full(value)
-        return full.cpu() if keep else None
+        found = unsharded(value)
+        return found.cpu() if keep else None
     if isinstance(value, Tensor):
         return value.detach().cpu() if keep else None
     return value
 
 
 @torch.no_grad()
-def _full(tensor: DTensor) -> Tensor:
+def unsharded(tensor: Tensor) -> Tensor:
+    """A sharded tensor whole, on its mesh's device: a collective. Any other tensor itself."""
+    if not isinstance(tensor, DTensor):
+        return tensor
     mesh = tensor.device_mesh
     if tensor.to_local().device.type != mesh.device_type:
         # Offloaded: NCCL moves what is on the GPU only.

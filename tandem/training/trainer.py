@@ -21,7 +21,6 @@ from tandem.parallel.sharding import (
     assign,
     checkpoint_activations,
     forget_gathered,
-    like,
     transformer_layers,
     whole,
 )
@@ -29,7 +28,7 @@ from tandem.parallel.shares import Share, shares
 from tandem.parallel.world import World
 from tandem.roles import LossFn, Metrics
 from tandem.training.masters import Masters
-from tandem.training.optim import OptimParams, build_optimizer, learning_rate_at
+from tandem.training.optim import OptimParams, build_optimizer, hidden_matrices, learning_rate_at
 from tandem.training.parking import Parking
 from tandem.training.tally import Tally
 from tandem.types import Sequence
@@ -170,7 +169,9 @@ class LocalTrainer(LocalScorer):
         self.entropy_gradient = entropy_gradient
         self._version = 0
         super().__init__(model, token_budget=token_budget, temperature=temperature, world=world, compile=compile)
-        self.optimizer = build_optimizer(self.masters.named.values(), optim)
+        self.optimizer = build_optimizer(
+            self.masters.named, optim, hidden=hidden_matrices(model.module), world=self.world
+        )
         self.idle = Parking()
 
     def _prepare(self) -> None:
@@ -208,7 +209,7 @@ class LocalTrainer(LocalScorer):
             tally.add(micro, token_loss).backward()
         metrics, bad = tally.result(self.world)
         if bad:
-            self.optimizer.zero_grad(set_to_none=True)
+            self.optimizer.zero_grad()
             raise NonFiniteError(bad)
         return metrics
 
@@ -228,19 +229,17 @@ class LocalTrainer(LocalScorer):
         """
         norm = whole(torch.nn.utils.clip_grad_norm_(self.masters.named.values(), self.optim.max_grad_norm)).item()
         if not math.isfinite(norm):
-            self.optimizer.zero_grad(set_to_none=True)
+            self.optimizer.zero_grad()
             raise NonFiniteError("the gradient is not finite though the loss is; lower the learning rate")
         learning_rate = learning_rate_at(self._version if done is None else done, self.optim)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
         self.idle.restore()
         # Counted first: whoever is interrupted from here on must not be taken for untouched.
         self._version += 1
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.step(learning_rate)
+        self.optimizer.zero_grad()
         self._changed()
         if self.memory.offload == "optimizer":
-            self.idle.park(self._optimizer_tensors())
+            self.idle.park(self.optimizer.tensors())
         return {"grad_norm": norm, "learning_rate": learning_rate}
 
     def state_dict(self) -> dict[str, Any]:
@@ -252,7 +251,7 @@ class LocalTrainer(LocalScorer):
         keep = self.world.rank == 0
         return {
             "model": whole(self.weights | self.buffers, keep=keep),
-            "optimizer": whole(self.optimizer.state_dict(), keep=keep),
+            "optimizer": self.optimizer.state_dict(keep=keep),
             "version": self._version,
         }
 
@@ -262,13 +261,7 @@ class LocalTrainer(LocalScorer):
         with torch.no_grad():
             for name, target in (self.weights | self.buffers).items():
                 assign(target, state["model"][name])
-        optimizer = dict(state["optimizer"])
-        order = [p for group in self.optimizer.param_groups for p in group["params"]]
-        optimizer["state"] = {
-            index: {key: like(v, order[index]) if v.ndim else v.clone() for key, v in slots.items()}
-            for index, slots in optimizer["state"].items()
-        }
-        self.optimizer.load_state_dict(optimizer)
+        self.optimizer.load_state_dict(state["optimizer"])
         self._version = state["version"]
         self._changed()
 
@@ -284,7 +277,7 @@ class LocalTrainer(LocalScorer):
         """Gives device memory away until ``unpark``: the optimizer's state, and all weights too if asked."""
         if self.model.sharded is not None:
             forget_gathered(self.model.sharded)
-        self.idle.park(self._optimizer_tensors())
+        self.idle.park(self.optimizer.tensors())
         self.idle.park(master for _, master in self.masters.pairs)
         if weights:
             self.idle.park([*self.parameters.values(), *self.model.module.buffers()])
@@ -292,10 +285,6 @@ class LocalTrainer(LocalScorer):
     def unpark(self) -> None:
         """Takes it back."""
         self.idle.restore()
-
-    def _optimizer_tensors(self) -> Iterator[Tensor]:
-        for slots in self.optimizer.state.values():
-            yield from (value for value in slots.values() if isinstance(value, Tensor))
 
     def _changed(self) -> None:
         """The weights have changed: whatever was made of the old ones goes."""

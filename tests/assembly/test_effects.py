@@ -51,6 +51,7 @@ def words(config: type, flags: list[str]) -> list[str]:
             ["--aggregation", "sequence"],
             "--aggregation: has no effect, since this run has no los",
         ),
+        (SFTConfig, ["--optimizer", "adafactor", "--betas", "0.9", "0.99"], "--betas: has no effect with --optimizer"),
         (RMConfig, ["--cluster.address", "auto"], "--cluster.address: has no effect, since this run has no workers"),
         (
             config_class("online-dpo"),
@@ -159,6 +160,7 @@ def test_a_key_that_has_no_effect_is_refused(config, flags, message):
         (RMConfig, ["--data", "hub/name", "--split", "b", "--chosen-key", "a", "--rejected-key", "b"]),
         (SFTConfig, ["--data", "a.jsonl:1,json@b:2", "--split", "b", "--output-key", "a", "--max-samples", "3"]),
         (GRPOConfig, ["--label-key", "a", "--eval-data", "e", "--max-eval-samples", "3"]),
+        (SFTConfig, ["--optimizer", "muon", "--betas", "0.9", "0.99"]),
         (SFTConfig, ["--placement.actor", "2", "--keep-gathered", "--cluster.deadline", "9"]),
         (PPOConfig, ["--kl-estimator", "k3"]),
         (GRPOConfig, [*TRAINER, "--correction", "icepop", "--correction-low", "0.5", "--correction-high", "2"]),

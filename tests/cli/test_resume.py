@@ -50,7 +50,11 @@ def assert_same(a, b, where="state"):
 
 
 CORES = os.cpu_count() or 1
-MORE = {"ppo": ["--critic-warmup-steps", "1", "--lam-alpha", "0.5", "--critic-lam", "1"]}
+MORE = {
+    "ppo": ["--critic-warmup-steps", "1", "--lam-alpha", "0.5", "--critic-lam", "1"],
+    "rm": ["--optimizer", "adafactor"],
+    "dpo": ["--optimizer", "muon"],
+}
 """Flags of what else goes from step to step."""
 
 
