@@ -105,11 +105,11 @@ class Batch:
 
     def logp_by(self, role: str) -> Tensor:
         """Log-probs [T] that a model gave this batch. Raises ValueError where it has not seen the batch."""
-        return filled(self._by(role).logp_T, f"seen[{role!r}].logp_T")
+        return filled(self.by(role).logp_T, f"seen[{role!r}].logp_T")
 
     def values_by(self, role: str) -> Tensor:
         """Values [T] that a model gave this batch, as ``values`` reads them."""
-        return self.values(self._by(role))
+        return self.values(self.by(role))
 
     def values(self, out: Outputs) -> Tensor:
         """[T]: the scalar head's value of the state in which each trainable token was chosen, 0 for other tokens."""
@@ -124,7 +124,8 @@ class Batch:
         """[T]: each unit's number at the last token of its first segment, where a unit has its weight; 0 elsewhere."""
         return x_U.new_zeros(self.tokens).index_put((self.last_S[:: self.segments_per_unit],), x_U)
 
-    def _by(self, role: str) -> Outputs:
+    def by(self, role: str) -> Outputs:
+        """What a model said of this batch. Raises ValueError where it has not seen the batch."""
         if role not in self.seen:
             raise ValueError(f"the {role} has not seen the batch; what should ask it is not wired")
         return self.seen[role]
@@ -204,7 +205,10 @@ def cut(sizes: list[int], budget: int, following: list[int] | None = None) -> li
 
 @dataclass(kw_only=True)
 class Outputs:
-    """What a model says about a batch, [T] each. A causal LM fills the first two, a scalar head the last one."""
+    """What a model says about a batch: [T] each, or [T, D]. A causal LM fills the first two, a scalar head the third.
+
+    The others are what distillation asks for, of the student and of its teacher.
+    """
 
     logp_T: Tensor | None = None
     """float32, at the sampling temperature; 0 where not trainable."""
@@ -212,6 +216,14 @@ class Outputs:
     """float32, in nats; 0 where not trainable. Detached: it is for the metrics unless asked for with gradient."""
     scalar_T: Tensor | None = None
     """float32: the head where it has read up to and including each token (``Batch.values``, ``Batch.scores``)."""
+    divergence_T: Tensor | None = None
+    """float32: of the distribution that each trainable token is one draw of, from the teacher's (``Divergence``)."""
+    state_TD: Tensor | None = None
+    """The last hidden state in which each trainable token was chosen, in the precision of the model."""
+    top_logp_TK: Tensor | None = None
+    """float32 [T, K + 1]: of the K likeliest tokens in the place of each trainable one, and of all others together."""
+    top_id_TK: Tensor | None = None
+    """int64 [T, K]: which tokens they are."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Outputs:
         """Every tensor that is filled, changed."""

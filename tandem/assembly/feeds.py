@@ -84,6 +84,8 @@ class RowsFeed:
         self.tokenizer = load_tokenizers(config)
         limits = limits_of_models(config, self.tokenizer)
         self.longest = Room(config.data.max_length, limits).limit
+        if config.method.asks.divergence is not None:
+            require_words(limits, 1 + max(self.tokenizer.get_vocab().values()))
         self.examples, self.counts = self._tokenize(self.rows, limits)
         self.held_out = {name: self._tokenize(one, limits)[0] for name, one in held_out.items()}
         self.size = len(self.examples)
@@ -301,6 +303,16 @@ def require_readers(limits: Seq[Limits], tokens: int) -> None:
             raise UserError(
                 f"{other.whose}: its embedding has {other.vocabulary} rows, and {policy.whose} may sample each of "
                 f"{sampled} tokens; start both from the same base model"
+            )
+
+
+def require_words(limits: Seq[Limits], words: int) -> None:
+    """Raises UserError where a model lacks one of the tokenizer's ``words``: distributions over them are compared."""
+    for one in limits:
+        if one.vocabulary is not None and one.vocabulary < words:
+            raise UserError(
+                f"{one.whose}: its embedding has {one.vocabulary} rows, and the tokenizer {words} tokens: the "
+                "distributions of the models cannot be compared; start both from the same base model"
             )
 
 

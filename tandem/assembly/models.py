@@ -46,10 +46,10 @@ def builds(config: RunConfig, steps: int) -> dict[str, Build]:
     found: dict[str, Build] = {}
     for role, source in config.sources.items():
         model = partial(load, section=config.model, source=source, head=head_of[role], seed=config.run.seed)
+        asks = method.asks_of(role)
         if role not in losses:
-            found[role] = partial(frozen, load=model, section=config.model, temperature=temperature)
+            found[role] = partial(frozen, load=model, section=config.model, temperature=temperature, asks=asks)
             continue
-        asks = method.asks if role == "actor" else ASKS_NOTHING
         rate = config.optim.learning_rate if role == "actor" else config.models.learning_rate(role)
         found[role] = partial(
             trained,
@@ -138,21 +138,30 @@ def trained(
         temperature=temperature,
         entropy=asks.entropy,
         entropy_gradient=asks.entropy_gradient,
+        divergence=asks.divergence,
         world=site.world,
         memory=memory,
         compile=section.compile,
     )
 
 
-def frozen(site: Site, load: Callable[[Site], LoadedModel], section: ModelSection, temperature: float) -> LocalScorer:
+def frozen(
+    site: Site,
+    load: Callable[[Site], LoadedModel],
+    section: ModelSection,
+    temperature: float,
+    asks: Asks = ASKS_NOTHING,
+) -> LocalScorer:
     """A scorer with the model that ``load`` gives."""
     return LocalScorer(
         load(site),
         token_budget=section.token_budget,
-        temperature=temperature,
+        temperature=temperature if asks.temperature is None else asks.temperature,
         world=site.world,
         offload=section.offload_frozen,
         compile=section.compile,
+        states=asks.states,
+        top_k=asks.top_k,
     )
 
 

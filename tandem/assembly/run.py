@@ -100,6 +100,9 @@ def _models(config: RunConfig, steps: int, places: Places) -> dict[str, Seat]:
         say(f"loading the {role} from {config.sources[role]}")
         models[role] = places.place(role, build)
         say(f"  {models[role].call('describe')}")
+    for role in models:
+        if config.method.asks_of(role).states:
+            models["actor"].call("learn_from", models[role].call("head"))
     return models
 
 

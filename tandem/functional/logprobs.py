@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from tandem.functional.distillation import Against
 from tandem.kernels import products
 from tandem.kernels.logprob import entropy_of, logits_gradient_, row_stats
 
@@ -21,23 +22,41 @@ GradientBuffer = Callable[[], Tensor]
 """Gives the tensor that the gradient of a head's weight is to be added to, [V, D]."""
 
 
+class OfHead(NamedTuple):
+    """What ``chunked_head`` gives, [N] each."""
+
+    logp_N: Tensor
+    entropy_N: Tensor | None
+    divergence_N: Tensor | None
+
+
 def chunked_logprobs(
+    head: Head, hidden_ND: Tensor, target_N: Tensor, *, entropy: bool = True, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probs and entropies: see ``chunked_head``."""
+    return chunked_head(head, hidden_ND, target_N, entropy=entropy, **options)[:2]
+
+
+def chunked_head(
     head: Head,
     hidden_ND: Tensor,
     target_N: Tensor,
     *,
     temperature: float = 1.0,
     chunk_tokens: int | None = None,
-    entropy: bool = True,
+    entropy: bool = False,
     entropy_grad: bool = False,
     weight_gradient: GradientBuffer | None = None,
-) -> tuple[Tensor, Tensor | None]:
+    against: Against | None = None,
+) -> OfHead:
     """Log-probability of each target and the entropy of its distribution, in nats, ``chunk_tokens`` rows at a time.
 
     ``logp_n = z_n[target_n] - logsumexp(z_n)`` and ``H_n = -sum_v p_nv log p_nv`` with ``z = head(hidden) /
     temperature``: the distribution that tokens are drawn from at that temperature.
 
-    ``head`` maps [n, D] to logits [n, V]; ``target_N`` is int64. Both results are [N], in float32 (float64 where the
+    With ``against`` the divergence from a teacher's distribution, too, with its gradient.
+
+    ``head`` maps [n, D] to logits [n, V]; ``target_N`` is int64. Results are [N], in float32 (float64 where the
     head's logits are). With gradients enabled, logits are computed again in the backward pass, so that no more than
     one chunk [chunk_tokens, V] of them exists (None: ``CHUNK_BYTES``, or 2,048 rows of a head of unknown size). The
     entropy is None unless asked for, and detached unless ``entropy_grad``. Raises ValueError for a temperature that
@@ -50,10 +69,9 @@ def chunked_logprobs(
         raise ValueError(f"temperature {temperature}: log-probabilities need a positive one")
     if isinstance(head, nn.Linear) and _is_plain(head):
         rows = chunk_tokens or _chunk_rows(head.weight)
-        ask = _Ask(temperature, rows, entropy, entropy_grad, torch.is_grad_enabled(), weight_gradient)
-        logp_N, entropy_N = LinearHead.apply(hidden_ND, head.weight, head.bias, target_N, ask)
-        return logp_N, entropy_N
-    return _checkpointed(head, hidden_ND, target_N, temperature, chunk_tokens or 2048, entropy, entropy_grad)
+        ask = _Ask(temperature, rows, entropy, entropy_grad, torch.is_grad_enabled(), weight_gradient, against)
+        return OfHead(*LinearHead.apply(hidden_ND, head.weight, head.bias, target_N, ask))
+    return _checkpointed(head, hidden_ND, target_N, temperature, chunk_tokens or 2048, entropy, entropy_grad, against)
 
 
 def _chunk_rows(weight_VD: Tensor) -> int:
@@ -73,7 +91,7 @@ def _is_plain(head: nn.Linear) -> bool:
 
 @dataclass(frozen=True)
 class _Ask:
-    """What ``LinearHead`` is asked for; see ``chunked_logprobs``."""
+    """What ``LinearHead`` is asked for; see ``chunked_head``."""
 
     temperature: float
     chunk_tokens: int
@@ -81,10 +99,11 @@ class _Ask:
     entropy_grad: bool
     backward: bool
     weight_gradient: GradientBuffer | None
+    against: Against | None = None
 
 
 class LinearHead(torch.autograd.Function):
-    """Log-probs and entropies of ``hidden @ weight.T + bias``, a chunk of rows at a time, forward and backward.
+    """``chunked_head`` of ``hidden @ weight.T + bias``, a chunk of rows at a time, forward and backward.
 
     Saved are the inputs, [N, D], and three numbers a row. The backward pass makes a chunk's logits again, turns them
     into their gradient in place and adds the chunk's part to the weight's gradient, in float32 or higher. The last
@@ -94,16 +113,20 @@ class LinearHead(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target_N: Tensor, ask: _Ask
-    ) -> tuple[Tensor, Tensor | None]:
-        logsumexps, logps, entropies = [], [], []
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        logsumexps, logps, entropies, divergences = [], [], [], []
         kept_nV: Tensor | None = None
-        for hidden_nD, target_n in zip(*(x.split(ask.chunk_tokens) for x in (hidden_ND, target_N)), strict=True):
+        for number, (hidden_nD, target_n) in enumerate(
+            zip(*(x.split(ask.chunk_tokens) for x in (hidden_ND, target_N)), strict=True)
+        ):
             del kept_nV  # Before the next chunk's are made.
             kept_nV = products.linear(hidden_nD, weight_VD, bias_V)
             logsumexp_n, logp_n, entropy_n = row_stats(kept_nV, target_n, ask.temperature, entropy=ask.entropy)
             logsumexps.append(logsumexp_n)
             logps.append(logp_n)
             entropies += [] if entropy_n is None else [entropy_n]
+            if ask.against is not None:
+                divergences.append(ask.against.values(kept_nV, number * ask.chunk_tokens))
         logsumexp_N, logp_N = torch.cat(logsumexps), torch.cat(logps)
         entropy_N = torch.cat(entropies) if entropies else None
         ctx.ask = ask
@@ -112,13 +135,15 @@ class LinearHead(torch.autograd.Function):
             ctx.mark_non_differentiable(entropy_N)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V, target_N, logsumexp_N, entropy_N)
-        return logp_N, entropy_N
+        return logp_N, entropy_N, torch.cat(divergences) if divergences else None
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logp_N: Tensor | None, grad_entropy_N: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad_logp_N: Tensor | None, grad_entropy_N: Tensor | None, grad_divergence_N: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         hidden_ND, weight_VD, bias_V, target_N, logsumexp_N, entropy_N = ctx.saved_tensors
-        if grad_logp_N is None and grad_entropy_N is None:
+        if grad_logp_N is None and grad_entropy_N is None and grad_divergence_N is None:
             return None, None, None, None, None
         ask, (for_hidden, for_weight, for_bias, *_) = ctx.ask, ctx.needs_input_grad
         wide = torch.promote_types(weight_VD.dtype, torch.float32)
@@ -133,15 +158,25 @@ class LinearHead(torch.autograd.Function):
             logits_nV, ctx.last_logits = ctx.last_logits, None
             if logits_nV is None:
                 logits_nV = products.linear(hidden_ND[rows], weight_VD, bias_V)
-            logits_gradient_(
-                logits_nV,
-                target_N[rows],
-                logsumexp_N[rows],
-                None if grad_logp_N is None else grad_logp_N[rows],
-                ask.temperature,
-                entropy_n=None if entropy_N is None else entropy_N[rows],
-                grad_entropy_n=None if grad_entropy_N is None else grad_entropy_N[rows],
-            )
+            further_nV = None
+            if grad_divergence_N is not None:
+                assert ask.against is not None
+                further_nV = ask.against.gradient(logits_nV, start, grad_divergence_N[rows])
+            if further_nV is not None and grad_logp_N is None and grad_entropy_N is None:
+                logits_nV = further_nV
+            else:
+                logits_gradient_(
+                    logits_nV,
+                    target_N[rows],
+                    logsumexp_N[rows],
+                    None if grad_logp_N is None else grad_logp_N[rows],
+                    ask.temperature,
+                    entropy_n=None if entropy_N is None else entropy_N[rows],
+                    grad_entropy_n=None if grad_entropy_N is None else grad_entropy_N[rows],
+                )
+                if further_nV is not None:
+                    logits_nV += further_nV
+            del further_nV
             if grad_hidden_ND is not None:
                 products.product(logits_nV, weight_VD, out_MN=grad_hidden_ND[rows])
             if grad_weight_VD is not None:
@@ -166,25 +201,29 @@ def _checkpointed(
     chunk_tokens: int,
     entropy: bool,
     entropy_grad: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """``chunked_logprobs`` of any head. One chunk alone is not computed again."""
+    against: Against | None,
+) -> OfHead:
+    """``chunked_head`` of any head. One chunk alone is not computed again."""
     hidden_chunks, target_chunks = hidden_ND.split(chunk_tokens), target_N.split(chunk_tokens)
     recompute = torch.is_grad_enabled() and len(hidden_chunks) > 1
 
-    def one_chunk(hidden_nD: Tensor, target_n: Tensor) -> tuple[Tensor, Tensor]:
+    def one_chunk(hidden_nD: Tensor, target_n: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
         logits_nV = head(hidden_nD)
+        divergence_n = against.of(logits_nV, slice(start, start + len(target_n))) if against else torch.zeros(0)
         # Out of place: the backward pass of the head or of an entropy bonus may still need the logits.
         logits_nV = logits_nV.to(torch.promote_types(logits_nV.dtype, torch.float32)) / temperature
         logsumexp_n = logits_nV.logsumexp(-1)
         logp_n = logits_nV.gather(-1, target_n[:, None]).squeeze(-1) - logsumexp_n
         if not entropy:
-            return logp_n, torch.zeros_like(logp_n)
+            return logp_n, torch.zeros_like(logp_n), divergence_n
         with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
-            return logp_n, entropy_of(logits_nV - logsumexp_n[:, None])
+            return logp_n, entropy_of(logits_nV - logsumexp_n[:, None]), divergence_n
 
     parts = [
-        checkpoint(one_chunk, h, t, use_reentrant=False) if recompute else one_chunk(h, t)
-        for h, t in zip(hidden_chunks, target_chunks, strict=True)
+        checkpoint(one_chunk, h, t, i * chunk_tokens, use_reentrant=False)
+        if recompute
+        else one_chunk(h, t, i * chunk_tokens)
+        for i, (h, t) in enumerate(zip(hidden_chunks, target_chunks, strict=True))
     ]
-    logp_N = torch.cat([logp_n for logp_n, _ in parts])
-    return logp_N, torch.cat([entropy_n for _, entropy_n in parts]) if entropy else None
+    logp_N, entropy_N, divergence_N = (torch.cat(column) for column in zip(*parts, strict=True))
+    return OfHead(logp_N, entropy_N if entropy else None, divergence_N if against else None)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from tandem.batch import Batch, Outputs, TokenLoss
 from tandem.errors import needs
+from tandem.functional.divergence import Divergence
 from tandem.lazy import torch
 from tandem.roles import LossFn, Metrics
 from tandem.types import Aggregation, Example, Group, Sequence
@@ -65,11 +66,19 @@ REFERENCE = Need(
 
 @dataclass(frozen=True)
 class Asks:
-    """What the forward that trains the policy must give besides log-probs."""
+    """What a forward of a model must give: the one that trains it besides log-probs, that of a teacher instead."""
 
     entropy: bool = False
     entropy_gradient: bool = False
     """Whether a loss differentiates ``out.entropy_T``."""
+    divergence: Divergence | None = None
+    """Of ``out.divergence_T``, from a teacher that gives ``states`` or ``top_k``."""
+    states: bool = False
+    """A teacher's hidden states, of which its head, given to the policy at the start, makes whole distributions."""
+    top_k: int = 0
+    """So many of a teacher's likeliest tokens, and the rest as one."""
+    temperature: float | None = None
+    """Divides a teacher's logits. None: the run's."""
 
 
 ASKS_NOTHING = Asks()
@@ -130,6 +139,10 @@ class Method:
     def asks(self) -> Asks:
         """Of the policy's forward in training."""
         return Asks(entropy=isinstance(self.reads, Samples))
+
+    def asks_of(self, role: str) -> Asks:
+        """Of the forward of the policy (``actor``), or of a model that it needs."""
+        return self.asks if role == "actor" else ASKS_NOTHING
 
     @property
     def needs_old_logp(self) -> bool:

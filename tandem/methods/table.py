@@ -18,6 +18,7 @@ class Line(NamedTuple):
 
 ROWS = {
     "sft": Line("sft:SFT", "supervised fine-tuning on demonstrations"),
+    "distill": Line("distill:Distill", "knowledge distillation from a teacher on a dataset"),
     "rm": Line("rm:RewardModeling", "a reward model from preference pairs"),
     "dpo": Line("dpo:DPO", "DPO: a policy from preference pairs, without a reward model"),
     "kto": Line("kto:KTO", "KTO: a policy from answers that are labelled good or bad, without pairs"),

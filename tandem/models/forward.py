@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,9 +15,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging as transformers_logging
 
-from tandem.batch import Batch, Outputs
+from tandem.batch import Batch, Outputs, filled
 from tandem.errors import RunFailure, first_line
-from tandem.functional.logprobs import chunked_logprobs
+from tandem.functional.distillation import Against
+from tandem.functional.divergence import Divergence, with_tail
+from tandem.functional.logprobs import CHUNK_BYTES, chunked_head
 from tandem.models.attention import NO_MASK, packed_layout
 from tandem.models.compiled import Blocks
 from tandem.models.sharing import sharing_of
@@ -58,6 +61,13 @@ class LoadedModel:
     """Its transformer layers, compiled for the calls made here; others, such as an engine's, run them as they are."""
     head_gradient: Callable[[], Tensor] | None = None
     """Where the gradient of the language-model head's weight is to be added to, if not to the weight's own."""
+    teacher_head: tuple[Tensor, Tensor | None] | None = None
+    """Weight [V, D] and bias of the head of the teacher that it learns from, whose hidden states a batch brings."""
+
+    @cached_property
+    def words(self) -> int:
+        """Token ids that the tokenizer has are below it. Rows of the vocabulary beyond are padding."""
+        return 1 + max(self.tokenizer.get_vocab().values())
 
     @property
     def device(self) -> torch.device:
@@ -123,31 +133,38 @@ class Sharded(nn.Module):
 
     def forward(self, batch: Batch, **options: Any) -> tuple[Tensor | None, ...]:
         # A plain tuple: hooks look for tensors in it to hang the backward on.
-        out = _compute(self.model, batch, **options)
-        return out.logp_T, out.entropy_T, out.scalar_T
+        return tuple(vars(_compute(self.model, batch, **options)).values())
 
 
-def forward(
-    model: LoadedModel,
-    batch: Batch,
-    *,
-    temperature: float = 1.0,
-    entropy: bool = False,
-    entropy_gradient: bool = False,
-) -> Outputs:
-    """Runs ``batch`` (on the model's device) with gradient where enabled.
+@dataclass(frozen=True, kw_only=True)
+class Ask:
+    """What a forward is to give of each trainable token; a scalar model gives ``scalar_T``, whatever is asked.
 
-    A causal LM gives ``logp_T`` at ``temperature`` (and ``entropy_T`` if asked), a scalar model
+    A teacher that is asked for ``states`` or ``top_k`` gives nothing else.
+    """
+
+    temperature: float = 1.0
+    entropy: bool = False
+    entropy_gradient: bool = False
+    divergence: Divergence | None = None
+    states: bool = False
+    top_k: int = 0
+
+
+def forward(model: LoadedModel, batch: Batch, ask: Ask | None = None, **options: Any) -> Outputs:
+    """Runs ``batch`` (on the model's device) with gradient where enabled. ``options`` are fields of ``Ask``.
+
+    A causal LM gives ``logp_T`` at the temperature (and ``entropy_T``, ``divergence_T`` if asked), a scalar model
     ``scalar_T``. Only trainable tokens go through the language-model head.
     """
-    options: dict[str, Any] = {"temperature": temperature, "entropy": entropy, "entropy_gradient": entropy_gradient}
+    ask = Ask(**options) if ask is None else ask
     if model.sharded is None:
-        return _compute(model, batch, **options)
-    logp_T, entropy_T, scalar_T = model.sharded(batch, **options)
-    return Outputs(logp_T=logp_T, entropy_T=entropy_T, scalar_T=scalar_T)
+        return _compute(model, batch, ask=ask)
+    found = model.sharded(batch, ask=ask)
+    return Outputs(**dict(zip((f.name for f in fields(Outputs)), found, strict=True)))
 
 
-def _compute(model: LoadedModel, batch: Batch, *, temperature: float, entropy: bool, entropy_gradient: bool) -> Outputs:
+def _compute(model: LoadedModel, batch: Batch, *, ask: Ask) -> Outputs:
     if model.scalar:
         return Outputs(scalar_T=model.module.score(hidden_states(model, batch)).squeeze(-1).float())
     index_N = batch.trainable_N if batch.trainable_N is not None else batch.trainable_T.nonzero().squeeze(-1)
@@ -155,25 +172,62 @@ def _compute(model: LoadedModel, batch: Batch, *, temperature: float, entropy: b
         source_T, head = hidden_states(model, batch), model.module.get_output_embeddings()
     else:
         source_T, head = native_logits(model, batch), torch.nn.Identity()
-    logp_N, entropy_N = chunked_logprobs(
+    # Not by brackets, whose gradient sorts the places first: here none comes twice.
+    source_N = source_T.index_select(0, index_N - 1)
+    if ask.states:
+        return Outputs(state_TD=_spread(source_N, index_N, batch.tokens))
+    if ask.top_k:
+        logp_NK, id_NK = _likeliest(head, source_N, ask, model.words)
+        return Outputs(
+            top_logp_TK=_spread(logp_NK, index_N, batch.tokens), top_id_TK=_spread(id_NK, index_N, batch.tokens)
+        )
+    logp_N, entropy_N, divergence_N = chunked_head(
         head,
-        # Not by brackets, whose gradient sorts the places first: here none comes twice.
-        source_T.index_select(0, index_N - 1),
+        source_N,
         batch.token_ids_T[index_N],
-        temperature=temperature,
-        entropy=entropy or entropy_gradient,
-        entropy_grad=entropy_gradient,
+        temperature=ask.temperature,
+        entropy=ask.entropy or ask.entropy_gradient,
+        entropy_grad=ask.entropy_gradient,
         weight_gradient=model.head_gradient,
+        against=_against(ask.divergence, model, batch, index_N) if ask.divergence is not None else None,
     )
     return Outputs(
         logp_T=_spread(logp_N, index_N, batch.tokens),
         entropy_T=_spread(entropy_N, index_N, batch.tokens) if entropy_N is not None else None,
+        divergence_T=_spread(divergence_N, index_N, batch.tokens) if divergence_N is not None else None,
     )
 
 
+def _likeliest(head: Any, source_N: Tensor, ask: Ask, words: int) -> tuple[Tensor, Tensor]:
+    """The likeliest tokens' log-probs with their tail, [N, K + 1], and their ids, [N, K], some rows at a time."""
+    logps, ids = [], []
+    vocabulary = len(head.weight) if hasattr(head, "weight") else source_N.shape[-1]
+    rows = max(1, CHUNK_BYTES.get(source_N.device.type, CHUNK_BYTES["cpu"]) // (4 * vocabulary))
+    for source_n in source_N.split(rows):
+        logits_nV = head(source_n)[:, :words].float() / ask.temperature
+        # One token at least makes the tail.
+        id_nK = logits_nV.topk(min(ask.top_k, logits_nV.shape[-1] - 1), dim=-1).indices
+        logps.append(with_tail(logits_nV, id_nK))
+        ids.append(id_nK)
+    return torch.cat(logps), torch.cat(ids)
+
+
+def _against(ask: Divergence, model: LoadedModel, batch: Batch, index_N: Tensor) -> Against:
+    """What the teacher has said of these tokens. Raises ValueError where it has said nothing that is asked for."""
+    seen = batch.by(ask.teacher)
+    if seen.top_id_TK is not None and seen.top_logp_TK is not None:
+        return Against(
+            ask=ask, words=model.words, top_logp_NK=seen.top_logp_TK[index_N], top_id_NK=seen.top_id_TK[index_N]
+        )
+    if model.teacher_head is None:
+        raise ValueError(f"the head of the {ask.teacher} is not there; what should bring it is not wired")
+    state_ND = filled(seen.state_TD, f"seen[{ask.teacher!r}].state_TD")[index_N]
+    return Against(ask=ask, words=model.words, state_ND=state_ND, head=model.teacher_head)
+
+
 def _spread(value_N: Tensor, index_N: Tensor, tokens: int) -> Tensor:
-    """[N] values at their tokens' places, 0 elsewhere."""
-    return value_N.new_zeros(tokens).index_put((index_N,), value_N)
+    """[N] or [N, D] values at their tokens' places, 0 elsewhere."""
+    return value_N.new_zeros(tokens, *value_N.shape[1:]).index_put((index_N,), value_N)
 
 
 def hidden_states(model: LoadedModel, batch: Batch) -> Tensor:

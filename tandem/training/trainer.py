@@ -15,8 +15,9 @@ from torch import Tensor
 
 from tandem.batch import Batch, Outputs, TokenLoss, send
 from tandem.data.packing import pack
-from tandem.errors import NonFiniteError
-from tandem.models.forward import LoadedModel, describe_model, forward
+from tandem.errors import NonFiniteError, UserError
+from tandem.functional.divergence import Divergence
+from tandem.models.forward import Ask, LoadedModel, describe_model, forward
 from tandem.parallel.sharding import (
     assign,
     checkpoint_activations,
@@ -53,7 +54,7 @@ class LocalScorer:
 
     In a world of several ranks the parameters are sharded, every rank scores its share, and all get the whole result.
     ``offload`` keeps the parameters on the CPU between calls, ``compile`` says whether layers run as compiled graphs
-    (auto: on a GPU).
+    (auto: on a GPU). A teacher gives its hidden ``states`` or its ``top_k`` likeliest tokens instead of log-probs.
     """
 
     def __init__(
@@ -65,8 +66,12 @@ class LocalScorer:
         world: World | None = None,
         offload: bool = False,
         compile: CompileMode = "off",
+        states: bool = False,
+        top_k: int = 0,
     ) -> None:
         self.model = model
+        self.states = states
+        self.top_k = top_k
         self.compile = compile
         self.token_budget = token_budget
         self.temperature = temperature
@@ -87,12 +92,35 @@ class LocalScorer:
     def score(self, batch: Batch, temperature: float | None = None) -> Outputs:
         """Log-probs at the temperature (None: its own), or values and scores, a micro-batch at a time."""
         temperature = self.temperature if temperature is None else temperature
+        ask = Ask(temperature=temperature, states=self.states, top_k=self.top_k)
         with self._present():
-            parts = [
-                (share.units, forward(self.model, share.batch, temperature=temperature))
-                for share in self._shares(batch)
-            ]
+            parts = [(share.units, forward(self.model, share.batch, ask)) for share in self._shares(batch)]
         return _assemble(batch, parts, self.world)
+
+    @torch.no_grad()
+    def head(self) -> dict[str, Tensor | None]:
+        """``weight`` [V, D] and ``bias`` of its language-model head, for a student that is given its hidden states.
+
+        A collective; rank 0's are there. Raises UserError where its logits are more than a product of the two.
+        """
+        if not self.model.split_head:
+            raise UserError(
+                f"{type(self.model.module).__name__}: its logits are not its head times its last hidden state alone, "
+                "so its whole distribution cannot be given to a student; give --teacher-top-k"
+            )
+        module = self.model.module.get_output_embeddings()
+        found: dict[str, Tensor | None] = {"weight": module.weight, "bias": module.bias}
+        with self._present():
+            if self.model.sharded is not None:
+                found = whole(found, keep=self.world.rank == 0)
+            # What is parked loses its storage.
+            return {name: x.detach().clone() if x is not None and self.offload else x for name, x in found.items()}
+
+    def learn_from(self, head: Mapping[str, Tensor | None]) -> None:
+        """Takes the head of the teacher whose hidden states batches will bring (``head``)."""
+        weight, bias = (None if x is None else x.detach().to(self.model.device) for x in (head["weight"], head["bias"]))
+        assert weight is not None
+        self.model.teacher_head = weight, bias
 
     def logprobs(self, sequences: Seq[Seq[int]]) -> list[list[float]]:
         """Log-prob, at temperature 1, of every token but the first of each sequence."""
@@ -145,7 +173,7 @@ class LocalTrainer(LocalScorer):
 
     In a world of several ranks every rank makes the same calls with the same batch and goes through its share of it;
     all return the same numbers. ``entropy`` asks the forward for entropies (the loss may report them),
-    ``entropy_gradient`` for differentiable ones (the loss uses them).
+    ``entropy_gradient`` for differentiable ones (the loss uses them), ``divergence`` for that from a teacher.
     """
 
     def __init__(
@@ -158,6 +186,7 @@ class LocalTrainer(LocalScorer):
         temperature: float = 1.0,
         entropy: bool = False,
         entropy_gradient: bool = False,
+        divergence: Divergence | None = None,
         world: World | None = None,
         memory: MemoryParams | None = None,
         compile: CompileMode = "off",
@@ -165,8 +194,9 @@ class LocalTrainer(LocalScorer):
         self.memory = memory or MemoryParams()
         self.loss = loss
         self.optim = optim
-        self.entropy = entropy
-        self.entropy_gradient = entropy_gradient
+        self.ask = Ask(
+            temperature=temperature, entropy=entropy, entropy_gradient=entropy_gradient, divergence=divergence
+        )
         self._version = 0
         super().__init__(model, token_budget=token_budget, temperature=temperature, world=world, compile=compile)
         self.optimizer = build_optimizer(
@@ -294,13 +324,7 @@ class LocalTrainer(LocalScorer):
 
     def _losses(self, batch: Batch) -> Iterator[tuple[Batch, TokenLoss]]:
         for share in self._shares(batch):
-            out = forward(
-                self.model,
-                share.batch,
-                temperature=self.temperature,
-                entropy=self.entropy,
-                entropy_gradient=self.entropy_gradient,
-            )
+            out = forward(self.model, share.batch, self.ask)
             micro, gap_T = share.batch, {}
             if micro.on_policy and out.logp_T is not None:
                 micro = replace(micro, seen=micro.seen | {"actor": Outputs(logp_T=out.logp_T.detach())})
@@ -323,7 +347,8 @@ def _assemble(batch: Batch, parts: list[tuple[list[int], Outputs]], world: World
     def joined(name: str) -> Tensor | None:
         if getattr(parts[0][1], name) is None:
             return None
-        result = getattr(parts[0][1], name).new_zeros(batch.tokens)
+        first = getattr(parts[0][1], name)
+        result = first.new_zeros(batch.tokens, *first.shape[1:])
         for units, out in parts:
             if units:
                 result[send(batch.tokens_of(units), result.device)] = getattr(out, name)

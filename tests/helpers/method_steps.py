@@ -67,6 +67,7 @@ class Models:
     def __init__(self, method: Method, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.heads = {"actor": method.head} | {need.role: need.head for need in method.needs()}
+        self.diverges = method.asks_of("actor").divergence is not None
         self.start, self.tables = {}, {}
         for role, head in self.heads.items():
             drawn = torch.randn(2, IDS, generator=generator, dtype=torch.float64)
@@ -81,7 +82,11 @@ class Models:
         table_T = table[batch.token_ids_T]
         if self.heads[role] == "scalar":
             return Outputs(scalar_T=table_T)
-        return Outputs(logp_T=table_T * batch.trainable_T, entropy_T=table_T.square() * batch.trainable_T)
+        square_T = table_T.square() * batch.trainable_T
+        asked = role == "actor" and self.diverges
+        return Outputs(
+            logp_T=table_T * batch.trainable_T, entropy_T=square_T, divergence_T=square_T / 2 if asked else None
+        )
 
     def seen(self, batch: Batch) -> dict[str, Outputs]:
         """What all of them said at the start of the step."""

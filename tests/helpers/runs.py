@@ -54,6 +54,7 @@ def arguments(
     pairs = ["--data", "pairs.jsonl", "--eval-data", "pairs.jsonl", "--batch-size", "7"]
     special = {
         "sft": ["--data", "demos.jsonl", "--eval-data", "demos.jsonl", "--batch-size", "7"],
+        "distill": ["--data", "demos.jsonl", "--eval-data", "demos.jsonl", "--batch-size", "7", "--teacher", "teacher"],
         "rm": pairs,
         "dpo": [*pairs, "--sft-coef", "0.1"],
         "ppo": [*online, "--sample-epochs", "2", "--minibatches", "2", "--kl-target", "0.5", "--normalize-rewards"],
