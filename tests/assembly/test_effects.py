@@ -13,17 +13,17 @@ VLLM, JUDGED, TRAINER = ["--engine.kind", "vllm"], ["--reward", "r.py:f"], ["--o
 SFTConfig, RMConfig, PPOConfig, GRPOConfig, OPDConfig, REINFORCEConfig = map(
     config_class, ("sft", "rm", "ppo", "grpo", "opd", "reinforce")
 )
+DistillConfig = config_class("distill")
 CONFIGS = (
-    SFTConfig, RMConfig, PPOConfig, GRPOConfig, OPDConfig, REINFORCEConfig, DoctorConfig, GenerateConfig, SampleConfig
+    SFTConfig, RMConfig, PPOConfig, GRPOConfig, OPDConfig, REINFORCEConfig, DoctorConfig, GenerateConfig, SampleConfig,
+    DistillConfig,
 )  # fmt: skip
-
-
 def words(config: type, flags: list[str]) -> list[str]:
     """A whole command line: what the config requires, and the flags."""
     if config is DoctorConfig:
         return flags
     data = [] if "--data" in flags else ["--data", "d.jsonl"]
-    if config is OPDConfig:
+    if config in (OPDConfig, DistillConfig):
         return [*REQUIRED, *data, "--teacher", "t", *flags]
     if issubclass(config, UseConfig):
         return ["--out", "o", "--model", "m", *data, *flags]
@@ -85,6 +85,7 @@ def words(config: type, flags: list[str]) -> list[str]:
         (config_class("rloo"), ["--kl-horizon", "9"], "--kl-horizon: has no effect without --kl-target"),
         (PPOConfig, ["--placement.reward", "1"], "--placement.reward: has no effect, since this run has no reward"),
         (PPOConfig, ["--missing-eos-penalty", "2"], "--missing-eos-penalty: has no effect without --missing-eos"),
+        (DistillConfig, ["--beta", "0.1"], "--beta: has no effect with --divergence forward; give --divergence jsd"),
         (OPDConfig, ["--missing-eos", "subtract"], "--missing-eos: has no effect, since this run has no reward"),
         (OPDConfig, ["--reward-processes", "2"], "--reward-processes: has no effect, since this run has no reward f"),
         (OPDConfig, ["--placement.reward", "1"], "--placement.reward: has no effect, since this run has no reward m"),
@@ -178,6 +179,7 @@ def test_a_key_that_has_no_effect_is_refused(config, flags, message):
             SampleConfig,
             ["--reward-model", "r", "--token-budget", "9", "--placement.reward", "1", "--min-reward", "0.5"],
         ),
+        (DistillConfig, ["--divergence", "jsd", "--beta", "0.1", "--placement.teacher", "2", "--teacher-top-k", "9"]),
         (GRPOConfig, ["--placement.engine", "1", "--engine.transport", "gloo", "--engine.way", "slots"]),
     ],
 )

@@ -5,16 +5,19 @@ import copy
 import pytest
 import torch
 from helpers.models import make_module, make_tokenizer
+from helpers.ranks import run_ranks
 from torch import nn
 
+from tandem.assembly.feeds import require_words
 from tandem.data.packing import pack, stamp
 from tandem.errors import UserError
 from tandem.functional.divergence import Divergence, divergence, with_tail
 from tandem.methods.distill import Distill
 from tandem.models.loading import prepare_module
+from tandem.parallel.world import World
 from tandem.training.optim import OptimParams
 from tandem.training.trainer import LocalScorer, LocalTrainer
-from tandem.types import Sequence
+from tandem.types import Limits, Sequence
 
 WORDS = len(make_tokenizer())
 
@@ -28,19 +31,23 @@ def rows(count, seed, longest=12):
     ]
 
 
-def of(method, student, teacher, *, budget=10_000, learning_rate=3e-3):
+def of(method, student, teacher, *, budget=10_000, learning_rate=3e-3, world=None):
     """The two of a run, made as a run makes them."""
     asks, its = method.asks, method.asks_of("teacher")
-    scorer = LocalScorer(teacher, token_budget=budget, temperature=its.temperature, states=its.states, top_k=its.top_k)
+    scorer = LocalScorer(
+        teacher, token_budget=budget, temperature=its.temperature, states=its.states, top_k=its.top_k, world=world
+    )
     trainer = LocalTrainer(
         student,
         method.loss,
         OptimParams(learning_rate=learning_rate, total_steps=100, warmup_steps=0),
         token_budget=budget,
         divergence=asks.divergence,
+        world=world,
     )
     if its.states:
-        trainer.learn_from(scorer.head())
+        head = scorer.head()  # rank 0 has it, and a run gives it to all
+        trainer.learn_from(head if world is None else world.gather(head)[0])
     return trainer, scorer
 
 
@@ -95,6 +102,24 @@ def test_loss_and_gradient_are_those_of_the_modules_own_logits(names, method, bu
         torch.testing.assert_close(parameter.grad, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()) + 1e-6)
 
 
+def two_kinds(world):
+    """A step of each on a world, and the parameters after it."""
+    found = []
+    for method in (Distill(kd_coef=0.5), Distill(divergence="jsd", teacher_top_k=5)):
+        models = (prepare_module(make_module("llama", seed=i), make_tokenizer()) for i in (0, 1))
+        trainer, scorer = of(method, *models, budget=30, learning_rate=1e-4, world=world)
+        metrics = trainer.forward_backward(seen(pack(rows(7, 0)), scorer, method)) | trainer.optim_step()
+        found.append((metrics, trainer.state_dict()["model"]))
+    return found
+
+
+def test_law_2_student_and_teacher_split_over_two_ranks():
+    one, (two, _) = two_kinds(World()), run_ranks(two_kinds, 2)
+    for (metrics, model), (others, split) in zip(one, two, strict=True):
+        assert others == pytest.approx(metrics, abs=1e-6, rel=1e-5)
+        assert max(float((split[name] - x).abs().max()) for name, x in model.items()) < 1e-6
+
+
 @pytest.mark.parametrize("k", [0, 5])
 def test_a_student_that_is_its_own_teacher_has_nothing_to_learn(k):
     model = prepare_module(make_module(), make_tokenizer())
@@ -128,6 +153,12 @@ def test_a_teacher_whose_logits_are_more_than_its_head_is_refused_for_the_whole_
     scorer = LocalScorer(prepare_module(make_module("granite_scaled_logits"), make_tokenizer()), token_budget=99)
     with pytest.raises(UserError, match=r"GraniteForCausalLM: its logits are not .* give --teacher-top-k"):
         scorer.head()
+
+
+def test_a_vocabulary_without_a_row_for_each_token_is_refused():
+    require_words([Limits(vocabulary=64), Limits(vocabulary=None)], 64)
+    with pytest.raises(UserError, match="small: its embedding has 60 rows, and the tokenizer 64 tokens"):
+        require_words([Limits(vocabulary=64), Limits(vocabulary=60, whose="small")], 64)
 
 
 def test_a_teacher_that_has_not_said_anything_is_named():

@@ -41,7 +41,7 @@ def in_one_process(method: str) -> dict[str, Tensor]:
     return train(f"{method}-here", method, "--overwrite")
 
 
-@pytest.mark.parametrize("method", ["sft", "rm", "dpo", "distill"])
+@pytest.mark.parametrize("method", ["sft", "rm", "dpo"])
 def test_two_workers_equal_one_process(folder, cluster_address, method):
     here = in_one_process(method)
     workers = train(f"{method}-two", method, "--placement.actor", "2")

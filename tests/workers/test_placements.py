@@ -160,9 +160,6 @@ def test_a_command_that_trains_nothing_divides_its_prompts_among_engines():
     assert here == apart
 
 
-@pytest.mark.parametrize("options", [(), ("--teacher-top-k", "5")])
-def test_what_a_teacher_of_a_dataset_says_travels_whole(inputs, options):
-    """Its hidden states and its head, or its likeliest tokens."""
-    here = train("distill-here" + "".join(options), "distill", *options)
-    apart = train("distill-apart" + "".join(options), "distill", *options, "--placement.teacher", "1")
-    assert_equal(apart, here)
+def test_the_hidden_states_and_the_head_of_a_teacher_travel(inputs):
+    apart = train("distill-apart", "distill", "--placement.teacher", "1")
+    assert_equal(apart, train("distill-here", "distill"))
