@@ -34,7 +34,11 @@ def file(tmp_path):
             "demonstrations",
             "no 'prompt' with 'completion'; columns present: 'prompt', 'chosen', 'rejected'; ",
         ),
-        (TALK, "prompts", "a.jsonl:2: no column 'prompt'; columns present: 'messages'; tandem sft reads rows with"),
+        (
+            TALK,
+            "prompts",
+            "a.jsonl:2: no column 'prompt'; columns present: 'messages'; tandem sft and distill read rows with",
+        ),
         (DEMO, "preferences", "no column 'chosen'; columns present: 'prompt', 'completion'; tandem sft, "),
         ({"question": "a"}, "prompts", "a.jsonl:2: no column 'prompt'; columns present: 'question'"),
     ],

@@ -18,6 +18,8 @@ CONFIGS = (
     SFTConfig, RMConfig, PPOConfig, GRPOConfig, OPDConfig, REINFORCEConfig, DoctorConfig, GenerateConfig, SampleConfig,
     DistillConfig,
 )  # fmt: skip
+
+
 def words(config: type, flags: list[str]) -> list[str]:
     """A whole command line: what the config requires, and the flags."""
     if config is DoctorConfig:
