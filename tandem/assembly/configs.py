@@ -102,12 +102,23 @@ class RowsConfig(RunConfig):
         return cast(Rows, self.method.reads)
 
     @property
+    def asked_once(self) -> list[str]:
+        """Frozen models of which the method reads log-probs of the rows alone: they are asked before the first step."""
+        return [need.role for need in self.method.needs() if need.role == "reference"]
+
+    def is_actor(self, role: str) -> bool:
+        """Whether a model is the actor as it is before the first step, and has no place of its own."""
+        return self.sources[role] == self.model.model and self.placement.home(role) == "actor"
+
+    @property
     def items_per_step(self) -> int:
         return self.rows.batch_size
 
     @property
     def parts(self) -> set[str]:
-        return super().parts | {self.reads.kind}
+        parts = super().parts | {self.reads.kind}
+        frozen = [need.role for need in self.method.needs() if not need.trained]
+        return parts - {"frozen model"} if all(map(self.is_actor, frozen)) else parts
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from tandem.assembly.evaluation import EvaluationSection
 from tandem.assembly.inputs import digest_inputs
 from tandem.assembly.judging import judge_of, start_rewards, unweighted
 from tandem.assembly.models import heads, require_engine
+from tandem.assembly.once import AskedOnce
 from tandem.assembly.placing import Homes
 from tandem.assembly.reading import by_key, describe_data, load_data, load_held_out, ordered, tokenizing
 from tandem.data.chat import set_template
@@ -67,8 +68,16 @@ class Feed(Protocol):
         """What the run would use, for a dry run."""
         ...
 
+    def recall(self) -> set[str]:
+        """The roles of models that need not be loaded: what they would say is known."""
+        ...
+
     def start(self, models: Mapping[str, Seat], homes: Homes) -> Fed:
         """Starts what it needs beside the models."""
+        ...
+
+    def ask(self, models: Mapping[str, Seat], progress: Progress) -> None:
+        """Before the first step, asks models what they need to be asked only once, and lets them go."""
         ...
 
     def close(self) -> None: ...
@@ -91,6 +100,14 @@ class RowsFeed:
         self.size = len(self.examples)
         self.steps = config.steps_over(self.size)
         self.order = ordered(self.rows, self.counts, config.run.seed)
+        self.once = AskedOnce(
+            config=config,
+            rows=self.examples,
+            held_out=self.held_out,
+            order=self.order,
+            steps=self.steps,
+            longest=self.longest,
+        )
         self.inputs = digest_inputs(
             by_key(self.rows, held_out), models=config.sources, template=config.data.chat_template
         )
@@ -112,11 +129,18 @@ class RowsFeed:
         for rows in self.held_out.values():
             method.aside(rows, self.longest)
 
+    def recall(self) -> set[str]:
+        return self.once.recall()
+
     def start(self, models: Mapping[str, Seat], homes: Homes) -> Fed:
-        prepare = Preparation(method=self.config.method, models=models, longest=self.longest, seed=self.config.run.seed)
+        seats = {**models, **self.once.seats()}
+        prepare = Preparation(method=self.config.method, models=seats, longest=self.longest, seed=self.config.run.seed)
         measure = HeldOutRows(sets=self.held_out, actor=models["actor"], prepare=prepare)
         evaluate = when_due(self.config.evaluation, measure, last=self.steps)
         return Fed(source=Tokenized(self.examples), prepare=prepare, push_weights=None, evaluate=evaluate)
+
+    def ask(self, models: Mapping[str, Seat], progress: Progress) -> None:
+        self.once.ask(models, progress)
 
     def close(self) -> None:
         return None
@@ -176,6 +200,12 @@ class SamplesFeed:
             f"{step.sample_epochs * step.minibatches} optimizer steps",
             "held out": describe_sets(self.held_out, "prompts"),
         }
+
+    def recall(self) -> set[str]:
+        return set()
+
+    def ask(self, models: Mapping[str, Seat], progress: Progress) -> None:
+        return None
 
     def start(self, models: Mapping[str, Seat], homes: Homes) -> Fed:
         config = self.config

@@ -67,6 +67,16 @@ def digest_model(source: str) -> dict[str, str]:
     return {path.name: digest_file(path) for path in files}
 
 
+def weights_digest(source: str) -> dict[str, str]:
+    """Of what a model's numbers depend on: its config, weights and code, wherever they lie."""
+    suffixes = (".safetensors", ".bin", ".py")
+    return {
+        name: digest
+        for name, digest in digest_model(source).items()
+        if name in ("", "config.json") or name.endswith(suffixes)
+    }
+
+
 def digest_file(path: Path) -> str:
     """Of a file's size and content.
 

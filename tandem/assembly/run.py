@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -69,7 +70,9 @@ def _run(config: RunConfig, stack: ExitStack, ranks: Ranks | None) -> Path | Non
         return None
     if config.run.epochs is not None:
         say(f"{config.run.epochs:g} epochs of {feed.size} rows are {feed.steps} steps of {config.items_per_step}")
-    models = _models(config, feed.steps, stack.enter_context(homes) if ranks is None else ranks)
+    idle = feed.recall()
+    homes.roles = [role for role in homes.roles if role not in idle]
+    models = _models(config, feed.steps, stack.enter_context(homes) if ranks is None else ranks, idle)
     trainers = {role: models[role] for role in config.method.losses()}
     fed = feed.start(models, homes)
     crew = Crew(
@@ -82,6 +85,7 @@ def _run(config: RunConfig, stack: ExitStack, ranks: Ranks | None) -> Path | Non
         evaluate=fed.evaluate,
     )
     started = stack.enter_context(session(config, trainers, steps=feed.steps, counts=feed.counts, inputs=feed.inputs))
+    feed.ask(models, started.progress)
     Pipeline(steps=feed.steps, items_per_step=config.items_per_step).run(crew, started)
     return started.finish()
 
@@ -93,10 +97,12 @@ def _feed(config: RunConfig) -> Feed:
     return RowsFeed(config)
 
 
-def _models(config: RunConfig, steps: int, places: Places) -> dict[str, Seat]:
-    """Every trainer and scorer by role, each in its own place."""
+def _models(config: RunConfig, steps: int, places: Places, idle: Collection[str]) -> dict[str, Seat]:
+    """Every trainer and scorer by role, each in its own place, but those that need not be loaded."""
     models: dict[str, Seat] = {}
     for role, build in builds(config, steps).items():
+        if role in idle:
+            continue
         say(f"loading the {role} from {config.sources[role]}")
         models[role] = places.place(role, build)
         say(f"  {models[role].call('describe')}")

@@ -226,9 +226,13 @@ class RowsSection:
 
     batch_size: int = 32
     """Rows in an optimizer step, over all devices."""
+    reference_cache: str | None = field(default=None, metadata=PATH | needs(("part", "reference")) | MAY_CHANGE)
+    """Folder where the reference's log-probs are kept, by the content of rows and reference: runs that share it compute
+    them once. None: in the run's own folder."""
 
     def __post_init__(self) -> None:
         expect(self, "1 or more", _at_least(1), "batch_size")
+        expect(self, "a folder", bool, "reference_cache")
 
 
 @dataclass(frozen=True, kw_only=True)

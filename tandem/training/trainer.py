@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
@@ -133,6 +134,14 @@ class LocalScorer:
         # Prefixes are shared by packed models only, and what is shared decides how a batch is cut.
         for share in shares(batch if self.model.packed else batch.unshared(), self.token_budget, self.world):
             yield Share(batch=share.batch.to(self.model.device), units=share.units)
+
+    def forget(self) -> None:
+        """Lets the model go, and its memory: nothing more is asked of it."""
+        del self.model
+        self.away = Parking()
+        gc.collect()
+        if self.world.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def park(self, *, weights: bool) -> None:
         """Gives device memory away until ``unpark``: all weights, if asked."""

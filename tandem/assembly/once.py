@@ -1,0 +1,127 @@
+"""Frozen models that are asked about a run's rows once, before its first step, and then let go."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tandem.assembly.configs import RowsConfig
+from tandem.assembly.inputs import weights_digest
+from tandem.batch import Batch
+from tandem.data.order import Order
+from tandem.data.packing import pack, pack_examples
+from tandem.methods.base import Method
+from tandem.roles import Seat
+from tandem.rollout.known import Known
+from tandem.runs.progress import Progress, say
+from tandem.workers.homes import seat_of
+
+KEPT = "reference"
+"""Folder in a run's own where what a reference said is kept."""
+
+
+@dataclass(kw_only=True)
+class AskedOnce:
+    """What the frozen models of a run on rows say of all that the run shows them."""
+
+    config: RowsConfig
+    rows: Seq[Any]
+    held_out: Mapping[str, Seq[Any]]
+    order: Order
+    steps: int
+    longest: int | None
+    """Most tokens of a sequence."""
+    known: dict[str, Known] = field(default_factory=dict, init=False)
+    lacking: list[str] = field(default_factory=list, init=False)
+    """The roles that must be asked something."""
+
+    def recall(self) -> set[str]:
+        """Reads what earlier runs have kept, and returns the roles whose models need not be loaded.
+
+        That is those that have said all, and those that are the actor as it is before the first step.
+        """
+        config = self.config
+        folder = Path(config.rows.reference_cache or Path(config.run.out) / KEPT)
+        for role in config.asked_once:
+            about = {"model": weights_digest(config.sources[role]), "dtype": config.model.dtype}
+            self.known[role] = known = Known(folder, about)
+            for line in known.read():
+                say(line)
+            if any(known.lacking(batch) for batch in self._shown()):
+                self.lacking.append(role)
+        return {role for role in self.known if role not in self.lacking or config.is_actor(role)}
+
+    def seats(self) -> dict[str, Seat]:
+        """The models by role, as they answer from now on: from what is known."""
+        return {role: seat_of(known) for role, known in self.known.items()}
+
+    def ask(self, models: Mapping[str, Seat], progress: Progress) -> None:
+        """Asks the models what is not known, and lets them go. Before the actor changes, or gets its weights back."""
+        actor = models["actor"]
+        for role in self.lacking:
+            seat, known, counted, started = models.get(role, actor), self.known[role], Count(), time.monotonic()
+            before = len(known.logp)
+            with progress.phase(f"asking the {role}", of=self._units(), done=partial(getattr, counted, "value")):
+                known.ask(seat, counted.of(self._shown()))
+            progress.note(
+                f"{role}: asked about {len(known.logp) - before} sequences in {time.monotonic() - started:.1f} s, once "
+                "for the whole run" + (f"; {before} were known" if before else "")
+            )
+            if role not in models:
+                continue
+            if seat.home is actor.home:
+                seat.call("forget")
+            else:
+                seat.home.close()
+
+    def _shown(self) -> Iterator[Batch]:
+        """All that the models see: held-out rows, and of each step the rows that none before it had.
+
+        They are packed as evaluation and the step pack them: a policy that has not moved rounds as its reference did.
+        """
+        method, per = self.config.method, self.config.rows.batch_size
+        for held_out in self.held_out.values():
+            yield from self._packed(held_out, held_out)
+        gone: set[int] = set()
+        for step in range(self.steps):
+            numbers = self.order.take(range(step * per, (step + 1) * per))
+            new = [self.rows[number] for number in dict.fromkeys(numbers) if number not in gone]
+            gone.update(numbers)
+            yield from self._packed(new, [self.rows[number] for number in numbers])
+            if len(gone) == len(self.rows) and not has_aside(method):
+                return
+
+    def _packed(self, new: Seq[Any], items: Seq[Any]) -> Iterator[Batch]:
+        method = self.config.method
+        if new:
+            yield pack_examples([example for item in new for example in method.examples(item)])
+        if aside := method.aside(items, self.longest):
+            yield pack(aside)
+
+    def _units(self) -> int:
+        held_out, shown = sum(map(len, self.held_out.values())), self.steps * self.config.rows.batch_size
+        aside = held_out + shown if has_aside(self.config.method) else 0
+        return held_out + min(len(self.rows), shown) + aside
+
+
+@dataclass
+class Count:
+    """How many units of some batches have been gone through."""
+
+    value: int = 0
+
+    def of(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches, each counted once the next one is asked for."""
+        for batch in batches:
+            yield batch
+            self.value += batch.units
+
+
+def has_aside(method: Method) -> bool:
+    """Whether a method shows its models sequences beside the rows."""
+    return type(method).aside is not Method.aside
