@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -217,6 +218,43 @@ def resolve_trl_options(options: argparse.Namespace) -> None:
     options.trl_weights = options.trl_weights or ("float32" if on_cpu else "bfloat16")
     if options.trl_liger is None:
         options.trl_liger = not on_cpu and importlib.util.find_spec("liger_kernel") is not None
+
+
+def trl_steps(trainer: Any, device: str) -> tuple[list[float], list[int]]:
+    """Trains with one of TRL's trainers: seconds of each optimizer step, GPU done, and its real tokens."""
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):
+        """When each optimizer step was done, and the tokens until then."""
+
+        def __init__(self) -> None:
+            self.ends: list[float] = []
+            self.tokens: list[int] = []
+
+        def _now(self) -> None:
+            synchronize(device)
+            self.ends.append(time.perf_counter())
+            self.tokens.append(int(trainer._total_train_tokens))
+
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            self._now()
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            self._now()
+
+    clock = Clock()
+    trainer.add_callback(clock)
+    trainer.train()
+    return [b - a for a, b in pairwise(clock.ends)], [b - a for a, b in pairwise(clock.tokens)]
+
+
+def rate_row(options: argparse.Namespace, system: str, times: list[float], tokens: list[int]) -> Row:
+    """The rate over all steps after the warm ones."""
+    seconds, counted = sum(times[options.warm :]), sum(tokens[options.warm :])
+    return {
+        "system": system, "tokens_per_second": counted / seconds, "seconds": seconds, "tokens": counted,
+        "peak_gb": peak_gb(options.device), "first_step": times[0], "every_second": times, "tokens_of_steps": tokens,
+    }  # fmt: skip
 
 
 def require(package: str) -> None:

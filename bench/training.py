@@ -33,7 +33,6 @@ import os
 import random
 import statistics
 import tempfile
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,11 +48,12 @@ from common import (
     peak_gb,
     print_table,
     profiled,
+    rate_row,
     require,
     resolve_device,
     resolve_trl_options,
     seconds_of,
-    synchronize,
+    trl_steps,
 )
 from models import SIZES, byte_tokenizer, config_of, head_size, multiplied_parameters, random_model, write_folder
 from torch import Tensor
@@ -138,16 +138,7 @@ def sft_tandem(options: argparse.Namespace, record: Record) -> None:
     peak_gb(options.device)
     times = [seconds_of(partial(step, trainer, batch), options.device) for batch in batches]
     tokens = [batch.tokens for batch in batches]
-    record.add(sft_row(options, "sft-tandem", times, tokens))
-
-
-def sft_row(options: argparse.Namespace, system: str, times: list[float], tokens: list[int]) -> Row:
-    """The rate over all steps after the warm ones."""
-    seconds, counted = sum(times[options.warm :]), sum(tokens[options.warm :])
-    return {
-        "system": system, "tokens_per_second": counted / seconds, "seconds": seconds, "tokens": counted,
-        "peak_gb": peak_gb(options.device), "first_step": times[0], "every_second": times, "tokens_of_steps": tokens,
-    }  # fmt: skip
+    record.add(rate_row(options, "sft-tandem", times, tokens))
 
 
 def sft_trl(options: argparse.Namespace, record: Record, *, packing: bool, attention: str, name: str) -> None:
@@ -155,42 +146,21 @@ def sft_trl(options: argparse.Namespace, record: Record, *, packing: bool, atten
     require("trl")
     os.environ["HF_HUB_OFFLINE"] = "1"
     from datasets import Dataset
-    from transformers import TrainerCallback
     from trl import SFTTrainer
 
-    class Clock(TrainerCallback):
-        """When each optimizer step was done, and the real tokens until then, as the trainer itself counts them."""
-
-        def __init__(self) -> None:
-            self.ends: list[float] = []
-            self.tokens: list[int] = []
-
-        def _now(self) -> None:
-            synchronize(options.device)
-            self.ends.append(time.perf_counter())
-            self.tokens.append(int(trainer._total_train_tokens))
-
-        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-            self._now()
-
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            self._now()
-
-    rows, clock = sequences_of(options), Clock()
+    rows = sequences_of(options)
     with tempfile.TemporaryDirectory() as folder:
         weights = torch.bfloat16 if options.trl_weights == "bfloat16" else torch.float32
         # In a folder of its own, so that it is read as a user's model is.
         source = write_folder(options.size, Path(folder) / "model", device=options.device, dtype=weights)
         config = sft_config(options, folder, rows, packing, attention)
-        trainer = SFTTrainer(source, config, train_dataset=Dataset.from_dict({"input_ids": rows}), callbacks=[clock])
+        trainer = SFTTrainer(source, config, train_dataset=Dataset.from_dict({"input_ids": rows}))
         peak_gb(options.device)
-        trainer.train()
-    times = [b - a for a, b in zip(clock.ends, clock.ends[1:], strict=False)]
-    tokens = [b - a for a, b in zip(clock.tokens, clock.tokens[1:], strict=False)]
+        times, tokens = trl_steps(trainer, options.device)
     if sum(tokens) != sum(map(len, rows)):
         raise RuntimeError(f"{sum(tokens)} tokens were trained on instead of {sum(map(len, rows))}")
     about = {"micro_batch": config.per_device_train_batch_size, "weights": options.trl_weights}
-    record.add(sft_row(options, name, times, tokens) | about | {"liger": options.trl_liger})
+    record.add(rate_row(options, name, times, tokens) | about | {"liger": options.trl_liger})
 
 
 def sft_config(options: argparse.Namespace, folder: str, rows: list[list[int]], packing: bool, attention: str) -> Any:
