@@ -118,7 +118,8 @@ class RowsConfig(RunConfig):
     def parts(self) -> set[str]:
         parts = super().parts | {self.reads.kind}
         frozen = [need.role for need in self.method.needs() if not need.trained]
-        return parts - {"frozen model"} if all(map(self.is_actor, frozen)) else parts
+        loaded = [role for role in frozen if role not in self.asked_once or not self.is_actor(role)]
+        return parts if loaded else parts - {"frozen model"}
 
 
 @dataclass(frozen=True, kw_only=True)

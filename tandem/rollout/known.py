@@ -8,6 +8,7 @@ import os
 import time
 import uuid
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,8 @@ class Known:
                 os.fsync(opened.fileno())
             os.replace(aside, file)
         except OSError as error:
-            aside.unlink(missing_ok=True)
+            with suppress(OSError):
+                aside.unlink()
             raise RunFailure(f"{file}: cannot be written: {error.strerror}") from error
 
     def score(self, batch: Batch) -> Outputs:
@@ -136,17 +138,18 @@ def _encoded(logp: Mapping[bytes, Tensor], about: str) -> bytes:
         "counts": torch.tensor([len(x) for x in logp.values()]),
         "logp": torch.cat(list(logp.values())),
     }
-    return save(tensors, {"about": about, "checksum": _checksum(tensors)})
+    # One entry: safetensors writes several in any order.
+    return save(tensors, {"written": json.dumps([about, _checksum(tensors)])})
 
 
 def _read(file: Path, about: str) -> dict[bytes, Tensor]:
     """Raises ValueError where it is not as it was written, or of another model."""
     with safe_open(file, framework="pt") as opened:
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
-        written = opened.metadata() or {}
-    if written.get("about") != about:
+        of_model, checksum = json.loads((opened.metadata() or {})["written"])
+    if of_model != about:
         raise ValueError("it is of another model")
-    if written.get("checksum") != _checksum(tensors):
+    if checksum != _checksum(tensors):
         raise ValueError("its checksum is wrong")
     keys = tensors["keys"].numpy().tobytes()
     parts = tensors["logp"].split(tensors["counts"].tolist())

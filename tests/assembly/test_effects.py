@@ -13,10 +13,10 @@ VLLM, JUDGED, TRAINER = ["--engine.kind", "vllm"], ["--reward", "r.py:f"], ["--o
 SFTConfig, RMConfig, PPOConfig, GRPOConfig, OPDConfig, REINFORCEConfig = map(
     config_class, ("sft", "rm", "ppo", "grpo", "opd", "reinforce")
 )
-DistillConfig = config_class("distill")
+DistillConfig, DPOConfig, KTOConfig = map(config_class, ("distill", "dpo", "kto"))
 CONFIGS = (
     SFTConfig, RMConfig, PPOConfig, GRPOConfig, OPDConfig, REINFORCEConfig, DoctorConfig, GenerateConfig, SampleConfig,
-    DistillConfig,
+    DistillConfig, DPOConfig, KTOConfig,
 )  # fmt: skip
 
 
@@ -60,6 +60,8 @@ def words(config: type, flags: list[str]) -> list[str]:
             ["--old-logp", "trainer"],
             "--old-logp: has no effect, since this run has no losses of tokens",
         ),
+        (SFTConfig, ["--reference-cache", "c"], "--reference-cache: has no effect, since this run has no reference"),
+        (DPOConfig, ["--offload-frozen"], "--offload-frozen: has no effect, since this run has no frozen model"),
         (PPOConfig, ["--kl", "none", "--kl-coef", "1"], "--kl-coef: has no effect without --kl"),
         (PPOConfig, ["--kl", "none", "--kl-estimator", "k3"], "--kl-estimator: has no effect without --kl"),
         (
@@ -160,6 +162,8 @@ def test_a_key_that_has_no_effect_is_refused(config, flags, message):
             ["--eval-data", "e", "--eval-samples", "4", "--eval-temperature", "0.5", "--eval-success", "1"],
         ),
         (OPDConfig, ["--eval-data", "e", "--eval-reward", "r.py:f", "--eval-success", "1"]),
+        (DPOConfig, ["--offload-frozen", "--reference", "r", "--reference-cache", "c", "--placement.reference", "1"]),
+        (KTOConfig, ["--reference-cache", "c", "--desirable-weight", "2"]),
         (RMConfig, ["--data", "hub/name", "--split", "b", "--chosen-key", "a", "--rejected-key", "b"]),
         (SFTConfig, ["--data", "a.jsonl:1,json@b:2", "--split", "b", "--output-key", "a", "--max-samples", "3"]),
         (GRPOConfig, ["--label-key", "a", "--eval-data", "e", "--max-eval-samples", "3"]),

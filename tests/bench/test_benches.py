@@ -107,6 +107,22 @@ def test_training(run, tmp_path):
         assert [row["error"] for row in failed] == ["ImportError: trl is not installed here"]
 
 
+def test_preference(run):
+    rows, failed = run(
+        "preference", ["dpo-tandem", "rm-tandem", "kto-tandem", "dpo-trl-4"], "--size", "tiny", "--token-budget", 256,
+        "--pairs", 12, "--batch", 4, "--warm", 1,
+    )  # fmt: skip
+    systems = {row["system"]: row for row in rows}
+    assert len({tuple(row["tokens_of_steps"]) for name, row in systems.items() if name.endswith("tandem")}) == 1
+    assert all(len(row["every_second"]) == 3 for row in rows)
+    assert systems["kto-tandem"]["reference_tokens_per_second"] > 0
+    if trl_is_missing():
+        assert [row["error"] for row in failed] == ["ImportError: trl is not installed here"]
+    preference = importlib.import_module("preference")
+    with pytest.raises(RuntimeError, match="9 tokens were trained on instead of 10"):
+        preference.require_equal(9, [{"prompt": "ab", "chosen": "c", "rejected": "ddd"}])
+
+
 def test_memory(run):
     rows, failed = run("memory", ["chunked", "full", "phases"], "--size", "tiny", "--tokens", 65536, "--repeats", 1)
     chunked, full = rows
