@@ -371,6 +371,8 @@ def test_a_key_that_does_not_say_so_must_stay_as_it_was():
         "out",
         "steps",
         "epochs",
+        "patience",
+        "stop_when",
         "save_every",
         "keep",
         "rollouts_logged",

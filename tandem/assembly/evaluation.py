@@ -8,9 +8,10 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from os.path import expanduser
 
-from tandem.config import PATH
+from tandem.config import MAY_CHANGE, PATH
 from tandem.data.sources import Source, parse_sources, unweighted_sources
 from tandem.errors import UserError, expect, needs
+from tandem.runs.goals import Goal, Goals, Threshold
 
 EVALUATED = ("eval_data",)
 JUDGED = ("part", "judge of held-out samples")
@@ -29,6 +30,13 @@ class EvaluationSection:
     """Steps between evaluations; the last step is evaluated too. 0: only the last."""
     max_eval_samples: int | None = field(default=None, metadata=needs(EVALUATED))
     """Rows read of each source of --eval-data, its first ones. None: all."""
+    keep_best: str | None = field(default=None, metadata=needs(EVALUATED))
+    """Metric, as eval/reward, whose best model so far stays in OUT/best, and its checkpoint. A sign before a name that
+    does not say which is better: - for less, + for more."""
+    patience: int = field(default=0, metadata=needs(("keep_best",)) | MAY_CHANGE)
+    """Evaluations in which the metric of --keep-best has got no better after which the run ends. 0: it goes on."""
+    stop_when: str | None = field(default=None, metadata=needs(EVALUATED) | MAY_CHANGE)
+    """Ends the run after an evaluation of which this holds, as 'eval/accuracy>=0.95'."""
 
     def __post_init__(self) -> None:
         expect(self, "files or names of datasets", all, "eval_data")
@@ -36,6 +44,9 @@ class EvaluationSection:
         expect(self, "1 or more", lambda value: value >= 1, "max_eval_samples")
         for text in self.sets.values():
             unweighted_sources("eval_data", text)
+        expect(self, "0 or more", lambda value: value >= 0, "patience")
+        for key, metric in self.goals.metrics.items() if self.eval_data else ():
+            self._require_set(key, metric)
 
     @property
     def sets(self) -> dict[str, str]:
@@ -46,6 +57,22 @@ class EvaluationSection:
     def sources(self) -> list[Source]:
         """The sources of all sets."""
         return [one for text in self.sets.values() for one in parse_sources(text)]
+
+    @property
+    def goals(self) -> Goals:
+        """What is wanted of the metrics."""
+        return Goals(
+            keep_best=Goal.parse(self.keep_best) if self.keep_best is not None else None,
+            stop_when=Threshold.parse(self.stop_when) if self.stop_when is not None else None,
+            patience=self.patience,
+        )
+
+    def _require_set(self, key: str, metric: str) -> None:
+        """Raises UserError where a metric is of no held-out set, as far as its name says."""
+        prefixes = ["eval/"] if "" in self.sets else [f"eval/{name}/" for name in self.sets]
+        if not any(metric.startswith(prefix) for prefix in prefixes):
+            wanted = " or ".join(f"{prefix}..." for prefix in prefixes)
+            raise UserError(f"{key}: expected a held-out metric, {wanted}, got {metric}")
 
 
 @dataclass(frozen=True, kw_only=True)

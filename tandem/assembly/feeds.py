@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
@@ -27,8 +28,9 @@ from tandem.models.loading import load_tokenizer
 from tandem.rewards.function import FunctionReward
 from tandem.rewards.model import RewardModel, require_same_tokenizer, same_tokenizer
 from tandem.roles import Metrics, Reward, Seat, Source
-from tandem.rollout.evaluate import Evaluation, HeldOut, HeldOutRows, HeldOutSamples
+from tandem.rollout.evaluate import Evaluation, HeldOut, HeldOutRows, HeldOutSamples, named
 from tandem.rollout.judging import Judge
+from tandem.rollout.measure import held_out_names
 from tandem.rollout.prepare import Preparation
 from tandem.rollout.rows import Tokenized
 from tandem.rollout.sampling import Sampling
@@ -36,6 +38,9 @@ from tandem.runs.identity import Inputs
 from tandem.runs.progress import Progress, say
 from tandem.schedules.session import Evaluate
 from tandem.types import Limits, Prompt
+
+PART = re.compile("/reward/")
+"""In the name of a held-out metric that is a part of a reward."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,9 +186,16 @@ class SamplesFeed:
         self.functions, self.eval_rewards = functions[:trained_on], functions[trained_on:]
 
     def check(self) -> None:
-        """Raises UserError where a reward wants a column that no row has."""
+        """Raises UserError where a reward wants a column that no row has, or a goal a metric that no evaluation has."""
         require_columns(self.functions, self.prompts, self.config.data.data)
-        for name, source in self.config.evaluation.sets.items():
+        section = self.config.evaluation
+        # What a reward's parts are called, and what a method measures where nothing judges, is known once it has.
+        if "judge of held-out samples" in self.config.parts and not any(
+            map(PART.search, section.goals.metrics.values())
+        ):
+            measured = dict.fromkeys(held_out_names(section.eval_samples, section.eval_success), 0.0)
+            section.goals.require(full for name in self.held_out for full in named(name, measured))
+        for name, source in section.sets.items():
             require_columns(self.eval_rewards or self.functions, self.held_out[name], source)
 
     def uses(self, homes: Homes) -> dict[str, str]:

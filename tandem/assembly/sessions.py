@@ -18,7 +18,9 @@ from tandem.data.tokenize import Counts
 from tandem.errors import UserError
 from tandem.roles import Seat
 from tandem.runs.folder import RunFolder, did_nothing
+from tandem.runs.goals import evaluations_of
 from tandem.runs.identity import IDENTITY, Inputs, Start, read_identity
+from tandem.runs.lines import read_metrics
 from tandem.runs.progress import Progress, say
 from tandem.schedules.session import Session, StepClock
 
@@ -49,7 +51,7 @@ def check_out(config: RunConfig, inputs: Inputs | None = None, *, steps: int | N
     """Refuses an ``--out`` that cannot be used, and a run that cannot be resumed, before anything slow is loaded.
 
     Creates nothing. Returns the model of a run that has done all its ``steps`` (None: they are not known before the
-    data are read): nothing of it is to be done again.
+    data are read) or has met its goals: nothing of it is to be done again.
     """
     run, out = config.run, Path(config.run.out)
     RunFolder.check(out, run_start(config, inputs))
@@ -62,10 +64,15 @@ def check_out(config: RunConfig, inputs: Inputs | None = None, *, steps: int | N
     if steps is not None and done > steps:
         key = "steps" if run.epochs is None else "epochs"
         raise UserError(f"{key}: {steps} steps, and the run in {out} has done {done} already; give more than {done}")
-    if finished is None or finished != steps or run.dry_run:
+    if finished is None or run.dry_run:
         return None
-    say(f"{out}: all {steps} steps are done, nothing is left to resume")
-    return out / "model"
+    if finished == steps:
+        say(f"{out}: all {steps} steps are done, nothing is left to resume")
+        return out / "model"
+    if stop := config.evaluation.goals.met(evaluations_of(read_metrics(out / "metrics.jsonl"))):
+        say(f"{out}: the run has stopped after step {finished}, nothing is left to resume: {stop}")
+        return out / "model"
+    return None
 
 
 @contextmanager
@@ -109,6 +116,7 @@ def session(
                 progress=progress,
                 clock=StepClock(progress, lambda: trainers["actor"].call("memory_peak")),
                 rollouts_logged=run.rollouts_logged,
+                goals=config.evaluation.goals,
             )
 
 

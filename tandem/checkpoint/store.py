@@ -74,6 +74,8 @@ class CheckpointStore:
         self.folder = folder
         self.keep = keep
         self.run = dict(run or {})
+        self.spared: int | None = None
+        """The step of one that stays, whatever its age."""
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of a step is, or would be."""
@@ -150,8 +152,8 @@ class CheckpointStore:
         """Removes older checkpoints beyond ``keep``. A folder without a manifest is not ours to remove."""
         older = sorted((s, path) for s, path in self._checkpoints().items() if s < step)
         beyond = older[: max(0, len(older) + 1 - self.keep)] if self.keep else []
-        for _, path in beyond:
-            if (path / MANIFEST).is_file():
+        for old, path in beyond:
+            if old != self.spared and (path / MANIFEST).is_file():
                 self._remove(path)
 
     def _remove(self, path: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence as Seq
 import torch
 
 from tandem.roles import Metrics
-from tandem.types import Group
+from tandem.types import Group, Prompt, Rollout
 
 HELD_OUT = ("reward", "response_length", "eos_share", "left_out")
 """Of held-out samples 4 kinds of metrics are reported: those whose names begin with one of these words."""
@@ -26,6 +26,23 @@ def held_out_metrics(groups: Seq[Group], *, judged: bool = True, success: float 
         found["reward_se"] = clustered_error(rewards)
     samples = max(len(group.rollouts) for group in groups)
     return found | (pass_at(rewards, success, samples) if success is not None else {})
+
+
+def held_out_names(samples: int, success: float | None) -> list[str]:
+    """What ``held_out_metrics`` calls its metrics of judged prompts, but for the parts of their rewards."""
+    rollout = Rollout(
+        prompt_id="",
+        sample_index=0,
+        token_ids=[0],
+        prompt_length=0,
+        trainable=[True],
+        behaviour_logp=[0.0],
+        untruncated_logp=[0.0],
+        stop="eos",
+        reward=0.0,
+    )
+    group = Group(prompt=Prompt(prompt_id="", prompt="", token_ids=()), rollouts=[rollout] * samples)
+    return [*held_out_metrics([group, group], success=success)]
 
 
 def clustered_error(values: Seq[Seq[float]]) -> float:

@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from tandem.errors import UserError
+from tandem.runs.best import BEST_MODEL, replaced
 from tandem.runs.identity import CONFIG, IDENTITY, Start, changed_keys, read_identity, require_same_run
 from tandem.runs.lines import append_line, keep_until, read_lines, write_aside
 from tandem.runs.lock import FolderLock
@@ -28,7 +29,7 @@ EVENTS = "events.jsonl"
 CHECKPOINTS, MODEL = "checkpoints", "model"
 SAMPLES, BEST, PAIRS, SCORED = "samples.jsonl", "best.jsonl", "pairs.jsonl", "scored.jsonl"
 """Files of rows that commands write which only use a model."""
-CONTENTS = ("metrics.jsonl", "rollouts.jsonl", EVENTS, CHECKPOINTS, MODEL, SAMPLES, BEST, PAIRS, SCORED)
+CONTENTS = ("metrics.jsonl", "rollouts.jsonl", EVENTS, CHECKPOINTS, MODEL, BEST_MODEL, SAMPLES, BEST, PAIRS, SCORED)
 """What a run writes beside its marker, config and identity; ``overwrite`` removes these and nothing else."""
 _BEGINNING = (IDENTITY, f".{IDENTITY}-partial", f".{CONFIG}-partial")
 """What is there before the config, which makes a folder a run's, is."""
@@ -109,8 +110,8 @@ class RunFolder:
         for name in CONTENTS:
             if name == EVENTS and self.replaced:
                 continue
-            path, aside = self.path / name, self.path / f".{name}-partial"
-            for found in (path, aside):
+            path = self.path / name
+            for found in (path, self.path / f".{name}-partial", replaced(path)):
                 if found.is_dir() and not found.is_symlink():
                     shutil.rmtree(found)
                 else:

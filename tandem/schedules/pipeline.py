@@ -26,13 +26,13 @@ class Pipeline:
     items_per_step: int
 
     def run(self, crew: Crew, session: Session) -> None:
-        """Runs from where the session's newest checkpoint stands to ``steps``."""
+        """Runs from where the session's newest checkpoint stands to ``steps``, or until its goals are met."""
         session.resume(crew.method.initial_state())
         clock, alike = session.clock, 0
         with session.kept():
             crew.publish(clock)
             session.record(crew.evaluate)
-            while session.step < self.steps:
+            while session.step < self.steps and not session.stop:
                 clock.start()
                 items, passed = self._take(crew, session)
                 with clock(crew.source.phase):
@@ -48,7 +48,7 @@ class Pipeline:
                 if alike == STEPS_ALIKE:
                     session.note(f"rewards have told no samples apart for {alike} steps (now {metrics['reward']:.4g})")
                 session.record(crew.evaluate)
-                session.save_if_due(last=session.step == self.steps)
+                session.save_if_due(last=session.step == self.steps or bool(session.stop))
 
     def _take(self, crew: Crew, session: Session) -> tuple[list[Any], list[Any]]:
         """A step's items, and those that the method passed over: the source's next ones came in their places."""

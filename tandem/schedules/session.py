@@ -15,7 +15,10 @@ from tandem.checkpoint.store import CheckpointStore
 from tandem.errors import NonFiniteError, RunFailure, UserError
 from tandem.roles import Metrics, Seat
 from tandem.rollout.evaluate import Evaluation
+from tandem.runs.best import BEST_MODEL, Best, read_best, replace_folder, restore_folder, write_about
 from tandem.runs.folder import RunFolder
+from tandem.runs.goals import Goals, evaluations_of
+from tandem.runs.lines import read_metrics
 from tandem.runs.progress import Progress
 from tandem.signals import held
 from tandem.types import Group
@@ -77,6 +80,7 @@ class Session:
     clock: StepClock
     rollouts_logged: int = 8
     """Rollouts written to ``rollouts.jsonl`` each step, in whole groups; as many held-out ones."""
+    goals: Goals = field(default_factory=Goals)
     step: int = field(default=0, init=False)
     """The last step that was reached, which is what a checkpoint is of."""
     taken: int = field(default=0, init=False)
@@ -90,6 +94,10 @@ class Session:
     """``taken``, and what the step in progress has taken."""
     changed: bool = field(default=False, init=False)
     """Whether the step in progress may have changed parameters."""
+    evaluations: list[Mapping[str, float]] = field(default_factory=list, init=False)
+    """Those so far, with their steps."""
+    best: Best | None = field(default=None, init=False)
+    """What ``<run>/best`` holds."""
 
     def resume(self, initial_state: dict[str, float]) -> None:
         """Goes to where the newest whole checkpoint stands, if there is one: its step, and the method's state.
@@ -109,6 +117,10 @@ class Session:
         written = step if checkpoint is not None else -1
         self.run.truncate_after(written, metrics=written if pending is None else step - 1)
         self._at(step, state, pending)
+        self.evaluations = evaluations_of(read_metrics(self.run.metrics))
+        if self.evaluations:
+            self.goals.require({name for line in self.evaluations for name in line})
+        self._find_best()
 
     def take(self, count: int) -> range:
         """Positions of the next ``count`` items of the data. No position is handed out twice, and none is left out."""
@@ -125,16 +137,28 @@ class Session:
         self.run.log_rollouts(self.step, groups, self.rollouts_logged)
 
     def record(self, evaluate: Evaluate) -> None:
-        """Evaluates the step reached, unless that has been done: one line in ``metrics.jsonl``, and the display."""
-        if self.pending is None:
-            return
-        found = evaluate(self.step, self.progress)
-        if metrics := self.pending | found.metrics:
-            self.run.log_metrics(self.step, metrics)
-            for name, groups in found.groups.items():
-                self.run.log_rollouts(self.step, groups, self.rollouts_logged, held_out=True, eval_set=name)
-            self.progress.update(self.step, metrics)
-        self.pending = None
+        """Evaluates the step reached, unless that has been done: one line in ``metrics.jsonl``, and the display.
+
+        Where it is the best so far, its model and a checkpoint are kept. Raises UserError where the first evaluation
+        lacks a metric that the run's goals name.
+        """
+        if self.pending is not None:
+            found = evaluate(self.step, self.progress)
+            if found.metrics and not self.evaluations:
+                self.goals.require(found.metrics)
+            if metrics := self.pending | found.metrics:
+                self.run.log_metrics(self.step, metrics)
+                for name, groups in found.groups.items():
+                    self.run.log_rollouts(self.step, groups, self.rollouts_logged, held_out=True, eval_set=name)
+                self.progress.update(self.step, metrics)
+            self.pending = None
+            self.evaluations += evaluations_of([{"step": self.step, **found.metrics}])
+        self._keep_if_best()
+
+    @property
+    def stop(self) -> str:
+        """Why the run's goals end it now, before its last step; nothing where they do not."""
+        return self.goals.met(self.evaluations)
 
     def note(self, text: str) -> None:
         """Says something about the steps so far: a line above the display, and one in ``events.jsonl``."""
@@ -162,23 +186,62 @@ class Session:
 
         Raises RunFailure where the disk is full or refuses.
         """
-        folder = self.run.path / "model"
-        aside = self.run.path / ".model-partial"
+        folder = self._export("model")
+        stop = self.stop
+        self.run.event("finish", step=self.step, model=str(folder), **({"stopped": stop} if stop else {}))
+        if stop:
+            self.progress.note(f"stopped after step {self.step}: {stop}")
+        return folder
+
+    def _export(self, name: str, best: Best | None = None) -> Path:
+        folder, aside = self.run.path / name, self.run.path / f".{name}-partial"
         try:
             shutil.rmtree(aside, ignore_errors=True)
-            with self.progress.phase("writing the model"):
+            with self.progress.phase(f"writing the {name}" + (" model" if best else "")):
                 # Other processes share the disk with this one, but may work in another folder.
                 actor = self.trainers["actor"]
                 actor.call("export", aside if actor.home.at_once else aside.absolute())
-            with held():
-                shutil.rmtree(folder, ignore_errors=True)
-                aside.rename(folder)
+                if best is not None:
+                    write_about(aside, best)
+            replace_folder(aside, folder)
         except (OSError, RunFailure) as error:
             shutil.rmtree(aside, ignore_errors=True)
             rest = "--resume writes it again" if self.saved_step == self.step else "no checkpoint holds it either"
             raise RunFailure(f"the model is trained and not written: {error}; {rest}") from error
-        self.run.event("finish", step=self.step, model=str(folder))
         return folder
+
+    def _find_best(self) -> None:
+        """What an earlier start has kept. A model of a later step than this one is of no evaluation of this run."""
+        for name in ("model", BEST_MODEL):
+            restore_folder(self.run.path / name)
+        best = read_best(self.run.path)
+        if best is not None and best.step > self.step:
+            shutil.rmtree(self.run.path / BEST_MODEL)
+            self.note(f"the best model was of step {best.step}, which comes again: it is removed")
+            best = None
+        self._spare(best)
+
+    def _keep_if_best(self) -> None:
+        """Keeps the model of the step reached where its evaluation is the best, its checkpoint first.
+
+        So a run that is killed in between goes on from this very step, and keeps the model then.
+        """
+        goal, newest = self.goals.keep_best, self.evaluations[-1] if self.evaluations else {"step": -1}
+        if goal is None or newest["step"] != self.step:
+            return
+        value = newest.get(goal.metric)
+        if value is None or not goal.better(value, self.best.value if self.best else None):
+            return
+        if self.step > 0 and self.save_every.enabled:
+            self.save()
+        best = Best(step=self.step, metric=goal.metric, value=value)
+        self._export(BEST_MODEL, best)
+        self.run.event("best", step=best.step, metric=best.metric, value=best.value)
+        self._spare(best)
+
+    def _spare(self, best: Best | None) -> None:
+        self.best = best
+        self.store.spared = best.step if best else None
 
     @contextmanager
     def kept(self) -> Iterator[None]:

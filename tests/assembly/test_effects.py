@@ -94,6 +94,9 @@ def words(config: type, flags: list[str]) -> list[str]:
         (OPDConfig, ["--reward-processes", "2"], "--reward-processes: has no effect, since this run has no reward f"),
         (OPDConfig, ["--placement.reward", "1"], "--placement.reward: has no effect, since this run has no reward m"),
         (PPOConfig, ["--eval-reward", "r.py:f"], "--eval-reward: has no effect without --eval-data"),
+        (SFTConfig, ["--keep-best", "eval/loss"], "--keep-best: has no effect without --eval-data"),
+        (SFTConfig, ["--stop-when", "eval/loss<1"], "--stop-when: has no effect without --eval-data"),
+        (SFTConfig, ["--eval-data", "e", "--patience", "2"], "--patience: has no effect without --keep-best"),
         (GRPOConfig, ["--eval-samples", "2"], "--eval-samples: has no effect without --eval-data"),
         (
             OPDConfig,
@@ -157,6 +160,10 @@ def test_a_key_that_has_no_effect_is_refused(config, flags, message):
     [
         (SFTConfig, ["--eval-data", "e", "--eval-every", "5", "--eval-split", "a"]),
         (SFTConfig, ["--eval-data", "e.json", "h=hub/e", "--eval-split", "a"]),
+        (
+            SFTConfig,
+            ["--eval-data", "e", "--keep-best=-eval/loss", "--patience", "2", "--stop-when", "eval/loss<1"],
+        ),
         (
             GRPOConfig,
             ["--eval-data", "e", "--eval-samples", "4", "--eval-temperature", "0.5", "--eval-success", "1"],

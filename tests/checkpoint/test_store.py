@@ -66,6 +66,17 @@ def test_keeps_the_newest(tmp_path: Path, keep: int) -> None:
         assert names(store) == [f"step_{kept:08d}" for kept in range(first, step + 1)]
 
 
+def test_one_may_be_spared_beside_the_newest(tmp_path: Path) -> None:
+    store = store_with(tmp_path, keep=2)
+    for step in range(1, 8):
+        store.save(step, {"actor": {"x": torch.tensor(step)}}, {})
+        # It is the newest when it is chosen, and goes when another one is.
+        store.spared = {2: 2, 6: 6}.get(step, store.spared)
+        newest = {step - 1, step} if step > 1 else {1}
+        kept = newest | ({2} if 2 <= step <= 6 else set()) | ({6} if step >= 6 else set())
+        assert names(store) == [f"step_{one:08d}" for one in sorted(kept)]
+
+
 def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
     store = store_with(tmp_path, 99_999_999, 100_000_000)
     checkpoint = store.latest()
