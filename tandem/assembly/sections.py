@@ -182,9 +182,11 @@ class DataSection(DatasetSection):
     data: str = field(metadata=PATH)
     """A .jsonl, .json, .csv, .parquet or .arrow file, a folder of them, json@FOLDER, or the name of a dataset on the
     hub; or several of these, with commas between them, each with :WEIGHT behind it or none: a.jsonl:0.4,b.jsonl:0.6."""
-    train_on: Literal["completion", "all"] = field(default="completion", metadata=needs(("part", "demonstrations")))
-    """What of a demonstration is learned: the completion or the assistant's turns only, or every token. Rows with only
-    'text' are learned whole."""
+    train_on: Literal["completion", "last", "all"] = field(
+        default="completion", metadata=needs(("part", "demonstrations"))
+    )
+    """What of a demonstration is learned: the completion or the assistant's turns, only the last of these turns, or
+    every token. Rows with only 'text' are learned whole."""
 
     def _check_sources(self) -> None:
         try:

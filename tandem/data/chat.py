@@ -11,11 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from tandem.data.rows import Row
 from tandem.errors import UserError
 from tandem.types import Message
 
+Pieces = list[tuple[str, bool]]
+"""A text in consecutive pieces, each with whether it is trained."""
+THINKING = ("reasoning_content", "thinking")
+"""Keys that templates read a message's thinking from."""
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -120,54 +125,131 @@ def until_last_answer(messages: list[Message], start: int = 0) -> list[Message]:
     return messages[: answers[-1] + 1]
 
 
-def conversation_pieces(messages: list[Message], tokenizer: Any, row: Row, *, start: int = 0) -> list[tuple[str, bool]]:
+def last_answer(messages: list[Message]) -> int:
+    """Where the last assistant turn stands. Raises UserError where there is none."""
+    return len(until_last_answer(messages)) - 1
+
+
+def conversation_pieces(messages: list[Message], tokenizer: Any, row: Row, *, start: int = 0) -> Pieces:
     """The rendered text as (context, False), (answer, True), …, up to the end of the last answer.
 
-    An answer is what the template adds after the generation prompt for an assistant turn at or after ``start``,
-    without the white space that separates turns: nothing is trained behind the end of a turn. Raises UserError
-    where the template renders the beginning of a conversation differently once it goes on.
+    An answer is what the template adds after the generation prompt for an assistant turn at or after ``start``, with
+    the turn's end token and without the white space that separates turns: nothing is trained behind the end of a turn.
+    Raises UserError where the template renders the beginning of a conversation differently once it goes on (it drops
+    earlier thinking, or moves the system message), or leaves out something that an answer says.
     """
     messages = until_last_answer(messages, start)
     whole = render(messages, tokenizer, row)
-    pieces: list[tuple[str, bool]] = []
-    done = 0
+    _require_tools(whole, messages, tokenizer, row)
+    spans: list[tuple[int, int]] = []
     for i in range(start, len(messages)):
         if messages[i]["role"] != "assistant":
             continue
         opening = render(messages[:i], tokenizer, row, add_generation_prompt=True)
         through = render(messages[: i + 1], tokenizer, row)
         if not whole.startswith(through):
-            # Some templates close whatever they render with an end of sequence (Phi-3).
+            # Some templates close whatever they render with an end of sequence (Phi-3), or the last turn (OLMo 3).
             through = through.removesuffix(tokenizer.eos_token or "")
         if not (through.startswith(opening) and whole.startswith(through)):
+            at = f"message {i} differently once the conversation goes on"
+            if whole.startswith(through):
+                at = f"the answer in message {i} without the beginning that it gives one to sample"
             raise UserError(
-                f"the chat template renders message {i} differently once the conversation goes on, so its tokens are "
-                "not those that would be sampled; use a template with {% generation %} marks, or plain strings"
+                f"the chat template renders {at}, so its tokens are not those that would be sampled; train on the last "
+                "answer alone (train_on last), or give a chat_template with {% generation %} marks"
             )
-        end = len(through.rstrip())
-        pieces += [(whole[done : len(opening)], False), (whole[len(opening) : end], True)]
-        done = max(end, len(opening))
-    return pieces
+        end = _turn_end(whole, len(opening), len(through), tokenizer)
+        _require_said(messages[i], i, whole[len(opening) : end])
+        spans.append((len(opening), end))
+    return _pieces(whole, spans)
 
 
 def marks_answers(tokenizer: Any, row: Row) -> bool:
-    """Whether the template marks the assistant's text with ``{% generation %}`` and the tokenizer can follow it."""
+    """Whether the template marks the assistant's text with ``{% generation %}``."""
     arguments = template_arguments(tokenizer, row)
     template = tokenizer.get_chat_template(arguments.get("chat_template"), arguments["tools"])
-    return bool(_GENERATION.search(template)) and tokenizer.is_fast
+    return bool(_GENERATION.search(template))
 
 
-def marked_answers(messages: list[Message], tokenizer: Any, row: Row) -> tuple[list[int], list[bool]]:
-    """Token ids and the template's own mask of the answers, up to the end of the last answer."""
+def marked_pieces(messages: list[Message], tokenizer: Any, row: Row) -> Pieces:
+    """As ``conversation_pieces``, where the template itself marks what the assistant says.
+
+    Marks are put right where they are too wide (the generation prompt, which nobody samples) or too narrow (without
+    the turn's end token). Raises UserError where they cover nothing, or leave something out that an answer says.
+    """
     messages = until_last_answer(messages)
     arguments = template_arguments(tokenizer, row)
+    template = tokenizer.get_chat_template(arguments.pop("chat_template", None), arguments["tools"])
     with _refusals():
-        encoded = tokenizer.apply_chat_template(
-            messages, return_dict=True, return_assistant_tokens_mask=True, **arguments
+        (whole,), (marks,) = render_jinja_template(
+            conversations=[messages],
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            **{**tokenizer.special_tokens_map, **arguments},
         )
-    marks = [bool(mark) for mark in encoded["assistant_masks"]]
-    if not any(marks):
+    first = next(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    bare = render(messages[:first], tokenizer, row) if first else ""
+    header = render(messages[:first], tokenizer, row, add_generation_prompt=True).removeprefix(bare) if first else ""
+    spans = []
+    for begin, end in marks:
+        # A mark may begin anywhere in the header, so the header is looked for up to its length before the mark.
+        places = range(begin, max(begin - len(header), -1), -1)
+        inside = next((at for at in places if whole.startswith(header, at)), begin - len(header))
+        begin = max(begin, inside + len(header))
+        if begin < (end := _turn_end(whole, begin, end, tokenizer)):
+            spans.append((begin, end))
+    if not spans:
         raise UserError("the chat template's {% generation %} marks cover no token of the assistant's messages")
-    text = render(messages, tokenizer, row).rstrip()
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids, (marks + marks[-1:] * len(ids))[: len(ids)]
+    _require_tools(whole, messages, tokenizer, row)
+    said = "".join(whole[begin:end] for begin, end in spans)
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            _require_said(message, i, said)
+    return _pieces(whole, spans)
+
+
+def _pieces(text: str, spans: list[tuple[int, int]]) -> Pieces:
+    pieces: Pieces = []
+    done = 0
+    for begin, end in spans:
+        pieces += [(text[done:begin], False), (text[begin:end], True)]
+        done = max(begin, end)
+    return pieces
+
+
+def _turn_end(text: str, begin: int, end: int, tokenizer: Any) -> int:
+    """Where an answer at ``begin`` to ``end`` ends with its end token and without white space after that.
+
+    Its end token is the one it has, or the special token right after it that another one follows, but for white space,
+    or nothing: of the next turn's header alone there would be one and then a name.
+    """
+    end = begin + len(text[begin:end].rstrip())
+    special = sorted({str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}, key=len, reverse=True)
+    if not special or text[begin:end].endswith(tuple(special)):
+        return end
+    either = "|".join(map(re.escape, special))
+    found = re.compile(rf"({either})\s*(?:{either}|$)").match(text, end)
+    return found.end(1) if found else end
+
+
+def _require_said(message: Message, number: int, answer: str) -> None:
+    """Raises UserError where the answer lacks something that the message says: the template leaves it out."""
+    content, calls = message.get("content"), message.get("tool_calls") or []
+    said = {key: [message[key]] for key in THINKING if isinstance(message.get(key), str)}
+    said["content"] = content.removeprefix("<think>").split("</think>") if isinstance(content, str) else []
+    said["tool_calls"] = [str(call.get("function", call).get("name", "")) for call in calls if isinstance(call, dict)]
+    for key, texts in said.items():
+        if not all(text.strip() in answer for text in texts):
+            raise UserError(
+                f"the chat template leaves out something of message {number}'s {key!r}, which would not be learned; "
+                "take it out of the row, or give a chat_template that renders it"
+            )
+
+
+def _require_tools(text: str, messages: list[Message], tokenizer: Any, row: Row) -> None:
+    """Raises UserError where the text would be the same without the row's tools: the template does not tell of them."""
+    if row.get("tools") and render(messages, tokenizer, {**row, "tools": None}) == text:
+        raise UserError(
+            "the chat template leaves out the tools; take the column 'tools' out of the row, or give a chat_template "
+            "that renders it"
+        )

@@ -16,14 +16,14 @@ from itertools import accumulate, pairwise
 from typing import Any, Literal, TypeVar
 
 from tandem.data import formats
-from tandem.data.chat import conversation_pieces, marked_answers, marks_answers, render_prompt
+from tandem.data.chat import conversation_pieces, last_answer, marked_pieces, marks_answers, render_prompt
 from tandem.data.order import content_hash
 from tandem.data.room import Room
 from tandem.data.rows import Dataset, Row
 from tandem.errors import UserError
 from tandem.types import LabelledAnswer, Limits, PreferencePair, Prompt, Sequence
 
-TrainOn = Literal["completion", "all"]
+TrainOn = Literal["completion", "last", "all"]
 TooLong = Literal["refuse", "truncate", "drop"]
 """What happens to a row above the limit: an error, its left end is cut off, or it is left out."""
 OnProgress = Callable[[int, int], None]
@@ -81,19 +81,26 @@ def sft_sequence(row: Row, tokenizer: Any, *, train_on: TrainOn = "completion") 
     """One sequence from ``prompt`` and ``completion``, from ``messages`` or from ``text``, ended with EOS.
 
     With ``train_on="completion"`` the completion, the assistant's turns, or all of a plain text are trainable; with
-    ``"all"`` every token is. Where the chat template marks answers with ``{% generation %}``, its marks decide which
-    tokens of ``messages`` are answers. What follows the last answer is left out. Raises UserError where the row has
-    none of these formats or the chat template cannot render it.
+    ``"last"`` only the last of several turns is, and with ``"all"`` every token. Where the chat template marks answers
+    with ``{% generation %}``, its marks decide which tokens of ``messages`` are answers. What follows the last answer
+    is left out. Raises UserError where the row has none of these formats or the chat template cannot render it.
     """
     formats.require_kind(row, "demonstrations")
     if row.get("prompt") is not None and row.get("completion") is not None:
-        sequence = _answered(*formats.prompt_completion(row), tokenizer, row)
+        prompt, completion = formats.prompt_completion(row)
+        if train_on == "last" and isinstance(prompt, list) and isinstance(completion, list):
+            answer = last_answer(completion)
+            prompt, completion = [*prompt, *completion[:answer]], completion[answer:]
+        sequence = _answered(prompt, completion, tokenizer, row)
     elif row.get("messages") is not None:
         messages = formats.messages(row, "messages")
-        if marks_answers(tokenizer, row):
-            sequence = ended(*marked_answers(messages, tokenizer, row), tokenizer)
+        if train_on == "last":
+            pieces = conversation_pieces(messages, tokenizer, row, start=last_answer(messages))
+        elif marks_answers(tokenizer, row):
+            pieces = marked_pieces(messages, tokenizer, row)
         else:
-            sequence = _joined(conversation_pieces(messages, tokenizer, row), tokenizer, special_tokens=False)
+            pieces = conversation_pieces(messages, tokenizer, row)
+        sequence = _joined(pieces, tokenizer, special_tokens=False)
     else:
         text = formats.content(row, "text")
         if not isinstance(text, str):

@@ -1,6 +1,7 @@
 """Dataset become the tokens that sampling would see, with one EOS right behind every answer."""
 
 import string
+from fractions import Fraction
 
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
@@ -144,7 +145,7 @@ def test_no_mark_of_a_text_s_beginning_inside_it() -> None:
     ("chat", "expected"),
     [
         (TURNS, "<bos><user>hi<eos>\n<assistant>[yo<eos>]\n<user>so<eos>\n<assistant>[ok<eos>]"),
-        (MARKED, "<bos><user>hi<eos>\n<assistant>[yo]<eos>\n<user>so<eos>\n<assistant>[ok<eos>]"),
+        (MARKED, "<bos><user>hi<eos>\n<assistant>[yo<eos>]\n<user>so<eos>\n<assistant>[ok<eos>]"),
         (NO_END, "<user>hi\n<assistant>[yo]\n<user>so\n<assistant>[ok<eos>]"),
         (PHI, "<user>hi<end>\n<assistant>[yo<end>]\n<user>so<end>\n<assistant>[ok<end>\n<eos>]"),
     ],
@@ -346,3 +347,27 @@ def test_progress_is_told_row_by_row() -> None:
     told = []
     build_sequences(rows("a", "b", "c", column="text"), characters(), on_progress=lambda *args: told.append(args))
     assert told == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_rows_of_which_nothing_is_trained_are_counted() -> None:
+    """An empty text is its end alone, and the first token of a sequence is never trained: nothing is before it."""
+    tokenizer = characters()
+    sequences, counts = build_sequences(rows("", "ab", "", column="text"), tokenizer)
+    assert (len(sequences), counts) == (1, Counts(rows=3, kept=1, untrained=2, items_of=(1,)))
+    assert str(counts) == "1 rows (2 left out with nothing to train on)"
+    with pytest.raises(UserError, match=r"^data\.jsonl: no row is left to train on; of all: 0 rows \(2 left out"):
+        build_sequences(rows("", "", column="text"), tokenizer)
+    with pytest.raises(UserError, match=r"left to train on; of all: 0 rows \(1 truncated, 1 left out with nothing"):
+        build_sequences(rows("ab", column="text"), tokenizer, 1, "truncate")
+    pair = {"prompt": "", "chosen": "", "rejected": "b"}
+    pairs, counts = build_pairs(rows(pair, {"prompt": "p", "chosen": "", "rejected": "b"}), tokenizer)
+    assert (len(pairs), counts.untrained) == (1, 1)
+
+
+def test_a_weighted_source_that_has_no_row_left_is_named() -> None:
+    long = Dataset([{"text": "abcdef"}], source="long")
+    mixed = Dataset.joined([Dataset([{"text": "a"}], source="short"), long], [Fraction(1), Fraction(2)], source="both")
+    with pytest.raises(UserError, match=r"^long: no row is left to train on; of all: 1 rows \(1 dropped\)"):
+        build_sequences(mixed, characters(), 3, "drop")
+    plain = Dataset.joined([Dataset([{"text": "a"}], source="short"), long], [None, None], source="both")
+    assert build_sequences(plain, characters(), 3, "drop")[1].items_of == (1, 0)
