@@ -111,13 +111,21 @@ class Rollout:
     reward: float | None = None
     """None: a reward function left the sample out. It enters no baseline."""
     reward_parts: dict[str, float] = field(default_factory=dict)
-    advantage: float | None = None
-    """Mean over its trainable tokens; None where it was not trained on."""
+    advantages: list[float] | None = None
+    """Of each token, as the loss gets them; None where it was not trained on."""
     error: str | None = None
 
     @property
     def completion_ids(self) -> list[int]:
         return self.token_ids[self.prompt_length :]
+
+    @property
+    def advantage(self) -> float | None:
+        """The mean over its trainable tokens; None where it was not trained on."""
+        if self.advantages is None:
+            return None
+        trained = [a for a, trainable in zip(self.advantages, self.trainable, strict=True) if trainable]
+        return sum(trained) / max(len(trained), 1)
 
     @property
     def usable(self) -> bool:

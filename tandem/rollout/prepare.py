@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 
 from tandem.batch import Batch, filled
 from tandem.data.packing import pack, pack_examples, stamp
@@ -75,10 +74,7 @@ class Preparation:
         examples, estimate = self.estimated(items, state)
         rollouts = [example for example in examples if isinstance(example, Rollout)]
         if rollouts and estimate.batch.advantage_T is not None:
-            # A method may leave some out.
-            numbers = filled(estimate.batch.index_S, "index_S").tolist()
-            for number, advantage in zip(numbers, mean_advantages(estimate.batch), strict=True):
-                rollouts[number].advantage = advantage
+            fill_advantages(rollouts, estimate.batch)
         return Prepared(
             batch=estimate.batch,
             state=estimate.state,
@@ -121,13 +117,12 @@ class Preparation:
         return replace(batch, seen=seen).to("cpu")
 
 
-def mean_advantages(batch: Batch) -> list[float]:
-    """Each segment's mean advantage over its trainable tokens."""
-    advantage_T, trained_T = filled(batch.advantage_T, "advantage_T"), batch.trainable_T.double()
-    # Differences of running sums: one pass, where a sum for each segment takes several operations for each.
-    running_2T = torch.stack([advantage_T * trained_T, trained_T]).cumsum(1)
-    sum_S, count_S = F.pad(running_2T, (1, 0))[:, batch.bounds].diff(dim=1)
-    return (sum_S / count_S.clamp(min=1)).tolist()
+def fill_advantages(rollouts: Seq[Rollout], batch: Batch) -> None:
+    """Gives each rollout that is in the batch, of which a method may leave some out, the advantages of its tokens."""
+    advantages, bounds = filled(batch.advantage_T, "advantage_T").tolist(), batch.bounds.tolist()
+    numbers = filled(batch.index_S, "index_S").tolist()
+    for number, first, end in zip(numbers, bounds, bounds[1:], strict=False):
+        rollouts[number].advantages = advantages[first:end]
 
 
 def sampler_gap(batch: Batch) -> Metrics:

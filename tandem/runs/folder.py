@@ -246,13 +246,19 @@ def _describe(group: Group) -> dict[str, Any]:
         "prompt_id": prompt.prompt_id,
         "prompt": prompt.prompt,
         "prompt_length": len(prompt.token_ids),
+        "prompt_ids": list(prompt.token_ids),
         "columns": prompt.columns,
         "samples": [_describe_sample(rollout) for rollout in group.rollouts],
     }
 
 
 def _describe_sample(rollout: Rollout) -> dict[str, Any]:
-    described = {
+    start = rollout.prompt_length
+
+    def of_completion(numbers: list[float]) -> list[float]:
+        return [round(number, 6) for number in numbers[start:]]
+
+    described: dict[str, Any] = {
         "completion": rollout.completion,
         "reward": rollout.reward,
         "reward_parts": rollout.reward_parts,
@@ -261,5 +267,11 @@ def _describe_sample(rollout: Rollout) -> dict[str, Any]:
         "length": len(rollout.completion_ids),
         "version_min": rollout.version_min,
         "version_max": rollout.version_max,
+        "completion_ids": rollout.completion_ids,
+        "behaviour_logp": of_completion(rollout.behaviour_logp),
+        "untruncated_logp": of_completion(rollout.untruncated_logp),
+        "advantages": None if rollout.advantages is None else of_completion(rollout.advantages),
     }
+    if not all(rollout.trainable[start:]):
+        described["trainable"] = rollout.trainable[start:]
     return described | ({"error": rollout.error} if rollout.error else {})

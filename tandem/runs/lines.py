@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tandem.errors import RunFailure, UserError
 
@@ -48,19 +48,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    *lines, last = path.read_bytes().split(b"\n")
-    records = []
-    for number, line in enumerate([*lines, last] if last else lines, start=1):
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            if number > len(lines):
-                break
-            raise UserError(f"{path}:{number}: not a JSON line: {error}; remove that line") from error
-        if not isinstance(record, dict):
-            raise UserError(f"{path}:{number}: not a JSON object; remove that line")
-        records.append(record)
-    return records
+    with path.open("rb") as file:
+        return [record for record, _ in _records(file, path)]
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -69,12 +58,36 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 def keep_until(path: Path, step: int | None = None) -> None:
-    """Drops a torn last line and, where ``step`` is given, the records of later steps. The file is never half there."""
-    records = read_lines(path)
-    kept = [r for r in records if step is None or r.get("step", step) <= step]
-    text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept)
-    if path.exists() and text.encode() != path.read_bytes():
-        write_aside(path, text)
+    """Cuts off a torn last line and, where ``step`` is given, everything from the first record of a later step on.
+
+    Reads a line at a time: a file may be larger than memory.
+    """
+    if not path.exists():
+        return
+    end, whole = 0, True
+    with path.open("rb+") as file:
+        for record, line in _records(file, path):
+            if step is not None and record.get("step", step) > step:
+                break
+            end, whole = end + len(line), line.endswith(b"\n")
+        file.truncate(end)
+        if not whole:
+            file.seek(end)
+            file.write(b"\n")
+
+
+def _records(file: IO[bytes], path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
+    """Each record with its line, but for a last one that is torn. Raises UserError for a line that is no record."""
+    for number, line in enumerate(file, start=1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            if not line.endswith(b"\n"):
+                return
+            raise UserError(f"{path}:{number}: not a JSON line: {error}; remove that line") from error
+        if not isinstance(record, dict):
+            raise UserError(f"{path}:{number}: not a JSON object; remove that line")
+        yield record, line
 
 
 def whole_items(path: Path, *, items: int, lines_each: int, lot: int = 1) -> tuple[int, int]:

@@ -108,6 +108,19 @@ def test_rollouts_are_whole_groups_with_columns_advantages_and_held_out_samples(
         known = [sample["advantage"] is not None for sample in line["samples"]]
         # A pair has none.
         assert known == [not line["held_out"] and method != "online-dpo"] * len(known)
+        assert len(line["prompt_ids"]) == line["prompt_length"]
+        for sample in line["samples"]:
+            of_tokens = [
+                sample[name] for name in ("completion_ids", "behaviour_logp", "untruncated_logp", "advantages")
+            ]
+            assert {len(numbers) for numbers in of_tokens if numbers is not None} == {sample["length"]}
+            # Nothing is truncated here, and every token of a completion is the sampler's own.
+            assert sample["behaviour_logp"] == sample["untruncated_logp"]
+            assert max(sample["behaviour_logp"]) < 0
+            assert "trainable" not in sample
+            if known[0]:
+                mean = sum(sample["advantages"]) / sample["length"]
+                assert sample["advantage"] == pytest.approx(mean, abs=1e-5)
     if method == "grpo":
         # Advantages of a group have the order of its rewards.
         for line in trained:

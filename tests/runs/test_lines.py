@@ -1,0 +1,63 @@
+"""Lines of a run: cut after a step, whatever a kill has left at their end. And what is written of a sample."""
+
+import json
+
+import pytest
+
+from tandem.errors import UserError
+from tandem.runs.folder import _describe_sample
+from tandem.runs.lines import keep_until, read_lines
+from tandem.types import Rollout
+
+LINES = [b'{"step": 0}\n', b'{"step": 1, "a": "\xc3\xa9"}\n', b'{"step": 1}\n', b'{"step": 2}\n', b'{"time": "x"}\n']
+
+
+@pytest.mark.parametrize(
+    ("left", "step", "kept"),
+    [
+        (LINES, None, LINES),
+        (LINES, 2, LINES),
+        (LINES, 1, LINES[:3]),
+        (LINES, -1, []),
+        ([*LINES, b'{"step": 3'], None, LINES),
+        ([*LINES[:3], b'{"step": 3, "a": "\xc3'], 9, LINES[:3]),
+        ([*LINES[:3], b'{"step": 3}'], 9, [*LINES[:3], b'{"step": 3}\n']),
+        ([], 3, []),
+    ],
+)
+def test_a_file_is_cut_after_a_step_and_a_torn_line_goes(tmp_path, left, step, kept):
+    path = tmp_path / "lines.jsonl"
+    path.write_bytes(b"".join(left))
+    keep_until(path, step)
+    assert path.read_bytes() == b"".join(kept)
+    assert read_lines(path) == [json.loads(line) for line in kept]
+
+
+@pytest.mark.parametrize("bad", [b"[1]\n", b"{'step': 1}\n", b"\n"])
+def test_a_line_that_is_no_record_is_refused_and_the_file_left_alone(tmp_path, bad):
+    path = tmp_path / "lines.jsonl"
+    path.write_bytes(LINES[0] + bad + LINES[1])
+    with pytest.raises(UserError, match=r"lines\.jsonl:2: not a JSON"):
+        keep_until(path, 0)
+    assert path.read_bytes() == LINES[0] + bad + LINES[1]
+
+
+def test_no_file_is_no_lines(tmp_path):
+    keep_until(tmp_path / "none", 1)
+    assert read_lines(tmp_path / "none") == []
+
+
+def test_a_sample_is_written_with_every_number_of_its_tokens():
+    rollout = Rollout(
+        prompt_id="p", sample_index=0, token_ids=[7, 8, 1, 2, 3], prompt_length=2,
+        trainable=[False, False, True, False, True], behaviour_logp=[0.0, 0.0, -0.1234567, 0.0, -2.0],
+        untruncated_logp=[0.0, 0.0, -0.2, 0.0, -3.0], stop="eos", completion="x", version_min=3, version_max=4,
+        reward=1.5, reward_parts={"a": 1.0, "b": 0.5}, advantages=[0.0, 0.0, 1.0, 0.0, 2.0],
+    )  # fmt: skip
+    assert _describe_sample(rollout) == {
+        "completion": "x", "length": 3, "completion_ids": [1, 2, 3],
+        "reward": 1.5, "reward_parts": {"a": 1.0, "b": 0.5},
+        "advantage": 1.5, "advantages": [1.0, 0.0, 2.0], "behaviour_logp": [-0.123457, 0.0, -2.0],
+        "untruncated_logp": [-0.2, 0.0, -3.0], "trainable": [True, False, True], "stop": "eos",
+        "version_min": 3, "version_max": 4,
+    }  # fmt: skip
