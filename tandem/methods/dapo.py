@@ -53,7 +53,8 @@ class DAPO(TokenMethod):
 
     def keep(self, item: Any) -> bool:
         """Not a group with fewer than 2 rewards, or with equal ones before any punishment of length (eq. 11)."""
-        return len(set(item.rewards)) > 1
+        (group,), _ = self.clipped_rewards([item])
+        return len(set(group.rewards)) > 1
 
     def punishment(self, rollout: Rollout) -> float:
         """What a sample's length takes off its reward (eq. 13): from 0 to ``overlong_penalty``."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from tandem.batch import Batch
-from tandem.errors import expect
+from tandem.errors import expect, needs
 from tandem.functional.advantages import centred
 from tandem.methods.base import REFERENCE, Need, Samples, spread
 from tandem.methods.knobs import Clip
@@ -49,6 +49,8 @@ class OPD(TokenMethod):
     """Weight of the teacher's log-prob less the student's, per nat, in each token's advantage."""
     reward_coef: float = 0.0
     """Weight of a sample's reward less the mean of its prompt's samples, in the advantage of each of its tokens."""
+    reward_clip: float | None = field(default=None, metadata=needs(("reward_coef",)))
+    """Rewards are clipped to ±reward_clip before their mean is taken. None: not clipped."""
     clip: Clip = Clip(dual_clip=3.0)
 
     def __post_init__(self) -> None:

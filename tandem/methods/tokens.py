@@ -101,7 +101,7 @@ class TokenMethod(Method):
         rewards = [reward for group in groups for reward in group.rewards]
         outside = sum(abs(reward) > limit for reward in rewards)
         clipped = with_rewards(groups, [min(max(reward, -limit), limit) for reward in rewards])
-        return clipped, {"reward_clip_fraction": outside / len(rewards)}
+        return clipped, {"reward_clip_fraction": outside / max(len(rewards), 1)}
 
     def loss(self, out: Outputs, batch: Batch) -> TokenLoss:
         """``surrogate``, plus the KL where ``kl="loss"``, minus the entropy bonus.

@@ -63,7 +63,7 @@ class Tally:
         tokens, *totals = (sum(column) for column in zip(*sums, strict=True))
         means = {name: total / max(tokens, 1) for name, total in zip(list(self.sums)[1:], totals, strict=True)}
         if ESS in means:
-            means[ESS] = means[ESS] ** 2 / max(means.pop(SQUARES), TINY)
+            means[ESS] = min(means[ESS] ** 2 / max(means.pop(SQUARES), TINY), 1.0)  # not above it by rounding
         largest = dict(zip(self.maxima, map(max, zip(*maxima, strict=True)), strict=True))
         return {"loss": sum(loss)} | means | largest, next(filter(None, faults), "")
 

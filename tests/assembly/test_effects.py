@@ -80,6 +80,7 @@ def words(config: type, flags: list[str]) -> list[str]:
             [*TRAINER, "--correction", "geo", "--correction-gap", "0.2"],
             "--correction-gap: has no effect",
         ),
+        (OPDConfig, ["--reward-clip", "5"], "--reward-clip: has no effect without --reward-coef"),
         (REINFORCEConfig, ["--baseline-decay", "0.5"], "--baseline-decay: has no effect with --baseline batch; give"),
         (GRPOConfig, ["--kl-estimator", "k3"], "--kl-estimator: has no effect without --kl-coef"),
         (GRPOConfig, ["--kl", "reward"], "--kl: has no effect without --kl-coef"),

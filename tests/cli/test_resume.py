@@ -54,7 +54,9 @@ MORE = {
     "ppo": ["--critic-warmup-steps", "1", "--lam-alpha", "0.5", "--critic-lam", "1"],
     "rm": ["--optimizer", "adafactor"],
     "dpo": ["--optimizer", "muon"],
-}
+    "grpo": ["--kl-coef", "0.1", "--kl-target", "0.05", "--kl-horizon", "50",
+             "--old-logp", "trainer", "--correction", "token_tis"],
+}  # fmt: skip
 """Flags of what else goes from step to step."""
 
 

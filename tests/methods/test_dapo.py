@@ -65,6 +65,8 @@ def test_what_is_kept_is_decided_before_length_counts():
     evened = replace(group(), rollouts=[answer(5, 0.0), answer(20, 1.0)])
     assert [with_keys(DAPO(), **OVERLONG).keep(g) for g in (alike, evened)] == [False, True]
     assert with_keys(DAPO(), **OVERLONG).advantages(evened) == [0.0, 0.0]
+    clipped = replace(group(), rollouts=[answer(5, 3.0), answer(5, 20.0)])
+    assert [with_keys(DAPO(), reward_clip=limit).keep(clipped) for limit in (None, 5.0, 2.0)] == [True, True, False]
 
 
 @pytest.mark.parametrize("knobs", [{}, {"overlong_length": 8, "overlong_buffer": 6}, {"dual_clip": 1.1}])

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 from helpers.commands import command_lines, config_class
+from helpers.models import make_module, make_tokenizer
 
+from tandem.cli.main import main
 from tandem.config import load_config
+from tandem.methods.table import METHODS, SAMPLES
 from tandem.rewards.function import load_reward
 from tandem.roles import RewardBatch
 
@@ -22,8 +26,8 @@ SCRIPTS = sorted([*RECIPES.rglob("*.sh"), *RECIPES.rglob("*.sbatch")])
 
 
 def command_of(config):
-    """``grpo-7b-split.yaml`` is for ``tandem grpo``."""
-    return config.stem.partition("-")[0]
+    """``grpo-7b-split.yaml`` is for ``tandem grpo``, ``dr-grpo.yaml`` for ``tandem dr-grpo``."""
+    return max((name for name in METHODS if f"{config.stem}-".startswith(f"{name}-")), key=len)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
@@ -37,8 +41,37 @@ def test_a_config_loads(path):
     if hasattr(config, "sampling"):
         room = config.engine.max_length
         assert room is None or config.data.max_length + config.sampling.max_new_tokens <= room
-        file, _, function = config.reward.reward[0].partition(":")
-        assert f"def {function}(" in (RECIPES / file).read_text()
+        judges = (*config.reward.reward, *config.evaluation.eval_reward)
+        assert judges
+        for file, _, function in (judge.partition(":") for judge in judges):
+            assert f"def {function}(" in (RECIPES / file).read_text()
+
+
+def test_each_method_on_samples_has_a_recipe():
+    assert {command_of(path) for path in CONFIGS} >= set(SAMPLES)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A copy of the folder with a small model in the place of a hub's."""
+    folder = tmp_path_factory.mktemp("recipes") / "recipes"
+    shutil.copytree(RECIPES, folder)
+    module = make_module("llama")
+    module.config.max_position_embeddings = 4096  # rotary ones, of which there is no table
+    module.save_pretrained(folder / "base")
+    make_tokenizer().save_pretrained(folder / "base")
+    return folder
+
+
+@pytest.mark.parametrize("name", [path.name for path in CONFIGS if path.parent == RECIPES])
+def test_a_recipe_would_run(name, small, monkeypatch, capsys):
+    """With ``--dry-run``: all that a start reads but weights, and what the run would use."""
+    monkeypatch.chdir(small)
+    models = [key for key in yaml.safe_load(Path(name).read_text()) if key in ("model", "teacher")]
+    swapped = [word for key in models for word in (f"--{key}", "base")]
+    assert main([command_of(Path(name)), "--config", name, *swapped, "--dry-run"]) == 0
+    assert "base" in capsys.readouterr().out
+    assert not Path("runs").exists()
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
