@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +29,13 @@ from tandem.models.loading import load_tokenizer, pick_device
 from tandem.rewards.model import RewardModel, same_tokenizer
 from tandem.roles import Engine, Reward
 from tandem.rollout.judging import Judge
-from tandem.rollout.sampling import groups_of, request
+from tandem.rollout.sampling import Sampling
 from tandem.runs.folder import SAMPLES, RunFolder
 from tandem.runs.identity import Inputs, Start
 from tandem.runs.lines import append_lines, keep_items, whole_items
 from tandem.runs.progress import Progress, say
-from tandem.seeds import derive_seed
-from tandem.types import Completion, Group, Limits, Prompt, Request, Rollout, Ticket
+from tandem.types import Group, Limits, Prompt, Rollout, Ticket
 
-JUDGED = 32
-"""32 prompts are judged in one call to each reward and written together: the same ones however often it is resumed."""
 OF_A_SAMPLE = (
     *("completion", "row", "sample", "stop", "length", "error"),
     *("reward", "reward_parts", "token_ids", "logprobs"),
@@ -63,6 +59,8 @@ class _Sampling:
     def __init__(self, config: UseConfig, title: str, stack: ExitStack) -> None:
         self.config, self.title, self.stack = config, title, stack
         self.out, self.count = Path(config.run.out), config.sampling.samples_per_prompt
+        # Prompts that are sampled, judged and written together: as many as fill the engines once.
+        self.lot = max(1, config.sampling.max_slots * max(1, config.placement.workers("engine")) // self.count)
         RunFolder.check(self.out, self._start())
         require_engine(config.engine)
         self.homes = Homes(config.model, config.placement, config.cluster, config.engine, list(config.sources))
@@ -98,16 +96,14 @@ class _Sampling:
             self._print_plan()
             return None
         path = self.out / SAMPLES
-        # Prompts that are written together, and how to find out how many are.
-        lot = JUDGED if self.config.rewards.judges else 1
-        shape = {"items": len(self.prompts), "lines_each": self.count, "lot": lot}
+        shape = {"items": len(self.prompts), "lines_each": self.count, "lot": self.lot}
         missing = not self.config.run.resume or whole_items(path, **shape)[0] < len(self.prompts)
         parts = self._load() if missing else None
         with RunFolder.open(self.out, self._start(self.inputs)) as folder:
             done = keep_items(path, "row", **shape)
             folder.event("start", title=self.title, prompts_done=done, **asdict(self.counts))
             if parts is not None:
-                self._write(path, done, lot, *parts)
+                self._write(path, done, *parts)
             folder.event("finish", prompts=len(self.prompts))
         return path
 
@@ -125,44 +121,31 @@ class _Sampling:
             rewards.append(RewardModel(scorer, tokenizer, reads_ids=same_tokenizer(self.tokenizer, tokenizer)))
         return engine, judge_of(config.rewards, rewards)
 
-    def _write(self, path: Path, done: int, lot: int, engine: Engine, judge: Judge) -> None:
-        """The rows of all prompts from number ``done`` on, a lot at a time."""
+    def _write(self, path: Path, done: int, engine: Engine, judge: Judge) -> None:
+        """The rows of all prompts from number ``done`` on, a lot at a time and two lots under way."""
+        source = Sampling(
+            engine=engine,
+            prompts=self.prompts,
+            params=self.config.sampling.params,
+            samples_per_prompt=self.count,
+            judge=judge,
+            seed=self.config.run.seed,
+        )
         with Progress(self.title, total=len(self.prompts), start=done) as progress:
             if done:
                 progress.note(f"{path}: goes on after {done} prompts")
             if taken := sorted({name for prompt in self.prompts for name in prompt.columns} & set(OF_A_SAMPLE)):
                 progress.note(f"data: the columns {', '.join(taken)} are not written, the samples have these names")
-            groups = self._groups(engine, done, progress)
-            while together := list(islice(groups, lot)):
-                if judge.rewards:
-                    with progress.phase("scoring"):
-                        judge.fill(together, derive_seed(self.config.run.seed, "judge", done // lot))
-                append_lines(path, self._rows(together, first=done, judged=bool(judge.rewards)))
-                done += len(together)
-                progress.update(done)
-
-    def _groups(self, engine: Engine, first: int, progress: Progress) -> Iterator[Group]:
-        """The prompts' groups in their order. The engine is kept supplied with more than it can decode at once."""
-        waiting = deque(enumerate(self.prompts[first:], start=first))
-        under_way: deque[tuple[Prompt, Future[list[Completion]]]] = deque()
-        engines = max(1, self.config.placement.workers("engine"))
-        share = -(-self.config.sampling.max_slots * engines // self.count)
-        of = len(waiting) * self.count
-        while waiting or under_way:
-            with progress.phase("sampling", of=of, done=lambda: engine.ended):
-                while waiting and len(under_way) <= share:
-                    some = [waiting.popleft() for _ in range(min(share, len(waiting)))]
-                    futures = engine.submit([self._request(row, prompt) for row, prompt in some])
-                    under_way += [(prompt, future) for (_, prompt), future in zip(some, futures, strict=True)]
-                prompt, future = under_way.popleft()
-                (group,) = groups_of([prompt], [future.result()])
-            yield group
-
-    def _request(self, row: int, prompt: Prompt) -> Request:
-        """What is asked for a prompt. The names of its draws are the run's seed, its row, itself and the sample."""
-        ticket = Ticket(number=row, row=row, step=0, place=row)
-        draws, seed = self.config.sampling, self.config.run.seed
-        return request(prompt, ticket, draws.params, samples_per_prompt=self.count, seed=seed)
+            begun: deque[Future[list[Group]]] = deque()
+            for first in range(done, len(self.prompts), self.lot):
+                # A sample's draws are named after its row, whatever lot it is in.
+                rows = range(first, min(first + self.lot, len(self.prompts)))
+                begun.append(source.begin([Ticket(number=k, row=k, step=0, place=k) for k in rows], progress.phase))
+                while begun and (len(begun) > 1 or rows[-1] + 1 == len(self.prompts)):
+                    groups = begun.popleft().result()
+                    append_lines(path, self._rows(groups, first=done, judged=bool(judge.rewards)))
+                    done += len(groups)
+                    progress.update(done)
 
     def _rows(self, groups: Seq[Group], *, first: int, judged: bool) -> Iterable[dict[str, Any]]:
         for row, group in enumerate(groups, start=first):

@@ -66,16 +66,16 @@ def without(words, flag):
 
 def test_a_file_cut_anywhere_is_gone_on_with(inputs):
     """A kill leaves any number of bytes: each of 12 cuts ends in the file of the unbroken command."""
-    assert main([*GENERATE, "--out", "g"]) == 0
+    assert main([*GENERATE, "--max-slots", "6", "--out", "g"]) == 0
     whole, rng = Path("g/samples.jsonl").read_bytes(), random.Random(0)
     for cut in [0, 1, len(whole) - 1, len(whole), *rng.sample(range(len(whole)), 8)]:
         Path("g/samples.jsonl").write_bytes(whole[:cut])
-        assert main([*GENERATE, "--out", "g", "--resume"]) == 0
+        assert main([*GENERATE, "--max-slots", "6", "--out", "g", "--resume"]) == 0
         assert Path("g/samples.jsonl").read_bytes() == whole
 
 
 def test_a_killed_command_goes_on(inputs):
-    """The reward kills the command in its second lot of prompts; a third start has nothing left to do."""
+    """The reward kills the command in its third lot of 8 prompts, which begins with the 17th."""
     Path("killer.py").write_text(
         "import os, signal\n"
         "def right(prompts, completions, answer):\n"
@@ -83,13 +83,13 @@ def test_a_killed_command_goes_on(inputs):
         "        os.kill(os.getppid(), signal.SIGKILL)\n"
         "    return [float(len(set(c))) for c in completions]\n"
     )
-    Path("at").write_text(read_lines(Path("prompts.jsonl"))[32]["prompt"])
-    words = [*SAMPLE, "--reward", "killer.py:right", "--out", "s", "--keep", "all"]
+    Path("at").write_text(read_lines(Path("prompts.jsonl"))[16]["prompt"])
+    words = [*SAMPLE, "--reward", "killer.py:right", "--max-slots", "24", "--out", "s", "--keep", "all"]
     command = multiprocessing.get_context("fork").Process(target=main, args=(words,))
     command.start()
     command.join(60)
     assert command.exitcode == -9
-    assert len(read_lines(Path("s/samples.jsonl"))) == 32 * 3
+    assert len(read_lines(Path("s/samples.jsonl"))) == 16 * 3
     Path("at").write_text("")
     assert main([*words, "--resume"]) == 0
     assert main([*words[:-4], "--out", "t", "--keep", "all"]) == 0
@@ -97,16 +97,17 @@ def test_a_killed_command_goes_on(inputs):
 
 
 def test_a_tampered_file_and_another_command_are_refused(inputs, capsys):
-    assert main([*GENERATE, "--out", "g"]) == 0
+    words = [*GENERATE, "--max-slots", "2"]  # a lot is a prompt
+    assert main([*words, "--out", "g"]) == 0
     path = Path("g/samples.jsonl")
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join([*lines[:9], lines[3], *lines[10:20]]))
-    assert main([*GENERATE, "--out", "g", "--resume"]) == 0  # the 10th line is not looked at
+    assert main([*words, "--out", "g", "--resume"]) == 0  # the 10th line is not looked at
     path.write_text("".join([*lines[:9], lines[3]]))
-    assert refused([*GENERATE, "--out", "g", "--resume"], capsys).startswith("g/samples.jsonl:10: not the row that was")
-    assert "already holds a run" in refused([*GENERATE, "--out", "g"], capsys)
+    assert refused([*words, "--out", "g", "--resume"], capsys).startswith("g/samples.jsonl:10: not the row that was")
+    assert "already holds a run" in refused([*words, "--out", "g"], capsys)
     assert "temperature (1.0 there, 0.5 now)" in refused(
-        [*GENERATE, "--out", "g", "--resume", "--temperature", "0.5"], capsys
+        [*words, "--out", "g", "--resume", "--temperature", "0.5"], capsys
     )
     assert "holds a run of generate" in refused([*JUDGED, "--out", "g", "--resume"], capsys)
 
