@@ -32,7 +32,7 @@ from tandem.rollout.judging import Judge
 from tandem.rollout.sampling import Sampling
 from tandem.runs.folder import SAMPLES, RunFolder
 from tandem.runs.identity import Inputs, Start
-from tandem.runs.lines import append_lines, keep_items, whole_items
+from tandem.runs.lines import append_lines, keep_lots, whole_lots
 from tandem.runs.progress import Progress, say
 from tandem.types import Group, Limits, Prompt, Rollout, Ticket
 
@@ -59,8 +59,6 @@ class _Sampling:
     def __init__(self, config: UseConfig, title: str, stack: ExitStack) -> None:
         self.config, self.title, self.stack = config, title, stack
         self.out, self.count = Path(config.run.out), config.sampling.samples_per_prompt
-        # Prompts that are sampled, judged and written together: as many as fill the engines once.
-        self.lot = max(1, config.sampling.max_slots * max(1, config.placement.workers("engine")) // self.count)
         RunFolder.check(self.out, self._start())
         require_engine(config.engine)
         self.homes = Homes(config.model, config.placement, config.cluster, config.engine, list(config.sources))
@@ -95,17 +93,23 @@ class _Sampling:
         if self.config.run.dry_run:
             self._print_plan()
             return None
-        path = self.out / SAMPLES
-        shape = {"items": len(self.prompts), "lines_each": self.count, "lot": self.lot}
-        missing = not self.config.run.resume or whole_items(path, **shape)[0] < len(self.prompts)
+        path, lots = self.out / SAMPLES, self._lots()
+        ends = [lot.stop * self.count for lot in lots]
+        missing = not self.config.run.resume or whole_lots(path, ends)[0] < len(lots)
         parts = self._load() if missing else None
         with RunFolder.open(self.out, self._start(self.inputs)) as folder:
-            done = keep_items(path, "row", **shape)
-            folder.event("start", title=self.title, prompts_done=done, **asdict(self.counts))
+            done = keep_lots(path, ends, "row", [lot.stop - 1 for lot in lots])
+            folder.event("start", title=self.title, prompts_done=sum(map(len, lots[:done])), **asdict(self.counts))
             if parts is not None:
-                self._write(path, done, *parts)
+                self._write(path, lots[done:], *parts)
             folder.event("finish", prompts=len(self.prompts))
         return path
+
+    def _lots(self) -> list[range]:
+        """Prompts that are sampled, judged and written together: as many as fill the engines once."""
+        engines = max(1, self.config.placement.workers("engine"))
+        size = max(1, self.config.sampling.max_slots * engines // self.count)
+        return [range(k, min(k + size, len(self.prompts))) for k in range(0, len(self.prompts), size)]
 
     def _load(self) -> tuple[Engine, Judge]:
         config = self.config
@@ -121,8 +125,8 @@ class _Sampling:
             rewards.append(RewardModel(scorer, tokenizer, reads_ids=same_tokenizer(self.tokenizer, tokenizer)))
         return engine, judge_of(config.rewards, rewards)
 
-    def _write(self, path: Path, done: int, engine: Engine, judge: Judge) -> None:
-        """The rows of all prompts from number ``done`` on, a lot at a time and two lots under way."""
+    def _write(self, path: Path, lots: Seq[range], engine: Engine, judge: Judge) -> None:
+        """The rows of all prompts of these lots, a lot at a time while the next one is sampled."""
         source = Sampling(
             engine=engine,
             prompts=self.prompts,
@@ -131,24 +135,23 @@ class _Sampling:
             judge=judge,
             seed=self.config.run.seed,
         )
-        with Progress(self.title, total=len(self.prompts), start=done) as progress:
-            if done:
-                progress.note(f"{path}: goes on after {done} prompts")
+        with Progress(self.title, total=len(self.prompts), start=lots[0].start) as progress:
+            if lots[0].start:
+                progress.note(f"{path}: goes on after {lots[0].start} prompts")
             if taken := sorted({name for prompt in self.prompts for name in prompt.columns} & set(OF_A_SAMPLE)):
                 progress.note(f"data: the columns {', '.join(taken)} are not written, the samples have these names")
-            begun: deque[Future[list[Group]]] = deque()
-            for first in range(done, len(self.prompts), self.lot):
+            begun: deque[tuple[range, Future[list[Group]]]] = deque()
+            for lot in lots:
                 # A sample's draws are named after its row, whatever lot it is in.
-                rows = range(first, min(first + self.lot, len(self.prompts)))
-                begun.append(source.begin([Ticket(number=k, row=k, step=0, place=k) for k in rows], progress.phase))
-                while begun and (len(begun) > 1 or rows[-1] + 1 == len(self.prompts)):
-                    groups = begun.popleft().result()
-                    append_lines(path, self._rows(groups, first=done, judged=bool(judge.rewards)))
-                    done += len(groups)
-                    progress.update(done)
+                tickets = [Ticket(number=row, row=row, step=0, place=row) for row in lot]
+                begun.append((lot, source.begin(tickets, progress.phase)))
+                while len(begun) > 1 or (begun and lot is lots[-1]):
+                    written, groups = begun.popleft()
+                    append_lines(path, self._rows(written, groups.result(), judged=bool(judge.rewards)))
+                    progress.update(written.stop)
 
-    def _rows(self, groups: Seq[Group], *, first: int, judged: bool) -> Iterable[dict[str, Any]]:
-        for row, group in enumerate(groups, start=first):
+    def _rows(self, lot: range, groups: Seq[Group], *, judged: bool) -> Iterable[dict[str, Any]]:
+        for row, group in zip(lot, groups, strict=True):
             columns = {name: value for name, value in group.prompt.columns.items() if name not in OF_A_SAMPLE}
             for rollout in group.rollouts:
                 yield {"prompt": group.prompt.prompt} | columns | self._sample(group.prompt, rollout, row, judged)

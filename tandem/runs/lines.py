@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Sequence as Seq
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -90,41 +92,35 @@ def _records(file: IO[bytes], path: Path) -> Iterator[tuple[dict[str, Any], byte
         yield record, line
 
 
-def whole_items(path: Path, *, items: int, lines_each: int, lot: int = 1) -> tuple[int, int]:
-    """How many items stand whole in a file that is written a ``lot`` of them at a time, and where in it they end.
-
-    There are to be ``items`` in all, ``lines_each`` lines of each. The last lot may be smaller.
-    """
+def whole_lots(path: Path, ends: Seq[int]) -> tuple[int, int]:
+    """How many lots of lines stand whole in a file, and how many bytes they have. ``ends``: lines after each of all."""
     if not path.exists():
         return 0, 0
     with path.open("rb") as file:
-        whole = sum(line.endswith(b"\n") for line in file) // lines_each
-        done = items if whole >= items else whole - whole % lot
+        lots = bisect_right(ends, sum(line.endswith(b"\n") for line in file))
         file.seek(0)
-        return done, sum(map(len, islice(file, done * lines_each)))
+        return lots, sum(map(len, islice(file, ends[lots - 1]))) if lots else 0
 
 
-def keep_items(path: Path, key: str, *, items: int, lines_each: int, lot: int = 1) -> int:
-    """Cuts off what a kill has torn; the ``whole_items`` that stay. Each line has its item's number as its ``key``.
+def keep_lots(path: Path, ends: Seq[int], key: str, last: Seq[Any]) -> int:
+    """Cuts off what a kill has torn; the number of lots that stay. The last line of each has its ``last`` as ``key``.
 
-    Raises UserError where the last line that stays is not of the item that belongs there.
+    Raises UserError where the last line that stays is another one.
     """
-    done, end = whole_items(path, items=items, lines_each=lines_each, lot=lot)
-    if not done:
+    lots, size = whole_lots(path, ends)
+    if not lots:
         path.unlink(missing_ok=True)
         return 0
+    line = ends[lots - 1]
     with path.open("rb+") as file:
-        last = next(islice(file, done * lines_each - 1, None))
         try:
-            number = json.loads(last).get(key)
+            found = json.loads(next(islice(file, line - 1, None))).get(key)
         except (ValueError, AttributeError):
-            number = None
-        if number != done - 1:
-            raise UserError(
-                f"{path}:{done * lines_each}: not the row that was written there; begin again with --overwrite"
-            )
-        file.truncate(end)
-    return done
+            found = None
+        if found != last[lots - 1]:
+            raise UserError(f"{path}:{line}: not the row that was written there; begin again with --overwrite")
+        file.truncate(size)
+    return lots
 
 
 def write_aside(path: Path, text: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 from helpers.runs import write_inputs
 
 from tandem.cli.main import main
-from tandem.runs.lines import keep_items, read_lines
+from tandem.runs.lines import keep_lots, read_lines
 
 COMMON = ["--model", "base", "--data", "prompts.jsonl", "--max-new-tokens", "5", "--seed", "3"]
 GENERATE = ["generate", *COMMON, "--samples-per-prompt", "2"]
@@ -183,10 +183,10 @@ def test_a_reward_model_judges_and_chats_stay_chats(inputs):
     assert len({row["reward"] for row in rows}) == len(rows) == 9
 
 
-def test_items_are_counted_in_lots(tmp_path):
+def test_lots_are_counted(tmp_path):
     path = tmp_path / "rows.jsonl"
-    rows = [json.dumps({"row": i, "sample": k}) + "\n" for i in range(7) for k in range(2)]
-    for lines, left in ((14, 7), (13, 6), (12, 6), (11, 3), (7, 3), (5, 0), (0, 0)):
+    rows = [json.dumps({"row": i}) + "\n" for i in range(14)]
+    for lines, lots, left in ((14, 3, 14), (13, 2, 12), (12, 2, 12), (11, 1, 6), (6, 1, 6), (5, 0, 0), (0, 0, 0)):
         path.write_text("".join(rows[:lines]) + '{"row"' * (lines < 14))
-        assert keep_items(path, "row", items=7, lines_each=2, lot=3) == left
-        assert (path.read_text() if path.exists() else "") == "".join(rows[: left * 2])
+        assert keep_lots(path, [6, 12, 14], "row", [5, 11, 13]) == lots
+        assert (path.read_text() if path.exists() else "") == "".join(rows[:left])
