@@ -35,10 +35,10 @@ def heads(config: RunConfig) -> dict[str, Head]:
     return {"actor": config.method.head, "reward": "scalar"} | {need.role: need.head for need in config.method.models}
 
 
-def builds(config: RunConfig, steps: int) -> dict[str, Build]:
+def builds(config: RunConfig, steps: int, new_head: NewHead = "random") -> dict[str, Build]:
     """For every model of the run, by role, what makes it where it will live: a trainer, or a scorer that is frozen.
 
-    ``steps`` is the run's length.
+    ``steps`` is the run's length, ``new_head`` what becomes of a scalar head that the policy's folder lacks.
     """
     method, head_of, losses = config.method, heads(config), config.method.losses()
     temperature = config.sampling.temperature if isinstance(config, SamplesConfig) else 1.0
@@ -53,7 +53,7 @@ def builds(config: RunConfig, steps: int) -> dict[str, Build]:
         rate = config.optim.learning_rate if role == "actor" else config.models.learning_rate(role)
         found[role] = partial(
             trained,
-            load=partial(model, new_head="random", chat_template=template)
+            load=partial(model, new_head=new_head, chat_template=template)
             if role == "actor"
             else partial(model, new_head="zero"),
             section=config.model,

@@ -87,7 +87,8 @@ class RunSection(OutSection):
             )
 
 
-TRAINS, COMPUTES = needs(("part", "trained model")), needs(("part", "trained model", "frozen model"))
+PASSED = ("trained model", "frozen model", "evaluated model")
+TRAINS, COMPUTES = needs(("part", "trained model")), needs(("part", *PASSED))
 """Keys of models that are trained, and of models that batches go through: a sampler is neither."""
 
 

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+import functools
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, Literal, get_type_hints
 
-from tandem.assembly.configs import data_parts, worker_parts
-from tandem.assembly.needed import JudgedPlacement, UsePlacement
+from tandem.assembly.configs import RowsConfig, config_class, data_parts, worker_parts
+from tandem.assembly.needed import JudgedPlacement, ModelsSection, Placement, UsePlacement
 from tandem.assembly.sections import (
     ClusterSection,
+    DataSection,
     DatasetSection,
     DrawsSection,
     EngineSection,
     ModelSection,
+    OptimSection,
     OutSection,
     RewardSection,
+    RunSection,
 )
-from tandem.config import MAY_CHANGE, PATH, PREFIXED
+from tandem.config import MAY_CHANGE, PATH, PREFIXED, section_class
 from tandem.errors import UserError, expect, needs
+from tandem.given import suggest
+from tandem.methods.base import Method
+from tandem.methods.table import ROWS, method_class
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,3 +169,96 @@ class ExportConfig:
     """
 
     export: ExportSection
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuccessSection:
+    """When a sample is right."""
+
+    eval_success: float | None = None
+    """The reward from which a sample is right: pass@k is the chance that one of k samples of a prompt is. None: not
+    reported."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(JudgedConfig):
+    """Sample held-out prompts and judge the samples: the mean reward with its standard error, and pass@k.
+
+    Of rows: tandem eval METHOD --help, with sft, rm, dpo or another method that trains on a dataset.
+    Example: tandem eval --model runs/grpo/model --data heldout.jsonl --reward check.py:right --out runs/eval
+      --samples-per-prompt 8 --eval-success 1
+    """
+
+    success: SuccessSection = field(default_factory=SuccessSection)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalRowsConfig:
+    """What measures a model on rows, as a method's own run measures its held-out ones. ``eval_class`` adds the rest."""
+
+    run: OutSection
+    model: ModelSection
+    data: DataSection
+    method: Method
+    models: ModelsSection
+    placement: Placement
+    cluster: ClusterSection = field(default_factory=ClusterSection, metadata=PREFIXED)
+
+    def __post_init__(self) -> None:
+        for need in self.method.needs():
+            if self.models.source(need.role) is None:
+                raise UserError(
+                    f"{need.role}: give the folder of the {need.role}; a model compared with itself prefers nothing"
+                )
+
+    @property
+    def as_run(self) -> RowsConfig:
+        """The run that would train on these rows."""
+        name = next(name for name in ROWS if type(self.method) is method_class(name))
+        found = config_class(name)(
+            run=RunSection(out=self.run.out, seed=self.run.seed, steps=1),
+            model=self.model,
+            data=self.data,
+            optim=OptimSection(),
+            method=self.method,
+            models=self.models,
+            placement=self.placement,
+            cluster=self.cluster,
+        )
+        assert isinstance(found, RowsConfig)
+        return found
+
+    @property
+    def parts(self) -> set[str]:
+        """What it has, for keys that need it (``tandem.errors.needs``)."""
+        trains = {"trained model", "trainer split over several workers"}
+        return self.as_run.parts - trains | {"evaluated model"}
+
+
+def eval_config(words: list[str]) -> tuple[type[Any], list[str]]:
+    """What the flags of ``tandem eval`` are read into, and those flags: after a method's name, what measures rows."""
+    if not words or words[0].startswith("-"):
+        return EvalConfig, words
+    name, *flags = words
+    if name not in ROWS:
+        raise UserError(f"eval: no method {name!r} that trains on a dataset{suggest(name, ROWS)}")
+    return eval_class(name), flags
+
+
+@functools.cache
+def eval_class(name: str) -> type[EvalRowsConfig]:
+    """The config of ``tandem eval NAME``."""
+    sections = {f.name: f for f in fields(config_class(name))}
+    keys = {
+        section: (hint, field(default_factory=hint, metadata=sections[section].metadata), "")
+        if sections[section].default_factory is not MISSING
+        else (hint, field(metadata=sections[section].metadata), "")
+        for section, hint in get_type_hints(config_class(name)).items()
+        if section in ("method", "models", "placement")
+    }
+    found = section_class(f"Eval{name}", keys, EvalRowsConfig)
+    found.__doc__ = (
+        f"Measure a model on held-out rows as 'tandem {name}' measures its own: the loss, and what goes with it.\n\n"
+        f"Example: tandem eval {name} --model runs/{name}/model --data heldout.jsonl --out runs/eval"
+    )
+    return found

@@ -46,14 +46,16 @@ class Command:
     config: str | None
     """A class of ``tandem.cli.configs``, or of another ``module:class``, or METHOD.
 
-    None: the function gets the words of the command line as they are.
+    It may also name a function which, given the words of the command line, chooses the class and returns the flags
+    among them. None: the command's function gets the words as they are.
     """
 
-    def config_class(self, name: str) -> Any:
-        """What the flags of the command with this name are read into; None where they are read elsewhere."""
+    def config_class(self, name: str, words: Sequence[str] = ()) -> tuple[Any, list[str]]:
+        """What the flags of the command with this name are read into, None where that is elsewhere; and the flags."""
         if self.config == METHOD:
-            return config_class(name)
-        return self.config and _named(self.config, "tandem.cli.configs")
+            return config_class(name), [*words]
+        found = self.config and _named(self.config, "tandem.cli.configs")
+        return (found, [*words]) if not found or isinstance(found, type) else found([*words])
 
     def function(self) -> Callable[[Any], int]:
         """What does the work with what ``read`` gave. Imports the module."""
@@ -62,8 +64,9 @@ class Command:
 
     def read(self, name: str, words: list[str]) -> Any:
         """What ``run`` is given. Raises UserError for a wrong flag, and SystemExit after ``--help``."""
-        cls = self.config_class(name)
-        return words if cls is None else load_config(cls, words, prog=f"tandem {name}")
+        cls, flags = self.config_class(name, words)
+        prog = " ".join(["tandem", name, *words[: len(words) - len(flags)]])
+        return words if cls is None else load_config(cls, flags, prog=prog)
 
 
 def _named(name: str, module: str = "") -> Any:
@@ -92,6 +95,9 @@ COMMANDS = {
         "tandem.cli.use:sample",
         "the best of each prompt's samples, or pairs of them, to train on",
         f"{USES}:SampleConfig",
+    ),
+    "eval": Command(
+        USE, "tandem.cli.evaluation", "a model on held-out prompts, or with METHOD on rows", f"{USES}:eval_config"
     ),
     "export": Command(
         USE, "tandem.cli.export", "a Hugging Face folder of a run or a checkpoint; to the hub", f"{USES}:ExportConfig"

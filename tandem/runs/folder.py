@@ -27,9 +27,12 @@ from tandem.types import Group, Rollout
 MARKER = ".tandem-run"
 EVENTS = "events.jsonl"
 CHECKPOINTS, MODEL = "checkpoints", "model"
-SAMPLES, BEST, PAIRS, SCORED = "samples.jsonl", "best.jsonl", "pairs.jsonl", "scored.jsonl"
-"""Files of rows that commands write which only use a model."""
-CONTENTS = ("metrics.jsonl", "rollouts.jsonl", EVENTS, CHECKPOINTS, MODEL, BEST_MODEL, SAMPLES, BEST, PAIRS, SCORED)
+SAMPLES, BEST, PAIRS, SCORED, MEASURED = (
+    *("samples.jsonl", "best.jsonl", "pairs.jsonl", "scored.jsonl", "evaluation.json"),
+)
+USED = (SAMPLES, BEST, PAIRS, SCORED, MEASURED)
+"""What commands write which only use a model."""
+CONTENTS = ("metrics.jsonl", "rollouts.jsonl", EVENTS, CHECKPOINTS, MODEL, BEST_MODEL, *USED)
 """What a run writes beside its marker, config and identity; ``overwrite`` removes these and nothing else."""
 _BEGINNING = (IDENTITY, f".{IDENTITY}-partial", f".{CONFIG}-partial")
 """What is there before the config, which makes a folder a run's, is."""
@@ -190,7 +193,7 @@ def note_failure(out: Path, error: BaseException) -> None:
 
 def did_nothing(out: Path) -> bool:
     """Whether a folder's run has done no step and written no row: nothing is lost where another takes its place."""
-    if any((out / name).exists() and (out / name).stat().st_size for name in (SAMPLES, SCORED)):
+    if any((out / name).exists() and (out / name).stat().st_size for name in (SAMPLES, SCORED, MEASURED)):
         return False
     saved = {path.name for path in (out / CHECKPOINTS).glob("[!.]*")} - {"step_00000000"}
     if saved or (out / MODEL).exists():

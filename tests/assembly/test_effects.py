@@ -226,7 +226,7 @@ def test_every_condition_names_a_key_or_a_part():
         "engine with weights of its own", "demonstrations", "preferences", "unpaired", "losses of tokens",
         "frozen model", "reward",
         "judge of held-out samples",
-        "trained model",
+        "trained model", "evaluated model",
     }  # fmt: skip
     everywhere = {name for config in CONFIGS for name in _keys_of(config)}
     for config in CONFIGS:

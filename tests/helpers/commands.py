@@ -43,7 +43,7 @@ def code_blocks(markdown: str) -> str:
 
 def config_class(command: str) -> Any:
     """The config that a command loads."""
-    return COMMANDS[command].config_class(command)
+    return COMMANDS[command].config_class(command)[0]
 
 
 def parse(words: list[str], monkeypatch: pytest.MonkeyPatch, folder: Any) -> None:
@@ -56,7 +56,7 @@ def parse(words: list[str], monkeypatch: pytest.MonkeyPatch, folder: Any) -> Non
         with pytest.raises(UserError, match="no file"):
             launch.run(argv)
         return
-    cls = config_class(command)
+    cls, argv = COMMANDS[command].config_class(command, argv)
     if "--help" in argv:
         with pytest.raises(SystemExit):
             load_config(cls, argv)

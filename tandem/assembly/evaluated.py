@@ -1,0 +1,106 @@
+"""A finished model measured on held-out data: prompts by samples that are judged, rows by a method's own loss."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from tandem.assembly.feeds import RowsFeed
+from tandem.assembly.models import builds, heads
+from tandem.assembly.placing import Homes
+from tandem.assembly.plans import print_plan
+from tandem.assembly.sampled import sample_rows
+from tandem.assembly.sections import EngineSection
+from tandem.assembly.sessions import start_of
+from tandem.assembly.uses import EvalConfig, EvalRowsConfig
+from tandem.errors import UserError
+from tandem.models.description import describe_source
+from tandem.models.loading import pick_device
+from tandem.roles import Metrics
+from tandem.rollout.evaluate import HeldOutRows
+from tandem.rollout.measure import held_out_metrics
+from tandem.rollout.prepare import Preparation
+from tandem.runs.folder import MEASURED, RunFolder
+from tandem.runs.lines import read_lines, write_aside
+from tandem.runs.progress import Progress, say
+from tandem.types import Group, Prompt, Rollout
+
+
+def evaluate_samples(config: EvalConfig) -> Metrics | None:
+    """Writes ``samples.jsonl`` and ``evaluation.json``; what stands in the latter, or None for a dry run.
+
+    Raises UserError where no sample has a reward.
+    """
+    samples = sample_rows(config, "eval")
+    if samples is None:
+        return None
+    groups = list(_groups(read_lines(samples)))
+    if not any(group.usable for group in groups):
+        raise UserError(f"{samples}: no sample in it has a reward, so there is nothing to report")
+    return _written(Path(config.run.out), held_out_metrics(groups, success=config.success.eval_success))
+
+
+def _groups(rows: Iterable[Mapping[str, Any]]) -> Iterable[Group]:
+    """The rows of a ``samples.jsonl`` as groups, of which tokens are only counted."""
+    for number, of_prompt in groupby(rows, key=lambda row: row["row"]):
+        rollouts = [
+            Rollout(
+                prompt_id=str(number),
+                sample_index=row["sample"],
+                token_ids=[0] * row["length"],
+                prompt_length=0,
+                trainable=[True] * row["length"],
+                behaviour_logp=[],
+                untruncated_logp=[],
+                stop=row["stop"],
+                reward=row["reward"],
+                reward_parts=row["reward_parts"],
+            )
+            for row in of_prompt
+        ]
+        yield Group(prompt=Prompt(prompt_id=str(number), prompt="", token_ids=()), rollouts=rollouts)
+
+
+def evaluate_rows(config: EvalRowsConfig) -> Metrics | None:
+    """Writes ``evaluation.json``: what the method's run would report of held-out rows. None for a dry run."""
+    run, out = config.as_run, Path(config.run.out)
+    title = f"eval {config.method.title}"
+    RunFolder.check(out, start_of(config, config.run, title))
+    homes = Homes(config.model, config.placement, config.cluster, EngineSection(), [*run.sources])
+    homes.check()
+    feed = RowsFeed(run)
+    start = start_of(config, config.run, title, feed.inputs)
+    RunFolder.check(out, start)
+    config.method.aside(feed.examples, feed.longest)
+    if config.run.dry_run:
+        code, head_of = config.model.trust_remote_code, heads(run)
+        uses = {
+            "model" if role == "actor" else role: describe_source(
+                source, scalar=head_of[role] == "scalar", trust_remote_code=code
+            )
+            + f", {pick_device(config.model.device)}, {config.model.dtype}{homes.where(role)}"
+            for role, source in run.sources.items()
+        }
+        print_plan(config, uses | {"data": str(feed.counts)})
+        return None
+    with ExitStack() as stack:
+        stack.callback(feed.close)
+        stack.enter_context(homes)
+        models = {}
+        for role, build in builds(run, 1, new_head="refuse").items():
+            say(f"loading the {role} from {run.sources[role]}")
+            models[role] = homes.place(role, build)
+        prepare = Preparation(method=config.method, models=models, longest=feed.longest, seed=config.run.seed)
+        measure = HeldOutRows(sets={"": feed.examples}, actor=models["actor"], prepare=prepare)
+        with RunFolder.open(out, start), Progress(title, total=1) as progress:
+            found = measure(0, progress.phase).metrics
+            return _written(out, {name.removeprefix("eval/"): value for name, value in found.items()})
+
+
+def _written(out: Path, metrics: Metrics) -> Metrics:
+    write_aside(out / MEASURED, json.dumps(metrics, indent=1) + "\n")
+    return metrics
