@@ -16,10 +16,10 @@ from tandem.types import Group
 
 @dataclass(frozen=True, kw_only=True)
 class CISPO(TokenMethod):
-    """Clipped importance-sampling weight policy optimization (MiniMax-M1, arXiv:2506.13585, eq. 4 and 5): no KL.
+    """Clipped importance-sampling weight policy optimization (MiniMax-M1, arXiv:2506.13585, eq. 4 and 5).
 
-    A token that PPO's clipping would leave without a gradient keeps it here, only its weight is bounded: at 5, as in
-    ScaleRL (arXiv:2510.13786), and from below not at all.
+    It has no KL, unless one is asked for. A token that PPO's clipping would leave without a gradient keeps it here,
+    only its weight is bounded: at 5, as in ScaleRL (arXiv:2510.13786), and from below not at all.
     """
 
     reads: ClassVar = Samples(at_least=2)

@@ -17,7 +17,10 @@ from tandem.types import Group, Rollout
 
 @dataclass(frozen=True, kw_only=True)
 class DAPO(TokenMethod):
-    """Decoupled clip and dynamic sampling policy optimization (arXiv:2503.14476, eq. 8 to 13): no KL, no reference."""
+    """Decoupled clip and dynamic sampling policy optimization (arXiv:2503.14476, eq. 8 to 13).
+
+    It has no KL, unless one is asked for.
+    """
 
     reads: ClassVar = Samples(at_least=2)
     title: ClassVar = "DAPO"

@@ -17,7 +17,7 @@ from tandem.types import Aggregation, Group
 
 @dataclass(frozen=True, kw_only=True)
 class GSPO(TokenMethod):
-    """Group sequence policy optimization (arXiv:2507.18071, eq. 5 to 7): no KL, no reference."""
+    """Group sequence policy optimization (arXiv:2507.18071, eq. 5 to 7): without a KL, unless it is asked for."""
 
     reads: ClassVar = Samples(at_least=2)
     title: ClassVar = "GSPO"

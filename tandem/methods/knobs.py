@@ -77,7 +77,7 @@ class ReferenceKL:
 
 @dataclass(frozen=True, kw_only=True)
 class Correction:
-    """What makes up for a sampler whose probabilities are not the trainer's (``functional/corrections.py``)."""
+    """What makes up for a sampler whose probabilities are not the trainer's."""
 
     correction: Literal[Rule, "none"] = field(default="none", metadata=needs(("old_logp", "trainer")))
     """Weights by the trainer's probability over the sampler's: cut off for each token (token_tis) or each sequence

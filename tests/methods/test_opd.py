@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.models import make_module, make_tokenizer
 from helpers.sampled_step import make_step
-from test_kl_forms import REWARD, one_group
+from test_kl_forms import REFERENCE, REWARD, one_group
 
 from tandem.batch import Outputs
 from tandem.config import settings, with_keys
@@ -83,13 +83,14 @@ def test_advantage_loss_and_metrics_are_those_of_loops(knobs, mean):
     )
 
 
-def expected_loss(method, groups, logp_SL, teacher_SL):
+def expected_loss(method, groups, logp_SL, teacher_SL, **seen):
     """Over every completion, weighted by its probability: the expectation over samples of the student."""
 
     def packed(x_SL):
         return torch.cat([torch.zeros_like(x_SL[:, :1]), x_SL], 1).flatten()
 
     batch = taught(pack_rollouts(groups[0].rollouts), packed(teacher_SL), packed(logp_SL.detach()))
+    batch = replace(batch, seen=batch.seen | seen)
     loss_T = method.loss(
         Outputs(logp_T=packed(logp_SL)), method.estimate(groups, batch, method.initial_state()).batch
     ).loss_T
@@ -172,6 +173,21 @@ def test_a_student_that_is_its_own_teacher_has_nothing_to_learn(dtype, truncatio
         trainer.forward_backward(minibatch)
         assert trainer.optim_step()["grad_norm"] == 0
     assert all(torch.equal(p, before[name]) for name, p in model.module.named_parameters())
+
+
+def test_a_reference_and_a_teacher_share_the_student():
+    """The best of -KL(student || teacher) / 2 - KL(student || reference): a geometric mean with weights 1/3 and 2/3."""
+    method = with_keys(OPD(), teacher_coef=0.5, kl="reward", kl_coef=1.0)
+    groups, theta = one_group([[v] for v in range(13)], REWARD), STUDENT.clone().requires_grad_()
+    reference_T = torch.stack([torch.zeros(13, dtype=torch.float64), REFERENCE], 1).flatten()
+    for _ in range(100):
+        logp_V = theta.log_softmax(0)
+        loss = expected_loss(method, groups, logp_V[:, None], TEACHER[:, None], reference=Outputs(logp_T=reference_T))
+        with torch.no_grad():
+            theta -= 0.5 * torch.autograd.grad(loss, theta)[0] / logp_V.exp()
+    torch.testing.assert_close(theta.softmax(0), ((TEACHER + 2 * REFERENCE) / 3).softmax(0), rtol=0, atol=1e-6)
+    assert [need.role for need in method.needs()] == ["teacher", "reference"]
+    assert [need.role for need in OPD().needs()] == ["teacher"]
 
 
 def test_the_reward_asks_for_groups_and_for_somebody_who_judges():
