@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 
@@ -9,10 +10,10 @@ import pytest
 import torch
 
 from tandem.batch import cut
-from tandem.data.packing import pack, stamp_weights
-from tandem.parallel.shares import divide, shares
+from tandem.data.packing import pack, pack_pairs, stamp_weights
+from tandem.parallel.shares import Sizes, divide, shares
 from tandem.parallel.world import World
-from tandem.types import Sequence
+from tandem.types import PreferencePair, Sequence
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7])
@@ -54,6 +55,50 @@ def test_samples_of_a_prompt_stay_on_a_rank_where_that_is_no_more_work():
         assert sorted(sorted(samples.values()) for samples in work(batch, 2)) == [[8, 8], [8, 8]]
     # A prompt on one rank would leave the other idle.
     assert [sum(samples.values()) for samples in work(batch_of([8]), 2)] == [4, 4]
+
+
+def chat_lengths(count, longest=4096, seed=0):
+    """Log-normal, as the lengths of conversations are."""
+    rng = random.Random(seed)
+    return [min(longest, max(8, int(rng.lognormvariate(math.log(350), 1.0)))) for _ in range(count)]
+
+
+def sequence(length, prompt, name):
+    return Sequence(token_ids=[name] * prompt + [1] * (length - prompt), trainable=[i >= prompt for i in range(length)])
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize("kind", ["sequences", "pairs"])
+@pytest.mark.parametrize("count", [96, 300])
+def test_what_meets_costs_the_same_on_chat_lengths(ranks, kind, count):
+    """Tokens and attention, of a whole step and of each round of micro-batches that ranks wait for one another in."""
+    lengths = chat_lengths(count)
+    if kind == "sequences":
+        batch = pack([sequence(length, 4, i + 2) for i, length in enumerate(lengths)])
+    else:
+        prompts, others = (chat_lengths(count, 2048, seed) for seed in (1, 2))
+        batch = pack_pairs([
+            PreferencePair(chosen=sequence(p + a, p, i + 2), rejected=sequence(p + b, p, i + 2))
+            for i, (p, a, b) in enumerate(zip(prompts, others, reversed(others), strict=True))
+        ])  # fmt: skip
+    sizes = Sizes(batch)
+    plan = sizes.plan(ranks, 16384)
+    assert sorted(unit for rank in plan for units in rank for unit in units) == list(range(count))
+    assert all(sum(sizes.of(units)) <= 16384 for rank in plan for units in rank)
+    tokens = [sum(sum(sizes.of(units)) for units in rank) for rank in plan]
+    ideal = sum(sizes.cost(units) for rank in plan for units in rank) / ranks
+    waited = sum(max(map(sizes.cost, meeting)) for meeting in zip(*plan, strict=True))
+    assert max(tokens) * ranks < 1.03 * sum(tokens)
+    assert waited < 1.03 * ideal
+    # As many rounds as there must be, but for one that what does not fit may need.
+    assert len(plan[0]) <= -(-sum(tokens) // (16384 * ranks)) + 1
+
+
+def test_a_long_sequence_counts_for_its_attention():
+    """Of equally many tokens, one sequence of 32768 costs more than 32 of 1024, and gets less beside it."""
+    batch = pack([sequence(length, 1, i + 2) for i, length in enumerate([32768, *[1024] * 48])])
+    long, short = sorted(Sizes(batch).plan(2, 65536), key=lambda rank: 0 not in rank[0])
+    assert [sum(batch.lengths[unit] for unit in rank[0]) for rank in (long, short)] == [32768, 48 * 1024]
 
 
 def test_divide_balances_what_differs():
