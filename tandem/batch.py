@@ -56,6 +56,8 @@ class Batch:
     margin_S: Tensor | None = None
     desirable_S: Tensor | None = None
     """bool: the label of each answer, where answers are labelled."""
+    label_T: Tensor | None = None
+    """float32: from 0 (wrong) to 1 (right), of each step at its last token, which is trainable; 0 elsewhere."""
     aside: Batch | None = None
     """Sequences that models have seen beside this batch, for a method's ``estimate``. Nothing of it is trained on."""
     index_S: Tensor | None = None

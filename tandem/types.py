@@ -199,5 +199,16 @@ class LabelledAnswer:
     desirable: bool
 
 
-Example = Rollout | Sequence | PreferencePair | LabelledAnswer
+@dataclass(kw_only=True)
+class Solution:
+    """A tokenized answer in steps, each judged: ``text`` is trainable at the last token of each step."""
+
+    text: Sequence
+    labels: list[float]
+    """Of each step: from 0 (wrong) to 1 (right)."""
+    prompt_length: int
+    """Tokens before the first step."""
+
+
+Example = Rollout | Sequence | PreferencePair | LabelledAnswer | Solution
 """What a batch is packed of."""

@@ -21,7 +21,7 @@ from tandem.data.chat import set_template
 from tandem.data.order import Order
 from tandem.data.room import Room
 from tandem.data.rows import Dataset
-from tandem.data.tokenize import Counts, build_pairs, build_prompts, build_sequences, build_unpaired
+from tandem.data.tokenize import Counts, build_pairs, build_prompts, build_sequences, build_solutions, build_unpaired
 from tandem.errors import UserError
 from tandem.models.limits import read_limits
 from tandem.models.loading import load_tokenizer
@@ -156,6 +156,7 @@ class RowsFeed:
             "demonstrations": partial(build_sequences, train_on=data.train_on),
             "preferences": build_pairs,
             "unpaired": build_unpaired,
+            "steps": partial(build_solutions, separator=data.separator, placeholder=data.step_placeholder),
         }
         build = builds[self.config.reads.kind]
         with tokenizing(rows) as on_progress:

@@ -140,15 +140,15 @@ class DatasetSection:
     input_key: str | None = None
     """Column of the prompt; of demonstrations without a completion, of the messages or the text. None: as TRL names
     them."""
-    output_key: str | None = field(default=None, metadata=needs(("part", "demonstrations", "unpaired")))
-    """Column of the completion. None: 'completion'."""
+    output_key: str | None = field(default=None, metadata=needs(("part", "demonstrations", "unpaired", "steps")))
+    """Column of the completion, or of the steps. None: 'completion', 'completions'."""
     chosen_key: str | None = field(default=None, metadata=needs(("part", "preferences", "unpaired")))
     """Column of the better answer. None: 'chosen'."""
     rejected_key: str | None = field(default=None, metadata=needs(("part", "preferences", "unpaired")))
     """Column of the worse answer. None: 'rejected'."""
-    label_key: str | None = field(default=None, metadata=needs(("part", "unpaired", "samples")))
+    label_key: str | None = field(default=None, metadata=needs(("part", "unpaired", "steps", "samples")))
     """Column of the label: what a method learns from, or, for samples, what reward functions get as 'label'. None:
-    'label'."""
+    'label', and 'labels' of steps."""
     input_template: str | None = None
     """Put around a prompt that is text, as 'User: {}\\nAssistant: '. \\n is a line break."""
     apply_chat_template: bool = False
@@ -188,6 +188,20 @@ class DataSection(DatasetSection):
     )
     """What of a demonstration is learned: the completion or the assistant's turns, only the last of these turns, or
     every token. Rows with only 'text' are learned whole."""
+
+    step_separator: str = field(default="\\n", metadata=needs(("part", "steps")))
+    """Put behind each step; its last token is where the step is judged. \\n is a line break."""
+    step_placeholder: str | None = field(default=None, metadata=needs(("part", "steps")))
+    """What ends each step in 'prompt', for rows that have no column of steps (OpenRLHF's placeholder token)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        expect(self, "a text", bool, "step_separator", "step_placeholder")
+
+    @property
+    def separator(self) -> str:
+        """The step separator, unescaped."""
+        return self.step_separator.replace("\\n", "\n").replace("\\t", "\t")
 
     def _check_sources(self) -> None:
         try:

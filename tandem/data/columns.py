@@ -56,6 +56,10 @@ class Columns:
     def _named(self) -> list[tuple[str, str | None]]:
         return [(key, getattr(self, key)) for key in NAMES]
 
+    def _target(self, key: str) -> str:
+        several = self.kind == "steps" and key in ("output_key", "label_key")
+        return NAMES[key] + "s" * several
+
     def _rename(self, row: Row) -> Row:
         """All at once, so that two columns may change places. What had the name before is left out."""
         renamed: Row = {}
@@ -65,7 +69,7 @@ class Columns:
                 continue
             if row.get(name) is None:
                 raise UserError(f"no column {name!r} ({key}); columns present: {present(row)}")
-            renamed[NAMES[key]] = row[name]
+            renamed[self._target(key)] = row[name]
             taken.add(name)
         row = renamed | {name: value for name, value in row.items() if name not in renamed and name not in taken}
         if self.input_key is not None and self.kind == "demonstrations" and row.get("completion") is None:

@@ -8,6 +8,8 @@ Each kind comes as plain strings or as conversations (lists of messages):
 - preference: ``prompt``, ``chosen``, ``rejected``; without ``prompt`` (or with a plain one beside whole
   conversations), it is what ``chosen`` and ``rejected`` begin with in common
 - unpaired preference: ``prompt``, ``completion``, ``label``; a preference is two of them
+- stepwise supervision: ``prompt``, ``completions``, ``labels``, one of each a step; or ``labels`` and a ``prompt``
+  whose steps end in a placeholder
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
     "demonstrations": (("text",), ("messages",), ("prompt", "completion")),
     "preferences": (("chosen", "rejected"),),
     "unpaired": (("prompt", "completion", "label"), ("chosen", "rejected")),
+    "steps": (("prompt", "completions", "labels"), ("prompt", "labels")),
     "prompts": (("prompt",),),
 }
 """The columns of each kind of rows, in each of the ways in which they may be there."""
@@ -166,6 +169,46 @@ def unpaired(row: Row) -> list[tuple[Content, Content, bool]]:
         return [(prompt, chosen, True), (prompt, rejected, False)]
     prompt, completion = prompt_completion(row)
     return [(prompt, completion, truth(row, "label"))]
+
+
+def steps(row: Row, placeholder: str | None = None) -> tuple[Content, list[str], list[float]]:
+    """The prompt, the steps of its answer, and each step's label: from 0 (wrong) to 1 (right).
+
+    Without ``completions`` the prompt's text is steps alone, each of which a ``placeholder`` ends. Labels are true and
+    false, ``+`` and ``-``, or probabilities. Raises UserError for anything else, and for another number of labels.
+    """
+    require_kind(row, "steps")
+    prompt, found = content(row, "prompt"), row.get("completions")
+    if found is None:
+        if placeholder is None:
+            raise UserError(
+                "no column 'completions'; where a placeholder in 'prompt' ends each step, name it "
+                f"(--step-placeholder); columns present: {present(row)}"
+            )
+        *found, rest = prompt.split(placeholder) if isinstance(prompt, str) else [""]
+        found, prompt = [text.strip() for text in found], ""
+        if rest.strip():
+            raise UserError(
+                f"column 'prompt' goes on after the last placeholder {placeholder!r}: {rest.strip()[:40]!r}"
+            )
+    if not isinstance(found, list) or not all(isinstance(text, str) and text for text in found):
+        raise UserError("column 'completions' must be a list of the texts of steps, none of them empty")
+    labels = row["labels"]
+    if not isinstance(labels, list) or len(labels) != len(found) or not found:
+        count = f"{len(labels)} of them" if isinstance(labels, list) else f"a {type(labels).__name__}"
+        raise UserError(f"column 'labels' must be a list with one label for each of {len(found)} steps, not {count}")
+    return prompt, found, [_step_label(label, number) for number, label in enumerate(labels, start=1)]
+
+
+def _step_label(label: Any, step: int) -> float:
+    known = {True: 1.0, False: 0.0, "+": 1.0, "-": 0.0}
+    value = known.get(label, label) if isinstance(label, bool | str) else label
+    if isinstance(value, str) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise UserError(
+            f"column 'labels': step {step} has {label!r}; a label is true or false, '+' or '-', or a probability from "
+            "0 to 1 that the step is right"
+        )
+    return float(value)
 
 
 def extract_prompt(chosen: Content, rejected: Content) -> tuple[Content, Content, Content]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tandem.batch import Batch
-from tandem.types import Aggregation, Example, LabelledAnswer, PreferencePair, Rollout, Sequence
+from tandem.types import Aggregation, Example, LabelledAnswer, PreferencePair, Rollout, Sequence, Solution
 
 WORTH_SHARING = 32
 """A prompt goes through a model once for several sequences where it is at least one in so many of their tokens, and
@@ -89,11 +89,22 @@ def pack_labelled(answers: Seq[LabelledAnswer]) -> Batch:
     return replace(batch, desirable_S=torch.tensor([labelled.desirable for labelled in answers]))
 
 
+def pack_solutions(solutions: Seq[Solution]) -> Batch:
+    """Packs solutions, a segment each."""
+    prompts = [solution.prompt_length for solution in solutions]
+    batch = pack([solution.text for solution in solutions], prompt_lengths=prompts)
+    labels = torch.tensor([label for solution in solutions for label in solution.labels], dtype=torch.float32)
+    label_T = torch.zeros(batch.tokens).masked_scatter(batch.trainable_T, labels)
+    return replace(batch, label_T=label_T)
+
+
 def pack_examples(examples: Seq[Example]) -> Batch:
-    """Packs what a method trains on, all of one kind: rollouts, sequences, preference pairs, or labelled answers."""
+    """Packs what a method trains on, all of one kind: rollouts, sequences, pairs, labelled answers or solutions."""
     rollouts = [example for example in examples if isinstance(example, Rollout)]
     pairs = [example for example in examples if isinstance(example, PreferencePair)]
     labelled = [example for example in examples if isinstance(example, LabelledAnswer)]
+    if solutions := [example for example in examples if isinstance(example, Solution)]:
+        return pack_solutions(solutions)
     if rollouts or pairs or labelled:
         return pack_rollouts(rollouts) if rollouts else pack_pairs(pairs) if pairs else pack_labelled(labelled)
     return pack([example for example in examples if isinstance(example, Sequence)])

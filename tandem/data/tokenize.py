@@ -21,7 +21,7 @@ from tandem.data.order import content_hash
 from tandem.data.room import Room
 from tandem.data.rows import Dataset, Row
 from tandem.errors import UserError
-from tandem.types import LabelledAnswer, Limits, PreferencePair, Prompt, Sequence
+from tandem.types import LabelledAnswer, Limits, PreferencePair, Prompt, Sequence, Solution
 
 TrainOn = Literal["completion", "last", "all"]
 TooLong = Literal["refuse", "truncate", "drop"]
@@ -132,6 +132,22 @@ def labelled_answers(row: Row, tokenizer: Any) -> list[LabelledAnswer]:
     ]
 
 
+def solution(row: Row, tokenizer: Any, *, separator: str = "\n", placeholder: str | None = None) -> Solution:
+    """The prompt and the steps, a ``separator`` behind each, whose last token is where the step is judged.
+
+    No end of sequence comes behind them: an unfinished answer is judged as a finished one is. Raises as above.
+    """
+    prompt, steps, labels = formats.steps(row, placeholder)
+    opening = prompt if isinstance(prompt, str) else render_prompt(prompt, tokenizer, row)
+    plain = isinstance(prompt, str)
+    pieces = _pieces([opening, *(step + separator for step in steps)], tokenizer, special_tokens=plain)
+    trainable = [place == len(ids) - 1 for ids in pieces[1:] for place in range(len(ids))]
+    if not all(pieces[1:]):
+        raise UserError("a step of 'completions' has no token; leave it out, with its label")
+    text = Sequence(token_ids=[id for ids in pieces for id in ids], trainable=[False] * len(pieces[0]) + trainable)
+    return Solution(text=text, labels=labels, prompt_length=len(pieces[0]))
+
+
 def encode(text: str, tokenizer: Any, *, special_tokens: bool) -> list[int]:
     """Token ids of a text. ``special_tokens``: with what the tokenizer puts in front (BOS), once; never with an end.
 
@@ -164,18 +180,25 @@ def _joined(pieces: Iterable[tuple[str, bool]], tokenizer: Any, *, special_token
     A piece is tokenized in its context where that leaves the tokens before it alone (so that tokenizers which mark
     the beginning of a text do not mark it), else by itself.
     """
+    texts, trained = zip(*pieces, strict=True)
+    found = _pieces(texts, tokenizer, special_tokens=special_tokens)
+    trainable = [train for ids, train in zip(found, trained, strict=True) for _ in ids]
+    return ended([id for ids in found for id in ids], trainable, tokenizer)
+
+
+def _pieces(texts: Iterable[str], tokenizer: Any, *, special_tokens: bool) -> list[list[int]]:
+    """The tokens of each of some consecutive texts."""
     text = ""
     token_ids: list[int] = []
-    trainable: list[bool] = []
-    for piece, train in pieces:
+    found: list[list[int]] = []
+    for piece in texts:
         text += piece
         before = len(token_ids)
         added = encode(text, tokenizer, special_tokens=special_tokens)
         alone = added[:before] != token_ids
-        added = encode(piece, tokenizer, special_tokens=False) if alone else added[before:]
-        token_ids += added
-        trainable += [train] * len(added)
-    return ended(token_ids, trainable, tokenizer)
+        found.append(encode(piece, tokenizer, special_tokens=False) if alone else added[before:])
+        token_ids += found[-1]
+    return found
 
 
 def ended(token_ids: list[int], trainable: list[bool], tokenizer: Any) -> Sequence:
@@ -318,6 +341,40 @@ def build_unpaired(
         count=len,
     )
     return [labelled for answers in found for labelled in answers], counts
+
+
+def build_solutions(
+    rows: Dataset,
+    tokenizer: Any,
+    max_length: int | None = None,
+    long_rows: TooLong = "refuse",
+    *,
+    separator: str = "\n",
+    placeholder: str | None = None,
+    limits: Seq[Limits] = (),
+    on_progress: OnProgress | None = None,
+) -> tuple[list[Solution], Counts]:
+    """Solutions of at most ``max_length`` tokens, within ``limits``. Raises as above.
+
+    Truncation cuts prompts; a row whose steps leave no room for any of its prompt is dropped.
+    """
+
+    def cut(made: Solution, limit: int) -> Solution | None:
+        excess = len(made.text.token_ids) - limit
+        if excess >= made.prompt_length - _front(made.text.token_ids, tokenizer):
+            return None
+        text = _cut_sequence(made.text, excess, tokenizer)
+        return replace(made, text=text, prompt_length=made.prompt_length - excess)
+
+    return _build(
+        rows,
+        lambda row: solution(row, tokenizer, separator=separator, placeholder=placeholder),
+        lambda made: [made.text],
+        cut,
+        Room(max_length, limits),
+        long_rows,
+        on_progress,
+    )
 
 
 def _build(

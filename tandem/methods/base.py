@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rows:
-    """A method's items are the rows of a dataset: demonstrations (``Sequence``), preferences (``PreferencePair``) or
-    labelled answers (``LabelledAnswer``)."""
+    """A method's items are the rows of a dataset: demonstrations (``Sequence``), preferences (``PreferencePair``),
+    labelled answers (``LabelledAnswer``) or answers in labelled steps (``Solution``)."""
 
-    kind: Literal["demonstrations", "preferences", "unpaired"]
+    kind: Literal["demonstrations", "preferences", "unpaired", "steps"]
     at_least: int = 1
     """Fewest rows of a step that the method can learn from."""
 
@@ -168,6 +168,10 @@ class Method:
         cannot give them.
         """
         return []
+
+    def measured(self, metrics: Metrics) -> Metrics:
+        """What follows from the means of its own metrics, beside them."""
+        return {}
 
     def notes(self, items: Seq[Any]) -> Seq[str]:
         """What a person should know of all the rows that it is going to learn from, a line each."""

@@ -20,6 +20,7 @@ ROWS = {
     "sft": Line("sft:SFT", "supervised fine-tuning on demonstrations"),
     "distill": Line("distill:Distill", "knowledge distillation from a teacher on a dataset"),
     "rm": Line("rm:RewardModeling", "a reward model from preference pairs"),
+    "prm": Line("prm:ProcessReward", "a process reward model from answers in labelled steps"),
     "dpo": Line("dpo:DPO", "DPO: a policy from preference pairs, without a reward model"),
     "kto": Line("kto:KTO", "KTO: a policy from answers that are labelled good or bad, without pairs"),
 }

@@ -49,7 +49,8 @@ class HeldOutRows:
         for name, rows in self.sets.items():
             with phase("evaluating"):
                 (batch,) = self.prepare(rows, {}, step)
-                metrics |= named(name, self.actor.call("evaluate", batch))
+                found = self.actor.call("evaluate", batch)
+                metrics |= named(name, found | self.prepare.method.measured(found))
         return Evaluation(metrics=metrics)
 
 

@@ -53,7 +53,7 @@ class Crew:
                 metrics |= self._step(turn, minibatch, at, changing)
             collected.append(metrics)
         means = {name: sum(m[name] for m in collected) / len(collected) for name in collected[0]}
-        return prepared.metrics | means | {"trained_tokens": float(prepared.batch.tokens)}
+        return prepared.metrics | means | self.method.measured(means) | {"trained_tokens": float(prepared.batch.tokens)}
 
     def _step(self, roles: list[str], minibatch: Batch, done: float, changing: Callable[[], None]) -> Metrics:
         seats = {role: self.trainers[role] for role in roles}

@@ -101,6 +101,20 @@ def demonstrations(n: int, seed: int, *, split: Split = "train", writers: Writer
     return [{"prompt": prompt, "completion": writers.write(prompt, rng)} for prompt in _prompts(n, rng, split)]
 
 
+def solutions(n: int, seed: int, *, split: Split = "train") -> list[dict[str, Any]]:
+    """``n`` rows ``{"prompt", "completions", "labels"}``: another task, whose answers come in steps of a letter each.
+
+    A right step is a letter of the first half of ``LETTERS``; one in six is of the second half.
+    """
+    rng, rows = _draw(seed, split, "solutions"), []
+    half = len(LETTERS) // 2
+    for prompt in _prompts(n, rng, split):
+        labels = [rng.randrange(6) > 0 for _ in range(rng.randint(3, 6))]
+        steps = [rng.choice(LETTERS[:half] if right else LETTERS[half:]) for right in labels]
+        rows.append({"prompt": prompt, "completions": steps, "labels": labels})
+    return rows
+
+
 def compare(prompts: Seq[str], answers: Seq[Seq[str]], seed: int, *, pairs_per_prompt: int = 3) -> list[Row]:
     """Rows ``{"prompt", "chosen", "rejected"}`` between answers that someone else gave, a model for instance.
 

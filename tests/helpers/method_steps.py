@@ -15,7 +15,7 @@ from helpers.sampled_step import make_step
 from tandem.batch import Batch, Outputs
 from tandem.data.packing import pack, pack_examples, stamp
 from tandem.methods.base import Estimate, Method, Samples
-from tandem.types import LabelledAnswer, PreferencePair, Sequence
+from tandem.types import LabelledAnswer, PreferencePair, Sequence, Solution
 
 IDS = 4000
 """Token ids below this. Every token of a step has an id of its own, which stands for it however it is packed."""
@@ -40,6 +40,12 @@ def items_of(method: Method, seed: int = 0, **extra: int) -> list[Any]:
 
     if method.reads.kind == "unpaired":
         return [LabelledAnswer(answer=row(2, rng.randint(1, 9)), desirable=i % 3 != 1) for i in range(7)]
+    if method.reads.kind == "steps":
+        labels = [[1.0, 1.0], [1.0, 0.0, 0.0], [0.3], [0.9, 0.5, 0.2, 0.8], [1.0]]
+        texts = [row(8, 2 * len(of)) for of in labels]
+        for text in texts:
+            text.trainable = [False] * 8 + [False, True] * (len(text.trainable) // 2 - 4)
+        return [Solution(text=t, labels=of, prompt_length=8) for t, of in zip(texts, labels, strict=True)]
     if method.reads.kind == "demonstrations":
         return [row(rng.randint(1, 4), rng.randint(1, 9)) for _ in range(7)]
     return [
