@@ -21,8 +21,8 @@ from tandem.assembly.needed import (
 )
 from tandem.assembly.sections import (
     ClusterSection,
+    ColumnsSection,
     DataSection,
-    DatasetSection,
     EngineSection,
     ModelSection,
     OptimSection,
@@ -212,7 +212,7 @@ def worker_parts(placement: RolePlacement, engine: EngineSection | None = None) 
     return {part for part, present in parts.items() if present}
 
 
-def data_parts(data: DatasetSection, evaluation: EvaluationSection | None = None) -> set[str]:
+def data_parts(data: ColumnsSection, evaluation: EvaluationSection | None = None) -> set[str]:
     """Which datasets may have splits."""
     held_out = [] if evaluation is None else evaluation.sources
     named = {"dataset with splits": data.sources, "held-out dataset with splits": held_out}

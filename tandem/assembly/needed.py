@@ -52,18 +52,23 @@ class RolePlacement:
 
 @dataclass(frozen=True, kw_only=True)
 class UsePlacement(RolePlacement):
-    """Which processes the sampler and what judges its samples live in, one process a GPU (or CPU)."""
+    """Which processes the sampler lives in, one process a GPU (or CPU)."""
 
     engine: str = field(default="here", metadata=MAY_CHANGE)
     """The sampler: 'here' (this process, no Ray), or a number of engines in processes of their own."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class JudgedPlacement(UsePlacement):
-    """Which processes the sampler and what judges its samples live in, one process a GPU (or CPU)."""
+class JudgePlacement(RolePlacement):
+    """Which processes the reward model lives in, one process a GPU (or CPU)."""
 
     reward: str = field(default="here", metadata=needs(("part", "reward model")) | MAY_CHANGE)
     """The reward model: 'here', or the number of worker processes it is split over."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgedPlacement(JudgePlacement, UsePlacement):
+    """Which processes the sampler and the reward model live in, one process a GPU (or CPU)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from dataclasses import fields
 from fractions import Fraction
 
 from tandem.assembly.evaluation import EvaluationSection
-from tandem.assembly.sections import DatasetSection
+from tandem.assembly.sections import ColumnsSection, DatasetSection
 from tandem.data import formats
 from tandem.data.columns import Columns, shape
 from tandem.data.order import Order
@@ -47,7 +47,7 @@ def load_held_out(section: EvaluationSection, data: DatasetSection, kind: str) -
     return {name: of_kind(shape(rows, columns, strict=False), kind) for name, rows in sets.items()}
 
 
-def columns_of(section: DatasetSection, kind: str) -> Columns:
+def columns_of(section: ColumnsSection, kind: str) -> Columns:
     """What the keys of a section make of rows."""
     return Columns(kind=kind, **{f.name: getattr(section, f.name) for f in fields(Columns) if f.name != "kind"})
 

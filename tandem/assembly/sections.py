@@ -123,8 +123,8 @@ class ModelSection:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DatasetSection:
-    """The dataset, and how its rows are read."""
+class ColumnsSection:
+    """The dataset, and what its columns are."""
 
     data: str = field(metadata=PATH)
     """A .jsonl, .json, .csv, .parquet or .arrow file, a folder of them, json@FOLDER, or the name of a dataset on the
@@ -133,10 +133,6 @@ class DatasetSection:
     """Split to read, for a dataset that has splits."""
     max_samples: int | None = None
     """Rows read of each source of --data, its first ones. None: all."""
-    max_length: int = 4096
-    """Longest row in tokens; of an online dataset, longest prompt."""
-    long_rows: Literal["refuse", "truncate", "drop"] = "refuse"
-    """What becomes of longer rows: an error that names the first, their left end cut off, or left out and counted."""
     input_key: str | None = None
     """Column of the prompt; of demonstrations without a completion, of the messages or the text. None: as TRL names
     them."""
@@ -155,16 +151,13 @@ class DatasetSection:
     """Make turns of texts: the user's of a prompt, the assistant's of an answer."""
     system: str | None = None
     """System message of the conversations that have none."""
-    chat_template: str | None = field(default=None, metadata=PATH)
-    """A file with the chat template to use, and to keep with the trained model; or the name of one of the tokenizer's.
-    None: the tokenizer's."""
 
     def __post_init__(self) -> None:
         expect(self, "a file or the name of a dataset", bool, "data")
-        expect(self, "1 or more", _at_least(1), "max_length", "max_samples")
+        expect(self, "1 or more", _at_least(1), "max_samples")
         expect(self, "the name of a column", bool, *(key for key in vars(self) if key.endswith("_key")))
         expect(self, "a text with one {}", lambda text: text.count("{}") == 1, "input_template")
-        expect(self, "a text", bool, "system", "chat_template")
+        expect(self, "a text", bool, "system")
         self._check_sources()
 
     def _check_sources(self) -> None:
@@ -174,6 +167,24 @@ class DatasetSection:
     def sources(self) -> list[Source]:
         """What ``data`` names."""
         return parse_sources(self.data)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetSection(ColumnsSection):
+    """The dataset, and how its rows are read and tokenized."""
+
+    max_length: int = 4096
+    """Longest row in tokens; of an online dataset, longest prompt."""
+    long_rows: Literal["refuse", "truncate", "drop"] = "refuse"
+    """What becomes of longer rows: an error that names the first, their left end cut off, or left out and counted."""
+    chat_template: str | None = field(default=None, metadata=PATH)
+    """A file with the chat template to use, and to keep with the trained model; or the name of one of the tokenizer's.
+    None: the tokenizer's."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        expect(self, "1 or more", _at_least(1), "max_length")
+        expect(self, "a text", bool, "chat_template")
 
 
 @dataclass(frozen=True, kw_only=True)

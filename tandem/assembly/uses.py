@@ -7,9 +7,10 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal, get_type_hints
 
 from tandem.assembly.configs import RowsConfig, config_class, data_parts, worker_parts
-from tandem.assembly.needed import JudgedPlacement, ModelsSection, Placement, UsePlacement
+from tandem.assembly.needed import JudgedPlacement, JudgePlacement, ModelsSection, Placement, UsePlacement
 from tandem.assembly.sections import (
     ClusterSection,
+    ColumnsSection,
     DataSection,
     DatasetSection,
     DrawsSection,
@@ -129,6 +130,51 @@ class SampleConfig(JudgedConfig):
         super().__post_init__()
         if self.kept.keep == "pairs" and self.sampling.samples_per_prompt < 2:
             raise UserError("samples_per_prompt: a pair is of 2 samples of a prompt; give 2 or more, got 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreModel(ModelSection):
+    """The tokenizer that reward functions are given ids of, and what the reward model runs on."""
+
+    model: str = field(default="", metadata=PATH)
+    """A model whose tokenizer makes the 'completion_ids' of reward functions. Empty: they are the rows' token_ids."""
+
+    def __post_init__(self) -> None:
+        if self.model:
+            super().__post_init__()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig:
+    """Judge answers that are there already: --out/scored.jsonl has each row of --data with its rewards.
+
+    Rows have a prompt and a completion, or chosen and rejected, of which the accuracy is reported.
+    Example: tandem score --data runs/answers/samples.jsonl --reward check.py:right --out runs/scored
+    Example: tandem score --data pairs.jsonl --reward-model runs/rm/model --out runs/scored-pairs
+    """
+
+    run: OutSection
+    data: ColumnsSection
+    reward: RewardSection
+    model: ScoreModel = field(default_factory=ScoreModel)
+    placement: JudgePlacement = field(default_factory=JudgePlacement, metadata=PREFIXED)
+    cluster: ClusterSection = field(default_factory=ClusterSection, metadata=PREFIXED)
+
+    def __post_init__(self) -> None:
+        if not self.reward.judges:
+            raise UserError("reward: nothing judges the rows; give --reward FILE.py:function or --reward-model DIR")
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """The models by role, and where each is loaded from."""
+        judge = self.reward.reward_model
+        return {} if judge is None else {"reward": judge}
+
+    @property
+    def parts(self) -> set[str]:
+        """What it has, for keys that need it (``tandem.errors.needs``)."""
+        rows = {"samples", "demonstrations", "preferences"}
+        return rows | data_parts(self.data) | worker_parts(self.placement) | self.reward.parts
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -96,6 +96,9 @@ COMMANDS = {
         "the best of each prompt's samples, or pairs of them, to train on",
         f"{USES}:SampleConfig",
     ),
+    "score": Command(
+        USE, "tandem.cli.score", "answers through the rewards; the accuracy of pairs", f"{USES}:ScoreConfig"
+    ),
     "eval": Command(
         USE, "tandem.cli.evaluation", "a model on held-out prompts, or with METHOD on rows", f"{USES}:eval_config"
     ),

@@ -76,6 +76,10 @@ class FunctionReward:
         """What it judges in one call."""
         return self._judging.wants.per
 
+    def names(self, argument: str) -> bool:
+        """Whether the function names such an argument."""
+        return argument in (*self._judging.wants.required, *self._judging.wants.optional)
+
     def begin(self, batch: RewardBatch) -> Future[Scores]:
         """Begins one call, of a batch of what it judges in one: see ``score``, whose errors the result raises."""
         self.require_columns(batch.columns)

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"
 MANIFEST = RECIPES / "cluster" / "kuberay.yaml"
 CONFIGS = sorted(set(RECIPES.rglob("*.yaml")) - {MANIFEST})
-SCRIPTS = sorted([*RECIPES.rglob("*.sh"), *RECIPES.rglob("*.sbatch")])
+SCRIPTS = sorted([*(RECIPES / "cluster").glob("*.sh"), *(RECIPES / "cluster").glob("*.sbatch")])
 
 
 def command_of(config):

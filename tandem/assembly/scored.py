@@ -1,0 +1,205 @@
+"""Answers that are there already, through the rewards into a file of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from tandem.assembly.feeds import require_columns
+from tandem.assembly.inputs import digest_inputs
+from tandem.assembly.judging import judge_of, start_rewards
+from tandem.assembly.models import frozen, load
+from tandem.assembly.placing import Homes
+from tandem.assembly.plans import print_plan
+from tandem.assembly.reading import columns_of, of_kind
+from tandem.assembly.sections import EngineSection
+from tandem.assembly.sessions import start_of
+from tandem.assembly.uses import ScoreConfig
+from tandem.data import formats
+from tandem.data.columns import shape
+from tandem.data.order import content_hash
+from tandem.data.rows import Dataset, load_rows
+from tandem.data.tokenize import encode
+from tandem.errors import UserError
+from tandem.models.loading import load_tokenizer
+from tandem.rewards.model import RewardModel
+from tandem.roles import Reward
+from tandem.runs.folder import SCORED, RunFolder
+from tandem.runs.lines import append_lines, keep_lots, read_lines, whole_lots
+from tandem.runs.progress import Progress, say
+from tandem.seeds import derive_seed
+from tandem.types import Group, Message, Prompt, Rollout
+
+LOT = 256
+"""256 rows or a few more, whole prompts of them, are judged and written together."""
+ADDED = {
+    "completion": ("reward", "reward_parts"),
+    "chosen": ("chosen_reward", "chosen_reward_parts"),
+    "rejected": ("rejected_reward", "rejected_reward_parts"),
+}
+"""By the column of an answer, the columns of its judgement."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Item:
+    """Neighboring rows of one prompt, and their answers as samples of it."""
+
+    rows: range
+    group: Group
+
+
+def score_rows(config: ScoreConfig) -> Path | None:
+    """Writes ``scored.jsonl``, a row for each row of ``--data``, into ``--out``; the file, or None for a dry run.
+
+    What an earlier start has written stays, in whole lots. Raises UserError for wrong input, before anything slow is
+    loaded, and RunFailure for what ``--resume`` goes on after.
+    """
+    out = Path(config.run.out)
+    with ExitStack() as stack:
+        RunFolder.check(out, start_of(config, config.run, "score"))
+        homes = Homes(config.model, config.placement, config.cluster, EngineSection(), list(config.sources))
+        homes.check()
+        judging = start_rewards(config.reward, config.reward.reward, config.run.out)
+        if judging is not None:
+            stack.callback(judging.close)
+        rows, answers = _read(config)
+        code = config.model.trust_remote_code
+        tokenizer = load_tokenizer(config.model.model, trust_remote_code=code) if config.model.model else None
+        items = list(_items(rows, answers, tokenizer))
+        functions = judging.rewards() if judging else []
+        require_columns(functions, [item.group.prompt for item in items], config.data.data)
+        if any(function.names("completion_ids") for function in functions) and not _has_ids(items):
+            raise UserError("model: a reward names 'completion_ids', and not all rows have token_ids; give --model")
+        start = start_of(config, config.run, "score", digest_inputs({"data": rows}, functions, config.sources))
+        RunFolder.check(out, start)
+        if config.run.dry_run:
+            judges = ", ".join(config.reward.judges)
+            print_plan(config, {"data": f"{len(rows)} rows, {len(items)} prompts", "rewards": judges})
+            return None
+        lots = _lots(items)
+        ends = [lot[-1].rows.stop for lot in lots]
+        path = out / SCORED
+        rewards: list[Reward] = list(functions)
+        missing = not config.run.resume or whole_lots(path, ends)[0] < len(lots)
+        if (source := config.reward.reward_model) is not None and missing:
+            stack.enter_context(homes)
+            say(f"loading the reward model from {source}")
+            model = partial(load, section=config.model, source=source, head="scalar")
+            scorer = homes.place("reward", partial(frozen, load=model, section=config.model, temperature=1.0))
+            rewards.append(RewardModel(scorer, load_tokenizer(source, trust_remote_code=code), reads_ids=False))
+        with RunFolder.open(out, start) as folder, Progress("score", total=len(rows)) as progress:
+            done = keep_lots(path, ends, answers[0], [rows[end - 1][answers[0]] for end in ends])
+            folder.event("start", title="score", rows_done=ends[done - 1] if done else 0)
+            for number, lot in enumerate(lots[done:], start=done):
+                with progress.phase("scoring"):
+                    judge = judge_of(config.reward, rewards)
+                    judge.fill([item.group for item in lot], derive_seed(config.run.seed, "judge", number))
+                append_lines(path, [row for item in lot for row in _judged(rows, item, answers)])
+                progress.update(ends[number])
+            folder.event("finish", rows=len(rows))
+    return path
+
+
+def accuracy(path: Path) -> dict[str, float]:
+    """Of scored preferences: the share of pairs whose chosen answer has the higher reward, and what is left out of it.
+
+    ``ties`` of equal rewards count for neither side, ``unjudged`` are pairs of which one has none. {} of other rows.
+    """
+    pairs = [(row["chosen_reward"], row["rejected_reward"]) for row in read_lines(path) if "chosen_reward" in row]
+    judged = [(chosen, rejected) for chosen, rejected in pairs if chosen is not None and rejected is not None]
+    apart = [chosen > rejected for chosen, rejected in judged if chosen != rejected]
+    if not pairs:
+        return {}
+    found = {"pairs": len(pairs), "ties": len(judged) - len(apart), "unjudged": len(pairs) - len(judged)}
+    return ({"accuracy": sum(apart) / len(apart)} if apart else {}) | found
+
+
+def _read(config: ScoreConfig) -> tuple[Dataset, tuple[str, ...]]:
+    """The rows, and which of their columns are answers."""
+    data = config.data
+    rows = load_rows(data.data, split=data.split, max_samples=data.max_samples)
+    paired = data.chosen_key is not None or rows[0].get("chosen") is not None
+    kind = "preferences" if paired else "demonstrations"
+    shaped = of_kind(shape(rows, columns_of(data, kind)), kind)
+    return shaped, ("chosen", "rejected") if paired else ("completion",)
+
+
+def _items(rows: Dataset, answers: tuple[str, ...], tokenizer: Any) -> Iterator[_Item]:
+    def prompt_of(index: int) -> str:
+        return content_hash(_parts(rows, index, answers)[0])
+
+    for prompt_id, run in groupby(range(len(rows)), prompt_of):
+        indices = list(run)
+        # The answers of a preference are a group of their own, whatever stands beside it.
+        for some in [[index] for index in indices] if len(answers) > 1 else [indices]:
+            content = _parts(rows, some[0], answers)[0]
+            judged = {name for names in ADDED.values() for name in names}
+            columns = {
+                name: value for name, value in rows[some[0]].items() if name not in {"prompt", *answers, *judged}
+            }
+            prompt = Prompt(prompt_id=prompt_id, prompt=content, token_ids=(), columns=columns)
+            texts = [(index, text) for index in some for text in _parts(rows, index, answers)[1]]
+            rollouts = [_rollout(prompt_id, n, text, rows[index], tokenizer) for n, (index, text) in enumerate(texts)]
+            yield _Item(rows=range(some[0], some[-1] + 1), group=Group(prompt=prompt, rollouts=rollouts))
+
+
+def _parts(rows: Dataset, index: int, answers: tuple[str, ...]) -> tuple[formats.Content, list[str]]:
+    """The prompt of a row, and the texts of its answers."""
+    with rows.at(index) as row:
+        prompt, *found = formats.preference(row) if len(answers) > 1 else formats.prompt_completion(row)
+        return prompt, [_text(answer, column) for answer, column in zip(found, answers, strict=True)]
+
+
+def _text(answer: str | list[Message], column: str) -> str:
+    if isinstance(answer, str):
+        return answer
+    if len(answer) != 1 or answer[0]["role"] != "assistant" or not isinstance(answer[0].get("content"), str):
+        raise UserError(f"column {column!r} must be text or one message of the assistant, whose content is text")
+    text: str = answer[0]["content"]
+    return text
+
+
+def _rollout(prompt_id: str, number: int, text: str, row: Mapping[str, Any], tokenizer: Any) -> Rollout:
+    ids = row.get("token_ids") or (encode(text, tokenizer, special_tokens=False) if tokenizer is not None else [])
+    return Rollout(
+        prompt_id=prompt_id,
+        sample_index=number,
+        token_ids=list(ids),
+        prompt_length=0,
+        trainable=[True] * len(ids),
+        behaviour_logp=[],
+        untruncated_logp=[],
+        stop=row.get("stop") or "eos",
+        completion=text,
+    )
+
+
+def _has_ids(items: list[_Item]) -> bool:
+    return all(rollout.token_ids for item in items for rollout in item.group.rollouts)
+
+
+def _lots(items: list[_Item]) -> list[list[_Item]]:
+    lots: list[list[_Item]] = []
+    room = 0
+    for item in items:
+        if room <= 0:
+            lots.append([])
+            room = LOT
+        lots[-1].append(item)
+        room -= len(item.rows)
+    return lots
+
+
+def _judged(rows: Dataset, item: _Item, answers: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    rollouts = iter(item.group.rollouts)
+    for index in item.rows:
+        added: dict[str, Any] = {}
+        for column in answers:
+            rollout = next(rollouts)
+            added |= dict(zip(ADDED[column], (rollout.reward, rollout.reward_parts), strict=True))
+        yield {**rows[index], **added}
