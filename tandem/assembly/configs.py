@@ -104,6 +104,8 @@ class RowsConfig(RunConfig):
     @property
     def asked_once(self) -> list[str]:
         """Frozen models of which the method reads log-probs of the rows alone: they are asked before the first step."""
+        if self.models.reference_follows:
+            return []
         return [need.role for need in self.method.needs() if need.role == "reference"]
 
     def is_actor(self, role: str) -> bool:
@@ -117,6 +119,7 @@ class RowsConfig(RunConfig):
     @property
     def parts(self) -> set[str]:
         parts = super().parts | {self.reads.kind}
+        parts |= {"reference that stays"} if self.asked_once else set()
         frozen = [need.role for need in self.method.needs() if not need.trained]
         loaded = [role for role in frozen if role not in self.asked_once or not self.is_actor(role)]
         return parts if loaded else parts - {"frozen model"}

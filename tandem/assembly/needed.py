@@ -109,9 +109,15 @@ class ModelsSection:
     """The models beside the policy."""
 
     def __post_init__(self) -> None:
+        paths = [f.name for f in fields(self) if f.metadata.get("path")]
         rates = [f.name for f in fields(self) if f.name.endswith("_learning_rate")]
-        expect(self, "a folder or a name on the hub", bool, *(f.name for f in fields(self) if f.name not in rates))
+        expect(self, "a folder or a name on the hub", bool, *paths)
         expect(self, "more than 0", lambda value: value > 0, *rates)
+
+    @property
+    def reference_follows(self) -> bool:
+        """Whether there is a reference that changes as the policy does."""
+        return False
 
     def source(self, role: str) -> str | None:
         """The folder or hub name that is given for a role."""
@@ -124,9 +130,29 @@ class ModelsSection:
         return found
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReferenceModelsSection(ModelsSection):
+    """The models beside the policy."""
+
+    reference_every: int = field(default=0, metadata=needs(("part", "reference")))
+    """Steps from one refresh of the reference to the next: it becomes the policy of that step. 0: it stays."""
+    reference_mix: float = field(default=1.0, metadata=needs(("reference_every",)))
+    """The policy's share in the refreshed reference, the rest being the reference so far. 1: all of it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        expect(self, "0 or more", lambda value: value >= 0, "reference_every")
+        expect(self, "more than 0 and at most 1", lambda value: 0 < value <= 1, "reference_mix")
+
+    @property
+    def reference_follows(self) -> bool:
+        return self.reference_every > 0
+
+
 def models_class(models: Iterable[Need]) -> type[ModelsSection]:
     """A key for the folder of each model that a method may need, and for the learning rate of one that is trained."""
     keys: dict[str, tuple[Any, Any, str]] = {}
+    base = ReferenceModelsSection if any(need.role == "reference" for need in models) else ModelsSection
     for need in models:
         part = needs(("part", need.role))
         keys[need.role] = (
@@ -137,7 +163,7 @@ def models_class(models: Iterable[Need]) -> type[ModelsSection]:
         if need.trained:
             doc = f"The learning rate of the {need.role}, which may be higher than the policy's."
             keys[f"{need.role}_learning_rate"] = (float, field(default=need.learning_rate, metadata=part), doc)
-    return section_class("Models", keys, ModelsSection)
+    return section_class("Models", keys, base)
 
 
 def _either(words: list[str]) -> str:

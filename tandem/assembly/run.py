@@ -13,6 +13,7 @@ from tandem.assembly.feeds import Feed, RowsFeed, SamplesFeed, check_sampling
 from tandem.assembly.models import builds, heads, require_optimizer
 from tandem.assembly.placing import Homes
 from tandem.assembly.plans import print_plan
+from tandem.assembly.refresh import refresh_of
 from tandem.assembly.sections import EngineSection
 from tandem.assembly.sessions import check_out, session
 from tandem.errors import UserError
@@ -83,8 +84,11 @@ def _run(config: RunConfig, stack: ExitStack, ranks: Ranks | None) -> Path | Non
         trainers=trainers,
         push_weights=fed.push_weights,
         evaluate=fed.evaluate,
+        refresh=refresh_of(config, models),
     )
-    started = stack.enter_context(session(config, trainers, steps=feed.steps, counts=feed.counts, inputs=feed.inputs))
+    # A reference that follows is no longer what its folder holds.
+    saved = trainers if crew.refresh is None else trainers | {"reference": models["reference"]}
+    started = stack.enter_context(session(config, saved, steps=feed.steps, counts=feed.counts, inputs=feed.inputs))
     feed.ask(models, started.progress)
     Pipeline(steps=feed.steps, items_per_step=config.items_per_step).run(crew, started)
     return started.finish()

@@ -254,7 +254,9 @@ class RowsSection:
 
     batch_size: int = 32
     """Rows in an optimizer step, over all devices."""
-    reference_cache: str | None = field(default=None, metadata=PATH | needs(("part", "reference")) | MAY_CHANGE)
+    reference_cache: str | None = field(
+        default=None, metadata=PATH | needs(("part", "reference that stays")) | MAY_CHANGE
+    )
     """Folder where the reference's log-probs are kept, by the content of rows and reference: runs that share it compute
     them once. None: in the run's own folder."""
 

@@ -117,9 +117,14 @@ def like(full: Tensor, target: Tensor) -> Tensor:
     return DTensor.from_local(mine, target.device_mesh, target.placements, shape=full.shape, stride=full.stride())
 
 
+def slice_like(source: Tensor, target: Tensor) -> Tensor:
+    """Of ``source``, whole or sharded as ``target`` is, what this rank keeps of ``target``."""
+    if isinstance(target, DTensor) and not isinstance(source, DTensor):
+        source = source[rows_of(target)]
+    return local(source)
+
+
 @torch.no_grad()
 def assign(target: Tensor, full: Tensor) -> None:
     """Copies a whole tensor into a parameter, sharded or not."""
-    if isinstance(target, DTensor):
-        full = full[rows_of(target)]
-    local(target).copy_(full)
+    local(target).copy_(slice_like(full, target))

@@ -11,10 +11,30 @@ from tandem.methods.base import Method
 from tandem.roles import Clock, Home, Metrics, Seat, Source, call_all
 from tandem.rollout.prepare import Preparation, Prepared
 from tandem.schedules.session import Evaluate
+from tandem.signals import held
 from tandem.types import Ticket
 
 OF_TRAINER = ("loss", "grad_norm", "learning_rate")
 """What every trainer reports: 3 metrics, which carry the role's name where it is not the actor's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refresh:
+    """A reference that follows the policy (TR-DPO, arXiv:2404.09656)."""
+
+    every: int
+    """Steps from one renewal to the next."""
+    renew: Callable[[int], object]
+    """Makes the reference the policy as it is after a step, or a mixture with it, unless that has been done."""
+
+    def once_after(self, step: int) -> None:
+        """Renews the reference where that is due after a step: when it is evaluated, and before the next begins.
+
+        Signals wait until all of it is renewed.
+        """
+        if step > 0 and step % self.every == 0:
+            with held():
+                self.renew(step)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +51,9 @@ class Crew:
     push_weights: Callable[[int], Metrics] | None
     """Gives the sampler the policy's weights, as of so many optimizer steps. None: nothing is sampled."""
     evaluate: Evaluate
+
+    refresh: Refresh | None = None
+    """Of the reference. None: it stays as it was, or there is none."""
 
     def publish(self, clock: Clock) -> Metrics:
         """Gives the sampler the policy's weights as they are now."""

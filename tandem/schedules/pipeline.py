@@ -34,6 +34,8 @@ class Pipeline:
             session.record(crew.evaluate)
             while session.step < self.steps and not session.stop:
                 clock.start()
+                if crew.refresh is not None:
+                    crew.refresh.once_after(session.step)
                 items, passed = self._take(crew, session)
                 with clock(crew.source.phase):
                     prepared = crew.prepare(items, session.state, session.step + 1)

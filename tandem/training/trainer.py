@@ -23,6 +23,8 @@ from tandem.parallel.sharding import (
     assign,
     checkpoint_activations,
     forget_gathered,
+    local,
+    slice_like,
     transformer_layers,
     whole,
 )
@@ -52,6 +54,8 @@ class MemoryParams:
 
 class LocalScorer:
     """A model that only looks: a frozen reference or a reward model (``tandem.roles.Scorer``).
+
+    It changes when it is told to ``follow`` another model; ``state_dict`` and ``load_state_dict`` are for one that is.
 
     In a world of several ranks the parameters are sharded, every rank scores its share, and all get the whole result.
     ``offload`` keeps the parameters on the CPU between calls, ``compile`` says whether layers run as compiled graphs
@@ -87,6 +91,12 @@ class LocalScorer:
             self.model.shard(self.world)
         else:
             self.model.compute_in(self.model.torch_dtype)
+        self.parameters: dict[str, Tensor] = dict(self.model.module.named_parameters())
+        """What the model computes with. Taken here, before a forward leaves gathered ones in their places."""
+        self.exact: dict[str, Tensor] = {}
+        """Mixtures in float32, on the CPU, of parameters that are computed with in fewer bits."""
+        self.followed = 0
+        """The step after which it last followed."""
         self._park()
 
     @torch.no_grad()
@@ -129,6 +139,53 @@ class LocalScorer:
         logp_T = self.score(pack(rows), temperature=1.0).logp_T
         assert logp_T is not None
         return [part[1:].tolist() for part in logp_T.split([len(ids) for ids in sequences])]
+
+    @torch.no_grad()
+    def follow(self, weights: Mapping[str, Tensor], mix: float, step: int) -> None:
+        """Becomes ``mix`` times these weights, by name, and the rest its own: 1 takes them over. Once after a ``step``.
+
+        They are whole, or sharded as its own are.
+        """
+        if step == self.followed:
+            return
+        with self._present():
+            for name, parameter in self.parameters.items():
+                source = slice_like(weights[name], parameter)
+                if mix < 1 and parameter.dtype != torch.float32:
+                    exact = self.exact.get(name, local(parameter).float().cpu())
+                    source = self.exact[name] = exact.lerp(source.to(exact), mix)
+                    local(parameter).copy_(source)
+                else:
+                    local(parameter).lerp_(source.to(local(parameter)), mix)
+            self._changed()
+        self.followed = step
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every parameter, by name."""
+        return {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The parameters, whole, on rank 0's CPU."""
+        with self._present():
+            return {
+                "model": whole(self.parameters, keep=self.world.rank == 0),
+                "exact": dict(self.exact),
+                "followed": self.followed,
+            }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over what ``state_dict`` gave, on any number of ranks."""
+        with self._present():
+            for name, parameter in self.parameters.items():
+                assign(parameter, state["model"][name])
+            self.exact = {name: exact.clone() for name, exact in state["exact"].items()}
+            self._changed()
+        self.followed = state["followed"]
+
+    def _changed(self) -> None:
+        """The weights have changed: whatever was made of the old ones goes."""
+        if self.model.sharded is not None:
+            forget_gathered(self.model.sharded)
 
     def _shares(self, batch: Batch) -> Iterator[Share]:
         # Prefixes are shared by packed models only, and what is shared decides how a batch is cut.
@@ -228,8 +285,7 @@ class LocalTrainer(LocalScorer):
             self.model.head_gradient = self.masters.gradient_of(module.get_output_embeddings().weight)
         self.weights: dict[str, Tensor] = dict(self.masters.named)
         """The float32 weights that the optimizer steps, and frozen ones, by name: this rank's slices where sharded."""
-        self.parameters: dict[str, Tensor] = dict(module.named_parameters())
-        """What the model computes with. Taken here, before a forward leaves gathered ones in their places."""
+        self.parameters = dict(module.named_parameters())
         self.buffers = {name: b for name, b in module.state_dict().items() if name in dict(module.named_buffers())}
 
     @property
@@ -304,6 +360,10 @@ class LocalTrainer(LocalScorer):
         self._version = state["version"]
         self._changed()
 
+    def whole_weights(self) -> dict[str, Tensor]:
+        """The float32 weights by name, whole, on rank 0's CPU; None elsewhere."""
+        return whole(self.weights, keep=self.world.rank == 0)
+
     def export(self, folder: Path) -> None:
         """Writes a Hugging Face folder: float32 weights, config and tokenizer. A collective; rank 0 writes."""
         state = whole(self.weights | self.buffers, keep=self.world.rank == 0)
@@ -326,10 +386,8 @@ class LocalTrainer(LocalScorer):
         self.idle.restore()
 
     def _changed(self) -> None:
-        """The weights have changed: whatever was made of the old ones goes."""
         self.masters.publish()
-        if self.model.sharded is not None:
-            forget_gathered(self.model.sharded)
+        super()._changed()
 
     def _losses(self, batch: Batch) -> Iterator[tuple[Batch, TokenLoss]]:
         for share in self._shares(batch):

@@ -55,6 +55,13 @@ def words(config: type, flags: list[str]) -> list[str]:
             ["--aggregation", "sequence"],
             "--aggregation: has no effect, since this run has no los",
         ),
+        (
+            DPOConfig,
+            ["--reference-every", "5", "--reference-cache", "c"],
+            "--reference-cache: has no effect, since this run has no reference that stays",
+        ),
+        (GRPOConfig, ["--reference-every", "5"], "--reference-every: has no effect, since this run has no reference"),
+        (PPOConfig, ["--reference-mix", "0.5"], "--reference-mix: has no effect without --reference-every"),
         (SFTConfig, ["--optimizer", "adafactor", "--betas", "0.9", "0.99"], "--betas: has no effect with --optimizer"),
         (RMConfig, ["--cluster.address", "auto"], "--cluster.address: has no effect, since this run has no workers"),
         (
@@ -178,6 +185,8 @@ def test_a_key_that_has_no_effect_is_refused(config, flags, message):
         (SFTConfig, ["--data", "a.jsonl:1,json@b:2", "--split", "b", "--output-key", "a", "--max-samples", "3"]),
         (GRPOConfig, ["--label-key", "a", "--eval-data", "e", "--max-eval-samples", "3"]),
         (SFTConfig, ["--optimizer", "muon", "--betas", "0.9", "0.99"]),
+        (GRPOConfig, ["--kl-coef", "0.1", "--reference-every", "5", "--reference-mix", "0.5"]),
+        (config_class("dpo"), ["--reference-every", "5"]),
         (SFTConfig, ["--placement.actor", "2", "--keep-gathered", "--cluster.deadline", "9"]),
         (PPOConfig, ["--kl-estimator", "k3"]),
         (GRPOConfig, [*TRAINER, "--correction", "icepop", "--correction-low", "0.5", "--correction-high", "2"]),
@@ -226,7 +235,7 @@ def test_every_condition_names_a_key_or_a_part():
         "samples", "critic", "reference", "teacher", "reward model", "reward function", "workers",
         "dataset with splits", "held-out dataset with splits", "trainer split over several workers",
         "engine with weights of its own", "demonstrations", "preferences", "unpaired", "steps", "losses of tokens",
-        "frozen model", "reward",
+        "frozen model", "reward", "reference that stays",
         "judge of held-out samples",
         "trained model", "evaluated model",
     }  # fmt: skip

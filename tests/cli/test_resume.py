@@ -51,9 +51,9 @@ def assert_same(a, b, where="state"):
 
 CORES = os.cpu_count() or 1
 MORE = {
-    "ppo": ["--critic-warmup-steps", "1", "--lam-alpha", "0.5", "--critic-lam", "1"],
+    "ppo": ["--critic-warmup-steps", "1", "--lam-alpha", "0.5", "--critic-lam", "1", "--reference-every", "2"],
     "rm": ["--optimizer", "adafactor"],
-    "dpo": ["--optimizer", "muon"],
+    "dpo": ["--optimizer", "muon", "--reference-every", "2", "--reference-mix", "0.3"],
     "grpo": ["--kl-coef", "0.1", "--kl-target", "0.05", "--kl-horizon", "50",
              "--old-logp", "trainer", "--correction", "token_tis"],
 }  # fmt: skip

@@ -12,10 +12,11 @@ import pytest
 from helpers.drivers import PATIENCE_S
 from helpers.shared_ray import arguments, cluster_address, inputs
 from safetensors.torch import load_file
-from test_placements import difference, metrics, train
+from test_placements import REFRESHED, difference, metrics, train
 from torch import Tensor
 
 __all__ = ["cluster_address", "inputs"]
+MORE = {"dpo": REFRESHED}
 
 
 @pytest.fixture
@@ -38,13 +39,13 @@ def torchrun(folder: Path, *argv: str) -> subprocess.CompletedProcess[str]:
 
 
 def in_one_process(method: str) -> dict[str, Tensor]:
-    return train(f"{method}-here", method, "--overwrite")
+    return train(f"{method}-here", method, *MORE.get(method, ()), "--overwrite")
 
 
 @pytest.mark.parametrize("method", ["sft", "rm", "dpo"])
 def test_two_workers_equal_one_process(folder, cluster_address, method):
     here = in_one_process(method)
-    workers = train(f"{method}-two", method, "--placement.actor", "2")
+    workers = train(f"{method}-two", method, *MORE.get(method, ()), "--placement.actor", "2")
     assert 0 < difference(workers, here) < 1e-6
     for line, wanted in zip(metrics(f"{method}-two"), metrics(f"{method}-here"), strict=True):
         for name in ("loss", "grad_norm"):
@@ -54,7 +55,9 @@ def test_two_workers_equal_one_process(folder, cluster_address, method):
 @pytest.mark.parametrize("method", ["sft", "dpo"])
 def test_torchrun_equals_one_process(folder, method):
     here, out = in_one_process(method), f"{method}-torchrun"
-    ended = torchrun(folder, *arguments(method, learning_rate="1e-4"), "--steps", "3", "--out", out)
+    ended = torchrun(
+        folder, *arguments(method, learning_rate="1e-4"), "--steps", "3", "--out", out, *MORE.get(method, ())
+    )
     assert ended.returncode == 0, ended.stderr
     assert 0 < difference(load_file(f"{out}/model/model.safetensors"), here) < 1e-6
     # Rank 0 alone writes and talks.

@@ -24,6 +24,8 @@ STEPS = 3
 # From the trainer's own log-probs, so that the gap to the sampler's is logged and what is trained on does not depend on
 # how many samples an engine decodes together, which its rounding does.
 TRAINER_LOGP = ("--old-logp", "trainer")
+# Within the actor's processes, or from them to the reference's own.
+REFRESHED = ("--reference-every", "1", "--reference-mix", "0.5")
 
 
 @pytest.fixture(autouse=True)
@@ -105,16 +107,17 @@ def test_engines_in_the_actors_workers_that_are_never_filled_end_the_run(monkeyp
 
 def test_one_engine_apart_trained_on_its_own_log_probs(inputs):
     """Bit for bit, too, where the ratios come from the sampler: it decodes the same samples together."""
-    here = train("own-here", "ppo")
-    apart = train("own-apart", "ppo", "--placement.actor", "1", "--placement.engine", "1", "--placement.reference", "1")
+    here = train("own-here", "ppo", *REFRESHED)
+    places = ["--placement.actor", "1", "--placement.engine", "1", "--placement.reference", "1"]
+    apart = train("own-apart", "ppo", *REFRESHED, *places)
     assert_equal(apart, here)
     assert "sync_gb_per_second" in metrics("own-apart")[-1]
 
 
 def test_online_dpo_in_a_worker(inputs):
-    here = train("online-dpo-here", "online-dpo")
+    here = train("online-dpo-here", "online-dpo", *REFRESHED)
     assert difference(here, load_file("base/model.safetensors")) > 1e-4
-    assert_equal(train("online-dpo-one", "online-dpo", "--placement.actor", "1"), here)
+    assert_equal(train("online-dpo-one", "online-dpo", *REFRESHED, "--placement.actor", "1"), here)
     lines = zip(metrics("online-dpo-one"), metrics("online-dpo-here"), strict=True)
     assert all(one["reward_margin"] == other["reward_margin"] for one, other in lines)
 

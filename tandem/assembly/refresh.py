@@ -1,0 +1,51 @@
+"""A reference that follows the policy: from the processes of one to those of the other, wherever they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+from tandem.assembly.configs import RunConfig
+from tandem.assembly.needed import ReferenceModelsSection
+from tandem.errors import UserError
+from tandem.roles import Seat
+from tandem.schedules.crew import Refresh
+from tandem.training.trainer import LocalScorer, LocalTrainer
+from tandem.workers.process import Site
+
+
+class Following:
+    """Beside the policy and its reference, in their processes: each rank renews its part of the reference."""
+
+    def __init__(self, site: Site) -> None:
+        self.actor: LocalTrainer = site.roles["actor"]
+        self.reference: LocalScorer = site.roles["reference"]
+
+    def follow(self, mix: float, step: int) -> None:
+        """See ``LocalScorer.follow``."""
+        self.reference.follow(self.actor.weights, mix, step)
+
+
+def refresh_of(config: RunConfig, models: Mapping[str, Seat]) -> Refresh | None:
+    """How the run's reference is renewed from its policy, where it is.
+
+    Raises UserError where the policy has other parameters than the reference.
+    """
+    section = config.models
+    if not isinstance(section, ReferenceModelsSection) or not section.reference_follows:
+        return None
+    actor, reference, mix = models["actor"], models["reference"], section.reference_mix
+    if actor.call("shapes") != reference.call("shapes"):
+        raise UserError(
+            f"reference_every: the model in {config.sources['reference']} has other parameters than that in "
+            f"{config.model.model} and cannot become it; leave out --reference, or --reference-every"
+        )
+    if actor.home is reference.home:
+        seat = actor.home.place("following", Following)
+        return Refresh(every=section.reference_every, renew=partial(seat.call, "follow", mix))
+    return Refresh(every=section.reference_every, renew=partial(_across, actor, reference, mix))
+
+
+def _across(actor: Seat, reference: Seat, mix: float, step: int) -> None:
+    """Through this process, whole, as a checkpoint's weights go."""
+    reference.call("follow", actor.call("whole_weights"), mix, step)
