@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from tandem.assembly.configs import worker_parts
 from tandem.assembly.needed import SamplingPlacement
 from tandem.assembly.sections import ClusterSection, EngineSection, ModelSection, SamplingSection
 from tandem.config import PATH, PREFIXED
+from tandem.errors import expect, needs
+from tandem.rewards.kinds import is_function
+
+SERVED = needs(("part", "served model"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +30,65 @@ class QuickstartConfig:
     """SFT, a reward model and PPO on a task that is made on the spot, in about a minute on two cores."""
 
     quickstart: QuickstartSection = field(default_factory=QuickstartSection)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeSection:
+    """What is served, and where."""
+
+    reward: str = field(metadata=PATH)
+    """Folder of a model with a score head, or whatever a run's --reward may name, FILE.py:function."""
+    host: str = "127.0.0.1"
+    """Address to listen on. 0.0.0.0: whoever reaches this machine; set TANDEM_REWARD_TOKEN then."""
+    port: int = 8000
+    """Port to listen on. 0: one that is free, which is printed."""
+    batch_limit: int = 64
+    """Most samples in a request, and in a batch that several requests make together."""
+    deadline: float = field(default=600.0, metadata=needs(("part", "reward function")))
+    """Longest time, in seconds, that one call of a function may take."""
+
+    def __post_init__(self) -> None:
+        expect(self, "something to serve", bool, "reward")
+        expect(self, "0 to 65535", lambda value: 0 <= value <= 65535, "port")
+        expect(self, "1 or more", lambda value: value >= 1, "batch_limit")
+        expect(self, "more than 0", lambda value: value > 0, "deadline")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedModel:
+    """How a model is computed."""
+
+    dtype: Literal["float32", "bfloat16"] = field(default="float32", metadata=SERVED)
+    """Precision of the computation."""
+    device: str = field(default="auto", metadata=SERVED)
+    """cpu, cuda, cuda:1 ...; auto takes a GPU where there is one."""
+    token_budget: int = field(default=16384, metadata=SERVED)
+    """Tokens in a micro-batch: bounds memory."""
+    trust_remote_code: bool = field(default=False, metadata=SERVED)
+    """Run the Python code that comes with the model."""
+
+    def __post_init__(self) -> None:
+        expect(self, "1 or more", lambda value: value >= 1, "token_budget")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeRewardConfig:
+    """Serve a reward model, or a reward function, to runs on other machines: --reward http://HOST:PORT.
+
+    Answers GET /health and POST /score (docs/rewards.md has the protocol). Requests that come together are judged in one
+    batch. Where the environment has TANDEM_REWARD_TOKEN, requests must carry it. SIGTERM and Ctrl-C end it once what is
+    being judged is answered.
+    Example: tandem serve-reward runs/rm/model --port 8000
+    Example: tandem serve-reward check.py:right --host 0.0.0.0
+    """
+
+    serve: ServeSection
+    model: ServedModel = field(default_factory=ServedModel)
+
+    @property
+    def parts(self) -> set[str]:
+        """What is served, for keys that need it (``tandem.errors.needs``)."""
+        return {"reward function" if is_function(self.serve.reward) else "served model"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -105,6 +105,9 @@ COMMANDS = {
     "export": Command(
         USE, "tandem.cli.export", "a Hugging Face folder of a run or a checkpoint; to the hub", f"{USES}:ExportConfig"
     ),
+    "serve-reward": Command(
+        USE, "tandem.cli.serve_reward", "a reward model over HTTP, for --reward http://...", "serve_reward_flags"
+    ),
 }
 
 EXAMPLES = """\

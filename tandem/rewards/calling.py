@@ -103,11 +103,16 @@ class Wants:
             counts=tuple(getattr(plain, "counts", ())),
         )
 
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The arguments that it names."""
+        return (*self.required, *self.optional)
+
     def of_offered(self, offered: Mapping[str, Any]) -> dict[str, Any]:
         """What the function is called with."""
         if self.everything:
             return dict(offered)
-        return {name: offered[name] for name in (*self.required, *self.optional) if name in offered}
+        return {name: offered[name] for name in self.named if name in offered}
 
 
 class LocalFunction:

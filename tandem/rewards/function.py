@@ -25,6 +25,8 @@ SAMPLED = ("prompts", "completions", "completion_ids")
 """What every reward function can have, whatever the dataset."""
 SAMPLED_ONE = ("prompt", "completion", "completion_ids")
 """The same for one that judges a sample at a time."""
+STOPS, STOP = "stop_reasons", "stop_reason"
+"""How samples ended (``eos``, ``length``, ``stop_string``), for a function that names it: ``**kwargs`` are TRL's."""
 
 
 @runtime_checkable
@@ -97,7 +99,10 @@ class FunctionReward:
                 "completion_ids": ids,
             }
         seed = None if batch.seed is None else derive_seed(batch.seed, self.name)
-        arguments = self._judging.wants.of_offered(offered)
+        wants = self._judging.wants
+        arguments = wants.of_offered(offered)
+        stops = [rollout.stop for rollout in batch.rollouts]
+        arguments |= {name: value for name, value in ((STOPS, stops), (STOP, stops[0])) if name in wants.named}
         return Judged(self.name, batch, self._judging.begin(arguments, len(batch.completions), seed))
 
     def score(self, batch: RewardBatch) -> Scores:
@@ -116,7 +121,7 @@ class FunctionReward:
 
     def require_columns(self, columns: Iterable[str], dataset: str = "the dataset") -> None:
         """Raises UserError where the function wants a column that the dataset does not have."""
-        offered = {*columns, *(SAMPLED_ONE if self.per == "sample" else SAMPLED)}
+        offered = {*columns, *((*SAMPLED_ONE, STOP) if self.per == "sample" else (*SAMPLED, STOPS))}
         for name in self._judging.wants.required:
             if name not in offered:
                 raise UserError(

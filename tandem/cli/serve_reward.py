@@ -1,0 +1,120 @@
+"""``tandem serve-reward``: a reward model, or a reward function, for runs on other machines to ask."""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import logging
+import os
+import socket
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+from tandem.assembly.inputs import digest_file, digest_model
+from tandem.cli.configs import ServeRewardConfig
+from tandem.errors import UserError
+from tandem.models.limits import read_limits
+from tandem.models.loading import load_scalar, load_tokenizer, pick_device
+from tandem.rewards.kinds import is_function
+from tandem.rewards.model import RewardModel
+from tandem.rewards.process import RewardProcesses
+from tandem.rewards.protocol import PROTOCOL, TOKEN
+from tandem.roles import Reward, RewardBatch
+from tandem.runs.progress import say
+from tandem.training.trainer import LocalScorer
+from tandem.types import Rollout
+from tandem.workers.homes import seat_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence as Seq
+
+    from tandem.rewards.app import Sample
+
+log = logging.getLogger("tandem")
+
+
+def run(config: ServeRewardConfig) -> int:
+    """Serves until SIGTERM or Ctrl-C; what is being judged then is still answered."""
+    try:
+        import uvicorn
+
+        from tandem.rewards.app import make_app
+    except ImportError as error:
+        raise UserError("serve-reward: FastAPI and uvicorn are missing; pip install 'tandem-rlhf[serve]'") from error
+    serve, token = config.serve, os.environ.get(TOKEN)
+    with ExitStack() as stack:
+        listener = stack.enter_context(_listen(serve.host, serve.port))
+        reward, version = load(config, stack)
+        host, port = listener.getsockname()[:2]
+        if not token and not ipaddress.ip_address(host).is_loopback:
+            log.warning("%s is no loopback address, and whoever reaches it may ask; %s sets a token", host, TOKEN)
+        app = make_app(
+            lambda samples: reward.score(batch_of(samples)),
+            name=serve.reward,
+            version=version,
+            batch_limit=serve.batch_limit,
+            token=token,
+        )
+        where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        say(
+            f"serving {serve.reward} at {where} (protocol {PROTOCOL}, version {version}, at most {serve.batch_limit} "
+            f"samples a batch{', with a token' if token else ''})"
+        )
+        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
+        say("stopped")
+    return 0
+
+
+def load(config: ServeRewardConfig, stack: ExitStack) -> tuple[Reward, str]:
+    """What judges, and a digest of it: of the model's files, or of the function's."""
+    source, section = config.serve.reward, config.model
+    if is_function(source):
+        processes = RewardProcesses([source], deadline_s=config.serve.deadline)
+        stack.callback(processes.close)
+        (function,) = processes.rewards()
+        return function, _digest({name: digest_file(path) for name, path in function.files.items()} or source)
+    version = _digest(digest_model(source))
+    code = section.trust_remote_code
+    tokenizer = load_tokenizer(source, trust_remote_code=code)
+    read_limits(source, head="scalar", trust_remote_code=code)
+    say(f"loading the reward model from {source}")
+    model = load_scalar(
+        source, new_head="refuse", dtype=section.dtype, device=pick_device(section.device), trust_remote_code=code
+    )
+    scorer = LocalScorer(model, token_budget=section.token_budget)
+    return RewardModel(seat_of(scorer), tokenizer, reads_ids=False), version
+
+
+def batch_of(samples: Seq[Sample]) -> RewardBatch:
+    """Samples as a reward sees them. Of a rollout there is only how it ended: what was sampled is text here."""
+    names = sorted({name for sample in samples for name in sample.columns})
+    return RewardBatch(
+        prompts=[sample.prompt for sample in samples],
+        completions=[sample.completion for sample in samples],
+        rollouts=[
+            Rollout(
+                prompt_id="",
+                sample_index=i,
+                token_ids=[],
+                prompt_length=0,
+                trainable=[],
+                behaviour_logp=[],
+                untruncated_logp=[],
+                stop=sample.stop_reason,
+            )
+            for i, sample in enumerate(samples)
+        ],
+        columns={name: [sample.columns.get(name) for sample in samples] for name in names},
+    )
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise UserError(f"port: {host}:{port} cannot be listened on: {error.strerror or error}") from error
+
+
+def _digest(found: object) -> str:
+    return hashlib.blake2b(repr(found).encode(), digest_size=8).hexdigest()

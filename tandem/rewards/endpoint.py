@@ -1,0 +1,244 @@
+"""A language model as a judge: any endpoint that speaks OpenAI's chat completions, with a rubric from a file."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import re
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import httpx2
+import yaml
+
+from tandem.errors import UserError, expect
+from tandem.rewards.asking import CONNECT_S, NotNow, Patience, post
+from tandem.rewards.calling import Misjudged, Unavailable, judges
+from tandem.rewards.checks import text_of
+from tandem.rewards.kinds import Setting
+
+FORMAT = "\n\nEnd with a line of its own that has nothing but: SCORE: <number from {low:g} to {high:g}>"
+"""Added to the rubric, unless ``parse`` says how else a score is found."""
+PARSE = r"SCORE:\s*\**\s*(-?\d+(?:\.\d+)?)"
+"""The last match is the score."""
+CACHE = "judgements.jsonl"
+"""The file of replies, in the run's folder unless ``cache`` names another."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rubric:
+    """What a rubric file may have."""
+
+    url: str
+    """Of the endpoint, up to and without ``/chat/completions``."""
+    model: str
+    """The judge's name there."""
+    rubric: str
+    """What it is told, with ``{prompt}``, ``{completion}`` and the dataset's columns in braces."""
+    scale: tuple[float, float] = (0.0, 10.0)
+    """The lowest and the highest score, which become rewards of 0 and 1."""
+    parse: str = PARSE
+    """A regular expression whose first group is the score; its last match counts."""
+    key: str = "OPENAI_API_KEY"
+    """The environment variable with the endpoint's key."""
+    temperature: float = 0.0
+    max_tokens: int = 1024
+    """Longest reply."""
+    concurrency: int = 16
+    """Requests under way at a time."""
+    asks: int = 3
+    """How often it is asked where its reply has no score."""
+    unparseable: Literal["error", "leave_out"] = "error"
+    """What becomes of a sample then: the run ends, or the sample is left out and counted."""
+    cache: str | None = None
+    """A file of replies. None: the run folder's ``judgements.jsonl``."""
+
+    def __post_init__(self) -> None:
+        expect(self, "text", lambda x: isinstance(x, str) and bool(x), "url", "model", "rubric", "parse", "key", "cache")
+        expect(self, "http://... or https://...", lambda x: re.match(r"https?://\w", x), "url")
+        pair = lambda x: isinstance(x, tuple) and len(x) == 2 and all(map(_number, x)) and x[0] < x[1]  # noqa: E731
+        expect(self, "two numbers, the lower one first", pair, "scale")
+        expect(self, "0 or more", lambda x: _number(x) and x >= 0, "temperature")
+        expect(self, "a whole number of 1 or more", lambda x: type(x) is int and x >= 1, "max_tokens", "concurrency", "asks")
+        expect(self, "error or leave_out", lambda x: x in ("error", "leave_out"), "unparseable")
+        try:
+            groups = re.compile(self.parse).groups
+        except re.error as error:
+            raise UserError(f"parse: not a regular expression: {error}") from error
+        if groups < 1:
+            raise UserError("parse: it needs a group, (...), around the score")
+        if "{completion}" not in self.rubric:
+            raise UserError("rubric: it must show the judge the sample, as {completion}")
+
+
+def read_judge(path: Path, setting: Setting) -> EndpointJudge:
+    """The judge that a file describes. Raises UserError, naming the file and the key, where it is wrong."""
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(given, dict):
+        raise UserError(f"{path}: expected keys and values, such as 'model: NAME'")
+    known = [f.name for f in fields(Rubric)]
+    if unknown := [str(key) for key in given if key not in known]:
+        raise UserError(f"{path}: unknown key {unknown[0]!r}; keys are {', '.join(known)}")
+    if missing := [key for key in ("url", "model", "rubric") if key not in given]:
+        raise UserError(f"{path}: missing key {missing[0]!r}")
+    if isinstance(given.get("scale"), list):
+        given["scale"] = tuple(given["scale"])
+    try:
+        return EndpointJudge(Rubric(**given), setting)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+@judges("sample")
+class EndpointJudge:
+    """Asks for a sample's score, and keeps every reply by the content that was asked: nothing is asked twice.
+
+    A request that fails (as in ``tandem.rewards.asking``) is made again until the deadline. A reply without a score is
+    asked for again, ``asks`` times in all.
+    """
+
+    patient = True
+
+    def __init__(self, rubric: Rubric, setting: Setting) -> None:
+        self.rubric, self.deadline_s = rubric, setting.deadline_s
+        self.counts = {"asked": 0, "from_cache": 0, "unparseable": 0}
+        self.path = Path(rubric.cache).expanduser() if rubric.cache else Path(setting.folder or ".") / CACHE
+        self._scores: dict[str, float] | None = None
+        self._under_way: dict[str, asyncio.Task[float | None]] = {}
+        self._client: httpx2.AsyncClient | None = None
+        self._room = asyncio.Semaphore(rubric.concurrency)
+        token = os.environ.get(rubric.key)
+        self._headers = {"authorization": f"Bearer {token}"} if token else {}
+
+    async def __call__(self, prompt: Any, completion: Any, **columns: Any) -> float | None:
+        rubric = self.rubric
+        shown = filled(rubric.rubric, {**columns, "prompt": conversation(prompt), "completion": text_of(completion)})
+        if rubric.parse == PARSE:
+            shown += FORMAT.format(low=rubric.scale[0], high=rubric.scale[1])
+        body = {
+            "model": rubric.model,
+            "messages": [{"role": "user", "content": shown}],
+            "temperature": rubric.temperature,
+            "max_tokens": rubric.max_tokens,
+        }
+        key = hashlib.blake2b(
+            json.dumps([rubric.url, body, rubric.scale, rubric.parse], sort_keys=True).encode(), digest_size=16
+        ).hexdigest()
+        if self._scores is None:
+            self._scores = read_cache(self.path)
+        if key in self._scores:
+            self.counts["from_cache"] += 1
+            return self._scores[key]
+        if key not in self._under_way:
+            # Equal samples wait for one reply.
+            self._under_way[key] = asyncio.create_task(self._ask(key, body))
+            self._under_way[key].add_done_callback(lambda _: self._under_way.pop(key, None))
+        return await self._under_way[key]
+
+    async def _ask(self, key: str, body: dict[str, Any]) -> float | None:
+        end = time.monotonic() + self.deadline_s
+        reply = ""
+        for attempt in range(self.rubric.asks):
+            # A server that answers equal requests alike gets another one.
+            reply = await self._reply(body if attempt == 0 else body | {"seed": attempt}, end)
+            if (score := self._score(reply)) is not None:
+                assert self._scores is not None
+                self._scores[key] = score
+                self._keep({"key": key, "score": score, "reply": reply, "asked": body["messages"][0]["content"]})
+                return score
+        self.counts["unparseable"] += 1
+        if self.rubric.unparseable == "leave_out":
+            return None
+        raise Misjudged(
+            f"{self.rubric.model} gave no score from {self.rubric.scale[0]:g} to {self.rubric.scale[1]:g} in "
+            f"{self.rubric.asks} replies, the last of which ends {reply[-60:]!r}"
+        )
+
+    async def _reply(self, body: dict[str, Any], end: float) -> str:
+        """Raises Unavailable where there is none before the end."""
+        if self._client is None:
+            self._client = httpx2.AsyncClient(timeout=httpx2.Timeout(self.deadline_s, connect=CONNECT_S, pool=None))
+        url = f"{self.rubric.url.rstrip('/')}/chat/completions"
+        patience, wrong = Patience(), ""
+        try:
+            async with asyncio.timeout(max(0.0, end - time.monotonic())):
+                while True:
+                    try:
+                        async with self._room:
+                            self.counts["asked"] += 1
+                            return reply_of(url, await post(self._client, url, body, self._headers))
+                    except NotNow as failure:
+                        wrong = str(failure)
+                        await patience.wait(failure)
+        except TimeoutError:
+            why = f" ({wrong})" if wrong else ""
+            raise Unavailable(
+                f"got no reply of {url} within {self.deadline_s:g} s (--reward-deadline){why}"
+            ) from None
+
+    def _score(self, reply: str) -> float | None:
+        """A reward from 0 to 1; None where the reply has no score, or one beyond the scale."""
+        low, high = self.rubric.scale
+        found = [match[1] for match in re.finditer(self.rubric.parse, reply)]
+        try:
+            score = float(found[-1])
+        except (IndexError, TypeError, ValueError):
+            return None
+        return (score - low) / (high - low) if low <= score <= high else None
+
+    def _keep(self, line: dict[str, Any]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab") as file:
+            file.write(json.dumps(line, ensure_ascii=False).encode(errors="replace") + b"\n")
+
+
+def read_cache(path: Path) -> dict[str, float]:
+    """The scores of a file of replies. A line that a kill cut off is passed over, and the next one begins anew."""
+    scores: dict[str, float] = {}
+    if not path.exists():
+        return scores
+    data = path.read_bytes()
+    for line in data.split(b"\n"):
+        try:
+            found = json.loads(line)
+            scores[found["key"]] = float(found["score"])
+        except (ValueError, TypeError, KeyError):
+            continue
+    if data and not data.endswith(b"\n"):
+        with path.open("ab") as file:
+            file.write(b"\n")
+    return scores
+
+
+def reply_of(url: str, answer: Any) -> str:
+    """The text of a chat completion. Raises Misjudged where the answer is none."""
+    try:
+        text = answer["choices"][0]["message"]["content"]
+    except (KeyError, IndexError, TypeError):
+        text = None
+    if not isinstance(text, str):
+        raise Misjudged(f"{url} did not answer with a chat completion")
+    return text
+
+
+def conversation(prompt: Any) -> str:
+    """A prompt as the judge reads it: text as it is, messages each after its role."""
+    return prompt if isinstance(prompt, str) else "\n\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+
+
+def filled(rubric: str, values: dict[str, Any]) -> str:
+    """The rubric with its names in braces replaced, once: braces in what is put in stay as they are."""
+    return re.sub(r"\{(\w+)\}", lambda match: str(values.get(match[1], match[0])), rubric)
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < float("inf")
