@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from collections.abc import Sequence as Seq
 from pathlib import Path
 
 from transformers.utils import cached_file
@@ -24,7 +25,7 @@ SAMPLES, BLOCK = 256, 1 << 16
 
 def digest_inputs(
     rows: Mapping[str, Dataset | None],
-    rewards: Iterable[FunctionReward] = (),
+    rewards: Seq[FunctionReward] = (),
     models: Mapping[str, str] | None = None,
     template: str | None = None,
 ) -> Inputs:
@@ -41,7 +42,8 @@ def digest_inputs(
             f"reward {reward.source}" + (f": {name}" if name else ""): digest_file(path)
             for reward in rewards
             for name, path in reward.files.items()
-        },
+        }
+        | {f"reward {reward.source}: version": reward.version for reward in rewards if reward.version},
         "model": {
             f"model {source}" + (f": {name}" if name else ""): digest
             for source in dict.fromkeys((models or {}).values())

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tandem.config import INFINITE, MAY_CHANGE, ONE_START, PATH, may_change
 from tandem.data.sources import Source, parse_sources, unweighted_sources
 from tandem.errors import UserError, expect, needs
+from tandem.rewards.kinds import kind_of
 from tandem.types import SamplingParams
 
 
@@ -318,12 +319,22 @@ class SamplingSection(DrawsSection):
         expect(self, "1 or more", _at_least(1), "prompts_per_step")
 
 
+def check_rewards(key: str, sources: Iterable[str]) -> None:
+    """Raises UserError, which names the key, for what can be no reward."""
+    for source in sources:
+        try:
+            kind_of(source)
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from error
+
+
 @dataclass(frozen=True, kw_only=True)
 class RewardSection:
     """What judges the samples. Several rewards are summed with their weights."""
 
     reward: tuple[str, ...] = field(default=(), metadata=PATH)
-    """FILE.py:function, each f(prompts, completions, completion_ids, **columns) -> list[float | None]."""
+    """FILE.py:function, each f(prompts, completions, completion_ids, **columns) -> list[float | None]; or
+    http://HOST:PORT, judge:FILE.yaml, math, reasoning-gym, format:REGEX."""
     reward_model: str | None = field(default=None, metadata=PATH)
     """Folder of a model with a score head, as 'tandem rm' writes it."""
     reward_weights: tuple[float, ...] = ()
@@ -340,8 +351,7 @@ class RewardSection:
 
     def __post_init__(self) -> None:
         expect(self, "a folder", bool, "reward_model")
-        shaped = re.compile(r".+:[A-Za-z_]\w*")
-        expect(self, "FILE.py:function", lambda names: all(map(shaped.fullmatch, names)), "reward")
+        check_rewards("reward", self.reward)
         count = len(self.judges)
         expect(self, f"{count} weights, one a reward", lambda weights: len(weights) in (0, count), "reward_weights")
         expect(self, "from 0 to 1e15", lambda penalty: 0 <= penalty <= 1e15, "missing_eos_penalty")

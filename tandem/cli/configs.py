@@ -75,9 +75,9 @@ class ServedModel:
 class ServeRewardConfig:
     """Serve a reward model, or a reward function, to runs on other machines: --reward http://HOST:PORT.
 
-    Answers GET /health and POST /score (docs/rewards.md has the protocol). Requests that come together are judged in one
-    batch. Where the environment has TANDEM_REWARD_TOKEN, requests must carry it. SIGTERM and Ctrl-C end it once what is
-    being judged is answered.
+    Answers GET /health and POST /score (docs/rewards.md has the protocol). Requests that come together are judged in
+    one batch. Where the environment has TANDEM_REWARD_TOKEN, requests must carry it. SIGTERM and Ctrl-C end it once
+    what is being judged is answered.
     Example: tandem serve-reward runs/rm/model --port 8000
     Example: tandem serve-reward check.py:right --host 0.0.0.0
     """
@@ -89,6 +89,12 @@ class ServeRewardConfig:
     def parts(self) -> set[str]:
         """What is served, for keys that need it (``tandem.errors.needs``)."""
         return {"reward function" if is_function(self.serve.reward) else "served model"}
+
+
+def serve_reward_flags(words: list[str]) -> tuple[type[ServeRewardConfig], list[str]]:
+    """The config, and the flags: a first word without one is what is served."""
+    bare = words and not words[0].startswith("-")
+    return ServeRewardConfig, [f"--reward={words[0]}", *words[1:]] if bare else words
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,24 +10,19 @@ import socket
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from tandem.assembly.inputs import digest_file, digest_model
 from tandem.cli.configs import ServeRewardConfig
 from tandem.errors import UserError
-from tandem.models.limits import read_limits
-from tandem.models.loading import load_scalar, load_tokenizer, pick_device
 from tandem.rewards.kinds import is_function
-from tandem.rewards.model import RewardModel
 from tandem.rewards.process import RewardProcesses
 from tandem.rewards.protocol import PROTOCOL, TOKEN
 from tandem.roles import Reward, RewardBatch
 from tandem.runs.progress import say
-from tandem.training.trainer import LocalScorer
 from tandem.types import Rollout
-from tandem.workers.homes import seat_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
 
+    from tandem.cli.configs import ServedModel
     from tandem.rewards.app import Sample
 
 log = logging.getLogger("tandem")
@@ -67,22 +62,34 @@ def run(config: ServeRewardConfig) -> int:
 
 def load(config: ServeRewardConfig, stack: ExitStack) -> tuple[Reward, str]:
     """What judges, and a digest of it: of the model's files, or of the function's."""
-    source, section = config.serve.reward, config.model
-    if is_function(source):
-        processes = RewardProcesses([source], deadline_s=config.serve.deadline)
-        stack.callback(processes.close)
-        (function,) = processes.rewards()
-        return function, _digest({name: digest_file(path) for name, path in function.files.items()} or source)
-    version = _digest(digest_model(source))
-    code = section.trust_remote_code
-    tokenizer = load_tokenizer(source, trust_remote_code=code)
-    read_limits(source, head="scalar", trust_remote_code=code)
+    source = config.serve.reward
+    if not is_function(source):
+        return load_model(source, config.model)
+    processes = RewardProcesses([source], deadline_s=config.serve.deadline)
+    stack.callback(processes.close)
+    (function,) = processes.rewards()
+    return function, function.version or _digest([source, *(path.read_bytes() for path in function.files.values())])
+
+
+def load_model(source: str, section: ServedModel) -> tuple[Reward, str]:
+    """A reward model, and a digest of its files."""
+    # Imported where it is wanted: a server of a function needs no torch.
+    from tandem.assembly.inputs import digest_model
+    from tandem.models.loading import load_scalar, pick_device
+    from tandem.rewards.model import RewardModel
+    from tandem.training.trainer import LocalScorer
+    from tandem.workers.homes import seat_of
+
     say(f"loading the reward model from {source}")
     model = load_scalar(
-        source, new_head="refuse", dtype=section.dtype, device=pick_device(section.device), trust_remote_code=code
+        source,
+        new_head="refuse",
+        dtype=section.dtype,
+        device=str(pick_device(section.device)),
+        trust_remote_code=section.trust_remote_code,
     )
     scorer = LocalScorer(model, token_budget=section.token_budget)
-    return RewardModel(seat_of(scorer), tokenizer, reads_ids=False), version
+    return RewardModel(seat_of(scorer), model.tokenizer, reads_ids=False), _digest(digest_model(source))
 
 
 def batch_of(samples: Seq[Sample]) -> RewardBatch:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tandem.data.files import read_file
+from tandem.data.gym import gym_rows, is_gym
 from tandem.data.sources import SUFFIXES, TYPES, is_local, is_pattern, parse_sources
 from tandem.errors import UserError, first_line
 
@@ -108,6 +109,7 @@ def load_rows(source: str, *, split: str = "train", max_samples: int | None = No
     - a folder written by ``datasets.save_to_disk``;
     - a folder of files: those of ``split`` by their names or by a folder with that name, or all where no name says;
     - ``json@FOLDER`` (csv, parquet, arrow): the files of one type in a folder;
+    - ``reasoning-gym:NAME``, ``reasoning-gym:NAME?size=500&seed=1`` (``tandem.data.gym``);
     - a name on the Hugging Face hub, ``owner/name``, ``owner/name:config`` or ``owner/name@folder``.
 
     Of each at most ``max_samples`` rows, the first ones. Raises UserError for what is missing, unreadable, malformed or
@@ -123,7 +125,9 @@ def load_rows(source: str, *, split: str = "train", max_samples: int | None = No
 def _read_source(source: str, split: str) -> Dataset:
     path = Path(source).expanduser()
     kind, at, folder = source.partition("@")
-    if path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
+    if is_gym(source):
+        rows = Dataset(gym_rows(source), source=source)
+    elif path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
         rows = _read_saved_dataset(path, split)
     elif path.is_dir():
         rows = _read_files(_files_of_split(path, split, SUFFIXES), source)

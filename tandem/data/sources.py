@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
+from tandem.data.gym import is_gym
 from tandem.errors import UserError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
@@ -27,7 +28,7 @@ class Source:
     @property
     def has_splits(self) -> bool:
         """Whether it may have splits: a file has none, nor have several that a pattern names."""
-        return not (self.name.endswith(SUFFIXES) or is_pattern(self.name))
+        return not (self.name.endswith(SUFFIXES) or is_pattern(self.name) or is_gym(self.name))
 
 
 def parse_sources(text: str) -> list[Source]:

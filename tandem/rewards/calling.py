@@ -84,6 +84,8 @@ class Wants:
     """Whether it is ``async``: its calls are made side by side."""
     patient: bool
     """Whether it keeps to the deadline by itself, and so is given a little more time."""
+    one_of: tuple[str, ...]
+    """Columns of which it needs one, beside the arguments that it names."""
     counts: tuple[str, ...]
     """Names of what it counts beside its scores."""
 
@@ -100,6 +102,7 @@ class Wants:
             per=getattr(plain, "judges", "all"),
             awaits=inspect.iscoroutinefunction(plain) or inspect.iscoroutinefunction(plain.__call__),
             patient=getattr(plain, "patient", False),
+            one_of=tuple(getattr(plain, "one_of", ())),
             counts=tuple(getattr(plain, "counts", ())),
         )
 
@@ -185,9 +188,9 @@ class LocalFunction:
 
     def _fault(self, error: BaseException, arguments: Mapping[str, Any]) -> Fault:
         if isinstance(error, Misjudged):
-            return Fault(f"{error} for ", 0)
+            return Fault(f"{error}; asked for ", 0)
         if isinstance(error, Unavailable):
-            return Fault(f"{error}; last asked for ", 0, "; go on with --resume", raised=True, final=True)
+            return Fault(f"{error}; asked for ", 0, "; go on with --resume", raised=True, final=True)
         if self.wants.per == "sample":
             sample: int | None = 0
         else:

@@ -62,13 +62,19 @@ class MathCheck:
         if not right:
             self.counts["no_answer"] += 1
             return None
-        text = text_of(completion)
         try:
-            return guarded(lambda: float(self._verify(right, self._parse(text, parsing_timeout=PARSE_S),
-                                                      timeout_seconds=PARSE_S)))  # fmt: skip
+            return guarded(lambda: self._equals(right, text_of(completion)))
         except GaveUp:
             self.counts["given_up"] += 1
             return None
+
+    def _equals(self, right: list[Any], text: str) -> float:
+        """Raises math-verify's TimeoutException, which is no Exception; what else it fails with is a wrong answer's."""
+        try:
+            given = self._parse(text, parsing_timeout=PARSE_S, raise_on_error=True)
+            return float(self._verify(right, given, timeout_seconds=PARSE_S, raise_on_error=True))
+        except Exception:
+            return 0.0
 
     @functools.cached_property
     def _read_answer(self) -> Callable[[str], list[Any]]:
@@ -76,8 +82,8 @@ class MathCheck:
         def read(text: str) -> list[Any]:
             # Answers are often bare LaTeX, which is only looked for between marks.
             marked = text if "$" in text or "\\boxed" in text else f"${text}$"
-            found: list[Any] = self._parse(marked, parsing_timeout=PARSE_S) or self._parse(text, parsing_timeout=PARSE_S)
-            return found
+            found: list[Any] = self._parse(marked, parsing_timeout=PARSE_S)
+            return found or list(self._parse(text, parsing_timeout=PARSE_S))
 
         return read
 
@@ -130,6 +136,7 @@ def guarded(check: Callable[[], float]) -> float:
         finally:
             os._exit(0)
     os.close(write)
+    ready: list[int] = []
     try:
         ready, _, _ = select.select([read], [], [], GUARD_S)
         said = os.read(read, 64).decode() if ready else ""

@@ -58,12 +58,13 @@ class Rubric:
     """A file of replies. None: the run folder's ``judgements.jsonl``."""
 
     def __post_init__(self) -> None:
-        expect(self, "text", lambda x: isinstance(x, str) and bool(x), "url", "model", "rubric", "parse", "key", "cache")
-        expect(self, "http://... or https://...", lambda x: re.match(r"https?://\w", x), "url")
-        pair = lambda x: isinstance(x, tuple) and len(x) == 2 and all(map(_number, x)) and x[0] < x[1]  # noqa: E731
-        expect(self, "two numbers, the lower one first", pair, "scale")
+        texts = ("url", "model", "rubric", "parse", "key", "cache")
+        expect(self, "text", lambda x: isinstance(x, str) and bool(x), *texts)
+        expect(self, "http://... or https://...", lambda x: re.match(r"https?://\w", x) is not None, "url")
+        expect(self, "two numbers, the lower one first", _rising, "scale")
         expect(self, "0 or more", lambda x: _number(x) and x >= 0, "temperature")
-        expect(self, "a whole number of 1 or more", lambda x: type(x) is int and x >= 1, "max_tokens", "concurrency", "asks")
+        counts = ("max_tokens", "concurrency", "asks")
+        expect(self, "a whole number of 1 or more", lambda x: type(x) is int and x >= 1, *counts)
         expect(self, "error or leave_out", lambda x: x in ("error", "leave_out"), "unparseable")
         try:
             groups = re.compile(self.parse).groups
@@ -181,9 +182,7 @@ class EndpointJudge:
                         await patience.wait(failure)
         except TimeoutError:
             why = f" ({wrong})" if wrong else ""
-            raise Unavailable(
-                f"got no reply of {url} within {self.deadline_s:g} s (--reward-deadline){why}"
-            ) from None
+            raise Unavailable(f"got no reply of {url} within {self.deadline_s:g} s (--reward-deadline){why}") from None
 
     def _score(self, reply: str) -> float | None:
         """A reward from 0 to 1; None where the reply has no score, or one beyond the scale."""
@@ -238,6 +237,10 @@ def conversation(prompt: Any) -> str:
 def filled(rubric: str, values: dict[str, Any]) -> str:
     """The rubric with its names in braces replaced, once: braces in what is put in stay as they are."""
     return re.sub(r"\{(\w+)\}", lambda match: str(values.get(match[1], match[0])), rubric)
+
+
+def _rising(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and all(map(_number, value)) and value[0] < value[1]
 
 
 def _number(value: Any) -> bool:

@@ -122,6 +122,12 @@ class FunctionReward:
     def require_columns(self, columns: Iterable[str], dataset: str = "the dataset") -> None:
         """Raises UserError where the function wants a column that the dataset does not have."""
         offered = {*columns, *((*SAMPLED_ONE, STOP) if self.per == "sample" else (*SAMPLED, STOPS))}
+        wanted = self._judging.wants.one_of
+        if wanted and offered.isdisjoint(wanted):
+            names, present = " or ".join(map(repr, wanted)), ", ".join(sorted(columns)) or "none"
+            raise UserError(
+                f"reward {self.name!r} wants the column {names}, which {dataset} lacks; columns present: {present}"
+            )
         for name in self._judging.wants.required:
             if name not in offered:
                 raise UserError(

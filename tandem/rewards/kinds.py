@@ -13,7 +13,7 @@ from tandem.errors import UserError
 from tandem.rewards.loading import import_function, imported_module
 from tandem.rewards.sources import source_files
 
-FORMS = "FILE.py:function, http://HOST:PORT, judge:FILE.yaml, math or format:REGEX"
+FORMS = "FILE.py:function, http://HOST:PORT, judge:FILE.yaml, math, reasoning-gym or format:REGEX"
 """What a source may look like, for messages."""
 _OWN = re.compile(r".+:[A-Za-z_]\w*", re.DOTALL)
 
@@ -38,7 +38,7 @@ class Found:
 
 
 def kind_of(source: str) -> str:
-    """``own``, ``server``, ``judge``, ``math`` or ``format``. Imports nothing.
+    """``own``, ``server``, ``judge``, ``math``, ``reasoning_gym`` or ``format``. Imports nothing.
 
     Raises UserError where nothing of this form can be a reward.
     """
@@ -58,6 +58,8 @@ def kind_of(source: str) -> str:
         return "format"
     if re.fullmatch(r"math(:\w+)?", source):
         return "math"
+    if source == "reasoning-gym":
+        return "reasoning_gym"
     if not _OWN.fullmatch(source):
         raise UserError(f"expected {FORMS}, got {source!r}")
     return "own"
@@ -119,4 +121,8 @@ def find_function(source: str, setting: Setting = Setting()) -> Found:
         from tandem.rewards.checks import FormatCheck
 
         return Found(FormatCheck(rest))
+    if kind == "reasoning_gym":
+        from tandem.rewards.checks import GymCheck
+
+        return Found(GymCheck())
     return Found(import_function(source), source_files(imported_module(source)))

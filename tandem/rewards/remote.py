@@ -64,7 +64,9 @@ class RewardServers:
                 )
         self.limits = [int(one["batch_limit"]) for one in known]
 
-    async def __call__(self, prompt: Any, completion: Any, stop_reason: str, **columns: Any) -> Any:
+    async def __call__(
+        self, prompt: Any, completion: Any, stop_reason: str, completion_ids: Any = None, **columns: Any
+    ) -> Any:
         if self._some is None:
             self._begin()
         assert self._some is not None
@@ -89,11 +91,8 @@ class RewardServers:
             limit = known.get("batch_limit")
             if not isinstance(known.get("version"), str) or not isinstance(limit, int) or limit < 1:
                 raise UserError(f"{url}{HEALTH} must give a text 'version' and a 'batch_limit' of 1 or more")
-            scores_of(
-                url,
-                answer_of(f"{url}{SCORE}", client.post(f"{url}{SCORE}", json={"samples": []}, headers=self.headers)),
-                0,
-            )
+            response = client.post(f"{url}{SCORE}", json={"samples": []}, headers=self.headers)
+            scores_of(url, answer_of(f"{url}{SCORE}", response), 0)
         except httpx2.TransportError as error:
             raise UserError(f"{url}: {reason(error)}; is the reward server there, and ready?") from error
         except (NotNow, Misjudged) as error:
@@ -151,8 +150,8 @@ class RewardServers:
         version = answer.get("version", self.version) if isinstance(answer, dict) else self.version
         if version != self.version:
             raise Misjudged(
-                f"{url} serves version {version!r} now, and {self.version!r} when the run began: serve that again, or go "
-                "on with --resume --accept-changed reward"
+                f"{url} serves version {version!r} now, and {self.version!r} when the run began: serve that again, or "
+                "go on with --resume --accept-changed reward"
             )
 
 

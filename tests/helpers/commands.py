@@ -61,7 +61,6 @@ def parse(words: list[str], monkeypatch: pytest.MonkeyPatch, folder: Any) -> Non
         with pytest.raises(SystemExit):
             load_config(cls, argv)
         return
-    argv = COMMANDS[command].words(argv)
     load_config(cls, [*placeholders(cls, argv), *argv])
 
 
