@@ -31,6 +31,7 @@ from tandem.assembly.sections import (
     RunSection,
     SamplingSection,
     StepSection,
+    judged_by_its_data,
 )
 from tandem.config import PREFIXED, load_config, section_class, settings
 from tandem.errors import UserError
@@ -136,6 +137,8 @@ class SamplesConfig(RunConfig):
     engine: EngineSection = field(default_factory=EngineSection, metadata=PREFIXED)
 
     def __post_init__(self) -> None:
+        if self.method.samples.rewards == "required":
+            object.__setattr__(self, "reward", judged_by_its_data(self.reward, self.data.data))
         if not self.reward.judges and self.method.samples.rewards == "required":
             raise UserError("reward: nothing judges the samples; give --reward FILE.py:function or --reward-model DIR")
 

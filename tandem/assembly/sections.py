@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from tandem.config import INFINITE, MAY_CHANGE, ONE_START, PATH, may_change
+from tandem.data.gym import is_gym
 from tandem.data.sources import Source, parse_sources, unweighted_sources
 from tandem.errors import UserError, expect, needs
 from tandem.rewards.kinds import kind_of
@@ -317,6 +318,14 @@ class SamplingSection(DrawsSection):
     def __post_init__(self) -> None:
         super().__post_init__()
         expect(self, "1 or more", _at_least(1), "prompts_per_step")
+
+
+def judged_by_its_data(section: RewardSection, data: str) -> RewardSection:
+    """The section, with reasoning-gym's own checker where nothing judges and the data are its tasks."""
+    tasks = [is_gym(source.name) for source in parse_sources(data)]
+    if section.judges or not all(tasks):
+        return section
+    return replace(section, reward=("reasoning-gym",))
 
 
 def check_rewards(key: str, sources: Iterable[str]) -> None:

@@ -20,6 +20,7 @@ from tandem.assembly.sections import (
     OutSection,
     RewardSection,
     RunSection,
+    judged_by_its_data,
 )
 from tandem.config import MAY_CHANGE, PATH, PREFIXED, section_class
 from tandem.errors import UserError, expect, needs
@@ -105,6 +106,7 @@ class JudgedConfig(UseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "reward", judged_by_its_data(self.reward, self.data.data))
         if not self.reward.judges:
             raise UserError("reward: nothing judges the samples; give --reward FILE.py:function or --reward-model DIR")
 
