@@ -7,6 +7,7 @@ import time
 import pytest
 from test_function_reward import batch
 
+import tandem
 from tandem.data.rows import load_rows
 from tandem.errors import UserError
 from tandem.rewards import checks
@@ -99,3 +100,18 @@ def test_tasks_of_reasoning_gym(processes):
 def test_wrong_tasks(source, words):
     with pytest.raises(UserError, match=words):
         load_rows(source)
+
+
+def test_a_gym_s_tasks_are_judged_by_their_own_checkers():
+    def rewards(method: str = "grpo", **keys) -> tuple[str, ...]:
+        return tandem.read_config(method, model="m", out="o", steps=1, **keys).reward.reward
+
+    tasks = "reasoning-gym:leg_counting:0.5,reasoning-gym:chain_sum?size=9:0.5"
+    assert rewards(data=tasks) == ("reasoning-gym",)
+    assert rewards(data=tasks, reward=["format:.*", "math"]) == ("format:.*", "math")
+    assert rewards(data=tasks, reward_model="rm") == ()
+    assert rewards("opd", data=tasks, teacher="t") == ()
+    with pytest.raises(UserError, match="nothing judges the samples"):
+        rewards(data=f"{tasks},d.jsonl:1")
+    with pytest.raises(UserError, match="--split: has no effect"):
+        rewards(data="reasoning-gym:chain_sum", split="train2")

@@ -73,7 +73,7 @@ def test_missing_files_and_functions(tmp_path) -> None:
 
 @pytest.mark.parametrize("source", ["", "mine.py", ":f", "mine.py:"])
 def test_the_way_to_write_it_is_said(source) -> None:
-    assert "write FILE.py:function" in refused(source)
+    assert "expected FILE.py:function" in refused(source)
 
 
 @pytest.mark.parametrize(
