@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from tandem.config import INFINITE, MAY_CHANGE, ONE_START, PATH, may_change
 from tandem.data.gym import is_gym
+from tandem.data.columns import parse_condition
 from tandem.data.sources import Source, parse_sources, unweighted_sources
 from tandem.errors import UserError, expect, needs
 from tandem.rewards.kinds import kind_of
@@ -147,6 +148,9 @@ class ColumnsSection:
     label_key: str | None = field(default=None, metadata=needs(("part", "unpaired", "steps", "samples")))
     """Column of the label: what a method learns from, or, for samples, what reward functions get as 'label'. None:
     'label', and 'labels' of steps."""
+    condition: str | None = None
+    """Put behind each prompt: a text with columns of the row in braces, as '\\nReward: {reward:.1f}' (conditional SFT).
+    \\n is a line break."""
     input_template: str | None = None
     """Put around a prompt that is text, as 'User: {}\\nAssistant: '. \\n is a line break."""
     apply_chat_template: bool = False
@@ -160,6 +164,9 @@ class ColumnsSection:
         expect(self, "the name of a column", bool, *(key for key in vars(self) if key.endswith("_key")))
         expect(self, "a text with one {}", lambda text: text.count("{}") == 1, "input_template")
         expect(self, "a text", bool, "system")
+        expect(self, "a text", bool, "system", "chat_template", "condition")
+        if self.condition is not None:
+            parse_condition(self.condition)
         self._check_sources()
 
     def _check_sources(self) -> None:

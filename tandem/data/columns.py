@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from string import Formatter
 from typing import Any
 
 from tandem.data.rows import Dataset, Row, present
@@ -35,6 +36,8 @@ class Columns:
     chosen_key: str | None = None
     rejected_key: str | None = None
     label_key: str | None = None
+    condition: str | None = None
+    """Put behind a prompt: a text with columns of the row in braces, as ``{reward:.1f}`` (``parse_condition``)."""
     input_template: str | None = None
     """Put around a prompt that is text, which it has one ``{}`` for. ``\\n`` and ``\\t`` are line breaks and tabs."""
     apply_chat_template: bool = False
@@ -45,6 +48,8 @@ class Columns:
     def steps(self) -> dict[str, Step]:
         """What is done to a row, in this order, by the key that asks for it. A step that changes nothing returns it."""
         steps: dict[str, Step] = {"keys": self._rename} if any(name for _, name in self._named()) else {}
+        if self.condition is not None:
+            steps["condition"] = self._condition
         if self.input_template is not None:
             steps["input_template"] = self._frame
         if self.apply_chat_template:
@@ -76,6 +81,29 @@ class Columns:
             whole = row.pop("prompt")
             row["messages" if isinstance(whole, list) else "text"] = whole
         return row
+
+    def _condition(self, row: Row) -> Row:
+        assert self.condition is not None
+        said = ""
+        for text, column, spec in parse_condition(self.condition):
+            said += text
+            if column is None:
+                continue
+            if (value := row.get(column)) is None:
+                raise UserError(f"no column {column!r} (condition); columns present: {present(row)}")
+            try:
+                said += format(value, spec)
+            except (ValueError, TypeError) as error:
+                raise UserError(f"condition: column {column!r} has {value!r}: {error}") from error
+        prompt = row.get("prompt")
+        if isinstance(prompt, str):
+            return row | {"prompt": prompt + said}
+        if not (isinstance(prompt, list) and prompt and isinstance(prompt[-1], dict)):
+            raise UserError(f"condition: no column 'prompt' to put it behind; columns present: {present(row)}")
+        last = prompt[-1]
+        if last.get("role") != "user" or not isinstance(last.get("content"), str):
+            raise UserError("condition: the prompt does not end in a text of the user's to put it behind")
+        return row | {"prompt": [*prompt[:-1], last | {"content": last["content"] + said}]}
 
     def _frame(self, row: Row) -> Row:
         prompt = row.get("prompt")
@@ -110,6 +138,18 @@ def _instructed(messages: list[Any]) -> bool:
     return bool(messages) and isinstance(messages[0], dict) and messages[0].get("role") in ("system", "developer")
 
 
+def parse_condition(text: str) -> list[tuple[str, str | None, str]]:
+    """The template as (text, column or None, format) one after the other. Raises UserError where it is none."""
+    try:
+        parts = list(Formatter().parse(text.replace("\\n", "\n").replace("\\t", "\t")))
+    except ValueError as error:
+        raise UserError(f"condition: {text!r} is no template: {error}") from error
+    for _, column, spec, conversion in parts:
+        if column is not None and (not column.isidentifier() or conversion or "{" in (spec or "")):
+            raise UserError(f"condition: {{{column}}} names no column; give a column of the rows, as in {{reward:.1f}}")
+    return [(before, column, spec or "") for before, column, spec, _ in parts]
+
+
 def shape(rows: Dataset, columns: Columns, *, strict: bool = True) -> Dataset:
     """The dataset with its columns as its kind names them.
 
@@ -125,6 +165,7 @@ def shape(rows: Dataset, columns: Columns, *, strict: bool = True) -> Dataset:
 
 
 WHY = {
+    "condition": "it is empty",
     "input_template": "none has a 'prompt' that is text",
     "apply_chat_template": "none has a 'prompt' or an answer that is text",
     "system": "none has a conversation without a system message; for plain prompts add --apply-chat-template",

@@ -75,6 +75,7 @@ def test_every_key_of_the_data_reaches_its_rows(file):
         ({"max_samples": 0}, "max_samples: expected 1 or more, got 0"),
         ({"input_key": ""}, "input_key: expected the name of a column"),
         ({"input_template": "User:"}, "input_template: expected a text with one {}, got 'User:'"),
+        ({"condition": "{a.b}"}, "condition: {a.b} names no column"),
         ({"input_template": "{}{}"}, "input_template: expected a text with one {}"),
     ],
 )

@@ -92,6 +92,42 @@ def test_answers_change_places_at_once():
     }
 
 
+@pytest.mark.parametrize(
+    ("prompt", "keys", "expected"),
+    [
+        ("a", {}, "a\nReward: 0.7"),
+        ("a", {"input_template": "Q: {} A:"}, "Q: a\nReward: 0.7 A:"),
+        ("a", {"apply_chat_template": True}, [user("a\nReward: 0.7")]),
+        ([system("s"), user("a")], {}, [system("s"), user("a\nReward: 0.7")]),
+    ],
+)
+def test_a_condition_stands_behind_the_prompt(prompt, keys, expected):
+    row = {"prompt": prompt, "completion": "b" if isinstance(prompt, str) else [assistant("b")], "reward": 0.66}
+    assert shaped(row, condition=r"\nReward: {reward:.1f}", **keys)["prompt"] == expected
+    fixed = shaped({"prompt": "a", "completion": "b"}, condition=" {{best}}")
+    assert fixed["prompt"] == "a {best}"
+
+
+@pytest.mark.parametrize(
+    ("row", "condition", "words"),
+    [
+        ({"prompt": "a"}, "{reward}", "list row 1: no column 'reward' (condition); columns present: 'prompt'"),
+        ({"prompt": "a", "reward": None}, "{reward}", "no column 'reward' (condition)"),
+        ({"prompt": "a", "reward": "x"}, "{reward:.1f}", "list row 1: condition: column 'reward' has 'x'"),
+        ({"prompt": [assistant("a")], "reward": 1}, "{reward}", "the prompt does not end in a text of the user's"),
+        ({"messages": [user("a")], "reward": 1}, "{reward}", "condition: no column 'prompt' to put it behind"),
+        ({"prompt": "a"}, "{", "is no template"),
+        ({"prompt": "a"}, "{reward.real}", "{reward.real} names no column"),
+        ({"prompt": "a"}, "{}", "{} names no column"),
+        ({"prompt": "a"}, "{reward!r}", "names no column"),
+    ],
+)
+def test_conditions_that_cannot_be_filled_are_refused(row, condition, words):
+    with pytest.raises(UserError) as caught:
+        shaped(row, condition=condition)
+    assert words in str(caught.value)
+
+
 def test_a_system_message_of_its_own_stays():
     rows = Dataset([{"messages": [system("own"), user("a")]}, {"messages": [user("b")]}])
     first, second = shape(rows, Columns(kind="demonstrations", system="s"))
