@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from tandem.config import INFINITE, MAY_CHANGE, ONE_START, PATH, may_change
-from tandem.data.gym import is_gym
 from tandem.data.columns import parse_condition
+from tandem.data.gym import is_gym
 from tandem.data.sources import Source, parse_sources, unweighted_sources
 from tandem.errors import UserError, expect, needs
 from tandem.rewards.kinds import kind_of
@@ -163,8 +163,7 @@ class ColumnsSection:
         expect(self, "1 or more", _at_least(1), "max_samples")
         expect(self, "the name of a column", bool, *(key for key in vars(self) if key.endswith("_key")))
         expect(self, "a text with one {}", lambda text: text.count("{}") == 1, "input_template")
-        expect(self, "a text", bool, "system")
-        expect(self, "a text", bool, "system", "chat_template", "condition")
+        expect(self, "a text", bool, "system", "condition")
         if self.condition is not None:
             parse_condition(self.condition)
         self._check_sources()
