@@ -223,3 +223,9 @@ def data_parts(data: ColumnsSection, evaluation: EvaluationSection | None = None
     held_out = [] if evaluation is None else evaluation.sources
     named = {"dataset with splits": data.sources, "held-out dataset with splits": held_out}
     return {part for part, sources in named.items() if any(one.has_splits for one in sources)}
+
+
+def read_kind(method: str) -> str:
+    """The kind of rows (``tandem.data.formats.COLUMNS``) that a method's command reads."""
+    reads = method_class(method).reads
+    return reads.kind if isinstance(reads, Rows) else "prompts"

@@ -17,6 +17,7 @@ from tandem.assembly.models import heads, require_engine
 from tandem.assembly.once import AskedOnce
 from tandem.assembly.placing import Homes
 from tandem.assembly.reading import by_key, describe_data, load_data, load_held_out, ordered, tokenizing
+from tandem.assembly.sections import DataSection
 from tandem.data.chat import set_template
 from tandem.data.order import Order
 from tandem.data.room import Room
@@ -41,6 +42,9 @@ from tandem.types import Limits, Prompt
 
 PART = re.compile("/reward/")
 """In the name of a held-out metric that is a part of a reward."""
+
+Build = Callable[..., tuple[list[Any], Counts]]
+"""As ``build_sequences``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,13 +156,7 @@ class RowsFeed:
 
     def _tokenize(self, rows: Dataset, limits: Seq[Limits]) -> tuple[list[Any], Counts]:
         data = self.config.data
-        builds: dict[str, Callable[..., tuple[list[Any], Counts]]] = {
-            "demonstrations": partial(build_sequences, train_on=data.train_on),
-            "preferences": build_pairs,
-            "unpaired": build_unpaired,
-            "steps": partial(build_solutions, separator=data.separator, placeholder=data.step_placeholder),
-        }
-        build = builds[self.config.reads.kind]
+        build = builders(data)[self.config.reads.kind]
         with tokenizing(rows) as on_progress:
             return build(rows, self.tokenizer, data.max_length, data.long_rows, limits=limits, on_progress=on_progress)
 
@@ -287,6 +285,16 @@ class SamplesFeed:
                 max_new_tokens=config.sampling.max_new_tokens,
                 on_progress=on_progress,
             )
+
+
+def builders(data: DataSection) -> dict[str, Build]:
+    """What makes the items of a run of a dataset's rows, by the kind of the rows."""
+    return {
+        "demonstrations": partial(build_sequences, train_on=data.train_on),
+        "preferences": build_pairs,
+        "unpaired": build_unpaired,
+        "steps": partial(build_solutions, separator=data.separator, placeholder=data.step_placeholder),
+    }
 
 
 def check_sampling(config: SamplesConfig) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from collections.abc import Sequence as Seq
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from fractions import Fraction
 
+from tandem.assembly.configs import read_kind
 from tandem.assembly.evaluation import EvaluationSection
 from tandem.assembly.sections import ColumnsSection, DatasetSection
 from tandem.data import formats
@@ -17,8 +17,7 @@ from tandem.data.order import Order
 from tandem.data.rows import Dataset, load_rows
 from tandem.data.tokenize import Counts
 from tandem.errors import UserError
-from tandem.methods.base import Rows
-from tandem.methods.table import METHODS, method_class
+from tandem.methods.table import ROWS
 from tandem.runs.progress import Progress, say
 
 
@@ -28,7 +27,16 @@ def load_data(section: DatasetSection, kind: str) -> Dataset:
     Read before any model, since a mistake in them shows soonest. Raises UserError for one, naming the commands that
     rows with such columns are for, where they are for others.
     """
-    rows = load_rows(section.data, split=section.split, max_samples=section.max_samples)
+    return made_of_kind(read_data(section), section, kind)
+
+
+def read_data(section: DatasetSection) -> Dataset:
+    """The rows of ``data``, as they are there."""
+    return load_rows(section.data, split=section.split, max_samples=section.max_samples)
+
+
+def made_of_kind(rows: Dataset, section: DatasetSection, kind: str) -> Dataset:
+    """Rows made what the keys of a section say. Raises UserError as ``load_data``."""
     rows = of_kind(shape(rows, columns_of(section, kind)), kind)
     if section.chat_template is not None and not any(map(formats.conversational, rows)):
         raise UserError(
@@ -59,23 +67,17 @@ def of_kind(rows: Dataset, kind: str) -> Dataset:
             try:
                 formats.require_kind(row, kind)
             except UserError as error:
-                fitting = [name for name in METHODS if read_kind(name) in formats.kinds(row)]
-                raise UserError(f"{error}{_readers(fitting)}") from error
+                fitting = [name for fits in formats.kinds(row) for name in readers_of(fits)]
+                if fitting:
+                    named = f"such columns are for {', '.join(dict.fromkeys(fitting))}"
+                    raise UserError(f"{error}; {named}, unless --input-key and its like name others") from error
+                raise
     return rows
 
 
-def _readers(commands: Seq[str]) -> str:
-    if not commands:
-        return ""
-    *others, last = commands
-    named = f"{', '.join(others)} and {last} read" if others else f"{last} reads"
-    return f"; tandem {named} rows with such columns, and --input-key and its like name others"
-
-
-def read_kind(method: str) -> str:
-    """The kind of rows that a method's command reads."""
-    reads = method_class(method).reads
-    return reads.kind if isinstance(reads, Rows) else "prompts"
+def readers_of(kind: str) -> list[str]:
+    """The commands that read rows of this kind."""
+    return ["methods on samples"] if kind == "prompts" else [name for name in ROWS if read_kind(name) == kind]
 
 
 def ordered(rows: Dataset, counts: Counts, seed: int) -> Order:

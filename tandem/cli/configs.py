@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tandem.assembly.configs import worker_parts
+from tandem.assembly.configs import data_parts, read_kind, worker_parts
 from tandem.assembly.needed import SamplingPlacement
-from tandem.assembly.sections import ClusterSection, EngineSection, ModelSection, SamplingSection
+from tandem.assembly.sections import ClusterSection, DataSection, EngineSection, ModelSection, SamplingSection
 from tandem.config import PATH, PREFIXED
-from tandem.errors import expect, needs
+from tandem.data.formats import COLUMNS
+from tandem.errors import UserError, expect, needs
+from tandem.given import suggest
+from tandem.methods.table import METHODS
 from tandem.rewards.kinds import is_function
 
 SERVED = needs(("part", "served model"))
@@ -129,3 +132,59 @@ class DoctorConfig:
     def parts(self) -> set[str]:
         """What the examination has, for keys that need it (``tandem.errors.needs``)."""
         return worker_parts(self.placement, self.engine)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShownSection:
+    """What is shown, and who reads it."""
+
+    method: str | None = None
+    """The command whose rows these are, as sft, dpo or grpo. None: what their columns are for."""
+    rows: int = 3
+    """Rows shown in full, from the first one on."""
+
+    def __post_init__(self) -> None:
+        expect(self, "0 or more", lambda value: value >= 0, "rows")
+        if self.method is not None and self.method not in METHODS:
+            raise UserError(f"method: no method {self.method!r}{suggest(self.method, METHODS)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerSection:
+    """The tokenizer that the rows go through."""
+
+    model: str | None = field(default=None, metadata=PATH)
+    """A Hugging Face folder, or a name on the hub. None: rows are shown as they are read, and counted in characters."""
+    trust_remote_code: bool = field(default=False, metadata=needs(("model",)))
+    """Run the Python code that comes with the tokenizer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Show a dataset as a model will see it: rows with what is trained of them, lengths, what is cut, sources.
+
+    Example: tandem data demos.jsonl --model Qwen/Qwen3-0.6B
+    Example: tandem data a.jsonl:0.4,b.jsonl:0.6 --model Qwen/Qwen3-0.6B --method dpo --rows 10
+    """
+
+    data: DataSection
+    tokenizer: TokenizerSection = field(default_factory=TokenizerSection)
+    shown: ShownSection = field(default_factory=ShownSection)
+
+    def __post_init__(self) -> None:
+        default = DataSection(data=self.data.data)
+        for key in ("max_length", "long_rows", "train_on", "chat_template"):
+            if self.tokenizer.model is None and getattr(self.data, key) != getattr(default, key):
+                raise UserError(f"{key}: has no effect without --model, whose tokenizer the rows go through")
+
+    @property
+    def parts(self) -> set[str]:
+        """What rows it may read, for keys that need some (``tandem.errors.needs``)."""
+        kinds = [*COLUMNS] if self.shown.method is None else [read_kind(self.shown.method)]
+        return {"samples" if kind == "prompts" else kind for kind in kinds} | data_parts(self.data)
+
+
+def data_config(words: list[str]) -> tuple[type[DataConfig], list[str]]:
+    """The config of ``tandem data``, and its flags: a first word that is none is the dataset."""
+    named = words[:1] if words and not words[0].startswith("-") else []
+    return DataConfig, [*(f"--data={name}" for name in named), *words[len(named) :]]

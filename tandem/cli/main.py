@@ -86,6 +86,7 @@ COMMANDS = {
     "doctor": Command(
         START, "tandem.cli.doctor", "check that devices, engine and weight sync work, and how fast", "DoctorConfig"
     ),
+    "data": Command(START, "tandem.cli.data", "a dataset as a model will see it", "data_config"),
     "launch": Command(START, "tandem.cli.launch", "a loop of your own in several local processes", None),
     **{name: Command(OFFLINE, "tandem.cli.train", line.about, METHOD) for name, line in ROWS.items()},
     **{name: Command(ONLINE, "tandem.cli.train", line.about, METHOD) for name, line in SAMPLES.items()},

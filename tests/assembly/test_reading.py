@@ -37,9 +37,13 @@ def file(tmp_path):
         (
             TALK,
             "prompts",
-            "a.jsonl:2: no column 'prompt'; columns present: 'messages'; tandem sft and distill read rows with",
+            "a.jsonl:2: no column 'prompt'; columns present: 'messages'; such columns are for sft, distill",
         ),
-        (DEMO, "preferences", "no column 'chosen'; columns present: 'prompt', 'completion'; tandem sft, "),
+        (
+            DEMO,
+            "preferences",
+            "no column 'chosen'; columns present: 'prompt', 'completion'; such columns are for s",
+        ),
         ({"question": "a"}, "prompts", "a.jsonl:2: no column 'prompt'; columns present: 'question'"),
     ],
 )
