@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -15,13 +16,14 @@ from tandem.checkpoint.saver import SaveEvery
 from tandem.checkpoint.store import CheckpointStore
 from tandem.config import changeable, dump_config
 from tandem.data.tokenize import Counts
-from tandem.errors import UserError
+from tandem.errors import UserError, first_line
 from tandem.roles import Seat
 from tandem.runs.folder import RunFolder, did_nothing
 from tandem.runs.goals import evaluations_of
 from tandem.runs.identity import IDENTITY, Inputs, Start, read_identity
 from tandem.runs.lines import read_metrics
 from tandem.runs.progress import Progress, say
+from tandem.runs.report import write_report
 from tandem.schedules.session import Session, StepClock
 
 ALWAYS = ("grad_norm", "seconds", "tokens_per_second")
@@ -92,6 +94,7 @@ def session(
         checkpoint = store.latest()
         done = checkpoint.step if checkpoint else 0
         with (
+            reported(folder, title, config.method.leads),
             standing_objects(),
             Progress(title, total=steps, start=done, leads=(*config.method.leads, *ALWAYS)) as progress,
         ):
@@ -118,6 +121,22 @@ def session(
                 rollouts_logged=run.rollouts_logged,
                 goals=config.evaluation.goals,
             )
+
+
+@contextmanager
+def reported(folder: RunFolder, title: str, leads: Seq[str]) -> Iterator[None]:
+    """Writes the run's summary and curves when the body ends, however it does: they change nothing of that."""
+    ended = "finished"
+    try:
+        yield
+    except BaseException as error:
+        ended = "interrupted" if isinstance(error, KeyboardInterrupt) else f"ended by {type(error).__name__}: {error}"
+        raise
+    finally:
+        try:
+            write_report(folder.path, title=title, leads=leads, ended=ended)
+        except Exception as error:  # whatever a picture or a full disk raises, the run has ended as it has
+            say(f"{folder.path}: its summary is not written: {first_line(error)}")
 
 
 @contextmanager

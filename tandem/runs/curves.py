@@ -28,14 +28,19 @@ def plot_curves(path: Path, panels: Mapping[str, Seq[Curve]], title: str, *, x_l
     # Imported here: it takes longer than the rest of the package together, and few commands draw.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     columns = min(len(panels), 2 if len(panels) in (2, 4) else 3)
     rows = math.ceil(len(panels) / columns)
-    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1, wspace=0.03, hspace=0.06)
-    figure = Figure(figsize=(4.4 * columns, 2.9 * rows + 0.5), dpi=150, layout=layout, facecolor="white")
+    width, height = 4.4 * columns, 2.9 * rows + 0.5
+    figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
     FigureCanvasAgg(figure)
-    figure.suptitle(title, x=0.012, ha="left", fontsize=13, fontweight="bold", color=_INK)
+    # Margins in inches: to measure them (matplotlib's own layouts do) takes as long as to draw.
+    figure.subplots_adjust(
+        left=0.65 / width, right=1 - 0.2 / width, bottom=0.5 / height, top=1 - 0.85 / height, wspace=0.2, hspace=0.35
+    )
+    figure.suptitle(
+        title, x=0.15 / width, y=1 - 0.12 / height, ha="left", va="top", fontsize=13, fontweight="bold", color=_INK
+    )
     for place, (name, curves) in enumerate(panels.items()):
         axes = figure.add_subplot(rows, columns, place + 1)
         _style(axes, name)
@@ -45,7 +50,7 @@ def plot_curves(path: Path, panels: Mapping[str, Seq[Curve]], title: str, *, x_l
             axes.set_xlabel(x_label, fontsize=9, color=_FAINT)
         if len(curves) > 1:
             axes.legend(fontsize=8, frameon=False, labelcolor=_INK, handlelength=1.4)
-    figure.savefig(path)
+    figure.savefig(path, format="png")
 
 
 def running_mean(values: Seq[float], window: int) -> list[float]:
@@ -75,4 +80,5 @@ def _style(axes: Any, name: str) -> None:
     axes.spines["bottom"].set_color(_FAINT)
     axes.tick_params(labelsize=8, colors=_FAINT, length=0)
     axes.margins(x=0.02, y=0.12)
+    axes.locator_params(axis="x", integer=True)
     axes.locator_params(axis="y", nbins=5)

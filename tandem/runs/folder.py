@@ -27,12 +27,13 @@ from tandem.types import Group, Rollout
 MARKER = ".tandem-run"
 EVENTS = "events.jsonl"
 CHECKPOINTS, MODEL = "checkpoints", "model"
+SUMMARY, CURVES = "summary.md", "curves.png"
 SAMPLES, BEST, PAIRS, SCORED, MEASURED = (
     *("samples.jsonl", "best.jsonl", "pairs.jsonl", "scored.jsonl", "evaluation.json"),
 )
 USED = (SAMPLES, BEST, PAIRS, SCORED, MEASURED)
 """What commands write which only use a model."""
-CONTENTS = ("metrics.jsonl", "rollouts.jsonl", EVENTS, CHECKPOINTS, MODEL, BEST_MODEL, *USED)
+CONTENTS = ("metrics.jsonl", "rollouts.jsonl", EVENTS, CHECKPOINTS, MODEL, BEST_MODEL, SUMMARY, CURVES, *USED)
 """What a run writes beside its marker, config and identity; ``overwrite`` removes these and nothing else."""
 _BEGINNING = (IDENTITY, f".{IDENTITY}-partial", f".{CONFIG}-partial")
 """What is there before the config, which makes a folder a run's, is."""

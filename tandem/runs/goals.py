@@ -25,6 +25,15 @@ Evaluations = Seq[Mapping[str, float]]
 """The lines of ``metrics.jsonl`` that have a metric of held-out data, oldest first."""
 
 
+def direction(name: str) -> Literal[1, -1, 0]:
+    """Of a metric without ``eval/``: 1 where more is better, -1 where less is, 0 where its name does not say."""
+    # The part before the first slash may be the name of a set.
+    names = (name, name.partition("/")[2])
+    if any(map(LOWER.fullmatch, names)):
+        return -1
+    return 1 if any(map(HIGHER.fullmatch, names)) else 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Goal:
     """A held-out metric, and whether more of it is better."""
@@ -38,12 +47,8 @@ class Goal:
         metric = text.lstrip("+-")
         if text[:1] in "+-":
             return cls(metric=metric, sign=-1 if text.startswith("-") else 1)
-        name = metric.removeprefix("eval/")
-        # The part before the first slash may be the name of a set.
-        of_set = name.partition("/")[2]
-        for pattern, sign in ((LOWER, -1), (HIGHER, 1)):
-            if pattern.fullmatch(name) or pattern.fullmatch(of_set):
-                return cls(metric=metric, sign=sign)  # type: ignore[arg-type]
+        if sign := direction(metric.removeprefix("eval/")):
+            return cls(metric=metric, sign=sign)
         raise UserError(
             f"keep_best: whether more or less of {metric} is better is not known; say it, as in "
             f"--keep-best=+{metric} or --keep-best=-{metric}"

@@ -18,7 +18,7 @@ from tandem.training.trainer import LocalTrainer
 
 # Children are forked from a server that has imported everything but computed nothing: quick, and free of threads.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["tandem.cli.train"])
+PROCESSES.set_forkserver_preload(["tandem.cli.train", "matplotlib.figure", "matplotlib.backends.backend_agg"])
 
 
 def write_inputs(folder: Path) -> None:
