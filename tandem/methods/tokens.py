@@ -149,15 +149,15 @@ def clipped_surrogate(
 
 
 def sampler_metrics(out: Outputs, batch: Batch) -> dict[str, Tensor]:
-    """How far the sampler's log-probs are from the trainer's; nothing where the sampler gave none. [T] each.
+    """How far the sampler's log-probs are from those of the forward that is trained on, [T] each.
 
-    The trainer's are those of the start of the step where they are known (``--old-logp trainer``), else those of the
-    forward that is trained on. ``mismatch_kl`` is k3 of KL(sampler || trainer), in nats per token, and
-    ``effective_sample_size`` the share of the tokens that weights by the ratio of the two are worth.
+    ``mismatch_kl`` is k3 of KL(sampler || trainer), in nats per token, and ``effective_sample_size`` the share of the
+    tokens that weights by the ratio of the two are worth. Nothing where the sampler gave no log-probs, and where the
+    trainer's own were known before the step: then ``rollout.prepare.sampler_gap`` has compared them.
     """
-    if batch.untruncated_logp_T is None:
+    if batch.untruncated_logp_T is None or ("actor" in batch.seen and not batch.on_policy):
         return {}
-    logp_T = batch.logp_by("actor") if "actor" in batch.seen else filled(out.logp_T, "out.logp_T").detach()
+    logp_T = filled(out.logp_T, "out.logp_T").detach()
     sampler_logp_T = torch.where(batch.trainable_T, batch.untruncated_logp_T, 0.0)
     return {
         "mismatch_kl": kl_estimate(sampler_logp_T, logp_T, "k3"),

@@ -75,7 +75,7 @@ def test_the_reward_rises(name, seed):
         prepared = prepare([group for group in groups if method.keep(group)], state, step)
         state = prepared.state
         for minibatch in prepared:
-            metrics = trainer.forward_backward(minibatch)
+            metrics = prepared.metrics | trainer.forward_backward(minibatch)
             trainer.optim_step()
             assert 0 < metrics["effective_sample_size"] <= 1 + 1e-6
     # A token drawn at random is one of the five 5 times in 13, and the first end-of-sequence ends an answer.

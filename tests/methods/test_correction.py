@@ -18,6 +18,7 @@ from tandem.methods.knobs import Correction
 from tandem.methods.ppo import PPO
 from tandem.methods.tokens import TokenMethod, corrected
 from tandem.parallel.world import World
+from tandem.rollout.prepare import sampler_gap
 from tandem.training.tally import Tally
 
 
@@ -143,38 +144,57 @@ def test_senseless_bounds(knobs, message):
         with_keys(GRPO(), **knobs)
 
 
-def test_effective_sample_size_and_mismatch_against_plain_sums(step):
-    batch = step.batch()
-    gap_T = 0.3 * torch.randn(batch.tokens, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    batch = stamp_weights(GRPO().estimate(step.groups, sampled(step, gap_T), {}).batch, "token")
+def by_plain_sums(w_N):
+    return {
+        "effective_sample_size": pytest.approx((w_N.sum() ** 2 / (len(w_N) * (w_N**2).sum())).item()),
+        "mismatch_kl": pytest.approx((w_N - 1 - w_N.log()).mean().item()),
+    }
+
+
+def drawn_gap(batch):
+    return 0.3 * torch.randn(batch.tokens, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def test_effective_sample_size_and_mismatch_are_of_all_that_was_sampled(step):
+    """What a rule leaves out must not be left out of what says how bad it is."""
+    gap_T = drawn_gap(step.batch())
+    gap_T[step.batch().trainable_T.nonzero()[4]] = 3.0
+    batch = sampled(step, gap_T)
+    found = sampler_gap(batch)
+    expected = by_plain_sums(gap_T[batch.trainable_T].exp())
+    assert {name: found[name] for name in expected} == expected
+    assert found["effective_sample_size"] < 0.5
+    left = with_keys(GRPO(), correction="icepop").estimate(step.groups, batch, {}).batch
+    assert left.trainable_T.sum() < batch.trainable_T.sum()
+    # The loss, which sees what is left, does not say them again.
+    assert not expected.keys() & GRPO().loss(step.outputs(left), left).metrics_T.keys()
+
+
+@pytest.mark.parametrize("on_policy", [False, True])
+def test_without_old_log_probs_they_are_of_the_forward_that_is_trained_on(step, on_policy):
+    """Over micro-batches, whose weights are added up before anything is divided."""
+    gap_T = drawn_gap(step.batch())
+    batch = stamp_weights(GRPO().estimate(step.groups, sampled(step), {}).batch, "token")
+    seen = {"reference": batch.seen["reference"]}
     tally = Tally()
     for units in ([0, 5], [1, 2, 3, 4], list(range(6, batch.segments))):
-        micro = batch.select(units)
-        tally.add(micro, GRPO().loss(step.outputs(micro), micro))
+        micro = replace(batch, untruncated_logp_T=batch.logp_by("actor") - gap_T * batch.trainable_T).select(units)
+        out = Outputs(logp_T=micro.logp_by("actor"))
+        # As the trainer has it: the forward's own, where the batch is on policy.
+        micro = replace(micro, on_policy=on_policy, seen=seen | ({"actor": out} if on_policy else {}))
+        tally.add(micro, GRPO().loss(out, micro))
     found, _ = tally.result(World())
-    w_N = gap_T[batch.trainable_T].exp()
-    assert found["effective_sample_size"] == pytest.approx((w_N.sum() ** 2 / (len(w_N) * (w_N**2).sum())).item())
-    assert found["mismatch_kl"] == pytest.approx((w_N - 1 - w_N.log()).mean().item())
+    expected = by_plain_sums(gap_T[batch.trainable_T].exp())
+    assert {name: found[name] for name in expected} == expected
     assert 0.5 < found["effective_sample_size"] < 0.99
     assert not any("square" in name for name in found)
+    if not on_policy:
+        assert found["ratio"] == pytest.approx(gap_T[batch.trainable_T].exp().mean().item())
 
 
 def test_of_equal_weights_every_sample_counts(step):
-    batch = stamp_weights(GRPO().estimate(step.groups, sampled(step), {}).batch, "token")
-    tally = Tally()
-    tally.add(batch, GRPO().loss(step.outputs(batch), batch))
-    found, _ = tally.result(World())
-    assert found["effective_sample_size"] == pytest.approx(1)
-    assert found["mismatch_kl"] == 0
-
-
-def test_against_the_samplers_log_probs_the_forward_that_is_trained_on_is_compared(step):
-    batch = step.batch()
-    batch = replace(batch, untruncated_logp_T=batch.proximal_logp_T, seen={"reference": batch.seen["reference"]})
-    batch = GRPO().estimate(step.groups, batch, {}).batch
-    metrics = GRPO().loss(step.outputs(batch), batch).metrics_T
-    torch.testing.assert_close(metrics["effective_sample_size"], metrics["ratio"])
-    torch.testing.assert_close(metrics["mismatch_kl"], metrics["approx_kl"])
+    found = sampler_gap(sampled(step))
+    assert (found["effective_sample_size"], found["mismatch_kl"], found["sampler_gap_max"]) == (1.0, 0.0, 0.0)
 
 
 def test_a_wrong_sampler_bends_the_policy_and_a_correction_does_not_let_it():
