@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from tandem.config import INFINITE, MAY_CHANGE, ONE_START, PATH, may_change
-from tandem.data.columns import parse_condition
+from tandem.data.condition import parse_condition
 from tandem.data.gym import is_gym
 from tandem.data.sources import Source, parse_sources, unweighted_sources
 from tandem.errors import UserError, expect, needs

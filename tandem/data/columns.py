@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from string import Formatter
 from typing import Any
 
+from tandem.data.condition import parse_condition
 from tandem.data.rows import Dataset, Row, present
 from tandem.errors import UserError
 
@@ -136,18 +136,6 @@ class Columns:
 def _instructed(messages: list[Any]) -> bool:
     """Whether a conversation begins with a system message of its own."""
     return bool(messages) and isinstance(messages[0], dict) and messages[0].get("role") in ("system", "developer")
-
-
-def parse_condition(text: str) -> list[tuple[str, str | None, str]]:
-    """The template as (text, column or None, format) one after the other. Raises UserError where it is none."""
-    try:
-        parts = list(Formatter().parse(text.replace("\\n", "\n").replace("\\t", "\t")))
-    except ValueError as error:
-        raise UserError(f"condition: {text!r} is no template: {error}") from error
-    for _, column, spec, conversion in parts:
-        if column is not None and (not column.isidentifier() or conversion or "{" in (spec or "")):
-            raise UserError(f"condition: {{{column}}} names no column; give a column of the rows, as in {{reward:.1f}}")
-    return [(before, column, spec or "") for before, column, spec, _ in parts]
 
 
 def shape(rows: Dataset, columns: Columns, *, strict: bool = True) -> Dataset:
