@@ -205,8 +205,8 @@ class Trainer(Scorer, Protocol):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
-    def export(self, folder: Path) -> None:
-        """Writes a Hugging Face folder: weights, config and tokenizer."""
+    def export(self, folder: Path, *, ema: bool = False) -> None:
+        """Writes a Hugging Face folder: weights, config and tokenizer. ``ema``: the running average of the weights."""
         ...
 
 

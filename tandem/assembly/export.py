@@ -34,6 +34,8 @@ def export(config: ExportConfig) -> Path:
     if out.exists() and not section.overwrite:
         raise UserError(f"{out}: is there already; give another --out, or replace it with --overwrite")
     found = find_weights(section.model, section.step)
+    if section.ema and not isinstance(found, Checkpoint):
+        raise UserError(f"ema: {found} is no checkpoint; of a finished run the running average is the folder model-ema")
     model, state = _of_checkpoint(found, config) if isinstance(found, Checkpoint) else _of_folder(found, config)
     hub = Hub(section.push_to_hub, private=section.private) if section.push_to_hub is not None else None
     aside = out.with_name(f".{out.name}-partial")
@@ -99,7 +101,12 @@ def _of_checkpoint(checkpoint: Checkpoint, config: ExportConfig) -> tuple[Loaded
     """The weights of the policy in a checkpoint, and an empty model of the base's class to write them with."""
     base = config.export.base or _base_of(checkpoint.path.parent.parent)
     say(f"reading {checkpoint.path}")
-    state: dict[str, Tensor] = checkpoint.load("actor")["model"]
+    saved = checkpoint.load("actor")
+    state: dict[str, Tensor] = saved["model"]
+    if config.export.ema:
+        if not saved["ema"]:
+            raise UserError(f"ema: the run of {checkpoint.path} keeps no running average; it would with --ema-decay")
+        state |= saved["ema"]
     scalar = any(name.startswith("score.") for name in state)
     code = config.export.trust_remote_code
     tokenizer = load_tokenizer(base, trust_remote_code=code)

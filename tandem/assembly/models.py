@@ -58,7 +58,12 @@ def builds(config: RunConfig, steps: int, new_head: NewHead = "random") -> dict[
             else partial(model, new_head="zero"),
             section=config.model,
             loss=losses[role],
-            optim=optim_params(config.optim, total_steps=steps, learning_rate=rate),
+            optim=optim_params(
+                config.optim,
+                total_steps=steps,
+                learning_rate=rate,
+                ema=config.optim.ema_decay if role == "actor" else None,
+            ),
             temperature=temperature,
             asks=asks,
         )
@@ -74,8 +79,10 @@ def _template(config: RunConfig) -> str | None:
     return tokenizer.chat_template
 
 
-def optim_params(section: OptimSection, *, total_steps: int, learning_rate: float) -> OptimParams:
-    """The optimizer of one model; ``total_steps`` are the run's."""
+def optim_params(
+    section: OptimSection, *, total_steps: int, learning_rate: float, ema: float | None = None
+) -> OptimParams:
+    """The optimizer of one model; ``total_steps`` are the run's, ``ema`` the decay of an average that it keeps."""
     warmup = section.warmup_steps
     return OptimParams(
         learning_rate=learning_rate,
@@ -86,6 +93,7 @@ def optim_params(section: OptimSection, *, total_steps: int, learning_rate: floa
         weight_decay=section.weight_decay,
         betas=section.betas,
         max_grad_norm=section.max_grad_norm,
+        ema_decay=ema,
     )
 
 

@@ -120,6 +120,7 @@ def session(
                 clock=StepClock(progress, lambda: trainers["actor"].call("memory_peak")),
                 rollouts_logged=run.rollouts_logged,
                 goals=config.evaluation.goals,
+                ema=config.optim.ema_decay is not None,
             )
 
 

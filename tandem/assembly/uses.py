@@ -191,6 +191,8 @@ class ExportSection:
     """Of a run's folder: the checkpoint after that step."""
     base: str | None = field(default=None, metadata=PATH)
     """Of a checkpoint: the model that its run began with, whose config and tokenizer it has. None: as the run says."""
+    ema: bool = False
+    """Of a checkpoint: the running average of the weights that its run keeps (--ema-decay), not the weights."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """What the weights are written in. A checkpoint holds float32."""
     push_to_hub: str | None = None

@@ -12,6 +12,7 @@ from tandem.assembly.run import run as train
 from tandem.errors import UserError
 from tandem.models.limits import read_limits
 from tandem.runs.best import BEST_MODEL, read_best
+from tandem.runs.folder import EMA_MODEL
 from tandem.runs.lines import read_metrics
 from tandem.runs.progress import format_number, held_out_names
 from tandem.runs.table import print_table
@@ -58,6 +59,8 @@ def tell_end(out: Path, leads: Seq[str], *commands: str) -> None:
             rows.append((name, format_number(values[0]), format_number(values[-1])))
     print_table(f"{out}: {records[-1]['step']} steps", ("", "first", "last"), rows)
     print(f"\nThe model is in {out / 'model'}")
+    if (out / EMA_MODEL).exists():
+        print(f"The running average of its weights is in {out / EMA_MODEL}")
     if best := read_best(out):
         print(
             f"The best one, of step {best.step} ({best.metric} {format_number(best.value)}), is in {out / BEST_MODEL}"

@@ -26,14 +26,25 @@ from tandem.types import Group, Rollout
 
 MARKER = ".tandem-run"
 EVENTS = "events.jsonl"
-CHECKPOINTS, MODEL = "checkpoints", "model"
+CHECKPOINTS, MODEL, EMA_MODEL = "checkpoints", "model", "model-ema"
 SUMMARY, CURVES = "summary.md", "curves.png"
 SAMPLES, BEST, PAIRS, SCORED, MEASURED = (
     *("samples.jsonl", "best.jsonl", "pairs.jsonl", "scored.jsonl", "evaluation.json"),
 )
 USED = (SAMPLES, BEST, PAIRS, SCORED, MEASURED)
 """What commands write which only use a model."""
-CONTENTS = ("metrics.jsonl", "rollouts.jsonl", EVENTS, CHECKPOINTS, MODEL, BEST_MODEL, SUMMARY, CURVES, *USED)
+CONTENTS = (
+    "metrics.jsonl",
+    "rollouts.jsonl",
+    EVENTS,
+    CHECKPOINTS,
+    MODEL,
+    EMA_MODEL,
+    BEST_MODEL,
+    SUMMARY,
+    CURVES,
+    *USED,
+)
 """What a run writes beside its marker, config and identity; ``overwrite`` removes these and nothing else."""
 _BEGINNING = (IDENTITY, f".{IDENTITY}-partial", f".{CONFIG}-partial")
 """What is there before the config, which makes a folder a run's, is."""

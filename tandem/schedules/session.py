@@ -16,7 +16,7 @@ from tandem.errors import NonFiniteError, RunFailure, UserError
 from tandem.roles import Metrics, Seat
 from tandem.rollout.evaluate import Evaluation
 from tandem.runs.best import BEST_MODEL, Best, read_best, replace_folder, restore_folder, write_about
-from tandem.runs.folder import RunFolder
+from tandem.runs.folder import EMA_MODEL, RunFolder
 from tandem.runs.goals import Goals, evaluations_of
 from tandem.runs.lines import read_metrics
 from tandem.runs.progress import Progress
@@ -81,6 +81,8 @@ class Session:
     rollouts_logged: int = 8
     """Rollouts written to ``rollouts.jsonl`` each step, in whole groups; as many held-out ones."""
     goals: Goals = field(default_factory=Goals)
+    ema: bool = False
+    """Whether the actor keeps a running average of its weights."""
     step: int = field(default=0, init=False)
     """The last step that was reached, which is what a checkpoint is of."""
     taken: int = field(default=0, init=False)
@@ -184,8 +186,12 @@ class Session:
     def finish(self) -> Path:
         """Exports the trained policy to ``<run>/model``, whole or not at all, and returns that folder.
 
+        Before it the running average of its weights, where there is one, to ``<run>/model-ema``.
+
         Raises RunFailure where the disk is full or refuses.
         """
+        if self.ema:
+            self._export(EMA_MODEL, ema=True)
         folder = self._export("model")
         stop = self.stop
         self.run.event("finish", step=self.step, model=str(folder), **({"stopped": stop} if stop else {}))
@@ -193,14 +199,14 @@ class Session:
             self.progress.note(f"stopped after step {self.step}: {stop}")
         return folder
 
-    def _export(self, name: str, best: Best | None = None) -> Path:
+    def _export(self, name: str, best: Best | None = None, *, ema: bool = False) -> Path:
         folder, aside = self.run.path / name, self.run.path / f".{name}-partial"
         try:
             shutil.rmtree(aside, ignore_errors=True)
             with self.progress.phase(f"writing the {name}" + (" model" if best else "")):
                 # Other processes share the disk with this one, but may work in another folder.
                 actor = self.trainers["actor"]
-                actor.call("export", aside if actor.home.at_once else aside.absolute())
+                actor.call("export", aside if actor.home.at_once else aside.absolute(), ema=ema)
                 if best is not None:
                     write_about(aside, best)
             replace_folder(aside, folder)
@@ -212,7 +218,7 @@ class Session:
 
     def _find_best(self) -> None:
         """What an earlier start has kept. A model of a later step than this one is of no evaluation of this run."""
-        for name in ("model", BEST_MODEL):
+        for name in ("model", EMA_MODEL, BEST_MODEL):
             restore_folder(self.run.path / name)
         best = read_best(self.run.path)
         if best is not None and best.step > self.step:

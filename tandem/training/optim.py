@@ -49,6 +49,9 @@ class OptimParams:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
     max_grad_norm: float = 1.0
+    ema_decay: float | None = None
+    """Of a running average of the weights, at each optimizer step: average = decay average + (1 - decay) weights. None:
+    there is none."""
 
 
 def learning_rate_at(done: float, params: OptimParams) -> float:

@@ -268,6 +268,9 @@ class LocalTrainer(LocalScorer):
         self.optimizer = build_optimizer(
             self.masters.named, optim, hidden=hidden_matrices(model.module), world=self.world
         )
+        decayed = [] if optim.ema_decay is None else [n for n, w in self.masters.named.items() if w.requires_grad]
+        self.ema = {name: self.weights[name].detach().clone() for name in decayed}
+        """The running average of the weights that are trained, by name, sharded as they are; empty if not asked for."""
         self.idle = Parking()
 
     def _prepare(self) -> None:
@@ -332,9 +335,10 @@ class LocalTrainer(LocalScorer):
         self._version += 1
         self.optimizer.step(learning_rate)
         self.optimizer.zero_grad()
+        self._average()
         self._changed()
         if self.memory.offload == "optimizer":
-            self.idle.park(self.optimizer.tensors())
+            self.idle.park([*self.optimizer.tensors(), *self.ema.values()])
         return {"grad_norm": norm, "learning_rate": learning_rate}
 
     def state_dict(self) -> dict[str, Any]:
@@ -348,6 +352,7 @@ class LocalTrainer(LocalScorer):
             "model": whole(self.weights | self.buffers, keep=keep),
             "optimizer": self.optimizer.state_dict(keep=keep),
             "version": self._version,
+            "ema": whole(self.ema, keep=keep),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -357,6 +362,8 @@ class LocalTrainer(LocalScorer):
             for name, target in (self.weights | self.buffers).items():
                 assign(target, state["model"][name])
         self.optimizer.load_state_dict(state["optimizer"])
+        for name, average in self.ema.items():
+            assign(average, state["ema"][name])
         self._version = state["version"]
         self._changed()
 
@@ -364,9 +371,15 @@ class LocalTrainer(LocalScorer):
         """The float32 weights by name, whole, on rank 0's CPU; None elsewhere."""
         return whole(self.weights, keep=self.world.rank == 0)
 
-    def export(self, folder: Path) -> None:
-        """Writes a Hugging Face folder: float32 weights, config and tokenizer. A collective; rank 0 writes."""
-        state = whole(self.weights | self.buffers, keep=self.world.rank == 0)
+    def export(self, folder: Path, *, ema: bool = False) -> None:
+        """Writes a Hugging Face folder: float32 weights, config and tokenizer. A collective; rank 0 writes.
+
+        ``ema``: with the running average in the weights' places.
+        """
+        if ema:
+            self.idle.restore()
+        weights = self.weights | self.ema if ema else self.weights
+        state = whole(weights | self.buffers, keep=self.world.rank == 0)
         if self.world.rank == 0:
             # A frozen parameter is kept as it is computed with.
             state = {name: t.float() if t.is_floating_point() else t for name, t in state.items()}
@@ -376,7 +389,7 @@ class LocalTrainer(LocalScorer):
         """Gives device memory away until ``unpark``: the optimizer's state, and all weights too if asked."""
         if self.model.sharded is not None:
             forget_gathered(self.model.sharded)
-        self.idle.park(self.optimizer.tensors())
+        self.idle.park([*self.optimizer.tensors(), *self.ema.values()])
         self.idle.park(master for _, master in self.masters.pairs)
         if weights:
             self.idle.park([*self.parameters.values(), *self.model.module.buffers()])
@@ -384,6 +397,12 @@ class LocalTrainer(LocalScorer):
     def unpark(self) -> None:
         """Takes it back."""
         self.idle.restore()
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        if self.optim.ema_decay is not None:
+            averages, weights = map(local, self.ema.values()), (local(self.weights[name]) for name in self.ema)
+            torch._foreach_lerp_([*averages], [*weights], 1 - self.optim.ema_decay)
 
     def _changed(self) -> None:
         self.masters.publish()

@@ -52,7 +52,7 @@ def assert_same(a, b, where="state"):
 CORES = os.cpu_count() or 1
 MORE = {
     "ppo": ["--critic-warmup-steps", "1", "--lam-alpha", "0.5", "--critic-lam", "1", "--reference-every", "2"],
-    "rm": ["--optimizer", "adafactor"],
+    "rm": ["--optimizer", "adafactor", "--ema-decay", "0.9"],
     "dpo": ["--optimizer", "muon", "--reference-every", "2", "--reference-mix", "0.3"],
     "grpo": ["--kl-coef", "0.1", "--kl-target", "0.05", "--kl-horizon", "50",
              "--old-logp", "trainer", "--correction", "token_tis"],
