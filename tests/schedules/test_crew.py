@@ -3,6 +3,7 @@
 import pytest
 
 from tandem.errors import NonFiniteError
+from tandem.methods.sft import SFT
 from tandem.parallel.world import World
 from tandem.rollout.prepare import Preparation
 from tandem.schedules.crew import Crew
@@ -46,7 +47,7 @@ def crew(log, *homes, bad=()):
             trainers[role] = home.place(role, lambda site, role=role: Recorded(role, log, role in bad))
     ordered = {role: trainers[role] for role in ("actor", "critic", "judge") if role in trainers}
     return Crew(
-        method=None,
+        method=SFT(),
         tickets=None,
         source=None,
         prepare=Preparation(method=None, models={}),
