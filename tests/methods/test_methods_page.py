@@ -1,4 +1,4 @@
-"""The example of docs/methods.md works as it stands there."""
+"""The example of docs/methods.md works as it stands there, and its table is that of the methods."""
 
 import math
 import re
@@ -8,8 +8,11 @@ import pytest
 import torch
 from helpers.sampled_step import make_step
 
+from tandem.assembly.configs import config_class
+from tandem.config import _keys_of
 from tandem.data.packing import stamp_weights
 from tandem.functional.advantages import group_normalised
+from tandem.methods.table import METHODS, method_class
 
 PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
 
@@ -44,3 +47,22 @@ def test_your_own_method_in_one_file(step, tmp_path, monkeypatch):
     assert token_loss.metrics_T["ratio"].max().item() > 1.1
     assert sapo.needs() == ()
     assert set(sapo.losses()) == {"actor"}
+
+
+def test_the_table_names_each_command_once_its_section_and_its_knobs():
+    """In the columns: section, command, paper, formula, needs, knobs, when to take it."""
+    text = PAGE.read_text()
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:3] == "| ["]
+    found = {row[1].strip("`"): row for row in lines if row[1].strip("`") in METHODS}
+    assert found.keys() == METHODS.keys()
+    assert len(lines) == len(found)
+    for name, (title, _, _, formula, needs, knobs, when) in found.items():
+        method = method_class(name)
+        anchor = re.fullmatch(rf"\[{method.__name__}\]\(#(\w+)\)", title)
+        assert anchor, name
+        assert f"\n## {method.__name__}\n" in text
+        assert anchor[1] == method.__name__.lower()
+        assert formula
+        assert when
+        assert sorted(filter(None, needs.split(", "))) == sorted(need.role for need in method().needs()), name
+        assert {knob.strip("`") for knob in knobs.split(", ")} <= _keys_of(config_class(name)).keys(), name
