@@ -270,7 +270,7 @@ class SamplesFeed:
             tokenizer = load_tokenizer(section.reward_model, trust_remote_code=code)
             reads_ids = same_tokenizer(self.tokenizer, tokenizer)
             rewards.append(RewardModel(models["reward"], tokenizer, reads_ids=reads_ids))
-        return judge_of(section, rewards)
+        return judge_of(section, rewards, self.config.sampling.max_new_tokens)
 
     def _tokenize(self, rows: Dataset) -> tuple[list[Prompt], Counts]:
         config, data = self.config, self.config.data
@@ -306,11 +306,7 @@ def check_sampling(config: SamplesConfig) -> None:
             f"samples_per_prompt: {method.title} compares the samples of a prompt with one another and needs "
             f"{at_least} or more, got {sampling.samples_per_prompt}"
         )
-    if sampling.max_new_tokens <= method.samples.longer_than:
-        raise UserError(
-            f"max_new_tokens: {method.title} is set to treat samples longer than {method.samples.longer_than} tokens "
-            f"apart, and there are none; give more, got {sampling.max_new_tokens}"
-        )
+    config.reward.overlong(sampling.max_new_tokens)
     if sampling.temperature == 0:
         raise UserError("temperature: 0 is greedy, all samples of a prompt would be equal; give more than 0")
     truncated = sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0

@@ -24,11 +24,15 @@ def unweighted(rewards: Seq[Reward]) -> Judge:
     return Judge(rewards=tuple(rewards), weights=(1.0,) * len(rewards))
 
 
-def judge_of(section: RewardSection, rewards: Seq[Reward]) -> Judge:
-    """Rewards, in the order of ``RewardSection.judges``, with what the section says of them."""
+def judge_of(section: RewardSection, rewards: Seq[Reward], max_new_tokens: int | None = None) -> Judge:
+    """Rewards, in the order of ``RewardSection.judges``, with what the section says of them and of long samples.
+
+    ``max_new_tokens``: of what is sampled; None where the answers are there already, and none is too long.
+    """
     return Judge(
         rewards=tuple(rewards),
         weights=section.reward_weights or (1.0,) * len(rewards),
         missing_eos=section.missing_eos,
         missing_eos_penalty=section.missing_eos_penalty,
+        overlong=None if max_new_tokens is None else section.overlong(max_new_tokens),
     )

@@ -61,6 +61,7 @@ class _Sampling:
         self.out, self.count = Path(config.run.out), config.sampling.samples_per_prompt
         RunFolder.check(self.out, self._start())
         require_engine(config.engine)
+        config.rewards.overlong(config.sampling.max_new_tokens)
         self.homes = Homes(config.model, config.placement, config.cluster, config.engine, list(config.sources))
         self.homes.check()
         # Begun first, so that it imports the functions while the data is read.
@@ -123,7 +124,7 @@ class _Sampling:
             scorer = self.homes.place("reward", partial(frozen, load=model, section=config.model, temperature=1.0))
             tokenizer = load_tokenizer(source, trust_remote_code=config.model.trust_remote_code)
             rewards.append(RewardModel(scorer, tokenizer, reads_ids=same_tokenizer(self.tokenizer, tokenizer)))
-        return engine, judge_of(config.rewards, rewards)
+        return engine, judge_of(config.rewards, rewards, config.sampling.max_new_tokens)
 
     def _write(self, path: Path, lots: Seq[range], engine: Engine, judge: Judge) -> None:
         """The rows of all prompts of these lots, a lot at a time while the next one is sampled."""

@@ -14,6 +14,7 @@ from tandem.data.gym import is_gym
 from tandem.data.sources import Source, parse_sources, unweighted_sources
 from tandem.errors import UserError, expect, needs
 from tandem.rewards.kinds import kind_of
+from tandem.rewards.shaping import Overlong
 from tandem.types import SamplingParams
 
 
@@ -367,6 +368,13 @@ class RewardSection:
     """A completion that max_new_tokens cut off keeps its reward, gets -missing_eos_penalty instead, or loses that."""
     missing_eos_penalty: float = field(default=1.0, metadata=needs(("missing_eos",)))
     """How much that is."""
+    overlong_buffer: int | None = field(default=None, metadata=needs(("part", "reward"), ("part", "samples")))
+    """The last tokens before overlong_length, over which a punishment of length rises from 0. None: length costs
+    nothing."""
+    overlong_length: int | None = field(default=None, metadata=needs(("overlong_buffer",)))
+    """Sampled tokens at which the punishment is whole. None: max_new_tokens."""
+    overlong_penalty: float = field(default=1.0, metadata=needs(("overlong_buffer",)))
+    """The whole punishment, which comes off the reward."""
 
     def __post_init__(self) -> None:
         expect(self, "a folder", bool, "reward_model")
@@ -375,7 +383,22 @@ class RewardSection:
         expect(self, f"{count} weights, one a reward", lambda weights: len(weights) in (0, count), "reward_weights")
         expect(self, "from 0 to 1e15", lambda penalty: 0 <= penalty <= 1e15, "missing_eos_penalty")
         expect(self, "more than 0", lambda value: value > 0, "reward_deadline")
-        expect(self, "1 or more", _at_least(1), "reward_processes")
+        expect(self, "1 or more", _at_least(1), "reward_processes", "overlong_length", "overlong_buffer")
+        expect(self, "more than 0 and at most 1e15", lambda penalty: 0 < penalty <= 1e15, "overlong_penalty")
+
+    def overlong(self, max_new_tokens: int) -> Overlong | None:
+        """What length costs samples of at most so many tokens. Raises UserError for a punishment that none can get."""
+        if self.overlong_buffer is None:
+            return None
+        length = self.overlong_length or max_new_tokens
+        if self.overlong_buffer > length:
+            raise UserError(f"overlong_buffer: expected at most overlong_length, {length}, got {self.overlong_buffer}")
+        if max_new_tokens <= length - self.overlong_buffer:
+            raise UserError(
+                f"max_new_tokens: samples longer than {length - self.overlong_buffer} tokens are to be punished, and "
+                f"there are none; give more, got {max_new_tokens}"
+            )
+        return Overlong(length, self.overlong_buffer, self.overlong_penalty)
 
     @property
     def judges(self) -> list[str]:

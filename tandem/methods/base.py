@@ -33,8 +33,6 @@ class Samples:
 
     at_least: int = 1
     """Fewest samples of a prompt that the method can learn from."""
-    longer_than: int = 0
-    """Tokens that a sample must be able to exceed, where the method asks something of long ones."""
     rewards: Literal["required", "optional"] = "required"
     """Whether something must judge the samples. Where they are not judged, each has a reward of 0."""
 

@@ -9,6 +9,8 @@ from tandem.errors import UserError
 from tandem.rewards.function import sample
 from tandem.roles import Reward, RewardBatch
 
+OVERLONG = "overlong"
+"""The part of a reward that length has taken off (``tandem.rewards.shaping``): no reward's own."""
 LARGEST_REWARD = 1e15
 """Rewards are squared and added up in float32, which ends at 3.4e38: those of a million samples stay below 1e36."""
 
@@ -38,7 +40,7 @@ def combine(
 
 def part_names(rewards: Seq[Reward]) -> list[str]:
     """What each reward's part is called: rewards that share a name are told apart as ``name``, ``name#2``, …."""
-    seen: Counter[str] = Counter()
+    seen = Counter({OVERLONG: 1})
     names = []
     for reward in rewards:
         seen[reward.name] += 1

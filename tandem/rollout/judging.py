@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 from tandem.errors import RunFailure, UserError
 from tandem.futures import Future
-from tandem.rewards.combine import combine, part_names
-from tandem.rewards.shaping import MissingEos, shape_reward
+from tandem.rewards.combine import OVERLONG, combine, part_names
+from tandem.rewards.shaping import MissingEos, Overlong, shape_reward
 from tandem.roles import BegunReward, Reward, RewardBatch
 from tandem.seeds import derive_seed
 from tandem.types import Completion, Ended, Group, Prompt, Rollout
@@ -19,7 +19,7 @@ Scores = list[float | None]
 
 @dataclass(frozen=True, kw_only=True)
 class Judge:
-    """The rewards of a run: functions and models, their weights, and what a missing end of sequence costs.
+    """The rewards of a run: functions and models, their weights, and what a missing end, and length, cost.
 
     Without any reward every sample gets 0, which says nothing of it.
     """
@@ -28,6 +28,8 @@ class Judge:
     weights: tuple[float, ...]
     missing_eos: MissingEos = "none"
     missing_eos_penalty: float = 0.0
+    overlong: Overlong | None = None
+    """What length costs, after all that."""
 
     def __call__(self, groups: Seq[Group], seed: int | None = None) -> None:
         """``fill`` and ``check``."""
@@ -135,12 +137,21 @@ class Judging:
             rollout.reward = shape_reward(
                 total, rollout.stop, missing_eos=self.judge.missing_eos, penalty=self.judge.missing_eos_penalty
             )
+            self._shorten(rollout)
         return {
             f"{name}/{what}": count
             for name, reward in zip(part_names(rewards), rewards, strict=True)
             if isinstance(reward, BegunReward)
             for what, count in reward.counted().items()
         }
+
+    def _shorten(self, rollout: Rollout) -> None:
+        """Takes off its reward what its length costs, and keeps that among the parts."""
+        if self.judge.overlong is None or rollout.reward is None:
+            return
+        cost = self.judge.overlong.cost(sum(rollout.trainable))
+        rollout.judged, rollout.reward = rollout.reward, rollout.reward - cost
+        rollout.reward_parts[OVERLONG] = -cost
 
     def _elsewhere(self, number: int) -> bool:
         return isinstance(self.judge.rewards[number], BegunReward)

@@ -7,6 +7,7 @@ from collections.abc import Sequence as Seq
 
 import torch
 
+from tandem.rewards.combine import OVERLONG
 from tandem.roles import Metrics
 from tandem.types import Group, Prompt, Rollout
 
@@ -104,6 +105,8 @@ def rollout_metrics(groups: Seq[Group], *, judged: bool = True) -> Metrics:
         "left_out": float(len(rollouts) - len(usable)),
         "sampled_tokens": float(lengths.sum()),
     }
+    if any(OVERLONG in r.reward_parts for r in rollouts):
+        metrics["overlong_share"] = sum(r.reward_parts.get(OVERLONG, 0.0) < 0 for r in rollouts) / len(rollouts)
     for name in sorted({name for r in rollouts for name in r.reward_parts}):
         parts = [r.reward_parts[name] for r in rollouts if name in r.reward_parts]
         metrics[f"reward/{name}"] = sum(parts) / len(parts)

@@ -2,21 +2,19 @@
 
 import math
 import statistics
-from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 from helpers.sampled_step import make_step
 from test_grpo import group
 
-from tandem.assembly.configs import read_config
-from tandem.assembly.feeds import check_sampling
 from tandem.config import with_keys
 from tandem.data.packing import stamp_weights
 from tandem.errors import UserError
 from tandem.methods.dapo import DAPO
-
-OVERLONG = {"overlong_length": 20, "overlong_buffer": 8}
+from tandem.rewards.function import FunctionReward
+from tandem.rewards.shaping import Overlong
+from tandem.rollout.judging import Judge
 
 
 @pytest.mark.parametrize(
@@ -48,30 +46,23 @@ def answer(length, reward, tool=0):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("penalty", [1.0, 0.25])
-def test_punishment_is_eq_13(penalty):
-    """L_max 20, L_cache 8: 0 up to 12 tokens, then (12 - length) / 8, and -1 above 20."""
-    method = with_keys(DAPO(), **OVERLONG, overlong_penalty=penalty)
-    for length in range(1, 25):
-        wanted = 0.0 if length <= 20 - 8 else (20 - 8 - length) / 8 if length <= 20 else -1.0
-        assert method.punishment(answer(length, 1.0)) == -penalty * wanted
-        assert method.punishment(answer(length, 1.0, tool=9)) == -penalty * wanted
-        assert DAPO().punishment(answer(length, 1.0)) == 0.0
-
-
 def test_what_is_kept_is_decided_before_length_counts():
     """As in the paper, whose eq. 11 asks for right and wrong answers."""
-    alike = replace(group(), rollouts=[answer(5, 1.0), answer(20, 1.0)])
-    evened = replace(group(), rollouts=[answer(5, 0.0), answer(20, 1.0)])
-    assert [with_keys(DAPO(), **OVERLONG).keep(g) for g in (alike, evened)] == [False, True]
-    assert with_keys(DAPO(), **OVERLONG).advantages(evened) == [0.0, 0.0]
+    groups = []
+    for rewards in ([1.0, 1.0], [0.0, 1.0]):
+        groups.append(replace(group(), rollouts=[answer(5, None), answer(20, None)]))
+        reward = FunctionReward(lambda completions, rewards=rewards: rewards)
+        Judge(rewards=(reward,), weights=(1.0,), overlong=Overlong(20, 8, 1.0)).fill(groups[-1:])
+    assert [g.rewards for g in groups] == [[1.0, 0.0], [0.0, 0.0]]
+    assert [DAPO().keep(g) for g in groups] == [False, True]
+    assert DAPO().advantages(groups[1]) == [0.0, 0.0]
     clipped = replace(group(), rollouts=[answer(5, 3.0), answer(5, 20.0)])
     assert [with_keys(DAPO(), reward_clip=limit).keep(clipped) for limit in (None, 5.0, 2.0)] == [True, True, False]
 
 
-@pytest.mark.parametrize("knobs", [{}, {"overlong_length": 8, "overlong_buffer": 6}, {"dual_clip": 1.1}])
+@pytest.mark.parametrize("knobs", [{}, {"dual_clip": 1.1}])
 def test_loss_is_the_papers(knobs):
-    """Eq. 8, 9 and 13 as loops; a step with groups of ratios beyond both bounds."""
+    """Eq. 8 and 9 as loops; a step with groups of ratios beyond both bounds."""
     step, dapo = make_step(3), with_keys(DAPO(), **knobs)
     estimate = dapo.estimate(step.groups, step.batch(), dapo.initial_state())
     batch = stamp_weights(estimate.batch, dapo.aggregation)
@@ -79,14 +70,9 @@ def test_loss_is_the_papers(knobs):
     out = replace(out, logp_T=batch.proximal_logp_T + 3 * (out.logp_T - batch.proximal_logp_T))
     found = (dapo.loss(out, batch).loss_T * batch.weight_T).sum().item()
 
-    tokens, ratios, punished, s = [], [], [], 0
+    tokens, ratios, s = [], [], 0
     for g in step.groups:
-        rewards = []
-        for r in g.rollouts:
-            length = sum(r.trainable)
-            cost = min(max(length - (8 - 6), 0) / 6, 1.0) if "overlong_length" in knobs else 0.0
-            punished.append(cost > 0)
-            rewards.append(r.reward - cost)
+        rewards = [r.reward for r in g.rollouts]
         mean, std = statistics.fmean(rewards), statistics.stdev(rewards)
         for r, reward in zip(g.rollouts, rewards, strict=True):
             advantage = (reward - mean) / (std + 1e-4)
@@ -105,38 +91,17 @@ def test_loss_is_the_papers(knobs):
     assert max(ratios) > 1.28
     # Advantages and weights are float32.
     assert found == pytest.approx(sum(tokens) / len(tokens), abs=1e-6)
-    if "overlong_length" in knobs:
-        assert estimate.metrics["overlong_share"] == statistics.fmean(punished)
-        assert 0 < estimate.metrics["overlong_share"] < 1
 
 
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"overlong_length": 20}, "overlong_buffer: expected from 1 to overlong_length, 20, got None"),
-        ({"overlong_length": 20, "overlong_buffer": 21}, "overlong_buffer: expected from 1 to overlong_length, 20"),
-        ({"overlong_length": 20, "overlong_buffer": 0}, "overlong_buffer: expected 1 or more, got 0"),
-        ({"overlong_length": 0, "overlong_buffer": 1}, "overlong_length: expected 1 or more, got 0"),
-        ({**OVERLONG, "overlong_penalty": 0.0}, "overlong_penalty: expected more than 0, got 0.0"),
         ({"clip_low": 2}, "clip_low: expected from 0 to 1, got 2"),
     ],
 )  # fmt: skip
 def test_senseless_knobs(knobs, message):
     with pytest.raises(UserError, match=message):
         with_keys(DAPO(), **knobs)
-
-
-@pytest.mark.parametrize(("longest", "refused"), [(12, True), (13, False), (20, False)])
-def test_a_punishment_that_no_sample_can_reach_is_refused(longest, refused):
-    """Of answers of more than 20 - 8 tokens."""
-    keys = {"model": "m", "data": "d.jsonl", "reward": "r.py:f", "out": "o", "steps": 1} | OVERLONG
-    config = read_config("dapo", **keys, max_new_tokens=longest)
-    with (
-        pytest.raises(UserError, match="max_new_tokens: DAPO is set to treat samples longer than 12 tokens apart")
-        if refused
-        else nullcontext()
-    ):
-        check_sampling(config)
 
 
 def test_no_model_beside_the_policy():

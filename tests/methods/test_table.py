@@ -21,7 +21,6 @@ from tandem.batch import Outputs
 from tandem.config import _keys_of, settings, with_keys
 from tandem.errors import UserError
 from tandem.methods.base import Method, Rows, Samples
-from tandem.methods.dapo import DAPO
 from tandem.methods.grpo import GRPO
 from tandem.methods.ppo import PPO
 from tandem.methods.table import METHODS, ROWS, method_class
@@ -59,7 +58,6 @@ COMBINED = [
     with_keys(PPO(), kl_target=6.0, critic_warmup_steps=1),
     PPO(lam_alpha=0.5, critic_lam=1.0),
     with_keys(GRPO(), normalize="none", aggregation="constant", kl_coef=0.0),
-    DAPO(overlong_length=7, overlong_buffer=4),
 ]
 SETTINGS = list(
     {named(x): x for x in [*(x for name in METHODS for x in settings_of(method_class(name))), *COMBINED]}.values()
