@@ -368,7 +368,7 @@ class RewardSection:
     """A completion that max_new_tokens cut off keeps its reward, gets -missing_eos_penalty instead, or loses that."""
     missing_eos_penalty: float = field(default=1.0, metadata=needs(("missing_eos",)))
     """How much that is."""
-    overlong_buffer: int | None = field(default=None, metadata=needs(("part", "reward"), ("part", "samples")))
+    overlong_buffer: int | None = field(default=None, metadata=needs(("part", "reward")))
     """The last tokens before overlong_length, over which a punishment of length rises from 0. None: length costs
     nothing."""
     overlong_length: int | None = field(default=None, metadata=needs(("overlong_buffer",)))

@@ -165,6 +165,8 @@ class ScoreConfig:
     def __post_init__(self) -> None:
         if not self.reward.judges:
             raise UserError("reward: nothing judges the rows; give --reward FILE.py:function or --reward-model DIR")
+        if self.reward.overlong_buffer is not None:
+            raise UserError("overlong_buffer: the answers are there, and none was sampled too long; leave it out")
 
     @property
     def sources(self) -> dict[str, str]:

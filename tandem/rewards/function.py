@@ -87,10 +87,12 @@ class FunctionReward:
         self.require_columns(batch.columns)
         ids = [rollout.completion_ids for rollout in batch.rollouts]
         offered: dict[str, Any]
+        how: dict[str, Any]
         if self.per == "sample":
             (prompt,), (completion,), (own_ids,) = batch.prompts, batch.completions, ids
             offered = {name: value for name, (value,) in batch.columns.items()}
             offered |= {"prompt": prompt, "completion": completion, "completion_ids": own_ids}
+            how = {STOP: rollout.stop for rollout in batch.rollouts}
         else:
             offered = {
                 **batch.columns,
@@ -98,11 +100,11 @@ class FunctionReward:
                 "completions": batch.completions,
                 "completion_ids": ids,
             }
+            how = {STOPS: [rollout.stop for rollout in batch.rollouts]}
         seed = None if batch.seed is None else derive_seed(batch.seed, self.name)
         wants = self._judging.wants
         arguments = wants.of_offered(offered)
-        stops = [rollout.stop for rollout in batch.rollouts]
-        arguments |= {name: value for name, value in ((STOPS, stops), (STOP, stops[0])) if name in wants.named}
+        arguments |= {name: value for name, value in how.items() if name in wants.named}
         return Judged(self.name, batch, self._judging.begin(arguments, len(batch.completions), seed))
 
     def score(self, batch: RewardBatch) -> Scores:
