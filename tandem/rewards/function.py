@@ -92,7 +92,7 @@ class FunctionReward:
             (prompt,), (completion,), (own_ids,) = batch.prompts, batch.completions, ids
             offered = {name: value for name, (value,) in batch.columns.items()}
             offered |= {"prompt": prompt, "completion": completion, "completion_ids": own_ids}
-            how = {STOP: rollout.stop for rollout in batch.rollouts}
+            how = {STOP: batch.rollouts[0].stop}
         else:
             offered = {
                 **batch.columns,

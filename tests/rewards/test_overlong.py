@@ -30,10 +30,8 @@ def test_the_cost_is_eq_13(penalty):
 
 
 def completion(tokens: int, stop: str = "eos") -> Completion:
-    zeros = [0.0] * tokens
-    return Completion(
-        token_ids=[5] * tokens, behaviour_logp=zeros, untruncated_logp=zeros, stop=stop, text="x" * tokens
-    )
+    ids, zeros = [5] * tokens, [0.0] * tokens
+    return Completion(token_ids=ids, behaviour_logp=zeros, untruncated_logp=zeros, stop=stop, text="x" * tokens)
 
 
 def test_what_it_takes_off_is_kept_apart():
