@@ -52,7 +52,7 @@ def run(config: DataConfig) -> int:
     readers = " and ".join([config.shown.method] if config.shown.method else readers_of(kind))
     if config.tokenizer.model is None:
         _show_plain(console, rows, kind, config.shown.rows)
-        print(f"\nThese are rows for tandem {readers}; add --model to see their tokens and what of them is trained.")
+        print(f"\nThese are rows for {readers}; add --model to see their tokens and what of them is trained.")
         return 0
     tokenizer = load_tokenizer(config.tokenizer.model, trust_remote_code=config.tokenizer.trust_remote_code)
     set_template(tokenizer, config.data.chat_template)
@@ -67,7 +67,7 @@ def run(config: DataConfig) -> int:
         items, counts = build(rows, tokenizer, config.data.max_length, config.data.long_rows, limits=limits)
     _show_items(console, items[: config.shown.rows], tokenizer)
     kept = [said for item in items for said in says(item)]
-    _show_lengths(console, f"{rows.source}: {counts}, as for tandem {readers}", kept)
+    _show_lengths(console, f"{rows.source}: {counts}, as for {readers}", kept)
     _show_sources(console, rows, counts, items)
     lost = sum(len(said.token_ids) for said in whole) - sum(len(said.token_ids) for said in kept)
     longest = max(len(said.token_ids) for said in whole)
@@ -119,18 +119,21 @@ def stretches(said: Said, tokenizer: Any) -> Iterator[tuple[str, bool]]:
 
 
 def _kind(rows: Dataset, config: DataConfig) -> str:
-    """The method's kind of rows, or the first that the first row is of."""
+    """The method's kind of rows, or of those that the first row is of the one that most of its columns are for."""
     if config.shown.method is not None:
         return read_kind(config.shown.method)
     first = rows.head(1)
-    for kind in formats.COLUMNS:
+    found: dict[str, int] = {}
+    for kind, ways in formats.COLUMNS.items():
         (row,) = shape(first, columns_of(config.data, kind), strict=False)
-        if kind in formats.kinds(row):
-            return kind
-    raise UserError(
-        f"{rows.where(0)}: no method reads rows with the columns {present(rows[0])}; "
-        "--input-key and its like name the columns that are meant"
-    )
+        found[kind] = max((len(way) for way in ways if formats.has(row, way)), default=0)
+    kind = max(found, key=found.__getitem__)
+    if not found[kind]:
+        raise UserError(
+            f"{rows.where(0)}: no method reads rows with the columns {present(rows[0])}; "
+            "--input-key and its like name the columns that are meant"
+        )
+    return kind
 
 
 def _show_items(console: Console, items: Seq[Any], tokenizer: Any) -> None:

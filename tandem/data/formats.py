@@ -41,13 +41,13 @@ _INSTEAD = ("tool_calls", "function_call", "reasoning_content", "thinking")
 
 def kinds(row: Row) -> list[str]:
     """The kinds of rows that the columns of this one make it."""
-    return [kind for kind, ways in COLUMNS.items() if any(_has(row, way) for way in ways)]
+    return [kind for kind, ways in COLUMNS.items() if any(has(row, way) for way in ways)]
 
 
 def require_kind(row: Row, kind: str) -> None:
     """Raises UserError where the row lacks the columns of its kind, and names those it has."""
     ways = COLUMNS[kind]
-    if any(_has(row, way) for way in ways):
+    if any(has(row, way) for way in ways):
         return
     if len(ways) == 1:
         require_column(row, next(column for column in ways[0] if row.get(column) is None))
@@ -55,7 +55,8 @@ def require_kind(row: Row, kind: str) -> None:
     raise UserError(f"no column {', no '.join(others)}, and no {last}; columns present: {present(row)}")
 
 
-def _has(row: Row, columns: Iterable[str]) -> bool:
+def has(row: Row, columns: Iterable[str]) -> bool:
+    """Whether the row has something in each of the columns."""
     return all(row.get(column) is not None for column in columns)
 
 

@@ -53,7 +53,7 @@ def test_trained_tokens_in_colour_on_a_terminal(shown, monkeypatch):
 def test_lengths_of_all_and_what_is_cut(shown):
     words = ("long.jsonl", "--model", "base", "--rows", "0", "--max-length", "10")
     out = shown(*words)
-    assert "long.jsonl: 4 rows, as for tandem sft" in out
+    assert "long.jsonl: 4 rows, as for sft" in out
     assert "tokens       4    5       5    6   44   60" in out
     assert "         4 to 7 tokens  ######################################## 3" in out
     assert "1 of 4 rows are longer than 10 tokens, the longest has 44: a run refuses them" in out
@@ -75,10 +75,14 @@ def test_pairs_prompts_and_shares_of_sources(shown):
     assert "long.jsonl      4     4           25.0%          33.3%" in mixed
 
 
-def test_without_a_model_rows_are_as_they_are_read(shown):
+def test_without_a_model_rows_are_as_they_are_read(shown, folder):
     out = shown("talk.jsonl", "--rows", "1")
     assert 'talk.jsonl:1\n  messages: [{"role": "user", "content": "hi"}' in out
-    assert "These are rows for tandem sft" in out
+    assert "These are rows for sft" in out
+    (folder / "kto.jsonl").write_text('{"prompt": "a", "completion": "b", "label": true}\n')
+    assert "These are rows for kto; add" in shown("kto.jsonl", "--rows", "0")
+    assert "These are rows for rm and dpo; add" in shown("pairs.jsonl", "--rows", "0")
+    assert "These are rows for methods on samples; add" in shown("prompts.jsonl", "--rows", "0")
 
 
 @pytest.mark.parametrize(
