@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 StopReason = Literal["eos", "length", "stop_string", "tool", "error"]
 Aggregation = Literal["token", "sequence", "constant"]
@@ -191,6 +191,13 @@ class PreferencePair:
     chosen: Sequence
     rejected: Sequence
     margin: float = 0.0
+
+
+class ScoreScale(NamedTuple):
+    """Of a reward model's scores of many rows. The names are those in its config."""
+
+    score_mean: float
+    score_std: float
 
 
 @dataclass(kw_only=True)

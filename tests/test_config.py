@@ -311,7 +311,7 @@ def test_values_out_of_range_name_their_flag(flags):
 
 def test_keys_that_contradict_each_other():
     assert refusal("--resume", "--overwrite").startswith("--overwrite: ")
-    assert refusal("--reward-model", "").startswith("--reward-model: expected a folder")
+    assert refusal("--reward-model", "").startswith("--reward-model: expected folders")
 
 
 def test_a_method_that_learns_from_rewards_is_given_one(tmp_path):

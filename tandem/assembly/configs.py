@@ -60,7 +60,8 @@ class RunConfig:
         """The models of the run by role, in the order in which they are loaded, and where each is loaded from."""
         given = settings(self)
         return {"actor": self.model.model} | {
-            need.role: self.models.source(need.role) or next(given[key] for key in need.sources if given.get(key))
+            need.role: self.models.source(need.role)
+            or next(_first(given[key]) for key in need.sources if given.get(key))
             for need in self.method.needs()
         }
 
@@ -82,6 +83,11 @@ class RunConfig:
         parts = {need.role for need in needed} | {"frozen model" for need in needed if not need.trained}
         parts |= set() if self.method.pairwise else {"losses of tokens"}
         return parts | data_parts(self.data, self.evaluation) | worker_parts(self.placement)
+
+
+def _first(value: str | tuple[str, ...]) -> str:
+    """The folder that a key names, or the first of several."""
+    return value if isinstance(value, str) else value[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,9 +151,7 @@ class SamplesConfig(RunConfig):
     @property
     def sources(self) -> dict[str, str]:
         found = super().sources
-        if self.reward.reward_model is None:
-            return found
-        return {"actor": found.pop("actor"), "reward": self.reward.reward_model} | found
+        return {"actor": found.pop("actor")} | self.reward.models | found
 
     @property
     def items_per_step(self) -> int:

@@ -12,8 +12,9 @@ from typing import Any, Protocol
 from tandem.assembly.configs import RowsConfig, RunConfig, SamplesConfig
 from tandem.assembly.evaluation import EvaluationSection
 from tandem.assembly.inputs import digest_inputs
-from tandem.assembly.judging import judge_of, start_rewards, unweighted
+from tandem.assembly.judging import judge_of, reward_models, score_scales, start_rewards, unweighted
 from tandem.assembly.models import heads, require_engine
+from tandem.assembly.needed import is_reward_model
 from tandem.assembly.once import AskedOnce
 from tandem.assembly.placing import Homes
 from tandem.assembly.reading import by_key, describe_data, load_data, load_held_out, ordered, tokenizing
@@ -27,8 +28,8 @@ from tandem.errors import UserError
 from tandem.models.limits import read_limits
 from tandem.models.loading import load_tokenizer
 from tandem.rewards.function import FunctionReward
-from tandem.rewards.model import RewardModel, require_same_tokenizer, same_tokenizer
-from tandem.roles import Metrics, Reward, Seat, Source
+from tandem.rewards.model import SCORED, require_same_tokenizer, same_tokenizer, score_scale
+from tandem.roles import Metrics, Seat, Source
 from tandem.rollout.evaluate import Evaluation, HeldOut, HeldOutRows, HeldOutSamples, named
 from tandem.rollout.judging import Judge
 from tandem.rollout.measure import held_out_names
@@ -87,6 +88,10 @@ class Feed(Protocol):
 
     def ask(self, models: Mapping[str, Seat], progress: Progress) -> None:
         """Before the first step, asks models what they need to be asked only once, and lets them go."""
+        ...
+
+    def conclude(self, models: Mapping[str, Seat], progress: Progress) -> None:
+        """After the last step, measures what is to be written with the model."""
         ...
 
     def close(self) -> None: ...
@@ -151,6 +156,18 @@ class RowsFeed:
     def ask(self, models: Mapping[str, Seat], progress: Progress) -> None:
         self.once.ask(models, progress)
 
+    def conclude(self, models: Mapping[str, Seat], progress: Progress) -> None:
+        """Of a reward model, the mean and the spread of its scores, of held-out rows or, without any, of its own."""
+        if self.config.method.head != "scalar" or self.config.reads.kind != "preferences":
+            return
+        rows = [row for one in self.held_out.values() for row in one] or self.examples
+        with progress.phase("scoring"):
+            scale = score_scale(models["actor"], rows[:SCORED])
+        if scale is None:
+            progress.note("the scores of all rows are one number, or none: the model's config says nothing of them")
+        else:
+            models["actor"].call("remember", scale._asdict())
+
     def close(self) -> None:
         return None
 
@@ -185,7 +202,9 @@ class SamplesFeed:
         self.functions, self.eval_rewards = functions[:trained_on], functions[trained_on:]
 
     def check(self) -> None:
-        """Raises UserError where a reward wants a column that no row has, or a goal a metric that no evaluation has."""
+        """Raises UserError where a reward wants a column that no row has, a reward model's scores have no scale, or a
+        goal is a metric that no evaluation has."""
+        score_scales(self.config.reward, trust_remote_code=self.config.model.trust_remote_code)
         require_columns(self.functions, self.prompts, self.config.data.data)
         section = self.config.evaluation
         # What a reward's parts are called, and what a method measures where nothing judges, is known once it has.
@@ -216,6 +235,9 @@ class SamplesFeed:
         return set()
 
     def ask(self, models: Mapping[str, Seat], progress: Progress) -> None:
+        return None
+
+    def conclude(self, models: Mapping[str, Seat], progress: Progress) -> None:
         return None
 
     def start(self, models: Mapping[str, Seat], homes: Homes) -> Fed:
@@ -264,13 +286,9 @@ class SamplesFeed:
 
     def _judge(self, models: Mapping[str, Seat]) -> Judge:
         section = self.config.reward
-        rewards: list[Reward] = list(self.functions)
-        if section.reward_model is not None:
-            code = self.config.model.trust_remote_code
-            tokenizer = load_tokenizer(section.reward_model, trust_remote_code=code)
-            reads_ids = same_tokenizer(self.tokenizer, tokenizer)
-            rewards.append(RewardModel(models["reward"], tokenizer, reads_ids=reads_ids))
-        return judge_of(section, rewards, self.config.sampling.max_new_tokens)
+        code = self.config.model.trust_remote_code
+        found = reward_models(section, models, self.tokenizer, trust_remote_code=code)
+        return judge_of(section, [*self.functions, *found], self.config.sampling.max_new_tokens)
 
     def _tokenize(self, rows: Dataset) -> tuple[list[Prompt], Counts]:
         config, data = self.config, self.config.data
@@ -337,7 +355,7 @@ def limits_of_models(config: RunConfig, tokenizer: Any) -> list[Limits]:
     return [
         read_limits(source, head=head_of[role], trust_remote_code=code)
         for role, source in config.sources.items()
-        if role != "reward" or same_tokenizer(tokenizer, load_tokenizer(source, trust_remote_code=code))
+        if not is_reward_model(role) or same_tokenizer(tokenizer, load_tokenizer(source, trust_remote_code=code))
     ]
 
 

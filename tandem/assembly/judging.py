@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
+from functools import partial
+from typing import Any
 
-from tandem.assembly.sections import RewardSection
+from tandem.assembly.models import frozen, load
+from tandem.assembly.placing import Homes
+from tandem.assembly.sections import ModelSection, RewardSection
+from tandem.models.description import read_score_scale
+from tandem.models.loading import load_tokenizer
+from tandem.rewards.model import RewardModel, ScoreScale, same_tokenizer
 from tandem.rewards.process import RewardProcesses
-from tandem.roles import Reward
+from tandem.roles import Reward, Seat
 from tandem.rollout.judging import Judge
+from tandem.runs.progress import say
 
 
 def start_rewards(section: RewardSection, sources: Seq[str], folder: str) -> RewardProcesses | None:
@@ -24,6 +33,42 @@ def unweighted(rewards: Seq[Reward]) -> Judge:
     return Judge(rewards=tuple(rewards), weights=(1.0,) * len(rewards))
 
 
+def score_scales(section: RewardSection, *, trust_remote_code: bool = False) -> list[ScoreScale | None]:
+    """How the scores of each reward model are normalised; None where they are not. Raises UserError where a model's
+    config does not say."""
+    if not section.normalize_scores:
+        return [None] * len(section.reward_model)
+    return [read_score_scale(source, trust_remote_code=trust_remote_code) for source in section.reward_model]
+
+
+def reward_models(
+    section: RewardSection, seats: Mapping[str, Seat], policy_tokenizer: Any | None, *, trust_remote_code: bool = False
+) -> list[Reward]:
+    """The section's reward models on their seats, which are found by their roles.
+
+    ``policy_tokenizer``: of the sampled tokens; None where there are none to be read.
+    """
+    scales = score_scales(section, trust_remote_code=trust_remote_code)
+    found: list[Reward] = []
+    for (role, source), scale in zip(section.models.items(), scales, strict=True):
+        tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+        reads_ids = policy_tokenizer is not None and same_tokenizer(policy_tokenizer, tokenizer)
+        found.append(RewardModel(seats[role], tokenizer, reads_ids=reads_ids, scale=scale))
+    return found
+
+
+def placed_reward_models(
+    section: RewardSection, model: ModelSection, homes: Homes, policy_tokenizer: Any | None = None
+) -> list[Reward]:
+    """Loads the section's reward models into their place. See ``reward_models``."""
+    seats: dict[str, Seat] = {}
+    for role, source in section.models.items():
+        say(f"loading the reward model from {source}")
+        build = partial(load, section=model, source=source, head="scalar")
+        seats[role] = homes.place(role, partial(frozen, load=build, section=model, temperature=1.0))
+    return reward_models(section, seats, policy_tokenizer, trust_remote_code=model.trust_remote_code)
+
+
 def judge_of(section: RewardSection, rewards: Seq[Reward], max_new_tokens: int | None = None) -> Judge:
     """Rewards, in the order of ``RewardSection.judges``, with what the section says of them and of long samples.
 
@@ -31,7 +76,7 @@ def judge_of(section: RewardSection, rewards: Seq[Reward], max_new_tokens: int |
     """
     return Judge(
         rewards=tuple(rewards),
-        weights=section.reward_weights or (1.0,) * len(rewards),
+        weights=section.weights,
         missing_eos=section.missing_eos,
         missing_eos_penalty=section.missing_eos_penalty,
         overlong=None if max_new_tokens is None else section.overlong(max_new_tokens),

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from tandem.assembly.configs import RunConfig, SamplesConfig
+from tandem.assembly.needed import is_reward_model
 from tandem.assembly.sections import DrawsSection, EngineSection, ModelSection, OptimSection
 from tandem.data.chat import set_template
 from tandem.engines.live.engine import LiveEngine
@@ -32,7 +33,8 @@ NewHead = Literal["refuse", "random", "zero"]
 
 def heads(config: RunConfig) -> dict[str, Head]:
     """The head of every model that a run may have, by role."""
-    return {"actor": config.method.head, "reward": "scalar"} | {need.role: need.head for need in config.method.models}
+    found: dict[str, Head] = {role: "scalar" for role in config.sources if is_reward_model(role)}
+    return found | {"actor": config.method.head} | {need.role: need.head for need in config.method.models}
 
 
 def builds(config: RunConfig, steps: int, new_head: NewHead = "random") -> dict[str, Build]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -33,7 +34,7 @@ class RolePlacement:
 
     def home(self, role: str) -> str:
         """The role whose processes ``role`` lives in: itself where it has its own."""
-        seen = [role]
+        seen = ["reward" if is_reward_model(role) else role]
         while (value := getattr(self, seen[-1])) in self.roles:
             if value in seen:
                 raise UserError(f"placement.{role}: {' shares with '.join([*seen, value])}, so none has processes")
@@ -92,6 +93,11 @@ class SamplingPlacement(Placement):
     """The reward model: a number, or the role whose processes it shares."""
     engine: str = field(default="actor", metadata=MAY_CHANGE)
     """The sampler: 'actor' takes turns on the actor's devices (shared), a number is so many engines apart (split)."""
+
+
+def is_reward_model(role: str) -> bool:
+    """Whether a role is that of one of the reward models, which live in one place (``RewardSection.models``)."""
+    return re.fullmatch(r"reward(_\d+)?", role) is not None
 
 
 def placement_class(base: type[Placement], models: Iterable[Need]) -> type[Placement]:

@@ -91,6 +91,7 @@ def _run(config: RunConfig, stack: ExitStack, ranks: Ranks | None) -> Path | Non
     started = stack.enter_context(session(config, saved, steps=feed.steps, counts=feed.counts, inputs=feed.inputs))
     feed.ask(models, started.progress)
     Pipeline(steps=feed.steps, items_per_step=config.items_per_step).run(crew, started)
+    feed.conclude(models, started.progress)
     return started.finish()
 
 

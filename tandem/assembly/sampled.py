@@ -7,14 +7,14 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from contextlib import ExitStack
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tandem.assembly.feeds import require_columns
 from tandem.assembly.inputs import digest_inputs
-from tandem.assembly.judging import judge_of, start_rewards
-from tandem.assembly.models import frozen, load, require_engine
+from tandem.assembly.judging import judge_of, placed_reward_models, score_scales, start_rewards
+from tandem.assembly.models import require_engine
+from tandem.assembly.needed import is_reward_model
 from tandem.assembly.placing import Homes
 from tandem.assembly.plans import print_plan
 from tandem.assembly.reading import load_data, tokenizing
@@ -26,8 +26,7 @@ from tandem.futures import Future
 from tandem.models.description import describe_source
 from tandem.models.limits import read_limits
 from tandem.models.loading import load_tokenizer, pick_device
-from tandem.rewards.model import RewardModel, same_tokenizer
-from tandem.roles import Engine, Reward
+from tandem.roles import Engine
 from tandem.rollout.judging import Judge
 from tandem.rollout.sampling import Sampling
 from tandem.runs.folder import SAMPLES, RunFolder
@@ -85,6 +84,7 @@ class _Sampling:
                 max_new_tokens=config.sampling.max_new_tokens,
                 on_progress=on_progress,
             )
+        score_scales(config.rewards, trust_remote_code=code)
         self.functions = judging.rewards() if judging else []
         require_columns(self.functions, self.prompts, config.data.data)
         self.inputs = digest_inputs({"data": rows}, self.functions, config.sources, config.data.chat_template)
@@ -117,14 +117,8 @@ class _Sampling:
         self.stack.enter_context(self.homes)
         say(f"loading the model from {config.model.model}")
         engine = self.homes.engine_alone(config.sampling, seed=config.run.seed)
-        rewards: list[Reward] = list(self.functions)
-        if (source := config.rewards.reward_model) is not None:
-            say(f"loading the reward model from {source}")
-            model = partial(load, section=config.model, source=source, head="scalar")
-            scorer = self.homes.place("reward", partial(frozen, load=model, section=config.model, temperature=1.0))
-            tokenizer = load_tokenizer(source, trust_remote_code=config.model.trust_remote_code)
-            rewards.append(RewardModel(scorer, tokenizer, reads_ids=same_tokenizer(self.tokenizer, tokenizer)))
-        return engine, judge_of(config.rewards, rewards, config.sampling.max_new_tokens)
+        found = placed_reward_models(config.rewards, config.model, self.homes, self.tokenizer)
+        return engine, judge_of(config.rewards, [*self.functions, *found], config.sampling.max_new_tokens)
 
     def _write(self, path: Path, lots: Seq[range], engine: Engine, judge: Judge) -> None:
         """The rows of all prompts of these lots, a lot at a time while the next one is sampled."""
@@ -184,7 +178,7 @@ class _Sampling:
         code = config.model.trust_remote_code
         uses = {
             "model" if role == "engine" else role: describe_source(
-                source, scalar=role == "reward", trust_remote_code=code
+                source, scalar=is_reward_model(role), trust_remote_code=code
             )
             + f", {pick_device(config.model.device)}, {config.model.dtype}{self.homes.where(role)}"
             for role, source in config.sources.items()

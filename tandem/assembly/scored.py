@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from tandem.assembly.feeds import require_columns
 from tandem.assembly.inputs import digest_inputs
-from tandem.assembly.judging import judge_of, start_rewards
-from tandem.assembly.models import frozen, load
+from tandem.assembly.judging import judge_of, placed_reward_models, score_scales, start_rewards
 from tandem.assembly.placing import Homes
 from tandem.assembly.plans import print_plan
 from tandem.assembly.reading import columns_of, of_kind
@@ -27,11 +25,10 @@ from tandem.data.rows import Dataset, load_rows
 from tandem.data.tokenize import encode
 from tandem.errors import UserError
 from tandem.models.loading import load_tokenizer
-from tandem.rewards.model import RewardModel
 from tandem.roles import Reward
 from tandem.runs.folder import SCORED, RunFolder
 from tandem.runs.lines import append_lines, keep_lots, read_lines, whole_lots
-from tandem.runs.progress import Progress, say
+from tandem.runs.progress import Progress
 from tandem.seeds import derive_seed
 from tandem.types import Group, Message, Prompt, Rollout
 
@@ -75,6 +72,7 @@ def score_rows(config: ScoreConfig) -> Path | None:
         require_columns(functions, [item.group.prompt for item in items], config.data.data)
         if any(function.names("completion_ids") for function in functions) and not _has_ids(items):
             raise UserError("model: a reward names 'completion_ids', and not all rows have token_ids; give --model")
+        score_scales(config.reward, trust_remote_code=code)
         start = start_of(config, config.run, "score", digest_inputs({"data": rows}, functions, config.sources))
         RunFolder.check(out, start)
         if config.run.dry_run:
@@ -86,12 +84,9 @@ def score_rows(config: ScoreConfig) -> Path | None:
         path = out / SCORED
         rewards: list[Reward] = list(functions)
         missing = not config.run.resume or whole_lots(path, ends)[0] < len(lots)
-        if (source := config.reward.reward_model) is not None and missing:
+        if config.reward.reward_model and missing:
             stack.enter_context(homes)
-            say(f"loading the reward model from {source}")
-            model = partial(load, section=config.model, source=source, head="scalar")
-            scorer = homes.place("reward", partial(frozen, load=model, section=config.model, temperature=1.0))
-            rewards.append(RewardModel(scorer, load_tokenizer(source, trust_remote_code=code), reads_ids=False))
+            rewards += placed_reward_models(config.reward, config.model, homes)
         with RunFolder.open(out, start) as folder, Progress("score", total=len(rows)) as progress:
             done = keep_lots(path, ends, answers[0], [rows[end - 1][answers[0]] for end in ends])
             folder.event("start", title="score", rows_done=ends[done - 1] if done else 0)

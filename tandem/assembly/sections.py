@@ -355,10 +355,13 @@ class RewardSection:
     reward: tuple[str, ...] = field(default=(), metadata=PATH)
     """FILE.py:function, each f(prompts, completions, completion_ids, **columns) -> list[float | None]; or
     http://HOST:PORT, judge:FILE.yaml, math, reasoning-gym, format:REGEX."""
-    reward_model: str | None = field(default=None, metadata=PATH)
-    """Folder of a model with a score head, as 'tandem rm' writes it."""
+    reward_model: tuple[str, ...] = field(default=(), metadata=PATH)
+    """Folders of models with a score head, as 'tandem rm' writes them. Several are an ensemble, whose mean counts."""
+    normalize_scores: bool = field(default=False, metadata=needs(("part", "reward model")))
+    """Reward models: less the mean and divided by the standard deviation that 'tandem rm' wrote into their configs."""
     reward_weights: tuple[float, ...] = ()
-    """One weight for each --reward, then one for --reward-model. Empty: 1 each."""
+    """One weight for each --reward, then one for each --reward-model. Empty: 1 each, and for each of n reward models
+    1/n."""
     reward_deadline: float = field(default=600.0, metadata=needs(("part", "reward function")))
     """Longest time, in seconds, that one call of a --reward may take, calls made again included."""
     reward_processes: int | None = field(default=None, metadata=needs(("part", "reward function")) | MAY_CHANGE)
@@ -377,7 +380,7 @@ class RewardSection:
     """The whole punishment, which comes off the reward."""
 
     def __post_init__(self) -> None:
-        expect(self, "a folder", bool, "reward_model")
+        expect(self, "folders", all, "reward_model")
         check_rewards("reward", self.reward)
         count = len(self.judges)
         expect(self, f"{count} weights, one a reward", lambda weights: len(weights) in (0, count), "reward_weights")
@@ -403,15 +406,26 @@ class RewardSection:
     @property
     def judges(self) -> list[str]:
         """The rewards by name, in the order of their weights."""
-        return [*self.reward, *(["reward_model"] if self.reward_model is not None else [])]
+        return [*self.reward, *("reward_model" for _ in self.reward_model)]
+
+    @property
+    def models(self) -> dict[str, str]:
+        """The reward models by role: ``reward``, ``reward_2`` and so on, which all live where the first one does."""
+        return {"reward" if i == 1 else f"reward_{i}": source for i, source in enumerate(self.reward_model, start=1)}
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Of each of the ``judges``."""
+        models = len(self.reward_model)
+        return self.reward_weights or (1.0,) * len(self.reward) + (1 / max(models, 1),) * models
 
     @property
     def parts(self) -> set[str]:
         """Which of these there are, for keys that need them."""
         parts = {
             "reward": bool(self.judges),
-            "frozen model": self.reward_model is not None,
-            "reward model": self.reward_model is not None,
+            "frozen model": bool(self.reward_model),
+            "reward model": bool(self.reward_model),
             "reward function": bool(self.reward),
         }
         return {part for part, present in parts.items() if present}

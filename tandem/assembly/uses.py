@@ -66,8 +66,7 @@ class UseConfig:
     @property
     def sources(self) -> dict[str, str]:
         """The models by role, and where each is loaded from."""
-        judge = self.rewards.reward_model
-        return {"engine": self.model.model} | ({} if judge is None else {"reward": judge})
+        return {"engine": self.model.model} | self.rewards.models
 
     @property
     def parts(self) -> set[str]:
@@ -171,8 +170,7 @@ class ScoreConfig:
     @property
     def sources(self) -> dict[str, str]:
         """The models by role, and where each is loaded from."""
-        judge = self.reward.reward_model
-        return {} if judge is None else {"reward": judge}
+        return self.reward.models
 
     @property
     def parts(self) -> set[str]:

@@ -44,7 +44,7 @@ class PPO(TokenMethod):
         REFERENCE,
         Need(
             role="critic",
-            doc="Folder it starts from. None: the reward model, or without one the model with a head that says 0.",
+            doc="Folder it starts from. None: the reward model (the first), or else the model with a head that says 0.",
             head="scalar",
             sources=("reward_model", "model"),
             trained=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -9,6 +10,26 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from tandem.errors import UserError
 from tandem.models.folder import located, readable_errors
+from tandem.types import ScoreScale
+
+
+def read_score_scale(source: str, *, trust_remote_code: bool = False) -> ScoreScale:
+    """Mean and standard deviation of a reward model's scores, as its config has them.
+
+    Raises UserError where it has none, or they are no finite numbers, the deviation above 0.
+    """
+    with readable_errors(source, "model"):
+        config = AutoConfig.from_pretrained(located(source), trust_remote_code=trust_remote_code)
+    found = [getattr(config, name, None) for name in ScoreScale._fields]
+    if found == [None, None]:
+        raise UserError(
+            f"{source}: its config.json has no {' and no '.join(ScoreScale._fields)}, as 'tandem rm' writes them, so "
+            "its scores cannot be normalized; leave --normalize-scores out, or train it again"
+        )
+    scale = ScoreScale(*(float(x) if isinstance(x, int | float) else math.nan for x in found))
+    if not (math.isfinite(scale.score_mean) and 0 < scale.score_std < math.inf):
+        raise UserError(f"{source}: config.json: score_mean and score_std must be numbers, the second above 0: {found}")
+    return scale
 
 
 def describe_source(source: str, *, scalar: bool = False, trust_remote_code: bool = False) -> str:

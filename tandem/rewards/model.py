@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import math
+import statistics
+from collections.abc import Sequence as Seq
 from typing import Any
 
-from tandem.data.packing import pack
+from tandem.data.packing import pack, pack_pairs
 from tandem.data.tokenize import encode, ended, sft_sequence
 from tandem.errors import UserError
 from tandem.rewards.combine import checked
 from tandem.roles import RewardBatch, Seat
-from tandem.types import Rollout, Sequence, StopReason
+from tandem.types import PreferencePair, Rollout, ScoreScale, Sequence, StopReason
+
+SCORED = 1024
+"""The scale of a model's scores is that of 1,024 pairs, or of fewer where there are not so many."""
+SCORED_AT_ONCE = 64
+"""Pairs that are scored in one call."""
 
 
 class RewardModel:
@@ -21,14 +29,24 @@ class RewardModel:
     the text is, through the reward model's own chat template for conversations.
     """
 
-    def __init__(self, scorer: Seat, tokenizer: Any, *, reads_ids: bool, name: str = "reward_model") -> None:
+    def __init__(
+        self,
+        scorer: Seat,
+        tokenizer: Any,
+        *,
+        reads_ids: bool,
+        name: str = "reward_model",
+        scale: ScoreScale | None = None,
+    ) -> None:
+        """``scale``: scores are less its mean, and divided by its standard deviation."""
         self.scorer = scorer
         self.tokenizer = tokenizer
         self.reads_ids = reads_ids
         self.name = name
+        self.scale = scale
 
     def score(self, batch: RewardBatch) -> list[float | None]:
-        """One score a rollout, in reward units of the model (a logit of preference).
+        """One score a rollout, in reward units of the model (a logit of preference), or in standard deviations.
 
         Raises UserError where the model has no scalar head, and where a score is no finite number, with its sample.
         """
@@ -42,6 +60,8 @@ class RewardModel:
         if out.scalar_T is None:
             raise UserError(f"{self.name}: the model has no scalar head")
         score_S = read.scores(out)
+        if self.scale is not None:
+            score_S = (score_S - self.scale.score_mean) / self.scale.score_std
         return [checked(self.name, score, batch, i) for i, score in enumerate(score_S.tolist())]
 
     def _read_ids(self, rollout: Rollout) -> Sequence:
@@ -56,6 +76,20 @@ class RewardModel:
         if stop == "length":
             return Sequence(token_ids=sequence.token_ids[:-1], trainable=sequence.trainable[:-1])
         return sequence
+
+
+def score_scale(scorer: Seat, rows: Seq[PreferencePair]) -> ScoreScale | None:
+    """Mean and standard deviation of a model's scores of both answers of these pairs.
+
+    None where all are equal, or one is no number.
+    """
+    scores: list[float] = []
+    for start in range(0, len(rows), SCORED_AT_ONCE):
+        batch = pack_pairs(rows[start : start + SCORED_AT_ONCE])
+        scores += batch.scores(scorer.call("score", batch)).tolist()
+    if len(set(scores)) < 2 or not all(map(math.isfinite, scores)):
+        return None
+    return ScoreScale(statistics.fmean(scores), statistics.pstdev(scores))
 
 
 def _before_stop(rollout: Rollout, tokenizer: Any) -> list[int]:

@@ -371,6 +371,11 @@ class LocalTrainer(LocalScorer):
         """The float32 weights by name, whole, on rank 0's CPU; None elsewhere."""
         return whole(self.weights, keep=self.world.rank == 0)
 
+    def remember(self, numbers: Mapping[str, float]) -> None:
+        """Puts numbers into the model's config, which is exported with it."""
+        for name, value in numbers.items():
+            setattr(self.model.module.config, name, value)
+
     def export(self, folder: Path, *, ema: bool = False) -> None:
         """Writes a Hugging Face folder: float32 weights, config and tokenizer. A collective; rank 0 writes.
 

@@ -97,6 +97,7 @@ def words(config: type, flags: list[str]) -> list[str]:
         (PPOConfig, ["--kl", "none", "--reference", "r"], "--reference: has no effect, since this run has no refer"),
         (PPOConfig, ["--kl-horizon", "9"], "--kl-horizon: has no effect without --kl-target"),
         (config_class("rloo"), ["--kl-horizon", "9"], "--kl-horizon: has no effect without --kl-target"),
+        (PPOConfig, ["--normalize-scores"], "--normalize-scores: has no effect, since this run has no reward model"),
         (PPOConfig, ["--placement.reward", "1"], "--placement.reward: has no effect, since this run has no reward"),
         (PPOConfig, ["--missing-eos-penalty", "2"], "--missing-eos-penalty: has no effect without --missing-eos"),
         (DistillConfig, ["--beta", "0.1"], "--beta: has no effect with --divergence forward; give --divergence jsd"),

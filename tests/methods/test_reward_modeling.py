@@ -1,6 +1,7 @@
 """The reward-model loss against OpenRLHF's and TRL's losses, and its independence of packing."""
 
 import math
+import random
 import statistics
 
 import pytest
@@ -10,6 +11,10 @@ from helpers.models import micro_batches
 from tandem.batch import Outputs
 from tandem.data.packing import pack_pairs, stamp_unit_weights
 from tandem.methods.rm import RewardModeling
+from tandem.models.loading import load_scalar
+from tandem.models.sharing import sharing_of
+from tandem.training.optim import OptimParams
+from tandem.training.trainer import LocalTrainer
 from tandem.types import PreferencePair, Sequence
 
 CHOSEN, REJECTED, MARGIN = [1.3, -0.2, 0.5], [0.4, 0.6, 0.5], [0.0, 0.5, 0.25]
@@ -98,3 +103,33 @@ def test_gradcheck():
     scalar_T = outputs(batch).scalar_T.requires_grad_()
     method = RewardModeling(center_coef=0.01)
     assert torch.autograd.gradcheck(lambda x: method.loss(Outputs(scalar_T=x), batch).loss_T, (scalar_T,))
+
+
+def test_a_shared_prompt_changes_neither_loss_nor_gradient(model_folder):
+    """Law 3, on a real model: pairs whose prompts go through once, against each sequence by itself."""
+    rng = random.Random(0)
+
+    def ids(count):
+        return [rng.randrange(2, 60) for _ in range(count)]
+
+    pairs = []
+    for length in (40, 12, 25, 3):
+        prompt = ids(length)
+        sides = [Sequence(token_ids=[*prompt, *answer], trainable=[False] * length + [True] * len(answer))
+                 for answer in (ids(5), ids(9))]  # fmt: skip
+        pairs.append(PreferencePair(chosen=sides[0], rejected=sides[1], margin=rng.random()))
+    model = load_scalar(model_folder, new_head="random", seed=0, device="cpu")
+    method = RewardModeling(center_coef=0.01)
+    trainer = LocalTrainer(model, method.loss, OptimParams(learning_rate=0.0, total_steps=1), token_budget=10_000)
+    batch = stamp_unit_weights(pack_pairs(pairs))
+    assert sharing_of(batch).dropped_S.sum() == 80
+    found = []
+    for variant, budget in ((batch.unshared(), 10_000), (batch, 10_000), (batch, 70), (batch.select([3, 1, 0, 2]), 1)):
+        trainer.token_budget = budget
+        trainer.optimizer.zero_grad()
+        loss = trainer.forward_backward(variant)["loss"]
+        found.append((loss, [p.grad.clone() for p in model.module.parameters()]))
+    for loss, gradients in found[1:]:
+        assert loss == pytest.approx(found[0][0], abs=1e-6)
+        for gradient, wanted in zip(gradients, found[0][1], strict=True):
+            torch.testing.assert_close(gradient, wanted, rtol=0, atol=1e-6 * max(wanted.abs().max().item(), 1.0))

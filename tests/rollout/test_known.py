@@ -170,3 +170,8 @@ def test_runs_that_share_a_cache_ask_once_and_end_the_same(tmp_path, model_folde
     said = printed("d", *others, *shared)
     assert "loading the reference" in said
     assert weights("d") != weights("b")
+    # One that follows the policy is asked in each step.
+    said = printed("e", *argv, "--reference-every", 1)
+    assert "loading the reference" in said
+    assert "asked about" not in said
+    assert weights("e") != weights("a")
