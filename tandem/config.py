@@ -347,22 +347,33 @@ def for_tyro(cls: Any) -> Any:
     import tyro
 
     hints = get_type_hints(cls)
-
     marked = []
     for f in fields(cls):
-        hint, same = hints[f.name], _same(f)
-        if isinstance(hint, type) and any("_docs" in vars(base) for base in hint.__mro__):
-            # Its source, where tyro looks for help, is not written anywhere.
-            docs, inner = _attribute_docs(hint), get_type_hints(hint)
-            helped = {g.name: Annotated[inner[g.name], tyro.conf.arg(help=docs[g.name])] for g in fields(hint)}
-            keys = [(g.name, helped[g.name], _same(g)) for g in fields(hint)]
-            hint = make_dataclass(hint.__name__, keys, namespace={"__doc__": hint.__doc__}, kw_only=True, frozen=True)
-            same = field() if _default(f) is MISSING else field(default_factory=hint)
-        marked.append(
-            (f.name, hint if f.metadata.get("prefixed") else Annotated[hint, tyro.conf.OmitArgPrefixes], same)
-        )
+        if is_dataclass(hint := hints[f.name]):
+            hint, default = _helped(hint, _default(f))
+        else:
+            default = _default(f)
+        hint = hint if f.metadata.get("prefixed") else Annotated[hint, tyro.conf.OmitArgPrefixes]
+        marked.append((f.name, hint, _defaulting(default)))
     return make_dataclass(cls.__name__, marked, kw_only=True, frozen=True)
 
 
-def _same(f: Field[Any]) -> Any:
-    return field(default=f.default) if f.default_factory is MISSING else field(default_factory=f.default_factory)
+def _helped(cls: Any, default: Any) -> tuple[Any, Any]:
+    """A section with the help of its keys, each a paragraph (tyro keeps line breaks), and its default."""
+    import tyro
+
+    hints, docs = get_type_hints(cls), _attribute_docs(cls)
+    keys = []
+    for f in fields(cls):
+        hint, value = hints[f.name], _default(f) if default is MISSING else getattr(default, f.name)
+        if is_dataclass(hint):
+            hint, value = _helped(hint, value)
+        else:
+            hint = Annotated[hint, tyro.conf.arg(help=" ".join(docs[f.name].split()))]
+        keys.append((f.name, hint, _defaulting(value)))
+    helped = make_dataclass(cls.__name__, keys, namespace={"__doc__": cls.__doc__}, kw_only=True, frozen=True)
+    return helped, MISSING if default is MISSING else helped()
+
+
+def _defaulting(value: Any) -> Any:
+    return field() if value is MISSING else field(default_factory=lambda: value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -117,7 +117,7 @@ def test_a_flag_changes_its_key_and_no_other():
 def test_flags_mean_what_help_says(flags):
     """tyro prints the help; here it parses as well, and must read the same flags to the same config."""
     theirs = tyro.cli(for_tyro(ExampleConfig), args=argv(*flags))
-    assert vars(load(*flags)) == vars(theirs)
+    assert asdict(load(*flags)) == asdict(theirs)
 
 
 def test_yaml_first_then_flags(file):
@@ -446,7 +446,8 @@ def test_a_dataclass_in_a_section_is_flat(tmp_path):
     assert load_config(Nested, ["--config", str(tmp_path / "c.yaml")]) == config
     with pytest.raises(UserError, match=r"unknown flag --inner\.depth; did you mean --depth"):
         load_config(Nested, ["--inner.depth", "7"])
-    assert tyro.cli(for_tyro(Nested), args=["--depth", "7"]).outer == Outer(height=4, inner=Inner(depth=7))
+    theirs = tyro.cli(for_tyro(Nested), args=["--depth", "7"])
+    assert asdict(theirs.outer) == asdict(Outer(height=4, inner=Inner(depth=7)))
 
 
 def test_keys_are_changed_wherever_they_are():
