@@ -237,8 +237,8 @@ class OptimSection:
     learning_rate: float = 1e-6
     """Its peak, after the warmup. Meant for models of 0.1B parameters and more; those of a million learn with 1e-3."""
     optimizer: Literal["adamw", "adamw8bit", "adafactor", "muon"] = "adamw"
-    """adamw8bit keeps its moments in 8 bits (pip install 'tandem-rlhf[quant]'), adafactor only sums of a matrix's rows
-    and columns, muon makes the steps of hidden matrices orthogonal."""
+    """adamw8bit keeps its moments in 8 bits (pip install 'tandem-rlhf[quant]'), adafactor only means of a matrix's rows
+    and columns (its learning rate is a share of the weights: 1e-3, say), muon steps hidden matrices orthogonally."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """After the warmup: stay, or fall to 0 at the last step."""
     warmup_steps: float = 0.03

@@ -209,7 +209,7 @@ def groups_of(seed, samples=(8, 1, 4, 6)):
     return stamp_weights(pack(rows), "token")
 
 
-def trainer_of(dtype="bfloat16", compile="off", token_budget=256, device="cuda"):
+def trainer_of(dtype="bfloat16", compile="off", token_budget=256, device="cuda", **optim):
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=VOCABULARY, hidden_size=256, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
@@ -218,8 +218,31 @@ def trainer_of(dtype="bfloat16", compile="off", token_budget=256, device="cuda")
     model = prepare_module(
         AutoModelForCausalLM.from_config(config).eval(), make_tokenizer(), dtype=dtype, device=device
     )
-    optim = OptimParams(learning_rate=1e-3, total_steps=100)
-    return LocalTrainer(model, negative_logp, optim, token_budget=token_budget, compile=compile)
+    params = OptimParams(learning_rate=1e-3, total_steps=100, **optim)
+    return LocalTrainer(model, negative_logp, params, token_budget=token_budget, compile=compile)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "adafactor", "muon"])
+def test_each_optimizer_learns_gives_its_memory_away_and_resumes(optimizer):
+    if optimizer == "adamw8bit":
+        pytest.importorskip("bitsandbytes")
+    first, resumed = (trainer_of(optimizer=optimizer, ema_decay=0.9) for _ in range(2))
+    start = first.evaluate(batch_of(0))["loss"]
+    for _ in range(3):
+        first.forward_backward(batch_of(0))
+        first.optim_step()
+    assert first.evaluate(batch_of(0))["loss"] < start
+    resumed.load_state_dict(first.state_dict())
+    first.park(weights=True)
+    kept = [*first.optimizer.tensors(), *first.ema.values()]
+    assert sum(tensor.untyped_storage().nbytes() for tensor in kept if tensor.is_cuda) == 0
+    first.unpark()
+    for trainer in (first, resumed):
+        trainer.forward_backward(batch_of(1))
+        trainer.optim_step()
+    for name, weight in first.weights.items():
+        close(resumed.weights[name].detach(), weight.detach(), 1e-2)
+        close(resumed.ema[name], first.ema[name], 1e-2)
 
 
 def waits(call):

@@ -1,25 +1,22 @@
-"""The running average of the weights: its formula, in float32 whatever is computed with, resumed, sharded, written."""
+"""The running average of the weights: its formula, in float32 whatever is computed with, resumed, written."""
 
 from __future__ import annotations
 
 import io
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from helpers.models import make_module, make_tokenizer
-from helpers.ranks import run_ranks
 from helpers.runs import arguments, write_inputs
 from safetensors.torch import load_file
-from test_optimizers import batch_of, train, trainer_of
+from test_optimizers import train, trainer_of
 
 import tandem
 from tandem.cli.main import main
 from tandem.errors import UserError
 from tandem.models.loading import prepare_module
-from tandem.parallel.world import World
 from tandem.training.optim import OptimParams
 from tandem.training.trainer import LocalTrainer
 
@@ -64,27 +61,6 @@ def test_what_is_frozen_is_not_averaged(tmp_path):
     assert averaged.keys() == plain.keys()
     for name, value in averaged.items():
         assert torch.equal(value, trainer.ema.get(name, plain[name]))
-
-
-def _averaged(world: World) -> Any:
-    trainer = trainer_of("adamw", world, ema_decay=0.8, offload="parameters" if world.size > 1 else "none")
-    train(trainer, range(3))
-    again = trainer_of("adamw", world, ema_decay=0.8)
-    again.load_state_dict(_everywhere(world, trainer.state_dict()))
-    again.forward_backward(batch_of(3))
-    again.optim_step()
-    return again.state_dict()["ema"]
-
-
-def _everywhere(world: World, state: Any) -> Any:
-    return world.gather(state)[0]
-
-
-def test_two_workers_average_as_one():
-    one, two = _averaged(World()), run_ranks(_averaged, 2)[0]
-    assert one.keys() == two.keys()
-    for name, average in one.items():
-        assert (average - two[name]).abs().max() < 1e-6
 
 
 def test_a_run_writes_it_beside_its_model_and_a_checkpoint_has_it(tmp_path, monkeypatch, capsys):
