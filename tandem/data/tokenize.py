@@ -187,18 +187,42 @@ def _joined(pieces: Iterable[tuple[str, bool]], tokenizer: Any, *, special_token
 
 
 def _pieces(texts: Iterable[str], tokenizer: Any, *, special_tokens: bool) -> list[list[int]]:
-    """The tokens of each of some consecutive texts."""
+    """The tokens of each of some consecutive texts.
+
+    What comes before a special token has no part in what comes after it: a piece is tokenized with the text from the
+    last one on, so that a conversation of many turns takes no longer than its length.
+    """
     text = ""
     token_ids: list[int] = []
     found: list[list[int]] = []
+    borders = {} if special_tokens else _borders(tokenizer)
+    char, place = 0, 0  # of the last border
     for piece in texts:
         text += piece
-        before = len(token_ids)
-        added = encode(text, tokenizer, special_tokens=special_tokens)
-        alone = added[:before] != token_ids
-        found.append(encode(piece, tokenizer, special_tokens=False) if alone else added[before:])
-        token_ids += found[-1]
+        added = _added(text[char:], token_ids[place:], tokenizer, special_tokens)
+        if added is None and place:
+            added = _added(text, token_ids, tokenizer, special_tokens)
+        found.append(encode(piece, tokenizer, special_tokens=False) if added is None else added)
+        before, token_ids = len(token_ids), token_ids + found[-1]
+        for at in range(len(token_ids) - 1, before - 1, -1):
+            if token_ids[at] in borders:
+                char, place = text.rfind(borders[token_ids[at]]), at
+                break
     return found
+
+
+def _added(text: str, known: list[int], tokenizer: Any, special_tokens: bool) -> list[int] | None:
+    """The tokens of a text behind those that are known of its beginning; None where it begins with others."""
+    ids = encode(text, tokenizer, special_tokens=special_tokens)
+    return ids[len(known) :] if ids[: len(known)] == known else None
+
+
+def _borders(tokenizer: Any) -> dict[int, str]:
+    """Special tokens, by id, that a tokenizer cuts a text at before it does anything else."""
+    added = tokenizer.added_tokens_decoder
+    return {
+        id: token.content for id, token in added.items() if token.special and not (token.lstrip or token.single_word)
+    }
 
 
 def ended(token_ids: list[int], trainable: list[bool], tokenizer: Any) -> Sequence:

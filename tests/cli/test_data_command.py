@@ -104,3 +104,19 @@ def test_without_a_model_rows_are_as_they_are_read(shown, folder):
 def test_what_is_refused(shown, folder, words, message):
     (folder / "odd.jsonl").write_text('{"a": 1}\n')
     assert message in shown(*words, code=2)
+
+
+def test_a_run_keeps_the_chat_template_that_it_was_given(folder, monkeypatch, capsys):
+    """In its model's folder; and a run does not go on with another one under the same name."""
+    monkeypatch.chdir(folder)
+    argv = ["sft", "--model", "base", "--data", "talk.jsonl", "--chat-template", "own.jinja", "--batch-size", "2"]
+    (folder / "own.jinja").write_text((folder / "turns.jinja").read_text())
+    assert main([*argv, "--steps", "1", "--out", "templated"]) == 0
+    kept = folder / "templated" / "model" / "chat_template.jinja"
+    assert kept.read_text() == (folder / "turns.jinja").read_text()
+    (folder / "own.jinja").write_text("{{ messages[0].content }}" + (folder / "turns.jinja").read_text())
+    assert main([*argv, "--steps", "2", "--out", "templated", "--resume"]) == 2
+    assert "chat template own.jinja" in capsys.readouterr().err
+    (folder / "own.jinja").write_text("{% if %}")
+    assert main([*argv, "--steps", "1", "--out", "never", "--dry-run"]) == 2
+    assert "chat_template: own.jinja:1: no chat template: " in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Dataset become the tokens that sampling would see, with one EOS right behind every answer."""
 
+import random
 import string
 from fractions import Fraction
 
@@ -7,6 +8,7 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from tandem.data import tokenize
 from tandem.data.rows import Dataset
 from tandem.data.tokenize import (
     Counts,
@@ -133,6 +135,35 @@ def test_a_completion_never_changes_the_prompt_s_tokens() -> None:
     assert tuple(sequence.token_ids[:4]) == prompt_of(row, tokenizer).token_ids
     assert [tokenizer.decode([t]) for t in sequence.token_ids] == ["2", "+", "2", "=", "4", "<eos>"]
     assert len(tokenizer("2+2=4")["input_ids"]) == 4, "the two would merge"
+
+
+def in_whole(texts, tokenizer) -> list[list[int]]:
+    """The tokens of consecutive texts, each in all of the text before it or, where that would change, alone."""
+    text, ids, found = "", [], []
+    for piece in texts:
+        text += piece
+        whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+        known = whole[: len(ids)] == ids
+        found.append(whole[len(ids) :] if known else tokenizer(piece, add_special_tokens=False)["input_ids"])
+        ids = [*ids, *found[-1]]
+    return found
+
+
+def test_pieces_of_a_conversation_are_those_in_all_of_its_text(monkeypatch) -> None:
+    """Tokenized from the last special token on, and in time that grows with the text and not with its square."""
+    draw = random.Random(0)
+    words = ["<user>", "<assistant>", "<eos>", "a", "=4", "=", "4", ".", "\n", " ", "ab cd", "<us", "<end>"]
+    for make in (characters, merging, marking):
+        tokenizer = make()
+        for _ in range(40):
+            texts = ["".join(draw.choices(words, k=draw.randint(1, 6))) for _ in range(draw.randint(1, 8))]
+            assert tokenize._pieces(texts, tokenizer, special_tokens=False) == in_whole(texts, tokenizer)
+    read = []
+    encode = tokenize.encode
+    monkeypatch.setattr(tokenize, "encode", lambda text, *a, **k: read.append(len(text)) or encode(text, *a, **k))
+    turns = ["<user>", "b" * 50, "<eos>\n<assistant>", "c" * 50, "<eos>\n"] * 40
+    tokenize._pieces(turns, characters(), special_tokens=False)
+    assert sum(read) < 3 * len("".join(turns))
 
 
 def test_no_mark_of_a_text_s_beginning_inside_it() -> None:
