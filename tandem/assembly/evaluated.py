@@ -25,7 +25,7 @@ from tandem.rollout.evaluate import HeldOutRows
 from tandem.rollout.measure import held_out_metrics
 from tandem.rollout.prepare import Preparation
 from tandem.runs.folder import MEASURED, RunFolder
-from tandem.runs.lines import read_lines, write_aside
+from tandem.runs.lines import iterate_lines, write_aside
 from tandem.runs.progress import Progress, say
 from tandem.types import Group, Prompt, Rollout
 
@@ -38,7 +38,7 @@ def evaluate_samples(config: EvalConfig) -> Metrics | None:
     samples = sample_rows(config, "eval")
     if samples is None:
         return None
-    groups = list(_groups(read_lines(samples)))
+    groups = list(_groups(iterate_lines(samples)))
     if not any(group.usable for group in groups):
         raise UserError(f"{samples}: no sample in it has a reward, so there is nothing to report")
     return _written(Path(config.run.out), held_out_metrics(groups, success=config.success.eval_success))

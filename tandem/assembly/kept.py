@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from tandem.assembly.sampled import OF_A_SAMPLE
-from tandem.runs.lines import json_lines, read_lines, write_aside
+from tandem.runs.lines import iterate_lines, json_line, write_aside
 
 Row = Mapping[str, Any]
 
 
 def groups_in(path: Path) -> Iterator[list[Row]]:
     """The rows of each prompt in a ``samples.jsonl``, those without a reward left out."""
-    for _, rows in groupby(read_lines(path), key=lambda row: row["row"]):
+    for _, rows in groupby(iterate_lines(path), key=lambda row: row["row"]):
         yield [row for row in rows if row["stop"] != "error" and row.get("reward") is not None]
 
 
@@ -73,4 +73,4 @@ def _columns(row: Row) -> dict[str, Any]:
 
 
 def _write(out: Path, rows: Iterable[Row]) -> None:
-    write_aside(out, json_lines(rows))
+    write_aside(out, map(json_line, rows))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,10 @@ class _Sampling:
         missing = not self.config.run.resume or whole_lots(path, ends)[0] < len(lots)
         parts = self._load() if missing else None
         with RunFolder.open(self.out, self._start(self.inputs)) as folder:
+            found = path.stat().st_size if path.exists() else 0
             done = keep_lots(path, ends, "row", [lot.stop - 1 for lot in lots])
+            if torn := found - (path.stat().st_size if path.exists() else 0):
+                say(f"{path}: {torn} bytes behind the last whole lot of prompts were cut off, and are sampled again")
             folder.event("start", title=self.title, prompts_done=sum(map(len, lots[:done])), **asdict(self.counts))
             if parts is not None:
                 self._write(path, lots[done:], *parts)
@@ -130,12 +133,14 @@ class _Sampling:
             judge=judge,
             seed=self.config.run.seed,
         )
-        with Progress(self.title, total=len(self.prompts), start=lots[0].start) as progress:
+        with ExitStack() as stack:
+            progress = stack.enter_context(Progress(self.title, total=len(self.prompts), start=lots[0].start))
             if lots[0].start:
                 progress.note(f"{path}: goes on after {lots[0].start} prompts")
             if taken := sorted({name for prompt in self.prompts for name in prompt.columns} & set(OF_A_SAMPLE)):
                 progress.note(f"data: the columns {', '.join(taken)} are not written, the samples have these names")
             begun: deque[tuple[range, Future[list[Group]]]] = deque()
+            stack.enter_context(self._told_how_to_go_on(progress))
             for lot in lots:
                 # A sample's draws are named after its row, whatever lot it is in.
                 tickets = [Ticket(number=row, row=row, step=0, place=row) for row in lot]
@@ -144,6 +149,15 @@ class _Sampling:
                     written, groups = begun.popleft()
                     append_lines(path, self._rows(written, groups.result(), judged=bool(judge.rewards)))
                     progress.update(written.stop)
+
+    @contextmanager
+    def _told_how_to_go_on(self, progress: Progress) -> Iterator[None]:
+        """Whatever ends it, what is written stays."""
+        try:
+            yield
+        except BaseException:
+            progress.note(f"stopped after {progress.step} of {len(self.prompts)} prompts; go on with --resume")
+            raise
 
     def _rows(self, lot: range, groups: Seq[Group], *, judged: bool) -> Iterable[dict[str, Any]]:
         for row, group in zip(lot, groups, strict=True):

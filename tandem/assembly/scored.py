@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from tandem.errors import UserError
 from tandem.models.loading import load_tokenizer
 from tandem.roles import Reward
 from tandem.runs.folder import SCORED, RunFolder
-from tandem.runs.lines import append_lines, keep_lots, read_lines, whole_lots
+from tandem.runs.lines import append_lines, iterate_lines, keep_lots, whole_lots
 from tandem.runs.progress import Progress
 from tandem.seeds import derive_seed
 from tandem.types import Group, Message, Prompt, Rollout
@@ -100,18 +101,20 @@ def score_rows(config: ScoreConfig) -> Path | None:
     return path
 
 
-def accuracy(path: Path) -> dict[str, float]:
-    """Of scored preferences: the share of pairs whose chosen answer has the higher reward, and what is left out of it.
+def summary(path: Path) -> dict[str, float]:
+    """Of scored rows: the mean of each kind of reward, and how many rows are ``unjudged``, without a reward.
 
-    ``ties`` of equal rewards count for neither side, ``unjudged`` are pairs of which one has none. {} of other rows.
+    Of preferences also the ``accuracy``: the share of pairs whose chosen answer has more, without the ``ties``.
     """
-    pairs = [(row["chosen_reward"], row["rejected_reward"]) for row in read_lines(path) if "chosen_reward" in row]
-    judged = [(chosen, rejected) for chosen, rejected in pairs if chosen is not None and rejected is not None]
-    apart = [chosen > rejected for chosen, rejected in judged if chosen != rejected]
-    if not pairs:
-        return {}
-    found = {"pairs": len(pairs), "ties": len(judged) - len(apart), "unjudged": len(pairs) - len(judged)}
-    return ({"accuracy": sum(apart) / len(apart)} if apart else {}) | found
+    kinds = [name for name, _ in ADDED.values()]
+    rows = [{kind: row[kind] for kind in kinds if kind in row} for row in iterate_lines(path)]
+    judged = [row for row in rows if None not in row.values()]
+    pairs = [row["chosen_reward"] - row["rejected_reward"] for row in judged if "chosen_reward" in row]
+    apart = [gap > 0 for gap in pairs if gap]
+    found: dict[str, float] = {"accuracy": statistics.fmean(apart)} if apart else {}
+    found |= {"ties": len(pairs) - len(apart)} if "chosen_reward" in rows[0] else {}
+    found |= {kind: statistics.fmean(row[kind] for row in judged) for kind in (judged[0] if judged else ())}
+    return found | {"unjudged": len(rows) - len(judged)}
 
 
 def _read(config: ScoreConfig) -> tuple[Dataset, tuple[str, ...]]:

@@ -307,8 +307,9 @@ def eval_class(name: str) -> type[EvalRowsConfig]:
         if section in ("method", "models", "placement")
     }
     found = section_class(f"Eval{name}", keys, EvalRowsConfig)
+    models = "".join(f" --{need.role} runs/{need.role}/model" for need in method_class(name).models)
     found.__doc__ = (
         f"Measure a model on held-out rows as 'tandem {name}' measures its own: the loss, and what goes with it.\n\n"
-        f"Example: tandem eval {name} --model runs/{name}/model --data heldout.jsonl --out runs/eval"
+        f"Example: tandem eval {name} --model runs/{name}/model{models} --data heldout.jsonl --out runs/eval"
     )
     return found

@@ -118,6 +118,8 @@ Examples
   tandem rm --model Qwen/Qwen3-0.6B --data pairs.jsonl --out runs/rm --steps 500
   tandem ppo --config runs/ppo/config.yaml --kl-coef 0.02 --out runs/ppo-2
   tandem grpo --model runs/sft/model --data prompts.jsonl --reward check.py:right --out runs/grpo --steps 200
+  tandem eval --model runs/grpo/model --data heldout.jsonl --reward check.py:right --out runs/eval
+  tandem export --model runs/grpo --out models/grpo --dtype bfloat16
 
 tandem COMMAND --help explains every key of a command. TANDEM_DEBUG=1 shows the traceback of an error."""
 

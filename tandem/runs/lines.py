@@ -26,7 +26,7 @@ def append_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     NaN and infinities, which JSON lacks, become null, and what JSON has no type for (a date, an image) its text.
     Raises RunFailure where the file cannot be written.
     """
-    text = json_lines(records)
+    text = "".join(map(json_line, records))
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write(text)
@@ -36,22 +36,24 @@ def append_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
         ) from error
 
 
-def json_lines(records: Iterable[Mapping[str, Any]]) -> str:
-    """The records as ``append_lines`` writes them."""
-    return "".join(
-        json.dumps(_finite(record), ensure_ascii=False, allow_nan=False, default=str) + "\n" for record in records
-    )
+def json_line(record: Mapping[str, Any]) -> str:
+    """The record as ``append_lines`` writes it."""
+    return json.dumps(_finite(record), ensure_ascii=False, allow_nan=False, default=str) + "\n"
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
+    """``iterate_lines``, all of them."""
+    return list(iterate_lines(path))
+
+
+def iterate_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Every record, in order; none where the file does not exist.
 
     A last line that a kill tore off is left out. Raises UserError naming any other line that is not a JSON object.
     """
-    if not path.exists():
-        return []
-    with path.open("rb") as file:
-        return [record for record, _ in _records(file, path)]
+    if path.exists():
+        with path.open("rb") as file:
+            yield from (record for record, _ in _records(file, path))
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -123,11 +125,11 @@ def keep_lots(path: Path, ends: Seq[int], key: str, last: Seq[Any]) -> int:
     return lots
 
 
-def write_aside(path: Path, text: str) -> None:
-    """Writes a file in one rename: whoever reads the path sees the old text or the new one."""
+def write_aside(path: Path, text: str | Iterable[str]) -> None:
+    """Writes a file, whole or in parts, in one rename: whoever reads the path sees the old text or the new one."""
     aside = path.with_name(f".{path.name}-partial")
     with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
+        file.writelines([text] if isinstance(text, str) else text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, path)

@@ -69,7 +69,7 @@ def test_samples_are_measured_by_their_rewards(capsys):
         (["ppo"], "eval: no method 'ppo' that trains on a dataset; did you mean dpo?"),
         (["dpo", "--model", "base", "--data", "pairs.jsonl"], "error: reference: give the folder of the reference"),
         (["rm", "--model", "base", "--data", "pairs.jsonl"], "base: no trained 'score' head in it"),
-        (["sft", "--model", "base", "--data", "pairs.jsonl"], "; tandem rm"),
+        (["sft", "--model", "base", "--data", "pairs.jsonl"], "such columns are for rm"),
         (["sft", "--model", "base", "--data", "demos.jsonl", "--offload", "optimizer"], "has no effect"),
         (["--model", "base", "--data", "prompts.jsonl"], "reward: nothing judges the samples"),
         (["sft", "--model", "base", "--data", "demos.jsonl", "--stepz", "1"], "unknown flag --stepz"),

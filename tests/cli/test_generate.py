@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import multiprocessing
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from helpers.runs import write_inputs
 
+from tandem.assembly import placing, sampled
+from tandem.assembly.models import replica_engine
 from tandem.cli.main import main
 from tandem.runs.lines import keep_lots, read_lines
 
@@ -64,7 +67,7 @@ def without(words, flag):
     return words[:at] + words[at + 2 :]
 
 
-def test_a_file_cut_anywhere_is_gone_on_with(inputs):
+def test_a_file_cut_anywhere_is_gone_on_with(inputs, capsys):
     """A kill leaves any number of bytes: each of 12 cuts ends in the file of the unbroken command."""
     assert main([*GENERATE, "--max-slots", "6", "--out", "g"]) == 0
     whole, rng = Path("g/samples.jsonl").read_bytes(), random.Random(0)
@@ -72,6 +75,7 @@ def test_a_file_cut_anywhere_is_gone_on_with(inputs):
         Path("g/samples.jsonl").write_bytes(whole[:cut])
         assert main([*GENERATE, "--max-slots", "6", "--out", "g", "--resume"]) == 0
         assert Path("g/samples.jsonl").read_bytes() == whole
+        assert ("bytes behind the last whole lot" in capsys.readouterr().out) == (0 < cut < len(whole))
 
 
 def test_a_killed_command_goes_on(inputs):
@@ -181,6 +185,31 @@ def test_a_reward_model_judges_and_chats_stay_chats(inputs):
     assert main([*words, "--reward-model", "rm/model", "--out", "s", "--keep", "all"]) == 0
     rows = read_lines(Path("s/samples.jsonl"))
     assert len({row["reward"] for row in rows}) == len(rows) == 9
+
+
+def test_vllm_alone_is_asked_as_an_engine_of_this_process(inputs, monkeypatch):
+    """Not split, not shared with a trainer, and not the one thing that this process is for."""
+    asked = {}
+
+    def fake(site, section, sampling, engine, **options):
+        asked.update(options)
+        return replica_engine(site, section, sampling, replace(engine, kind="live"))
+
+    monkeypatch.setattr(placing, "vllm_engine", fake)
+    monkeypatch.setattr(sampled, "require_engine", lambda engine: None)
+    assert main([*GENERATE, "--out", "live"]) == 0
+    assert main([*GENERATE, "--out", "vllm", "--engine.kind", "vllm"]) == 0
+    assert asked == {"seed": 3, "shared": False, "own_process": False}
+    assert Path("live/samples.jsonl").read_bytes() == Path("vllm/samples.jsonl").read_bytes()
+
+
+def test_an_error_says_how_to_go_on(inputs, capsys):
+    Path("fails.py").write_text("def right(completions):\n    return ['no'] * len(completions)\n")
+    words = [*SAMPLE, "--reward", "fails.py:right", "--keep", "all", "--out", "s"]
+    assert main(words) == 2
+    assert "stopped after 0 of 40 prompts; go on with --resume" in capsys.readouterr().out
+    Path("fails.py").write_text("def right(completions):\n    return [1.0] * len(completions)\n")
+    assert main([*words, "--resume", "--accept-changed", "reward"]) == 0
 
 
 def test_lots_are_counted(tmp_path):

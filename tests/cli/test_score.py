@@ -51,9 +51,10 @@ def test_pairs_have_an_accuracy(capsys):
     assert main(["eval", "rm", "--model", "rm/model", "--data", "pairs.jsonl", "--out", "e"]) == 0
     measured = json.loads(Path("e/evaluation.json").read_text())
     rows = score("p", "--data", "pairs.jsonl", "--reward-model", "rm/model")
-    found = scored.accuracy(Path("p/scored.jsonl"))
-    assert found == {"accuracy": measured["accuracy"], "pairs": 40, "ties": 0, "unjudged": 0}
-    assert sum(r["chosen_reward"] for r in rows) / 40 == pytest.approx(measured["chosen_score"], rel=1e-4)
+    found = scored.summary(Path("p/scored.jsonl"))
+    assert (found["accuracy"], found["ties"], found["unjudged"]) == (measured["accuracy"], 0, 0)
+    assert found["chosen_reward"] == pytest.approx(measured["chosen_score"], rel=1e-4)
+    assert found["rejected_reward"] == pytest.approx(sum(r["rejected_reward"] for r in rows) / 40)
     pairs = [("ab", "a", 1), ("a", "ab", 0), ("ab", "cd", None), ("a", "?", None)]
     Path("few.jsonl").write_text(
         "".join(json.dumps({"question": "q", "good": c, "bad": r}) + "\n" for c, r, _ in pairs)
@@ -63,7 +64,8 @@ def test_pairs_have_an_accuracy(capsys):
     )
     keys = ["--input-key", "question", "--chosen-key", "good", "--rejected-key", "bad"]
     score("f", "--data", "few.jsonl", "--reward", "length.py:length", *keys)
-    assert scored.accuracy(Path("f/scored.jsonl")) == {"accuracy": 0.5, "pairs": 4, "ties": 1, "unjudged": 1}
+    means = {"chosen_reward": (2 + 1 + 2) / 3, "rejected_reward": (1 + 2 + 2) / 3}
+    assert scored.summary(Path("f/scored.jsonl")) == {"accuracy": 0.5, "ties": 1, "unjudged": 1} | means
     assert "accuracy" in capsys.readouterr().out
 
 
