@@ -372,6 +372,7 @@ def test_a_key_that_does_not_say_so_must_stay_as_it_was():
         "steps",
         "epochs",
         "patience",
+        "track",
         "stop_when",
         "save_every",
         "keep",

@@ -21,6 +21,7 @@ from tandem.models.description import describe_source
 from tandem.models.loading import pick_device
 from tandem.roles import Seat
 from tandem.runs.progress import say
+from tandem.runs.trackers import require_trackers
 from tandem.schedules.crew import Crew
 from tandem.schedules.pipeline import Pipeline
 from tandem.workers.launched import launched
@@ -50,6 +51,7 @@ def run(config: RunConfig) -> Path | None:
 
 def _run(config: RunConfig, stack: ExitStack, ranks: Ranks | None) -> Path | None:
     """The run, in the order in which a mistake is cheapest to find. ``ranks``: those of a torchrun that are there."""
+    require_trackers(config.run.track)
     if (model := check_out(config, steps=config.run.steps)) is not None:
         return model
     require_optimizer(config.optim)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from tandem.runs.identity import IDENTITY, Inputs, Start, read_identity
 from tandem.runs.lines import read_metrics
 from tandem.runs.progress import Progress, say
 from tandem.runs.report import write_report
+from tandem.runs.tracking import Tracking
 from tandem.schedules.session import Session, StepClock
 
 ALWAYS = ("grad_norm", "seconds", "tokens_per_second")
@@ -111,7 +112,7 @@ def session(
                 progress.note(f"{now} now; what is done was done for {then}{share}")
             if counts.kept < counts.rows or counts.truncated:
                 progress.note(f"data: {counts}")
-            yield Session(
+            started = Session(
                 run=folder,
                 store=store,
                 save_every=SaveEvery.parse(run.save_every),
@@ -121,7 +122,23 @@ def session(
                 rollouts_logged=run.rollouts_logged,
                 goals=config.evaluation.goals,
                 ema=config.optim.ema_decay is not None,
+                tracking=Tracking(folder.path, run.track) if run.track else None,
             )
+            with closing_trackers(started):
+                yield started
+
+
+@contextmanager
+def closing_trackers(session: Session) -> Iterator[None]:
+    """Lets the trackers of a session end after the body, however that does, and says what has gone wrong with them."""
+    try:
+        yield
+    finally:
+        if session.tracking is not None:
+            with session.progress.phase("closing trackers"):
+                failed = session.tracking.close()
+            with suppress(UserError):  # a full disk, which the run has ended of
+                session.tell(failed)
 
 
 @contextmanager

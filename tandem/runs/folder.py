@@ -22,6 +22,7 @@ from tandem.runs.best import BEST_MODEL, replaced
 from tandem.runs.identity import CONFIG, IDENTITY, Start, changed_keys, read_identity, require_same_run
 from tandem.runs.lines import append_line, keep_until, read_lines, write_aside
 from tandem.runs.lock import FolderLock
+from tandem.runs.tracking import WRITES
 from tandem.types import Group, Rollout
 
 MARKER = ".tandem-run"
@@ -43,6 +44,7 @@ CONTENTS = (
     BEST_MODEL,
     SUMMARY,
     CURVES,
+    *WRITES,
     *USED,
 )
 """What a run writes beside its marker, config and identity; ``overwrite`` removes these and nothing else."""

@@ -20,6 +20,7 @@ from tandem.runs.folder import EMA_MODEL, RunFolder
 from tandem.runs.goals import Goals, evaluations_of
 from tandem.runs.lines import read_metrics
 from tandem.runs.progress import Progress
+from tandem.runs.tracking import Tracking
 from tandem.signals import held
 from tandem.types import Group
 
@@ -81,6 +82,7 @@ class Session:
     rollouts_logged: int = 8
     """Rollouts written to ``rollouts.jsonl`` each step, in whole groups; as many held-out ones."""
     goals: Goals = field(default_factory=Goals)
+    tracking: Tracking | None = None
     ema: bool = False
     """Whether the actor keeps a running average of its weights."""
     step: int = field(default=0, init=False)
@@ -154,6 +156,8 @@ class Session:
                     self.run.log_rollouts(self.step, groups, self.rollouts_logged, held_out=True, eval_set=name)
                 self.progress.update(self.step, metrics)
             self.pending = None
+            if self.tracking is not None:
+                self.tell(self.tracking.written(self.step))
             self.evaluations += evaluations_of([{"step": self.step, **found.metrics}])
         self._keep_if_best()
 
@@ -161,6 +165,12 @@ class Session:
     def stop(self) -> str:
         """Why the run's goals end it now, before its last step; nothing where they do not."""
         return self.goals.met(self.evaluations)
+
+    def tell(self, failed: Seq[str]) -> None:
+        """What has gone wrong with the trackers: the run goes on."""
+        for line in failed:
+            self.run.event("tracker", step=self.step, message=line)
+            self.progress.note(line)
 
     def note(self, text: str) -> None:
         """Says something about the steps so far: a line above the display, and one in ``events.jsonl``."""
