@@ -195,3 +195,16 @@ def test_the_truth_check_names_the_parameter_that_is_wrong(monkeypatch, capsys):
     argv = [*unevaluated(arguments("grpo")), "--steps", "3", "--out", "damaged", *VLLM, *SPLIT]
     assert main(argv) == 75
     assert "engine 0 does not hold the trainer's model.norm.weight: checksum" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("placement", [(), SPLIT], ids=["here", "apart"])
+def test_a_command_that_trains_nothing_samples_with_vllm(placement, tmp_path):
+    """Greedily, what the live engine samples; nothing was ever pushed to it."""
+    words = ["generate", "--model", "base", "--data", "prompts.jsonl", "--max-new-tokens", "5", "--temperature", "0"]
+    texts = {}
+    for kind, options in (("live", ()), ("vllm", placement)):
+        out = str(tmp_path / kind)
+        assert main([*words, "--engine.kind", kind, "--engine.max-length", "32", "--out", out, *options]) == 0
+        texts[kind] = [json.loads(line)["completion"] for line in Path(out, "samples.jsonl").read_text().splitlines()]
+    assert len(texts["live"]) == 40
+    assert texts["vllm"] == texts["live"]
