@@ -10,8 +10,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 PLAN: dict[str, Any] = json.loads(sys.argv[1]) if len(sys.argv) > 1 else {}
-"""``fail``: requests that fail first; ``status`` of those; ``few``, ``nan``: what is wrong with answers; ``version``;
-``delay``: seconds of each answer; ``replies``: what a judge says, the last one again and again."""
+"""``fail``: requests that fail first; ``until``: from which on all do; ``status`` of those; ``few``, ``nan``:
+what is wrong with answers; ``version``, ``later``: at first, and of answers; ``delay``: seconds of each answer;
+``replies``: what a judge says, the last one again and again."""
 SEEN: list[Any] = []
 LOCK = threading.Lock()
 
@@ -37,7 +38,7 @@ class Handler(BaseHTTPRequestHandler):
             SEEN.append([self.path, self.headers.get("authorization"), body])
         if PLAN.get("hang"):
             threading.Event().wait()
-        if number < PLAN.get("fail", 0):
+        if number < PLAN.get("fail", 0) or number >= PLAN.get("until", number + 1):
             return self.say(PLAN.get("status", 503), {"detail": "not now"})
         time.sleep(PLAN.get("delay", 0.0))
         if "replies" in PLAN:
