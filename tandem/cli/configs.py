@@ -67,6 +67,8 @@ class ServedModel:
     """cpu, cuda, cuda:1 ...; auto takes a GPU where there is one."""
     token_budget: int = field(default=16384, metadata=SERVED)
     """Tokens in a micro-batch: bounds memory."""
+    normalize_scores: bool = field(default=False, metadata=SERVED)
+    """Subtract the mean of its scores on the data that it learned from, and divide by their standard deviation."""
     trust_remote_code: bool = field(default=False, metadata=SERVED)
     """Run the Python code that comes with the model."""
 

@@ -75,21 +75,25 @@ def load_model(source: str, section: ServedModel) -> tuple[Reward, str]:
     """A reward model, and a digest of its files."""
     # Imported where it is wanted: a server of a function needs no torch.
     from tandem.assembly.inputs import digest_model
+    from tandem.models.description import read_score_scale
     from tandem.models.loading import load_scalar, pick_device
     from tandem.rewards.model import RewardModel
     from tandem.training.trainer import LocalScorer
     from tandem.workers.homes import seat_of
 
+    code = section.trust_remote_code
+    scale = read_score_scale(source, trust_remote_code=code) if section.normalize_scores else None
     say(f"loading the reward model from {source}")
     model = load_scalar(
         source,
         new_head="refuse",
         dtype=section.dtype,
         device=str(pick_device(section.device)),
-        trust_remote_code=section.trust_remote_code,
+        trust_remote_code=code,
     )
     scorer = LocalScorer(model, token_budget=section.token_budget)
-    return RewardModel(seat_of(scorer), model.tokenizer, reads_ids=False), _digest(digest_model(source))
+    reward = RewardModel(seat_of(scorer), model.tokenizer, reads_ids=False, scale=scale)
+    return reward, _digest([digest_model(source), scale])
 
 
 def batch_of(samples: Seq[Sample]) -> RewardBatch:

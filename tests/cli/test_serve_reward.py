@@ -138,6 +138,7 @@ def test_a_function_is_served(serve):
         (["base"], "no trained 'score' head"),
         (["check.py:wrong"], "no function 'wrong'; functions present: right"),
         (["rm", "--deadline", "5"], "--deadline: has no effect, since this run has no reward function"),
+        (["rm", "--normalize-scores"], "rm: its config.json has no score_mean"),
         (["check.py:right", "--dtype", "bfloat16"], "--dtype: has no effect, since this run has no served model"),
         (["check.py:right", "--host", "300.1.1.1"], "300.1.1.1:8000 cannot be listened on"),
         (["rm", "--batch-limit", "0"], "--batch-limit: expected 1 or more"),

@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 PLAN: dict[str, Any] = json.loads(sys.argv[1]) if len(sys.argv) > 1 else {}
-"""``fail``: requests that fail first; ``until``: from which on all do; ``status`` of those; ``few``, ``nan``:
+"""``fail``: requests that fail first; ``until``: samples, beyond which all do; ``status`` of those; ``few``, ``nan``:
 what is wrong with answers; ``version``, ``later``: at first, and of answers; ``delay``: seconds of each answer;
 ``replies``: what a judge says, the last one again and again."""
 SEEN: list[Any] = []
@@ -38,7 +38,8 @@ class Handler(BaseHTTPRequestHandler):
             SEEN.append([self.path, self.headers.get("authorization"), body])
         if PLAN.get("hang"):
             threading.Event().wait()
-        if number < PLAN.get("fail", 0) or number >= PLAN.get("until", number + 1):
+        samples = sum(len(seen.get("samples", ())) for _, _, seen in SEEN[: number + 1])
+        if number < PLAN.get("fail", 0) or samples > PLAN.get("until", samples):
             return self.say(PLAN.get("status", 503), {"detail": "not now"})
         time.sleep(PLAN.get("delay", 0.0))
         if "replies" in PLAN:
