@@ -48,7 +48,7 @@ def unknown(commands: list[str], cells: list[str]) -> list[str]:
     found = []
     for span in re.findall(r"`([^`]+)`", " ".join(cells[1:])):
         words = span.split()
-        if words[0] == "tandem":
+        if words[0] == "tandem" and words[1:]:
             named = [words[1]]
             found += [span] if words[1] not in COMMANDS else []
         else:
