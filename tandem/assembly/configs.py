@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, cast
@@ -90,6 +90,12 @@ def _first(value: str | tuple[str, ...]) -> str:
     return value if isinstance(value, str) else value[0]
 
 
+OF_WHOLE_ROWS = (
+    *("max_samples", "long_rows", "condition", "input_template", "apply_chat_template", "system", "chat_template"),
+)
+"""Keys of a dataset that have no effect on text as a stream."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RowsConfig(RunConfig):
     """A run that trains on a dataset."""
@@ -97,6 +103,8 @@ class RowsConfig(RunConfig):
     rows: RowsSection = field(default_factory=RowsSection)
 
     def __post_init__(self) -> None:
+        if self.reads.kind == "text":
+            self._require_stream()
         if self.rows.batch_size < self.reads.at_least:
             raise UserError(
                 f"batch_size: {self.method.title} compares the rows of a step with one another and needs "
@@ -107,6 +115,16 @@ class RowsConfig(RunConfig):
     def reads(self) -> Rows:
         """What kind of rows the method reads."""
         return cast(Rows, self.method.reads)
+
+    def _require_stream(self) -> None:
+        """Raises UserError for a key that asks for whole rows, where text is read as a stream."""
+        if self.run.steps is None:
+            raise UserError("epochs: how many windows a text has is not known before it is read; give --steps")
+        for section, names in ((self.data, OF_WHOLE_ROWS), (self.evaluation, ("max_eval_samples",))):
+            defaults = {f.name: f.default for f in fields(section)}
+            for name in names:
+                if getattr(section, name) != defaults[name]:
+                    raise UserError(f"{name}: text is read as one stream, not as rows; leave it out")
 
     @property
     def asked_once(self) -> list[str]:
@@ -126,6 +144,8 @@ class RowsConfig(RunConfig):
     @property
     def parts(self) -> set[str]:
         parts = super().parts | {self.reads.kind}
+        # All windows are equally long: every mean of their losses is the same.
+        parts -= {"losses of tokens"} if self.reads.kind == "text" else set()
         parts |= {"reference that stays"} if self.asked_once else set()
         frozen = [need.role for need in self.method.needs() if not need.trained]
         loaded = [role for role in frozen if role not in self.asked_once or not self.is_actor(role)]

@@ -20,7 +20,7 @@ from tandem.assembly.placing import Homes
 from tandem.assembly.reading import by_key, describe_data, load_data, load_held_out, ordered, tokenizing
 from tandem.assembly.sections import DataSection
 from tandem.data.chat import set_template
-from tandem.data.order import Order
+from tandem.data.order import InTurn, Order
 from tandem.data.room import Room
 from tandem.data.rows import Dataset
 from tandem.data.tokenize import Counts, build_pairs, build_prompts, build_sequences, build_solutions, build_unpaired
@@ -65,10 +65,17 @@ class Feed(Protocol):
     """Rows that are gone through."""
     steps: int
     """The run's length."""
-    order: Order
-    """Of its items."""
-    counts: Counts
     inputs: Inputs
+
+    @property
+    def order(self) -> Order | InTurn:
+        """Of its items."""
+        ...
+
+    @property
+    def counts(self) -> Counts | None:
+        """What became of its rows; None where that is not known before they are read."""
+        ...
 
     def check(self) -> None:
         """Raises UserError where what was read does not fit together."""
@@ -309,6 +316,7 @@ def builders(data: DataSection) -> dict[str, Build]:
     """What makes the items of a run of a dataset's rows, by the kind of the rows."""
     return {
         "demonstrations": partial(build_sequences, train_on=data.train_on),
+        "text": partial(build_sequences, train_on="all"),
         "preferences": build_pairs,
         "unpaired": build_unpaired,
         "steps": partial(build_solutions, separator=data.separator, placeholder=data.step_placeholder),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from transformers.utils import cached_file
 
+from tandem.data.corpus import Corpus
 from tandem.data.rows import Dataset
 from tandem.errors import UserError
 from tandem.models.folder import located
@@ -49,6 +50,14 @@ def digest_inputs(
             for source in dict.fromkeys((models or {}).values())
             for name, digest in digest_model(source).items()
         },
+    }
+
+
+def digest_corpus(key: str, corpus: Corpus) -> dict[str, str]:
+    """Of each file of a corpus, as ``digest_file``; of a dataset, what the ``datasets`` library knows it by."""
+    return {
+        f"{key} {part.name}": digest_file(Path(part.name)) if Path(part.name).is_file() else part.fingerprint
+        for part in corpus.parts
     }
 
 

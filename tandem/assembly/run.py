@@ -16,6 +16,7 @@ from tandem.assembly.plans import print_plan
 from tandem.assembly.refresh import refresh_of
 from tandem.assembly.sections import EngineSection
 from tandem.assembly.sessions import check_out, session
+from tandem.assembly.texts import TextFeed
 from tandem.errors import UserError
 from tandem.models.description import describe_source
 from tandem.models.loading import pick_device
@@ -101,7 +102,7 @@ def _feed(config: RunConfig) -> Feed:
     if isinstance(config, SamplesConfig):
         return SamplesFeed(config)
     assert isinstance(config, RowsConfig)
-    return RowsFeed(config)
+    return TextFeed(config) if config.reads.kind == "text" else RowsFeed(config)
 
 
 def _models(config: RunConfig, steps: int, places: Places, idle: Collection[str]) -> dict[str, Seat]:

@@ -80,7 +80,7 @@ def check_out(config: RunConfig, inputs: Inputs | None = None, *, steps: int | N
 
 @contextmanager
 def session(
-    config: RunConfig, trainers: Mapping[str, Seat], *, steps: int, counts: Counts, inputs: Inputs
+    config: RunConfig, trainers: Mapping[str, Seat], *, steps: int, counts: Counts | None, inputs: Inputs
 ) -> Iterator[Session]:
     """The run folder, open; its config written; the display on; what is loaded out of the garbage collector's way.
 
@@ -90,7 +90,7 @@ def session(
     run, title = config.run, config.method.title
     folder = RunFolder.open(Path(run.out), run_start(config, inputs))
     with folder:
-        folder.event("start", title=title, **asdict(counts))
+        folder.event("start", title=title, **(asdict(counts) if counts else {}))
         store = CheckpointStore(folder.checkpoints, keep=run.keep, run=folder.identity)
         checkpoint = store.latest()
         done = checkpoint.step if checkpoint else 0
@@ -110,7 +110,7 @@ def session(
                 )
                 share = ", and so was the warmup, a share of them" if 0 < config.optim.warmup_steps < 1 else ""
                 progress.note(f"{now} now; what is done was done for {then}{share}")
-            if counts.kept < counts.rows or counts.truncated:
+            if counts and (counts.kept < counts.rows or counts.truncated):
                 progress.note(f"data: {counts}")
             started = Session(
                 run=folder,

@@ -30,6 +30,7 @@ COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
     "preferences": (("chosen", "rejected"),),
     "unpaired": (("prompt", "completion", "label"), ("chosen", "rejected")),
     "steps": (("prompt", "completions", "labels"), ("prompt", "labels")),
+    "text": (("text",),),
     "prompts": (("prompt",),),
 }
 """The columns of each kind of rows, in each of the ways in which they may be there."""

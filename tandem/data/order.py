@@ -78,6 +78,14 @@ class Order:
         return due[0][1], counts[due[0][1]]
 
 
+class InTurn:
+    """The stream of items that have an order of their own: one after the other, for ever."""
+
+    def tickets(self, positions: range, per_step: int) -> list[Ticket]:
+        """Those of these positions, for a run of ``per_step`` items a step."""
+        return [Ticket(number=k, row=k, step=k // per_step + 1, place=k % per_step) for k in positions]
+
+
 class Epochs:
     """An endless stream over ``n`` items of one source, in permutations drawn from ``seed``."""
 

@@ -123,32 +123,50 @@ def load_rows(source: str, *, split: str = "train", max_samples: int | None = No
 
 
 def _read_source(source: str, split: str) -> Dataset:
-    path = Path(source).expanduser()
-    kind, at, folder = source.partition("@")
     if is_gym(source):
         rows = Dataset(gym_rows(source), source=source)
-    elif path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
-        rows = _read_saved_dataset(path, split)
-    elif path.is_dir():
-        rows = _read_files(_files_of_split(path, split, SUFFIXES), source)
-    elif path.is_file():
-        rows = _read_files([path], source)
-    elif at and kind in TYPES:
-        inside = Path(folder).expanduser()
-        if not folder or not inside.is_dir():
-            raise UserError(f"{source}: no such folder as {folder or 'nothing'}")
-        rows = _read_files(_files_of_split(inside, split, TYPES[kind]), source)
-    elif at and "/" not in kind and is_local(folder):
-        raise UserError(f"{source}: {kind!r} is no type of files; those are {', '.join(TYPES)}")
-    elif is_pattern(source):
-        rows = _read_files([Path(p) for p in sorted(glob.glob(str(path), recursive=True))], source)
-    elif is_local(source):
-        raise UserError(f"{source}: no such file{_nearest_file(path)}")
+    elif (files := files_of(source, split)) is not None:
+        rows = _read_files(files, source)
     else:
-        rows = _read_hub(source, split)
+        name = source if Path(source).expanduser().is_dir() else f"{source}[{split}]"
+        rows = Dataset(open_dataset(source, split).to_list(), source=name)
     if not len(rows):
         raise UserError(f"{source}: the dataset is empty; it needs at least one row")
     return rows
+
+
+def files_of(source: str, split: str) -> list[Path] | None:
+    """The files that a source names. None where it is a folder that ``datasets`` has saved, or a name on the hub.
+
+    Raises UserError for what is missing.
+    """
+    path = Path(source).expanduser()
+    kind, at, folder = source.partition("@")
+    if path.is_dir() and _is_saved(path):
+        return None
+    if path.is_dir():
+        return _files_of_split(path, split, SUFFIXES)
+    if path.is_file():
+        return [path]
+    if at and kind in TYPES:
+        inside = Path(folder).expanduser()
+        if not folder or not inside.is_dir():
+            raise UserError(f"{source}: no such folder as {folder or 'nothing'}")
+        return _files_of_split(inside, split, TYPES[kind])
+    if at and "/" not in kind and is_local(folder):
+        raise UserError(f"{source}: {kind!r} is no type of files; those are {', '.join(TYPES)}")
+    if is_pattern(source):
+        found = [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
+        if not found:
+            raise UserError(f"{source}: no file matches")
+        return found
+    if is_local(source):
+        raise UserError(f"{source}: no such file{_nearest_file(path)}")
+    return None
+
+
+def _is_saved(folder: Path) -> bool:
+    return (folder / "state.json").exists() or (folder / "dataset_dict.json").exists()
 
 
 def require_column(row: Row, column: str) -> None:
@@ -192,8 +210,6 @@ def _split_of(name: str, split: str) -> str:
 
 
 def _read_files(files: list[Path], source: str) -> Dataset:
-    if not files:
-        raise UserError(f"{source}: no file matches")
     rows: list[Row] = []
     places: list[Place] = []
     for file in files:
@@ -207,29 +223,30 @@ def _read_files(files: list[Path], source: str) -> Dataset:
     return Dataset(rows, source=source, places=places)
 
 
-def _read_saved_dataset(folder: Path, split: str) -> Dataset:
+def open_dataset(source: str, split: str) -> Any:
+    """A dataset of the ``datasets`` library, with its tables memory-mapped: of an .arrow file, of a folder that it has
+    saved, or of a name on the hub. Raises UserError where there is none."""
     import datasets
 
+    path = Path(source).expanduser()
     try:
-        dataset = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: not a readable saved dataset: {first_line(error)}") from error
+        if path.is_file():
+            return datasets.Dataset.from_file(str(path))
+        if path.is_dir():
+            dataset = datasets.load_from_disk(str(path))
+        else:
+            named, _, folder = source.partition("@")
+            name, _, config = named.partition(":")
+            return datasets.load_dataset(name, config or None, split=split, data_dir=folder or None)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        what = (
+            "not a readable saved dataset"
+            if path.exists()
+            else f"no such file, and not loadable as a hub dataset (split {split!r})"
+        )
+        raise UserError(f"{source}: {what}: {first_line(error)}") from error
     if isinstance(dataset, datasets.DatasetDict):
         if split not in dataset:
-            raise UserError(f"{folder}: no split {split!r}; splits present: {', '.join(map(repr, dataset))}")
-        dataset = dataset[split]
-    return Dataset(dataset.to_list(), source=str(folder))
-
-
-def _read_hub(source: str, split: str) -> Dataset:
-    import datasets
-
-    named, _, folder = source.partition("@")
-    name, _, config = named.partition(":")
-    try:
-        dataset = datasets.load_dataset(name, config or None, split=split, data_dir=folder or None)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(
-            f"{source}: no such file, and not loadable as a hub dataset (split {split!r}): {first_line(error)}"
-        ) from error
-    return Dataset(dataset.to_list(), source=f"{source}[{split}]")
+            raise UserError(f"{source}: no split {split!r}; splits present: {', '.join(map(repr, dataset))}")
+        return dataset[split]
+    return dataset

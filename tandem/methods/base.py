@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Rows:
     """A method's items are the rows of a dataset: demonstrations (``Sequence``), preferences (``PreferencePair``),
-    labelled answers (``LabelledAnswer``) or answers in labelled steps (``Solution``)."""
+    labelled answers (``LabelledAnswer``) or answers in labelled steps (``Solution``).
+    Text is no rows: it is read as windows (``Sequence``)."""
 
-    kind: Literal["demonstrations", "preferences", "unpaired", "steps"]
+    kind: Literal["demonstrations", "preferences", "unpaired", "steps", "text"]
     at_least: int = 1
     """Fewest rows of a step that the method can learn from."""
 

@@ -18,6 +18,7 @@ class Line(NamedTuple):
 
 ROWS = {
     "sft": Line("sft:SFT", "supervised fine-tuning on demonstrations"),
+    "pretrain": Line("pretrain:Pretrain", "continued pre-training on plain text of any size"),
     "distill": Line("distill:Distill", "knowledge distillation from a teacher on a dataset"),
     "rm": Line("rm:RewardModeling", "a reward model from preference pairs"),
     "prm": Line("prm:ProcessReward", "a process reward model from answers in labelled steps"),

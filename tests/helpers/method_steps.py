@@ -46,7 +46,7 @@ def items_of(method: Method, seed: int = 0, **extra: int) -> list[Any]:
         for text in texts:
             text.trainable = [False] * 8 + [False, True] * (len(text.trainable) // 2 - 4)
         return [Solution(text=t, labels=of, prompt_length=8) for t, of in zip(texts, labels, strict=True)]
-    if method.reads.kind == "demonstrations":
+    if method.reads.kind in ("demonstrations", "text"):
         return [row(rng.randint(1, 4), rng.randint(1, 9)) for _ in range(7)]
     return [
         PreferencePair(chosen=row(2, rng.randint(1, 9)), rejected=row(2, rng.randint(1, 9)), margin=rng.random())

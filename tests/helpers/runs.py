@@ -32,6 +32,7 @@ def write_inputs(folder: Path) -> None:
     rows = {
         "demos": [{"prompt": f"{w}=", "completion": w[::-1]} for w in words],
         "pairs": [{"prompt": f"{w}=", "chosen": w[::-1], "rejected": "x"} for w in words],
+        "texts": [{"text": f"{w} is {w[::-1]}. " * (1 + i % 3)} for i, w in enumerate(words)],
         "prompts": [{"prompt": f"{w}=", "answer": w[::-1]} for w in words],
     }
     for name, lines in rows.items():
@@ -55,6 +56,7 @@ def arguments(
     special = {
         "sft": ["--data", "demos.jsonl", "--eval-data", "demos.jsonl", "--batch-size", "7"],
         "distill": ["--data", "demos.jsonl", "--eval-data", "demos.jsonl", "--batch-size", "7", "--teacher", "teacher"],
+        "pretrain": ["--data", "texts.jsonl", "--eval-data", "texts.jsonl", "--batch-size", "3", "--max-length", "20"],
         "rm": pairs,
         "dpo": [*pairs, "--sft-coef", "0.1"],
         "ppo": [*online, "--sample-epochs", "2", "--minibatches", "2", "--kl-target", "0.5", "--normalize-rewards"],

@@ -1,0 +1,143 @@
+"""Plain text as the items of a run: a corpus that is read as it is needed, in windows of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from tandem.assembly.configs import RowsConfig
+from tandem.assembly.feeds import Fed, limits_of_models, load_tokenizers, when_due
+from tandem.assembly.inputs import digest_corpus, digest_inputs
+from tandem.assembly.placing import Homes
+from tandem.data.corpus import Corpus
+from tandem.data.order import InTurn, content_hash
+from tandem.data.room import Room
+from tandem.data.tokenize import encode
+from tandem.data.windows import Windows
+from tandem.errors import UserError
+from tandem.roles import Clock, Metrics, Seat
+from tandem.rollout.evaluate import Evaluation, named
+from tandem.rollout.prepare import Preparation
+from tandem.rollout.rows import InWindows, window_sequence
+from tandem.runs.identity import Inputs
+from tandem.runs.progress import Progress, say
+
+FIRST_DOCUMENTS = 64
+"""So many documents are read before anything is loaded, since a mistake in them shows soonest."""
+
+
+class TextFeed:
+    """The text of a corpus. How many windows it has is only known when it has been read."""
+
+    size = 0
+    counts = None
+
+    def __init__(self, config: RowsConfig) -> None:
+        data = config.data
+        self.config = config
+        column = data.input_key or "text"
+        self.corpus = Corpus(data.data, split=data.split, column=column)
+        self.held_out = {
+            name: Corpus(source, split=config.evaluation.eval_split, column=column)
+            for name, source in config.evaluation.sets.items()
+        }
+        self.tokenizer = load_tokenizers(config)
+        self.room = Room(data.max_length, limits_of_models(config, self.tokenizer))
+        self.length = self.room.limit or data.max_length
+        if self.length < 2:
+            raise UserError(f"max_length: a window needs 2 tokens to have one that is predicted, got {self.length}")
+        for corpus in (self.corpus, *self.held_out.values()):
+            for text in islice(corpus.documents(0), FIRST_DOCUMENTS):
+                self._encode(text)
+        assert config.run.steps is not None
+        self.steps = config.run.steps
+        self.order = InTurn()
+        of_data = {"data": self.corpus} | {f"eval_data {name}".rstrip(): one for name, one in self.held_out.items()}
+        inputs = digest_inputs({}, models=config.sources)
+        self.inputs: Inputs = {
+            **inputs,
+            "data": {k: v for key, one in of_data.items() for k, v in digest_corpus(key, one).items()},
+        }
+
+    def uses(self, homes: Homes) -> dict[str, str]:
+        batch = self.config.rows.batch_size
+        size = f"{self.corpus.bytes / 1e6:.3g} MB" if self.corpus.bytes else "a dataset"
+        tokens = self.steps * batch * (self.length - 1)
+        return {
+            "data": f"{size} of text in {self.corpus.shards} shards, read as it is needed",
+            "a step": f"{batch} windows of {self.length} tokens; {tokens} tokens in all steps",
+            "held out": ", ".join(one.source for one in self.held_out.values()) or "none",
+        }
+
+    def check(self) -> None:
+        if self.room.of_model:
+            say(f"data: windows have {self.length} tokens, as many as the model has positions for")
+
+    def recall(self) -> set[str]:
+        return set()
+
+    def start(self, models: Mapping[str, Seat], homes: Homes) -> Fed:
+        prepare = Preparation(method=self.config.method, models=models, seed=self.config.run.seed)
+        seed = self.config.run.seed
+        windows = Windows(
+            self.corpus,
+            self._encode,
+            self.length,
+            seed,
+            notes=Path(self.config.run.out) / "windows.jsonl",
+            identity=content_hash([self.inputs, self.length, seed, self.corpus.column]),
+        )
+        measure = HeldOutText(
+            sets={name: Windows(one, self._encode, self.length, None) for name, one in self.held_out.items()},
+            windows_at_a_time=self.config.rows.batch_size,
+            actor=models["actor"],
+            prepare=prepare,
+        )
+        evaluate = when_due(self.config.evaluation, measure, last=self.steps)
+        return Fed(source=InWindows(windows), prepare=prepare, push_weights=None, evaluate=evaluate)
+
+    def ask(self, models: Mapping[str, Seat], progress: Progress) -> None:
+        return None
+
+    def conclude(self, models: Mapping[str, Seat], progress: Progress) -> None:
+        return None
+
+    def close(self) -> None:
+        return None
+
+    def _encode(self, text: str) -> list[int]:
+        """A document's tokens and the end of sequence; none of one that is empty."""
+        if not text:
+            return []
+        ids = [*encode(text, self.tokenizer, special_tokens=True), self.tokenizer.eos_token_id]
+        self.room.check_ids(ids)
+        return ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutText:
+    """Held-out corpora (``tandem.rollout.evaluate.HeldOut``): the mean loss over the tokens of each, some at a time."""
+
+    sets: Mapping[str, Windows]
+    windows_at_a_time: int
+    actor: Seat
+    prepare: Preparation
+
+    def __call__(self, step: int, phase: Clock) -> Evaluation:
+        """Each is gone through once, in order."""
+        metrics: Metrics = {}
+        for name, windows in self.sets.items():
+            with phase("evaluating"):
+                losses = [*self._losses(windows, step)]
+            tokens = sum(count for _, count in losses)
+            metrics |= named(name, {"loss": sum(loss * count for loss, count in losses) / tokens})
+        return Evaluation(metrics=metrics)
+
+    def _losses(self, windows: Windows, step: int) -> Iterator[tuple[float, int]]:
+        """Mean losses, and over how many tokens."""
+        rest = windows.once()
+        while some := [*islice(rest, self.windows_at_a_time)]:
+            (batch,) = self.prepare([window_sequence(ids) for ids in some], {}, step)
+            yield self.actor.call("evaluate", batch)["loss"], sum(len(ids) - 1 for ids in some)

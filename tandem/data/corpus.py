@@ -1,0 +1,192 @@
+"""Text that is read as it is needed: files of any size as documents in shards, of which only one is open at a time."""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right
+from collections.abc import Iterator
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Protocol
+
+from tandem.data.rows import Row, files_of, open_dataset, require_column
+from tandem.data.sources import parse_sources
+from tandem.errors import UserError, first_line
+
+SHARD_BYTES = 1 << 16
+"""65,536 bytes of a .jsonl file are a shard: some ten thousand tokens, which stay in the order of the file."""
+SHARD_ROWS = 64
+"""Rows of a dataset that lies in memory-mapped tables, a shard."""
+SUFFIXES = (".jsonl", ".parquet", ".arrow")
+"""Endings of files that can be read from any place on."""
+
+
+class Part(Protocol):
+    """One file or dataset."""
+
+    name: str
+    shards: int
+    fingerprint: str
+    """What tells its content apart, where it is no file."""
+
+    def rows(self, shard: int) -> Iterator[tuple[int, Row]]:
+        """The rows of a shard, each with what ``where`` tells its place by."""
+        ...
+
+    def where(self, place: int) -> str: ...
+
+
+class Corpus:
+    """The documents of ``--data``: strings in a column of its rows. Nothing is read before it is asked for.
+
+    Raises UserError for what is missing, or cannot be read from any place on.
+    """
+
+    def __init__(self, source: str, *, split: str = "train", column: str = "text") -> None:
+        self.source, self.column = source, column
+        self.parts: list[Part] = []
+        for one in parse_sources(source):
+            if one.weight is not None:
+                raise UserError(f"{one.name}: text is read as one stream, so a weight has no effect; leave it out")
+            files = files_of(one.name, split)
+            self.parts += (
+                [_Table(open_dataset(one.name, split), one.name, column)]
+                if files is None
+                else [_part(file, column) for file in files]
+            )
+        self._starts = list(accumulate((part.shards for part in self.parts), initial=0))
+
+    @property
+    def shards(self) -> int:
+        return self._starts[-1]
+
+    @property
+    def bytes(self) -> int:
+        """Of the files; 0 of a dataset that is none."""
+        return sum(Path(part.name).stat().st_size for part in self.parts if Path(part.name).is_file())
+
+    def documents(self, shard: int) -> Iterator[str]:
+        """The texts of a shard, in order. Raises UserError, naming file and line, for a row that has none."""
+        number = bisect_right(self._starts, shard) - 1
+        part = self.parts[number]
+        for place, row in part.rows(shard - self._starts[number]):
+            try:
+                require_column(row, self.column)
+                text = row[self.column]
+                if not isinstance(text, str):
+                    raise UserError(f"column {self.column!r} must be a string, not a {type(text).__name__}")
+            except UserError as error:
+                raise UserError(f"{part.where(place)}: {error}") from error
+            yield text
+
+
+def _part(file: Path, column: str) -> Part:
+    if file.suffix not in SUFFIXES:
+        raise UserError(
+            f"{file}: text is read as it is needed from {', '.join(SUFFIXES)} files, not from {file.suffix!r}; write "
+            "one row a line, as .jsonl"
+        )
+    if file.suffix == ".jsonl":
+        return _Lines(file)
+    if file.suffix == ".parquet":
+        return _RowGroups(file, column)
+    return _Table(open_dataset(str(file), ""), str(file), column)
+
+
+class _Lines:
+    """A .jsonl file. A shard has the lines that begin in its stretch of bytes, so that nobody has to count lines."""
+
+    fingerprint = ""
+
+    def __init__(self, file: Path) -> None:
+        self.name = str(file)
+        try:
+            self.shards = -(-file.stat().st_size // SHARD_BYTES)
+            file.open("rb").close()
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read: {error.strerror}") from error
+        if not self.shards:
+            raise UserError(f"{file}: the dataset is empty; it needs at least one row")
+
+    def rows(self, shard: int) -> Iterator[tuple[int, Row]]:
+        start, end = shard * SHARD_BYTES, (shard + 1) * SHARD_BYTES
+        try:
+            with open(self.name, "rb") as file:
+                if start:
+                    file.seek(start - 1)
+                    start += len(file.readline()) - 1
+                while start < end and (line := file.readline()):
+                    if line.strip():
+                        yield start, self._row(line, start)
+                    start += len(line)
+        except OSError as error:
+            raise UserError(f"{self.name}: cannot be read: {error.strerror}") from error
+
+    def where(self, place: int) -> str:
+        with open(self.name, "rb") as file:
+            before = sum(file.read(min(1 << 20, place - at)).count(b"\n") for at in range(0, place, 1 << 20))
+        return f"{self.name}:{before + 1}"
+
+    def _row(self, line: bytes, start: int) -> Row:
+        try:
+            row = json.loads(line.decode("utf-8-sig" if not start else "utf-8"))
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self.where(start)}: not UTF-8 (byte 0x{line[error.start]:02x})") from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{self.where(start)}: malformed JSON: {first_line(error)}") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{self.where(start)}: a row must be a JSON object, not a {type(row).__name__}")
+        return row
+
+
+class _RowGroups:
+    """A .parquet file, a row group a shard, of which a few rows are read at a time."""
+
+    fingerprint = ""
+
+    def __init__(self, file: Path, column: str) -> None:
+        import pyarrow
+        import pyarrow.parquet
+
+        self.name, self.column = str(file), column
+        try:
+            with pyarrow.parquet.ParquetFile(file) as opened:
+                self.shards, names = opened.num_row_groups, opened.schema_arrow.names
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UserError(f"{file}: not a readable parquet file: {first_line(error)}") from error
+        _require(names, column, self.name)
+
+    def rows(self, shard: int) -> Iterator[tuple[int, Row]]:
+        import pyarrow.parquet
+
+        with pyarrow.parquet.ParquetFile(self.name) as opened:
+            place = sum(opened.metadata.row_group(number).num_rows for number in range(shard))
+            for batch in opened.iter_batches(SHARD_ROWS, row_groups=[shard], columns=[self.column]):
+                for row in batch.to_pylist():
+                    place += 1
+                    yield place, row
+
+    def where(self, place: int) -> str:
+        return f"{self.name} row {place}"
+
+
+class _Table:
+    """A dataset of the ``datasets`` library, whose tables are memory-mapped."""
+
+    def __init__(self, dataset: Any, name: str, column: str) -> None:
+        _require(dataset.column_names, column, name)
+        self.name, self.dataset = name, dataset.select_columns([column])
+        self.shards, self.fingerprint = -(-len(dataset) // SHARD_ROWS), str(dataset._fingerprint)
+
+    def rows(self, shard: int) -> Iterator[tuple[int, Row]]:
+        first = shard * SHARD_ROWS
+        for place in range(first, min(first + SHARD_ROWS, len(self.dataset))):
+            yield place + 1, self.dataset[place]
+
+    def where(self, place: int) -> str:
+        return f"{self.name} row {place}"
+
+
+def _require(names: list[str], column: str, where: str) -> None:
+    if column not in names:
+        raise UserError(f"{where}: no column {column!r}; columns present: {', '.join(map(repr, names)) or 'none'}")
