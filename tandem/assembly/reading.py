@@ -88,11 +88,11 @@ def ordered(rows: Dataset, counts: Counts, seed: int) -> Order:
 
 def describe_data(rows: Dataset, counts: Counts, order: Order, items: int, steps: int) -> str:
     """What is kept of the rows, how many times ``items`` go through it, and the share of each of several sources."""
-    size = sum(counts.items_of)
-    said = f"{counts}, gone through {items / size:.2f} times in {steps} steps"
+    size, weighted = sum(counts.items_of), len(order.shares) > 1
+    said = f"{counts}, " + (f"{steps} steps" if weighted else f"gone through {items / size:.2f} times in {steps} steps")
     if len(rows.parts) == 1:
         return said
-    shares = order.shares if len(order.shares) > 1 else [Fraction(count, size) for count in counts.items_of]
+    shares = order.shares if weighted else [Fraction(count, size) for count in counts.items_of]
     return f"{said}: " + ", ".join(
         f"{part.name} {float(share):.1%}, {float(share * items / max(count, 1)):.2f} times"
         for part, share, count in zip(rows.parts, shares, counts.items_of, strict=True)

@@ -130,13 +130,15 @@ def last_answer(messages: list[Message]) -> int:
     return len(until_last_answer(messages)) - 1
 
 
-def conversation_pieces(messages: list[Message], tokenizer: Any, row: Row, *, start: int = 0) -> Pieces:
+def conversation_pieces(
+    messages: list[Message], tokenizer: Any, row: Row, *, start: int = 0, whole_answers: bool = True
+) -> Pieces:
     """The rendered text as (context, False), (answer, True), …, up to the end of the last answer.
 
     An answer is what the template adds after the generation prompt for an assistant turn at or after ``start``, with
     the turn's end token and without the white space that separates turns: nothing is trained behind the end of a turn.
     Raises UserError where the template renders the beginning of a conversation differently once it goes on (it drops
-    earlier thinking, or moves the system message), or leaves out something that an answer says.
+    earlier thinking, or moves the system message), or, where ``whole_answers`` are wanted, leaves out something of one.
     """
     messages = until_last_answer(messages, start)
     whole = render(messages, tokenizer, row)
@@ -159,7 +161,8 @@ def conversation_pieces(messages: list[Message], tokenizer: Any, row: Row, *, st
                 "answer alone (train_on last), or give a chat_template with {% generation %} marks"
             )
         end = _turn_end(whole, len(opening), len(through), tokenizer)
-        _require_said(messages[i], i, whole[len(opening) : end])
+        if whole_answers:
+            _require_said(messages[i], i, whole[len(opening) : end])
         spans.append((len(opening), end))
     return _pieces(whole, spans)
 

@@ -111,6 +111,11 @@ def sft_sequence(row: Row, tokenizer: Any, *, train_on: TrainOn = "completion") 
     return sequence
 
 
+def judged_sequence(prompt: formats.Content, completion: formats.Content, tokenizer: Any) -> Sequence:
+    """A sampled answer as a reward model with this tokenizer reads it: its template may leave out some, as thinking."""
+    return _answered(prompt, completion, tokenizer, {}, whole_answers=False)
+
+
 def preference_pair(row: Row, tokenizer: Any) -> PreferencePair:
     """Chosen and rejected after the same prompt tokens, both ended with EOS, trainable on the answers.
 
@@ -167,10 +172,12 @@ def encode(text: str, tokenizer: Any, *, special_tokens: bool) -> list[int]:
     return own if own[: len(front)] == front else front + own
 
 
-def _answered(prompt: formats.Content, answer: formats.Content, tokenizer: Any, row: Row) -> Sequence:
+def _answered(
+    prompt: formats.Content, answer: formats.Content, tokenizer: Any, row: Row, *, whole_answers: bool = True
+) -> Sequence:
     if isinstance(prompt, str) and isinstance(answer, str):
         return _joined([(prompt, False), (answer, True)], tokenizer, special_tokens=True)
-    pieces = conversation_pieces([*prompt, *answer], tokenizer, row, start=len(prompt))
+    pieces = conversation_pieces([*prompt, *answer], tokenizer, row, start=len(prompt), whole_answers=whole_answers)
     return _joined(pieces, tokenizer, special_tokens=False)
 
 

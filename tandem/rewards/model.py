@@ -8,7 +8,7 @@ from collections.abc import Sequence as Seq
 from typing import Any
 
 from tandem.data.packing import pack, pack_pairs
-from tandem.data.tokenize import encode, ended, sft_sequence
+from tandem.data.tokenize import encode, ended, judged_sequence
 from tandem.errors import UserError
 from tandem.rewards.combine import checked
 from tandem.roles import RewardBatch, Seat
@@ -72,7 +72,7 @@ class RewardModel:
         return ended([*prompt, *answer], [False] * len(prompt) + [True] * len(answer), self.tokenizer)
 
     def _read_text(self, prompt: Any, completion: Any, stop: StopReason) -> Sequence:
-        sequence = sft_sequence({"prompt": prompt, "completion": completion}, self.tokenizer)
+        sequence = judged_sequence(prompt, completion, self.tokenizer)
         if stop == "length":
             return Sequence(token_ids=sequence.token_ids[:-1], trainable=sequence.trainable[:-1])
         return sequence

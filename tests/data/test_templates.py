@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from tandem.data.chat import set_template
-from tandem.data.tokenize import labelled_answers, preference_pair, prompt_of, sft_sequence
+from tandem.data.tokenize import judged_sequence, labelled_answers, preference_pair, prompt_of, sft_sequence
 from tandem.errors import UserError
 
 FOLDER = Path(__file__).parent / "templates"
@@ -426,3 +426,10 @@ def test_a_file_with_a_template(tokenizers, tmp_path):
     set_template(tokenizer, str(tmp_path / "own.jinja"))
     with pytest.raises(UserError, match="the chat template refuses the messages"):
         prompt_of({"prompt": [user("a")]}, tokenizer)
+
+
+def test_a_reward_model_reads_what_its_template_makes_of_an_answer(tokenizers):
+    """A template without thinking judges the rest: that is no fault of the answer."""
+    tokenizer = tokenizers["llama3"]
+    sequence = judged_sequence([user("hi")], [assistant("yo", reasoning_content="hm")], tokenizer)
+    assert spans(tokenizer, sequence).endswith("assistant<|end_header_id|>\n\n⟦yo<|eot_id|>⟧")
