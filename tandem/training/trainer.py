@@ -196,7 +196,12 @@ class LocalScorer:
         """Lets the model go, and its memory: nothing more is asked of it."""
         del self.model
         self.away = Parking()
+        frozen = gc.get_freeze_count() > 0
+        # A module and its parts refer to each other, and what a run has frozen is not collected.
+        gc.unfreeze()
         gc.collect()
+        if frozen:
+            gc.freeze()
         if self.world.device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -59,6 +59,7 @@ def arguments(
         "pretrain": ["--data", "texts.jsonl", "--eval-data", "texts.jsonl", "--batch-size", "3", "--max-length", "20"],
         "rm": pairs,
         "dpo": [*pairs, "--sft-coef", "0.1"],
+        "kto": pairs,
         "ppo": [*online, "--sample-epochs", "2", "--minibatches", "2", "--kl-target", "0.5", "--normalize-rewards"],
         "grpo": [*online, "--minibatches", "2"],
         "online-dpo": [*online, "--sample-epochs", "2", "--minibatches", "2"],

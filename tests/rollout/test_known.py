@@ -1,7 +1,9 @@
 """What a reference said of rows is found again by content, and a changed row, model or file is never a hit."""
 
+import gc
 import json
 import shutil
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -175,3 +177,15 @@ def test_runs_that_share_a_cache_ask_once_and_end_the_same(tmp_path, model_folde
     assert "loading the reference" in said
     assert "asked about" not in said
     assert weights("e") != weights("a")
+
+
+def test_a_model_that_is_let_go_gives_its_memory_back(scorer):
+    """Also where a run has put what is loaded out of the garbage collector's way."""
+    module = weakref.ref(scorer.model.module)
+    gc.freeze()
+    try:
+        scorer.forget()
+        assert module() is None
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()

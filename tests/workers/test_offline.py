@@ -42,10 +42,12 @@ def in_one_process(method: str) -> dict[str, Tensor]:
     return train(f"{method}-here", method, *MORE.get(method, ()), "--overwrite")
 
 
-@pytest.mark.parametrize("method", ["sft", "rm", "dpo"])
+@pytest.mark.parametrize("method", ["sft", "rm", "dpo", "kto"])
 def test_two_workers_equal_one_process(folder, cluster_address, method):
+    """KTO's KL is one of the whole step; its reference has a worker of its own, which ends once it has answered."""
     here = in_one_process(method)
-    workers = train(f"{method}-two", method, *MORE.get(method, ()), "--placement.actor", "2")
+    own = ["--placement.reference", "1"] if method == "kto" else []
+    workers = train(f"{method}-two", method, *MORE.get(method, ()), "--placement.actor", "2", *own)
     assert 0 < difference(workers, here) < 1e-6
     for line, wanted in zip(metrics(f"{method}-two"), metrics(f"{method}-here"), strict=True):
         for name in ("loss", "grad_norm"):
