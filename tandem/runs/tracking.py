@@ -193,6 +193,8 @@ class Following:
 
         Raises whatever the tracker does; the next call begins with the step that failed.
         """
+        if not (self.out / "metrics.jsonl").exists():
+            return  # a run that has ended before its first step is none to follow
         state = self._read()
         if self.tracker is None:
             config = yaml.safe_load((self.out / CONFIG).read_text(encoding="utf-8"))

@@ -199,12 +199,18 @@ def test_a_tracker_that_fails_is_said_once_and_nobody_waits_for_it(out, tmp_path
 
 def test_a_tracker_that_hangs_with_a_full_pipe_does_not_hold_the_run(out, tmp_path, monkeypatch):
     fake(tmp_path, monkeypatch, at_init="signal.pause()")
+    record(out, 0)
     tracking = Tracking(out, ["wandb"], deadline_s=0.1)
     began = time.monotonic()
     for step in range(40_000):  # some 220 kB of steps, and the pipe holds 64
         tracking.written(step)
     assert time.monotonic() - began < 10
     assert len(tracking.close()) == 1
+
+
+def test_a_run_that_ends_before_its_first_step_begins_no_run_elsewhere(out, tmp_path, monkeypatch):
+    fake(tmp_path, monkeypatch, at_init="raise RuntimeError('begun')")
+    assert follow(out, ["wandb"], []) == []
 
 
 def test_what_failed_is_logged_when_the_tracker_can_again(out, tmp_path, monkeypatch):
