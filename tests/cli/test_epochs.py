@@ -24,6 +24,7 @@ from tandem.errors import UserError
         (2.5, 40, 10, 10),
         (0.001, 10, 10, 1),
         (3, 5, 8, 2),
+        (1.1, 10, 11, 1),
     ],
 )
 def test_whole_steps_that_hold_every_row_that_often(epochs, rows, per_step, steps):
