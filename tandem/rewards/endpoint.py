@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import re
-import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -103,7 +102,8 @@ def read_judge(path: Path, setting: Setting) -> EndpointJudge:
 class EndpointJudge:
     """Asks for a sample's score, and keeps every reply by the content that was asked: nothing is asked twice.
 
-    A request that fails (as in ``tandem.rewards.asking``) is made again until the deadline. A reply without a score is
+    A request that fails (as in ``tandem.rewards.asking``) is made again until the deadline, which begins when there is
+    room for it (``concurrency``). A reply without a score is
     asked for again, ``asks`` times in all.
     """
 
@@ -146,11 +146,11 @@ class EndpointJudge:
         return await self._under_way[key]
 
     async def _ask(self, key: str, body: dict[str, Any]) -> float | None:
-        end = time.monotonic() + self.deadline_s
         reply = ""
         for attempt in range(self.rubric.asks):
             # A server that answers equal requests alike gets another one.
-            reply = await self._reply(body if attempt == 0 else body | {"seed": attempt}, end)
+            async with self._room:
+                reply = await self._reply(body if attempt == 0 else body | {"seed": attempt})
             if (score := self._score(reply)) is not None:
                 assert self._scores is not None
                 self._scores[key] = score
@@ -164,19 +164,18 @@ class EndpointJudge:
             f"{self.rubric.asks} replies, the last of which ends {reply[-60:]!r}"
         )
 
-    async def _reply(self, body: dict[str, Any], end: float) -> str:
-        """Raises Unavailable where there is none before the end."""
+    async def _reply(self, body: dict[str, Any]) -> str:
+        """Raises Unavailable where there is none within the deadline."""
         if self._client is None:
             self._client = httpx2.AsyncClient(timeout=httpx2.Timeout(self.deadline_s, connect=CONNECT_S, pool=None))
         url = f"{self.rubric.url.rstrip('/')}/chat/completions"
         patience, wrong = Patience(), ""
         try:
-            async with asyncio.timeout(max(0.0, end - time.monotonic())):
+            async with asyncio.timeout(self.deadline_s):
                 while True:
                     try:
-                        async with self._room:
-                            self.counts["asked"] += 1
-                            return reply_of(url, await post(self._client, url, body, self._headers))
+                        self.counts["asked"] += 1
+                        return reply_of(url, await post(self._client, url, body, self._headers))
                     except NotNow as failure:
                         wrong = str(failure)
                         await patience.wait(failure)

@@ -65,7 +65,8 @@ class RewardProcesses:
         folder: str = "",
     ) -> None:
         self.deadline_s, self.waits_s = deadline_s, tuple(waits_s or WAITS_S)
-        self.processes = processes or max(1, min(MOST, len(os.sched_getaffinity(0)) // 2))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.processes = processes or max(1, min(MOST, cores // 2))
         self.setting = Setting(deadline_s=deadline_s, folder=folder)
         lifeline, self._end_of_ours = os.pipe()
         self._passed: list[int] = [lifeline]
@@ -329,7 +330,9 @@ class Worker:
         """When the process came to a call, as far as can be told from here; to its first try, if there was one."""
         if call.began is not None:
             return call.began
-        side_by_side = call.message is not None and call.function.wants.awaits
+        wants = call.function.wants if call.message is not None else None
+        # One that keeps to the deadline by itself may let calls wait for others.
+        side_by_side = wants is not None and wants.awaits and not wants.patient
         return call.sent if side_by_side else max(call.sent, self._free)
 
     def _take(self) -> None:

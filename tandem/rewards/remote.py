@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections import deque
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
@@ -34,9 +35,9 @@ class Waiting:
 class RewardServers:
     """Servers of one reward, which share the load.
 
-    A request that fails (no connection, no answer, status 408, 425, 429 or 5xx) is made again, after a wait that grows,
-    by whichever server is free, until the sample's deadline. What will not pass (another status, too few scores, a
-    model that has changed) is an error at once. A failure is never a score.
+    A request that fails (no connection, no answer, status 408, 409, 425, 429 or 5xx) is made again, after a wait that
+    grows, by whichever server is free, until none has given a score for the length of the deadline. What will not pass
+    (another status, too few scores, a model that has changed) is an error at once. A failure is never a score.
     """
 
     patient = True
@@ -52,6 +53,8 @@ class RewardServers:
         self._takers: list[asyncio.Task[None]] = []
         self._wrong = ""
         """What was last wrong."""
+        self._scored = 0.0
+        """When a server last gave scores."""
         # The environment's proxies are for the world outside.
         with httpx2.Client(timeout=min(CONNECT_S, self.deadline_s), trust_env=False) as client:
             known = [self._greet(client, url) for url in urls]
@@ -75,13 +78,17 @@ class RewardServers:
         async with self._some:
             self._waiting.append(waiting)
             self._some.notify()
-        try:
-            return await asyncio.wait_for(waiting.score, self.deadline_s)
-        except TimeoutError:
-            wrong = f" ({self._wrong})" if self._wrong else ""
-            raise Unavailable(
-                f"got no score of {', '.join(self.urls)} within {self.deadline_s:g} s (--reward-deadline){wrong}"
-            ) from None
+        begun = time.monotonic()
+        # While scores come, the others only wait for their turn.
+        while (left_s := max(begun, self._scored) + self.deadline_s - time.monotonic()) > 0:
+            done, _ = await asyncio.wait({waiting.score}, timeout=left_s)
+            if done:
+                return waiting.score.result()
+        waiting.score.cancel()
+        wrong = f" ({self._wrong})" if self._wrong else ""
+        raise Unavailable(
+            f"got no score of {', '.join(self.urls)} within {self.deadline_s:g} s (--reward-deadline){wrong}"
+        )
 
     def _greet(self, client: httpx2.Client, url: str) -> dict[str, Any]:
         try:
@@ -130,6 +137,7 @@ class RewardServers:
                         one.score.set_exception(error)
             else:
                 patience.passed()
+                self._scored = time.monotonic()
                 for one, score in zip(lot, scores, strict=True):
                     if not one.score.done():
                         one.score.set_result(score)

@@ -155,6 +155,13 @@ def one_nan(completion):
 
 
 @judges("sample")
+def one_hangs(completion):
+    if completion == "hang":
+        threading.Event().wait()  # one of them, for ever
+    return 1.0
+
+
+@judges("sample")
 def one_fails(completion):
     return float(completion)
 

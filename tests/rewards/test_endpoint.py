@@ -83,6 +83,8 @@ def test_replies_without_a_score(serve, judge):  # noqa: F811
 def test_an_endpoint_that_fails(serve, judge):  # noqa: F811
     url = serve(replies=["SCORE: 5"], fail=1, status=429)
     assert judge(url).score(batch("a", level=[1])) == [0.5]
+    slow = judge(serve(replies=["SCORE: 5"], delay=0.3), "concurrency: 1\n", deadline_s=0.8)
+    assert slow.score(batch("a", "b", "c", "d", level=[9] * 4)) == [0.5] * 4, "a deadline begins when there is room"
     with pytest.raises(RunFailure, match=r"got no reply of .* within 1 s .*status 503"):
         judge(serve(fail=99), deadline_s=1.0).score(batch("a", level=[2]))
     with pytest.raises(UserError, match="status 401"):

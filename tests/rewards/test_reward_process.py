@@ -140,6 +140,19 @@ def test_a_function_that_hangs_is_named_with_its_line(judges, monkeypatch, name,
     )
 
 
+def test_one_call_of_many_that_hangs_is_named(judges, monkeypatch):
+    """In one of two processes; what waits behind it, and what goes on in the other, keeps nobody."""
+    monkeypatch.setattr(process, "END_S", 1.0)
+    (reward,) = judges("one_hangs", processes=2)
+    assert reward.score(batch("a", "b", "c")) == [1.0] * 3
+    reward._judging.owner.deadline_s = 0.3
+    said = failure(reward, *"abc", "hang", *"defghijkl")
+    assert said == (
+        f"reward 'one_hangs' has not answered within 0.3 s (--reward-deadline), at {at('one of them, for ever')}; "
+        "go on with --resume"
+    )
+
+
 def test_the_deadline_holds_for_a_process_that_does_not_read(judges, monkeypatch):
     monkeypatch.setattr(process, "END_S", 1.0)
     (reward,) = judges("length")

@@ -104,6 +104,12 @@ def test_what_may_pass_is_waited_out(serve, ask):
     again.communicate()
 
 
+def test_many_samples_may_take_longer_than_the_deadline(serve, ask):
+    """While scores come, nothing is wrong."""
+    reward = ask(serve(delay=0.25, limit=1), deadline_s=0.8)
+    assert reward.score(batch(*"abcdefghij")) == [1.0] * 10
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return listener.getsockname()[1]
