@@ -10,18 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from tandem.assembly.feeds import RowsFeed
-from tandem.assembly.models import builds, heads
+from tandem.assembly.models import builds, heads, introduce
 from tandem.assembly.placing import Homes
 from tandem.assembly.plans import print_plan
 from tandem.assembly.sampled import sample_rows
 from tandem.assembly.sections import EngineSection
 from tandem.assembly.sessions import start_of
+from tandem.assembly.texts import TextFeed
 from tandem.assembly.uses import EvalConfig, EvalRowsConfig
 from tandem.errors import UserError
 from tandem.models.description import describe_source
 from tandem.models.loading import pick_device
-from tandem.roles import Metrics
-from tandem.rollout.evaluate import HeldOutRows
+from tandem.roles import Metrics, Seat
+from tandem.rollout.evaluate import HeldOut, HeldOutRows
 from tandem.rollout.measure import held_out_metrics
 from tandem.rollout.prepare import Preparation
 from tandem.runs.folder import MEASURED, RunFolder
@@ -72,10 +73,11 @@ def evaluate_rows(config: EvalRowsConfig) -> Metrics | None:
     RunFolder.check(out, start_of(config, config.run, title))
     homes = Homes(config.model, config.placement, config.cluster, EngineSection(), [*run.sources])
     homes.check()
-    feed = RowsFeed(run)
+    feed = TextFeed(run) if run.reads.kind == "text" else RowsFeed(run)
     start = start_of(config, config.run, title, feed.inputs)
     RunFolder.check(out, start)
-    config.method.aside(feed.examples, feed.longest)
+    if isinstance(feed, RowsFeed):
+        config.method.aside(feed.examples, feed.longest)
     if config.run.dry_run:
         code, head_of = config.model.trust_remote_code, heads(run)
         uses = {
@@ -85,7 +87,7 @@ def evaluate_rows(config: EvalRowsConfig) -> Metrics | None:
             + f", {pick_device(config.model.device)}, {config.model.dtype}{homes.where(role)}"
             for role, source in run.sources.items()
         }
-        print_plan(config, uses | {"data": str(feed.counts)})
+        print_plan(config, uses | {"data": str(feed.counts or feed.uses(homes)["data"])})
         return None
     with ExitStack() as stack:
         stack.callback(feed.close)
@@ -94,11 +96,19 @@ def evaluate_rows(config: EvalRowsConfig) -> Metrics | None:
         for role, build in builds(run, 1, new_head="refuse").items():
             say(f"loading the {role} from {run.sources[role]}")
             models[role] = homes.place(role, build)
-        prepare = Preparation(method=config.method, models=models, longest=feed.longest, seed=config.run.seed)
-        measure = HeldOutRows(sets={"": feed.examples}, actor=models["actor"], prepare=prepare)
+        introduce(config.method, models)
+        measure = _measure(feed, models, config)
         with RunFolder.open(out, start), Progress(title, total=1) as progress:
             found = measure(0, progress.phase).metrics
             return _written(out, {name.removeprefix("eval/"): value for name, value in found.items()})
+
+
+def _measure(feed: TextFeed | RowsFeed, models: Mapping[str, Seat], config: EvalRowsConfig) -> HeldOut:
+    """What measures all that a feed has read as a run would measure held-out data."""
+    if isinstance(feed, TextFeed):
+        return feed.measure(models, {"": feed.corpus})
+    prepare = Preparation(method=config.method, models=models, longest=feed.longest, seed=config.run.seed)
+    return HeldOutRows(sets={"": feed.examples}, actor=models["actor"], prepare=prepare)
 
 
 def _written(out: Path, metrics: Metrics) -> Metrics:

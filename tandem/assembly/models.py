@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from functools import partial
 from typing import Any, Literal
@@ -17,10 +17,10 @@ from tandem.data.chat import set_template
 from tandem.engines.live.engine import LiveEngine
 from tandem.engines.live.replica import ReplicaEngine
 from tandem.errors import UserError
-from tandem.methods.base import ASKS_NOTHING, Asks
+from tandem.methods.base import ASKS_NOTHING, Asks, Method
 from tandem.models.forward import LoadedModel
 from tandem.models.loading import load_causal, load_scalar, load_tokenizer
-from tandem.roles import Engine, FedEngine, LossFn, SleepingEngine
+from tandem.roles import Engine, FedEngine, LossFn, Seat, SleepingEngine
 from tandem.sync.checksum import Sums
 from tandem.sync.source import WeightSource
 from tandem.training.optim import OptimParams, require_bitsandbytes
@@ -79,6 +79,13 @@ def _template(config: RunConfig) -> str | None:
     tokenizer = load_tokenizer(config.model.model, trust_remote_code=config.model.trust_remote_code)
     set_template(tokenizer, config.data.chat_template)
     return tokenizer.chat_template
+
+
+def introduce(method: Method, models: Mapping[str, Seat]) -> None:
+    """Gives the policy the head of a teacher that hands over its hidden states."""
+    for role in models:
+        if method.asks_of(role).states:
+            models["actor"].call("learn_from", models[role].call("head"))
 
 
 def optim_params(

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from tandem.assembly.configs import RowsConfig, RunConfig, SamplesConfig
 from tandem.assembly.feeds import Feed, RowsFeed, SamplesFeed, check_sampling
-from tandem.assembly.models import builds, heads, require_optimizer
+from tandem.assembly.models import builds, heads, introduce, require_optimizer
 from tandem.assembly.placing import Homes
 from tandem.assembly.plans import print_plan
 from tandem.assembly.refresh import refresh_of
@@ -114,9 +114,7 @@ def _models(config: RunConfig, steps: int, places: Places, idle: Collection[str]
         say(f"loading the {role} from {config.sources[role]}")
         models[role] = places.place(role, build)
         say(f"  {models[role].call('describe')}")
-    for role in models:
-        if config.method.asks_of(role).states:
-            models["actor"].call("learn_from", models[role].call("head"))
+    introduce(config.method, models)
     return models
 
 

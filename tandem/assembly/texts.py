@@ -79,8 +79,8 @@ class TextFeed:
         return set()
 
     def start(self, models: Mapping[str, Seat], homes: Homes) -> Fed:
-        prepare = Preparation(method=self.config.method, models=models, seed=self.config.run.seed)
         seed = self.config.run.seed
+        prepare = Preparation(method=self.config.method, models=models, seed=seed)
         windows = Windows(
             self.corpus,
             self._encode,
@@ -89,14 +89,18 @@ class TextFeed:
             notes=Path(self.config.run.out) / "windows.jsonl",
             identity=content_hash([self.inputs, self.length, seed, self.corpus.column]),
         )
-        measure = HeldOutText(
-            sets={name: Windows(one, self._encode, self.length, None) for name, one in self.held_out.items()},
-            windows_at_a_time=self.config.rows.batch_size,
-            actor=models["actor"],
-            prepare=prepare,
-        )
+        measure = self.measure(models, self.held_out)
         evaluate = when_due(self.config.evaluation, measure, last=self.steps)
         return Fed(source=InWindows(windows), prepare=prepare, push_weights=None, evaluate=evaluate)
+
+    def measure(self, models: Mapping[str, Seat], sets: Mapping[str, Corpus]) -> HeldOutText:
+        """What measures the policy on some corpora."""
+        return HeldOutText(
+            sets={name: Windows(one, self._encode, self.length, None) for name, one in sets.items()},
+            windows_at_a_time=self.config.rows.batch_size,
+            actor=models["actor"],
+            prepare=Preparation(method=self.config.method, models=models, seed=self.config.run.seed),
+        )
 
     def ask(self, models: Mapping[str, Seat], progress: Progress) -> None:
         return None

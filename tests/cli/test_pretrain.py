@@ -66,3 +66,15 @@ def test_what_text_has_no_use_for_is_refused(folder, capsys, flags, message):
     assert main([command, *argv, "--out", "never", *flags]) == 2
     assert message in capsys.readouterr().err
     assert not (folder / "never").exists()
+
+
+@pytest.mark.parametrize("method", ["pretrain", "distill"])
+def test_a_model_is_measured_afterwards_as_its_run_measured_it(folder, method):
+    command, *given = arguments(method)
+    assert main([command, *given, "--steps", "1", "--out", "run"]) == 0
+    last = json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    kept = {"--data", "--teacher", "--max-length"}
+    flags = [word for pair in zip(given[::2], given[1::2], strict=True) if pair[0] in kept for word in pair]
+    assert main(["eval", method, "--model", "run/model", *flags, "--out", "measured"]) == 0
+    found = json.loads((folder / "measured" / "evaluation.json").read_text())
+    assert found["loss"] == pytest.approx(last["eval/loss"], rel=1e-5)
