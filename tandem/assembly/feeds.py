@@ -139,7 +139,7 @@ class RowsFeed:
         return {
             "data": describe_data(self.rows, self.counts, self.order, items, self.steps),
             "held out": describe_sets(self.held_out, "rows"),
-        }
+        } | self.once.uses()
 
     def check(self) -> None:
         """Says what the method has to say about the rows. Raises UserError where it can learn nothing from them, or

@@ -40,16 +40,26 @@ class AskedOnce:
     lacking: list[str] = field(default_factory=list, init=False)
     """The roles that must be asked something."""
 
+    @property
+    def folder(self) -> Path:
+        """Where what they say is kept."""
+        return Path(self.config.rows.reference_cache or Path(self.config.run.out) / KEPT)
+
+    def uses(self) -> dict[str, str]:
+        """What the run would use of them, for a dry run."""
+        said = f"asked once about each row, before the first step; kept in {self.folder}"
+        itself = "the model itself, " if all(map(self.config.is_actor, self.config.asked_once)) else ""
+        return {f"{role}, once": itself + said for role in self.config.asked_once}
+
     def recall(self) -> set[str]:
         """Reads what earlier runs have kept, and returns the roles whose models need not be loaded.
 
         That is those that have said all, and those that are the actor as it is before the first step.
         """
         config = self.config
-        folder = Path(config.rows.reference_cache or Path(config.run.out) / KEPT)
         for role in config.asked_once:
             about = {"model": weights_digest(config.sources[role]), "dtype": config.model.dtype}
-            self.known[role] = known = Known(folder, about)
+            self.known[role] = known = Known(self.folder, about)
             for line in known.read():
                 say(line)
             if any(known.lacking(batch) for batch in self._shown()):

@@ -62,7 +62,7 @@ MORE = {
 
 @pytest.mark.parametrize(
     ("method", "threads", "prompts"),
-    [*((m, 1, 6) for m in ("sft", "rm", "dpo", "ppo", "grpo", "online-dpo", "opd")), ("grpo", CORES, 96)],
+    [*((m, 1, 6) for m in ("sft", "rm", "dpo", "kto", "ppo", "grpo", "online-dpo", "opd")), ("grpo", CORES, 96)],
 )
 def test_killed_and_resumed_equals_unbroken(inputs, method, threads, prompts):
     """With the default number of threads too, in steps that are large enough for torch to divide among them."""
