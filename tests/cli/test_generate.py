@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -174,8 +175,38 @@ def test_best_and_pairs_are_those_of_the_samples(inputs, capsys):
     assert main(["dpo", "--model", "base", "--data", "s/pairs.jsonl", "--out", "d", "--steps", "1"]) == 0
 
 
-def test_a_reward_model_judges_and_chats_stay_chats(inputs):
-    """Messages come back as messages, and the reward model's score is the reward."""
+def test_chats_stay_chats(inputs):
+    """Messages come back as a message, which training and scoring read."""
+    shutil.copytree("base", "chatting")
+    template = "{% for m in messages %}{{ m.content }}{{ eos_token if m.role == 'assistant' else '=' }}{% endfor %}"
+    Path("chatting/chat_template.jinja").write_text(template)
+    rows = [{"prompt": [{"role": "user", "content": word}]} for word in ("ab", "ba", "cab", "bac")]
+    Path("chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("count.py").write_text(
+        "def count(completions):\n    return [float(len(c[0]['content'])) for c in completions]\n"
+    )
+    words = [
+        "--data",
+        "chats.jsonl",
+        "--max-new-tokens",
+        "5",
+        "--reward",
+        "count.py:count",
+        "--samples-per-prompt",
+        "3",
+    ]
+    assert main(["sample", "--model", "chatting", *words, "--out", "s"]) == 0
+    best = read_lines(Path("s/best.jsonl"))
+    assert [row["prompt"] for row in best] == [row["prompt"] for row in rows]
+    assert all([m["role"] for m in row["completion"]] == ["assistant"] for row in best)
+    assert main(["score", "--data", "s/best.jsonl", "--reward", "count.py:count", "--out", "again"]) == 0
+    assert [row["reward"] for row in read_lines(Path("again/scored.jsonl"))] == [row["reward"] for row in best]
+    train = ["sft", "--model", "chatting", "--data", "s/best.jsonl", "--steps", "1", "--out", "t"]
+    assert main(train) == 0
+
+
+def test_a_reward_model_judges(inputs):
+    """Its score is the reward."""
     assert (
         main(["rm", "--model", "base", "--data", "pairs.jsonl", "--out", "rm", "--steps", "1", "--batch-size", "4"])
         == 0
