@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 README, PAGE = (command_lines(code_blocks((ROOT / name).read_text())) for name in ("README.md", "docs/methods.md"))
 RUNS = [words for words in README if "--steps" in words]
 GRADED = "def graded(completion_ids, **columns):\n    return [sum(ids) % 97 / 97 for ids in completion_ids]\n"
+SAMPLED = ("generate", "sample")
 SHORT = {"--max-new-tokens": "4", "--prompts-per-step": "2", "--samples-per-prompt": "2"}
 SMALL = SHORT | {"--steps": "2", "--overlong-length": "4", "--overlong-buffer": "2"}
 
@@ -43,17 +44,20 @@ def shortened(words):
     if words[0] == "dapo":
         changed[changed.index("check.py:right")] = "graded.py:graded"
     changed = [SMALL.get(before, word) for before, word in zip(["", *changed], changed, strict=False)]
-    more = {"--steps": "2", "--model": "base"} | (SHORT if words[0] in SAMPLES else {"--batch-size": "4"})
+    if words[0] in SAMPLED:
+        more = {name: value for name, value in SHORT.items() if name != "--prompts-per-step"}
+    else:
+        more = {"--steps": "2", "--model": "base"} | (SHORT if words[0] in SAMPLES else {"--batch-size": "4"})
     return changed + [word for flag, value in more.items() if flag not in changed for word in (flag, value)]
 
 
 def test_each_method_of_the_readme_runs_after_the_one_before(recipes):
     assert [words[0] for words in RUNS] == ["sft", "rm", "ppo", "grpo"]
-    of_the_page = [words for words in PAGE if "--steps" in words]
+    of_the_page = [words for words in PAGE if "--steps" in words or (words[0] in SAMPLED and "--out" in words)]
     for words in [*RUNS, ["grpo", "--config", "grpo.yaml", "--out", "runs/from-yaml"], *of_the_page]:
         assert main(shortened(words)) == 0
         out = Path(words[words.index("--out") + 1])
-        assert (out / "model" / "config.json").is_file()
+        assert (out / ("samples.jsonl" if words[0] in SAMPLED else "model/config.json")).is_file()
     again = [*README[[w[:2] for w in README].index(["ppo", "--config"])]]
     assert main(again) == 0
     first, second = (
