@@ -32,6 +32,9 @@ def recipes(tmp_path, monkeypatch):
     module.save_pretrained("base")
     make_tokenizer().save_pretrained("base")
     Path("graded.py").write_text(GRADED)
+    for corpus in ("corpus", "heldout"):
+        Path(corpus).mkdir()
+        Path(corpus, "text.jsonl").write_text(json.dumps({"text": "plain text, " * 40}) + "\n")
     return tmp_path / "recipes"
 
 
