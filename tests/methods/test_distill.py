@@ -15,9 +15,13 @@ from tandem.functional.divergence import Divergence, divergence, with_tail
 from tandem.methods.distill import Distill
 from tandem.models.loading import prepare_module
 from tandem.parallel.world import World
+from tandem.rollout import evaluate
+from tandem.rollout.evaluate import HeldOutRows
+from tandem.rollout.prepare import Preparation
 from tandem.training.optim import OptimParams
 from tandem.training.trainer import LocalScorer, LocalTrainer
 from tandem.types import Limits, Sequence
+from tandem.workers.homes import seat_of
 
 WORDS = len(make_tokenizer())
 
@@ -147,6 +151,19 @@ def test_what_a_teacher_says_goes_with_its_segments():
         assert (whole.seen["teacher"].top_id_TK is None) == (k == 0)
         if k:
             assert whole.seen["teacher"].top_logp_TK[whole.trainable_T].exp().sum(-1).sub(1).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence"])
+def test_held_out_rows_are_measured_some_at_a_time_as_together(aggregation, monkeypatch):
+    method = Distill(kd_coef=0.5, teacher_top_k=4, aggregation=aggregation)
+    trainer, scorer = of(method, *(prepare_module(make_module(seed=i), make_tokenizer()) for i in (0, 1)))
+    seats = {"actor": seat_of(trainer), "teacher": seat_of(scorer)}
+    held_out = HeldOutRows(
+        sets={"": rows(11, 0)}, actor=seats["actor"], prepare=Preparation(method=method, models=seats)
+    )
+    together = held_out._found(rows(11, 0), 0)
+    monkeypatch.setattr(evaluate, "ROWS_AT_A_TIME", 4)
+    assert held_out._found(rows(11, 0), 0) == pytest.approx(together, rel=1e-5)
 
 
 def test_a_teacher_whose_logits_are_more_than_its_head_is_refused_for_the_whole_vocabulary():
