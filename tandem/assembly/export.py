@@ -22,6 +22,7 @@ from tandem.models.weights import load_whole
 from tandem.runs.folder import CHECKPOINTS, MODEL
 from tandem.runs.identity import CONFIG, IDENTITY, read_identity
 from tandem.runs.progress import say
+from tandem.types import ScoreScale
 
 
 def export(config: ExportConfig) -> Path:
@@ -33,6 +34,7 @@ def export(config: ExportConfig) -> Path:
     section, out = config.export, Path(config.export.out)
     if out.exists() and not section.overwrite:
         raise UserError(f"{out}: is there already; give another --out, or replace it with --overwrite")
+    _require_replaceable(out, Path(located(section.model)))
     found = find_weights(section.model, section.step)
     if section.ema and not isinstance(found, Checkpoint):
         raise UserError(f"ema: {found} is no checkpoint; of a finished run the running average is the folder model-ema")
@@ -42,9 +44,7 @@ def export(config: ExportConfig) -> Path:
     try:
         shutil.rmtree(aside, ignore_errors=True)
         say(f"writing {out}")
-        model.export(
-            aside, {name: t.to(model.torch_dtype) if t.is_floating_point() else t for name, t in state.items()}
-        )
+        model.export(aside, {name: _in_dtype(name, t, model.torch_dtype) for name, t in state.items()})
         shutil.rmtree(out, ignore_errors=True)
         aside.rename(out)
     except OSError as error:
@@ -54,6 +54,34 @@ def export(config: ExportConfig) -> Path:
     if hub is not None:
         hub.upload(out)
     return out
+
+
+def _require_replaceable(out: Path, source: Path) -> None:
+    """Raises UserError where ``--overwrite`` would remove what is no exported model, or what is to be exported."""
+    if not out.exists():
+        return
+    if out.is_symlink() or not out.is_dir():
+        raise UserError(f"{out}: is no folder, and would be lost; give another --out")
+    if source.exists() and source.resolve().is_relative_to(out.resolve()):
+        raise UserError(f"{out}: holds {source}, which is exported, and would be lost; give another --out")
+    present = [*out.iterdir()]
+    other = next((path for path in present if path.is_dir() or path.name == IDENTITY), None)
+    if other is not None or (present and not (out / "config.json").exists()):
+        raise UserError(
+            f"{out}: holds {(other or present[0]).name!r}, and --overwrite replaces the folder of a model only; give "
+            "another --out"
+        )
+
+
+def _in_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Raises UserError where a number of it is too large for the dtype."""
+    if not tensor.is_floating_point():
+        return tensor
+    found = tensor.to(dtype)
+    if found.dtype != tensor.dtype and not (found.isfinite() == tensor.isfinite()).all():
+        largest = tensor[tensor.isfinite()].abs().max().item()
+        raise UserError(f"dtype: {name} has {largest:.6g}, which {str(dtype).removeprefix('torch.')} cannot hold")
+    return found
 
 
 def find_weights(place: str, step: int | None) -> Checkpoint | str:
@@ -115,6 +143,8 @@ def _of_checkpoint(checkpoint: Checkpoint, config: ExportConfig) -> tuple[Loaded
         about = AutoConfig.from_pretrained(located(base), trust_remote_code=code)
         if scalar:
             about.num_labels, about.pad_token_id = 1, tokenizer.pad_token_id
+            for name in ScoreScale._fields:  # that of the base's scores
+                vars(about).pop(name, None)
         module = auto.from_config(about, trust_remote_code=code).eval()
     with suppress(OSError):  # a base that has none
         if not scalar:
@@ -139,8 +169,8 @@ def _of_folder(source: str, config: ExportConfig) -> tuple[LoadedModel, dict[str
     scalar = any(name.endswith("ForSequenceClassification") for name in about.architectures or ())
     auto = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
     module, _ = load_whole(auto, source, what="model", trust_remote_code=code)
-    model = _written_in(module, load_tokenizer(source, trust_remote_code=code), config)
-    return model, module.state_dict()
+    state = module.state_dict()
+    return _written_in(module, load_tokenizer(source, trust_remote_code=code), config), state
 
 
 def _written_in(module: Any, tokenizer: Any, config: ExportConfig) -> LoadedModel:

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from tandem.assembly.feeds import require_columns
 from tandem.assembly.inputs import digest_inputs
@@ -16,6 +16,7 @@ from tandem.assembly.judging import judge_of, placed_reward_models, score_scales
 from tandem.assembly.placing import Homes
 from tandem.assembly.plans import print_plan
 from tandem.assembly.reading import columns_of, of_kind
+from tandem.assembly.sampled import OF_A_SAMPLE
 from tandem.assembly.sections import EngineSection
 from tandem.assembly.sessions import start_of
 from tandem.assembly.uses import ScoreConfig
@@ -31,7 +32,7 @@ from tandem.runs.folder import SCORED, RunFolder
 from tandem.runs.lines import append_lines, iterate_lines, keep_lots, whole_lots
 from tandem.runs.progress import Progress
 from tandem.seeds import derive_seed
-from tandem.types import Group, Message, Prompt, Rollout
+from tandem.types import Group, Message, Prompt, Rollout, StopReason
 
 LOT = 256
 """256 rows or a few more, whole prompts of them, are judged and written together."""
@@ -41,6 +42,8 @@ ADDED = {
     "rejected": ("rejected_reward", "rejected_reward_parts"),
 }
 """By the column of an answer, the columns of its judgement."""
+STOPS = get_args(StopReason)
+"""How an answer may have ended, as ``tandem generate`` writes it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,21 +131,28 @@ def _read(config: ScoreConfig) -> tuple[Dataset, tuple[str, ...]]:
 
 
 def _items(rows: Dataset, answers: tuple[str, ...], tokenizer: Any) -> Iterator[_Item]:
-    def prompt_of(index: int) -> str:
-        return content_hash(_parts(rows, index, answers)[0])
+    judged = {name for names in ADDED.values() for name in names}
 
-    for prompt_id, run in groupby(range(len(rows)), prompt_of):
+    def columns_of_prompt(index: int) -> dict[str, Any]:
+        row = rows[index]
+        # The rows of 'tandem generate' have columns that are each a sample's own.
+        own = OF_A_SAMPLE if {"row", "sample"} <= row.keys() else ()
+        return {name: value for name, value in row.items() if name not in {"prompt", *answers, *judged, *own}}
+
+    def asked(index: int) -> tuple[str, str]:
+        return content_hash(_parts(rows, index, answers)[0]), content_hash(columns_of_prompt(index))
+
+    for (prompt_id, _), run in groupby(range(len(rows)), asked):
         indices = list(run)
         # The answers of a preference are a group of their own, whatever stands beside it.
         for some in [[index] for index in indices] if len(answers) > 1 else [indices]:
             content = _parts(rows, some[0], answers)[0]
-            judged = {name for names in ADDED.values() for name in names}
-            columns = {
-                name: value for name, value in rows[some[0]].items() if name not in {"prompt", *answers, *judged}
-            }
-            prompt = Prompt(prompt_id=prompt_id, prompt=content, token_ids=(), columns=columns)
+            prompt = Prompt(prompt_id=prompt_id, prompt=content, token_ids=(), columns=columns_of_prompt(some[0]))
             texts = [(index, text) for index in some for text in _parts(rows, index, answers)[1]]
-            rollouts = [_rollout(prompt_id, n, text, rows[index], tokenizer) for n, (index, text) in enumerate(texts)]
+            rollouts = []
+            for n, (index, text) in enumerate(texts):
+                with rows.at(index) as row:
+                    rollouts.append(_rollout(prompt_id, n, text, row, tokenizer))
             yield _Item(rows=range(some[0], some[-1] + 1), group=Group(prompt=prompt, rollouts=rollouts))
 
 
@@ -163,7 +173,13 @@ def _text(answer: str | list[Message], column: str) -> str:
 
 
 def _rollout(prompt_id: str, number: int, text: str, row: Mapping[str, Any], tokenizer: Any) -> Rollout:
-    ids = row.get("token_ids") or (encode(text, tokenizer, special_tokens=False) if tokenizer is not None else [])
+    """Raises UserError where the row's own ``token_ids`` or ``stop`` are none."""
+    known, stop = row.get("token_ids"), row.get("stop")
+    if known is not None and not (isinstance(known, list) and all(type(token) is int for token in known)):
+        raise UserError(f"column 'token_ids' must be a list of whole numbers, not {known!r:.60}")
+    if stop is not None and stop not in STOPS:
+        raise UserError(f"column 'stop' says how an answer ended, {', '.join(STOPS)}, not {stop!r:.60}")
+    ids = known or (encode(text, tokenizer, special_tokens=False) if tokenizer is not None else [])
     return Rollout(
         prompt_id=prompt_id,
         sample_index=number,
@@ -172,7 +188,7 @@ def _rollout(prompt_id: str, number: int, text: str, row: Mapping[str, Any], tok
         trainable=[True] * len(ids),
         behaviour_logp=[],
         untruncated_logp=[],
-        stop=row.get("stop") or "eos",
+        stop=stop or "eos",
         completion=text,
     )
 

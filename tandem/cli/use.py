@@ -37,7 +37,7 @@ def sample(config: SampleConfig) -> int:
     }
     rest = ", ".join(f"{count} {words[what]}" for what, count in counts.items() if count and what in words)
     if not counts["kept"]:
-        raise UserError(f"{samples}: nothing in it can be kept: {rest} prompts; nothing to train on")
+        raise UserError(f"{samples}: no prompt in it can be kept: {rest}; nothing to train on")
     print(f"{counts['kept']} prompts are kept in {out}" + (f"; left out are {rest}" if rest else ""))
     method = "sft" if keep == "best" else "dpo"
     following = Path(config.run.out).with_name(method)

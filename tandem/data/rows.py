@@ -238,7 +238,7 @@ def open_dataset(source: str, split: str) -> Any:
             named, _, folder = source.partition("@")
             name, _, config = named.partition(":")
             return datasets.load_dataset(name, config or None, split=split, data_dir=folder or None)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, TypeError, KeyError, datasets.exceptions.DatasetsError) as error:
         what = (
             "not a readable saved dataset"
             if path.exists()

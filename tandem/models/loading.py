@@ -18,6 +18,7 @@ from tandem.models.limits import require_language_model
 from tandem.models.probe import probe_forward
 from tandem.models.weights import load_whole, require_finite
 from tandem.seeds import derive_seed
+from tandem.types import ScoreScale
 
 log = logging.getLogger("tandem")
 Dtype = Literal["float32", "bfloat16"]
@@ -84,7 +85,8 @@ def load_scalar(
     A causal LM's folder has no such head: ``new_head`` says what to do then. ``zero`` starts a critic at value 0,
     ``random`` draws N(0, 1 / (hidden + 1)) (Stiennon et al., arXiv:2009.01325, appendix B), ``refuse`` raises
     UserError, since a reward model without a trained head rewards nothing in particular. A new head is said in a
-    line. Raises UserError also where any other tensor is missing, and for numbers that are not finite.
+    line. What the config says of the scores' scale (``ScoreScale``) is left out: trained further, they have another.
+    Raises UserError also where any other tensor is missing, and for numbers that are not finite.
     """
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     module, lacking = load_whole(
@@ -106,6 +108,8 @@ def load_scalar(
         std = 0.0 if new_head == "zero" else (head.in_features + 1) ** -0.5
         with torch.no_grad():
             head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * std)
+    for name in ScoreScale._fields:
+        vars(module.config).pop(name, None)
     return _prepare_loaded(module, source, tokenizer, dtype, device)
 
 

@@ -211,9 +211,13 @@ def _number(value: Any, index: int) -> float | None:
         value = value.item()  # a number in an array's or a tensor's clothes
     if not isinstance(value, int | float):
         raise Fault(f"returned a value of type {type(value).__name__}, not a number or None, for ", index)
-    if not math.isfinite(value):
-        raise Fault(f"returned {float(value)} for ", index, "; return None to leave a sample out")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number may be larger than any float
+        number = math.inf
+    if not math.isfinite(number):
+        raise Fault(f"returned {number} for ", index, "; return None to leave a sample out")
+    return number
 
 
 def _last_sample(trace: TracebackType | None, file: str | None, completions: Any) -> int | None:

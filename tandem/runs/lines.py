@@ -37,8 +37,9 @@ def append_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 
 
 def json_line(record: Mapping[str, Any]) -> str:
-    """The record as ``append_lines`` writes it."""
-    return json.dumps(_finite(record), ensure_ascii=False, allow_nan=False, default=str) + "\n"
+    """The record as ``append_lines`` writes it. Half a surrogate pair, which UTF-8 lacks, is escaped as JSON does."""
+    text = json.dumps(_finite(record), ensure_ascii=False, allow_nan=False, default=str)
+    return text.encode(errors="backslashreplace").decode() + "\n"
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

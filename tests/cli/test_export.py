@@ -51,6 +51,28 @@ def files(folder):
     return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
+def measured(run, *, scaled):
+    """The files of a run's model; without ``scaled`` their config lacks what a run measures when it is done."""
+    found = files(f"{run}/model")
+    config = json.loads(found["config.json"])
+    assert ("score_mean" in config) == (run == "rm")
+    if not scaled and run == "rm":
+        del config["score_mean"], config["score_std"]
+        found["config.json"] = json.dumps(config, indent=2, sort_keys=True).encode() + b"\n"
+    return found
+
+
+def test_a_reward_model_that_is_trained_on_has_no_scale_of_before(runs):
+    """Its pairs are alike now, so that there is none to measure, and its checkpoint has none either."""
+    Path("alike.jsonl").write_text('{"prompt": "a=", "chosen": "b", "rejected": "b"}\n' * 4)
+    words = ["--model", "rm/model", "--data", "alike.jsonl", "--steps", "1", "--batch-size", "4", "--out", "on"]
+    assert main(["rm", *words]) == 0
+    assert export("--model", "on/checkpoints/step_00000001", "--out", "step") == 0
+    assert "score_mean" in files("rm/model")["config.json"].decode()
+    for folder in ("on/model", "step"):
+        assert "score_mean" not in files(folder)["config.json"].decode()
+
+
 def export(*words):
     return main(["export", *map(str, words)])
 
@@ -61,8 +83,8 @@ def test_the_last_checkpoint_is_the_model_that_the_run_wrote(runs, run):
     last = f"{run}/checkpoints/step_00000004"
     for number, source in enumerate([last, f"{last}/actor.pt", run, f"{run}/model"]):
         assert export("--model", source, "--out", f"out{number}") == 0
-        assert files(f"out{number}") == files(f"{run}/model")
-    written = files(f"{run}/model")
+        assert files(f"out{number}") == measured(run, scaled=source == f"{run}/model" or source == run)
+    written = measured(run, scaled=False)
     shutil.rmtree(f"{run}/model")
     assert export("--model", run, "--out", "unfinished") == 0
     assert files("unfinished") == written
@@ -120,6 +142,28 @@ def test_what_is_no_whole_checkpoint_is_refused(runs, capsys):
     assert "base: rm/model is a whole model" in refused(capsys, "--model", "rm/model", "--base", "base")
     assert export("--model", "rm", "--out", "moved") == 2
     assert export("--model", "rm", "--out", "moved", "--overwrite") == 0
+
+
+def test_overwrite_replaces_the_folder_of_a_model_and_nothing_else(runs, capsys):
+    """A run (its checkpoints!), what is exported itself, and folders of other things stay."""
+    Path("mine").mkdir()
+    Path("mine/thesis.txt").write_text("x")
+    for source, out in (("rm", "rm"), ("rm/model", "rm"), ("rm/model", "rm/model"), ("sft", "rm"), ("rm", "mine")):
+        assert export("--model", source, "--out", out, "--overwrite") == 2
+        assert "give another --out" in capsys.readouterr().err
+    assert Path("rm/checkpoints/step_00000004/actor.pt").exists()
+    assert Path("rm/model/config.json").exists()
+    assert Path("mine/thesis.txt").exists()
+
+
+def test_a_number_that_the_dtype_cannot_hold_is_refused(runs, capsys):
+    model = AutoModelForCausalLM.from_pretrained("sft/model")
+    with torch.no_grad():
+        model.model.norm.weight[0] = 1e5
+    model.save_pretrained("sft/model")
+    message = "dtype: model.norm.weight has 100000, which float16 cannot hold"
+    assert message in refused(capsys, "--model", "sft/model", "--dtype", "float16")
+    assert export("--model", "sft/model", "--dtype", "bfloat16", "--out", "held") == 0
 
 
 class Repositories(ThreadingHTTPServer):

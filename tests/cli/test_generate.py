@@ -134,13 +134,13 @@ def refused(words, capsys):
         ([*JUDGED, "--out", "s", "--token-budget", "9"], "--token-budget: has no effect, since this run has no"),
         ([*GENERATE, "--out", "s", "--offload", "optimizer"], "--offload: has no effect, since this run has no"),
         ([*GENERATE, "--out", "s", "--engine.max-length", "5"], "max_new_tokens: 5 leave no room for a prompt"),
-        ([*JUDGED, "--out", "s", "--min-reward", "9"], "s/samples.jsonl: nothing in it can be kept: 40 with a best"),
+        ([*JUDGED, "--out", "s", "--min-reward", "9"], "s/samples.jsonl: no prompt in it can be kept: 40 with a best"),
         ([*GENERATE, "--out", "s", "--engine.kind", "vllm", "--top-k", "5", "--write", "logprobs"], "--write: vLLM"),
     ],
 )  # fmt: skip
 def test_wrong_input_is_one_line(inputs, capsys, words, message):
     assert message in refused(words, capsys)
-    assert "nothing in it" in message or not Path("s").exists()
+    assert "no prompt in it" in message or not Path("s").exists()
 
 
 def test_a_column_that_the_samples_take_is_said(inputs, capsys):

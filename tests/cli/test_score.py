@@ -93,3 +93,23 @@ def test_conversations_and_ids(capsys):
     assert "turns.jsonl:1: column 'completion' must be text or one message" in capsys.readouterr().err
     assert main(["score", "--data", "demos.jsonl", "--out", "refused"]) == 2
     assert not Path("refused").exists()
+
+
+def test_a_row_is_judged_with_its_own_columns():
+    """Also beside a row of the same prompt; rows of one prompt and equal columns are judged together."""
+    rows = [{"prompt": "q=", "completion": "ab", "answer": answer} for answer in ("ab", "ba", "ba")]
+    Path("own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("own.py").write_text(
+        "def equal(completions, answer):\n    return [c == a for c, a in zip(completions, answer)]\n"
+    )
+    assert [row["reward"] for row in score("own", "--data", "own.jsonl", "--reward", "own.py:equal")] == [1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("column", "value"), [("token_ids", "xyz"), ("token_ids", 5), ("token_ids", [1.5]), ("stop", "bogus"), ("stop", 5)]
+)
+def test_columns_of_samples_that_hold_something_else_are_refused(column, value, capsys):
+    row = {"prompt": "q=", "completion": "ab", "answer": "ab"}
+    Path("odd.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {column: value}) + "\n")
+    assert main(["score", "--data", "odd.jsonl", "--reward", "check.py:right", "--out", "refused"]) == 2
+    assert f"odd.jsonl:2: column '{column}' " in capsys.readouterr().err

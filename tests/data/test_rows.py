@@ -157,3 +157,9 @@ def test_missing_column_names_the_row_and_those_present(tmp_path) -> None:
     with pytest.raises(UserError) as caught, rows.at(1) as row:
         require_column(row, "prompt")
     assert str(caught.value) == f"{file}:3: no column 'prompt'; columns present: 'question', 'x'"
+
+
+def test_a_damaged_saved_dataset_is_one_line(tmp_path) -> None:
+    (tmp_path / "dataset_dict.json").write_text("[]")
+    with pytest.raises(UserError, match="not a readable saved dataset"):
+        load_rows(str(tmp_path))

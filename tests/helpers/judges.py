@@ -155,6 +155,11 @@ def one_nan(completion):
 
 
 @judges("sample")
+def too_large(completion):
+    return 10**400
+
+
+@judges("sample")
 def one_hangs(completion):
     if completion == "hang":
         threading.Event().wait()  # one of them, for ever

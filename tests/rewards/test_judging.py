@@ -27,7 +27,19 @@ JUDGES = Path(__file__).parents[1] / "helpers" / "judges.py"
 @pytest.fixture(scope="module")
 def judges():
     """Rewards by name, each in its processes; made once for all tests of this file."""
-    names = ("one", "one_draws", "best", "waits", "works", "when", "when_all", "one_nan", "one_fails", "counting")
+    names = (
+        "one",
+        "one_draws",
+        "best",
+        "waits",
+        "works",
+        "when",
+        "when_all",
+        "one_nan",
+        "one_fails",
+        "counting",
+        "too_large",
+    )
     processes = RewardProcesses(
         [f"{JUDGES}:{name}" for name in names], deadline_s=20.0, waits_s=(0.01, 0.01), processes=2
     )
@@ -157,6 +169,8 @@ def test_counts_beside_the_scores(judges):
 def test_what_goes_wrong_names_the_sample(judges):
     with pytest.raises(UserError, match=r"'one_nan' returned nan for sample 1 \(prompt p0\): completion 'bad'"):
         run(Engine([["good", "bad"]], [[1, 2]]), judges["one_nan"])
+    with pytest.raises(UserError, match=r"'too_large' returned inf for sample 0 \(prompt p0\)"):
+        run(Engine([["a"]], [[1]]), judges["too_large"])
     with pytest.raises(RunFailure, match=r"'one_fails' raised ValueError: .* last at sample 1 .* called 3 times"):
         run(Engine([["1", "bad"]], [[2, 1]]), judges["one_fails"])
     with pytest.raises(UserError, match=r"'one' wants the column 'answer'.*can have: completion, completion_ids, prom"):

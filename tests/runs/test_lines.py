@@ -6,7 +6,7 @@ import pytest
 
 from tandem.errors import UserError
 from tandem.runs.folder import _describe_sample
-from tandem.runs.lines import keep_until, read_lines
+from tandem.runs.lines import append_line, keep_until, read_lines
 from tandem.types import Rollout
 
 LINES = [b'{"step": 0}\n', b'{"step": 1, "a": "\xc3\xa9"}\n', b'{"step": 1}\n', b'{"step": 2}\n', b'{"time": "x"}\n']
@@ -61,3 +61,10 @@ def test_a_sample_is_written_with_every_number_of_its_tokens():
         "untruncated_logp": [-0.2, 0.0, -3.0], "trainable": [True, False, True], "stop": "eos",
         "version_min": 3, "version_max": 4,
     }  # fmt: skip
+
+
+def test_half_a_surrogate_pair_of_the_data_is_written_and_read_back(tmp_path):
+    record = json.loads(r'{"a": "x\ud800\u00e9", "b": ["\udfff"]}')
+    append_line(tmp_path / "lines.jsonl", record)
+    assert (tmp_path / "lines.jsonl").read_text(encoding="utf-8").startswith(r'{"a": "x\ud800é"')
+    assert read_lines(tmp_path / "lines.jsonl") == [record]
