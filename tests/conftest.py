@@ -10,6 +10,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 # Before torch is imported: the tensors are tiny, and threads that wait for each other are slow where cores are shared.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# No test may ask a hub: where there is none, each question is repeated for three quarters of a minute.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if not os.path.exists("/dev/nvidia0"):
     # Before kernels are defined: without a GPU, Triton runs them on CPU tensors, step by step in Python.
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -21,6 +21,14 @@ from tandem.cli.main import main
 from tandem.tasks.tiny import build_model, build_tokenizer
 
 
+@pytest.fixture(scope="module", autouse=True)
+def online():
+    """There is a hub here, in this process. A tokenizer that is read without one is written with that mark."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        yield
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """Runs of 4 steps with a checkpoint every 2: SFT of a model with tied embeddings, and a reward model."""
