@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import pickle
 import socket
 import traceback
@@ -11,10 +10,9 @@ from typing import Any
 
 import torch
 
+from helpers.processes import PROCESSES
 from tandem.parallel.world import World, join
 
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["tandem.training.trainer", "tandem.models.loading"])
 DEADLINE_S = 120
 
 

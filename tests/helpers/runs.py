@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -14,11 +13,8 @@ from pathlib import Path
 import torch
 
 from helpers.models import make_module, make_tokenizer
+from helpers.processes import PROCESSES
 from tandem.training.trainer import LocalTrainer
-
-# Children are forked from a server that has imported everything but computed nothing: quick, and free of threads.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["tandem.cli.train", "matplotlib.figure", "matplotlib.backends.backend_agg"])
 
 
 def write_inputs(folder: Path) -> None:
