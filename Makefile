@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+# A file's tests go to one process, in the order of tests/conftest.py: xdist's own would leave the longest for the end.
+SPREAD := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help quickstart test test-vllm lint clean
 
@@ -17,11 +19,11 @@ quickstart: $(VENV)/base.stamp
 	$(BIN)/tandem quickstart
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest --ignore=tests/vllm --ignore=tests/workers -n 2 --dist loadfile
-	$(BIN)/python -m pytest tests/workers -n 2 --dist loadfile
+	$(BIN)/python -m pytest --ignore=tests/vllm --ignore=tests/workers $(SPREAD)
+	$(BIN)/python -m pytest tests/workers $(SPREAD)
 
 test-vllm: $(VENV)/vllm.stamp
-	$(BIN)/python -m pytest tests/vllm -n 2 --dist loadfile
+	$(BIN)/python -m pytest tests/vllm $(SPREAD)
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .

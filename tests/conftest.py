@@ -23,6 +23,33 @@ import pytest
 from helpers.models import make_module, make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
+TESTS = Path(__file__).parent
+LONGEST = (
+    "quickstart/test_quickstart.py",
+    "learning/test_learning.py",
+    "cli/test_resume.py",
+    "kernels/test_compiles.py",
+    "bench/test_benches.py",
+    "own_loop/test_loop.py",
+    "parallel/test_sharded_training.py",
+    "workers/test_failures.py",
+    "workers/test_own_ray.py",
+    "workers/test_offline.py",
+    "workers/test_placements.py",
+    "workers/test_kills.py",
+    "vllm/test_vllm_runs.py",
+    "vllm/test_loop_vllm.py",
+    "vllm/test_vllm_parallel.py",
+)
+"""Files of half a minute and more, whatever the number of their tests."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files come first: of processes that each take the next file, none is left with a long one alone."""
+    places = {TESTS / name: place for place, name in enumerate(LONGEST)}
+    assert all(path.is_file() for path in places), "LONGEST has a file that is not there"
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
 
 @pytest.fixture
 def helpers_importable(monkeypatch: pytest.MonkeyPatch) -> None:
