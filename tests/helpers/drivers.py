@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -28,28 +29,23 @@ def gated(prompts, completions):
         while not (gate / "open").exists():
             time.sleep(0.01)
     return [float(i) for i in range(len(prompts))]
-
-def raising(prompts, completions):
-    raise ValueError("the judge has left the room")
 """
+TOKEN = "hf_" + "NotForAnybodysEyes"
+"""Shows where it is that it must not be."""
 
 
 class Driver:
     """A run of ``method`` in a process of its own. Its reward function waits in step 3 until the gate is opened."""
 
-    def __init__(
-        self, folder: Path, out: str, method: str, *options: str, reward: str = "gated", model: str = "base"
-    ) -> None:
+    def __init__(self, folder: Path, out: str, method: str, *options: str) -> None:
         (folder / "gate.py").write_text(GATE)
         self.out = folder / out
         self.gate = folder / f"{out}-gate"
         self.gate.mkdir()
-        given = unevaluated(arguments(method))
-        given[given.index("--model") + 1] = model
         argv = [
-            *given,
+            *unevaluated(arguments(method)),
             "--reward",
-            f"gate.py:{reward}",
+            "gate.py:gated",
             "--steps",
             "5",
             "--out",
@@ -101,6 +97,25 @@ class Driver:
             if pid in running():
                 os.kill(pid, 9)
         self.process.wait()
+
+
+def events(out: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+
+
+def error_line(output: str) -> str:
+    lines = [line for line in output.splitlines() if line.startswith("tandem: error: ")]
+    assert len(lines) == 1, output
+    assert "Traceback" not in output
+    return lines[0]
+
+
+def assert_kept(logs: Path) -> None:
+    """The token is in no log of Ray's, and on no command line."""
+    files = [file for file in logs.rglob("*") if file.is_file()]
+    assert files
+    assert not [file for file in files if TOKEN.encode() in file.read_bytes()]
+    assert not [pid for pid in running() if TOKEN in command(pid)]
 
 
 def wait_until(condition: Callable[[], bool], otherwise: str = "", patience_s: float = PATIENCE_S) -> None:

@@ -54,17 +54,16 @@ def test_two_workers_equal_one_process(folder, cluster_address, method):
             assert line[name] == pytest.approx(wanted[name], rel=1e-4)
 
 
-@pytest.mark.parametrize("method", ["sft", "dpo"])
-def test_torchrun_equals_one_process(folder, method):
-    here, out = in_one_process(method), f"{method}-torchrun"
-    ended = torchrun(
-        folder, *arguments(method, learning_rate="1e-4"), "--steps", "3", "--out", out, *MORE.get(method, ())
-    )
+def test_torchrun_equals_one_process(folder):
+    """Another model's weights travel too; without one, ``test_a_run_goes_on_under_torchrun``."""
+    here = in_one_process("dpo")
+    argv = [*arguments("dpo", learning_rate="1e-4"), "--steps", "3", "--out", "dpo-torchrun", *MORE["dpo"]]
+    ended = torchrun(folder, *argv)
     assert ended.returncode == 0, ended.stderr
-    assert 0 < difference(load_file(f"{out}/model/model.safetensors"), here) < 1e-6
+    assert 0 < difference(load_file("dpo-torchrun/model/model.safetensors"), here) < 1e-6
     # Rank 0 alone writes and talks.
-    assert [line["step"] for line in metrics(out)] == [1, 2, 3]
-    assert (ended.stdout + ended.stderr).count(f"{method.upper()} 3/3") == 1
+    assert [line["step"] for line in metrics("dpo-torchrun")] == [1, 2, 3]
+    assert (ended.stdout + ended.stderr).count("DPO 3/3") == 1
 
 
 def test_a_run_goes_on_under_torchrun(folder):
@@ -101,11 +100,3 @@ def test_an_error_of_rank_0_ends_all_of_torchrun(folder):
     assert len(errors) == 1, ended.stderr
     assert "bad.jsonl" in errors[0]
     assert not (folder / "bad").exists()
-
-
-def test_torchrun_and_workers_are_one_too_many(folder):
-    argv = [*arguments("sft"), "--steps", "1", "--out", "never", "--placement.actor", "2"]
-    ended = torchrun(folder, *argv)
-    assert ended.returncode != 0
-    assert "placement.actor: torchrun has started the workers already; leave the key out" in ended.stderr
-    assert not (folder / "never").exists()
