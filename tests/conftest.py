@@ -10,6 +10,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 # Before torch is imported: the tensors are tiny, and threads that wait for each other are slow where cores are shared.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Where a test asks for several threads, those that wait leave their core to other tests.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # No test may ask a hub: where there is none, each question is repeated for three quarters of a minute.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if not os.path.exists("/dev/nvidia0"):
