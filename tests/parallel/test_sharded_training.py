@@ -63,15 +63,28 @@ def assert_close(one: Any, two: Any, tolerance: float = 1e-6) -> None:
     # A log-prob sums over all weights' differences, each below the tolerance.
     assert (score - two[1]).abs().max() < 5 * tolerance
     assert state["model"].keys() == two[3]["model"].keys()
+    gradients, others = mean_gradients(state), mean_gradients(two[3])
     for name, value in state["model"].items():
+        assert value.shape == two[3]["model"][name].shape
+        assert (gradients[name] - others[name]).abs().max() < 1e-5 * gradients[name].abs().max() + 1e-9, name
         if "query_key_value.bias" in name:
             continue  # A key's bias shifts a row of attention scores: its gradient is rounding, which Adam blows up.
-        assert value.shape == two[3]["model"][name].shape
         differs = (value - two[3]["model"][name]).abs()
-        # So is that of a weight in thousands elsewhere (1e-8 beside 1e-3): it moves by some of a step's 1e-4 at most.
+        # So it does with the rare weight whose gradient is of the size of its epsilon, 1e-8: that one moves by some of
+        # a step's 1e-4. Of gradients, above, none differs.
         assert differs.max() < 10 * tolerance, name
         assert (differs >= tolerance).sum() <= differs.numel() / 2000, name
     assert state["version"] == two[3]["version"]
+
+
+def mean_gradients(state: Any) -> dict[str, torch.Tensor]:
+    """Adam's first moments by the names of the parameters: matrices come first in its state, as the optimizer's do."""
+    values = state["model"]
+    names = sorted(values, key=lambda name: values[name].ndim < 2)
+    (adam,) = state["optimizer"]
+    found = [adam["state"][i]["exp_avg"] for i in range(len(names))]
+    assert [x.shape for x in found] == [values[name].shape for name in names]
+    return dict(zip(names, found, strict=True))
 
 
 # 7 sequences over micro-batches of 40 tokens: the ranks have unequally many. One sequence: one rank has none at all.
