@@ -35,6 +35,8 @@ def recipes(tmp_path, monkeypatch):
     for corpus in ("corpus", "heldout"):
         Path(corpus).mkdir()
         Path(corpus, "text.jsonl").write_text(json.dumps({"text": "plain text, " * 40}) + "\n")
+    row = {"input": "Add 1 to 2. It is 3. ки\nTwice that is 7. ки", "label": ["+", "-"]}
+    Path("shepherd.jsonl").write_text(json.dumps(row) + "\n")
     return tmp_path / "recipes"
 
 
