@@ -58,6 +58,7 @@ class ExampleConfig:
     evaluation: SampledEvaluationSection = field(default_factory=SampledEvaluationSection)
     engine: EngineSection = field(default_factory=EngineSection, metadata=PREFIXED)
     method: PPO = field(default_factory=lambda: PPO(gamma=0.9))
+    parts = frozenset({"ratios other than 1", "second optimizer step on a step's samples"})
 
 
 REQUIRED = ["--out", "runs/a", "--steps", "5", "--model", "m", "--data", "d.jsonl", "--reward", "r.py:f"]

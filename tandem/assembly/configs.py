@@ -14,6 +14,7 @@ from tandem.assembly.evaluation import EvaluationSection, SampledEvaluationSecti
 from tandem.assembly.needed import (
     ModelsSection,
     Placement,
+    ReferenceModelsSection,
     RolePlacement,
     SamplingPlacement,
     models_class,
@@ -76,6 +77,22 @@ class RunConfig:
             return self.run.steps
         return max(1, math.ceil(Fraction(str(self.run.epochs)) * size / self.items_per_step))
 
+    def idle_for(self, steps: int) -> list[str]:
+        """The keys that a run of so many steps is too short for, and why, a line each."""
+        found, follows, evaluation = [], self.models, self.evaluation
+        if isinstance(follows, ReferenceModelsSection) and follows.reference_every >= steps:
+            found.append(
+                f"reference_every: {follows.reference_every} steps are never over before the last of {steps}, so the "
+                "reference stays as it is"
+            )
+        warmup = warmup_of(self.optim, steps)
+        if self.optim.lr_schedule != "constant" and warmup >= steps:
+            found.append(f"lr_schedule: the warmup takes all {steps} steps, so nothing is {self.optim.lr_schedule}")
+        every = evaluation.eval_every
+        if evaluation.patience > 0 and evaluation.patience > ((steps - 1) // every if every else 0):
+            found.append(f"patience: {evaluation.patience} evaluations are never over before the last of {steps} steps")
+        return found
+
     @property
     def parts(self) -> set[str]:
         """What the run has, for keys that need it (``tandem.errors.needs``)."""
@@ -83,6 +100,12 @@ class RunConfig:
         parts = {need.role for need in needed} | {"frozen model" for need in needed if not need.trained}
         parts |= set() if self.method.pairwise else {"losses of tokens"}
         return parts | data_parts(self.data, self.evaluation) | worker_parts(self.placement)
+
+
+def warmup_of(section: OptimSection, steps: int) -> int:
+    """Steps of the warmup in a run of so many."""
+    warmup = section.warmup_steps
+    return math.ceil(warmup * steps) if warmup < 1 else int(warmup)
 
 
 def _first(value: str | tuple[str, ...]) -> str:
@@ -167,6 +190,12 @@ class SamplesConfig(RunConfig):
             object.__setattr__(self, "reward", judged_by_its_data(self.reward, self.data.data))
         if not self.reward.judges and self.method.samples.rewards == "required":
             raise UserError("reward: nothing judges the samples; give --reward FILE.py:function or --reward-model DIR")
+        prompts, samples = self.sampling.prompts_per_step, self.sampling.samples_per_prompt
+        units, what = (prompts, "pairs") if self.method.pairwise else (prompts * samples, "samples")
+        if self.step.minibatches > units:
+            raise UserError(
+                f"minibatches: expected at most {units}, since a step has no more {what}, got {self.step.minibatches}"
+            )
 
     @property
     def sources(self) -> dict[str, str]:
@@ -184,7 +213,12 @@ class SamplesConfig(RunConfig):
             "reward function": judging,
             "judge of held-out samples": judging or bool(self.reward.judges),
         }
-        present = {part for part, there in judges.items() if there}
+        again = self.step.sample_epochs * self.step.minibatches > 1
+        ratios = {
+            "second optimizer step on a step's samples": again,
+            "ratios other than 1": again or self.step.old_logp == "sampler",
+        }
+        present = {part for part, there in (judges | ratios).items() if there}
         return super().parts | {"samples"} | self.reward.parts | present | worker_parts(self.placement, self.engine)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from functools import partial
@@ -10,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from tandem.assembly.configs import RunConfig, SamplesConfig
+from tandem.assembly.configs import RunConfig, SamplesConfig, warmup_of
 from tandem.assembly.needed import is_reward_model
 from tandem.assembly.sections import DrawsSection, EngineSection, ModelSection, OptimSection
 from tandem.data.chat import set_template
@@ -92,13 +91,12 @@ def optim_params(
     section: OptimSection, *, total_steps: int, learning_rate: float, ema: float | None = None
 ) -> OptimParams:
     """The optimizer of one model; ``total_steps`` are the run's, ``ema`` the decay of an average that it keeps."""
-    warmup = section.warmup_steps
     return OptimParams(
         learning_rate=learning_rate,
         total_steps=total_steps,
         optimizer=section.optimizer,
         lr_schedule=section.lr_schedule,
-        warmup_steps=math.ceil(warmup * total_steps) if warmup < 1 else int(warmup),
+        warmup_steps=warmup_of(section, total_steps),
         weight_decay=section.weight_decay,
         betas=section.betas,
         max_grad_norm=section.max_grad_norm,

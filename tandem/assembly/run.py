@@ -69,6 +69,8 @@ def _run(config: RunConfig, stack: ExitStack, ranks: Ranks | None) -> Path | Non
         return model
     feed.check()
     config.method.check(feed.steps)
+    for line in config.idle_for(feed.steps):
+        say(line)
     if config.run.dry_run:
         _print_plan(config, homes, feed)
         return None

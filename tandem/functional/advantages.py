@@ -62,12 +62,14 @@ def whiten(x_T: Tensor, mask_T: Tensor, floor: float) -> Tensor:
     with ``sqrt(var + 1e-8)``. ``floor`` is the spread that rounding alone could make (``rounding_of``): what is below
     it is not blown up to a signal. It is meant for all that one batch of samples holds, not for a micro-batch.
     """
-    x_N = x_T[mask_T]
+    # In float64: in float32 the square of 1e20 is inf, and a number divided by that a silent 0.
+    x_N = x_T[mask_T].double()
     if x_N.numel() == 0:
         return torch.zeros_like(x_T)
     centred_N = x_N - x_N.mean()
     spread = max(float(centred_N.square().mean().sqrt()), floor)
-    return torch.zeros_like(x_T).masked_scatter(mask_T, centred_N / spread if spread > 0 else centred_N)
+    whitened_N = centred_N / spread if spread > 0 else centred_N
+    return torch.zeros_like(x_T).masked_scatter(mask_T, whitened_N.to(x_T.dtype))
 
 
 def centred(rewards: Sequence[float]) -> list[float]:

@@ -19,5 +19,5 @@ def rounding_of(*terms_N: Tensor) -> float:
     Log-probs and values come from models that compute in bfloat16, or are no better known than if they did. 0 for no
     numbers.
     """
-    size_N = torch.stack(terms_N).abs().sum(0)
+    size_N = torch.stack(terms_N).double().abs().sum(0)
     return BFLOAT16_ROUNDOFF * float(size_N.square().mean().sqrt()) if size_N.numel() else 0.0

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from tandem.batch import Batch, Outputs, TokenLoss
+from tandem.errors import UserError
 from tandem.functional.advantages import group_normalised
 from tandem.functional.policy import clipped_weight_loss
 from tandem.methods.base import Samples
@@ -32,6 +33,14 @@ class CISPO(TokenMethod):
     """
 
     clip: Clip = Clip(clip_low=1.0, clip_high=4.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.clip.dual_clip is not None and self.clip.dual_clip >= 1 + self.clip.clip_high:
+            raise UserError(
+                f"dual_clip: {self.clip.dual_clip:g} has no effect, since no weight is above 1 + clip_high, "
+                f"{1 + self.clip.clip_high:g}; give less, or leave it out"
+            )
 
     def advantages(self, group: Group) -> list[float]:
         """One number for each usable rollout: its reward, normalised in its group."""

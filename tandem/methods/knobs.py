@@ -14,15 +14,19 @@ KLPlace = Literal["reward", "loss", "none"]
 """Where the KL to the reference counts: in the reward, as a loss of its own, or nowhere."""
 
 
+RATIOS = needs(("part", "ratios other than 1"))
+"""Keys of bounds on the policy ratio, which is 1 where one step is taken against the trainer's own log-probs."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Clip:
     """Bounds of the policy ratio."""
 
-    clip_low: float = 0.2
+    clip_low: float = field(default=0.2, metadata=RATIOS)
     """The policy ratio is clipped from below at 1 - clip_low."""
-    clip_high: float = 0.2
+    clip_high: float = field(default=0.2, metadata=RATIOS)
     """The policy ratio is clipped from above at 1 + clip_high."""
-    dual_clip: float | None = None
+    dual_clip: float | None = field(default=None, metadata=RATIOS)
     """Bound, above 1, on the ratio where the advantage is negative. None: no bound."""
 
     def __post_init__(self) -> None:

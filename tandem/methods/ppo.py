@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from tandem.batch import Batch, Outputs, TokenLoss, filled
-from tandem.errors import UserError, expect
+from tandem.errors import UserError, expect, needs
 from tandem.functional.advantages import gae, length_adaptive_lambda, whiten
 from tandem.functional.moments import Moments, merge, moments
 from tandem.functional.rounding import rounding_of
@@ -55,15 +55,15 @@ class PPO(TokenMethod):
     reference_kl: ReferenceKL = ReferenceKL(kl="reward", kl_coef=0.05)
     reward_clip: float | None = 10.0
     """Rewards are clipped to ±reward_clip, after normalization and before anything is added. None: not clipped."""
-    value_clip: float | None = 0.2
+    value_clip: float | None = field(default=0.2, metadata=needs(("part", "second optimizer step on a step's samples")))
     """How far a value may move from its old one before its error stops counting. None: plain squared error."""
     gamma: float = 1.0
     """Discount per trainable token."""
-    lam: float = 0.95
+    lam: float = field(default=0.95, metadata=needs(("gamma",)))
     """GAE's lambda: 1 trusts the returns (no bias), 0 trusts the critic (little variance)."""
-    lam_alpha: float | None = None
+    lam_alpha: float | None = field(default=None, metadata=needs(("gamma",)))
     """Length-adaptive GAE: lambda is 1 - 1 / (lam_alpha x an answer's tokens), 0.05 in VAPO. None: lam for all."""
-    critic_lam: float | None = None
+    critic_lam: float | None = field(default=None, metadata=needs(("gamma",)))
     """Lambda of the returns that the critic learns; 1: the rewards themselves. None: the same as the advantages'."""
     critic_warmup_steps: int = 0
     """The run's first steps, in which the critic alone is trained."""
@@ -146,17 +146,22 @@ class PPO(TokenMethod):
         value_T = batch.values_by("critic")
         size_T = kl_size(self.reference_kl, batch, state).to(value_T.dtype)
         zero_T = torch.zeros_like(value_T)
-        summed_T, _ = gae(size_T, zero_T, batch.trainable_T, batch.bounds, self.gamma, self.lam)
+        summed_T, _ = gae(size_T, zero_T, batch.trainable_T, batch.bounds, self.gamma, self._lambda(batch))
         return rounding_of(*(x_T[batch.trainable_T] for x_T in (summed_T, value_T, return_T)))
 
     def _gae(self, reward_T: Tensor, value_T: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Advantages with the policy's lambda, and returns with the critic's."""
         trainable_T, bounds = batch.trainable_T, batch.bounds
-        lam = self.lam if self.lam_alpha is None else length_adaptive_lambda(trainable_T, bounds, self.lam_alpha)
-        advantage_T, return_T = gae(reward_T, value_T, trainable_T, bounds, self.gamma, lam)
+        advantage_T, return_T = gae(reward_T, value_T, trainable_T, bounds, self.gamma, self._lambda(batch))
         if self.critic_lam is not None:
             _, return_T = gae(reward_T, value_T, trainable_T, bounds, self.gamma, self.critic_lam)
         return advantage_T, return_T
+
+    def _lambda(self, batch: Batch) -> float | Tensor:
+        """The policy's: one number, or one of each segment [S]."""
+        if self.lam_alpha is None:
+            return self.lam
+        return length_adaptive_lambda(batch.trainable_T, batch.bounds, self.lam_alpha)
 
     def _shape_rewards(self, reward_S: Tensor, state: dict[str, float]) -> tuple[Tensor, Moments, Metrics]:
         """Normalized and clipped rewards, the moments including this step's, and metrics."""

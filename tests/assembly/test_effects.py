@@ -158,6 +158,21 @@ def words(config: type, flags: list[str]) -> list[str]:
         ),
         (SampleConfig, [*JUDGED, "--keep", "all", "--min-reward", "1"], "--min-reward: has no effect with --keep all"),
         (DoctorConfig, ["--engine.no-seeded"], "--engine.no-seeded: has no effect with --engine.kind live"),
+        # One step against the trainer's own log-probs: all ratios are 1.
+        *(
+            (GRPOConfig, [*TRAINER, f"--{key}", value], f"--{key}: has no effect, since this run has no ratios other")
+            for key, value in (("clip-low", "0.1"), ("clip-high", "0.3"), ("dual-clip", "4"))
+        ),
+        (PPOConfig, ["--value-clip", "0.1"], "--value-clip: has no effect, since this run has no second optimizer"),
+        *(
+            (PPOConfig, ["--gamma", "0", f"--{key}", "0.5"], f"--{key}: has no effect without --gamma")
+            for key in ("lam", "lam-alpha", "critic-lam")
+        ),
+        (
+            config_class("cispo"),
+            ["--dual-clip", "5"],
+            "--dual-clip: 5 has no effect, since no weight is above 1 + clip",
+        ),
     ],
 )
 def test_a_key_that_has_no_effect_is_refused(config, flags, message):
@@ -190,6 +205,10 @@ def test_a_key_that_has_no_effect_is_refused(config, flags, message):
         (config_class("dpo"), ["--reference-every", "5"]),
         (SFTConfig, ["--placement.actor", "2", "--keep-gathered", "--cluster.deadline", "9"]),
         (PPOConfig, ["--kl-estimator", "k3"]),
+        (PPOConfig, ["--minibatches", "2", "--value-clip", "0.1", "--lam-alpha", "0.1", "--critic-lam", "1"]),
+        (GRPOConfig, [*TRAINER, "--sample-epochs", "2", "--clip-low", "0.1", "--dual-clip", "4"]),
+        (config_class("gspo"), ["--clip-high", "1e-3"]),
+        (config_class("cispo"), ["--dual-clip", "4.9"]),
         (GRPOConfig, [*TRAINER, "--correction", "icepop", "--correction-low", "0.5", "--correction-high", "2"]),
         (
             OPDConfig,
@@ -231,6 +250,32 @@ def test_a_file_serves_a_laptop_and_a_cluster(tmp_path, caplog):
     ]
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--reference-every", "5"], "reference_every: 5 steps are never over before the last of 5"),
+        (["--lr-schedule", "linear", "--warmup-steps", "5"], "lr_schedule: the warmup takes all 5 steps"),
+        (
+            ["--eval-data", "e", "--eval-every", "2", "--keep-best", "eval/loss", "--patience", "3"],
+            "patience: 3 evaluations are never over before the last of 5 steps",
+        ),
+    ],
+)
+def test_what_a_run_is_too_short_for_is_said(flags, said):
+    config = load_config(DPOConfig, words(DPOConfig, flags))
+    (line,) = config.idle_for(5)
+    assert line.startswith(said)
+    assert config.idle_for(7) == []
+
+
+def test_a_step_has_as_many_samples_as_minibatches():
+    flags = ["--prompts-per-step", "3", "--samples-per-prompt", "2", "--minibatches"]
+    for config, most in ((GRPOConfig, 6), (config_class("online-dpo"), 3)):
+        assert load_config(config, words(config, [*flags, str(most)])).step.minibatches == most
+        with pytest.raises(UserError, match=f"minibatches: expected at most {most}"):
+            load_config(config, words(config, [*flags, str(most + 1)]))
+
+
 def test_every_condition_names_a_key_or_a_part():
     parts = {
         "samples", "critic", "reference", "teacher", "reward model", "reward function", "workers",
@@ -238,7 +283,7 @@ def test_every_condition_names_a_key_or_a_part():
         "engine with weights of its own", "demonstrations", "preferences", "unpaired", "steps", "losses of tokens",
         "frozen model", "reward", "reference that stays",
         "judge of held-out samples",
-        "trained model", "evaluated model",
+        "trained model", "evaluated model", "ratios other than 1", "second optimizer step on a step's samples",
     }  # fmt: skip
     everywhere = {name for config in CONFIGS for name in _keys_of(config)}
     for config in CONFIGS:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tandem.functional.advantages import centred, gae, group_normalised, length_adaptive_lambda, whiten
+from tandem.functional.rounding import rounding_of
 
 
 def packed(*lists, dtype=torch.float64):
@@ -115,6 +116,13 @@ def test_whiten_of_equal_numbers_one_number_and_none_is_zero():
     assert whiten(x, torch.tensor([True, True, False]), 0.0).tolist() == [0.0, 0.0, 0.0]
     assert whiten(x, torch.tensor([True, False, False]), 0.0).tolist() == [0.0, 0.0, 0.0]
     assert whiten(x, torch.tensor([False, False, False]), 0.1).tolist() == [0.0, 0.0, 0.0]
+
+
+def test_numbers_whose_squares_are_beyond_float32_are_whitened():
+    """With a KL coefficient of 1e19, say: divided by an infinite spread they would be 0, and nothing would learn."""
+    x, mask = torch.tensor([1e25, -1e25, 3e25, -3e25]), torch.ones(4, dtype=torch.bool)
+    expected = (x.double() / 5**0.5 / 1e25).tolist()
+    assert whiten(x, mask, rounding_of(x)).tolist() == pytest.approx(expected, rel=1e-6)
 
 
 def test_whiten_leaves_what_is_below_the_floor_small():

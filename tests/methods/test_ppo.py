@@ -301,3 +301,13 @@ def test_what_is_missing_is_named(step):
             ppo.estimate(step.groups, unseen_by(step.batch(), role), ppo.initial_state())
     with pytest.raises(ValueError, match="reward_S"):
         ppo.estimate(step.groups, replace(step.batch(), reward_S=None), ppo.initial_state())
+
+
+def test_the_floor_of_whitening_adds_rounding_up_by_the_lambda_of_the_advantages():
+    """By another one it would be too low for long answers: theirs is near 1 with lam_alpha, and more terms add up."""
+    n = 40
+    batch = one_segment(0.0, old_logp_T=[-2.0] * n, reference_logp_T=[-2.0] * n, old_value_T=[0.0] * n)
+    adaptive, equal = PPO(lam_alpha=0.5), PPO(lam=1 - 1 / (0.5 * n))
+    state, zero_T = adaptive.initial_state(), torch.zeros(n + 1, dtype=torch.float64)
+    floor = adaptive._rounding(batch, state, zero_T)
+    assert floor == pytest.approx(equal._rounding(batch, state, zero_T), rel=1e-9) != 0
