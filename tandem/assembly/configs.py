@@ -77,10 +77,18 @@ class RunConfig:
             return self.run.steps
         return max(1, math.ceil(Fraction(str(self.run.epochs)) * size / self.items_per_step))
 
+    @property
+    def following(self) -> ReferenceModelsSection | None:
+        """How the reference follows the policy, where there is one that does."""
+        section = self.models
+        if not isinstance(section, ReferenceModelsSection) or not self.method.needs_model("reference"):
+            return None
+        return section if section.reference_every > 0 else None
+
     def idle_for(self, steps: int) -> list[str]:
         """The keys that a run of so many steps is too short for, and why, a line each."""
-        found, follows, evaluation = [], self.models, self.evaluation
-        if isinstance(follows, ReferenceModelsSection) and follows.reference_every >= steps:
+        found, follows, evaluation = [], self.following, self.evaluation
+        if follows is not None and follows.reference_every >= steps:
             found.append(
                 f"reference_every: {follows.reference_every} steps are never over before the last of {steps}, so the "
                 "reference stays as it is"
@@ -89,7 +97,7 @@ class RunConfig:
         if self.optim.lr_schedule != "constant" and warmup >= steps:
             found.append(f"lr_schedule: the warmup takes all {steps} steps, so nothing is {self.optim.lr_schedule}")
         every = evaluation.eval_every
-        if evaluation.patience > 0 and evaluation.patience > ((steps - 1) // every if every else 0):
+        if evaluation.goals.patience > ((steps - 1) // every if every else 0):
             found.append(f"patience: {evaluation.patience} evaluations are never over before the last of {steps} steps")
         return found
 
@@ -152,7 +160,7 @@ class RowsConfig(RunConfig):
     @property
     def asked_once(self) -> list[str]:
         """Frozen models of which the method reads log-probs of the rows alone: they are asked before the first step."""
-        if self.models.reference_follows:
+        if self.following is not None:
             return []
         return [need.role for need in self.method.needs() if need.role == "reference"]
 
@@ -190,6 +198,9 @@ class SamplesConfig(RunConfig):
             object.__setattr__(self, "reward", judged_by_its_data(self.reward, self.data.data))
         if not self.reward.judges and self.method.samples.rewards == "required":
             raise UserError("reward: nothing judges the samples; give --reward FILE.py:function or --reward-model DIR")
+        if self.step.old_logp == "sampler" and settings(self).get("correction", "none") != "none":
+            # Of a file, too: whoever asks for a correction must not train without one.
+            raise UserError("correction: has no effect with --old-logp sampler; give --old-logp trainer")
         prompts, samples = self.sampling.prompts_per_step, self.sampling.samples_per_prompt
         units, what = (prompts, "pairs") if self.method.pairwise else (prompts * samples, "samples")
         if self.step.minibatches > units:

@@ -60,7 +60,9 @@ class EvaluationSection:
 
     @property
     def goals(self) -> Goals:
-        """What is wanted of the metrics."""
+        """What is wanted of the metrics, where anything is held out."""
+        if not self.eval_data:
+            return Goals()
         return Goals(
             keep_best=Goal.parse(self.keep_best) if self.keep_best is not None else None,
             stop_when=Threshold.parse(self.stop_when) if self.stop_when is not None else None,

@@ -120,11 +120,6 @@ class ModelsSection:
         expect(self, "a folder or a name on the hub", bool, *paths)
         expect(self, "more than 0", lambda value: value > 0, *rates)
 
-    @property
-    def reference_follows(self) -> bool:
-        """Whether there is a reference that changes as the policy does."""
-        return False
-
     def source(self, role: str) -> str | None:
         """The folder or hub name that is given for a role."""
         found: str | None = getattr(self, role)
@@ -149,10 +144,6 @@ class ReferenceModelsSection(ModelsSection):
         super().__post_init__()
         expect(self, "0 or more", lambda value: value >= 0, "reference_every")
         expect(self, "more than 0 and at most 1", lambda value: 0 < value <= 1, "reference_mix")
-
-    @property
-    def reference_follows(self) -> bool:
-        return self.reference_every > 0
 
 
 def models_class(models: Iterable[Need]) -> type[ModelsSection]:

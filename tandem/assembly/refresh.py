@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from functools import partial
 
 from tandem.assembly.configs import RunConfig
-from tandem.assembly.needed import ReferenceModelsSection
 from tandem.errors import UserError
 from tandem.roles import Seat
 from tandem.schedules.crew import Refresh
@@ -31,8 +30,8 @@ def refresh_of(config: RunConfig, models: Mapping[str, Seat]) -> Refresh | None:
 
     Raises UserError where the policy has other parameters than the reference.
     """
-    section = config.models
-    if not isinstance(section, ReferenceModelsSection) or not section.reference_follows:
+    section = config.following
+    if section is None:
         return None
     actor, reference, mix = models["actor"], models["reference"], section.reference_mix
     if actor.call("shapes") != reference.call("shapes"):

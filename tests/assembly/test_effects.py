@@ -7,6 +7,7 @@ from tandem.assembly.uses import GenerateConfig, SampleConfig, UseConfig
 from tandem.cli.configs import DoctorConfig
 from tandem.config import _keys_of, dump_config, load_config
 from tandem.errors import UserError
+from tandem.runs.goals import Goals
 
 REQUIRED = ["--out", "runs/a", "--steps", "5", "--model", "m"]
 VLLM, JUDGED, TRAINER = ["--engine.kind", "vllm"], ["--reward", "r.py:f"], ["--old-logp", "trainer"]
@@ -248,6 +249,26 @@ def test_a_file_serves_a_laptop_and_a_cluster(tmp_path, caplog):
         f"{file}:2: cluster.address: has no effect, since this run has no workers",
         f"{file}:4: kl_estimator: has no effect without --kl-coef",
     ]
+
+
+def test_what_a_file_says_of_a_model_that_is_not_there_does_nothing(tmp_path, caplog):
+    file = tmp_path / "c.yaml"
+    file.write_text("reference_every: 5\nreference_mix: 0.5\nkeep_best: eval/reward\npatience: 9\n", encoding="utf-8")
+    read = load_config(GRPOConfig, [*words(GRPOConfig, []), "--config", str(file)])
+    assert caplog.messages[0].startswith(f"{file}:1: reference_every: has no effect")
+    assert read.following is None
+    assert read.evaluation.goals == Goals()
+    assert read.idle_for(2) == []
+    assert load_config(GRPOConfig, [*words(GRPOConfig, ["--kl-coef", "1"]), "--config", str(file)]).following
+
+
+def test_a_correction_that_nothing_can_compute_is_refused_wherever_it_stands(tmp_path):
+    """It would fail at the first step, or train without what was asked for."""
+    file = tmp_path / "c.yaml"
+    file.write_text("correction: token_tis\n", encoding="utf-8")
+    with pytest.raises(UserError, match="correction: has no effect with --old-logp sampler"):
+        load_config(GRPOConfig, [*words(GRPOConfig, []), "--config", str(file)])
+    load_config(GRPOConfig, [*words(GRPOConfig, TRAINER), "--config", str(file)])
 
 
 @pytest.mark.parametrize(

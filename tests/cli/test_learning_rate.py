@@ -16,7 +16,7 @@ ALONE = {2, 6}
 
 
 def test_steps_with_few_samples_leave_the_end_of_the_schedule_where_it_is(tmp_path, monkeypatch):
-    """Of the 8 minibatches asked for there are 4, one a sample, or 1. The rate is the mean of those of a step."""
+    """Of the 4 minibatches asked for, one a sample, there are 4 or 1. The rate is the mean of those of a step."""
     monkeypatch.chdir(tmp_path)
     write_inputs(tmp_path)
     (tmp_path / "leaving.py").write_text(
@@ -29,7 +29,7 @@ def test_steps_with_few_samples_leave_the_end_of_the_schedule_where_it_is(tmp_pa
     )
     argv = ["grpo", "--model", "base", "--data", "prompts.jsonl", "--reward", "leaving.py:out", "--out", "run"]
     argv += ["--prompts-per-step", "2", "--samples-per-prompt", "2", "--max-new-tokens", "5"]
-    argv += ["--minibatches", "8", "--sample-epochs", "2", "--steps", str(STEPS)]
+    argv += ["--minibatches", "4", "--sample-epochs", "2", "--steps", str(STEPS)]
     argv += ["--learning-rate", str(RATE), "--lr-schedule", "linear", "--warmup-steps", "1"]
     assert main(argv) == 0
     rates = {}
