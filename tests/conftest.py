@@ -41,6 +41,7 @@ LONGEST = (
     "workers/test_kills.py",
     "vllm/test_vllm_runs.py",
     "vllm/test_loop_vllm.py",
+    "vllm/test_vllm_commands.py",
     "vllm/test_vllm_parallel.py",
 )
 """Files of half a minute and more, whatever the number of their tests."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.broken_engines import damaged_engine, deaf_engine
+from helpers.broken_engines import damaged_engine
 from helpers.drivers import command, descendants, running
 from helpers.shared_ray import arguments, cluster_address, unevaluated, write_inputs
 from helpers.vllm_models import make_model, save
@@ -171,40 +171,9 @@ def test_killed_while_others_train_and_then_again(grpo_split, monkeypatch, capsy
         assert line["sampler_gap_max"] < 1e-4
 
 
-def test_doctor(capsys):
-    assert main(["doctor", "--engine.kind", "vllm", "--max-slots", "32", "--engine.max-length", "64"]) == 0
-    said = capsys.readouterr().out
-    assert "it changed" in said
-    assert "as before" in said
-    assert "checks passed" in said
-
-
-@pytest.mark.usefixtures("helpers_importable")
-def test_doctor_notices_an_engine_that_pushes_do_not_reach(monkeypatch, capsys):
-    monkeypatch.setattr(placing, "vllm_engine", deaf_engine)
-    argv = ["doctor", "--engine.kind", "vllm", "--max-slots", "32", "--engine.max-length", "64"]
-    assert main([*argv, "--engine.no-check-weights"]) == 2
-    said = capsys.readouterr()
-    assert "pushes do not reach it" in said.err
-    assert "it changed" not in said.out
-
-
 @pytest.mark.usefixtures("helpers_importable")
 def test_the_truth_check_names_the_parameter_that_is_wrong(monkeypatch, capsys):
     monkeypatch.setattr(placing, "vllm_engine", damaged_engine)
     argv = [*unevaluated(arguments("grpo")), "--steps", "3", "--out", "damaged", *VLLM, *SPLIT]
     assert main(argv) == 75
     assert "engine 0 does not hold the trainer's model.norm.weight: checksum" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("placement", [(), SPLIT], ids=["here", "apart"])
-def test_a_command_that_trains_nothing_samples_with_vllm(placement, tmp_path):
-    """Greedily, what the live engine samples; nothing was ever pushed to it."""
-    words = ["generate", "--model", "base", "--data", "prompts.jsonl", "--max-new-tokens", "5", "--temperature", "0"]
-    texts = {}
-    for kind, options in (("live", ()), ("vllm", placement)):
-        out = str(tmp_path / kind)
-        assert main([*words, "--engine.kind", kind, "--engine.max-length", "32", "--out", out, *options]) == 0
-        texts[kind] = [json.loads(line)["completion"] for line in Path(out, "samples.jsonl").read_text().splitlines()]
-    assert len(texts["live"]) == 40
-    assert texts["vllm"] == texts["live"]
