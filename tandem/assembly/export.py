@@ -19,7 +19,7 @@ from tandem.models.folder import located, readable_errors
 from tandem.models.forward import LoadedModel
 from tandem.models.loading import load_tokenizer
 from tandem.models.weights import load_whole
-from tandem.runs.folder import CHECKPOINTS, MODEL
+from tandem.runs.folder import CHECKPOINTS, MODEL, RunFolder
 from tandem.runs.identity import CONFIG, IDENTITY, read_identity
 from tandem.runs.progress import say
 from tandem.types import ScoreScale
@@ -87,7 +87,8 @@ def _in_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def find_weights(place: str, step: int | None) -> Checkpoint | str:
     """The checkpoint, or the folder or hub name of a model, that a place means.
 
-    Of a run's folder the checkpoint of ``step``, or without one the finished model, or else the newest checkpoint.
+    Of a run's folder the checkpoint of ``step``, or without one the finished model, or else the newest checkpoint: a
+    run that was resumed for more steps has not finished before those are done, whatever model it wrote before.
     """
     path = Path(located(place))
     if path.name.endswith(".pt"):
@@ -106,9 +107,14 @@ def find_weights(place: str, step: int | None) -> Checkpoint | str:
             names = [p.name for p in sorted((path / CHECKPOINTS).glob("step_*"))]
             raise UserError(f"{found}: no such checkpoint; those of the run: {', '.join(names) or 'none'}")
         return _checkpoint(found)
-    if (path / MODEL / "config.json").exists():
-        return str(path / MODEL)
+    model = path / MODEL if (path / MODEL / "config.json").exists() else None
+    if model is not None and RunFolder.finished(path) is not None:
+        return str(model)
     newest = CheckpointStore(path / CHECKPOINTS, keep=0, run=_identity(path)).latest()
+    if model is not None:
+        if newest is None:
+            return str(model)
+        say(f"{path}: the run has gone on since it wrote {model}; its newest checkpoint is taken")
     if newest is None:
         raise UserError(f"{path}: a run that has saved no checkpoint and written no model yet")
     return newest

@@ -11,6 +11,7 @@ from tandem.assembly.models import frozen, load
 from tandem.assembly.placing import Homes
 from tandem.assembly.sections import ModelSection, RewardSection
 from tandem.models.description import read_score_scale
+from tandem.models.limits import read_limits
 from tandem.models.loading import load_tokenizer
 from tandem.rewards.model import RewardModel, ScoreScale, same_tokenizer
 from tandem.rewards.process import RewardProcesses
@@ -53,7 +54,10 @@ def reward_models(
     for (role, source), scale in zip(section.models.items(), scales, strict=True):
         tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
         reads_ids = policy_tokenizer is not None and same_tokenizer(policy_tokenizer, tokenizer)
-        found.append(RewardModel(seats[role], tokenizer, reads_ids=reads_ids, scale=scale))
+        limits = None
+        if policy_tokenizer is None:
+            limits = read_limits(source, head="scalar", trust_remote_code=trust_remote_code)
+        found.append(RewardModel(seats[role], tokenizer, reads_ids=reads_ids, scale=scale, limits=limits))
     return found
 
 

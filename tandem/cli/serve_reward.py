@@ -76,6 +76,7 @@ def load_model(source: str, section: ServedModel) -> tuple[Reward, str]:
     # Imported where it is wanted: a server of a function needs no torch.
     from tandem.assembly.inputs import digest_model
     from tandem.models.description import read_score_scale
+    from tandem.models.limits import limits_of
     from tandem.models.loading import load_scalar, pick_device
     from tandem.rewards.model import RewardModel
     from tandem.training.trainer import LocalScorer
@@ -92,7 +93,8 @@ def load_model(source: str, section: ServedModel) -> tuple[Reward, str]:
         trust_remote_code=code,
     )
     scorer = LocalScorer(model, token_budget=section.token_budget)
-    reward = RewardModel(seat_of(scorer), model.tokenizer, reads_ids=False, scale=scale)
+    limits = limits_of(model.module.config, source)
+    reward = RewardModel(seat_of(scorer), model.tokenizer, reads_ids=False, scale=scale, limits=limits)
     return reward, _digest([digest_model(source), scale])
 
 

@@ -112,7 +112,11 @@ def sft_sequence(row: Row, tokenizer: Any, *, train_on: TrainOn = "completion") 
 
 
 def judged_sequence(prompt: formats.Content, completion: formats.Content, tokenizer: Any) -> Sequence:
-    """A sampled answer as a reward model with this tokenizer reads it: its template may leave out some, as thinking."""
+    """A sampled answer as a reward model with this tokenizer reads it: its template may leave out some, as thinking.
+
+    Raises UserError where they are not both text or both messages, or a message is malformed.
+    """
+    prompt, completion = formats.prompt_completion({"prompt": prompt, "completion": completion})
     return _answered(prompt, completion, tokenizer, {}, whole_answers=False)
 
 

@@ -12,7 +12,7 @@ from tandem.data.tokenize import encode, ended, judged_sequence
 from tandem.errors import UserError
 from tandem.rewards.combine import checked
 from tandem.roles import RewardBatch, Seat
-from tandem.types import PreferencePair, Rollout, ScoreScale, Sequence, StopReason
+from tandem.types import Limits, PreferencePair, Rollout, ScoreScale, Sequence, StopReason
 
 SCORED = 1024
 """The scale of a model's scores is that of 1,024 pairs, or of fewer where there are not so many."""
@@ -37,24 +37,34 @@ class RewardModel:
         reads_ids: bool,
         name: str = "reward_model",
         scale: ScoreScale | None = None,
+        limits: Limits | None = None,
     ) -> None:
-        """``scale``: scores are less its mean, and divided by its standard deviation."""
+        """``scale``: scores are less its mean, and divided by its standard deviation. ``limits``: of the model, where
+        nothing has looked at the length of what it reads before."""
         self.scorer = scorer
         self.tokenizer = tokenizer
         self.reads_ids = reads_ids
         self.name = name
         self.scale = scale
+        self.positions, self.whose = (limits.positions, limits.whose) if limits else (None, "")
 
     def score(self, batch: RewardBatch) -> list[float | None]:
         """One score a rollout, in reward units of the model (a logit of preference), or in standard deviations.
 
-        Raises UserError where the model has no scalar head, and where a score is no finite number, with its sample.
+        Raises UserError where the model has no scalar head, and where a score is no finite number or a text goes beyond
+        the model's positions, with its sample.
         """
         if self.reads_ids:
             sequences = [self._read_ids(r) for r in batch.rollouts]
         else:
             samples = zip(batch.prompts, batch.completions, batch.rollouts, strict=True)
             sequences = [self._read_text(prompt, completion, r.stop) for prompt, completion, r in samples]
+        for sequence, completion in zip(sequences, batch.completions, strict=True):
+            if self.positions is not None and len(sequence.token_ids) > self.positions:
+                raise UserError(
+                    f"{self.name}: {len(sequence.token_ids)} tokens, more than the {self.positions} positions of "
+                    f"{self.whose}: the completion {completion!r:.40} and its prompt"
+                )
         read = pack(sequences)
         out = self.scorer.call("score", read)
         if out.scalar_T is None:

@@ -44,7 +44,7 @@ class Known:
         """Of these, what no file has yet."""
 
     def read(self) -> list[str]:
-        """Takes in every file of the folder. Returns a line for each that is damaged, which is deleted."""
+        """Takes in every file of the folder. Returns a line for each that is damaged, which is deleted if it can be."""
         damaged: list[str] = []
         if self.folder is None:
             return damaged
@@ -53,7 +53,8 @@ class Known:
                 self.logp |= _read(file, self.about)
             except (OSError, SafetensorError, KeyError, ValueError) as error:
                 damaged.append(f"{file}: damaged ({first_line(error)}); what it held is computed again")
-                file.unlink(missing_ok=True)
+                with suppress(OSError):  # where it may not be deleted, it is passed over
+                    file.unlink()
         return damaged
 
     def lacking(self, batch: Batch) -> list[int]:

@@ -98,6 +98,18 @@ def test_the_last_checkpoint_is_the_model_that_the_run_wrote(runs, run):
     assert files("unfinished") == written
 
 
+def test_a_run_that_has_gone_on_is_its_newest_checkpoint(runs, capsys):
+    """Resumed for more steps and killed in the midst of them: not the model of the steps before."""
+    last = Path("sft/checkpoints/step_00000004")
+    assert export("--model", last, "--out", "newest") == 0
+    shutil.copy("tied/model.safetensors", "sft/model/model.safetensors")
+    with Path("sft/events.jsonl").open("a") as file:
+        file.write('{"event": "start", "step": 2}\n')
+    assert export("--model", "sft", "--out", "found") == 0
+    assert files("found") == files("newest")
+    assert "sft: the run has gone on since it wrote sft/model" in capsys.readouterr().out
+
+
 def test_another_step_and_dtype(runs):
     assert export("--model", "sft", "--step", "2", "--out", "a") == 0
     assert export("--model", "sft", "--step", "2", "--out", "b", "--dtype", "bfloat16") == 0

@@ -55,6 +55,9 @@ def test_pairs_have_an_accuracy(capsys):
     assert (found["accuracy"], found["ties"], found["unjudged"]) == (measured["accuracy"], 0, 0)
     assert found["chosen_reward"] == pytest.approx(measured["chosen_score"], rel=1e-4)
     assert found["rejected_reward"] == pytest.approx(sum(r["rejected_reward"] for r in rows) / 40)
+    Path("long.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b" * 127}) + "\n")
+    assert main(["score", "--data", "long.jsonl", "--reward-model", "rm/model", "--out", "long"]) == 2
+    assert "129 tokens, more than the 128 positions of rm/model" in capsys.readouterr().err
     pairs = [("ab", "a", 1), ("a", "ab", 0), ("ab", "cd", None), ("a", "?", None)]
     Path("few.jsonl").write_text(
         "".join(json.dumps({"question": "q", "good": c, "bad": r}) + "\n" for c, r, _ in pairs)

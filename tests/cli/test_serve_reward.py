@@ -102,6 +102,8 @@ def test_a_model_is_served(folder, serve, monkeypatch):
             ({"samples": [{"prompt": "a"}]}, 422),
             ({"sample": []}, 422),
             ({"samples": [{"prompt": [{"role": "user", "content": "a"}], "completion": "b"}]}, 422),
+            ({"samples": [{"prompt": "a", "completion": [{"content": "b"}]}]}, 422),
+            ({"samples": [{"prompt": "a", "completion": "b" * 128}]}, 422),
         ):
             assert client.post(f"{url}/score", json=wrong, headers=hush).status_code == status
 
