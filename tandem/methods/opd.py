@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from tandem.batch import Batch
 from tandem.errors import expect, needs
-from tandem.functional.advantages import centred
+from tandem.functional.advantages import centred, gae
+from tandem.lazy import torch
 from tandem.methods.base import REFERENCE, Need, Samples, spread
 from tandem.methods.knobs import Clip
 from tandem.methods.tokens import TokenMethod, sampled_kl
@@ -24,7 +25,8 @@ class OPD(TokenMethod):
     """Reverse-KL distillation on the student's own samples (arXiv:2306.13649 with lambda 1; arXiv:2306.08543).
 
     As in Thinking Machines' "On-Policy Distillation" (2025) the advantage of a token is the teacher's log-prob less
-    the student's at that token alone: a discount of 0, where MiniLLM adds up those of all later tokens.
+    the student's at that token alone, with ``teacher_discount=0``; with 1 those of all later tokens are added, which
+    is MiniLLM's gradient (arXiv:2306.08543, eq. 2), without its division by length and mixture with the teacher.
     """
 
     reads: ClassVar = Samples(rewards="optional")
@@ -47,6 +49,8 @@ class OPD(TokenMethod):
 
     teacher_coef: float = 1.0
     """Weight of the teacher's log-prob less the student's, per nat, in each token's advantage."""
+    teacher_discount: float = 0.0
+    """What of each later token counts, per token between: 0 looks at a token alone, 1 adds up the rest of the answer."""
     reward_coef: float = 0.0
     """Weight of a sample's reward less the mean of its prompt's samples, in the advantage of each of its tokens."""
     reward_clip: float | None = field(default=None, metadata=needs(("reward_coef",)))
@@ -56,6 +60,7 @@ class OPD(TokenMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         expect(self, "more than 0", lambda x: x > 0, "teacher_coef")
+        expect(self, "from 0 to 1", lambda x: 0 <= x <= 1, "teacher_discount")
         expect(self, "0 or more", lambda x: x >= 0, "reward_coef")
 
     @property
@@ -75,5 +80,8 @@ class OPD(TokenMethod):
         ``teacher_kl_per_sequence``, the mean over sequences of its sum, in nats.
         """
         k1_T, metrics = sampled_kl(batch, "teacher", "teacher_kl")
+        if self.teacher_discount:
+            nothing_T = torch.zeros_like(k1_T)
+            k1_T, _ = gae(k1_T, nothing_T, batch.trainable_T, batch.bounds, gamma=self.teacher_discount, lam=1.0)
         advantage_T = spread([a for group in groups for a in self.advantages(group)], batch)
         return advantage_T - self.teacher_coef * k1_T - cost_T, state, metrics

@@ -38,7 +38,8 @@ def taught(batch, teacher_logp_T, old_logp_T=None):
 
 
 @pytest.mark.parametrize(
-    "knobs", [{}, {"teacher_coef": 0.5, "reward_coef": 2.0}, {"clip_high": 0.05, "dual_clip": None}]
+    "knobs",
+    [{}, {"teacher_coef": 0.5, "reward_coef": 2.0}, {"clip_high": 0.05, "dual_clip": None}, {"teacher_discount": 0.9}],
 )
 @pytest.mark.parametrize("mean", ["token", "sequence"])
 def test_advantage_loss_and_metrics_are_those_of_loops(knobs, mean):
@@ -53,12 +54,15 @@ def test_advantage_loss_and_metrics_are_those_of_loops(knobs, mean):
     for group in step.groups:
         baseline = statistics.fmean(group.rewards)
         for rollout in group.rollouts:
+            trained = [x for x, trainable in zip(rollout.token_ids, rollout.trainable, strict=True) if trainable]
             tokens, sums = [], []
-            for token, trainable in zip(rollout.token_ids, rollout.trainable, strict=True):
-                if not trainable:
-                    continue
+            for place, token in enumerate(trained):
                 old, teacher = step.old_logp[token].item(), step.reference_logp[token].item()
-                advantage = opd.teacher_coef * (teacher - old) + opd.reward_coef * (rollout.reward - baseline)
+                credit = sum(
+                    opd.teacher_discount**ahead * (step.reference_logp[later] - step.old_logp[later]).item()
+                    for ahead, later in enumerate(trained[place:])
+                )
+                advantage = opd.teacher_coef * credit + opd.reward_coef * (rollout.reward - baseline)
                 ratio = math.exp(step.theta[token].item() - old)
                 value = min(ratio * advantage, min(max(ratio, 0.8), 1 + settings(opd)["clip_high"]) * advantage)
                 if advantage < 0 and settings(opd)["dual_clip"]:
@@ -122,7 +126,11 @@ def test_gradient_is_that_of_the_kl_in_each_state():
     each_state = kl(student[0], teacher[0]) + visits_V.detach() @ kl(student[1], teacher[1])
     torch.testing.assert_close(found, torch.autograd.grad(each_state, student), rtol=0, atol=1e-12)
     sequence = kl(student[0], teacher[0]) + visits_V @ kl(student[1], teacher[1])
-    assert (found[0] - torch.autograd.grad(sequence, student)[0]).abs().max() > 0.01
+    whole = torch.autograd.grad(sequence, student)
+    assert (found[0] - whole[0]).abs().max() > 0.01
+    # With a discount of 1 it is.
+    summed = expected_loss(OPD(teacher_discount=1.0), groups, at(*student), at(*teacher))
+    torch.testing.assert_close(torch.autograd.grad(summed, student), whole, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(
