@@ -125,6 +125,15 @@ def test_a_damaged_file_is_said_and_its_rows_are_asked_again(tmp_path, scorer, d
     assert file.read_bytes() == whole
 
 
+def test_what_is_damaged_and_cannot_be_deleted_is_passed_over(tmp_path, scorer):
+    known = Known(tmp_path, {})
+    assert known.folder is not None
+    (known.folder / "x.safetensors").mkdir(parents=True)
+    (line,) = known.read()
+    assert "x.safetensors: damaged (" in line
+    known.ask(seat_of(scorer), [pack_pairs(PAIRS)])
+
+
 def test_a_folder_that_cannot_be_written_ends_the_run(tmp_path, scorer):
     (tmp_path / "taken").write_text("")
     with pytest.raises(RunFailure, match="cannot be written"):
