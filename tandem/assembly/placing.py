@@ -169,7 +169,7 @@ class Homes:
             )
 
     def _device(self) -> torch.device:
-        if self.model.device == "auto" and self.section.address is not None and not visible_gpus():
+        if self.model.device == "auto" and self.spread and self.section.address is not None and not visible_gpus():
             # The machine that drives a cluster often has no GPU itself.
             ray = require_ray()
             if not ray.is_initialized():

@@ -8,6 +8,9 @@ from helpers.runs import write_inputs
 
 import tandem
 from tandem.assembly.configs import config_class
+from tandem.assembly.needed import Placement
+from tandem.assembly.placing import Homes
+from tandem.assembly.sections import ClusterSection, EngineSection, ModelSection
 from tandem.config import dump_config, load_config
 from tandem.errors import UserError
 
@@ -63,3 +66,11 @@ def test_a_run_in_python_is_the_commands_run(tmp_path, monkeypatch, capsys):
     assert rewards[0] == rewards[1]
     with pytest.raises(UserError, match="--resume"):
         tandem.run(config)
+
+
+def test_a_clusters_address_is_no_matter_where_all_is_here(monkeypatch):
+    """One file may serve a laptop and a cluster: nothing is asked of one that no role lives in."""
+    monkeypatch.setattr("tandem.assembly.placing.require_ray", lambda **_: pytest.fail("Ray is asked"))
+    cluster = ClusterSection(address="127.0.0.1:1")
+    with Homes(ModelSection(model="m"), Placement(), cluster, EngineSection(), ["actor"]) as homes:
+        assert homes.of("actor").at_once
