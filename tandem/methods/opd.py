@@ -50,7 +50,7 @@ class OPD(TokenMethod):
     teacher_coef: float = 1.0
     """Weight of the teacher's log-prob less the student's, per nat, in each token's advantage."""
     teacher_discount: float = 0.0
-    """What of each later token counts, per token between: 0 looks at a token alone, 1 adds up the rest of the answer."""
+    """What each later token counts, per token between: 0 looks at a token alone, 1 adds up the rest of the answer."""
     reward_coef: float = 0.0
     """Weight of a sample's reward less the mean of its prompt's samples, in the advantage of each of its tokens."""
     reward_clip: float | None = field(default=None, metadata=needs(("reward_coef",)))
