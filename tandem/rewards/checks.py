@@ -70,12 +70,14 @@ class MathCheck:
             return None
 
     def _equals(self, right: list[Any], text: str) -> float:
-        """Raises math-verify's TimeoutException, which is no Exception; what else it fails with is a wrong answer's."""
+        """A completion that cannot be read is wrong; a comparison that fails, or takes too much, says nothing of it."""
         try:
             given = self._parse(text, parsing_timeout=PARSE_S, raise_on_error=True)
-            return float(self._verify(right, given, timeout_seconds=PARSE_S, raise_on_error=True))
+        except MemoryError:
+            raise
         except Exception:
             return 0.0
+        return float(self._verify(right, given, timeout_seconds=PARSE_S, raise_on_error=True))
 
     @functools.cached_property
     def _read_answer(self) -> Callable[[str], list[Any]]:

@@ -11,7 +11,7 @@ import tandem
 from tandem.data.rows import load_rows
 from tandem.errors import UserError
 from tandem.rewards import checks
-from tandem.rewards.checks import GaveUp, guarded
+from tandem.rewards.checks import GaveUp, MathCheck, guarded
 from tandem.rewards.function import load_reward
 from tandem.rewards.process import RewardProcesses
 
@@ -58,6 +58,23 @@ def test_the_column_of_the_answer(processes):
     with pytest.raises(UserError, match=r"'math' wants the column 'answer' or 'solution', which d.* lacks; .*: gold"):
         math.require_columns({"gold"}, "d.jsonl")
     math.require_columns({"solution"})
+
+
+@pytest.mark.parametrize(
+    ("part", "error", "score"),
+    [("_parse", ValueError, 0.0), ("_parse", MemoryError, None), ("_verify", ValueError, None)],
+)
+def test_a_check_that_fails_is_no_number(monkeypatch, part, error, score):
+    """A completion that cannot be read is wrong; of one that cannot be compared nothing is known."""
+    check = MathCheck()
+    assert check("It is $4$.", answer="4") == 1.0  # the answer has been read
+
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(check, part, fail)
+    assert check("It is $4$.", answer="4") == score
+    assert check.counts == {"no_answer": 0, "given_up": int(score is None)}
 
 
 def test_a_check_that_does_not_end_is_given_up(monkeypatch):
