@@ -23,7 +23,10 @@ from typing import Any
 
 import pytest
 from helpers.models import make_module, make_tokenizer
+from helpers.runs import write_inputs
 from transformers import PreTrainedTokenizerFast
+
+from tandem.cli.main import main
 
 TESTS = Path(__file__).parent
 LONGEST = (
@@ -72,3 +75,23 @@ def model_folder(tmp_path) -> Any:
     make_module("llama").save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    """A folder with a small model, data of each kind and a reward."""
+    folder: Path = tmp_path_factory.mktemp("inputs")
+    write_inputs(folder)
+    return folder
+
+
+@pytest.fixture
+def tandem(inputs, monkeypatch, capsys) -> Any:
+    """Runs a command in the folder of the inputs; returns (exit code, standard output, standard error)."""
+    monkeypatch.chdir(inputs)
+
+    def call(*argv: Any) -> tuple[int, str, str]:
+        code = main([str(word) for word in argv])
+        return code, *capsys.readouterr()
+
+    return call

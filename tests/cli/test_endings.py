@@ -9,34 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.runs import arguments, run, write_inputs
+from helpers.runs import arguments, run
 
 from tandem.checkpoint import store
-from tandem.cli.main import main
 from tandem.rewards import process
 from tandem.runs.lines import read_metrics
 from tandem.training.trainer import LocalTrainer
 
 SIGNALS = {signal.SIGTERM: (143, "stopped by SIGTERM"), signal.SIGINT: (130, "stopped by Ctrl-C")}
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("stopping")
-    write_inputs(folder)
-    return folder
-
-
-@pytest.fixture
-def tandem(inputs, monkeypatch, capsys):
-    """Runs a command in the folder of the inputs; returns (exit code, standard output, standard error)."""
-    monkeypatch.chdir(inputs)
-
-    def call(*argv):
-        code = main([str(word) for word in argv])
-        return code, *capsys.readouterr()
-
-    return call
 
 
 def at_call(monkeypatch, owner, name, count, happening):

@@ -5,30 +5,10 @@ import shutil
 import signal
 
 import pytest
-from helpers.runs import arguments, run, unevaluated, write_inputs
+from helpers.runs import arguments, run, unevaluated
 
-from tandem.cli.main import main
 from tandem.runs.best import replace_folder, replaced, restore_folder
 from tandem.runs.lines import read_lines, read_metrics
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("goals")
-    write_inputs(folder)
-    return folder
-
-
-@pytest.fixture
-def tandem(inputs, monkeypatch, capsys):
-    monkeypatch.chdir(inputs)
-
-    def call(*argv):
-        code = main([str(word) for word in argv])
-        return code, *capsys.readouterr()
-
-    return call
-
 
 # A learning rate at which the held-out loss goes down, and then up and down.
 SFT = [*unevaluated(arguments("sft", learning_rate="0.1", lr_schedule="constant")), "--eval-data", "demos.jsonl",

@@ -8,7 +8,6 @@ import torch
 from helpers.runs import arguments, unevaluated, write_inputs
 
 from tandem.assembly.evaluation import named_sets
-from tandem.cli.main import main
 from tandem.errors import RunFailure, UserError
 from tandem.rollout.evaluate import HeldOutSamples
 from tandem.rollout.judging import Judge
@@ -24,17 +23,6 @@ def inputs(tmp_path_factory):
         rows = (folder / f"{name}.jsonl").read_text().splitlines(keepends=True)
         (folder / f"{name}-few.jsonl").write_text("".join(rows[3:9]))
     return folder
-
-
-@pytest.fixture
-def tandem(inputs, monkeypatch, capsys):
-    monkeypatch.chdir(inputs)
-
-    def call(*argv):
-        code = main([str(word) for word in argv])
-        return code, *capsys.readouterr()
-
-    return call
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,9 @@ import signal
 
 import matplotlib.image
 import pytest
-from helpers.runs import arguments, unevaluated, write_inputs
+from helpers.runs import arguments, unevaluated
 
 from tandem.assembly import sessions
-from tandem.cli.main import main
 from tandem.runs.report import panels_of, write_report
 
 RECORDS = [
@@ -78,24 +77,6 @@ def test_a_run_that_has_written_nothing_has_a_summary_and_no_picture(tmp_path):
     write_report(out, title="SFT", leads=("loss",), ended="ended by UserError: x")
     assert (out / "summary.md").read_text() == "# SFT: 0 steps, ended by UserError: x\n"
     assert not (out / "curves.png").exists()
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("reported")
-    write_inputs(folder)
-    return folder
-
-
-@pytest.fixture
-def tandem(inputs, monkeypatch, capsys):
-    monkeypatch.chdir(inputs)
-
-    def call(*argv):
-        code = main([str(word) for word in argv])
-        return code, *capsys.readouterr()
-
-    return call
 
 
 def test_a_run_that_is_interrupted_and_resumed_is_reported_each_time(inputs, tandem, monkeypatch):
