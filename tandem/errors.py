@@ -29,6 +29,10 @@ class NonFiniteError(UserError):
     """A loss or a gradient is not finite. Raised before any parameter is touched by it."""
 
 
+class Cancelled(Exception):
+    """The call was given up before it ended (``tandem.roles.Engine.cancel``)."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of what an error of somebody else's says, to go into a message of ours; its class if nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

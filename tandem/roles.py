@@ -94,15 +94,29 @@ def call_all(seats: Mapping[str, Seat], verb: str, *arguments: Any, **options: A
 
 @runtime_checkable
 class Engine(Protocol):
-    """Samples completions, with weights that are its own business: the trainer's, or see ``FedEngine``."""
+    """Samples completions, with weights that are its own business: the trainer's, or see ``FedEngine``.
+
+    Samples that have begun live on until they end or are given up: across calls, across weights that change (each
+    token tells which drew it, ``Completion.versions``), and while others compute on the engine's devices.
+    """
 
     @property
     def ended(self) -> int:
         """Samples that have ended since nothing was being sampled, for whoever shows how far it is."""
         ...
 
+    @property
+    def busy_seconds(self) -> float:
+        """How long at least one sample was being drawn, since the engine was made; the mean over its processes."""
+        ...
+
+    @property
+    def sampled_tokens(self) -> int:
+        """Tokens drawn since the engine was made, those of samples that were given up included."""
+        ...
+
     def submit(self, requests: Seq[Request], watch: Watch | None = None) -> list[Future[list[Completion]]]:
-        """Begins requests, one future each: one completion a seed, in the order asked for.
+        """Begins requests, and returns at once. One future each: one completion a seed, in the order asked for.
 
         They are sampled together, beside what was submitted before, and fail together: an error of a sample is that of
         every request that was submitted with it and has not ended. Raises UserError for one that cannot be sampled.
@@ -113,6 +127,20 @@ class Engine(Protocol):
 
     def generate(self, requests: Seq[Request], watch: Watch | None = None) -> list[list[Completion]]:
         """``submit``, and waits for all: one list a request."""
+        ...
+
+    def wait(self, until: Callable[[], bool], at_least: int = 0) -> None:
+        """Goes on sampling until ``until()`` is true, or nothing is left to sample.
+
+        ``until`` is asked between any two steps, or as often as anything is heard of an engine elsewhere, and at least
+        about 20 times a second. It may submit more. ``at_least`` is a hint: it cannot become true before so many more
+        requests have ended. Raises an error that has cost all samples; those of single requests are their futures'.
+        """
+        ...
+
+    def cancel(self) -> None:
+        """Gives up all that is being sampled, at the latest after the step that is under way. Futures that have not
+        ended raise Cancelled."""
         ...
 
 

@@ -57,6 +57,11 @@ class Request:
     sampling: SamplingParams
 
 
+Versions = list[tuple[int, int]]
+"""Which weights drew the tokens of a sample, in order: optimizer steps that they had seen, and how many tokens in a row
+came from them. Never empty: 0 tokens came from some version, too."""
+
+
 @dataclass(kw_only=True)
 class Completion:
     """What an engine returns for one sample: the sampled tokens (a stop token included) and their log-probs.
@@ -70,9 +75,18 @@ class Completion:
     untruncated_logp: list[float]
     stop: StopReason
     text: str = ""
-    version_min: int = 0
-    version_max: int = 0
+    versions: Versions = field(default_factory=lambda: [(0, 0)])
     error: str | None = None
+
+    @property
+    def version_min(self) -> int:
+        """Optimizer steps that the oldest weights behind any of its tokens had seen."""
+        return min(version for version, _ in self.versions)
+
+    @property
+    def version_max(self) -> int:
+        """As ``version_min``, of the newest weights."""
+        return max(version for version, _ in self.versions)
 
 
 Ended = tuple[int, int, Completion]
@@ -105,9 +119,8 @@ class Rollout:
     """At the sampling temperature without truncation, in nats: what ratios are taken against."""
     stop: StopReason
     completion: str = ""
-    version_min: int = 0
-    """Optimizer steps that the oldest weights behind any of its tokens had seen."""
-    version_max: int = 0
+    versions: Versions = field(default_factory=lambda: [(0, 0)])
+    """Of the sampled tokens, in order: see ``Completion``."""
     reward: float | None = None
     """None: a reward function left the sample out. It enters no baseline."""
     reward_parts: dict[str, float] = field(default_factory=dict)
@@ -116,6 +129,16 @@ class Rollout:
     advantages: list[float] | None = None
     """Of each token, as the loss gets them; None where it was not trained on."""
     error: str | None = None
+
+    @property
+    def version_min(self) -> int:
+        """Optimizer steps that the oldest weights behind any of its tokens had seen."""
+        return min(version for version, _ in self.versions)
+
+    @property
+    def version_max(self) -> int:
+        """As ``version_min``, of the newest weights."""
+        return max(version for version, _ in self.versions)
 
     @property
     def completion_ids(self) -> list[int]:

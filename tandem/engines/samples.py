@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from tandem.errors import UserError
-from tandem.types import Completion, Request, SamplingParams, StopReason
+from tandem.types import Completion, Request, SamplingParams, StopReason, Versions
 
 AHEAD = 16
 """Fewer tokens are not worth decoding before their sample has ended."""
@@ -102,8 +102,8 @@ class Sample:
     """Its place among the samples of its request."""
     name: int = 0
     """What the engine's core knows it by."""
-    version: int = 0
-    """Of the weights when it started."""
+    versions: Versions = field(default_factory=list)
+    """Of the tokens that it had drawn when the weights last changed."""
     token_ids: list[int] = field(default_factory=list)
     behaviour_logp: list[float] = field(default_factory=list)
     untruncated_logp: list[float] = field(default_factory=list)
@@ -184,9 +184,14 @@ class Sample:
                 self.text += piece
                 self.decoded = len(self.token_ids)
 
+    def stamp(self, version: int) -> None:
+        """What it has drawn since it was last stamped came from the weights of that version."""
+        stamp(self.versions, version, len(self.token_ids))
+
     def completion(self, version: int) -> Completion:
         """What it has become, ``version`` being that of the weights at its end."""
         assert self.stop is not None
+        self.stamp(version)
         text = self.text + self.asked.rule.decode(self.token_ids[self.decoded :])
         return Completion(
             token_ids=self.token_ids,
@@ -194,9 +199,27 @@ class Sample:
             untruncated_logp=self.untruncated_logp,
             stop=self.stop,
             text=self.asked.rule.cut(text) if self.stop == "stop_string" else text,
-            version_min=self.version,
-            version_max=version,
+            versions=self.versions or [(version, 0)],
         )
+
+
+def stamp(versions: Versions, version: int, drawn: int) -> None:
+    """Adds to a sample's versions that all tokens up to number ``drawn`` that have none yet came from ``version``."""
+    new = drawn - sum(count for _, count in versions)
+    if new > 0:
+        if versions and versions[-1][0] == version:
+            version, before = versions.pop()
+            new += before
+        versions.append((version, new))
+
+
+def first(versions: Versions, count: int) -> Versions:
+    """The versions of the first tokens of a sample."""
+    found: Versions = []
+    for version, run in versions:
+        found.append((version, min(run, count)))
+        count -= found[-1][1]
+    return [entry for entry in found if entry[1]] or versions[:1]
 
 
 def check_request(number: int, request: Request, *, vocabulary: int, limit: int | None, limit_name: str) -> None:

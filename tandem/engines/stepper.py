@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
+from tandem.errors import Cancelled
 from tandem.futures import Future
 
+ASKED_S = 0.05
+"""Whoever waits while another thread steps asks every 0.05 s whether that is enough."""
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 Taken = TypeVar("Taken", contravariant=True)
@@ -20,6 +24,11 @@ Given = TypeVar("Given", covariant=True)
 
 class Core(Protocol[Taken, Given]):
     """Runs jobs side by side, one round at a time. No two threads may be in it at once, but for ``add``."""
+
+    @property
+    def sampled_tokens(self) -> int:
+        """Tokens drawn since it was made, those of jobs that were given up included."""
+        ...
 
     def add(self, name: int, job: Taken) -> None:
         """Takes a job, which runs from the next step on. Raises the error why nothing can be run now."""
@@ -70,26 +79,39 @@ class Part(Generic[Result]):
 
     def result(self) -> list[Result]:
         """Steps the engine, unless another thread is at it, until all have ended. Raises the call's error."""
-        self.stepper.wait(self)
+        self.stepper.finish(self)
         return [self.results[index] for index in range(len(self.results))]
+
+
+@dataclass(eq=False)
+class Asking:
+    """Somebody who waits for more than some jobs (``Stepper.wait``), and finds out by asking."""
+
+    wake: threading.Condition
+
+    def done(self) -> bool:
+        return False
 
 
 class Stepper(Generic[Job, Result]):
     """Owns a core.
 
-    A thread that waits steps the core for everyone, unless another one is at it, until its own jobs have ended; then
-    the next one that waits goes on. Where there is one thread, nothing happens but in its calls.
+    A thread that waits steps the core for everyone, unless another one is at it, until its own jobs have ended, or as
+    long as it likes; then the next one that waits goes on. Where there is one thread, nothing happens but in its calls.
     """
 
     def __init__(self, core: Core[Job, Result]) -> None:
         self.core = core
         self.ended = 0
         """Jobs that have ended since there were none."""
+        self.busy_seconds = 0.0
+        """In steps of the core, since this was made."""
         self._lock = threading.Lock()
         self._claimed = threading.Condition(self._lock)
         self._claims = 0
         self._busy = False
-        self._waiting: list[Part[Result]] = []
+        self._paused = False
+        self._waiting: list[Part[Result] | Asking] = []
         self._jobs: dict[int, tuple[Part[Result], int]] = {}
         """Where the result of each job in the core goes: its part, and its place there."""
         self._watched: list[Call] = []
@@ -101,6 +123,11 @@ class Stepper(Generic[Job, Result]):
     def unfinished(self) -> int:
         """Jobs that have not ended."""
         return len(self._jobs)
+
+    @property
+    def sampled_tokens(self) -> int:
+        """See ``Core.sampled_tokens``."""
+        return self.core.sampled_tokens
 
     def submit(
         self, parts: Seq[Seq[Job]], watch: Callable[[Seq[tuple[int, int, Result]]], None] | None = None
@@ -128,25 +155,63 @@ class Stepper(Generic[Job, Result]):
                 self._watched.append(call)
         return list(begun)
 
-    def wait(self, part: Part[Result]) -> None:
+    def finish(self, part: Part[Result]) -> None:
         """Returns once all jobs of the part have ended. Steps the core if nobody else does."""
         with self._lock:
             try:
                 while part.left:
                     if part.call.error:
                         raise part.call.error
-                    if self._busy or self._claims:
-                        self._waiting.append(part)
-                        try:
-                            part.wake.wait()
-                        finally:
-                            self._waiting.remove(part)
+                    if self._taken:
+                        self._stand_by(part)
                     else:
-                        self._drive(part)
+                        self._drive(part.done)
             except BaseException as error:
                 # Whoever is interrupted here wants none of it any more.
                 self._end(part.call, error)
                 raise
+
+    def wait(self, until: Callable[[], bool]) -> None:
+        """Returns once ``until()`` is true, or no job is left. Steps the core for everyone if nobody else does.
+
+        ``until`` is asked between any two steps, without the lock: it may submit. Where another thread steps, or all
+        are paused, it is asked every 0.05 s. What it raises costs no job; an error of a step costs all, and is raised
+        here, too.
+        """
+        asking = Asking(threading.Condition(self._lock))
+
+        def enough() -> bool:
+            if not self._jobs:
+                return True
+            with self._unlocked():
+                return until()
+
+        with self._lock:
+            try:
+                while not (enough() if self._taken else self._drive(enough)):
+                    if self._taken:
+                        self._stand_by(asking, ASKED_S)
+            finally:
+                # It may have been this thread's turn.
+                if not self._taken:
+                    self._pass_on()
+
+    def cancel(self) -> None:
+        """Gives up every job: their futures raise Cancelled. A step that is under way ends, and hands out nothing."""
+        with self._lock:
+            self._end_all(Cancelled("what was being sampled was given up"))
+
+    def pause(self) -> None:
+        """Waits for the step that is under way. Then nobody steps until ``resume``; whoever waits goes on waiting."""
+        with self.exclusive():
+            self._paused = True
+
+    def resume(self) -> None:
+        """After ``pause``: whoever waits steps again."""
+        with self._lock:
+            self._paused = False
+            if not self._taken:
+                self._pass_on()
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -171,25 +236,52 @@ class Stepper(Generic[Job, Result]):
             self._end_all(error)
             self._abort()
 
-    def _drive(self, part: Part[Result]) -> None:
-        """Steps until the part is done or someone claims the core. Holds the lock between steps."""
+    @property
+    def _taken(self) -> bool:
+        """Whether whoever waits may not step now."""
+        return self._busy or self._paused or self._claims > 0
+
+    @contextmanager
+    def _unlocked(self) -> Iterator[None]:
+        self._lock.release()
+        try:
+            yield
+        finally:
+            self._lock.acquire()
+
+    def _stand_by(self, waiter: Part[Result] | Asking, timeout: float | None = None) -> None:
+        """Waits to be woken: by results, or to step."""
+        self._waiting.append(waiter)
+        try:
+            waiter.wake.wait(timeout)
+        finally:
+            self._waiting.remove(waiter)
+
+    def _drive(self, done: Callable[[], bool]) -> bool:
+        """Steps until that is done, which it returns, or until others claim the core. Has the lock between steps."""
         self._busy = True
         try:
-            while not part.done() and not self._claims:
-                self._lock.release()
+            while not (ended := done()) and not self._claims:
+                self._round()
+            return ended
+        finally:
+            self._leave()
+
+    def _round(self) -> None:
+        try:
+            with self._unlocked():
+                start = time.perf_counter()
                 try:
                     ended = self.core.step()
                 finally:
-                    self._lock.acquire()
-                self._tell(ended)
-                self._deliver(ended)
-                self._watched = [call for call in self._watched if call.left and call.error is None]
-                self._abort()
+                    self.busy_seconds += time.perf_counter() - start
+            self._tell(ended)
+            self._deliver(ended)
+            self._watched = [call for call in self._watched if call.left and call.error is None]
+            self._abort()
         except BaseException as error:
             self._end_all(error)
             raise
-        finally:
-            self._leave()
 
     def _deliver(self, ended: Mapping[int, Result | Exception]) -> None:
         for name, result in ended.items():
@@ -216,13 +308,11 @@ class Stepper(Generic[Job, Result]):
                 if part.call is call and not isinstance(result, Exception)
             ]
             failed: Exception | None = None
-            self._lock.release()
-            try:
-                call.watch(heard)  # type: ignore[misc]
-            except Exception as error:
-                failed = error
-            finally:
-                self._lock.acquire()
+            with self._unlocked():
+                try:
+                    call.watch(heard)  # type: ignore[misc]
+                except Exception as error:
+                    failed = error
             if failed is not None:
                 self._end(call, failed)
 
@@ -256,8 +346,11 @@ class Stepper(Generic[Job, Result]):
             self._abort()
         finally:
             self._busy = False
-            if self._claims:
-                self._claimed.notify()
-            # Whoever is done wakes without stepping.
-            elif waiting := next((part for part in self._waiting if not part.done()), None):
-                waiting.wake.notify()
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        if self._claims:
+            self._claimed.notify()
+        # Whoever is done wakes without stepping.
+        elif waiting := next((waiter for waiter in self._waiting if not waiter.done()), None):
+            waiting.wake.notify()

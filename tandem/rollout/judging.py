@@ -193,8 +193,7 @@ def rollout_of(prompt: Prompt, sample_index: int, completion: Completion) -> Rol
         untruncated_logp=padding + completion.untruncated_logp,
         stop=completion.stop,
         completion=completion.text,
-        version_min=completion.version_min,
-        version_max=completion.version_max,
+        versions=completion.versions,
         error=completion.error,
     )
 

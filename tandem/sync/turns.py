@@ -39,6 +39,20 @@ class TakingTurns:
     def ended(self) -> int:
         return self.engine.ended
 
+    @property
+    def busy_seconds(self) -> float:
+        return self.engine.busy_seconds
+
+    @property
+    def sampled_tokens(self) -> int:
+        return self.engine.sampled_tokens
+
+    def wait(self, until: Callable[[], bool], at_least: int = 0) -> None:
+        self.engine.wait(until, at_least)
+
+    def cancel(self) -> None:
+        self.engine.cancel()
+
     def submit(self, requests: Seq[Request], watch: Watch | None = None) -> list[Future[list[Completion]]]:
         """Samples at once."""
         return [Done(completions) for completions in self.generate(requests, watch)]

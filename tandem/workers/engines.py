@@ -23,6 +23,8 @@ class DividedEngine:
     def __init__(self, engines: Seat) -> None:
         self.engines = engines
         self.ended = 0
+        self.busy_seconds = 0.0
+        self.sampled_tokens = 0
 
     def submit(self, requests: Seq[Request], watch: Watch | None = None) -> list[Future[list[Completion]]]:
         """Samples at once."""
@@ -42,6 +44,12 @@ class DividedEngine:
                 self.ended += len(completions)
         return results
 
+    def wait(self, until: Callable[[], bool], at_least: int = 0) -> None:
+        """Nothing is left to sample after ``submit``."""
+
+    def cancel(self) -> None:
+        """Nothing is being sampled after ``submit``."""
+
 
 class BalancedEngine:
     """Engines that take several calls at a time: whichever has room takes the next few requests.
@@ -52,6 +60,8 @@ class BalancedEngine:
     def __init__(self, group: WorkerGroup, role: str, *, slots: int) -> None:
         self.group, self.role, self.slots = group, role, slots
         self.ended = 0
+        self.busy_seconds = 0.0
+        self.sampled_tokens = 0
 
     CALLS = 4
     """Calls on their way to one engine."""
@@ -83,6 +93,12 @@ class BalancedEngine:
                 watch([(i, j, completion) for i in chunk for j, completion in enumerate(results[i])])
             free.append(answer.first_rank)
         return results
+
+    def wait(self, until: Callable[[], bool], at_least: int = 0) -> None:
+        """Nothing is left to sample after ``submit``."""
+
+    def cancel(self) -> None:
+        """Nothing is being sampled after ``submit``."""
 
     def _chunks(self, requests: Seq[Request]) -> list[list[int]]:
         """Runs of requests, of about half an engine's slots, and so many at least that every engine gets some."""
@@ -117,6 +133,20 @@ class RestartingOnce:
     @property
     def ended(self) -> int:
         return self.engine.ended
+
+    @property
+    def busy_seconds(self) -> float:
+        return self.engine.busy_seconds
+
+    @property
+    def sampled_tokens(self) -> int:
+        return self.engine.sampled_tokens
+
+    def wait(self, until: Callable[[], bool], at_least: int = 0) -> None:
+        self.engine.wait(until, at_least)
+
+    def cancel(self) -> None:
+        self.engine.cancel()
 
     def submit(self, requests: Seq[Request], watch: Watch | None = None) -> list[Future[list[Completion]]]:
         """Samples at once."""

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from tandem.engines.stepper import Stepper
-from tandem.errors import UserError
+from tandem.errors import Cancelled, UserError
 
 PATIENCE_S = 20.0
 
@@ -20,6 +20,7 @@ class Counting:
     def __init__(self) -> None:
         self.jobs: dict[int, int] = {}
         self.steps = 0
+        self.sampled_tokens = 0
         self.before: Callable[[], None] = lambda: None
 
     def add(self, name: int, job: int) -> None:
@@ -202,3 +203,97 @@ def test_who_claims_the_core_has_it_between_two_steps():
         assert not thread.is_alive()
     assert found == [{0: 2, 1: 1}]
     assert (core.jobs, core.steps) == ({}, 1)
+
+
+def test_waiting_for_more_than_results_asks_between_any_two_steps():
+    stepper = Stepper(core := Counting())
+    (job,) = stepper.submit([[5]])
+    asked: list[int] = []
+
+    def enough() -> bool:
+        asked.append(core.steps)
+        if core.steps == 2 and len(asked) == 3:
+            stepper.submit([[9]])  # nobody holds the lock
+        return core.steps == 3
+
+    stepper.wait(enough)
+    assert (asked, job.done(), stepper.unfinished) == ([0, 1, 2, 3], False, 2)
+
+    def fails() -> bool:
+        raise UserError("a reward failed")
+
+    with pytest.raises(UserError, match="a reward"):
+        stepper.wait(fails)
+    assert stepper.unfinished == 2
+    stepper.wait(lambda: False)
+    assert (job.result()[0][0], core.steps, stepper.busy_seconds > 0) == (0, 11, True)
+
+
+def test_all_are_given_up_while_another_thread_steps():
+    stepper = Stepper(core := Counting())
+    inside, go = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        inside.set()
+        assert go.wait(PATIENCE_S)
+
+    core.before = hold
+    futures = stepper.submit([[3], [1]])
+    driver = threading.Thread(target=lambda: stepper.wait(lambda: False), daemon=True)
+    driver.start()
+    assert inside.wait(PATIENCE_S)
+    stepper.cancel()
+    for future in futures:
+        with pytest.raises(Cancelled):
+            future.result()
+    assert core.jobs
+    go.set()
+    driver.join(PATIENCE_S)
+    assert not driver.is_alive()
+    assert (core.jobs, core.steps) == ({}, 1)
+    assert stepper.submit([[1]])[0].result() == [[2]]
+
+
+def test_nobody_steps_while_all_are_paused():
+    stepper = Stepper(core := Counting())
+    futures = stepper.submit([[50], [60]])
+    core.before = lambda: time.sleep(0.001)
+    polled = threading.Event()
+
+    def enough() -> bool:
+        polled.set()
+        return False
+
+    threads = [
+        threading.Thread(target=target, daemon=True)
+        for target in (futures[0].result, futures[1].result, lambda: stepper.wait(enough))
+    ]
+    for thread in threads:
+        thread.start()
+    until(lambda: core.steps > 2)
+    stepper.pause()
+    steps = core.steps
+    polled.clear()
+    assert polled.wait(PATIENCE_S), "rewards under way are noticed all the same"
+    with stepper.exclusive():
+        assert core.steps == steps
+    stepper.wait(lambda: True)
+    stepper.resume()
+    for thread in threads:
+        thread.join(PATIENCE_S)
+        assert not thread.is_alive()
+    assert core.steps == 60
+
+
+def test_whoever_has_waited_enough_leaves_the_others_to_go_on():
+    stepper = Stepper(core := Counting())
+    futures = stepper.submit([[40], [80], [120]])
+    core.before = lambda: time.sleep(0.001)
+    threads = [threading.Thread(target=future.result, daemon=True) for future in futures]
+    threads += [threading.Thread(target=stepper.wait, args=(future.done,), daemon=True) for future in futures]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE_S)
+        assert not thread.is_alive()
+    assert core.steps == 120

@@ -59,7 +59,7 @@ class Versions:
         def completion(request):
             low, high = next(self.versions)
             return [Completion(token_ids=[1], behaviour_logp=[0.0], untruncated_logp=[0.0], stop="eos",
-                               version_min=low, version_max=high) for _ in request.seeds]  # fmt: skip
+                               versions=[(low, 0), (high, 1)]) for _ in request.seeds]  # fmt: skip
 
         return [completion(request) for request in requests]
 

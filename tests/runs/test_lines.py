@@ -51,7 +51,7 @@ def test_a_sample_is_written_with_every_number_of_its_tokens():
     rollout = Rollout(
         prompt_id="p", sample_index=0, token_ids=[7, 8, 1, 2, 3], prompt_length=2,
         trainable=[False, False, True, False, True], behaviour_logp=[0.0, 0.0, -0.1234567, 0.0, -2.0],
-        untruncated_logp=[0.0, 0.0, -0.2, 0.0, -3.0], stop="eos", completion="x", version_min=3, version_max=4,
+        untruncated_logp=[0.0, 0.0, -0.2, 0.0, -3.0], stop="eos", completion="x", versions=[(3, 1), (4, 2)],
         reward=1.5, reward_parts={"a": 1.0, "b": 0.5}, advantages=[0.0, 0.0, 1.0, 0.0, 2.0],
     )  # fmt: skip
     assert _describe_sample(rollout) == {

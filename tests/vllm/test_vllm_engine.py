@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from helpers.models import make_tokenizer
+from helpers.telling import tell, told
 from helpers.vllm_faults import QUERY, all_at_once, faults_seen
 from helpers.vllm_models import POSITIONS, Pusher, covered, make_model, reference_logp, save, wrong_tensors
 
 from tandem.engines.vllm.engine import VLLMEngine
-from tandem.errors import UserError
+from tandem.errors import Cancelled, UserError
 from tandem.roles import SleepingEngine
 from tandem.sync.plan import Plan, TensorSpec, plan_of
 from tandem.types import Request, SamplingParams
@@ -298,14 +299,46 @@ def test_weights_change_between_two_steps_of_running_samples(engine, module):
     (short,) = first.result()
     pusher.push(1)
     (long,) = second.result()
-    assert (short.version_min, short.version_max, long.version_min, long.version_max) == (0, 0, 0, 1)
+    assert (short.versions, [version for version, _ in long.versions]) == ([(0, 10)], [0, 1])
     old = reference_logp(module, PROMPT, long.token_ids)
     new = reference_logp(other, PROMPT, long.token_ids)
     close = [[abs(a - b) < 1e-4 for a, b in zip(long.behaviour_logp, wanted, strict=True)] for wanted in (old, new)]
     turn = close[0].index(False)
-    assert 10 <= turn < 40
+    assert 10 <= turn == long.versions[0][1] < 40
     assert all(close[1][turn:])
     pusher.close()
+
+
+@pytest.mark.usefixtures("restored")
+def test_every_token_belongs_to_the_weights_that_drew_it(engine):
+    """Six samples, four slots: those that wait begin with newer weights. Then what is left is given up."""
+    other = make_model("llama", seed=3, tied=True)
+    pusher = pusher_of(engine, other)
+    tokens = {version: 10 + version for version in range(1, 9)}
+    futures, drawn = [], engine.sampled_tokens
+    for version, token in tokens.items():
+        tell(other, token)
+        pusher.push(version)
+        if version == 1:
+            futures = engine.submit(
+                [
+                    Request(prompt_ids=PROMPT, seeds=(n,), sampling=SamplingParams(max_new_tokens=n))
+                    for n in (30, 9, 40, 3, 25, 90)
+                ]
+            )
+        asked = iter(range(3 * version % 8))
+        engine.wait(lambda asked=asked: next(asked, None) is None)
+    engine.wait(lambda: all(future.done() for future in futures[:-1]))
+    found = [future.result()[0] for future in futures[:-1]]
+    assert [c.versions for c in found] == [told(c, tokens) for c in found]
+    assert max(len(c.versions) for c in found) > 3
+    engine.cancel()
+    with pytest.raises(Cancelled):
+        futures[-1].result()
+    assert 0 < engine.sampled_tokens - drawn - sum(len(c.token_ids) for c in found) < 90
+    assert engine.busy_seconds > 0
+    pusher.close()
+    assert [c.versions for c in sample(engine)] == [[(8, 16)]]
 
 
 @pytest.mark.usefixtures("restored")

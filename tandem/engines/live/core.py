@@ -32,7 +32,10 @@ class Batching(Protocol):
         ...
 
     def renew(self) -> None:
-        """The weights have changed: samples that have not started yet start with the new ones."""
+        """The weights have changed: samples that have not started yet start with the new ones.
+
+        When it returns, every sample has all the tokens that the old ones drew.
+        """
         ...
 
 
@@ -61,9 +64,15 @@ class LiveCore:
         """The module and all in it, as of the batching's start: looked through in every step."""
         self.new: deque[Sample] = deque()
         self.samples: dict[int, Sample] = {}
+        self.gone_tokens = 0
+        """Drawn by samples that are not there any more."""
+
+    @property
+    def sampled_tokens(self) -> int:
+        return self.gone_tokens + sum(len(sample.token_ids) for sample in list(self.samples.values()))
 
     def add(self, name: int, job: Sample) -> None:
-        job.name, job.version = name, self.version
+        job.name = name
         self.samples[name] = job
         self.new.append(job)
 
@@ -90,12 +99,11 @@ class LiveCore:
             self._forget([sample.name for sample in gone])
 
     def renew(self, version: int) -> None:
-        self.version = version
         if self.batching is not None:
             self.batching.renew()
         for sample in self.samples.values():
-            if not sample.token_ids and sample.row is None:
-                sample.version = version
+            sample.stamp(self.version)
+        self.version = version
 
     @contextmanager
     def _losing_all(self) -> Iterator[None]:
@@ -103,6 +111,7 @@ class LiveCore:
         try:
             yield
         except BaseException:
+            self.gone_tokens = self.sampled_tokens
             self.samples.clear()
             self.new.clear()
             self.batching = None
@@ -111,7 +120,7 @@ class LiveCore:
 
     def _forget(self, names: Collection[int]) -> None:
         for name in names:
-            del self.samples[name]
+            self.gone_tokens += len(self.samples.pop(name).token_ids)
         if not self.samples and self.batching is not None:
             self.batching = None
             self.end(False)

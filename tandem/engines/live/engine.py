@@ -47,8 +47,8 @@ class LiveEngine:
     - ``kv_cache_dtype``: ``auto`` keeps keys and values as the model computes them, ``fp8`` in 8 bits (e4m3) with a
       scale for each token and head: room for nearly twice the tokens, log-probs that differ by more from the trainer's.
       Of the paged cache only: raises UserError where another way is taken.
-    - ``version``: optimizer steps that the weights have seen, for ``Completion.version_min`` and ``version_max``. It is
-      asked before every step: what runs goes on with weights that have changed, from keys and values of the old ones.
+    - ``version``: optimizer steps that the weights have seen, for ``Completion.versions``. It is asked before every
+      step: what runs goes on with weights that have changed, from keys and values of the old ones.
 
     A large cache is given back when nothing is left to sample, a small one is kept, with the graphs. Any thread may
     call ``submit`` and wait; nothing runs but in threads that wait.
@@ -130,6 +130,16 @@ class LiveEngine:
         """Samples that have ended since nothing was being sampled."""
         return self.stepper.ended
 
+    @property
+    def busy_seconds(self) -> float:
+        """Seconds in steps of the model, since this was made."""
+        return self.stepper.busy_seconds
+
+    @property
+    def sampled_tokens(self) -> int:
+        """Tokens drawn since this was made."""
+        return self.stepper.sampled_tokens
+
     def submit(self, requests: Seq[Request], watch: Watch | None = None) -> list[Future[list[Completion]]]:
         """Begins requests, one future each: one completion a seed, in the order asked for.
 
@@ -151,6 +161,17 @@ class LiveEngine:
     def generate(self, requests: Seq[Request], watch: Watch | None = None) -> list[list[Completion]]:
         """``submit``, and waits for all: one list a request."""
         return wait_all(self.submit(requests, watch))
+
+    def wait(self, until: Callable[[], bool], at_least: int = 0) -> None:
+        """Goes on sampling until ``until()``, which is asked between any two steps, or until nothing is left.
+
+        Unfinished samples stay where they are, and go on in the next call, whatever becomes of the weights meanwhile.
+        """
+        self.stepper.wait(until)
+
+    def cancel(self) -> None:
+        """Gives up all that is being sampled: the futures raise Cancelled."""
+        self.stepper.cancel()
 
     def _begin(self) -> Batching:
         if self.fitting is not None:

@@ -121,14 +121,15 @@ class PagedBatching:
         self.to_stop += [self._vacate(sample) for sample in samples if sample.row is not None]
 
     def renew(self) -> None:
+        # What is enqueued comes from the old weights.
+        self._read_all()
         self.fitting.look()
         while self.ready:
             self._unready()
 
     def _refit(self, everyone: Seq[Sample], slots: int) -> None:
         """Another decoder, in which all fit. Those that run start again in it, from what they have drawn."""
-        while self.flights:
-            self._read(self.flights.popleft())
+        self._read_all()
         busy = bool(self.running)
         if busy:
             slots = min(self.max_slots, max(slots, 2 * self.decoder.slots))
@@ -334,6 +335,10 @@ class PagedBatching:
             self.rows[source] = None
             self.table_SP[source] = 0
             self._put(target, sample)
+
+    def _read_all(self) -> None:
+        while self.flights:
+            self._read(self.flights.popleft())
 
     def _read(self, flight: Flight) -> None:
         """Hands samples the tokens that a flight drew, and lets those that ended go."""

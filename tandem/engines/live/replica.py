@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 import torch
@@ -51,11 +52,25 @@ class ReplicaEngine:
     def ended(self) -> int:
         return self.live.ended
 
+    @property
+    def busy_seconds(self) -> float:
+        return self.live.busy_seconds
+
+    @property
+    def sampled_tokens(self) -> int:
+        return self.live.sampled_tokens
+
     def submit(self, requests: Seq[Request], watch: Watch | None = None) -> list[Future[list[Completion]]]:
         return self.live.submit(requests, watch)
 
     def generate(self, requests: Seq[Request], watch: Watch | None = None) -> list[list[Completion]]:
         return self.live.generate(requests, watch)
+
+    def wait(self, until: Callable[[], bool], at_least: int = 0) -> None:
+        self.live.wait(until, at_least)
+
+    def cancel(self) -> None:
+        self.live.cancel()
 
     @torch.no_grad()
     def logprobs(self, sequences: Seq[Seq[int]]) -> list[list[float]]:

@@ -7,7 +7,9 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
+from tandem.engines.samples import stamp
 from tandem.errors import UserError
+from tandem.types import Versions
 
 
 @dataclass(frozen=True)
@@ -16,9 +18,9 @@ class VLLMJob:
 
     prompt: Any
     params: Any
-    read: Callable[[Any, int, int], Any]
-    """Its result, from vLLM's final ``RequestOutput`` and the weights' versions as it entered the batch and as it left.
-    Raises UserError where it has none."""
+    read: Callable[[Any, Versions], Any]
+    """Its result, from vLLM's final ``RequestOutput`` and the weights that drew its tokens. Raises UserError where it
+    has none."""
 
 
 class VLLMCore:
@@ -36,8 +38,19 @@ class VLLMCore:
         self.broken: Exception | None = None
         """Why nothing can be sampled any more."""
         self.waiting: deque[tuple[int, VLLMJob]] = deque()
-        self.running: dict[int, tuple[VLLMJob, int]] = {}
-        """Jobs that vLLM has, with the version at which they entered."""
+        self.running: dict[int, tuple[VLLMJob, Versions]] = {}
+        """Jobs that vLLM has, and what drew the tokens that they had when the weights last changed."""
+        self.gone_tokens = 0
+        """Drawn by jobs that are not there any more."""
+
+    @property
+    def sampled_tokens(self) -> int:
+        return self.gone_tokens + sum(self._drawn().values())
+
+    def _drawn(self) -> dict[int, int]:
+        """Tokens that each job in vLLM has so far."""
+        states = list(self.engine.output_processor.request_states.values())
+        return {int(state.external_req_id): state.detokenizer.num_output_tokens() for state in states}
 
     def add(self, name: int, job: VLLMJob) -> None:
         if error := self.broken or self.unusable:
@@ -50,9 +63,12 @@ class VLLMCore:
             for output in self.engine.step():
                 name = int(output.request_id)
                 if output.finished and name in self.running:
-                    job, version = self.running.pop(name)
+                    job, versions = self.running.pop(name)
+                    drawn = len(output.outputs[0].token_ids)
+                    self.gone_tokens += drawn
+                    stamp(versions, self.version, drawn)
                     try:
-                        ended[name] = job.read(output, version, self.version)
+                        ended[name] = job.read(output, versions or [(self.version, 0)])
                     except UserError as error:
                         ended[name] = error
             return ended
@@ -67,11 +83,16 @@ class VLLMCore:
         self.waiting = deque(entry for entry in self.waiting if entry[0] not in gone)
         inside = [name for name in gone if self.running.pop(name, None)]
         if not self.broken:
+            drawn = self._drawn()
+            self.gone_tokens += sum(drawn.get(name, 0) for name in inside)
             self.engine.abort_request([str(name) for name in inside])
 
     def renew(self, version: int) -> None:
-        """What running samples have so far is computed anew."""
+        """What running samples have so far is computed anew. A step that is enqueued ahead is not taken."""
         self.forget_cache()
+        drawn = self._drawn()
+        for name, (_, versions) in self.running.items():
+            stamp(versions, self.version, drawn.get(name, 0))
         self.version = version
 
     def forget_cache(self) -> None:
@@ -89,5 +110,5 @@ class VLLMCore:
                 # vLLM refuses this one; the others are none the worse.
                 refused[name] = error
             else:
-                self.running[name] = job, self.version
+                self.running[name] = job, []
         return refused

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from functools import partial
 from typing import Any, Literal
 
-from tandem.engines.samples import Asked, StopRule, check_request, take_requests
+from tandem.engines.samples import Asked, StopRule, check_request, first, take_requests
 from tandem.engines.stepper import Stepper
 from tandem.engines.vllm.checksums import Wholes
 from tandem.engines.vllm.core import VLLMCore, VLLMJob
@@ -17,7 +17,7 @@ from tandem.errors import UserError, first_line
 from tandem.futures import Future, wait_all
 from tandem.sync.links import Link
 from tandem.sync.plan import Plan
-from tandem.types import Completion, Held, Request, SamplingParams, StopReason, Watch
+from tandem.types import Completion, Held, Request, SamplingParams, StopReason, Versions, Watch
 
 __all__ = ["VLLMEngine", "check_vllm"]
 
@@ -103,6 +103,14 @@ class VLLMEngine:
         """Samples that have ended since nothing was being sampled."""
         return self._stepper.ended
 
+    @property
+    def busy_seconds(self) -> float:
+        return self._stepper.busy_seconds
+
+    @property
+    def sampled_tokens(self) -> int:
+        return self._stepper.sampled_tokens
+
     def submit(self, requests: Seq[Request], watch: Watch | None = None) -> list[Future[list[Completion]]]:
         """Begins requests, one future each: one completion a seed, in the order asked for.
 
@@ -117,6 +125,14 @@ class VLLMEngine:
     def generate(self, requests: Seq[Request], watch: Watch | None = None) -> list[list[Completion]]:
         """``submit``, and waits for all: one list a request."""
         return wait_all(self.submit(requests, watch))
+
+    def wait(self, until: Callable[[], bool], at_least: int = 0) -> None:
+        """Goes on sampling until ``until()``, which is asked between any two steps, or until nothing is left."""
+        self._stepper.wait(until)
+
+    def cancel(self) -> None:
+        """Gives up all that is being sampled: the futures raise Cancelled. A step that is under way ends first."""
+        self._stepper.cancel()
 
     def logprobs(self, sequences: Seq[Seq[int]]) -> list[list[float]]:
         """Log-prob, in nats at temperature 1, of each token but the first; one list a sequence.
@@ -306,7 +322,7 @@ def _prompt(token_ids: Seq[int]) -> Any:
     return tokens_input(list(token_ids))
 
 
-def _prompt_logprobs(output: Any, version_min: int, version_max: int) -> list[float]:
+def _prompt_logprobs(output: Any, versions: Versions) -> list[float]:
     return _flat(output.prompt_logprobs)
 
 
@@ -316,7 +332,7 @@ def _flat(logprobs: Any) -> list[float]:
     return [logprobs.logprobs[start] for start, end in spans if end > start]
 
 
-def _completion(asked: Asked, index: int, ended: Any, version_min: int, version_max: int) -> Completion:
+def _completion(asked: Asked, index: int, ended: Any, versions: Versions) -> Completion:
     """Raises UserError where the logits were not finite."""
     sampling, rule = asked.request.sampling, asked.rule
     where = f"request {asked.number}, sample {index}"
@@ -331,6 +347,7 @@ def _completion(asked: Asked, index: int, ended: Any, version_min: int, version_
         stop = "stop_string" if isinstance(output.stop_reason, str) else "eos"
     if stop == "error":
         token_ids, logp = token_ids[: len(logp)], logp[: len(token_ids)]
+        versions = first(versions, len(token_ids))
     elif len(logp) != len(token_ids):
         raise UserError(f"{where}: vLLM gave {len(logp)} log-probs for {len(token_ids)} tokens")
     if not all(map(math.isfinite, logp)):
@@ -349,7 +366,6 @@ def _completion(asked: Asked, index: int, ended: Any, version_min: int, version_
         untruncated_logp=[math.nan] * len(logp) if truncated else list(logp),
         stop=stop,
         text=rule.cut(text) if stop == "stop_string" else text,
-        version_min=version_min,
-        version_max=version_max,
+        versions=versions,
         error=f"vLLM ended it: {output.finish_reason}" if stop == "error" else None,
     )

@@ -1,0 +1,103 @@
+"""Samples that stay open: while the caller does something else, while weights change, until they are given up."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+from helpers.engine_models import model, tokenizer
+from helpers.telling import tell, told
+
+from tandem.engines.live.engine import LiveEngine
+from tandem.errors import Cancelled
+from tandem.futures import wait_all
+from tandem.types import Request, SamplingParams
+
+WAYS = ["slots", "captured"]
+TOKENS = {version: 10 + version for version in range(86)}
+
+
+def asks(lengths: list[int], **sampling: Any) -> list[Request]:
+    return [
+        Request(
+            prompt_ids=(5, 6, 7, 8)[: 1 + i % 4],
+            seeds=(2 * i, 2 * i + 1),
+            sampling=SamplingParams(max_new_tokens=length, **sampling),
+        )
+        for i, length in enumerate(lengths)
+    ]
+
+
+class Trained:
+    """A live engine on weights that change: each version of them draws a token of its own."""
+
+    def __init__(self, way: str, **options: Any) -> None:
+        self.module = model("qwen2")
+        self.version = -1
+        self.step()
+        self.engine = LiveEngine(
+            self.module, tokenizer(), way=way, version=lambda: self.version, **options  # type: ignore[arg-type]
+        )  # fmt: skip
+
+    def step(self) -> None:
+        self.version += 1
+        tell(self.module, TOKENS[self.version])
+
+    def steps(self, count: int) -> Any:
+        """An ``until`` that is true once it has been asked so often, and so many steps have been made."""
+        asked = iter(range(count))
+        return lambda: next(asked, None) is None
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("options", [{}, {"max_slots": 3}, {"cache_tokens": 640}])
+def test_every_token_belongs_to_the_weights_that_drew_it(way, options):
+    """Also where steps are enqueued ahead, samples wait for rows, and rows are given up for want of pages."""
+    if way == "slots" and "cache_tokens" in options:
+        pytest.skip("of the paged cache")
+    rng = random.Random(0)
+    trained = Trained(way, **options)
+    futures = trained.engine.submit(asks([9, 100, 3, 60, 60, 33, 1], temperature=0.8))
+    while not all(future.done() for future in futures):
+        trained.engine.wait(trained.steps(rng.choice([0, 1, 1, 2] if way == "captured" else [0, 1, 5, 20])))
+        for _ in range(rng.choice([0, 1, 1, 2])):
+            trained.step()
+    found = [completion for completions in wait_all(futures) for completion in completions]
+    assert [len(c.token_ids) for c in found] == [n for n in (9, 100, 3, 60, 60, 33, 1) for _ in range(2)]
+    assert [c.versions for c in found] == [told(c, TOKENS) for c in found]
+    assert max(len(c.versions) for c in found) > 2
+    assert trained.engine.sampled_tokens == sum(len(c.token_ids) for c in found)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_ends_is_known_while_others_run_and_nothing_is_lost_in_between(way):
+    trained = Trained(way)
+    heard: list[int] = []
+    short, long = trained.engine.submit(asks([2, 90]), lambda ended: heard.extend(request for request, _, _ in ended))
+    trained.engine.wait(short.done)
+    assert heard == [0, 0]
+    assert (short.done(), long.done()) == (True, False)
+    busy = trained.engine.busy_seconds
+    trained.engine.wait(lambda: True)
+    assert trained.engine.busy_seconds == busy > 0
+    trained.engine.wait(lambda: False)
+    assert long.done(), "nothing is left, whatever is waited for"
+
+
+@pytest.mark.parametrize("way", [*WAYS, "padded"])
+def test_what_is_given_up_raises_and_leaves_an_engine_that_works(way):
+    trained = Trained(way)
+    futures = trained.engine.submit(asks([50, 60]))
+    trained.engine.wait(trained.steps(2 if way != "padded" else 0))
+    drawn = trained.engine.sampled_tokens
+    assert drawn > 0 or way == "padded"
+    trained.engine.cancel()
+    for future in futures:
+        assert future.done()
+        with pytest.raises(Cancelled):
+            future.result()
+    assert trained.engine.sampled_tokens == drawn
+    trained.step()
+    ((first, _),) = trained.engine.generate(asks([4]))
+    assert first.versions == [(1, 4)] == told(first, TOKENS)
