@@ -98,8 +98,7 @@ class ServeRewardConfig:
 
 def serve_reward_flags(words: list[str]) -> tuple[type[ServeRewardConfig], list[str]]:
     """The config, and the flags: a first word without one is what is served."""
-    bare = words and not words[0].startswith("-")
-    return ServeRewardConfig, [f"--reward={words[0]}", *words[1:]] if bare else words
+    return ServeRewardConfig, _named_first("reward", words)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,5 +187,37 @@ class DataConfig:
 
 def data_config(words: list[str]) -> tuple[type[DataConfig], list[str]]:
     """The config of ``tandem data``, and its flags: a first word that is none is the dataset."""
-    named = words[:1] if words and not words[0].startswith("-") else []
-    return DataConfig, [*(f"--data={name}" for name in named), *words[len(named) :]]
+    return DataConfig, _named_first("data", words)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdvisedSection:
+    """The run that is looked at."""
+
+    run: str = field(metadata=PATH)
+    """Folder of a run on samples, which may still go on."""
+
+    def __post_init__(self) -> None:
+        expect(self, "the folder of a run", bool, "run")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdviseConfig:
+    """Say what bound a run on samples (sampling, training or rewards), what overlapping could win, what to change.
+
+    It follows from the seconds in the run's metrics.jsonl; every such run prints the same when it ends.
+    Example: tandem advise runs/grpo
+    """
+
+    advised: AdvisedSection
+
+
+def advise_config(words: list[str]) -> tuple[type[AdviseConfig], list[str]]:
+    """The config of ``tandem advise``, and its flags: a first word that is none is the run."""
+    return AdviseConfig, _named_first("run", words)
+
+
+def _named_first(key: str, words: list[str]) -> list[str]:
+    """The flags, with a first word that is none as the value of a key."""
+    bare = words and not words[0].startswith("-")
+    return [f"--{key}={words[0]}", *words[1:]] if bare else words

@@ -78,6 +78,7 @@ def _named(name: str, module: str = "") -> Any:
 METHOD = "METHOD"
 """The config of a command that is a method's follows from the method."""
 START, OFFLINE, ONLINE, USE = "Start here", "Train on a dataset", "Train on samples", "Use a model"
+LOOK = "Look at a run"
 USES = "tandem.assembly.uses"
 COMMANDS = {
     "quickstart": Command(
@@ -90,6 +91,9 @@ COMMANDS = {
     "launch": Command(START, "tandem.cli.launch", "a loop of your own in several local processes", None),
     **{name: Command(OFFLINE, "tandem.cli.train", line.about, METHOD) for name, line in ROWS.items()},
     **{name: Command(ONLINE, "tandem.cli.train", line.about, METHOD) for name, line in SAMPLES.items()},
+    "advise": Command(
+        LOOK, "tandem.cli.advise", "what bound a run: sampling, training or rewards; what to change", "advise_config"
+    ),
     "generate": Command(USE, "tandem.cli.use:generate", "samples of a dataset's prompts", f"{USES}:GenerateConfig"),
     "sample": Command(
         USE,

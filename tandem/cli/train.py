@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence as Seq
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tandem.assembly.configs import RunConfig
+from tandem.assembly.configs import RunConfig, SamplesConfig
 from tandem.assembly.run import run as train
+from tandem.cli.advise import tell
 from tandem.errors import UserError
 from tandem.models.limits import read_limits
 from tandem.runs.best import BEST_MODEL, read_best
@@ -21,7 +23,11 @@ from tandem.runs.table import print_table
 def run(config: RunConfig) -> int:
     """The command."""
     if model := train(config):
-        tell_end(Path(config.run.out), config.method.leads, *next_commands(config, model))
+        out = Path(config.run.out)
+        tell_end(out, config.method.leads, *next_commands(config, model))
+        if isinstance(config, SamplesConfig):
+            with suppress(UserError):  # of a run that its goals have ended before its first step
+                tell(out, pairwise=config.method.pairwise)
     return 0
 
 
