@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar, overload
 
 T = TypeVar("T")
@@ -24,17 +24,34 @@ class Future(Protocol[Result]):
         ...
 
 
+class Begun(Future[Result], Protocol):
+    """The result of a call that is made elsewhere, of which nothing is known here until somebody looks."""
+
+    @property
+    def settled(self) -> bool:
+        """Whether it had ended when somebody last looked."""
+        ...
+
+    def look(self, *, wait: bool = False) -> None:
+        """Takes what has come, whichever calls it is of. ``wait``: until something has, unless this one is settled."""
+        ...
+
+
 @dataclass(frozen=True)
 class Done(Generic[T]):
     """The result of a call that was made at once."""
 
     value: T
+    settled: bool = field(default=True, init=False)
 
     def done(self) -> bool:
         return True
 
     def result(self) -> T:
         return self.value
+
+    def look(self, *, wait: bool = False) -> None:
+        """Nothing: it has come."""
 
 
 @dataclass
@@ -44,8 +61,17 @@ class Later(Generic[T]):
     make: Callable[[], T]
     made: Done[T] | None = None
 
+    @property
+    def settled(self) -> bool:
+        return self.made is not None
+
     def done(self) -> bool:
         return self.made is not None
+
+    def look(self, *, wait: bool = False) -> None:
+        """Makes the call, if it is to be waited for."""
+        if wait:
+            self.result()
 
     def result(self) -> T:
         if self.made is None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from tandem.batch import Batch, Outputs, TokenLoss
-from tandem.futures import Future, wait_all
+from tandem.futures import Begun, Future, wait_all
 from tandem.types import Completion, Held, Request, Rollout, Ticket, Watch
 
 Metrics = dict[str, float]
@@ -259,8 +259,34 @@ class Source(Protocol[Item]):
         """The phase of a step in which its items are prepared for training."""
         ...
 
-    def begin(self, tickets: Seq[Ticket], clock: Clock) -> Future[Seq[Item]]:
-        """The items of some tickets, in their order. Tickets that are begun together are worked on together."""
+    def begin(self, tickets: Seq[Ticket], clock: Clock) -> Seq[Future[Item]]:
+        """One future a ticket: its item as far as it can be made by itself. Tickets that are begun together are worked
+        on together."""
+        ...
+
+    def wait(self, until: Callable[[], bool], clock: Clock, at_least: int = 0) -> None:
+        """Works on what has begun until ``until()``, which cannot be before ``at_least`` more items are done."""
+        ...
+
+    def look(self) -> bool:
+        """Moves along what others work on, for whoever is busy with something else. Whether anything came of it."""
+        ...
+
+    def finish(self, items: Seq[Any], clock: Clock) -> Seq[Item]:
+        """The items of some futures, which ``begin`` or ``again`` gave, with all that is only known of them together.
+        Waits for those that are not done."""
+        ...
+
+    def kept(self, item: Any) -> dict[str, Any] | None:
+        """What a checkpoint holds of a future, as plain data; None where it must be begun anew."""
+        ...
+
+    def again(self, ticket: Ticket, kept: Mapping[str, Any]) -> Future[Item] | None:
+        """The future of what ``kept`` gave; None where the data behind it have changed."""
+        ...
+
+    def cancel(self) -> None:
+        """Gives up all that was begun and not finished, in bounded time."""
         ...
 
     def check(self, items: Seq[Any]) -> None:
@@ -306,7 +332,7 @@ class BegunReward(Reward, Protocol):
         """What it judges in one call."""
         ...
 
-    def begin(self, batch: RewardBatch) -> Future[list[float | None]]:
+    def begin(self, batch: RewardBatch) -> Begun[list[float | None]]:
         """As ``score``, of what it judges in one call."""
         ...
 

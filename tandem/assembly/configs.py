@@ -31,6 +31,7 @@ from tandem.assembly.sections import (
     RowsSection,
     RunSection,
     SamplingSection,
+    ScheduleSection,
     StepSection,
     judged_by_its_data,
 )
@@ -190,6 +191,7 @@ class SamplesConfig(RunConfig):
     sampling: SamplingSection
     reward: RewardSection
     step: StepSection = field(default_factory=StepSection)
+    schedule: ScheduleSection = field(default_factory=ScheduleSection)
     evaluation: SampledEvaluationSection = field(default_factory=SampledEvaluationSection)
     engine: EngineSection = field(default_factory=EngineSection, metadata=PREFIXED)
 

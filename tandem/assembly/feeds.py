@@ -38,6 +38,7 @@ from tandem.rollout.rows import Tokenized
 from tandem.rollout.sampling import Sampling
 from tandem.runs.identity import Inputs
 from tandem.runs.progress import Progress, say
+from tandem.schedules.buffer import Buffer
 from tandem.schedules.session import Evaluate
 from tandem.types import Limits, Prompt
 
@@ -229,12 +230,18 @@ class SamplesFeed:
         samples = sampling.prompts_per_step * sampling.samples_per_prompt
         items = self.steps * sampling.prompts_per_step
         place = homes.where("engine")
+        buffer = Buffer(
+            items_per_step=config.items_per_step, max_lag=config.schedule.max_lag, window=config.schedule.window
+        )
         return {
             "rewards": ", ".join(config.reward.judges) or "none",
             "engine": f"{engine.kind}{place or ', on the actor' + chr(39) + 's devices'}, {sampling.max_slots} slots",
             "prompts": describe_data(self.rows, self.counts, self.order, items, self.steps),
             "a step": f"{samples} samples of at most {sampling.max_new_tokens} tokens, "
             f"{step.sample_epochs * step.minibatches} optimizer steps",
+            "schedule": f"{buffer.size} prompts open, each trained on at most {buffer.bound} steps after it was begun"
+            if buffer.max_lag
+            else "synchronous",
             "held out": describe_sets(self.held_out, "prompts"),
         }
 

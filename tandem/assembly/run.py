@@ -14,7 +14,7 @@ from tandem.assembly.models import builds, heads, introduce, require_optimizer
 from tandem.assembly.placing import Homes
 from tandem.assembly.plans import print_plan
 from tandem.assembly.refresh import refresh_of
-from tandem.assembly.sections import EngineSection
+from tandem.assembly.sections import EngineSection, ScheduleSection
 from tandem.assembly.sessions import check_out, session
 from tandem.assembly.texts import TextFeed
 from tandem.errors import UserError
@@ -95,7 +95,10 @@ def _run(config: RunConfig, stack: ExitStack, ranks: Ranks | None) -> Path | Non
     saved = trainers if crew.refresh is None else trainers | {"reference": models["reference"]}
     started = stack.enter_context(session(config, saved, steps=feed.steps, counts=feed.counts, inputs=feed.inputs))
     feed.ask(models, started.progress)
-    Pipeline(steps=feed.steps, items_per_step=config.items_per_step).run(crew, started)
+    schedule = config.schedule if isinstance(config, SamplesConfig) else ScheduleSection()
+    Pipeline(
+        steps=feed.steps, items_per_step=config.items_per_step, max_lag=schedule.max_lag, window=schedule.window
+    ).run(crew, started)
     feed.conclude(models, started.progress)
     return started.finish()
 

@@ -22,13 +22,12 @@ from tandem.assembly.sessions import start_of
 from tandem.assembly.uses import UseConfig
 from tandem.data.chat import set_template
 from tandem.data.tokenize import build_prompts
-from tandem.futures import Future
 from tandem.models.description import describe_source
 from tandem.models.limits import read_limits
 from tandem.models.loading import load_tokenizer, pick_device
 from tandem.roles import Engine
 from tandem.rollout.judging import Judge
-from tandem.rollout.sampling import Sampling
+from tandem.rollout.sampling import Drawing, Sampling
 from tandem.runs.folder import SAMPLES, RunFolder
 from tandem.runs.identity import Inputs, Start
 from tandem.runs.lines import append_lines, keep_lots, whole_lots
@@ -139,15 +138,16 @@ class _Sampling:
                 progress.note(f"{path}: goes on after {lots[0].start} prompts")
             if taken := sorted({name for prompt in self.prompts for name in prompt.columns} & set(OF_A_SAMPLE)):
                 progress.note(f"data: the columns {', '.join(taken)} are not written, the samples have these names")
-            begun: deque[tuple[range, Future[list[Group]]]] = deque()
+            begun: deque[tuple[range, list[Drawing]]] = deque()
             stack.enter_context(self._told_how_to_go_on(progress))
             for lot in lots:
                 # A sample's draws are named after its row, whatever lot it is in.
                 tickets = [Ticket(number=row, row=row, step=0, place=row) for row in lot]
                 begun.append((lot, source.begin(tickets, progress.phase)))
                 while len(begun) > 1 or (begun and lot is lots[-1]):
-                    written, groups = begun.popleft()
-                    append_lines(path, self._rows(written, groups.result(), judged=bool(judge.rewards)))
+                    written, drawings = begun.popleft()
+                    groups = source.finish(drawings, progress.phase)
+                    append_lines(path, self._rows(written, groups, judged=bool(judge.rewards)))
                     progress.update(written.stop)
 
     @contextmanager

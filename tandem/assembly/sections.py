@@ -448,6 +448,25 @@ class StepSection:
         expect(self, "1 or more", _at_least(1), "sample_epochs", "minibatches")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ScheduleSection:
+    """How far sampling may run ahead of training (docs/async.md). With max_lag 0 each step trains on samples of its own
+    weights, and waits for the longest of them. From 1 on samples of so many more steps are open: those that have ended
+    are trained on, the others go on under the new weights. Begin with 1; more is for lengths or rewards that are very
+    uneven."""
+
+    max_lag: int = 0
+    """Steps for which prompts are sampled beyond the one that is trained: its samples may be so many steps old. 0: none
+    is."""
+    window: float = field(default=0.3, metadata=needs(("max_lag",)))
+    """How far a prompt may be passed by younger ones that have ended first, as a share of all that are open; so much
+    older, too, its samples may be. 0: not at all, 1: as far as there are any."""
+
+    def __post_init__(self) -> None:
+        expect(self, "0 or more", _at_least(0), "max_lag")
+        expect(self, "from 0 to 1", lambda value: 0 <= value <= 1, "window")
+
+
 LIVE, VLLM = needs(("engine.kind", "live")), needs(("engine.kind", "vllm"))
 TRAVEL = needs(("part", "engine with weights of its own"))
 

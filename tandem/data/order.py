@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import json
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from fractions import Fraction
 from itertools import accumulate
@@ -55,7 +56,7 @@ class Order:
         """Indices of the items at these positions."""
         return [self.item(position) for position in positions]
 
-    def tickets(self, positions: range, per_step: int) -> list[Ticket]:
+    def tickets(self, positions: Iterable[int], per_step: int) -> list[Ticket]:
         """Those of these positions, for a run of ``per_step`` items a step."""
         return [Ticket(number=k, row=self.item(k), step=k // per_step + 1, place=k % per_step) for k in positions]
 
@@ -81,7 +82,7 @@ class Order:
 class InTurn:
     """The stream of items that have an order of their own: one after the other, for ever."""
 
-    def tickets(self, positions: range, per_step: int) -> list[Ticket]:
+    def tickets(self, positions: Iterable[int], per_step: int) -> list[Ticket]:
         """Those of these positions, for a run of ``per_step`` items a step."""
         return [Ticket(number=k, row=k, step=k // per_step + 1, place=k % per_step) for k in positions]
 

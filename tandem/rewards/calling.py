@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any, Literal, TypeVar
 
 from tandem.errors import UserError
-from tandem.futures import Future, Later
+from tandem.futures import Begun, Later
 from tandem.rewards.loading import one_line
 
 Scores = list[float | None]
@@ -126,7 +126,7 @@ class LocalFunction:
         self._function = function
         self._runner: asyncio.Runner | None = None
 
-    def begin(self, arguments: Mapping[str, Any], samples: int, seed: int | None = None) -> Future[Scores]:
+    def begin(self, arguments: Mapping[str, Any], samples: int, seed: int | None = None) -> Begun[Scores]:
         """The call, made when somebody asks for what it gives."""
         return Later(partial(self, arguments, samples, seed))
 

@@ -9,12 +9,13 @@ sample; ``columns`` are the dataset's other fields. The function names what it w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from tandem.errors import RunFailure, UserError
-from tandem.futures import Future, wait_all
+from tandem.futures import Begun, wait_all
 from tandem.rewards.calling import Fault, LocalFunction, Per, Scores, Wants
 from tandem.rewards.kinds import find_function, reward_name
 from tandem.rewards.loading import shortened
@@ -35,7 +36,7 @@ class Judging(Protocol):
 
     wants: Wants
 
-    def begin(self, arguments: Mapping[str, Any], samples: int, seed: int | None = None) -> Future[Scores]:
+    def begin(self, arguments: Mapping[str, Any], samples: int, seed: int | None = None) -> Begun[Scores]:
         """Scores of so many samples. Its result raises Fault, or RunFailure where its process failed."""
         ...
 
@@ -82,7 +83,7 @@ class FunctionReward:
         """Whether the function names such an argument."""
         return argument in (*self._judging.wants.required, *self._judging.wants.optional)
 
-    def begin(self, batch: RewardBatch) -> Future[Scores]:
+    def begin(self, batch: RewardBatch) -> Begun[Scores]:
         """Begins one call, of a batch of what it judges in one: see ``score``, whose errors the result raises."""
         self.require_columns(batch.columns)
         ids = [rollout.completion_ids for rollout in batch.rollouts]
@@ -144,14 +145,27 @@ class Judged:
 
     name: str
     batch: RewardBatch
-    call: Future[Scores]
+    call: Begun[Scores]
+
+    @property
+    def settled(self) -> bool:
+        return self.call.settled
 
     def done(self) -> bool:
         return self.call.done()
 
+    def look(self, *, wait: bool = False) -> None:
+        with self._in_words():
+            self.call.look(wait=wait)
+
     def result(self) -> Scores:
-        try:
+        with self._in_words():
             return self.call.result()
+
+    @contextmanager
+    def _in_words(self) -> Iterator[None]:
+        try:
+            yield
         except Fault as fault:
             where = "" if fault.sample is None else sample(self.batch, fault.sample)
             kind = RunFailure if fault.raised else UserError

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from tandem.errors import RunFailure, UserError
-from tandem.futures import Future
+from tandem.futures import Begun
 from tandem.rewards.calling import Fault, Scores, Wants
 from tandem.rewards.function import FunctionReward
 from tandem.rewards.kinds import Setting, reward_name
@@ -119,7 +119,7 @@ class RewardProcesses:
 
 
 class Call:
-    """A call on its way to a process, or the import before the first (``tandem.futures.Future``)."""
+    """A call on its way to a process, or the import before the first (``tandem.futures.Begun``)."""
 
     def __init__(self, function: RemoteFunction, message: Any) -> None:
         self.function, self.message = function, message
@@ -132,13 +132,17 @@ class Call:
         self.error: Exception | None = None
 
     def done(self) -> bool:
-        if not self.settled:
-            self.function.owner.turn(self, wait=False)
+        self.look()
         return self.settled
+
+    def look(self, *, wait: bool = False) -> None:
+        """See ``tandem.futures.Begun``."""
+        if not self.settled:
+            self.function.owner.turn(self, wait=wait)
 
     def result(self) -> Any:
         while not self.settled:
-            self.function.owner.turn(self, wait=True)
+            self.look(wait=True)
         if self.error is not None:
             raise self.error
         return self.answer
@@ -176,7 +180,7 @@ class RemoteFunction:
         self._counts = dict.fromkeys(self.wants.counts, 0)
         return FunctionReward(self, name=self.name, source=self.source, files=files, version=version)
 
-    def begin(self, arguments: Mapping[str, Any], samples: int, seed: int | None = None) -> Future[Scores]:
+    def begin(self, arguments: Mapping[str, Any], samples: int, seed: int | None = None) -> Begun[Scores]:
         """A call that raises is made again a few times, each as if it were the first (with the same seed)."""
         call = Call(self, (dict(arguments), samples, seed))
         self._waiting.append(call)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from tandem.errors import RunFailure, UserError
-from tandem.futures import Future
+from tandem.futures import Begun, Done
 from tandem.rewards.combine import OVERLONG, combine, part_names
 from tandem.rewards.shaping import MissingEos, Overlong, shape_reward
 from tandem.roles import BegunReward, Reward, RewardBatch
 from tandem.seeds import derive_seed
-from tandem.types import Completion, Ended, Group, Prompt, Rollout
+from tandem.types import Completion, Group, Prompt, Rollout
 
 Scores = list[float | None]
+Called = tuple[int, int]
+"""A call: the number of the reward among the rewards, and that of the sample that it judges, or ``GROUP``."""
+GROUP = -1
+"""The sample's number, -1, of a call that judges all samples of a prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +41,14 @@ class Judge:
         self.fill(groups, seed)
         self.check(groups)
 
-    def begin(
-        self, prompts: Seq[Prompt], samples_per_prompt: int, seed: int | None = None, columns: Iterable[str] = ()
-    ) -> Judging:
-        """The judging of samples that are still to be drawn. ``columns``: see ``reward_batch``."""
-        return Judging(self, prompts, samples_per_prompt, seed, frozenset(columns))
+    @cached_property
+    def early(self) -> dict[int, BegunReward]:
+        """The rewards that judge a sample or a group at a time, by their number."""
+        return {
+            number: reward
+            for number, reward in enumerate(self.rewards)
+            if isinstance(reward, BegunReward) and reward.per != "all"
+        }
 
     def fill(self, groups: Seq[Group], seed: int | None = None) -> dict[str, int]:
         """Fills ``reward`` and ``reward_parts`` of every rollout that ended without an error.
@@ -48,8 +56,46 @@ class Judge:
         ``seed`` is for rewards that draw from the global random generators (``RewardBatch.seed``). Returns what the
         rewards have counted.
         """
-        columns = {name for group in groups for name in group.prompt.columns}
-        return self.begin([group.prompt for group in groups], 0, seed, columns).finish(groups)
+        columns = frozenset(name for group in groups for name in group.prompt.columns)
+        judgings = [
+            Judging(self, group.prompt, len(group.rollouts), seeded=(seed, place), columns=columns)
+            for place, group in enumerate(groups)
+        ]
+        return self.finish(groups, judgings, seed, columns)
+
+    def finish(
+        self, groups: Seq[Group], judgings: Seq[Judging], seed: int | None = None, columns: Iterable[str] = ()
+    ) -> dict[str, int]:
+        """The same of groups that are being judged one by one: what judges all of them at once does so now."""
+        for group, judging in zip(groups, judgings, strict=True):
+            judging.finish(group.rollouts)
+        found = [(group.prompt, r) for group in groups for r in group.rollouts if r.stop != "error"]
+        if not found:
+            return {}
+        batch = replace(reward_batch(found, columns), seed=seed)
+        # Those that judge elsewhere begin before one that keeps this process busy.
+        late = {number: reward for number, reward in enumerate(self.rewards) if number not in self.early}
+        begun = {number: reward.begin(batch) for number, reward in late.items() if isinstance(reward, BegunReward)}
+        scores = {number: reward.score(batch) for number, reward in late.items() if number not in begun}
+        for number in range(len(self.rewards)):
+            if number in self.early:
+                scores[number] = [score for judging in judgings for score in judging.scores(number)]
+            elif number in begun:
+                scores[number] = begun[number].result()
+        ordered = [scores[number] for number in range(len(self.rewards))]
+        totals, parts = combine(self.rewards, self.weights, ordered, batch)
+        for (_, rollout), total, part in zip(found, totals, parts, strict=True):
+            rollout.reward_parts = part
+            rollout.reward = shape_reward(
+                total, rollout.stop, missing_eos=self.missing_eos, penalty=self.missing_eos_penalty
+            )
+            self._shorten(rollout)
+        return {
+            f"{name}/{what}": count
+            for name, reward in zip(part_names(self.rewards), self.rewards, strict=True)
+            if isinstance(reward, BegunReward)
+            for what, count in reward.counted().items()
+        }
 
     def check(self, groups: Seq[Group]) -> None:
         """Raises UserError where no sample of filled groups has got a reward, RunFailure where each of them failed."""
@@ -65,118 +111,94 @@ class Judge:
                 "None is for a sample that cannot be judged"
             )
 
-
-class Judging:
-    """Some prompts' samples on their way through the rewards.
-
-    Of what the engine tells (``watch``), rewards that judge a sample or a group at a time get each as soon as it is
-    there; what they were not told of, and the rewards that judge all at once, follow in ``finish``. What a sample gets
-    does not depend on when it ended: its call carries a seed of its own name.
-    """
-
-    def __init__(
-        self, judge: Judge, prompts: Seq[Prompt], samples_per_prompt: int, seed: int | None, columns: frozenset[str]
-    ) -> None:
-        self.judge, self.prompts, self.samples_per_prompt = judge, prompts, samples_per_prompt
-        self.seed, self.columns = seed, columns
-        self._ended: list[dict[int, Rollout]] = [{} for _ in prompts]
-        """By prompt, the samples that were told of, by their number."""
-        self._calls: dict[tuple[int, int, int | None], Future[Scores]] = {}
-        """By the reward's number, the prompt's, and the sample's (None: all of the prompt)."""
-        self._early = {
-            number: reward
-            for number, reward in enumerate(judge.rewards)
-            if isinstance(reward, BegunReward) and reward.per != "all"
-        }
-
-    def watch(self, ended: Seq[Ended]) -> None:
-        """Samples have ended, or time has passed (``tandem.types.Watch``)."""
-        if not self._early:
-            return
-        for group, sample, completion in ended:
-            rollouts = self._ended[group]
-            if sample in rollouts:
-                continue  # drawn again by an engine that was restarted, from the same seed
-            rollouts[sample] = rollout_of(self.prompts[group], sample, completion)
-            self._begin(group, sample, rollouts[sample])
-            if len(rollouts) == self.samples_per_prompt:
-                self._begin_group(group, [rollouts[i] for i in sorted(rollouts)])
-        if self._calls:
-            # Answers are taken, and what waits to be sent goes out, when one of the calls is asked.
-            next(reversed(self._calls.values())).done()
-
-    def finish(self, groups: Seq[Group]) -> dict[str, int]:
-        """Fills ``reward`` and ``reward_parts`` of the groups' rollouts. Returns what the rewards have counted."""
-        found = [(i, j, r) for i, group in enumerate(groups) for j, r in enumerate(group.rollouts) if r.stop != "error"]
-        if not found:
-            return {}
-        for i, group in enumerate(groups):
-            for j, rollout in enumerate(group.rollouts):
-                self._begin(i, j, rollout)
-            self._begin_group(i, group.rollouts)
-        batch = replace(reward_batch([(self.prompts[i], r) for i, _, r in found], self.columns), seed=self.seed)
-        rewards = self.judge.rewards
-        # Those that judge elsewhere begin before one that keeps this process busy.
-        begun = {
-            number: reward.begin(batch)
-            for number, reward in enumerate(rewards)
-            if isinstance(reward, BegunReward) and number not in self._early
-        }
-        here = {number: rewards[number].score(batch) for number in range(len(rewards)) if not self._elsewhere(number)}
-        scores = [
-            here[number]
-            if number in here
-            else begun[number].result()
-            if number in begun
-            else self._collect(number, [(i, j) for i, j, _ in found])
-            for number in range(len(rewards))
-        ]
-        totals, parts = combine(rewards, self.judge.weights, scores, batch)
-        for (_, _, rollout), total, part in zip(found, totals, parts, strict=True):
-            rollout.reward_parts = part
-            rollout.reward = shape_reward(
-                total, rollout.stop, missing_eos=self.judge.missing_eos, penalty=self.judge.missing_eos_penalty
-            )
-            self._shorten(rollout)
-        return {
-            f"{name}/{what}": count
-            for name, reward in zip(part_names(rewards), rewards, strict=True)
-            if isinstance(reward, BegunReward)
-            for what, count in reward.counted().items()
-        }
-
     def _shorten(self, rollout: Rollout) -> None:
         """Takes off its reward what its length costs, and keeps that among the parts."""
-        if self.judge.overlong is None or rollout.reward is None:
+        if self.overlong is None or rollout.reward is None:
             return
-        cost = self.judge.overlong.cost(sum(rollout.trainable))
+        cost = self.overlong.cost(sum(rollout.trainable))
         rollout.judged, rollout.reward = rollout.reward, rollout.reward - cost
         rollout.reward_parts[OVERLONG] = -cost
 
-    def _elsewhere(self, number: int) -> bool:
-        return isinstance(self.judge.rewards[number], BegunReward)
 
-    def _begin(self, group: int, sample: int, rollout: Rollout) -> None:
-        for number, reward in self._early.items():
-            if reward.per == "sample" and rollout.stop != "error" and (number, group, sample) not in self._calls:
-                self._calls[number, group, sample] = reward.begin(self._batch(group, [rollout], sample))
+class Judging:
+    """A prompt's samples on their way through the rewards that judge a sample or a group at a time.
 
-    def _begin_group(self, group: int, rollouts: Seq[Rollout]) -> None:
+    Each of them is called as soon as what it judges has ended: when the samples are heard of, or in ``finish``. What a
+    sample gets does not depend on when it ended: its call carries a seed of its own name.
+    """
+
+    def __init__(
+        self,
+        judge: Judge,
+        prompt: Prompt,
+        samples: int,
+        *,
+        seeded: tuple[int | None, int],
+        columns: frozenset[str] = frozenset(),
+        calls: list[Begun[Scores]] | None = None,
+        known: Mapping[Called, Scores] | None = None,
+    ) -> None:
+        """``seeded``: what its calls' seeds are named after, a seed (None: they have none) and a place under it.
+
+        ``columns``: see ``reward_batch``. Every call is added to ``calls``, where given. ``known`` were made before.
+        """
+        self.judge, self.prompt, self.samples, self.seeded, self.columns = judge, prompt, samples, seeded, columns
+        self.calls: list[Begun[Scores]] = [] if calls is None else calls
+        self._ended: dict[int, Rollout] = {}
+        """The samples that were heard of, by their number."""
+        self._called: dict[Called, Begun[Scores]] = {call: Done(scores) for call, scores in (known or {}).items()}
+
+    def hear(self, sample: int, completion: Completion) -> None:
+        """A sample has ended."""
+        # It may have been drawn again, from the same seed, by an engine that was restarted.
+        if not self.judge.early or sample in self._ended:
+            return
+        self._ended[sample] = rollout_of(self.prompt, sample, completion)
+        self._begin_one(sample, self._ended[sample])
+        if len(self._ended) == self.samples:
+            self._begin_group([self._ended[i] for i in sorted(self._ended)])
+
+    def finish(self, rollouts: Seq[Rollout]) -> None:
+        """All samples have ended: what was not heard of is judged from now on."""
+        for sample, rollout in enumerate(rollouts):
+            self._begin_one(sample, rollout)
+        self._begin_group(rollouts)
+
+    @property
+    def settled(self) -> bool:
+        """Whether all calls made so far had been answered when somebody last looked."""
+        return all(call.settled for call in self._called.values())
+
+    @property
+    def known(self) -> dict[Called, Scores]:
+        """The scores of the calls that have been answered. Raises what one of them raises."""
+        return {called: call.result() for called, call in self._called.items() if call.settled}
+
+    def scores(self, number: int) -> Scores:
+        """What a reward gives the samples that ended without an error, in their order."""
+        samples = sorted(sample for reward, sample in self._called if reward == number)
+        return [score for sample in samples for score in self._called[number, sample].result()]
+
+    def _begin_one(self, sample: int, rollout: Rollout) -> None:
+        for number, reward in self.judge.early.items():
+            if reward.per == "sample" and rollout.stop != "error":
+                self._begin(number, sample, [rollout])
+
+    def _begin_group(self, rollouts: Seq[Rollout]) -> None:
         judged = [rollout for rollout in rollouts if rollout.stop != "error"]
-        for number, reward in self._early.items():
-            if reward.per == "group" and judged and (number, group, None) not in self._calls:
-                self._calls[number, group, None] = reward.begin(self._batch(group, judged))
+        for number, reward in self.judge.early.items():
+            if reward.per == "group" and judged:
+                self._begin(number, GROUP, judged)
 
-    def _batch(self, group: int, rollouts: Seq[Rollout], *sample: int) -> RewardBatch:
-        batch = reward_batch([(self.prompts[group], rollout) for rollout in rollouts], self.columns)
-        return batch if self.seed is None else replace(batch, seed=derive_seed(self.seed, group, *sample))
-
-    def _collect(self, number: int, samples: Seq[tuple[int, int]]) -> Scores:
-        """A reward's scores in the order of the samples."""
-        if self._early[number].per == "sample":
-            return [self._calls[number, group, sample].result()[0] for group, sample in samples]
-        groups = dict.fromkeys(group for group, _ in samples)
-        return [score for group in groups for score in self._calls[number, group, None].result()]
+    def _begin(self, number: int, sample: int, rollouts: Seq[Rollout]) -> None:
+        if (number, sample) in self._called:
+            return
+        batch = reward_batch([(self.prompt, rollout) for rollout in rollouts], self.columns)
+        seed, place = self.seeded
+        if seed is not None:
+            batch = replace(batch, seed=derive_seed(seed, place, *(() if sample == GROUP else (sample,))))
+        self._called[number, sample] = self.judge.early[number].begin(batch)
+        self.calls.append(self._called[number, sample])
 
 
 def rollout_of(prompt: Prompt, sample_index: int, completion: Completion) -> Rollout:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence as Seq
 
 import torch
@@ -111,3 +112,18 @@ def rollout_metrics(groups: Seq[Group], *, judged: bool = True) -> Metrics:
         parts = [r.reward_parts[name] for r in rollouts if name in r.reward_parts]
         metrics[f"reward/{name}"] = sum(parts) / len(parts)
     return metrics if judged else {name: v for name, v in metrics.items() if not name.startswith("reward")}
+
+
+def lag_metrics(groups: Seq[Group], version: int) -> Metrics:
+    """How many optimizer steps behind ``version`` the weights were that drew the tokens of usable samples.
+
+    ``lag_mean`` and ``lag_max``, and for each lag k that there is ``lag_share_k``, its share of the tokens.
+    """
+    counts: Counter[int] = Counter()
+    for rollout in (rollout for group in groups for rollout in group.usable):
+        for drawn_by, tokens in rollout.versions:
+            counts[version - drawn_by] += tokens
+    total = max(counts.total(), 1)
+    found = {"lag_mean": sum(lag * tokens for lag, tokens in counts.items()) / total}
+    found["lag_max"] = float(max((lag for lag, tokens in counts.items() if tokens), default=0))
+    return found | {f"lag_share_{lag}": tokens / total for lag, tokens in sorted(counts.items()) if tokens}

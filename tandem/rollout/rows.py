@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,15 +14,30 @@ from tandem.types import Example, Sequence, Ticket
 
 
 @dataclass(frozen=True)
-class Tokenized:
-    """A source of tokenized rows (``tandem.roles.Source``)."""
+class AtOnce:
+    """What is common to sources whose items are there at once (``tandem.roles.Source``)."""
 
-    rows: Seq[Example]
     phase: str = field(default="data", init=False)
 
-    def begin(self, tickets: Seq[Ticket], clock: Clock) -> Future[list[Any]]:
-        """The tickets' rows."""
-        return Done([self.rows[ticket.row] for ticket in tickets])
+    def wait(self, until: Callable[[], bool], clock: Clock, at_least: int = 0) -> None:
+        """Nothing: all that was begun is done."""
+
+    def look(self) -> bool:
+        """Nothing is under way."""
+        return False
+
+    def finish(self, items: Seq[Future[Any]], clock: Clock) -> list[Any]:
+        """The items as they are."""
+        return [item.result() for item in items]
+
+    def kept(self, item: Future[Any]) -> None:
+        """Nothing: it is there again whenever it is asked for."""
+
+    def again(self, ticket: Ticket, kept: Mapping[str, Any]) -> None:
+        """See ``kept``."""
+
+    def cancel(self) -> None:
+        """Nothing is under way."""
 
     def check(self, items: Seq[Any]) -> None:
         """Nothing: a row is there."""
@@ -32,24 +48,27 @@ class Tokenized:
 
 
 @dataclass(frozen=True)
-class InWindows:
-    """A source of windows of text (``tandem.roles.Source``): a ticket's number is that of its window."""
+class Tokenized(AtOnce):
+    """A source of tokenized rows."""
+
+    rows: Seq[Example]
+
+    def begin(self, tickets: Seq[Ticket], clock: Clock) -> list[Future[Any]]:
+        """The tickets' rows."""
+        return [Done(self.rows[ticket.row]) for ticket in tickets]
+
+
+@dataclass(frozen=True)
+class InWindows(AtOnce):
+    """A source of windows of text: a ticket's number is that of its window."""
 
     windows: Windows
-    phase: str = field(default="data", init=False)
 
-    def begin(self, tickets: Seq[Ticket], clock: Clock) -> Future[list[Any]]:
+    def begin(self, tickets: Seq[Ticket], clock: Clock) -> list[Future[Any]]:
         """The tickets' windows, read and tokenized now. Their numbers follow one another."""
         with clock("data"):
             found = self.windows.take(range(tickets[0].number, tickets[-1].number + 1))
-        return Done([window_sequence(ids) for ids in found])
-
-    def check(self, items: Seq[Any]) -> None:
-        """Nothing: a window is there."""
-
-    def metrics(self, items: Seq[Any]) -> Metrics:
-        """None: a window is as it is."""
-        return {}
+        return [Done(window_sequence(ids)) for ids in found]
 
 
 def window_sequence(ids: list[int]) -> Sequence:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
+from typing import Any
 
-from tandem.futures import Future, Later, wait_all
+from tandem.futures import Begun, Done, Future, wait_all
 from tandem.roles import Clock, Engine, Metrics
-from tandem.rollout.judging import Judge, rollout_of
+from tandem.rollout.judging import Called, Judge, Judging, Scores, rollout_of
 from tandem.rollout.measure import rollout_metrics
 from tandem.seeds import derive_seed
-from tandem.types import Completion, Group, Prompt, Request, SamplingParams, Ticket
+from tandem.types import Completion, Ended, Group, Prompt, Request, SamplingParams, Ticket
 
 
 def sample_groups(
@@ -59,6 +62,53 @@ def groups_of(prompts: Seq[Prompt], completions: Seq[Seq[Completion]]) -> list[G
     ]
 
 
+@dataclass(eq=False, kw_only=True)
+class Drawing:
+    """A ticket's group on its way (``tandem.futures.Future``): it is done when it is sampled, and judged by itself."""
+
+    ticket: Ticket
+    prompt: Prompt
+    completions: Future[list[Completion]]
+    judging: Judging
+
+    @cached_property
+    def group(self) -> Group:
+        """Waits until all samples have ended; those that are not being judged yet are from now on."""
+        (group,) = groups_of([self.prompt], [self.completions.result()])
+        self.judging.finish(group.rollouts)
+        return group
+
+    def done(self) -> bool:
+        if not self.completions.done():
+            return False
+        try:
+            return bool(self.group) and self.judging.settled
+        except Exception:  # which ``result`` raises
+            return True
+
+    def result(self) -> Group:
+        """The group. What judges all items of a step together has not seen it yet (``Sampling.finish``)."""
+        group = self.group
+        for number in self.judging.judge.early:
+            self.judging.scores(number)
+        return group
+
+    def kept(self) -> dict[str, Any] | None:
+        """What a checkpoint holds of it, as plain data: samples, and scores so far. None while it is being sampled."""
+        try:
+            if not self.completions.done():
+                return None
+            completions, known = self.completions.result(), self.judging.known
+        except Exception:  # it failed, and is drawn anew
+            return None
+        return {
+            "prompt_id": self.prompt.prompt_id,
+            "prompt_ids": list(self.prompt.token_ids),
+            "completions": [dict(vars(completion)) for completion in completions],
+            "scores": [[*called, scores] for called, scores in known.items()],
+        }
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """A source of judged groups (``tandem.roles.Source``): prompts through the engine, then through the rewards."""
@@ -73,33 +123,103 @@ class Sampling:
     phase: str = field(default="scoring", init=False)
     counts: Counter[str] = field(default_factory=Counter, init=False)
     """What the rewards have counted in the step so far."""
+    open: list[Drawing] = field(default_factory=list, init=False)
+    """The groups that were begun and not finished."""
+    calls: list[Begun[Scores]] = field(default_factory=list, init=False)
+    """Of rewards that judge a sample or a group at a time, oldest first, those that are not known to have ended."""
 
-    def begin(self, tickets: Seq[Ticket], clock: Clock) -> Future[list[Group]]:
+    def begin(self, tickets: Seq[Ticket], clock: Clock) -> list[Drawing]:
         """The tickets' groups, sampled together. What can be judged by itself is, from when it has been sampled."""
-        prompts = [self.prompts[ticket.row] for ticket in tickets]
+        prompts, count = [self.prompts[ticket.row] for ticket in tickets], self.samples_per_prompt
         requests = [
-            request(prompt, ticket, self.params, samples_per_prompt=self.samples_per_prompt, seed=self.seed)
+            request(prompt, ticket, self.params, samples_per_prompt=count, seed=self.seed)
             for prompt, ticket in zip(prompts, tickets, strict=True)
         ]
-        first = tickets[0]
-        # Tickets in the place of items that were passed over begin within a step: a name of their own.
-        names = (first.step, first.place) if first.place else (first.step,)
-        judging = self.judge.begin(
-            prompts, self.samples_per_prompt, derive_seed(self.seed, "judge", *names), self.columns
-        )
-        sampling = partial(clock, "sampling", of=len(tickets) * self.samples_per_prompt, done=lambda: self.engine.ended)
-        with sampling():
-            completions = self.engine.submit(requests, judging.watch)
+        judgings = [self._judging(ticket) for ticket in tickets]
 
-        def judged() -> list[Group]:
+        def watch(ended: Seq[Ended]) -> None:
+            for number, sample, completion in ended:
+                judgings[number].hear(sample, completion)
+            self.look()
+
+        with clock("sampling", of=len(tickets) * count, done=lambda: self.engine.ended):
+            completions = self.engine.submit(requests, watch)
+        begun = [
+            Drawing(ticket=ticket, prompt=prompt, completions=future, judging=judging)
+            for ticket, prompt, future, judging in zip(tickets, prompts, completions, judgings, strict=True)
+        ]
+        self.open.extend(begun)
+        return begun
+
+    def wait(self, until: Callable[[], bool], clock: Clock, at_least: int = 0) -> None:
+        """Samples, and takes what rewards say, until ``until()``: once ``at_least`` more groups are done or later."""
+        told: int | None = None
+
+        def enough() -> bool:
+            nonlocal told
+            if not self.look() and told == self.engine.ended:
+                return False  # nothing has ended since it was asked
+            told = self.engine.ended
+            return until()
+
+        while not enough():
+            told = None
+            if unsampled := [drawing for drawing in self.open if not drawing.completions.done()]:
+                judged = sum(not drawing.done() for drawing in self.open) - len(unsampled)
+                with self._sampling(unsampled, clock):
+                    self.engine.wait(enough, max(0, at_least - judged))
+            elif self.calls:
+                with clock("scoring"):
+                    self.calls[0].look(wait=True)
+            else:
+                raise RuntimeError("all groups are done, and they are not enough")
+
+    def look(self) -> bool:
+        """Hands rewards what waits for them, takes what they say. Whether any call has ended since the last look."""
+        if not self.calls:
+            return False
+        self.calls[0].look()
+        before = len(self.calls)
+        self.calls[:] = [call for call in self.calls if not call.settled]
+        return len(self.calls) < before
+
+    def finish(self, items: Seq[Drawing], clock: Clock) -> list[Group]:
+        """The groups, of which those that are not done are waited for: judged together by what judges a step's."""
+        with self._sampling(items, clock):
             # Whoever asks for the groups drives the engine: in one process there is nobody else.
-            with sampling():
-                groups = groups_of(prompts, wait_all(completions))
-            with clock("scoring"):
-                self.counts.update(judging.finish(groups))
-            return groups
+            wait_all([item.completions for item in items])
+        gone = set(items)
+        self.open[:] = [drawing for drawing in self.open if drawing not in gone]
+        with clock("scoring"):
+            groups, judgings = [item.group for item in items], [item.judging for item in items]
+            # Named after the first ticket, which is in no other lot.
+            first = items[0].ticket
+            seed = derive_seed(self.seed, "judge", *((first.step, first.place) if first.place else (first.step,)))
+            self.counts.update(self.judge.finish(groups, judgings, seed, self.columns))
+        return groups
 
-        return Later(judged)
+    def kept(self, item: Drawing) -> dict[str, Any] | None:
+        """See ``Drawing.kept``."""
+        return item.kept()
+
+    def again(self, ticket: Ticket, kept: Mapping[str, Any]) -> Drawing | None:
+        """The group that a checkpoint holds; None where its prompt is another one now."""
+        prompt = self.prompts[ticket.row]
+        if (kept["prompt_id"], tuple(kept["prompt_ids"])) != (prompt.prompt_id, prompt.token_ids):
+            return None
+        completions = [Completion(**completion) for completion in kept["completions"]]
+        known = {(reward, sample): scores for reward, sample, scores in kept["scores"]}
+        drawing = Drawing(
+            ticket=ticket, prompt=prompt, completions=Done(completions), judging=self._judging(ticket, known)
+        )
+        self.open.append(drawing)
+        return drawing
+
+    def cancel(self) -> None:
+        """Gives up all groups that were begun and not finished."""
+        self.open.clear()
+        self.calls.clear()
+        self.engine.cancel()
 
     def check(self, items: Seq[Group]) -> None:
         """See ``Judge.check``."""
@@ -115,3 +235,21 @@ class Sampling:
     def columns(self) -> frozenset[str]:
         """Every column that a row has beside its prompt: rewards get None of a row that lacks one."""
         return frozenset(name for prompt in self.prompts for name in prompt.columns)
+
+    def _judging(self, ticket: Ticket, known: Mapping[Called, Scores] | None = None) -> Judging:
+        """What a reward gives a sample depends on its ticket, not on those that are sampled or judged beside it."""
+        return Judging(
+            self.judge,
+            self.prompts[ticket.row],
+            self.samples_per_prompt,
+            seeded=(derive_seed(self.seed, "judge", ticket.step), ticket.place),
+            columns=self.columns,
+            calls=self.calls,
+            known=known,
+        )
+
+    def _sampling(self, drawings: Seq[Drawing], clock: Clock) -> AbstractContextManager[None]:
+        """The phase in which these are sampled."""
+        before = self.engine.ended
+        count = len(drawings) * self.samples_per_prompt
+        return clock("sampling", of=count, done=lambda: self.engine.ended - before)

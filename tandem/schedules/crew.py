@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +43,7 @@ class Crew:
     """The parts of a run that the pipeline sets to work."""
 
     method: Method
-    tickets: Callable[[range], list[Ticket]]
+    tickets: Callable[[Seq[int]], list[Ticket]]
     """Those at some positions of the run's stream of items."""
     source: Source[Any]
     prepare: Preparation

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from tandem.errors import UserError
-from tandem.roles import Metrics
+from tandem.roles import Metrics, Source
+from tandem.rollout.measure import lag_metrics
+from tandem.schedules.buffer import Buffer, Place
 from tandem.schedules.crew import Crew
-from tandem.schedules.session import Session
+from tandem.schedules.session import Carried, Session
 from tandem.types import Group
 
 STEPS_ALIKE = 5
@@ -20,53 +25,125 @@ TRIES = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Pipeline:
-    """Step by step: SFT over a dataset, or samples of the very weights that a step starts from."""
+    """Step by step: SFT over a dataset, or samples of the very weights that a step starts from.
+
+    With ``max_lag`` samples of up to so many more steps are open at any time, and go on while others are trained on;
+    ``window`` says how far younger ones may pass older ones (``tandem.schedules.buffer``).
+    """
 
     steps: int
     items_per_step: int
+    max_lag: int = 0
+    window: float = 1.0
 
     def run(self, crew: Crew, session: Session) -> None:
         """Runs from where the session's newest checkpoint stands to ``steps``, or until its goals are met."""
         session.resume(crew.method.initial_state())
+        buffer = self._buffer(crew, session)
         clock, alike = session.clock, 0
-        with session.kept():
+        with ended(crew.source, buffer), session.kept():
             crew.publish(clock)
             session.record(crew.evaluate)
             while session.step < self.steps and not session.stop:
                 clock.start()
                 if crew.refresh is not None:
                     crew.refresh.once_after(session.step)
-                items, passed = self._take(crew, session)
+                self._take(crew, session, buffer)
+                items = [place.made for place in buffer.taken]
+                metrics = self._lag(crew, buffer)
                 with clock(crew.source.phase):
                     prepared = crew.prepare(items, session.state, session.step + 1)
                 with clock("training"):
                     roles = crew.method.trains(session.state)
-                    metrics = crew.train(prepared, roles=roles, done=session.step, changing=session.changing)
+                    metrics |= crew.train(prepared, roles=roles, done=session.step, changing=session.changing)
                 metrics |= crew.publish(clock)
+                passed = [place.made for place in buffer.passed]
                 metrics |= crew.source.metrics([*items, *passed]) | clock.metrics()
                 metrics |= rates(metrics, passed)
-                session.reached(prepared.state, metrics, [item for item in items if isinstance(item, Group)])
+                session.reached(prepared.state, metrics, groups := [item for item in items if isinstance(item, Group)])
+                if groups:
+                    session.run.event("taken", step=session.step, **told(buffer))
+                buffer.trained()
                 alike = alike + 1 if rewards_alike(metrics) else 0
                 if alike == STEPS_ALIKE:
                     session.note(f"rewards have told no samples apart for {alike} steps (now {metrics['reward']:.4g})")
                 session.record(crew.evaluate)
                 session.save_if_due(last=session.step == self.steps or bool(session.stop))
 
-    def _take(self, crew: Crew, session: Session) -> tuple[list[Any], list[Any]]:
-        """A step's items, and those that the method passed over: the source's next ones came in their places."""
-        kept: list[Any] = []
-        passed: list[Any] = []
-        while (missing := self.items_per_step - len(kept)) > 0:
-            if len(passed) >= TRIES * self.items_per_step:
+    def _take(self, crew: Crew, session: Session, buffer: Buffer) -> None:
+        """The step's items, and those that the method passes over: the source's next ones come in their places."""
+        source, clock = crew.source, session.clock
+        while (missing := self.items_per_step - len(buffer.taken)) > 0:
+            if len(buffer.passed) >= TRIES * self.items_per_step:
                 raise UserError(
-                    f"{crew.method.title} keeps {len(kept)} of the {len(kept) + len(passed)} items of this step, and "
-                    f"needs {self.items_per_step}: nothing is left to learn from such data, or nothing yet; see what "
-                    "rollouts.jsonl says of earlier steps"
+                    f"{crew.method.title} keeps {len(buffer.taken)} of the {len(buffer.taken) + len(buffer.passed)} "
+                    f"items of this step, and needs {self.items_per_step}: nothing is left to learn from such data, or "
+                    "nothing yet; see what rollouts.jsonl says of earlier steps"
                 )
-            for item in crew.source.begin(crew.tickets(session.take(missing)), session.clock).result():
-                (kept if crew.method.keep(item) else passed).append(item)
-            crew.source.check([*kept, *passed])
-        return kept, passed
+            if room := buffer.room(self.steps - session.step):
+                tickets = crew.tickets(session.take(room))
+                for ticket, item in zip(tickets, source.begin(tickets, clock), strict=True):
+                    buffer.add(Place(ticket, item, admitted=session.step))
+            source.wait(partial(buffer.ready, missing), clock, buffer.missing(missing))
+            lot = buffer.take(missing, session.step)
+            for place, item in zip(lot, source.finish([place.item for place in lot], clock), strict=True):
+                place.made = item
+                if not crew.method.keep(item):
+                    buffer.pass_over(place)
+            source.check([place.made for place in (*buffer.taken, *buffer.passed)])
+
+    def _buffer(self, crew: Crew, session: Session) -> Buffer:
+        """With what the session's checkpoint holds of it; and a checkpoint holds what becomes of it."""
+        buffer = Buffer(items_per_step=self.items_per_step, max_lag=self.max_lag, window=self.window)
+        for carried in session.carried:
+            (ticket,) = crew.tickets([carried["number"]])
+            item = crew.source.again(ticket, carried["item"])
+            if item is None:
+                session.give_back(ticket.number)
+            else:
+                buffer.add(Place(ticket, item, admitted=carried["admitted"]))
+
+        def carries(below: int) -> list[Carried]:
+            return [
+                {"number": place.number, "admitted": place.admitted, "item": crew.source.kept(place.item)}
+                for place in buffer.untrained(below)
+            ]
+
+        session.carries = carries
+        return buffer
+
+    def _lag(self, crew: Crew, buffer: Buffer) -> Metrics:
+        """How old the weights are that the step's samples come from, where they may be old."""
+        if not self.max_lag:
+            return {}
+        found = lag_metrics([place.made for place in buffer.taken], crew.trainers["actor"].call("version"))
+        return found | {"open_groups": float(len(buffer.open))}
+
+
+@contextmanager
+def ended(source: Source[Any], buffer: Buffer) -> Iterator[None]:
+    """Gives up what is open when the body ends, however it does."""
+    try:
+        yield
+    except BaseException:
+        if buffer.open:
+            with suppress(Exception):  # what ended the body is what is told
+                source.cancel()
+        raise
+    if buffer.open:
+        source.cancel()
+
+
+def told(buffer: Buffer) -> dict[str, list[Any]]:
+    """What a step has taken: numbers of tickets in the order in which they were trained on, of those that the method
+    passed over, and of each of the first the versions of the oldest and the newest weights behind it."""
+    versions = [[r.versions for r in place.made.rollouts] for place in buffer.taken]
+    runs = [[version for of_sample in of_group for version, _ in of_sample] for of_group in versions]
+    return {
+        "tickets": [place.number for place in buffer.taken],
+        "passed": [place.number for place in buffer.passed],
+        "versions": [[min(of_group), max(of_group)] for of_group in runs],
+    }
 
 
 def rates(metrics: Metrics, passed: Seq[Any]) -> Metrics:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 import time
+from bisect import insort
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tandem.checkpoint.saver import SaveEvery
 from tandem.checkpoint.store import CheckpointStore
@@ -26,6 +28,11 @@ from tandem.types import Group
 
 Evaluate = Callable[[int, Progress], Evaluation]
 """Measures the held-out data after a step at which that is due; else nothing."""
+Carried = dict[str, Any]
+"""An open ticket as a checkpoint has it: its ``number``, the steps done when it was ``admitted``, and its ``item``
+(``tandem.roles.Source.kept``), None where that had not ended."""
+ENDED = "ended"
+"""The part of a checkpoint with the items that had ended and were not trained on yet."""
 
 
 class StepClock:
@@ -96,6 +103,12 @@ class Session:
     saved_step: int = field(default=-1, init=False)
     handed_out: int = field(default=0, init=False)
     """``taken``, and what the step in progress has taken."""
+    returned: list[int] = field(default_factory=list, init=False)
+    """Numbers below ``handed_out`` that are to be handed out again, lowest first: what was open at the checkpoint."""
+    carried: list[Carried] = field(default_factory=list, init=False)
+    """What had ended by then, and was not trained on."""
+    carries: Callable[[int], list[Carried]] = field(default=lambda below: [], init=False)
+    """Of all tickets below a number, those that no step reached has trained on or passed over."""
     changed: bool = field(default=False, init=False)
     """Whether the step in progress may have changed parameters."""
     evaluations: list[Mapping[str, float]] = field(default_factory=list, init=False)
@@ -116,6 +129,8 @@ class Session:
                 trainer.call("load_state_dict", checkpoint.load(role))
             step, state = checkpoint.step, dict(checkpoint.state["method"])
             pending, self.handed_out = checkpoint.state.get("pending"), checkpoint.state["taken"]
+            self.returned = checkpoint.state.get("open", [])
+            self.carried = checkpoint.load(ENDED)["items"] if f"{ENDED}.pt" in checkpoint.files else []
             self.saved_step = step
             self.run.event("resume", step=step)
         written = step if checkpoint is not None else -1
@@ -126,10 +141,15 @@ class Session:
             self.goals.require({name for line in self.evaluations for name in line})
         self._find_best()
 
-    def take(self, count: int) -> range:
+    def take(self, count: int) -> Seq[int]:
         """Positions of the next ``count`` items of the data. No position is handed out twice, and none is left out."""
-        first, self.handed_out = self.handed_out, self.handed_out + count
-        return range(first, self.handed_out)
+        again, self.returned = self.returned[:count], self.returned[count:]
+        first, self.handed_out = self.handed_out, self.handed_out + count - len(again)
+        return [*again, *range(first, self.handed_out)]
+
+    def give_back(self, number: int) -> None:
+        """A position that was handed out is to be handed out again."""
+        insort(self.returned, number)
 
     def changing(self) -> None:
         """From here on the step in progress changes parameters."""
@@ -188,7 +208,12 @@ class Session:
             return
         with held(), self.progress.phase("saving"):
             parts = {role: trainer.call("state_dict") for role, trainer in self.trainers.items()}
-            state = {"method": self.state, "pending": self.pending, "taken": self.taken}
+            state: dict[str, Any] = {"method": self.state, "pending": self.pending, "taken": self.taken}
+            carried = self.carries(self.taken)
+            if ended := [one for one in carried if one["item"] is not None]:
+                parts[ENDED] = {"items": ended}
+            if open := sorted([*self.returned, *(one["number"] for one in carried if one["item"] is None)]):
+                state["open"] = open
             path = self.store.save(self.step, parts, state)
             self.saved_step = self.step
             self.run.event("checkpoint", step=self.step, path=str(path))

@@ -107,7 +107,11 @@ def run(engine: Engine, *rewards: FunctionReward, **columns: list) -> list[Group
         seed=3,
     )
     tickets = [Ticket(number=i, row=i, step=5, place=i) for i in range(len(prompts))]
-    return source.begin(tickets, lambda *_, **__: nullcontext()).result()
+
+    def clock(*_: Any, **__: Any) -> Any:
+        return nullcontext()
+
+    return source.finish(source.begin(tickets, clock), clock)
 
 
 def parts(groups: list[Group], name: str) -> list[float | None]:

@@ -18,6 +18,7 @@ from tandem.data.order import Order
 from tandem.errors import UserError
 from tandem.methods.base import Method, Rows
 from tandem.rollout.rows import Tokenized
+from tandem.schedules.buffer import Buffer
 from tandem.schedules.crew import Crew
 from tandem.schedules.pipeline import TRIES, Pipeline
 from tandem.schedules.session import Session
@@ -239,7 +240,9 @@ def taken(rows: list[int], items_per_step: int) -> tuple[list[int], list[int], i
         push_weights=None,
         evaluate=None,
     )
-    kept, passed = Pipeline(steps=1, items_per_step=items_per_step)._take(crew, session)
+    buffer = Buffer(items_per_step=items_per_step)
+    Pipeline(steps=1, items_per_step=items_per_step)._take(crew, session, buffer)
+    kept, passed = ([place.made for place in places] for places in (buffer.taken, buffer.passed))
     return kept, passed, session.handed_out
 
 

@@ -1,0 +1,93 @@
+"""Asynchronous runs as a whole: law 1, what they train on and say of it, evaluation and refills amid open samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.runs import arguments, unevaluated, write_inputs
+
+from tandem.cli.main import main
+from tandem.rollout.sampling import groups_of, request
+from tandem.runs.lines import read_lines, read_metrics
+from tandem.schedules.crew import Crew
+from tandem.schedules.pipeline import Pipeline
+from tandem.schedules.session import Session
+from tandem.seeds import derive_seed
+
+STEPS, A_STEP = 3, 6
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("lag")
+    write_inputs(folder)
+    return folder
+
+
+@pytest.fixture
+def train(inputs, monkeypatch, capsys):
+    """Trains in the folder of the inputs, with this reward of ``check.py``; the bytes of the weights."""
+    monkeypatch.chdir(inputs)
+
+    def call(method: str, out: str, *flags: str, evaluated: bool = False, steps: int = STEPS) -> bytes:
+        argv = arguments(method)
+        argv = [*(argv if evaluated else unevaluated(argv)), "--steps", str(steps), "--out", out, *flags]
+        code = main(argv)
+        assert code == 0, capsys.readouterr().err
+        return (Path(out) / "model" / "model.safetensors").read_bytes()
+
+    return call
+
+
+def synchronous(self: Pipeline, crew: Crew, session: Session) -> None:
+    """A run without any lag, written down once more without a buffer: all of a step sampled, then trained on."""
+    source: Any = crew.source
+    session.resume(crew.method.initial_state())
+    for step in range(1, self.steps + 1):
+        crew.publish(session.clock)
+        tickets = crew.tickets(range((step - 1) * self.items_per_step, step * self.items_per_step))
+        prompts = [source.prompts[ticket.row] for ticket in tickets]
+        requests = [
+            request(prompt, ticket, source.params, samples_per_prompt=source.samples_per_prompt, seed=source.seed)
+            for prompt, ticket in zip(prompts, tickets, strict=True)
+        ]
+        groups = groups_of(prompts, source.engine.generate(requests))
+        source.judge(groups, derive_seed(source.seed, "judge", step))
+        prepared = crew.prepare(groups, session.state, step)
+        roles = crew.method.trains(session.state)
+        metrics = crew.train(prepared, roles=roles, done=step - 1, changing=session.changing)
+        session.reached(prepared.state, metrics)
+        session.record(crew.evaluate)
+
+
+@pytest.mark.parametrize("method", ["ppo", "grpo", "rloo", "online-dpo"])
+def test_law_1(train, monkeypatch, method):
+    """Without lag, parameters are those of the plain loop; with it, they are not."""
+    without, lagging = train(method, f"{method}-0", "--max-lag", "0"), train(method, f"{method}-1", "--max-lag", "1")
+    monkeypatch.setattr(Pipeline, "run", synchronous)
+    assert without == train(method, f"{method}-plain") != lagging
+
+
+def test_what_a_lagging_run_says_of_itself(train):
+    """Each ticket is trained once; versions, lags and open groups are those of the tickets that were taken."""
+    train("grpo", "said", "--max-lag", "2", "--window", "1", "--rollouts-logged", "999", evaluated=True, steps=5)
+    lines = read_metrics(Path("said/metrics.jsonl"))
+    taken = [event for event in read_lines(Path("said/events.jsonl")) if event["event"] == "taken"]
+    assert [event["step"] for event in taken] == [1, 2, 3, 4, 5]
+    assert sorted(n for event in taken for n in event["tickets"]) == list(range(5 * A_STEP))
+    assert [line["open_groups"] for line in lines[1:]] == [2 * A_STEP, 2 * A_STEP, 2 * A_STEP, A_STEP, 0]
+    # 2 minibatches a step: 2 optimizer steps.
+    for line, event in zip(lines[1:], taken, strict=True):
+        now = 2 * (event["step"] - 1)
+        rows = [r for r in read_lines(Path("said/rollouts.jsonl")) if r["step"] == event["step"] and not r["held_out"]]
+        assert [[min(s["version_min"] for s in r["samples"]), max(s["version_max"] for s in r["samples"])]
+                for r in rows] == event["versions"]  # fmt: skip
+        assert line["lag_max"] == now - min(low for low, _ in event["versions"])
+        shares = {int(name.rpartition("_")[2]): share for name, share in line.items() if name.startswith("lag_share_")}
+        assert sum(shares.values()) == pytest.approx(1)
+        assert sum(lag * share for lag, share in shares.items()) == pytest.approx(line["lag_mean"])
+    assert max(line["lag_max"] for line in lines[1:]) >= 2
+    # Evaluations amid open samples are of one version, and as good as without any.
+    assert [line["step"] for line in lines if "eval/reward" in line] == [0, 2, 4, 5]
