@@ -92,6 +92,11 @@ class Batch:
         return send(segment_T, self.token_ids_T.device)
 
     @property
+    def index_N(self) -> Tensor:
+        """int64 [N]: where ``trainable_T`` is true. Waits for the device where ``to`` has not stamped it."""
+        return self.trainable_T.nonzero().squeeze(-1) if self.trainable_N is None else self.trainable_N
+
+    @property
     def last_S(self) -> Tensor:
         """int64 [S]: index of each segment's last token."""
         return send(self.bounds[1:] - 1, self.token_ids_T.device)
@@ -236,8 +241,7 @@ class Outputs:
 class TokenLoss:
     """Unreduced loss, and metrics to be averaged over the tokens whose weight is not zero. All [T].
 
-    Of a metric whose name ends in ``_max``, the largest value is taken instead; of the weights in
-    ``effective_sample_size`` what that says.
+    Of a metric whose name ends in ``_max``, the largest value is taken instead.
     """
 
     loss_T: Tensor

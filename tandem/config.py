@@ -35,8 +35,6 @@ PREFIXED = {"prefixed": True}
 """Metadata of a section whose keys carry its name: ``placement.actor``."""
 PATH = {"path": True}
 """Metadata of a key whose values are paths, or may be: a leading ``~`` stands for the home folder."""
-INFINITE = {"infinite": True}
-"""Metadata of a key that may be infinite; elsewhere that would end in numbers that are none."""
 
 MAY_CHANGE = {"may_change": lambda config: ""}
 """Metadata of a key that a resumed run may have another value of, since nothing that is computed depends on it."""

@@ -49,6 +49,10 @@ def expect(section: Any, wanted: str, ok: Callable[[Any], bool], *keys: str) -> 
             raise UserError(f"{key}: expected {wanted}, got {value!r}")
 
 
+INFINITE = {"infinite": True}
+"""Metadata of a config key that may be infinite; elsewhere that would end in numbers that are none."""
+
+
 def needs(*conditions: tuple[Any, ...]) -> dict[str, Any]:
     """Metadata of a config key that has an effect only where all ``conditions`` hold; elsewhere it is refused.
 

@@ -80,15 +80,21 @@ class Seat:
         return self.submit(verb, *arguments, **options).result()
 
 
-def call_all(seats: Mapping[str, Seat], verb: str, *arguments: Any, **options: Any) -> dict[str, Any]:
-    """One verb of several seats: at the same time where their homes differ, one after another where they share one.
+def call_all(seats: Mapping[str, Seat], verb: str, *arguments: Any) -> dict[str, Any]:
+    """``call_each`` with the same arguments for each."""
+    return call_each(seats, verb, dict.fromkeys(seats, arguments))
 
-    Raises the error of the first seat, in the given order, that failed, once all that were begun have ended; that of a
-    seat in this process at once, with the others still at work.
+
+def call_each(seats: Mapping[str, Seat], verb: str, arguments: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+    """One verb of several seats, each with its own arguments.
+
+    At the same time where their homes differ, one after another where they share one. Raises the error of the first
+    seat, in the given order, that failed, once all that were begun have ended; that of a seat in this process at once,
+    with the others still at work.
     """
     # What this process does itself comes last: by then the others are at work.
     order = sorted(seats, key=lambda role: seats[role].home.at_once)
-    begun = {role: seats[role].submit(verb, *arguments, **options) for role in order}
+    begun = {role: seats[role].submit(verb, *arguments[role]) for role in order}
     return wait_all({role: begun[role] for role in seats})
 
 
@@ -221,11 +227,12 @@ class Trainer(Scorer, Protocol):
         """Adds the gradient of ``(loss_T * weight_T).sum()``. Raises NonFiniteError and names the segment."""
         ...
 
-    def optim_step(self, done: float | None = None) -> Metrics:
+    def optim_step(self, done: float | None = None, scale: float = 1.0) -> Metrics:
         """Clips, steps, clears the gradient; returns ``grad_norm`` and ``learning_rate``.
 
         ``done`` is how many steps of the run are behind, a fraction within a step that takes several optimizer steps:
-        the learning rate's schedule goes by it. None: as many as optimizer steps.
+        the learning rate's schedule goes by it. None: as many as optimizer steps. ``scale`` multiplies the learning
+        rate of this step.
         """
         ...
 

@@ -201,10 +201,12 @@ class Group:
 
 @dataclass(kw_only=True)
 class Sequence:
-    """One tokenized sequence for an offline method. ``trainable`` is as long as ``token_ids``."""
+    """One tokenized sequence for an offline method, or a sampled one of a pair. Lists are as long as ``token_ids``."""
 
     token_ids: list[int]
     trainable: list[bool]
+    untruncated_logp: list[float] | None = None
+    """Of a sampled one: as that of ``Rollout``."""
 
 
 @dataclass(kw_only=True)

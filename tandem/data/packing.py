@@ -20,6 +20,7 @@ more than a token that all begin with."""
 def pack(sequences: Seq[Sequence], *, segments_per_unit: int = 1, prompt_lengths: Seq[int] | None = None) -> Batch:
     """Packs sequences end to end, without padding. Raises ValueError where one is empty or its mask does not fit.
 
+    ``untruncated_logp_T`` is filled where all of them are sampled ones.
     Sequences with the same prompt (None: what is before the first trainable token) are a group of ``Batch.group_S``.
     """
     if not sequences:
@@ -35,12 +36,15 @@ def pack(sequences: Seq[Sequence], *, segments_per_unit: int = 1, prompt_lengths
     if prompt_lengths is None:
         prompt_lengths = [s.trainable.index(True) if any(s.trainable) else len(s.trainable) for s in sequences]
     group_S, prefix_S = _groups(sequences, prompt_lengths)
+    sampled = [s.untruncated_logp for s in sequences if s.untruncated_logp is not None]
+    logp = list(chain.from_iterable(sampled)) if len(sampled) == len(sequences) else None
     return Batch(
         bounds=bounds,
         token_ids_T=torch.tensor(list(chain.from_iterable(s.token_ids for s in sequences)), dtype=torch.int64),
         position_T=position_T,
         trainable_T=trainable_T,
         weight_T=torch.zeros(int(bounds[-1]), dtype=torch.float32),
+        untruncated_logp_T=None if logp is None else torch.tensor(logp, dtype=torch.float32),
         segments_per_unit=segments_per_unit,
         index_S=torch.arange(len(sequences)),
         group_S=group_S,
@@ -65,15 +69,12 @@ def _groups(sequences: Seq[Sequence], prompt_lengths: Seq[int]) -> tuple[Tensor,
 
 def pack_rollouts(rollouts: Seq[Rollout]) -> Batch:
     """Packs rollouts with their untruncated sampling log-probs and rewards."""
-    sequences = [Sequence(token_ids=r.token_ids, trainable=r.trainable) for r in rollouts]
+    sequences = [
+        Sequence(token_ids=r.token_ids, trainable=r.trainable, untruncated_logp=r.untruncated_logp) for r in rollouts
+    ]
     batch = pack(sequences, prompt_lengths=[r.prompt_length for r in rollouts])
-    return replace(
-        batch,
-        untruncated_logp_T=torch.tensor(
-            list(chain.from_iterable(r.untruncated_logp for r in rollouts)), dtype=torch.float32
-        ),
-        reward_S=torch.tensor([0.0 if r.reward is None else r.reward for r in rollouts], dtype=torch.float32),
-    )
+    rewards = [0.0 if r.reward is None else r.reward for r in rollouts]
+    return replace(batch, reward_S=torch.tensor(rewards, dtype=torch.float32))
 
 
 def pack_pairs(pairs: Seq[PreferencePair]) -> Batch:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tandem.errors import UserError, expect, needs
+from tandem.errors import INFINITE, UserError, expect, needs
 from tandem.functional.corrections import BOUNDS, Rule
 from tandem.functional.kl import KLEstimator
 
@@ -85,11 +85,11 @@ class Correction:
 
     correction: Literal[Rule, "none"] = field(default="none", metadata=needs(("old_logp", "trainer")))
     """Weights by the trainer's probability over the sampler's: cut off for each token (token_tis) or each sequence
-    (sequence_tis), or with tokens (icepop, gap) or sequences (geo) of other probabilities left out."""
+    (sequence_tis), or with tokens (decoupled, icepop, gap) or sequences (geo) of other probabilities left out."""
     correction_low: float | None = field(default=None, metadata=needs(("correction", *BOUNDS)))
-    """Its bound on that ratio from below. None: 0.2 (icepop), 0.99 (geo), 0 (token_tis, sequence_tis)."""
-    correction_high: float | None = field(default=None, metadata=needs(("correction", *BOUNDS)))
-    """Its bound from above. None: 2 (token_tis), 5 (sequence_tis, icepop), 1.01 (geo)."""
+    """Its bound on that ratio from below. None: 0.2 (icepop), 0.99 (geo), 0 (token_tis, sequence_tis, decoupled)."""
+    correction_high: float | None = field(default=None, metadata=needs(("correction", *BOUNDS)) | INFINITE)
+    """Its bound from above; .inf: none. None: 2 (token_tis), 5 (sequence_tis, decoupled, icepop), 1.01 (geo)."""
     correction_gap: float = field(default=0.3, metadata=needs(("correction", "gap")))
     """gap: how far the two probabilities of a token may be apart."""
 

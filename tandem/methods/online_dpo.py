@@ -54,7 +54,9 @@ class OnlineDPO(Method):
         if len(usable) < 2:
             return []
         best, worst = (
-            Sequence(token_ids=rollout.token_ids, trainable=rollout.trainable)
+            Sequence(
+                token_ids=rollout.token_ids, trainable=rollout.trainable, untruncated_logp=rollout.untruncated_logp
+            )
             for rollout in (usable[rewards.index(max(rewards))], usable[rewards.index(min(rewards))])
         )
         return [PreferencePair(chosen=best, rejected=worst, margin=max(rewards) - min(rewards))]

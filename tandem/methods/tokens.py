@@ -107,11 +107,10 @@ class TokenMethod(Method):
         """``surrogate``, plus the KL where ``kl="loss"``, minus the entropy bonus.
 
         ``kl_loss`` is the KL's metric, in nats. ``kl_coef`` (``batch.state``) is in units of the advantages a nat: of
-        rewards, where nothing has scaled the advantages. Metrics of all losses are those of ``sampler_metrics`` and,
-        where the forward gave it, ``entropy``.
+        rewards, where nothing has scaled the advantages. Where the forward gave it, ``entropy`` is a metric, too.
         """
         token_loss = self.surrogate(out, batch)
-        loss_T, metrics_T = token_loss.loss_T, token_loss.metrics_T | sampler_metrics(out, batch)
+        loss_T, metrics_T = token_loss.loss_T, dict(token_loss.metrics_T)
         if out.entropy_T is not None:
             metrics_T["entropy"] = out.entropy_T.detach()
         if self.reference_kl.kl == "loss" and self.reference_kl.counts:
@@ -148,23 +147,6 @@ def clipped_surrogate(
     return TokenLoss(loss_T=loss_T, metrics_T=metrics_T)
 
 
-def sampler_metrics(out: Outputs, batch: Batch) -> dict[str, Tensor]:
-    """How far the sampler's log-probs are from those of the forward that is trained on, [T] each.
-
-    ``mismatch_kl`` is k3 of KL(sampler || trainer), in nats per token, and ``effective_sample_size`` the share of the
-    tokens that weights by the ratio of the two are worth. Nothing where the sampler gave no log-probs, and where the
-    trainer's own were known before the step: then ``rollout.prepare.sampler_gap`` has compared them.
-    """
-    if batch.untruncated_logp_T is None or ("actor" in batch.seen and not batch.on_policy):
-        return {}
-    logp_T = filled(out.logp_T, "out.logp_T").detach()
-    sampler_logp_T = torch.where(batch.trainable_T, batch.untruncated_logp_T, 0.0)
-    return {
-        "mismatch_kl": kl_estimate(sampler_logp_T, logp_T, "k3"),
-        "effective_sample_size": importance_ratio(logp_T, sampler_logp_T),
-    }
-
-
 def corrected(batch: Batch, knobs: Correction) -> tuple[Batch, Metrics]:
     """The batch with its advantages weighted, without the tokens that the rule leaves out: no mean counts them.
 
@@ -173,7 +155,7 @@ def corrected(batch: Batch, knobs: Correction) -> tuple[Batch, Metrics]:
     left out. Raises UserError where nothing is left.
     """
     if knobs.correction == "none":
-        return batch, {}
+        return batch, {"masked_positive": 0.0, "masked_negative": 0.0}
     low, high = knobs.bounds
     advantage_T = filled(batch.advantage_T, "advantage_T")
     weight_T, kept_T = correction(

@@ -167,7 +167,7 @@ def forward(model: LoadedModel, batch: Batch, ask: Ask | None = None, **options:
 def _compute(model: LoadedModel, batch: Batch, *, ask: Ask) -> Outputs:
     if model.scalar:
         return Outputs(scalar_T=model.module.score(hidden_states(model, batch)).squeeze(-1).float())
-    index_N = batch.trainable_N if batch.trainable_N is not None else batch.trainable_T.nonzero().squeeze(-1)
+    index_N = batch.index_N
     if model.split_head:
         source_T, head = hidden_states(model, batch), model.module.get_output_embeddings()
     else:

@@ -12,6 +12,7 @@ import torch
 from tandem.batch import Batch, filled
 from tandem.data.packing import pack, pack_examples, stamp
 from tandem.errors import UserError
+from tandem.functional.corrections import mismatch
 from tandem.methods.base import Estimate, Method
 from tandem.roles import Metrics, Seat, call_all
 from tandem.seeds import derive_seed
@@ -126,19 +127,6 @@ def fill_advantages(rollouts: Seq[Rollout], batch: Batch) -> None:
 
 
 def sampler_gap(batch: Batch) -> Metrics:
-    """How far the sampler's log-probs are from the trainer's, over all that was sampled, whatever is trained on of it.
-
-    ``sampler_gap_max`` and ``sampler_gap_mean``: the absolute difference, in nats. With ``w`` the trainer's probability
-    of a token over the sampler's, ``effective_sample_size`` is ``(sum w)^2 / (N sum w^2)`` (Kish 1965), the share of
-    the N tokens that they are worth as the trainer's own, and ``mismatch_kl`` the mean of ``w - 1 - log w``, k3 of
-    KL(sampler || trainer), in nats per token.
-    """
+    """``functional.corrections.mismatch`` of the trainable tokens of a batch that the actor has seen."""
     gap_T = batch.logp_by("actor").cpu() - filled(batch.untruncated_logp_T, "untruncated_logp_T").cpu()
-    gap_N = gap_T[batch.trainable_T.cpu()].double()
-    w_N = gap_N.clamp(max=300.0).exp()  # whose square is finite in float64
-    return {
-        "sampler_gap_max": gap_N.abs().max().item(),
-        "sampler_gap_mean": gap_N.abs().mean().item(),
-        "effective_sample_size": (w_N.mean().square() / w_N.square().mean()).clamp(max=1.0).item(),
-        "mismatch_kl": (w_N - 1 - gap_N).mean().item(),
-    }
+    return mismatch(gap_T[batch.trainable_T.cpu()])

@@ -8,20 +8,16 @@ import torch
 from torch import Tensor
 
 from tandem.batch import Batch, TokenLoss
+from tandem.functional.corrections import mismatch
 from tandem.parallel.world import World
 from tandem.roles import Metrics
-
-ESS = "effective_sample_size"
-SQUARES = "effective_sample_size_squares"
-TINY = 1e-300
-"""1e-300: what stands for 0 below a fraction bar."""
 
 
 class Tally:
     """The total loss of some micro-batches, and every metric over the tokens whose weight is not zero.
 
-    That is its mean, or its largest value where its name ends in ``_max``, or, of weights w of N tokens in
-    ``effective_sample_size``, the share of the tokens that they are worth: ``(sum w)^2 / (N sum w^2)`` (Kish 1965).
+    That is its mean, or its largest value where its name ends in ``_max``. Where micro-batches come with the gap
+    between sampler and trainer, the metrics of ``functional.corrections.mismatch`` are of all their tokens.
     """
 
     def __init__(self) -> None:
@@ -30,9 +26,13 @@ class Tally:
         self.totals: list[Tensor] = []
         self.sums: dict[str, Tensor] = {}
         self.maxima: dict[str, Tensor] = {}
+        self.gaps: list[Tensor] = []
 
-    def add(self, batch: Batch, token_loss: TokenLoss) -> Tensor:
-        """Takes a micro-batch in, and returns its loss, to be differentiated. No wait for the device."""
+    def add(self, batch: Batch, token_loss: TokenLoss, gap_N: Tensor | None = None) -> Tensor:
+        """Takes a micro-batch in, and returns its loss, to be differentiated. No wait for the device.
+
+        ``gap_N``: of N of its tokens the trainer's log-prob less the sampler's.
+        """
         total = (token_loss.loss_T * batch.weight_T).sum()
         self.parts.append((batch, token_loss.loss_T.detach()))
         self.totals.append(total.detach())
@@ -44,8 +44,8 @@ class Tally:
                 self.maxima[name] = torch.maximum(self.maxima.get(name, value), value)
             else:
                 self._sum(name, value_T.detach() * mask_T)
-            if name == ESS:
-                self._sum(SQUARES, value_T.detach().square() * mask_T)
+        if gap_N is not None:
+            self.gaps.append(gap_N)
         return total
 
     def _sum(self, name: str, value_T: Tensor) -> None:
@@ -54,18 +54,20 @@ class Tally:
 
     def result(self, world: World) -> tuple[Metrics, str]:
         """The metrics over all ranks, and what is not finite about the loss (or nothing), the same on each of them."""
-        numbers = torch.stack([*(t.double() for t in self.totals), *self.sums.values(), *self.maxima.values()]).tolist()
+        count = len(self.totals) + len(self.sums) + len(self.maxima)
+        values = torch.stack([*(t.double() for t in self.totals), *self.sums.values(), *self.maxima.values()])
+        values = torch.cat([values, *(gap_N.double() for gap_N in self.gaps)]).cpu()
+        numbers, gap_N = values[:count].tolist(), values[count:]
         losses, rest = numbers[: len(self.totals)], numbers[len(self.totals) :]
         bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
         found = "" if bad is None else describe_non_finite(*self.parts[bad])
-        ranks = world.gather((sum(losses), rest[: len(self.sums)], rest[len(self.sums) :], found))
-        loss, sums, maxima, faults = zip(*ranks, strict=True)
+        ranks = world.gather((sum(losses), rest[: len(self.sums)], rest[len(self.sums) :], found, gap_N))
+        loss, sums, maxima, faults, gaps = zip(*ranks, strict=True)
         tokens, *totals = (sum(column) for column in zip(*sums, strict=True))
         means = {name: total / max(tokens, 1) for name, total in zip(list(self.sums)[1:], totals, strict=True)}
-        if ESS in means:
-            means[ESS] = min(means[ESS] ** 2 / max(means.pop(SQUARES), TINY), 1.0)  # not above it by rounding
         largest = dict(zip(self.maxima, map(max, zip(*maxima, strict=True)), strict=True))
-        return {"loss": sum(loss)} | means | largest, next(filter(None, faults), "")
+        apart = mismatch(torch.cat(gaps)) if any(map(len, gaps)) else {}
+        return {"loss": sum(loss)} | means | largest | apart, next(filter(None, faults), "")
 
 
 def describe_non_finite(batch: Batch, loss_T: Tensor) -> str:

@@ -307,9 +307,9 @@ class LocalTrainer(LocalScorer):
         loss is not finite; the parameters are as they were, and the gradient gathered so far is dropped.
         """
         tally = Tally()
-        for micro, token_loss in self._losses(batch):
+        for micro, token_loss, gap_N in self._losses(batch):
             # One that is not finite goes through too: nobody knows yet, and other ranks wait in its collectives.
-            tally.add(micro, token_loss).backward()
+            tally.add(micro, token_loss, gap_N).backward()
         metrics, bad = tally.result(self.world)
         if bad:
             self.optimizer.zero_grad()
@@ -320,21 +320,22 @@ class LocalTrainer(LocalScorer):
     def evaluate(self, batch: Batch) -> Metrics:
         """Loss and metrics without a gradient. ``batch`` needs its weights stamped."""
         tally = Tally()
-        for micro, token_loss in self._losses(batch):
-            tally.add(micro, token_loss)
+        for micro, token_loss, gap_N in self._losses(batch):
+            tally.add(micro, token_loss, gap_N)
         return tally.result(self.world)[0]
 
-    def optim_step(self, done: float | None = None) -> Metrics:
+    def optim_step(self, done: float | None = None, scale: float = 1.0) -> Metrics:
         """Clips the gradient to ``max_grad_norm``, steps and clears it.
 
-        ``done`` says how many steps of the run are behind, for the learning rate (None: the optimizer steps taken).
+        ``done`` says how many steps of the run are behind, for the learning rate (None: the optimizer steps taken),
+        which is multiplied by ``scale``.
         Raises NonFiniteError where the gradient is not finite, before any parameter changes.
         """
         norm = whole(torch.nn.utils.clip_grad_norm_(self.masters.named.values(), self.optim.max_grad_norm)).item()
         if not math.isfinite(norm):
             self.optimizer.zero_grad()
             raise NonFiniteError("the gradient is not finite though the loss is; lower the learning rate")
-        learning_rate = learning_rate_at(self._version if done is None else done, self.optim)
+        learning_rate = learning_rate_at(self._version if done is None else done, self.optim) * scale
         self.idle.restore()
         # Counted first: whoever is interrupted from here on must not be taken for untouched.
         self._version += 1
@@ -418,23 +419,25 @@ class LocalTrainer(LocalScorer):
         self.masters.publish()
         super()._changed()
 
-    def _losses(self, batch: Batch) -> Iterator[tuple[Batch, TokenLoss]]:
+    def _losses(self, batch: Batch) -> Iterator[tuple[Batch, TokenLoss, Tensor | None]]:
+        """Each of this rank's micro-batches, its loss, and its ``_sampler_gap``."""
         for share in self._shares(batch):
-            out = forward(self.model, share.batch, self.ask)
-            micro, gap_T = share.batch, {}
+            micro, out = share.batch, forward(self.model, share.batch, self.ask)
+            gap_N = _sampler_gap(micro, out) if share.units else None
             if micro.on_policy and out.logp_T is not None:
                 micro = replace(micro, seen=micro.seen | {"actor": Outputs(logp_T=out.logp_T.detach())})
-                gap_T = _sampler_gap(micro)
-            token_loss = self.loss(out, micro)
-            yield micro, replace(token_loss, metrics_T=token_loss.metrics_T | gap_T)
+            yield micro, self.loss(out, micro), gap_N
 
 
-def _sampler_gap(batch: Batch) -> dict[str, Tensor]:
-    """Absolute difference between the sampler's and the trainer's log-probs, in nats, where the sampler gave any."""
-    if batch.untruncated_logp_T is None:
-        return {}
-    gap_T = (batch.logp_by("actor") - batch.untruncated_logp_T).abs()
-    return {"sampler_gap_max": gap_T, "sampler_gap_mean": gap_T}
+def _sampler_gap(batch: Batch, out: Outputs) -> Tensor | None:
+    """[N], of the N trainable tokens: the forward's log-prob less the sampler's, in nats.
+
+    None where the sampler gave none, and where the trainer's own were known before the step: those have been compared.
+    """
+    if batch.untruncated_logp_T is None or out.logp_T is None or "actor" in batch.seen:
+        return None
+    gap_T = out.logp_T.detach() - batch.untruncated_logp_T
+    return gap_T.index_select(0, batch.index_N)
 
 
 def _assemble(batch: Batch, parts: list[tuple[list[int], Outputs]], world: World) -> Outputs:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tandem.functional.corrections import BOUNDS, correction
+from tandem.functional.corrections import BOUNDS, correction, mismatch
 
 LENGTHS = [4, 1, 6, 3, 5]
 GENERATOR = torch.Generator().manual_seed(0)
@@ -36,7 +36,7 @@ def by_loops(rule, low, high, gap):
             probabilities = math.exp(TRAINER[t].item()), math.exp(SAMPLER[t].item())
             size = w.get(t, 0.0)
             inside = t in w
-            if rule == "icepop":
+            if rule in ("icepop", "decoupled"):
                 inside = inside and low <= size <= high
             elif rule == "geo":
                 inside = inside and low <= mean <= high
@@ -55,6 +55,8 @@ def by_loops(rule, low, high, gap):
     [
         *((rule, bounds, 1.0) for rule, bounds in BOUNDS.items()),
         ("token_tis", (0.5, 1.01), 1.0),
+        ("token_tis", (0.0, math.inf), 1.0),
+        ("decoupled", (0.0, 1.01), 1.0),
         ("sequence_tis", (0.99, 1.02), 1.0),
         ("geo", (0.9, 1.1), 1.0),
         ("gap", (0.0, math.inf), 0.3),
@@ -67,7 +69,7 @@ def test_weights_and_masks_are_those_of_loops(rule, bounds, gap):
     weights, kept = by_loops(rule, low, high, gap)
     assert kept_T.tolist() == kept
     assert weight_T.tolist() == pytest.approx(weights, rel=1e-12)
-    if rule in ("icepop", "geo", "gap"):
+    if rule in ("decoupled", "icepop", "geo", "gap"):
         assert 0 < kept_T.sum() < TRAINABLE.sum()
     else:
         assert torch.equal(kept_T, TRAINABLE)
@@ -86,7 +88,39 @@ def test_a_ratio_of_e_to_the_90_is_no_number_of_the_loss(rule, far):
     assert torch.isfinite(weight_T).all()
     assert weight_T.max() <= (high if math.isfinite(high) else 1.1)
     assert kept_T[3:].all()
-    if rule in ("icepop", "gap"):
+    if rule in ("icepop", "gap") or (rule == "decoupled" and far > 0):
         assert kept_T.tolist() == [True, True, False, True, True, True]
     if rule == "geo":
         assert kept_T.tolist() == [False] * 3 + [True] * 3
+
+
+def test_decoupled_without_a_bound_is_the_ratio_itself():
+    """AReaL's objective as its paper has it: the weight is ``proximal / sampler``, and nothing is left out."""
+    weight_T, kept_T = correction(TRAINER, SAMPLER, TRAINABLE, SEGMENTS, "decoupled")
+    assert torch.equal(kept_T, TRAINABLE)
+    assert torch.equal(weight_T, torch.where(TRAINABLE, (TRAINER - SAMPLER).exp(), 0.0))
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 100, 101, 250])
+def test_mismatch_is_that_of_plain_sums_and_sorted_lists(tokens):
+    gap_N = torch.randn(tokens, generator=torch.Generator().manual_seed(tokens), dtype=torch.float64)
+    gaps = gap_N.tolist()
+    w = [math.exp(gap) for gap in gaps]
+    expected = {
+        "sampler_gap_max": max(map(abs, gaps)),
+        "sampler_gap_mean": sum(map(abs, gaps)) / tokens,
+        "effective_sample_size": sum(w) ** 2 / (tokens * sum(x * x for x in w)),
+        "mismatch_kl": sum(math.exp(gap) - 1 - gap for gap in gaps) / tokens,
+    }
+    for name, percent in (("q01", 1), ("q50", 50), ("q99", 99)):
+        expected[f"mismatch_ratio_{name}"] = next(
+            x for x in sorted(w) if 100 * sum(y <= x for y in w) >= percent * tokens
+        )
+    assert mismatch(gap_N) == pytest.approx(expected, rel=1e-12)
+
+
+def test_mismatch_of_one_token_far_away_is_finite():
+    found = mismatch(torch.tensor([0.0] * 9 + [800.0]))
+    assert all(map(math.isfinite, found.values()))
+    assert found["effective_sample_size"] == pytest.approx(0.1)
+    assert (found["mismatch_ratio_q50"], found["mismatch_ratio_q99"]) == (1.0, pytest.approx(math.exp(300)))

@@ -33,6 +33,9 @@ METHODS = {
     "cispo": with_keys(CISPO(), clip_high=0.5),
     "token_truncate": with_keys(ONE_SIDED, correction="token_tis", correction_high=1.3),
     "sequence_truncate": with_keys(ONE_SIDED, correction="sequence_tis", correction_low=0.8, correction_high=1.3),
+    "token_mask": with_keys(DrGRPO(), correction="icepop", correction_low=0.66, correction_high=1.4),
+    "token_mask_above": with_keys(DrGRPO(), correction="decoupled", correction_high=1.4),
+    "cispo_token_truncate": with_keys(CISPO(), clip_high=0.5, correction="token_tis", correction_high=1.3),
 }
 
 

@@ -12,14 +12,19 @@ from tandem.batch import Outputs, TokenLoss
 from tandem.config import settings, with_keys
 from tandem.data.packing import stamp_weights
 from tandem.errors import UserError
+from tandem.functional.corrections import BOUNDS, mismatch
 from tandem.methods.dr_grpo import DrGRPO
 from tandem.methods.grpo import GRPO
 from tandem.methods.knobs import Correction
 from tandem.methods.ppo import PPO
+from tandem.methods.table import METHODS, method_class
 from tandem.methods.tokens import TokenMethod, corrected
 from tandem.parallel.world import World
 from tandem.rollout.prepare import sampler_gap
 from tandem.training.tally import Tally
+
+RULES = [*BOUNDS, "gap"]
+OF_TOKENS = [name for name in METHODS if issubclass(method_class(name), TokenMethod)]
 
 
 @pytest.fixture
@@ -41,7 +46,7 @@ def loss_and_gradient(method, step, batch):
     return loss.detach(), torch.autograd.grad(loss, step.theta)[0], batch
 
 
-@pytest.mark.parametrize("correction", ["token_tis", "sequence_tis", "icepop", "geo", "gap"])
+@pytest.mark.parametrize("correction", RULES)
 def test_without_a_gap_nothing_is_corrected(step, correction):
     plain = loss_and_gradient(GRPO(), step, sampled(step))
     found = loss_and_gradient(with_keys(GRPO(), correction=correction), step, sampled(step))
@@ -72,6 +77,39 @@ def test_a_masked_ratio_of_e_to_the_90_leaves_loss_gradient_and_denominator(step
     torch.testing.assert_close(gradient, expected[1], rtol=0, atol=1e-7)
     if aggregation == "token":
         assert masked.weight_T.sum().item() == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", OF_TOKENS)
+def test_a_ratio_of_e_to_the_90_leaves_every_loss_finite(step, name, rule, dtype):
+    """Two tokens are off, one either way; those that are left out have no gradient, and all others have one.
+
+    By what each method makes of its advantages; with a KL and an entropy bonus in the loss.
+    """
+    method = with_keys(method_class(name)(), correction=rule, entropy_coef=0.01, kl="loss", kl_coef=0.1)
+    batch = step.batch()
+    off_N = batch.trainable_T.nonzero().squeeze(-1)[[2, 7]]
+    gap_T = torch.zeros_like(batch.weight_T)
+    gap_T[off_N] = torch.tensor([90.0, -90.0])
+    batch = sampled(step, gap_T)
+    seen = {role: out.map(lambda x: x.to(dtype)) for role, out in batch.seen.items()}
+    seen["teacher"] = seen["reference"]
+    batch = replace(batch, seen=seen, untruncated_logp_T=batch.untruncated_logp_T.to(dtype))
+    estimate = method.estimate(step.groups, batch, method.initial_state())
+    batch = stamp_weights(estimate.batch, method.aggregation, constant_length=16)
+    theta = step.theta.detach().to(dtype).requires_grad_()
+    theta_T = theta[batch.token_ids_T] * batch.trainable_T
+    loss_T = method.loss(Outputs(logp_T=theta_T, entropy_T=theta_T.square()), batch).loss_T
+    assert torch.isfinite(loss_T).all()
+    (gradient,) = torch.autograd.grad((loss_T * batch.weight_T).sum(), theta)
+    assert torch.isfinite(gradient).all()
+    left_out = set(step.batch().token_ids_T[off_N].tolist()) - set(batch.token_ids_T[batch.trainable_T].tolist())
+    assert len(left_out) == {"icepop": 2, "gap": 1, "decoupled": 1, "geo": 2}.get(rule, 0)
+    assert not gradient[sorted(left_out)].any()
+    assert (gradient != 0).sum() > 0.5 * batch.trainable_T.sum()
+    # A weight is within its bounds, and a factor of the advantage; gap has none where both probabilities are small.
+    assert loss_T.abs().max() < 200 or rule == "gap"
 
 
 def test_a_weight_multiplies_the_surrogate_and_not_the_kl(step):
@@ -166,30 +204,20 @@ def test_effective_sample_size_and_mismatch_are_of_all_that_was_sampled(step):
     assert found["effective_sample_size"] < 0.5
     left = with_keys(GRPO(), correction="icepop").estimate(step.groups, batch, {}).batch
     assert left.trainable_T.sum() < batch.trainable_T.sum()
-    # The loss, which sees what is left, does not say them again.
-    assert not expected.keys() & GRPO().loss(step.outputs(left), left).metrics_T.keys()
 
 
-@pytest.mark.parametrize("on_policy", [False, True])
-def test_without_old_log_probs_they_are_of_the_forward_that_is_trained_on(step, on_policy):
-    """Over micro-batches, whose weights are added up before anything is divided."""
-    gap_T = drawn_gap(step.batch())
+def test_a_tally_measures_the_tokens_of_all_micro_batches(step):
+    """Weights are added up before anything is divided, and quantiles are of all tokens together."""
     batch = stamp_weights(GRPO().estimate(step.groups, sampled(step), {}).batch, "token")
-    seen = {"reference": batch.seen["reference"]}
+    gap_T = drawn_gap(batch)
     tally = Tally()
     for units in ([0, 5], [1, 2, 3, 4], list(range(6, batch.segments))):
-        micro = replace(batch, untruncated_logp_T=batch.logp_by("actor") - gap_T * batch.trainable_T).select(units)
-        out = Outputs(logp_T=micro.logp_by("actor"))
-        # As the trainer has it: the forward's own, where the batch is on policy.
-        micro = replace(micro, on_policy=on_policy, seen=seen | ({"actor": out} if on_policy else {}))
-        tally.add(micro, GRPO().loss(out, micro))
+        micro = replace(batch, return_T=gap_T).select(units)
+        tally.add(micro, GRPO().loss(step.outputs(micro), micro), micro.return_T[micro.trainable_T])
     found, _ = tally.result(World())
-    expected = by_plain_sums(gap_T[batch.trainable_T].exp())
-    assert {name: found[name] for name in expected} == expected
+    expected = mismatch(gap_T[batch.trainable_T])
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-12)
     assert 0.5 < found["effective_sample_size"] < 0.99
-    assert not any("square" in name for name in found)
-    if not on_policy:
-        assert found["ratio"] == pytest.approx(gap_T[batch.trainable_T].exp().mean().item())
 
 
 def test_of_equal_weights_every_sample_counts(step):

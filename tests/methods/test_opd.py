@@ -77,6 +77,7 @@ def test_advantage_loss_and_metrics_are_those_of_loops(knobs, mean):
     assert loss == pytest.approx(expected, abs=1e-6)
     # What is compared is compared in groups of different rewards.
     compared = {"equal_reward_groups": 0.0} if opd.reward_coef else {}
+    compared |= {"masked_positive": 0.0, "masked_negative": 0.0}
     assert estimate.metrics == pytest.approx(
         compared
         | {

@@ -35,6 +35,15 @@ CASES: dict[str, dict[str, Any]] = {
                        "vllm_importance_sampling_clip_max": 1.3},
     "sequence_truncate": {"beta": 0.0, "use_vllm": True, "vllm_importance_sampling_mode": "sequence_truncate",
                           "vllm_importance_sampling_clip_min": 0.8, "vllm_importance_sampling_clip_max": 1.3},
+    # Where the denominator is a constant, and each sequence keeps a token: TRL counts what it leaves out.
+    "token_mask": {"beta": 0.0, "loss_type": "dr_grpo", "max_completion_length": 20, "use_vllm": True,
+                   "vllm_importance_sampling_mode": "token_mask",
+                   "vllm_importance_sampling_clip_min": 0.66, "vllm_importance_sampling_clip_max": 1.4},
+    "token_mask_above": {"beta": 0.0, "loss_type": "dr_grpo", "max_completion_length": 20, "use_vllm": True,
+                         "vllm_importance_sampling_mode": "token_mask", "vllm_importance_sampling_clip_max": 1.4},
+    "cispo_token_truncate": {"beta": 0.0, "loss_type": "cispo", "epsilon_high": 1.5, "use_vllm": True,
+                             "vllm_importance_sampling_mode": "token_truncate",
+                             "vllm_importance_sampling_clip_max": 1.3},
 }  # fmt: skip
 
 
@@ -98,7 +107,10 @@ def trl_gradient(knobs: dict[str, Any]) -> dict[str, Any]:
         if args.vllm_importance_sampling_mode.startswith("sequence"):
             gap = gap.sum(dim=-1, keepdim=True)
         low, high = args.vllm_importance_sampling_clip_min, args.vllm_importance_sampling_clip_max
-        inputs["importance_sampling_ratio"] = gap.exp().clamp(low, high)
+        ratio = gap.exp()
+        outside = (ratio < (low or 0.0)) | (ratio > high)
+        masks = args.vllm_importance_sampling_mode.endswith("mask")
+        inputs["importance_sampling_ratio"] = ratio.masked_fill(outside, 0.0) if masks else ratio.clamp(low, high)
     loss = trainer._compute_loss(None, inputs)
     (gradient,) = torch.autograd.grad(loss, logp)
     return {"loss": loss.item(), "gradient": [g[:n] for g, n in zip(gradient.tolist(), LENGTHS, strict=True)]}

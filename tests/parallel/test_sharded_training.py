@@ -28,7 +28,8 @@ def batch_of(count: int, seed: int) -> Batch:
     rows = []
     for _ in range(count):
         ids = [rng.randrange(2, VOCABULARY) for _ in range(rng.randrange(4, 24))]
-        rows.append(Sequence(token_ids=ids, trainable=[False, *[True] * (len(ids) - 1)]))
+        sampler = [0.0, *(rng.uniform(-5, -3) for _ in ids[1:])]
+        rows.append(Sequence(token_ids=ids, trainable=[False, *[True] * (len(ids) - 1)], untruncated_logp=sampler))
     return stamp_weights(pack(rows), "token")
 
 

@@ -130,6 +130,18 @@ def test_a_gradient_that_is_not_finite_stops_before_anything_changes():
     assert all(torch.equal(a, b) for a, b in zip(before, parameters(trainer), strict=True))
 
 
+def test_a_step_with_a_scale_is_one_with_that_learning_rate():
+    """Bit for bit, and a scale of 1 changes nothing."""
+    trainers = [make_trainer(), make_trainer(learning_rate=0.25e-2), make_trainer()]
+    rates = []
+    for trainer, arguments in zip(trainers, ((0, 0.25), (0,), (0, 1.0)), strict=True):
+        trainer.forward_backward(make_batch(0))
+        rates.append(trainer.optim_step(*arguments)["learning_rate"])
+    assert rates[0] == rates[1] == rates[2] / 4
+    assert all(torch.equal(a, b) for a, b in zip(*map(parameters, trainers[:2]), strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(*map(parameters, trainers[1:]), strict=True))
+
+
 def test_learning_rate_schedules():
     linear = OptimParams(learning_rate=1.0, total_steps=10, lr_schedule="linear", warmup_steps=4)
     rates = [learning_rate_at(s, linear) for s in range(11)]
@@ -190,6 +202,7 @@ def test_an_on_policy_batch_equals_one_with_its_own_log_probs():
     metrics = one.forward_backward(replace(batch, on_policy=True, untruncated_logp_T=shifted_T))
     assert metrics["ratio"] == 1.0
     assert metrics["sampler_gap_mean"] == pytest.approx(0.25, abs=1e-5)
+    assert metrics["mismatch_ratio_q01"] == pytest.approx(math.exp(-0.25), abs=1e-5)
     assert metrics["sampler_gap_max"] == pytest.approx(0.25, abs=1e-5)
     for a, b in zip(one.model.module.parameters(), two.model.module.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, atol=1e-7, rtol=1e-6)
