@@ -89,6 +89,7 @@ def _run(config: RunConfig, stack: ExitStack, ranks: Ranks | None) -> Path | Non
         trainers=trainers,
         push_weights=fed.push_weights,
         evaluate=fed.evaluate,
+        ess_floor=config.step.ess_floor if isinstance(config, SamplesConfig) else None,
         refresh=refresh_of(config, models),
     )
     # A reference that follows is no longer what its folder holds.

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from tandem.config import INFINITE, MAY_CHANGE, ONE_START, PATH, may_change
+from tandem.config import MAY_CHANGE, ONE_START, PATH, may_change
 from tandem.data.condition import parse_condition
 from tandem.data.gym import is_gym
 from tandem.data.sources import Source, parse_sources, unweighted_sources
-from tandem.errors import UserError, expect, needs
+from tandem.errors import INFINITE, UserError, expect, needs
 from tandem.rewards.kinds import kind_of
 from tandem.rewards.shaping import Overlong
 from tandem.types import SamplingParams
@@ -443,9 +443,13 @@ class StepSection:
     """Optimizer steps in each of them."""
     old_logp: Literal["sampler", "trainer"] = field(default="sampler", metadata=needs(("part", "losses of tokens")))
     """What ratios are taken against: the sampler's log-probs, or the trainer's own from a forward more."""
+    ess_floor: float | None = field(default=None, metadata=needs(("part", "losses of tokens")))
+    """Where the effective sample size of a minibatch is below this share of its tokens, the policy's learning rate is
+    scaled down by the ratio of the two for its step. None: never."""
 
     def __post_init__(self) -> None:
         expect(self, "1 or more", _at_least(1), "sample_epochs", "minibatches")
+        expect(self, "more than 0 and at most 1", lambda value: 0 < value <= 1, "ess_floor")
 
 
 @dataclass(frozen=True, kw_only=True)

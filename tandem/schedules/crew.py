@@ -9,8 +9,8 @@ from typing import Any
 
 from tandem.batch import Batch
 from tandem.methods.base import Method
-from tandem.roles import Clock, Home, Metrics, Seat, Source, call_all
-from tandem.rollout.prepare import Preparation, Prepared
+from tandem.roles import Clock, Home, Metrics, Seat, Source, call_all, call_each
+from tandem.rollout.prepare import Preparation, Prepared, sampler_gap
 from tandem.schedules.session import Evaluate
 from tandem.signals import held
 from tandem.types import Ticket
@@ -53,6 +53,8 @@ class Crew:
     """Gives the sampler the policy's weights, as of so many optimizer steps. None: nothing is sampled."""
     evaluate: Evaluate
 
+    ess_floor: float | None = None
+    """Effective sample size of a minibatch below which the actor's learning rate is scaled down. None: never."""
     refresh: Refresh | None = None
     """Of the reference. None: it stays as it was, or there is none."""
 
@@ -82,13 +84,26 @@ class Crew:
     def _step(self, roles: list[str], minibatch: Batch, done: float, changing: Callable[[], None]) -> Metrics:
         seats = {role: self.trainers[role] for role in roles}
         losses = call_all(seats, "forward_backward", minibatch)
+        scales = self._scales(minibatch, losses)
         changing()
-        steps = call_all(seats, "optim_step", done)
-        return {
+        steps = call_each(seats, "optim_step", {role: (done, scales.get(role, 1.0)) for role in roles})
+        metrics = {
             f"{role}_{name}" if role != "actor" and name in OF_TRAINER else name: value
             for role in roles
             for name, value in (losses[role] | steps[role]).items()
         }
+        return metrics | ({"ess_scale": scales["actor"]} if scales else {})
+
+    def _scales(self, minibatch: Batch, losses: Mapping[str, Metrics]) -> dict[str, float]:
+        """What the actor's learning rate is multiplied by, ``min(1, effective sample size / floor)``; without one {}.
+
+        The sample size is of the minibatch's tokens that are trained on: by the log-probs that ratios are taken
+        against where the actor gave them at the start of the step, else by those of the forward that is trained on.
+        """
+        if self.ess_floor is None or "actor" not in losses:
+            return {}
+        seen = sampler_gap(minibatch) if "actor" in minibatch.seen else losses["actor"]
+        return {"actor": min(1.0, seen["effective_sample_size"] / self.ess_floor)}
 
     def _turns(self, roles: Collection[str]) -> list[list[str]]:
         """The roles in lists of those that live apart: of each home, the first in the first turn, and so on."""

@@ -34,6 +34,10 @@ Carried = dict[str, Any]
 ENDED = "ended"
 """The part of a checkpoint with the items that had ended and were not trained on yet."""
 
+STEPS_SCALED = 5
+"""After 5 steps in a row whose learning rate was scaled down, by more than 1%, for their effective sample size, it is
+said."""
+
 
 class StepClock:
     """Seconds spent in each phase of a step, and the most memory allocated in it (``tandem.roles.Clock``).
@@ -113,6 +117,8 @@ class Session:
     """Whether the step in progress may have changed parameters."""
     evaluations: list[Mapping[str, float]] = field(default_factory=list, init=False)
     """Those so far, with their steps."""
+    scaled: int = field(default=0, init=False)
+    """Steps in a row whose learning rate was scaled down (``STEPS_SCALED``)."""
     best: Best | None = field(default=None, init=False)
     """What ``<run>/best`` holds."""
 
@@ -158,6 +164,12 @@ class Session:
     def reached(self, state: dict[str, float], metrics: Metrics, groups: Seq[Group] = ()) -> None:
         """The next step has been trained, and goes into the next checkpoint. Writes a few of its rollouts."""
         self._at(self.step + 1, state, metrics)
+        self.scaled = self.scaled + 1 if metrics.get("ess_scale", 1.0) < 0.99 else 0
+        if self.scaled == STEPS_SCALED:
+            self.note(
+                f"ess_floor has scaled the learning rate down for {self.scaled} steps (now by "
+                f"{metrics['ess_scale']:.3g}): the samples are far from the policy; give a smaller lag or learning rate"
+            )
         self.run.log_rollouts(self.step, groups, self.rollouts_logged)
 
     def record(self, evaluate: Evaluate) -> None:

@@ -79,6 +79,11 @@ def words(config: type, flags: list[str]) -> list[str]:
             ["--correction", "geo"],
             "--correction: has no effect with --old-logp sampler",
         ),
+        (
+            config_class("online-dpo"),
+            ["--ess-floor", "0.5"],
+            "--ess-floor: has no effect, since this run has no losses of tokens",
+        ),
         (OPDConfig, ["--correction-low", "0.5"], "--correction-low: has no effect with --correction none; give --corr"),
         (
             GRPOConfig,
@@ -213,6 +218,7 @@ def test_a_key_that_has_no_effect_is_refused(config, flags, message):
         (config_class("gspo"), ["--clip-high", "1e-3"]),
         (config_class("cispo"), ["--dual-clip", "4.9"]),
         (GRPOConfig, [*TRAINER, "--correction", "icepop", "--correction-low", "0.5", "--correction-high", "2"]),
+        (GRPOConfig, [*TRAINER, "--correction", "decoupled", "--correction-high", ".inf", "--ess-floor", "0.5"]),
         (
             OPDConfig,
             [*TRAINER, "--correction", "gap", "--correction-gap", "0.2", "--kl-coef", "0.1", "--reference", "r"],

@@ -1,12 +1,20 @@
 """How a step goes through what is trained: one gradient at a time in a home, all at once over homes."""
 
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+from unittest import mock
+
 import pytest
+import torch
+from helpers.sampled_step import make_step
 
 from tandem.errors import NonFiniteError
 from tandem.methods.sft import SFT
 from tandem.parallel.world import World
 from tandem.rollout.prepare import Preparation
 from tandem.schedules.crew import Crew
+from tandem.schedules.session import Session
 from tandem.workers.homes import Here
 from tandem.workers.process import Site
 
@@ -14,19 +22,21 @@ from tandem.workers.process import Site
 class Recorded:
     """A trainer that writes down what it is asked."""
 
-    def __init__(self, role, log, bad=False):
+    def __init__(self, role, log, bad=False, sizes=()):
         self.role, self.log, self.bad, self.version = role, log, bad, 0
+        self.sizes = list(sizes)
 
     def forward_backward(self, batch):
         self.log.append((self.role, "forward_backward", batch))
         if self.bad:
             raise NonFiniteError(f"the loss of the {self.role}")
-        return {"loss": 1.0 + len(self.log), f"of_{self.role}": 0.5}
+        measured = {"effective_sample_size": self.sizes.pop(0)} if self.sizes else {}
+        return {"loss": 1.0 + len(self.log), f"of_{self.role}": 0.5} | measured
 
-    def optim_step(self, done):
-        self.log.append((self.role, "optim_step", done))
+    def optim_step(self, done, scale):
+        self.log.append((self.role, "optim_step", done, scale))
         self.version += 1
-        return {"grad_norm": 2.0, "learning_rate": 3.0}
+        return {"grad_norm": 2.0, "learning_rate": 3.0 * scale}
 
 
 class Minibatches(list):
@@ -38,13 +48,16 @@ class Minibatches(list):
         tokens = 7
 
 
-def crew(log, *homes, bad=()):
-    """``homes`` are lists of roles that live together."""
+def crew(log, *homes, bad=(), sizes=(), ess_floor=None):
+    """``homes`` are lists of roles that live together; ``sizes`` are effective ones of the actor's minibatches."""
     trainers = {}
     for roles in homes:
         home = Here(Site(World()))
         for role in roles:
-            trainers[role] = home.place(role, lambda site, role=role: Recorded(role, log, role in bad))
+            trainers[role] = home.place(
+                role,
+                lambda site, role=role: Recorded(role, log, role in bad, sizes if role == "actor" else ()),
+            )
     ordered = {role: trainers[role] for role in ("actor", "critic", "judge") if role in trainers}
     return Crew(
         method=SFT(),
@@ -54,6 +67,7 @@ def crew(log, *homes, bad=()):
         trainers=ordered,
         push_weights=None,
         evaluate=None,
+        ess_floor=ess_floor,
     )
 
 
@@ -88,6 +102,35 @@ def test_roles_of_two_homes_go_together_and_a_third_comes_after_the_one_it_lives
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("homes", [[["actor", "critic"]], [["actor"], ["critic"]]])
+def test_a_small_effective_sample_size_scales_the_actors_learning_rate(homes):
+    log = []
+    metrics = train(crew(log, *homes, sizes=[0.2, 0.5, 0.9], ess_floor=0.5), log, [SimpleNamespace(seen={})] * 3)
+    scales = {role: [entry[3] for entry in log if entry[:2] == (role, "optim_step")] for role in ("actor", "critic")}
+    assert scales == {"actor": [0.4, 1.0, 1.0], "critic": [1.0] * 3}
+    assert metrics["ess_scale"] == pytest.approx(2.4 / 3)
+    assert metrics["learning_rate"] == pytest.approx(3 * 2.4 / 3)
+    assert metrics["critic_learning_rate"] == 3
+    # A step that trains the critic alone has none.
+    assert "ess_scale" not in train(crew(log, *homes, ess_floor=0.5), log, roles=["critic"])
+
+
+def test_where_old_log_probs_are_known_the_sample_size_is_by_them():
+    """What a correction has left of each minibatch, by a sum over its tokens."""
+    batch = make_step(0).batch()
+    gap_T = torch.linspace(-1, 1.5, batch.tokens) * batch.trainable_T
+    batch = replace(batch, untruncated_logp_T=batch.proximal_logp_T - gap_T)
+    minibatches = [batch.select([0, 5, 10]), batch.select([3, 8])]
+    log, expected = [], []
+    train(crew(log, ["actor"], sizes=[9.9, 9.9], ess_floor=0.99), log, minibatches)
+    for minibatch in minibatches:
+        gaps = minibatch.logp_by("actor") - minibatch.untruncated_logp_T
+        w = [math.exp(gap) for gap, own in zip(gaps.tolist(), minibatch.trainable_T.tolist(), strict=True) if own]
+        expected.append(sum(w) ** 2 / (len(w) * sum(x * x for x in w)) / 0.99)
+    assert [entry[3] for entry in log if entry[1] == "optim_step"] == pytest.approx(expected)
+    assert max(expected) < 1
+
+
 def test_a_step_trains_the_roles_that_it_is_told():
     log = []
     made = crew(log, ["actor", "critic"])
@@ -111,3 +154,16 @@ def test_a_loss_that_is_not_finite_changes_nothing_in_either_home(bad):
         train(crew(log, ["actor"], ["critic"], bad=[bad]), log)
     assert "changing" not in log
     assert not any(entry[1] == "optim_step" for entry in log)
+
+
+def test_a_learning_rate_that_stays_scaled_down_is_said_once():
+    run, progress = mock.Mock(), mock.Mock()
+    session = Session(run=run, store=None, save_every=None, trainers={}, progress=progress, clock=None)
+    for scale in [0.5] * 4 + [0.995] + [0.25] * 7:
+        session.reached({}, {"ess_scale": scale})
+    session.reached({}, {"loss": 0.0})
+    (note,) = run.event.call_args_list
+    assert note.args == ("note",)
+    assert note.kwargs["step"] == 10
+    assert note.kwargs["message"].startswith("ess_floor has scaled the learning rate down for 5 steps (now by 0.25)")
+    progress.note.assert_called_once()
