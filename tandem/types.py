@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 StopReason = Literal["eos", "length", "stop_string", "tool", "error"]
@@ -22,8 +22,17 @@ class Limits:
     """Tokens of a whole sequence."""
     vocabulary: int | None = None
     """Rows of its embedding: token ids are below it."""
+    turning: int | None = None
+    """Tokens up to which what it says of a token does not depend on how long the sequence becomes (LongRoPE)."""
     whose: str = "the model"
     """The folder or hub name that has these limits, for messages."""
+
+    @property
+    def sampling(self) -> Limits:
+        """Those of sequences that it samples: what it said of a token when it drew it is what it says of it later."""
+        if self.turning is None:
+            return self
+        return replace(self, positions=self.turning, whose=f"{self.whose} before its LongRoPE turns")
 
 
 Held = tuple[str, str]

@@ -313,7 +313,7 @@ class SamplesFeed:
                 self.tokenizer,
                 data.max_length,
                 data.long_rows,
-                limits=[*self.limits, engine],
+                limits=[self.limits[0].sampling, *self.limits[1:], engine],
                 max_new_tokens=config.sampling.max_new_tokens,
                 on_progress=on_progress,
             )

@@ -77,7 +77,7 @@ class _Sampling:
                 config.data.max_length,
                 config.data.long_rows,
                 limits=[
-                    read_limits(config.model.model, trust_remote_code=code),
+                    read_limits(config.model.model, trust_remote_code=code).sampling,
                     Limits(positions=config.engine.max_length, whose="the engine (engine.max_length)"),
                 ],
                 max_new_tokens=config.sampling.max_new_tokens,

@@ -123,7 +123,9 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight_OI)
-        return _onednn(x, weight_OI, bias_O)
+        found = _onednn(x, weight_OI, bias_O)
+        # A view made here may not be written to, as some models do with products. It shares its memory with nothing.
+        return found.new_empty(0).set_(found)
 
     @staticmethod
     @once_differentiable

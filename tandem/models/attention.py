@@ -25,6 +25,20 @@ from tandem.models.sharing import Sharing
 IMPLEMENTATION = "tandem"
 NO_MASK = torch.empty(1, 1, 1, 1)
 """Passed as ``attention_mask`` beside a layout: transformers takes any 4-D mask as it is and builds none of its own."""
+_OF_NO_EFFECT = frozenset(
+    {
+        "is_causal",
+        "position_ids",
+        "cache_position",
+        "use_cache",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "return_dict",
+        "logits_to_keep",
+    }
+)
+"""Keywords that change nothing of what attention computes here; a layout refuses every other that it does not know."""
 
 
 class UnsupportedAttention(Exception):
@@ -74,9 +88,11 @@ def _attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
             sliding_window=sliding_window, **kwargs,
         )  # fmt: skip
-    unsupported = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
-    if unsupported or not getattr(module, "is_causal", True):
+    unsupported = [name for name, value in kwargs.items() if value is not None and name not in _OF_NO_EFFECT]
+    if unsupported or not getattr(module, "is_causal", True) or kwargs.get("is_causal") is False:
         raise UnsupportedAttention(", ".join(unsupported) or "attention that is not causal")
+    if attention_mask is not None and attention_mask.shape != NO_MASK.shape:
+        raise UnsupportedAttention("a mask of its own")
     if dropout:
         raise UnsupportedAttention("attention dropout")
     # A compiled layer that reads its own number is a graph of its own: it is read only for those who want it.

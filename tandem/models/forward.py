@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging as transformers_logging
 
-from tandem.batch import Batch, Outputs, filled
-from tandem.errors import RunFailure, first_line
+from tandem.batch import Batch, Outputs, filled, send
+from tandem.errors import RunFailure, UserError, first_line
 from tandem.functional.distillation import Against
 from tandem.functional.divergence import Divergence, with_tail
 from tandem.functional.logprobs import CHUNK_BYTES, chunked_head
@@ -53,6 +53,10 @@ class LoadedModel:
     """What it computes in. Loaded parameters are float32 until a trainer or scorer takes them over (``compute_in``)."""
     packed: bool = False
     """Whether it runs packed sequences through Tandem's attention; else they are padded, with its own attention."""
+    equal_lengths: bool = False
+    """Whether those that are padded may only be of one length: padding would change what it computes."""
+    turning: int | None = None
+    """``tandem.models.limits.turning_point``: longer sequences go through apart from the others."""
     split_head: bool = False
     """Whether its logits are its output embedding applied to its last hidden state, so that the head can be chunked."""
     sharded: Sharded | None = None
@@ -241,7 +245,39 @@ def native_logits(model: LoadedModel, batch: Batch) -> Tensor:
 
 
 def _run(model: LoadedModel, module: Any, batch: Batch, output: str) -> Tensor:
-    """One field of the module's output, with its tokens laid out as in the batch."""
+    """One field of the module's output, with its tokens laid out as in the batch.
+
+    Raises UserError for a sharded model whose segments cannot all go through together.
+    """
+    kinds = _kinds(model, batch)
+    if len(set(kinds)) == 1:
+        return _together(model, module, batch, output)
+    if model.sharded is not None:
+        raise UserError(
+            f"{type(model.module).__name__}: its parameters are sharded, and sequences of "
+            f"{min(batch.lengths)} and {max(batch.lengths)} tokens do not go through it together; "
+            "train it in one process, or on sequences that are all shorter or all longer"
+        )
+    apart = replace(batch.unshared(), segments_per_unit=1)
+    found = [
+        (apart.tokens_of(segments), _together(model, module, apart.select(segments), output))
+        for kind in dict.fromkeys(kinds)
+        for segments in [[s for s, one in enumerate(kinds) if one == kind]]
+    ]
+    index_T = torch.cat([index for index, _ in found]).argsort()
+    return torch.cat([result for _, result in found]).index_select(0, send(index_T, batch.token_ids_T.device))
+
+
+def _kinds(model: LoadedModel, batch: Batch) -> list[int]:
+    """For each segment a number, the same for those that may go through the model together."""
+    if not model.packed and model.equal_lengths:
+        return batch.lengths
+    if model.turning is not None:
+        return [int(length > model.turning) for length in batch.lengths]
+    return [0] * batch.segments
+
+
+def _together(model: LoadedModel, module: Any, batch: Batch, output: str) -> Tensor:
     if model.packed:
         compiled = model.blocks is not None and model.blocks.working
         device, sharing = batch.token_ids_T.device, sharing_of(batch)
@@ -279,7 +315,7 @@ def _spare(tokens: int) -> int:
 def describe_model(model: LoadedModel) -> str:
     """Its class, size, device and how its batches are laid out."""
     parameters = sum(p.numel() for p in model.module.parameters())
-    layout = "packed" if model.packed else "padded"
+    layout = "packed" if model.packed else "padded, those of one length together" if model.equal_lengths else "padded"
     if model.blocks is not None:
         layout += ", layers compiled in the first step" if model.blocks.working else ", layers not compiled"
     return f"{type(model.module).__name__}, {parameters / 1e6:.2f}M parameters, {model.device}, {model.dtype}, {layout}"

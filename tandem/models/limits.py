@@ -38,20 +38,38 @@ def limits_of(config: Any, source: str | Path = "the model") -> Limits:
     """The limits that a transformers config states.
 
     Positions are ``max_position_embeddings``, which most kinds of scaled rotary embeddings leave scaled already. The
-    linear and dynamic kinds leave it as it was in pretraining, but for Gemma 3, and YaRN's configs exist in both ways.
-    A model without the key, as those with ALiBi or a state instead of attention, has no limit.
+    linear kind leaves it as it was in pretraining, but for Gemma 3, and YaRN's configs exist in both ways. Beyond it the
+    dynamic kind turns every token by the longest sequence that transformers has met, which nothing can be held to. A
+    model without the key, as those with ALiBi or a state instead of attention, has no limit.
     """
     text = config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None) or 0
     for rope in _ropes(getattr(text, "rope_parameters", None)):
         kind, factor = rope.get("rope_type"), rope.get("factor") or 1.0
-        if kind in ("linear", "dynamic") and not text.model_type.startswith("gemma3"):
+        if kind == "linear" and not text.model_type.startswith("gemma3"):
             positions = max(positions, int(text.max_position_embeddings * factor))
         elif kind == "yarn":
             positions = max(positions, int((rope.get("original_max_position_embeddings") or 0) * factor))
     return Limits(
-        positions=positions if positions > 0 else None, vocabulary=getattr(text, "vocab_size", None), whose=str(source)
+        positions=positions if positions > 0 else None,
+        vocabulary=getattr(text, "vocab_size", None),
+        turning=turning_point(config),
+        whose=str(source),
     )
+
+
+def turning_point(config: Any) -> int | None:
+    """Tokens up to which a sequence's numbers do not depend on how long it becomes; None: they never do.
+
+    Behind it all positions, the first as well, are turned by other frequencies (LongRoPE, arXiv:2402.13753).
+    """
+    text = config.get_text_config()
+    for rope in _ropes(getattr(text, "rope_parameters", None)):
+        if rope.get("rope_type") == "longrope":
+            original = rope.get("original_max_position_embeddings")
+            longest = getattr(text, "max_position_embeddings", None) or 0
+            return int(original) if original and original < longest else None
+    return None
 
 
 def _ropes(parameters: Any) -> Iterator[Mapping[str, Any]]:

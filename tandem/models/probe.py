@@ -2,66 +2,132 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tandem.batch import Batch
 from tandem.data.packing import pack
+from tandem.errors import UserError
 from tandem.models.attention import IMPLEMENTATION, UnsupportedAttention
 from tandem.models.forward import LoadedModel, hidden_states, native_logits
+from tandem.models.limits import turning_point
+from tandem.models.shrunk import TURNING, named_limits, shrunk
 from tandem.types import Sequence
 
 TOLERANCE = 2e-3
 """Largest relative difference in float32, far above rounding and far below a wrong mask or a missing scale."""
 LOW_PRECISION_TOLERANCE = 0.1
 """In bfloat16, of which some dozen layers make a few hundredths."""
+LENGTHS = (24, 7, 20)
+SHARED = 10
+"""Tokens that the first and the last of them begin with."""
+FAR_LENGTHS = (TURNING + 7, 7, TURNING - 4)
+"""Of the shrunken copy: beyond its limits, before them, and between the two kinds of them."""
 
 
 @torch.no_grad()
 def probe_forward(model: LoadedModel) -> str:
-    """Sets ``model.packed`` and ``model.split_head`` to what reproduces its own padded forward on short sequences.
+    """Sets how batches go through the model, in ``packed``, ``equal_lengths`` and ``split_head``: the fastest true way.
 
-    Returns why sequences must be padded, or nothing where packing works.
+    True is what reproduces the module's own forward of one sequence at a time: on the model itself, and on a shrunken
+    copy, whose limits the sequences go beyond. Returns why sequences must be padded, or nothing where packing works.
+    Raises UserError for a model that reads ahead.
     """
-    own_attention = model.module.config._attn_implementation
-    batch = _probe_batch(model)
-    plain = replace(model, dtype="float32", packed=False, split_head=False)
-    truth = _read(plain, batch)
-    reason = ""
-    if not model.module._supports_attention_backend:
-        reason = "its attention cannot be replaced, so its sequences are padded (slower)"
+    model.turning = turning_point(model.module.config)
+    trials = [_Trial(model, LENGTHS)]
+    if not trials[0].causal():
+        raise UserError(
+            f"{type(model.module).__name__}: what it says of a token depends on the tokens after it, as in BERT and "
+            "other encoders, so its log-probs are not those of a text; give a causal language model"
+        )
+    small = shrunk(model.module)
+    unproved = ""
+    if small is not None:
+        trials.append(_Trial(replace(model, module=small, turning=turning_point(small.config)), FAR_LENGTHS))
+    elif limits := named_limits(model.module.config):
+        unproved = f"what it does beyond its limits ({', '.join(limits)}) could not be tried out on a small copy"
+    reason = unproved or next((why for trial in trials if (why := trial.why_not(packed=True))), "")
+    model.packed = not reason
+    if reason and (unproved or any(trial.why_not(packed=False) for trial in trials)):
+        model.equal_lengths = True
+        reason += ", and padding would change it"
+    if reason:
+        reason += (
+            ", so its sequences are " + ("run by their lengths" if model.equal_lengths else "padded") + " (slower)"
+        )
     else:
         model.module.set_attn_implementation(IMPLEMENTATION)
-        try:
-            if not _close(_read(replace(plain, packed=True), batch), truth):
-                reason = "packed sequences do not reproduce its own forward, so its sequences are padded (slower)"
-        except (UnsupportedAttention, TypeError) as error:
-            reason = f"its attention needs what packing lacks ({error}), so its sequences are padded (slower)"
-    if reason:
-        model.module.set_attn_implementation(own_attention)
-    model.packed = not reason
-    model.split_head = not model.scalar and _head_can_be_split(replace(plain, packed=model.packed), batch, truth)
+    model.split_head = not model.scalar and all(trial.head_can_be_split(model) for trial in trials)
     return reason
 
 
-def _head_can_be_split(model: LoadedModel, batch: Batch, truth: Tensor) -> bool:
-    head = model.module.get_output_embeddings()
-    if head is None or model.module.base_model is model.module:
-        return False
-    if getattr(model.module.config, "final_logit_softcapping", None):
-        return False  # It bends large logits only, which a probe may not have.
-    return _close(head(hidden_states(model, batch)), truth)
+class _Trial:
+    """A model, sequences, and what the module's own forward makes of each of them by itself."""
+
+    def __init__(self, model: LoadedModel, lengths: tuple[int, ...]) -> None:
+        self.model = replace(model, dtype="float32", packed=False, equal_lengths=False, split_head=False)
+        self.batch = _probe_batch(model, lengths)
+        alone = replace(self.model, equal_lengths=True)
+        self.truth = _read(alone, self.batch)
+
+    def causal(self) -> bool:
+        """Whether the first and the last sequence, which begin alike, are given the same where they are alike."""
+        first, _, last, end = self.batch.bounds.tolist()
+        shared = min(SHARED, end - last - 1)
+        return _close(self.truth[last : last + shared], self.truth[first : first + shared])
+
+    def why_not(self, *, packed: bool) -> str:
+        """Why the batch cannot go through it as one; empty where it can."""
+        if packed and not self.model.module._supports_attention_backend:
+            return "its attention cannot be replaced"
+        try:
+            with _attention(self.model.module, replaced=packed):
+                found = _read(replace(self.model, packed=packed), self.batch)
+        except (UnsupportedAttention, TypeError) as error:
+            return f"its attention needs what packing lacks ({error})"
+        return "" if _close(found, self.truth) else "packed sequences do not reproduce its own forward"
+
+    def head_can_be_split(self, found: LoadedModel) -> bool:
+        """Whether its logits are its output embedding applied to its last hidden state."""
+        module = self.model.module
+        head = module.get_output_embeddings()
+        if head is None or module.base_model is module:
+            return False
+        if getattr(head, "in_features", None) != module.get_input_embeddings().weight.shape[1]:
+            return False
+        if getattr(module.config, "final_logit_softcapping", None):
+            return False  # It bends large logits only, which a probe may not have.
+        model = replace(self.model, packed=found.packed, equal_lengths=found.equal_lengths)
+        with _attention(module, replaced=found.packed):
+            return _close(head(hidden_states(model, self.batch)), self.truth)
 
 
-def _probe_batch(model: LoadedModel) -> Batch:
+@contextmanager
+def _attention(module: Any, *, replaced: bool) -> Iterator[None]:
+    """With Tandem's attention, where it is to be replaced."""
+    own = module.config._attn_implementation
+    if replaced and own != IMPLEMENTATION:
+        module.set_attn_implementation(IMPLEMENTATION)
+    try:
+        yield
+    finally:
+        if module.config._attn_implementation != own:
+            module.set_attn_implementation(own)
+
+
+def _probe_batch(model: LoadedModel, lengths: tuple[int, ...]) -> Batch:
     """Three sequences, the last of which begins as the first does."""
     vocabulary = model.module.get_input_embeddings().weight.shape[0]
-    limit = getattr(model.module.config, "max_position_embeddings", None) or 24
+    limit = getattr(model.module.config, "max_position_embeddings", None) or max(lengths)
     generator = torch.Generator().manual_seed(0)
-    ids = [torch.randint(vocabulary, (min(limit, n),), generator=generator).tolist() for n in (24, 7, 20)]
-    shared = len(ids[2]) // 2
+    # Not 0 or 1, which some models take for padding.
+    ids = [torch.randint(2, vocabulary, (min(limit, n),), generator=generator).tolist() for n in lengths]
+    shared = min(SHARED, len(ids[2]) - 1)
     ids[2][:shared] = ids[0][:shared]
     sequences = [Sequence(token_ids=i, trainable=[True] * len(i)) for i in ids]
     return pack(sequences, prompt_lengths=[shared, 0, shared]).to(model.device)

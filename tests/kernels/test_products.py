@@ -90,3 +90,19 @@ def test_other_types_and_subclasses_stay_as_they_are() -> None:
     assert type(model[0]) is Own
     x = torch.randn(300, 128, dtype=torch.bfloat16)
     assert torch.equal(model[1](x), nn.functional.linear(x, model[1].weight, model[1].bias))
+
+
+@pytest.mark.parametrize("rows", [17, 32, 300])
+def test_a_product_may_be_written_to(rows: int) -> None:
+    """As Gemma 3n, OLMo (clip_qkv) and Llama 4 do."""
+    torch.manual_seed(0)
+    layer = nn.Linear(256, 512)
+    products.speed_up_linears(layer)
+    x = torch.randn(1, rows, 256, requires_grad=True)
+    out = layer(x)
+    expected = nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double()).clamp(-0.5, 0.5)
+    out.clamp_(-0.5, 0.5)
+    assert close(out, expected)
+    out.sum().backward()
+    (gradient,) = torch.autograd.grad(expected.sum(), x)
+    assert close(x.grad, gradient.double())

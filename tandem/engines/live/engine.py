@@ -15,14 +15,14 @@ from tandem.engines.live.fitting import Fitting
 from tandem.engines.live.forwards import Unlike
 from tandem.engines.live.over_pages import PagedBatching
 from tandem.engines.live.over_slots import SlotBatching
-from tandem.engines.live.padded import PaddedBatching
-from tandem.engines.live.probe import why_not_layouts, why_not_slots
+from tandem.engines.live.padded import PaddedBatching, Together
+from tandem.engines.live.probe import Trial, why_not_layouts, why_not_tried
 from tandem.engines.samples import Sample, StopRule, check_request, take_requests
 from tandem.engines.stepper import Stepper
 from tandem.errors import UserError
 from tandem.futures import Future, wait_all
 from tandem.kernels.available import has_triton
-from tandem.models.limits import limits_of
+from tandem.models.limits import limits_of, turning_point
 from tandem.types import Completion, Request, Watch
 
 log = logging.getLogger("tandem")
@@ -76,6 +76,8 @@ class LiveEngine:
         self.prefill_tokens = prefill_tokens
         self.fitting: Fitting | None = None
         """Of way ``captured``: its forward, and its cache."""
+        self.together: Together = "all"
+        """Of way ``padded``: which prompts are batched."""
         self.stepper: Stepper[Sample, Completion] = Stepper(
             LiveCore(module, begin=self._begin, end=self._end, version=version)
         )
@@ -111,13 +113,27 @@ class LiveEngine:
                 reasons.append(f"{error}, so its steps are not captured (slower)")
             else:
                 return "captured", reasons
-        if way == "padded":
-            return "padded", reasons
-        if reason := why_not_slots(self.module):
+        trials = [trial for trial in (Trial(self.module), Trial.far(self.module)) if trial is not None]
+        unproved = why_not_tried(self.module, trials[1] if len(trials) > 1 else None)
+        if way != "padded":
+            reason = unproved or next((why for trial in trials if (why := trial.why_not_slots())), "")
+            if not reason:
+                return "slots", reasons
             if way == "slots":
                 raise UserError(f"way slots: {reason}")
-            return "padded", [f"{reason}, so it is sampled in padded batches (slower)"]
-        return "slots", reasons
+            reasons = [f"{reason}, so it is sampled in padded batches (slower)"]
+        for together in ("all", "length", "none") if not unproved else ("length", "none"):
+            wrong = next((why for trial in trials if (why := trial.why_not_padded(together))), "")
+            if not wrong:
+                self.together = together
+                if together != "all":
+                    one = "prompts of one length" if together == "length" else "one prompt"
+                    reasons.append(f"padding would change what it samples, so each batch has {one} (slower)")
+                return "padded", reasons
+        raise UserError(
+            f"{type(self.module).__name__}: it cannot be sampled: its own generate with a cache does not reproduce its "
+            f"forward ({wrong})"
+        )
 
     @property
     def device(self) -> torch.device:
@@ -178,7 +194,7 @@ class LiveEngine:
             return PagedBatching(self.fitting, max_slots=self.max_slots, prefill_tokens=self.prefill_tokens)
         if self.way == "slots":
             return SlotBatching(self.module, max_slots=self.max_slots, prefill_tokens=self.prefill_tokens)
-        return PaddedBatching(self.module, batch_size=self.max_slots)
+        return PaddedBatching(self.module, batch_size=self.max_slots, together=self.together)
 
     def _end(self, failed: bool) -> None:
         if self.fitting is not None:
@@ -186,8 +202,14 @@ class LiveEngine:
 
     def _limit(self) -> tuple[int | None, str]:
         """Most tokens of a sequence, and who says so."""
-        positions = limits_of(self.module.config).positions
-        limits = [(positions, "the model's max_position_embeddings"), (self.max_length, "the engine's max_length")]
+        limits = [
+            (limits_of(self.module.config).positions, "the model's max_position_embeddings"),
+            (
+                turning_point(self.module.config),
+                "the length up to which its longrope turns all tokens alike (original_max_position_embeddings)",
+            ),
+            (self.max_length, "the engine's max_length"),
+        ]
         return min(((n, name) for n, name in limits if n), default=(None, ""))
 
 

@@ -12,8 +12,9 @@ import torch
 from tandem.engines.live.decoder import Decoder
 from tandem.engines.live.forwards import LeanForward, OwnForward, Unlike
 from tandem.engines.live.pages import PAGE, pages_for
-from tandem.engines.live.probe import find_cache_shape, why_not_pages
+from tandem.engines.live.probe import Trial, find_cache_shape, why_not_tried
 from tandem.engines.samples import Sample
+from tandem.models.shrunk import POSITIONS
 
 log = logging.getLogger("tandem")
 KEPT_SHARE = 0.05
@@ -36,6 +37,9 @@ class Fitting:
         self.module = module
         self.cache_tokens = cache_tokens
         self.shape, attention = find_cache_shape(module)
+        near, far = Trial(module), Trial.far(module)
+        if reason := why_not_tried(module, far):
+            raise Unlike(reason)
         self.decoder: Decoder | None = None
         self.planned = 0
         """Pages that the decoder was to have; it may have got fewer."""
@@ -45,12 +49,19 @@ class Fitting:
         """Why the module's own forward is used, where it is."""
         try:
             self.forward = LeanForward(module, positions=positions, attention=attention)
-            self.own_because = why_not_pages(module, self.forward, self.shape)
+            self.own_because = near.why_not_pages(self.forward, self.shape)
+            if not self.own_because and far is not None:
+                shape, attention = find_cache_shape(far.module)
+                lean = LeanForward(far.module, positions=POSITIONS, attention=attention)
+                self.own_because = far.why_not_pages(lean, shape)
         except Unlike as error:
             self.own_because = str(error)
         if self.own_because:
             self.forward = OwnForward(module)
-            if reason := why_not_pages(module, self.forward, self.shape):
+            reason = near.why_not_pages(self.forward, self.shape)
+            if not reason and far is not None:
+                reason = far.why_not_pages(OwnForward(far.module), find_cache_shape(far.module)[0])
+            if reason:
                 raise Unlike(reason)
             log.warning("%s: sampled with its own forward (slower): %s", type(module).__name__, self.own_because)
         # Only now: what is compared above is how it computes, not what 8 bits lose.

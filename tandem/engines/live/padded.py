@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,13 +19,20 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from tandem.engines.live.draws import Kinds, draw
 from tandem.engines.samples import Sample
 
+Together = Literal["all", "length", "none"]
+"""Which prompts a batch may have: all, which are padded on the left; those of one length; one."""
+
 
 class PaddedBatching:
-    """A round is a batch of ``batch_size``, padded on the left, up to its last end (``live.core.Batching``)."""
+    """A round is a batch of ``batch_size``, padded on the left, up to its last end (``live.core.Batching``).
 
-    def __init__(self, module: Any, *, batch_size: int) -> None:
+    ``together``: which prompts may be in a batch.
+    """
+
+    def __init__(self, module: Any, *, batch_size: int, together: Together = "all") -> None:
         self.module = module
-        self.batch_size = batch_size
+        self.together = together
+        self.batch_size = 1 if together == "none" else batch_size
         self.kinds = Kinds()
         self.waiting: list[Sample] = []
 
@@ -34,34 +41,56 @@ class PaddedBatching:
         self.waiting += samples
 
     def round(self) -> list[Sample]:
-        batch, self.waiting = self.waiting[: self.batch_size], self.waiting[self.batch_size :]
+        batch = self._next()
         device = self.module.get_input_embeddings().weight.device
-        longest = max(s.prompt_length for s in batch)
-        token_BQ = torch.zeros(len(batch), longest, dtype=torch.int64)
-        real_BQ = torch.zeros_like(token_BQ)
-        for row, sample in enumerate(batch):
-            token_BQ[row, longest - sample.prompt_length :] = torch.tensor(sample.asked.request.prompt_ids)
-            real_BQ[row, longest - sample.prompt_length :] = 1
-        config = GenerationConfig(
-            do_sample=False,
+        generate(
+            self.module,
+            [sample.asked.request.prompt_ids for sample in batch],
+            _Draw(batch, self.kinds, device),
+            _AllEnded(batch),
             max_new_tokens=max(s.asked.rule.max_new_tokens for s in batch),
-            pad_token_id=0,
-            use_cache=True,
         )
-        with _only(self.module, config):
-            self.module.generate(
-                token_BQ.to(device),
-                attention_mask=real_BQ.to(device),
-                logits_processor=LogitsProcessorList([_Draw(batch, self.kinds, device)]),
-                stopping_criteria=StoppingCriteriaList([_AllEnded(batch)]),
-            )
         return batch
+
+    def _next(self) -> list[Sample]:
+        """Takes those that go next from among the waiting."""
+        first = self.waiting[0].prompt_length
+        fit = [s for s in self.waiting if self.together == "all" or s.prompt_length == first][: self.batch_size]
+        taken = set(fit)
+        self.waiting = [sample for sample in self.waiting if sample not in taken]
+        return fit
 
     def leave(self, samples: AbstractSet[Sample]) -> None:
         self.waiting = [sample for sample in self.waiting if sample not in samples]
 
     def renew(self) -> None:
         """Nothing that waits has started."""
+
+
+def generate(
+    module: Any,
+    prompts: Seq[Seq[int]],
+    process: LogitsProcessor,
+    ended: StoppingCriteria | None = None,
+    *,
+    max_new_tokens: int,
+) -> None:
+    """The module's own ``generate`` on prompts padded on the left; ``process`` sees all logits and chooses tokens."""
+    device = module.get_input_embeddings().weight.device
+    longest = max(map(len, prompts))
+    token_BQ = torch.zeros(len(prompts), longest, dtype=torch.int64)
+    real_BQ = torch.zeros_like(token_BQ)
+    for row, prompt in enumerate(prompts):
+        token_BQ[row, longest - len(prompt) :] = torch.tensor(prompt)
+        real_BQ[row, longest - len(prompt) :] = 1
+    config = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=0, use_cache=True)
+    with _only(module, config):
+        module.generate(
+            token_BQ.to(device),
+            attention_mask=real_BQ.to(device),
+            logits_processor=LogitsProcessorList([process]),
+            stopping_criteria=StoppingCriteriaList([] if ended is None else [ended]),
+        )
 
 
 class _Draw(LogitsProcessor):

@@ -1,4 +1,4 @@
-"""Whether a model runs on a cache of ours is tried out on it, not looked up by its name."""
+"""Whether a model runs on a cache of ours is tried out on it and on a shrunken copy, not looked up by its name."""
 
 from __future__ import annotations
 
@@ -7,30 +7,90 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessor
 
 from tandem.engines.live.decoder import Decoder
 from tandem.engines.live.forwards import OwnForward, Unlike
 from tandem.engines.live.over_slots import Prefilled
+from tandem.engines.live.padded import Together, generate
 from tandem.engines.live.pages import CacheShape, PagedDecode
 from tandem.engines.live.prefill import Forward
 from tandem.engines.live.slots import DecodeLayout, SlotCache
 from tandem.models.attention import IMPLEMENTATION, Ask, PackedLayout, UnsupportedAttention, numbered
 from tandem.models.probe import too_far
+from tandem.models.shrunk import LIMIT, TURNING, named_limits, shrunk
 
 PROMPT_LENGTHS = (5, 3)
 DECODED = 3
+FAR_PROMPT_LENGTHS = (LIMIT - 3, TURNING - 6)
+FAR_DECODED = 5
+"""Tokens after the prompts of the shrunken copy: the first passes its limits while it decodes, the second is beyond."""
 
 
-@torch.no_grad()
-def why_not_slots(module: Any) -> str:
-    """Why the slot cache does not reproduce the module's own forward; empty where it does. In eval mode only."""
-    return why_not_layouts(module) or _compare(module, lambda sequences: _slot_logits(module, sequences))
+class Trial:
+    """Sequences, and what a module's own forward makes of each of them by itself: what any way to decode must give.
+
+    In eval mode only.
+    """
+
+    @torch.no_grad()
+    def __init__(self, module: Any, prompt_lengths: tuple[int, ...] = PROMPT_LENGTHS, decoded: int = DECODED) -> None:
+        self.module, self.prompt_lengths, self.decoded = module, prompt_lengths, decoded
+        embedding = module.get_input_embeddings().weight
+        generator = torch.Generator().manual_seed(0)
+        # Not 0 or 1, which some models take for padding.
+        self.sequences = [
+            torch.randint(2, embedding.shape[0], (n + decoded,), generator=generator) for n in prompt_lengths
+        ]
+        self.truths = [
+            module(input_ids=sequence[None].to(embedding.device), use_cache=False).logits[0, length - 1 :]
+            for sequence, length in zip(self.sequences, prompt_lengths, strict=True)
+        ]
+
+    @classmethod
+    def far(cls, module: Any) -> Trial | None:
+        """That of a shrunken copy, beyond the limits that the module's config names; None where there is no copy."""
+        small = shrunk(module)
+        if small is None:
+            return None
+        trial = cls(small, FAR_PROMPT_LENGTHS, FAR_DECODED)
+        if small._supports_attention_backend:
+            small.set_attn_implementation(IMPLEMENTATION)
+        return trial
+
+    @torch.no_grad()
+    def why_not_slots(self) -> str:
+        """Why the slot cache does not reproduce the module's own forward; empty where it does."""
+        return why_not_layouts(self.module) or self._compare(lambda: _slot_logits(self.module, self))
+
+    @torch.no_grad()
+    def why_not_pages(self, forward: Forward, shape: CacheShape) -> str:
+        """Why ``forward`` over pages does not reproduce the module's own; empty where it does."""
+        return self._compare(lambda: _page_logits(forward, shape, self))
+
+    @torch.no_grad()
+    def why_not_padded(self, together: Together) -> str:
+        """Why the module's own ``generate`` does not, with those prompts in a batch that may be ``together``."""
+        return self._compare(lambda: _generated_logits(self.module, self, together))
+
+    def _compare(self, logits_of: Callable[[], list[Tensor]]) -> str:
+        """Why logits of what follows the prompts, and the tokens after them, are not the module's own."""
+        try:
+            found = logits_of()
+        except UnsupportedAttention as error:
+            return f"its attention needs what the cache lacks ({error})"
+        for logits, truth in zip(found, self.truths, strict=True):
+            if far := too_far(logits, truth):
+                return f"decoding from the cache does not reproduce its own forward ({far})"
+        return ""
 
 
-@torch.no_grad()
-def why_not_pages(module: Any, forward: Forward, shape: CacheShape) -> str:
-    """Why ``forward`` over pages does not reproduce the module's own; empty where it does. In eval mode only."""
-    return _compare(module, lambda sequences: _page_logits(forward, shape, sequences))
+def why_not_tried(module: Any, far: Trial | None) -> str:
+    """Why no trial ``far`` beyond the limits that the module's config names was made; empty where none was needed."""
+    limits = [] if far is not None else named_limits(module.config)
+    return (
+        f"what it does beyond its limits ({', '.join(limits)}) could not be tried out on a small copy" if limits else ""
+    )
 
 
 def why_not_layouts(module: Any) -> str:
@@ -81,27 +141,11 @@ class _Seen(PackedLayout):
         return super().attend(query, key, value, ask)
 
 
-def _compare(module: Any, logits_of: Callable[[list[Tensor]], list[Tensor]]) -> str:
-    """Why logits of what follows prompts, and the tokens after them, are not the module's own; empty where they are."""
-    vocabulary = module.get_input_embeddings().weight.shape[0]
-    generator = torch.Generator().manual_seed(0)
-    sequences = [torch.randint(vocabulary, (n + DECODED,), generator=generator) for n in PROMPT_LENGTHS]
-    try:
-        found = logits_of(sequences)
-    except UnsupportedAttention as error:
-        return f"its attention needs what the cache lacks ({error})"
-    for logits, sequence, length in zip(found, sequences, PROMPT_LENGTHS, strict=True):
-        ids = sequence[None].to(logits.device)
-        truth = module(input_ids=ids, use_cache=False).logits[0, length - 1 :]
-        if far := too_far(logits, truth):
-            return f"decoding from the cache does not reproduce its own forward ({far})"
-    return ""
-
-
-def _slot_logits(module: Any, sequences: list[Tensor]) -> list[Tensor]:
-    """Logits [DECODED + 1, V] for what follows each prompt and each of the tokens after it."""
+def _slot_logits(module: Any, trial: Trial) -> list[Tensor]:
+    """Logits [decoded + 1, V] for what follows each prompt and each of the tokens after it."""
     model = OwnForward(module)
-    prompts = [tuple(s[:-DECODED].tolist()) for s in sequences]
+    sequences = trial.sequences
+    prompts = [tuple(s[: -trial.decoded].tolist()) for s in sequences]
     prefilled = Prefilled(model, prompts)
     cache = SlotCache(len(sequences), max(map(len, sequences)))
     cache.reserve(max(map(len, prompts)))
@@ -111,29 +155,63 @@ def _slot_logits(module: Any, sequences: list[Tensor]) -> list[Tensor]:
         layout = DecodeLayout(cache, length_B, int(length_B.max()))
         return model(token_B[:, None], length_B[:, None], layout)[:, -1]
 
-    return _decoded(decode, prefilled.logits_PV, sequences)
+    return _decoded(decode, prefilled.logits_PV, trial)
 
 
-def _page_logits(forward: Forward, shape: CacheShape, sequences: list[Tensor]) -> list[Tensor]:
+def _page_logits(forward: Forward, shape: CacheShape, trial: Trial) -> list[Tensor]:
     """The same through a decoder's pages, one of its own for each sequence."""
+    sequences = trial.sequences
     decoder = Decoder(forward, shape, slots=len(sequences), pages=len(sequences) + 1, width=1)
     pages = [decoder.pool.take(1) for _ in sequences]
-    logits_PV = decoder.prefill([s[:-DECODED].tolist() for s in sequences], pages)
+    logits_PV = decoder.prefill([s[: -trial.decoded].tolist() for s in sequences], pages)
     table_BP = torch.tensor(pages, dtype=torch.int32).to(forward.device)
 
     def decode(token_B: Tensor, length_B: Tensor) -> Tensor:
         layout = PagedDecode(decoder.pool, table_BP, length_B, torch.ones_like(length_B))
         return forward(token_B[:, None], length_B[:, None], layout)[:, -1]
 
-    return _decoded(decode, logits_PV, sequences)
+    return _decoded(decode, logits_PV, trial)
 
 
-def _decoded(decode: Callable[[Tensor, Tensor], Tensor], logits_PV: Tensor, sequences: list[Tensor]) -> list[Tensor]:
-    device = logits_PV.device
-    length_B = torch.tensor([len(s) - DECODED for s in sequences]).to(device)
+def _decoded(decode: Callable[[Tensor, Tensor], Tensor], logits_PV: Tensor, trial: Trial) -> list[Tensor]:
+    device, count = logits_PV.device, trial.decoded
+    length_B = torch.tensor(trial.prompt_lengths).to(device)
     steps = [logits_PV]
-    for step in range(DECODED):
-        token_B = torch.stack([s[len(s) - DECODED + step] for s in sequences]).to(device)
+    for step in range(count):
+        token_B = torch.stack([s[len(s) - count + step] for s in trial.sequences]).to(device)
         steps.append(decode(token_B, length_B))
         length_B = length_B + 1
     return list(torch.stack(steps, dim=1))
+
+
+def _generated_logits(module: Any, trial: Trial, together: Together) -> list[Tensor]:
+    """The same through ``generate``, which is made to draw the tokens of the sequences."""
+    if together == "all":
+        return _forced(module, trial.sequences, trial.decoded)
+    found: list[Tensor] = []
+    for place, sequence in enumerate(trial.sequences):
+        # Another of its length, once before and once behind it.
+        other = sequence.roll(1)
+        rows = [sequence] if together == "none" else [sequence, other] if place % 2 else [other, sequence]
+        found.append(_forced(module, rows, trial.decoded)[next(i for i, row in enumerate(rows) if row is sequence)])
+    return found
+
+
+def _forced(module: Any, sequences: list[Tensor], decoded: int) -> list[Tensor]:
+    forced = _Forced([s[-decoded:] for s in sequences])
+    generate(module, [s[:-decoded].tolist() for s in sequences], forced, max_new_tokens=decoded + 1)
+    return list(torch.stack(forced.seen, dim=1))
+
+
+class _Forced(LogitsProcessor):
+    """Keeps the logits of each step, and leaves only the sequences' own next tokens."""
+
+    def __init__(self, tokens: list[Tensor]) -> None:
+        # The last is drawn and looked at by nobody.
+        self.token_NB = torch.stack([*torch.stack(tokens, dim=1), torch.full((len(tokens),), 2)])
+        self.seen: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        token_B = self.token_NB[len(self.seen)].to(scores.device)
+        self.seen.append(scores.clone())
+        return torch.full_like(scores, float("-inf")).scatter_(1, token_B[:, None], 0.0)

@@ -16,6 +16,7 @@ from multiprocessing.connection import wait
 from typing import Any
 
 from tandem.errors import UserError
+from tandem.models.limits import turning_point
 
 OLDEST, NEWEST = (0, 25), (0, 32)
 INSTALL = "install it with: pip install 'tandem-rlhf[vllm]'"
@@ -93,7 +94,7 @@ def start_vllm(
     options: dict[str, Any] = {
         "dtype": dtype,
         "max_num_seqs": max_slots,
-        "max_model_len": max_length and _with_room(model, max_length, trust_remote_code),
+        "max_model_len": _room(model, max_length, trust_remote_code),
         "tensor_parallel_size": tensor_parallel,
         "seed": seed,
         "trust_remote_code": trust_remote_code,
@@ -163,13 +164,18 @@ def close_vllm(llm: Any) -> None:
         llm.llm_engine.engine_core.shutdown()
 
 
-def _with_room(model: str, max_length: int, trust_remote_code: bool) -> int:
-    """One token more where the model has it: scoring a sequence draws one after it."""
+def _room(model: str, max_length: int | None, trust_remote_code: bool) -> int | None:
+    """vLLM's longest sequence: one token more than asked for where the model has it, which scoring draws.
+
+    None leaves the model's own. Where LongRoPE turns, vLLM would turn every sequence by the longer one's frequencies.
+    """
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code).get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)
-    return max_length + 1 if positions and positions > max_length else max_length
+    config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    if (turning := turning_point(config)) is not None:
+        return min(max_length or turning, turning)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return max_length + 1 if max_length and positions and positions > max_length else max_length
 
 
 def _set_environment() -> None:

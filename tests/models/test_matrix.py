@@ -1,0 +1,135 @@
+"""The cheap half of ``bench/matrix.py``: models on sequences beyond their limits, against one at a time in float64."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from helpers.engine_models import tokenizer
+
+from tandem.data.packing import pack
+from tandem.engines.live.engine import LiveEngine
+from tandem.errors import UserError
+from tandem.models.attention import IMPLEMENTATION, NO_MASK, UnsupportedAttention, packed_layout
+from tandem.models.forward import forward
+from tandem.models.limits import limits_of, turning_point
+from tandem.models.loading import prepare_module
+from tandem.models.shrunk import VOCABULARY, named_limits, shrunk
+from tandem.types import Request, SamplingParams, Sequence
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
+import matrix
+
+WAYS = {
+    "llama": ("packed", "slots"),
+    "qwen2-window": ("packed", "slots"),
+    "qwen2_moe-window": ("padded", "padded"),
+    "phimoe-window": ("padded", "padded"),
+    "phi3-longrope": ("packed", "slots"),
+    "llama-dynamic": ("packed", "slots"),
+    "llama-yarn": ("packed", "slots"),
+    "ministral3": ("packed", "slots"),
+    "llama4_text-initial": ("padded", "padded, one length"),
+    "lfm2_moe-initial": ("padded", "padded"),
+    "recurrent_gemma": ("padded", "padded, one length"),
+    "rwkv": ("padded", "padded, one by one"),
+    "minimax": ("padded", "padded, one length"),
+    "mamba2": ("padded", "padded"),
+    "gpt_neo": ("padded", "padded"),
+    "cohere2": ("packed", "slots"),
+}
+"""How each is run. What is slower than it could be is seen here as well."""
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_what_is_computed_is_what_one_sequence_at_a_time_gives(name: str) -> None:
+    row = matrix.look(name, matrix.cases()[name], tokenizer())
+    assert not row.refused
+    assert row.holds, row
+    assert (row.layout, row.engine) == WAYS[name]
+
+
+@pytest.mark.parametrize("name", ["mistral", "ministral3", "llama4_text"])
+def test_the_captured_way_is_proved_beyond_the_limits(name: str) -> None:
+    """Ministral 3's queries are scaled by their position, which the fused forward does not do."""
+    row = matrix.look(name, matrix.cases()[name], tokenizer(), "captured")
+    expected = {"mistral": "captured, fused", "ministral3": "captured, own forward", "llama4_text": ""}[name]
+    assert row.engine == expected
+    assert bool(row.refused) == (not expected)
+    assert row.holds, row
+
+
+def test_a_sparse_attention_that_its_own_cache_does_not_keep_is_refused() -> None:
+    row = matrix.look("deepseek_v32", matrix.cases()["deepseek_v32"], tokenizer())
+    assert "cannot be sampled" in row.refused
+
+
+def test_an_encoder_is_refused() -> None:
+    row = matrix.look("bert", matrix.cases()["bert"], tokenizer())
+    assert "depends on the tokens after it" in row.refused
+
+
+@pytest.mark.parametrize("keyword", ["indices", "position_bias", "something_new"])
+def test_a_keyword_of_attention_that_is_not_known_is_refused(keyword: str) -> None:
+    attend = transformers.AttentionInterface()[IMPLEMENTATION]
+    x = torch.zeros(1, 2, 3, 8)
+    layout = packed_layout(torch.tensor([0, 3]), torch.device("cpu"), torch.float32)
+    options: dict[str, Any] = {"layout": layout, "position_ids": torch.arange(3), "use_cache": False}
+    attend(torch.nn.Module(), x, x, x, NO_MASK, **options)
+    attend(torch.nn.Module(), x, x, x, NO_MASK, **options, **{keyword: None})
+    with pytest.raises(UnsupportedAttention, match=keyword):
+        attend(torch.nn.Module(), x, x, x, NO_MASK, **options, **{keyword: torch.zeros(1)})
+    with pytest.raises(UnsupportedAttention, match="a mask of its own"):
+        attend(torch.nn.Module(), x, x, x, torch.zeros(1, 1, 3, 3), **options)
+
+
+def test_longrope_is_sampled_up_to_where_it_turns() -> None:
+    module = matrix.make(matrix.CASES["phi3-longrope"])
+    assert turning_point(module.config) == matrix.LIMIT
+    assert (limits_of(module.config).positions, limits_of(module.config).sampling.positions) == (256, 40)
+    model = prepare_module(module, tokenizer())
+    live = LiveEngine(module, tokenizer())
+    asked = Request(prompt_ids=(5,) * 30, seeds=(0,), sampling=SamplingParams(max_new_tokens=11))
+    with pytest.raises(UserError, match=r"longrope .*original_max_position_embeddings.* of 40"):
+        live.generate([asked])
+    # Ranks whose parameters are sharded go through the layers together, equally often.
+    model.sharded = model  # type: ignore[assignment]
+    rows = [Sequence(token_ids=[5] * n, trainable=[True] * n) for n in (30, 50)]
+    from tandem.models.forward import _run
+
+    with pytest.raises(UserError, match="30 and 50 tokens do not go through it together"):
+        _run(model, module, pack(rows), "logits")
+    model.sharded = None
+    assert forward(model, pack(rows)).logp_T is not None
+
+
+def test_limits_that_no_sequence_reaches_are_none() -> None:
+    config = transformers.MistralConfig(max_position_embeddings=4096, sliding_window=4096)
+    assert named_limits(config) == []
+    config.max_position_embeddings = 8192
+    assert named_limits(config) == ["sliding_window"]
+    config = transformers.Qwen2Config(use_sliding_window=False, sliding_window=4096)
+    assert named_limits(config) == []
+
+
+def test_a_shrunken_copy_is_small_the_same_and_leaves_torchs_numbers_alone() -> None:
+    class Large:
+        """A model of 7B that is never made."""
+
+        config = transformers.Gemma3TextConfig(hidden_size=3840, num_hidden_layers=48, sliding_window=1024)
+
+    kind = transformers.Gemma3ForCausalLM
+    large = kind.__new__(kind)
+    object.__setattr__(large, "config", Large.config)
+    state = torch.get_rng_state()
+    first, again = shrunk(large), shrunk(large)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    assert first.get_input_embeddings().weight.shape == (VOCABULARY, 64)
+    assert set(first.config.layer_types) == {"sliding_attention", "full_attention"}
+    assert first.config.sliding_window == 8
+    assert Large.config.sliding_window == 1024
