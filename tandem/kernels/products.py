@@ -125,7 +125,7 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(x, weight_OI)
         found = _onednn(x, weight_OI, bias_O)
         # A view made here may not be written to, as some models do with products. It shares its memory with nothing.
-        return found.new_empty(0).set_(found)
+        return found.new_empty(0).set_(found.untyped_storage(), found.storage_offset(), found.shape, found.stride())
 
     @staticmethod
     @once_differentiable

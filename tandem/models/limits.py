@@ -38,9 +38,9 @@ def limits_of(config: Any, source: str | Path = "the model") -> Limits:
     """The limits that a transformers config states.
 
     Positions are ``max_position_embeddings``, which most kinds of scaled rotary embeddings leave scaled already. The
-    linear kind leaves it as it was in pretraining, but for Gemma 3, and YaRN's configs exist in both ways. Beyond it the
-    dynamic kind turns every token by the longest sequence that transformers has met, which nothing can be held to. A
-    model without the key, as those with ALiBi or a state instead of attention, has no limit.
+    linear kind leaves it as it was in pretraining, but for Gemma 3, and YaRN's configs exist in both ways. Beyond it
+    the dynamic kind turns every token by the longest sequence that transformers has met, which nothing can be held to.
+    A model without the key, as those with ALiBi or a state instead of attention, has no limit.
     """
     text = config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None) or 0
