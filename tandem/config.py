@@ -78,7 +78,8 @@ def with_keys(section: Section, **values: Any) -> Section:
 def load_config(cls: type[Config], argv: Sequence[str], *, prog: str = "tandem") -> Config:
     """The config that ``--config FILE.yaml`` and the flags after it describe. Flags win.
 
-    ``cls`` is a dataclass whose fields are sections (dataclasses) or keys. ``--help`` prints every key and raises
+    ``cls`` is a dataclass whose fields are sections (dataclasses) or keys; ``cls.implied(given)``, if it has that, are
+    defaults that follow from what is given. ``--help`` prints every key and raises
     SystemExit(0). Raises UserError, in one line, for an unknown key, a value of the wrong type or out of range, a
     required key that is missing, and a flag that would have no effect (see ``tandem.errors.needs``). Of a file such a
     key is said and passed over: one file serves a laptop and a cluster, and flags change what it is about.
@@ -91,14 +92,16 @@ def load_config(cls: type[Config], argv: Sequence[str], *, prog: str = "tandem")
     sections = {name: [*_keys_of(hint)] for name, hint in get_type_hints(cls).items() if is_dataclass(hint)}
     given = {name: value for file in files for name, value in read_yaml(file, keys, sections).items()} | flags
     values = {name: _convert_given(value, keys[name]) for name, value in given.items()}
+    implied: dict[str, Any] = getattr(cls, "implied", lambda given: {})(values)
     missing = [key for key in keys.values() if key.required and key.name not in values]
     if missing:
         wanted = "; ".join(f"{flag_of(key.name)} ({key.doc})" for key in missing)
         raise UserError(f"missing {wanted}")
     try:
+        values = implied | values
         config = _build(cls, values)
         for name, value in values.items():
-            if value == keys[name].default or not (idle := _no_effect(keys[name], config)):
+            if name not in given or value == keys[name].default or not (idle := _no_effect(keys[name], config)):
                 continue
             if name in flags:
                 raise UserError(f"{name}: {idle}")

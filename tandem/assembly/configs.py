@@ -21,10 +21,12 @@ from tandem.assembly.needed import (
     placement_class,
 )
 from tandem.assembly.sections import (
+    FULL_TUNING,
     ClusterSection,
     ColumnsSection,
     DataSection,
     EngineSection,
+    LoraSection,
     ModelSection,
     OptimSection,
     RewardSection,
@@ -40,6 +42,7 @@ from tandem.errors import UserError
 from tandem.given import suggest
 from tandem.methods.base import Method, Rows
 from tandem.methods.table import METHODS, method_class
+from tandem.models.adapter_folder import AdapterFolder, adapter_folder
 from tandem.workers.launched import launched
 
 
@@ -54,8 +57,37 @@ class RunConfig:
     method: Method
     models: ModelsSection
     placement: Placement
+    lora: LoraSection = field(default_factory=LoraSection, metadata=PREFIXED)
     evaluation: EvaluationSection = field(default_factory=EvaluationSection)
     cluster: ClusterSection = field(default_factory=ClusterSection, metadata=PREFIXED)
+
+    def __post_init__(self) -> None:
+        folder = adapter_folder(self.model.model)
+        if folder is not None:
+            for key, value in of_folder(folder).items():
+                if (given := getattr(self.lora, key)) != value:
+                    raise UserError(
+                        f"lora.{key}: the adapters in {self.model.model} have {value}, got {given}; leave it out, or "
+                        "merge them into their base with 'tandem export' and put new ones on that"
+                    )
+        if self.lora.on and self.following is not None and self.placement.home("reference") != "actor":
+            raise UserError(
+                "reference_every: the reference of adapters follows them on the actor's own base; leave out "
+                "--placement.reference, or --reference-every"
+            )
+
+    @classmethod
+    def implied(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Defaults that follow from keys that are given: what a folder of adapters has, and their learning rates."""
+        folder = adapter_folder(given.get("model", ""))
+        found = {} if folder is None else {f"lora.{key}": value for key, value in of_folder(folder).items()}
+        if (found | dict(given)).get("lora.rank", 0):
+            method = next(f.default_factory for f in fields(cls) if f.name == "method")
+            found["learning_rate"] = adapter_rate(cast(type[Method], method).learning_rate)
+            for need in cast(type[Method], method).models:
+                if need.trained:
+                    found[f"{need.role}_learning_rate"] = adapter_rate(need.learning_rate)
+        return found
 
     @property
     def sources(self) -> dict[str, str]:
@@ -71,6 +103,15 @@ class RunConfig:
     def items_per_step(self) -> int:
         """Rows, or prompts, in a step."""
         raise TypeError(type(self).__name__)
+
+    def is_view(self, role: str) -> bool:
+        """Whether a frozen model is the policy as it began, in its processes: with adapters it needs no second copy."""
+        need = next((need for need in self.method.needs() if need.role == role), None)
+        if need is None or need.trained or not self.lora.on:
+            return False
+        asks = self.method.asks_of(role)
+        same = self.sources[role] == self.model.model and need.head == self.method.head
+        return same and self.placement.home(role) == "actor" and not (asks.states or asks.top_k)
 
     def steps_over(self, size: int) -> int:
         """The run's steps with a dataset of ``size`` rows: as given, or whole ones for at least so many epochs."""
@@ -103,12 +144,39 @@ class RunConfig:
         return found
 
     @property
+    def notes(self) -> list[str]:
+        """What a person should know of its settings, a line each."""
+        rate = self.method.learning_rate
+        if not self.lora.on or self.optim.learning_rate != adapter_rate(rate):
+            return []
+        return [
+            f"adapters: learning rate {adapter_rate(rate):g}, {FULL_TUNING:g} x {rate:g}, which is the whole model's"
+        ]
+
+    @property
     def parts(self) -> set[str]:
         """What the run has, for keys that need it (``tandem.errors.needs``)."""
         needed = self.method.needs()
-        parts = {need.role for need in needed} | {"frozen model" for need in needed if not need.trained}
+        loaded = [need for need in needed if not need.trained and not self.is_view(need.role)]
+        parts = {need.role for need in needed} | {"frozen model" for _ in loaded}
         parts |= set() if self.method.pairwise else {"losses of tokens"}
         return parts | data_parts(self.data, self.evaluation) | worker_parts(self.placement)
+
+
+def of_folder(folder: AdapterFolder) -> dict[str, Any]:
+    """The keys of ``LoraSection`` as a folder of adapters has them."""
+    return {
+        "rank": folder.rank,
+        "alpha": folder.alpha,
+        "targets": folder.targets,
+        "dora": folder.dora,
+        "rslora": folder.rslora,
+    }
+
+
+def adapter_rate(rate: float) -> float:
+    """The default learning rate of adapters where the whole model's is ``rate``."""
+    return float(f"{FULL_TUNING * rate:.6g}")
 
 
 def warmup_of(section: OptimSection, steps: int) -> int:
@@ -135,6 +203,7 @@ class RowsConfig(RunConfig):
     rows: RowsSection = field(default_factory=RowsSection)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.reads.kind == "text":
             self._require_stream()
         if self.rows.batch_size < self.reads.at_least:
@@ -196,6 +265,7 @@ class SamplesConfig(RunConfig):
     engine: EngineSection = field(default_factory=EngineSection, metadata=PREFIXED)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.method.samples.rewards == "required":
             object.__setattr__(self, "reward", judged_by_its_data(self.reward, self.data.data))
         if not self.reward.judges and self.method.samples.rewards == "required":

@@ -15,9 +15,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from tandem.assembly.uses import ExportConfig
 from tandem.checkpoint.store import Checkpoint, CheckpointStore, open_checkpoint
 from tandem.errors import RunFailure, UserError, first_line
-from tandem.models.folder import located, readable_errors
+from tandem.models.adapter_folder import adapter_folder
+from tandem.models.adapters import Adapters, merge_folder, put_saved
+from tandem.models.folder import located, readable_errors, with_config
 from tandem.models.forward import LoadedModel
 from tandem.models.loading import load_tokenizer
+from tandem.models.policy import Merged
 from tandem.models.weights import load_whole
 from tandem.runs.folder import CHECKPOINTS, MODEL, RunFolder
 from tandem.runs.identity import CONFIG, IDENTITY, read_identity
@@ -133,15 +136,29 @@ def _identity(run: Path) -> dict[str, Any]:
 
 def _of_checkpoint(checkpoint: Checkpoint, config: ExportConfig) -> tuple[LoadedModel, dict[str, Tensor]]:
     """The weights of the policy in a checkpoint, and an empty model of the base's class to write them with."""
-    base = config.export.base or _base_of(checkpoint.path.parent.parent)
     say(f"reading {checkpoint.path}")
     saved = checkpoint.load("actor")
+    adapters = saved.get("adapters")
+    base = config.export.base or (adapters["base"] if adapters else _base_of(checkpoint.path.parent.parent))
     state: dict[str, Tensor] = saved["model"]
     if config.export.ema:
         if not saved["ema"]:
             raise UserError(f"ema: the run of {checkpoint.path} keeps no running average; it would with --ema-decay")
         state |= saved["ema"]
     scalar = any(name.startswith("score.") for name in state)
+    if adapters is not None:
+        module = _base_module(base, config, scalar=scalar)
+        try:
+            put = put_saved(module, adapters, base, state)
+        except UserError as error:
+            raise UserError(f"{checkpoint.path}: {error} as --base") from None
+        if not config.export.merge:
+            tokenizer = load_tokenizer(base, trust_remote_code=config.export.trust_remote_code)
+            return _written_in(module, tokenizer, config, put), state
+        buffers = dict(module.named_buffers())
+        state = {**Merged(module, dict(module.named_parameters()))} | {
+            name: tensor for name, tensor in module.state_dict().items() if name in buffers
+        }
     code = config.export.trust_remote_code
     tokenizer = load_tokenizer(base, trust_remote_code=code)
     auto = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
@@ -168,20 +185,41 @@ def _of_checkpoint(checkpoint: Checkpoint, config: ExportConfig) -> tuple[Loaded
 def _of_folder(source: str, config: ExportConfig) -> tuple[LoadedModel, dict[str, Tensor]]:
     """A whole model, in a folder or on the hub."""
     code = config.export.trust_remote_code
+    folder = adapter_folder(source)
     if config.export.base is not None:
-        raise UserError(f"base: {source} is a whole model, which needs none; leave the key out")
+        kind = "a whole model, which needs none" if folder is None else "a folder of adapters, which names its own"
+        raise UserError(f"base: {source} is {kind}; leave the key out")
+    if folder is not None and not config.export.merge:
+        raise UserError(f"merge: {source} is a folder of adapters already; copy it")
     with readable_errors(source, "model"):
-        about = AutoConfig.from_pretrained(located(source), trust_remote_code=code)
+        about = AutoConfig.from_pretrained(with_config(source), trust_remote_code=code)
     scalar = any(name.endswith("ForSequenceClassification") for name in about.architectures or ())
-    auto = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
-    module, _ = load_whole(auto, source, what="model", trust_remote_code=code)
+    if folder is not None:
+        module = merge_folder(_base_module(folder.base, config, scalar=scalar or folder.scalar), source)
+        for name in ScoreScale._fields:
+            if hasattr(about, name):
+                setattr(module.config, name, getattr(about, name))
+    else:
+        auto = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
+        module, _ = load_whole(auto, source, what="model", trust_remote_code=code)
     state = module.state_dict()
     return _written_in(module, load_tokenizer(source, trust_remote_code=code), config), state
 
 
-def _written_in(module: Any, tokenizer: Any, config: ExportConfig) -> LoadedModel:
+def _base_module(base: str, config: ExportConfig, *, scalar: bool) -> Any:
+    """The model that adapters are of, in float32 on the CPU, with the head that theirs has."""
+    auto = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
+    changes = {"num_labels": 1, "pad_token_id": load_tokenizer(base).pad_token_id} if scalar else {}
+    code = config.export.trust_remote_code
+    module, _ = load_whole(
+        auto, base, what="model", trust_remote_code=code, new="score" if scalar else "", config_changes=changes
+    )
+    return module.eval()
+
+
+def _written_in(module: Any, tokenizer: Any, config: ExportConfig, adapters: Adapters | None = None) -> LoadedModel:
     """The module in the dtype that is asked for, so that its config says so."""
-    model = LoadedModel(module=module.to(getattr(torch, config.export.dtype)), tokenizer=tokenizer)
+    model = LoadedModel(module=module.to(getattr(torch, config.export.dtype)), tokenizer=tokenizer, adapters=adapters)
     model.dtype = config.export.dtype  # type: ignore[assignment]
     return model
 

@@ -13,6 +13,7 @@ from transformers.utils import cached_file
 from tandem.data.corpus import Corpus
 from tandem.data.rows import Dataset
 from tandem.errors import UserError
+from tandem.models.adapter_folder import ADAPTER_CONFIG, adapter_folder
 from tandem.models.folder import located
 from tandem.rewards.function import FunctionReward
 from tandem.runs.identity import Inputs
@@ -70,12 +71,15 @@ def digest_rows(rows: Dataset) -> str:
 
 
 def digest_model(source: str) -> dict[str, str]:
-    """Of each file of a model's folder; of a model on the hub, the commit that is in the cache."""
+    """Of each file of a model's folder, and of adapters' base; of a model on the hub, the commit in the cache."""
     folder = Path(located(source))
     if not folder.is_dir():
         return {"": f"commit {Path(str(cached_file(source, 'config.json'))).parent.name}"}
     files = sorted(path for path in folder.iterdir() if path.suffix in MODEL_FILES and path.is_file())
-    return {path.name: digest_file(path) for path in files}
+    found = {path.name: digest_file(path) for path in files}
+    if (adapters := adapter_folder(source)) is not None:
+        found |= {f"base {adapters.base}/{name}": digest for name, digest in digest_model(adapters.base).items()}
+    return found
 
 
 def weights_digest(source: str) -> dict[str, str]:
@@ -84,7 +88,7 @@ def weights_digest(source: str) -> dict[str, str]:
     return {
         name: digest
         for name, digest in digest_model(source).items()
-        if name in ("", "config.json") or name.endswith(suffixes)
+        if name.rpartition("/")[2] in ("", "config.json", ADAPTER_CONFIG) or name.endswith(suffixes)
     }
 
 

@@ -17,6 +17,8 @@ from tandem.engines.live.engine import LiveEngine
 from tandem.engines.live.replica import ReplicaEngine
 from tandem.errors import UserError
 from tandem.methods.base import ASKS_NOTHING, Asks, Method
+from tandem.models.adapter_folder import adapter_folder
+from tandem.models.adapters import AdapterParams, require_peft
 from tandem.models.forward import LoadedModel
 from tandem.models.loading import load_causal, load_scalar, load_tokenizer
 from tandem.roles import Engine, FedEngine, LossFn, Seat, SleepingEngine
@@ -24,6 +26,7 @@ from tandem.sync.checksum import Sums
 from tandem.sync.source import WeightSource
 from tandem.training.optim import OptimParams, require_bitsandbytes
 from tandem.training.trainer import LocalScorer, LocalTrainer, MemoryParams
+from tandem.training.views import View
 from tandem.workers.process import Build, Site
 
 Head = Literal["lm", "scalar"]
@@ -48,6 +51,15 @@ def builds(config: RunConfig, steps: int, new_head: NewHead = "random") -> dict[
     for role, source in config.sources.items():
         model = partial(load, section=config.model, source=source, head=head_of[role], seed=config.run.seed)
         asks = method.asks_of(role)
+        if config.is_view(role):
+            found[role] = partial(
+                view,
+                temperature=temperature if asks.temperature is None else asks.temperature,
+                follows=config.following is not None,
+            )
+            continue
+        if role in losses and config.lora.on:
+            model = partial(model, adapters=adapter_params(config, role))
         if role not in losses:
             found[role] = partial(frozen, load=model, section=config.model, temperature=temperature, asks=asks)
             continue
@@ -69,6 +81,20 @@ def builds(config: RunConfig, steps: int, new_head: NewHead = "random") -> dict[
             asks=asks,
         )
     return found
+
+
+def adapter_params(config: RunConfig, role: str) -> AdapterParams:
+    """The adapters that a trained model gets: new ones, or the policy's those of its folder."""
+    lora, source = config.lora, config.sources[role]
+    return AdapterParams(
+        rank=lora.rank,
+        alpha=lora.alpha,
+        targets=lora.targets,
+        dora=lora.dora,
+        rslora=lora.rslora,
+        folder=source if role == "actor" and adapter_folder(source) is not None else None,
+        seed=config.run.seed,
+    )
 
 
 def _template(config: RunConfig) -> str | None:
@@ -112,15 +138,17 @@ def load(
     new_head: NewHead = "refuse",
     seed: int = 0,
     chat_template: str | None = None,
+    adapters: AdapterParams | None = None,
 ) -> LoadedModel:
     """A model on this process's device. ``new_head``: what becomes of a scalar head that its folder lacks.
 
-    ``chat_template``, the text of one, takes the place of its tokenizer's.
+    ``chat_template``, the text of one, takes the place of its tokenizer's; ``adapters`` are put on it.
     """
     options: dict[str, Any] = {
         "dtype": section.dtype,
         "device": str(site.world.device),
         "trust_remote_code": section.trust_remote_code,
+        "adapters": adapters,
     }
     model = (
         load_causal(source, **options) if head == "lm" else load_scalar(source, new_head=new_head, seed=seed, **options)
@@ -178,6 +206,11 @@ def frozen(
         states=asks.states,
         top_k=asks.top_k,
     )
+
+
+def view(site: Site, temperature: float, follows: bool) -> View:
+    """Beside the actor: the policy as it began, on its own weights."""
+    return View(site.roles["actor"], temperature=temperature, follows=follows)
 
 
 def weight_source(site: Site) -> WeightSource:
@@ -257,6 +290,12 @@ def vllm_engine(
         arguments=engine.vllm_arguments,
         own_process=own_process,
     )
+
+
+def require_adapters(config: RunConfig) -> None:
+    """Raises UserError where adapters are trained or read and peft is not installed, before anything is loaded."""
+    if config.lora.on or any(adapter_folder(source) is not None for source in config.sources.values()):
+        require_peft()
 
 
 def require_optimizer(section: OptimSection) -> None:

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from tandem.assembly.configs import RowsConfig, RunConfig, SamplesConfig
 from tandem.assembly.feeds import Feed, RowsFeed, SamplesFeed, check_sampling
-from tandem.assembly.models import builds, heads, introduce, require_optimizer
+from tandem.assembly.models import builds, heads, introduce, require_adapters, require_optimizer
 from tandem.assembly.placing import Homes
 from tandem.assembly.plans import print_plan
 from tandem.assembly.refresh import refresh_of
@@ -56,6 +56,7 @@ def _run(config: RunConfig, stack: ExitStack, ranks: Ranks | None) -> Path | Non
     if (model := check_out(config, steps=config.run.steps)) is not None:
         return model
     require_optimizer(config.optim)
+    require_adapters(config)
     engine, roles = EngineSection(), [*config.sources]
     if isinstance(config, SamplesConfig):
         check_sampling(config)
@@ -69,7 +70,7 @@ def _run(config: RunConfig, stack: ExitStack, ranks: Ranks | None) -> Path | Non
         return model
     feed.check()
     config.method.check(feed.steps)
-    for line in config.idle_for(feed.steps):
+    for line in [*config.notes, *config.idle_for(feed.steps)]:
         say(line)
     if config.run.dry_run:
         _print_plan(config, homes, feed)
@@ -117,7 +118,8 @@ def _models(config: RunConfig, steps: int, places: Places, idle: Collection[str]
     for role, build in builds(config, steps).items():
         if role in idle:
             continue
-        say(f"loading the {role} from {config.sources[role]}")
+        if not config.is_view(role):
+            say(f"loading the {role} from {config.sources[role]}")
         models[role] = places.place(role, build)
         say(f"  {models[role].call('describe')}")
     introduce(config.method, models)

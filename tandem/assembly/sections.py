@@ -264,6 +264,49 @@ class OptimSection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraSection:
+    """Adapters (LoRA, arXiv:2106.09685) that are trained in place of the model (pip install 'tandem-rlhf[lora]'). A
+    folder of adapters as --model is trained on, with its own rank, alpha and targets."""
+
+    rank: int = 0
+    """Rank of the adapters on linear layers, 32, say. 0: the whole model is trained."""
+    alpha: float = field(default=32.0, metadata=needs(("lora.rank",)))
+    """Scales what they add, by alpha / rank; with rslora by alpha / sqrt(rank)."""
+    targets: tuple[str, ...] = field(default=("all-linear",), metadata=needs(("lora.rank",)))
+    """The linear layers that get them, by the last part of their names: q_proj v_proj. all-linear: all but the head."""
+    dora: bool = field(default=False, metadata=needs(("lora.rank",)))
+    """Train each row's length apart from its direction (DoRA, arXiv:2402.09353). Sampling and training are slower."""
+    rslora: bool = field(default=False, metadata=needs(("lora.rank",)))
+    """Scale by alpha / sqrt(rank), so that large ranks learn as fast as small ones (arXiv:2312.03732)."""
+    dropout: float = 0.0
+    """Only 0: with dropout in the adapters the trainer would not compute what the sampler does."""
+
+    def __post_init__(self) -> None:
+        checks = [
+            ("rank", self.rank >= 0, "0 or more"),
+            ("alpha", self.alpha > 0, "more than 0"),
+            ("targets", bool(self.targets) and all(self.targets), "names of layers, or all-linear"),
+        ]
+        for key, valid, wanted in checks:
+            if not valid:
+                raise UserError(f"lora.{key}: expected {wanted}, got {getattr(self, key)!r}")
+        if self.dropout != 0:
+            raise UserError(
+                "lora.dropout: with dropout in the adapters the trainer would not compute what the sampler does, and "
+                f"every ratio would be wrong; leave it out, got {self.dropout!r}"
+            )
+
+    @property
+    def on(self) -> bool:
+        """Whether adapters are trained."""
+        return self.rank > 0
+
+
+FULL_TUNING = 10.0
+"""The learning rate of adapters by default: 10 times that of the whole model (Schulman et al., LoRA Without Regret)."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RowsSection:
     """How a fixed dataset is gone through."""
 

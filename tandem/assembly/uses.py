@@ -193,6 +193,8 @@ class ExportSection:
     """Of a checkpoint: the model that its run began with, whose config and tokenizer it has. None: as the run says."""
     ema: bool = False
     """Of a checkpoint: the running average of the weights that its run keeps (--ema-decay), not the weights."""
+    merge: bool = True
+    """Adapters: write a whole model, their base with them added. False: of a checkpoint, a folder that peft reads."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """What the weights are written in. A checkpoint holds float32."""
     push_to_hub: str | None = None

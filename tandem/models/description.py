@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from tandem.errors import UserError
-from tandem.models.folder import located, readable_errors
+from tandem.models.folder import located, readable_errors, with_config
 from tandem.types import ScoreScale
 
 
@@ -19,7 +19,7 @@ def read_score_scale(source: str, *, trust_remote_code: bool = False) -> ScoreSc
     Raises UserError where it has none, or they are no finite numbers, the deviation above 0.
     """
     with readable_errors(source, "model"):
-        config = AutoConfig.from_pretrained(located(source), trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(with_config(source), trust_remote_code=trust_remote_code)
     found = [getattr(config, name, None) for name in ScoreScale._fields]
     if found == [None, None]:
         raise UserError(
@@ -39,7 +39,7 @@ def describe_source(source: str, *, scalar: bool = False, trust_remote_code: boo
     """
     auto = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
     with readable_errors(source, "model"), torch.device("meta"):
-        config = AutoConfig.from_pretrained(located(source), trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(with_config(source), trust_remote_code=trust_remote_code)
         if scalar:
             config.num_labels = 1
         module = auto.from_config(config, trust_remote_code=trust_remote_code)

@@ -11,6 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from tandem.errors import UserError, first_line
+from tandem.models.adapter_folder import adapter_folder
 from tandem.models.forward import quiet_transformers
 
 WRONG_FILES = (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, IndexError, EOFError)
@@ -22,10 +23,30 @@ def located(source: str | Path) -> str:
     return str(Path(source).expanduser()) if str(source).startswith("~") else str(source)
 
 
+def with_config(source: str | Path) -> str:
+    """Where the config of a model lies: in its folder, and for a folder of adapters that has none, in their base's."""
+    found = adapter_folder(source)
+    if found is None or (found.folder / "config.json").is_file():
+        return located(source)
+    return located(found.base)
+
+
+def with_tokenizer(source: str | Path) -> str:
+    """Where its tokenizer lies: likewise."""
+    found = adapter_folder(source)
+    if found is None or (found.folder / "tokenizer_config.json").is_file():
+        return located(source)
+    return located(found.base)
+
+
 @contextmanager
 def readable_errors(source: str | Path, what: str) -> Iterator[None]:
     """One line instead of the several screens that transformers prints for a wrong name or a damaged file."""
-    path = Path(located(source))
+    if (adapters := adapter_folder(source)) is not None:
+        base = Path(located(adapters.base))
+        if base.is_absolute() and not base.is_dir():
+            raise UserError(f"{source}: adapters of {base}, which is no folder{_nearest(base)}")
+    path = Path(with_config(source))
     looks_local = path.is_absolute() or str(source).startswith(".") or path.exists()
     if looks_local and not path.is_dir():
         raise UserError(f"no model folder {source}{_nearest(path)}")

@@ -20,6 +20,7 @@ from tandem.errors import RunFailure, UserError, first_line
 from tandem.functional.distillation import Against
 from tandem.functional.divergence import Divergence, with_tail
 from tandem.functional.logprobs import CHUNK_BYTES, chunked_head
+from tandem.models.adapters import Adapters
 from tandem.models.attention import NO_MASK, packed_layout
 from tandem.models.compiled import Blocks
 from tandem.models.sharing import sharing_of
@@ -65,6 +66,8 @@ class LoadedModel:
     """Its transformer layers, compiled for the calls made here; others, such as an engine's, run them as they are."""
     head_gradient: Callable[[], Tensor] | None = None
     """Where the gradient of the language-model head's weight is to be added to, if not to the weight's own."""
+    adapters: Adapters | None = None
+    """Those on it, which are trained instead of it."""
     teacher_head: tuple[Tensor, Tensor | None] | None = None
     """Weight [V, D] and bias of the head of the teacher that it learns from, whose hidden states a batch brings."""
 
@@ -101,6 +104,11 @@ class LoadedModel:
     def shard(self, world: World, *, keep_gathered: bool = False, offload: bool = False) -> None:
         """Splits the parameters over the world's ranks (``tandem.parallel.sharding.shard``), in float32."""
         self.sharded = Sharded(self, world.device)
+        if self.adapters is not None:
+            # Slices of what no step changes need no more bits than what is computed with.
+            for parameter in self.module.parameters():
+                if not parameter.requires_grad and parameter.is_floating_point():
+                    parameter.data = parameter.data.to(self.torch_dtype)
         shard(
             self.sharded,
             transformer_layers(self.module),
@@ -113,11 +121,16 @@ class LoadedModel:
     def export(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
         """Writes a Hugging Face folder: weights (``state``, or as they are) as safetensors, config, tokenizer.
 
+        Of a model with adapters, a folder that peft reads: these, the base's config, the tokenizer.
+
         Raises RunFailure where the disk is full or refuses.
         """
         try:
             with quiet_transformers():
-                self.module.save_pretrained(folder, **({} if state is None else {"state_dict": dict(state)}))
+                if self.adapters is not None:
+                    self.adapters.write(folder, dict(self.module.named_parameters()) if state is None else state)
+                else:
+                    self.module.save_pretrained(folder, **({} if state is None else {"state_dict": dict(state)}))
                 self.tokenizer.save_pretrained(folder)
         except Exception as error:
             # safetensors and tokenizers are written in Rust, and have no OSError: the words are all there is.
@@ -318,4 +331,8 @@ def describe_model(model: LoadedModel) -> str:
     layout = "packed" if model.packed else "padded, those of one length together" if model.equal_lengths else "padded"
     if model.blocks is not None:
         layout += ", layers compiled in the first step" if model.blocks.working else ", layers not compiled"
-    return f"{type(model.module).__name__}, {parameters / 1e6:.2f}M parameters, {model.device}, {model.dtype}, {layout}"
+    size = f"{parameters / 1e6:.2f}M parameters"
+    if model.adapters is not None:
+        trained = sum(p.numel() for p in model.module.parameters() if p.requires_grad)
+        size = f"{trained / 1e6:.2f}M parameters in adapters on {(parameters - trained) / 1e6:.2f}M"
+    return f"{type(model.module).__name__}, {size}, {model.device}, {model.dtype}, {layout}"

@@ -9,7 +9,8 @@ from typing import Any, Literal
 from transformers import AutoConfig
 
 from tandem.errors import UserError
-from tandem.models.folder import located, readable_errors
+from tandem.models.adapter_folder import adapter_folder
+from tandem.models.folder import readable_errors, with_config
 from tandem.types import Limits
 
 
@@ -19,7 +20,7 @@ def read_limits(source: str | Path, *, head: Literal["lm", "scalar"] = "lm", tru
     Raises UserError where there is none, and where it is to be a language model (``head``) and is a reward model.
     """
     with readable_errors(source, "model"):
-        config = AutoConfig.from_pretrained(located(source), trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(with_config(source), trust_remote_code=trust_remote_code)
     if head == "lm":
         require_language_model(config, source)
     return limits_of(config, source)
@@ -27,7 +28,9 @@ def read_limits(source: str | Path, *, head: Literal["lm", "scalar"] = "lm", tru
 
 def require_language_model(config: Any, source: str | Path) -> None:
     """Raises UserError for a model that has a scalar head where a language model's would be."""
-    if kind := next((name for name in config.architectures or () if name.endswith("ForSequenceClassification")), None):
+    adapters = adapter_folder(source)
+    kinds = [name for name in config.architectures or () if name.endswith("ForSequenceClassification")]
+    if kind := next(iter(kinds), "model with one number a token" if adapters is not None and adapters.scalar else None):
         raise UserError(
             f"{source}: a {kind}, which is a reward model or a critic without a language-model head; give the folder "
             "of a causal language model"

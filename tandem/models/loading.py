@@ -12,7 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from tandem.errors import UserError
 from tandem.kernels.products import speed_up_linears
-from tandem.models.folder import located, readable_errors
+from tandem.models.adapter_folder import adapter_folder, base_of
+from tandem.models.adapters import AdapterParams, merge_folder, put_adapters
+from tandem.models.folder import readable_errors, with_config, with_tokenizer
 from tandem.models.forward import LoadedModel
 from tandem.models.limits import require_language_model
 from tandem.models.probe import probe_forward
@@ -45,7 +47,7 @@ def pick_device(name: str) -> torch.device:
 def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a model folder or hub name. Raises UserError where there is none or it has no EOS token."""
     with readable_errors(source, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(located(source), trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(with_tokenizer(source), trust_remote_code=trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise UserError(f"{source}: the tokenizer has no end-of-sequence token; set eos_token in its config")
     if tokenizer.pad_token_id is None:
@@ -54,9 +56,15 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> An
 
 
 def load_causal(
-    source: str | Path, *, dtype: Dtype = "float32", device: str = "auto", trust_remote_code: bool = False
+    source: str | Path,
+    *,
+    dtype: Dtype = "float32",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    adapters: AdapterParams | None = None,
 ) -> LoadedModel:
-    """A causal LM with its tokenizer.
+    """A causal LM with its tokenizer, and the ``adapters`` that are put on it, if any. Those of a folder of adapters
+    are merged into their base, unless they are those.
 
     Weights are loaded in float32, and cast to ``dtype`` by the trainer, scorer or engine that takes the model over: a
     trainer keeps float32 masters of them. Raises UserError where the folder or name holds no causal LM (a reward
@@ -64,11 +72,12 @@ def load_causal(
     """
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     with readable_errors(source, "causal language model"):
-        require_language_model(AutoConfig.from_pretrained(located(source), trust_remote_code=trust_remote_code), source)
+        about = AutoConfig.from_pretrained(with_config(source), trust_remote_code=trust_remote_code)
+        require_language_model(about, source)
     module, _ = load_whole(
-        AutoModelForCausalLM, source, what="causal language model", trust_remote_code=trust_remote_code
+        AutoModelForCausalLM, base_of(str(source)), what="causal language model", trust_remote_code=trust_remote_code
     )
-    return _prepare_loaded(module, source, tokenizer, dtype, device)
+    return _prepare_loaded(module, source, tokenizer, dtype, device, adapters)
 
 
 def load_scalar(
@@ -79,6 +88,7 @@ def load_scalar(
     dtype: Dtype = "float32",
     device: str = "auto",
     trust_remote_code: bool = False,
+    adapters: AdapterParams | None = None,
 ) -> LoadedModel:
     """A model with one scalar a token (a reward model or a critic): ``AutoModelForSequenceClassification``, 1 label.
 
@@ -89,9 +99,10 @@ def load_scalar(
     Raises UserError also where any other tensor is missing, and for numbers that are not finite.
     """
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    folder = adapter_folder(source)
     module, lacking = load_whole(
         AutoModelForSequenceClassification,
-        source,
+        base_of(str(source)),
         what="model",
         trust_remote_code=trust_remote_code,
         new="score",
@@ -100,7 +111,8 @@ def load_scalar(
     head = getattr(module, "score", None)
     if not isinstance(head, nn.Linear):
         raise UserError(f"{source}: {type(module).__name__} has no linear head named 'score'; use a decoder model")
-    if lacking:
+    # Adapters of such a model bring their head along.
+    if lacking and not (folder is not None and folder.scalar):
         if new_head == "refuse":
             raise UserError(f"{source}: no trained 'score' head in it; give a reward model (make one with tandem rm)")
         log.warning("%s: no 'score' head in it, so a new one starts %s", source, _STARTS[new_head])
@@ -110,14 +122,22 @@ def load_scalar(
             head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * std)
     for name in ScoreScale._fields:
         vars(module.config).pop(name, None)
-    return _prepare_loaded(module, source, tokenizer, dtype, device)
+    return _prepare_loaded(module, source, tokenizer, dtype, device, adapters)
 
 
-def _prepare_loaded(module: Any, source: str | Path, tokenizer: Any, dtype: Dtype, device: str) -> LoadedModel:
+def _prepare_loaded(
+    module: Any, source: str | Path, tokenizer: Any, dtype: Dtype, device: str, adapters: AdapterParams | None
+) -> LoadedModel:
     # On its device, where a look at every number takes the least time, and before a probe that NaN would fail.
     module.to(pick_device(device))
+    folder = adapter_folder(source)
+    if folder is not None and (adapters is None or adapters.folder != str(source)):
+        module = merge_folder(module, str(folder.folder))
+    put = None if adapters is None else put_adapters(module, adapters, base_of(str(source)))
     require_finite(module, source)
-    return prepare_module(module, tokenizer, dtype=dtype, device=device)
+    model = prepare_module(module, tokenizer, dtype=dtype, device=device)
+    model.adapters = put
+    return model
 
 
 def prepare_module(module: Any, tokenizer: Any, *, dtype: Dtype = "float32", device: str = "cpu") -> LoadedModel:

@@ -113,8 +113,14 @@ def like(full: Tensor, target: Tensor) -> Tensor:
     """A copy of ``full`` placed as ``target`` is: the same slice, on the same device. No communication."""
     if not isinstance(target, DTensor):
         return full.to(target.device, copy=True)
-    mine = full[rows_of(target)].to(target.to_local().device, copy=True)
-    return DTensor.from_local(mine, target.device_mesh, target.placements, shape=full.shape, stride=full.stride())
+    return placed_like(full[rows_of(target)].to(target.to_local().device, copy=True), target)
+
+
+def placed_like(mine: Tensor, target: Tensor) -> Tensor:
+    """This rank's slice as a tensor sharded as ``target`` is; itself, where that is not."""
+    if not isinstance(target, DTensor):
+        return mine
+    return DTensor.from_local(mine, target.device_mesh, target.placements, shape=target.shape, stride=target.stride())
 
 
 def slice_like(source: Tensor, target: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from tandem.data.packing import pack
 from tandem.errors import NonFiniteError, UserError
 from tandem.functional.divergence import Divergence
 from tandem.models.forward import Ask, LoadedModel, describe_model, forward
+from tandem.models.policy import Policy
 from tandem.parallel.sharding import (
     assign,
     checkpoint_activations,
@@ -291,10 +292,14 @@ class LocalTrainer(LocalScorer):
         self.masters = Masters(module, dtype)
         if self.model.split_head:
             self.model.head_gradient = self.masters.gradient_of(module.get_output_embeddings().weight)
-        self.weights: dict[str, Tensor] = dict(self.masters.named)
-        """The float32 weights that the optimizer steps, and frozen ones, by name: this rank's slices where sharded."""
         self.parameters = dict(module.named_parameters())
+        self.policy = Policy(self.model, self.parameters)
+        self.weights: dict[str, Tensor] = dict(self.masters.named)
+        """The float32 weights that the optimizer steps, and frozen ones, by name: this rank's slices where sharded.
+        Of a model with adapters, what is trained alone."""
         self.buffers = {name: b for name, b in module.state_dict().items() if name in dict(module.named_buffers())}
+        if self.model.adapters is not None:
+            self.weights, self.buffers = {name: self.weights[name] for name in self.policy.trained}, {}
 
     @property
     def version(self) -> int:
@@ -359,10 +364,16 @@ class LocalTrainer(LocalScorer):
             "optimizer": self.optimizer.state_dict(keep=keep),
             "version": self._version,
             "ema": whole(self.ema, keep=keep),
+            **({} if self.model.adapters is None else {"adapters": self.model.adapters.saved}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over what ``state_dict`` gave, on any number of ranks."""
+        """Takes over what ``state_dict`` gave, on any number of ranks.
+
+        Raises UserError where the adapters that it gave are of another base.
+        """
+        if self.model.adapters is not None:
+            self.model.adapters.require_base(state["adapters"])
         self.idle.restore()
         with torch.no_grad():
             for name, target in (self.weights | self.buffers).items():

@@ -37,6 +37,15 @@ def words(config: type, flags: list[str]) -> list[str]:
     ("config", "flags", "message"),
     [
         (SFTConfig, ["--eval-every", "5"], "--eval-every: has no effect without --eval-data"),
+        *(
+            (SFTConfig, [f"--lora.{key}", *value], f"--lora.{key}: has no effect without --lora.rank")
+            for key, *value in (("alpha", "8"), ("targets", "q_proj"), ("dora",), ("rslora",))
+        ),
+        (
+            GRPOConfig,
+            ["--lora.rank", "8", "--kl-coef", "0.1", "--offload-frozen"],
+            "--offload-frozen: has no effect, since this run has no frozen model",
+        ),
         (SFTConfig, ["--keep", "5", "--save-every", "0"], "--keep: has no effect without --save-every"),
         (SFTConfig, ["--rollouts-logged", "5"], "--rollouts-logged: has no effect, since this run has no samples"),
         (SFTConfig, ["--split", "test"], "--split: has no effect, since this run has no dataset with splits"),
@@ -192,6 +201,8 @@ def test_a_key_that_has_no_effect_is_refused(config, flags, message):
     ("config", "flags"),
     [
         (SFTConfig, ["--eval-data", "e", "--eval-every", "5", "--eval-split", "a"]),
+        (SFTConfig, ["--lora.rank", "8", "--lora.alpha", "8", "--lora.targets", "q_proj", "--lora.dora"]),
+        (GRPOConfig, ["--lora.rank", "8", "--kl-coef", "0.1", "--reference", "r", "--offload-frozen"]),
         (SFTConfig, ["--eval-data", "e.json", "h=hub/e", "--eval-split", "a"]),
         (
             SFTConfig,

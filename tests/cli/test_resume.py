@@ -55,6 +55,8 @@ MANY = 96
 MORE = {
     "ppo": ["--critic-warmup-steps", "1", "--lam-alpha", "0.5", "--critic-lam", "1", "--reference-every", "2"],
     "rm": ["--optimizer", "adafactor", "--ema-decay", "0.9"],
+    "kto": ["--lora.rank", "4"],
+    "online-dpo": ["--lora.rank", "4", "--reference-every", "2", "--reference-mix", "0.5"],
     "dpo": ["--optimizer", "muon", "--reference-every", "2", "--reference-mix", "0.3"],
     "grpo": ["--kl-coef", "0.1", "--kl-target", "0.05", "--kl-horizon", "50",
              "--old-logp", "trainer", "--correction", "token_tis"],
@@ -105,7 +107,7 @@ def test_killed_and_resumed_equals_unbroken(inputs, method, threads, prompts):
     assert [line["step"] for line in metrics(resumed)] == list(range(STEPS + 1))
     assert metrics(resumed) == metrics(whole)
     assert_same(final_state(resumed), final_state(whole))
-    weights = "model/model.safetensors"
+    weights = "model/adapter_model.safetensors" if "--lora.rank" in argv else "model/model.safetensors"
     assert (resumed / weights).read_bytes() == (whole / weights).read_bytes()
 
 

@@ -12,6 +12,7 @@ PROCESSES.set_forkserver_preload(
         "tandem.cli.train",
         "tandem.models.loading",
         "tandem.training.trainer",
+        "peft",
         "transformers.models.llama.modeling_llama",
         "matplotlib.figure",
         "matplotlib.backends.backend_agg",

@@ -1,0 +1,91 @@
+"""A run that trains adapters: what it writes, what ``tandem export`` makes of that, and who may go on with it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.models import make_module
+from helpers.runs import arguments, write_inputs
+from safetensors.torch import load_file
+
+from tandem.cli.main import main
+
+STEPS = ["--steps", "2", "--save-every", "1", "--lora.rank", "4"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapters")
+    write_inputs(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main([*arguments("sft"), "--out", "run", *STEPS]) == 0
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def inside(made, monkeypatch):
+    monkeypatch.chdir(made)
+
+
+def export(*words):
+    return main(["export", *words, "--overwrite"])
+
+
+def weights(folder):
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def test_a_run_writes_adapters_and_export_a_whole_model_of_them(made):
+    before = {path.name: path.read_bytes() for path in Path("base").iterdir()}
+    assert {path.name for path in Path("run/model").glob("*.safetensors")} == {"adapter_model.safetensors"}
+    assert json.loads(Path("run/model/adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        made / "base"
+    )
+    assert export("--model", "run", "--out", "whole") == 0
+    assert export("--model", "run/checkpoints/step_00000002", "--out", "same") == 0
+    assert export("--model", "run", "--step", "2", "--no-merge", "--out", "apart") == 0
+    base, whole, same = map(weights, ("base", "whole", "same"))
+    assert whole.keys() == base.keys() == same.keys()
+    for name, tensor in whole.items():
+        torch.testing.assert_close(same[name], tensor, rtol=0, atol=1e-6)
+        assert torch.equal(tensor, base[name]) == (not name.endswith("_proj.weight")), name
+    apart, written = (load_file(f"{folder}/adapter_model.safetensors") for folder in ("apart", "run/model"))
+    assert all(torch.equal(apart[name], tensor) for name, tensor in written.items())
+    assert {path.name: path.read_bytes() for path in Path("base").iterdir()} == before
+
+
+def test_what_was_trained_is_used_and_trained_on_like_any_model(made):
+    words = ["--data", "prompts.jsonl", "--max-new-tokens", "4", "--temperature", "0"]
+    assert export("--model", "run", "--out", "merged") == 0
+    for model, out in (("run/model", "answers"), ("merged", "again")):
+        assert main(["generate", "--model", model, "--out", out, *words]) == 0
+    lines = [Path(f"{folder}/samples.jsonl").read_text() for folder in ("answers", "again")]
+    assert lines[0] == lines[1]
+    argv = [*arguments("rm"), "--out", "rm", "--steps", "1"]
+    argv[argv.index("base")] = "run/model"
+    assert main(argv) == 0
+    about = json.loads(Path("rm/model/adapter_config.json").read_text())
+    assert (about["task_type"], about["modules_to_save"], about["r"]) == ("SEQ_CLS", ["score"], 4)
+    assert main(["score", "--reward-model", "rm/model", "--data", "pairs.jsonl", "--out", "scored"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", "run/checkpoints/step_00000001", "--base", "other"], "trained on another base"),
+        (["--model", "run/model", "--base", "other"], "a folder of adapters, which names its own"),
+        (["--model", "run/model", "--no-merge"], "a folder of adapters already"),
+    ],
+)
+def test_what_does_not_fit_is_refused(capsys, words, message):
+    if not Path("other").exists():
+        make_module("llama", seed=7).save_pretrained("other")
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            Path(f"other/{name}").write_bytes(Path(f"base/{name}").read_bytes())
+    assert export(*words, "--out", "out") == 2
+    assert message in capsys.readouterr().err
+    assert not Path("out").exists()

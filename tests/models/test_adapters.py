@@ -1,0 +1,223 @@
+"""Adapters on a model: what is trained, saved and read back, against peft itself; the base as a view."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from helpers.models import make_module, make_tokenizer
+
+from tandem.assembly.configs import config_class
+from tandem.batch import TokenLoss
+from tandem.config import load_config
+from tandem.data.packing import pack, stamp
+from tandem.errors import UserError
+from tandem.models.adapters import AdapterParams, adapted
+from tandem.models.loading import load_causal, load_scalar
+from tandem.training.optim import OptimParams
+from tandem.training.trainer import LocalScorer, LocalTrainer
+from tandem.training.views import View
+from tandem.types import Sequence
+
+peft = pytest.importorskip("peft")
+ROWS = [[5, 9, 13, 2, 7, 30], [5, 9, 13, 40, 41], [8, 3, 22]]
+KINDS = {"lora": {}, "dora": {"dora": True}, "rslora": {"rslora": True}, "two": {"targets": ("q_proj", "down_proj")}}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    make_module("llama").save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def batch_of_rows(rows=ROWS):
+    batch = pack([Sequence(token_ids=ids, trainable=[False] + [True] * (len(ids) - 1)) for ids in rows])
+    return stamp(batch, "token")
+
+
+def negative_logp(out, batch):
+    return TokenLoss(loss_T=-out.logp_T * batch.trainable_T, metrics_T={})
+
+
+def trainer_of(source, params, *, dtype="float32", loss=negative_logp, load=load_causal, **options):
+    model = load(source, adapters=params, device="cpu", dtype=dtype, **options)
+    return LocalTrainer(model, loss, OptimParams(learning_rate=3e-2, total_steps=9), token_budget=20)
+
+
+def train(trainer, steps=2):
+    for _ in range(steps):
+        trainer.forward_backward(batch_of_rows())
+        trainer.optim_step()
+
+
+def logp_of(scorer):
+    return scorer.score(batch_of_rows()).logp_T
+
+
+def peft_logp(base, folder):
+    """Of the packed rows by transformers and peft alone, one row at a time."""
+    module = peft.PeftModel.from_pretrained(load_causal(base, device="cpu").module, folder)
+    module.base_model.model.set_attn_implementation("eager")
+    found = []
+    for ids in ROWS:
+        with torch.no_grad():
+            logp = module(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        found += [0.0, *(logp[i - 1, ids[i]].item() for i in range(1, len(ids)))]
+    return torch.tensor(found)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapters_at_zero_and_the_view_are_the_base_bit_for_bit(base, dtype):
+    alone = logp_of(LocalScorer(load_causal(base, device="cpu", dtype=dtype), token_budget=20))
+    trainer = trainer_of(base, AdapterParams(rank=4), dtype=dtype)
+    view = View(trainer, temperature=1.0)
+    assert torch.equal(logp_of(trainer), alone)
+    train(trainer)
+    assert not torch.allclose(logp_of(trainer), alone, atol=1e-2)
+    assert torch.equal(logp_of(view), alone)
+    assert not torch.equal(view.score(batch_of_rows(), 0.5).logp_T, alone)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_trained_is_written_as_peft_reads_it(base, tmp_path, kind):
+    trainer = trainer_of(base, AdapterParams(rank=4, alpha=6.0, **KINDS[kind]))
+    train(trainer)
+    trainer.export(tmp_path / "out")
+    found = logp_of(trainer)
+    torch.testing.assert_close(found, peft_logp(base, tmp_path / "out"), rtol=0, atol=2e-5)
+    # Read back: to be trained on, the same bits; merged into the base, up to rounding.
+    again = trainer_of(tmp_path / "out", AdapterParams(folder=str(tmp_path / "out")))
+    assert torch.equal(logp_of(again), found)
+    merged = load_causal(tmp_path / "out", device="cpu")
+    assert not adapted(merged.module)
+    torch.testing.assert_close(logp_of(LocalScorer(merged, token_budget=20)), found, rtol=0, atol=2e-5)
+    weights = trainer.policy.merged()
+    assert list(weights) == [name for name, _ in merged.module.named_parameters()]
+    for name, parameter in merged.module.named_parameters():
+        torch.testing.assert_close(weights[name], parameter, rtol=0, atol=1e-6)
+    # A view of adapters that began with something keeps what they began with.
+    view = View(again, temperature=1.0)
+    train(again)
+    assert torch.equal(logp_of(view), found)
+    assert not torch.equal(logp_of(again), found)
+
+
+def test_nothing_but_adapters_has_a_gradient_an_optimizer_state_or_a_place_in_a_checkpoint(base):
+    trainer = trainer_of(base, AdapterParams(rank=4), dtype="bfloat16")
+    trainer.forward_backward(batch_of_rows())
+    assert all(".lora_" in name for name in trainer.weights)
+    for name, weight in trainer.masters.named.items():
+        assert (weight.grad is not None) == (name in trainer.weights), name
+        assert weight.dtype == (torch.float32 if name in trainer.weights else torch.bfloat16), name
+    trainer.optim_step()
+    state = trainer.state_dict()
+    assert set(state["model"]) == set(trainer.weights)
+    assert len(trainer.optimizer.state_dict()[0]["state"]) == len(trainer.weights)
+    held = sum(x.numel() for x in state["model"].values())
+    assert held < 0.5 * sum(p.numel() for p in trainer.model.module.parameters())
+
+
+def test_a_checkpoint_goes_on_bit_for_bit_and_refuses_another_base(base, tmp_path):
+    whole, first = (trainer_of(base, AdapterParams(rank=4)) for _ in range(2))
+    train(whole, 4)
+    train(first, 2)
+    again = trainer_of(base, AdapterParams(rank=4, seed=9))
+    again.load_state_dict(first.state_dict())
+    train(again, 2)
+    assert all(torch.equal(again.weights[name], weight) for name, weight in whole.weights.items())
+    make_module("llama", seed=5).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"trained on another base \(.*give the model that the run began with"):
+        trainer_of(tmp_path, AdapterParams(rank=4)).load_state_dict(first.state_dict())
+
+
+def test_where_they_start_follows_from_the_seed_and_the_layer(base):
+    def starts(seed):
+        torch.manual_seed(torch.seed() % 1000)
+        return {n: w.clone() for n, w in trainer_of(base, AdapterParams(rank=4, seed=seed)).weights.items()}
+
+    one, same, other = starts(1), starts(1), starts(2)
+    for name, weight in one.items():
+        assert torch.equal(weight, same[name])
+        if "lora_B" in name:
+            assert not weight.any()
+        else:
+            assert not torch.equal(weight, other[name])
+            assert weight.abs().max() <= weight.shape[1] ** -0.5
+
+
+def test_a_scalar_head_is_trained_whole_and_goes_along(base, tmp_path):
+    def loss(out, batch):
+        return TokenLoss(loss_T=(out.scalar_T - 1) ** 2 * batch.trainable_T, metrics_T={})
+
+    options = {"loss": loss, "load": load_scalar, "new_head": "random"}
+    trainer = trainer_of(base, AdapterParams(rank=4), **options)
+    assert "score.weight" in trainer.weights
+    train(trainer)
+    trainer.export(tmp_path)
+    found = trainer.score(batch_of_rows()).scalar_T
+    merged = load_scalar(tmp_path, new_head="refuse", device="cpu")
+    torch.testing.assert_close(LocalScorer(merged, token_budget=20).score(batch_of_rows()).scalar_T, found, rtol=0,
+                               atol=2e-5)  # fmt: skip
+    again = trainer_of(tmp_path, AdapterParams(folder=str(tmp_path)), **options | {"new_head": "refuse"})
+    assert torch.equal(again.score(batch_of_rows()).scalar_T, found)
+    with pytest.raises(UserError, match="reward model or a critic"):
+        load_causal(tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (("q_prj",), "has no linear layer q_prj; those it has: down_proj, gate_proj"),
+        (("experts",), "stacked experts are none"),
+        (("lm_head",), "embeddings and heads stay frozen"),
+        (("embed_tokens",), "embeddings and heads stay frozen"),
+    ],
+)
+def test_targets_that_cannot_have_adapters_are_refused(base, targets, message):
+    with pytest.raises(UserError, match=message):
+        trainer_of(base, AdapterParams(rank=4, targets=targets))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"peft_type": "IA3"}, "kind IA3"),
+        ({"base_model_name_or_path": None}, "does not name its base"),
+        ({"r": "many"}, "not the config of LoRA adapters"),
+        ({"base_model_name_or_path": "/nowhere/base"}, "adapters of /nowhere/base, which is no folder"),
+        ({"bias": "all"}, "its adapters train bias besides linear layers"),
+        ({"r": 2}, "not adapters of this model"),
+    ],
+)
+def test_a_folder_of_adapters_that_cannot_be_trained_on_is_refused(base, tmp_path, change, message):
+    trainer_of(base, AdapterParams(rank=4)).export(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=message):
+        trainer_of(tmp_path, AdapterParams(folder=str(tmp_path)))
+
+
+def test_the_config_takes_what_the_folder_has_and_ten_times_the_learning_rate(base, tmp_path):
+    def config(method, *flags, model=base):
+        data = ["--data", "d", "--out", "o", "--steps", "3", "--model", str(model)]
+        return load_config(config_class(method), [*data, *flags])
+
+    reward = ["--reward", "math"]
+    assert config("grpo", *reward).optim.learning_rate == 1e-6
+    assert config("grpo", *reward, "--lora.rank", "8").optim.learning_rate == 1e-5
+    assert config("grpo", *reward, "--lora.rank", "8", "--learning-rate", "3e-6").optim.learning_rate == 3e-6
+    critics = [config("ppo", *reward, *flags).models.learning_rate("critic") for flags in ([], ["--lora.rank", "8"])]
+    assert critics[1] == pytest.approx(10 * critics[0])
+    trainer_of(base, AdapterParams(rank=4, alpha=6.0)).export(tmp_path)
+    found = config("sft", model=tmp_path)
+    assert (found.lora.rank, found.lora.alpha, "q_proj" in found.lora.targets) == (4, 6.0, True)
+    assert found.optim.learning_rate == pytest.approx(10 * config("sft").optim.learning_rate)
+    with pytest.raises(UserError, match=r"lora.rank: the adapters in .* have 4, got 8"):
+        config("sft", "--lora.rank", "8", model=tmp_path)
+    for flag, message in (("--lora.alpha", "has no effect without --lora.rank"), ("--lora.dropout", "every ratio")):
+        with pytest.raises(UserError, match=message):
+            config("sft", flag, "0.5")
