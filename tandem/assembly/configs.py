@@ -273,6 +273,13 @@ class SamplesConfig(RunConfig):
         if self.step.old_logp == "sampler" and settings(self).get("correction", "none") != "none":
             # Of a file, too: whoever asks for a correction must not train without one.
             raise UserError("correction: has no effect with --old-logp sampler; give --old-logp trainer")
+        knobs = settings(self)
+        bare = knobs.get("correction") == "none" and not knobs["uncorrected"]
+        if bare and self.step.old_logp == "trainer" and self.schedule.max_lag > 0:
+            raise UserError(
+                "correction: with max_lag above 0 and old_logp 'trainer' old samples would count as if the newest "
+                "weights had drawn them; give a correction (token_tis), --old-logp sampler, or --uncorrected"
+            )
         prompts, samples = self.sampling.prompts_per_step, self.sampling.samples_per_prompt
         units, what = (prompts, "pairs") if self.method.pairwise else (prompts * samples, "samples")
         if self.step.minibatches > units:

@@ -92,6 +92,11 @@ class Correction:
     """Its bound from above; .inf: none. None: 2 (token_tis), 5 (sequence_tis, decoupled, icepop), 1.01 (geo)."""
     correction_gap: float = field(default=0.3, metadata=needs(("correction", "gap")))
     """gap: how far the two probabilities of a token may be apart."""
+    uncorrected: bool = field(
+        default=False, metadata=needs(("max_lag",), ("old_logp", "trainer"), ("correction", "none"))
+    )
+    """Train on samples of older weights as if the newest had drawn them: old_logp trainer, max_lag above 0 and no
+    correction are refused without it."""
 
     def __post_init__(self) -> None:
         expect(self, "0 or more", lambda x: x >= 0, "correction_low")

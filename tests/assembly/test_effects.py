@@ -281,6 +281,24 @@ def test_what_a_file_says_of_a_model_that_is_not_there_does_nothing(tmp_path, ca
     assert load_config(GRPOConfig, [*words(GRPOConfig, ["--kl-coef", "1"]), "--config", str(file)]).following
 
 
+def test_old_samples_without_a_correction_are_asked_for_twice():
+    """The ratio to the sampler's log-probs is a correction itself, and methods of pairs take none."""
+    old = ["--max-lag", "1", *TRAINER]
+    for flags in (old, [*old, "--correction", "none"]):
+        with pytest.raises(UserError, match=r"correction: with max_lag above 0 .* or --uncorrected"):
+            load_config(GRPOConfig, words(GRPOConfig, flags))
+    for flags in ([*old, "--uncorrected"], [*old, "--correction", "gap"], ["--max-lag", "1"], TRAINER):
+        load_config(GRPOConfig, words(GRPOConfig, flags))
+    load_config(config_class("online-dpo"), words(config_class("online-dpo"), ["--max-lag", "1"]))
+    for flags, why in (
+        (["--max-lag", "1"], "with --old-logp sampler"),
+        (TRAINER, "without --max-lag"),
+        ([*old, "--correction", "geo"], "with --correction geo"),
+    ):
+        with pytest.raises(UserError, match=f"--uncorrected: has no effect {why}"):
+            load_config(GRPOConfig, words(GRPOConfig, [*flags, "--uncorrected"]))
+
+
 def test_a_correction_that_nothing_can_compute_is_refused_wherever_it_stands(tmp_path):
     """It would fail at the first step, or train without what was asked for."""
     file = tmp_path / "c.yaml"
