@@ -15,11 +15,13 @@ from tandem.assembly.models import Replicas, live_engine, replica_engine, vllm_e
 from tandem.assembly.needed import RolePlacement
 from tandem.assembly.sections import ClusterSection, DrawsSection, EngineSection, ModelSection, SamplingSection
 from tandem.errors import UserError
+from tandem.models.limits import read_config
 from tandem.models.loading import pick_device
+from tandem.models.shrunk import furthest_limit
 from tandem.parallel.world import World
 from tandem.roles import Engine, Home, Metrics, Seat
 from tandem.runs.progress import say
-from tandem.sync.check import TruthCheck
+from tandem.sync.check import BEYOND, TruthCheck
 from tandem.sync.push import FillPush, PushParams, WeightPush
 from tandem.sync.turns import TakingTurns
 from tandem.workers.cluster import Cluster, connect, own_sigterm, require_ray, require_room, visible_gpus
@@ -329,6 +331,11 @@ class Homes:
                 check=self.engine.check_weights,
                 ranks_per_engine=self.engine.tensor_parallel,
                 vocabulary=vocabulary,
+                limit=furthest_limit(
+                    read_config(self.model.model, self.model.trust_remote_code),
+                    self.engine.max_length,
+                    by=BEYOND + 1,
+                ),
                 timeout_s=min(300.0, self.section.deadline),
             ),
         )

@@ -19,11 +19,16 @@ def read_limits(source: str | Path, *, head: Literal["lm", "scalar"] = "lm", tru
 
     Raises UserError where there is none, and where it is to be a language model (``head``) and is a reward model.
     """
-    with readable_errors(source, "model"):
-        config = AutoConfig.from_pretrained(with_config(source), trust_remote_code=trust_remote_code)
+    config = read_config(source, trust_remote_code)
     if head == "lm":
         require_language_model(config, source)
     return limits_of(config, source)
+
+
+def read_config(source: str | Path, trust_remote_code: bool = False) -> Any:
+    """A model's config. Raises UserError where there is none."""
+    with readable_errors(source, "model"):
+        return AutoConfig.from_pretrained(with_config(source), trust_remote_code=trust_remote_code)
 
 
 def require_language_model(config: Any, source: str | Path) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from tandem.models.limits import turning_point
+from tandem.models.limits import limits_of, turning_point
 
 log = logging.getLogger("tandem")
 LIMIT = 8
@@ -120,6 +120,22 @@ def shrunk(module: Any) -> Any | None:
             # Configs that hang together in ways unknown here. The caller says that there is no copy.
             log.debug("no copy of %s (narrow: %s)", type(module).__name__, narrow, exc_info=error)
     return None
+
+
+def furthest_limit(config: Any, max_length: int | None, *, by: int) -> int:
+    """The largest limit that samples of up to ``max_length`` tokens may go beyond ``by`` so many; 0: there is none.
+
+    Without the original positions of rotary embeddings that scale all positions alike.
+    """
+    positions = limits_of(config).sampling.positions
+    longest = min((n for n in (positions, max_length) if n), default=None)
+    found = [
+        where[key]
+        for part in _parts(config)
+        for key, where in _limits(vars(part), _positions(part))
+        if not key.startswith("original_max_position") or "llama_4_scaling_beta" in where
+    ]
+    return max((value for value in found if longest is None or value + by <= longest), default=0)
 
 
 def _made(kind: Any, config: Any) -> Any:

@@ -15,9 +15,10 @@ from tandem.engines.live.replica import ReplicaEngine
 from tandem.errors import UserError
 from tandem.models.limits import limits_of
 from tandem.models.loading import load_causal
+from tandem.models.shrunk import furthest_limit
 from tandem.own_loop.given import GivenModel, Shapes
 from tandem.parallel.world import World
-from tandem.sync.check import compare
+from tandem.sync.check import BEYOND, compare
 from tandem.sync.push import PushParams, WeightPush
 from tandem.sync.source import WeightSource
 from tandem.types import Completion, Request
@@ -53,7 +54,9 @@ class LoopEngine(Protocol):
     shapes: Shapes
     """Of the parameters that it must be given."""
     limit: int | None
-    """Tokens that the model has positions for; None: any number."""
+    """Tokens that it may sample up to; None: any number."""
+    probed: int
+    """The furthest limit of the model that its samples may go beyond, as does the first probe; 0: there is none."""
 
     def failure(self) -> UserError | None:
         """Why it can no longer be used."""
@@ -87,7 +90,8 @@ class InProcess:
         )
         self.engine = ReplicaEngine(model, max_slots=params.max_slots, max_length=params.max_length)
         self.shapes: Shapes = {name: tuple(p.shape) for name, p in self.engine.parameters.items()}
-        self.limit = limits_of(model.module.config).positions
+        self.limit = limits_of(model.module.config).sampling.positions
+        self.probed = furthest_limit(model.module.config, params.max_length, by=BEYOND + 1)
         self.device, self.check = params.device, params.check
         self.filled = False
 
@@ -121,7 +125,8 @@ class InChild:
         self.params = params
         config = AutoConfig.from_pretrained(params.model, trust_remote_code=params.trust_remote_code)
         self.shapes: Shapes = shapes_of(config, params.trust_remote_code)
-        self.limit = limits_of(config).positions
+        self.limit = limits_of(config).sampling.positions
+        self.probed = furthest_limit(config, params.max_length, by=BEYOND + 1)
         gpu = str(torch.cuda.get_device_properties(params.device).uuid) if params.device.type == "cuda" else None
         self.child = Child(name, gpu=gpu, deadline_s=params.deadline_s)
         self.push: WeightPush | None = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
@@ -24,7 +23,7 @@ from tandem.own_loop.peers import Peers, own_device
 from tandem.parallel.shares import divide
 from tandem.seeds import derive_seed
 from tandem.sync.bounds import LOGP_BOUNDS
-from tandem.sync.check import FIRST_PROBES, PROBE_EVERY, PROBE_TOKENS, WeightMismatch
+from tandem.sync.check import FIRST_PROBES, PROBE_EVERY, Probe, WeightMismatch
 from tandem.types import Completion, Message, Request, SamplingParams
 
 PromptLike = str | Seq[Message] | Seq[int]
@@ -248,20 +247,19 @@ class Sampler:
 
     def _probe(self, held: GivenModel, step: int) -> UserError | None:
         """The error, where the model and the sampler give fixed tokens different log-probs."""
-        rng = random.Random(0)
-        sequences = [[rng.randrange(held.vocabulary) for _ in range(count)] for count in PROBE_TOKENS]
-        theirs, exact = held.logprobs(sequences, self.device)
+        probe = Probe(held.vocabulary, self.engine.probed)
+        probe.first = self.updates == 0
+        theirs, exact = held.logprobs(probe.sequences, self.device)
         try:
-            mine = self.engine.logprobs(sequences)
+            mine = self.engine.logprobs(probe.sequences)
         except UserError as error:
             return error
-        gaps = [abs(a - b) for x, y in zip(theirs, mine, strict=True) for a, b in zip(x, y, strict=True)]
-        gap, bound = sum(gaps) / len(gaps), LOGP_BOUNDS[self.dtype if exact else "bfloat16"]
-        if gap <= bound:
+        far = probe.too_far(theirs, mine, LOGP_BOUNDS[self.dtype if exact else "bfloat16"])
+        if not far:
             return None
         return WeightMismatch(
-            f"update: after step {step} the sampler gives a probe log-probs that differ from the model's by {gap:.3g} "
-            f"nats on average (bound {bound}): with the same weights {self.source} computes something else; give the "
+            f"update: after step {step} the sampler gives a probe log-probs that differ from the model's by {far}: "
+            f"with the same weights {self.source} computes something else; give the "
             "sampler a folder with the config of the model that you train (rope scaling, attention, dtype)"
         )
 

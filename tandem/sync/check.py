@@ -18,6 +18,8 @@ FIRST_PROBES = 2
 """So many pushes are probed: an engine may load its first in another way than those that follow."""
 PROBE_EVERY = 256
 PROBE_TOKENS = (11, 7)
+BEYOND = 32
+"""Tokens behind a limit of the model that show whether it is kept."""
 
 
 class WeightMismatch(RunFailure):
@@ -27,14 +29,22 @@ class WeightMismatch(RunFailure):
 class TruthCheck:
     """Every push: the checksums of all tensors. The first two and every 256th: the log-probs of a fixed probe as well.
 
-    ``dtype`` is the engines', ``vocabulary`` that of the probe's tokens. Without a ``trainer`` there is no probe.
+    ``dtype`` is the engines', ``vocabulary`` that of the probe's tokens. Without a ``trainer`` there is no probe. The
+    first one goes past ``limit``, the furthest that the model's config names, as of a window (0: there is none).
     """
 
     def __init__(
-        self, trainer: Seat | None, engines: Seat, *, count: int, dtype: Literal["float32", "bfloat16"], vocabulary: int
+        self,
+        trainer: Seat | None,
+        engines: Seat,
+        *,
+        count: int,
+        dtype: Literal["float32", "bfloat16"],
+        vocabulary: int,
+        limit: int = 0,
     ) -> None:
         self.trainer, self.engines, self.count = trainer, engines, count
-        self.dtype, self.vocabulary = dtype, vocabulary
+        self.dtype, self.probe = dtype, Probe(vocabulary, limit)
         self.pushes = 0
         self.sums: Sums = {}
         """Of the last push."""
@@ -54,25 +64,23 @@ class TruthCheck:
             warn_of_unseen(sums, self.held[0], found[0])
         self._compare(version, found)
         if self.trainer is not None and (self.pushes < FIRST_PROBES or self.pushes % PROBE_EVERY == 0):
-            self.logp = self.trainer.call("logprobs", self._sequences)
+            self.probe.first = self.pushes == 0
+            self.logp = self.trainer.call("logprobs", self.probe.sequences)
         self.pushes += 1
 
     def prove(self, version: int) -> None:
         """Compares the engines' log-probs of the probe with the trainer's, where this push has taken them."""
         if self.logp is None:
             return
-        truth = [x for row in self.logp for x in row]
-        self.logp = None
-        for engine, rows in enumerate(self._of_each("logprobs", self._sequences)):
-            found = [x for row in rows for x in row]
-            gap = sum(abs(a - b) for a, b in zip(truth, found, strict=True)) / len(truth)
-            if not gap <= LOGP_BOUNDS[self.dtype]:
+        truth, self.logp = self.logp, None
+        for engine, found in enumerate(self._of_each("logprobs", self.probe.sequences)):
+            if far := self.probe.too_far(truth, found, LOGP_BOUNDS[self.dtype]):
                 # It may have lost since what it held when it was pushed.
                 self._compare(version, self._of_each("checksums"))
                 raise WeightMismatch(
                     f"weight sync: after push {version} engine {engine} gives a probe log-probs that differ from the "
-                    f"trainer's by {gap:.3g} nats on average (bound {LOGP_BOUNDS[self.dtype]}), though every tensor "
-                    "that can be compared is the same: it computes something else with them"
+                    f"trainer's by {far}, though every tensor that can be compared is the same: it computes something "
+                    "else with them"
                 )
 
     def _compare(self, version: int, found: Seq[Seq[int | None]]) -> None:
@@ -82,11 +90,42 @@ class TruthCheck:
     def _of_each(self, verb: str, *arguments: Any) -> list[Any]:
         return self.engines.submit_each(verb, [arguments] * self.count).result()
 
+
+class Probe:
+    """Fixed tokens whose log-probs a trainer and an engine are to agree on."""
+
+    def __init__(self, vocabulary: int, limit: int) -> None:
+        self.vocabulary, self.limit = vocabulary, limit
+        self.first = True
+        """Whether a sequence goes past the limit: how an engine computes does not change from push to push."""
+
     @property
-    def _sequences(self) -> list[list[int]]:
-        """The tokens of the probe."""
+    def sequences(self) -> list[list[int]]:
+        """Their tokens."""
         rng = random.Random(0)
-        return [[rng.randrange(self.vocabulary) for _ in range(n)] for n in PROBE_TOKENS]
+        past = (self.limit + BEYOND,) if self.limit and self.first else ()
+        return [[rng.randrange(self.vocabulary) for _ in range(n)] for n in (*PROBE_TOKENS, *past)]
+
+    def too_far(self, truth: Seq[Seq[float]], found: Seq[Seq[float]], bound: float) -> str:
+        """How far the log-probs are from the truth, where that is more than ``bound``; else nothing.
+
+        On average over the short sequences, and over what is behind the limit: many tokens before it are right.
+        """
+        short = _mean_gap(truth[: len(PROBE_TOKENS)], found[: len(PROBE_TOKENS)])
+        if not short <= bound:
+            return f"{short:.3g} nats on average (bound {bound})"
+        behind = [[row[self.limit :] for row in rows[len(PROBE_TOKENS) :]] for rows in (truth, found)]
+        if len(truth) > len(PROBE_TOKENS) and not (gap := _mean_gap(*behind)) <= bound:
+            return (
+                f"{gap:.3g} nats on average (bound {bound}) behind {self.limit} tokens, a limit that its config names "
+                "(window, chunk or position scale)"
+            )
+        return ""
+
+
+def _mean_gap(truth: Seq[Seq[float]], found: Seq[Seq[float]]) -> float:
+    gaps = [abs(a - b) for x, y in zip(truth, found, strict=True) for a, b in zip(x, y, strict=True)]
+    return sum(gaps) / len(gaps)
 
 
 def compare(who: str, sums: Sums, held: Seq[Held], found: Seq[int | None]) -> None:

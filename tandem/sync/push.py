@@ -17,13 +17,14 @@ from tandem.sync.plan import Plan
 
 @dataclass(kw_only=True)
 class PushParams:
-    """How weights travel. ``dtype`` is the engines'."""
+    """How weights travel. ``dtype`` is the engines', ``limit`` what the truth check's first probe goes past."""
 
     dtype: Literal["float32", "bfloat16"]
     transport: Transport | Literal["auto"] = "auto"
     check: bool = True
     ranks_per_engine: int = 1
     vocabulary: int = 32
+    limit: int = 0
     timeout_s: float = 300.0
 
 
@@ -43,7 +44,14 @@ class WeightPush:
         self.source, self.engines, self.params = source, engines, params
         self.plan: Plan = source.call("plan", params.dtype)
         self.version = 0
-        self.check = TruthCheck(trainer, engines, count=self._engines, dtype=params.dtype, vocabulary=params.vocabulary)
+        self.check = TruthCheck(
+            trainer,
+            engines,
+            count=self._engines,
+            dtype=params.dtype,
+            vocabulary=params.vocabulary,
+            limit=params.limit,
+        )
 
     def connect(self) -> None:
         """Makes all links anew. Raises UserError where devices cannot be linked."""

@@ -18,7 +18,7 @@ from tandem.models.attention import IMPLEMENTATION, NO_MASK, UnsupportedAttentio
 from tandem.models.forward import forward
 from tandem.models.limits import limits_of, turning_point
 from tandem.models.loading import prepare_module
-from tandem.models.shrunk import VOCABULARY, named_limits, shrunk
+from tandem.models.shrunk import VOCABULARY, furthest_limit, named_limits, shrunk
 from tandem.types import Request, SamplingParams, Sequence
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
@@ -114,6 +114,18 @@ def test_limits_that_no_sequence_reaches_are_none() -> None:
     assert named_limits(config) == ["sliding_window"]
     config = transformers.Qwen2Config(use_sliding_window=False, sliding_window=4096)
     assert named_limits(config) == []
+
+
+def test_what_a_probe_of_an_engine_goes_past() -> None:
+    config = transformers.Cohere2Config(max_position_embeddings=8192, sliding_window=4096)
+    assert furthest_limit(config, None, by=33) == 4096
+    assert furthest_limit(config, 4129, by=33) == 4096
+    assert furthest_limit(config, 4128, by=33) == 0
+    rope = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16384}
+    config = transformers.Ministral3Config(max_position_embeddings=262144, rope_parameters=rope, sliding_window=None)
+    assert furthest_limit(config, None, by=33) == 0
+    config.rope_parameters = rope | {"llama_4_scaling_beta": 0.1}
+    assert furthest_limit(config, None, by=33) == 16384
 
 
 def test_a_shrunken_copy_is_small_the_same_and_leaves_torchs_numbers_alone() -> None:

@@ -30,6 +30,16 @@ class OtherTemperature(ReplicaEngine):
         return [[x / 0.9 for x in row] for row in super().logprobs(sequences)]
 
 
+class Endless(ReplicaEngine):
+    """Computes what the trainer does, up to a window that it does not keep."""
+
+    asked: list[int]
+
+    def logprobs(self, sequences):
+        self.asked = [len(sequence) for sequence in sequences]
+        return [[x - 0.1 * (place >= 40) for place, x in enumerate(row)] for row in super().logprobs(sequences)]
+
+
 @pytest.fixture
 def engine() -> Iterator[ReplicaEngine]:
     made = ReplicaEngine(model_of(1))
@@ -81,6 +91,22 @@ def test_an_engine_that_computes_something_else_is_noticed_by_the_probe():
     push, _ = pushing(OtherTemperature(model_of(1)))
     with pytest.raises(WeightMismatch, match="computes something else"):
         push(1)
+
+
+def test_the_first_probe_goes_past_a_limit_of_the_model():
+    engine = Endless(model_of(1))
+    push, _ = pushing(engine)
+    push(1)
+    assert engine.asked == [11, 7]
+    push, _ = pushing(engine)
+    push.check.probe.limit = 40
+    with pytest.raises(WeightMismatch, match=r"by 0\.1 nats on average \(bound 0\.001\) behind 40 tokens, a limit"):
+        push(1)
+    assert engine.asked == [11, 7, 72]
+    # How it computes stays what it was.
+    push.check.pushes = 1
+    push(2)
+    assert engine.asked == [11, 7]
 
 
 def test_without_the_check_nothing_is_compared():
