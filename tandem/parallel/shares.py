@@ -24,8 +24,10 @@ class Share:
     units: list[int]
 
 
-def shares(batch: Batch, token_budget: int, world: World) -> Iterator[Share]:
+def shares(batch: Batch, token_budget: int, world: World, *, padded: bool = False) -> Iterator[Share]:
     """This rank's micro-batches, each of at most ``token_budget`` tokens (a longer unit stands alone).
+
+    Where sequences are ``padded`` side by side, padding counts, and those of similar lengths go together.
 
     Under sharding every forward is a collective, so all ranks have equally many, and those that meet cost nearly the
     same; a rank that has nothing for one of them goes through the shortest unit again, with weight 0. A prefix that
@@ -35,7 +37,8 @@ def shares(batch: Batch, token_budget: int, world: World) -> Iterator[Share]:
     sizes = Sizes(batch)
     everything = list(range(batch.units))
     shortest = min(everything, key=sizes.alone.__getitem__)
-    for units in sizes.plan(world.size, token_budget)[world.rank]:
+    plan = sizes.plan_padded(world.size, token_budget) if padded else sizes.plan(world.size, token_budget)
+    for units in plan[world.rank]:
         if units:
             yield Share(batch=batch if units == everything else batch.select(units), units=units)
         else:
@@ -61,6 +64,8 @@ class Sizes:
         """Behind another of its family, where it drops the prefix of the first segment too."""
         self.attention: list[float] = []
         """What attention costs beside all else, in tokens."""
+        self.padded = [per * max(lengths[first : first + per]) for first in range(0, batch.segments, per)]
+        """Where its segments are padded to the longest of them."""
         numbers: dict[int, int] = {}
         for first in range(0, batch.segments, per):
             alike = [s for s in range(first, first + per) if groups[s] == groups[first]]
@@ -90,6 +95,20 @@ class Sizes:
             self._spread(items, ranks, token_budget) for items in (whole, [[unit] for unit in range(len(self.family))])
         ]
         return min(plans, key=lambda plan: sum(max(map(self.cost, meeting)) for meeting in zip(*plan, strict=True)))
+
+    def plan_padded(self, ranks: int, token_budget: int) -> list[list[list[int]]]:
+        """The same where all segments of a micro-batch are padded to its longest one."""
+        most = min(token_budget, -(-sum(self.padded) // ranks))
+        chunks: list[list[int]] = []
+        for unit in sorted(range(len(self.padded)), key=self.padded.__getitem__):
+            # Ascending, so that this one is the longest so far.
+            if not chunks or (len(chunks[-1]) + 1) * self.padded[unit] > most:
+                chunks.append([])
+            chunks[-1].append(unit)
+        # Those that meet cost about the same.
+        chunks.sort(key=lambda chunk: len(chunk) * self.padded[chunk[-1]], reverse=True)
+        chunks += [[] for _ in range(-len(chunks) % ranks)]
+        return [[sorted(chunk) for chunk in chunks[rank::ranks]] for rank in range(ranks)]
 
     def cost(self, units: list[int]) -> float:
         """The work of a micro-batch, in tokens of a short sequence: attention to a long one costs more."""

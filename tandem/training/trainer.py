@@ -190,7 +190,8 @@ class LocalScorer:
 
     def _shares(self, batch: Batch) -> Iterator[Share]:
         # Prefixes are shared by packed models only, and what is shared decides how a batch is cut.
-        for share in shares(batch if self.model.packed else batch.unshared(), self.token_budget, self.world):
+        packed = self.model.packed
+        for share in shares(batch if packed else batch.unshared(), self.token_budget, self.world, padded=not packed):
             yield Share(batch=share.batch.to(self.model.device), units=share.units)
 
     def forget(self) -> None:

@@ -36,6 +36,24 @@ def test_every_unit_once_and_equal_counts(ranks, count):
     torch.testing.assert_close(total, batch.weight_T.sum())
 
 
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_padding_counts_where_there_is_padding(ranks):
+    lengths = [512, *random.Random(0).choices(range(2, 60), k=60)]
+    rows = [Sequence(token_ids=[1] * n, trainable=[False] + [True] * (n - 1)) for n in lengths]
+    batch = stamp_weights(pack(rows), "token")
+    parts = [list(shares(batch, 512, World(rank=rank, size=ranks), padded=True)) for rank in range(ranks)]
+    assert sorted(unit for part in parts for share in part for unit in share.units) == list(range(61))
+    assert len({len(part) for part in parts}) == 1
+    areas = [share.batch.segments * max(share.batch.lengths) for part in parts for share in part]
+    assert max(areas) <= 512
+    # In packed micro-batches, whose budget counts no padding, the same would be 12,000 and more.
+    packed = next(share.batch for share in shares(batch, 2048, World()))
+    assert packed.segments * max(packed.lengths) > 12_000
+    pairs = [PreferencePair(chosen=rows[i], rejected=rows[i + 1]) for i in range(1, 11)]
+    for share in shares(pack_pairs(pairs), 200, World(), padded=True):
+        assert share.batch.segments * max(share.batch.lengths) <= 200
+
+
 def test_samples_of_a_prompt_stay_on_a_rank_where_that_is_no_more_work():
     def batch_of(groups):
         rows = []
