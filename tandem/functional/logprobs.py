@@ -22,6 +22,33 @@ GradientBuffer = Callable[[], Tensor]
 """Gives the tensor that the gradient of a head's weight is to be added to, [V, D]."""
 
 
+class HeadShape(NamedTuple):
+    """How logits follow from the product of a head and a hidden state: ``cap * tanh(scale * product / cap)``."""
+
+    scale: float = 1.0
+    """As Granite (one over ``logits_scaling``), Cohere (``logit_scale``) and Falcon-H1 (``lm_head_multiplier``)."""
+    cap: float | None = None
+    """None: they are not bent. As Gemma 2 (``final_logit_softcapping``)."""
+
+    def of(self, product_nV: Tensor, *, in_place: bool = False) -> Tensor:
+        """Logits of products, in the products' type."""
+        if self == PLAIN:
+            return product_nV
+        product_nV = product_nV if in_place else product_nV.clone()
+        if self.cap is None:
+            return product_nV.mul_(self.scale)
+        return product_nV.mul_(self.scale / self.cap).tanh_().mul_(self.cap)
+
+    def slope(self, logits_nV: Tensor) -> Tensor | float:
+        """What the gradient by logits is multiplied with to be the gradient by products."""
+        if self.cap is None:
+            return self.scale
+        return (logits_nV / self.cap).square_().neg_().add_(1.0).mul_(self.scale)
+
+
+PLAIN = HeadShape()
+
+
 class OfHead(NamedTuple):
     """What ``chunked_head`` gives, [N] each."""
 
@@ -48,10 +75,11 @@ def chunked_head(
     entropy_grad: bool = False,
     weight_gradient: GradientBuffer | None = None,
     against: Against | None = None,
+    shape: HeadShape = PLAIN,
 ) -> OfHead:
     """Log-probability of each target and the entropy of its distribution, in nats, ``chunk_tokens`` rows at a time.
 
-    ``logp_n = z_n[target_n] - logsumexp(z_n)`` and ``H_n = -sum_v p_nv log p_nv`` with ``z = head(hidden) /
+    ``logp_n = z_n[target_n] - logsumexp(z_n)`` and ``H_n = -sum_v p_nv log p_nv`` with ``z = shape(head(hidden)) /
     temperature``: the distribution that tokens are drawn from at that temperature.
 
     With ``against`` the divergence from a teacher's distribution, too, with its gradient.
@@ -67,11 +95,17 @@ def chunked_head(
     """
     if temperature <= 0:
         raise ValueError(f"temperature {temperature}: log-probabilities need a positive one")
+    if shape.cap is None and against is None:
+        # The same, without touching a logit.
+        temperature, shape = temperature / shape.scale, PLAIN
     if isinstance(head, nn.Linear) and _is_plain(head):
         rows = chunk_tokens or _chunk_rows(head.weight)
-        ask = _Ask(temperature, rows, entropy, entropy_grad, torch.is_grad_enabled(), weight_gradient, against)
+        ask = _Ask(temperature, rows, entropy, entropy_grad, torch.is_grad_enabled(), weight_gradient, against, shape)
         return OfHead(*LinearHead.apply(hidden_ND, head.weight, head.bias, target_N, ask))
-    return _checkpointed(head, hidden_ND, target_N, temperature, chunk_tokens or 2048, entropy, entropy_grad, against)
+    return _checkpointed(
+        lambda hidden_nD: shape.of(head(hidden_nD)),
+        hidden_ND, target_N, temperature, chunk_tokens or 2048, entropy, entropy_grad, against,
+    )  # fmt: skip
 
 
 def _chunk_rows(weight_VD: Tensor) -> int:
@@ -100,6 +134,7 @@ class _Ask:
     backward: bool
     weight_gradient: GradientBuffer | None
     against: Against | None = None
+    shape: HeadShape = PLAIN
 
 
 class LinearHead(torch.autograd.Function):
@@ -120,7 +155,7 @@ class LinearHead(torch.autograd.Function):
             zip(*(x.split(ask.chunk_tokens) for x in (hidden_ND, target_N)), strict=True)
         ):
             del kept_nV  # Before the next chunk's are made.
-            kept_nV = products.linear(hidden_nD, weight_VD, bias_V)
+            kept_nV = ask.shape.of(products.linear(hidden_nD, weight_VD, bias_V), in_place=True)
             logsumexp_n, logp_n, entropy_n = row_stats(kept_nV, target_n, ask.temperature, entropy=ask.entropy)
             logsumexps.append(logsumexp_n)
             logps.append(logp_n)
@@ -157,7 +192,8 @@ class LinearHead(torch.autograd.Function):
             rows = slice(start, start + ask.chunk_tokens)
             logits_nV, ctx.last_logits = ctx.last_logits, None
             if logits_nV is None:
-                logits_nV = products.linear(hidden_ND[rows], weight_VD, bias_V)
+                logits_nV = ask.shape.of(products.linear(hidden_ND[rows], weight_VD, bias_V), in_place=True)
+            slope = ask.shape.slope(logits_nV)
             further_nV = None
             if grad_divergence_N is not None:
                 assert ask.against is not None
@@ -176,7 +212,9 @@ class LinearHead(torch.autograd.Function):
                 )
                 if further_nV is not None:
                     logits_nV += further_nV
-            del further_nV
+            if ask.shape != PLAIN:
+                logits_nV *= slope
+            del further_nV, slope
             if grad_hidden_ND is not None:
                 products.product(logits_nV, weight_VD, out_MN=grad_hidden_ND[rows])
             if grad_weight_VD is not None:

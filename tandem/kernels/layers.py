@@ -5,7 +5,10 @@ All round where transformers' own modules round, so that sampler and trainer dif
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,49 +16,106 @@ from torch import Tensor
 
 from tandem.kernels.available import on_triton
 
+Curve = Literal["silu", "gelu", "gelu_tanh"]
+"""What bends a gate: SiLU, GELU (arXiv:1606.08415) or its approximation by tanh."""
+CURVES: dict[Curve, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}  # fmt: skip
 
-def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """``x / rms(x) * weight`` over the last dimension [T, D], as transformers computes it (arXiv:1910.07467, eq. 4)."""
+
+@dataclass(frozen=True)
+class Norm:
+    """``(x - mean) / rms(x - mean) * (weight + offset) + bias`` over the last dimension.
+
+    Without a mean it is RMSNorm (arXiv:1910.07467, eq. 4), with one LayerNorm (arXiv:1607.06450, eq. 3).
+    """
+
+    weight: Tensor | None
+    """[D]"""
+    bias: Tensor | None = None
+    eps: float = 1e-6
+    offset: bool = False
+    """Whether 1 is added to the weight (Gemma)."""
+    centered: bool = False
+    """Whether the mean is taken off."""
+    wide: bool = False
+    """Whether the weight is multiplied in float32; else what is normed is rounded first, as Llama does."""
+
+
+def norm(x_TD: Tensor, by: Norm) -> Tensor:
+    """The norm of rows [T, D]."""
     if on_triton(x_TD):
         from tandem.kernels import layers_triton
 
-        return layers_triton.rms_norm(x_TD, None, weight_D, eps)[0]
+        return layers_triton.add_norm(x_TD, None, by)[0]
+    return _norm(x_TD, by)
+
+
+def norm_(x_TD: Tensor, by: Norm) -> None:
+    """The norm of rows [T, D], which may lie apart, in place."""
+    if on_triton(x_TD):
+        from tandem.kernels import layers_triton
+
+        layers_triton.add_norm(x_TD, None, by, out_TD=x_TD)
+    else:
+        x_TD.copy_(_norm(x_TD, by))
+
+
+def add_norm(
+    x_TD: Tensor, residual_TD: Tensor, by: Norm | None, *, first: Norm | None = None, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """The norm of ``residual + scale * first(x)``, and that sum, which is the next residual. All [T, D].
+
+    Without ``by`` both are the sum.
+    """
+    if on_triton(x_TD):
+        from tandem.kernels import layers_triton
+
+        return layers_triton.add_norm(x_TD, residual_TD, by, first=first, scale=scale)
+    x_TD = x_TD if first is None else _norm(x_TD, first)
+    total_TD = residual_TD + (x_TD if scale == 1.0 else x_TD * scale)
+    return total_TD if by is None else _norm(total_TD, by), total_TD
+
+
+def _norm(x_TD: Tensor, by: Norm) -> Tensor:
     wide_TD = x_TD.float()
-    wide_TD = wide_TD * torch.rsqrt(wide_TD.pow(2).mean(-1, keepdim=True) + eps)
-    return weight_D * wide_TD.to(x_TD.dtype)
+    if by.centered:
+        wide_TD = wide_TD - wide_TD.mean(-1, keepdim=True)
+    wide_TD = wide_TD * torch.rsqrt(wide_TD.pow(2).mean(-1, keepdim=True) + by.eps)
+    if not by.wide:
+        wide_TD = wide_TD.to(x_TD.dtype)
+    if by.weight is not None:
+        weight_D = by.weight.to(wide_TD.dtype)
+        wide_TD = wide_TD * (weight_D + 1.0 if by.offset else weight_D)
+    if by.bias is not None:
+        wide_TD = wide_TD + by.bias
+    return wide_TD.to(x_TD.dtype)
 
 
-def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """``rms_norm(x + residual)``, and the sum, which is the next residual. All [T, D]."""
-    if on_triton(x_TD):
-        from tandem.kernels import layers_triton
-
-        return layers_triton.rms_norm(x_TD, residual_TD, weight_D, eps)
-    total_TD = residual_TD + x_TD
-    return rms_norm(total_TD, weight_D, eps), total_TD
-
-
-def gated_silu(gate_up_TI: Tensor) -> Tensor:
-    """``silu(gate) * up`` of [T, 2 I], gate first → [T, I] (SwiGLU, arXiv:2002.05202)."""
+def gated(gate_up_TI: Tensor, curve: Curve) -> Tensor:
+    """``curve(gate) * up`` of [T, 2 I], gate first → [T, I] (arXiv:2002.05202)."""
     if on_triton(gate_up_TI):
         from tandem.kernels import layers_triton
 
-        return layers_triton.gated_silu(gate_up_TI)
+        return layers_triton.gated(gate_up_TI, curve)
     gate_TI, up_TI = gate_up_TI.chunk(2, dim=-1)
-    return F.silu(gate_TI) * up_TI
+    return CURVES[curve](gate_TI) * up_TI
 
 
 @dataclass(frozen=True)
 class Rotation:
-    """How queries and keys are turned by their positions (RoPE, arXiv:2104.09864, in halves as transformers does).
+    """How queries and keys are turned by their positions (RoPE, arXiv:2104.09864).
 
-    ``cos`` and ``sin`` have a row a position. ``norms`` normalises each head first (Qwen3): weights [D] for queries and
-    for keys, and an epsilon.
+    ``cos`` and ``sin`` have a row a position, and a column for each of the first R dimensions of a head: the others
+    stay as they are (all, where R is 0). Products with them are rounded to their type. ``norms``, for queries and for
+    keys, of one kind and without a bias, norm each head first (Qwen3).
     """
 
-    cos_PD: Tensor
-    sin_PD: Tensor
-    norms: tuple[Tensor, Tensor, float] | None = None
+    cos_PR: Tensor
+    sin_PR: Tensor
+    norms: tuple[Norm, Norm] | None = None
+    pairs: bool = False
+    """Whether neighbours turn together (Cohere, GLM); else a dimension turns with the one R / 2 after it."""
 
 
 def rotate_(qkv_THD: Tensor, position_T: Tensor, rotation: Rotation, heads: int, kv_heads: int) -> None:
@@ -66,10 +126,16 @@ def rotate_(qkv_THD: Tensor, position_T: Tensor, rotation: Rotation, heads: int,
         layers_triton.rotate_(qkv_THD, position_T, rotation, heads, kv_heads)
         return
     turned = qkv_THD[:, : heads + kv_heads]
-    x = turned.clone()
     if rotation.norms is not None:
-        query_D, key_D, eps = rotation.norms
-        x = torch.cat((rms_norm(x[:, :heads], query_D, eps), rms_norm(x[:, heads:], key_D, eps)), dim=1)
-    first, second = x.chunk(2, dim=-1)
-    cos, sin = rotation.cos_PD[position_T][:, None], rotation.sin_PD[position_T][:, None]
-    turned.copy_(x * cos + torch.cat((-second, first), dim=-1) * sin)
+        for part, by in zip(turned.split([heads, kv_heads], dim=1), rotation.norms, strict=True):
+            part.copy_(_norm(part, by))
+    size = rotation.cos_PR.shape[-1]
+    if size:
+        x = turned[..., :size].clone()
+        if rotation.pairs:
+            other = torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+        else:
+            first, second = x.chunk(2, dim=-1)
+            other = torch.cat((-second, first), dim=-1)
+        cos, sin = rotation.cos_PR[position_T][:, None], rotation.sin_PR[position_T][:, None]
+        turned[..., :size] = (x * cos + other * sin).to(x.dtype)

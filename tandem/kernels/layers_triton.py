@@ -9,125 +9,225 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tandem.kernels.layers import Rotation
+from tandem.kernels.layers import Curve, Norm, Rotation
 
 
-def rms_norm(x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The norm of ``x`` (plus ``residual``), and what was normed. [T, D], rows without gaps."""
+def add_norm(
+    x_TD: Tensor,
+    residual_TD: Tensor | None,
+    by: Norm | None,
+    *,
+    first: Norm | None = None,
+    scale: float = 1.0,
+    out_TD: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The norm of ``residual + scale * first(x)``, or of ``x`` alone, and that sum: a program a row.
+
+    Rows of ``x`` and ``out`` may lie apart, a residual's have no gaps.
+    """
     rows, size = x_TD.shape
-    out_TD = torch.empty_like(x_TD)
-    total_TD = x_TD if residual_TD is None else torch.empty_like(x_TD)
+    total_TD = x_TD if residual_TD is None else torch.empty_like(residual_TD)
+    if by is None:
+        out_TD = total_TD
+    elif out_TD is None:
+        out_TD = x_TD.new_empty(rows, size)
     block = triton.next_power_of_2(size)
-    _rms_norm[(rows,)](
+    _add_norm[(rows,)](
         x_TD,
-        x_TD if residual_TD is None else residual_TD,
-        weight_D,
+        total_TD if residual_TD is None else residual_TD,
+        *_tensors(first, x_TD),
+        *_tensors(by, x_TD),
         out_TD,
         total_TD,
-        eps,
+        scale,
+        0.0 if first is None else first.eps,
+        0.0 if by is None else by.eps,
+        x_TD.stride(0),
+        out_TD.stride(0),
         size,
+        **_kind(first, "FIRST"),
+        **_kind(by, "NORM"),
         ADD=residual_TD is not None,
+        SCALED=scale != 1.0,
         BLOCK=block,
         num_warps=4 if block <= 4096 else 8,
     )
     return out_TD, total_TD
 
 
+def _tensors(by: Norm | None, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and bias; where there is none something in its place, which is not touched."""
+    weight, bias = (None, None) if by is None else (by.weight, by.bias)
+    return other if weight is None else weight, other if bias is None else bias
+
+
+def _kind(by: Norm | None, name: str) -> dict[str, int]:
+    """As bits of one constant: whether there is a norm at all, a weight, a bias, an offset, a mean, a wide product."""
+    if by is None:
+        return {name: 0}
+    bits = (True, by.weight is not None, by.bias is not None, by.offset, by.centered, by.wide)
+    return {name: sum(1 << place for place, bit in enumerate(bits) if bit)}
+
+
 @triton.jit
-def _rms_norm(x, residual, weight, out, total, eps, size, ADD: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    start = tl.program_id(0).to(tl.int64) * size
+def weighted(x, scale, weight, OFFSET: tl.constexpr, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """``x * scale * weight``, in the type of ``x``, with its rounding on the way."""
+    normed = x.to(tl.float32) * scale
+    factor = weight.to(tl.float32)
+    if OFFSET:
+        factor += 1.0
+    if not WIDE:
+        normed = normed.to(x.dtype).to(tl.float32)
+    return (normed * factor).to(x.dtype)
+
+
+@triton.jit
+def _normed(value, weight, bias, eps, size, column, inside, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
+    wide = value.to(tl.float32)
+    if KIND & 16:
+        wide = tl.where(inside, wide - tl.sum(wide, axis=0) / size, 0.0)
+    wide = wide * (1.0 / tl.sqrt(tl.sum(wide * wide, axis=0) / size + eps))
+    if (KIND & 32) == 0:
+        wide = wide.to(value.dtype).to(tl.float32)
+    if KIND & 2:
+        factor = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+        if KIND & 8:
+            factor += 1.0
+        wide = wide * factor
+    if KIND & 4:
+        wide += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+    return wide.to(value.dtype)
+
+
+@triton.jit
+def _add_norm(  # type: ignore[no-untyped-def]
+    x, residual, first_weight, first_bias, weight, bias, out, total, scale, first_eps, eps, x_row, out_row, size,
+    FIRST: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < size
-    value = tl.load(x + start + column, mask=inside, other=0.0)
+    value = tl.load(x + row * x_row + column, mask=inside, other=0.0)
+    if FIRST:
+        value = _normed(value, first_weight, first_bias, first_eps, size, column, inside, FIRST)
     if ADD:
-        more = tl.load(residual + start + column, mask=inside, other=0.0)
+        if SCALED:
+            value = (value.to(tl.float32) * scale).to(value.dtype)
+        more = tl.load(residual + row * size + column, mask=inside, other=0.0)
         value = (value.to(tl.float32) + more.to(tl.float32)).to(value.dtype)
-        tl.store(total + start + column, value, mask=inside)
-    wide = value.to(tl.float32)
-    scale = 1.0 / tl.sqrt(tl.sum(wide * wide, axis=0) / size + eps)
-    normed = (wide * scale).to(value.dtype)
-    factor = tl.load(weight + column, mask=inside, other=0.0)
-    tl.store(out + start + column, (normed.to(tl.float32) * factor.to(tl.float32)).to(value.dtype), mask=inside)
+        tl.store(total + row * size + column, value, mask=inside)
+    if NORM:
+        value = _normed(value, weight, bias, eps, size, column, inside, NORM)
+        tl.store(out + row * out_row + column, value, mask=inside)
 
 
-def gated_silu(gate_up_TI: Tensor) -> Tensor:
-    """``silu(gate) * up`` of [T, 2 I] → [T, I]."""
+def gated(gate_up_TI: Tensor, curve: Curve) -> Tensor:
+    """``curve(gate) * up`` of [T, 2 I] → [T, I]."""
     rows, double = gate_up_TI.shape
     out_TI = gate_up_TI.new_empty(rows, double // 2)
     block = min(1024, triton.next_power_of_2(double // 2))
-    _gated_silu[(rows, triton.cdiv(double // 2, block))](gate_up_TI, out_TI, double // 2, BLOCK=block, num_warps=4)
+    grid = (rows, triton.cdiv(double // 2, block))
+    _gated[grid](gate_up_TI, out_TI, double // 2, CURVE=curve, BLOCK=block, num_warps=4)
     return out_TI
 
 
 @triton.jit
-def _gated_silu(gate_up, out, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _gated(gate_up, out, size, CURVE: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < size
     gate = tl.load(gate_up + row * 2 * size + column, mask=inside, other=0.0)
     up = tl.load(gate_up + row * 2 * size + size + column, mask=inside, other=0.0)
     wide = gate.to(tl.float32)
-    silu = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype)
-    tl.store(out + row * size + column, (silu.to(tl.float32) * up.to(tl.float32)).to(gate.dtype), mask=inside)
+    if CURVE == "silu":
+        bent = wide / (1.0 + tl.exp(-wide))
+    elif CURVE == "gelu":
+        bent = 0.5 * wide * (1.0 + tl.erf(wide * 0.7071067811865476))
+    else:
+        # x * sigmoid(2 y) is x * (1 + tanh(y)) / 2.
+        inner = 0.7978845608028654 * (wide + 0.044715 * wide * wide * wide)
+        bent = wide / (1.0 + tl.exp(-2.0 * inner))
+    bent = bent.to(gate.dtype)
+    tl.store(out + row * size + column, (bent.to(tl.float32) * up.to(tl.float32)).to(gate.dtype), mask=inside)
 
 
 def rotate_(qkv_THD: Tensor, position_T: Tensor, rotation: Rotation, heads: int, kv_heads: int) -> None:
     """Turns the first ``heads + kv_heads`` heads in place, a program a token."""
     tokens, _, size = qkv_THD.shape
-    cos_PD, sin_PD = rotation.cos_PD, rotation.sin_PD
-    query_D, key_D, eps = rotation.norms or (cos_PD, cos_PD, 0.0)
+    cos_PR, sin_PR = rotation.cos_PR, rotation.sin_PR
+    query_norm, key_norm = rotation.norms or (Norm(cos_PR), Norm(cos_PR))
+    turned = cos_PR.shape[1]
     arguments: dict[str, Any] = {
         "HEADS": heads,
         "BOTH": heads + kv_heads,
         "PADDED": triton.next_power_of_2(heads + kv_heads),
-        "HALF": size // 2,
-        "HALF_PADDED": triton.next_power_of_2(size // 2),
+        "SIZE": size,
+        "HALF": turned // 2,
+        "HALF_PADDED": triton.next_power_of_2(max(1, turned // 2)),
+        "REST_PADDED": triton.next_power_of_2(max(1, size - turned)),
+        "PAIRS": rotation.pairs,
         "NORM": rotation.norms is not None,
+        "OFFSET": query_norm.offset,
+        "WIDE": query_norm.wide,
     }
     _rotate[(tokens,)](
-        qkv_THD, position_T, cos_PD, sin_PD, query_D, key_D, eps, qkv_THD.stride(0), **arguments, num_warps=4
-    )
+        qkv_THD, position_T, cos_PR, sin_PR, query_norm.weight, key_norm.weight, query_norm.eps, qkv_THD.stride(0),
+        **arguments, num_warps=4,
+    )  # fmt: skip
 
 
 @triton.jit
 def _rotate(  # type: ignore[no-untyped-def]
     qkv, position, cos, sin, query_weight, key_weight, eps, stride,
-    HEADS: tl.constexpr, BOTH: tl.constexpr, PADDED: tl.constexpr, HALF: tl.constexpr, HALF_PADDED: tl.constexpr,
-    NORM: tl.constexpr,
+    HEADS: tl.constexpr, BOTH: tl.constexpr, PADDED: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr,
+    HALF_PADDED: tl.constexpr, REST_PADDED: tl.constexpr, PAIRS: tl.constexpr, NORM: tl.constexpr,
+    OFFSET: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, PADDED)[:, None]
     half = tl.arange(0, HALF_PADDED)[None, :]
-    inside = (head < BOTH) & (half < HALF)
-    at = qkv + token * stride + head * (2 * HALF) + half
-    first = tl.load(at, mask=inside, other=0.0)
-    second = tl.load(at + HALF, mask=inside, other=0.0)
+    near = half < HALF
+    inside = (head < BOTH) & near
+    # The two dimensions that turn together, of which one program's thread has both.
+    one_column = half
+    two_column = half + HALF
+    if PAIRS:
+        one_column = 2 * half
+        two_column = 2 * half + 1
+    at = qkv + token * stride + head * SIZE
+    first = tl.load(at + one_column, mask=inside, other=0.0)
+    second = tl.load(at + two_column, mask=inside, other=0.0)
     dtype = first.dtype
     if NORM:
         one, two = first.to(tl.float32), second.to(tl.float32)
-        square = tl.sum(one * one + two * two, axis=1) / (2 * HALF)
-        scale = (1.0 / tl.sqrt(square + eps))[:, None]
+        square = tl.sum(one * one + two * two, axis=1)
+        rest_column = 2 * HALF + tl.arange(0, REST_PADDED)[None, :]
+        is_rest = (head < BOTH) & (rest_column < SIZE)
+        rest = tl.load(at + rest_column, mask=is_rest, other=0.0)
+        square += tl.sum(rest.to(tl.float32) * rest.to(tl.float32), axis=1)
+        scale = (1.0 / tl.sqrt(square / SIZE + eps))[:, None]
         is_query = head < HEADS
-        near = half < HALF
-        weight_1 = tl.where(
-            is_query,
-            tl.load(query_weight + half, mask=near, other=0.0),
-            tl.load(key_weight + half, mask=near, other=0.0),
-        )
-        weight_2 = tl.where(
-            is_query,
-            tl.load(query_weight + HALF + half, mask=near, other=0.0),
-            tl.load(key_weight + HALF + half, mask=near, other=0.0),
-        )
-        first = ((one * scale).to(dtype).to(tl.float32) * weight_1.to(tl.float32)).to(dtype)
-        second = ((two * scale).to(dtype).to(tl.float32) * weight_2.to(tl.float32)).to(dtype)
-    row = tl.load(position + token) * (2 * HALF)
-    cos_1 = tl.load(cos + row + half, mask=half < HALF, other=0.0).to(tl.float32)
-    cos_2 = tl.load(cos + row + HALF + half, mask=half < HALF, other=0.0).to(tl.float32)
-    sin_1 = tl.load(sin + row + half, mask=half < HALF, other=0.0).to(tl.float32)
-    sin_2 = tl.load(sin + row + HALF + half, mask=half < HALF, other=0.0).to(tl.float32)
-    one, two = first.to(tl.float32), second.to(tl.float32)
-    turned_1 = (one * cos_1).to(dtype).to(tl.float32) - (two * sin_1).to(dtype).to(tl.float32)
-    turned_2 = (two * cos_2).to(dtype).to(tl.float32) + (one * sin_2).to(dtype).to(tl.float32)
-    tl.store(at, turned_1.to(dtype), mask=inside)
-    tl.store(at + HALF, turned_2.to(dtype), mask=inside)
+        first = weighted(first, scale, _either(is_query, query_weight, key_weight, one_column, near), OFFSET, WIDE)
+        second = weighted(second, scale, _either(is_query, query_weight, key_weight, two_column, near), OFFSET, WIDE)
+        factor = _either(is_query, query_weight, key_weight, rest_column, rest_column < SIZE)
+        tl.store(at + rest_column, weighted(rest, scale, factor, OFFSET, WIDE), mask=is_rest)
+    if HALF > 0:
+        row = tl.load(position + token) * (2 * HALF)
+        rounded = cos.dtype.element_ty
+        cos_1 = tl.load(cos + row + one_column, mask=near, other=0.0).to(tl.float32)
+        cos_2 = tl.load(cos + row + two_column, mask=near, other=0.0).to(tl.float32)
+        sin_1 = tl.load(sin + row + one_column, mask=near, other=0.0).to(tl.float32)
+        sin_2 = tl.load(sin + row + two_column, mask=near, other=0.0).to(tl.float32)
+        one, two = first.to(tl.float32), second.to(tl.float32)
+        turned_1 = (one * cos_1).to(rounded).to(tl.float32) - (two * sin_1).to(rounded).to(tl.float32)
+        turned_2 = (two * cos_2).to(rounded).to(tl.float32) + (one * sin_2).to(rounded).to(tl.float32)
+        tl.store(at + one_column, turned_1.to(dtype), mask=inside)
+        tl.store(at + two_column, turned_2.to(dtype), mask=inside)
+
+
+@triton.jit
+def _either(is_query, query_weight, key_weight, column, inside):  # type: ignore[no-untyped-def]
+    """A query norm's weights for queries, a key norm's for keys."""
+    one = tl.load(query_weight + column, mask=inside, other=0.0)
+    two = tl.load(key_weight + column, mask=inside, other=0.0)
+    return tl.where(is_query, one, two)

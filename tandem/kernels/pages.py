@@ -92,18 +92,21 @@ def append_attend(
     scaling: float,
     sliding_window: int | None = None,
     rotation: Rotation | None = None,
+    softcap: float | None = None,
+    sink_H: Tensor | None = None,
 ) -> Tensor:
     """Attention [B, H, D] of one new token a row over its cached ones and itself, which is stored.
 
     Heads share keys and values [B, Hkv, D] in equal groups. Softmax is in float32. ``rotation``: query and key come as
-    they were projected, and are turned first.
+    they were projected, and are turned first. ``softcap``: scores are bent to ``cap * tanh(score / cap)``. ``sink_H``:
+    a score more for each head, without a value.
     """
     if on_triton(query_BHD):
         from tandem.kernels import pages_triton
 
         return pages_triton.append_attend(
             query_BHD, key_BKD, value_BKD, pages, rows, scaling=scaling, sliding_window=sliding_window,
-            rotation=rotation,
+            rotation=rotation, softcap=softcap, sink_H=sink_H,
         )  # fmt: skip
     table_BP, length_B = rows.table_BP, rows.length_B
     if rotation is not None:
@@ -128,5 +131,11 @@ def append_attend(
     if sliding_window is not None:
         hidden |= position <= length_B[:, None] - sliding_window
     key, value = cached(pages.keys, pages.key_scales), cached(pages.values, pages.value_scales)
-    score = (query @ key.transpose(2, 3) * scaling).masked_fill(hidden[:, None, None], float("-inf"))
-    return (score.softmax(-1) @ value).reshape(count, heads, -1).to(query_BHD.dtype)
+    score = query @ key.transpose(2, 3) * scaling
+    if softcap is not None:
+        score = softcap * torch.tanh(score / softcap)
+    score = score.masked_fill(hidden[:, None, None], float("-inf"))
+    if sink_H is not None:
+        score = torch.cat((score, sink_H.to(wide).view(kv_heads, -1, 1).expand(count, -1, -1, 1)), dim=-1)
+    weight = score.softmax(-1)[..., : len(position)]
+    return (weight @ value).reshape(count, heads, -1).to(query_BHD.dtype)

@@ -7,11 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tandem.kernels.layers import Rotation
+from tandem.kernels.layers import Norm, Rotation
+from tandem.kernels.layers_triton import weighted
 from tandem.kernels.pages import DecodeRows, Pages
 
 FULL = 448
 """Programs that keep a GPU busy: between three and four to each of an H200's multiprocessors."""
+LOG2_E = 1.4426950408889634
 LEAST = 2
 """Fewer pages to a program are not worth joining its part with others."""
 SPLITS = ((1024, 4), (256, 8), (0, 16))
@@ -137,6 +139,8 @@ def append_attend(
     scaling: float,
     sliding_window: int | None,
     rotation: Rotation | None = None,
+    softcap: float | None = None,
+    sink_H: Tensor | None = None,
     most: int | None = None,
 ) -> Tensor:
     """One new token a row: a program for each row, key-value head and split of the pages, at most ``most``.
@@ -156,7 +160,8 @@ def append_attend(
         part = torch.empty(most, count, heads, size, dtype=torch.float32, device=query_BHD.device)
         top, mass = torch.empty(2, most, count, heads, dtype=torch.float32, device=query_BHD.device)
     group = heads // kv_heads
-    cos_PD, sin_PD, norms = (out, out, None) if rotation is None else (rotation.cos_PD, rotation.sin_PD, rotation.norms)
+    cos_PR, sin_PR, norms = (out, out, None) if rotation is None else (rotation.cos_PR, rotation.sin_PR, rotation.norms)
+    query_norm, key_norm = norms or (Norm(out), Norm(out))
     _append_attend[(count, kv_heads, most)](
         query_BHD,
         key_BKD,
@@ -167,14 +172,18 @@ def append_attend(
         rows.target_B,
         rows.share,
         rows.arrived_BK,
-        cos_PD,
-        sin_PD,
-        *(norms or (out, out, 0.0)),
+        cos_PR,
+        sin_PR,
+        query_norm.weight,
+        key_norm.weight,
+        query_norm.eps,
+        out if sink_H is None else sink_H,
         out,
         part,
         top,
         mass,
-        scaling * 1.4426950408889634,
+        scaling * LOG2_E,
+        (softcap or 1.0) * LOG2_E,
         sliding_window or 0,
         *query_BHD.stride()[:2],
         *key_BKD.stride()[:2],
@@ -188,8 +197,13 @@ def append_attend(
         WINDOWED=sliding_window is not None,
         IEEE=query_BHD.dtype == torch.float32,
         SCALED=pages.key_scales is not None,
-        ROTATED=rotation is not None,
+        ROTATED=0 if rotation is None else cos_PR.shape[1],
+        PAIRS=rotation is not None and rotation.pairs,
         NORM=norms is not None,
+        OFFSET=query_norm.offset,
+        WIDE=query_norm.wide,
+        CAPPED=softcap is not None,
+        SINKS=sink_H is not None,
         num_warps=2 if count * kv_heads >= MANY else 4,
         num_stages=3,
     )
@@ -199,28 +213,37 @@ def append_attend(
 @triton.jit
 def _head(  # type: ignore[no-untyped-def]
     at, real, cos, sin, weight, eps,
-    SIZE: tl.constexpr, PADDED: tl.constexpr, ROTATED: tl.constexpr, NORM: tl.constexpr,
+    SIZE: tl.constexpr, PADDED: tl.constexpr, ROTATED: tl.constexpr, PAIRS: tl.constexpr, NORM: tl.constexpr,
+    OFFSET: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Heads [N, PADDED] of one token from ``at`` [N, 1], turned as ``layers_triton._rotate`` turns them."""
     column = tl.arange(0, PADDED)[None, :]
     real = real & (column < SIZE)
     x = tl.load(at + column, mask=real, other=0.0)
-    if ROTATED:
-        dtype = x.dtype
-        other = tl.where(column < SIZE // 2, column + SIZE // 2, column - SIZE // 2)
+    dtype = x.dtype
+    if PAIRS:
+        sign = tl.where(column % 2 == 0, -1.0, 1.0)
+        other = tl.where(column < ROTATED, column + tl.where(column % 2 == 0, 1, -1), column)
+    else:
+        sign = tl.where(column < ROTATED // 2, -1.0, 1.0)
+        other = column + tl.where(column < ROTATED // 2, ROTATED // 2, -(ROTATED // 2))
+        other = tl.where(column < ROTATED, other, column)
+    y = x
+    if ROTATED > 0:
         y = tl.load(at + other, mask=real, other=0.0)
+    if NORM:
+        wide = x.to(tl.float32)
+        scale = (1.0 / tl.sqrt(tl.sum(wide * wide, axis=1) / SIZE + eps))[:, None]
         near = column < SIZE
-        if NORM:
-            wide = x.to(tl.float32)
-            scale = (1.0 / tl.sqrt(tl.sum(wide * wide, axis=1) / SIZE + eps))[:, None]
-            weight_x = tl.load(weight + column, mask=near, other=0.0).to(tl.float32)
-            weight_y = tl.load(weight + other, mask=near, other=0.0).to(tl.float32)
-            x = ((wide * scale).to(dtype).to(tl.float32) * weight_x).to(dtype)
-            y = ((y.to(tl.float32) * scale).to(dtype).to(tl.float32) * weight_y).to(dtype)
-        by_cos = x.to(tl.float32) * tl.load(cos + column, mask=near, other=0.0).to(tl.float32)
-        by_sin = y.to(tl.float32) * tl.load(sin + column, mask=near, other=0.0).to(tl.float32)
-        sign = tl.where(column < SIZE // 2, -1.0, 1.0)
-        x = (by_cos.to(dtype).to(tl.float32) + sign * by_sin.to(dtype).to(tl.float32)).to(dtype)
+        x = weighted(x, scale, tl.load(weight + column, mask=near, other=0.0), OFFSET, WIDE)
+        y = weighted(y, scale, tl.load(weight + other, mask=near, other=0.0), OFFSET, WIDE)
+    if ROTATED > 0:
+        turned = column < ROTATED
+        # Products are rounded to the table's type.
+        rounded = cos.dtype.element_ty
+        by_cos = x.to(tl.float32) * tl.load(cos + column, mask=turned, other=1.0).to(tl.float32)
+        by_sin = y.to(tl.float32) * tl.load(sin + column, mask=turned, other=0.0).to(tl.float32)
+        x = (by_cos.to(rounded).to(tl.float32) + sign * by_sin.to(rounded).to(tl.float32)).to(dtype)
     return x
 
 
@@ -230,13 +253,20 @@ def _dot(a, b, IEEE: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _bent(score, cap):  # type: ignore[no-untyped-def]
+    """``cap * tanh(score / cap)``; both in the same units."""
+    return cap * (1.0 - 2.0 / (tl.exp(2.0 * score / cap) + 1.0))
+
+
+@triton.jit
 def _append_attend(  # type: ignore[no-untyped-def]
     query, key, value, keys, values, key_scales, value_scales, table, length, target, share, arrived, cos, sin,
-    query_norm, key_norm, eps, out, part, top, mass, scale, window, query_row, query_head, key_row, key_head, value_row,
-    value_head, table_row,
+    query_norm, key_norm, eps, sinks, out, part, top, mass, scale, cap, window, query_row, query_head, key_row,
+    key_head, value_row, value_head, table_row,
     SIZE: tl.constexpr, PADDED: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr,
     PAGE: tl.constexpr, WINDOWED: tl.constexpr, IEEE: tl.constexpr, SCALED: tl.constexpr, ROTATED: tl.constexpr,
-    NORM: tl.constexpr,
+    PAIRS: tl.constexpr, NORM: tl.constexpr, OFFSET: tl.constexpr, WIDE: tl.constexpr, CAPPED: tl.constexpr,
+    SINKS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
@@ -259,14 +289,14 @@ def _append_attend(  # type: ignore[no-untyped-def]
     real_head = member < GROUP
     real_column = column < SIZE
     real = real_head[:, None] & real_column[None, :]
-    cos += tokens * SIZE
-    sin += tokens * SIZE
+    cos += tokens * ROTATED
+    sin += tokens * ROTATED
     at = query + row * query_row + head[:, None] * query_head
-    q = _head(at, real_head[:, None], cos, sin, query_norm, eps, SIZE, PADDED, ROTATED, NORM)
+    q = _head(at, real_head[:, None], cos, sin, query_norm, eps, SIZE, PADDED, ROTATED, PAIRS, NORM, OFFSET, WIDE)
 
     # The new token, whose part in the sums is the first split's.
     at = key + row * key_row + kv_head * key_head + tl.zeros([1, 1], dtype=tl.int32)
-    one = _head(at, real_column[None, :], cos, sin, key_norm, eps, SIZE, PADDED, ROTATED, NORM)
+    one = _head(at, real_column[None, :], cos, sin, key_norm, eps, SIZE, PADDED, ROTATED, PAIRS, NORM, OFFSET, WIDE)
     one = tl.reshape(one, [PADDED])
     two = tl.load(value + row * value_row + kv_head * value_head + column, mask=real_column, other=0.0)
     place = tl.load(target + row).to(tl.int64)
@@ -275,9 +305,19 @@ def _append_attend(  # type: ignore[no-untyped-def]
     new_v = _put(two, values, value_scales, place, kv_head, kv_heads, mine, SIZE, PADDED, PAGE, SCALED)
     share = mine.to(tl.float32)
     own = tl.sum(q.to(tl.float32) * new_k[None, :], axis=1) * scale
+    if CAPPED:
+        own = _bent(own, cap)
     best = tl.where(mine > 0, own, float("-inf"))
     total = tl.zeros([GROUP_PADDED], dtype=tl.float32) + share
     acc = tl.zeros([GROUP_PADDED, PADDED], dtype=tl.float32) + share * new_v[None, :]
+    if SINKS:
+        # Scores are in units of log 2. The first split's part has the sink, as the new token.
+        sink = tl.load(sinks + head, mask=real_head, other=0.0).to(tl.float32) * 1.4426950408889634
+        higher = tl.where(mine > 0, tl.maximum(best, sink), 0.0)
+        fade = tl.exp2(best - higher)
+        total = total * fade + tl.where(mine > 0, tl.exp2(sink - higher), 0.0)
+        acc = acc * fade[:, None]
+        best = tl.where(mine > 0, higher, best)
 
     start = first_page + split * each
     offset = tl.arange(0, PAGE)
@@ -292,6 +332,8 @@ def _append_attend(  # type: ignore[no-untyped-def]
         k = tl.load(keys + tile, mask=real_column[None, :], other=0.0).to(q.dtype)
         score = _dot(q, tl.trans(k), IEEE)
         score = score * tl.load(key_scales + line)[None, :] if SCALED else score * scale
+        if CAPPED:
+            score = _bent(score, cap)
         position = number * PAGE + offset
         seen = position < tokens
         if WINDOWED:

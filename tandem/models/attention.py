@@ -15,6 +15,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -40,9 +42,12 @@ _OF_NO_EFFECT = frozenset(
 )
 """Keywords that change nothing of what attention computes here; a layout refuses every other that it does not know."""
 
+SCORES = 1 << 26
+"""Most scores that exist at a time where attention is computed score by score."""
+
 
 class UnsupportedAttention(Exception):
-    """The model's attention asks for something a layout does not compute (sinks, soft caps, position biases)."""
+    """The model's attention asks for something a layout does not compute (position biases)."""
 
 
 class Ask(NamedTuple):
@@ -54,6 +59,15 @@ class Ask(NamedTuple):
     """Of the scores; None: one over the root of a head's size."""
     sliding_window: int | None
     """How many tokens a token sees, itself included; None: all before it."""
+    softcap: float | None = None
+    """Scores are bent to ``cap * tanh(score / cap)`` (Gemma 2)."""
+    sinks: Tensor | None = None
+    """[H]: for each head a score that takes its part of the softmax and gives nothing (gpt-oss, arXiv:2309.17453)."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is what kernels for attention compute: a softmax of scaled scores."""
+        return self.softcap is None and self.sinks is None
 
 
 def numbered(ask: Ask) -> int:
@@ -81,8 +95,20 @@ def _attention(
     scaling: float | None = None,
     layout: Layout | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
+    if layout is None and (softcap is not None or s_aux is not None):
+        # transformers' SDPA would leave them out.
+        if kwargs.get("position_bias") is not None or dropout:
+            raise UnsupportedAttention("position_bias or attention dropout beside a soft cap or sinks")
+        key, value = (repeat_heads(x, query.shape[1]) for x in (key, value))
+        mask = attention_mask
+        if mask is None and query.shape[2] > 1:
+            mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+        out = scored_attention(query, key, value, mask, Ask(None, scaling, None, softcap, s_aux))
+        return out.transpose(1, 2), None
     if layout is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
@@ -97,7 +123,27 @@ def _attention(
         raise UnsupportedAttention("attention dropout")
     # A compiled layer that reads its own number is a graph of its own: it is read only for those who want it.
     layer = None if getattr(layout, "one_graph", False) else getattr(module, "layer_idx", None)
-    return layout.attend(query, key, value, Ask(layer, scaling, sliding_window)), None
+    return layout.attend(query, key, value, Ask(layer, scaling, sliding_window, softcap, s_aux)), None
+
+
+@torch.no_grad()
+def leave_sdpa(module: Any) -> None:
+    """Gives a module whose attention transformers' SDPA would compute wrongly, without a word, its eager attention.
+
+    SDPA leaves out soft caps and sinks. Another attention, and a module that has none to choose, stay as they are.
+    """
+    own = module.config._attn_implementation
+    if own != "sdpa" or not module._supports_attention_backend:
+        return
+    device = module.get_input_embeddings().weight.device
+    asked = _Asked(torch.tensor([0, 2]), device)
+    module.set_attn_implementation(IMPLEMENTATION)
+    try:
+        ids, position = torch.full((1, 2), 2, device=device), torch.arange(2, device=device)[None]
+        module.base_model(input_ids=ids, position_ids=position, attention_mask=NO_MASK, use_cache=False, layout=asked)
+    except (UnsupportedAttention, TypeError):
+        pass  # What a layout does not compute is found out by whoever wants one.
+    module.set_attn_implementation(own if asked.plain else "eager")
 
 
 AttentionInterface.register(IMPLEMENTATION, _attention)
@@ -107,6 +153,47 @@ AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
 def repeat_heads(x: Tensor, heads: int) -> Tensor:
     """[B, Hkv, K, D] → [B, heads, K, D]: each key-value head once for every query head that shares it."""
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def scored_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, ask: Ask) -> Tensor:
+    """What ``ask`` asks, score by score: query [B, H, Q, D], key and value [B, H, K, D] → [B, H, Q, D].
+
+    ``mask`` is true where a query sees a key (bool), or is added to the scores; it says what the window is. Sinks may
+    be [H, Q]: one a query. Softmax is in float32, or float64 where the queries are. No more than ``SCORES`` exist at a
+    time: where gradients are enabled they are made again in the backward pass.
+    """
+    step = max(1, SCORES // (query.shape[0] * query.shape[1] * key.shape[2]))
+    with_gradient = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
+    parts = []
+    for start in range(0, query.shape[2], step):
+        part = query[:, :, start : start + step]
+        seen = mask if mask is None or mask.shape[-2] == 1 else mask[..., start : start + step, :]
+        own = ask
+        if ask.sinks is not None and ask.sinks.ndim == 2:
+            own = ask._replace(sinks=ask.sinks[:, start : start + step])
+        if with_gradient:
+            parts.append(checkpoint(_scored, part, key, value, seen, own, use_reentrant=False))
+        else:
+            parts.append(_scored(part, key, value, seen, own))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def _scored(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, ask: Ask) -> Tensor:
+    wide = torch.promote_types(query.dtype, torch.float32)
+    scaling = query.shape[-1] ** -0.5 if ask.scaling is None else ask.scaling
+    score = torch.matmul(query.to(wide) * scaling, key.to(wide).transpose(2, 3))
+    if ask.softcap is not None:
+        score = ask.softcap * torch.tanh(score / ask.softcap)
+    if mask is not None and mask.dtype == torch.bool:
+        # Not infinity: a query that is padding may see nothing, and NaN would go on from it.
+        score = score.masked_fill(~mask, torch.finfo(wide).min)
+    elif mask is not None:
+        score = score + mask
+    if ask.sinks is not None:
+        sink = ask.sinks.to(wide).view(score.shape[1], -1)[..., None].expand(len(score), -1, score.shape[2], 1)
+        score = torch.cat((score, sink), dim=-1)
+    weight = torch.softmax(score, dim=-1)[..., : key.shape[2]]
+    return torch.matmul(weight, value.to(wide)).to(query.dtype)
 
 
 class PackedLayout:
@@ -176,11 +263,25 @@ class PackedLayout:
             if ask.sliding_window is not None and ask.sliding_window < len(group.column):
                 distance = group.position[..., None] - group.column
                 mask = (distance >= 0) & (distance < ask.sliding_window)
-            # Without a mask: padding is on the right, where a causal mask already hides it.
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=ask.scaling)
+            if ask.plain:
+                # Without a mask: padding is on the right, where a causal mask already hides it.
+                out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=ask.scaling)
+            else:
+                mask = group.position[..., None] >= group.column if mask is None else mask
+                out = scored_attention(q, k, v, mask, ask)
             parts.append(out.transpose(1, 2).flatten(0, 1))
         packed_U = parts[0] if len(parts) == 1 else torch.cat(parts)
         return packed_U.index_select(0, self.inverse)[None]
+
+
+class _Asked(PackedLayout):
+    """Writes down whether all layers ask for what kernels compute."""
+
+    plain = True
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, ask: Ask) -> Tensor:
+        self.plain = self.plain and ask.plain
+        return super().attend(query, key, value, ask)
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
@@ -267,7 +368,8 @@ class FlashLayout:
     def attend(self, query: Tensor, key: Tensor, value: Tensor, ask: Ask) -> Tensor:
         """Query [1, H, U, D], key and value [1, Hkv, U, D] → [1, U, H, D], in bfloat16 or float16."""
         size = query.shape[-1]
-        if size % 8 or size > 256 or value.shape[-1] != size or value.dtype == torch.float32:
+        odd = size % 8 or size > 256 or value.shape[-1] != size or value.dtype == torch.float32
+        if odd or ask.softcap is not None:
             # What the kernel does not take. Padded instead: slower, the same numbers.
             return self._padded.attend(query, key, value, ask)
         # Where rotation is in float32, queries and keys come wider than values; the kernel wants one type.
@@ -278,15 +380,48 @@ class FlashLayout:
         if ask.sliding_window is not None:
             window = {"window_size_left": ask.sliding_window - 1, "window_size_right": 0}
         # Where a segment has fewer queries than keys, the kernel takes them for its last tokens: they are.
-        out_UHD = torch.ops.aten._flash_attention_forward(
-            q, k, v, self.own_bounds, self.bounds, self.longest, self.longest, 0.0, True, False,
-            scale=ask.scaling, **window,
-        )[0]  # fmt: skip
+        arguments = (self.own_bounds, self.bounds, self.longest, self.longest, 0.0, True)
+        options = {"scale": ask.scaling, **window}
+        if ask.sinks is None:
+            out_UHD = torch.ops.aten._flash_attention_forward(q, k, v, *arguments, False, **options)[0]
+        else:
+            out_UHD = FlashWithSinks.apply(q, k, v, ask.sinks, arguments, options)
         return out_UHD[None].to(query.dtype)
 
     @cached_property
     def _padded(self) -> PackedLayout:
         return PackedLayout(self.host_bounds, self.device, self.sharing)
+
+
+class FlashWithSinks(torch.autograd.Function):
+    """The flash kernel's attention with one more score a head in each softmax, whose value is 0.
+
+    With the log of the softmax's sum ``l`` and a sink ``s``, weights are those of the kernel times
+    ``exp(l - l')``, ``l' = log(exp(l) + exp(s))``. The kernel's backward computes them from the log of the sum that it
+    is given, so ``l'`` makes its gradients right. A sink's own is ``-sum_t exp(s - l'_t) (dO_t · O_t)``.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink_H: Tensor, arguments: tuple[Any, ...], options: dict[str, Any]
+    ) -> Tensor:
+        out_UHD, log_HU, *random, _ = torch.ops.aten._flash_attention_forward(q, k, v, *arguments, False, **options)
+        total_HU = torch.logaddexp(log_HU, sink_H.to(log_HU.dtype)[:, None])
+        out_UHD = (out_UHD * (log_HU - total_HU).exp().T[..., None]).to(out_UHD.dtype)
+        ctx.arguments, ctx.options = arguments, options
+        ctx.save_for_backward(q, k, v, out_UHD, total_HU, sink_H, *random)
+        return out_UHD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_UHD: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out_UHD, total_HU, sink_H, *random = ctx.saved_tensors
+        found = torch.ops.aten._flash_attention_backward(
+            grad_UHD.contiguous(), q, k, v, out_UHD, total_HU, *ctx.arguments, *random, **ctx.options
+        )
+        weight_HU = (sink_H.to(total_HU.dtype)[:, None] - total_HU).exp()
+        grad_sink_H = -(weight_HU * (grad_UHD.float() * out_UHD.float()).sum(-1).T).sum(-1)
+        return (*found, grad_sink_H.to(sink_H.dtype), None, None)
 
 
 def packed_layout(

@@ -19,7 +19,7 @@ from tandem.batch import Batch, Outputs, filled, send
 from tandem.errors import RunFailure, UserError, first_line
 from tandem.functional.distillation import Against
 from tandem.functional.divergence import Divergence, with_tail
-from tandem.functional.logprobs import CHUNK_BYTES, chunked_head
+from tandem.functional.logprobs import CHUNK_BYTES, PLAIN, HeadShape, chunked_head
 from tandem.models.adapters import Adapters
 from tandem.models.attention import NO_MASK, packed_layout
 from tandem.models.compiled import Blocks
@@ -60,6 +60,8 @@ class LoadedModel:
     """``tandem.models.limits.turning_point``: longer sequences go through apart from the others."""
     split_head: bool = False
     """Whether its logits are its output embedding applied to its last hidden state, so that the head can be chunked."""
+    head_shape: HeadShape = PLAIN
+    """What is done to their product, where the head is split."""
     sharded: Sharded | None = None
     """The call to make where parameters are sharded, and the device to make it on."""
     blocks: Blocks | None = None
@@ -186,15 +188,16 @@ def _compute(model: LoadedModel, batch: Batch, *, ask: Ask) -> Outputs:
         return Outputs(scalar_T=model.module.score(hidden_states(model, batch)).squeeze(-1).float())
     index_N = batch.index_N
     if model.split_head:
-        source_T, head = hidden_states(model, batch), model.module.get_output_embeddings()
+        source_T, head, shape = hidden_states(model, batch), model.module.get_output_embeddings(), model.head_shape
     else:
-        source_T, head = native_logits(model, batch), torch.nn.Identity()
+        source_T, head, shape = native_logits(model, batch), torch.nn.Identity(), PLAIN
     # Not by brackets, whose gradient sorts the places first: here none comes twice.
     source_N = source_T.index_select(0, index_N - 1)
     if ask.states:
-        return Outputs(state_TD=_spread(source_N, index_N, batch.tokens))
+        # So that logits are the head's product with them, whoever makes it. (A head that bends logits gives no states.)
+        return Outputs(state_TD=_spread(source_N * shape.scale, index_N, batch.tokens))
     if ask.top_k:
-        logp_NK, id_NK = _likeliest(head, source_N, ask, model.words)
+        logp_NK, id_NK = _likeliest(head, source_N, ask, model.words, shape)
         return Outputs(
             top_logp_TK=_spread(logp_NK, index_N, batch.tokens), top_id_TK=_spread(id_NK, index_N, batch.tokens)
         )
@@ -207,6 +210,7 @@ def _compute(model: LoadedModel, batch: Batch, *, ask: Ask) -> Outputs:
         entropy_grad=ask.entropy_gradient,
         weight_gradient=model.head_gradient,
         against=_against(ask.divergence, model, batch, index_N) if ask.divergence is not None else None,
+        shape=shape,
     )
     return Outputs(
         logp_T=_spread(logp_N, index_N, batch.tokens),
@@ -215,13 +219,13 @@ def _compute(model: LoadedModel, batch: Batch, *, ask: Ask) -> Outputs:
     )
 
 
-def _likeliest(head: Any, source_N: Tensor, ask: Ask, words: int) -> tuple[Tensor, Tensor]:
+def _likeliest(head: Any, source_N: Tensor, ask: Ask, words: int, shape: HeadShape) -> tuple[Tensor, Tensor]:
     """The likeliest tokens' log-probs with their tail, [N, K + 1], and their ids, [N, K], some rows at a time."""
     logps, ids = [], []
     vocabulary = len(head.weight) if hasattr(head, "weight") else source_N.shape[-1]
     rows = max(1, CHUNK_BYTES.get(source_N.device.type, CHUNK_BYTES["cpu"]) // (4 * vocabulary))
     for source_n in source_N.split(rows):
-        logits_nV = head(source_n)[:, :words].float() / ask.temperature
+        logits_nV = shape.of(head(source_n)[:, :words]).float() / ask.temperature
         # One token at least makes the tail.
         id_nK = logits_nV.topk(min(ask.top_k, logits_nV.shape[-1] - 1), dim=-1).indices
         logps.append(with_tail(logits_nV, id_nK))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -13,7 +13,8 @@ from torch import Tensor
 from tandem.batch import Batch
 from tandem.data.packing import pack
 from tandem.errors import UserError
-from tandem.models.attention import IMPLEMENTATION, UnsupportedAttention
+from tandem.functional.logprobs import PLAIN, HeadShape
+from tandem.models.attention import IMPLEMENTATION, UnsupportedAttention, leave_sdpa
 from tandem.models.forward import LoadedModel, hidden_states, native_logits
 from tandem.models.limits import turning_point
 from tandem.models.shrunk import TURNING, named_limits, shrunk
@@ -32,12 +33,13 @@ FAR_LENGTHS = (TURNING + 7, 7, TURNING - 4)
 
 @torch.no_grad()
 def probe_forward(model: LoadedModel) -> str:
-    """Sets how batches go through the model, in ``packed``, ``equal_lengths`` and ``split_head``: the fastest true way.
+    """Sets how batches go through the model, in ``packed``, ``equal_lengths``, ``split_head``: the fastest true way.
 
     True is what reproduces the module's own forward of one sequence at a time: on the model itself, and on a shrunken
     copy, whose limits the sequences go beyond. Returns why sequences must be padded, or nothing where packing works.
     Raises UserError for a model that reads ahead.
     """
+    leave_sdpa(model.module)
     model.turning = turning_point(model.module.config)
     trials = [_Trial(model, LENGTHS)]
     if not trials[0].causal():
@@ -62,7 +64,9 @@ def probe_forward(model: LoadedModel) -> str:
         )
     else:
         model.module.set_attn_implementation(IMPLEMENTATION)
-    model.split_head = not model.scalar and all(trial.head_can_be_split(model) for trial in trials)
+    if not model.scalar:
+        shapes = [trial.head_shape(model) for trial in trials]
+        model.split_head, model.head_shape = None not in shapes, shapes[0] or PLAIN
     return reason
 
 
@@ -92,19 +96,57 @@ class _Trial:
             return f"its attention needs what packing lacks ({error})"
         return "" if _close(found, self.truth) else "packed sequences do not reproduce its own forward"
 
-    def head_can_be_split(self, found: LoadedModel) -> bool:
-        """Whether its logits are its output embedding applied to its last hidden state."""
-        module = self.model.module
-        head = module.get_output_embeddings()
-        if head is None or module.base_model is module:
-            return False
-        if getattr(head, "in_features", None) != module.get_input_embeddings().weight.shape[1]:
-            return False
-        if getattr(module.config, "final_logit_softcapping", None):
-            return False  # It bends large logits only, which a probe may not have.
+    def head_shape(self, found: LoadedModel) -> HeadShape | None:
+        """How its logits follow from the product of its output embedding and its last hidden state, if they do."""
         model = replace(self.model, packed=found.packed, equal_lengths=found.equal_lengths)
-        with _attention(module, replaced=found.packed):
-            return _close(head(hidden_states(model, self.batch)), self.truth)
+        with _attention(self.model.module, replaced=found.packed):
+            return find_head_shape(
+                self.model.module,
+                lambda: hidden_states(model, self.batch),
+                lambda: native_logits(model, self.batch),
+            )
+
+
+def find_head_shape(module: Any, states: Callable[[], Tensor], logits: Callable[[], Tensor]) -> HeadShape | None:
+    """How the module's logits follow from the product of its head and its last hidden state; None where they do not.
+
+    ``states`` gives the last hidden state [T, D] of some tokens, ``logits`` runs the module on them, [T, V]. The config
+    says what to try; it is proved at magnitudes that any bend would show at.
+    """
+    head = module.get_output_embeddings()
+    if head is None or module.base_model is module:
+        return None
+    if getattr(head, "in_features", None) != module.get_input_embeddings().weight.shape[1]:
+        return None
+    config = module.config.get_text_config()
+    scale = 1.0
+    for name, power in (("logits_scaling", -1), ("logit_scale", 1), ("lm_head_multiplier", 1)):
+        scale *= (getattr(config, name, None) or 1.0) ** power
+    shape = HeadShape(scale, getattr(config, "final_logit_softcapping", None))
+    product = head(states())
+    if not _close(shape.of(product), logits()):
+        return None
+    made: list[Tensor] = []
+    for largest in (10.0, 5 * (shape.cap or 20.0)):
+        factor = largest / max(1e-6, float(product.abs().max()) * abs(scale))
+
+        def enlarge(_: Any, args: Any, factor: float = factor) -> Any:
+            return (args[0] * factor, *args[1:])
+
+        hooks = [
+            head.register_forward_pre_hook(enlarge),
+            head.register_forward_hook(lambda _, __, output: made.append(output)),
+            module.register_forward_hook(lambda _, __, output: made.append(output["logits"])),
+        ]
+        try:
+            logits()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        *_, raw, final = made
+        if not _close(shape.of(raw), final):
+            return None
+    return shape
 
 
 @contextmanager

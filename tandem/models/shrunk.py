@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from tandem.models.attention import leave_sdpa
 from tandem.models.limits import limits_of, turning_point
 
 log = logging.getLogger("tandem")
@@ -114,6 +115,7 @@ def shrunk(module: Any) -> Any | None:
                 torch.manual_seed(0)
                 small = _made(type(module), config).eval()
                 trained_size(small)
+                leave_sdpa(small)
                 if _runs(small):
                     return small
         except Exception as error:

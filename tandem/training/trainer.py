@@ -115,9 +115,9 @@ class LocalScorer:
 
         A collective; rank 0's are there. Raises UserError where its logits are more than a product of the two.
         """
-        if not self.model.split_head:
+        if not self.model.split_head or self.model.head_shape.cap is not None:
             raise UserError(
-                f"{type(self.model.module).__name__}: its logits are not its head times its last hidden state alone, "
+                f"{type(self.model.module).__name__}: its logits are not its head times its last hidden state, "
                 "so its whole distribution cannot be given to a student; give --teacher-top-k"
             )
         module = self.model.module.get_output_embeddings()

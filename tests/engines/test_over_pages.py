@@ -155,18 +155,19 @@ def test_the_lean_forward_is_used_where_it_is_right_and_only_there() -> None:
                 if "norm" in name:
                     parameter.uniform_(0.2, 0.9)  # so that a norm that is left out is seen
         module.eval().set_attn_implementation(IMPLEMENTATION)
-    reasons = {}
-    for module in (model("qwen2"), model("llama"), model("mistral"), qwen3, gemma, model("gpt_neox")):
+    sinful = model("llama")
+    # A thing that nobody knows of: it does nothing yet, and what it will do is unknown.
+    sinful.model.layers[1].gain = torch.nn.Parameter(torch.zeros(()))
+    odd = model("llama")
+    odd.model.layers[1].mlp.act_fn.register_forward_hook(lambda _, __, out: out * 1.01)
+    reasons = []
+    for module in (model("qwen2"), model("mistral"), qwen3, gemma, model("gpt_neox"), odd, sinful):
         engine = live(module, way="captured")
         assert engine.fitting is not None
-        reasons[type(module).__name__] = engine.fitting.own_because
+        reasons.append(engine.fitting.own_because)
         asked = [Request(prompt_ids=(4, 5, 6), seeds=(1, 2), sampling=SamplingParams(max_new_tokens=70))]
         assert drawn(engine.generate(asked)) == drawn(live(module, way="slots").generate(asked))
-    assert [name for name, reason in reasons.items() if not reason] == [
-        "Qwen2ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM", "Qwen3ForCausalLM"
-    ]  # fmt: skip
-    assert "SiLU" in reasons["GemmaForCausalLM"]
-    assert "RMS norm" in reasons["GPTNeoXForCausalLM"]
+    assert reasons == ["", "", "", "", "", "", "it has gain of unknown use"]
 
 
 def test_the_lean_forward_takes_linears_that_multiply_by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ from triton.runtime.jit import JITFunction
 from tandem import kernels
 from tandem.kernels import bits, bits_triton, draw_triton, layers_triton, logprob_triton, pages_triton
 from tandem.kernels.draw import FIELDS
-from tandem.kernels.layers import Rotation
+from tandem.kernels.layers import CURVES, Norm, Rotation
 from tandem.kernels.pages import EIGHT_BIT, Pages
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -111,9 +111,13 @@ def call_layers() -> None:
     # Of sizes, one for each type: all that a size changes is constants.
     for dtype, size in zip(DTYPES, (896, 5120), strict=True):
         x, weight = torch.zeros(2, size, dtype=dtype), torch.zeros(size, dtype=dtype)
-        layers_triton.rms_norm(x, None, weight, 1e-6)
-        layers_triton.rms_norm(x, x, weight, 1e-6)
-        layers_triton.gated_silu(torch.zeros(2, 2 * size, dtype=dtype))
+        rms, layer = Norm(weight, offset=dtype == torch.float32), Norm(weight, weight, centered=True, wide=True)
+        layers_triton.add_norm(x, None, rms)
+        layers_triton.add_norm(x, x, rms)
+        layers_triton.add_norm(x, x, layer, first=rms, scale=0.5)
+        layers_triton.add_norm(x, x, None, first=layer)
+        for curve in CURVES:
+            layers_triton.gated(torch.zeros(2, 2 * size, dtype=dtype), curve)
     for dtype, (heads, kv_heads, size) in zip(DTYPES, ((14, 2, 64), (6, 3, 24)), strict=True):
         qkv = torch.zeros(2, heads + 2 * kv_heads, size, dtype=dtype)
         for rotation in _rotations(size, dtype):
@@ -121,9 +125,15 @@ def call_layers() -> None:
 
 
 def _rotations(size: int, dtype: torch.dtype) -> list[Rotation]:
-    """Without and with norms."""
-    table_PD, weight_D = torch.zeros(9, size, dtype=dtype), torch.zeros(size, dtype=dtype)
-    return [Rotation(table_PD, table_PD), Rotation(table_PD, table_PD, (weight_D, weight_D, 1e-6))]
+    """Without and with norms, a part of a head by pairs, and norms alone."""
+    table, part = torch.zeros(9, size, dtype=dtype), torch.zeros(9, 8)
+    norm = Norm(torch.zeros(size, dtype=dtype), offset=dtype == torch.float32)
+    return [
+        Rotation(table, table),
+        Rotation(table, table, (norm, norm)),
+        Rotation(part, part, (norm, norm), pairs=True),
+        Rotation(table[:, :0], table[:, :0], (norm, norm)),
+    ]
 
 
 def call_logprob() -> None:
@@ -163,7 +173,7 @@ def call_pages(*, eight_bit: bool) -> None:
         for scaled in (False, True) if eight_bit else (False,):
             # Normed heads and splits; a window and a page a row, both 1; many rows, for which there are few warps.
             call_attention(dtype, (14, 2, 64), count=5, width=20, window=None, rotation=1, scaled=scaled)
-            call_attention(dtype, (6, 1, 24), count=1, width=1, window=1, rotation=0, scaled=scaled)
+            call_attention(dtype, (6, 1, 24), count=1, width=1, window=1, rotation=2, scaled=scaled)
             call_attention(dtype, (4, 2, 64), count=512, width=20, window=100, rotation=None, scaled=scaled)
 
 
@@ -181,9 +191,11 @@ def call_attention(
     table = torch.zeros(count, width, dtype=torch.int32)
     rows = pages_triton.decode_rows(table, length, length, PAGE, kv_heads)
     pages_triton.store(key, value, pages, rows.target_B)
+    # Soft caps and sinks where there is a window.
     pages_triton.append_attend(
         query, key, value, pages, rows, scaling=0.1, sliding_window=window,
         rotation=None if rotation is None else _rotations(size, dtype)[rotation],
+        softcap=None if window is None else 50.0, sink_H=None if window is None else torch.zeros(heads, dtype=dtype),
     )  # fmt: skip
 
 

@@ -34,37 +34,81 @@ def close(found: torch.Tensor, truth: torch.Tensor, factor: float = 1.0) -> None
     torch.testing.assert_close(found, truth, atol=tolerance, rtol=tolerance)
 
 
+KINDS = {
+    "RMS": lambda weight, bias: layers.Norm(weight, eps=1e-6),
+    "offset": lambda weight, bias: layers.Norm(weight, eps=1e-6, offset=True, wide=True),
+    "wide": lambda weight, bias: layers.Norm(weight, eps=1e-3, wide=True),
+    "layer": lambda weight, bias: layers.Norm(weight, bias, eps=1e-5, centered=True, wide=True),
+    "bare": lambda weight, bias: layers.Norm(None, eps=1e-5, centered=True),
+}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, LOW])
 @pytest.mark.parametrize("size", [48, 896])
-def test_norms(dtype: torch.dtype, size: int) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_norms(dtype: torch.dtype, size: int, kind: str) -> None:
     x, residual = torch.randn(2, 5, size, device=DEVICE).to(dtype)
-    weight = torch.randn(size, device=DEVICE).to(dtype)
-    close(layers_triton.rms_norm(x, None, weight, 1e-6)[0], layers.rms_norm(x, weight, 1e-6), 4)
-    found, truth = layers_triton.rms_norm(x, residual, weight, 1e-6), layers.add_rms_norm(x, residual, weight, 1e-6)
-    close(found[0], truth[0], 4)
-    close(found[1], truth[1])
+    by, other = (KINDS[kind](*torch.randn(2, size, device=DEVICE).to(dtype)) for _ in range(2))
+    close(layers_triton.add_norm(x, None, by)[0], layers.norm(x, by), 4)
+    for norm, first, scale in ((by, None, 1.0), (by, other, 1.0), (None, by, 0.3), (None, None, 1.0)):
+        found = layers_triton.add_norm(x, residual, norm, first=first, scale=scale)
+        truth = layers.add_norm(x, residual, norm, first=first, scale=scale)
+        close(found[0], truth[0], 8)
+        close(found[1], truth[1], 4)
+    # Rows that lie apart, in place.
+    wide = torch.cat((x, residual), dim=1)
+    layers_triton.add_norm(wide[:, :size], None, by, out_TD=wide[:, :size])
+    close(wide[:, :size], layers.norm(x, by), 4)
+    assert torch.equal(wide[:, size:], residual)
+
+
+def test_norms_written_out() -> None:
+    x, weight, bias = torch.randn(3, 4, device=DEVICE, dtype=torch.float64).unbind()
+    row = [float(v) for v in x]
+    mean = sum(row) / 4
+    rms = (sum(v * v for v in row) / 4 + 0.1) ** 0.5
+    deviation = (sum((v - mean) ** 2 for v in row) / 4 + 0.1) ** 0.5
+    offset = torch.tensor([v / rms * (1 + float(w)) for v, w in zip(row, weight, strict=True)])
+    layer = torch.tensor(
+        [(v - mean) / deviation * float(w) + float(b) for v, w, b in zip(row, weight, bias, strict=True)]
+    )
+    one = x.float()[None]
+    close(layers.norm(one, layers.Norm(weight.float(), None, 0.1, offset=True))[0].cpu(), offset)
+    close(layers.norm(one, layers.Norm(weight.float(), bias.float(), 0.1, centered=True))[0].cpu(), layer)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, LOW])
-@pytest.mark.parametrize("size", [48, 1500])
-def test_gate(dtype: torch.dtype, size: int) -> None:
-    gate_up = torch.randn(3, 2 * size, device=DEVICE).to(dtype)
-    close(layers_triton.gated_silu(gate_up), layers.gated_silu(gate_up), 2)
+@pytest.mark.parametrize(("size", "curve"), [(48, "silu"), (1500, "silu"), (48, "gelu"), (48, "gelu_tanh")])
+def test_gates(dtype: torch.dtype, size: int, curve: layers.Curve) -> None:
+    gate_up = 2 * torch.randn(3, 2 * size, device=DEVICE).to(dtype)
+    close(layers_triton.gated(gate_up, curve), layers.gated(gate_up, curve), 4)
+
+
+def rotation_of(dtype: torch.dtype, turned: int, size: int, *, normed: str, pairs: bool = False) -> layers.Rotation:
+    """Of the first ``turned`` dimensions, by random angles."""
+    angle = torch.randn(40, turned // 2, device=DEVICE)
+    angle = angle.repeat_interleave(2, dim=1) if pairs else angle.repeat(1, 2)
+    weights = torch.rand(2, size, device=DEVICE).to(dtype)
+    kinds = [layers.Norm(w, eps=1e-6, offset=normed == "offset", wide=normed == "offset") for w in weights]
+    return layers.Rotation(
+        angle.cos().to(dtype), angle.sin().to(dtype), (kinds[0], kinds[1]) if normed else None, pairs
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, LOW])
-@pytest.mark.parametrize("normed", [False, True])
-@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 1, 8), (14, 2, 64), (6, 3, 24)])
-def test_rotation(dtype: torch.dtype, normed: bool, heads: int, kv_heads: int, size: int) -> None:
+@pytest.mark.parametrize("normed", ["", "rms", "offset"])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size", "turned", "pairs"),
+    [(4, 1, 8, 8, False), (14, 2, 64, 64, False), (6, 3, 24, 24, True), (4, 2, 24, 8, False), (4, 2, 24, 8, True),
+     (4, 2, 24, 0, False)],
+)  # fmt: skip
+def test_rotation(dtype, normed, heads, kv_heads, size, turned, pairs) -> None:
     qkv = torch.randn(7, heads + 2 * kv_heads, size, device=DEVICE).to(dtype)
     position = torch.randint(0, 30, (7,), device=DEVICE)
-    angle = torch.randn(40, size // 2, device=DEVICE).repeat(1, 2)
-    norms = (*torch.rand(2, size, device=DEVICE).to(dtype), 1e-6) if normed else None
+    rotation = rotation_of(dtype, turned, size, normed=normed, pairs=pairs)
     found, truth = qkv.clone(), qkv.clone()
-    for function, turned in ((layers_triton.rotate_, found), (layers.rotate_, truth)):
-        function(
-            turned, position, layers.Rotation(angle.cos().to(dtype), angle.sin().to(dtype), norms), heads, kv_heads
-        )
+    for function, mine in ((layers_triton.rotate_, found), (layers.rotate_, truth)):
+        function(mine, position, rotation, heads, kv_heads)
     close(found, truth, 4)
     assert torch.equal(found[:, heads + kv_heads :], qkv[:, heads + kv_heads :]), "values are left alone"
 
@@ -111,9 +155,10 @@ def test_pages(dtype: torch.dtype, heads: int, kv_heads: int, size: int, page: i
     assert torch.equal(some_rows.target_B, plain_rows.target_B)
     rows = pages_triton.decode_rows(table, length, torch.ones_like(alive), page, kv_heads)
     query = torch.randn(4, heads, size, device=DEVICE).to(dtype)
-    for window in (None, page + 3, 1):
+    sinks = torch.randn(heads, device=DEVICE).to(dtype)
+    for window, softcap, sink in ((None, None, None), (page + 3, 1.5, None), (1, None, sinks), (None, 0.5, 3 * sinks)):
         arguments = (query, key[:4], value[:4])
-        how = {"scaling": 0.3, "sliding_window": window}
+        how = {"scaling": 0.3, "sliding_window": window, "softcap": softcap, "sink_H": sink}
         plain = copy_of(cache)
         truth = pages.append_attend(*arguments, plain, rows, **how)
         for share, most in ((None, None), (4, 4), (1, 2), (1, 4)):
@@ -127,23 +172,23 @@ def test_pages(dtype: torch.dtype, heads: int, kv_heads: int, size: int, page: i
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, LOW])
-@pytest.mark.parametrize("normed", [False, True])
-@pytest.mark.parametrize("size", [16, 24])
-def test_decoding_turns_queries_and_keys_by_the_way(dtype: torch.dtype, normed: bool, size: int) -> None:
+@pytest.mark.parametrize(
+    ("normed", "size", "turned", "pairs"),
+    [("", 16, 16, False), ("rms", 24, 24, False), ("offset", 16, 8, False), ("", 24, 12, True), ("rms", 16, 0, False)],
+)
+def test_decoding_turns_queries_and_keys_by_the_way(dtype, normed, size, turned, pairs) -> None:
     heads, kv_heads, page = 6, 2, 16
     qkv = torch.randn(3, heads + 2 * kv_heads, size, device=DEVICE).to(dtype)
     length = torch.tensor([0, 5, 20], device=DEVICE)
-    angle = torch.randn(40, size // 2, device=DEVICE).repeat(1, 2)
-    norms = (*torch.rand(2, size, device=DEVICE).to(dtype), 1e-6) if normed else None
-    rotation = layers.Rotation(angle.cos().to(dtype), angle.sin().to(dtype), norms)
+    rotation = rotation_of(dtype, turned, size, normed=normed, pairs=pairs)
     table = torch.tensor([[1, 2], [3, 4], [5, 6]], device=DEVICE).int()
     rows = pages_triton.decode_rows(table, length, torch.ones_like(length), page, kv_heads)
-    turned = qkv.clone()
-    layers.rotate_(turned, length, rotation, heads, kv_heads)
+    after = qkv.clone()
+    layers.rotate_(after, length, rotation, heads, kv_heads)
     parts = [heads, kv_heads, kv_heads]
     cache = new_pages(dtype, (7, kv_heads, page, size), eight_bit=False)
     plain, found, by_itself = (copy_of(cache) for _ in range(3))
-    truth = pages.append_attend(*turned.split(parts, dim=1), plain, rows, scaling=0.3)
+    truth = pages.append_attend(*after.split(parts, dim=1), plain, rows, scaling=0.3)
     for most in (1, 4):
         out = pages_triton.append_attend(
             *qkv.split(parts, dim=1), found, rows, scaling=0.3, sliding_window=None, rotation=rotation, most=most
@@ -194,6 +239,23 @@ def test_the_new_token_is_attended_to_and_stored() -> None:
     stored = [x[1:4, 0].reshape(-1, size)[: last + 1] for x in (cache.keys, cache.values)]
     assert torch.equal(stored[0], key[:, 0])
     assert torch.equal(stored[1], value[:, 0])
+
+
+def test_soft_caps_and_sinks_written_out() -> None:
+    """Against scores bent by tanh, and a softmax with one column more whose value is nothing."""
+    page, size = 16, 8
+    key, value = torch.randn(2, page + 3, 1, size, device=DEVICE)
+    cache = pages.Pages(*torch.zeros(2, 3, 1, page, size, device=DEVICE))
+    last = len(key) - 1
+    pages.store(key[:last], value[:last], cache, page + torch.arange(last, device=DEVICE))
+    query, sinks = torch.randn(1, 2, size, device=DEVICE), torch.tensor([0.3, 4.0], device=DEVICE)
+    table, length = torch.tensor([[1, 2]], device=DEVICE).int(), torch.tensor([last], device=DEVICE)
+    rows = pages.decode_rows(table, length, torch.ones_like(length), page=page, kv_heads=1)
+    how = {"scaling": 0.5, "sliding_window": 5, "softcap": 0.8, "sink_H": sinks}
+    found = pages.append_attend(query, key[last:], value[last:], cache, rows, **how)
+    score = (0.8 * torch.tanh(0.5 * query[0].double() @ key[-5:, 0].double().T / 0.8)).exp()
+    weight = score / (score.sum(-1, keepdim=True) + sinks.double().exp()[:, None])
+    close(found[0].double(), weight @ value[-5:, 0].double(), 2)
 
 
 @pytest.mark.parametrize("magnitude", [1e-3, 1.0, 1e4])

@@ -12,7 +12,7 @@ import torch
 
 from tandem.engines.live.core import Batching, LiveCore, evaluating
 from tandem.engines.live.fitting import Fitting
-from tandem.engines.live.forwards import Unlike
+from tandem.engines.live.layers import Unlike
 from tandem.engines.live.over_pages import PagedBatching
 from tandem.engines.live.over_slots import SlotBatching
 from tandem.engines.live.padded import PaddedBatching, Together

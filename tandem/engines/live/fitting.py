@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from tandem.engines.live.decoder import Decoder
-from tandem.engines.live.forwards import LeanForward, OwnForward, Unlike
+from tandem.engines.live.forwards import LeanForward, OwnForward
+from tandem.engines.live.layers import Unlike
 from tandem.engines.live.pages import PAGE, pages_for
-from tandem.engines.live.probe import Trial, find_cache_shape, why_not_tried
+from tandem.engines.live.probe import Trial, find_cache_shape, head_shape_of, why_not_tried
 from tandem.engines.samples import Sample
 from tandem.models.shrunk import POSITIONS
 
@@ -36,7 +37,7 @@ class Fitting:
     ) -> None:
         self.module = module
         self.cache_tokens = cache_tokens
-        self.shape, attention = find_cache_shape(module)
+        self.shape = find_cache_shape(module)
         near, far = Trial(module), Trial.far(module)
         if reason := why_not_tried(module, far):
             raise Unlike(reason)
@@ -48,19 +49,18 @@ class Fitting:
         self.own_because = ""
         """Why the module's own forward is used, where it is."""
         try:
-            self.forward = LeanForward(module, positions=positions, attention=attention)
+            self.forward = LeanForward(module, positions=positions, head_shape=head_shape_of(module))
             self.own_because = near.why_not_pages(self.forward, self.shape)
             if not self.own_because and far is not None:
-                shape, attention = find_cache_shape(far.module)
-                lean = LeanForward(far.module, positions=POSITIONS, attention=attention)
-                self.own_because = far.why_not_pages(lean, shape)
+                lean = LeanForward(far.module, positions=POSITIONS, head_shape=head_shape_of(far.module))
+                self.own_because = far.why_not_pages(lean, find_cache_shape(far.module))
         except Unlike as error:
             self.own_because = str(error)
         if self.own_because:
             self.forward = OwnForward(module)
             reason = near.why_not_pages(self.forward, self.shape)
             if not reason and far is not None:
-                reason = far.why_not_pages(OwnForward(far.module), find_cache_shape(far.module)[0])
+                reason = far.why_not_pages(OwnForward(far.module), find_cache_shape(far.module))
             if reason:
                 raise Unlike(reason)
             log.warning("%s: sampled with its own forward (slower): %s", type(module).__name__, self.own_because)

@@ -27,6 +27,8 @@ class CacheShape:
     dtype: torch.dtype
     eight_bit: bool = False
     """Whether they are kept in 8 bits, with a scale for each token and head, and not as they come."""
+    capped: bool = False
+    """Whether scores are bent (``Ask.softcap``), which no flash kernel does."""
 
     @property
     def page_bytes(self) -> int:
@@ -131,4 +133,6 @@ class PagedDecode:
             scaling=query_BHD.shape[-1] ** -0.5 if ask.scaling is None else ask.scaling,
             sliding_window=ask.sliding_window,
             rotation=rotation,
+            softcap=ask.softcap,
+            sink_H=ask.sinks,
         )

@@ -10,14 +10,16 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from tandem.engines.live.decoder import Decoder
-from tandem.engines.live.forwards import OwnForward, Unlike
+from tandem.engines.live.forwards import OwnForward
+from tandem.engines.live.layers import Unlike
 from tandem.engines.live.over_slots import Prefilled
 from tandem.engines.live.padded import Together, generate
 from tandem.engines.live.pages import CacheShape, PagedDecode
 from tandem.engines.live.prefill import Forward
 from tandem.engines.live.slots import DecodeLayout, SlotCache
+from tandem.functional.logprobs import HeadShape
 from tandem.models.attention import IMPLEMENTATION, Ask, PackedLayout, UnsupportedAttention, numbered
-from tandem.models.probe import too_far
+from tandem.models.probe import find_head_shape, too_far
 from tandem.models.shrunk import LIMIT, TURNING, named_limits, shrunk
 
 PROMPT_LENGTHS = (5, 3)
@@ -107,8 +109,8 @@ def why_not_layouts(module: Any) -> str:
 
 
 @torch.no_grad()
-def find_cache_shape(module: Any) -> tuple[CacheShape, list[Ask]]:
-    """What a token needs in the cache, and what each layer asks of its attention, as the module itself does.
+def find_cache_shape(module: Any) -> CacheShape:
+    """What a token needs in the cache.
 
     Raises Unlike where its layers differ in what they keep.
     """
@@ -125,8 +127,21 @@ def find_cache_shape(module: Any) -> tuple[CacheShape, list[Ask]]:
     (key_shape, value_shape, dtype), *others = kept
     if others or key_shape != value_shape:
         raise Unlike("its layers keep keys and values of several shapes")
-    shape = CacheShape(layers=len(seen.layers), kv_heads=key_shape[0], head_dim=key_shape[2], dtype=dtype)
-    return shape, [seen.layers[layer][2] for layer in range(len(seen.layers))]
+    capped = any(ask.softcap is not None for _, _, ask in seen.layers.values())
+    return CacheShape(layers=len(seen.layers), kv_heads=key_shape[0], head_dim=key_shape[2], dtype=dtype, capped=capped)
+
+
+@torch.no_grad()
+def head_shape_of(module: Any) -> HeadShape | None:
+    """What the module does to the product of its head and its last hidden state; None where that is not all it does."""
+    generator = torch.Generator().manual_seed(0)
+    weight = module.get_input_embeddings().weight
+    ids = torch.randint(weight.shape[0], (1, PROMPT_LENGTHS[0]), generator=generator).to(weight.device)
+    return find_head_shape(
+        module,
+        lambda: module.base_model(input_ids=ids, use_cache=False)["last_hidden_state"][0],
+        lambda: module(input_ids=ids, use_cache=False).logits[0],
+    )
 
 
 class _Seen(PackedLayout):

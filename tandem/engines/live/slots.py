@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tandem.models.attention import Ask, PackedLayout, numbered
+from tandem.models.attention import Ask, PackedLayout, numbered, scored_attention
 
 PackedKeyValues = Mapping[int, tuple[Tensor, Tensor]]
 """For each layer, keys and values [T, Hkv, D] of packed tokens."""
@@ -112,7 +112,7 @@ class DecodeLayout:
         # Heads that share keys and values stand side by side as query positions, so that those are never repeated.
         shared = query.reshape(rows, keys.shape[1], -1, size).to(keys.dtype)
         mask = self._mask(ask.sliding_window, shared.dtype)
-        out = _attention(shared, keys, values, mask, ask.scaling)
+        out = _attention(shared, keys, values, mask, ask)
         return out.reshape(rows, 1, heads, -1).to(query.dtype)
 
     def _target(self, heads: int) -> Tensor:
@@ -136,12 +136,17 @@ class DecodeLayout:
         return self.masks[sliding_window]
 
 
-def _attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scaling: float | None) -> Tensor:
+def _attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, ask: Ask) -> Tensor:
     """Query [B, Hkv, Q, D] of few Q, keys and values [B, Hkv, K, D] → [B, Hkv, Q, D]."""
+    if not ask.plain:
+        if ask.sinks is not None:
+            # A sink a query head, which are query positions here.
+            ask = ask._replace(sinks=ask.sinks.view(keys.shape[1], -1))
+        return scored_attention(query, keys, values, mask, ask)
     if keys.device.type != "cpu" or keys.dtype != torch.float32:
-        return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling)
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=ask.scaling)
     # torch's CPU kernel works by tiles of many queries, and takes four times as long for one or two.
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scaling = query.shape[-1] ** -0.5 if ask.scaling is None else ask.scaling
     score = torch.matmul(query * scaling, keys.transpose(2, 3)).add_(mask)
     return torch.matmul(torch.softmax(score, dim=-1), values)
 

@@ -1,0 +1,584 @@
+"""A decoder read from the module: what is watched while a few tokens go through it becomes a description.
+
+Names say nothing here but where a norm's epsilon and a config's multipliers are. What feeds what is seen by where
+tensors lie; what a norm, an activation or a rotation computes is found by computing it. Whether the whole then computes
+what the module computes is for the caller to prove.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from tandem.kernels import layers as kernels
+from tandem.kernels import products
+from tandem.kernels.layers import CURVES, Curve, Norm, Rotation
+from tandem.models.attention import NO_MASK, Ask, PackedLayout, UnsupportedAttention
+
+POSITIONS = (0, 1, 2, 3, 5, 9, 17, 33)
+"""Of the tokens that are watched, and the last that there is."""
+
+LEAST, LEAST_LOW = 1e-3, 0.03
+"""A difference of norms, over the truth's, that is more than rounding: in float32, and in 16 bits."""
+Name = TypeVar("Name")
+
+
+class Unlike(Exception):
+    """The model is not built of what is known here; the message says where."""
+
+
+class Product:
+    """Linear layers of one input as one matrix product: their parameters are laid one behind the other in memory.
+
+    They stay the module's own, so that an optimizer step is seen at once.
+    """
+
+    def __init__(self, linears: Seq[nn.Linear]) -> None:
+        self.linears = linears
+        if len({linear.bias is None for linear in linears}) > 1:
+            raise Unlike("some of the layers that could be one product have biases")
+        self.stack()
+
+    def stack(self) -> None:
+        """Again where they were taken apart (moved, cast, or given back from parking)."""
+        self.weight = stack([linear.weight for linear in self.linears])
+        biases = [linear.bias for linear in self.linears]
+        self.bias = None if biases[0] is None else stack(biases)
+
+    def __call__(self, x_TI: Tensor) -> Tensor:
+        return products.linear(x_TI, self.weight, self.bias)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention:
+    """From what goes into a layer's attention to what comes out of it."""
+
+    ask: Ask
+    heads: int
+    kv_heads: int
+    size: int
+    qkv: Product
+    by_head: bool
+    """Whether the product has queries, key and value of one key-value head after the other (GPT-NeoX)."""
+    wide_norms: tuple[Norm, Norm] | None
+    """Of all queries, and of all keys (OLMo 2)."""
+    rotation: Rotation
+    output: Product
+
+    def parts(self, qkv_TO: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [T, H, D], keys and values [T, Hkv, D] of the product, normed over all heads."""
+        counts = [self.heads, self.kv_heads, self.kv_heads]
+        if self.by_head:
+            shared = self.heads // self.kv_heads
+            by_head = qkv_TO.view(len(qkv_TO), self.kv_heads, shared + 2, self.size)
+            query, key, value = by_head.split([shared, 1, 1], dim=2)
+            return query.flatten(1, 2), key.flatten(1, 2), value.flatten(1, 2)
+        for part_TO, by in zip(
+            qkv_TO.split([n * self.size for n in counts], dim=1), self.wide_norms or (), strict=False
+        ):
+            kernels.norm_(part_TO, by)
+        query, key, value = qkv_TO.view(len(qkv_TO), -1, self.size).split(counts, dim=1)
+        return query, key, value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gated:
+    """``down(curve(gate) * up)``."""
+
+    gate_up: Product
+    curve: Curve
+    down: Product
+
+    def __call__(self, x_TE: Tensor) -> Tensor:
+        return self.down(kernels.gated(self.gate_up(x_TE), self.curve))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ungated:
+    """``down(curve(up))``."""
+
+    up: Product
+    curve: Callable[[Tensor], Tensor]
+    down: Product
+
+    def __call__(self, x_TE: Tensor) -> Tensor:
+        return self.down(self.curve(self.up(x_TE)))
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Whatever else: the module's own part, such as experts with their router."""
+
+    module: nn.Module
+
+    def __call__(self, x_TE: Tensor) -> Tensor:
+        out = self.module(x_TE[None])
+        out_TE: Tensor = (out if isinstance(out, Tensor) else out[0]).view(x_TE.shape)
+        return out_TE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """Attention and a feed-forward part, each added to the residual ``scale`` times, with norms before and after."""
+
+    attention: Attention
+    feed: Gated | Ungated | Whole
+    parallel: bool
+    """Whether both start from the layer's input (Cohere, GPT-NeoX)."""
+    before: Norm | None
+    after_attention: Norm | None
+    between: Norm | None
+    """Before the feed-forward part; None where there is none, or in a parallel layer where it takes the attention's."""
+    after_feed: Norm | None
+    scale: float
+
+    def products(self) -> Iterator[Product]:
+        """All that are stacked."""
+        yield from (self.attention.qkv, self.attention.output)
+        yield from (x for x in vars(self.feed).values() if isinstance(x, Product))
+
+    def unread(self, module: nn.Module) -> str:
+        """The first tensor of the module's layer that is not in here: it may do nothing yet, and something later."""
+        known = {id(x) for product in self.products() for linear in product.linears for x in linear.parameters()}
+        attention = self.attention
+        norms = [self.before, self.after_attention, self.between, self.after_feed]
+        norms += [*(attention.wide_norms or ()), *(attention.rotation.norms or ())]
+        known |= {id(x) for norm in norms if norm for x in (norm.weight, norm.bias)} | {id(attention.ask.sinks)}
+        if isinstance(self.feed, Whole):
+            known |= {id(x) for x in (*self.feed.module.parameters(), *self.feed.module.buffers())}
+        tensors = (*module.named_parameters(), *module.named_buffers())
+        return next((name for name, tensor in tensors if id(tensor) not in known), "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoder:
+    """From tokens to the last hidden state."""
+
+    embedding: nn.Module
+    embedding_scale: float
+    layers: list[Layer]
+    norm: Norm | None
+
+
+@torch.no_grad()
+def read_decoder(module: Any, positions: int | None) -> Decoder:
+    """What a causal LM is built of. ``positions``: most tokens of a sequence. Raises Unlike where it is not known."""
+    if positions is None:
+        raise Unlike("its sequences may have any length")
+    base = module.base_model
+    blocks = max((x for x in base.children() if isinstance(x, nn.ModuleList)), key=len, default=None)
+    if base is module or blocks is None:
+        raise Unlike("it has no list of layers")
+    watch = _Watch(base, blocks, positions)
+    watch.run()
+    embedding = module.get_input_embeddings()
+    embedded = next((call.output for call in watch.outside if call.module is embedding), torch.empty(0))
+    multiplier = getattr(module.config.get_text_config(), "embedding_multiplier", None) or 1.0
+    starts = {scale: embedded * scale for scale in (1.0, multiplier)}
+    scale = _nearest(starts, watch.first, "what goes into its first layer is not its embedding")
+    last = [call for call in watch.outside if same(call.input, watch.last)]
+    norms = [norm for call in last if (norm := read_norm(call))]
+    if len(norms) > 1 or (not norms and not same(watch.last, watch.result)):
+        raise Unlike("what follows its last layer is not one norm")
+    if norms and not any(same(call.output, watch.result) for call in last):
+        raise Unlike("something follows its last norm")
+    return Decoder(embedding=embedding, embedding_scale=scale, layers=watch.layers, norm=norms[0] if norms else None)
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """A module that was called: the first tensor that went in, and the first that came out."""
+
+    module: nn.Module
+    input: Tensor
+    output: Tensor
+    more: bool
+    """Whether more than the one tensor went in."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Attended:
+    """What a layer asked of its attention: query [1, H, T, D], key and value [1, Hkv, T, D], and what it got."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    out: Tensor
+    ask: Ask
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Angles [P, R / 2] as a rotary embedding gives them, or none."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def rotation(self, pairs: bool, norms: tuple[Norm, Norm] | None) -> Rotation:
+        cos, sin = (
+            (x.repeat_interleave(2, dim=-1) if pairs else torch.cat((x, x), dim=-1)).contiguous()
+            for x in (self.cos, self.sin)
+        )
+        return Rotation(cos, sin, norms, pairs)
+
+
+class _Watch(PackedLayout):
+    """Writes down the calls that a few tokens make, and reads each layer when it has been called."""
+
+    def __init__(self, base: Any, blocks: nn.ModuleList, positions: int) -> None:
+        self.base, self.blocks = base, blocks
+        self.device = base.get_input_embeddings().weight.device
+        self.positions = positions
+        places = [p for p in POSITIONS if p < positions - 1] + [positions - 1]
+        self.position_T = torch.tensor(places).to(self.device)
+        super().__init__(torch.tensor([0, len(places)]), self.device)
+        self.outside: list[_Call] = []
+        self.inside: list[_Call | _Attended] = []
+        self.layers: list[Layer] = []
+        self.tables: list[_Table] = []
+        self.rotations: dict[tuple[int, bool], Rotation] = {}
+        self.first = self.last = self.result = torch.empty(0)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, ask: Ask) -> Tensor:
+        out = super().attend(query, key, value, ask)
+        self.inside.append(_Attended(query, key, value, out, ask))
+        return out
+
+    def run(self) -> None:
+        within = {part for block in self.blocks for part in block.modules()}
+        with ExitStack() as hooks:
+            for part in self.base.modules():
+                if part in within:
+                    hook = self._layer if part in set(self.blocks) else self._inner
+                    if not isinstance(part, nn.ModuleList):
+                        hooks.callback(part.register_forward_hook(hook, with_kwargs=True).remove)
+                elif not any(True for _ in part.children()):
+                    hooks.callback(part.register_forward_hook(self._outer, with_kwargs=True).remove)
+            generator = torch.Generator().manual_seed(0)
+            vocabulary = self.base.get_input_embeddings().weight.shape[0]
+            token_T = torch.randint(vocabulary, self.position_T.shape, generator=generator)
+            try:
+                result = self.base(
+                    input_ids=token_T[None].to(self.device), position_ids=self.position_T[None],
+                    attention_mask=NO_MASK, use_cache=False, layout=self,
+                )  # fmt: skip
+            except UnsupportedAttention as error:
+                raise Unlike(f"its attention needs what pages lack ({error})") from error
+        self.result = result["last_hidden_state"]
+        if len(self.layers) != len(self.blocks):
+            raise Unlike("some of its layers were not called")
+
+    def _outer(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if isinstance(output, tuple) and len(output) == 2 and all(isinstance(x, Tensor) for x in output):
+            self._tabulate(module, args, kwargs)
+        elif (call := _call(module, args, kwargs, output)) is not None:
+            self.outside.append(call)
+
+    def _inner(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if (call := _call(module, args, kwargs, output)) is not None:
+            self.inside.append(call)
+
+    def _layer(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        call = _call(module, args, kwargs, output)
+        assert call is not None
+        if not self.layers:
+            self.first = call.input
+        elif not same(call.input, self.last):
+            raise Unlike("something comes between its layers")
+        self.last = call.output
+        self.layers.append(self._read(call))
+        self.inside.clear()
+
+    def _tabulate(self, module: Any, args: Any, kwargs: Any) -> None:
+        """The angles of all positions, from a module that was asked for some."""
+        if getattr(module, "rope_type", "default") == "dynamic":
+            raise Unlike("its rotary embedding depends on the length")
+        original = getattr(module, "original_max_seq_len", self.positions)
+        if getattr(module, "rope_type", "default") == "longrope" and self.positions > original:
+            raise Unlike(f"its rotary embedding depends on the length beyond {original} tokens")
+        every = torch.arange(self.positions, device=self.device)[None]
+
+        def swapped(x: Any) -> Any:
+            if not isinstance(x, Tensor):
+                return x
+            return x.reshape(-1)[:1].view(1, 1, 1) if x.is_floating_point() else every
+
+        cos, sin = (x[0] for x in module.forward(*map(swapped, args), **{k: swapped(v) for k, v in kwargs.items()}))
+        half = cos.shape[-1] // 2
+        for columns, again in ((slice(0, half), slice(half, None)), (slice(0, None, 2), slice(1, None, 2))):
+            if torch.equal(cos[:, columns], cos[:, again]):
+                cos, sin = cos[:, columns], sin[:, columns]
+                break
+        for dtype in dict.fromkeys((cos.dtype, torch.float32)):
+            self.tables.append(_Table(cos.to(dtype), sin.to(dtype)))
+
+    def _read(self, whole: _Call) -> Layer:
+        children = set(whole.module.children())
+        # Dropout does nothing here.
+        calls = [
+            c for c in self.inside if isinstance(c, _Call) and c.module in children and not same(c.input, c.output)
+        ]
+        norms = {call: norm for call in calls if (norm := read_norm(call))}
+        others = [call for call in calls if call not in norms]
+        attentions = [x for x in self.inside if isinstance(x, _Attended)]
+        if len(attentions) != 1:
+            raise Unlike("it has layers without attention, or with several")
+        (attended,) = attentions
+        place = self.inside.index(attended)
+        attention = next((call for call in others if self.inside.index(call) > place), None)
+        if attention is None or len(others) != 2:
+            raise Unlike("a layer is not one attention and one feed-forward part")
+        (feed,) = (call for call in others if call is not attention)
+        used: list[_Call] = []
+
+        def feeding(call: _Call) -> _Call | None:
+            """The norm whose output goes into it."""
+            found = next((n for n in norms if same(n.output, call.input)), None)
+            used.extend([found] if found else [])
+            return found
+
+        def following(call: _Call) -> _Call | None:
+            found = next((n for n in norms if same(n.input, call.output)), None)
+            used.extend([found] if found else [])
+            return found
+
+        before, after_attention, after_feed = feeding(attention), following(attention), following(feed)
+        if not same((before or attention).input, whole.input):
+            raise Unlike("its attention does not start from the layer's input")
+        between = None if same(feed.input, attention.input) else feeding(feed)
+        start = (between or feed).input
+        parallel = same(feed.input, attention.input) or same(start, whole.input)
+        if set(used) != set(norms):
+            raise Unlike("it has norms of another place")
+        attention_out, feed_out = (after_attention or attention).output, (after_feed or feed).output
+        multiplier = getattr(self.base.config.get_text_config(), "residual_multiplier", None) or 1.0
+        ends = {
+            scale: whole.input + scale * (attention_out + feed_out) if parallel else start + scale * feed_out
+            for scale in {1.0, multiplier}
+        }
+        scale = _nearest(ends, whole.output, "what leaves a layer is not a sum of its parts")
+        if parallel and (after_attention or after_feed):
+            raise Unlike("its parallel parts have norms after them")
+        if not parallel and not near(start, whole.input + scale * attention_out):
+            raise Unlike("its feed-forward part does not start from the sum")
+        layer = Layer(
+            attention=self._read_attention(attention, attended),
+            feed=self._read_feed(feed),
+            parallel=parallel,
+            before=norms[before] if before else None,
+            after_attention=norms[after_attention] if after_attention else None,
+            between=norms[between] if between else None,
+            after_feed=norms[after_feed] if after_feed else None,
+            scale=scale,
+        )
+        if unread := layer.unread(whole.module):
+            raise Unlike(f"it has {unread} of unknown use")
+        return layer
+
+    def _parts(self, whole: _Call) -> list[_Call | _Attended]:
+        """Calls of modules inside, and of no others."""
+        modules = set(whole.module.modules()) - {whole.module}
+        return [x for x in self.inside if isinstance(x, _Attended) or x.module in modules]
+
+    def _read_attention(self, whole: _Call, attended: _Attended) -> Attention:
+        parts = self._parts(whole)
+        place = parts.index(attended)
+        before = [x for x in parts[:place] if isinstance(x, _Call)]
+        after = [x for x in parts[place + 1 :] if isinstance(x, _Call) and not same(x.input, x.output)]
+        projections = [call for call in before if is_linear(call.module)]
+        if len(projections) not in (1, 3) or not all(same(call.input, whole.input) for call in projections):
+            raise Unlike("its queries, keys and values are not a product of its input each")
+        tokens = len(self.position_T)
+        query, key, value = (x[0].transpose(0, 1) for x in (attended.query, attended.key, attended.value))
+        heads, size, kv_heads = query.shape[1], query.shape[2], key.shape[1]
+        if value.shape != key.shape or size % 2:
+            raise Unlike(f"its heads have {size} dimensions, and its values {value.shape[-1]}")
+        out = torch.cat([call.output.reshape(tokens, -1) for call in projections], dim=-1)
+        if out.shape[1] != (heads + 2 * kv_heads) * size:
+            raise Unlike("its queries, keys and values are not a product of its input each")
+        norms = [norm for call in before if call not in projections and (norm := read_norm(call))]
+        if len(norms) not in (0, 2):
+            raise Unlike("it has norms in its attention that are not a query's and a key's")
+        sizes = {norm.weight.shape for norm in norms if norm.weight is not None and norm.bias is None}
+        kinds = {(norm.eps, norm.offset, norm.centered, norm.wide) for norm in norms}
+        pair = (norms[0], norms[1]) if norms else None
+        wide = pair if sizes == {(heads * size,), (kv_heads * size,)} else None
+        by_size = pair if sizes == {(size,)} and len(kinds) == 1 and not wide and not norms[0].centered else None
+        if norms and not wide and not by_size:
+            raise Unlike("its query and key norms are neither one a head nor one over all heads")
+        read = Attention(
+            ask=attended.ask, heads=heads, kv_heads=kv_heads, size=size,
+            qkv=Product([call.module for call in projections]),  # type: ignore[misc]
+            by_head=not near(out[:, -kv_heads * size :], value.flatten(1)),
+            wide_norms=wide,
+            rotation=Rotation(out[:, :0], out[:, :0]),
+            output=self._read_output(after, attended),
+        )  # fmt: skip
+        parts_THD = read.parts(out.clone())
+        if not near(parts_THD[2].flatten(1), value.flatten(1)):
+            raise Unlike("its values are not a product of its input")
+        rotation = self._read_rotation(torch.cat(parts_THD, dim=1), torch.cat((query, key), dim=1), by_size)
+        return replace(read, rotation=rotation)
+
+    def _read_output(self, after: list[_Call], attended: _Attended) -> Product:
+        outputs = [call for call in after if is_linear(call.module)]
+        if len(outputs) != 1 or not near(outputs[0].input.flatten(0, 1), attended.out.flatten(2)[0]):
+            raise Unlike("what attention gives does not go through one product")
+        return Product([outputs[0].module])  # type: ignore[list-item]
+
+    def _read_rotation(self, qkv_THD: Tensor, turned_THD: Tensor, norms: tuple[Norm, Norm] | None) -> Rotation:
+        """The rotation that makes of queries and keys what attention was given."""
+        count, size = turned_THD.shape[1], turned_THD.shape[2]
+        heads = count - (qkv_THD.shape[1] - count)
+        found: dict[tuple[int, bool], Tensor] = {}
+        candidates = [(i, pairs) for i in range(len(self.tables)) for pairs in (False, True)] + [(-1, False)]
+        for number, pairs in candidates:
+            table = self._table(number)
+            if 2 * table.cos.shape[1] > size:
+                continue
+            some = _Table(table.cos[self.position_T], table.sin[self.position_T])
+            mine = qkv_THD.clone()
+            place_T = torch.arange(len(mine), device=mine.device)
+            kernels.rotate_(mine, place_T, some.rotation(pairs, norms), heads, count - heads)
+            found[number, pairs] = mine[:, :count].flatten(1)
+        name = _nearest(found, turned_THD.flatten(1), "its queries and keys are turned in another way")
+        if name not in self.rotations:
+            self.rotations[name] = self._table(name[0]).rotation(name[1], None)
+        one = self.rotations[name]
+        return Rotation(one.cos_PR, one.sin_PR, norms, one.pairs)
+
+    def _table(self, number: int) -> _Table:
+        """-1: no dimension turns."""
+        nothing = torch.empty(self.positions, 0, device=self.device)
+        return _Table(nothing, nothing) if number < 0 else self.tables[number]
+
+    def _read_feed(self, whole: _Call) -> Gated | Ungated | Whole:
+        if whole.more:
+            raise Unlike("its feed-forward part is given more than what goes through")
+        parts = [x for x in self._parts(whole) if isinstance(x, _Call)]
+        linears = [call for call in parts if is_linear(call.module)]
+        starts = [call for call in linears if same(call.input, whole.input)]
+        ends = [call for call in linears if call not in starts]
+        bends = [
+            call for call in parts if not is_linear(call.module) and not any(True for _ in call.module.parameters())
+        ]
+        found: Gated | Ungated | Whole = Whole(whole.module)
+        if len(ends) == 1 and len(bends) == 1:
+            (bend,) = bends
+            down = Product([ends[0].module])  # type: ignore[list-item]
+            made: Gated | Ungated | None = None
+            curve = read_curve(bend)
+            width = ends[0].input.shape[-1]
+            gate = [call for call in starts if same(call.output, bend.input)]
+            if len(starts) == 1 and gate:
+                made = Ungated(up=Product([starts[0].module]), curve=bend.module, down=down)  # type: ignore[list-item]
+            elif len(starts) == 2 and gate and curve:
+                (up,) = [call for call in starts if call not in gate]
+                made = Gated(gate_up=Product([gate[0].module, up.module]), curve=curve, down=down)  # type: ignore[list-item]
+            elif len(starts) == 1 and curve and starts[0].output.shape[-1] == 2 * width:
+                # Where the gate comes second it does not compute the same, and the part is called as it is.
+                made = Gated(gate_up=Product([starts[0].module]), curve=curve, down=down)  # type: ignore[list-item]
+            tokens = whole.input.flatten(0, 1)
+            if made is not None and near(made(tokens), whole.output.flatten(0, 1)):
+                return made
+        if not near(found(whole.input.flatten(0, 1)), whole.output.flatten(0, 1)):
+            raise Unlike("its feed-forward part does not give the same twice")
+        return found
+
+
+def _call(module: nn.Module, args: Any, kwargs: Any, output: Any) -> _Call | None:
+    given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+    out = output if isinstance(output, Tensor) else output[0] if isinstance(output, (tuple, list)) and output else None
+    if not given or not isinstance(out, Tensor):
+        return None
+    return _Call(module, given[0], out, len(args) + len(kwargs) > 1)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether it is a matrix product and nothing else: a subclass (quantized, with an adapter) computes more."""
+    return type(module) is nn.Linear or type(module) is products.Linear
+
+
+def read_norm(call: _Call) -> Norm | None:
+    """The norm that a called module is; None where it is none of those known."""
+    module, size = call.module, call.input.shape[-1]
+    parameters = dict(module.named_parameters())
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    own = [e for name in ("variance_epsilon", "eps") if isinstance(e := getattr(module, name, None), float)]
+    odd = set(parameters) - {"weight", "bias"} or {p.shape for p in parameters.values()} - {(size,)}
+    if odd or call.input.shape != call.output.shape or is_linear(module) or any(True for _ in module.children()):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(6, size, generator=generator) + 0.5
+    # From magnitudes at which the epsilon counts.
+    x = (x * torch.logspace(-4, 1, 6)[:, None]).to(call.input.device, call.input.dtype)
+    kinds = [
+        Norm(weight, bias, eps, offset, centered, wide)
+        for eps in own[:1] or (1e-5, 1e-6)
+        for centered in (False, True)
+        for offset in ((False, True) if weight is not None else (False,))
+        for wide in (False, True)
+    ]
+    found = {number: kernels.norm(x, kind) for number, kind in enumerate(kinds)}
+    try:
+        return kinds[_nearest(found, module(x), "")]
+    except Unlike:
+        return None
+
+
+def read_curve(call: _Call) -> Curve | None:
+    """The curve that a called module without parameters computes; None where it is none of those known."""
+    x = torch.linspace(-12, 12, 401).to(call.input.device, call.input.dtype)
+    try:
+        return _nearest({name: curve(x) for name, curve in CURVES.items()}, call.module(x), "")
+    except Unlike:
+        return None
+
+
+def same(one: Tensor, two: Tensor) -> bool:
+    """Whether they are the same numbers in memory."""
+    return one.data_ptr() == two.data_ptr() and one.numel() == two.numel()
+
+
+def near(found: Tensor, truth: Tensor) -> bool:
+    """Whether they differ by rounding."""
+    return found.shape == truth.shape and _gap(found, truth) <= (LEAST if truth.dtype.itemsize >= 4 else LEAST_LOW)
+
+
+def _gap(found: Tensor, truth: Tensor) -> float:
+    truth = truth.float()
+    return float((found.float() - truth).norm() / truth.norm().clamp(min=1e-12))
+
+
+def _nearest(found: dict[Name, Tensor], truth: Tensor, otherwise: str) -> Name:
+    """The one that is nearest to the truth. Raises Unlike where none is near."""
+    fitting = [name for name in found if found[name].shape == truth.shape]
+    name = min(fitting, key=lambda n: _gap(found[n], truth), default=None)
+    if name is None or not near(found[name], truth):
+        raise Unlike(otherwise)
+    return name
+
+
+@torch.no_grad()
+def stack(parameters: Seq[Tensor]) -> Tensor:
+    """One tensor of all their rows, which they become views of. Costs a copy the first time only."""
+    first = parameters[0]
+    sizes = [len(p) for p in parameters]
+    shape = (sum(sizes), *first.shape[1:])
+    expected = first.data_ptr()
+    apart = False
+    for p in parameters:
+        apart |= p.data_ptr() != expected or p.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+        expected += p.numel() * p.element_size()
+    if not apart:
+        return first.data.as_strided(shape, first.stride(), first.storage_offset())
+    stacked = torch.cat([p.data for p in parameters])
+    for p, part in zip(parameters, stacked.split(sizes), strict=True):
+        p.data = part
+    return stacked
