@@ -13,40 +13,13 @@ from torch.utils.checkpoint import checkpoint
 
 from tandem.functional.distillation import Against
 from tandem.kernels import products
-from tandem.kernels.logprob import entropy_of, logits_gradient_, row_stats
+from tandem.kernels.logprob import PLAIN, HeadShape, entropy_of, logits_gradient_, row_stats
 
 CHUNK_BYTES = {"cuda": 480_000_000, "cpu": 1 << 21}
 """Logits that exist at a time, by device, 256 rows at least: on a GPU 1,536 of a vocabulary of 152k in bfloat16."""
 Head = Callable[[Tensor], Tensor]
 GradientBuffer = Callable[[], Tensor]
 """Gives the tensor that the gradient of a head's weight is to be added to, [V, D]."""
-
-
-class HeadShape(NamedTuple):
-    """How logits follow from the product of a head and a hidden state: ``cap * tanh(scale * product / cap)``."""
-
-    scale: float = 1.0
-    """As Granite (one over ``logits_scaling``), Cohere (``logit_scale``) and Falcon-H1 (``lm_head_multiplier``)."""
-    cap: float | None = None
-    """None: they are not bent. As Gemma 2 (``final_logit_softcapping``)."""
-
-    def of(self, product_nV: Tensor, *, in_place: bool = False) -> Tensor:
-        """Logits of products, in the products' type."""
-        if self == PLAIN:
-            return product_nV
-        product_nV = product_nV if in_place else product_nV.clone()
-        if self.cap is None:
-            return product_nV.mul_(self.scale)
-        return product_nV.mul_(self.scale / self.cap).tanh_().mul_(self.cap)
-
-    def slope(self, logits_nV: Tensor) -> Tensor | float:
-        """What the gradient by logits is multiplied with to be the gradient by products."""
-        if self.cap is None:
-            return self.scale
-        return (logits_nV / self.cap).square_().neg_().add_(1.0).mul_(self.scale)
-
-
-PLAIN = HeadShape()
 
 
 class OfHead(NamedTuple):

@@ -7,6 +7,7 @@ installed. ``z = logits / temperature``, ``p = softmax(z)``, all in nats. Inside
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,33 @@ from tandem.kernels.available import on_triton
 
 CPU_BLOCK_BYTES = 1 << 20
 """On a CPU rows go through in blocks of about so much, which stay in its cache from one operation to the next."""
+
+
+class HeadShape(NamedTuple):
+    """How logits follow from the product of a head and a hidden state: ``cap * tanh(scale * product / cap)``."""
+
+    scale: float = 1.0
+    """As Granite (one over ``logits_scaling``), Cohere (``logit_scale``) and Falcon-H1 (``lm_head_multiplier``)."""
+    cap: float | None = None
+    """None: they are not bent. As Gemma 2 (``final_logit_softcapping``)."""
+
+    def of(self, product_nV: Tensor, *, in_place: bool = False) -> Tensor:
+        """Logits of products, in the products' type."""
+        if self == PLAIN:
+            return product_nV
+        product_nV = product_nV if in_place else product_nV.clone()
+        if self.cap is None:
+            return product_nV.mul_(self.scale)
+        return product_nV.mul_(self.scale / self.cap).tanh_().mul_(self.cap)
+
+    def slope(self, logits_nV: Tensor) -> Tensor | float:
+        """What the gradient by logits is multiplied with to be the gradient by products."""
+        if self.cap is None:
+            return self.scale
+        return (logits_nV / self.cap).square_().neg_().add_(1.0).mul_(self.scale)
+
+
+PLAIN = HeadShape()
 
 
 def row_stats(

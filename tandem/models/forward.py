@@ -19,7 +19,8 @@ from tandem.batch import Batch, Outputs, filled, send
 from tandem.errors import RunFailure, UserError, first_line
 from tandem.functional.distillation import Against
 from tandem.functional.divergence import Divergence, with_tail
-from tandem.functional.logprobs import CHUNK_BYTES, PLAIN, HeadShape, chunked_head
+from tandem.functional.logprobs import CHUNK_BYTES, chunked_head
+from tandem.kernels.logprob import PLAIN, HeadShape
 from tandem.models.adapters import Adapters
 from tandem.models.attention import NO_MASK, packed_layout
 from tandem.models.compiled import Blocks

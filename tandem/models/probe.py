@@ -13,7 +13,7 @@ from torch import Tensor
 from tandem.batch import Batch
 from tandem.data.packing import pack
 from tandem.errors import UserError
-from tandem.functional.logprobs import PLAIN, HeadShape
+from tandem.kernels.logprob import PLAIN, HeadShape
 from tandem.models.attention import IMPLEMENTATION, UnsupportedAttention, leave_sdpa
 from tandem.models.forward import LoadedModel, hidden_states, native_logits
 from tandem.models.limits import turning_point

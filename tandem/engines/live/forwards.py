@@ -10,9 +10,9 @@ from torch import Tensor
 
 from tandem.engines.live.layers import Attention, Unlike, read_decoder
 from tandem.engines.live.pages import PagedDecode
-from tandem.functional.logprobs import HeadShape
 from tandem.kernels import layers as kernels
 from tandem.kernels import products
+from tandem.kernels.logprob import HeadShape
 from tandem.models.attention import NO_MASK, Layout
 
 

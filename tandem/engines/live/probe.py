@@ -17,7 +17,7 @@ from tandem.engines.live.padded import Together, generate
 from tandem.engines.live.pages import CacheShape, PagedDecode
 from tandem.engines.live.prefill import Forward
 from tandem.engines.live.slots import DecodeLayout, SlotCache
-from tandem.functional.logprobs import HeadShape
+from tandem.kernels.logprob import HeadShape
 from tandem.models.attention import IMPLEMENTATION, Ask, PackedLayout, UnsupportedAttention, numbered
 from tandem.models.probe import find_head_shape, too_far
 from tandem.models.shrunk import LIMIT, TURNING, named_limits, shrunk
