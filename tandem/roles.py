@@ -275,8 +275,8 @@ class Source(Protocol[Item]):
         """Works on what has begun until ``until()``, which cannot be before ``at_least`` more items are done."""
         ...
 
-    def look(self) -> bool:
-        """Moves along what others work on, for whoever is busy with something else. Whether anything came of it."""
+    def look(self) -> None:
+        """Moves along what others work on, for whoever is busy with something else."""
         ...
 
     def finish(self, items: Seq[Any], clock: Clock) -> Seq[Item]:

@@ -22,9 +22,8 @@ class AtOnce:
     def wait(self, until: Callable[[], bool], clock: Clock, at_least: int = 0) -> None:
         """Nothing: all that was begun is done."""
 
-    def look(self) -> bool:
+    def look(self) -> None:
         """Nothing is under way."""
-        return False
 
     def finish(self, items: Seq[Future[Any]], clock: Clock) -> list[Any]:
         """The items as they are."""

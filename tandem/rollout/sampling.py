@@ -109,7 +109,7 @@ class Drawing:
         }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Sampling:
     """A source of judged groups (``tandem.roles.Source``): prompts through the engine, then through the rewards."""
 
@@ -127,6 +127,8 @@ class Sampling:
     """The groups that were begun and not finished."""
     calls: list[Begun[Scores]] = field(default_factory=list, init=False)
     """Of rewards that judge a sample or a group at a time, oldest first, those that are not known to have ended."""
+    answered: int = field(default=0, init=False)
+    """How many have."""
 
     def begin(self, tickets: Seq[Ticket], clock: Clock) -> list[Drawing]:
         """The tickets' groups, sampled together. What can be judged by itself is, from when it has been sampled."""
@@ -153,35 +155,35 @@ class Sampling:
 
     def wait(self, until: Callable[[], bool], clock: Clock, at_least: int = 0) -> None:
         """Samples, and takes what rewards say, until ``until()``: once ``at_least`` more groups are done or later."""
-        told: int | None = None
+        told: tuple[int, int] | None = None
 
         def enough() -> bool:
             nonlocal told
-            if not self.look() and told == self.engine.ended:
-                return False  # nothing has ended since it was asked
-            told = self.engine.ended
-            return until()
+            self.look()
+            before, told = told, (self.engine.ended, self.answered)
+            # Where nothing has ended since it was asked the answer is the same.
+            return told != before and until()
 
-        while not enough():
-            told = None
+        while not until():
             if unsampled := [drawing for drawing in self.open if not drawing.completions.done()]:
                 judged = sum(not drawing.done() for drawing in self.open) - len(unsampled)
+                told = None
                 with self._sampling(unsampled, clock):
                     self.engine.wait(enough, max(0, at_least - judged))
             elif self.calls:
                 with clock("scoring"):
                     self.calls[0].look(wait=True)
+                    self.look()
             else:
                 raise RuntimeError("all groups are done, and they are not enough")
 
-    def look(self) -> bool:
-        """Hands rewards what waits for them, takes what they say. Whether any call has ended since the last look."""
-        if not self.calls:
-            return False
-        self.calls[0].look()
-        before = len(self.calls)
-        self.calls[:] = [call for call in self.calls if not call.settled]
-        return len(self.calls) < before
+    def look(self) -> None:
+        """Hands rewards what waits for them, and takes what they say."""
+        if self.calls:
+            self.calls[0].look()
+            before = len(self.calls)
+            self.calls[:] = [call for call in self.calls if not call.settled]
+            self.answered += before - len(self.calls)
 
     def finish(self, items: Seq[Drawing], clock: Clock) -> list[Group]:
         """The groups, of which those that are not done are waited for: judged together by what judges a step's."""

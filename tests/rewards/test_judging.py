@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,10 @@ from test_function_reward import batch
 
 import tandem
 from tandem.engines.stepper import Stepper
-from tandem.errors import RunFailure, UserError
+from tandem.errors import Cancelled, RunFailure, UserError
 from tandem.rewards.function import FunctionReward
 from tandem.rewards.process import RewardProcesses
-from tandem.rollout.judging import Judge
+from tandem.rollout.judging import GROUP, Judge
 from tandem.rollout.sampling import Sampling, groups_of
 from tandem.types import Completion, Group, Prompt, SamplingParams, Ticket
 
@@ -90,15 +92,34 @@ class Engine:
     def submit(self, requests: Any, watch: Any = None) -> Any:
         return self.stepper.submit(self.jobs, watch if self.watched else None)
 
+    def wait(self, until: Any, at_least: int = 0) -> None:
+        self.stepper.wait(until)
+
+    def cancel(self) -> None:
+        self.stepper.cancel()
+
+
+def clock(*_: Any, **__: Any) -> Any:
+    return nullcontext()
+
 
 def run(engine: Engine, *rewards: FunctionReward, **columns: list) -> list[Group]:
+    source = source_of(engine, *rewards, **columns)
+    return source.finish(source.begin(tickets(engine), clock), clock)
+
+
+def tickets(engine: Engine) -> list[Ticket]:
+    return [Ticket(number=i, row=i, step=5, place=i) for i in range(len(engine.jobs))]
+
+
+def source_of(engine: Engine, *rewards: FunctionReward, **columns: list) -> Sampling:
     prompts = [
         Prompt(
             prompt_id=f"p{i}", prompt="q", token_ids=(1,), columns={name: values[i] for name, values in columns.items()}
         )
         for i in range(len(engine.jobs))
     ]
-    source = Sampling(
+    return Sampling(
         engine=engine,
         prompts=prompts,
         params=SamplingParams(),
@@ -106,12 +127,6 @@ def run(engine: Engine, *rewards: FunctionReward, **columns: list) -> list[Group
         judge=Judge(rewards=rewards, weights=(1.0,) * len(rewards)),
         seed=3,
     )
-    tickets = [Ticket(number=i, row=i, step=5, place=i) for i in range(len(prompts))]
-
-    def clock(*_: Any, **__: Any) -> Any:
-        return nullcontext()
-
-    return source.finish(source.begin(tickets, clock), clock)
 
 
 def parts(groups: list[Group], name: str) -> list[float | None]:
@@ -158,6 +173,63 @@ def test_a_slow_sample_delays_neither_sampling_nor_other_judging(judges):
         assert slow - start > 1.0
         assert sum(when < slow for when in others) >= 7, "what ended meanwhile was judged meanwhile"
     assert parts(groups, "when")[0] < start + 0.5
+
+
+@pytest.mark.parametrize("watched", [True, False])
+def test_a_prompt_whose_reward_is_late_has_not_ended_and_others_have(judges, watched):
+    """The wait is for the processes of the rewards: nobody asks again and again in between."""
+    engine = Engine([["slow", "b"], ["c", "d"], ["e", "f"]], [[1, 1], [2, 2], [40, 40]], 0.001, watched=watched)
+    source, asked = source_of(engine, judges["waits"], judges["when"]), []
+    start = time.monotonic()
+    begun = source.begin(tickets(engine), clock)
+
+    def enough(count: int) -> bool:
+        asked.append(count)
+        return sum(item.done() for item in begun) >= count
+
+    source.wait(partial(enough, 2), clock, at_least=2)
+    assert [item.done() for item in begun] == [False, True, True]
+    assert time.monotonic() - start < 0.9
+    del asked[:]
+    source.wait(partial(enough, 3), clock, at_least=1)
+    assert time.monotonic() - start >= 1.0
+    assert len(asked) < 10
+    assert [len(parts([group], "waits")) for group in source.finish(begun, clock)] == [2, 2, 2]
+    assert (source.open, source.calls) == ([], [])
+
+
+def test_a_kept_prompt_is_judged_no_second_time_and_a_changed_one_is_not_kept(judges):
+    engine = Engine([["slow", "bb"], ["c", "d"]], [[1, 2], [1, 99]])
+    source = source_of(engine, judges["waits"], judges["one_draws"], judges["best"])
+    first, second = source.begin(tickets(engine), clock)
+    source.wait(lambda: first.completions.done(), clock)
+    kept = source.kept(first)
+    assert source.kept(second) is None
+    before = judges["waits"].score(batch("a"))[0]
+    # One reward of its first sample had not answered yet; those that had are kept.
+    assert {tuple(call[:2]) for call in kept["scores"]} < {(0, 0), (0, 1), (1, 0), (1, 1), (2, GROUP)}
+    again = source_of(engine, judges["waits"], judges["one_draws"], judges["best"])
+    (group,) = again.finish([again.again(tickets(engine)[0], json.loads(json.dumps(kept)))], clock)
+    (straight, _) = source.finish([first, second], clock)
+    assert parts([group], "one_draws") == parts([straight], "one_draws")
+    assert parts([group], "best") == [1.0, 0.0]
+    assert {call[1]: call[2][0] for call in kept["scores"] if call[0] == 0}.items() <= dict(
+        enumerate(parts([group], "waits"))
+    ).items()
+    assert max(parts([group], "waits")) > before
+    assert again.again(tickets(engine)[0], kept | {"prompt_ids": [7]}) is None
+
+
+def test_a_reward_that_fails_ends_the_wait_and_what_is_open_is_given_up(judges):
+    engine = Engine([["bad"], ["1"]], [[1], [10**9]], 0.001)
+    source = source_of(engine, judges["one_fails"])
+    begun = source.begin(tickets(engine), clock)
+    source.wait(lambda: any(item.done() for item in begun), clock)
+    with pytest.raises(RunFailure, match=r"'one_fails' raised ValueError: .* called 3 times"):
+        source.finish(begun[:1], clock)
+    source.cancel()
+    with pytest.raises(Cancelled):
+        begun[1].result()
 
 
 def test_counts_beside_the_scores(judges):
