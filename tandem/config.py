@@ -14,8 +14,9 @@ import logging
 import math
 import textwrap
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, field, fields, is_dataclass, make_dataclass, replace
+from functools import partial
 from os.path import expanduser
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -73,6 +74,42 @@ def with_keys(section: Section, **values: Any) -> Section:
         elif inner := _inner(f, type(own), values):
             changes[f.name] = with_keys(own, **inner)
     return replace(section, **changes)  # type: ignore[type-var]
+
+
+def key_names(cls: Any) -> list[str]:
+    """The full name of every key of a config class."""
+    return [*_keys_of(cls)]
+
+
+def given_keys(cls: Any, argv: Sequence[str]) -> list[str]:
+    """The full names of the keys that flags and ``--config`` files give. Raises UserError for an unknown one."""
+    keys = _keys_of(cls)
+    files, flags = read_flags(argv, keys)
+    return [*(name for file in files for name in read_yaml(file, keys, {})), *flags]
+
+
+def explained_without(config: Config, names: Collection[str]) -> type[Any]:
+    """A class whose ``--help`` is that of a config's class but for some keys; the others have its values as defaults.
+
+    Sections of which nothing is left are left out.
+    """
+    sections: list[tuple[str, Any, Any]] = []
+    for f in fields(config):  # type: ignore[arg-type]
+        section = getattr(config, f.name)
+        hints, shown = get_type_hints(type(section)), [k for k in fields(section) if _full_name(f, k.name) not in names]
+        if not shown:
+            continue
+        kind: Any = type(section)
+        namespace = {"__doc__": kind.__doc__, "_docs": _attribute_docs(kind)}
+        keys = [(k.name, hints[k.name], field(metadata=k.metadata)) for k in shown]
+        made = make_dataclass(type(section).__name__, keys, namespace=namespace, frozen=True, kw_only=True)
+        value = made(**{k.name: getattr(section, k.name) for k in shown})
+        sections.append((f.name, made, field(default_factory=partial(_same, value), metadata=f.metadata)))
+    return make_dataclass("Explained", sections, namespace={"_docs": {}}, frozen=True, kw_only=True)
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 def load_config(cls: type[Config], argv: Sequence[str], *, prog: str = "tandem") -> Config:

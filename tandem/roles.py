@@ -266,6 +266,11 @@ class Source(Protocol[Item]):
         """The phase of a step in which its items are prepared for training."""
         ...
 
+    @property
+    def busy_seconds(self) -> float:
+        """How long its sampler was at work, since it was made (``Engine.busy_seconds``); 0 where nothing samples."""
+        ...
+
     def begin(self, tickets: Seq[Ticket], clock: Clock) -> Seq[Future[Item]]:
         """One future a ticket: its item as far as it can be made by itself. Tickets that are begun together are worked
         on together."""

@@ -378,6 +378,7 @@ def test_a_key_that_does_not_say_so_must_stay_as_it_was():
         "save_every",
         "keep",
         "rollouts_logged",
+        "record",
         "reward_processes",
     }
     assert not any(changeable(load()).values())

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from tandem.assembly.evaluation import EvaluationSection, SampledEvaluationSection
 from tandem.assembly.needed import (
@@ -44,6 +44,8 @@ from tandem.methods.base import Method, Rows
 from tandem.methods.table import METHODS, method_class
 from tandem.models.adapter_folder import AdapterFolder, adapter_folder
 from tandem.workers.launched import launched
+
+Base = TypeVar("Base", bound="RunConfig")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +120,16 @@ class RunConfig:
         if self.run.steps is not None:
             return self.run.steps
         return max(1, math.ceil(Fraction(str(self.run.epochs)) * size / self.items_per_step))
+
+    @property
+    def sampler(self) -> EngineSection | None:
+        """What samples; None where nothing does."""
+        return None
+
+    @property
+    def length(self) -> int | None:
+        """The step after which it ends; None where that is not known before its data are read."""
+        return self.run.steps
 
     @property
     def following(self) -> ReferenceModelsSection | None:
@@ -288,6 +300,10 @@ class SamplesConfig(RunConfig):
             )
 
     @property
+    def sampler(self) -> EngineSection | None:
+        return self.engine
+
+    @property
     def sources(self) -> dict[str, str]:
         found = super().sources
         return {"actor": found.pop("actor")} | self.reward.models | found
@@ -320,10 +336,13 @@ def config_class(name: str) -> type[RunConfig]:
     """
     if name not in METHODS:
         raise UserError(f"no method {name!r}{suggest(name, METHODS)}")
+    return class_over(RowsConfig if isinstance(method_class(name).reads, Rows) else SamplesConfig, name)
+
+
+def class_over(base: type[Base], name: str) -> type[Base]:
+    """``base``, with what the method of this name adds to the config of its runs."""
     method = method_class(name)
-    rows = isinstance(method.reads, Rows)
-    base: type[RunConfig] = RowsConfig if rows else SamplesConfig
-    placement = placement_class(Placement if rows else SamplingPlacement, method.models)
+    placement = placement_class(Placement if isinstance(method.reads, Rows) else SamplingPlacement, method.models)
     models = models_class(method.models)
     optional = not any(need.required for need in method.models)
     keys: Mapping[str, tuple[Any, Any, str]] = {

@@ -34,6 +34,7 @@ from tandem.rollout.evaluate import Evaluation, HeldOut, HeldOutRows, HeldOutSam
 from tandem.rollout.judging import Judge
 from tandem.rollout.measure import held_out_names
 from tandem.rollout.prepare import Preparation
+from tandem.rollout.recorded import Recorded
 from tandem.rollout.rows import Tokenized
 from tandem.rollout.sampling import Sampling
 from tandem.runs.identity import Inputs
@@ -65,11 +66,13 @@ class Feed(Protocol):
     size: int
     """Rows that are gone through."""
     steps: int
-    """The run's length."""
+    """The step after which the run ends."""
+    planned: int
+    """The length that its learning rate follows, and what else falls or begins with its steps."""
     inputs: Inputs
 
     @property
-    def order(self) -> Order | InTurn:
+    def order(self) -> Order | InTurn | Recorded:
         """Of its items."""
         ...
 
@@ -120,7 +123,7 @@ class RowsFeed:
         self.examples, self.counts = self._tokenize(self.rows, limits)
         self.held_out = {name: self._tokenize(one, limits)[0] for name, one in held_out.items()}
         self.size = len(self.examples)
-        self.steps = config.steps_over(self.size)
+        self.steps = self.planned = config.steps_over(self.size)
         self.order = ordered(self.rows, self.counts, config.run.seed)
         self.once = AskedOnce(
             config=config,
@@ -202,7 +205,7 @@ class SamplesFeed:
         self.prompts, self.counts = self._tokenize(self.rows)
         self.held_out = {name: self._tokenize(one)[0] for name, one in held_out.items()}
         self.size = len(self.prompts)
-        self.steps = config.steps_over(self.size)
+        self.steps = self.planned = config.steps_over(self.size)
         self.order = ordered(self.rows, self.counts, config.run.seed)
         functions = self.judging.rewards() if self.judging else []
         self.inputs = digest_inputs(by_key(self.rows, held_out), functions, config.sources, config.data.chat_template)
@@ -267,15 +270,7 @@ class SamplesFeed:
             judge=self._judge(models),
             seed=config.run.seed,
         )
-        prepare = Preparation(
-            method=config.method,
-            models=models,
-            old_logp=config.step.old_logp,
-            epochs=config.step.sample_epochs,
-            minibatches=config.step.minibatches,
-            max_new_tokens=config.sampling.max_new_tokens,
-            seed=config.run.seed,
-        )
+        prepare = preparation(config, models)
         evaluate = when_due(config.evaluation, self._measure(source, prepare), last=self.steps)
         return Fed(source=source, prepare=prepare, push_weights=engine.push, evaluate=evaluate)
 
@@ -317,6 +312,19 @@ class SamplesFeed:
                 max_new_tokens=config.sampling.max_new_tokens,
                 on_progress=on_progress,
             )
+
+
+def preparation(config: SamplesConfig, models: Mapping[str, Seat]) -> Preparation:
+    """What stands between a step's groups and the trainers."""
+    return Preparation(
+        method=config.method,
+        models=models,
+        old_logp=config.step.old_logp,
+        epochs=config.step.sample_epochs,
+        minibatches=config.step.minibatches,
+        max_new_tokens=config.sampling.max_new_tokens,
+        seed=config.run.seed,
+    )
 
 
 def builders(data: DataSection) -> dict[str, Build]:

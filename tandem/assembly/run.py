@@ -14,6 +14,8 @@ from tandem.assembly.models import builds, heads, introduce, require_adapters, r
 from tandem.assembly.placing import Homes
 from tandem.assembly.plans import print_plan
 from tandem.assembly.refresh import refresh_of
+from tandem.assembly.replayed import ReplayFeed
+from tandem.assembly.replays import ReplayConfig
 from tandem.assembly.sections import EngineSection, ScheduleSection
 from tandem.assembly.sessions import check_out, session
 from tandem.assembly.texts import TextFeed
@@ -53,15 +55,15 @@ def run(config: RunConfig) -> Path | None:
 def _run(config: RunConfig, stack: ExitStack, ranks: Ranks | None) -> Path | None:
     """The run, in the order in which a mistake is cheapest to find. ``ranks``: those of a torchrun that are there."""
     require_trackers(config.run.track)
-    if (model := check_out(config, steps=config.run.steps)) is not None:
+    if (model := check_out(config, steps=config.length)) is not None:
         return model
     require_optimizer(config.optim)
     require_adapters(config)
-    engine, roles = EngineSection(), [*config.sources]
-    if isinstance(config, SamplesConfig):
+    roles = [*config.sources]
+    if isinstance(config, SamplesConfig) and config.sampler is not None:
         check_sampling(config)
-        engine, roles = config.engine, [*roles, "engine"]
-    homes = Homes(config.model, config.placement, config.cluster, engine, roles)
+        roles.append("engine")
+    homes = Homes(config.model, config.placement, config.cluster, config.sampler or EngineSection(), roles)
     if ranks is None:
         homes.check()
     feed = _feed(config)
@@ -69,17 +71,17 @@ def _run(config: RunConfig, stack: ExitStack, ranks: Ranks | None) -> Path | Non
     if (model := check_out(config, feed.inputs, steps=feed.steps)) is not None:
         return model
     feed.check()
-    config.method.check(feed.steps)
-    for line in [*config.notes, *config.idle_for(feed.steps)]:
+    config.method.check(feed.planned)
+    for line in [*config.notes, *config.idle_for(feed.planned)]:
         say(line)
     if config.run.dry_run:
         _print_plan(config, homes, feed)
         return None
-    if config.run.epochs is not None:
+    if config.run.epochs is not None and not isinstance(config, ReplayConfig):
         say(f"{config.run.epochs:g} epochs of {feed.size} rows are {feed.steps} steps of {config.items_per_step}")
     idle = feed.recall()
     homes.roles = [role for role in homes.roles if role not in idle]
-    models = _models(config, feed.steps, stack.enter_context(homes) if ranks is None else ranks, idle)
+    models = _models(config, feed.planned, stack.enter_context(homes) if ranks is None else ranks, idle)
     trainers = {role: models[role] for role in config.method.losses()}
     fed = feed.start(models, homes)
     crew = Crew(
@@ -95,9 +97,11 @@ def _run(config: RunConfig, stack: ExitStack, ranks: Ranks | None) -> Path | Non
     )
     # A reference that follows is no longer what its folder holds.
     saved = trainers if crew.refresh is None else trainers | {"reference": models["reference"]}
-    started = stack.enter_context(session(config, saved, steps=feed.steps, counts=feed.counts, inputs=feed.inputs))
+    started = stack.enter_context(
+        session(config, saved, steps=feed.steps, planned=feed.planned, counts=feed.counts, inputs=feed.inputs)
+    )
     feed.ask(models, started.progress)
-    schedule = config.schedule if isinstance(config, SamplesConfig) else ScheduleSection()
+    schedule = config.schedule if isinstance(config, SamplesConfig) and config.sampler else ScheduleSection()
     Pipeline(
         steps=feed.steps, items_per_step=config.items_per_step, max_lag=schedule.max_lag, window=schedule.window
     ).run(crew, started)
@@ -106,6 +110,8 @@ def _run(config: RunConfig, stack: ExitStack, ranks: Ranks | None) -> Path | Non
 
 
 def _feed(config: RunConfig) -> Feed:
+    if isinstance(config, ReplayConfig):
+        return ReplayFeed(config)
     if isinstance(config, SamplesConfig):
         return SamplesFeed(config)
     assert isinstance(config, RowsConfig)

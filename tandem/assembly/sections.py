@@ -75,6 +75,8 @@ class RunSection(OutSection):
     """Checkpoints kept, newest first."""
     rollouts_logged: int = field(default=8, metadata=needs(("part", "samples")) | MAY_CHANGE)
     """Samples written to rollouts.jsonl each step, in whole groups; as many held-out ones at an evaluation."""
+    record: bool = field(default=False, metadata=needs(("part", "samples")) | MAY_CHANGE)
+    """Write every group that is trained on, whole, to record/: what 'tandem replay' trains again from."""
     track: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = field(default=(), metadata=MAY_CHANGE)
     """Where the run can be followed besides its folder (pip install 'tandem-rlhf[trackers]')."""
 

@@ -23,6 +23,7 @@ from tandem.runs.goals import evaluations_of
 from tandem.runs.identity import IDENTITY, Inputs, Start, read_identity
 from tandem.runs.lines import read_metrics
 from tandem.runs.progress import Progress, say
+from tandem.runs.record import RECORD, Recorder
 from tandem.runs.report import write_report
 from tandem.runs.tracking import Tracking
 from tandem.schedules.session import Session, StepClock
@@ -80,11 +81,12 @@ def check_out(config: RunConfig, inputs: Inputs | None = None, *, steps: int | N
 
 @contextmanager
 def session(
-    config: RunConfig, trainers: Mapping[str, Seat], *, steps: int, counts: Counts | None, inputs: Inputs
+    config: RunConfig, trainers: Mapping[str, Seat], *, steps: int, planned: int, counts: Counts | None, inputs: Inputs
 ) -> Iterator[Session]:
     """The run folder, open; its config written; the display on; what is loaded out of the garbage collector's way.
 
-    The display shows the metrics that lead the method, and those that every run writes.
+    ``planned`` is the length that the learning rate follows. The display shows the metrics that lead the method, and
+    those that every run writes.
     Called once everything the run needs is loaded and valid, so that a wrong input never leaves a half-made folder.
     """
     run, title = config.run, config.method.title
@@ -120,6 +122,9 @@ def session(
                 progress=progress,
                 clock=StepClock(progress, lambda: trainers["actor"].call("memory_peak")),
                 rollouts_logged=run.rollouts_logged,
+                recorder=Recorder(folder=folder.path / RECORD, run=folder.identity["id"], steps=planned)
+                if run.record
+                else None,
                 goals=config.evaluation.goals,
                 ema=config.optim.ema_decay is not None,
                 tracking=Tracking(folder.path, run.track) if run.track else None,

@@ -52,7 +52,7 @@ class TextFeed:
             for text in islice(corpus.documents(0), FIRST_DOCUMENTS):
                 self._encode(text)
         assert config.run.steps is not None
-        self.steps = config.run.steps
+        self.steps = self.planned = config.run.steps
         self.order = InTurn()
         of_data = {"data": self.corpus} | {f"eval_data {name}".rstrip(): one for name, one in self.held_out.items()}
         inputs = digest_inputs({}, models=config.sources)

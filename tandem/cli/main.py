@@ -79,7 +79,7 @@ METHOD = "METHOD"
 """The config of a command that is a method's follows from the method."""
 START, OFFLINE, ONLINE, USE = "Start here", "Train on a dataset", "Train on samples", "Use a model"
 LOOK = "Look at a run"
-USES = "tandem.assembly.uses"
+USES, REPLAYS = "tandem.assembly.uses", "tandem.assembly.replays"
 COMMANDS = {
     "quickstart": Command(
         START, "tandem.cli.quickstart", "SFT, a reward model and PPO in miniature, on a CPU", "QuickstartConfig"
@@ -93,6 +93,12 @@ COMMANDS = {
     **{name: Command(ONLINE, "tandem.cli.train", line.about, METHOD) for name, line in SAMPLES.items()},
     "advise": Command(
         LOOK, "tandem.cli.advise", "what bound a run: sampling, training or rewards; what to change", "advise_config"
+    ),
+    "replay": Command(
+        LOOK,
+        "tandem.cli.replay",
+        "train again on what a run recorded, to the same parameters",
+        f"{REPLAYS}:replay_config",
     ),
     "generate": Command(USE, "tandem.cli.use:generate", "samples of a dataset's prompts", f"{USES}:GenerateConfig"),
     "sample": Command(

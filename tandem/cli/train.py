@@ -24,10 +24,10 @@ def run(config: RunConfig) -> int:
     """The command."""
     if model := train(config):
         out = Path(config.run.out)
-        tell_end(out, config.method.leads, *next_commands(config, model))
         if isinstance(config, SamplesConfig):
             with suppress(UserError):  # of a run that its goals have ended before its first step
                 tell(out, pairwise=config.method.pairwise)
+        tell_end(out, config.method.leads, *next_commands(config, model))
     return 0
 
 

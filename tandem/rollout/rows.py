@@ -18,6 +18,7 @@ class AtOnce:
     """What is common to sources whose items are there at once (``tandem.roles.Source``)."""
 
     phase: str = field(default="data", init=False)
+    busy_seconds: float = field(default=0.0, init=False)
 
     def wait(self, until: Callable[[], bool], clock: Clock, at_least: int = 0) -> None:
         """Nothing: all that was begun is done."""

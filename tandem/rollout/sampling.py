@@ -130,6 +130,11 @@ class Sampling:
     answered: int = field(default=0, init=False)
     """How many have."""
 
+    @property
+    def busy_seconds(self) -> float:
+        """Of the engine."""
+        return self.engine.busy_seconds
+
     def begin(self, tickets: Seq[Ticket], clock: Clock) -> list[Drawing]:
         """The tickets' groups, sampled together. What can be judged by itself is, from when it has been sampled."""
         prompts, count = [self.prompts[ticket.row] for ticket in tickets], self.samples_per_prompt

@@ -22,6 +22,7 @@ from tandem.runs.best import BEST_MODEL, replaced
 from tandem.runs.identity import CONFIG, IDENTITY, Start, changed_keys, read_identity, require_same_run
 from tandem.runs.lines import append_line, keep_until, read_lines, write_aside
 from tandem.runs.lock import FolderLock
+from tandem.runs.record import RECORD, forget_after
 from tandem.runs.tracking import WRITES
 from tandem.types import Group, Rollout
 
@@ -38,6 +39,7 @@ CONTENTS = (
     "metrics.jsonl",
     "rollouts.jsonl",
     EVENTS,
+    RECORD,
     CHECKPOINTS,
     MODEL,
     EMA_MODEL,
@@ -172,8 +174,9 @@ class RunFolder:
         _add_event(self.events, kind, **fields)
 
     def truncate_after(self, step: int, *, metrics: int) -> None:
-        """Drops rollouts of steps after ``step``, and metrics after theirs, which a resumed run writes again."""
+        """Drops rollouts and the record of steps after ``step``, and metrics after theirs, which come again."""
         keep_until(self.rollouts, step)
+        forget_after(self.path / RECORD, step)
         keep_until(self.metrics, metrics)
 
     def close(self) -> None:

@@ -46,10 +46,12 @@ class Pipeline:
             session.record(crew.evaluate)
             while session.step < self.steps and not session.stop:
                 clock.start()
+                busy = crew.source.busy_seconds
                 if crew.refresh is not None:
                     crew.refresh.once_after(session.step)
                 self._take(crew, session, buffer)
                 items = [place.made for place in buffer.taken]
+                session.record_groups([(place.ticket, place.made) for place in buffer.taken])
                 metrics = self._lag(crew, buffer)
                 with clock(crew.source.phase):
                     prepared = crew.prepare(items, session.state, session.step + 1)
@@ -60,6 +62,7 @@ class Pipeline:
                 passed = [place.made for place in buffer.passed]
                 metrics |= crew.source.metrics([*items, *passed]) | clock.metrics()
                 metrics |= rates(metrics, passed)
+                metrics |= {"engine_busy_seconds": crew.source.busy_seconds - busy} if self.max_lag else {}
                 session.reached(prepared.state, metrics, groups := [item for item in items if isinstance(item, Group)])
                 if groups:
                     session.run.event("taken", step=session.step, **told(buffer))

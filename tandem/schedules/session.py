@@ -22,6 +22,7 @@ from tandem.runs.folder import EMA_MODEL, RunFolder
 from tandem.runs.goals import Goals, evaluations_of
 from tandem.runs.lines import read_metrics
 from tandem.runs.progress import Progress
+from tandem.runs.record import Recorded, Recorder, steps_in
 from tandem.runs.tracking import Tracking
 from tandem.signals import held
 from tandem.types import Group
@@ -92,6 +93,8 @@ class Session:
     clock: StepClock
     rollouts_logged: int = 8
     """Rollouts written to ``rollouts.jsonl`` each step, in whole groups; as many held-out ones."""
+    recorder: Recorder | None = None
+    """Writes what each step trains on. None: it is not recorded."""
     goals: Goals = field(default_factory=Goals)
     tracking: Tracking | None = None
     ema: bool = False
@@ -146,6 +149,14 @@ class Session:
         if self.evaluations:
             self.goals.require({name for line in self.evaluations for name in line})
         self._find_best()
+        if self.recorder is not None and len(steps_in(self.recorder.folder)) < max(step, 0):
+            self.note("steps up to here are not all recorded, so the run cannot be replayed")
+
+    def record_groups(self, taken: Seq[Recorded]) -> None:
+        """Writes what the step in progress is going to train on, where that is recorded."""
+        if self.recorder is not None:
+            with self.progress.phase("recording"):
+                self.recorder.write(self.step + 1, taken)
 
     def take(self, count: int) -> Seq[int]:
         """Positions of the next ``count`` items of the data. No position is handed out twice, and none is left out."""

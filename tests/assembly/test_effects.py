@@ -48,6 +48,7 @@ def words(config: type, flags: list[str]) -> list[str]:
         ),
         (SFTConfig, ["--keep", "5", "--save-every", "0"], "--keep: has no effect without --save-every"),
         (SFTConfig, ["--rollouts-logged", "5"], "--rollouts-logged: has no effect, since this run has no samples"),
+        (SFTConfig, ["--record"], "--record: has no effect, since this run has no samples"),
         (SFTConfig, ["--split", "test"], "--split: has no effect, since this run has no dataset with splits"),
         (SFTConfig, ["--eval-data", "e*.json", "--eval-split", "a"], "--eval-split: has no effect, since this run"),
         (SFTConfig, ["--data", "a.csv,b*", "--split", "test"], "--split: has no effect, since this run has no dataset"),

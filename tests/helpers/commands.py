@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from typing import Any
@@ -56,6 +57,11 @@ def parse(words: list[str], monkeypatch: pytest.MonkeyPatch, folder: Any) -> Non
         with pytest.raises(UserError, match="no file"):
             launch.run(argv)
         return
+    if command == "replay" and argv and not argv[0].startswith("-"):
+        # The run that a document names, as one of GRPO.
+        argv[0] = str(folder)
+        (folder / "run.json").write_text(json.dumps({"id": "", "method": "GRPO", "seed": 0, "inputs": {}}))
+        (folder / "config.yaml").write_text("out: o\nsteps: 1\nmodel: m\ndata: d\nreward: [r.py:f]\n")
     cls, argv = COMMANDS[command].config_class(command, argv)
     if "--help" in argv:
         with pytest.raises(SystemExit):

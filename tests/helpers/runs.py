@@ -88,11 +88,11 @@ def _child(
 
 
 def _die_at(call: str, count: int) -> None:
-    """SIGKILL to this process at the ``count``-th call of ``os.fsync``, ``os.rename`` or ``torch.save``.
+    """SIGKILL to this process at the ``count``-th call of ``os.fsync``, ``rename``, ``replace`` or ``torch.save``.
 
     For ``export``: from that call on files may not grow beyond 10 kB, as on a full disk.
     """
-    module = {"fsync": os, "rename": os, "save": torch, "export": LocalTrainer}[call]
+    module = {"fsync": os, "rename": os, "replace": os, "save": torch, "export": LocalTrainer}[call]
     original, left = getattr(module, call), count
 
     def faulty(*args, **kwargs):

@@ -1,0 +1,153 @@
+"""The config of ``tandem replay``: that of the run which is trained again. Nothing here imports torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, make_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from tandem.assembly.configs import SamplesConfig, class_over
+from tandem.assembly.evaluation import SampledEvaluationSection
+from tandem.assembly.needed import is_reward_model
+from tandem.assembly.sections import EngineSection
+from tandem.config import MAY_CHANGE, PATH, explained_without, given_keys, key_names, load_config, with_keys
+from tandem.errors import UserError, expect
+from tandem.methods.table import SAMPLES, method_class
+from tandem.runs.identity import CONFIG, IDENTITY, read_identity
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplaySection:
+    """The run that is trained again."""
+
+    replayed: str = field(metadata=PATH)
+    """Folder of the run, which was recorded: the first word of the command."""
+    last_step: int | None = field(default=None, metadata=MAY_CHANGE)
+    """The last step that is trained again. None: the last one recorded."""
+
+    def __post_init__(self) -> None:
+        expect(self, "1 or more", lambda value: value >= 1, "last_step")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayConfig(SamplesConfig):
+    """A run that trains on what another has recorded. What only samples and judges is not there."""
+
+    replay: ReplaySection
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if Path(self.run.out).resolve() == Path(self.replay.replayed).resolve():
+            raise UserError(f"out: {self.run.out} is the run that is replayed; give another folder")
+        there = {"engine", "reward"} & {*self.placement.roles}
+        for name, value in (
+            ("evaluation", SampledEvaluationSection()),
+            ("engine", EngineSection()),
+            ("placement", with_keys(self.placement, **dict.fromkeys(there, "actor"))),
+        ):
+            object.__setattr__(self, name, value)
+
+    @property
+    def sources(self) -> dict[str, str]:
+        return {role: source for role, source in super().sources.items() if not is_reward_model(role)}
+
+    @property
+    def sampler(self) -> EngineSection | None:
+        return None
+
+    @property
+    def length(self) -> int | None:
+        return self.replay.last_step
+
+
+TRAINED_ON = ("data", "sampling", "reward", "schedule", "evaluation", "engine")
+"""Sections whose keys say what was sampled, how it was judged, or what was held out: they are as the run had them."""
+OF_THE_RUN = {"replayed", "seed", "steps", "epochs", "accept_changed", "placement.engine", "placement.reward"}
+"""7 keys of other sections that are, too."""
+
+
+def fixed_keys(cls: type[ReplayConfig]) -> set[str]:
+    """The keys of a replay's config that are as they were in the run."""
+    hints = get_type_hints(cls)
+    of_sections = {
+        f"{name}.{key}" if name == "engine" else key for name in TRAINED_ON for key in key_names(hints[name])
+    }
+    return OF_THE_RUN | of_sections
+
+
+def replay_config(words: list[str]) -> tuple[type[Any], list[str]]:
+    """The config of ``tandem replay RUN``, and its flags, before which the run's own config is read.
+
+    Raises UserError where ``RUN`` is no run on samples, for a key that must be as it was in the run, and without an
+    ``--out``.
+    """
+    helped = "--help" in words or "-h" in words
+    if not words or words[0].startswith("-"):
+        if helped:
+            return ReplayHelp, words
+        raise UserError("replay: which run? its folder comes first, as in: tandem replay runs/grpo --out runs/again")
+    run, *flags = words
+    folder = Path(run).expanduser()
+    cls = class_over(ReplayConfig, method_of(folder))
+    if helped:
+        return _explained(stored_config(folder, cls)), flags
+    names, fixed = given_keys(cls, flags), fixed_keys(cls)
+    for name in names:
+        if name in fixed:
+            raise UserError(
+                f"{name}: a replay trains on what {run} has recorded, with this key as it was; leave it out"
+            )
+    if "out" not in names:
+        raise UserError("missing --out (Folder of the run: its config, and all that it writes)")
+    return cls, [*_as_stored(folder), *flags]
+
+
+def stored_config(run: Path, cls: type[ReplayConfig]) -> ReplayConfig:
+    """That of a replay of the run in a folder, with nothing given anew."""
+    return load_config(cls, [*_as_stored(run), "--out", str(run / "replay")])
+
+
+def _as_stored(run: Path) -> list[str]:
+    return ["--config", str(run / CONFIG), f"--replayed={run}"]
+
+
+def method_of(run: Path) -> str:
+    """The command of the run in a folder. Raises UserError where it is no run on samples."""
+    if not (run / IDENTITY).exists():
+        raise UserError(f"{run}: not the folder of a run: it has no {IDENTITY}")
+    title = read_identity(run)["method"]
+    found = [name for name in SAMPLES if method_class(name).title == title]
+    if not found:
+        raise UserError(f"{run}: a run of {title}, which samples nothing; --config {run / CONFIG} repeats it")
+    return found[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewSection:
+    """Where it is written."""
+
+    out: str = field(metadata=PATH)
+    """Folder of the new run: its config, and all that it writes. Another one than the run's own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayHelp:
+    """Train again on what a run has recorded (--record), without an engine and rewards: to the same parameters.
+
+    Its config is the run's. What does not change what is trained on may be given anew, to see what it does to the same
+    samples: optimizer, the method's knobs, minibatches, precision, device, placement. tandem replay RUN --help lists
+    these keys with their values. Held-out data are not evaluated.
+    Example: tandem replay runs/grpo --out runs/again
+    Example: tandem replay runs/grpo --out runs/slower --learning-rate 3e-7 --last-step 100
+    """
+
+    run: NewSection
+    replay: ReplaySection
+
+
+def _explained(config: ReplayConfig) -> type[Any]:
+    """What ``--help`` shows of a replay of some run."""
+    shown = explained_without(config, fixed_keys(type(config)) | {"out"})
+    sections = [("new", NewSection, field()), *((f.name, f.type, f) for f in fields(shown))]
+    namespace: dict[str, Any] = {"__doc__": ReplayHelp.__doc__, "_docs": {}}
+    return make_dataclass("ReplayHelp", sections, namespace=namespace, frozen=True, kw_only=True)
