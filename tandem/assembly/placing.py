@@ -15,7 +15,7 @@ from tandem.assembly.models import Replicas, live_engine, replica_engine, vllm_e
 from tandem.assembly.needed import RolePlacement
 from tandem.assembly.sections import ClusterSection, DrawsSection, EngineSection, ModelSection, SamplingSection
 from tandem.errors import UserError
-from tandem.models.limits import read_config
+from tandem.models.limits import layers_of, read_config
 from tandem.models.loading import pick_device
 from tandem.models.shrunk import furthest_limit
 from tandem.parallel.world import World
@@ -272,7 +272,14 @@ class Homes:
         engines = home.place(
             "engine", partial(replica_engine, section=self.model, sampling=sampling, engine=self.engine)
         )
-        check = TruthCheck(Seat(home, "actor"), engines, count=home.size, dtype=self.model.dtype, vocabulary=vocabulary)
+        check = TruthCheck(
+            Seat(home, "actor"),
+            engines,
+            count=home.size,
+            dtype=self.model.dtype,
+            vocabulary=vocabulary,
+            layers=layers_of(read_config(self.model.model, self.model.trust_remote_code)),
+        )
         push = FillPush(home.place("replicas", Replicas), check if self.engine.check_weights else None)
         about = f"live, in each of the actor's {home.size} processes, on gathered weights"
         return WiredEngine(engine=DividedEngine(engines), push=push, about=about)
@@ -321,6 +328,7 @@ class Homes:
             # Whoever sends waits for an engine, and somebody must be free to see it die.
             sender = Aside(actor.site)
             self.stack.callback(sender.close)
+        config = read_config(self.model.model, self.model.trust_remote_code)
         push = WeightPush(
             sender.place("source", weight_source),
             Seat(actor, "actor"),
@@ -331,11 +339,8 @@ class Homes:
                 check=self.engine.check_weights,
                 ranks_per_engine=self.engine.tensor_parallel,
                 vocabulary=vocabulary,
-                limit=furthest_limit(
-                    read_config(self.model.model, self.model.trust_remote_code),
-                    self.engine.max_length,
-                    by=BEYOND + 1,
-                ),
+                layers=layers_of(config),
+                limit=furthest_limit(config, self.engine.max_length, by=BEYOND + 1),
                 timeout_s=min(300.0, self.section.deadline),
             ),
         )

@@ -20,10 +20,11 @@ from tandem.cli.configs import DoctorConfig
 from tandem.errors import UserError
 from tandem.methods.grpo import GRPO
 from tandem.models.forward import quiet_transformers
+from tandem.models.limits import layers_of, read_config
 from tandem.models.loading import load_tokenizer
 from tandem.roles import Seat
 from tandem.seeds import derive_seed
-from tandem.sync.bounds import LOGP_BOUNDS
+from tandem.sync.bounds import logp_bound
 from tandem.training.optim import OptimParams
 from tandem.types import Completion, Request, SamplingParams
 
@@ -84,6 +85,7 @@ class _Examination:
         self.report, self.sampler, self.vocabulary = report, sampler, vocabulary
         self.actor, self.source = actor, source
         self.dtype = config.model.dtype
+        self.layers = layers_of(read_config(config.model.model, config.model.trust_remote_code))
         self.rounds = config.engine.kind == "vllm"
         params = SamplingParams(max_new_tokens=config.sampling.max_new_tokens)
         self.requests = [
@@ -134,7 +136,7 @@ class _Examination:
             for s, row in zip(samples, found, strict=True)
             for a, b in zip(s.untruncated_logp, row[-len(s.token_ids) :], strict=True)
         ]
-        mean, bound = sum(gaps) / len(gaps), LOGP_BOUNDS[self.dtype]
+        mean, bound = sum(gaps) / len(gaps), logp_bound(self.dtype, self.layers)
         if not mean <= bound:
             raise UserError(
                 f"doctor: the engine's log-probs are {mean:.3g} nats from the trainer's on average (bound {bound}); "

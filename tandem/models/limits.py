@@ -31,6 +31,11 @@ def read_config(source: str | Path, trust_remote_code: bool = False) -> Any:
         return AutoConfig.from_pretrained(with_config(source), trust_remote_code=trust_remote_code)
 
 
+def layers_of(config: Any) -> int:
+    """Layers, one after another; 1 where the config does not say."""
+    return getattr(config.get_text_config(), "num_hidden_layers", None) or 1
+
+
 def require_language_model(config: Any, source: str | Path) -> None:
     """Raises UserError for a model that has a scalar head where a language model's would be."""
     adapters = adapter_folder(source)

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tandem.engines.live.replica import ReplicaEngine
 from tandem.errors import UserError
-from tandem.models.limits import limits_of
+from tandem.models.limits import layers_of, limits_of
 from tandem.models.loading import load_causal
 from tandem.models.shrunk import furthest_limit
 from tandem.own_loop.given import GivenModel, Shapes
@@ -55,6 +55,8 @@ class LoopEngine(Protocol):
     """Of the parameters that it must be given."""
     limit: int | None
     """Tokens that it may sample up to; None: any number."""
+    layers: int
+    """Of the model."""
     probed: int
     """The furthest limit of the model that its samples may go beyond, as does the first probe; 0: there is none."""
 
@@ -91,6 +93,7 @@ class InProcess:
         self.engine = ReplicaEngine(model, max_slots=params.max_slots, max_length=params.max_length)
         self.shapes: Shapes = {name: tuple(p.shape) for name, p in self.engine.parameters.items()}
         self.limit = limits_of(model.module.config).sampling.positions
+        self.layers = layers_of(model.module.config)
         self.probed = furthest_limit(model.module.config, params.max_length, by=BEYOND + 1)
         self.device, self.check = params.device, params.check
         self.filled = False
@@ -126,6 +129,7 @@ class InChild:
         config = AutoConfig.from_pretrained(params.model, trust_remote_code=params.trust_remote_code)
         self.shapes: Shapes = shapes_of(config, params.trust_remote_code)
         self.limit = limits_of(config).sampling.positions
+        self.layers = layers_of(config)
         self.probed = furthest_limit(config, params.max_length, by=BEYOND + 1)
         gpu = str(torch.cuda.get_device_properties(params.device).uuid) if params.device.type == "cuda" else None
         self.child = Child(name, gpu=gpu, deadline_s=params.deadline_s)

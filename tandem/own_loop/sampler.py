@@ -22,7 +22,7 @@ from tandem.own_loop.given import GivenModel, given, require_same
 from tandem.own_loop.peers import Peers, own_device
 from tandem.parallel.shares import divide
 from tandem.seeds import derive_seed
-from tandem.sync.bounds import LOGP_BOUNDS
+from tandem.sync.bounds import ROUNDING, logp_bound
 from tandem.sync.check import FIRST_PROBES, PROBE_EVERY, Probe, WeightMismatch
 from tandem.types import Completion, Message, Request, SamplingParams
 
@@ -254,7 +254,7 @@ class Sampler:
             mine = self.engine.logprobs(probe.sequences)
         except UserError as error:
             return error
-        far = probe.too_far(theirs, mine, LOGP_BOUNDS[self.dtype if exact else "bfloat16"])
+        far = probe.too_far(theirs, mine, logp_bound(self.dtype if exact else "bfloat16", self.engine.layers))
         if not far:
             return None
         return WeightMismatch(
@@ -354,7 +354,7 @@ def sampling_params(
 def _check_options(engine: str, dtype: str, *, memory_share: object, sleep: object, arguments: object) -> None:
     if engine not in ("live", "vllm"):
         raise UserError(f"engine is {engine!r}; it must be 'live' or 'vllm'")
-    if dtype not in LOGP_BOUNDS:
+    if dtype not in ROUNDING:
         raise UserError(f"dtype is {dtype!r}; it must be 'float32' or 'bfloat16'")
     for name, value in (("memory_share", memory_share), ("sleep", sleep), ("arguments", arguments)):
         if engine == "live" and value:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from tandem.errors import RunFailure
 from tandem.roles import Seat
-from tandem.sync.bounds import LOGP_BOUNDS
+from tandem.sync.bounds import logp_bound
 from tandem.sync.checksum import Sums
 from tandem.types import Held
 
@@ -29,8 +29,9 @@ class WeightMismatch(RunFailure):
 class TruthCheck:
     """Every push: the checksums of all tensors. The first two and every 256th: the log-probs of a fixed probe as well.
 
-    ``dtype`` is the engines', ``vocabulary`` that of the probe's tokens. Without a ``trainer`` there is no probe. The
-    first one goes past ``limit``, the furthest that the model's config names, as of a window (0: there is none).
+    ``dtype`` is the engines', ``vocabulary`` that of the probe's tokens, ``layers`` are the model's. Without a
+    ``trainer`` there is no probe. The first one goes past ``limit``, the furthest that the model's config names, as of
+    a window (0: there is none).
     """
 
     def __init__(
@@ -41,10 +42,11 @@ class TruthCheck:
         count: int,
         dtype: Literal["float32", "bfloat16"],
         vocabulary: int,
+        layers: int = 1,
         limit: int = 0,
     ) -> None:
         self.trainer, self.engines, self.count = trainer, engines, count
-        self.dtype, self.probe = dtype, Probe(vocabulary, limit)
+        self.bound, self.probe = logp_bound(dtype, layers), Probe(vocabulary, limit)
         self.pushes = 0
         self.sums: Sums = {}
         """Of the last push."""
@@ -74,7 +76,7 @@ class TruthCheck:
             return
         truth, self.logp = self.logp, None
         for engine, found in enumerate(self._of_each("logprobs", self.probe.sequences)):
-            if far := self.probe.too_far(truth, found, LOGP_BOUNDS[self.dtype]):
+            if far := self.probe.too_far(truth, found, self.bound):
                 # It may have lost since what it held when it was pushed.
                 self._compare(version, self._of_each("checksums"))
                 raise WeightMismatch(

@@ -17,13 +17,14 @@ from tandem.sync.plan import Plan
 
 @dataclass(kw_only=True)
 class PushParams:
-    """How weights travel. ``dtype`` is the engines', ``limit`` what the truth check's first probe goes past."""
+    """How weights travel. ``dtype`` is the engines', ``layers`` the model's, ``limit`` what a first probe goes past."""
 
     dtype: Literal["float32", "bfloat16"]
     transport: Transport | Literal["auto"] = "auto"
     check: bool = True
     ranks_per_engine: int = 1
     vocabulary: int = 32
+    layers: int = 1
     limit: int = 0
     timeout_s: float = 300.0
 
@@ -50,6 +51,7 @@ class WeightPush:
             count=self._engines,
             dtype=params.dtype,
             vocabulary=params.vocabulary,
+            layers=params.layers,
             limit=params.limit,
         )
 

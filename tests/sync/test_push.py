@@ -100,7 +100,7 @@ def test_the_first_probe_goes_past_a_limit_of_the_model():
     assert engine.asked == [11, 7]
     push, _ = pushing(engine)
     push.check.probe.limit = 40
-    with pytest.raises(WeightMismatch, match=r"by 0\.1 nats on average \(bound 0\.001\) behind 40 tokens, a limit"):
+    with pytest.raises(WeightMismatch, match=r"by 0\.1 nats on average \(bound 0\.0003\) behind 40 tokens, a limit"):
         push(1)
     assert engine.asked == [11, 7, 72]
     # How it computes stays what it was.

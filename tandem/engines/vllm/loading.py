@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tandem.engines.vllm.checksums import Shard
 from tandem.engines.vllm.copies import Copies, RecordingCopies
+from tandem.engines.vllm.names import Names
 from tandem.engines.vllm.regions import Piece, WatchingCopies
 from tandem.errors import UserError, first_line
 from tandem.kernels import bits
@@ -46,11 +47,12 @@ Record = dict[str, Target]
 """Every parameter that a push filled, by its name in vLLM's model."""
 
 
-def load_push(model: Any, model_config: Any, buckets: Iterable[Bucket], record: Record | None) -> None:
-    """Loads one push into the model. An empty ``record`` is filled on the way, which takes a little longer.
+def load_push(model: Any, model_config: Any, names: Names, buckets: Iterable[Bucket], record: Record | None) -> None:
+    """Loads one push into the model, under the ``names`` of its checkpoint.
 
-    Raises UserError and names the tensors that vLLM cannot load, does not take, or that the push lacks. Whatever is
-    raised, some weights are new and some are old then, and the model must not be used before another push.
+    An empty ``record`` is filled on the way, which takes a little longer. Raises UserError and names the tensors that
+    vLLM cannot load, does not take, or that the push lacks. Whatever is raised, some weights are new and some are old
+    then, and the model must not be used before another push.
     """
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
@@ -59,23 +61,24 @@ def load_push(model: Any, model_config: Any, buckets: Iterable[Bucket], record: 
     try:
         if record is None:
             for bucket in buckets:
-                _load(model, bucket)
+                _load(model, names.of(bucket))
                 _keep(model, bucket)
         else:
-            _load_and_record(model, buckets, record, expected)
+            _load_and_record(model, names, buckets, record, expected)
     finally:
         finalize_layerwise_reload(model, model_config)
         _repack_tied(model)
+        _repack_experts(model)
 
 
-def load_and_record_copies(model: Any, buckets: Iterable[Bucket], record: Record) -> Copies | None:
+def load_and_record_copies(model: Any, names: Names, buckets: Iterable[Bucket], record: Record) -> Copies | None:
     """Loads one push straight into the parameters. Returns its copies, or None where they are not all of it."""
     copies = Copies()
     parameters = dict(_parameters(model))
     for bucket in buckets:
         recording = RecordingCopies(copies, parameters, bucket)
         with recording:
-            _load(model, bucket)
+            _load(model, names.of(bucket))
         recording.finish()
     return copies if copies.covers({name: target.loaded for name, target in record.items()}) else None
 
@@ -101,7 +104,7 @@ def _load(model: Any, bucket: Bucket) -> None:
         ) from error
 
 
-def _load_and_record(model: Any, buckets: Iterable[Bucket], record: Record, expected: list[str]) -> None:
+def _load_and_record(model: Any, names: Names, buckets: Iterable[Bucket], record: Record, expected: list[str]) -> None:
     """One tensor at a time, so that what its loading touches is known."""
     loading: dict[str, Any] = {}
     loaders = [(p, p.weight_loader, name) for name, p in _parameters(model) if hasattr(p, "weight_loader")]
@@ -112,7 +115,7 @@ def _load_and_record(model: Any, buckets: Iterable[Bucket], record: Record, expe
         for bucket in buckets:
             for name, tensor in bucket:
                 loading |= {"name": name, "tensor": tensor, "taken": False}
-                _load(model, [(name, tensor)])
+                _load(model, names.of([(name, tensor)]))
                 if not loading["taken"]:
                     untaken.append(name)
             _keep(model, bucket)
@@ -143,7 +146,8 @@ def _watched(loader: Callable[..., Any], name: str, loading: dict[str, Any], rec
             original = original.__wrapped__  # type: ignore[attr-defined]
         bound = signature(original).bind(*args, **kwargs)
         bound.apply_defaults()
-        parameter, tensor = args[0], loading["tensor"]
+        # The first, which loaders of experts are given by its name.
+        parameter, tensor = next(iter(bound.arguments.values())), loading["tensor"]
         target = record.setdefault(name, Target(tuple(parameter.shape), parameter.dtype))
         with WatchingCopies(loading["name"], tensor, parameter) as watching:
             target.loaded += get_numel_loaded(original, bound)[0]
@@ -177,6 +181,21 @@ def _repack_tied(model: Any) -> None:
     """A tied head has no weights of its own to load, so reloading leaves its packed copy as it was."""
     for _, module in _packed_heads(model):
         module.quant_method.process_weights_after_loading(module)
+
+
+def _repack_experts(model: Any) -> None:
+    """Reloading on a CPU leaves experts as they came, and its kernels want them packed."""
+    for module in model.modules():
+        if (experts := _packed_experts(module)) is not None:
+            experts.process_weights_after_loading(module)
+
+
+def _packed_experts(module: Any) -> Any | None:
+    """What multiplies a layer's experts on a CPU, where it packs their weights."""
+    kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
+    experts = getattr(kernel, "fused_experts", None)
+    packs = any(kind.__name__ == "CPUUnquantizedExperts" for kind in type(experts).__mro__)
+    return experts if packs and hasattr(module, "w13_weight") else None
 
 
 def _packed_heads(model: Any) -> Iterator[tuple[str, Any]]:
@@ -275,6 +294,8 @@ def _owners(model: Any) -> Iterator[tuple[str, Any]]:
 
 def _content(module: Any, attribute: str, target: Target) -> Tensor | None:
     """What the module computes with, in the shape in which it was loaded, or None where that cannot be told."""
+    if attribute in ("w13_weight", "w2_weight") and _packed_experts(module) is not None:
+        return None
     linear = getattr(module, "cpu_linear", None)
     weight = getattr(module, attribute).detach()
     if attribute == "weight" and linear is not None and len(target.shape) == 2 and _multiplies(module):

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from tandem.engines.vllm.loading import (
     load_push,
     play_copies,
 )
+from tandem.engines.vllm.names import Names
 from tandem.errors import UserError
 from tandem.sync.links import Link
 from tandem.sync.receiver import Receiver
@@ -66,6 +68,11 @@ class TandemTransfer(WeightTransferEngine):
     update_info_cls = Push
     # vLLM asks for it before a draft model's update, which Tandem never sends.
     supports_draft_weight_update = False
+
+    @cached_property
+    def names(self) -> Names:
+        """What the model's checkpoints call the tensors of a push."""
+        return Names(self.model_config.hf_config)
 
     receiver: Receiver | None = None
     record: Record | None = None
@@ -110,17 +117,17 @@ class TandemTransfer(WeightTransferEngine):
             return
         if self.record is None:
             record: Record = {}
-            load_push(self.model, self.model_config, buckets, record)
+            load_push(self.model, self.model_config, self.names, buckets, record)
             self.record = record
             assert self.receiver is not None, "buckets come from it"
             link = self.receiver.link
             self.sums = Sums(find_places(self.model), record, link.plan, self.device, link.overlaps)
             self.may_copy = may_copy(self.model, all(target.exact for target in record.values()))
         elif self.may_copy:
-            self.copies = load_and_record_copies(self.model, buckets, self.record)
+            self.copies = load_and_record_copies(self.model, self.names, buckets, self.record)
             self.may_copy = self.copies is not None
         else:
-            load_push(self.model, self.model_config, buckets, None)
+            load_push(self.model, self.model_config, self.names, buckets, None)
         if check:
             self.pushed().begin()
 
