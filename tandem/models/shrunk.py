@@ -192,6 +192,9 @@ def shrunken_config(config: Any, *, narrow: int = 1, limit: int = LIMIT, turning
     """
     small = copy.deepcopy(config)
     small._attn_implementation_internal = None
+    if hasattr(small, "allow_global_per_layer_attribute_access"):
+        # Sizes that differ from layer to layer all become small.
+        small.allow_global_per_layer_attribute_access = True
     for part in _parts(small):
         positions = _positions(part)
         turns = turning_point(part) is not None

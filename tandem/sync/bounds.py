@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Literal
 
 ROUNDING = {"float32": 3e-4, "bfloat16": 0.04}
-"""Nats for a model of one layer. Measured with vLLM's CPU kernels on models of trained size, of two layers and of 26: in
-float32 1e-6 and 2e-6 for Llama and 6e-4 for Gemma 2 (soft caps), in bfloat16 0.02, and 0.03 to 0.08."""
+"""Nats for a model of one layer. Measured with vLLM's CPU kernels on models of trained size, of two layers and of 26:
+in float32 1e-6 and 2e-6 for Llama and 6e-4 for Gemma 2 (soft caps), in bfloat16 0.02, and 0.03 to 0.08."""
 
 
 def logp_bound(dtype: Literal["float32", "bfloat16"], layers: int) -> float:
