@@ -6,6 +6,7 @@ import random
 from typing import Any
 
 import pytest
+import torch
 from helpers.engine_models import model, tokenizer
 from helpers.telling import tell, told
 
@@ -101,3 +102,51 @@ def test_what_is_given_up_raises_and_leaves_an_engine_that_works(way):
     trained.step()
     ((first, _),) = trained.engine.generate(asks([4]))
     assert first.versions == [(1, 4)] == told(first, TOKENS)
+
+
+def logp_of(module: Any, prompt: tuple[int, ...], token_ids: list[int]) -> list[float]:
+    """By the module's own forward over the whole sequence, in float64."""
+    ids = torch.tensor([[*prompt, *token_ids]])
+    with torch.no_grad():
+        logp = module(input_ids=ids, use_cache=False).logits[0].double().log_softmax(-1)
+    return [logp[len(prompt) - 1 + i, token].item() for i, token in enumerate(token_ids)]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("options", [{}, {"prefill_tokens": 40, "max_slots": 5}])
+def test_a_stale_cache_is_kept_or_computed_anew(way, options):
+    """Anew: every token has the log-prob that a fresh prefill under its weights gives it. Kept: it has not."""
+    versions, found = [0], {}
+    for stale_cache in ("keep", "recompute"):
+        module = model("qwen2")
+        versions[:] = [0]
+        engine = LiveEngine(
+            module, tokenizer(), way=way, stale_cache=stale_cache, version=lambda: versions[0], **options
+        )  # fmt: skip
+        futures = engine.submit(asked := asks([50, 70, 90]))
+        weights = [{name: p.clone() for name, p in module.state_dict().items()}]
+        for _ in range(2):
+            steps = iter(range(2 if way == "captured" else 20))
+            engine.wait(lambda steps=steps: next(steps, None) is None)
+            with torch.no_grad():
+                for parameter in module.parameters():
+                    parameter.mul_(1.1)
+            versions[0] += 1
+            weights.append({name: p.clone() for name, p in module.state_dict().items()})
+        completions = wait_all(futures)
+        assert max(len(sample.versions) for samples in completions for sample in samples) == 3
+        apart = 0.0
+        for request, samples in zip(asked, completions, strict=True):
+            for sample in samples:
+                start = 0
+                for version, count in sample.versions:
+                    module.load_state_dict(weights[version])
+                    wanted = logp_of(module, request.prompt_ids, sample.token_ids)[start : start + count]
+                    drawn = sample.untruncated_logp[start : start + count]
+                    off = max(abs(a - b) for a, b in zip(drawn, wanted, strict=True))
+                    assert version or off < 1e-4
+                    apart = max(apart, off)
+                    start += count
+        found[stale_cache] = apart
+    assert found["recompute"] < 1e-4
+    assert found["keep"] > 1e-2

@@ -31,10 +31,11 @@ class Batching(Protocol):
         """Gives samples up, wherever they are."""
         ...
 
-    def renew(self) -> None:
+    def renew(self, *, recompute: bool) -> None:
         """The weights have changed: samples that have not started yet start with the new ones.
 
-        When it returns, every sample has all the tokens that the old ones drew.
+        Those that run go on from the keys and values that they have, or, to ``recompute``, from those that the new
+        weights give their tokens. When it returns, every sample has all the tokens that the old weights drew.
         """
         ...
 
@@ -44,7 +45,7 @@ class LiveCore:
 
     ``begin`` makes the batching in which samples run. ``end`` is told when it has gone: no sample is left, or a round
     failed and what the samples held cannot be relied on. ``version`` tells which weights the module has now, and is
-    asked before every step.
+    asked before every step; where they have changed, ``recompute`` says what becomes of samples that run.
     """
 
     def __init__(
@@ -54,8 +55,9 @@ class LiveCore:
         begin: Callable[[], Batching],
         end: Callable[[bool], None],
         version: Callable[[], int],
+        recompute: bool = False,
     ) -> None:
-        self.module = module
+        self.module, self.recompute = module, recompute
         self.begin, self.end = begin, end
         self.current_version = version
         self.version = 0
@@ -100,7 +102,7 @@ class LiveCore:
 
     def renew(self, version: int) -> None:
         if self.batching is not None:
-            self.batching.renew()
+            self.batching.renew(recompute=self.recompute)
         for sample in self.samples.values():
             sample.stamp(self.version)
         self.version = version

@@ -28,6 +28,7 @@ from tandem.types import Completion, Request, Watch
 log = logging.getLogger("tandem")
 Way = Literal["auto", "captured", "slots", "padded"]
 CacheDtype = Literal["auto", "fp8"]
+StaleCache = Literal["keep", "recompute"]
 
 
 class LiveEngine:
@@ -48,7 +49,10 @@ class LiveEngine:
       scale for each token and head: room for nearly twice the tokens, log-probs that differ by more from the trainer's.
       Of the paged cache only: raises UserError where another way is taken.
     - ``version``: optimizer steps that the weights have seen, for ``Completion.versions``. It is asked before every
-      step: what runs goes on with weights that have changed, from keys and values of the old ones.
+      step: what runs goes on with weights that have changed.
+    - ``stale_cache``: what becomes then of the keys and values of samples that run. ``keep``: they go on from those of
+      the old weights; ``recompute``: their tokens go through the new ones first, as a prompt does, so that what is
+      drawn from then on is what the new weights alone say of it. Of way ``padded`` no sample runs when weights change.
 
     A large cache is given back when nothing is left to sample, a small one is kept, with the graphs. Any thread may
     call ``submit`` and wait; nothing runs but in threads that wait.
@@ -65,6 +69,7 @@ class LiveEngine:
         way: Way = "auto",
         cache_tokens: int | None = None,
         kv_cache_dtype: CacheDtype = "auto",
+        stale_cache: StaleCache = "keep",
         version: Callable[[], int] = lambda: 0,
     ) -> None:
         if max_slots < 1 or prefill_tokens < 1:
@@ -79,7 +84,7 @@ class LiveEngine:
         self.together: Together = "all"
         """Of way ``padded``: which prompts are batched."""
         self.stepper: Stepper[Sample, Completion] = Stepper(
-            LiveCore(module, begin=self._begin, end=self._end, version=version)
+            LiveCore(module, begin=self._begin, end=self._end, version=version, recompute=stale_cache == "recompute")
         )
         with evaluating(module.modules()):
             self.way, reasons = self._choose(way, cache_tokens, eight_bit=kv_cache_dtype == "fp8")

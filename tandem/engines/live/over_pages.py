@@ -120,12 +120,12 @@ class PagedBatching:
                     self._give_back(prefix)
         self.to_stop += [self._vacate(sample) for sample in samples if sample.row is not None]
 
-    def renew(self) -> None:
+    def renew(self, *, recompute: bool) -> None:
         # What is enqueued comes from the old weights.
         self._read_all()
         self.fitting.look()
-        while self.ready:
-            self._unready()
+        while self.ready or (recompute and self.running):
+            self._preempt()
 
     def _refit(self, everyone: Seq[Sample], slots: int) -> None:
         """Another decoder, in which all fit. Those that run start again in it, from what they have drawn."""

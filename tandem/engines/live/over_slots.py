@@ -81,9 +81,25 @@ class SlotBatching:
         self.ready = deque(entry for entry in self.ready if entry[0] not in samples)
         self._close([row for row, sample in enumerate(self.rows) if sample in samples])
 
-    def renew(self) -> None:
+    def renew(self, *, recompute: bool) -> None:
         self.waiting.extendleft(reversed(_by_request([sample for sample, _ in self.ready])))
         self.ready.clear()
+        if recompute:
+            self._recompute()
+
+    def _recompute(self) -> None:
+        """Keys and values anew for every row, from its own tokens: the last one is not in the cache yet."""
+        held = deque((row, (*s.asked.request.prompt_ids, *s.token_ids[:-1])) for row, s in enumerate(self.rows))
+        while held:
+            rows: list[int] = []
+            prompts: list[tuple[int, ...]] = []
+            tokens = 0
+            while held and not (prompts and tokens + len(held[0][1]) > self.prefill_tokens):
+                row, prompt = held.popleft()
+                rows.append(row)
+                prompts.append(prompt)
+                tokens += len(prompt)
+            Prefilled(self.model, prompts).load_into(self.cache, rows, list(range(len(rows))))
 
     def _decode(self, state: State) -> None:
         layout = DecodeLayout(self.cache, state.length_B, self.longest)

@@ -63,8 +63,8 @@ class PaddedBatching:
     def leave(self, samples: AbstractSet[Sample]) -> None:
         self.waiting = [sample for sample in self.waiting if sample not in samples]
 
-    def renew(self) -> None:
-        """Nothing that waits has started."""
+    def renew(self, *, recompute: bool) -> None:
+        """Nothing that waits has started: a batch runs to its end in one step, and weights change between two."""
 
 
 def generate(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tandem.data.packing import pack
-from tandem.engines.live.engine import CacheDtype, LiveEngine, Way
+from tandem.engines.live.engine import CacheDtype, LiveEngine, StaleCache, Way
 from tandem.errors import UserError
 from tandem.futures import Future
 from tandem.models.forward import LoadedModel, forward
@@ -31,6 +31,7 @@ class ReplicaEngine:
         max_length: int | None = None,
         way: Way = "auto",
         kv_cache_dtype: CacheDtype = "auto",
+        stale_cache: StaleCache = "keep",
     ) -> None:
         model.compute_in(model.torch_dtype)
         self.model = model
@@ -45,6 +46,7 @@ class ReplicaEngine:
             max_length=max_length,
             way=way,
             kv_cache_dtype=kv_cache_dtype,
+            stale_cache=stale_cache,
             version=lambda: self.version,
         )
 
