@@ -79,6 +79,22 @@ class Later(Generic[T]):
         return self.made.value
 
 
+@dataclass
+class Driven(Generic[T]):
+    """The result of a call that goes on only while somebody waits: ``wait`` returns once its argument is true."""
+
+    future: Future[T]
+    wait: Callable[[Callable[[], bool]], object]
+
+    def done(self) -> bool:
+        return self.future.done()
+
+    def result(self) -> T:
+        if not self.future.done():
+            self.wait(self.future.done)
+        return self.future.result()
+
+
 @overload
 def wait_all(futures: Mapping[Key, Future[T]]) -> dict[Key, T]: ...
 

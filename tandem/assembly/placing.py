@@ -25,7 +25,7 @@ from tandem.sync.check import BEYOND, TruthCheck
 from tandem.sync.push import FillPush, PushParams, WeightPush
 from tandem.sync.turns import TakingTurns
 from tandem.workers.cluster import Cluster, connect, own_sigterm, require_ray, require_room, visible_gpus
-from tandem.workers.engines import BalancedEngine, DividedEngine, RestartingOnce
+from tandem.workers.engines import EngineGroup, RestartingOnce
 from tandem.workers.group import WorkerGroup
 from tandem.workers.homes import Aside, Here
 from tandem.workers.launched import launched
@@ -35,7 +35,7 @@ HOST_THREADS = 4
 """Of this process where it computes on a GPU, unless OMP_NUM_THREADS says otherwise."""
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 CALLS_AT_A_TIME = 8
-"""A vLLM engine answers so many calls at once; their samples join one batch."""
+"""A process that is there for an engine alone makes 8 calls at once: it takes pushes while it is waited for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,13 +215,13 @@ class Homes:
         if self.engine.kind == "live" and self.placement.home("engine") == "actor":
             return self._live_beside_actor(sampling, vocabulary)
         if self.engine.kind == "live":
-            group = self._group("engine", self.placement.workers("engine"), joined=False)
+            group = self._group("engine", self.placement.workers("engine"), joined=False, concurrency=CALLS_AT_A_TIME)
             engines = group.place(
                 "engine", partial(replica_engine, section=self.model, sampling=sampling, engine=self.engine)
             )
             push = self._link(engines, vocabulary)
             about = f"live, {group.size} of its own, fed over {push.transport}"
-            return WiredEngine(engine=DividedEngine(engines), push=push, about=about, link=push)
+            return WiredEngine(engine=EngineGroup(group, alone=True), push=push, about=about, link=push)
         return self._vllm(sampling, seed, vocabulary, others)
 
     def engine_alone(self, draws: DrawsSection, *, seed: int) -> Engine:
@@ -248,12 +248,12 @@ class Homes:
             home.place("engine", build)
             engine: Engine = home.site.roles["engine"]
             return engine
-        gpus = {"gpus_each": self.engine.tensor_parallel, "concurrency": CALLS_AT_A_TIME} if vllm else {}
-        group = self._group("engine", count, joined=False, **gpus)
-        seat = group.place("engine", build)
+        gpus = {"gpus_each": self.engine.tensor_parallel} if vllm else {}
+        group = self._group("engine", count, joined=False, concurrency=CALLS_AT_A_TIME, **gpus)
+        group.place("engine", build)
+        engines = EngineGroup(group, alone=True, slots=draws.max_slots if vllm else None)
         # One that is started again loads the folder again, and needs no push.
-        balanced = BalancedEngine(group, "engine", slots=draws.max_slots)
-        return RestartingOnce(balanced, group, lambda: None) if vllm else DividedEngine(seat)
+        return RestartingOnce(engines, engines, lambda: None) if vllm else engines
 
     def _live_beside_actor(self, sampling: SamplingSection, vocabulary: int) -> WiredEngine:
         home = self.of("actor")
@@ -264,8 +264,9 @@ class Homes:
             return WiredEngine(engine=engine, push=lambda step: {}, about="live, on the actor's own weights")
         assert isinstance(home, WorkerGroup)
         if home.size == 1 and self.model.offload != "parameters":
+            home.place("engine", build)
             return WiredEngine(
-                engine=DividedEngine(home.place("engine", build)),
+                engine=EngineGroup(home, alone=False),
                 push=lambda step: {},
                 about="live, on the actor's own weights",
             )
@@ -282,7 +283,7 @@ class Homes:
         )
         push = FillPush(home.place("replicas", Replicas), check if self.engine.check_weights else None)
         about = f"live, in each of the actor's {home.size} processes, on gathered weights"
-        return WiredEngine(engine=DividedEngine(engines), push=push, about=about)
+        return WiredEngine(engine=EngineGroup(home, alone=False), push=push, about=about)
 
     def _vllm(self, sampling: SamplingSection, seed: int, vocabulary: int, others: Mapping[str, Seat]) -> WiredEngine:
         shared = self.placement.home("engine") == "actor"
@@ -308,18 +309,18 @@ class Homes:
         )
         push = self._link(engines, vocabulary)
         about = f"vllm, {count} x {tensor_parallel}, {'shared' if shared else 'split'}, fed over {push.transport}"
-        balanced: Engine = BalancedEngine(group, "engine", slots=sampling.max_slots)
+        several = EngineGroup(group, alone=True, slots=sampling.max_slots)
         if not shared or not group.wheres[0].gpus or not self.engine.sleep:
-            restarting = RestartingOnce(balanced, group, push.again)
+            restarting = RestartingOnce(several, several, push.again)
             return WiredEngine(engine=restarting, push=restarting.guard(push), about=about, link=push)
         turns = TakingTurns(
-            balanced,
+            several,
             engines,
             [seat for seat in others.values() if seat.home is actor],
             push,
             version=lambda: others["actor"].call("version"),
         )
-        restarting = RestartingOnce(turns, group, turns.recover)
+        restarting = RestartingOnce(turns, several, turns.recover)
         return WiredEngine(engine=restarting, push=turns.push_later, about=about, link=push)
 
     def _link(self, engines: Seat, vocabulary: int) -> WeightPush:

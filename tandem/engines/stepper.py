@@ -110,7 +110,8 @@ class Stepper(Generic[Job, Result]):
         self._claimed = threading.Condition(self._lock)
         self._claims = 0
         self._busy = False
-        self._paused = False
+        self.paused = False
+        """Whether nobody may step, whoever waits: for the holder of ``exclusive`` to change."""
         self._waiting: list[Part[Result] | Asking] = []
         self._jobs: dict[int, tuple[Part[Result], int]] = {}
         """Where the result of each job in the core goes: its part, and its place there."""
@@ -204,14 +205,12 @@ class Stepper(Generic[Job, Result]):
     def pause(self) -> None:
         """Waits for the step that is under way. Then nobody steps until ``resume``; whoever waits goes on waiting."""
         with self.exclusive():
-            self._paused = True
+            self.paused = True
 
     def resume(self) -> None:
         """After ``pause``: whoever waits steps again."""
-        with self._lock:
-            self._paused = False
-            if not self._taken:
-                self._pass_on()
+        with self.exclusive():
+            self.paused = False
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -239,7 +238,7 @@ class Stepper(Generic[Job, Result]):
     @property
     def _taken(self) -> bool:
         """Whether whoever waits may not step now."""
-        return self._busy or self._paused or self._claims > 0
+        return self._busy or self.paused or self._claims > 0
 
     @contextmanager
     def _unlocked(self) -> Iterator[None]:

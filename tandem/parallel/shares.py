@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 
 import torch
@@ -158,14 +159,16 @@ def _fill(tokens: list[int], costs: list[float], bins: int, token_budget: int) -
     return filled
 
 
-def divide(sizes: list[int], parts: int) -> list[list[int]]:
+def divide(sizes: list[int], parts: int, loads: Seq[int] = ()) -> list[list[int]]:
     """Indices of ``sizes`` in ``parts`` lists of nearly equal sums, each in ascending order.
 
+    ``loads`` are what the parts have already, and are part of the sums; nothing, where they are not given.
     Largest first, each to the part with the least so far (Graham, "Bounds on Multiprocessing Timing Anomalies", 1969).
     """
     if parts == 1:
         return [list(range(len(sizes)))]
-    heap = [(0, part) for part in range(parts)]
+    heap = [(load, part) for part, load in enumerate(loads or [0] * parts)]
+    heapq.heapify(heap)
     divided: list[list[int]] = [[] for _ in range(parts)]
     for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         load, part = heapq.heappop(heap)

@@ -4,11 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 
-from tandem.futures import Done, Future
+from tandem.errors import Cancelled
+from tandem.futures import Driven, Future, wait_all
 from tandem.roles import Engine, Metrics, Seat
 from tandem.sync.push import WeightPush
 from tandem.types import Completion, Request, Watch
+
+
+@dataclass(eq=False)
+class Lot:
+    """Requests that were submitted together, which begin in the engine's next turn."""
+
+    requests: Seq[Request]
+    watch: Watch | None
+    begun: list[Future[list[Completion]]] | None = None
+    error: Exception | None = None
+    """Why they never will."""
+
+    def done(self) -> bool:
+        """Whether all of it is."""
+        return self.error is not None or (self.begun is not None and all(future.done() for future in self.begun))
+
+
+@dataclass(eq=False)
+class Place:
+    """The future of one request of a lot."""
+
+    lot: Lot
+    number: int
+
+    def done(self) -> bool:
+        lot = self.lot
+        return lot.error is not None or (lot.begun is not None and lot.begun[self.number].done())
+
+    def result(self) -> list[Completion]:
+        if self.lot.error is not None:
+            raise self.lot.error
+        assert self.lot.begun is not None
+        return self.lot.begun[self.number].result()
 
 
 class TakingTurns:
@@ -16,8 +51,9 @@ class TakingTurns:
 
     To sample: optimizer states leave the device, the engine takes back room for its weights, they are pushed, the
     trainers' weights leave too, the engine takes back its cache. Afterwards the engine drops both (sleep level 2), and
-    the trainers return. ``engines`` are ``tandem.roles.SleepingEngine``s, ``engine`` samples with all of them;
-    ``others`` are the trainers and scorers on their devices.
+    the trainers return; samples that are unfinished go on in the next turn, from their own tokens. ``engines`` are
+    ``tandem.roles.SleepingEngine``s, ``engine`` samples with all of them; ``others`` are the trainers and scorers on
+    their devices.
     """
 
     def __init__(
@@ -33,6 +69,8 @@ class TakingTurns:
         self.link = link
         self.version = version
         self.metrics: Metrics = {}
+        self._awake = False
+        self._lots: list[Lot] = []
         engines.call("sleep")
 
     @property
@@ -47,18 +85,49 @@ class TakingTurns:
     def sampled_tokens(self) -> int:
         return self.engine.sampled_tokens
 
-    def wait(self, until: Callable[[], bool], at_least: int = 0) -> None:
-        self.engine.wait(until, at_least)
-
-    def cancel(self) -> None:
-        self.engine.cancel()
-
     def submit(self, requests: Seq[Request], watch: Watch | None = None) -> list[Future[list[Completion]]]:
-        """Samples at once."""
-        return [Done(completions) for completions in self.generate(requests, watch)]
+        """Begins requests in the next turn, which is when somebody waits."""
+        lot = Lot(requests, watch)
+        self._lots.append(lot)
+        if self._awake:
+            self._begin()
+        return [Driven(Place(lot, number), self.wait) for number in range(len(requests))]
 
     def generate(self, requests: Seq[Request], watch: Watch | None = None) -> list[list[Completion]]:
         """As the engine's own, with weights as they are now."""
+        futures = self.submit(requests, watch)
+        self.wait(lambda: all(future.done() for future in futures), len(futures))
+        return wait_all(futures)
+
+    def wait(self, until: Callable[[], bool], at_least: int = 0) -> None:
+        """A turn of the engine, with weights as they are now: until ``until()``, or until nothing is left."""
+        self._lots = [lot for lot in self._lots if not lot.done()]
+        if self._lots and not until():
+            self._wake()
+            self.engine.wait(until, at_least)
+            self._rest()
+
+    def cancel(self) -> None:
+        """Gives up all that is being sampled, and all that was to be."""
+        for lot in self._lots:
+            if lot.begun is None:
+                lot.error = Cancelled("what was to be sampled was given up")
+        self._lots.clear()
+        self.engine.cancel()
+
+    def recover(self) -> None:
+        """After an engine was started again: trainers take their memory back, and it is linked to them and sleeps."""
+        self._awake = False
+        for other in self.others:
+            other.call("unpark")
+        self.link.connect()
+        self.engines.call("sleep")
+
+    def push_later(self, step: int) -> Metrics:
+        """Weights are pushed when sampling starts, since the engine has none while others train."""
+        return self.metrics
+
+    def _wake(self) -> None:
         for other in self.others:
             other.call("park", weights=False)
         self.engines.call("wake", "weights")
@@ -68,20 +137,17 @@ class TakingTurns:
             other.call("park", weights=True)
         self.engines.call("wake", "cache")
         self.link.prove(version)
-        completions = self.engine.generate(requests, watch)
+        self._awake = True
+        self._begin()
+
+    def _begin(self) -> None:
+        for lot in self._lots:
+            if lot.begun is None:
+                lot.begun = self.engine.submit(lot.requests, lot.watch)
+
+    def _rest(self) -> None:
+        self._awake = False
         self.metrics |= {f"engine_{name}": value for name, value in self.engines.call("memory").items()}
         self.engines.call("sleep")
         for other in self.others:
             other.call("unpark")
-        return completions
-
-    def recover(self) -> None:
-        """After an engine was started again: trainers take their memory back, and it is linked to them and sleeps."""
-        for other in self.others:
-            other.call("unpark")
-        self.link.connect()
-        self.engines.call("sleep")
-
-    def push_later(self, step: int) -> Metrics:
-        """Weights are pushed when sampling starts, since the engine has none while others train."""
-        return self.metrics

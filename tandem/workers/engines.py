@@ -2,132 +2,303 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections import deque
+import time
+from collections import defaultdict, deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field, replace
+from functools import partial
 
-from tandem.errors import RunFailure, WorkerDied, first_line
-from tandem.futures import Done, Future
+from tandem.errors import Cancelled, RunFailure, UserError, WorkerDied, first_line
+from tandem.futures import Driven, Future, wait_all
 from tandem.parallel.shares import divide
-from tandem.roles import Engine, Metrics, Seat
-from tandem.types import Completion, Request, Watch
+from tandem.roles import Engine, Metrics
+from tandem.types import Completion, Ended, Request, Watch
 from tandem.workers.group import Answer, WorkerGroup
+from tandem.workers.process import raise_failure
+from tandem.workers.served import Heard, serve
 
 log = logging.getLogger("tandem")
+ASKED_S = 0.05
+"""While nothing is heard of any engine, ``until`` is asked every 0.05 s."""
+TAKE_S = 1.0
+"""An engine with a process of its own answers after 1 s, though nothing has ended there."""
+SLICE_S, LONG_SLICE_S = 0.25, 1.0
+"""An engine in a process of others samples for 0.25 s at a time, or for 1 s where nobody can want it to stop sooner."""
+CANCEL_S = 10.0
+"""An engine that does not answer within 10 s is not waited for any longer, where all is given up."""
 
 
-class DividedEngine:
-    """Engines of which each takes one call at a time: a step's requests are divided among them beforehand."""
+@dataclass(eq=False)
+class Call:
+    """Requests that were submitted together: an error of one is that of all that have not ended."""
 
-    def __init__(self, engines: Seat) -> None:
-        self.engines = engines
-        self.ended = 0
-        self.busy_seconds = 0.0
-        self.sampled_tokens = 0
-
-    def submit(self, requests: Seq[Request], watch: Watch | None = None) -> list[Future[list[Completion]]]:
-        """Samples at once."""
-        return [Done(completions) for completions in self.generate(requests, watch)]
-
-    def generate(self, requests: Seq[Request], watch: Watch | None = None) -> list[list[Completion]]:
-        """One list a request, in the order asked for. Until all engines are done, none has ended: nothing to watch."""
-        self.ended = 0
-        if not requests:
-            return []
-        shares = divide([_load(request) for request in requests], len(self.engines.places))
-        parts = self.engines.submit_each("generate", [([requests[i] for i in share],) for share in shares]).result()
-        results: list[list[Completion]] = [[] for _ in requests]
-        for share, part in zip(shares, parts, strict=True):
-            for i, completions in zip(share, part, strict=True):
-                results[i] = completions
-                self.ended += len(completions)
-        return results
-
-    def wait(self, until: Callable[[], bool], at_least: int = 0) -> None:
-        """Nothing is left to sample after ``submit``."""
-
-    def cancel(self) -> None:
-        """Nothing is being sampled after ``submit``."""
+    watch: Watch | None
+    error: Exception | None = None
 
 
-class BalancedEngine:
-    """Engines that take several calls at a time: whichever has room takes the next few requests.
+@dataclass(eq=False)
+class Asked:
+    """A request that some engine has, or will have: the future of its completions."""
 
-    ``slots`` samples decode at once in one engine; it is kept supplied with up to twice as many.
+    engine: EngineGroup
+    call: Call
+    number: int
+    """Its place in its call."""
+    request: Request
+    results: dict[int, Completion] = field(default_factory=dict)
+    left: list[int] = field(default_factory=list)
+    """The places of the samples that its engine draws: all, or those that one which died had not told of."""
+    rank: int = 0
+    """Of the engine that has it."""
+
+    @property
+    def missing(self) -> list[int]:
+        """The places of samples that have not ended."""
+        return [place for place in range(len(self.request.seeds)) if place not in self.results]
+
+    @property
+    def load(self) -> int:
+        """Tokens that it may still cost."""
+        return len(self.request.prompt_ids) + len(self.missing) * self.request.sampling.max_new_tokens
+
+    def done(self) -> bool:
+        return self.call.error is not None or not self.missing
+
+    def result(self) -> list[Completion]:
+        """Waits for its samples, and raises the call's error."""
+        self.engine.finish(self)
+        if self.missing and self.call.error is not None:
+            raise self.call.error
+        return [self.results[place] for place in range(len(self.request.seeds))]
+
+
+class EngineGroup:
+    """The engines of a group as one (``tandem.roles.Engine``), for one thread.
+
+    A request goes to the engine with the least to do. Those ``alone`` in their processes sample on by themselves,
+    whatever this one does; the others while somebody waits here, in slices, since their processes make one call at a
+    time. With ``slots``, the number of samples that an engine decodes at once, it gets up to twice as many while
+    somebody waits, and more as these end: what is short is followed by more. Whoever stops waiting leaves nothing
+    behind that was not handed out.
     """
 
-    def __init__(self, group: WorkerGroup, role: str, *, slots: int) -> None:
-        self.group, self.role, self.slots = group, role, slots
+    def __init__(self, group: WorkerGroup, *, alone: bool, slots: int | None = None) -> None:
+        self.group, self.alone, self.slots = group, alone, slots
+        group.place("sampling", partial(serve, alone=alone))
         self.ended = 0
-        self.busy_seconds = 0.0
-        self.sampled_tokens = 0
+        self._names = itertools.count()
+        self._open: dict[int, Asked] = {}
+        """By the name that its engine knows it by."""
+        self._waiting: deque[Asked] = deque()
+        self._begins: dict[Answer, list[int]] = {}
+        self._takes: dict[int, Answer] = {}
+        """What each engine is going to say, by its rank."""
+        self._samples = [0] * group.size
+        """That each engine has and has not told of."""
+        self._requests_ended = 0
+        self._heard_at = [0.0] * group.size
+        """When each was last known to get on."""
+        self._counts = [(0.0, 0)] * group.size
+        """Of each, its busy seconds and sampled tokens."""
+        self._before = (0.0, 0)
+        """Those of engines that have died."""
 
-    CALLS = 4
-    """Calls on their way to one engine."""
+    @property
+    def busy_seconds(self) -> float:
+        return (self._before[0] + sum(seconds for seconds, _ in self._counts)) / self.group.size
+
+    @property
+    def sampled_tokens(self) -> int:
+        return self._before[1] + sum(tokens for _, tokens in self._counts)
 
     def submit(self, requests: Seq[Request], watch: Watch | None = None) -> list[Future[list[Completion]]]:
-        """Samples at once."""
-        return [Done(completions) for completions in self.generate(requests, watch)]
+        """Begins requests. One that cannot be sampled is told of by its future, which raises UserError."""
+        if not self._open and not self._waiting:
+            self.ended = 0
+        call = Call(watch)
+        asked = [Asked(self, call, number, request) for number, request in enumerate(requests)]
+        self._waiting.extend(one for one in asked if one.missing)
+        self._begin(everything=self.slots is None)
+        return list(asked)
 
     def generate(self, requests: Seq[Request], watch: Watch | None = None) -> list[list[Completion]]:
-        """One list a request, in the order asked for."""
-        self.ended = 0
-        waiting = deque(self._chunks(requests))
-        results: list[list[Completion]] = [[] for _ in requests]
-        under_way: dict[Answer, list[int]] = {}
-        # Rank by rank, so that few requests are spread over all engines.
-        free = deque([*range(self.group.size)] * self.CALLS)
-        while waiting or under_way:
-            while waiting and free:
-                chunk = waiting.popleft()
-                asked = [requests[i] for i in chunk]
-                under_way[self.group.submit_one(free.popleft(), self.role, "generate", asked)] = chunk
-            answer = self.group.first_of(under_way)
-            part = answer.result()
-            chunk = under_way.pop(answer)
-            for i, completions in zip(chunk, part, strict=True):
-                results[i] = completions
-            self.ended += sum(map(len, part))
-            if watch is not None:
-                watch([(i, j, completion) for i in chunk for j, completion in enumerate(results[i])])
-            free.append(answer.first_rank)
-        return results
+        """``submit``, and waits for all: one list a request."""
+        futures = self.submit(requests, watch)
+        self.wait(lambda: all(future.done() for future in futures), len(futures))
+        return wait_all(futures)
 
     def wait(self, until: Callable[[], bool], at_least: int = 0) -> None:
-        """Nothing is left to sample after ``submit``."""
+        """See ``tandem.roles.Engine``. Raises WorkerDied where an engine's process is gone (``forget`` it then)."""
+        self._wait(until, at_least)
+        self._begin(everything=True)
+
+    def finish(self, asked: Asked) -> None:
+        """Waits until a request is done."""
+        if not asked.done():
+            self._wait(asked.done, 1)
 
     def cancel(self) -> None:
-        """Nothing is being sampled after ``submit``."""
+        """Gives up everything, within 10 s whatever the engines do."""
+        error = Cancelled("what was being sampled was given up")
+        for asked in (*self._open.values(), *self._waiting):
+            asked.call.error = asked.call.error or error
+        self._open.clear()
+        self._waiting.clear()
+        self._samples = [0] * self.group.size
+        # Calls at the same time may overtake each other.
+        self.group.ended_of(list(self._begins), CANCEL_S, all_of_them=True)
+        self._begins.clear()
+        calls = [self.group.submit_one(rank, "sampling", "cancel") for rank in range(self.group.size)]
+        self.group.ended_of(calls, CANCEL_S, all_of_them=True)
 
-    def _chunks(self, requests: Seq[Request]) -> list[list[int]]:
-        """Runs of requests, of about half an engine's slots, and so many at least that every engine gets some."""
-        samples = sum(len(request.seeds) for request in requests)
-        size = max(1, min(2 * self.slots // self.CALLS, -(-samples // self.group.size)))
-        chunks: list[list[int]] = []
-        room = 0
-        for i, request in enumerate(requests):
-            if room <= 0:
-                chunks.append([])
-                room = size
-            chunks[-1].append(i)
-            room -= len(request.seeds)
-        return chunks
+    def forget(self, rank: int) -> None:
+        """The engine's process is gone: what it had is to be begun again, but for samples that it has told of."""
+        self._takes.pop(rank, None)
+        self._begins = {answer: names for answer, names in self._begins.items() if answer.first_rank != rank}
+        lost = [name for name, asked in self._open.items() if asked.rank == rank]
+        self._waiting.extendleft(reversed([self._open.pop(name) for name in lost]))
+        self._samples[rank] = 0
+        self._before = (self._before[0] + self._counts[rank][0], self._before[1] + self._counts[rank][1])
+        self._counts[rank] = (0.0, 0)
 
+    def _wait(self, until: Callable[[], bool], at_least: int) -> None:
+        goal = self._requests_ended + at_least
+        self._heard_at = [time.monotonic()] * self.group.size
+        while (self._open or self._waiting) and not until():
+            self._begin(everything=self.slots is None)
+            self._listen(goal - self._requests_ended)
+            for answer in self.group.ended_of([*self._begins, *self._takes.values()], ASKED_S):
+                self._hear(answer)
+            self._require_progress()
+        while not self.alone and self._takes:
+            # Whoever has the processes next is not to wait for a slice.
+            self._hear(next(iter(self._takes.values())))
 
-def _load(request: Request) -> int:
-    """Tokens that a request may cost."""
-    return len(request.prompt_ids) + len(request.seeds) * request.sampling.max_new_tokens
+    def _begin(self, *, everything: bool) -> None:
+        """Hands requests to engines: all of them, or what the engines have slots for."""
+        if not self._waiting:
+            return
+        lots: list[list[Asked]] = [[] for _ in self._samples]
+        if everything or self.slots is None:
+            waiting = list(self._waiting)
+            self._waiting.clear()
+            loads = [0] * self.group.size
+            for asked in self._open.values():
+                loads[asked.rank] += asked.load
+            shares = divide([asked.load for asked in waiting], self.group.size, loads)
+            lots = [[waiting[i] for i in share] for share in shares]
+        else:
+            samples = list(self._samples)
+            while self._waiting and min(samples) < 2 * self.slots:
+                rank = samples.index(min(samples))
+                asked = self._waiting.popleft()
+                samples[rank] += len(asked.missing)
+                lots[rank].append(asked)
+        for rank, lot in enumerate(lots):
+            named: list[tuple[int, Request]] = []
+            for asked in lot:
+                asked.rank, asked.left = rank, asked.missing
+                self._samples[rank] += len(asked.left)
+                seeds = tuple(asked.request.seeds[place] for place in asked.left)
+                named.append((next(self._names), replace(asked.request, seeds=seeds)))
+                self._open[named[-1][0]] = asked
+            if named:
+                answer = self.group.submit_one(rank, "sampling", "begin", named)
+                self._begins[answer] = [name for name, _ in named]
+
+    def _listen(self, at_least: int) -> None:
+        """Asks every engine that has something to do, unless it has been asked."""
+        for rank in range(self.group.size):
+            if rank in self._takes or not self._samples[rank]:
+                continue
+            here = sum(asked.rank == rank for asked in self._open.values())
+            # So many must end here even if all end that the others have.
+            least = here - (len(self._open) + len(self._waiting) - at_least)
+            seconds = TAKE_S if self.alone else LONG_SLICE_S if least > 0 else SLICE_S
+            self._takes[rank] = self.group.submit_one(rank, "sampling", "take", max(1, least), seconds)
+
+    def _hear(self, answer: Answer) -> None:
+        rank = answer.first_rank
+        if (names := self._begins.pop(answer, None)) is not None:
+            try:
+                answer.result()
+            except WorkerDied:
+                raise
+            except UserError as error:
+                self._fail(names, error)
+            return
+        del self._takes[rank]
+        heard: Heard = answer.result()
+        counts = heard.busy_seconds, heard.sampled_tokens
+        if counts[1] != self._counts[rank][1] or heard.ended or heard.failed:
+            self._heard_at[rank] = time.monotonic()
+        self._counts[rank] = counts
+        told: dict[Call, list[Ended]] = defaultdict(list)
+        ended: dict[tuple[int, int], Completion] = {}
+        for name, sample, completion in heard.ended:
+            asked = self._open.get(name)
+            if asked is not None and (name, sample) not in ended and asked.left[sample] not in asked.results:
+                ended[name, sample] = completion
+                told[asked.call].append((asked.number, asked.left[sample], completion))
+        failed: dict[Call, Exception] = {}
+        for call, samples in told.items():
+            # Before anyone has the results.
+            try:
+                if call.watch is not None:
+                    call.watch(samples)
+            except Exception as error:
+                failed[call] = error
+        for (name, sample), completion in ended.items():
+            asked = self._open[name]
+            asked.results[asked.left[sample]] = completion
+            self._samples[rank] -= 1
+            self.ended += 1
+            if not asked.missing:
+                del self._open[name]
+                self._requests_ended += 1
+        for call, why in failed.items():
+            self._fail([name for name, asked in self._open.items() if asked.call is call], why)
+        for name, failure in heard.failed:
+            try:
+                raise_failure(failure, self.group.who(rank))
+            except UserError as error:
+                self._fail([name], error)
+
+    def _fail(self, names: Seq[int], error: Exception) -> None:
+        """Ends the calls of these requests."""
+        calls = {self._open[name].call for name in names if name in self._open}
+        for call in calls:
+            call.error = call.error or error
+        for name in [name for name, asked in self._open.items() if asked.call in calls]:
+            asked = self._open.pop(name)
+            self._samples[asked.rank] -= len(asked.missing)
+            self._requests_ended += 1
+        self._waiting = deque(asked for asked in self._waiting if asked.call not in calls)
+
+    def _require_progress(self) -> None:
+        """Raises RunFailure where an engine has samples, and has drawn nothing for as long as a call may take."""
+        now = time.monotonic()
+        late = [
+            rank
+            for rank, heard in enumerate(self._heard_at)
+            if self._samples[rank] and now - heard > self.group.deadline_s
+        ]
+        if late:
+            raise self.group.late("sampling", late)
 
 
 class RestartingOnce:
-    """An engine of which processes that die are started again, once in a run, and refilled with the current weights.
+    """``engine``, of which processes that die are started again, once in a run, and refilled with the current weights.
 
-    A sample depends on its seed and the weights alone, so what was being sampled is simply sampled again.
+    ``engines`` are those that ``engine`` samples with. What one that died had begun is begun again, with the weights
+    that there are then; what it had told of stays.
     """
 
-    def __init__(self, engine: Engine, group: WorkerGroup, refill: Callable[[], object]) -> None:
-        self.engine, self.group, self.refill = engine, group, refill
+    def __init__(self, engine: Engine, engines: EngineGroup, refill: Callable[[], object]) -> None:
+        self.engine, self.engines, self.refill = engine, engines, refill
         self.restarted = False
 
     @property
@@ -142,26 +313,27 @@ class RestartingOnce:
     def sampled_tokens(self) -> int:
         return self.engine.sampled_tokens
 
+    def submit(self, requests: Seq[Request], watch: Watch | None = None) -> list[Future[list[Completion]]]:
+        return [Driven(future, self.wait) for future in self.engine.submit(requests, watch)]
+
+    def generate(self, requests: Seq[Request], watch: Watch | None = None) -> list[list[Completion]]:
+        futures = self.submit(requests, watch)
+        self.wait(lambda: all(future.done() for future in futures), len(futures))
+        return wait_all(futures)
+
     def wait(self, until: Callable[[], bool], at_least: int = 0) -> None:
-        self.engine.wait(until, at_least)
+        """As the engine's own. Raises RunFailure where a process dies a second time."""
+        try:
+            self.engine.wait(until, at_least)
+        except WorkerDied as error:
+            self._restart(error)
+            self.wait(until)
 
     def cancel(self) -> None:
         self.engine.cancel()
 
-    def submit(self, requests: Seq[Request], watch: Watch | None = None) -> list[Future[list[Completion]]]:
-        """Samples at once."""
-        return [Done(completions) for completions in self.generate(requests, watch)]
-
-    def generate(self, requests: Seq[Request], watch: Watch | None = None) -> list[list[Completion]]:
-        """As the engine's own. Raises RunFailure where a process dies a second time."""
-        try:
-            return self.engine.generate(requests, watch)
-        except WorkerDied as error:
-            self._restart(error)
-            return self.engine.generate(requests, watch)
-
     def guard(self, push: Callable[[int], Metrics]) -> Callable[[int], Metrics]:
-        """``push``, for engines that may have died since they sampled: most of a step goes by meanwhile."""
+        """``push``, for engines that may have died since they were last heard of."""
 
         def guarded(step: int) -> Metrics:
             try:
@@ -177,7 +349,9 @@ class RestartingOnce:
         if self.restarted:
             raise RunFailure(f"{error} (it was restarted once already)") from None
         self.restarted = True
-        for rank in self.group.dead():
-            log.warning("%s rank %d is started again: %s", self.group.name, rank, first_line(error))
-            self.group.restart(rank)
+        group = self.engines.group
+        for rank in group.dead():
+            log.warning("%s rank %d is started again: %s", group.name, rank, first_line(error))
+            self.engines.forget(rank)
+            group.restart(rank)
         self.refill()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any
@@ -54,6 +55,8 @@ class WorkerGroup:
         self.name, self.size, self.cluster, self.deadline_s = name, size, cluster, deadline_s
         self.device, self.gpus_each = cluster.device, gpus_each
         self.secrets = secrets or {}
+        self._one_order = threading.Lock()
+        """Held while a call is handed to all ranks: where several threads make calls, too, all ranks see one order."""
         self.builds: dict[str, Build] = {}
         self.silent = ""
         """Who has not answered within the deadline. The end of a run that finds that out must not wait for it again."""
@@ -115,13 +118,15 @@ class WorkerGroup:
         """See ``tandem.roles.Home``."""
         # Stored once, however many read it.
         shared = self.cluster.ray.put(arguments) if self.size > 1 else arguments
-        refs = [actor.call.remote(role, verb, shared, options, rank > 0) for rank, actor in enumerate(self.actors)]
+        with self._one_order:
+            refs = [actor.call.remote(role, verb, shared, options, rank > 0) for rank, actor in enumerate(self.actors)]
         return Answer(self, f"{role}.{verb}", refs)
 
     def submit_each(self, role: str, verb: str, arguments: Seq[tuple[Any, ...]]) -> Answer:
         """See ``tandem.roles.Home``."""
         calls = zip(self.actors, arguments, strict=True)
-        refs = [actor.call.remote(role, verb, own, {}, False) for actor, own in calls]
+        with self._one_order:
+            refs = [actor.call.remote(role, verb, own, {}, False) for actor, own in calls]
         return Answer(self, f"{role}.{verb}", refs, each=True)
 
     def submit_one(self, rank: int, role: str, verb: str, *arguments: Any) -> Answer:
@@ -129,15 +134,14 @@ class WorkerGroup:
         ref = self.actors[rank].call.remote(role, verb, arguments, {}, False)
         return Answer(self, f"{role}.{verb}", [ref], rank)
 
-    def first_of(self, calls: Collection[Answer]) -> Answer:
-        """The first call to one process to end, of several that are under way."""
-        by_ref = {call.refs[0]: call for call in calls}
-        what = next(iter(by_ref.values())).what
-        self._require_heard(what)
-        ended, _ = self.cluster.ray.wait(list(by_ref), num_returns=1, timeout=self.deadline_s)
-        if not ended:
-            raise self._late(what, sorted({call.first_rank for call in calls}), self.deadline_s)
-        return by_ref[ended[0]]
+    def ended_of(self, calls: Seq[Answer], seconds: float, *, all_of_them: bool = False) -> list[Answer]:
+        """Those of some calls to single processes that have ended; waits so long for one of them, or for all."""
+        if not calls:
+            return []
+        ray, by_ref = self.cluster.ray, {call.refs[0]: call for call in calls}
+        ray.wait(list(by_ref), num_returns=len(by_ref) if all_of_them else 1, timeout=seconds)
+        ended, _ = ray.wait(list(by_ref), num_returns=len(by_ref), timeout=0)
+        return [by_ref[ref] for ref in ended]
 
     def close(self) -> None:
         """Ends every process, at once where one does not answer."""
@@ -172,8 +176,12 @@ class WorkerGroup:
         if self.silent:
             raise RunFailure(f"{what}: {self.silent} still owes the answer to an earlier call")
 
+    def late(self, what: str, ranks: list[int]) -> RunFailure:
+        """The error that these have not answered within the deadline. Nobody waits for them again."""
+        return self._late(what, ranks, self.deadline_s)
+
     def _late(self, what: str, ranks: list[int], deadline_s: float) -> RunFailure:
-        self.silent = ", ".join(map(self._who, ranks))
+        self.silent = ", ".join(map(self.who, ranks))
         return RunFailure(f"{what}: no answer within {deadline_s:.0f} s from {self.silent}{self._tail(ranks[0])}")
 
     def _death(self, what: str, others: dict[Any, int]) -> WorkerDied | None:
@@ -191,15 +199,16 @@ class WorkerGroup:
     def _result(self, what: str, ref: Any, rank: int) -> Any:
         exceptions = self.cluster.ray.exceptions
         try:
-            return raise_failure(self.cluster.ray.get(ref), self._who(rank))
+            return raise_failure(self.cluster.ray.get(ref), self.who(rank))
         except (exceptions.RayActorError, exceptions.OutOfMemoryError) as error:
             reason = " ".join(str(error).split("\n\t")[0].split())[:200]
-            raise WorkerDied(f"{self._who(rank)} died in {what} ({reason}){self._tail(rank)}") from None
+            raise WorkerDied(f"{self.who(rank)} died in {what} ({reason}){self._tail(rank)}") from None
         except exceptions.RayTaskError as error:
             lines = str(error).strip().splitlines()
-            raise WorkerFailed(f"{self._who(rank)} failed in {what}: {lines[-1]}\n" + "\n".join(lines)) from None
+            raise WorkerFailed(f"{self.who(rank)} failed in {what}: {lines[-1]}\n" + "\n".join(lines)) from None
 
-    def _who(self, rank: int) -> str:
+    def who(self, rank: int) -> str:
+        """A process, for messages."""
         if rank >= len(self.wheres):
             return f"{self.name} rank {rank}"
         where = self.wheres[rank]

@@ -8,13 +8,15 @@ import pytest
 import torch
 from helpers.models import make_module, make_tokenizer
 from helpers.pushes import model_of, nudge, pushing
+from helpers.telling import TOKENS, tell, told
 
 from tandem.engines.live.engine import LiveEngine
 from tandem.engines.live.replica import ReplicaEngine
+from tandem.errors import Cancelled
 from tandem.roles import Engine, FedEngine, SleepingEngine
 from tandem.sync.push import WeightPush
 from tandem.sync.turns import TakingTurns
-from tandem.types import Completion, Request, SamplingParams
+from tandem.types import Request, SamplingParams
 from tandem.workers.homes import Aside, seat_of
 
 REQUESTS = [Request(prompt_ids=(5, 6, 7), seeds=(1, 2), sampling=SamplingParams(max_new_tokens=4))]
@@ -56,9 +58,9 @@ class Sleepy(ReplicaEngine):
         assert self.awake == {"weights"}
         return super().receive(version, check)
 
-    def generate(self, requests: Any, watch: Any = None) -> list[list[Completion]]:
+    def wait(self, until: Any, at_least: int = 0) -> None:
         assert self.awake == {"weights", "cache"}
-        return super().generate(requests, watch)
+        super().wait(until, at_least)
 
 
 class Parking:
@@ -122,4 +124,41 @@ def test_turns_ask_for_no_more_than_a_sleeping_engine_promises():
     assert [c.token_ids for c in plain[0]] == [first.token_ids, second.token_ids]
     turns.recover()
     assert [c.token_ids for c in turns.generate(REQUESTS)[0]] == [first.token_ids, second.token_ids]
-    assert only.used == {"connect", "receive", "held", "logprobs", "sleep", "wake", "memory", "generate"}
+    assert only.used == {"connect", "receive", "held", "logprobs", "sleep", "wake", "memory", "submit", "wait"}
+
+
+def test_what_a_turn_leaves_unfinished_goes_on_in_the_next():
+    """Submitted while others train, begun in the turn, unfinished in it, ended in the next with other weights."""
+    version = 7
+    engine = Sleepy(model_of(1))
+    push, trainer = pushing(engine)
+    parked = Parking()
+    turns = TakingTurns(engine, push.engines, [seat_of(parked)], push, version=lambda: version)
+    tell(trainer.model.module, TOKENS[version])
+    asked = Request(prompt_ids=(5, 6), seeds=(1, 2), sampling=SamplingParams(max_new_tokens=40))
+    (long,) = turns.submit([asked])
+    (short,) = turns.submit(REQUESTS)
+    assert parked.said == []
+    late: list[Any] = []
+
+    def enough() -> bool:
+        if short.done() and not late:
+            late.extend(turns.submit(REQUESTS))
+        return short.done()
+
+    turns.wait(enough)
+    assert parked.said == ["optimizer leaves", "weights leave", "back"]
+    assert (short.done(), late[0].done(), long.done()) == (True, False, False)
+    turns.wait(lambda: True)
+    assert len(parked.said) == 3, "nothing is woken for what is there already"
+    version = 8
+    tell(trainer.model.module, TOKENS[version])
+    found = [*long.result(), *late[0].result()]
+    assert [c.versions for c in found] == [told(c, TOKENS) for c in found]
+    assert [v for v, _ in found[0].versions] == [7, 8]
+    (never,) = turns.submit(REQUESTS)
+    turns.cancel()
+    with pytest.raises(Cancelled):
+        never.result()
+    turns.wait(lambda: False)
+    assert len(turns.generate(REQUESTS)) == 1

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from pathlib import Path
 
 from tandem.errors import UserError
-from tandem.types import Completion, Request
 from tandem.workers.process import Site
 
 PATIENCE_S = 60.0
@@ -54,26 +52,3 @@ class Role:
         if then is not None:
             then.touch()
         raise UserError(f"{self.name} has nothing to give")
-
-
-class Sampling:
-    """An engine whose rank 0 answers nothing until the others have done the rest."""
-
-    def __init__(self, site: Site, gate: Path, others: int) -> None:
-        self.site, self.gate, self.left = site, gate, others
-        self.lock = threading.Lock()
-
-    def generate(self, requests: list[Request]) -> list[list[Completion]]:
-        if self.site.world.rank == 0:
-            wait_for(self.gate)
-        else:
-            with self.lock:
-                self.left -= len(requests)
-            if self.left == 0:
-                self.gate.touch()
-        rank = str(self.site.world.rank)
-        return [
-            [Completion(token_ids=[*r.prompt_ids, seed], behaviour_logp=[], untruncated_logp=[], stop="eos", text=rank)
-             for seed in r.seeds]
-            for r in requests
-        ]  # fmt: skip

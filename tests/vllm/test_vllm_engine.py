@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -392,6 +393,35 @@ def test_asleep_it_samples_nothing_until_it_has_weights(engine):
     engine.wake("cache")
     with pytest.raises(UserError, match="push weights"):
         sample(engine)
+    pusher.close()
+
+
+@pytest.mark.usefixtures("restored")
+def test_unfinished_samples_survive_its_sleep(engine):
+    """Two run and two wait when it goes to sleep; it wakes with other weights, and they go on from their own tokens."""
+    other = make_model("llama", seed=5, tied=True)
+    pusher = pusher_of(engine, other)
+    tokens = {1: 11, 2: 12}
+    tell(other, tokens[1])
+    pusher.push(1)
+    requests = [
+        Request(prompt_ids=PROMPT, seeds=(1, 2), sampling=SamplingParams(max_new_tokens=length)) for length in (40, 9)
+    ]
+    long, short = engine.submit(requests)
+    with ThreadPoolExecutor(1) as thread:
+        waiting = thread.submit(long.result)
+        engine.wait(short.done)
+        engine.sleep()
+        assert not long.done()
+        steps = engine.busy_seconds
+        engine.wake("weights")
+        tell(other, tokens[2])
+        pusher.push(2)
+        assert engine.busy_seconds == steps, "nobody samples before the cache is back"
+        engine.wake("cache")
+        found = waiting.result(20)
+    assert [c.versions for c in found] == [told(c, tokens) for c in found]
+    assert all([version for version, _ in c.versions] == [1, 2] for c in found)
     pusher.close()
 
 

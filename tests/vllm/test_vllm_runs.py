@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tandem.assembly import placing
 from tandem.cli.main import main
-from tandem.workers.engines import BalancedEngine, RestartingOnce
+from tandem.workers.engines import EngineGroup, RestartingOnce
 from tandem.workers.keeper import SHARED_MEMORY
 
 __all__ = ["cluster_address"]
@@ -91,18 +91,18 @@ def kill_engine_at(
     Returns the pids as they come.
     """
     killed: list[int] = []
-    generate = BalancedEngine.generate
+    submit = EngineGroup.submit
     count = 0
 
-    def fatal(self: BalancedEngine, *given: Any) -> Any:
+    def fatal(self: EngineGroup, *given: Any) -> Any:
         nonlocal count
         count += 1
         if count in calls:
             killed.append(of(self.group.wheres[0].pid))
             os.kill(killed[-1], signal.SIGKILL)
-        return generate(self, *given)
+        return submit(self, *given)
 
-    patch.setattr(BalancedEngine, "generate", fatal)
+    patch.setattr(EngineGroup, "submit", fatal)
     return killed
 
 
@@ -149,7 +149,7 @@ def test_killed_while_others_train_and_then_again(grpo_split, monkeypatch, capsy
 
         def pushed(step: int) -> Any:
             if not killed:
-                killed.append(self.group.wheres[0].pid)
+                killed.append(self.engines.group.wheres[0].pid)
                 os.kill(killed[0], signal.SIGKILL)
             return guarded(step)
 

@@ -5,43 +5,21 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 import pytest
-from helpers.meeting_roles import PATIENCE_S, Role, Sampling
+from helpers.meeting_roles import PATIENCE_S, Role
 from helpers.shared_ray import cluster_address
+from helpers.worker_groups import groups
 
 from tandem.errors import RunFailure, UserError, WorkerDied
 from tandem.futures import wait_all
 from tandem.parallel.world import World
 from tandem.roles import Seat, call_all
-from tandem.types import Request, SamplingParams
-from tandem.workers.cluster import Cluster
-from tandem.workers.engines import BalancedEngine
 from tandem.workers.group import WorkerGroup
 from tandem.workers.homes import Aside, Here, seat_of
 from tandem.workers.process import Site
 
 __all__ = ["cluster_address"]
-
-
-@contextmanager
-def groups(*sizes: int, **options: Any) -> Iterator[list[WorkerGroup]]:
-    """Worker groups named ``home0``, ``home1``, ... on the Ray of this process."""
-    cluster = Cluster(device="cpu", needed={f"home{i}": (size, 1) for i, size in enumerate(sizes)})
-    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    made: list[WorkerGroup] = []
-    try:
-        for i, size in enumerate(sizes):
-            made.append(WorkerGroup(f"home{i}", size, cluster, environment={"PYTHONPATH": path}, **options))
-        yield made
-    finally:
-        for group in made:
-            group.close()
-        cluster.close()
 
 
 def seats_in(group: WorkerGroup, *names: str) -> list[Seat]:
@@ -113,21 +91,6 @@ def test_the_first_home_speaks_though_the_second_fails_first(cluster_address, tm
         with pytest.raises(UserError, match="critic has nothing to give"):
             wait_all(calls)
         assert calls["actor"].done()
-
-
-def test_engines_are_fed_as_they_have_room(cluster_address, tmp_path):
-    """One that is held up keeps what it has begun; all the rest goes to the other, and is returned in order."""
-    with groups(2, joined=False, concurrency=8) as (group,):
-        # A request of 1 sample fills a call: with 1 slot, half of 2 are on their way in each.
-        kept = BalancedEngine.CALLS
-        asked = [Request(prompt_ids=(n,), seeds=(1,), sampling=SamplingParams()) for n in range(20)]
-        group.place("engine", lambda site: Sampling(site, tmp_path / "open", len(asked) - kept))
-        engine = BalancedEngine(group, "engine", slots=1)
-        ((first,), *rest) = engine.generate(asked)
-        assert engine.ended == len(asked)
-        assert [c.token_ids for (c,) in ([first], *rest)] == [[n, 1] for n in range(20)]
-        assert [c.text for (c,) in ([first], *rest)].count("0") == kept
-        assert engine.generate([]) == []
 
 
 def test_this_process_is_called_at_once_or_aside(tmp_path):

@@ -88,15 +88,14 @@ class VLLMCore:
             self.engine.abort_request([str(name) for name in inside])
 
     def renew(self, version: int) -> None:
-        """What running samples have so far is computed anew. A step that is enqueued ahead is not taken."""
-        self.forget_cache()
+        """For the holder of an empty cache (``forget_cache``), which has none but tokens of the old weights."""
         drawn = self._drawn()
         for name, (_, versions) in self.running.items():
             stamp(versions, self.version, drawn.get(name, 0))
         self.version = version
 
     def forget_cache(self) -> None:
-        """Empties the prefix cache."""
+        """Empties the cache: what running samples have so far is computed anew, and what is enqueued not taken."""
         if not self.engine.reset_prefix_cache(reset_running_requests=True):
             raise UserError("vLLM did not empty its prefix cache; its samples would mix old and new weights")
 

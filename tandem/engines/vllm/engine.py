@@ -174,14 +174,13 @@ class VLLMEngine:
             self._pushes += 1
             try:
                 self._call("tandem_receive", check)
-                if self._asleep:
-                    self._core.version = version
-                else:
-                    self._core.renew(version)
+                if not self._asleep:
+                    self._core.forget_cache()
+                self._core.renew(version)
                 ranks = self._call("tandem_result") if check else []
             except Exception as error:
                 self._stale = _sync_error(error, version)
-                self._core.unusable = self._stale
+                self._mark_usable()
                 self._stepper.fail(self._stale)
                 raise self._stale from error
             self._stale = None
@@ -202,18 +201,18 @@ class VLLMEngine:
             return self._whole_tensors().add_up(self._call("tandem_sums"))
 
     def sleep(self) -> None:
-        """Gives the device's memory back: drops weights and cache. Waking needs ``wake`` and a ``receive``."""
+        """Gives the device's memory back: drops weights and cache. Waking needs ``wake`` and a ``receive``.
+
+        Samples that are unfinished wait, and so do those who wait for them; they go on from their own tokens.
+        """
         if not self.can_sleep:
             raise UserError("the vLLM engine was started without sleep; start it with sleep=True")
         with self._stepper.exclusive():
-            if self._stepper.unfinished:
-                raise UserError(f"sleep: {self._stepper.unfinished} samples are running; wait for them first")
             if self._asleep:
                 return
-            if on_cpu():
-                self._core.forget_cache()
-            else:
-                self._engine.sleep(level=2)
+            self._core.forget_cache()
+            if not on_cpu():
+                self._engine.sleep(level=2, mode="keep")
             self._asleep = {"weights", "cache"}
             self._stale = UserError("the engine's weights were dropped by sleep(); push weights first")
             self._mark_usable()
@@ -270,6 +269,7 @@ class VLLMEngine:
     def _mark_usable(self) -> None:
         asleep = f"the vLLM engine is asleep; call wake() for {' and '.join(sorted(self._asleep))} first"
         self._core.unusable = UserError(asleep) if self._asleep else self._stale
+        self._stepper.paused = self._core.unusable is not None
 
     def _check(self, number: int, request: Request, limit: int | None = None) -> None:
         limit, name = limit or self.max_length, "the engine's max_length"

@@ -1,0 +1,124 @@
+"""An engine as its process has it: begun with a call, told of with another, so that nobody waits in between."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence as Seq
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+
+from tandem.errors import UserError
+from tandem.futures import Future
+from tandem.roles import Engine
+from tandem.types import Completion, Ended, Request
+from tandem.workers.process import Failure, Site
+
+Named = tuple[int, int, Completion]
+"""A sample that has ended: the name of its request, its place there, the sample."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heard:
+    """What has become of requests since this was last asked."""
+
+    ended: list[Named]
+    failed: list[tuple[int, Failure]]
+    """Requests of calls that have failed."""
+    busy_seconds: float
+    sampled_tokens: int
+
+
+class ServedEngine:
+    """``engine`` for a driver in another process (``tandem.workers.engines``), which has a name for each request.
+
+    ``alone``: the process is there for the engine, and takes several calls at a time. A thread samples whenever there
+    is anything to sample, whoever asks. Otherwise others have the process too, with one call at a time: it samples in
+    ``take``, for as long as that may last, and what is unfinished stays.
+    """
+
+    def __init__(self, engine: Engine, *, alone: bool) -> None:
+        self.engine, self.alone = engine, alone
+        self._changed = threading.Condition()
+        self._ended: list[Named] = []
+        self._open: dict[int, Future[list[Completion]]] = {}
+        self._begun = self._closed = False
+        if alone:
+            threading.Thread(target=self._sample, name="sampling", daemon=True).start()
+
+    def begin(self, requests: Seq[tuple[int, Request]]) -> None:
+        """Begins requests, together. Raises UserError where one cannot be sampled, and has begun none then."""
+        names = [name for name, _ in requests]
+        futures = self.engine.submit([request for _, request in requests], partial(self._hear, names))
+        with self._changed:
+            self._open |= zip(names, futures, strict=True)
+            self._begun = True
+            self._changed.notify_all()
+
+    def take(self, at_least: int, seconds: float) -> Heard:
+        """What has ended and was not taken yet, after so many seconds at the latest: as soon as there is any or, where
+        this samples, ``at_least`` requests have ended."""
+        if self.alone:
+            with self._changed:
+                self._changed.wait_for(lambda: self._ended, seconds)
+        else:
+            end, futures = time.monotonic() + seconds, list(self._open.values())
+            self.engine.wait(
+                lambda: time.monotonic() >= end or sum(future.done() for future in futures) >= at_least
+            )  # fmt: skip
+        with self._changed:
+            # In this order: what is done has been heard of before.
+            failed = self._failed()
+            ended, self._ended = self._ended, []
+        return Heard(
+            ended=ended,
+            failed=failed,
+            busy_seconds=self.engine.busy_seconds,
+            sampled_tokens=self.engine.sampled_tokens,
+        )
+
+    def cancel(self) -> None:
+        """Gives up all that was begun, and all that was not taken."""
+        self.engine.cancel()
+        with self._changed:
+            self._open.clear()
+            self._ended.clear()
+
+    def close(self) -> None:
+        """Ends the thread that samples, after the step that is under way."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def _hear(self, names: Seq[int], ended: Seq[Ended]) -> None:
+        if ended:
+            with self._changed:
+                self._ended += [(names[number], sample, completion) for number, sample, completion in ended]
+                self._changed.notify_all()
+
+    def _failed(self) -> list[tuple[int, Failure]]:
+        """Forgets what is done; of that, what has failed. Raises an error that is nobody's fault."""
+        failed = []
+        for name in [name for name, future in self._open.items() if future.done()]:
+            try:
+                self._open.pop(name).result()
+            except UserError as error:
+                failed.append((name, Failure.of(error)))
+        return failed
+
+    def _sample(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._begun or self._closed)
+                self._begun = False
+                if self._closed:
+                    return
+            # An error of the engine is that of everything that was begun.
+            with suppress(Exception):
+                self.engine.wait(lambda: self._closed)
+
+
+def serve(site: Site, alone: bool) -> ServedEngine:
+    """Beside the engine of a process."""
+    return ServedEngine(site.roles["engine"], alone=alone)

@@ -1,0 +1,139 @@
+"""Engines in real Ray workers: they sample while nobody looks, are given up, die, and share processes with others."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.shared_ray import cluster_address
+from helpers.telling import TOKENS, Telling, told
+from helpers.worker_groups import groups
+
+from tandem.errors import Cancelled, RunFailure, UserError
+from tandem.futures import wait_all
+from tandem.roles import Engine
+from tandem.types import Request, SamplingParams
+from tandem.workers.engines import EngineGroup, RestartingOnce
+
+__all__ = ["cluster_address"]
+PATIENCE_S = 30.0
+
+
+def asks(*lengths: int, seeds: int = 2) -> list[Request]:
+    return [
+        Request(
+            prompt_ids=(5, 6, 7)[: 1 + i % 3],
+            seeds=tuple(range(10 * i, 10 * i + seeds)),
+            sampling=SamplingParams(max_new_tokens=length),
+        )
+        for i, length in enumerate(lengths)
+    ]
+
+
+def until(condition: Any) -> None:
+    end = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_engines_alone_sample_on_change_weights_are_given_up_and_die(cluster_address: str, tmp_path: Path) -> None:
+    with groups(2, joined=False, concurrency=8) as (group,):
+        seat = group.place("engine", lambda site: Telling(tmp_path, pace_s=0.004))
+        several = EngineGroup(group, alone=True)
+        engine = RestartingOnce(several, several, lambda: seat.call("become", 5))
+        assert isinstance(engine, Engine)
+
+        # They sample while nobody asks, with weights that change in the middle, and each sample is told of once.
+        heard: list[tuple[int, int]] = []
+        start = time.monotonic()
+        futures = engine.submit(asks(100, 100, 9, 9), lambda ended: heard.extend((i, j) for i, j, _ in ended))
+        assert time.monotonic() - start < 0.2
+        until(lambda: seat.submit_each("ended", [(), ()]).result() == [2, 2])
+        seat.call("become", 1)
+        assert heard == []
+        engine.wait(lambda: futures[2].done() and futures[3].done(), 2)
+        assert sorted(heard) == [(2, 0), (2, 1), (3, 0), (3, 1)]
+        found = [c for cs in wait_all(futures) for c in cs]
+        assert [c.versions for c in found] == [told(c, TOKENS) for c in found]
+        assert [[v for v, _ in c.versions] for c in found] == [[0, 1]] * 4 + [[0]] * 4
+        assert sorted(heard) == [(i, j) for i in range(4) for j in range(2)]
+        assert engine.sampled_tokens == sum(len(c.token_ids) for c in found)
+        assert 0.1 < engine.busy_seconds < time.monotonic() - start
+
+        # A request that cannot be sampled is its own call's error.
+        (good,) = engine.submit(asks(3))
+        (bad,) = engine.submit([Request(prompt_ids=(5000,), seeds=(1,), sampling=SamplingParams())])
+        with pytest.raises(UserError, match=r"home0 rank \d .*token id 5000"):
+            bad.result()
+        assert len(good.result()) == 2
+
+        # All is given up, though the engines are in a step; what comes after is sampled.
+        futures = engine.submit(asks(90, 90))
+        engine.wait(iter([False, False, True]).__next__)
+        (tmp_path / "hold").touch()
+        start = time.monotonic()
+        engine.cancel()
+        assert time.monotonic() - start < 2
+        for future in futures:
+            with pytest.raises(Cancelled):
+                future.result()
+        later = engine.submit(asks(4, 4))
+        (tmp_path / "hold").unlink()
+        assert [len(c.token_ids) for cs in wait_all(later) for c in cs] == [4] * 4
+        assert seat.call("sampled_tokens") < 400
+
+        # One is killed with open samples: they are drawn anew, those that were told of stay.
+        heard.clear()
+        futures = engine.submit(asks(120, 120, 9, 9), lambda ended: heard.extend((i, j) for i, j, _ in ended))
+        engine.wait(lambda: futures[2].done() and futures[3].done())
+        os.kill(group.wheres[0].pid, signal.SIGKILL)
+        found = [c for cs in wait_all(futures) for c in cs]
+        assert sorted(heard) == [(i, j) for i in range(4) for j in range(2)]
+        assert [len(c.token_ids) for c in found] == [120] * 4 + [9] * 4
+        # The other one may have ended before the new weights came.
+        assert sorted(c.versions[0][0] for c in found[:4]) == [1, 1, 5, 5]
+        # And once more, which is once too often.
+        futures = engine.submit(asks(60, 60))
+        os.kill(group.wheres[1].pid, signal.SIGKILL)
+        with pytest.raises(RunFailure, match="restarted once already"):
+            wait_all(futures)
+        start = time.monotonic()
+        engine.cancel()
+        assert time.monotonic() - start < 15
+
+
+def test_engines_in_processes_of_others_sample_in_slices(cluster_address: str, tmp_path: Path) -> None:
+    """Two joined ranks, which make one call at a time: between slices they are free, and samples stay open."""
+    with groups(2, deadline_s=2.0) as (group,):
+        seat = group.place("engine", lambda site: Telling(tmp_path, pace_s=0.004))
+        engine = EngineGroup(group, alone=False)
+        futures = engine.submit(asks(120, 9, 9, 120))
+        engine.wait(lambda: futures[1].done() and futures[2].done(), 2)
+        assert not futures[0].done()
+        tokens = seat.submit_each("sampled_tokens", [(), ()]).result()
+        seat.call("become", 1)
+        assert seat.submit_each("sampled_tokens", [(), ()]).result() == tokens, "nobody waits, nothing is sampled"
+        start, calls = time.monotonic(), 0
+
+        def enough() -> bool:
+            nonlocal calls
+            calls += 1
+            return time.monotonic() - start > 0.3
+
+        engine.wait(enough)
+        assert calls >= 5, "it is asked 20 times a second"
+        assert time.monotonic() - start < 1.5
+        found = [c for cs in wait_all(futures) for c in cs]
+        assert [c.versions for c in found] == [told(c, TOKENS) for c in found]
+        assert [len(c.versions) for c in found] == [2, 2, 1, 1, 1, 1, 2, 2]
+        # One that does not get on is named.
+        (tmp_path / "hold").touch()
+        futures = engine.submit(asks(20, 30, 5, 7))
+        with pytest.raises(RunFailure, match=r"sampling: no answer within 2 s from home0 rank 0 .*rank 1"):
+            wait_all(futures)
+        (tmp_path / "hold").unlink()
