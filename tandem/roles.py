@@ -169,6 +169,15 @@ class FedEngine(Engine, Protocol):
         """
         ...
 
+    def hold(self, held: bool) -> None:
+        """Begins no samples until it is told the opposite. Those that have begun go on, and what is submitted waits."""
+        ...
+
+    @property
+    def running(self) -> int:
+        """Samples that have begun and not ended, while no others may begin."""
+        ...
+
     def held(self) -> list[Held]:
         """Its copies of pushed tensors: the same ones, in one order, from the first push over a link to the last."""
         ...

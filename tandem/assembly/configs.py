@@ -292,6 +292,11 @@ class SamplesConfig(RunConfig):
                 "correction: with max_lag above 0 and old_logp 'trainer' old samples would count as if the newest "
                 "weights had drawn them; give a correction (token_tis), --old-logp sampler, or --uncorrected"
             )
+        if self.schedule.stale_cache == "keep" and self.engine.kind == "vllm":
+            raise UserError(
+                "stale_cache: vLLM computes the keys and values of samples that run anew when weights change, so none "
+                "can be kept; leave it at auto, or sample with --engine.kind live"
+            )
         prompts, samples = self.sampling.prompts_per_step, self.sampling.samples_per_prompt
         units, what = (prompts, "pairs") if self.method.pairwise else (prompts * samples, "samples")
         if self.step.minibatches > units:

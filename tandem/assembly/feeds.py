@@ -260,7 +260,11 @@ class SamplesFeed:
     def start(self, models: Mapping[str, Seat], homes: Homes) -> Fed:
         config = self.config
         engine = homes.wire_engine(
-            config.sampling, seed=config.run.seed, vocabulary=len(self.tokenizer), others=dict(models)
+            config.sampling,
+            seed=config.run.seed,
+            vocabulary=len(self.tokenizer),
+            others=dict(models),
+            schedule=config.schedule,
         )
         source = Sampling(
             engine=engine.engine,

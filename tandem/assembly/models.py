@@ -13,7 +13,7 @@ from tandem.assembly.configs import RunConfig, SamplesConfig, warmup_of
 from tandem.assembly.needed import is_reward_model
 from tandem.assembly.sections import DrawsSection, EngineSection, ModelSection, OptimSection
 from tandem.data.chat import set_template
-from tandem.engines.live.engine import LiveEngine
+from tandem.engines.live.engine import LiveEngine, StaleCache
 from tandem.engines.live.replica import ReplicaEngine
 from tandem.errors import UserError
 from tandem.methods.base import ASKS_NOTHING, Asks, Method
@@ -219,7 +219,7 @@ def weight_source(site: Site) -> WeightSource:
     return WeightSource(actor.parameters, actor.model.device)
 
 
-def live_engine(site: Site, sampling: DrawsSection, engine: EngineSection) -> Engine:
+def live_engine(site: Site, sampling: DrawsSection, engine: EngineSection, stale_cache: StaleCache) -> Engine:
     """In the actor's only process: samples on the actor's own weights, and nothing is ever copied."""
     actor: LocalTrainer = site.roles["actor"]
     return LiveEngine(
@@ -229,11 +229,18 @@ def live_engine(site: Site, sampling: DrawsSection, engine: EngineSection) -> En
         max_length=engine.max_length,
         way=engine.way,
         kv_cache_dtype=engine.kv_cache_dtype,
+        stale_cache=stale_cache,
         version=lambda: actor.version,
     )
 
 
-def replica_engine(site: Site, section: ModelSection, sampling: DrawsSection, engine: EngineSection) -> FedEngine:
+def replica_engine(
+    site: Site,
+    section: ModelSection,
+    sampling: DrawsSection,
+    engine: EngineSection,
+    stale_cache: StaleCache = "keep",
+) -> FedEngine:
     """A live engine with weights of its own."""
     return ReplicaEngine(
         load(site, section, section.model),
@@ -241,6 +248,7 @@ def replica_engine(site: Site, section: ModelSection, sampling: DrawsSection, en
         max_length=engine.max_length,
         way=engine.way,
         kv_cache_dtype=engine.kv_cache_dtype,
+        stale_cache=stale_cache,
     )
 
 

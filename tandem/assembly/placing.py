@@ -13,7 +13,15 @@ import torch
 
 from tandem.assembly.models import Replicas, live_engine, replica_engine, vllm_engine, weight_source
 from tandem.assembly.needed import RolePlacement
-from tandem.assembly.sections import ClusterSection, DrawsSection, EngineSection, ModelSection, SamplingSection
+from tandem.assembly.sections import (
+    ClusterSection,
+    DrawsSection,
+    EngineSection,
+    ModelSection,
+    SamplingSection,
+    ScheduleSection,
+)
+from tandem.engines.live.engine import StaleCache
 from tandem.errors import UserError
 from tandem.models.limits import layers_of, read_config
 from tandem.models.loading import pick_device
@@ -209,20 +217,41 @@ class Homes:
         return {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // workers))}
 
     def wire_engine(
-        self, sampling: SamplingSection, *, seed: int, vocabulary: int, others: Mapping[str, Seat]
+        self,
+        sampling: SamplingSection,
+        *,
+        seed: int,
+        vocabulary: int,
+        others: Mapping[str, Seat],
+        schedule: ScheduleSection | None = None,
     ) -> WiredEngine:
-        """Builds the engine, beside the actor or in processes of its own. ``others``: trainers and scorers by role."""
+        """Builds the engine, beside the actor or in processes of its own. ``others``: trainers and scorers by role.
+
+        ``schedule`` says what becomes of samples that run when weights change. None: there are none then.
+        """
+        schedule = schedule or ScheduleSection()
+        stale_cache: StaleCache = "recompute" if schedule.stale_cache == "recompute" else "keep"
+        settling = schedule.weights_change == "between-sequences"
         if self.engine.kind == "live" and self.placement.home("engine") == "actor":
-            return self._live_beside_actor(sampling, vocabulary)
+            return self._live_beside_actor(sampling, vocabulary, stale_cache, settling)
         if self.engine.kind == "live":
             group = self._group("engine", self.placement.workers("engine"), joined=False, concurrency=CALLS_AT_A_TIME)
             engines = group.place(
-                "engine", partial(replica_engine, section=self.model, sampling=sampling, engine=self.engine)
+                "engine",
+                partial(
+                    replica_engine,
+                    section=self.model,
+                    sampling=sampling,
+                    engine=self.engine,
+                    stale_cache=stale_cache,
+                ),
             )
-            push = self._link(engines, vocabulary)
-            about = f"live, {group.size} of its own, fed over {push.transport}"
-            return WiredEngine(engine=EngineGroup(group, alone=True), push=push, about=about, link=push)
-        return self._vllm(sampling, seed, vocabulary, others)
+            link = self._link(engines, vocabulary)
+            about = f"live, {group.size} of its own, fed over {link.transport}"
+            several = EngineGroup(group, alone=True)
+            push = several.settled(link) if settling else link
+            return WiredEngine(engine=several, push=push, about=about, link=link)
+        return self._vllm(sampling, seed, vocabulary, others, settling)
 
     def engine_alone(self, draws: DrawsSection, *, seed: int) -> Engine:
         """An engine on the weights of the model's folder, where nothing is trained and nothing ever pushed."""
@@ -255,9 +284,11 @@ class Homes:
         # One that is started again loads the folder again, and needs no push.
         return RestartingOnce(engines, engines, lambda: None) if vllm else engines
 
-    def _live_beside_actor(self, sampling: SamplingSection, vocabulary: int) -> WiredEngine:
+    def _live_beside_actor(
+        self, sampling: SamplingSection, vocabulary: int, stale_cache: StaleCache, settling: bool
+    ) -> WiredEngine:
         home = self.of("actor")
-        build = partial(live_engine, sampling=sampling, engine=self.engine)
+        build = partial(live_engine, sampling=sampling, engine=self.engine, stale_cache=stale_cache)
         if isinstance(home, Here):
             home.place("engine", build)
             engine: Engine = home.site.roles["engine"]
@@ -271,7 +302,8 @@ class Homes:
                 about="live, on the actor's own weights",
             )
         engines = home.place(
-            "engine", partial(replica_engine, section=self.model, sampling=sampling, engine=self.engine)
+            "engine",
+            partial(replica_engine, section=self.model, sampling=sampling, engine=self.engine, stale_cache=stale_cache),
         )
         check = TruthCheck(
             Seat(home, "actor"),
@@ -283,9 +315,12 @@ class Homes:
         )
         push = FillPush(home.place("replicas", Replicas), check if self.engine.check_weights else None)
         about = f"live, in each of the actor's {home.size} processes, on gathered weights"
-        return WiredEngine(engine=EngineGroup(home, alone=False), push=push, about=about)
+        several = EngineGroup(home, alone=False)
+        return WiredEngine(engine=several, push=several.settled(push) if settling else push, about=about)
 
-    def _vllm(self, sampling: SamplingSection, seed: int, vocabulary: int, others: Mapping[str, Seat]) -> WiredEngine:
+    def _vllm(
+        self, sampling: SamplingSection, seed: int, vocabulary: int, others: Mapping[str, Seat], settling: bool
+    ) -> WiredEngine:
         shared = self.placement.home("engine") == "actor"
         tensor_parallel = self.engine.tensor_parallel
         actor = self.of("actor")
@@ -293,6 +328,12 @@ class Homes:
         if not count:
             raise UserError(
                 f"engine.tensor_parallel: {tensor_parallel} GPUs for one engine, and the actor has {len(actor.places)}"
+            )
+        taking_turns = shared and self._device().type == "cuda" and self.engine.sleep
+        if taking_turns and settling:
+            raise UserError(
+                "weights_change: an engine that takes turns with the trainer stops wherever its samples are, and they "
+                "are computed anew; leave it at in-flight, or keep both in memory with --engine.no-sleep"
             )
         group = self._group(
             "engine",
@@ -310,9 +351,10 @@ class Homes:
         push = self._link(engines, vocabulary)
         about = f"vllm, {count} x {tensor_parallel}, {'shared' if shared else 'split'}, fed over {push.transport}"
         several = EngineGroup(group, alone=True, slots=sampling.max_slots)
-        if not shared or not group.wheres[0].gpus or not self.engine.sleep:
+        if not taking_turns:
             restarting = RestartingOnce(several, several, push.again)
-            return WiredEngine(engine=restarting, push=restarting.guard(push), about=about, link=push)
+            guarded = restarting.guard(several.settled(push) if settling else push)
+            return WiredEngine(engine=restarting, push=guarded, about=about, link=push)
         turns = TakingTurns(
             several,
             engines,

@@ -497,6 +497,10 @@ class StepSection:
         expect(self, "more than 0 and at most 1", lambda value: 0 < value <= 1, "ess_floor")
 
 
+LIVE, VLLM = needs(("engine.kind", "live")), needs(("engine.kind", "vllm"))
+TRAVEL = needs(("part", "engine with weights of its own"))
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScheduleSection:
     """How far sampling may run ahead of training (docs/async.md). With max_lag 0 each step trains on samples of its own
@@ -510,14 +514,18 @@ class ScheduleSection:
     window: float = field(default=0.3, metadata=needs(("max_lag",)))
     """How far a prompt may be passed by younger ones that have ended first, as a share of all that are open; so much
     older, too, its samples may be. 0: not at all, 1: as far as there are any."""
+    stale_cache: Literal["auto", "keep", "recompute"] = field(default="auto", metadata=needs(("max_lag",)))
+    """When weights change under samples that run: they go on from the keys and values of the old ones, or from new ones
+    of their tokens. auto: the live engine keeps them, vLLM always recomputes."""
+    weights_change: Literal["in-flight", "between-sequences"] = field(
+        default="in-flight", metadata=needs(("max_lag",), *TRAVEL["needs"])
+    )
+    """Engines with weights of their own take new ones between any two steps, or once the samples that run have ended,
+    with none begun meanwhile."""
 
     def __post_init__(self) -> None:
         expect(self, "0 or more", _at_least(0), "max_lag")
         expect(self, "from 0 to 1", lambda value: 0 <= value <= 1, "window")
-
-
-LIVE, VLLM = needs(("engine.kind", "live")), needs(("engine.kind", "vllm"))
-TRAVEL = needs(("part", "engine with weights of its own"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -101,6 +102,8 @@ class EngineGroup:
         self._requests_ended = 0
         self._heard_at = [0.0] * group.size
         """When each was last known to get on."""
+        self._running = [0] * group.size
+        """Samples that each has begun, where it may not begin others (``_hold``)."""
         self._counts = [(0.0, 0)] * group.size
         """Of each, its busy seconds and sampled tokens."""
         self._before = (0.0, 0)
@@ -132,13 +135,26 @@ class EngineGroup:
 
     def wait(self, until: Callable[[], bool], at_least: int = 0) -> None:
         """See ``tandem.roles.Engine``. Raises WorkerDied where an engine's process is gone (``forget`` it then)."""
-        self._wait(until, at_least)
+        self._advance(until, at_least)
         self._begin(everything=True)
+
+    def settled(self, push: Callable[[int], Metrics]) -> Callable[[int], Metrics]:
+        """``push``, once all samples that run have ended; no other begins before it has come."""
+
+        def pushed(step: int) -> Metrics:
+            self._hold(True)
+            try:
+                self._advance(lambda: not any(self._running), 0)
+                return push(step)
+            finally:
+                self._hold(False)
+
+        return pushed
 
     def finish(self, asked: Asked) -> None:
         """Waits until a request is done."""
         if not asked.done():
-            self._wait(asked.done, 1)
+            self._advance(asked.done, 1)
 
     def cancel(self) -> None:
         """Gives up everything, within 10 s whatever the engines do."""
@@ -164,7 +180,14 @@ class EngineGroup:
         self._before = (self._before[0] + self._counts[rank][0], self._before[1] + self._counts[rank][1])
         self._counts[rank] = (0.0, 0)
 
-    def _wait(self, until: Callable[[], bool], at_least: int) -> None:
+    def _hold(self, held: bool) -> None:
+        """Has no engine start a sample, or any again. Those that have died need not be told."""
+        calls = [self.group.submit_one(rank, "sampling", "hold", held) for rank in range(self.group.size)]
+        for rank, call in enumerate(calls):
+            with suppress(WorkerDied) if not held else nullcontext():
+                self._running[rank] = call.result()
+
+    def _advance(self, until: Callable[[], bool], at_least: int) -> None:
         goal = self._requests_ended + at_least
         self._heard_at = [time.monotonic()] * self.group.size
         while (self._open or self._waiting) and not until():
@@ -235,7 +258,7 @@ class EngineGroup:
         counts = heard.busy_seconds, heard.sampled_tokens
         if counts[1] != self._counts[rank][1] or heard.ended or heard.failed:
             self._heard_at[rank] = time.monotonic()
-        self._counts[rank] = counts
+        self._counts[rank], self._running[rank] = counts, heard.running
         told: dict[Call, list[Ended]] = defaultdict(list)
         ended: dict[tuple[int, int], Completion] = {}
         for name, sample, completion in heard.ended:

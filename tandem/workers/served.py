@@ -11,7 +11,7 @@ from functools import partial
 
 from tandem.errors import UserError
 from tandem.futures import Future
-from tandem.roles import Engine
+from tandem.roles import Engine, FedEngine
 from tandem.types import Completion, Ended, Request
 from tandem.workers.process import Failure, Site
 
@@ -26,6 +26,8 @@ class Heard:
     ended: list[Named]
     failed: list[tuple[int, Failure]]
     """Requests of calls that have failed."""
+    running: int
+    """Samples that it has begun, where it may not begin others (``ServedEngine.hold``)."""
     busy_seconds: float
     sampled_tokens: int
 
@@ -44,6 +46,8 @@ class ServedEngine:
         self._ended: list[Named] = []
         self._open: dict[int, Future[list[Completion]]] = {}
         self._begun = self._closed = False
+        self.held: FedEngine | None = None
+        """The engine, while it may begin no samples."""
         if alone:
             threading.Thread(target=self._sample, name="sampling", daemon=True).start()
 
@@ -65,7 +69,7 @@ class ServedEngine:
         else:
             end, futures = time.monotonic() + seconds, list(self._open.values())
             self.engine.wait(
-                lambda: time.monotonic() >= end or sum(future.done() for future in futures) >= at_least
+                lambda: self._stops() or time.monotonic() >= end or sum(f.done() for f in futures) >= at_least
             )  # fmt: skip
         with self._changed:
             # In this order: what is done has been heard of before.
@@ -74,9 +78,24 @@ class ServedEngine:
         return Heard(
             ended=ended,
             failed=failed,
+            running=self.held.running if self.held is not None else 0,
             busy_seconds=self.engine.busy_seconds,
             sampled_tokens=self.engine.sampled_tokens,
         )
+
+    def hold(self, held: bool) -> int:
+        """Has it begin no samples, or any again. Returns how many it has begun.
+
+        For an engine with weights of its own, which are to change when none runs.
+        """
+        engine = self.engine
+        assert isinstance(engine, FedEngine)
+        engine.hold(held)
+        with self._changed:
+            self.held = engine if held else None
+            self._begun = True
+            self._changed.notify_all()
+        return engine.running
 
     def cancel(self) -> None:
         """Gives up all that was begun, and all that was not taken."""
@@ -107,6 +126,10 @@ class ServedEngine:
                 failed.append((name, Failure.of(error)))
         return failed
 
+    def _stops(self) -> bool:
+        """Whether there is nothing more to sample for now."""
+        return self._closed or (self.held is not None and not self.held.running)
+
     def _sample(self) -> None:
         while True:
             with self._changed:
@@ -116,7 +139,7 @@ class ServedEngine:
                     return
             # An error of the engine is that of everything that was begun.
             with suppress(Exception):
-                self.engine.wait(lambda: self._closed)
+                self.engine.wait(self._stops)
 
 
 def serve(site: Site, alone: bool) -> ServedEngine:

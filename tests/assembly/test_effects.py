@@ -109,6 +109,8 @@ def words(config: type, flags: list[str]) -> list[str]:
         (REINFORCEConfig, ["--baseline-decay", "0.5"], "--baseline-decay: has no effect with --baseline batch; give"),
         (GRPOConfig, ["--kl-estimator", "k3"], "--kl-estimator: has no effect without --kl-coef"),
         (PPOConfig, ["--window", "0.5"], "--window: has no effect without --max-lag"),
+        (PPOConfig, ["--stale-cache", "recompute"], "--stale-cache: has no effect without --max-lag"),
+        (PPOConfig, ["--max-lag", "1", "--weights-change", "between-sequences"], "--weights-change: has no effect"),
         (GRPOConfig, ["--kl", "reward"], "--kl: has no effect without --kl-coef"),
         (GRPOConfig, ["--kl", "none", "--kl-coef", "1"], "--kl"),
         (PPOConfig, ["--kl", "none", "--reference", "r"], "--reference: has no effect, since this run has no refer"),
@@ -224,7 +226,9 @@ def test_a_key_that_has_no_effect_is_refused(config, flags, message):
         (config_class("dpo"), ["--reference-every", "5"]),
         (SFTConfig, ["--placement.actor", "2", "--keep-gathered", "--cluster.deadline", "9"]),
         (PPOConfig, ["--kl-estimator", "k3"]),
-        (PPOConfig, ["--max-lag", "2", "--window", "0.5"]),
+        (PPOConfig, ["--max-lag", "2", "--window", "0.5", "--stale-cache", "keep"]),
+        (PPOConfig, ["--max-lag", "1", "--placement.engine", "1", "--weights-change", "between-sequences"]),
+        (GRPOConfig, [*VLLM, "--max-lag", "1", "--stale-cache", "recompute"]),
         (PPOConfig, ["--minibatches", "2", "--value-clip", "0.1", "--lam-alpha", "0.1", "--critic-lam", "1"]),
         (GRPOConfig, [*TRAINER, "--sample-epochs", "2", "--clip-low", "0.1", "--dual-clip", "4"]),
         (config_class("gspo"), ["--clip-high", "1e-3"]),
@@ -280,6 +284,11 @@ def test_what_a_file_says_of_a_model_that_is_not_there_does_nothing(tmp_path, ca
     assert read.evaluation.goals == Goals()
     assert read.idle_for(2) == []
     assert load_config(GRPOConfig, [*words(GRPOConfig, ["--kl-coef", "1"]), "--config", str(file)]).following
+
+
+def test_a_stale_cache_that_vllm_cannot_keep_is_refused():
+    with pytest.raises(UserError, match=r"stale-cache: vLLM computes .* anew"):
+        load_config(GRPOConfig, words(GRPOConfig, [*VLLM, "--max-lag", "1", "--stale-cache", "keep"]))
 
 
 def test_old_samples_without_a_correction_are_asked_for_twice():

@@ -150,3 +150,26 @@ def test_a_stale_cache_is_kept_or_computed_anew(way, options):
         found[stale_cache] = apart
     assert found["recompute"] < 1e-4
     assert found["keep"] > 1e-2
+
+
+@pytest.mark.parametrize("way", [*WAYS, "padded"])
+@pytest.mark.parametrize("before", [0, 1, 4])
+def test_held_it_begins_nothing_and_ends_what_has_begun(way, before):
+    """Wherever samples are: of three prompts, with two rows, some run, some have a prefilled prompt, some wait."""
+    trained = Trained(way, max_slots=2)
+    futures = trained.engine.submit(asks([40, 40, 40], temperature=0.8))
+    trained.engine.wait(trained.steps(min(before, 1) if way == "padded" else before))
+    trained.engine.hold(True)
+    running = trained.engine.running
+    assert running == (2 if before and way != "padded" else 0)
+    late = trained.engine.submit(asks([3]))
+    trained.engine.wait(lambda: not trained.engine.running)
+    ended = trained.engine.ended
+    trained.engine.wait(trained.steps(5))
+    assert (trained.engine.ended, trained.engine.running) == (ended, 0)
+    trained.step()
+    trained.engine.hold(False)
+    found = [c for cs in wait_all([*futures, *late]) for c in cs]
+    assert [c.versions for c in found] == [told(c, TOKENS) for c in found]
+    assert sorted(c.versions[0][0] for c in found) == [0] * ended + [1] * (8 - ended)
+    assert all(len(c.versions) == 1 for c in found)

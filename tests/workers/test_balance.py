@@ -50,6 +50,7 @@ class Group:
         self.given[rank] = Heard(
             ended=[(name, place, completion(100 * name + place)) for name, place in samples],
             failed=[(name, Failure("UserError", "no room")) for name in failed],
+            running=0,
             busy_seconds=2.0,
             sampled_tokens=5,
         )

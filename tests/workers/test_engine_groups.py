@@ -43,7 +43,7 @@ def until(condition: Any) -> None:
 
 def test_engines_alone_sample_on_change_weights_are_given_up_and_die(cluster_address: str, tmp_path: Path) -> None:
     with groups(2, joined=False, concurrency=8) as (group,):
-        seat = group.place("engine", lambda site: Telling(tmp_path, pace_s=0.004))
+        seat = group.place("engine", lambda site: Telling(tmp_path, pace_s=0.004, max_slots=4))
         several = EngineGroup(group, alone=True)
         engine = RestartingOnce(several, several, lambda: seat.call("become", 5))
         assert isinstance(engine, Engine)
@@ -65,6 +65,14 @@ def test_engines_alone_sample_on_change_weights_are_given_up_and_die(cluster_add
         assert engine.sampled_tokens == sum(len(c.token_ids) for c in found)
         assert 0.1 < engine.busy_seconds < time.monotonic() - start
 
+        # Between sequences: what runs ends with its weights, what waits begins with the others.
+        futures = engine.submit(asks(*[60] * 6))
+        until(lambda: min(seat.submit_each("running", [(), ()]).result()) > 0)
+        several.settled(lambda step: seat.call("become", step) or {})(2)
+        found = [c for cs in wait_all(futures) for c in cs]
+        assert [c.versions for c in found] == [told(c, TOKENS) for c in found]
+        assert {tuple(c.versions) for c in found} == {((1, 60),), ((2, 60),)}
+
         # A request that cannot be sampled is its own call's error.
         (good,) = engine.submit(asks(3))
         (bad,) = engine.submit([Request(prompt_ids=(5000,), seeds=(1,), sampling=SamplingParams())])
@@ -85,7 +93,7 @@ def test_engines_alone_sample_on_change_weights_are_given_up_and_die(cluster_add
         later = engine.submit(asks(4, 4))
         (tmp_path / "hold").unlink()
         assert [len(c.token_ids) for cs in wait_all(later) for c in cs] == [4] * 4
-        assert seat.call("sampled_tokens") < 400
+        assert seat.call("sampled_tokens") < 800
 
         # One is killed with open samples: they are drawn anew, those that were told of stay.
         heard.clear()
@@ -96,7 +104,7 @@ def test_engines_alone_sample_on_change_weights_are_given_up_and_die(cluster_add
         assert sorted(heard) == [(i, j) for i in range(4) for j in range(2)]
         assert [len(c.token_ids) for c in found] == [120] * 4 + [9] * 4
         # The other one may have ended before the new weights came.
-        assert sorted(c.versions[0][0] for c in found[:4]) == [1, 1, 5, 5]
+        assert sorted(c.versions[0][0] for c in found[:4]) == [2, 2, 5, 5]
         # And once more, which is once too often.
         futures = engine.submit(asks(60, 60))
         os.kill(group.wheres[1].pid, signal.SIGKILL)
@@ -110,7 +118,7 @@ def test_engines_alone_sample_on_change_weights_are_given_up_and_die(cluster_add
 def test_engines_in_processes_of_others_sample_in_slices(cluster_address: str, tmp_path: Path) -> None:
     """Two joined ranks, which make one call at a time: between slices they are free, and samples stay open."""
     with groups(2, deadline_s=2.0) as (group,):
-        seat = group.place("engine", lambda site: Telling(tmp_path, pace_s=0.004))
+        seat = group.place("engine", lambda site: Telling(tmp_path, pace_s=0.004, max_slots=4))
         engine = EngineGroup(group, alone=False)
         futures = engine.submit(asks(120, 9, 9, 120))
         engine.wait(lambda: futures[1].done() and futures[2].done(), 2)
@@ -131,6 +139,12 @@ def test_engines_in_processes_of_others_sample_in_slices(cluster_address: str, t
         found = [c for cs in wait_all(futures) for c in cs]
         assert [c.versions for c in found] == [told(c, TOKENS) for c in found]
         assert [len(c.versions) for c in found] == [2, 2, 1, 1, 1, 1, 2, 2]
+        # Between sequences: the driver lets them run until none is open, and begins no other.
+        futures = engine.submit(asks(*[30] * 6))
+        engine.wait(iter([False, False, True]).__next__)
+        engine.settled(lambda step: seat.call("become", step) or {})(2)
+        found = [c for cs in wait_all(futures) for c in cs]
+        assert {tuple(c.versions) for c in found} == {((1, 30),), ((2, 30),)}
         # One that does not get on is named.
         (tmp_path / "hold").touch()
         futures = engine.submit(asks(20, 30, 5, 7))

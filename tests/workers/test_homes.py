@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
+import threading
 import time
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 from helpers.meeting_roles import PATIENCE_S, Role
@@ -38,6 +42,47 @@ def test_every_rank_sees_the_calls_of_two_seats_in_one_order(cluster_address):
         assert all(future.done() for future in begun)
         everywhere = critic.submit_each("heard", [(), ()]).result()
         assert everywhere == [asked, asked]
+
+
+@pytest.mark.parametrize("naive", [False, True])
+def test_pushes_and_training_from_several_places_meet_in_one_order(cluster_address, monkeypatch, naive):
+    """Calls are begun by several threads, and reach each rank after a delay of its own. Without one order, ranks would
+    be at different calls: a real collective would wait for ever."""
+    rng = random.Random(3)
+
+    class Delayed:
+        """A rank whose calls take their time to leave."""
+
+        def __init__(self, actor: Any) -> None:
+            self.call, self.actor = self, actor
+
+        def remote(self, *call: Any) -> Any:
+            time.sleep(rng.uniform(0, 0.01))
+            return self.actor.call.remote(*call)
+
+    with groups(2) as (group,):
+        names = ("source", "trainer", "critic")
+        seats = dict(zip(names, seats_in(group, *names), strict=True))
+        actors = group.actors
+        monkeypatch.setattr(group, "actors", [Delayed(actor) for actor in actors])
+        if naive:
+            monkeypatch.setattr(group, "_one_order", nullcontext())
+        begun: dict[str, list[Any]] = {name: [] for name in names}
+
+        def call(name: str) -> None:
+            for n in range(8):
+                begun[name].append(seats[name].submit("meet", n))
+                time.sleep(rng.uniform(0, 0.005))
+
+        threads = [threading.Thread(target=call, args=(name,)) for name in names]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE_S)
+        met = [(name, n, future.result()[0]) for name in names for n, future in enumerate(begun[name])]
+        alike = [calls == [(name, n), (name, n)] for name, n, calls in met]
+        assert all(alike) is not naive
+        monkeypatch.setattr(group, "actors", actors)
 
 
 def test_a_rank_that_is_killed_while_two_seats_are_called(cluster_address, tmp_path):

@@ -66,6 +66,8 @@ class LiveCore:
         """The module and all in it, as of the batching's start: looked through in every step."""
         self.new: deque[Sample] = deque()
         self.samples: dict[int, Sample] = {}
+        self.held = False
+        """Whether no samples may begin."""
         self.gone_tokens = 0
         """Drawn by samples that are not there any more."""
 
@@ -86,8 +88,10 @@ class LiveCore:
             self.batching = self.batching or self.begin()
             if (version := self.current_version()) != self.version:
                 self.renew(version)
-            if self.new:
+            if self.new and not self.held:
                 self.batching.enter([self.new.popleft() for _ in range(len(self.new))])
+            if not self.running:
+                return {}
             ended = {s.name: s.error or s.completion(self.version) for s in self.batching.round()}
             self._forget(ended)
         return ended
@@ -99,6 +103,21 @@ class LiveCore:
             if self.batching is not None and gone:
                 self.batching.leave(gone)
             self._forget([sample.name for sample in gone])
+
+    @property
+    def running(self) -> int:
+        """Samples that the batching has: those that have begun, where no others may."""
+        return len(self.samples) - len(self.new)
+
+    def hold(self, held: bool) -> None:
+        """Begins no samples until it is told the opposite: those that have not begun leave the batching."""
+        self.held = held
+        if held and self.batching is not None:
+            new = set(self.new)
+            waiting = [s for s in self.samples.values() if not s.token_ids and s.row is None and s not in new]
+            with self._losing_all():
+                self.batching.leave(set(waiting))
+            self.new.extendleft(reversed(waiting))
 
     def renew(self, version: int) -> None:
         if self.batching is not None:

@@ -83,9 +83,10 @@ class LiveEngine:
         """Of way ``captured``: its forward, and its cache."""
         self.together: Together = "all"
         """Of way ``padded``: which prompts are batched."""
-        self.stepper: Stepper[Sample, Completion] = Stepper(
-            LiveCore(module, begin=self._begin, end=self._end, version=version, recompute=stale_cache == "recompute")
+        self.core = LiveCore(
+            module, begin=self._begin, end=self._end, version=version, recompute=stale_cache == "recompute"
         )
+        self.stepper: Stepper[Sample, Completion] = Stepper(self.core)
         with evaluating(module.modules()):
             self.way, reasons = self._choose(way, cache_tokens, eight_bit=kv_cache_dtype == "fp8")
         if kv_cache_dtype == "fp8" and self.fitting is None:
@@ -193,6 +194,16 @@ class LiveEngine:
     def cancel(self) -> None:
         """Gives up all that is being sampled: the futures raise Cancelled."""
         self.stepper.cancel()
+
+    def hold(self, held: bool) -> None:
+        """Begins no samples until it is told the opposite. Those that have begun go on."""
+        with self.stepper.exclusive():
+            self.core.hold(held)
+
+    @property
+    def running(self) -> int:
+        """Samples that have begun and not ended, while no others may begin."""
+        return self.core.running
 
     def _begin(self) -> Batching:
         if self.fitting is not None:

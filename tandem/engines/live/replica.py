@@ -74,11 +74,19 @@ class ReplicaEngine:
     def cancel(self) -> None:
         self.live.cancel()
 
+    def hold(self, held: bool) -> None:
+        self.live.hold(held)
+
+    @property
+    def running(self) -> int:
+        return self.live.running
+
     @torch.no_grad()
     def logprobs(self, sequences: Seq[Seq[int]]) -> list[list[float]]:
         """Log-prob, at temperature 1, of every token but the first of each sequence."""
         rows = [Sequence(token_ids=list(ids), trainable=[False] + [True] * (len(ids) - 1)) for ids in sequences]
-        logp_T = forward(self.model, pack(rows).to(self.model.device)).logp_T
+        with self.live.stepper.exclusive():
+            logp_T = forward(self.model, pack(rows).to(self.model.device)).logp_T
         assert logp_T is not None
         return [part[1:].tolist() for part in logp_T.split([len(ids) for ids in sequences])]
 
@@ -120,7 +128,8 @@ class ReplicaEngine:
 
     def checksums(self) -> Seq[int | None]:
         """Of what it holds now."""
-        return list(self.sums.now().values())
+        with self.live.stepper.exclusive():
+            return list(self.sums.now().values())
 
     def close(self) -> None:
         if self.receiver is not None:

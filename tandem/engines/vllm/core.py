@@ -40,6 +40,8 @@ class VLLMCore:
         self.waiting: deque[tuple[int, VLLMJob]] = deque()
         self.running: dict[int, tuple[VLLMJob, Versions]] = {}
         """Jobs that vLLM has, and what drew the tokens that they had when the weights last changed."""
+        self.held = False
+        """Whether no jobs may enter vLLM."""
         self.gone_tokens = 0
         """Drawn by jobs that are not there any more."""
 
@@ -101,7 +103,7 @@ class VLLMCore:
 
     def _admit(self) -> dict[int, Any]:
         refused: dict[int, Any] = {}
-        while self.waiting and len(self.running) < self.slots:
+        while self.waiting and not self.held and len(self.running) < self.slots:
             name, job = self.waiting.popleft()
             try:
                 self.engine.add_request(str(name), job.prompt, job.params)

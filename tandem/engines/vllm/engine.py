@@ -134,6 +134,16 @@ class VLLMEngine:
         """Gives up all that is being sampled: the futures raise Cancelled. A step that is under way ends first."""
         self._stepper.cancel()
 
+    def hold(self, held: bool) -> None:
+        """Begins no samples until it is told the opposite. Those that have begun go on."""
+        with self._stepper.exclusive():
+            self._core.held = held
+
+    @property
+    def running(self) -> int:
+        """Samples that have begun and not ended, while no others may begin."""
+        return len(self._core.running)
+
     def logprobs(self, sequences: Seq[Seq[int]]) -> list[list[float]]:
         """Log-prob, in nats at temperature 1, of each token but the first; one list a sequence.
 
