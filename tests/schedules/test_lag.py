@@ -137,3 +137,9 @@ def test_law_5_killed_at_any_place_and_resumed_trains_each_ticket_once(inputs):
         )
     }
     assert {number: trained[number] for number in kept} == kept
+
+
+def test_a_run_goes_on_once_enough_has_ended(train):
+    """Where few decode at once, most groups are still being sampled when a step has its own; rewards judge them all."""
+    train("grpo", "few", "--max-lag", "1", "--max-slots", "3")
+    assert [line["open_groups"] for line in read_metrics(Path("few/metrics.jsonl"))] == [A_STEP, A_STEP, 0]
