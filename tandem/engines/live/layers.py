@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from tandem.engines.live.stacked import Additions, is_linear, stack
 from tandem.kernels import layers as kernels
 from tandem.kernels import products
 from tandem.kernels.layers import CURVES, Curve, Norm, Rotation
@@ -36,13 +37,14 @@ class Unlike(Exception):
 class Product:
     """Linear layers of one input as one matrix product: their parameters are laid one behind the other in memory.
 
-    They stay the module's own, so that an optimizer step is seen at once.
+    They stay the module's own, so that an optimizer step is seen at once. Adapters are added behind it.
     """
 
     def __init__(self, linears: Seq[nn.Linear]) -> None:
         self.linears = linears
         if len({linear.bias is None for linear in linears}) > 1:
             raise Unlike("some of the layers that could be one product have biases")
+        self.added = Additions(linears) if any(hasattr(linear, "lora_A") for linear in linears) else None
         self.stack()
 
     def stack(self) -> None:
@@ -50,9 +52,12 @@ class Product:
         self.weight = stack([linear.weight for linear in self.linears])
         biases = [linear.bias for linear in self.linears]
         self.bias = None if biases[0] is None else stack(biases)
+        if self.added is not None:
+            self.added.stack()
 
     def __call__(self, x_TI: Tensor) -> Tensor:
-        return products.linear(x_TI, self.weight, self.bias)
+        out_TO = products.linear(x_TI, self.weight, self.bias)
+        return out_TO if self.added is None else self.added.add_(out_TO, x_TI)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,8 +257,11 @@ class _Watch(PackedLayout):
 
     def run(self) -> None:
         within = {part for block in self.blocks for part in block.modules()}
+        # A layer with adapters is one product.
+        adapted = [part for part in self.base.modules() if hasattr(part, "lora_A")]
+        hidden = {inner for part in adapted for inner in part.modules()} - set(adapted)
         with ExitStack() as hooks:
-            for part in self.base.modules():
+            for part in (x for x in self.base.modules() if x not in hidden):
                 if part in within:
                     hook = self._layer if part in set(self.blocks) else self._inner
                     if not isinstance(part, nn.ModuleList):
@@ -500,11 +508,6 @@ def _call(module: nn.Module, args: Any, kwargs: Any, output: Any) -> _Call | Non
     return _Call(module, given[0], out, len(args) + len(kwargs) > 1)
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether it is a matrix product and nothing else: a subclass (quantized, with an adapter) computes more."""
-    return type(module) is nn.Linear or type(module) is products.Linear
-
-
 def read_norm(call: _Call) -> Norm | None:
     """The norm that a called module is; None where it is none of those known."""
     module, size = call.module, call.input.shape[-1]
@@ -563,22 +566,3 @@ def _nearest(found: dict[Name, Tensor], truth: Tensor, otherwise: str) -> Name:
     if name is None or not near(found[name], truth):
         raise Unlike(otherwise)
     return name
-
-
-@torch.no_grad()
-def stack(parameters: Seq[Tensor]) -> Tensor:
-    """One tensor of all their rows, which they become views of. Costs a copy the first time only."""
-    first = parameters[0]
-    sizes = [len(p) for p in parameters]
-    shape = (sum(sizes), *first.shape[1:])
-    expected = first.data_ptr()
-    apart = False
-    for p in parameters:
-        apart |= p.data_ptr() != expected or p.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
-        expected += p.numel() * p.element_size()
-    if not apart:
-        return first.data.as_strided(shape, first.stride(), first.storage_offset())
-    stacked = torch.cat([p.data for p in parameters])
-    for p, part in zip(parameters, stacked.split(sizes), strict=True):
-        p.data = part
-    return stacked
