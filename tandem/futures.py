@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar, overload
+from typing import Any, Generic, Protocol, TypeVar, overload, runtime_checkable
 
 T = TypeVar("T")
 Result = TypeVar("Result", covariant=True)
@@ -34,6 +34,15 @@ class Begun(Future[Result], Protocol):
 
     def look(self, *, wait: bool = False) -> None:
         """Takes what has come, whichever calls it is of. ``wait``: until something has, unless this one is settled."""
+        ...
+
+
+@runtime_checkable
+class Awaited(Future[Result], Protocol):
+    """The result of a call that can be waited for for a while."""
+
+    def wait(self, seconds: float) -> None:
+        """Returns when the call has ended, or after so long."""
         ...
 
 

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from tandem.batch import Batch, Outputs, TokenLoss
-from tandem.futures import Begun, Future, wait_all
+from tandem.futures import Awaited, Begun, Future, wait_all
 from tandem.types import Completion, Held, Request, Rollout, Ticket, Watch
 
+MEANWHILE_S = 0.05
+"""What is to be done while others work is done every 0.05 s."""
 Metrics = dict[str, float]
 LossFn = Callable[[Outputs, Batch], TokenLoss]
 Place = tuple[str, str | None]
@@ -80,21 +82,36 @@ class Seat:
         return self.submit(verb, *arguments, **options).result()
 
 
-def call_all(seats: Mapping[str, Seat], verb: str, *arguments: Any) -> dict[str, Any]:
+def call_all(
+    seats: Mapping[str, Seat], verb: str, *arguments: Any, meanwhile: Callable[[], object] | None = None
+) -> dict[str, Any]:
     """``call_each`` with the same arguments for each."""
-    return call_each(seats, verb, dict.fromkeys(seats, arguments))
+    return call_each(seats, verb, dict.fromkeys(seats, arguments), meanwhile=meanwhile)
 
 
-def call_each(seats: Mapping[str, Seat], verb: str, arguments: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+def call_each(
+    seats: Mapping[str, Seat],
+    verb: str,
+    arguments: Mapping[str, tuple[Any, ...]],
+    *,
+    meanwhile: Callable[[], object] | None = None,
+) -> dict[str, Any]:
     """One verb of several seats, each with its own arguments.
 
-    At the same time where their homes differ, one after another where they share one. Raises the error of the first
-    seat, in the given order, that failed, once all that were begun have ended; that of a seat in this process at once,
-    with the others still at work.
+    At the same time where their homes differ, one after another where they share one. ``meanwhile`` is called every
+    0.05 s while other processes are at work, and once when all are done. Raises the error of the first seat, in the
+    given order, that failed, once all that were begun have ended; that of a seat in this process, and of ``meanwhile``,
+    at once, with the others still at work.
     """
     # What this process does itself comes last: by then the others are at work.
     order = sorted(seats, key=lambda role: seats[role].home.at_once)
     begun = {role: seats[role].submit(verb, *arguments[role]) for role in order}
+    if meanwhile is not None:
+        for call in begun.values():
+            while isinstance(call, Awaited) and not call.done():
+                meanwhile()
+                call.wait(MEANWHILE_S)
+        meanwhile()
     return wait_all({role: begun[role] for role in seats})
 
 

@@ -115,6 +115,11 @@ class RunConfig:
         same = self.sources[role] == self.model.model and need.head == self.method.head
         return same and self.placement.home(role) == "actor" and not (asks.states or asks.top_k)
 
+    @property
+    def leads(self) -> tuple[str, ...]:
+        """Metrics that say how the run is doing, the first one first."""
+        return self.method.leads
+
     def steps_over(self, size: int) -> int:
         """The run's steps with a dataset of ``size`` rows: as given, or whole ones for at least so many epochs."""
         if self.run.steps is not None:
@@ -316,6 +321,10 @@ class SamplesConfig(RunConfig):
     @property
     def items_per_step(self) -> int:
         return self.sampling.prompts_per_step
+
+    @property
+    def leads(self) -> tuple[str, ...]:
+        return (*super().leads, *(("lag_mean",) if self.schedule.max_lag else ()))
 
     @property
     def parts(self) -> set[str]:

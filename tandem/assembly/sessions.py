@@ -97,9 +97,9 @@ def session(
         checkpoint = store.latest()
         done = checkpoint.step if checkpoint else 0
         with (
-            reported(folder, title, config.method.leads),
+            reported(folder, title, config.leads),
             standing_objects(),
-            Progress(title, total=steps, start=done, leads=(*config.method.leads, *ALWAYS)) as progress,
+            Progress(title, total=steps, start=done, leads=(*config.leads, *ALWAYS)) as progress,
         ):
             if folder.replaced:
                 progress.note(f"{run.out}: in place of a run that had done no step")

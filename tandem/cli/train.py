@@ -27,7 +27,7 @@ def run(config: RunConfig) -> int:
         if isinstance(config, SamplesConfig):
             with suppress(UserError):  # of a run that its goals have ended before its first step
                 tell(out, pairwise=config.method.pairwise)
-        tell_end(out, config.method.leads, *next_commands(config, model))
+        tell_end(out, config.leads, *next_commands(config, model))
     return 0
 
 

@@ -192,9 +192,12 @@ class Sampling:
 
     def finish(self, items: Seq[Drawing], clock: Clock) -> list[Group]:
         """The groups, of which those that are not done are waited for: judged together by what judges a step's."""
+        completions = [item.completions for item in items]
         with self._sampling(items, clock):
-            # Whoever asks for the groups drives the engine: in one process there is nobody else.
-            wait_all([item.completions for item in items])
+            # Whoever waits for the groups drives the engine: in one process there is nobody else.
+            if missing := sum(not future.done() for future in completions):
+                self.engine.wait(lambda: all(future.done() for future in completions), missing)
+            wait_all(completions)
         gone = set(items)
         self.open[:] = [drawing for drawing in self.open if drawing not in gone]
         with clock("scoring"):

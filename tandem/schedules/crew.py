@@ -69,7 +69,8 @@ class Crew:
         """Every minibatch of every epoch through the ``roles`` that are trained; metrics are means over minibatches.
 
         ``done`` is how many steps of the run are behind, for the learning rate. ``changing`` is called before
-        parameters change. Of roles that share a home only one has a gradient at a time.
+        parameters change. Of roles that share a home only one has a gradient at a time. What the source has begun moves
+        along meanwhile.
         """
         collected: list[Metrics] = []
         for number, minibatch in enumerate(prepared):
@@ -83,7 +84,7 @@ class Crew:
 
     def _step(self, roles: list[str], minibatch: Batch, done: float, changing: Callable[[], None]) -> Metrics:
         seats = {role: self.trainers[role] for role in roles}
-        losses = call_all(seats, "forward_backward", minibatch)
+        losses = call_all(seats, "forward_backward", minibatch, meanwhile=self.source.look)
         scales = self._scales(minibatch, losses)
         changing()
         steps = call_each(seats, "optim_step", {role: (done, scales.get(role, 1.0)) for role in roles})

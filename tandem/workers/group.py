@@ -235,6 +235,10 @@ class Answer:
     def done(self) -> bool:
         return len(self.group.cluster.ray.wait(self.refs, num_returns=len(self.refs), timeout=0)[0]) == len(self.refs)
 
+    def wait(self, seconds: float) -> None:
+        """Returns when all have answered, or after so long."""
+        self.group.cluster.ray.wait(self.refs, num_returns=len(self.refs), timeout=seconds)
+
     def result(self) -> Any:
         results = self.group._all(self.what, self.refs, self.group.deadline_s, self.first_rank)
         return results if self.each else results[0]

@@ -13,6 +13,7 @@ from tandem.errors import NonFiniteError
 from tandem.methods.sft import SFT
 from tandem.parallel.world import World
 from tandem.rollout.prepare import Preparation
+from tandem.rollout.rows import Tokenized
 from tandem.schedules.crew import Crew
 from tandem.schedules.session import Session
 from tandem.workers.homes import Here
@@ -62,7 +63,7 @@ def crew(log, *homes, bad=(), sizes=(), ess_floor=None):
     return Crew(
         method=SFT(),
         tickets=None,
-        source=None,
+        source=Tokenized([]),
         prepare=Preparation(method=None, models={}),
         trainers=ordered,
         push_weights=None,
