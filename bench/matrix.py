@@ -28,6 +28,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from tandem.data.packing import pack, stamp_weights
 from tandem.engines.live.engine import LiveEngine
 from tandem.errors import UserError
+from tandem.models.attention import leave_sdpa
 from tandem.models.forward import LoadedModel, forward
 from tandem.models.loading import prepare_module
 from tandem.models.shrunk import shrunken_config, trained_size
@@ -106,6 +107,8 @@ class Row:
     sampler_gap: float | None = None
     greedy: str = ""
     refused: str = ""
+    slower: str = ""
+    """Why its own forward is used where the fused one could be."""
     error: str = ""
 
     @property
@@ -131,11 +134,16 @@ def make(case: Case) -> Any:
 
 def look(name: str, case: Case, tokenizer: Any, way: Literal["auto", "captured"] = "auto") -> Row:
     """Compares everything of one case."""
-    row = Row(name)
     module = make(case)
-    own = module.config._attn_implementation
     if not case.initial:
         trained_size(module)
+    return compare(name, module, tokenizer, way)
+
+
+def compare(name: str, module: Any, tokenizer: Any, way: Literal["auto", "captured"] = "auto") -> Row:
+    """Compares everything of one module, which gets weights of trained size when it has been loaded."""
+    row = Row(name)
+    own = module.config._attn_implementation
     try:
         model = prepare_module(module, tokenizer)
         engine = LiveEngine(module, tokenizer, way=way)
@@ -145,6 +153,8 @@ def look(name: str, case: Case, tokenizer: Any, way: Literal["auto", "captured"]
     trained_size(module)
     truth = copy.deepcopy(module)
     truth.set_attn_implementation(own)
+    # transformers' SDPA would leave soft caps out.
+    leave_sdpa(truth)
     truth.double()
     if hasattr(truth, "set_experts_implementation"):
         # The grouped products of others know no float64.
@@ -152,6 +162,7 @@ def look(name: str, case: Case, tokenizer: Any, way: Literal["auto", "captured"]
     row.layout = "packed" if model.packed else "one length" if model.equal_lengths else "padded"
     row.engine = engine.way + {"all": "", "length": ", one length", "none": ", one by one"}[engine.together]
     if engine.fitting is not None:
+        row.slower = engine.fitting.own_because
         row.engine += ", own forward" if engine.fitting.own_because else ", fused"
     longest = _longest(engine)
     row.logp_gap, row.gradient_gap = _forward_gaps(model, truth, longest)

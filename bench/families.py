@@ -1,0 +1,285 @@
+"""How every family of models is sampled and trained, which is the table of docs/models.md, and how fast.
+
+    python bench/families.py --write                  # the table, from tiny models on a CPU, each of them proved
+    python bench/families.py --size 0.5b --device cuda --json bench/results/families_0.5b.json
+
+Method. Every family is a random model of its transformers class at the same shapes: layers, widths, heads, vocabulary;
+experts are 8 of half the width each, of which a token takes 2. Without --size they are tiny, with windows of 6 tokens
+and other limits as short, and Tandem's log-probs, gradients and samples are compared with the module's own forward of
+one sequence at a time, in float64 (bench/matrix.py). With --size, --samples samples of --new-tokens tokens are drawn
+from prompts of random tokens, after a warm-up, and "of qwen2" is the rate over that of the first family.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matrix
+import torch
+import transformers
+from common import Record, Row, arguments, measure, peak_gb, print_table, resolve_device, timed
+from models import SIZES, byte_tokenizer, config_of
+from transformers import AutoModelForCausalLM
+
+from tandem.engines.live.engine import LiveEngine
+from tandem.models.loading import prepare_module
+from tandem.models.shrunk import trained_size
+from tandem.types import Request, SamplingParams
+
+PAGE = Path(__file__).parents[1] / "docs" / "models.md"
+MARKS = "<!-- families: written by bench/families.py -->\n", "<!-- families end -->\n"
+Shape = dict[str, Any]
+WITHOUT = ...
+"""In place of an option: the config's own default."""
+TINY: Shape = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128, "tie_word_embeddings": False,
+}  # fmt: skip
+IDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models of one transformers class: its config at a shape."""
+
+    name: str
+    models: str
+    kind: str
+    options: Callable[[Shape], Shape]
+    slower: str = ""
+    """What the table says of it where the engine's own words are not enough."""
+
+    def module(self, shape: Shape) -> Any:
+        """A random model, with initial weights."""
+        options = {key: x for key, x in (shape | IDS | self.options(shape)).items() if x is not WITHOUT}
+        torch.manual_seed(0)
+        config = getattr(transformers, f"{self.kind}Config")(**options)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def _of(*parts: Callable[[Shape], Shape], **options: Any) -> Callable[[Shape], Shape]:
+    """Options, and those that depend on the shape."""
+    return lambda shape: {key: x for part in parts for key, x in part(shape).items()} | options
+
+
+def _window(shape: Shape) -> Shape:
+    return {"sliding_window": 6 if shape["hidden_size"] < 100 else 512}
+
+
+def _turns(one: str, other: str = "full_attention") -> Callable[[Shape], Shape]:
+    """Two kinds of layers by turns."""
+    return lambda shape: {"layer_types": [(one, other)[i % 2] for i in range(shape["num_hidden_layers"])]}
+
+
+def _experts(count: str = "num_experts", each: str = "moe_intermediate_size") -> Callable[[Shape], Shape]:
+    return lambda shape: {each: shape["intermediate_size"] // 2, count: 8, "num_experts_per_tok": 2}
+
+
+def _named(**names: str) -> Callable[[Shape], Shape]:
+    """A shape's numbers under other names."""
+    return lambda shape: {name: shape[key] for name, key in names.items()}
+
+
+_LOCAL = _experts("num_local_experts", "intermediate_size")
+_BY_TURNS = _of(_window, _turns("sliding_attention"))
+_NO_HEADS = {"num_attention_heads": WITHOUT, "num_key_value_heads": WITHOUT, "head_dim": WITHOUT}
+_NO_SIZES = {"intermediate_size": WITHOUT, "max_position_embeddings": WITHOUT}
+_LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+           "original_max_position_embeddings": 16}  # fmt: skip
+_YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+_HALF = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+_STATES = "its layers keep a state for each sample, which no cache here holds"
+_OWN_ATTENTION = "transformers' class has an attention of its own"
+FAMILIES = (
+    Family("qwen2", "Qwen 2, Qwen 2.5", "Qwen2", _of()),
+    Family("qwen3", "Qwen 3", "Qwen3", _of()),
+    Family("llama", "Llama 2 and 3", "Llama", _of(rope_parameters=_LLAMA3)),
+    Family("mistral", "Mistral", "Mistral", _window),
+    Family("ministral3", "Ministral 3", "Ministral3", _of()),
+    Family("gemma", "Gemma", "Gemma", _of(hidden_activation="gelu_pytorch_tanh")),
+    Family("gemma2", "Gemma 2", "Gemma2",
+           _of(_BY_TURNS, query_pre_attn_scalar=8, attn_logit_softcapping=2.0, final_logit_softcapping=3.0)),
+    Family("gemma3", "Gemma 3", "Gemma3Text", _of(_BY_TURNS, query_pre_attn_scalar=8)),
+    Family("phi", "Phi 2", "Phi", _of()),
+    Family("phi3", "Phi 3, Phi 4", "Phi3", _window),
+    Family("phi4-mini", "Phi 4 mini", "Phi3", _of(rope_parameters=_HALF)),
+    Family("olmo", "OLMo", "Olmo", _of()),
+    Family("olmo2", "OLMo 2", "Olmo2", _of()),
+    Family("olmo3", "OLMo 3", "Olmo3", _BY_TURNS),
+    Family("granite", "Granite 3", "Granite",
+           _of(embedding_multiplier=3.0, residual_multiplier=0.4, attention_multiplier=0.2, logits_scaling=2.5)),
+    Family("smollm3", "SmolLM 3", "SmolLM3", _of(no_rope_layer_interval=2)),
+    Family("glm", "GLM 4 of 2024", "Glm", _of(attention_bias=True)),
+    Family("glm4", "GLM 4", "Glm4", _of(attention_bias=True)),
+    Family("starcoder2", "StarCoder 2", "Starcoder2", _of(_window, use_bias=True)),
+    Family("cohere", "Command R", "Cohere", _of(logit_scale=0.3)),
+    Family("cohere2", "Command R7B, Command A", "Cohere2", _of(_BY_TURNS, logit_scale=0.3)),
+    Family("exaone4", "EXAONE 4", "Exaone4", _BY_TURNS),
+    Family("ernie4.5", "ERNIE 4.5", "Ernie4_5", _of()),
+    Family("seed-oss", "Seed-OSS", "SeedOss", _of()),
+    Family("hunyuan", "Hunyuan", "HunYuanDenseV1", _of()),
+    Family("apertus", "Apertus", "Apertus", _of()),
+    Family("arcee", "Arcee AFM", "Arcee", _of()),
+    Family("helium", "Helium", "Helium", _of()),
+    Family("nemotron", "Nemotron 4, Minitron", "Nemotron", _of(), _OWN_ATTENTION),
+    Family("stablelm", "StableLM 2", "StableLm", _of(), _OWN_ATTENTION),
+    Family("gpt-neox", "Pythia, GPT-NeoX", "GPTNeoX",
+           _of(num_key_value_heads=WITHOUT, head_dim=WITHOUT, rotary_pct=0.5)),
+    Family("gpt2", "GPT-2", "GPT2", _of(num_key_value_heads=WITHOUT, head_dim=WITHOUT)),
+    Family("opt", "OPT", "OPT", _named(ffn_dim="intermediate_size", word_embed_proj_dim="hidden_size")),
+    Family("bloom", "BLOOM", "Bloom", _named(n_layer="num_hidden_layers", n_head="num_attention_heads"),
+           _OWN_ATTENTION),
+    Family("mixtral", "Mixtral", "Mixtral", _of(_LOCAL, _window)),
+    Family("qwen2-moe", "Qwen 1.5 MoE, Qwen 2 MoE", "Qwen2Moe",
+           _of(_experts(), _named(shared_expert_intermediate_size="intermediate_size"))),
+    Family("qwen3-moe", "Qwen 3 MoE", "Qwen3Moe", _experts()),
+    Family("olmoe", "OLMoE", "Olmoe", _experts(each="intermediate_size")),
+    Family("gpt-oss", "gpt-oss", "GptOss", _of(_LOCAL, _BY_TURNS, rope_parameters=_YARN)),
+    Family("granitemoe", "Granite 3 MoE", "GraniteMoe", _of(_LOCAL, logits_scaling=2.0)),
+    Family("phimoe", "Phi 3.5 MoE", "Phimoe",
+           _of(_LOCAL, rope_parameters={"rope_type": "default", "rope_theta": 1e4})),
+    Family("glm4-moe", "GLM 4.5", "Glm4Moe",
+           _of(_experts("n_routed_experts"), first_k_dense_replace=1, n_group=1, topk_group=1)),
+    Family("deepseek-v3", "DeepSeek V3, Kimi K2", "DeepseekV3",
+           _of(_experts("n_routed_experts"), _named(num_key_value_heads="num_attention_heads", v_head_dim="head_dim",
+                                                    qk_nope_head_dim="head_dim", qk_rope_head_dim="head_dim"),
+               first_k_dense_replace=1, q_lora_rank=16, kv_lora_rank=16, n_group=1, topk_group=1, head_dim=WITHOUT)),
+    Family("qwen3-next", "Qwen 3 Next", "Qwen3Next",
+           _of(_experts(), _turns("linear_attention"), _named(shared_expert_intermediate_size="intermediate_size"),
+               linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4),
+           _STATES),
+    Family("falcon-h1", "Falcon H1", "FalconH1",
+           _of(_named(mamba_d_ssm="hidden_size"), mamba_n_heads=4, mamba_d_head=WITHOUT, mamba_d_state=8,
+               mamba_chunk_size=8, lm_head_multiplier=0.5), _STATES),
+    Family("lfm2", "LFM 2", "Lfm2", _of(_turns("conv"), block_multiple_of=8), _STATES),
+    Family("granite4", "Granite 4", "GraniteMoeHybrid",
+           _of(_turns("mamba", "attention"), _named(shared_intermediate_size="intermediate_size"), mamba_n_heads=8,
+               mamba_d_head=WITHOUT, mamba_d_state=8, mamba_chunk_size=8, num_local_experts=0, num_experts_per_tok=0),
+           _STATES),
+    Family("mamba2", "Mamba 2", "Mamba2",
+           _of(num_heads=8, state_size=8, n_groups=1, chunk_size=8) , _STATES),
+    Family("mamba", "Mamba", "Mamba", _of(state_size=8), _STATES),
+    Family("recurrent-gemma", "RecurrentGemma", "RecurrentGemma",
+           _of(_named(lru_width="hidden_size"), attention_window_size=6, num_hidden_layers=3), _STATES),
+    Family("rwkv", "RWKV 4", "Rwkv", _of(_named(attention_hidden_size="hidden_size"), context_length=128), _STATES),
+)  # fmt: skip
+NAMES = {family.name: family for family in FAMILIES}
+LAYOUTS = {"packed": "packed", "padded": "padded", "one length": "by length"}
+ENGINES = {
+    "captured, fused": "fused",
+    "captured, own forward": "own forward",
+    "slots": "step by step",
+    "padded": "padded",
+    "padded, one length": "by length",
+    "padded, one by one": "one by one",
+}
+
+
+def look(family: Family) -> matrix.Row:
+    """What is found of its tiny model, sampled as on a GPU."""
+    found = matrix.compare(family.name, _tiny(family), matrix.characters(), "captured")
+    if not found.refused:
+        return found
+    reason = found.refused.removeprefix("way captured: ")
+    found = matrix.compare(family.name, _tiny(family), matrix.characters())
+    found.slower = found.slower or reason
+    return found
+
+
+def _tiny(family: Family) -> Any:
+    module = family.module(TINY)
+    trained_size(module)
+    return module
+
+
+def line_of(family: Family, found: matrix.Row) -> str:
+    """Its line of the table."""
+    reason = family.slower or found.slower
+    return f"| {family.models} | {family.kind} | {ENGINES[found.engine]} | {LAYOUTS[found.layout]} | {reason} |\n"
+
+
+def table_of(page: str) -> str:
+    """The lines of the families in the page."""
+    return page.split(MARKS[0])[1].split(MARKS[1])[0]
+
+
+HEADING = "| models | class | sampled | trained | why it is slower |\n| --- | --- | --- | --- | --- |\n"
+
+
+def write_table() -> None:
+    """Looks at families one by one and writes the table. Raises ValueError where one does not hold."""
+    rows = [(family, look(family)) for family in FAMILIES]
+    for _, row in rows:
+        print(row)
+    if wrong := [family.name for family, row in rows if not row.holds]:
+        raise ValueError(f"not what one sequence at a time gives: {', '.join(wrong)}")
+    before, _, rest = PAGE.read_text().partition(MARKS[0])
+    lines = "".join(line_of(family, row) for family, row in rows)
+    PAGE.write_text(before + MARKS[0] + HEADING + lines + MARKS[1] + rest.partition(MARKS[1])[2])
+
+
+def rate(options: argparse.Namespace, record: Record, name: str) -> None:
+    """Adds the family's rate."""
+    config = config_of(options.size)
+    shape = {key: getattr(config, key) for key in TINY if key != "head_dim"}
+    shape["head_dim"] = config.hidden_size // config.num_attention_heads
+    with torch.device(options.device):
+        module = NAMES[name].module(shape)
+    for parameter in module.parameters():
+        # Not module.to(): rotary frequencies do not survive bfloat16.
+        parameter.data = parameter.data.to(torch.bfloat16 if options.device != "cpu" else torch.float32)
+    tokenizer = byte_tokenizer(config.vocab_size, eos=False)
+    model = prepare_module(module, tokenizer, device=options.device)
+    engine = LiveEngine(module, tokenizer, max_slots=options.samples)
+    generator = torch.Generator().manual_seed(0)
+    prompt_SP = torch.randint(2, config.vocab_size, (options.samples, options.prompt_tokens), generator=generator)
+    sampling = SamplingParams(max_new_tokens=options.new_tokens)
+    asked = [Request(prompt_ids=tuple(p), seeds=(i,), sampling=sampling) for i, p in enumerate(prompt_SP.tolist())]
+    times, out = timed(partial(engine.generate, asked), options.device, options.repeats)
+    tokens = sum(len(sample.token_ids) for completions in out for sample in completions)
+    fitting = engine.fitting
+    row: Row = {
+        "system": name, "way": engine.way, "fused": fitting is not None and not fitting.own_because,
+        "why": fitting.own_because if fitting is not None else "", "trained": "packed" if model.packed else "padded",
+        "parameters_m": sum(p.numel() for p in module.parameters()) / 1e6, "tokens": tokens,
+        "tokens_per_second": tokens / times["seconds"], "peak_gb": peak_gb(options.device),
+    }  # fmt: skip
+    record.add(row | times)
+
+
+def main() -> None:
+    """Writes the table, or measures rates."""
+    parser = arguments(__doc__, list(NAMES), SIZES, "tiny")
+    parser.set_defaults(size=None)
+    parser.add_argument("--write", action="store_true", help="look at all and write the table of docs/models.md")
+    parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument("--new-tokens", type=int, default=256)
+    options = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    if options.write:
+        write_table()
+        return
+    options.size = options.size or "tiny"
+    options.device = resolve_device(options.device)
+    record = Record(options)
+    measure(options, record, {name: partial(rate, name=name) for name in NAMES})
+    first = next(
+        (r["tokens_per_second"] for r in record.rows if r["system"] == FAMILIES[0].name and "tokens" in r), None
+    )
+    for row in record.rows:
+        if first and "tokens_per_second" in row:
+            row["of_qwen2"] = row["tokens_per_second"] / first
+    record.write()
+    columns = {"system": "family", "way": "way", "fused": "fused", "trained": "trained", "parameters_m": "M param.",
+               "tokens_per_second": "tokens / s", "of_qwen2": "of qwen2", "peak_gb": "GB", "why": "why"}  # fmt: skip
+    print_table(f"Sampling, {options.size}", columns, record.rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""The table of families: its lines are what is found of their models, each against one sequence at a time."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
+import families
+
+BUILT_DIFFERENTLY = (
+    "gemma2", "gemma3", "phi3", "phi4-mini", "olmo", "olmo2", "granite", "smollm3", "glm4", "starcoder2", "cohere2",
+    "gpt-neox", "gpt-oss", "qwen3-moe", "falcon-h1", "rwkv",
+)  # fmt: skip
+"""Between them they have everything that is read of a layer, and a state."""
+SLOWER = {
+    "ministral3", "hunyuan", "nemotron", "stablelm", "gpt2", "opt", "bloom", "deepseek-v3", "qwen3-next", "falcon-h1",
+    "lfm2", "granite4", "mamba2", "mamba", "recurrent-gemma", "rwkv",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BUILT_DIFFERENTLY)
+def test_what_the_table_says_holds(name: str) -> None:
+    family = families.NAMES[name]
+    found = families.look(family)
+    assert found.holds, found
+    assert max(found.logp_gap, found.sampler_gap) < 5e-5
+    assert families.line_of(family, found) in families.table_of(families.PAGE.read_text())
+
+
+def test_every_family_has_a_line() -> None:
+    lines = families.table_of(families.PAGE.read_text()).removeprefix(families.HEADING).splitlines()
+    heads = [f"| {family.models} | {family.kind} |" for family in families.FAMILIES]
+    assert len(lines) == len(heads)
+    assert all(line.startswith(head) for line, head in zip(lines, heads, strict=True))
+    slower = {family.name for family, line in zip(families.FAMILIES, lines, strict=True) if "| fused |" not in line}
+    assert slower == SLOWER
+
+
+def test_rates_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "rates.json"
+    monkeypatch.setattr(
+        sys, "argv",
+        ["families.py", "--device", "cpu", "--only", "qwen2", "--samples", "2", "--new-tokens", "3", "--repeats", "1",
+         "--prompt-tokens", "4", "--json", str(file)],
+    )  # fmt: skip
+    families.main()
+    (row,) = json.loads(file.read_text())["rows"]
+    assert row["tokens"] == 6
+    assert row["of_qwen2"] == 1
