@@ -30,10 +30,11 @@ class HeadShape(NamedTuple):
         """Logits of products, in the products' type."""
         if self == PLAIN:
             return product_nV
-        product_nV = product_nV if in_place else product_nV.clone()
         if self.cap is None:
-            return product_nV.mul_(self.scale)
-        return product_nV.mul_(self.scale / self.cap).tanh_().mul_(self.cap)
+            return product_nV.mul_(self.scale) if in_place else product_nV * self.scale
+        if in_place:
+            return product_nV.mul_(self.scale / self.cap).tanh_().mul_(self.cap)
+        return torch.tanh(product_nV * (self.scale / self.cap)) * self.cap
 
     def slope(self, logits_nV: Tensor) -> Tensor | float:
         """What the gradient by logits is multiplied with to be the gradient by products."""

@@ -189,7 +189,9 @@ def _compute(model: LoadedModel, batch: Batch, *, ask: Ask) -> Outputs:
         return Outputs(scalar_T=model.module.score(hidden_states(model, batch)).squeeze(-1).float())
     index_N = batch.index_N
     if model.split_head:
-        source_T, head, shape = hidden_states(model, batch), model.module.get_output_embeddings(), model.head_shape
+        head, shape = model.module.get_output_embeddings(), model.head_shape
+        # Some keep their hidden states in float32 whatever they compute in (Mamba).
+        source_T = hidden_states(model, batch).to(head.weight.dtype)
     else:
         source_T, head, shape = native_logits(model, batch), torch.nn.Identity(), PLAIN
     # Not by brackets, whose gradient sorts the places first: here none comes twice.

@@ -10,6 +10,7 @@ from tandem.functional import distillation
 from tandem.functional.distillation import Against
 from tandem.functional.divergence import Divergence, divergence, with_tail
 from tandem.functional.logprobs import chunked_head
+from tandem.kernels.logprob import PLAIN, HeadShape
 
 STUDENT = [[2.0, -1.0, 0.5, 0.0, 3.0], [0.1, 0.2, 0.3, 0.4, 0.5], [-4.0, 8.0, 1.0, 0.0, 0.0]]
 TEACHER = [[1.0, 0.0, -0.5, 2.0, 2.5], [0.5, -1.2, 0.3, 1.4, 0.0], [1.0, 3.0, -2.0, 0.5, 0.1]]
@@ -113,13 +114,15 @@ def problem(kind, k, temperature, dtype=torch.float64):
 @pytest.mark.parametrize("chunk", [1, 4, 100])
 @pytest.mark.parametrize("k", [0, 3])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_chunked_head_gives_value_and_gradient_of_the_whole(kind, k, chunk, monkeypatch):
+@pytest.mark.parametrize("shape", [PLAIN, HeadShape(0.7), HeadShape(1.3, 2.5)])
+def test_a_chunked_head_gives_value_and_gradient_of_the_whole(kind, k, chunk, shape, monkeypatch):
     monkeypatch.setattr(distillation, "BLOCK_BYTES", {"cpu": 4 * V * 3})  # blocks of 3 rows
     temperature, weights = 1.7, torch.linspace(0.5, 2.0, N, dtype=torch.float64)
     head, hidden, target, against, teacher = problem(kind, k, temperature)
     leaves = [hidden, head.weight, head.bias]
 
-    logits = hidden @ head.weight.T + head.bias
+    logits = shape.scale * (hidden @ head.weight.T + head.bias)
+    logits = logits if shape.cap is None else shape.cap * torch.tanh(logits / shape.cap)
     logp = (logits / 0.8).log_softmax(-1).gather(1, target[:, None])[:, 0]
     student, other = (logits[:, :WORDS] / temperature).log_softmax(-1), teacher.log_softmax(-1)
     if k:
@@ -136,7 +139,7 @@ def test_a_chunked_head_gives_value_and_gradient_of_the_whole(kind, k, chunk, mo
 
     for head_like, both in ((head, True), (head, False), (lambda x: x @ head.weight.T + head.bias, True)):
         found = chunked_head(
-            head_like, hidden, target, temperature=0.8, chunk_tokens=chunk, against=against, entropy=True
+            head_like, hidden, target, temperature=0.8, chunk_tokens=chunk, against=against, entropy=True, shape=shape
         )
         torch.testing.assert_close(found.divergence_N, expected, rtol=0, atol=1e-12)
         torch.testing.assert_close(found.logp_N, logp, rtol=0, atol=1e-12)

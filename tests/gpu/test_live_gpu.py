@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import random
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +15,16 @@ from helpers.engine_models import EOS, VOCABULARY, model, tokenizer
 
 from tandem.engines.live.engine import LiveEngine
 from tandem.models.attention import PackedLayout
+from tandem.models.loading import prepare_module
+from tandem.models.shrunk import trained_size
 from tandem.training.parking import Parking
 from tandem.types import Request, SamplingParams
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
+import families
+
+SLOWER = {"ministral3", "hunyuan", "nemotron", "stablelm", "gpt2", "opt", "bloom", "deepseek-v3", "qwen3-next",
+          "falcon-h1", "lfm2", "granite4", "mamba2", "mamba", "recurrent-gemma", "rwkv"}  # fmt: skip
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -40,6 +50,36 @@ def test_graphs_draw_what_single_steps_draw(architecture: str) -> None:
                 torch.testing.assert_close(
                     torch.tensor(a.untruncated_logp), torch.tensor(b.untruncated_logp), atol=1e-4, rtol=0
                 )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", [family.name for family in families.FAMILIES])
+def test_families_are_captured_and_agree_with_their_own_forward(name: str, dtype: torch.dtype) -> None:
+    """Log-probs of what is drawn, against the module's own forward of one sequence at a time in float32."""
+    family = families.NAMES[name]
+    module = family.module({**families.TINY, "hidden_size": 64, "head_dim": 16, "intermediate_size": 128})
+    trained_size(module)
+    truth = prepare_module(copy.deepcopy(module), tokenizer())
+    model = prepare_module(module, tokenizer(), device="cuda")
+    model.compute_in(dtype)
+    engine = live(module, max_slots=8)
+    if name not in SLOWER:
+        assert engine.fitting is not None
+        assert engine.fitting.own_because == ""
+    asked = [
+        Request(prompt_ids=tuple(range(2, n)), seeds=(0, 1), sampling=SamplingParams(max_new_tokens=40))
+        for n in (5, 40, 9)
+    ]
+    gaps = []
+    for request, completions in zip(asked, engine.generate(asked), strict=True):
+        for completion in completions:
+            ids = torch.tensor([[*request.prompt_ids, *completion.token_ids]])
+            with torch.no_grad():
+                logp = truth.module(input_ids=ids, use_cache=False).logits[0, :-1].log_softmax(-1)
+            logp = logp.gather(1, ids[0, 1:, None]).squeeze(1)[len(request.prompt_ids) - 1 :]
+            gaps.append((logp - torch.tensor(completion.untruncated_logp)).abs())
+    # In bfloat16 as far off as its digits are, times a small model's few layers.
+    assert torch.cat(gaps).mean() < (1e-3 if dtype == torch.float32 else 0.1)
 
 
 def test_greedy_is_generates_token_for_token_in_float32() -> None:

@@ -32,6 +32,31 @@ def close(found, exact, share):
     assert gap < share, f"off by {gap:.2e} of its norm"
 
 
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 2, 64), (8, 8, 128)])
+def test_flash_with_sinks_equals_scores_in_float32(heads, kv_heads, size, window, shared):
+    batch = groups_of(0).to(GPU)
+    sharing = sharing_of(batch) if shared else None
+    tokens = len(sharing.kept_U) if shared else batch.tokens
+    generator = torch.Generator(GPU).manual_seed(0)
+    shapes = [*((1, h, tokens, size) for h in (heads, kv_heads, kv_heads)), (heads,)]
+    low = [torch.randn(s, generator=generator, device=GPU).bfloat16().requires_grad_() for s in shapes]
+    exact = [x.detach().float().requires_grad_() for x in low]
+    up = torch.randn(1, tokens, heads, size, generator=generator, device=GPU)
+    results = []
+    for inputs, layout in (
+        (low, packed_layout(batch.bounds, GPU, torch.bfloat16, sharing=sharing)),
+        (exact, PackedLayout(batch.bounds, GPU, sharing)),
+    ):
+        out = layout.attend(*inputs[:3], Ask(0, size**-0.5, window, None, inputs[3]))
+        out.backward(up.to(out.dtype))
+        results.append([out.detach(), *(x.grad for x in inputs)])
+    assert isinstance(packed_layout(batch.bounds, GPU, torch.bfloat16), FlashLayout)
+    for found, want in zip(*results, strict=True):
+        close(found, want, 0.02)
+
+
 @pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 2, 64), (14, 2, 64), (8, 8, 128), (4, 4, 40)])
 def test_flash_layout_equals_the_padded_one_in_float32(heads, kv_heads, size, window):
