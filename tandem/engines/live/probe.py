@@ -82,7 +82,8 @@ class Trial:
         except UnsupportedAttention as error:
             return f"its attention needs what the cache lacks ({error})"
         for logits, truth in zip(found, self.truths, strict=True):
-            if far := too_far(logits, truth):
+            # Some give logits in float32 whatever they compute in.
+            if far := too_far(logits, truth.to(self.module.get_input_embeddings().weight.dtype)):
                 return f"decoding from the cache does not reproduce its own forward ({far})"
         return ""
 
