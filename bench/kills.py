@@ -1,9 +1,11 @@
 """Kills and stops random processes of small runs with workers, and says how each run ends.
 
     python bench/kills.py --runs 100 --seed 0
+    python bench/kills.py --runs 200 --seed 0 --max-lag 2
 
-A run is GRPO of a tiny model on a CPU: over two workers with live engines, or with a vLLM engine of two tensor-parallel
-ranks. Once its first step is done, one of its processes gets SIGKILL or SIGSTOP at a random time. The run must end
+A run is GRPO of a tiny model on a CPU: over two workers with live engines, over two with another live engine apart, or
+with a vLLM engine of two tensor-parallel ranks. Its reward takes up to 50 ms for each sample. With --max-lag samples are
+open across steps: on either side of a push, and while others train. Once its first step is done, one of its processes gets SIGKILL or SIGSTOP at a random time. The run must end
 within the bound; with an error it must name a process that died; and no process of it and no shared memory may be left.
 """
 
@@ -44,12 +46,20 @@ VICTIMS = {
 """Command lines. A worker of the vllm configuration is its engine."""
 KINDS = {
     "live": ["--placement.actor", "2"],
+    "apart": ["--placement.actor", "2", "--placement.engine", "1"],
     "vllm": [
         *("--engine.kind", "vllm", "--placement.engine", "1", "--engine.tensor-parallel", "2"),
         *("--old-logp", "trainer", "--max-slots", "8", "--engine.max-length", "32"),
     ],
 }
-REWARD = "def score(prompts, completions):\n    return [float(i) for i in range(len(prompts))]\n"
+REWARD = """import random
+import time
+
+
+def score(prompts, completions):
+    time.sleep(random.uniform(0, 0.05) * len(prompts))
+    return [float(i) for i in range(len(prompts))]
+"""
 
 
 @dataclass
@@ -118,7 +128,15 @@ def wait_for(condition: Callable[[], object], seconds: float) -> bool:
     return True
 
 
-def one(folder: Path, number: int, kind: str, victim: str, name: str, rng: random.Random) -> Ending | None:
+def lagging(kind: str, max_lag: int) -> list[str]:
+    """The flags of a run whose samples are open across so many steps."""
+    corrected = ["--correction", "token_tis"] if kind == "vllm" else []
+    return ["--max-lag", str(max_lag), *corrected] if max_lag else []
+
+
+def one(
+    folder: Path, number: int, kind: str, victim: str, name: str, rng: random.Random, max_lag: int
+) -> Ending | None:
     """A run, hit once. None where it has no such process."""
     before = shared_memory()
     out = folder / f"run-{number}"
@@ -126,7 +144,7 @@ def one(folder: Path, number: int, kind: str, victim: str, name: str, rng: rando
         *(sys.executable, "-m", "tandem", "grpo", "--model", str(folder / "model"), "--out", str(out)),
         *("--data", str(folder / "prompts.jsonl"), "--reward", f"{folder}/reward.py:score", "--device", "cpu"),
         *("--steps", str(STEPS), "--prompts-per-step", "2", "--samples-per-prompt", "2", "--max-new-tokens", "8"),
-        *("--cluster.heartbeat", str(HEARTBEAT_S), *KINDS[kind]),
+        *("--cluster.heartbeat", str(HEARTBEAT_S), *KINDS[kind], *lagging(kind, max_lag)),
     ]
     written = folder / f"run-{number}.txt"
     with written.open("w") as output:
@@ -200,6 +218,7 @@ def main() -> int:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--victims", nargs="+", choices=VICTIMS, default=list(VICTIMS))
     parser.add_argument("--signals", nargs="+", default=["SIGKILL", "SIGSTOP"])
+    parser.add_argument("--max-lag", type=int, default=0)
     parser.add_argument("--save", type=Path)
     asked = parser.parse_args()
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
@@ -214,7 +233,7 @@ def main() -> int:
             kind, victim = rng.choice(asked.kinds), rng.choice(asked.victims)
             if victim == "rank":
                 kind = "vllm"
-            ending = one(folder, number, kind, victim, rng.choice(asked.signals), rng)
+            ending = one(folder, number, kind, victim, rng.choice(asked.signals), rng, asked.max_lag)
             if ending is not None:
                 endings.append(ending)
                 print(json.dumps(asdict(ending)), flush=True)

@@ -14,7 +14,19 @@ def test_random_processes_of_runs_with_workers():
     victims = ["driver", "raylet", "gcs", "worker", "agent", "reward"]
     ended = subprocess.run(
         [
-            *(sys.executable, "bench/kills.py", "--runs", "3", "--seed", "26", "--kinds", "live"),
+            *(
+                sys.executable,
+                "bench/kills.py",
+                "--runs",
+                "3",
+                "--seed",
+                "26",
+                "--kinds",
+                "live",
+                "apart",
+                "--max-lag",
+                "1",
+            ),
             *("--victims", *victims, "--signals", "SIGKILL"),
         ],
         cwd=ROOT,
