@@ -3,10 +3,11 @@
     python bench/kills.py --runs 100 --seed 0
     python bench/kills.py --runs 200 --seed 0 --max-lag 2
 
-A run is GRPO of a tiny model on a CPU: over two workers with live engines, over two with another live engine apart, or
-with a vLLM engine of two tensor-parallel ranks. Its reward takes up to 50 ms for each sample. With --max-lag samples are
-open across steps: on either side of a push, and while others train. Once its first step is done, one of its processes gets SIGKILL or SIGSTOP at a random time. The run must end
-within the bound; with an error it must name a process that died; and no process of it and no shared memory may be left.
+A run is GRPO of a tiny model on a CPU: over two workers with live engines, over one with another live engine apart, or
+with a vLLM engine of two tensor-parallel ranks. Its reward takes up to 50 ms for each sample. With --max-lag samples
+are open across steps: on either side of a push, and while others train. Once its first step is done, one of its
+processes gets SIGKILL or SIGSTOP at a random time. The run must end within the bound; with an error it must name a
+process that died; and no process of it and no shared memory may be left.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ VICTIMS = {
 """Command lines. A worker of the vllm configuration is its engine."""
 KINDS = {
     "live": ["--placement.actor", "2"],
-    "apart": ["--placement.actor", "2", "--placement.engine", "1"],
+    "apart": ["--placement.actor", "1", "--placement.engine", "1"],
     "vllm": [
         *("--engine.kind", "vllm", "--placement.engine", "1", "--engine.tensor-parallel", "2"),
         *("--old-logp", "trainer", "--max-slots", "8", "--engine.max-length", "32"),

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.drawing import drawn
 from helpers.engine_models import model, tokenizer
 from helpers.telling import tell, told
 
 from tandem.engines.live.engine import LiveEngine
+from tandem.engines.live.fitting import Fitting, free_bytes
 from tandem.errors import Cancelled
 from tandem.futures import wait_all
 from tandem.types import Request, SamplingParams
@@ -173,3 +175,32 @@ def test_held_it_begins_nothing_and_ends_what_has_begun(way, before):
     assert [c.versions for c in found] == [told(c, TOKENS) for c in found]
     assert sorted(c.versions[0][0] for c in found) == [0] * ended + [1] * (8 - ended)
     assert all(len(c.versions) == 1 for c in found)
+
+
+def test_a_cache_that_gives_way_costs_no_sample(monkeypatch):
+    """Two run and one waits when the cache goes; each draws what it draws alone, and the next cache stays."""
+    module = model("qwen2")
+    asked = asks([110, 90, 80], temperature=0.8)
+    truth = LiveEngine(module, tokenizer(), way="slots").generate(asked)
+    engine = LiveEngine(module, tokenizer(), way="captured", max_slots=4)
+    futures = engine.submit(asked)
+    # As if a device had been filled.
+    monkeypatch.setattr(Fitting, "_is_large", lambda self: self.decoder is not None)
+    caches = []
+    for _ in range(3):
+        steps = iter(range(1))
+        engine.wait(lambda steps=steps: next(steps, None) is None)
+        assert engine.fitting is not None
+        caches.append(engine.fitting.decoder)
+    assert caches[0] is None
+    assert caches[1] is caches[2] is not None
+    assert drawn(wait_all(futures)) == drawn(truth)
+
+
+def test_a_shared_device_keeps_what_training_needed():
+    gb = 10**9
+    # 80 GB; weights and optimizer take 20, training took 50 in all, and torch keeps its 30 or gives them back.
+    assert free_bytes(free=60 * gb, reserved=20 * gb, theirs=50 * gb) == 30 * gb
+    assert free_bytes(free=30 * gb, reserved=50 * gb, theirs=50 * gb) == 30 * gb
+    assert free_bytes(free=60 * gb, reserved=20 * gb, theirs=0) == 60 * gb
+    assert free_bytes(free=5 * gb, reserved=20 * gb, theirs=50 * gb) == 0

@@ -39,6 +39,10 @@ class Batching(Protocol):
         """
         ...
 
+    def give_way(self) -> None:
+        """Others are about to compute on the device while samples are here: leaves them the memory that they need."""
+        ...
+
 
 class LiveCore:
     """``tandem.engines.stepper.Core`` for ``module``: its jobs are samples.
@@ -118,6 +122,12 @@ class LiveCore:
             with self._losing_all():
                 self.batching.leave(set(waiting))
             self.new.extendleft(reversed(waiting))
+
+    def give_way(self) -> None:
+        """Leaves the device to others for a while."""
+        with self._losing_all(), evaluating(self.modules):
+            if self.batching is not None:
+                self.batching.give_way()
 
     def renew(self, version: int) -> None:
         if self.batching is not None:

@@ -190,6 +190,9 @@ class LiveEngine:
         Unfinished samples stay where they are, and go on in the next call, whatever becomes of the weights meanwhile.
         """
         self.stepper.wait(until)
+        if self.stepper.unfinished:
+            with self.stepper.exclusive():
+                self.core.give_way()
 
     def cancel(self) -> None:
         """Gives up all that is being sampled: the futures raise Cancelled."""

@@ -45,6 +45,8 @@ class Fitting:
         self.planned = 0
         """Pages that the decoder was to have; it may have got fewer."""
         self.addresses: tuple[int, ...] = ()
+        self.shares = False
+        """Whether others compute on the device while samples are in the cache: it leaves them what they have needed."""
         self.forward: LeanForward | OwnForward
         self.own_because = ""
         """Why the module's own forward is used, where it is."""
@@ -94,8 +96,9 @@ class Fitting:
         their error.
         """
         least = (0, 0) if self.decoder is None else (self.decoder.slots, self.decoder.width)
+        theirs = self._reserved() - self._cache_bytes() if self.shares else 0
         self.release()
-        room = self._room()
+        room = self._room(theirs)
         refused = [sample for sample in samples if room is not None and pages_for(sample.limit) + 2 > room]
         for sample in refused:
             sample.fail(
@@ -112,26 +115,53 @@ class Fitting:
 
     def rest(self, failed: bool) -> None:
         """While nothing runs, a large cache is given back; also one whose pages are held by samples that are gone."""
-        decoder = self.decoder
-        if decoder is not None and not failed and decoder.device.type == "cuda":
-            memory = torch.cuda.get_device_properties(decoder.device).total_memory
-            failed = decoder.pool.pages * self.shape.page_bytes > KEPT_SHARE * memory
-        if failed:
+        if failed or self._is_large():
             self.release()
+
+    def share(self) -> bool:
+        """Others are about to compute on the device while samples are in the cache. Whether it must go for now.
+
+        It must the first time, where it is large: nobody knows yet what the others need. From then on a cache takes
+        none of what torch has reserved for them.
+        """
+        first, self.shares = not self.shares, True
+        return first and self._is_large()
+
+    def _is_large(self) -> bool:
+        """Whether the cache takes more of the device than may stay."""
+        if self.decoder is None or self.decoder.device.type != "cuda":
+            return False
+        memory = torch.cuda.get_device_properties(self.decoder.device).total_memory
+        return self._cache_bytes() > KEPT_SHARE * memory
+
+    def _cache_bytes(self) -> int:
+        return 0 if self.decoder is None else self.decoder.pool.pages * self.shape.page_bytes
+
+    def _reserved(self) -> int:
+        """Bytes of the device that torch has, in use or not."""
+        device = self.forward.device
+        return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
 
     def release(self) -> None:
         """Gives the cache and the graphs back."""
         if self.decoder is not None and self.decoder.device.type == "cuda":
-            torch.cuda.synchronize(self.decoder.device)
+            device = self.decoder.device
+            torch.cuda.synchronize(device)
+            self.decoder = None
+            # Not to torch: what it has reserved then is what others needed.
+            torch.cuda.empty_cache()
         self.decoder = None
 
-    def _room(self) -> int | None:
-        """Pages that there is room for; None: as many as are asked for."""
+    def _room(self, theirs: int) -> int | None:
+        """Pages that there is room for, beside what others have of the device; None: as many as are asked for."""
         room = None if self.cache_tokens is None else self.cache_tokens // PAGE
-        if self.forward.device.type != "cuda":
+        device = self.forward.device
+        if device.type != "cuda":
             return room
-        free = int(FREE_SHARE * _free_bytes(self.forward.device)) // self.shape.page_bytes
-        return free if room is None else min(room, free)
+        torch.cuda.empty_cache()
+        free = free_bytes(torch.cuda.mem_get_info(device)[0], self._reserved(), theirs)
+        pages = int(FREE_SHARE * free) // self.shape.page_bytes
+        return pages if room is None else min(room, pages)
 
 
 def _needs(samples: Seq[Sample], slots: int) -> tuple[int, int]:
@@ -141,7 +171,9 @@ def _needs(samples: Seq[Sample], slots: int) -> tuple[int, int]:
     return sizes[0], 1 + sum(sizes[:slots]) + slots + sizes[0]
 
 
-def _free_bytes(device: torch.device) -> int:
-    """What the device has free, and what torch has reserved there without using it."""
-    torch.cuda.empty_cache()
-    return torch.cuda.mem_get_info(device)[0]
+def free_bytes(free: int, reserved: int, theirs: int) -> int:
+    """Of the ``free`` bytes of a device of which torch has ``reserved`` some, those that others do not need again.
+
+    ``theirs``: what torch had reserved, in use or not, when they were through.
+    """
+    return max(0, free - max(0, theirs - reserved))

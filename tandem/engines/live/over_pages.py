@@ -100,6 +100,8 @@ class PagedBatching:
 
     def round(self) -> list[Sample]:
         """Fills free rows, enqueues a stretch of steps, and reads the results of the one before."""
+        if self.fitting.decoder is None:
+            self.enter([])
         if self.to_stop:
             # Before anybody else moves into these rows.
             self.decoder.stop(self.to_stop)
@@ -126,6 +128,18 @@ class PagedBatching:
         self.fitting.look()
         while self.ready or (recompute and self.running):
             self._preempt()
+
+    def give_way(self) -> None:
+        if self.fitting.share():
+            self.clear()
+
+    def clear(self) -> None:
+        """Gives the cache back. Those that were in it go on from their own tokens in the next one."""
+        self._read_all()
+        while self.ready or self.running:
+            self._preempt()
+        self.fitting.release()
+        self._lay_rows()
 
     def _refit(self, everyone: Seq[Sample], slots: int) -> None:
         """Another decoder, in which all fit. Those that run start again in it, from what they have drawn."""

@@ -66,6 +66,9 @@ class PaddedBatching:
     def renew(self, *, recompute: bool) -> None:
         """Nothing that waits has started: a batch runs to its end in one step, and weights change between two."""
 
+    def give_way(self) -> None:
+        """Its cache is as large as what it holds, and gone between two batches."""
+
 
 def generate(
     module: Any,
