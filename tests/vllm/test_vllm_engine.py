@@ -396,6 +396,25 @@ def test_asleep_it_samples_nothing_until_it_has_weights(engine):
     pusher.close()
 
 
+def test_held_it_begins_no_samples_and_scores_all_the_same(engine, module):
+    """Six samples, four slots: the two that wait stay where they are, and what is scored goes before them."""
+    requests = [
+        Request(prompt_ids=PROMPT, seeds=(n,), sampling=SamplingParams(max_new_tokens=n)) for n in (9, 8, 7, 6, 5, 4)
+    ]
+    futures = engine.submit(requests)
+    asked = iter(range(3))
+    engine.wait(lambda: next(asked, None) is None)
+    engine.hold(True)
+    assert engine.running == SLOTS
+    (logp,) = engine.logprobs([PROMPT])
+    assert logp == pytest.approx(reference_logp(module, PROMPT[:1], list(PROMPT[1:])), abs=1e-4)
+    engine.wait(lambda: not engine.running)
+    assert [future.done() for future in futures] == [True] * 4 + [False] * 2
+    assert len(engine.logprobs([PROMPT])) == 1
+    engine.hold(False)
+    assert [len(future.result()[0].token_ids) for future in futures] == [9, 8, 7, 6, 5, 4]
+
+
 @pytest.mark.usefixtures("restored")
 def test_unfinished_samples_survive_its_sleep(engine):
     """Two run and two wait when it goes to sleep; it wakes with other weights, and they go on from their own tokens."""
@@ -408,11 +427,11 @@ def test_unfinished_samples_survive_its_sleep(engine):
         Request(prompt_ids=PROMPT, seeds=(1, 2), sampling=SamplingParams(max_new_tokens=length)) for length in (40, 9)
     ]
     long, short = engine.submit(requests)
+    engine.wait(short.done)
+    assert not long.done()
+    engine.sleep()
     with ThreadPoolExecutor(1) as thread:
         waiting = thread.submit(long.result)
-        engine.wait(short.done)
-        engine.sleep()
-        assert not long.done()
         steps = engine.busy_seconds
         engine.wake("weights")
         tell(other, tokens[2])

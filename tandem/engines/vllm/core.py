@@ -21,6 +21,8 @@ class VLLMJob:
     read: Callable[[Any, Versions], Any]
     """Its result, from vLLM's final ``RequestOutput`` and the weights that drew its tokens. Raises UserError where it
     has none."""
+    scores: bool = False
+    """Whether it only asks what the model says of its prompt: it goes before samples that wait, and is never held."""
 
 
 class VLLMCore:
@@ -57,7 +59,10 @@ class VLLMCore:
     def add(self, name: int, job: VLLMJob) -> None:
         if error := self.broken or self.unusable:
             raise error
-        self.waiting.append((name, job))
+        if job.scores:
+            self.waiting.appendleft((name, job))
+        else:
+            self.waiting.append((name, job))
 
     def step(self) -> dict[int, Any]:
         try:
@@ -103,7 +108,9 @@ class VLLMCore:
 
     def _admit(self) -> dict[int, Any]:
         refused: dict[int, Any] = {}
-        while self.waiting and not self.held and len(self.running) < self.slots:
+        while self.waiting and len(self.running) < self.slots:
+            if self.held and not self.waiting[0][1].scores:
+                break
             name, job = self.waiting.popleft()
             try:
                 self.engine.add_request(str(name), job.prompt, job.params)

@@ -156,7 +156,7 @@ class VLLMEngine:
         for number, sequence in enumerate(sequences):
             self._check(number, Request(prompt_ids=tuple(sequence), seeds=(), sampling=once), self._room)
         params = Params(max_tokens=1, temperature=0, prompt_logprobs=0, flat_logprobs=True, detokenize=False)
-        jobs = [VLLMJob(_prompt(sequence), params.clone(), _prompt_logprobs) for sequence in sequences]
+        jobs = [VLLMJob(_prompt(sequence), params.clone(), _prompt_logprobs, scores=True) for sequence in sequences]
         found: list[list[float]] = []
         pushes = -1
         while pushes != self._pushes:
