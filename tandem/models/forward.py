@@ -186,7 +186,8 @@ def forward(model: LoadedModel, batch: Batch, ask: Ask | None = None, **options:
 
 def _compute(model: LoadedModel, batch: Batch, *, ask: Ask) -> Outputs:
     if model.scalar:
-        return Outputs(scalar_T=model.module.score(hidden_states(model, batch)).squeeze(-1).float())
+        state_T = hidden_states(model, batch)
+        return Outputs(scalar_T=model.module.score(state_T.to(model.module.score.weight.dtype)).squeeze(-1).float())
     index_N = batch.index_N
     if model.split_head:
         head, shape = model.module.get_output_embeddings(), model.head_shape
@@ -196,6 +197,9 @@ def _compute(model: LoadedModel, batch: Batch, *, ask: Ask) -> Outputs:
         source_T, head, shape = native_logits(model, batch), torch.nn.Identity(), PLAIN
     # Not by brackets, whose gradient sorts the places first: here none comes twice.
     source_N = source_T.index_select(0, index_N - 1)
+    if model.split_head:
+        # Some add up their layers in float32 (Mamba).
+        source_N = source_N.to(head.weight.dtype)
     if ask.states:
         # So that logits are the head's product with them, whoever makes it. (A head that bends logits gives no states.)
         return Outputs(state_TD=_spread(source_N * shape.scale, index_N, batch.tokens))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tandem.batch import Batch
 from tandem.data.packing import pack
-from tandem.errors import UserError
+from tandem.errors import UserError, first_line
 from tandem.kernels.logprob import PLAIN, HeadShape
 from tandem.models.attention import IMPLEMENTATION, UnsupportedAttention, leave_sdpa
 from tandem.models.forward import LoadedModel, hidden_states, native_logits
@@ -37,7 +37,7 @@ def probe_forward(model: LoadedModel) -> str:
 
     True is what reproduces the module's own forward of one sequence at a time: on the model itself, and on a shrunken
     copy, whose limits the sequences go beyond. Returns why sequences must be padded, or nothing where packing works.
-    Raises UserError for a model that reads ahead.
+    Raises UserError for a model that reads ahead, and for one that does not compute in its dtype.
     """
     leave_sdpa(model.module)
     model.turning = turning_point(model.module.config)
@@ -67,7 +67,24 @@ def probe_forward(model: LoadedModel) -> str:
     if not model.scalar:
         shapes = [trial.head_shape(model) for trial in trials]
         model.split_head, model.head_shape = None not in shapes, shapes[0] or PLAIN
+    if small is not None and model.dtype != "float32":
+        _require_low_precision(small, type(model.module).__name__)
     return reason
+
+
+def _require_low_precision(small: Any, name: str) -> None:
+    """Raises UserError where the copy, which is spoilt by it, multiplies its parameters in bfloat16 by float32."""
+    for parameter in small.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.bfloat16()
+    try:
+        small.base_model(input_ids=torch.arange(2, 20)[None], use_cache=False)
+    except RuntimeError as error:
+        if "dtype" in str(error):
+            raise UserError(
+                f"{name}: it does not compute in bfloat16 ({first_line(error)}); take --dtype float32"
+            ) from error
+        raise
 
 
 class _Trial:

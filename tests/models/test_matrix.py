@@ -18,7 +18,7 @@ from tandem.models.attention import IMPLEMENTATION, NO_MASK, UnsupportedAttentio
 from tandem.models.forward import forward
 from tandem.models.limits import limits_of, turning_point
 from tandem.models.loading import prepare_module
-from tandem.models.shrunk import VOCABULARY, furthest_limit, named_limits, shrunk
+from tandem.models.shrunk import VOCABULARY, furthest_limit, named_limits, shrunk, trained_size
 from tandem.types import Request, SamplingParams, Sequence
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
@@ -85,6 +85,29 @@ def test_a_keyword_of_attention_that_is_not_known_is_refused(keyword: str) -> No
         attend(torch.nn.Module(), x, x, x, NO_MASK, **options, **{keyword: torch.zeros(1)})
     with pytest.raises(UnsupportedAttention, match="a mask of its own"):
         attend(torch.nn.Module(), x, x, x, torch.zeros(1, 1, 3, 3), **options)
+
+
+def test_a_model_that_adds_up_in_float32_trains_in_bfloat16() -> None:
+    module = matrix.make(matrix.Case("mamba"))
+    trained_size(module)
+    rows = pack([Sequence(token_ids=[5, 6, 7, 8] * 5, trainable=[False] + [True] * 19)])
+    model = prepare_module(module, tokenizer(), dtype="bfloat16")
+    exact = forward(model, rows).logp_T
+    model.compute_in(torch.bfloat16)
+    logp_T = forward(model, rows).logp_T
+    assert logp_T is not None
+    assert exact is not None
+    logp_T.sum().backward()
+    # 8 bits of logits of about 8, two layers.
+    assert 0 < (logp_T - exact).abs().mean() < 0.2
+    assert module.get_input_embeddings().weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["minimax", "xlstm"])
+def test_a_model_that_does_not_compute_in_bfloat16_is_refused(kind: str) -> None:
+    module = matrix.make(matrix.CASES[kind])
+    with pytest.raises(UserError, match=r"does not compute in bfloat16 .*--dtype float32"):
+        prepare_module(module, tokenizer(), dtype="bfloat16")
 
 
 def test_longrope_is_sampled_up_to_where_it_turns() -> None:
