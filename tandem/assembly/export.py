@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from tandem.assembly.uses import ExportConfig
 from tandem.checkpoint.store import Checkpoint, CheckpointStore, open_checkpoint
@@ -19,8 +19,10 @@ from tandem.models.adapter_folder import adapter_folder
 from tandem.models.adapters import Adapters, merge_folder, put_saved
 from tandem.models.folder import located, readable_errors, with_config
 from tandem.models.forward import LoadedModel
+from tandem.models.limits import read_config
 from tandem.models.loading import load_tokenizer
 from tandem.models.policy import Merged
+from tandem.models.scalar import scalar_class
 from tandem.models.weights import load_whole
 from tandem.runs.folder import CHECKPOINTS, MODEL, RunFolder
 from tandem.runs.identity import CONFIG, IDENTITY, read_identity
@@ -161,7 +163,7 @@ def _of_checkpoint(checkpoint: Checkpoint, config: ExportConfig) -> tuple[Loaded
         }
     code = config.export.trust_remote_code
     tokenizer = load_tokenizer(base, trust_remote_code=code)
-    auto = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
+    auto = scalar_class(read_config(base, code), base) if scalar else AutoModelForCausalLM
     with readable_errors(base, "model"), torch.device("meta"):
         about = AutoConfig.from_pretrained(located(base), trust_remote_code=code)
         if scalar:
@@ -200,7 +202,7 @@ def _of_folder(source: str, config: ExportConfig) -> tuple[LoadedModel, dict[str
             if hasattr(about, name):
                 setattr(module.config, name, getattr(about, name))
     else:
-        auto = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
+        auto = scalar_class(about, source) if scalar else AutoModelForCausalLM
         module, _ = load_whole(auto, source, what="model", trust_remote_code=code)
     state = module.state_dict()
     return _written_in(module, load_tokenizer(source, trust_remote_code=code), config), state
@@ -208,7 +210,7 @@ def _of_folder(source: str, config: ExportConfig) -> tuple[LoadedModel, dict[str
 
 def _base_module(base: str, config: ExportConfig, *, scalar: bool) -> Any:
     """The model that adapters are of, in float32 on the CPU, with the head that theirs has."""
-    auto = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
+    auto = scalar_class(read_config(base, config.export.trust_remote_code), base) if scalar else AutoModelForCausalLM
     changes = {"num_labels": 1, "pad_token_id": load_tokenizer(base).pad_token_id} if scalar else {}
     code = config.export.trust_remote_code
     module, _ = load_whole(

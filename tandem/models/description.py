@@ -6,10 +6,12 @@ import math
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tandem.errors import UserError
 from tandem.models.folder import located, readable_errors, with_config
+from tandem.models.limits import read_config
+from tandem.models.scalar import scalar_class
 from tandem.types import ScoreScale
 
 
@@ -37,7 +39,7 @@ def describe_source(source: str, *, scalar: bool = False, trust_remote_code: boo
 
     Raises UserError where there is none, and where a folder holds no weights.
     """
-    auto = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
+    auto = scalar_class(read_config(source, trust_remote_code), source) if scalar else AutoModelForCausalLM
     with readable_errors(source, "model"), torch.device("meta"):
         config = AutoConfig.from_pretrained(with_config(source), trust_remote_code=trust_remote_code)
         if scalar:

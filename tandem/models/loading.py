@@ -8,16 +8,17 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from tandem.errors import UserError
+from tandem.errors import UserError, first_line
 from tandem.kernels.products import speed_up_linears
 from tandem.models.adapter_folder import adapter_folder, base_of
 from tandem.models.adapters import AdapterParams, merge_folder, put_adapters
 from tandem.models.folder import readable_errors, with_config, with_tokenizer
 from tandem.models.forward import LoadedModel
-from tandem.models.limits import require_language_model
+from tandem.models.limits import read_config, require_language_model
 from tandem.models.probe import probe_forward
+from tandem.models.scalar import scalar_class, with_own_buffers
 from tandem.models.weights import load_whole, require_finite
 from tandem.seeds import derive_seed
 from tandem.types import ScoreScale
@@ -90,7 +91,7 @@ def load_scalar(
     trust_remote_code: bool = False,
     adapters: AdapterParams | None = None,
 ) -> LoadedModel:
-    """A model with one scalar a token (a reward model or a critic): ``AutoModelForSequenceClassification``, 1 label.
+    """A model with one scalar a token (a reward model or a critic): ``scalar_class``, 1 label.
 
     A causal LM's folder has no such head: ``new_head`` says what to do then. ``zero`` starts a critic at value 0,
     ``random`` draws N(0, 1 / (hidden + 1)) (Stiennon et al., arXiv:2009.01325, appendix B), ``refuse`` raises
@@ -100,14 +101,20 @@ def load_scalar(
     """
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     folder = adapter_folder(source)
-    module, lacking = load_whole(
-        AutoModelForSequenceClassification,
-        base_of(str(source)),
-        what="model",
-        trust_remote_code=trust_remote_code,
-        new="score",
-        config_changes={"num_labels": 1, "pad_token_id": tokenizer.pad_token_id},
-    )
+    kind = scalar_class(read_config(source, trust_remote_code), str(source))
+    try:
+        module, lacking = load_whole(
+            kind,
+            base_of(str(source)),
+            what="model",
+            trust_remote_code=trust_remote_code,
+            new="score",
+            config_changes={"num_labels": 1, "pad_token_id": tokenizer.pad_token_id},
+        )
+        with_own_buffers(module, base_of(str(source)), trust_remote_code)
+    except AttributeError as error:
+        # Base models of some kinds are not made to be a part of another.
+        raise UserError(f"{source}: {kind.__name__} cannot be made: {first_line(error)}; use another model") from error
     head = getattr(module, "score", None)
     if not isinstance(head, nn.Linear):
         raise UserError(f"{source}: {type(module).__name__} has no linear head named 'score'; use a decoder model")

@@ -3,12 +3,14 @@
 import pytest
 import torch
 from helpers.models import make_module, make_tokenizer
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from safetensors.torch import load_file
+from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from tandem.data.packing import pack
 from tandem.errors import UserError
 from tandem.models.forward import forward
 from tandem.models.loading import load_causal, load_scalar, load_tokenizer, pick_device
+from tandem.models.shrunk import shrunken_config, trained_size
 from tandem.types import Sequence
 
 SEQUENCES = [
@@ -39,6 +41,31 @@ def test_scalar_model_round_trip(tmp_path, name):
     value_T = batch.values(out)
     assert value_T[2].item() == pytest.approx(prefix, abs=1e-5)
     assert value_T[[0, 4]].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("kind", ["mamba", "cohere", "falcon_h1"])
+def test_a_score_on_a_base_model_that_has_no_class_with_one(tmp_path, kind):
+    """Falcon-H1 computes a vector of scales from its config, which no folder holds."""
+    config = shrunken_config(CONFIG_MAPPING[kind]())
+    torch.manual_seed(0)
+    causal = AutoModelForCausalLM.from_config(config).eval()
+    trained_size(causal)
+    causal.save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    model = load_scalar(tmp_path / "base", new_head="random", device="cpu")
+    model.export(tmp_path / "rm")
+    batch = pack(SEQUENCES)
+    with torch.no_grad():
+        found = batch.scores(forward(load_scalar(tmp_path / "rm", new_head="refuse", device="cpu"), batch))
+        # The lines of docs/rewards.md.
+        base = AutoModel.from_pretrained(tmp_path / "rm")
+        score = load_file(tmp_path / "rm" / "model.safetensors")["score.weight"]
+        want = [base(torch.tensor([s.token_ids])).last_hidden_state[0, -1] @ score[0] for s in SEQUENCES]
+        states = [causal.base_model(torch.tensor([s.token_ids])).last_hidden_state[0, -1] for s in SEQUENCES]
+    torch.testing.assert_close(found, torch.stack(want), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found, torch.stack(states) @ model.module.score.weight[0], atol=1e-4, rtol=1e-4)
+    with pytest.raises(UserError, match="without a language-model head"):
+        load_causal(tmp_path / "rm", device="cpu")
 
 
 def test_a_critic_from_a_causal_lm_starts_at_zero(model_folder):

@@ -1,0 +1,62 @@
+"""The class of a model with one number a token, for every kind of model that transformers has a causal one of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
+from transformers.modeling_layers import GenericForSequenceClassification
+
+from tandem.errors import UserError
+
+
+def scalar_class(config: Any, source: str) -> Any:
+    """What loads such a model: transformers' own class for sequence classification, or one made of its base model.
+
+    That has a linear ``score`` on the base model's last hidden states, as transformers' own have. Its folder holds the
+    base model's tensors under the names that a causal model's has, and ``score.weight``. Raises UserError where there
+    is no base model by itself.
+    """
+    if type(config) in AutoModelForSequenceClassification._model_mapping or getattr(config, "auto_map", None):
+        return AutoModelForSequenceClassification
+    base = AutoModel._model_mapping.get(type(config), None)
+    if config.get_text_config() is not config:
+        raise UserError(
+            f"{source}: {config.model_type} has more than text, and no class with a score; use another model"
+        )
+    parents: list[Any] = list(base.__mro__[1:]) if isinstance(base, type) else []
+    parent = next((kind for kind in parents if _is_parent(kind)), None)
+    if parent is None:
+        raise UserError(
+            f"{source}: transformers has no model without a head for {config.model_type}; use another model"
+        )
+    name = f"{base.__name__.removesuffix('Model')}ForSequenceClassification"
+    body = {
+        "base_model_prefix": parent.base_model_prefix,
+        "__module__": __name__,
+        "from_config": classmethod(_from_config),
+    }
+    return type(name, (GenericForSequenceClassification, parent), body)
+
+
+def _from_config(kind: Any, config: Any, trust_remote_code: bool = False) -> Any:
+    """As transformers' ``AutoModel...`` have it."""
+    return kind._from_config(config)
+
+
+def with_own_buffers(module: Any, source: str, trust_remote_code: bool) -> None:
+    """Gives a module of a class made here the base model as transformers loads it by itself.
+
+    What is computed from the config and not stored (a vector of scales) it makes for its own classes only.
+    """
+    if type(module).__module__ == __name__:
+        base = AutoModel.from_pretrained(
+            source, config=module.config, dtype=torch.float32, trust_remote_code=trust_remote_code
+        )
+        setattr(module, module.base_model_prefix, base)
+
+
+def _is_parent(kind: type) -> bool:
+    """Whether it is what the models of one kind have in common."""
+    return issubclass(kind, PreTrainedModel) and kind is not PreTrainedModel
