@@ -81,11 +81,15 @@ def key_names(cls: Any) -> list[str]:
     return [*_keys_of(cls)]
 
 
-def given_keys(cls: Any, argv: Sequence[str]) -> list[str]:
-    """The full names of the keys that flags and ``--config`` files give. Raises UserError for an unknown one."""
+def given_values(cls: Any, argv: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What ``--config`` files say, and what flags do: keys by their full names with values. Raises UserError."""
     keys = _keys_of(cls)
     files, flags = read_flags(argv, keys)
-    return [*(name for file in files for name in read_yaml(file, keys, {})), *flags]
+    of_files = {name: given for file in files for name, given in read_yaml(file, keys, {}).items()}
+    in_files, in_flags = (
+        {name: _convert_given(value, keys[name]) for name, value in given.items()} for given in (of_files, flags)
+    )
+    return in_files, in_flags
 
 
 def explained_without(config: Config, names: Collection[str]) -> type[Any]:

@@ -16,7 +16,7 @@ from tandem.rollout.evaluate import Evaluation
 from tandem.rollout.recorded import Recorded
 from tandem.runs.folder import EVENTS
 from tandem.runs.identity import Inputs, read_identity
-from tandem.runs.lines import read_lines
+from tandem.runs.lines import read_lines, read_metrics
 from tandem.runs.progress import Progress, say
 from tandem.runs.record import Record
 from tandem.training.optim import OptimParams, learning_rate_at
@@ -35,6 +35,9 @@ class ReplayFeed:
         say(f"reading the record of {run}")
         self.record = Record(run, identity["id"], config.replay.last_step)
         self.steps = len(self.record.steps)
+        done = max((line["step"] for line in read_metrics(run / "metrics.jsonl")), default=0)
+        if config.replay.last_step is None and done > self.steps:
+            say(f"  it ends with step {self.steps}: {run} went on to step {done:.0f} without --record")
         self.planned = self._planned()
         self.size = sum(map(len, self.record.tickets))
         inputs = digest_inputs({}, models=config.sources)

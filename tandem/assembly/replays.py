@@ -10,7 +10,7 @@ from tandem.assembly.configs import SamplesConfig, class_over
 from tandem.assembly.evaluation import SampledEvaluationSection
 from tandem.assembly.needed import is_reward_model
 from tandem.assembly.sections import EngineSection
-from tandem.config import MAY_CHANGE, PATH, explained_without, given_keys, key_names, load_config, with_keys
+from tandem.config import MAY_CHANGE, PATH, explained_without, given_values, key_names, load_config, settings, with_keys
 from tandem.errors import UserError, expect
 from tandem.methods.table import SAMPLES, method_class
 from tandem.runs.identity import CONFIG, IDENTITY, read_identity
@@ -91,13 +91,16 @@ def replay_config(words: list[str]) -> tuple[type[Any], list[str]]:
     cls = class_over(ReplayConfig, method_of(folder))
     if helped:
         return _explained(stored_config(folder, cls)), flags
-    names, fixed = given_keys(cls, flags), fixed_keys(cls)
-    for name in names:
-        if name in fixed:
+    in_files, in_flags = given_values(cls, flags)
+    # A file may be the config of a replay, which says what its run's does, and which of it has no effect.
+    as_it_was = given_values(cls, _as_stored(folder))[0], settings(stored_config(folder, cls))
+    others = [name for name, value in in_files.items() if not any(name in s and s[name] == value for s in as_it_was)]
+    for name in [*in_flags, *others]:
+        if name in fixed_keys(cls):
             raise UserError(
                 f"{name}: a replay trains on what {run} has recorded, with this key as it was; leave it out"
             )
-    if "out" not in names:
+    if "out" not in in_files | in_flags:
         raise UserError("missing --out (Folder of the run: its config, and all that it writes)")
     return cls, [*_as_stored(folder), *flags]
 

@@ -18,6 +18,8 @@ from tandem.runs.progress import format_number
 
 WORTH = 0.05
 """What would win less than 5% of a step is not advised."""
+SHOWN = 0.01
+"""A phase that takes less than 1% of a step is one of the rest."""
 FEWEST = 2
 """Fewer than 2 steps after the warm-up say nothing."""
 ALIKE = 1.15
@@ -152,14 +154,16 @@ def advise_run(out: Path, *, pairwise: bool) -> list[str]:
 
 def advise(records: Records, events: Seq[Mapping[str, Any]], setup: Setup) -> list[str]:
     """Sentences with the numbers they follow from: where a step's seconds went, the ideal, and what to change."""
-    counted = steps_that_count(records, events, warmup=1 + setup.max_lag)
+    counted = steps_that_count(records, events, max_lag=setup.max_lag)
     if len(counted) < FEWEST:
         return [
-            f"too few steps to advise: {len(counted)} after the warm-up, which is {1 + setup.max_lag} after each start"
+            f"too few steps to advise: {len(counted)} count, since the first {1 + setup.max_lag} after each start are "
+            "warm-up" + (f", and in the last {setup.max_lag} no more is sampled" if setup.max_lag else "")
         ]
     spent = spent_in(counted)
-    parts = [f"{SAID[name]} {_s(value)}" for name, value in spent.phases.items() if value > 0]
-    rest = max(0.0, spent.step - sum(spent.phases.values()))
+    shown = {name: value for name, value in spent.phases.items() if value >= SHOWN * spent.step}
+    parts = [f"{SAID[name]} {_s(value)}" for name, value in shown.items()]
+    rest = max(0.0, spent.step - sum(shown.values()))
     over = f"steps {spent.first} to {spent.last}" + (
         f" ({spent.steps} that count)" if spent.steps <= spent.last - spent.first else ""
     )
@@ -174,25 +178,28 @@ def advise(records: Records, events: Seq[Mapping[str, Any]], setup: Setup) -> li
     return lines + (changes or ["nothing to change follows from these numbers"])
 
 
-def steps_that_count(records: Records, events: Seq[Mapping[str, Any]], *, warmup: int) -> list[Mapping[str, float]]:
-    """The lines of steps whose seconds are known, but for the first ``warmup`` after each start.
+def steps_that_count(records: Records, events: Seq[Mapping[str, Any]], *, max_lag: int) -> list[Mapping[str, float]]:
+    """The lines of steps whose seconds are known and that are as any other.
 
-    Only those after the newest start that changed what the seconds depend on (``SPEED``).
+    That is none of the first ``1 + max_lag`` after each start, in which libraries warm up and the samples of later
+    steps are begun, and none of the last ``max_lag`` of a finished run, for which nothing more is. Only those after the
+    newest start that changed what the seconds depend on (``SPEED``).
     """
-    starts, since = [0], 0
+    starts, since, end = [0], 0, math.inf
     moved = False
     for event in events:
         moved |= event["event"] == "config" and any(key.startswith(SPEED) for key in event.get("changed", ()))
         if event["event"] == "resume":
             starts.append(event["step"])
             since, moved = (event["step"], False) if moved else (since, moved)
+        end = event["step"] - max_lag if event["event"] == "finish" else math.inf if event["event"] == "start" else end
     return [
         record
         for record in records
-        if record["step"] > since
+        if since < record["step"] <= end
         and all(math.isfinite(value) and value > 0 for value in (record.get("seconds", math.nan),))
         and "seconds_sampling" in record
-        and not any(start < record["step"] <= start + warmup for start in starts)
+        and not any(start < record["step"] <= start + 1 + max_lag for start in starts)
     ]
 
 
@@ -216,7 +223,7 @@ def spent_in(counted: Records) -> Spent:
         steps=len(counted),
         step=step,
         phases=phases,
-        busy=mean("engine_busy_seconds"),
+        busy=mean("engine_busy_seconds") or None,  # 0 is of an engine that does not count them
         open_groups=mean("open_groups"),
     )
 
@@ -308,6 +315,11 @@ def _ideal(spent: Spent, setup: Setup, tail: Tail | None, overlap: Overlap | Non
         return (
             f"ideal: not known: how long the sampler was busy is not logged; the trainer waited {_s(spent.waited)} for "
             "it"
+        )
+    if tail is not None and tail.seconds < WORTH * spent.step:
+        return (
+            "ideal: sampler and trainer share their devices, so only the tail of sampling can be won, in which late "
+            f"samples leave slots empty, and it is short: {_s(tail.seconds)} of {_s(spent.waited)}"
         )
     faster = f"{overlap.turns / overlap.ideal:.2f} times as fast as taking turns"
     if tail is not None:

@@ -139,6 +139,12 @@ def test_what_may_be_given_anew_is_and_changes_the_result(recorded, at, capsys):
     assert "Its weights are not those of grpo/model" in capsys.readouterr().out
     config = yaml.safe_load(Path("anew/config.yaml").read_text())
     assert (config["learning_rate"], config["replayed"], config["seed"]) == (1e-3, "grpo", 5)
+    # That config repeats it; one that says something else of what was sampled is refused.
+    assert replay("grpo", "--config", "anew/config.yaml", "--out", "repeated", "--dry-run") == 0
+    assert "learning_rate             0.001" in capsys.readouterr().out
+    Path("other.yaml").write_text("eval_data: prompts.jsonl\n")
+    assert replay("grpo", "--config", "other.yaml", "--out", "repeated") == 2
+    assert "eval_data: a replay trains on what grpo has recorded" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def records(sampling=1.0, training=1.0, scoring=0.0, sync=0.0, rest=0.0, *, step
 
 
 def overlap(lines, setup):
-    counted = steps_that_count(lines, [], warmup=1 + setup.max_lag)
+    counted = steps_that_count(lines, [], max_lag=setup.max_lag)
     tail = tail_of(counted, setup) if not setup.engines else None
     return overlap_of(spent_in(counted), setup, tail)
 
@@ -144,7 +144,7 @@ def test_the_tail_on_one_device_from_fitted_costs():
             {"step": step, "seconds": sampling + 1, "seconds_sampling": sampling, "seconds_training": 1.0,
              "sampled_tokens": float(tokens), "response_length": tokens / 256, "response_length_max": float(longest)}
         )  # fmt: skip
-    counted = steps_that_count(lines, [], warmup=1)
+    counted = steps_that_count(lines, [], max_lag=0)
     tail = tail_of(counted, SHARED)
     expected = sum(0.003 * (r["response_length_max"] - r["response_length"]) for r in counted) / 29
     assert (tail.seconds, tail.at_most) == (pytest.approx(expected, rel=1e-6), False)
@@ -174,6 +174,7 @@ def test_the_tail_on_one_device_is_bounded_where_all_steps_are_alike():
     assert overlap(lines, SHARED).ideal == pytest.approx(2)
     assert "at most 3 s of 4 s, a step of 2 s, 2.50 times as fast" in said(lines, SHARED)
     equal = lengths | {"response_length_max": 100.0}
+    assert "leave slots empty, and it is short: 0 s of 4 s" in said(records(4.0, 1.0, **equal), SHARED)
     assert "--max-lag" not in said(records(4.0, 1.0, **equal), SHARED)
     # 64 slots for 256 samples: 400 turns of full slots, then at most 400 (1 - 1/64).
     few = replace(SHARED, max_slots=64)
@@ -195,21 +196,26 @@ def test_the_warm_up_of_every_start_does_not_count():
     for slow in (7,):
         lines[slow] = {name: 90.0 if name != "step" else v for name, v in lines[slow].items()}
     assert "a step takes 2 s, the mean of steps 2 to 12 (10 that count)" in said(lines, SPLIT, events)
-    assert [r["step"] for r in steps_that_count(lines, events, warmup=2)] == [3, 4, 5, 6, 9, 10, 11, 12]
+    assert [r["step"] for r in steps_that_count(lines, events, max_lag=1)] == [3, 4, 5, 6, 9, 10, 11, 12]
+    # In the last step of a finished run nothing is sampled for a next one; where it goes on, that step is as any other.
+    events += [{"event": "finish", "step": 12}]
+    assert [r["step"] for r in steps_that_count(lines, events, max_lag=1)][-2:] == [10, 11]
+    again = [{"event": "start"}, {"event": "resume", "step": 12}]
+    assert steps_that_count(lines, [*events, *again], max_lag=1)[-1]["step"] == 12
 
 
 def test_only_steps_since_the_devices_changed_count():
     config = {"event": "config", "changed": {"placement.engine": ["actor", "1"]}}
     events = [{"event": "start"}, config, {"event": "resume", "step": 6}]
-    assert [r["step"] for r in steps_that_count(records(steps=9), events, warmup=1)] == [8, 9]
+    assert [r["step"] for r in steps_that_count(records(steps=9), events, max_lag=0)] == [8, 9]
     config["changed"] = {"keep": [1, 2]}
-    assert [r["step"] for r in steps_that_count(records(steps=9), events, warmup=1)] == [2, 3, 4, 5, 6, 8, 9]
+    assert [r["step"] for r in steps_that_count(records(steps=9), events, max_lag=0)] == [2, 3, 4, 5, 6, 8, 9]
 
 
 @pytest.mark.parametrize("steps", [1, 2])
 def test_too_few_steps_say_so(steps):
     (line,) = advise(records(steps=steps), [], SPLIT)
-    assert line == f"too few steps to advise: {steps - 1} after the warm-up, which is 1 after each start"
+    assert line == f"too few steps to advise: {steps - 1} count, since the first 1 after each start are warm-up"
 
 
 def test_missing_fields_and_numbers_that_are_none():
@@ -217,6 +223,8 @@ def test_missing_fields_and_numbers_that_are_none():
     assert "sampling 2 s, the rest 1 s" in said(lines, SHARED)
     assert "the spread of lengths, which it follows from, is not in metrics.jsonl" in said(lines, SHARED)
     assert "not known: how long the sampler was busy is not logged; the trainer waited 2 s" in said(lines, ASYNC)
+    # An engine that does not count its seconds says 0.
+    assert "not known" in said([line | {"engine_busy_seconds": 0.0} for line in lines], ASYNC)
     lines[3] |= {"seconds": float("nan")}
     assert "steps 2 to 5 (3 that count)" in said(lines, SHARED)
 
