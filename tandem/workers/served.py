@@ -15,6 +15,8 @@ from tandem.roles import Engine, FedEngine
 from tandem.types import Completion, Ended, Request
 from tandem.workers.process import Failure, Site
 
+LINGER_S = 0.1
+"""Samples that have ended are told of together, those of 0.1 s, unless as many requests ended as are waited for."""
 Named = tuple[int, int, Completion]
 """A sample that has ended: the name of its request, its place there, the sample."""
 
@@ -45,6 +47,12 @@ class ServedEngine:
         self._changed = threading.Condition()
         self._ended: list[Named] = []
         self._open: dict[int, Future[list[Completion]]] = {}
+        self._left: dict[int, int] = {}
+        """Samples of each request that have not ended."""
+        self._whole = 0
+        """Requests that have ended and were not taken."""
+        self._wanted = 0
+        """With how many of them whoever takes them is woken; 0: with any sample."""
         self._begun = self._closed = False
         self.held: FedEngine | None = None
         """The engine, while it may begin no samples."""
@@ -54,18 +62,29 @@ class ServedEngine:
     def begin(self, requests: Seq[tuple[int, Request]]) -> None:
         """Begins requests, together. Raises UserError where one cannot be sampled, and has begun none then."""
         names = [name for name, _ in requests]
-        futures = self.engine.submit([request for _, request in requests], partial(self._hear, names))
+        with self._changed:
+            self._left |= {name: len(request.seeds) for name, request in requests}
+        try:
+            futures = self.engine.submit([request for _, request in requests], partial(self._hear, names))
+        except UserError:
+            with self._changed:
+                for name in names:
+                    del self._left[name]
+            raise
         with self._changed:
             self._open |= zip(names, futures, strict=True)
             self._begun = True
             self._changed.notify_all()
 
     def take(self, at_least: int, seconds: float) -> Heard:
-        """What has ended and was not taken yet, after so many seconds at the latest: as soon as there is any or, where
-        this samples, ``at_least`` requests have ended."""
+        """What has ended and was not taken yet: once ``at_least`` requests have ended, after so many seconds at the
+        latest. Where it is ``alone``, with any sample that has ended, after 0.1 s."""
         if self.alone:
             with self._changed:
-                self._changed.wait_for(lambda: self._ended, seconds)
+                self._wanted = at_least
+                if not self._changed.wait_for(lambda: self._whole >= at_least, LINGER_S):
+                    self._wanted = 0
+                    self._changed.wait_for(lambda: self._ended, seconds)
         else:
             end, futures = time.monotonic() + seconds, list(self._open.values())
             self.engine.wait(
@@ -74,7 +93,7 @@ class ServedEngine:
         with self._changed:
             # In this order: what is done has been heard of before.
             failed = self._failed()
-            ended, self._ended = self._ended, []
+            ended, self._ended, self._whole = self._ended, [], 0
         return Heard(
             ended=ended,
             failed=failed,
@@ -102,7 +121,9 @@ class ServedEngine:
         self.engine.cancel()
         with self._changed:
             self._open.clear()
+            self._left.clear()
             self._ended.clear()
+            self._whole = 0
 
     def close(self) -> None:
         """Ends the thread that samples, after the step that is under way."""
@@ -113,8 +134,15 @@ class ServedEngine:
     def _hear(self, names: Seq[int], ended: Seq[Ended]) -> None:
         if ended:
             with self._changed:
-                self._ended += [(names[number], sample, completion) for number, sample, completion in ended]
-                self._changed.notify_all()
+                for number, sample, completion in ended:
+                    name = names[number]
+                    self._ended.append((name, sample, completion))
+                    if (left := self._left.pop(name, 1) - 1) > 0:
+                        self._left[name] = left
+                    else:
+                        self._whole += 1
+                if self._whole >= self._wanted:
+                    self._changed.notify_all()
 
     def _failed(self) -> list[tuple[int, Failure]]:
         """Forgets what is done; of that, what has failed. Raises an error that is nobody's fault."""

@@ -114,8 +114,10 @@ def logp_of(module: Any, prompt: tuple[int, ...], token_ids: list[int]) -> list[
     return [logp[len(prompt) - 1 + i, token].item() for i, token in enumerate(token_ids)]
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("options", [{}, {"prefill_tokens": 40, "max_slots": 5}])
+@pytest.mark.parametrize(
+    ("way", "options"),
+    [("slots", {"prefill_tokens": 40, "max_slots": 5}), ("captured", {}), ("captured", {"max_slots": 5})],
+)
 def test_a_stale_cache_is_kept_or_computed_anew(way, options):
     """Anew: every token has the log-prob that a fresh prefill under its weights gives it. Kept: it has not."""
     versions, found = [0], {}
@@ -154,13 +156,14 @@ def test_a_stale_cache_is_kept_or_computed_anew(way, options):
     assert found["keep"] > 1e-2
 
 
-@pytest.mark.parametrize("way", [*WAYS, "padded"])
-@pytest.mark.parametrize("before", [0, 1, 4])
+@pytest.mark.parametrize(
+    ("way", "before"), [("slots", 0), ("slots", 4), ("captured", 1), ("captured", 4), ("padded", 1)]
+)
 def test_held_it_begins_nothing_and_ends_what_has_begun(way, before):
     """Wherever samples are: of three prompts, with two rows, some run, some have a prefilled prompt, some wait."""
     trained = Trained(way, max_slots=2)
     futures = trained.engine.submit(asks([40, 40, 40], temperature=0.8))
-    trained.engine.wait(trained.steps(min(before, 1) if way == "padded" else before))
+    trained.engine.wait(trained.steps(before))
     trained.engine.hold(True)
     running = trained.engine.running
     assert running == (2 if before and way != "padded" else 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from helpers.worker_groups import groups
 
 from tandem.errors import Cancelled, RunFailure, UserError
 from tandem.futures import wait_all
+from tandem.parallel.world import World
 from tandem.roles import Engine
 from tandem.types import Request, SamplingParams
 from tandem.workers.engines import EngineGroup, RestartingOnce
+from tandem.workers.process import Site
 
 __all__ = ["cluster_address"]
 PATIENCE_S = 30.0
@@ -115,39 +118,64 @@ def test_engines_alone_sample_on_change_weights_are_given_up_and_die(cluster_add
         assert time.monotonic() - start < 15
 
 
-def test_engines_in_processes_of_others_sample_in_slices(cluster_address: str, tmp_path: Path) -> None:
-    """Two joined ranks, which make one call at a time: between slices they are free, and samples stay open."""
-    with groups(2, deadline_s=2.0) as (group,):
-        seat = group.place("engine", lambda site: Telling(tmp_path, pace_s=0.004, max_slots=4))
-        engine = EngineGroup(group, alone=False)
-        futures = engine.submit(asks(120, 9, 9, 120))
-        engine.wait(lambda: futures[1].done() and futures[2].done(), 2)
-        assert not futures[0].done()
-        tokens = seat.submit_each("sampled_tokens", [(), ()]).result()
-        seat.call("become", 1)
-        assert seat.submit_each("sampled_tokens", [(), ()]).result() == tokens, "nobody waits, nothing is sampled"
-        start, calls = time.monotonic(), 0
+class OneCallAtATime:
+    """Two processes of others, as far as an engine group sees of them: each makes its calls in order, one at a time."""
 
-        def enough() -> bool:
-            nonlocal calls
-            calls += 1
-            return time.monotonic() - start > 0.3
+    name, size, deadline_s = "actor", 2, 0.6
 
-        engine.wait(enough)
-        assert calls >= 5, "it is asked 20 times a second"
-        assert time.monotonic() - start < 1.5
-        found = [c for cs in wait_all(futures) for c in cs]
-        assert [c.versions for c in found] == [told(c, TOKENS) for c in found]
-        assert [len(c.versions) for c in found] == [2, 2, 1, 1, 1, 1, 2, 2]
-        # Between sequences: the driver lets them run until none is open, and begins no other.
-        futures = engine.submit(asks(*[30] * 6))
-        engine.wait(iter([False, False, True]).__next__)
-        engine.settled(lambda step: seat.call("become", step) or {})(2)
-        found = [c for cs in wait_all(futures) for c in cs]
-        assert {tuple(c.versions) for c in found} == {((1, 30),), ((2, 30),)}
-        # One that does not get on is named.
-        (tmp_path / "hold").touch()
-        futures = engine.submit(asks(20, 30, 5, 7))
-        with pytest.raises(RunFailure, match=r"sampling: no answer within 2 s from home0 rank 0 .*rank 1"):
-            wait_all(futures)
-        (tmp_path / "hold").unlink()
+    def __init__(self, *engines: Telling) -> None:
+        self.sites = [Site(World(rank), {"engine": engine}) for rank, engine in enumerate(engines)]
+        self.threads = [ThreadPoolExecutor(1) for _ in engines]
+
+    def place(self, role: str, build: Any) -> None:
+        for site in self.sites:
+            site.roles[role] = build(site)
+
+    def submit_one(self, rank: int, role: str, verb: str, *arguments: Any) -> Any:
+        call = self.threads[rank].submit(self.sites[rank].call, role, verb, arguments, {})
+        call.first_rank = rank  # type: ignore[attr-defined]
+        return call
+
+    def ended_of(self, calls: list[Any], seconds: float, *, all_of_them: bool = False) -> list[Any]:
+        return list(wait(calls, seconds, ALL_COMPLETED if all_of_them else FIRST_COMPLETED).done)
+
+    def late(self, what: str, ranks: list[int]) -> RunFailure:
+        return RunFailure(f"{what}: no answer from {ranks}")
+
+
+def test_engines_in_processes_of_others_sample_in_slices(tmp_path: Path) -> None:
+    """Between slices the processes are free, and samples stay open."""
+    engines = [Telling(tmp_path, pace_s=0.004, max_slots=4) for _ in range(2)]
+    group: Any = OneCallAtATime(*engines)
+    engine = EngineGroup(group, alone=False)
+    futures = engine.submit(asks(120, 9, 9, 120))
+    engine.wait(lambda: futures[1].done() and futures[2].done(), 2)
+    assert not futures[0].done()
+    assert not any(thread._work_queue.qsize() for thread in group.threads), "nobody waits, nothing is sampled"
+    for each in engines:
+        each.become(1)
+    start, calls = time.monotonic(), 0
+
+    def enough() -> bool:
+        nonlocal calls
+        calls += 1
+        return time.monotonic() - start > 0.3
+
+    engine.wait(enough)
+    assert calls >= 5, "it is asked 20 times a second"
+    assert time.monotonic() - start < 1.5
+    found = [c for cs in wait_all(futures) for c in cs]
+    assert [c.versions for c in found] == [told(c, TOKENS) for c in found]
+    assert [len(c.versions) for c in found] == [2, 2, 1, 1, 1, 1, 2, 2]
+    # Between sequences: the driver lets them run until none is open, and begins no other.
+    futures = engine.submit(asks(*[30] * 6))
+    engine.wait(iter([False, False, True]).__next__)
+    engine.settled(lambda step: [each.become(step) for each in engines] and {})(2)  # type: ignore[return-value]
+    found = [c for cs in wait_all(futures) for c in cs]
+    assert {tuple(c.versions) for c in found} == {((1, 30),), ((2, 30),)}
+    # One that does not get on is named.
+    (tmp_path / "hold").touch()
+    futures = engine.submit(asks(20, 30, 5, 7))
+    with pytest.raises(RunFailure, match=r"sampling: no answer from \[0, 1\]"):
+        wait_all(futures)
+    (tmp_path / "hold").unlink()
