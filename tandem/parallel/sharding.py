@@ -15,9 +15,11 @@ from tandem.parallel.world import World
 
 
 def transformer_layers(module: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a transformers model, as it names them itself in ``_no_split_modules``."""
+    """The repeated blocks of a transformers model, as it names them itself in ``_no_split_modules``: the outer ones."""
     names = set(getattr(module, "_no_split_modules", None) or ())
-    return [inner for inner in module.modules() if type(inner).__name__ in names]
+    found = {name: inner for name, inner in module.named_modules() if type(inner).__name__ in names}
+    # Mamba names its blocks and the mixers in them, which cannot be sharded apart.
+    return [inner for name, inner in found.items() if not any(name.startswith(f"{outer}.") for outer in found)]
 
 
 def checkpoint_activations(layers: list[nn.Module]) -> None:

@@ -9,12 +9,14 @@ import pytest
 import torch
 from helpers.models import VOCABULARY, make_module, make_tokenizer
 from helpers.ranks import run_ranks
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from tandem.batch import Batch, Outputs, TokenLoss
 from tandem.data.packing import pack, stamp_weights
 from tandem.errors import NonFiniteError
 from tandem.models.loading import prepare_module
-from tandem.parallel.sharding import local
+from tandem.models.shrunk import shrunken_config
+from tandem.parallel.sharding import local, transformer_layers
 from tandem.parallel.world import World
 from tandem.training.optim import OptimParams
 from tandem.training.trainer import LocalScorer, LocalTrainer, MemoryParams
@@ -55,6 +57,18 @@ def train(world: World, name: str, steps: list[int], state: Any = None, options:
     held_out = batch_of(5, 99)
     score = trainer.score(held_out)
     return metrics, score.logp_T.detach().cpu(), trainer.evaluate(held_out), trainer.state_dict()
+
+
+@pytest.mark.parametrize("kind", ["mamba", "qwen2", "mixtral"])
+def test_layers_to_be_sharded_are_not_inside_one_another(kind):
+    """Mamba names its blocks and the mixers in them as what must not be split."""
+    config = shrunken_config(CONFIG_MAPPING[kind]())
+    with torch.device("meta"):
+        module = AutoModelForCausalLM.from_config(config)
+    layers = transformer_layers(module)
+    assert len(layers) == config.num_hidden_layers
+    inside = {id(part) for layer in layers for part in layer.modules() if part is not layer}
+    assert not inside & {id(layer) for layer in layers}
 
 
 def assert_close(one: Any, two: Any, tolerance: float = 1e-6) -> None:
