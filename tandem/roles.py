@@ -161,6 +161,10 @@ class Engine(Protocol):
         """
         ...
 
+    def look(self) -> None:
+        """Takes what has ended elsewhere, and tells who watches, without waiting: nothing is sampled for it."""
+        ...
+
     def cancel(self) -> None:
         """Gives up all that is being sampled, at the latest after the step that is under way. Futures that have not
         ended raise Cancelled."""

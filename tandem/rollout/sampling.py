@@ -147,7 +147,7 @@ class Sampling:
         def watch(ended: Seq[Ended]) -> None:
             for number, sample, completion in ended:
                 judgings[number].hear(sample, completion)
-            self.look()
+            self._ask_rewards()
 
         with clock("sampling", of=len(tickets) * count, done=lambda: self.engine.ended):
             completions = self.engine.submit(requests, watch)
@@ -164,7 +164,7 @@ class Sampling:
 
         def enough() -> bool:
             nonlocal told
-            self.look()
+            self._ask_rewards()
             before, told = told, (self.engine.ended, self.answered)
             # Where nothing has ended since it was asked the answer is the same.
             return told != before and until()
@@ -178,17 +178,14 @@ class Sampling:
             elif self.calls:
                 with clock("scoring"):
                     self.calls[0].look(wait=True)
-                    self.look()
+                    self._ask_rewards()
             else:
                 raise RuntimeError("all groups are done, and they are not enough")
 
     def look(self) -> None:
-        """Hands rewards what waits for them, and takes what they say."""
-        if self.calls:
-            self.calls[0].look()
-            before = len(self.calls)
-            self.calls[:] = [call for call in self.calls if not call.settled]
-            self.answered += before - len(self.calls)
+        """Takes what engines elsewhere have sampled, and what rewards say, and hands rewards what waits for them."""
+        self.engine.look()
+        self._ask_rewards()
 
     def finish(self, items: Seq[Drawing], clock: Clock) -> list[Group]:
         """The groups, of which those that are not done are waited for: judged together by what judges a step's."""
@@ -245,6 +242,13 @@ class Sampling:
     def columns(self) -> frozenset[str]:
         """Every column that a row has beside its prompt: rewards get None of a row that lacks one."""
         return frozenset(name for prompt in self.prompts for name in prompt.columns)
+
+    def _ask_rewards(self) -> None:
+        if self.calls:
+            self.calls[0].look()
+            before = len(self.calls)
+            self.calls[:] = [call for call in self.calls if not call.settled]
+            self.answered += before - len(self.calls)
 
     def _judging(self, ticket: Ticket, known: Mapping[Called, Scores] | None = None) -> Judging:
         """What a reward gives a sample depends on its ticket, not on those that are sampled or judged beside it."""

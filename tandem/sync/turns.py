@@ -107,6 +107,9 @@ class TakingTurns:
             self.engine.wait(until, at_least)
             self._rest()
 
+    def look(self) -> None:
+        """Nothing ends while the engine sleeps."""
+
     def cancel(self) -> None:
         """Gives up all that is being sampled, and all that was to be."""
         for lot in self._lots:

@@ -156,6 +156,13 @@ class EngineGroup:
         if not asked.done():
             self._advance(asked.done, 1)
 
+    def look(self) -> None:
+        """Hears what engines alone in their processes have to tell. Raises WorkerDied as ``wait`` does."""
+        if self.alone and self._open:
+            self._listen(1)
+            for answer in self.group.ended_of([*self._begins, *self._takes.values()], 0.0):
+                self._hear(answer)
+
     def cancel(self) -> None:
         """Gives up everything, within 10 s whatever the engines do."""
         error = Cancelled("what was being sampled was given up")
@@ -351,6 +358,11 @@ class RestartingOnce:
         except WorkerDied as error:
             self._restart(error)
             self.wait(until)
+
+    def look(self) -> None:
+        """As the engine's own. A process that has died is started again by who waits or pushes next."""
+        with suppress(WorkerDied):
+            self.engine.look()
 
     def cancel(self) -> None:
         self.engine.cancel()

@@ -12,11 +12,12 @@ from helpers.sampled_step import make_step
 from tandem.errors import NonFiniteError
 from tandem.methods.sft import SFT
 from tandem.parallel.world import World
+from tandem.roles import call_all
 from tandem.rollout.prepare import Preparation
 from tandem.rollout.rows import Tokenized
 from tandem.schedules.crew import Crew
 from tandem.schedules.session import Session
-from tandem.workers.homes import Here
+from tandem.workers.homes import Here, seat_of
 from tandem.workers.process import Site
 
 
@@ -168,3 +169,45 @@ def test_a_learning_rate_that_stays_scaled_down_is_said_once():
     assert note.kwargs["step"] == 10
     assert note.kwargs["message"].startswith("ess_floor has scaled the learning rate down for 5 steps (now by 0.25)")
     progress.note.assert_called_once()
+
+
+class Slow:
+    """The answer of another process, which comes when it has been waited for three times."""
+
+    def __init__(self, waited):
+        self.left, self.waited = 3, waited
+
+    def done(self):
+        return self.left == 0
+
+    def wait(self, seconds):
+        self.waited.append(seconds)
+        self.left -= 1
+
+    def result(self):
+        assert self.done()
+        return {"loss": 1.0}
+
+
+class Elsewhere(Here):
+    at_once = False
+
+    def submit(self, role, verb, arguments, options):
+        return Slow(self.site.roles[role])
+
+
+def test_something_else_is_done_while_others_are_at_work():
+    """As often as the slowest of them is asked, and once where all is done here."""
+    looks, waited = [], []
+    home = Elsewhere(Site(World()))
+    seats = {"actor": home.place("actor", lambda site: waited), "here": seat_of(Recorded("here", []))}
+    found = call_all(seats, "forward_backward", "batch", meanwhile=lambda: looks.append(len(waited)))
+    assert (looks, found["actor"]) == ([0, 1, 2, 3], {"loss": 1.0})
+    call_all({"here": seats["here"]}, "forward_backward", "batch", meanwhile=lambda: looks.append(9))
+    assert looks[4:] == [9]
+    with pytest.raises(ValueError, match="a reward failed"):
+        call_all(seats, "forward_backward", "batch", meanwhile=fail)
+
+
+def fail():
+    raise ValueError("a reward failed")

@@ -194,6 +194,9 @@ class LiveEngine:
             with self.stepper.exclusive():
                 self.core.give_way()
 
+    def look(self) -> None:
+        """Nothing ends but in ``wait``."""
+
     def cancel(self) -> None:
         """Gives up all that is being sampled: the futures raise Cancelled."""
         self.stepper.cancel()

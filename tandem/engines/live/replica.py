@@ -71,6 +71,9 @@ class ReplicaEngine:
     def wait(self, until: Callable[[], bool], at_least: int = 0) -> None:
         self.live.wait(until, at_least)
 
+    def look(self) -> None:
+        self.live.look()
+
     def cancel(self) -> None:
         self.live.cancel()
 

@@ -130,6 +130,9 @@ class VLLMEngine:
         """Goes on sampling until ``until()``, which is asked between any two steps, or until nothing is left."""
         self._stepper.wait(until)
 
+    def look(self) -> None:
+        """Nothing ends but in ``wait``."""
+
     def cancel(self) -> None:
         """Gives up all that is being sampled: the futures raise Cancelled. A step that is under way ends first."""
         self._stepper.cancel()
