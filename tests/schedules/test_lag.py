@@ -10,6 +10,7 @@ from helpers.runs import arguments, run, unevaluated, write_inputs
 
 from tandem.checkpoint.store import CheckpointStore
 from tandem.cli.main import main
+from tandem.rollout.prepare import Preparation
 from tandem.rollout.sampling import groups_of, request
 from tandem.runs.lines import read_lines, read_metrics
 from tandem.schedules.crew import Crew
@@ -32,12 +33,12 @@ def train(inputs, monkeypatch, capsys):
     """Trains in the folder of the inputs, with this reward of ``check.py``; the bytes of the weights."""
     monkeypatch.chdir(inputs)
 
-    def call(method: str, out: str, *flags: str, evaluated: bool = False, steps: int = STEPS) -> bytes:
+    def call(method: str, out: str, *flags: str, evaluated: bool = False, steps: int = STEPS, ends: int = 0) -> bytes:
         argv = arguments(method)
         argv = [*(argv if evaluated else unevaluated(argv)), "--steps", str(steps), "--out", out, *flags]
         code = main(argv)
-        assert code == 0, capsys.readouterr().err
-        return (Path(out) / "model" / "model.safetensors").read_bytes()
+        assert code == ends, capsys.readouterr().err
+        return b"" if code else (Path(out) / "model" / "model.safetensors").read_bytes()
 
     return call
 
@@ -143,3 +144,34 @@ def test_a_run_goes_on_once_enough_has_ended(train):
     """Where few decode at once, most groups are still being sampled when a step has its own; rewards judge them all."""
     train("grpo", "few", "--max-lag", "1", "--max-slots", "3")
     assert [line["open_groups"] for line in read_metrics(Path("few/metrics.jsonl"))] == [A_STEP, A_STEP, 0]
+
+
+def test_stopped_early_and_in_a_step_with_refills_each_ticket_is_trained_once_or_passed_over(train, monkeypatch):
+    """DAPO under lag: a run that has met its goal gives up what is open, and goes on with it when it is resumed.
+
+    One that is stopped in a step keeps what that step has taken of what was open before.
+    """
+    flags, out = ["--max-lag", "2", "--save-every", "9m", "--keep-best=+eval/left_out"], Path("stopped")
+    train("dapo", "stopped", *flags, "--patience", "1", evaluated=True, steps=6)
+    assert [event["step"] for event in read_lines(out / "events.jsonl") if event["event"] == "finish"] == [2]
+    prepare = Preparation.__call__
+
+    def interrupted(self: Preparation, items: Any, state: Any, step: int) -> Any:
+        if step == 4:
+            raise KeyboardInterrupt
+        return prepare(self, items, state, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Preparation, "__call__", interrupted)
+        train("dapo", "stopped", *flags, "--resume", evaluated=True, steps=6, ends=130)
+    checkpoint = CheckpointStore(out / "checkpoints", keep=2).latest()
+    assert checkpoint is not None
+    carried = [one["number"] for one in checkpoint.load(ENDED)["items"]] + checkpoint.state.get("open", [])
+    assert (checkpoint.step, len(carried)) == (3, 2 * A_STEP)
+    train("dapo", "stopped", *flags, "--resume", evaluated=True, steps=6)
+    taken = taken_in_the_end(out)
+    assert list(taken) == [1, 2, 3, 4, 5, 6]
+    trained = [number for event in taken.values() for number in event["tickets"]]
+    passed = [number for event in taken.values() for number in event["passed"]]
+    assert passed
+    assert sorted([*trained, *passed]) == list(range(6 * A_STEP + len(passed)))
