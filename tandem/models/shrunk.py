@@ -58,6 +58,7 @@ _NARROW = {
     "moe_num_experts": 4,
     "zero_expert_num": 1,
     "num_experts_per_tok": 2,
+    "num_experts_per_token": 2,
     "moe_k": 2,
     "moe_topk": 2,
     "top_k_experts": 2,
@@ -74,6 +75,8 @@ _NARROW = {
     "laurel_rank": 8,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
+    "linear_head_dim": 16,
+    "linear_num_heads": 4,
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 16,
     "lru_width": 64,
@@ -270,6 +273,8 @@ def _narrow(config: Any, times: int) -> None:
             setattr(config, key, [size] * len(value))
     if isinstance(groups, int) and isinstance(heads, int):
         config.num_key_value_heads = 1 if groups == 1 else config.num_attention_heads if groups == heads else 2
+    if getattr(config, "qk_head_dim", None) and getattr(config, "qk_nope_head_dim", None):
+        config.qk_head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
     if rotated:
         config.head_dim = config.qk_rope_head_dim
     for number, wider, head in _HEADS_OF_STATES:
