@@ -21,7 +21,9 @@ from tandem.kernels.draw import DRAWN, FIELDS, LENGTH, LIMIT, RULE, SEED
 QUICK_STEPS = 4
 """Steps between two readings of results while samples wait for the rows of those that end."""
 REFILL = 16
-"""While rows are busy, free ones are filled once they are one in so many: prompts go through the model side by side."""
+"""While rows are busy, free ones are filled once they are one in 16: samples start side by side."""
+AHEAD = 0.5
+"""Prompts go through the model beside one another ahead of their time, for samples of up to half as many rows."""
 
 
 @dataclass(eq=False)
@@ -100,7 +102,7 @@ class PagedBatching:
 
     def round(self) -> list[Sample]:
         """Fills free rows, enqueues a stretch of steps, and reads the results of the one before."""
-        if self.fitting.decoder is None:
+        if self.fitting.decoder is None and (self.running or self.ready or self.waiting):
             self.enter([])
         if self.to_stop:
             # Before anybody else moves into these rows.
@@ -166,7 +168,8 @@ class PagedBatching:
     def _admit(self) -> None:
         """Fills free rows, prefilling where nothing is ready."""
         free = len(self.rows) - len(self.running)
-        if self.running and not self.ready and free * REFILL < len(self.rows):
+        more = bool(self.waiting) or sum(len(prefix.samples) for prefix in self.ready) > free
+        if self.running and more and free * REFILL < len(self.rows):
             return
         while free and (self.ready or self.waiting):
             if not self.ready and not self._prefill(free):
@@ -176,17 +179,21 @@ class PagedBatching:
             free -= started
 
     def _prefill(self, free: int) -> bool:
-        """Takes prompts through the model, no more than fill the free rows, the token budget and the free pages."""
+        """Takes prompts through the model: as many as fill the free rows, the token budget and the free pages.
+
+        Then those of a few samples more (``AHEAD``), in pages that no row may come to need.
+        """
         prompts: list[Prefix] = []
         tokens = samples = 0
         # Every row that decodes, and every sample that starts, may need one more page soon.
         spare = self.decoder.pool.available - len(self.running)
-        while self.waiting and samples < free:
+        needed_by_rows = len(self.rows) * self.decoder.width - sum(len(sample.pages) for sample in self.running)
+        while self.waiting and samples < max(free, AHEAD * len(self.rows)):
             prompt = self.waiting[0]
             tokens += len(prompt.token_ids)
             needed = pages_for(len(prompt.token_ids))
             spare -= needed + 1
-            if (prompts and tokens > self.prefill_tokens) or spare < 0:
+            if (prompts and tokens > self.prefill_tokens) or spare < 0 or (samples >= free and spare < needed_by_rows):
                 break
             prompt.pages = self.decoder.pool.take(needed)
             prompt.row = len(prompts)
