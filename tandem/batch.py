@@ -60,6 +60,9 @@ class Batch:
     """float32: from 0 (wrong) to 1 (right), of each step at its last token, which is trainable; 0 elsewhere."""
     aside: Batch | None = None
     """Sequences that models have seen beside this batch, for a method's ``estimate``. Nothing of it is trained on."""
+    share_S: Tensor | None = None
+    """float32: one over the segments that one optimizer step sees, stamped as ``weight_T`` is: what a loss of whole
+    segments is multiplied by."""
     index_S: Tensor | None = None
     """int64: which rollout or row a segment came from, for messages that name it."""
     group_S: Tensor | None = None
@@ -231,6 +234,8 @@ class Outputs:
     """float32 [T, K + 1]: of the K likeliest tokens in the place of each trainable one, and of all others together."""
     top_id_TK: Tensor | None = None
     """int64 [T, K]: which tokens they are."""
+    balance_S: Tensor | None = None
+    """[S]: the load-balancing loss of each segment's routers (``functional.balance``), if asked for."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Outputs:
         """Every tensor that is filled, changed."""

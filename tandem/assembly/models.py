@@ -19,8 +19,10 @@ from tandem.errors import UserError
 from tandem.methods.base import ASKS_NOTHING, Asks, Method
 from tandem.models.adapter_folder import adapter_folder
 from tandem.models.adapters import AdapterParams, require_peft
+from tandem.models.folder import readable_errors, with_config
 from tandem.models.forward import LoadedModel
 from tandem.models.loading import load_causal, load_scalar, load_tokenizer
+from tandem.models.routers import require_experts
 from tandem.roles import Engine, FedEngine, LossFn, Seat, SleepingEngine
 from tandem.sync.checksum import Sums
 from tandem.sync.source import WeightSource
@@ -76,6 +78,7 @@ def builds(config: RunConfig, steps: int, new_head: NewHead = "random") -> dict[
                 total_steps=steps,
                 learning_rate=rate,
                 ema=config.optim.ema_decay if role == "actor" else None,
+                aux_loss_coef=config.optim.aux_loss_coef if role == "actor" else 0.0,
             ),
             temperature=temperature,
             asks=asks,
@@ -114,7 +117,12 @@ def introduce(method: Method, models: Mapping[str, Seat]) -> None:
 
 
 def optim_params(
-    section: OptimSection, *, total_steps: int, learning_rate: float, ema: float | None = None
+    section: OptimSection,
+    *,
+    total_steps: int,
+    learning_rate: float,
+    ema: float | None = None,
+    aux_loss_coef: float = 0.0,
 ) -> OptimParams:
     """The optimizer of one model; ``total_steps`` are the run's, ``ema`` the decay of an average that it keeps."""
     return OptimParams(
@@ -127,6 +135,7 @@ def optim_params(
         betas=section.betas,
         max_grad_norm=section.max_grad_norm,
         ema_decay=ema,
+        aux_loss_coef=aux_loss_coef,
     )
 
 
@@ -304,6 +313,14 @@ def require_adapters(config: RunConfig) -> None:
     """Raises UserError where adapters are trained or read and peft is not installed, before anything is loaded."""
     if config.lora.on or any(adapter_folder(source) is not None for source in config.sources.values()):
         require_peft()
+
+
+def require_balance(config: RunConfig) -> None:
+    """Raises UserError where a load-balancing loss is asked of a policy without experts, before anything is loaded."""
+    if config.optim.aux_loss_coef:
+        source = config.model.model
+        with readable_errors(source, "causal language model"):
+            require_experts(with_config(source), trust_remote_code=config.model.trust_remote_code)
 
 
 def require_optimizer(section: OptimSection) -> None:

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from tandem.assembly.configs import RowsConfig, RunConfig, SamplesConfig
 from tandem.assembly.feeds import Feed, RowsFeed, SamplesFeed, check_sampling
-from tandem.assembly.models import builds, heads, introduce, require_adapters, require_optimizer
+from tandem.assembly.models import builds, heads, introduce, require_adapters, require_balance, require_optimizer
 from tandem.assembly.placing import Homes
 from tandem.assembly.plans import print_plan
 from tandem.assembly.refresh import refresh_of
@@ -59,6 +59,7 @@ def _run(config: RunConfig, stack: ExitStack, ranks: Ranks | None) -> Path | Non
         return model
     require_optimizer(config.optim)
     require_adapters(config)
+    require_balance(config)
     roles = [*config.sources]
     if isinstance(config, SamplesConfig) and config.sampler is not None:
         check_sampling(config)

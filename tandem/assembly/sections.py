@@ -253,6 +253,9 @@ class OptimSection:
     """AdamW's decay of the two moment estimates."""
     max_grad_norm: float = field(default=1.0, metadata=INFINITE)
     """The gradient is scaled down to this norm. .inf: never."""
+    aux_loss_coef: float = 0.0
+    """Weight of the load-balancing loss of the policy's routers, where it is a mixture of experts: each sequence's, in
+    the mean over the sequences of an optimizer step; 0.001, say. 0: none."""
     ema_decay: float | None = None
     """Decay, at each optimizer step, of a running average of the policy's weights, written to model-ema; 0.99, say.
     None: no average."""
@@ -260,7 +263,7 @@ class OptimSection:
     def __post_init__(self) -> None:
         expect(self, "more than 0", _above_zero, "learning_rate", "max_grad_norm")
         expect(self, "more than 0 and below 1", lambda decay: 0 < decay < 1, "ema_decay")
-        expect(self, "0 or more", _at_least(0), "weight_decay")
+        expect(self, "0 or more", _at_least(0), "weight_decay", "aux_loss_coef")
         expect(self, "a whole number, or a share in [0, 1)", _count_or_share, "warmup_steps")
         expect(self, "2 numbers in [0, 1)", lambda betas: all(0 <= beta < 1 for beta in betas), "betas")
 

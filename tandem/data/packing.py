@@ -143,11 +143,15 @@ def stamp_weights(batch: Batch, aggregation: Aggregation, *, constant_length: in
         weight_T = mask_T / (sequences * constant_length)
     else:
         raise ValueError(f"unknown aggregation {aggregation!r}: token, sequence or constant")
-    return replace(batch, weight_T=weight_T)
+    return replace(batch, weight_T=weight_T, share_S=_share_S(batch))
 
 
 def stamp_unit_weights(batch: Batch) -> Batch:
     """One over the number of units where their losses are put: at the last token of each one's first segment."""
     weight_T = torch.zeros_like(batch.weight_T)
     weight_T[batch.last_S[:: batch.segments_per_unit]] = 1.0 / batch.units
-    return replace(batch, weight_T=weight_T)
+    return replace(batch, weight_T=weight_T, share_S=_share_S(batch))
+
+
+def _share_S(batch: Batch) -> Tensor:
+    return torch.full((batch.segments,), 1.0 / batch.segments, device=batch.weight_T.device)

@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from tandem.batch import Batch, Outputs, filled, send
 from tandem.errors import RunFailure, UserError, first_line
+from tandem.functional.balance import balance_loss
 from tandem.functional.distillation import Against
 from tandem.functional.divergence import Divergence, with_tail
 from tandem.functional.logprobs import CHUNK_BYTES, chunked_head
@@ -24,6 +25,7 @@ from tandem.kernels.logprob import PLAIN, HeadShape
 from tandem.models.adapters import Adapters
 from tandem.models.attention import NO_MASK, packed_layout
 from tandem.models.compiled import Blocks
+from tandem.models.routers import ROUTER_LOGITS, experts_of_a_token, in_float32, no_experts, quieted, routers_of
 from tandem.models.sharing import sharing_of
 from tandem.parallel.sharding import shard, transformer_layers
 from tandem.parallel.world import World
@@ -67,6 +69,8 @@ class LoadedModel:
     """The call to make where parameters are sharded, and the device to make it on."""
     blocks: Blocks | None = None
     """Its transformer layers, compiled for the calls made here; others, such as an engine's, run them as they are."""
+    router_logits: bool = False
+    """Whether its config, as it is exported, makes every forward give its routers' logits."""
     head_gradient: Callable[[], Tensor] | None = None
     """Where the gradient of the language-model head's weight is to be added to, if not to the weight's own."""
     adapters: Adapters | None = None
@@ -78,6 +82,11 @@ class LoadedModel:
     def words(self) -> int:
         """Token ids that the tokenizer has are below it. Rows of the vocabulary beyond are padding."""
         return 1 + max(self.tokenizer.get_vocab().values())
+
+    @property
+    def experts_of_a_token(self) -> int | None:
+        """How many experts a router picks, where it has a load-balancing loss; else None."""
+        return experts_of_a_token(type(self.module), self.module.config)
 
     @property
     def device(self) -> torch.device:
@@ -93,11 +102,23 @@ class LoadedModel:
         """Whether it has a scalar head (reward model, critic) instead of a language-model head."""
         return hasattr(self.module, "score")
 
+    def require_balance(self) -> None:
+        """Raises UserError where forwards cannot give ``balance_S``."""
+        if self.experts_of_a_token is None:
+            raise no_experts(type(self.module))
+        if not (self.scalar or self.split_head):
+            raise UserError(
+                f"aux_loss_coef: {type(self.module).__name__} gives its routers' logits beside its own loss only; "
+                "leave it out"
+            )
+
     def compute_in(self, dtype: torch.dtype) -> None:
         """Casts the floating parameters in place. Buffers stay: rotary frequencies do not survive bfloat16."""
         for parameter in self.module.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)
+        for router in routers_of(self.module) if dtype != torch.float32 else []:
+            in_float32(router)
 
     def compile_blocks(self, mode: Literal["auto", "on", "off"]) -> None:
         """Compiles the transformer layers from their next call here on. ``auto``: on a GPU. Only if ``packed``."""
@@ -128,6 +149,8 @@ class LoadedModel:
 
         Raises RunFailure where the disk is full or refuses.
         """
+        if self.router_logits:
+            setattr(self.module.config, ROUTER_LOGITS, True)
         try:
             with quiet_transformers():
                 if self.adapters is not None:
@@ -140,6 +163,8 @@ class LoadedModel:
             if not isinstance(error, OSError) and "os error" not in str(error):
                 raise
             raise RunFailure(f"{folder}: cannot be written: {first_line(error)}") from error
+        finally:
+            quieted(self.module.config)
 
 
 class Sharded(nn.Module):
@@ -169,6 +194,8 @@ class Ask:
     divergence: Divergence | None = None
     states: bool = False
     top_k: int = 0
+    balance: bool = False
+    """Besides all else ``balance_S``."""
 
 
 def forward(model: LoadedModel, batch: Batch, ask: Ask | None = None, **options: Any) -> Outputs:
@@ -185,16 +212,19 @@ def forward(model: LoadedModel, batch: Batch, ask: Ask | None = None, **options:
 
 
 def _compute(model: LoadedModel, batch: Batch, *, ask: Ask) -> Outputs:
+    balance_S = None
+    if model.scalar or model.split_head:
+        source_T, balance_S = _run(model, model.module.base_model, batch, "last_hidden_state", balance=ask.balance)
+    else:
+        source_T = native_logits(model, batch)
     if model.scalar:
-        state_T = hidden_states(model, batch)
-        return Outputs(scalar_T=model.module.score(state_T.to(model.module.score.weight.dtype)).squeeze(-1).float())
+        scalar_T = model.module.score(source_T.to(model.module.score.weight.dtype)).squeeze(-1).float()
+        return Outputs(scalar_T=scalar_T, balance_S=balance_S)
     index_N = batch.index_N
     if model.split_head:
         head, shape = model.module.get_output_embeddings(), model.head_shape
-        # Some keep their hidden states in float32 whatever they compute in (Mamba).
-        source_T = hidden_states(model, batch).to(head.weight.dtype)
     else:
-        source_T, head, shape = native_logits(model, batch), torch.nn.Identity(), PLAIN
+        head, shape = torch.nn.Identity(), PLAIN
     # Not by brackets, whose gradient sorts the places first: here none comes twice.
     source_N = source_T.index_select(0, index_N - 1)
     if model.split_head:
@@ -223,6 +253,7 @@ def _compute(model: LoadedModel, batch: Batch, *, ask: Ask) -> Outputs:
         logp_T=_spread(logp_N, index_N, batch.tokens),
         entropy_T=_spread(entropy_N, index_N, batch.tokens) if entropy_N is not None else None,
         divergence_T=_spread(divergence_N, index_N, batch.tokens) if divergence_N is not None else None,
+        balance_S=balance_S,
     )
 
 
@@ -260,22 +291,24 @@ def _spread(value_N: Tensor, index_N: Tensor, tokens: int) -> Tensor:
 
 def hidden_states(model: LoadedModel, batch: Batch) -> Tensor:
     """Last hidden state [T, D]."""
-    return _run(model, model.module.base_model, batch, "last_hidden_state")
+    return _run(model, model.module.base_model, batch, "last_hidden_state")[0]
 
 
 def native_logits(model: LoadedModel, batch: Batch) -> Tensor:
     """The module's own logits [T, V]."""
-    return _run(model, model.module, batch, "logits")
+    return _run(model, model.module, batch, "logits")[0]
 
 
-def _run(model: LoadedModel, module: Any, batch: Batch, output: str) -> Tensor:
-    """One field of the module's output, with its tokens laid out as in the batch.
+def _run(
+    model: LoadedModel, module: Any, batch: Batch, output: str, *, balance: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """One field of the module's output, with its tokens laid out as in the batch, and its ``balance_S`` if asked for.
 
     Raises UserError for a sharded model whose segments cannot all go through together.
     """
     kinds = _kinds(model, batch)
     if len(set(kinds)) == 1:
-        return _together(model, module, batch, output)
+        return _together(model, module, batch, output, balance=balance)
     if model.sharded is not None:
         raise UserError(
             f"{type(model.module).__name__}: its parameters are sharded, and sequences of "
@@ -283,13 +316,14 @@ def _run(model: LoadedModel, module: Any, batch: Batch, output: str) -> Tensor:
             "train it in one process, or on sequences that are all shorter or all longer"
         )
     apart = replace(batch.unshared(), segments_per_unit=1)
-    found = [
-        (apart.tokens_of(segments), _together(model, module, apart.select(segments), output))
-        for kind in dict.fromkeys(kinds)
-        for segments in [[s for s, one in enumerate(kinds) if one == kind]]
-    ]
-    index_T = torch.cat([index for index, _ in found]).argsort()
-    return torch.cat([result for _, result in found]).index_select(0, send(index_T, batch.token_ids_T.device))
+    parts = [[s for s, one in enumerate(kinds) if one == kind] for kind in dict.fromkeys(kinds)]
+    found = [_together(model, module, apart.select(segments), output, balance=balance) for segments in parts]
+    index_T = torch.cat([apart.tokens_of(segments) for segments in parts]).argsort()
+    index_S = torch.tensor([s for segments in parts for s in segments]).argsort()
+    results, balances = zip(*found, strict=True)
+    device = batch.token_ids_T.device
+    result_T = torch.cat(results).index_select(0, send(index_T, device))
+    return result_T, torch.cat(balances).index_select(0, send(index_S, device)) if balance else None
 
 
 def _kinds(model: LoadedModel, batch: Batch) -> list[int]:
@@ -301,7 +335,10 @@ def _kinds(model: LoadedModel, batch: Batch) -> list[int]:
     return [0] * batch.segments
 
 
-def _together(model: LoadedModel, module: Any, batch: Batch, output: str) -> Tensor:
+def _together(
+    model: LoadedModel, module: Any, batch: Batch, output: str, *, balance: bool
+) -> tuple[Tensor, Tensor | None]:
+    asked = {ROUTER_LOGITS: True} if balance else {}
     if model.packed:
         compiled = model.blocks is not None and model.blocks.working
         device, sharing = batch.token_ids_T.device, sharing_of(batch)
@@ -319,13 +356,27 @@ def _together(model: LoadedModel, module: Any, batch: Batch, output: str) -> Ten
             attention_mask=NO_MASK,
             use_cache=False,
             layout=layout,
+            **asked,
         )
-        result = out[output][0, :tokens]
-        return result if sharing is None else sharing.expand(result)
+        laid_out = (lambda rows: rows[:tokens]) if sharing is None else sharing.expand
+        return laid_out(out[output][0]), _balance(model, batch, out.router_logits, laid_out) if balance else None
     segments = batch.token_ids_T.split(batch.lengths)
     real_SL = pad_sequence([torch.ones_like(s) for s in segments], batch_first=True)
-    out = module(input_ids=pad_sequence(list(segments), batch_first=True), attention_mask=real_SL, use_cache=False)
-    return out[output][real_SL.bool()]
+    out = module(
+        input_ids=pad_sequence(list(segments), batch_first=True), attention_mask=real_SL, use_cache=False, **asked
+    )
+    real = real_SL.bool()
+    laid_out = lambda rows: rows[real.flatten()]  # noqa: E731
+    return out[output][real], _balance(model, batch, out.router_logits, laid_out) if balance else None
+
+
+def _balance(
+    model: LoadedModel, batch: Batch, logits: tuple[Tensor, ...], laid_out: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """``balance_S`` from each router's logits, whose rows ``laid_out`` puts in the order of the batch's tokens."""
+    assert model.experts_of_a_token is not None
+    rows = [laid_out(x.reshape(-1, x.shape[-1])) for x in logits]
+    return balance_loss(rows, send(batch.bounds, batch.token_ids_T.device), model.experts_of_a_token)
 
 
 def _spare(tokens: int) -> int:

@@ -18,6 +18,7 @@ from tandem.models.folder import readable_errors, with_config, with_tokenizer
 from tandem.models.forward import LoadedModel
 from tandem.models.limits import read_config, require_language_model
 from tandem.models.probe import probe_forward
+from tandem.models.routers import quieted
 from tandem.models.scalar import scalar_class, with_own_buffers
 from tandem.models.weights import load_whole, require_finite
 from tandem.seeds import derive_seed
@@ -154,7 +155,7 @@ def prepare_module(module: Any, tokenizer: Any, *, dtype: Dtype = "float32", dev
     """
     module.to(pick_device(device)).eval()
     speed_up_linears(module)
-    model = LoadedModel(module=module, tokenizer=tokenizer, dtype=dtype)
+    model = LoadedModel(module=module, tokenizer=tokenizer, dtype=dtype, router_logits=quieted(module.config))
     if reason := probe_forward(model):
         log.warning("%s: %s", type(module).__name__, reason)
     return model

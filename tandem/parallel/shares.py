@@ -44,7 +44,8 @@ def shares(batch: Batch, token_budget: int, world: World, *, padded: bool = Fals
             yield Share(batch=batch if units == everything else batch.select(units), units=units)
         else:
             filler = batch.select([shortest])
-            yield Share(batch=replace(filler, weight_T=torch.zeros_like(filler.weight_T)), units=[])
+            nothing_S = None if filler.share_S is None else torch.zeros_like(filler.share_S)
+            yield Share(batch=replace(filler, weight_T=torch.zeros_like(filler.weight_T), share_S=nothing_S), units=[])
 
 
 class Sizes:

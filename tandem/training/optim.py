@@ -49,6 +49,8 @@ class OptimParams:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
     max_grad_norm: float = 1.0
+    aux_loss_coef: float = 0.0
+    """Of the routers' load-balancing loss beside the method's, where the model has experts. 0: none is computed."""
     ema_decay: float | None = None
     """Of a running average of the weights, at each optimizer step: average = decay average + (1 - decay) weights. None:
     there is none."""

@@ -27,11 +27,15 @@ class Tally:
         self.sums: dict[str, Tensor] = {}
         self.maxima: dict[str, Tensor] = {}
         self.gaps: list[Tensor] = []
+        self.balances: list[Tensor] = []
 
-    def add(self, batch: Batch, token_loss: TokenLoss, gap_N: Tensor | None = None) -> Tensor:
+    def add(
+        self, batch: Batch, token_loss: TokenLoss, gap_N: Tensor | None = None, balance: Tensor | None = None
+    ) -> Tensor:
         """Takes a micro-batch in, and returns its loss, to be differentiated. No wait for the device.
 
-        ``gap_N``: of N of its tokens the trainer's log-prob less the sampler's.
+        ``gap_N``: of N of its tokens the trainer's log-prob less the sampler's. ``balance``: its part of the metric
+        ``aux_loss``.
         """
         total = (token_loss.loss_T * batch.weight_T).sum()
         self.parts.append((batch, token_loss.loss_T.detach()))
@@ -46,6 +50,8 @@ class Tally:
                 self._sum(name, value_T.detach() * mask_T)
         if gap_N is not None:
             self.gaps.append(gap_N)
+        if balance is not None:
+            self.balances.append(balance.detach())
         return total
 
     def _sum(self, name: str, value_T: Tensor) -> None:
@@ -54,20 +60,23 @@ class Tally:
 
     def result(self, world: World) -> tuple[Metrics, str]:
         """The metrics over all ranks, and what is not finite about the loss (or nothing), the same on each of them."""
-        count = len(self.totals) + len(self.sums) + len(self.maxima)
-        values = torch.stack([*(t.double() for t in self.totals), *self.sums.values(), *self.maxima.values()])
+        one_by_one = [*self.totals, *self.sums.values(), *self.maxima.values(), *self.balances]
+        values = torch.stack([value.double() for value in one_by_one])
         values = torch.cat([values, *(gap_N.double() for gap_N in self.gaps)]).cpu()
-        numbers, gap_N = values[:count].tolist(), values[count:]
+        numbers, gap_N = values[: len(one_by_one)].tolist(), values[len(one_by_one) :]
         losses, rest = numbers[: len(self.totals)], numbers[len(self.totals) :]
+        sums_here, rest = rest[: len(self.sums)], rest[len(self.sums) :]
+        maxima_here, balance = rest[: len(self.maxima)], sum(rest[len(self.maxima) :])
         bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
         found = "" if bad is None else describe_non_finite(*self.parts[bad])
-        ranks = world.gather((sum(losses), rest[: len(self.sums)], rest[len(self.sums) :], found, gap_N))
-        loss, sums, maxima, faults, gaps = zip(*ranks, strict=True)
+        ranks = world.gather((sum(losses), sums_here, maxima_here, found, gap_N, balance))
+        loss, sums, maxima, faults, gaps, balances = zip(*ranks, strict=True)
         tokens, *totals = (sum(column) for column in zip(*sums, strict=True))
         means = {name: total / max(tokens, 1) for name, total in zip(list(self.sums)[1:], totals, strict=True)}
         largest = dict(zip(self.maxima, map(max, zip(*maxima, strict=True)), strict=True))
         apart = mismatch(torch.cat(gaps)) if any(map(len, gaps)) else {}
-        return {"loss": sum(loss)} | means | largest | apart, next(filter(None, faults), "")
+        routers = {"aux_loss": sum(balances)} if self.balances else {}
+        return {"loss": sum(loss)} | means | largest | apart | routers, next(filter(None, faults), "")
 
 
 def describe_non_finite(batch: Batch, loss_T: Tensor) -> str:

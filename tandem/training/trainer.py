@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tandem.batch import Batch, Outputs, TokenLoss, send
+from tandem.batch import Batch, Outputs, TokenLoss, filled, send
 from tandem.data.packing import pack
 from tandem.errors import NonFiniteError, UserError
 from tandem.functional.divergence import Divergence
@@ -268,8 +268,19 @@ class LocalTrainer(LocalScorer):
         self.loss = loss
         self.optim = optim
         self.ask = Ask(
-            temperature=temperature, entropy=entropy, entropy_gradient=entropy_gradient, divergence=divergence
+            temperature=temperature,
+            entropy=entropy,
+            entropy_gradient=entropy_gradient,
+            divergence=divergence,
+            balance=optim.aux_loss_coef != 0,
         )
+        if self.ask.balance:
+            model.require_balance()
+            if compile == "on":
+                raise UserError(
+                    "compile: compiled layers do not give what aux_loss_coef needs; leave it at auto or off"
+                )
+            compile = "off"
         self._version = 0
         super().__init__(model, token_budget=token_budget, temperature=temperature, world=world, compile=compile)
         self.optimizer = build_optimizer(
@@ -313,9 +324,10 @@ class LocalTrainer(LocalScorer):
         loss is not finite; the parameters are as they were, and the gradient gathered so far is dropped.
         """
         tally = Tally()
-        for micro, token_loss, gap_N in self._losses(batch):
+        for micro, token_loss, gap_N, balance in self._losses(batch):
             # One that is not finite goes through too: nobody knows yet, and other ranks wait in its collectives.
-            tally.add(micro, token_loss, gap_N).backward()
+            total = tally.add(micro, token_loss, gap_N, balance)
+            (total if balance is None else total + self.optim.aux_loss_coef * balance).backward()
         metrics, bad = tally.result(self.world)
         if bad:
             self.optimizer.zero_grad()
@@ -326,8 +338,8 @@ class LocalTrainer(LocalScorer):
     def evaluate(self, batch: Batch) -> Metrics:
         """Loss and metrics without a gradient. ``batch`` needs its weights stamped."""
         tally = Tally()
-        for micro, token_loss, gap_N in self._losses(batch):
-            tally.add(micro, token_loss, gap_N)
+        for lossy in self._losses(batch):
+            tally.add(*lossy)
         return tally.result(self.world)[0]
 
     def optim_step(self, done: float | None = None, scale: float = 1.0) -> Metrics:
@@ -431,14 +443,15 @@ class LocalTrainer(LocalScorer):
         self.masters.publish()
         super()._changed()
 
-    def _losses(self, batch: Batch) -> Iterator[tuple[Batch, TokenLoss, Tensor | None]]:
-        """Each of this rank's micro-batches, its loss, and its ``_sampler_gap``."""
+    def _losses(self, batch: Batch) -> Iterator[tuple[Batch, TokenLoss, Tensor | None, Tensor | None]]:
+        """Each of this rank's micro-batches, its loss, its ``_sampler_gap``, and its part of the routers' loss."""
         for share in self._shares(batch):
             micro, out = share.batch, forward(self.model, share.batch, self.ask)
             gap_N = _sampler_gap(micro, out) if share.units else None
             if micro.on_policy and out.logp_T is not None:
                 micro = replace(micro, seen=micro.seen | {"actor": Outputs(logp_T=out.logp_T.detach())})
-            yield micro, self.loss(out, micro), gap_N
+            balance = None if out.balance_S is None else (out.balance_S * filled(micro.share_S, "share_S")).sum()
+            yield micro, self.loss(out, micro), gap_N, balance
 
 
 def _sampler_gap(batch: Batch, out: Outputs) -> Tensor | None:
