@@ -59,6 +59,8 @@ COMMON = {
     "grpo": "--model base --data prompts.jsonl --prompts-per-step 6 --samples-per-prompt 4 --max-new-tokens 8",
     "ppo": "--model base --data prompts.jsonl --prompts-per-step 6 --samples-per-prompt 4 --max-new-tokens 8"
     " --critic-learning-rate 1e-2",
+    "rloo": "--model base --data prompts.jsonl --prompts-per-step 6 --samples-per-prompt 4 --max-new-tokens 8",
+    "online-dpo": "--model base --data prompts.jsonl --prompts-per-step 6 --samples-per-prompt 4 --max-new-tokens 8",
 }
 """Flags of every command (under no name) and of each one."""
 CLOSE = "--reward judges.py:close"
@@ -88,6 +90,8 @@ CONFIGS = {
     "grpo-engine-apart": f"grpo {CLOSE} --placement.engine 1",
     "grpo-vllm": f"grpo {CLOSE} --engine.kind vllm --placement.engine 1 --old-logp trainer --max-slots 8"
     " --engine.max-length 64",
+    "rloo": f"rloo {CLOSE} --kl-coef 0.1 --minibatches 2",
+    "online-dpo": f"online-dpo {CLOSE} --sample-epochs 2",
     "ppo": "ppo --reward-model judge --sample-epochs 2 --minibatches 2 --eval-data heldout.jsonl --eval-every 2",
     "ppo-adaptive": f"{ADAPTIVE} --token-budget 96",
     "ppo-resumed": f"{ADAPTIVE} --token-budget 96",
