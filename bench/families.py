@@ -85,6 +85,20 @@ def _named(**names: str) -> Callable[[Shape], Shape]:
     return lambda shape: {name: shape[key] for name, key in names.items()}
 
 
+def _long_half(shape: Shape) -> Shape:
+    """LongRoPE over half of each head."""
+    positions, pairs = shape["max_position_embeddings"], shape["head_dim"] // 4
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "partial_rotary_factor": 0.5,
+        "original_max_position_embeddings": positions * 3 // 4,
+        "short_factor": [1.0 + 0.1 * i for i in range(pairs)],
+        "long_factor": [2.0 + i for i in range(pairs)],
+    }
+    return {"rope_parameters": rope}  # fmt: skip
+
+
 _LOCAL = _experts("num_local_experts", "intermediate_size")
 _BY_TURNS = _of(_window, _turns("sliding_attention"))
 _NO_HEADS = {"num_attention_heads": WITHOUT, "num_key_value_heads": WITHOUT, "head_dim": WITHOUT}
@@ -92,7 +106,6 @@ _NO_SIZES = {"intermediate_size": WITHOUT, "max_position_embeddings": WITHOUT}
 _LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
            "original_max_position_embeddings": 16}  # fmt: skip
 _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
-_HALF = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 _STATES = "its layers keep a state for each sample, which no cache here holds"
 _OWN_ATTENTION = "transformers' class has an attention of its own"
 FAMILIES = (
@@ -100,14 +113,14 @@ FAMILIES = (
     Family("qwen3", "Qwen 3", "Qwen3", _of()),
     Family("llama", "Llama 2 and 3", "Llama", _of(rope_parameters=_LLAMA3)),
     Family("mistral", "Mistral", "Mistral", _window),
-    Family("ministral3", "Ministral 3", "Ministral3", _of()),
+    Family("ministral3", "Ministral 3", "Ministral3", _of(), "its queries are scaled by their position"),
     Family("gemma", "Gemma", "Gemma", _of(hidden_activation="gelu_pytorch_tanh")),
     Family("gemma2", "Gemma 2", "Gemma2",
            _of(_BY_TURNS, query_pre_attn_scalar=8, attn_logit_softcapping=2.0, final_logit_softcapping=3.0)),
     Family("gemma3", "Gemma 3", "Gemma3Text", _of(_BY_TURNS, query_pre_attn_scalar=8)),
     Family("phi", "Phi 2", "Phi", _of()),
     Family("phi3", "Phi 3, Phi 4", "Phi3", _window),
-    Family("phi4-mini", "Phi 4 mini", "Phi3", _of(rope_parameters=_HALF)),
+    Family("phi4-mini", "Phi 4 mini", "Phi3", _long_half),
     Family("olmo", "OLMo", "Olmo", _of()),
     Family("olmo2", "OLMo 2", "Olmo2", _of()),
     Family("olmo3", "OLMo 3", "Olmo3", _BY_TURNS),
@@ -122,7 +135,7 @@ FAMILIES = (
     Family("exaone4", "EXAONE 4", "Exaone4", _BY_TURNS),
     Family("ernie4.5", "ERNIE 4.5", "Ernie4_5", _of()),
     Family("seed-oss", "Seed-OSS", "SeedOss", _of()),
-    Family("hunyuan", "Hunyuan", "HunYuanDenseV1", _of()),
+    Family("hunyuan", "Hunyuan", "HunYuanDenseV1", _of(), "queries and keys are normed after they are turned"),
     Family("apertus", "Apertus", "Apertus", _of()),
     Family("arcee", "Arcee AFM", "Arcee", _of()),
     Family("helium", "Helium", "Helium", _of()),
@@ -148,7 +161,8 @@ FAMILIES = (
     Family("deepseek-v3", "DeepSeek V3, Kimi K2", "DeepseekV3",
            _of(_experts("n_routed_experts"), _named(num_key_value_heads="num_attention_heads", v_head_dim="head_dim",
                                                     qk_nope_head_dim="head_dim", qk_rope_head_dim="head_dim"),
-               first_k_dense_replace=1, q_lora_rank=16, kv_lora_rank=16, n_group=1, topk_group=1, head_dim=WITHOUT)),
+               first_k_dense_replace=1, q_lora_rank=16, kv_lora_rank=16, n_group=1, topk_group=1, head_dim=WITHOUT),
+           "queries, keys and values come from narrow states (latent attention)"),
     Family("qwen3-next", "Qwen 3 Next", "Qwen3Next",
            _of(_experts(), _turns("linear_attention"), _named(shared_expert_intermediate_size="intermediate_size"),
                linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4),

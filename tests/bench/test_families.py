@@ -13,7 +13,7 @@ import families
 
 BUILT_DIFFERENTLY = (
     "gemma2", "gemma3", "phi3", "phi4-mini", "olmo", "olmo2", "granite", "smollm3", "glm4", "starcoder2", "cohere2",
-    "gpt-neox", "gpt-oss", "qwen3-moe", "falcon-h1",
+    "gpt-neox", "gpt-oss", "qwen3-moe", "deepseek-v3", "falcon-h1",
 )  # fmt: skip
 """Between them they have everything that is read of a layer, and a state."""
 SLOWER = {

@@ -15,6 +15,7 @@ from tandem.engines.live.layers import Unlike
 from tandem.engines.live.pages import PAGE, pages_for
 from tandem.engines.live.probe import Trial, find_cache_shape, head_shape_of, why_not_tried
 from tandem.engines.samples import Sample
+from tandem.models.limits import turning_point
 from tandem.models.shrunk import POSITIONS
 
 log = logging.getLogger("tandem")
@@ -54,7 +55,8 @@ class Fitting:
             self.forward = LeanForward(module, positions=positions, head_shape=head_shape_of(module))
             self.own_because = near.why_not_pages(self.forward, self.shape)
             if not self.own_because and far is not None:
-                lean = LeanForward(far.module, positions=POSITIONS, head_shape=head_shape_of(far.module))
+                longest = turning_point(far.module.config) or POSITIONS
+                lean = LeanForward(far.module, positions=longest, head_shape=head_shape_of(far.module))
                 self.own_because = far.why_not_pages(lean, find_cache_shape(far.module))
         except Unlike as error:
             self.own_because = str(error)

@@ -21,6 +21,7 @@ from tandem.kernels import layers as kernels
 from tandem.kernels import products
 from tandem.kernels.layers import CURVES, Curve, Norm, Rotation
 from tandem.models.attention import NO_MASK, Ask, PackedLayout, UnsupportedAttention
+from tandem.models.limits import turning_point
 
 POSITIONS = (0, 1, 2, 3, 5, 9, 17, 33)
 """Of the tokens that are watched, and the last that there is."""
@@ -305,11 +306,9 @@ class _Watch(PackedLayout):
 
     def _tabulate(self, module: Any, args: Any, kwargs: Any) -> None:
         """The angles of all positions, from a module that was asked for some."""
-        if getattr(module, "rope_type", "default") == "dynamic":
-            raise Unlike("its rotary embedding depends on the length")
-        original = getattr(module, "original_max_seq_len", self.positions)
-        if getattr(module, "rope_type", "default") == "longrope" and self.positions > original:
-            raise Unlike(f"its rotary embedding depends on the length beyond {original} tokens")
+        turning = turning_point(self.base.config)
+        if turning is not None and self.positions > turning:
+            raise Unlike(f"its rotary embedding turns all tokens otherwise beyond {turning}")
         every = torch.arange(self.positions, device=self.device)[None]
 
         def swapped(x: Any) -> Any:
@@ -526,7 +525,8 @@ def read_norm(call: _Call) -> Norm | None:
         for eps in own[:1] or (1e-5, 1e-6)
         for centered in (False, True)
         for offset in ((False, True) if weight is not None else (False,))
-        for wide in (False, True)
+        # In float32 both are the same, and the first is taken: 1 + w would lose its digits in 16 bits.
+        for wide in ((True, False) if offset else (False, True))
     ]
     found = {number: kernels.norm(x, kind) for number, kind in enumerate(kinds)}
     try:

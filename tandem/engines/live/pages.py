@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tandem.batch import send
@@ -27,8 +28,8 @@ class CacheShape:
     dtype: torch.dtype
     eight_bit: bool = False
     """Whether they are kept in 8 bits, with a scale for each token and head, and not as they come."""
-    capped: bool = False
-    """Whether scores are bent (``Ask.softcap``), which no flash kernel does."""
+    flash: bool = True
+    """Whether flash kernels compute its attention: not bent scores, nor values narrower than keys."""
 
     @property
     def page_bytes(self) -> int:
@@ -89,6 +90,12 @@ def send_array(values: np.ndarray, device: torch.device) -> Tensor:
     return tensor.clone() if device.type == "cpu" else send(tensor, device)
 
 
+def _as_wide(value: Tensor, key: Tensor) -> Tensor:
+    """Values with zeros behind them, as wide as keys (multi-head latent attention, arXiv:2405.04434)."""
+    spare = key.shape[-1] - value.shape[-1]
+    return F.pad(value, (0, spare)) if spare else value
+
+
 def pages_for(tokens: int) -> int:
     """Pages that hold so many tokens."""
     return -(-tokens // PAGE)
@@ -104,7 +111,8 @@ class PagedPrefill:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, ask: Ask) -> Tensor:
         """Query [1, H, T, D], key and value [1, Hkv, T, D] → [1, T, H, D]."""
-        kernels.store(key[0].transpose(0, 1), value[0].transpose(0, 1), self.pool.layer(numbered(ask)), self.target_T)
+        key_TKD, value_TKD = key[0].transpose(0, 1), _as_wide(value, key)[0].transpose(0, 1)
+        kernels.store(key_TKD, value_TKD, self.pool.layer(numbered(ask)), self.target_T)
         return self.inner.attend(query, key, value, ask)
 
 
@@ -117,8 +125,8 @@ class PagedDecode:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, ask: Ask) -> Tensor:
         """Query [B, H, 1, D], key and value [B, Hkv, 1, D] → [B, 1, H, D]."""
-        heads = query.squeeze(2), key.squeeze(2), value.squeeze(2)
-        return self.attend_heads(*heads, ask)[:, None]
+        heads = query.squeeze(2), key.squeeze(2), _as_wide(value, key).squeeze(2)
+        return self.attend_heads(*heads, ask)[:, None, :, : value.shape[-1]]
 
     def attend_heads(
         self, query_BHD: Tensor, key_BKD: Tensor, value_BKD: Tensor, ask: Ask, rotation: Rotation | None = None

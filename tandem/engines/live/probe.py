@@ -126,10 +126,10 @@ def find_cache_shape(module: Any) -> CacheShape:
         raise Unlike("its attention layers are not numbered from 0")
     kept = {(key.shape[1:], value.shape[1:], value.dtype) for key, value, *_ in seen.layers.values()}
     (key_shape, value_shape, dtype), *others = kept
-    if others or key_shape != value_shape:
+    if others or key_shape[:2] != value_shape[:2] or key_shape[2] < value_shape[2]:
         raise Unlike("its layers keep keys and values of several shapes")
-    capped = any(ask.softcap is not None for _, _, ask in seen.layers.values())
-    return CacheShape(layers=len(seen.layers), kv_heads=key_shape[0], head_dim=key_shape[2], dtype=dtype, capped=capped)
+    flash = key_shape == value_shape and all(ask.softcap is None for _, _, ask in seen.layers.values())
+    return CacheShape(layers=len(seen.layers), kv_heads=key_shape[0], head_dim=key_shape[2], dtype=dtype, flash=flash)
 
 
 @torch.no_grad()
