@@ -1,0 +1,187 @@
+"""What is read of a layer, and that the proof notices what would be read wrongly."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tandem.engines.live.forwards import LeanForward
+from tandem.engines.live.layers import Decoder, Gated, Layer, Ungated, Unlike, Whole, read_decoder
+from tandem.engines.live.probe import Trial, find_cache_shape, head_shape_of
+from tandem.kernels.layers import Norm
+from tandem.models.attention import IMPLEMENTATION, Ask
+from tandem.models.shrunk import trained_size
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
+import families
+
+
+def made(name: str) -> Any:
+    module = families.NAMES[name].module(families.TINY)
+    trained_size(module)
+    module.set_attn_implementation(IMPLEMENTATION)
+    return module
+
+
+def read(name: str) -> tuple[Decoder, Layer, Layer]:
+    decoder = read_decoder(made(name), 96)
+    return decoder, decoder.layers[0], decoder.layers[1]
+
+
+def test_what_is_read_of_gemma_2() -> None:
+    decoder, windowed, full = read("gemma2")
+    norms = [windowed.before, windowed.after_attention, windowed.between, windowed.after_feed, decoder.norm]
+    assert all(norm is not None and norm.offset and norm.wide and not norm.centered for norm in norms)
+    assert windowed.attention.ask == Ask(0, 8**-0.5, 6, 2.0, None)
+    assert full.attention.ask == Ask(1, 8**-0.5, None, 2.0, None)
+    assert isinstance(windowed.feed, Gated)
+    assert windowed.feed.curve == "gelu_tanh"
+
+
+def test_what_is_read_of_cohere() -> None:
+    _, windowed, full = read("cohere2")
+    assert windowed.parallel
+    assert windowed.before is not None
+    assert windowed.before.centered
+    assert windowed.between is None, "one norm is before both parts"
+    assert windowed.attention.rotation.pairs
+    assert windowed.attention.rotation.cos_PR.shape == (96, 8)
+    assert full.attention.rotation.cos_PR.shape == (96, 0), "layers without a window know no positions"
+
+
+def test_what_is_read_of_gpt_neox() -> None:
+    _, layer, _ = read("gpt-neox")
+    assert layer.parallel
+    assert layer.between is not None
+    assert layer.between.bias is not None
+    assert layer.attention.by_head
+    assert isinstance(layer.feed, Ungated)
+    assert layer.attention.rotation.cos_PR.shape == (96, 4), "half of each head turns"
+
+
+def test_what_is_read_of_the_others() -> None:
+    _, olmo, _ = read("olmo2")
+    assert olmo.before is olmo.between is None
+    assert olmo.attention.wide_norms is not None
+    granite, layer, _ = read("granite")
+    assert (granite.embedding_scale, layer.scale) == (3.0, 0.4)
+    _, gpt_oss, _ = read("gpt-oss")
+    assert gpt_oss.attention.ask.sinks is not None
+    assert isinstance(gpt_oss.feed, Whole)
+    _, phi, _ = read("phi3")
+    assert isinstance(phi.feed, Gated)
+    assert len(phi.feed.gate_up.linears) == len(phi.attention.qkv.linears) == 1
+
+
+def changed(**fields: Any) -> Callable[[Layer], Layer]:
+    return lambda layer: replace(layer, **fields)
+
+
+def attending(**fields: Any) -> Callable[[Layer], Layer]:
+    return lambda layer: replace(layer, attention=replace(layer.attention, **fields))
+
+
+def asking(**fields: Any) -> Callable[[Layer], Layer]:
+    return lambda layer: attending(ask=layer.attention.ask._replace(**fields))(layer)
+
+
+def turning(**fields: Any) -> Callable[[Layer], Layer]:
+    return lambda layer: attending(rotation=replace(layer.attention.rotation, **fields))(layer)
+
+
+def norming(name: str, **fields: Any) -> Callable[[Layer], Layer]:
+    return lambda layer: replace(layer, **{name: replace(getattr(layer, name), **fields)})
+
+
+WRONG = [
+    ("gemma2", asking(softcap=None)),
+    ("gemma2", asking(sliding_window=7)),
+    ("gemma2", asking(scaling=0.4)),
+    ("gemma2", changed(after_feed=None)),
+    ("gemma2", norming("before", offset=False)),
+    ("gpt-oss", asking(sinks=None)),
+    ("granite", changed(scale=0.41)),
+    ("cohere2", turning(pairs=False)),
+    ("cohere2", norming("before", centered=False)),
+    ("cohere2", changed(parallel=False)),
+    ("olmo2", attending(wide_norms=None)),
+    ("qwen3", turning(norms=None)),
+    ("qwen3", norming("between", eps=0.5)),
+]
+
+
+@pytest.mark.parametrize("name", dict.fromkeys(name for name, _ in WRONG))
+def test_the_proof_notices_a_wrong_description(name: str) -> None:
+    module = made(name)
+    trial, shape = Trial(module, (4, 12), 5), find_cache_shape(module)
+    lean = LeanForward(module, positions=96, head_shape=head_shape_of(module))
+    assert not trial.why_not_pages(lean, shape)
+    right = lean.decoder
+    for change in (change for one, change in WRONG if one == name):
+        lean.decoder = replace(right, layers=[change(right.layers[0]), right.layers[1]])
+        assert "does not reproduce" in trial.why_not_pages(lean, shape)
+    lean.decoder = replace(right, embedding_scale=right.embedding_scale * 1.02)
+    assert trial.why_not_pages(lean, shape)
+    lean.decoder = right
+    lean.head_shape = lean.head_shape._replace(cap=lean.head_shape.cap and 2 * lean.head_shape.cap, scale=1.1)
+    assert trial.why_not_pages(lean, shape)
+
+
+def gate_after(module: Any) -> None:
+    """Attention's result is gated before its last product, as in Qwen 3 Next."""
+    module.model.layers[1].self_attn.o_proj.register_forward_pre_hook(lambda _, args: (args[0].sigmoid(),))
+
+
+def between(module: Any) -> None:
+    module.model.layers[1].register_forward_pre_hook(lambda _, args: (args[0] * 1.5, *args[1:]))
+
+
+def before_all(module: Any) -> None:
+    module.model.layers[0].register_forward_pre_hook(lambda _, args: (args[0] + 0.3, *args[1:]))
+
+
+def sum_of_more(module: Any) -> None:
+    module.model.layers[0].register_forward_hook(lambda _, args, out: out + 0.1 * args[0])
+
+
+def rolled_keys(module: Any) -> None:
+    module.model.layers[0].self_attn.k_proj.register_forward_hook(lambda _, __, out: out.roll(1, -1))
+
+
+@pytest.mark.parametrize("change", [gate_after, between, before_all, sum_of_more, rolled_keys])
+def test_a_module_that_computes_something_else_is_not_read(change: Callable[[Any], None]) -> None:
+    module = made("llama")
+    change(module)
+    try:
+        lean = LeanForward(module, positions=96, head_shape=head_shape_of(module))
+    except Unlike:
+        return
+    assert Trial(module, (4, 12), 5).why_not_pages(lean, find_cache_shape(module))
+
+
+def test_a_norm_is_read_by_what_it_computes() -> None:
+    from tandem.engines.live.layers import _Call, read_norm
+
+    @torch.no_grad()
+    def found(module: torch.nn.Module) -> Norm | None:
+        x = torch.randn(3, 16)
+        return read_norm(_Call(module, x, module(x), False))
+
+    layer = torch.nn.LayerNorm(16, eps=1e-3)
+    assert found(layer) == Norm(layer.weight, layer.bias, 1e-3, centered=True)
+    rms = torch.nn.RMSNorm(16, eps=1e-5)
+    assert found(rms) == Norm(rms.weight, None, 1e-5)
+    assert found(torch.nn.Linear(16, 16)) is None
+    assert found(torch.nn.SiLU()) is None
+
+    class Odd(torch.nn.RMSNorm):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + 0.01
+
+    assert found(Odd(16, eps=1e-5)) is None
