@@ -111,16 +111,16 @@ def call_layers() -> None:
     # Of sizes, one for each type: all that a size changes is constants.
     for dtype, size in zip(DTYPES, (896, 5120), strict=True):
         x, weight = torch.zeros(2, size, dtype=dtype), torch.zeros(size, dtype=dtype)
-        rms, layer = Norm(weight, offset=dtype == torch.float32), Norm(weight, weight, centered=True, wide=True)
-        layers_triton.add_norm(x, None, rms)
-        layers_triton.add_norm(x, x, rms)
-        layers_triton.add_norm(x, x, layer, first=rms, scale=0.5)
-        layers_triton.add_norm(x, x, None, first=layer)
-        for curve in CURVES:
-            layers_triton.gated(torch.zeros(2, 2 * size, dtype=dtype), curve)
+        layers_triton.add_norm(x, x, Norm(weight))
+    # Every branch once, in the last type.
+    layer = Norm(weight, weight, offset=True, centered=True, wide=True)
+    layers_triton.add_norm(x, None, Norm(None))
+    layers_triton.add_norm(x, x, None, first=layer, scale=0.5)
+    for curve in CURVES:
+        layers_triton.gated(torch.zeros(2, 10240, dtype=dtype), curve)
     for dtype, (heads, kv_heads, size) in zip(DTYPES, ((14, 2, 64), (6, 3, 24)), strict=True):
         qkv = torch.zeros(2, heads + 2 * kv_heads, size, dtype=dtype)
-        for rotation in _rotations(size, dtype):
+        for rotation in _rotations(size, dtype)[:: 1 if dtype == DTYPES[-1] else 2]:
             layers_triton.rotate_(qkv, torch.zeros(2, dtype=torch.int64), rotation, heads, kv_heads)
 
 

@@ -43,8 +43,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, LOW])
-@pytest.mark.parametrize("size", [48, 896])
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 48), (LOW, 896)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_norms(dtype: torch.dtype, size: int, kind: str) -> None:
     x, residual = torch.randn(2, 5, size, device=DEVICE).to(dtype)
@@ -156,7 +155,7 @@ def test_pages(dtype: torch.dtype, heads: int, kv_heads: int, size: int, page: i
     rows = pages_triton.decode_rows(table, length, torch.ones_like(alive), page, kv_heads)
     query = torch.randn(4, heads, size, device=DEVICE).to(dtype)
     sinks = torch.randn(heads, device=DEVICE).to(dtype)
-    for window, softcap, sink in ((None, None, None), (page + 3, 1.5, None), (1, None, sinks), (None, 0.5, 3 * sinks)):
+    for window, softcap, sink in ((None, None, None), (page + 3, 1.5, None), (1, 0.5, sinks)):
         arguments = (query, key[:4], value[:4])
         how = {"scaling": 0.3, "sliding_window": window, "softcap": softcap, "sink_H": sink}
         plain = copy_of(cache)
