@@ -7,10 +7,11 @@ from pathlib import Path
 
 from tandem.assembly.feeds import Fed, preparation
 from tandem.assembly.inputs import digest_inputs
-from tandem.assembly.models import optim_params
+from tandem.assembly.models import heads, optim_params
 from tandem.assembly.placing import Homes
 from tandem.assembly.replays import ReplayConfig, stored_config
 from tandem.errors import UserError
+from tandem.models.limits import read_limits
 from tandem.roles import Seat
 from tandem.rollout.evaluate import Evaluation
 from tandem.rollout.recorded import Recorded
@@ -40,6 +41,9 @@ class ReplayFeed:
             say(f"  it ends with step {self.steps}: {run} went on to step {done:.0f} without --record")
         self.planned = self._planned()
         self.size = sum(map(len, self.record.tickets))
+        head_of, code = heads(config), config.model.trust_remote_code
+        for role, source in config.sources.items():
+            read_limits(source, head=head_of[role], trust_remote_code=code)  # says so where there is no such model
         inputs = digest_inputs({}, models=config.sources)
         require_same_models(run, config, identity["inputs"], inputs)
         self.inputs: Inputs = {**inputs, "data": {f"record {run}": identity["id"]}}

@@ -12,6 +12,7 @@ from tandem.assembly.needed import is_reward_model
 from tandem.assembly.sections import EngineSection
 from tandem.config import MAY_CHANGE, PATH, explained_without, given_values, key_names, load_config, settings, with_keys
 from tandem.errors import UserError, expect
+from tandem.given import flag_of
 from tandem.methods.table import SAMPLES, method_class
 from tandem.runs.identity import CONFIG, IDENTITY, read_identity
 
@@ -60,19 +61,26 @@ class ReplayConfig(SamplesConfig):
         return self.replay.last_step
 
 
-TRAINED_ON = ("data", "sampling", "reward", "schedule", "evaluation", "engine")
-"""Sections whose keys say what was sampled, how it was judged, or what was held out: they are as the run had them."""
-OF_THE_RUN = {"replayed", "seed", "steps", "epochs", "accept_changed", "placement.engine", "placement.reward"}
-"""7 keys of other sections that are, too."""
+TRAINED_ON = ("data", "sampling", "reward", "schedule")
+"""Sections whose keys say what was sampled and how it was judged: they are as the run had them."""
+OF_THE_RUN = {"replayed", "seed", "steps", "epochs"}
+"""4 keys of other sections that are, too."""
+NOT_THERE = ("evaluation", "engine")
+"""Sections of what a replay does not have."""
+OF_NONE = {"accept_changed", "placement.engine", "placement.reward"}
+"""3 keys of other sections that have no effect in a replay."""
 
 
-def fixed_keys(cls: type[ReplayConfig]) -> set[str]:
-    """The keys of a replay's config that are as they were in the run."""
+def fixed_keys(cls: type[ReplayConfig]) -> dict[str, str]:
+    """The keys of a replay's config that cannot be given, each with the reason."""
     hints = get_type_hints(cls)
-    of_sections = {
-        f"{name}.{key}" if name == "engine" else key for name in TRAINED_ON for key in key_names(hints[name])
-    }
-    return OF_THE_RUN | of_sections
+
+    def keys(*names: str) -> set[str]:
+        return {f"{name}.{key}" if name == "engine" else key for name in names for key in key_names(hints[name])}
+
+    recorded = "a replay trains on what was recorded, with this key as its run had it"
+    nothing = "a replay samples and judges nothing, so it has no effect"
+    return dict.fromkeys(keys(*TRAINED_ON) | OF_THE_RUN, recorded) | dict.fromkeys(keys(*NOT_THERE) | OF_NONE, nothing)
 
 
 def replay_config(words: list[str]) -> tuple[type[Any], list[str]]:
@@ -95,11 +103,10 @@ def replay_config(words: list[str]) -> tuple[type[Any], list[str]]:
     # A file may be the config of a replay, which says what its run's does, and which of it has no effect.
     as_it_was = given_values(cls, _as_stored(folder))[0], settings(stored_config(folder, cls))
     others = [name for name, value in in_files.items() if not any(name in s and s[name] == value for s in as_it_was)]
+    fixed = fixed_keys(cls)
     for name in [*in_flags, *others]:
-        if name in fixed_keys(cls):
-            raise UserError(
-                f"{name}: a replay trains on what {run} has recorded, with this key as it was; leave it out"
-            )
+        if name in fixed:
+            raise UserError(f"{flag_of(name) if name in in_flags else name}: {fixed[name]}; leave it out")
     if "out" not in in_files | in_flags:
         raise UserError("missing --out (Folder of the run: its config, and all that it writes)")
     return cls, [*_as_stored(folder), *flags]
@@ -116,8 +123,8 @@ def _as_stored(run: Path) -> list[str]:
 
 def method_of(run: Path) -> str:
     """The command of the run in a folder. Raises UserError where it is no run on samples."""
-    if not (run / IDENTITY).exists():
-        raise UserError(f"{run}: not the folder of a run: it has no {IDENTITY}")
+    if missing := [name for name in (IDENTITY, CONFIG) if not (run / name).exists()]:
+        raise UserError(f"{run}: not the folder of a run: it has no {missing[0]}")
     title = read_identity(run)["method"]
     found = [name for name in SAMPLES if method_class(name).title == title]
     if not found:
@@ -150,7 +157,7 @@ class ReplayHelp:
 
 def _explained(config: ReplayConfig) -> type[Any]:
     """What ``--help`` shows of a replay of some run."""
-    shown = explained_without(config, fixed_keys(type(config)) | {"out"})
+    shown = explained_without(config, {*fixed_keys(type(config)), "out"})
     sections = [("new", NewSection, field()), *((f.name, f.type, f) for f in fields(shown))]
     namespace: dict[str, Any] = {"__doc__": ReplayHelp.__doc__, "_docs": {}}
     return make_dataclass("ReplayHelp", sections, namespace=namespace, frozen=True, kw_only=True)

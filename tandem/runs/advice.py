@@ -139,8 +139,8 @@ def advise_run(out: Path, *, pairwise: bool) -> list[str]:
         keys = yaml.safe_load((out / CONFIG).read_text(encoding="utf-8")) or {}
     except FileNotFoundError:
         raise UserError(f"{out}: not the folder of a run: it has no {CONFIG}") from None
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{out / CONFIG}: not the config of a run any more: {' '.join(str(error).split())}") from None
+    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        raise UserError(f"{out / CONFIG}: not the config of a run any more") from None
     records = read_metrics(out / "metrics.jsonl")
     if not any("seconds_sampling" in record for record in records):
         steps = sum("seconds" in record for record in records)

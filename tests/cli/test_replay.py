@@ -144,7 +144,7 @@ def test_what_may_be_given_anew_is_and_changes_the_result(recorded, at, capsys):
     assert "learning_rate             0.001" in capsys.readouterr().out
     Path("other.yaml").write_text("eval_data: prompts.jsonl\n")
     assert replay("grpo", "--config", "other.yaml", "--out", "repeated") == 2
-    assert "eval_data: a replay trains on what grpo has recorded" in capsys.readouterr().err
+    assert "eval_data: a replay samples and judges nothing" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -156,13 +156,20 @@ def test_what_may_be_given_anew_is_and_changes_the_result(recorded, at, capsys):
         (["grpo", "--out", "grpo"], "--out: grpo is the run that is replayed; give another folder"),
         (["grpo", "--out", "grpo", "--overwrite"], "out: grpo is the run that is replayed; give another folder"),
         (["grpo", "--out", "grpo/x/..", "--overwrite"], "is the run that is replayed; give another folder"),
-        (["grpo", "--out", "x", "--temperature", "2"], "temperature: a replay trains on what grpo has recorded, with"),
-        (["grpo", "--out", "x", "--engine.kind", "vllm"], "engine.kind: a replay trains on what grpo has recorded"),
-        (["grpo", "--out", "x", "--max-lag", "0"], "max_lag: a replay trains on what grpo has recorded"),
-        (["grpo", "--out", "x", "--steps", "9"], "steps: a replay trains on what grpo has recorded"),
+        (
+            ["grpo", "--out", "x", "--temperature", "2"],
+            "--temperature: a replay trains on what was recorded, with this key as",
+        ),
+        (
+            ["grpo", "--out", "x", "--engine.kind", "vllm"],
+            "--engine.kind: a replay samples and judges nothing, so it has no effect",
+        ),
+        (["grpo", "--out", "x", "--max-lag", "0"], "--max-lag: a replay trains on what was recorded"),
+        (["grpo", "--out", "x", "--steps", "9"], "--steps: a replay trains on what was recorded"),
         (["grpo", "--out", "x", "--learning-rat", "9"], "unknown flag --learning-rat; did you mean --learning-rate?"),
         (["grpo", "--out", "x", "--last-step", "9"], "last_step: the record in grpo/record ends with step 3, got 9"),
         (["grpo", "--out", "x", "--last-step", "0"], "--last-step: expected 1 or more, got 0"),
+        (["grpo", "--out", "x", "--model", "nowhere"], "nowhere: cannot load a model"),
         (
             ["grpo", "--out", "x", "--model", "teacher"],
             "actor: teacher is not the model that grpo started from: model.s",
@@ -194,6 +201,16 @@ def test_a_damaged_record_is_refused_before_anything_is_loaded(recorded, at, cap
     assert replay("damaged", "--out", "x") == 2
     assert "step 2 of damaged is not recorded" in capsys.readouterr().err
     assert not Path("x").exists()
+
+
+def test_neither_data_nor_rewards_need_be_there_any_more(recorded, at, no_engine):
+    for name in ("prompts.jsonl", "check.py"):
+        Path(name).rename(f"{name}.gone")
+    try:
+        assert replay("grpo", "--out", "alone", "--save-every", "0", "--no-record", "--last-step", 1) == 0
+    finally:
+        for name in ("prompts.jsonl", "check.py"):
+            Path(f"{name}.gone").rename(name)
 
 
 def test_a_model_that_has_changed_and_one_of_a_run_of_rows(recorded, at, capsys):
@@ -230,5 +247,5 @@ def test_the_help_of_a_run_lists_what_may_be_given_and_no_more(tmp_path, method,
     assert {"out", "last_step", "learning_rate", "minibatches", "device", "placement.actor", "resume"} <= {*keys}
     assert not {"data", "temperature", "seed", "steps", "max_lag", "engine.kind", "reward", "eval_data"} & {*keys}
     assert len(keys) == len({*keys})
-    with pytest.raises(UserError, match="temperature: a replay trains on what"):
+    with pytest.raises(UserError, match="--temperature: a replay trains on what"):
         replay_config([str(tmp_path), "--out", "x", "--temperature", "1"])
