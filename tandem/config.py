@@ -221,20 +221,23 @@ def _keys_of(cls: Any) -> dict[str, Key]:
     return keys
 
 
-@functools.cache
 def _attribute_docs(cls: Any) -> dict[str, str]:
     """The strings written below the fields of a dataclass and of those it extends."""
-    docs: dict[str, str] = {}
-    for base in reversed(cls.__mro__):
-        docs |= vars(base).get("_docs", {})
-        if "__dataclass_fields__" not in vars(base) or "_docs" in vars(base):
-            continue
-        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
-        assert isinstance(definition, ast.ClassDef)
-        for statement, below in zip(definition.body, definition.body[1:], strict=False):
-            match statement, below:
-                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                    docs[name] = inspect.cleandoc(text)
+    return {name: doc for base in reversed(cls.__mro__) for name, doc in _own_docs(base).items()}
+
+
+@functools.cache
+def _own_docs(cls: Any) -> dict[str, str]:
+    """Those below its own fields."""
+    docs: dict[str, str] = dict(vars(cls).get("_docs", {}))
+    if "__dataclass_fields__" not in vars(cls) or "_docs" in vars(cls):
+        return docs
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    assert isinstance(definition, ast.ClassDef)
+    for statement, below in zip(definition.body, definition.body[1:], strict=False):
+        match statement, below:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                docs[name] = inspect.cleandoc(text)
     return docs
 
 
