@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers.drawing import Rounded, drawn, gap, mixed_requests
 from helpers.engine_models import EOS, VOCABULARY, model, tokenizer
+from helpers.telling import tell, told
 
 from tandem.engines.live.engine import LiveEngine
 from tandem.models.attention import PackedLayout
@@ -203,3 +204,50 @@ def test_long_sequences_and_a_cache_that_runs_out() -> None:
         # bfloat16 logits of about 10 are good to some hundredths.
         assert gap.mean() < 0.05
         assert gap.max() < 0.25
+
+
+@pytest.mark.parametrize("stale_cache", ["keep", "recompute"])
+def test_captured_steps_see_new_weights_while_samples_stay_in_their_pages(stale_cache: str) -> None:
+    """Each version draws a token of its own, and steps are enqueued ahead: every token says which weights drew it."""
+    rng = random.Random(0)
+    module = model("qwen2").cuda()
+    tokens = {version: 10 + version for version in range(80)}
+    version = 0
+    tell(module, tokens[0])
+    engine = live(module, max_slots=5, version=lambda: version, stale_cache=stale_cache)
+    lengths = (9, 110, 60, 33)
+    futures = engine.submit(
+        [Request(prompt_ids=(5, 6), seeds=(n, n + 1), sampling=SamplingParams(max_new_tokens=n)) for n in lengths]
+    )
+    while not all(future.done() for future in futures):
+        asked = iter(range(rng.choice([0, 1, 1, 2])))
+        engine.wait(lambda asked=asked: next(asked, None) is None)  # type: ignore[misc]
+        # As an optimizer would: on the stream behind what is enqueued, without waiting for it.
+        version += 1
+        tell(module, tokens[version])
+    found = [completion for future in futures for completion in future.result()]
+    assert [c.versions for c in found] == [told(c, tokens) for c in found]
+    assert max(len(c.versions) for c in found) > 2
+
+
+def test_the_cache_of_samples_that_stay_leaves_training_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first cache that has taken all goes; the next takes none of what training has needed, and stays."""
+    module = model("qwen2").cuda()
+    monkeypatch.setattr("tandem.engines.live.fitting.KEPT_SHARE", 0.0)
+    engine = live(module, max_slots=4)
+    assert engine.fitting is not None
+    asked = [Request(prompt_ids=(5, 6), seeds=(1, 2, 3), sampling=SamplingParams(max_new_tokens=100))]
+    (alone,) = live(module, max_slots=4).generate(asked)
+    (future,) = engine.submit(asked)
+    rooms = []
+    measured = engine.fitting._room
+    monkeypatch.setattr(engine.fitting, "_room", lambda theirs: rooms.append(measured(theirs)) or rooms[-1])
+    free = torch.cuda.mem_get_info()[0]
+    for _ in range(3):
+        asked_twice = iter(range(1))
+        engine.wait(lambda asked_twice=asked_twice: next(asked_twice, None) is None)  # type: ignore[misc]
+        trained = torch.empty(int(0.6 * free), dtype=torch.uint8, device="cuda")
+        del trained
+    assert [c.token_ids for c in future.result()] == [c.token_ids for c in alone]
+    assert len(rooms) == 2
+    assert rooms[1] < 0.5 * rooms[0]

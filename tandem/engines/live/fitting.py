@@ -146,13 +146,13 @@ class Fitting:
 
     def release(self) -> None:
         """Gives the cache and the graphs back."""
-        if self.decoder is not None and self.decoder.device.type == "cuda":
-            device = self.decoder.device
+        device = self.forward.device
+        if self.decoder is not None and device.type == "cuda":
             torch.cuda.synchronize(device)
-            self.decoder = None
-            # Not to torch: what it has reserved then is what others needed.
-            torch.cuda.empty_cache()
         self.decoder = None
+        if self.shares and device.type == "cuda":
+            # Not to torch: what it has reserved when others are through is what they needed.
+            torch.cuda.empty_cache()
 
     def _room(self, theirs: int) -> int | None:
         """Pages that there is room for, beside what others have of the device; None: as many as are asked for."""
