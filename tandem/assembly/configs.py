@@ -339,6 +339,7 @@ class SamplesConfig(RunConfig):
             "ratios other than 1": again or self.step.old_logp == "sampler",
         }
         present = {part for part, there in (judges | ratios).items() if there}
+        present |= {"engine with weights of its own"} if self.lora.fold else set()
         return super().parts | {"samples"} | self.reward.parts | present | worker_parts(self.placement, self.engine)
 
 

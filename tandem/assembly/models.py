@@ -222,10 +222,13 @@ def view(site: Site, temperature: float, follows: bool) -> View:
     return View(site.roles["actor"], temperature=temperature, follows=follows)
 
 
-def weight_source(site: Site) -> WeightSource:
-    """Beside the actor: its weights, to be pushed."""
+def weight_source(site: Site, fold: bool = False) -> WeightSource:
+    """Beside the actor: its weights, to be pushed; ``fold``: with its adapters folded in."""
     actor: LocalTrainer = site.roles["actor"]
-    return WeightSource(actor.parameters, actor.model.device)
+    policy, device = actor.policy, actor.model.device
+    if policy.adapters is None or fold:
+        return WeightSource(policy.merged(), device)
+    return WeightSource(actor.parameters, device, moving=policy.trained)
 
 
 def live_engine(site: Site, sampling: DrawsSection, engine: EngineSection, stale_cache: StaleCache) -> Engine:
@@ -249,10 +252,11 @@ def replica_engine(
     sampling: DrawsSection,
     engine: EngineSection,
     stale_cache: StaleCache = "keep",
+    adapters: AdapterParams | None = None,
 ) -> FedEngine:
-    """A live engine with weights of its own."""
+    """A live engine with weights of its own, and ``adapters`` of its own."""
     return ReplicaEngine(
-        load(site, section, section.model),
+        load(site, section, section.model, adapters=adapters),
         max_slots=sampling.max_slots,
         max_length=engine.max_length,
         way=engine.way,
@@ -264,10 +268,11 @@ def replica_engine(
 class Replicas:
     """Beside sharded actors: fills the replica of this process with gathered weights. A collective over the ranks."""
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, site: Site, fold: bool = False) -> None:
+        """``fold``: with the actor's adapters folded in."""
         self.actor: LocalTrainer = site.roles["actor"]
         self.engine: ReplicaEngine = site.roles["engine"]
-        self.source = WeightSource(self.actor.parameters, self.actor.model.device)
+        self.source = weight_source(site, fold)
 
     def push(self, check: bool) -> tuple[Sums, Seq[int | None]]:
         """The engine holds the actor's weights when this returns: the checksums of both, if asked to ``check``."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,8 @@ from tandem.assembly.sections import (
 )
 from tandem.engines.live.engine import StaleCache
 from tandem.errors import UserError
+from tandem.models.adapter_folder import adapter_folder, base_of
+from tandem.models.adapters import AdapterParams
 from tandem.models.limits import layers_of, read_config
 from tandem.models.loading import pick_device
 from tandem.models.shrunk import furthest_limit
@@ -37,7 +39,7 @@ from tandem.workers.engines import EngineGroup, RestartingOnce
 from tandem.workers.group import WorkerGroup
 from tandem.workers.homes import Aside, Here
 from tandem.workers.launched import launched
-from tandem.workers.process import Site
+from tandem.workers.process import Build, Site
 
 HOST_THREADS = 4
 """Of this process where it computes on a GPU, unless OMP_NUM_THREADS says otherwise."""
@@ -67,9 +69,19 @@ class Homes:
         cluster: ClusterSection,
         engine: EngineSection,
         roles: list[str],
+        *,
+        adapters: AdapterParams | None = None,
+        fold: bool = False,
     ) -> None:
-        """``roles`` are those that the run has (``actor``, and ``critic``, ``reference``, ``reward``, ``engine``)."""
+        """``roles`` are those that the run has (``actor``, and ``critic``, ``reference``, ``reward``, ``engine``).
+
+        ``adapters`` are what the actor trains in place of its model; ``fold``: engines sample with them folded in.
+        """
         self.model, self.placement, self.section, self.engine = model, placement, cluster, engine
+        self.fold = fold
+        # An engine that is fed whole models begins with the base.
+        self.fed = model if adapters is None or not fold else replace(model, model=base_of(model.model))
+        self.fed_adapters = None if fold else adapters
         self.roles = roles
         self.homes: dict[str, Home] = {}
         self.cluster: Cluster | None = None
@@ -119,6 +131,14 @@ class Homes:
             raise UserError(
                 "torchrun: this command starts workers itself; run it once, without torchrun, with --placement.actor N"
             )
+        if self.engine.kind == "vllm" and "engine" in self.roles:
+            if self.fed_adapters is not None:
+                raise UserError("engine.kind: vLLM is fed whole models; add --lora.fold, or take --engine.kind live")
+            if "actor" not in self.roles and adapter_folder(self.model.model) is not None:
+                raise UserError(
+                    f"model: {self.model.model} is a folder of adapters, and vLLM takes whole models here; write one "
+                    f"with 'tandem export --model {self.model.model} --out FOLDER'"
+                )
         if self.model.offload == "parameters" and self.placement.is_here("actor"):
             raise UserError("offload: parameters can leave the device in worker processes only: --placement.actor 1")
         for role in self.roles:
@@ -238,13 +258,7 @@ class Homes:
             group = self._group("engine", self.placement.workers("engine"), joined=False, concurrency=CALLS_AT_A_TIME)
             engines = group.place(
                 "engine",
-                partial(
-                    replica_engine,
-                    section=self.model,
-                    sampling=sampling,
-                    engine=self.engine,
-                    stale_cache=stale_cache,
-                ),
+                self._replica(sampling, stale_cache),
             )
             link = self._link(engines, vocabulary)
             about = f"live, {group.size} of its own, fed over {link.transport}"
@@ -284,37 +298,50 @@ class Homes:
         # One that is started again loads the folder again, and needs no push.
         return RestartingOnce(engines, engines, lambda: None) if vllm else engines
 
+    def _replica(self, sampling: DrawsSection, stale_cache: StaleCache) -> Build:
+        """What makes a live engine with weights of its own, which are fed."""
+        return partial(
+            replica_engine,
+            section=self.fed,
+            sampling=sampling,
+            engine=self.engine,
+            stale_cache=stale_cache,
+            adapters=self.fed_adapters,
+        )
+
     def _live_beside_actor(
         self, sampling: SamplingSection, vocabulary: int, stale_cache: StaleCache, settling: bool
     ) -> WiredEngine:
         home = self.of("actor")
         build = partial(live_engine, sampling=sampling, engine=self.engine, stale_cache=stale_cache)
-        if isinstance(home, Here):
+        if isinstance(home, Here) and not self.fold:
             home.place("engine", build)
             engine: Engine = home.site.roles["engine"]
             return WiredEngine(engine=engine, push=lambda step: {}, about="live, on the actor's own weights")
-        assert isinstance(home, WorkerGroup)
-        if home.size == 1 and self.model.offload != "parameters":
+        count = len(home.places)
+        if isinstance(home, WorkerGroup) and count == 1 and self.model.offload != "parameters" and not self.fold:
             home.place("engine", build)
             return WiredEngine(
                 engine=EngineGroup(home, alone=False),
                 push=lambda step: {},
                 about="live, on the actor's own weights",
             )
-        engines = home.place(
-            "engine",
-            partial(replica_engine, section=self.model, sampling=sampling, engine=self.engine, stale_cache=stale_cache),
-        )
+        engines = home.place("engine", self._replica(sampling, stale_cache))
         check = TruthCheck(
             Seat(home, "actor"),
             engines,
-            count=home.size,
+            count=count,
             dtype=self.model.dtype,
             vocabulary=vocabulary,
             layers=layers_of(read_config(self.model.model, self.model.trust_remote_code)),
         )
-        push = FillPush(home.place("replicas", Replicas), check if self.engine.check_weights else None)
-        about = f"live, in each of the actor's {home.size} processes, on gathered weights"
+        replicas = home.place("replicas", partial(Replicas, fold=self.fold))
+        push = FillPush(replicas, check if self.engine.check_weights else None)
+        if isinstance(home, Here):
+            about = "live, on a copy with the adapters folded in"
+            return WiredEngine(engine=home.site.roles["engine"], push=push, about=about)
+        assert isinstance(home, WorkerGroup)
+        about = f"live, in each of the actor's {count} processes, on gathered weights"
         several = EngineGroup(home, alone=False)
         return WiredEngine(engine=several, push=several.settled(push) if settling else push, about=about)
 
@@ -346,7 +373,7 @@ class Homes:
         say("starting vLLM")
         engines = group.place(
             "engine",
-            partial(vllm_engine, section=self.model, sampling=sampling, engine=self.engine, seed=seed, shared=shared),
+            partial(vllm_engine, section=self.fed, sampling=sampling, engine=self.engine, seed=seed, shared=shared),
         )
         push = self._link(engines, vocabulary)
         about = f"vllm, {count} x {tensor_parallel}, {'shared' if shared else 'split'}, fed over {push.transport}"
@@ -373,7 +400,7 @@ class Homes:
             self.stack.callback(sender.close)
         config = read_config(self.model.model, self.model.trust_remote_code)
         push = WeightPush(
-            sender.place("source", weight_source),
+            sender.place("source", partial(weight_source, fold=self.fold)),
             Seat(actor, "actor"),
             engines,
             PushParams(

@@ -10,7 +10,15 @@ from typing import Protocol
 
 from tandem.assembly.configs import RowsConfig, RunConfig, SamplesConfig
 from tandem.assembly.feeds import Feed, RowsFeed, SamplesFeed, check_sampling
-from tandem.assembly.models import builds, heads, introduce, require_adapters, require_balance, require_optimizer
+from tandem.assembly.models import (
+    adapter_params,
+    builds,
+    heads,
+    introduce,
+    require_adapters,
+    require_balance,
+    require_optimizer,
+)
 from tandem.assembly.placing import Homes
 from tandem.assembly.plans import print_plan
 from tandem.assembly.refresh import refresh_of
@@ -64,7 +72,16 @@ def _run(config: RunConfig, stack: ExitStack, ranks: Ranks | None) -> Path | Non
     if isinstance(config, SamplesConfig) and config.sampler is not None:
         check_sampling(config)
         roles.append("engine")
-    homes = Homes(config.model, config.placement, config.cluster, config.sampler or EngineSection(), roles)
+    adapters = adapter_params(config, "actor") if config.lora.on else None
+    homes = Homes(
+        config.model,
+        config.placement,
+        config.cluster,
+        config.sampler or EngineSection(),
+        roles,
+        adapters=adapters,
+        fold=config.lora.fold,
+    )
     if ranks is None:
         homes.check()
     feed = _feed(config)

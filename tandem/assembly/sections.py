@@ -283,6 +283,9 @@ class LoraSection:
     """Train each row's length apart from its direction (DoRA, arXiv:2402.09353). Sampling and training are slower."""
     rslora: bool = field(default=False, metadata=needs(("lora.rank",)))
     """Scale by alpha / sqrt(rank), so that large ranks learn as fast as small ones (arXiv:2312.03732)."""
+    fold: bool = field(default=False, metadata=needs(("lora.rank",), ("part", "samples")))
+    """Sample from a copy of the model with the adapters folded in, made anew when they have changed: it decodes faster
+    and is one model more in memory. False: they stay apart, and alone travel to engines with weights of their own."""
     dropout: float = 0.0
     """Only 0: with dropout in the adapters the trainer would not compute what the sampler does."""
 

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from tandem.kernels import bits
 from tandem.parallel.sharding import local, rows_of
-from tandem.sync.plan import Plan
+from tandem.sync.plan import Plan, standing
 
 MODULUS = 1 << 32
 Sums = dict[str, int]
@@ -115,8 +115,9 @@ class ParameterSums:
         self.parameters, self.plan, self.device = parameters, plan, device
         self.slots = {spec.name: slot for slot, spec in enumerate(plan.tensors)}
         # A name that is not among the parameters is refused by what loads it.
-        self.ordered = [parameters[name] for name in self.slots if name in parameters]
-        self.sharded = [name for name in self.slots if isinstance(parameters.get(name), DTensor)]
+        self.there = standing(parameters)
+        self.ordered = [self.there[name] for name in self.slots if name in self.there]
+        self.sharded = [name for name in self.slots if isinstance(self.there.get(name), DTensor)]
         self.tally = RunningSums(len(self.slots), device, self._jobs, lambda: [local(p) for p in self.ordered], overlap)
 
     def result(self) -> Sums:
@@ -125,7 +126,7 @@ class ParameterSums:
             self.tally.join()
             index = torch.tensor([self.slots[name] for name in self.sharded], device=self.device)
             total = self.tally.total_N[index].long()
-            mesh = self.parameters[self.sharded[0]].device_mesh  # type: ignore[attr-defined]
+            mesh = self.there[self.sharded[0]].device_mesh  # type: ignore[attr-defined]
             dist.all_reduce(total, group=mesh.get_group())
             self.tally.total_N[index] = total.int()
         return dict(zip(self.slots, self.tally.result(), strict=True))

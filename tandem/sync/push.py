@@ -44,7 +44,11 @@ class WeightPush:
     def __init__(self, source: Seat, trainer: Seat | None, engines: Seat, params: PushParams) -> None:
         self.source, self.engines, self.params = source, engines, params
         self.plan: Plan = source.call("plan", params.dtype)
+        self.wholly, self.moving = self.plan, source.call("moving_plan", params.dtype)
+        """What the first push over new links consists of, and what those after it do, where that is not all."""
         self.version = 0
+        self.pushed = False
+        """Whether anything has gone over the links that there are."""
         self.check = TruthCheck(
             trainer,
             engines,
@@ -57,6 +61,10 @@ class WeightPush:
 
     def connect(self) -> None:
         """Makes all links anew. Raises UserError where devices cannot be linked."""
+        self._connect(self.wholly)
+
+    def _connect(self, plan: Plan) -> None:
+        self.plan, self.pushed = plan, False
         transport, receivers = self._pair()
         links = [self._link(transport, rank, mine) if mine else None for rank, mine in enumerate(receivers)]
         ports = self.source.submit_each("listen", [(link, self.plan) for link in links]).result()
@@ -92,9 +100,13 @@ class WeightPush:
         """The push and its checksums. ``prove`` is left to do once the engines can compute."""
         start = time.perf_counter()
         self.version = version
+        if self.moving is not None and self.pushed and self.plan != self.moving:
+            # The base has arrived. From now on less travels.
+            self._connect(self.moving)
         check = self.params.check
         sums, found = self._both(("send", (check,)), ("receive", [(version, check)] * self._engines))
         pushed = time.perf_counter()
+        self.pushed = True
         if check:
             self.check.compare(version, sums, found)
         return {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -11,23 +11,36 @@ from tandem.parallel.gather import Gatherer
 from tandem.parallel.sharding import local
 from tandem.sync.checksum import ParameterSums, Sums
 from tandem.sync.links import Link
-from tandem.sync.plan import Plan, plan_of
+from tandem.sync.plan import Plan, plan_of, standing
 from tandem.sync.sender import Sender
 
 
 class WeightSource:
-    """Parameters, sharded or not, ready to be pushed. All ranks of a trainer make the same calls."""
+    """Parameters, sharded or not, ready to be pushed. All ranks of a trainer make the same calls.
 
-    def __init__(self, parameters: Mapping[str, Tensor], device: torch.device) -> None:
+    ``moving`` are the names of those that change; None: all.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, Tensor], device: torch.device, *, moving: Collection[str] | None = None
+    ) -> None:
         self.parameters = parameters
+        self.moving = moving
         self.gatherer = Gatherer(self.parameters, device)
         self.sender: Sender | None = None
         self.truth: ParameterSums | None = None
         self.aside: list[Tensor] = []
+        self.filled = False
 
     def plan(self, dtype: str | None = None) -> Plan:
-        """What a push consists of, floating tensors as ``dtype`` (None: as they are)."""
-        return plan_of(self.parameters.items(), getattr(torch, dtype) if dtype else None)
+        """What a first push consists of, floating tensors as ``dtype`` (None: as they are)."""
+        return plan_of(standing(self.parameters).items(), getattr(torch, dtype) if dtype else None)
+
+    def moving_plan(self, dtype: str) -> Plan | None:
+        """What later ones consist of, where that is not all."""
+        if self.moving is None:
+            return None
+        return plan_of(((name, self.parameters[name]) for name in self.moving), getattr(torch, dtype))
 
     def listen(self, link: Link | None, plan: Plan) -> int:
         """Opens this rank's end, where it has receivers of its own (``link``). Returns its port, else 0."""
@@ -47,9 +60,13 @@ class WeightSource:
         return self.sender.send(self._truth(self.sender.plan, link is None or link.overlaps) if check else None)
 
     def fill(self, targets: Mapping[str, Tensor], check: bool = False) -> Sums:
-        """Writes all weights into tensors of this process, a layer's worth at a time. Returns what ``send`` does."""
+        """Writes all weights into tensors of this process, a layer's worth at a time, and of what moves alone from the
+        second time on. Returns what ``send`` does, of all."""
         plan = plan_of((name, tensor) for name, tensor in targets.items())
-        for bucket in plan.buckets:
+        partly = self.filled and self.moving is not None
+        now = plan_of((name, targets[name]) for name in self.moving) if partly and self.moving else plan
+        self.filled = True
+        for bucket in now.buckets:
             self.gatherer.fill([(spec.name, targets[spec.name]) for spec in bucket])
         return self._truth(plan, overlap=False).now() if check else {}
 

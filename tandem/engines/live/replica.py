@@ -96,6 +96,8 @@ class ReplicaEngine:
     def connect(self, links: Seq[Link]) -> None:
         """Connects to the trainer that will push."""
         (link,) = links
+        if self.receiver is not None:
+            self.receiver.close()
         self.receiver = Receiver(link, self.model.device)
         self.sums = ParameterSums(self.parameters, link.plan, self.model.device, link.overlaps)
 

@@ -1,0 +1,110 @@
+"""Adapters reach an engine with weights of its own, apart or folded in; one that did not is found at the first push."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.models import make_module, make_tokenizer
+
+from tandem.assembly.models import Replicas
+from tandem.batch import TokenLoss
+from tandem.data.packing import pack, stamp
+from tandem.engines.live.replica import ReplicaEngine
+from tandem.models.adapters import AdapterParams
+from tandem.models.loading import load_causal
+from tandem.parallel.world import World
+from tandem.sync.check import TruthCheck, WeightMismatch
+from tandem.sync.push import FillPush
+from tandem.training.optim import OptimParams
+from tandem.training.trainer import LocalTrainer
+from tandem.types import Sequence
+from tandem.workers.homes import Here
+from tandem.workers.process import Site
+
+pytest.importorskip("peft")
+ROWS = [[5, 9, 13, 2, 7], [8, 3, 22]]
+PARAMS = AdapterParams(rank=4)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    make_module("llama").save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def loss(out, batch):
+    return TokenLoss(loss_T=-out.logp_T * batch.trainable_T, metrics_T={})
+
+
+def wired(base, fold):
+    """A trainer that has taken steps, an engine, and the push between them."""
+    home = Here(Site(World()))
+    model = load_causal(base, adapters=PARAMS, device="cpu")
+    trainer = LocalTrainer(model, loss, OptimParams(learning_rate=3e-2, total_steps=9), token_budget=50)
+    actor = home.place("actor", lambda site: trainer)
+    train(trainer)
+    engine = ReplicaEngine(load_causal(base, adapters=None if fold else PARAMS, device="cpu"), way="slots")
+    engines = home.place("engine", lambda site: engine)
+    check = TruthCheck(actor, engines, count=1, dtype="float32", vocabulary=60)
+    return trainer, engine, FillPush(home.place("replicas", lambda site: Replicas(site, fold=fold)), check)
+
+
+def train(trainer):
+    rows = [Sequence(token_ids=ids, trainable=[False] + [True] * (len(ids) - 1)) for ids in ROWS]
+    for _ in range(2):
+        trainer.forward_backward(stamp(pack(rows), "token"))
+        trainer.optim_step()
+
+
+def gap(trainer, engine):
+    pairs = zip(trainer.logprobs(ROWS), engine.logprobs(ROWS), strict=True)
+    return max(abs(a - b) for one, two in pairs for a, b in zip(one, two, strict=True))
+
+
+@pytest.mark.parametrize("fold", [False, True])
+def test_what_the_engine_holds_is_the_trainers_after_every_push(base, fold):
+    trainer, engine, push = wired(base, fold)
+    for step in range(3):
+        assert gap(trainer, engine) > 0.01
+        push(step)
+        assert gap(trainer, engine) < 1e-5
+        train(trainer)
+
+
+@pytest.mark.parametrize("fold", [False, True])
+@pytest.mark.parametrize("side", ["sender", "engine"])
+def test_a_stale_adapter_is_caught_at_the_first_push(base, monkeypatch, fold, side):
+    _trainer, engine, push = wired(base, fold)
+    name = "model.layers.1.mlp.up_proj." + ("weight" if fold else "lora_B.default.weight")
+    source = push.replicas.home.site.roles["replicas"].source
+    fill, load = source.gatherer.fill, engine.checksums
+
+    def forgetting(wanted):
+        fill([(n, t) for n, t in wanted if n != name])
+
+    def stale():
+        with torch.no_grad():
+            engine.parameters[name].mul_(0.5)
+        return load()
+
+    if side == "sender":
+        monkeypatch.setattr(source.gatherer, "fill", forgetting)
+    else:
+        monkeypatch.setattr(engine, "checksums", stale)
+    with pytest.raises(WeightMismatch, match=name):
+        push(0)
+
+
+def test_the_base_travels_once(base):
+    trainer, _, push = wired(base, fold=False)
+    source = push.replicas.home.site.roles["replicas"].source
+    moved, fill = [], source.gatherer.fill
+    source.gatherer.fill = lambda wanted: (moved.append({n for n, _ in wanted}), fill(wanted))
+    push(0)
+    assert set.union(*moved) == set(trainer.parameters)
+    moved.clear()
+    push(1)
+    assert set.union(*moved) == set(trainer.policy.trained)
+    assert {spec.name for spec in source.moving_plan("float32").tensors} == set(trainer.policy.trained)
