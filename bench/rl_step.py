@@ -17,6 +17,8 @@ and with --trl-weights bfloat16 (default on a GPU: its fastest, and less exact, 
 under autocast; on a GPU with liger-kernel's layers, if they are installed (--no-trl-liger: without). Its vLLM is
 colocated, awake all the time, with CUDA graphs, without detokenizing. Rewards see text.
 
+With --lora both train adapters of that rank on all linear layers (alpha 32, no dropout), TRL through peft.
+
 "peak GB" is what torch allocated at most in the process, "GPU used" what nvidia-smi saw. --profile adds two steps
 to Tandem's that do not count, and traces from one reward to the next: a step's training and the next one's sampling.
 """
@@ -108,6 +110,8 @@ def tandem(options: argparse.Namespace, record: Record) -> None:
             "engine.max-length": options.prompt_tokens + options.new_tokens + 1, "rollouts-logged": 0,
         }  # fmt: skip
         argv = [sys.executable, "-m", "tandem", "grpo", *(x for k, v in flags.items() for x in (f"--{k}", str(v)))]
+        if options.lora:
+            argv += ["--lora.rank", str(options.lora)]
         argv += shlex.split(options.tandem_flags)
         trace = {"BENCH_TRACE": str(options.profile.resolve())} if options.profile else {}
         start = time.perf_counter()
@@ -183,7 +187,16 @@ def trl(options: argparse.Namespace, record: Record, *, with_vllm: bool) -> None
         prepare(options, folder)
         rows = load_dataset("json", data_files=str(folder / "prompts.jsonl"), split="train", cache_dir=name)
         config = trl_config(options, folder, with_vllm)
-        trainer = GRPOTrainer(str(folder / "model"), [spread], config, train_dataset=rows, callbacks=[clock])
+        adapters = None
+        if options.lora:
+            from peft import LoraConfig
+
+            adapters = LoraConfig(
+                r=options.lora, lora_alpha=32, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM"
+            )
+        trainer = GRPOTrainer(
+            str(folder / "model"), [spread], config, train_dataset=rows, callbacks=[clock], peft_config=adapters
+        )
         peak_gb(options.device)
         trainer.train()
     every = [end - start for start, end in zip(clock.ends, clock.ends[1:], strict=False)]
@@ -246,6 +259,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--skip", type=int, default=2, help="steps that do not count")
     parser.add_argument("--token-budget", type=int, default=16384, help="Tandem: tokens of a micro-batch")
     parser.add_argument("--slots", type=int, help="Tandem: completions decoded at once; default all")
+    parser.add_argument("--lora", type=int, default=0, help="both train adapters of this rank on all linear layers")
     parser.add_argument("--tandem-flags", default="", help="more of Tandem's own, as one word")
     parser.add_argument("--trl-batch", type=int, default=64, help="TRL: completions of a micro-batch")
     add_trl_options(parser)

@@ -40,6 +40,10 @@ PATH = {"path": True}
 MAY_CHANGE = {"may_change": lambda config: ""}
 """Metadata of a key that a resumed run may have another value of, since nothing that is computed depends on it."""
 
+UNWRITTEN = {"__module__": "tandem.version"}
+"""Of a class that is made for tyro, which looks for the help of its keys in the file of its module, though it has been
+given: in a short one that is done at once."""
+
 _TYPES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", Path: "a path"}
 _CHOICES = {bool: {"true": True, "True": True, "yes": True, "false": False, "False": False, "no": False}}
 _INFINITIES = {".inf": "inf", "-.inf": "-inf"}
@@ -400,7 +404,7 @@ def for_tyro(cls: Any) -> Any:
             default = _default(f)
         hint = hint if f.metadata.get("prefixed") else Annotated[hint, tyro.conf.OmitArgPrefixes]
         marked.append((f.name, hint, _defaulting(default)))
-    return make_dataclass(cls.__name__, marked, kw_only=True, frozen=True)
+    return make_dataclass(cls.__name__, marked, namespace=UNWRITTEN, kw_only=True, frozen=True)
 
 
 def _helped(cls: Any, default: Any) -> tuple[Any, Any]:
@@ -416,7 +420,9 @@ def _helped(cls: Any, default: Any) -> tuple[Any, Any]:
         else:
             hint = Annotated[hint, tyro.conf.arg(help=" ".join(docs[f.name].split()))]
         keys.append((f.name, hint, _defaulting(value)))
-    helped = make_dataclass(cls.__name__, keys, namespace={"__doc__": cls.__doc__}, kw_only=True, frozen=True)
+    helped = make_dataclass(
+        cls.__name__, keys, namespace={"__doc__": cls.__doc__} | UNWRITTEN, kw_only=True, frozen=True
+    )
     return helped, MISSING if default is MISSING else helped()
 
 

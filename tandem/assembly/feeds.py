@@ -41,7 +41,7 @@ from tandem.runs.identity import Inputs
 from tandem.runs.progress import Progress, say
 from tandem.schedules.buffer import Buffer
 from tandem.schedules.session import Evaluate
-from tandem.types import Limits, Prompt
+from tandem.types import Limits, Prompt, Sequence
 
 PART = re.compile("/reward/")
 """In the name of a held-out metric that is a part of a reward."""
@@ -70,6 +70,11 @@ class Feed(Protocol):
     planned: int
     """The length that its learning rate follows, and what else falls or begins with its steps."""
     inputs: Inputs
+
+    @property
+    def bits(self) -> float:
+        """About how much there is to learn in the run's items: 1 bit a trained token, pair, label or sample."""
+        ...
 
     @property
     def order(self) -> Order | InTurn | Recorded:
@@ -136,6 +141,11 @@ class RowsFeed:
         self.inputs = digest_inputs(
             by_key(self.rows, held_out), models=config.sources, template=config.data.chat_template
         )
+
+    @property
+    def bits(self) -> float:
+        rows = self.examples
+        return float(sum(sum(row.trainable) if isinstance(row, Sequence) else 1 for row in rows))
 
     def uses(self, homes: Homes) -> dict[str, str]:
         config = self.config
@@ -226,6 +236,11 @@ class SamplesFeed:
             section.goals.require(full for name in self.held_out for full in named(name, measured))
         for name, source in section.sets.items():
             require_columns(self.eval_rewards or self.functions, self.held_out[name], source)
+
+    @property
+    def bits(self) -> float:
+        sampling = self.config.sampling
+        return float(self.steps * sampling.prompts_per_step * sampling.samples_per_prompt)
 
     def uses(self, homes: Homes) -> dict[str, str]:
         config = self.config

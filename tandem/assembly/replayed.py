@@ -52,6 +52,11 @@ class ReplayFeed:
     def check(self) -> None:
         return None
 
+    @property
+    def bits(self) -> float:
+        sampling = self.config.sampling
+        return float(self.steps * sampling.prompts_per_step * sampling.samples_per_prompt)
+
     def uses(self, homes: Homes) -> dict[str, str]:
         record = self.record
         return {

@@ -39,6 +39,9 @@ from tandem.workers.launched import launched
 from tandem.workers.process import Build
 from tandem.workers.torchrun import Ranks, joined
 
+BITS_HELD = 2.0
+"""What a trained number can hold, in bits (Allen-Zhu and Li, arXiv:2404.05405)."""
+
 
 class Places(Protocol):
     """Where models can be put."""
@@ -100,6 +103,8 @@ def _run(config: RunConfig, stack: ExitStack, ranks: Ranks | None) -> Path | Non
     idle = feed.recall()
     homes.roles = [role for role in homes.roles if role not in idle]
     models = _models(config, feed.planned, stack.enter_context(homes) if ranks is None else ranks, idle)
+    if config.lora.on and (line := too_small(models["actor"].call("trained_numbers"), feed.bits)):
+        say(line)
     trainers = {role: models[role] for role in config.method.losses()}
     fed = feed.start(models, homes)
     crew = Crew(
@@ -125,6 +130,16 @@ def _run(config: RunConfig, stack: ExitStack, ranks: Ranks | None) -> Path | Non
     ).run(crew, started)
     feed.conclude(models, started.progress)
     return started.finish()
+
+
+def too_small(numbers: int, bits: float) -> str:
+    """Says so where adapters can hold far less than the data have to say; nothing where they can."""
+    if bits <= 2 * BITS_HELD * numbers:
+        return ""
+    return (
+        f"lora.rank: the adapters hold about {BITS_HELD:g} x {numbers / 1e6:.3g}M bits and the data say about "
+        f"{bits / 1e6:.3g}M, 1 for each trained token: far more; a larger rank, or the whole model, may learn more"
+    )
 
 
 def _feed(config: RunConfig) -> Feed:

@@ -61,6 +61,10 @@ class TextFeed:
             "data": {k: v for key, one in of_data.items() for k, v in digest_corpus(key, one).items()},
         }
 
+    @property
+    def bits(self) -> float:
+        return float(self.steps * self.config.rows.batch_size * (self.length - 1))
+
     def uses(self, homes: Homes) -> dict[str, str]:
         batch = self.config.rows.batch_size
         size = f"{self.corpus.bytes / 1e6:.3g} MB" if self.corpus.bytes else "a dataset"

@@ -397,6 +397,10 @@ class LocalTrainer(LocalScorer):
         self._version = state["version"]
         self._changed()
 
+    def trained_numbers(self) -> int:
+        """How many numbers are trained."""
+        return sum(weight.numel() for weight in self.weights.values())
+
     def whole_weights(self) -> dict[str, Tensor]:
         """The float32 weights by name, whole, on rank 0's CPU; None elsewhere."""
         return whole(self.weights, keep=self.world.rank == 0)
