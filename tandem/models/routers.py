@@ -59,6 +59,11 @@ def routers_of(module: Any) -> list[nn.Module]:
     return [part for part in module.modules() if isinstance(part, kind) and hasattr(part, "weight")]
 
 
+def has_experts(module: Any) -> bool:
+    """Whether some of its layers pick experts for each token, of any class whose experts transformers can replace."""
+    return any(hasattr(part, "num_experts") for part in module.modules())
+
+
 def in_float32(router: nn.Module) -> None:
     """From its next call on a router of a model in lower precision computes in float32, from the same parameters.
 

@@ -68,6 +68,8 @@ class Fitting:
             if reason:
                 raise Unlike(reason)
             log.warning("%s: sampled with its own forward (slower): %s", type(module).__name__, self.own_because)
+        if reason := near.why_not_captured(self.forward, self.shape):
+            raise Unlike(reason)
         # Only now: what is compared above is how it computes, not what 8 bits lose.
         self.shape = replace(self.shape, eight_bit=eight_bit)
 
