@@ -163,11 +163,15 @@ class RunConfig:
     @property
     def notes(self) -> list[str]:
         """What a person should know of its settings, a line each."""
-        rate = self.method.learning_rate
-        if not self.lora.on or self.optim.learning_rate != adapter_rate(rate):
-            return []
+        rates = {"": (self.method.learning_rate, self.optim.learning_rate)} | {
+            f" of the {need.role}": (need.learning_rate, self.models.learning_rate(need.role))
+            for need in self.method.needs()
+            if need.trained
+        }
         return [
-            f"adapters: learning rate {adapter_rate(rate):g}, {FULL_TUNING:g} x {rate:g}, which is the whole model's"
+            f"adapters{whose}: learning rate {now:g}, {FULL_TUNING:g} x {whole:g}, which is the whole model's"
+            for whose, (whole, now) in rates.items()
+            if self.lora.on and now == adapter_rate(whole)
         ]
 
     @property

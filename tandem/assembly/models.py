@@ -291,8 +291,12 @@ def vllm_engine(
     seed: int,
     shared: bool,
     own_process: bool = True,
+    tokenizer: str | None = None,
 ) -> SleepingEngine:
-    """vLLM in this process, on its devices. ``own_process``: this process is there for nothing else."""
+    """vLLM in this process, on its devices. ``own_process``: this process is there for nothing else.
+
+    ``tokenizer``: where that lies, if not with the model.
+    """
     # Imported here, where it is known to be wanted: it takes seconds, and not every machine has it.
     from tandem.engines.vllm.engine import VLLMEngine
 
@@ -311,6 +315,7 @@ def vllm_engine(
         sleep=shared and on_gpu and engine.sleep,
         arguments=engine.vllm_arguments,
         own_process=own_process,
+        tokenizer=tokenizer,
     )
 
 

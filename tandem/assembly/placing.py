@@ -25,6 +25,7 @@ from tandem.engines.live.engine import StaleCache
 from tandem.errors import UserError
 from tandem.models.adapter_folder import adapter_folder, base_of
 from tandem.models.adapters import AdapterParams
+from tandem.models.folder import with_tokenizer
 from tandem.models.limits import layers_of, read_config
 from tandem.models.loading import pick_device
 from tandem.models.shrunk import furthest_limit
@@ -79,8 +80,6 @@ class Homes:
         """
         self.model, self.placement, self.section, self.engine = model, placement, cluster, engine
         self.fold = fold
-        # An engine that is fed whole models begins with the base.
-        self.fed = model if adapters is None or not fold else replace(model, model=base_of(model.model))
         self.fed_adapters = None if fold else adapters
         self.roles = roles
         self.homes: dict[str, Home] = {}
@@ -302,7 +301,7 @@ class Homes:
         """What makes a live engine with weights of its own, which are fed."""
         return partial(
             replica_engine,
-            section=self.fed,
+            section=self.model,
             sampling=sampling,
             engine=self.engine,
             stale_cache=stale_cache,
@@ -373,7 +372,16 @@ class Homes:
         say("starting vLLM")
         engines = group.place(
             "engine",
-            partial(vllm_engine, section=self.fed, sampling=sampling, engine=self.engine, seed=seed, shared=shared),
+            partial(
+                vllm_engine,
+                # It reads whole models, and is fed others.
+                section=replace(self.model, model=base_of(self.model.model)),
+                sampling=sampling,
+                engine=self.engine,
+                seed=seed,
+                shared=shared,
+                tokenizer=with_tokenizer(self.model.model),
+            ),
         )
         push = self._link(engines, vocabulary)
         about = f"vllm, {count} x {tensor_parallel}, {'shared' if shared else 'split'}, fed over {push.transport}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import warnings
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
@@ -165,12 +166,31 @@ def _put(peft: Any, module: Any, config: Any, base: str, *, fresh: bool) -> Adap
         peft.inject_adapter_in_model(config, module, adapter_name=NAME)
     except ValueError as error:
         raise UserError(f"lora.targets: {first_line(error)}") from None
+    _require_plain(module, base)
     if scalar:
         config.modules_to_save = [*HEADS]
         for head in HEADS:
             getattr(module, head).requires_grad_(True)
     module.eval()
     return Adapters(module=module, config=config, base=named, base_sum=base_sum, fresh=fresh)
+
+
+def _require_plain(module: Any, base: str) -> None:
+    """Raises UserError, naming a layer, for adapters that compute other things than ``put_adapters`` says.
+
+    The head's would not be in log-probs, and what folds or fuses them knows of no others.
+    """
+    heads = {id(module.get_output_embeddings())} | {id(getattr(module, head, None)) for head in HEADS}
+    for name, layer in adapted(module).items():
+        variant = getattr(layer, "lora_variant", {}).get(NAME)
+        linear = isinstance(layer.get_base_layer(), nn.Linear) and id(layer) not in heads
+        known = variant is None or type(variant).__name__ == "DoraLinearVariant"
+        if not (linear and known and NAME in layer.lora_A and layer.lora_B[NAME].bias is None):
+            raise UserError(
+                f"adapters on {base}: those of {name} are more than a pair of matrices on a linear layer below the "
+                "head (lora_bias, aLoRA, an embedding, a head or a Conv1D), which Tandem does not train on; merge them "
+                "into their base with peft, and put new ones on that"
+            )
 
 
 def _is_scalar(module: Any) -> bool:
@@ -181,8 +201,15 @@ def merge_folder(module: Any, folder: str) -> Any:
     """The module with the adapters of a folder added to its weights. Raises UserError where they are not its own."""
     peft = require_peft()
     try:
-        found = peft.PeftModel.from_pretrained(module, folder).merge_and_unload(safe_merge=True)
-    except (ValueError, KeyError, RuntimeError, OSError, TypeError) as error:
+        config = peft.LoraConfig.from_pretrained(folder)
+        if _is_scalar(module) and config.task_type == "CAUSAL_LM":
+            # A critic begins with a policy's, and peft asks what they are for for what a language model has.
+            config.task_type = None
+        with warnings.catch_warnings():
+            # Those that the folder lacks would add nothing.
+            warnings.filterwarnings("error", "Found missing adapter keys")
+            found = peft.PeftModel.from_pretrained(module, folder, config=config).merge_and_unload(safe_merge=True)
+    except (ValueError, KeyError, RuntimeError, OSError, TypeError, UserWarning) as error:
         raise UserError(f"{folder}: its adapters are not of its base: {first_line(error)}") from None
     return found.eval()
 

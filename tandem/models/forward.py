@@ -117,6 +117,10 @@ class LoadedModel:
         for parameter in self.module.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)
+        self.route_in_float32(dtype)
+
+    def route_in_float32(self, dtype: torch.dtype) -> None:
+        """Where the model computes in ``dtype``, in less, its routers do not."""
         for router in routers_of(self.module) if dtype != torch.float32 else []:
             in_float32(router)
 
@@ -128,6 +132,7 @@ class LoadedModel:
     def shard(self, world: World, *, keep_gathered: bool = False, offload: bool = False) -> None:
         """Splits the parameters over the world's ranks (``tandem.parallel.sharding.shard``), in float32."""
         self.sharded = Sharded(self, world.device)
+        self.route_in_float32(self.torch_dtype)
         if self.adapters is not None:
             # Slices of what no step changes need no more bits than what is computed with.
             for parameter in self.module.parameters():

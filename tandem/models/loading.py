@@ -139,9 +139,10 @@ def _prepare_loaded(
     # On its device, where a look at every number takes the least time, and before a probe that NaN would fail.
     module.to(pick_device(device))
     folder = adapter_folder(source)
+    base = base_of(str(source))
     if folder is not None and (adapters is None or adapters.folder != str(source)):
-        module = merge_folder(module, str(folder.folder))
-    put = None if adapters is None else put_adapters(module, adapters, base_of(str(source)))
+        module, base = merge_folder(module, str(folder.folder)), str(source)
+    put = None if adapters is None else put_adapters(module, adapters, base)
     require_finite(module, source)
     model = prepare_module(module, tokenizer, dtype=dtype, device=device)
     model.adapters = put

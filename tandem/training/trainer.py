@@ -301,6 +301,7 @@ class LocalTrainer(LocalScorer):
                 self.world, keep_gathered=self.memory.keep_gathered, offload=self.memory.offload == "parameters"
             )
             dtype = torch.float32
+        self.model.route_in_float32(self.model.torch_dtype)
         self.masters = Masters(module, dtype)
         if self.model.split_head:
             self.model.head_gradient = self.masters.gradient_of(module.get_output_embeddings().weight)

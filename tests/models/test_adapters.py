@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from helpers.models import make_module, make_tokenizer
+from safetensors.torch import load_file, save_file
 
 from tandem.assembly.configs import config_class
 from tandem.batch import TokenLoss
@@ -14,6 +15,7 @@ from tandem.config import load_config
 from tandem.data.packing import pack, stamp
 from tandem.errors import UserError
 from tandem.models.adapters import AdapterParams, adapted
+from tandem.models.forward import hidden_states
 from tandem.models.loading import load_causal, load_scalar
 from tandem.training.optim import OptimParams
 from tandem.training.trainer import LocalScorer, LocalTrainer
@@ -168,6 +170,24 @@ def test_a_scalar_head_is_trained_whole_and_goes_along(base, tmp_path):
         load_causal(tmp_path, device="cpu")
 
 
+def test_a_critic_begins_with_a_policys_adapters_merged_beneath_its_own(base, tmp_path):
+    policy = trainer_of(base, AdapterParams(rank=4))
+    train(policy)
+    policy.export(tmp_path)
+    critic = load_scalar(tmp_path, new_head="zero", device="cpu", adapters=AdapterParams(rank=2))
+    found, wanted = (hidden_states(model, batch_of_rows()) for model in (critic, policy.model))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5)
+    assert critic.adapters.base == str(tmp_path)
+
+
+def test_adapters_that_lack_some_are_not_merged_without_them(base, tmp_path):
+    trainer_of(base, AdapterParams(rank=4)).export(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({name: x for name, x in load_file(path).items() if "layers.1.mlp.up_proj" not in name}, path)
+    with pytest.raises(UserError, match=r"its adapters are not of its base: Found missing .*layers.1.mlp.up_proj"):
+        load_causal(tmp_path, device="cpu")
+
+
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
@@ -191,6 +211,9 @@ def test_targets_that_cannot_have_adapters_are_refused(base, targets, message):
         ({"base_model_name_or_path": "/nowhere/base"}, "adapters of /nowhere/base, which is no folder"),
         ({"bias": "all"}, "its adapters train bias besides linear layers"),
         ({"r": 2}, "not adapters of this model"),
+        ({"lora_bias": True}, "more than a pair of matrices on a linear layer"),
+        ({"alora_invocation_tokens": [9]}, "more than a pair of matrices on a linear layer"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "those of lm_head are more than"),
     ],
 )
 def test_a_folder_of_adapters_that_cannot_be_trained_on_is_refused(base, tmp_path, change, message):
@@ -212,6 +235,13 @@ def test_the_config_takes_what_the_folder_has_and_ten_times_the_learning_rate(ba
     assert config("grpo", *reward, "--lora.rank", "8", "--learning-rate", "3e-6").optim.learning_rate == 3e-6
     critics = [config("ppo", *reward, *flags).models.learning_rate("critic") for flags in ([], ["--lora.rank", "8"])]
     assert critics[1] == pytest.approx(10 * critics[0])
+    said = config("ppo", *reward, "--lora.rank", "8", "--critic-learning-rate", "3e-7").notes
+    assert said == ["adapters: learning rate 1e-05, 10 x 1e-06, which is the whole model's"]
+    said = config("ppo", *reward, "--lora.rank", "8").notes
+    assert (
+        said[1]
+        == f"adapters of the critic: learning rate {critics[1]:g}, 10 x {critics[0]:g}, which is the whole model's"
+    )
     trainer_of(base, AdapterParams(rank=4, alpha=6.0)).export(tmp_path)
     found = config("sft", model=tmp_path)
     assert (found.lora.rank, found.lora.alpha, "q_proj" in found.lora.targets) == (4, 6.0, True)

@@ -24,7 +24,7 @@ from tandem.models.routers import routers_of
 from tandem.models.shrunk import shrunken_config
 from tandem.parallel.world import World
 from tandem.training.optim import OptimParams
-from tandem.training.trainer import LocalTrainer, MemoryParams
+from tandem.training.trainer import LocalScorer, LocalTrainer, MemoryParams
 from tandem.types import Sequence
 
 LENGTHS = (23, 5, 40, 17)
@@ -173,6 +173,13 @@ def test_a_config_that_asks_for_router_logits_keeps_the_key(tmp_path: Path) -> N
     other = prepare_module(module_of("qwen3_moe"), tokenizer())
     other.export(tmp_path)
     assert not json.loads((tmp_path / "config.json").read_text()).get("output_router_logits")
+
+
+def test_a_trainer_in_bfloat16_routes_as_a_scorer_does() -> None:
+    trainer = trainer_of(module_of("qwen3_moe"), 0.0, dtype="bfloat16")
+    model = prepare_module(module_of("qwen3_moe"), tokenizer(), dtype="bfloat16")
+    found, wanted = (one.score(pack(rows())).logp_T for one in (trainer, LocalScorer(model, token_budget=4096)))
+    assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "olmoe", "gpt_oss", "granitemoe", "deepseek_v3"])

@@ -7,10 +7,13 @@ import torch
 from helpers.models import make_module, make_tokenizer
 
 from tandem.assembly.models import Replicas
+from tandem.assembly.needed import SamplingPlacement
+from tandem.assembly.placing import Homes
+from tandem.assembly.sections import ClusterSection, EngineSection, ModelSection, SamplingSection
 from tandem.batch import TokenLoss
 from tandem.data.packing import pack, stamp
 from tandem.engines.live.replica import ReplicaEngine
-from tandem.models.adapters import AdapterParams
+from tandem.models.adapters import AdapterParams, adapted
 from tandem.models.loading import load_causal
 from tandem.parallel.world import World
 from tandem.sync.check import TruthCheck, WeightMismatch
@@ -95,6 +98,21 @@ def test_a_stale_adapter_is_caught_at_the_first_push(base, monkeypatch, fold, si
         monkeypatch.setattr(engine, "checksums", stale)
     with pytest.raises(WeightMismatch, match=name):
         push(0)
+
+
+def test_a_folded_copy_ends_where_the_adapters_own_tokenizer_does(base, tmp_path):
+    trainer, *_ = wired(base, fold=True)
+    trainer.export(tmp_path)
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = "a"
+    tokenizer.save_pretrained(tmp_path)
+    homes = Homes(
+        ModelSection(model=str(tmp_path), device="cpu"), SamplingPlacement(), ClusterSection(), EngineSection(),
+        ["actor", "engine"], adapters=AdapterParams(folder=str(tmp_path)), fold=True,
+    )  # fmt: skip
+    engine = homes._replica(SamplingSection(), "keep")(Site(World()))
+    assert engine.live.tokenizer.eos_token_id == tokenizer.eos_token_id != make_tokenizer().eos_token_id
+    assert not adapted(engine.model.module)
 
 
 def test_the_base_travels_once(base):

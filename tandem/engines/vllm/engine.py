@@ -37,6 +37,7 @@ class VLLMEngine:
     - ``sleep``: whether ``sleep`` can be called. On a CPU sleeping frees nothing.
     - ``arguments``: any other arguments of vLLM's ``LLM``.
     - ``own_process``: this process is the engine's alone, and ends where a tensor-parallel rank's does.
+    - ``tokenizer``: where that lies, if not with the model.
 
     Any thread may call any method; samples of all threads run in one batch, and weights change between two steps.
     """
@@ -56,6 +57,7 @@ class VLLMEngine:
         sleep: bool = False,
         arguments: Mapping[str, Any] = {},
         own_process: bool = False,
+        tokenizer: str | None = None,
     ) -> None:
         if max_slots < 1 or tensor_parallel < 1:
             raise UserError(f"max_slots is {max_slots} and tensor_parallel {tensor_parallel}; both must be at least 1")
@@ -73,6 +75,7 @@ class VLLMEngine:
             trust_remote_code=trust_remote_code,
             sleep=sleep,
             arguments=arguments,
+            tokenizer=tokenizer,
         )
         if own_process:
             end_with_ranks(self._llm)

@@ -75,6 +75,7 @@ def start_vllm(
     trust_remote_code: bool,
     sleep: bool,
     arguments: Mapping[str, Any],
+    tokenizer: str | None = None,
 ) -> Any:
     """vLLM's ``LLM``, its engine core in this process. Raises UserError where it cannot be started."""
     check_vllm()
@@ -92,6 +93,7 @@ def start_vllm(
 
     register()
     options: dict[str, Any] = {
+        "tokenizer": tokenizer,
         "dtype": dtype,
         "max_num_seqs": max_slots,
         "max_model_len": _room(model, max_length, trust_remote_code),
