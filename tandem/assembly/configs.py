@@ -72,6 +72,11 @@ class RunConfig:
                         f"lora.{key}: the adapters in {self.model.model} have {value}, got {given}; leave it out, or "
                         "merge them into their base with 'tandem export' and put new ones on that"
                     )
+        if self.lora.on and self.optim.optimizer == "adafactor":
+            raise UserError(
+                "optimizer: adafactor's steps are shares of the weights, and those of adapters begin at 0, where they "
+                "would stay; take adamw, adamw8bit or muon"
+            )
         if self.lora.on and self.following is not None and self.placement.home("reference") != "actor":
             raise UserError(
                 "reference_every: the reference of adapters follows them on the actor's own base; leave out "

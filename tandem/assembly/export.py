@@ -211,8 +211,9 @@ def _of_folder(source: str, config: ExportConfig) -> tuple[LoadedModel, dict[str
 def _base_module(base: str, config: ExportConfig, *, scalar: bool) -> Any:
     """The model that adapters are of, in float32 on the CPU, with the head that theirs has."""
     auto = scalar_class(read_config(base, config.export.trust_remote_code), base) if scalar else AutoModelForCausalLM
-    changes = {"num_labels": 1, "pad_token_id": load_tokenizer(base).pad_token_id} if scalar else {}
     code = config.export.trust_remote_code
+    pad = load_tokenizer(base, trust_remote_code=code).pad_token_id if scalar else None
+    changes = {"num_labels": 1, "pad_token_id": pad} if scalar else {}
     module, _ = load_whole(
         auto, base, what="model", trust_remote_code=code, new="score" if scalar else "", config_changes=changes
     )

@@ -314,7 +314,7 @@ def _config_of(peft: Any, folder: str) -> Any:
     found = adapter_folder(folder)
     if found is None:
         raise UserError(f"lora.adapter: {folder}: no {ADAPTER_CONFIG} in it, so it is no folder of adapters")
-    config = peft.LoraConfig.from_pretrained(folder)
+    config = peft.LoraConfig.from_pretrained(found.folder)
     others = [name for name in config.modules_to_save or () if name not in HEADS]
     refused = {
         "modules_to_save": others,

@@ -180,6 +180,12 @@ def test_a_critic_begins_with_a_policys_adapters_merged_beneath_its_own(base, tm
     assert critic.adapters.base == str(tmp_path)
 
 
+def test_a_folder_of_adapters_may_be_below_home(base, tmp_path, monkeypatch):
+    trainer_of(base, AdapterParams(rank=4)).export(tmp_path / "out")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert trainer_of("~/out", AdapterParams(folder="~/out")).policy.adapters.config.r == 4
+
+
 def test_adapters_that_lack_some_are_not_merged_without_them(base, tmp_path):
     trainer_of(base, AdapterParams(rank=4)).export(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
@@ -248,6 +254,8 @@ def test_the_config_takes_what_the_folder_has_and_ten_times_the_learning_rate(ba
     assert found.optim.learning_rate == pytest.approx(10 * config("sft").optim.learning_rate)
     with pytest.raises(UserError, match=r"lora.rank: the adapters in .* have 4, got 8"):
         config("sft", "--lora.rank", "8", model=tmp_path)
+    with pytest.raises(UserError, match="adapters begin at 0, where they would stay"):
+        config("sft", "--lora.rank", "8", "--optimizer", "adafactor")
     for flag, message in (("--lora.alpha", "has no effect without --lora.rank"), ("--lora.dropout", "every ratio")):
         with pytest.raises(UserError, match=message):
             config("sft", flag, "0.5")
