@@ -77,10 +77,10 @@ class RunConfig:
                 "optimizer: adafactor's steps are shares of the weights, and those of adapters begin at 0, where they "
                 "would stay; take adamw, adamw8bit or muon"
             )
-        if self.lora.on and self.following is not None and self.placement.home("reference") != "actor":
+        if self.lora.on and self.following is not None and not self.is_view("reference"):
             raise UserError(
                 "reference_every: the reference of adapters follows them on the actor's own base; leave out "
-                "--placement.reference, or --reference-every"
+                "--reference and --placement.reference, or --reference-every"
             )
 
     @classmethod

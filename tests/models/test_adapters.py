@@ -256,6 +256,9 @@ def test_the_config_takes_what_the_folder_has_and_ten_times_the_learning_rate(ba
         config("sft", "--lora.rank", "8", model=tmp_path)
     with pytest.raises(UserError, match="adapters begin at 0, where they would stay"):
         config("sft", "--lora.rank", "8", "--optimizer", "adafactor")
+    for flags in (["--reference", "other"], ["--placement.reference", "1"]):
+        with pytest.raises(UserError, match="follows them on the actor's own base"):
+            config("dpo", "--lora.rank", "8", "--reference-every", "2", *flags)
     for flag, message in (("--lora.alpha", "has no effect without --lora.rank"), ("--lora.dropout", "every ratio")):
         with pytest.raises(UserError, match=message):
             config("sft", flag, "0.5")
