@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import Any
 
@@ -69,17 +70,21 @@ def in_float32(router: nn.Module) -> None:
 
     Logits in bfloat16 have 8 bits, and which expert comes first is often an accident of theirs.
     """
-    router.forward = _InFloat32(router)
+    if not hasattr(router, "narrow"):
+        router.__class__ = _in_float32(type(router))
 
 
-class _InFloat32:
-    """Stands in a router's place as its ``forward``, which sees float32 in the places of its parameters."""
+@functools.cache
+def _in_float32(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class of a router that sees float32 in the places of its parameters.
 
-    def __init__(self, router: nn.Module) -> None:
-        self.router = router
+    A class, and not a ``forward`` of each router's own: compiled layers share a graph where their parts are of one.
+    """
 
-    def __call__(self, x: Tensor) -> Any:
-        return type(self.router).forward(_Float32(self.router), x.float())
+    def forward(self: nn.Module, x: Tensor) -> Any:
+        return kind.forward(_Float32(self), x.float())
+
+    return type(kind.__name__, (kind,), {"__module__": __name__, "forward": forward, "narrow": kind})
 
 
 class _Float32:
