@@ -71,11 +71,12 @@ def in_float32(router: nn.Module) -> None:
     Logits in bfloat16 have 8 bits, and which expert comes first is often an accident of theirs.
     """
     if not hasattr(router, "narrow"):
-        router.__class__ = _in_float32(type(router))
+        kind: Any = type(router)
+        router.__class__ = _in_float32(kind)
 
 
 @functools.cache
-def _in_float32(kind: type[nn.Module]) -> type[nn.Module]:
+def _in_float32(kind: Any) -> Any:
     """The class of a router that sees float32 in the places of its parameters.
 
     A class, and not a ``forward`` of each router's own: compiled layers share a graph where their parts are of one.
