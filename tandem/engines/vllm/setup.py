@@ -96,7 +96,6 @@ def start_vllm(
         "tokenizer": tokenizer,
         "dtype": dtype,
         "max_num_seqs": max_slots,
-        "max_model_len": _room(model, max_length, trust_remote_code),
         "tensor_parallel_size": tensor_parallel,
         "seed": seed,
         "trust_remote_code": trust_remote_code,
@@ -119,6 +118,7 @@ def start_vllm(
     else:
         options["enable_sleep_mode"] = sleep
     with _explained(model, tensor_parallel, max_length):
+        options["max_model_len"] = _room(model, max_length, trust_remote_code)
         return LLM(model, **(options | dict(arguments)))
 
 
