@@ -311,6 +311,16 @@ class SamplesConfig(RunConfig):
                 "stale_cache: vLLM computes the keys and values of samples that run anew when weights change, so none "
                 "can be kept; leave it at auto, or sample with --engine.kind live"
             )
+        if self.schedule.stale_cache != "auto":
+            alone = {
+                "--weights-change between-sequences": self.schedule.weights_change == "between-sequences",
+                "--engine.way padded": self.engine.way == "padded",
+            }
+            if without := [flag for flag, given in alone.items() if given]:
+                raise UserError(
+                    f"stale_cache: has no effect with {without[0]}, where no sample runs when weights change; leave it "
+                    "at auto"
+                )
         prompts, samples = self.sampling.prompts_per_step, self.sampling.samples_per_prompt
         units, what = (prompts, "pairs") if self.method.pairwise else (prompts * samples, "samples")
         if self.step.minibatches > units:

@@ -30,11 +30,11 @@ from tandem.models.limits import layers_of, read_config
 from tandem.models.loading import pick_device
 from tandem.models.shrunk import furthest_limit
 from tandem.parallel.world import World
-from tandem.roles import Engine, Home, Metrics, Seat
+from tandem.roles import Engine, FedEngine, Home, Metrics, Seat
 from tandem.runs.progress import say
 from tandem.sync.check import BEYOND, TruthCheck
 from tandem.sync.push import FillPush, PushParams, WeightPush
-from tandem.sync.turns import TakingTurns
+from tandem.sync.turns import TakingTurns, settled
 from tandem.workers.cluster import Cluster, connect, own_sigterm, require_ray, require_room, visible_gpus
 from tandem.workers.engines import EngineGroup, RestartingOnce
 from tandem.workers.group import WorkerGroup
@@ -338,7 +338,8 @@ class Homes:
         push = FillPush(replicas, check if self.engine.check_weights else None)
         if isinstance(home, Here):
             about = "live, on a copy with the adapters folded in"
-            return WiredEngine(engine=home.site.roles["engine"], push=push, about=about)
+            copy: FedEngine = home.site.roles["engine"]
+            return WiredEngine(engine=copy, push=settled(copy, push) if settling else push, about=about)
         assert isinstance(home, WorkerGroup)
         about = f"live, in each of the actor's {count} processes, on gathered weights"
         several = EngineGroup(home, alone=False)
@@ -388,7 +389,7 @@ class Homes:
         several = EngineGroup(group, alone=True, slots=sampling.max_slots)
         if not taking_turns:
             restarting = RestartingOnce(several, several, push.again)
-            guarded = restarting.guard(several.settled(push) if settling else push)
+            guarded = restarting.guard(several.settled(push) if settling else push, push.again)
             return WiredEngine(engine=restarting, push=guarded, about=about, link=push)
         turns = TakingTurns(
             several,

@@ -63,10 +63,11 @@ class Pipeline:
                 metrics |= crew.source.metrics([*items, *passed]) | clock.metrics()
                 metrics |= rates(metrics, passed)
                 metrics |= {"engine_busy_seconds": crew.source.busy_seconds - busy} if self.max_lag else {}
-                session.reached(prepared.state, metrics, groups := [item for item in items if isinstance(item, Group)])
-                if groups:
-                    session.run.event("taken", step=session.step, **told(buffer))
+                if groups := [item for item in items if isinstance(item, Group)]:
+                    session.run.event("taken", step=session.step + 1, **told(buffer))
+                # First: whatever ends the run once the step counts as reached saves what is in the buffer.
                 buffer.trained()
+                session.reached(prepared.state, metrics, groups)
                 alike = alike + 1 if rewards_alike(metrics) else 0
                 if alike == STEPS_ALIKE:
                     session.note(f"rewards have told no samples apart for {alike} steps (now {metrics['reward']:.4g})")

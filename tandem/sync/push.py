@@ -91,10 +91,11 @@ class WeightPush:
         metrics["sync_check_seconds"] += time.perf_counter() - start
         return metrics
 
-    def again(self) -> None:
-        """Links the engines anew, one of which was started again, and pushes what they had."""
+    def again(self, version: int | None = None) -> None:
+        """Links the engines anew, one of which was started again, and pushes what they had, or ``version``."""
+        version = self.version if version is None else version
         self.connect()
-        self(self.version)
+        self(version)
 
     def push(self, version: int) -> dict[str, float]:
         """The push and its checksums. ``prove`` is left to do once the engines can compute."""

@@ -8,9 +8,26 @@ from dataclasses import dataclass
 
 from tandem.errors import Cancelled
 from tandem.futures import Driven, Future, wait_all
-from tandem.roles import Engine, Metrics, Seat
+from tandem.roles import Engine, FedEngine, Metrics, Seat
 from tandem.sync.push import WeightPush
 from tandem.types import Completion, Request, Watch
+
+
+def settled(engine: FedEngine, push: Callable[[int], Metrics]) -> Callable[[int], Metrics]:
+    """``push`` into an engine of this process once all samples that run have ended; no other begins before it has come.
+
+    That of engines elsewhere is ``tandem.workers.engines.EngineGroup.settled``.
+    """
+
+    def pushed(step: int) -> Metrics:
+        engine.hold(True)
+        try:
+            engine.wait(lambda: not engine.running)
+            return push(step)
+        finally:
+            engine.hold(False)
+
+    return pushed
 
 
 @dataclass(eq=False)

@@ -104,6 +104,8 @@ class EngineGroup:
         """When each was last known to get on."""
         self._running = [0] * group.size
         """Samples that each has begun, where it may not begin others (``_hold``)."""
+        self._outdated: set[Answer] = set()
+        """What engines are going to say that were asked before they were last held: it may be of before."""
         self._counts = [(0.0, 0)] * group.size
         """Of each, its busy seconds and sampled tokens."""
         self._before = (0.0, 0)
@@ -171,11 +173,12 @@ class EngineGroup:
         self._open.clear()
         self._waiting.clear()
         self._samples = [0] * self.group.size
+        end = time.monotonic() + CANCEL_S
         # Calls at the same time may overtake each other.
         self.group.ended_of(list(self._begins), CANCEL_S, all_of_them=True)
         self._begins.clear()
         calls = [self.group.submit_one(rank, "sampling", "cancel") for rank in range(self.group.size)]
-        self.group.ended_of(calls, CANCEL_S, all_of_them=True)
+        self.group.ended_of(calls, max(0.0, end - time.monotonic()), all_of_them=True)
 
     def forget(self, rank: int) -> None:
         """The engine's process is gone: what it had is to be begun again, but for samples that it has told of."""
@@ -189,10 +192,13 @@ class EngineGroup:
 
     def _hold(self, held: bool) -> None:
         """Has no engine start a sample, or any again. Those that have died need not be told."""
+        self._outdated = set(self._takes.values())
+        self._running = [0] * self.group.size
         calls = [self.group.submit_one(rank, "sampling", "hold", held) for rank in range(self.group.size)]
         for rank, call in enumerate(calls):
             with suppress(WorkerDied) if not held else nullcontext():
-                self._running[rank] = call.result()
+                begun = call.result()
+                self._running[rank] = begun if held else 0
 
     def _advance(self, until: Callable[[], bool], at_least: int) -> None:
         goal = self._requests_ended + at_least
@@ -242,7 +248,8 @@ class EngineGroup:
     def _listen(self, at_least: int) -> None:
         """Asks every engine that has something to do, unless it has been asked."""
         for rank in range(self.group.size):
-            if rank in self._takes or not self._samples[rank]:
+            # Of samples that run it may be that nobody wants them any more.
+            if rank in self._takes or not (self._samples[rank] or self._running[rank]):
                 continue
             here = sum(asked.rank == rank for asked in self._open.values())
             # So many must end here even if all end that the others have.
@@ -265,7 +272,9 @@ class EngineGroup:
         counts = heard.busy_seconds, heard.sampled_tokens
         if counts[1] != self._counts[rank][1] or heard.ended or heard.failed:
             self._heard_at[rank] = time.monotonic()
-        self._counts[rank], self._running[rank] = counts, heard.running
+        self._counts[rank] = counts
+        if answer not in self._outdated:
+            self._running[rank] = heard.running
         told: dict[Call, list[Ended]] = defaultdict(list)
         ended: dict[tuple[int, int], Completion] = {}
         for name, sample, completion in heard.ended:
@@ -356,7 +365,7 @@ class RestartingOnce:
         try:
             self.engine.wait(until, at_least)
         except WorkerDied as error:
-            self._restart(error)
+            self._restart(error, self.refill)
             self.wait(until)
 
     def look(self) -> None:
@@ -367,20 +376,23 @@ class RestartingOnce:
     def cancel(self) -> None:
         self.engine.cancel()
 
-    def guard(self, push: Callable[[int], Metrics]) -> Callable[[int], Metrics]:
-        """``push``, for engines that may have died since they were last heard of."""
+    def guard(self, push: Callable[[int], Metrics], again: Callable[[int], object]) -> Callable[[int], Metrics]:
+        """``push``, for engines that may have died since they were last heard of.
+
+        ``again`` refills them with the weights of this push, which may not have come to telling them its step.
+        """
 
         def guarded(step: int) -> Metrics:
             try:
                 return push(step)
             except WorkerDied as error:
                 # Refilling is this push, made again.
-                self._restart(error)
+                self._restart(error, partial(again, step))
                 return {}
 
         return guarded
 
-    def _restart(self, error: WorkerDied) -> None:
+    def _restart(self, error: WorkerDied, refill: Callable[[], object]) -> None:
         if self.restarted:
             raise RunFailure(f"{error} (it was restarted once already)") from None
         self.restarted = True
@@ -389,4 +401,4 @@ class RestartingOnce:
             log.warning("%s rank %d is started again: %s", group.name, rank, first_line(error))
             self.engines.forget(rank)
             group.restart(rank)
-        self.refill()
+        refill()

@@ -291,6 +291,15 @@ def test_a_stale_cache_that_vllm_cannot_keep_is_refused():
         load_config(GRPOConfig, words(GRPOConfig, [*VLLM, "--max-lag", "1", "--stale-cache", "keep"]))
 
 
+@pytest.mark.parametrize("alone", ["--weights-change between-sequences", "--engine.way padded"])
+def test_a_stale_cache_is_refused_where_no_sample_runs_when_weights_change(alone):
+    flags = ["--max-lag", "1", "--placement.engine", "1", *alone.split()]
+    load_config(GRPOConfig, words(GRPOConfig, flags))
+    for value in ("keep", "recompute"):
+        with pytest.raises(UserError, match=f"stale-cache: has no effect with {alone}, where no sample runs"):
+            load_config(GRPOConfig, words(GRPOConfig, [*flags, "--stale-cache", value]))
+
+
 def test_old_samples_without_a_correction_are_asked_for_twice():
     """The ratio to the sampler's log-probs is a correction itself, and methods of pairs take none."""
     old = ["--max-lag", "1", *TRAINER]

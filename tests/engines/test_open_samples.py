@@ -11,8 +11,10 @@ from helpers.drawing import drawn
 from helpers.engine_models import model, tokenizer
 from helpers.telling import tell, told
 
+from tandem.engines.live.core import LiveCore
 from tandem.engines.live.engine import LiveEngine
 from tandem.engines.live.fitting import Fitting, free_bytes
+from tandem.engines.samples import Sample, StopRule, take_requests
 from tandem.errors import Cancelled
 from tandem.futures import wait_all
 from tandem.types import Request, SamplingParams
@@ -30,6 +32,28 @@ def asks(lengths: list[int], **sampling: Any) -> list[Request]:
         )
         for i, length in enumerate(lengths)
     ]
+
+
+class Joining(Sample):
+    """While it is stamped, another thread submits one more."""
+
+    join: Any = None
+
+    def stamp(self, version: int) -> None:
+        super().stamp(version)
+        self.join()
+
+
+def test_samples_may_come_while_others_are_stamped_or_held():
+    core = LiveCore(torch.nn.Module(), begin=Any, end=lambda failed: None, version=lambda: 0)  # type: ignore[arg-type]
+    (asked,) = take_requests(
+        asks([3]), lambda number, request: None, lambda sampling: StopRule(sampling, (), tokenizer())
+    )
+    core.add(0, first := Joining(asked, 0))
+    core.add(1, Sample(asked, 1))
+    first.join = lambda: core.add(2, Sample(asked, 0))
+    core.renew(1)
+    assert list(core.samples) == [0, 1, 2]
 
 
 class Trained:

@@ -12,6 +12,7 @@ from tandem.checkpoint.store import CheckpointStore
 from tandem.cli.main import main
 from tandem.rollout.prepare import Preparation
 from tandem.rollout.sampling import groups_of, request
+from tandem.runs.folder import RunFolder
 from tandem.runs.lines import read_lines, read_metrics
 from tandem.schedules.crew import Crew
 from tandem.schedules.pipeline import Pipeline
@@ -94,6 +95,25 @@ def test_what_a_lagging_run_says_of_itself(train):
     assert max(line["lag_max"] for line in lines[1:]) >= 2
     # Evaluations amid open samples are of one version, and as good as without any.
     assert [line["step"] for line in lines if "eval/reward" in line] == [0, 2, 4, 5]
+
+
+def test_what_ends_a_run_as_its_step_is_written_down_trains_no_ticket_twice(train, inputs, monkeypatch):
+    """The step counts as reached by then, and is in the checkpoint that the end of the run makes."""
+    log, out = RunFolder.log_rollouts, inputs / "written"
+
+    def interrupted(self: RunFolder, step: int, *rest: Any, **options: Any) -> None:
+        log(self, step, *rest, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunFolder, "log_rollouts", interrupted)
+        train("grpo", "written", steps=2, ends=130)
+    checkpoint = CheckpointStore(out / "checkpoints", keep=2).latest()
+    assert checkpoint is not None
+    assert (checkpoint.step, f"{ENDED}.pt" in checkpoint.files) == (1, False)
+    train("grpo", "written", "--resume", steps=2)
+    taken = taken_in_the_end(out)
+    assert [taken[step]["tickets"] for step in (1, 2)] == [[*range(A_STEP)], [*range(A_STEP, 2 * A_STEP)]]
 
 
 def taken_in_the_end(out: Path) -> dict[int, dict[str, Any]]:

@@ -7,6 +7,7 @@ import signal
 import time
 from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,10 +15,11 @@ from helpers.shared_ray import cluster_address
 from helpers.telling import TOKENS, Telling, told
 from helpers.worker_groups import groups
 
-from tandem.errors import Cancelled, RunFailure, UserError
+from tandem.errors import Cancelled, RunFailure, UserError, WorkerDied
 from tandem.futures import wait_all
 from tandem.parallel.world import World
 from tandem.roles import Engine
+from tandem.sync.turns import settled
 from tandem.types import Request, SamplingParams
 from tandem.workers.engines import EngineGroup, RestartingOnce
 from tandem.workers.process import Site
@@ -121,11 +123,12 @@ def test_engines_alone_sample_on_change_weights_are_given_up_and_die(cluster_add
 class OneCallAtATime:
     """Two processes of others, as far as an engine group sees of them: each makes its calls in order, one at a time."""
 
-    name, size, deadline_s = "actor", 2, 0.6
+    name, deadline_s = "actor", 0.6
 
-    def __init__(self, *engines: Telling) -> None:
+    def __init__(self, *engines: Telling, calls_at_a_time: int = 1) -> None:
+        self.size = len(engines)
         self.sites = [Site(World(rank), {"engine": engine}) for rank, engine in enumerate(engines)]
-        self.threads = [ThreadPoolExecutor(1) for _ in engines]
+        self.threads = [ThreadPoolExecutor(calls_at_a_time) for _ in engines]
 
     def place(self, role: str, build: Any) -> None:
         for site in self.sites:
@@ -141,6 +144,59 @@ class OneCallAtATime:
 
     def late(self, what: str, ranks: list[int]) -> RunFailure:
         return RunFailure(f"{what}: no answer from {ranks}")
+
+
+def test_between_sequences_what_engines_said_before_they_were_held_does_not_count() -> None:
+    """An answer that lies here unheard is of a time when samples began, and tells of none that run."""
+    group: Any = OneCallAtATime(telling := Telling(pace_s=0.004, max_slots=4), calls_at_a_time=4)
+    engine = EngineGroup(group, alone=True)
+    futures = engine.submit(asks(3, 60, 60, 60))
+    engine.look()
+    until(lambda: all(answer.done() for answer in engine._takes.values()))
+    assert engine._takes
+    engine.settled(lambda step: telling.become(step) or {})(1)  # type: ignore[func-returns-value]
+    found = [c for cs in wait_all(futures) for c in cs]
+    assert {tuple(c.versions) for c in found} == {((0, 3),), ((0, 60),), ((1, 60),)}
+    group.sites[0].roles["sampling"].close()
+
+
+def test_between_sequences_samples_that_nobody_wants_any_more_are_waited_for_and_end() -> None:
+    group: Any = OneCallAtATime(*(Telling(pace_s=0.002, max_slots=2) for _ in range(2)), calls_at_a_time=4)
+    group.deadline_s = 5
+    engine = EngineGroup(group, alone=True)
+    bad = engine.submit(asks(80, 80, seeds=3), lambda ended: 1 / 0)  # type: ignore[arg-type, return-value]
+    engine.wait(lambda: bad[0].done())
+    (good,) = engine.submit(asks(5))
+    pushes: list[int] = []
+    engine.settled(lambda step: pushes.append(step) or {})(1)  # type: ignore[func-returns-value]
+    assert pushes == [1]
+    assert len(good.result()) == 2
+    for site in group.sites:
+        site.roles["sampling"].close()
+
+
+def test_weights_that_a_push_did_not_come_to_send_are_not_called_by_an_older_step() -> None:
+    group: Any = SimpleNamespace(dead=list)
+    engines: Any = SimpleNamespace(group=group)
+    refilled: list[int] = []
+
+    def dies(step: int) -> dict[str, float]:
+        raise WorkerDied("engine rank 0 died")
+
+    engine = RestartingOnce(engines, engines, lambda: refilled.append(-1))
+    assert engine.guard(dies, refilled.append)(7) == {}
+    assert refilled == [7]
+    with pytest.raises(RunFailure, match="restarted once already"):
+        engine.guard(dies, refilled.append)(8)
+
+
+def test_an_engine_of_this_process_takes_weights_between_sequences() -> None:
+    engine = Telling(max_slots=4)
+    futures = engine.submit(asks(*[30] * 6))
+    engine.wait(iter([False, False, True]).__next__)
+    settled(engine, lambda step: engine.become(step) or {})(1)  # type: ignore[func-returns-value]
+    found = [c for cs in wait_all(futures) for c in cs]
+    assert {tuple(c.versions) for c in found} == {((0, 30),), ((1, 30),)}
 
 
 def test_engines_in_processes_of_others_sample_in_slices(tmp_path: Path) -> None:

@@ -118,7 +118,8 @@ class LiveCore:
         self.held = held
         if held and self.batching is not None:
             new = set(self.new)
-            waiting = [s for s in self.samples.values() if not s.token_ids and s.row is None and s not in new]
+            everyone = list(self.samples.values())  # another thread may add to it meanwhile
+            waiting = [s for s in everyone if not s.token_ids and s.row is None and s not in new]
             with self._losing_all():
                 self.batching.leave(set(waiting))
             self.new.extendleft(reversed(waiting))
@@ -132,7 +133,7 @@ class LiveCore:
     def renew(self, version: int) -> None:
         if self.batching is not None:
             self.batching.renew(recompute=self.recompute)
-        for sample in self.samples.values():
+        for sample in list(self.samples.values()):
             sample.stamp(self.version)
         self.version = version
 
