@@ -172,6 +172,19 @@ class Engine(Protocol):
 
 
 @runtime_checkable
+class SharingEngine(Engine, Protocol):
+    """An engine that works in slices, in a process and on a device of others."""
+
+    def sample(self, until: Callable[[], bool]) -> None:
+        """``wait``, for whoever calls it again, or ``give_way``, before others compute on the device."""
+        ...
+
+    def give_way(self) -> None:
+        """Others are about to compute on the device while samples are open: leaves them the memory that they need."""
+        ...
+
+
+@runtime_checkable
 class FedEngine(Engine, Protocol):
     """An engine with weights of its own, which a trainer's pushes renew (``tandem.sync.push``)."""
 

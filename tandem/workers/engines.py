@@ -212,6 +212,9 @@ class EngineGroup:
         while not self.alone and self._takes:
             # Whoever has the processes next is not to wait for a slice.
             self._hear(next(iter(self._takes.values())))
+        if not self.alone and self._open:
+            for call in [self.group.submit_one(rank, "sampling", "give_way") for rank in range(self.group.size)]:
+                call.result()
 
     def _begin(self, *, everything: bool) -> None:
         """Hands requests to engines: all of them, or what the engines have slots for."""

@@ -11,7 +11,7 @@ from functools import partial
 
 from tandem.errors import UserError
 from tandem.futures import Future
-from tandem.roles import Engine, FedEngine
+from tandem.roles import Engine, FedEngine, SharingEngine
 from tandem.types import Completion, Ended, Request
 from tandem.workers.process import Failure, Site
 
@@ -87,7 +87,7 @@ class ServedEngine:
                     self._changed.wait_for(lambda: self._ended, seconds)
         else:
             end, futures = time.monotonic() + seconds, list(self._open.values())
-            self.engine.wait(
+            self._sharing.sample(
                 lambda: self._stops() or time.monotonic() >= end or sum(f.done() for f in futures) >= at_least
             )  # fmt: skip
         with self._changed:
@@ -101,6 +101,15 @@ class ServedEngine:
             busy_seconds=self.engine.busy_seconds,
             sampled_tokens=self.engine.sampled_tokens,
         )
+
+    def give_way(self) -> None:
+        """The last slice for now is over: others are going to compute here."""
+        self._sharing.give_way()
+
+    @property
+    def _sharing(self) -> SharingEngine:
+        assert isinstance(self.engine, SharingEngine)
+        return self.engine
 
     def hold(self, held: bool) -> int:
         """Has it begin no samples, or any again. Returns how many it has begun.

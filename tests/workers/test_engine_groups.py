@@ -15,6 +15,7 @@ from helpers.shared_ray import cluster_address
 from helpers.telling import TOKENS, Telling, told
 from helpers.worker_groups import groups
 
+from tandem.engines.live.fitting import Fitting
 from tandem.errors import Cancelled, RunFailure, UserError, WorkerDied
 from tandem.futures import wait_all
 from tandem.parallel.world import World
@@ -197,6 +198,27 @@ def test_an_engine_of_this_process_takes_weights_between_sequences() -> None:
     settled(engine, lambda step: engine.become(step) or {})(1)  # type: ignore[func-returns-value]
     found = [c for cs in wait_all(futures) for c in cs]
     assert {tuple(c.versions) for c in found} == {((0, 30),), ((1, 30),)}
+
+
+def test_a_large_cache_goes_after_the_last_slice_and_not_between_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who trains next has the memory: the first time, when nobody knows how much that takes."""
+    monkeypatch.setattr(Fitting, "_is_large", lambda self: self.decoder is not None)
+    monkeypatch.setattr("tandem.workers.engines.SLICE_S", 0.05)
+    group: Any = OneCallAtATime(telling := Telling(way="captured", pace_s=0.06, max_slots=4))
+    engine, fitting = EngineGroup(group, alone=False), telling.live.fitting
+    assert fitting is not None
+    engine.submit(asks(120, 120))
+    slices = []
+    for _ in range(2):
+        group.submit_one(0, "sampling", "take", 99, 0.05).result()
+        slices.append(fitting.decoder)
+    assert slices[0] is slices[1] is not None
+    waits = []
+    for _ in range(3):
+        engine.wait(iter([False, True]).__next__)
+        waits.append(fitting.decoder)
+    assert waits[0] is None
+    assert waits[1] is waits[2] is not None
 
 
 def test_engines_in_processes_of_others_sample_in_slices(tmp_path: Path) -> None:

@@ -189,7 +189,15 @@ class LiveEngine:
 
         Unfinished samples stay where they are, and go on in the next call, whatever becomes of the weights meanwhile.
         """
+        self.sample(until)
+        self.give_way()
+
+    def sample(self, until: Callable[[], bool]) -> None:
+        """``wait``, for whoever calls it again, or ``give_way``, before others compute on the device."""
         self.stepper.wait(until)
+
+    def give_way(self) -> None:
+        """Others are about to compute on the device: leaves them the memory that they need."""
         if self.stepper.unfinished:
             with self.stepper.exclusive():
                 self.core.give_way()

@@ -71,6 +71,12 @@ class ReplicaEngine:
     def wait(self, until: Callable[[], bool], at_least: int = 0) -> None:
         self.live.wait(until, at_least)
 
+    def sample(self, until: Callable[[], bool]) -> None:
+        self.live.sample(until)
+
+    def give_way(self) -> None:
+        self.live.give_way()
+
     def look(self) -> None:
         self.live.look()
 
