@@ -144,8 +144,8 @@ def test_killed_while_others_train_and_then_again(grpo_split, monkeypatch, capsy
     killed: list[int] = []
     guard = RestartingOnce.guard
 
-    def fatal(self: RestartingOnce, push: Any) -> Any:
-        guarded = guard(self, push)
+    def fatal(self: RestartingOnce, push: Any, again: Any) -> Any:
+        guarded = guard(self, push, again)
 
         def pushed(step: int) -> Any:
             if not killed:
