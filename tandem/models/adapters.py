@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from tandem.errors import UserError, first_line
 from tandem.kernels import bits
+from tandem.lazy import extra
 from tandem.models.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_folder
 from tandem.seeds import derive_seed
 
@@ -258,21 +259,7 @@ def sum_of(module: nn.Module) -> str:
 
 def require_peft() -> Any:
     """Raises UserError where peft is not installed."""
-    # peft imports bitsandbytes where it is there, which says things about 4-bit products that nobody has asked for.
-    logger = logging.getLogger("bitsandbytes")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        # Imported here, where it is known to be wanted: it takes seconds, and not every machine has it.
-        import peft
-
-        return peft
-    except ImportError as error:
-        raise UserError(
-            f"lora: adapters are peft's, which is missing ({error}); pip install 'tandem-rlhf[lora]'"
-        ) from None
-    finally:
-        logger.setLevel(level)
+    return extra("peft", "lora: adapters are those", "lora")
 
 
 def _targets(module: Any, wanted: Seq[str]) -> set[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
@@ -14,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from tandem.errors import UserError
+from tandem.lazy import extra
 from tandem.parallel.sharding import assign, like, local, unsharded, whole
 from tandem.parallel.shares import divide
 from tandem.parallel.world import World
@@ -251,22 +250,7 @@ def hidden_matrices(module: Any) -> list[str]:
 
 def require_bitsandbytes() -> Any:
     """Raises UserError where it is not installed."""
-    # What it says as it is imported is about 4-bit products, which nobody has asked for.
-    log = logging.getLogger("bitsandbytes")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        # Imported here, where it is known to be wanted: it takes seconds, and not every machine has it.
-        import bitsandbytes
-
-        return bitsandbytes
-    except ImportError as error:
-        raise UserError(
-            f"optimizer: adamw8bit is that of bitsandbytes, which is missing ({error}); "
-            "pip install 'tandem-rlhf[quant]'"
-        ) from None
-    finally:
-        log.setLevel(level)
+    return extra("bitsandbytes", "optimizer: adamw8bit is that", "quant")
 
 
 def _placed(value: Any, parameter: Tensor) -> Any:
