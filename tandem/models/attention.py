@@ -99,6 +99,8 @@ def _attention(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
+    if layout is None and attention_mask is NO_MASK:
+        raise UnsupportedAttention("the module does not hand the layout on to it")
     if layout is None and (softcap is not None or s_aux is not None):
         # transformers' SDPA would leave them out.
         if kwargs.get("position_bias") is not None or dropout:
