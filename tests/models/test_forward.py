@@ -87,12 +87,14 @@ def test_a_model_that_cannot_be_packed_says_so(caplog):
 
 def test_a_module_that_does_not_hand_the_layout_on_is_refused_and_not_computed_without():
     """transformers' Nemotron drops what its decoder layers do not know; what stands for no mask is no mask to use."""
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    module = NemotronForCausalLM(NemotronConfig(vocab_size=VOCABULARY, **sizes))
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    module = NemotronForCausalLM(
+        NemotronConfig(vocab_size=VOCABULARY, num_attention_heads=2, num_key_value_heads=2, **sizes)
+    )
     module.set_attn_implementation(IMPLEMENTATION)
     ids, layout = torch.tensor([[2, 3]]), PackedLayout(torch.tensor([0, 2]), torch.device("cpu"))
     with pytest.raises(UnsupportedAttention, match="does not hand the layout on"):
-        module.base_model(input_ids=ids, attention_mask=NO_MASK, use_cache=False, layout=layout)
+        module.base_model(input_ids=ids, position_ids=ids - 2, attention_mask=NO_MASK, use_cache=False, layout=layout)
 
 
 def test_bfloat16_casts_parameters_and_leaves_rotary_frequencies_alone():
