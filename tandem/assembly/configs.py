@@ -43,6 +43,7 @@ from tandem.given import suggest
 from tandem.methods.base import Method, Rows
 from tandem.methods.table import METHODS, method_class
 from tandem.models.adapter_folder import AdapterFolder, adapter_folder
+from tandem.models.quantized_folder import quantized_kind
 from tandem.workers.launched import launched
 
 Base = TypeVar("Base", bound="RunConfig")
@@ -82,6 +83,45 @@ class RunConfig:
                 "reference_every: the reference of adapters follows them on the actor's own base; leave out "
                 "--reference and --placement.reference, or --reference-every"
             )
+        if self.quantized is not None:
+            self._require_quantizable()
+
+    @property
+    def quantized(self) -> str | None:
+        """How the linear layers of the policy's base are kept, where in few bits."""
+        kind, asked = quantized_kind(self.model.model), self.lora.quantize
+        if kind is not None and asked not in ("none", kind):
+            raise UserError(
+                f"lora.quantize: the weights in {self.model.model} are {kind} already, got {asked}; leave it out, or "
+                "give the model that they were made of"
+            )
+        return kind or (None if asked == "none" else asked)
+
+    def _require_quantizable(self) -> None:
+        """Raises UserError for what a base in few bits cannot do."""
+        if not self.lora.on:
+            if quantized_kind(self.model.model) is None:
+                return  # the key has no effect, which is said elsewhere
+            raise UserError(
+                f"model: the weights in {self.model.model} are in few bits ({self.quantized}), which no step is small "
+                "enough for; train adapters on them: --lora.rank 32"
+            )
+        several = next((role for role in self.method.losses() if self.placement.workers(role) > 1), None)
+        reference = self.method.needs_model("reference") and not self.is_view("reference")
+        wrong = {
+            "lora.dora": self.lora.dora and "the lengths of its rows are those of a whole weight; leave it out",
+            "lora.fold": self.lora.fold and "a copy with adapters folded in is a model in 16 bits; leave it out",
+            "offload": self.model.offload == "parameters"
+            and "its layers cannot be gathered from the CPU; leave it at none or optimizer",
+            f"placement.{several}": several and "its layers are not split over several workers; give it 1 or none",
+            "torchrun": launched() and "its layers are not split over several processes; start one",
+            "placement.reference": reference
+            and self.sources["reference"] == self.model.model
+            and "its reference is the policy without adapters, in the same place; leave it out",
+        }
+        for key, why in wrong.items():
+            if why:
+                raise UserError(f"{key}: the base is in few bits (lora.quantize {self.quantized}), and {why}")
 
     @classmethod
     def implied(cls, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -305,6 +345,11 @@ class SamplesConfig(RunConfig):
             raise UserError(
                 "correction: with max_lag above 0 and old_logp 'trainer' old samples would count as if the newest "
                 "weights had drawn them; give a correction (token_tis), --old-logp sampler, or --uncorrected"
+            )
+        if self.quantized is not None and self.engine.kind == "vllm":
+            raise UserError(
+                f"engine.kind: the base is in few bits (lora.quantize {self.quantized}), and vLLM is fed whole models; "
+                "take --engine.kind live"
             )
         if self.schedule.stale_cache == "keep" and self.engine.kind == "vllm":
             raise UserError(

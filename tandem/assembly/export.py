@@ -22,6 +22,7 @@ from tandem.models.forward import LoadedModel
 from tandem.models.limits import read_config
 from tandem.models.loading import load_tokenizer
 from tandem.models.policy import Merged
+from tandem.models.quantized import dequantize_module
 from tandem.models.scalar import scalar_class
 from tandem.models.weights import load_whole
 from tandem.runs.folder import CHECKPOINTS, MODEL, RunFolder
@@ -157,6 +158,7 @@ def _of_checkpoint(checkpoint: Checkpoint, config: ExportConfig) -> tuple[Loaded
         if not config.export.merge:
             tokenizer = load_tokenizer(base, trust_remote_code=config.export.trust_remote_code)
             return _written_in(module, tokenizer, config, put), state
+        dequantize_module(module)
         buffers = dict(module.named_buffers())
         state = {**Merged(module, dict(module.named_parameters()))} | {
             name: tensor for name, tensor in module.state_dict().items() if name in buffers
@@ -166,6 +168,7 @@ def _of_checkpoint(checkpoint: Checkpoint, config: ExportConfig) -> tuple[Loaded
     auto = scalar_class(read_config(base, code), base) if scalar else AutoModelForCausalLM
     with readable_errors(base, "model"), torch.device("meta"):
         about = AutoConfig.from_pretrained(located(base), trust_remote_code=code)
+        vars(about).pop("quantization_config", None)  # what is written is whole
         if scalar:
             about.num_labels, about.pad_token_id = 1, tokenizer.pad_token_id
             for name in ScoreScale._fields:  # that of the base's scores
@@ -197,13 +200,16 @@ def _of_folder(source: str, config: ExportConfig) -> tuple[LoadedModel, dict[str
         about = AutoConfig.from_pretrained(with_config(source), trust_remote_code=code)
     scalar = any(name.endswith("ForSequenceClassification") for name in about.architectures or ())
     if folder is not None:
-        module = merge_folder(_base_module(folder.base, config, scalar=scalar or folder.scalar), source)
+        module = _base_module(folder.base, config, scalar=scalar or folder.scalar)
+        dequantize_module(module)
+        module = merge_folder(module, source)
         for name in ScoreScale._fields:
             if hasattr(about, name):
                 setattr(module.config, name, getattr(about, name))
     else:
         auto = scalar_class(about, source) if scalar else AutoModelForCausalLM
         module, _ = load_whole(auto, source, what="model", trust_remote_code=code)
+        dequantize_module(module)
     state = module.state_dict()
     return _written_in(module, load_tokenizer(source, trust_remote_code=code), config), state
 

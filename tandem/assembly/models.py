@@ -16,6 +16,7 @@ from tandem.data.chat import set_template
 from tandem.engines.live.engine import LiveEngine, StaleCache
 from tandem.engines.live.replica import ReplicaEngine
 from tandem.errors import UserError
+from tandem.kernels.quantized import require_bitsandbytes as require_bitsandbytes_4bit
 from tandem.methods.base import ASKS_NOTHING, Asks, Method
 from tandem.models.adapter_folder import adapter_folder
 from tandem.models.adapters import AdapterParams, require_peft
@@ -97,6 +98,7 @@ def adapter_params(config: RunConfig, role: str) -> AdapterParams:
         rslora=lora.rslora,
         folder=source if role == "actor" and adapter_folder(source) is not None else None,
         seed=config.run.seed,
+        quantize=lora.quantize,
     )
 
 
@@ -323,6 +325,8 @@ def require_adapters(config: RunConfig) -> None:
     """Raises UserError where adapters are trained or read and peft is not installed, before anything is loaded."""
     if config.lora.on or any(adapter_folder(source) is not None for source in config.sources.values()):
         require_peft()
+    if config.quantized not in (None, "fp8"):
+        require_bitsandbytes_4bit()
 
 
 def require_balance(config: RunConfig) -> None:

@@ -286,6 +286,9 @@ class LoraSection:
     fold: bool = field(default=False, metadata=needs(("lora.rank",), ("part", "samples")))
     """Sample from a copy of the model with the adapters folded in, made anew when they have changed: it decodes faster
     and is one model more in memory. False: they stay apart, and alone travel to engines with weights of their own."""
+    quantize: Literal["none", "nf4", "fp8"] = field(default="none", metadata=needs(("lora.rank",)))
+    """Keep the linear layers of the frozen model in few bits (QLoRA, arXiv:2305.14314): nf4 in 4.13 bits a number
+    (pip install 'tandem-rlhf[quant]'), fp8 in 8. none: as --dtype says."""
     dropout: float = 0.0
     """Only 0: with dropout in the adapters the trainer would not compute what the sampler does."""
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from tandem.errors import UserError, first_line
 from tandem.kernels import bits
 from tandem.lazy import extra
 from tandem.models.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_folder
+from tandem.models.quantized import quantized_in
 from tandem.seeds import derive_seed
 
 NAME = "default"
@@ -53,6 +54,8 @@ class AdapterParams:
     rslora: bool = False
     folder: str | None = None
     """A folder of adapters to begin with, whose config counts instead of all above."""
+    quantize: Literal["none", "nf4", "fp8"] = "none"
+    """How the linear layers of the base are kept (QLoRA, arXiv:2305.14314)."""
     seed: int = 0
     """The numbers that A starts with are drawn from it."""
 
@@ -70,6 +73,8 @@ class Adapters:
     """What its frozen parameters are known by (``sum_of``)."""
     fresh: bool
     """Whether they change nothing yet."""
+    quantized: str
+    """How the linear layers of the base are kept: ``none``, ``nf4``, ``fp4``, ``fp8``."""
 
     @property
     def trained(self) -> list[str]:
@@ -90,8 +95,13 @@ class Adapters:
 
     @property
     def saved(self) -> dict[str, str]:
-        """What a checkpoint says of them: ``config`` as JSON, ``base`` and ``base_sum``."""
-        return {"config": json.dumps(_as_json(self.config)), "base": self.base, "base_sum": self.base_sum}
+        """What a checkpoint says of them: ``config`` as JSON, ``base`` and ``base_sum``, and ``quantized``."""
+        return {
+            "config": json.dumps(_as_json(self.config)),
+            "base": self.base,
+            "base_sum": self.base_sum,
+            "quantized": self.quantized,
+        }
 
     def require_base(self, saved: Mapping[str, str]) -> None:
         """Raises UserError where saved adapters (``saved``) are of another base than this one."""
@@ -100,6 +110,14 @@ class Adapters:
                 f"the checkpoint's adapters were trained on another base ({saved['base']}, weights "
                 f"{saved['base_sum']}) than {self.base} (weights {self.base_sum}); give the model that the run began "
                 "with"
+            )
+
+    def require_quantized(self, saved: Mapping[str, str]) -> None:
+        """Raises UserError where saved adapters were trained on a base that was kept in another way."""
+        if (theirs := saved.get("quantized", "none")) != self.quantized:
+            raise UserError(
+                f"lora.quantize: the checkpoint's adapters were trained on a base that is kept as {theirs}, and this "
+                f"one is kept as {self.quantized}; give the same"
             )
 
     def write(self, folder: Path, state: Mapping[str, Tensor]) -> None:
@@ -159,7 +177,7 @@ def _put(peft: Any, module: Any, config: Any, base: str, *, fresh: bool) -> Adap
     scalar = _is_scalar(module)
     # Its path may be read from another folder later.
     named = str(Path(base).expanduser().resolve()) if Path(base).expanduser().is_dir() else base
-    base_sum = sum_of(module)
+    base_sum, layers = sum_of(module), quantized_in(module)
     # Heads are trained in their places here, and not in copies of peft's.
     config.base_model_name_or_path, config.modules_to_save = named, None
     config.task_type = "SEQ_CLS" if scalar else "CAUSAL_LM"
@@ -173,7 +191,8 @@ def _put(peft: Any, module: Any, config: Any, base: str, *, fresh: bool) -> Adap
         for head in HEADS:
             getattr(module, head).requires_grad_(True)
     module.eval()
-    return Adapters(module=module, config=config, base=named, base_sum=base_sum, fresh=fresh)
+    quantized = next((layer.kind for layer in layers.values()), "none")
+    return Adapters(module=module, config=config, base=named, base_sum=base_sum, fresh=fresh, quantized=quantized)
 
 
 def _require_plain(module: Any, base: str) -> None:
@@ -244,16 +263,25 @@ def plain_name(name: str) -> str:
 @torch.no_grad()
 def sum_of(module: nn.Module) -> str:
     """What a module's parameters are known by: their names, types, and every bit of them. A scalar head's are not
-    among them."""
+    among them.
+
+    A layer that is ``Quantized`` counts with the weight that it was made of, so that the sum is that of the folder,
+    wherever and however it was read; of weights that were in few bits in their folder with these.
+    """
     found = hashlib.blake2b(digest_size=16)
-    parameters = {name: p for name, p in module.named_parameters() if name.partition(".")[0] not in HEADS}
+    layers = {f"{name}.weight": layer for name, layer in quantized_in(module).items() if layer.total is not None}
+    scales = {f"{n}.{s}": getattr(x, s) for n, x in quantized_in(module).items() if x.total is None for s in x.names}
+    parameters = {name: p for name, p in module.named_parameters() if name.partition(".")[0] not in HEADS} | scales
+    totals: dict[str, int] = {name: layer.total for name, layer in layers.items() if layer.total is not None}
     for device in dict.fromkeys(p.device for p in parameters.values()):
-        here = {name: p for name, p in parameters.items() if p.device == device}
+        here = {name: p for name, p in parameters.items() if p.device == device and name not in totals}
         total_N = torch.zeros(len(here), dtype=torch.int32, device=device)
         jobs = [bits.Job(i, p.detach().reshape(1, -1), p.dtype, 0) for i, p in enumerate(here.values())]
         bits.prepare(jobs)(total_N)
-        for (name, p), total in zip(here.items(), total_N.tolist(), strict=True):
-            found.update(f"{name} {tuple(p.shape)} {p.dtype} {total}\n".encode())
+        totals |= dict(zip(here, total_N.tolist(), strict=True))
+    for name, p in parameters.items():
+        shape, dtype = (layers[name].shape, torch.float32) if name in layers else (tuple(p.shape), p.dtype)
+        found.update(f"{name} {shape} {dtype} {totals[name]}\n".encode())
     return found.hexdigest()
 
 

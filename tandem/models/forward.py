@@ -25,6 +25,7 @@ from tandem.kernels.logprob import PLAIN, HeadShape
 from tandem.models.adapters import Adapters
 from tandem.models.attention import NO_MASK, packed_layout
 from tandem.models.compiled import Blocks
+from tandem.models.quantized import numbers_in, quantized_in
 from tandem.models.routers import ROUTER_LOGITS, experts_of_a_token, in_float32, no_experts, quieted, routers_of
 from tandem.models.sharing import sharing_of
 from tandem.parallel.sharding import shard, transformer_layers
@@ -130,7 +131,15 @@ class LoadedModel:
             self.blocks = Blocks(transformer_layers(self.module), name=type(self.module).__name__)
 
     def shard(self, world: World, *, keep_gathered: bool = False, offload: bool = False) -> None:
-        """Splits the parameters over the world's ranks (``tandem.parallel.sharding.shard``), in float32."""
+        """Splits the parameters over the world's ranks (``tandem.parallel.sharding.shard``), in float32.
+
+        Raises UserError where some of them are in few bits.
+        """
+        if quantized_in(self.module):
+            raise UserError(
+                f"{type(self.module).__name__}: its layers are in few bits, and are not split over several processes; "
+                "give it one, without --offload parameters"
+            )
         self.sharded = Sharded(self, world.device)
         self.route_in_float32(self.torch_dtype)
         if self.adapters is not None:
@@ -394,7 +403,7 @@ def _spare(tokens: int) -> int:
 
 def describe_model(model: LoadedModel) -> str:
     """Its class, size, device and how its batches are laid out."""
-    parameters = sum(p.numel() for p in model.module.parameters())
+    parameters = numbers_in(model.module)
     layout = "packed" if model.packed else "padded, those of one length together" if model.equal_lengths else "padded"
     if model.blocks is not None:
         layout += ", layers compiled in the first step" if model.blocks.working else ", layers not compiled"
@@ -402,4 +411,7 @@ def describe_model(model: LoadedModel) -> str:
     if model.adapters is not None:
         trained = sum(p.numel() for p in model.module.parameters() if p.requires_grad)
         size = f"{trained / 1e6:.2f}M parameters in adapters on {(parameters - trained) / 1e6:.2f}M"
+    if layers := quantized_in(model.module):
+        few = sum(layer.shape[0] * layer.shape[1] for layer in layers.values())
+        size += f", {few / 1e6:.2f}M of them in {next(iter(layers.values())).kind}"
     return f"{type(model.module).__name__}, {size}, {model.device}, {model.dtype}, {layout}"

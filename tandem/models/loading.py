@@ -18,6 +18,7 @@ from tandem.models.folder import readable_errors, with_config, with_tokenizer
 from tandem.models.forward import LoadedModel
 from tandem.models.limits import read_config, require_language_model
 from tandem.models.probe import probe_forward
+from tandem.models.quantized import dequantize_module, quantize_module
 from tandem.models.routers import quieted
 from tandem.models.scalar import scalar_class, with_own_buffers
 from tandem.models.weights import load_whole, require_finite
@@ -68,16 +69,21 @@ def load_causal(
     """A causal LM with its tokenizer, and the ``adapters`` that are put on it, if any. Those of a folder of adapters
     are merged into their base, unless they are those.
 
-    Weights are loaded in float32, and cast to ``dtype`` by the trainer, scorer or engine that takes the model over: a
-    trainer keeps float32 masters of them. Raises UserError where the folder or name holds no causal LM (a reward
-    model's holds none), or not each of its tensors, or numbers that are not finite.
+    Weights are loaded in float32, or quantised as they are read (``AdapterParams.quantize``), and cast to ``dtype`` by
+    the trainer, scorer or engine that takes the model over: a trainer keeps float32 masters of them. Raises UserError
+    where the folder or name holds no causal LM (a reward model's holds none), or not each of its tensors, or numbers
+    that are not finite.
     """
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     with readable_errors(source, "causal language model"):
         about = AutoConfig.from_pretrained(with_config(source), trust_remote_code=trust_remote_code)
         require_language_model(about, source)
     module, _ = load_whole(
-        AutoModelForCausalLM, base_of(str(source)), what="causal language model", trust_remote_code=trust_remote_code
+        AutoModelForCausalLM,
+        base_of(str(source)),
+        what="causal language model",
+        trust_remote_code=trust_remote_code,
+        **_as_read(source, device, adapters),
     )
     return _prepare_loaded(module, source, tokenizer, dtype, device, adapters)
 
@@ -111,6 +117,7 @@ def load_scalar(
             trust_remote_code=trust_remote_code,
             new="score",
             config_changes={"num_labels": 1, "pad_token_id": tokenizer.pad_token_id},
+            **_as_read(source, device, adapters),
         )
         with_own_buffers(module, base_of(str(source)), trust_remote_code)
     except AttributeError as error:
@@ -133,15 +140,28 @@ def load_scalar(
     return _prepare_loaded(module, source, tokenizer, dtype, device, adapters)
 
 
+def _merged(source: str | Path, adapters: AdapterParams | None) -> bool:
+    """Whether it is a folder of adapters that become a part of their base."""
+    return adapter_folder(source) is not None and (adapters is None or adapters.folder != str(source))
+
+
+def _as_read(source: str | Path, device: str, adapters: AdapterParams | None) -> dict[str, Any]:
+    """How weights are kept as soon as they are read. What is merged first is quantised when it has been."""
+    quantize = "none" if adapters is None or _merged(source, adapters) else adapters.quantize
+    return {"quantize": quantize, "device": str(pick_device(device))}
+
+
 def _prepare_loaded(
     module: Any, source: str | Path, tokenizer: Any, dtype: Dtype, device: str, adapters: AdapterParams | None
 ) -> LoadedModel:
     # On its device, where a look at every number takes the least time, and before a probe that NaN would fail.
     module.to(pick_device(device))
-    folder = adapter_folder(source)
     base = base_of(str(source))
-    if folder is not None and (adapters is None or adapters.folder != str(source)):
-        module, base = merge_folder(module, str(folder.folder)), str(source)
+    if _merged(source, adapters):
+        dequantize_module(module)
+        module, base = merge_folder(module, str(Path(source).expanduser())), str(source)
+        if adapters is not None and adapters.quantize != "none":
+            quantize_module(module, adapters.quantize)
     put = None if adapters is None else put_adapters(module, adapters, base)
     require_finite(module, source)
     model = prepare_module(module, tokenizer, dtype=dtype, device=device)

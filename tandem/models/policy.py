@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tandem.errors import UserError
 from tandem.models.adapters import NAME, Adapters, adapted, merged, plain_name
 from tandem.models.forward import LoadedModel
+from tandem.models.quantized import quantized_in
 from tandem.parallel.sharding import forget_gathered, local, placed_like, unsharded
 
 
@@ -28,7 +30,14 @@ class Policy:
         """Names of what changes: all that is saved, and all that travels once the rest has."""
 
     def merged(self) -> Mapping[str, Tensor]:
-        """The parameters of the same model without adapters, by its names, these added to its weights."""
+        """The parameters of the same model without adapters, by its names, these added to its weights.
+
+        Raises UserError where some of these are in few bits.
+        """
+        if quantized_in(self.model.module):
+            raise UserError(
+                "lora.fold: the base is in few bits, and adapters are folded into whole weights; leave it out"
+            )
         return self.parameters if self.adapters is None else Merged(self.model.module, self.parameters)
 
     @contextmanager

@@ -5,14 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tandem.errors import UserError
+from tandem.kernels.quantized import require_bitsandbytes
+from tandem.lazy import extra
+from tandem.models.adapters import plain_name
 from tandem.models.folder import located, readable_errors
+from tandem.models.quantized import QuantizationConfig, adopt_bitsandbytes, quantized_in
+from tandem.models.quantized_folder import kind_of
 
 _MASKS = re.compile(r"\.(attn|attention|self_attn)\.(bias|masked_bias)$")
 """Causal masks that old checkpoints carry as if they were weights (GPT-2, GPT-Neo)."""
@@ -30,8 +35,13 @@ def load_whole(
     trust_remote_code: bool = False,
     new: str = "",
     config_changes: dict[str, Any] | None = None,
+    quantize: Literal["none", "nf4", "fp8"] = "none",
+    device: str = "cpu",
 ) -> tuple[Any, bool]:
     """The module of class ``auto`` (``AutoModelFor...``) in float32, and whether its part ``new`` is not in the folder.
+
+    ``quantize``: its linear layers below the head are ``Quantized``, each since its weight was read, on ``device``:
+    the whole model is nowhere in more bits. Those of a folder in bitsandbytes' 4 bits are so in any case.
 
     transformers fills what a folder lacks with random numbers that no seed of a run reaches. Here a tensor that is
     missing, unknown or of another shape raises UserError with its name, but for those of the module ``new``, which may
@@ -41,6 +51,9 @@ def load_whole(
         config = AutoConfig.from_pretrained(located(source), trust_remote_code=trust_remote_code)
         for key, value in (config_changes or {}).items():
             setattr(config, key, value)
+        options = _quantising(config, source, quantize, device)
+        with torch.device("meta"):
+            meant = auto.from_config(config, trust_remote_code=trust_remote_code) if options else None
         module, info = auto.from_pretrained(
             located(source),
             config=config,
@@ -48,7 +61,10 @@ def load_whole(
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # so that they are reported with their names; they are refused below
+            **options,
         )
+    if meant is not None:
+        _finish_quantised(module, meant, info)
     part = {name for name in module.state_dict() if new and name.startswith(f"{new}.")}
     lacking = bool(part) and part <= info["missing_keys"]
     missing = info["missing_keys"] - (part if lacking else set())
@@ -69,11 +85,50 @@ def load_whole(
     return module, lacking
 
 
+def _quantising(
+    config: Any, source: str | Path, quantize: Literal["none", "nf4", "fp8"], device: str
+) -> dict[str, Any]:
+    """What ``from_pretrained`` is told where weights are quantised, or to be; nothing elsewhere."""
+    kind = kind_of(getattr(config, "quantization_config", None), source)
+    if kind is not None:
+        if quantize not in ("none", kind):
+            raise UserError(
+                f"lora.quantize: the weights in {source} are {kind} already, got {quantize}; leave it out, or give the "
+                "model that they were made of"
+            )
+        require_bitsandbytes()
+        extra("accelerate", f"{source}: a folder in bitsandbytes' 4 bits is read with the help", "quant")
+        return {"device_map": {"": device}}
+    if quantize == "none":
+        return {}
+    if quantize == "nf4":
+        require_bitsandbytes()
+    return {"quantization_config": QuantizationConfig(quantize, device)}
+
+
+def _finish_quantised(module: Any, meant: Any, info: dict[str, Any]) -> None:
+    """After a load: layers of ours in bitsandbytes' places, and in ``info`` the shapes that differ from those meant.
+
+    transformers compares none where it quantises.
+    """
+    adopt_bitsandbytes(module)
+    found = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    for name, layer in quantized_in(module).items():
+        found[f"{name}.weight"] = torch.Size(layer.coded.shape if layer.names else layer.weight.shape)
+    info["mismatched_keys"] = {
+        (name, found[name], tensor.shape)
+        for name, tensor in meant.state_dict().items()
+        if name in found and found[name] != tensor.shape and name not in info["missing_keys"]
+    }
+
+
 def require_finite(module: nn.Module, source: str | Path) -> None:
     """Raises UserError naming the parameters that hold NaN or infinity."""
     bad = [name for name, p in module.named_parameters() if p.is_floating_point() and p.numel() and not _finite(p)]
+    bad += [f"{name}.weight" for name, layer in quantized_in(module).items() if not layer.finite]
     if bad:
-        raise UserError(f"{source}: its weights are not finite (NaN or infinity in {_listed(bad)}); take another copy")
+        listed = _listed(map(plain_name, bad))
+        raise UserError(f"{source}: its weights are not finite (NaN or infinity in {listed}); take another copy")
 
 
 @torch.no_grad()

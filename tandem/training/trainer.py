@@ -20,6 +20,7 @@ from tandem.errors import NonFiniteError, UserError
 from tandem.functional.divergence import Divergence
 from tandem.models.forward import Ask, LoadedModel, describe_model, forward
 from tandem.models.policy import Policy
+from tandem.models.quantized import quantized_in
 from tandem.parallel.sharding import (
     assign,
     checkpoint_activations,
@@ -281,6 +282,11 @@ class LocalTrainer(LocalScorer):
                     "compile: compiled layers do not give what aux_loss_coef needs; leave it at auto or off"
                 )
             compile = "off"
+        if model.adapters is None and quantized_in(model.module):
+            raise UserError(
+                f"{type(model.module).__name__}: its layers are in few bits, which no step is small enough for; train "
+                "adapters on them: --lora.rank 32"
+            )
         self._version = 0
         super().__init__(model, token_budget=token_budget, temperature=temperature, world=world, compile=compile)
         self.optimizer = build_optimizer(
@@ -384,10 +390,11 @@ class LocalTrainer(LocalScorer):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over what ``state_dict`` gave, on any number of ranks.
 
-        Raises UserError where the adapters that it gave are of another base.
+        Raises UserError where the adapters that it gave are of another base, or of one that was quantised otherwise.
         """
         if self.model.adapters is not None:
             self.model.adapters.require_base(state["adapters"])
+            self.model.adapters.require_quantized(state["adapters"])
         self.idle.restore()
         with torch.no_grad():
             for name, target in (self.weights | self.buffers).items():

@@ -39,7 +39,7 @@ def words(config: type, flags: list[str]) -> list[str]:
         (SFTConfig, ["--eval-every", "5"], "--eval-every: has no effect without --eval-data"),
         *(
             (SFTConfig, [f"--lora.{key}", *value], f"--lora.{key}: has no effect without --lora.rank")
-            for key, *value in (("alpha", "8"), ("targets", "q_proj"), ("dora",), ("rslora",))
+            for key, *value in (("alpha", "8"), ("targets", "q_proj"), ("dora",), ("rslora",), ("quantize", "nf4"))
         ),
         (
             GRPOConfig,
@@ -205,6 +205,7 @@ def test_a_key_that_has_no_effect_is_refused(config, flags, message):
     [
         (SFTConfig, ["--eval-data", "e", "--eval-every", "5", "--eval-split", "a"]),
         (SFTConfig, ["--lora.rank", "8", "--lora.alpha", "8", "--lora.targets", "q_proj", "--lora.dora"]),
+        (GRPOConfig, ["--lora.rank", "8", "--lora.quantize", "nf4", "--kl-coef", "0.1"]),
         (GRPOConfig, ["--lora.rank", "8", "--kl-coef", "0.1", "--reference", "r", "--offload-frozen"]),
         (SFTConfig, ["--eval-data", "e.json", "h=hub/e", "--eval-split", "a"]),
         (

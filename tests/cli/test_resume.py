@@ -55,7 +55,7 @@ MANY = 96
 MORE = {
     "ppo": ["--critic-warmup-steps", "1", "--lam-alpha", "0.5", "--critic-lam", "1", "--reference-every", "2"],
     "rm": ["--optimizer", "adafactor", "--ema-decay", "0.9"],
-    "kto": ["--lora.rank", "4"],
+    "kto": ["--lora.rank", "4", "--lora.quantize", "nf4"],
     "online-dpo": ["--lora.rank", "4", "--reference-every", "2", "--reference-mix", "0.5"],
     "dpo": ["--optimizer", "muon", "--reference-every", "2", "--reference-mix", "0.3"],
     "grpo": ["--kl-coef", "0.1", "--kl-target", "0.05", "--kl-horizon", "50",

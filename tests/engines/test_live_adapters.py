@@ -12,6 +12,7 @@ from tandem.engines.live.engine import LiveEngine
 from tandem.engines.live.forwards import LeanForward, OwnForward
 from tandem.models.adapters import AdapterParams
 from tandem.models.loading import load_causal
+from tandem.models.quantized import quantize_module
 from tandem.training.optim import OptimParams
 from tandem.training.trainer import LocalTrainer
 from tandem.training.views import View
@@ -64,14 +65,18 @@ def logp(samples):
 @pytest.mark.parametrize(
     ("way", "adapters"),
     [("padded", {}), ("slots", {}), ("captured", {}), ("captured", {"targets": ("k_proj", "down_proj", "up_proj")}),
-     ("captured", {"dora": True})],
+     ("captured", {"dora": True}), ("captured", {"quantize": "nf4"}), ("captured", {"quantize": "fp8"}),
+     ("padded", {"quantize": "nf4"})],
 )  # fmt: skip
 def test_after_every_step_the_engine_computes_what_the_trainer_does(base, way, adapters):
     trainer = trainer_of(base, **adapters)
     view = View(trainer, temperature=1.0)
     engine, before = samples_of(trainer.model.module, way)
     # generate rounds otherwise where parameters want a gradient.
-    _, alone = samples_of(load_causal(base, device="cpu").module.requires_grad_(False), way)
+    bare = load_causal(base, device="cpu").module.requires_grad_(False)
+    if "quantize" in adapters:
+        quantize_module(bare, adapters["quantize"])
+    _, alone = samples_of(bare, way)
     if "dora" not in adapters:
         # s B A x is 0; DoRA divides by a length and multiplies by it again.
         assert [c.token_ids for _, c in before] == [c.token_ids for _, c in alone]

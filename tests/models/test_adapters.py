@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,7 +62,8 @@ def logp_of(scorer):
 
 def peft_logp(base, folder):
     """Of the packed rows by transformers and peft alone, one row at a time."""
-    module = peft.PeftModel.from_pretrained(load_causal(base, device="cpu").module, folder)
+    module = load_causal(base, device="cpu").module if isinstance(base, Path) else base
+    module = peft.PeftModel.from_pretrained(module, folder)
     module.base_model.model.set_attn_implementation("eager")
     found = []
     for ids in ROWS:

@@ -22,6 +22,7 @@ from tandem.kernels import products
 from tandem.kernels.layers import CURVES, Curve, Norm, Rotation
 from tandem.models.attention import NO_MASK, Ask, PackedLayout, UnsupportedAttention
 from tandem.models.limits import turning_point
+from tandem.models.quantized import Quantized
 
 POSITIONS = (0, 1, 2, 3, 5, 9, 17, 33)
 """Of the tokens that are watched, and the last that there is."""
@@ -38,7 +39,8 @@ class Unlike(Exception):
 class Product:
     """Linear layers of one input as one matrix product: their parameters are laid one behind the other in memory.
 
-    They stay the module's own, so that an optimizer step is seen at once. Adapters are added behind it.
+    They stay the module's own, so that an optimizer step is seen at once. Adapters are added behind it. Those in few
+    bits are multiplied one by one, each as it is in training.
     """
 
     def __init__(self, linears: Seq[nn.Linear]) -> None:
@@ -46,18 +48,26 @@ class Product:
         if len({linear.bias is None for linear in linears}) > 1:
             raise Unlike("some of the layers that could be one product have biases")
         self.added = Additions(linears) if any(hasattr(linear, "lora_A") for linear in linears) else None
+        bases = [getattr(linear, "base_layer", linear) for linear in linears]
+        self.apart = bases if any(isinstance(base, Quantized) for base in bases) else []
         self.stack()
 
     def stack(self) -> None:
         """Again where they were taken apart (moved, cast, or given back from parking)."""
-        self.weight = stack([linear.weight for linear in self.linears])
-        biases = [linear.bias for linear in self.linears]
-        self.bias = None if biases[0] is None else stack(biases)
+        if not self.apart:
+            self.weight = stack([linear.weight for linear in self.linears])
+            biases = [linear.bias for linear in self.linears]
+            self.bias = None if biases[0] is None else stack(biases)
         if self.added is not None:
             self.added.stack()
 
     def __call__(self, x_TI: Tensor) -> Tensor:
-        out_TO = products.linear(x_TI, self.weight, self.bias)
+        if len(self.apart) == 1:
+            out_TO = self.apart[0](x_TI)
+        elif self.apart:
+            out_TO = torch.cat([linear(x_TI) for linear in self.apart], dim=1)
+        else:
+            out_TO = products.linear(x_TI, self.weight, self.bias)
         return out_TO if self.added is None else self.added.add_(out_TO, x_TI)
 
 
@@ -151,7 +161,8 @@ class Layer:
 
     def unread(self, module: nn.Module) -> str:
         """The first tensor of the module's layer that is not in here: it may do nothing yet, and something later."""
-        known = {id(x) for product in self.products() for linear in product.linears for x in linear.parameters()}
+        linears = [linear for product in self.products() for linear in product.linears]
+        known = {id(x) for linear in linears for x in (*linear.parameters(), *linear.buffers())}
         attention = self.attention
         norms = [self.before, self.after_attention, self.between, self.after_feed]
         norms += [*(attention.wide_norms or ()), *(attention.rotation.norms or ())]

@@ -6,10 +6,11 @@ from collections.abc import Sequence as Seq
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tandem.kernels import products
 from tandem.models.adapters import NAME
+from tandem.models.quantized import Quantized, is_plain_linear
 
 
 class Additions:
@@ -25,7 +26,7 @@ class Additions:
         """Of each adapter: its columns of the A's product, those of the layers' product, its B, and its scale."""
         row = column = 0
         for layer in layers:
-            end = column + len(layer.weight)
+            end = column + layer.out_features
             if hasattr(layer, "lora_A"):
                 b_OR = layer.lora_B[NAME].weight
                 self.downs.append(layer.lora_A[NAME].weight)
@@ -50,7 +51,7 @@ def is_linear(module: Any) -> bool:
     if hasattr(module, "lora_A"):
         # DoRA, and whatever else peft knows.
         return not getattr(module, "lora_variant", None) and is_linear(module.base_layer)
-    return type(module) is nn.Linear or type(module) is products.Linear
+    return is_plain_linear(module) or isinstance(module, Quantized)
 
 
 @torch.no_grad()
