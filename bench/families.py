@@ -106,7 +106,7 @@ _NO_SIZES = {"intermediate_size": WITHOUT, "max_position_embeddings": WITHOUT}
 _LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
            "original_max_position_embeddings": 16}  # fmt: skip
 _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
-_STATES = "its layers keep a state for each sample, which no cache here holds"
+_STATES = "a state for each sample: step by step in slots, prompts of one length together"
 _OWN_ATTENTION = "transformers' class has an attention of its own"
 FAMILIES = (
     Family("qwen2", "Qwen 2, Qwen 2.5", "Qwen2", _of()),
@@ -175,12 +175,23 @@ FAMILIES = (
            _of(_turns("mamba", "attention"), _named(shared_intermediate_size="intermediate_size"), mamba_n_heads=8,
                mamba_d_head=WITHOUT, mamba_d_state=8, mamba_chunk_size=8, num_local_experts=0, num_experts_per_tok=0),
            _STATES),
+    Family("jamba", "Jamba", "Jamba",
+           _of(_LOCAL, attn_layer_period=2, attn_layer_offset=1, mamba_d_state=8, head_dim=WITHOUT), _STATES),
+    Family("bamba", "Bamba", "Bamba",
+           _of(attn_layer_indices=[1], mamba_n_heads=8, mamba_d_state=8, mamba_chunk_size=8, head_dim=WITHOUT),
+           _STATES),
+    Family("zamba", "Zamba", "Zamba",
+           _of(_named(num_key_value_heads="num_attention_heads"), num_hidden_layers=5, attn_layer_period=2,
+               attn_layer_offset=1, mamba_d_state=8, head_dim=WITHOUT), _STATES),
     Family("mamba2", "Mamba 2", "Mamba2",
            _of(num_heads=8, state_size=8, n_groups=1, chunk_size=8) , _STATES),
     Family("mamba", "Mamba", "Mamba", _of(state_size=8), _STATES),
+    Family("falcon-mamba", "Falcon Mamba", "FalconMamba", _of(state_size=8), _STATES),
     Family("recurrent-gemma", "RecurrentGemma", "RecurrentGemma",
-           _of(_named(lru_width="hidden_size"), attention_window_size=6, num_hidden_layers=3), _STATES),
-    Family("rwkv", "RWKV 4", "Rwkv", _of(_named(attention_hidden_size="hidden_size"), context_length=128), _STATES),
+           _of(_named(lru_width="hidden_size"), attention_window_size=6, num_hidden_layers=3),
+           "transformers' class keeps its states in its modules, not in a cache"),
+    Family("rwkv", "RWKV 4", "Rwkv", _of(_named(attention_hidden_size="hidden_size"), context_length=128),
+           "transformers' class keeps its states in a list of its own, not in a cache"),
 )  # fmt: skip
 NAMES = {family.name: family for family in FAMILIES}
 LAYOUTS = {"packed": "packed", "padded": "padded", "one length": "by length"}

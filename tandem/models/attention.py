@@ -7,7 +7,7 @@ attention instead: one of those below for packed sequences, the live engine's ow
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
@@ -272,6 +272,22 @@ class PackedLayout:
                 mask = group.position[..., None] >= group.column if mask is None else mask
                 out = scored_attention(q, k, v, mask, ask)
             parts.append(out.transpose(1, 2).flatten(0, 1))
+        return self._packed(parts)
+
+    def side_by_side(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """[1, U, D] → [1, U, D]: what ``run`` makes of whole segments, [n, K, D] each, padded on the right."""
+        x_T = x[0] if self.sharing is None else self.sharing.expand(x[0])
+        parts = []
+        for group in self.groups:
+            out = run(_rows(x_T, group.keys))
+            if group.position.ndim > 1:
+                index = group.position[:, 0, :, None].clamp(max=out.shape[1] - 1)
+                out = out.gather(1, index.expand(-1, -1, out.shape[-1]))
+            parts.append(out.flatten(0, 1))
+        return self._packed(parts)
+
+    def _packed(self, parts: list[Tensor]) -> Tensor:
+        """What the groups' queries are given, [n Q, ...] each, in the order of the packed tokens."""
         packed_U = parts[0] if len(parts) == 1 else torch.cat(parts)
         return packed_U.index_select(0, self.inverse)[None]
 

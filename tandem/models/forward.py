@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,11 +23,12 @@ from tandem.functional.divergence import Divergence, with_tail
 from tandem.functional.logprobs import CHUNK_BYTES, chunked_head
 from tandem.kernels.logprob import PLAIN, HeadShape
 from tandem.models.adapters import Adapters
-from tandem.models.attention import NO_MASK, packed_layout
+from tandem.models.attention import NO_MASK, PackedLayout, packed_layout
 from tandem.models.compiled import Blocks
 from tandem.models.quantized import numbers_in, quantized_in
 from tandem.models.routers import ROUTER_LOGITS, experts_of_a_token, in_float32, no_experts, quieted, routers_of
 from tandem.models.sharing import sharing_of
+from tandem.models.states import Mixers
 from tandem.parallel.sharding import shard, transformer_layers
 from tandem.parallel.world import World
 
@@ -70,6 +71,8 @@ class LoadedModel:
     """The call to make where parameters are sharded, and the device to make it on."""
     blocks: Blocks | None = None
     """Its transformer layers, compiled for the calls made here; others, such as an engine's, run them as they are."""
+    mixers: Mixers | None = None
+    """Its parts that carry a state from token to token, if it has any: packed segments go through them one by one."""
     router_logits: bool = False
     """Whether its config, as it is exported, makes every forward give its routers' logits."""
     head_gradient: Callable[[], Tensor] | None = None
@@ -126,8 +129,11 @@ class LoadedModel:
             in_float32(router)
 
     def compile_blocks(self, mode: Literal["auto", "on", "off"]) -> None:
-        """Compiles the transformer layers from their next call here on. ``auto``: on a GPU. Only if ``packed``."""
-        if self.packed and (mode == "on" or (mode == "auto" and self.device.type == "cuda")):
+        """Compiles the transformer layers from their next call here on. ``auto``: on a GPU.
+
+        Only if ``packed``, and without ``mixers``.
+        """
+        if self.packed and self.mixers is None and (mode == "on" or (mode == "auto" and self.device.type == "cuda")):
             self.blocks = Blocks(transformer_layers(self.module), name=type(self.module).__name__)
 
     def shard(self, world: World, *, keep_gathered: bool = False, offload: bool = False) -> None:
@@ -364,14 +370,19 @@ def _together(
         if spare:
             token_ids, position = F.pad(token_ids, (0, spare)), F.pad(position, (0, spare))
         layout = packed_layout(batch.bounds, device, model.torch_dtype, compiled=compiled, sharing=sharing, spare=spare)
-        out = module(
-            input_ids=token_ids[None],
-            position_ids=position[None],
-            attention_mask=NO_MASK,
-            use_cache=False,
-            layout=layout,
-            **asked,
-        )
+        apart: AbstractContextManager[None] = nullcontext()
+        if model.mixers is not None:
+            beside = layout if isinstance(layout, PackedLayout) else PackedLayout(batch.bounds, device, sharing)
+            apart = model.mixers.apart(beside)
+        with apart:
+            out = module(
+                input_ids=token_ids[None],
+                position_ids=position[None],
+                attention_mask=NO_MASK,
+                use_cache=False,
+                layout=layout,
+                **asked,
+            )
         laid_out = (lambda rows: rows[:tokens]) if sharing is None else sharing.expand
         return laid_out(out[output][0]), _balance(model, batch, out.router_logits, laid_out) if balance else None
     segments = batch.token_ids_T.split(batch.lengths)

@@ -18,6 +18,7 @@ from tandem.models.attention import IMPLEMENTATION, UnsupportedAttention, leave_
 from tandem.models.forward import LoadedModel, hidden_states, native_logits
 from tandem.models.limits import turning_point
 from tandem.models.shrunk import TURNING, named_limits, shrunk
+from tandem.models.states import Mixers
 from tandem.types import Sequence
 
 TOLERANCE = 2e-3
@@ -41,6 +42,7 @@ def probe_forward(model: LoadedModel) -> str:
     """
     leave_sdpa(model.module)
     model.turning = turning_point(model.module.config)
+    model.mixers = Mixers.of(model.module)
     trials = [_Trial(model, LENGTHS)]
     if not trials[0].causal():
         raise UserError(
@@ -50,7 +52,8 @@ def probe_forward(model: LoadedModel) -> str:
     small = shrunk(model.module)
     unproved = ""
     if small is not None:
-        trials.append(_Trial(replace(model, module=small, turning=turning_point(small.config)), FAR_LENGTHS))
+        copied = replace(model, module=small, turning=turning_point(small.config), mixers=Mixers.of(small))
+        trials.append(_Trial(copied, FAR_LENGTHS))
     elif limits := named_limits(model.module.config):
         unproved = f"what it does beyond its limits ({', '.join(limits)}) could not be tried out on a small copy"
     reason = unproved or next((why for trial in trials if (why := trial.why_not(packed=True))), "")
@@ -104,7 +107,7 @@ class _Trial:
 
     def why_not(self, *, packed: bool) -> str:
         """Why the batch cannot go through it as one; empty where it can."""
-        if packed and not self.model.module._supports_attention_backend:
+        if packed and not self.model.module._supports_attention_backend and self.model.mixers is None:
             return "its attention cannot be replaced"
         try:
             with _attention(self.model.module, replaced=packed):

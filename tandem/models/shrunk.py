@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig
 
 from tandem.models.attention import leave_sdpa
 from tandem.models.limits import limits_of, turning_point
+from tandem.models.states import states_of_layers
 
 log = logging.getLogger("tandem")
 LIMIT = 8
@@ -149,10 +150,13 @@ def _made(kind: Any, config: Any) -> Any:
 
 @torch.no_grad()
 def _runs(small: Any) -> bool:
-    """Whether it computes something, and goes on from a cache of its own where it has a language-model head."""
+    """Whether it computes something, and goes on from a cache of its own where it has a language-model head.
+
+    One with states is given a cache of ours (``tandem.models.states``).
+    """
     ids = torch.arange(2, 5)[None]
     out = small.base_model(input_ids=ids, use_cache=False)[0]
-    if small.get_output_embeddings() is not None:
+    if small.get_output_embeddings() is not None and not states_of_layers(small):
         small.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False, pad_token_id=0)
     return bool(out.isfinite().all()) and float(out.std()) > 1e-4
 

@@ -301,6 +301,8 @@ class LocalTrainer(LocalScorer):
         module, dtype = self.model.module, self.model.torch_dtype
         self.model.compile_blocks(self.compile)
         if self.memory.activation_checkpointing:
+            # What is computed again in the backward pass would not know where segments begin.
+            self.model.packed = self.model.packed and self.model.mixers is None
             checkpoint_activations(transformer_layers(module))
         if self.world.size > 1 or self.memory.offload == "parameters":
             self.model.shard(

@@ -18,7 +18,7 @@ BUILT_DIFFERENTLY = (
 """Between them they have everything that is read of a layer, and a state."""
 SLOWER = {
     "ministral3", "hunyuan", "nemotron", "stablelm", "gpt2", "opt", "bloom", "deepseek-v3", "qwen3-next", "falcon-h1",
-    "lfm2", "granite4", "mamba2", "mamba", "recurrent-gemma", "rwkv",
+    "lfm2", "granite4", "jamba", "bamba", "zamba", "mamba2", "mamba", "falcon-mamba", "recurrent-gemma", "rwkv",
 }  # fmt: skip
 
 

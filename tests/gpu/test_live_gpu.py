@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 import families
 
 SLOWER = {"ministral3", "hunyuan", "nemotron", "stablelm", "gpt2", "opt", "bloom", "deepseek-v3", "qwen3-next",
-          "falcon-h1", "lfm2", "granite4", "mamba2", "mamba", "recurrent-gemma", "rwkv"}  # fmt: skip
+          "falcon-h1", "lfm2", "granite4", "jamba", "bamba", "zamba", "mamba2", "mamba", "falcon-mamba",
+          "recurrent-gemma", "rwkv"}  # fmt: skip
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 

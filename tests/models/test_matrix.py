@@ -34,11 +34,11 @@ WAYS = {
     "llama-yarn": ("packed", "slots"),
     "ministral3": ("packed", "slots"),
     "llama4_text-initial": ("padded", "padded, one length"),
-    "lfm2_moe-initial": ("padded", "padded"),
+    "lfm2_moe-initial": ("packed", "slots"),
     "recurrent_gemma": ("padded", "padded, one length"),
     "rwkv": ("padded", "padded, one by one"),
     "minimax": ("padded", "padded, one length"),
-    "mamba2": ("padded", "padded"),
+    "mamba2": ("packed", "slots"),
     "gpt_neo": ("padded", "padded"),
     "cohere2": ("packed", "slots"),
 }
@@ -87,8 +87,9 @@ def test_a_keyword_of_attention_that_is_not_known_is_refused(keyword: str) -> No
         attend(torch.nn.Module(), x, x, x, torch.zeros(1, 1, 3, 3), **options)
 
 
-def test_a_model_that_adds_up_in_float32_trains_in_bfloat16() -> None:
-    module = matrix.make(matrix.Case("mamba"))
+@pytest.mark.parametrize("kind", ["mamba", "mamba2", "falcon_mamba"])
+def test_a_model_that_adds_up_in_float32_trains_in_bfloat16(kind: str) -> None:
+    module = matrix.make(matrix.Case(kind))
     trained_size(module)
     rows = pack([Sequence(token_ids=[5, 6, 7, 8] * 5, trainable=[False] + [True] * 19)])
     model = prepare_module(module, tokenizer(), dtype="bfloat16")

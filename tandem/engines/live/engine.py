@@ -14,7 +14,7 @@ from tandem.engines.live.core import Batching, LiveCore, evaluating
 from tandem.engines.live.fitting import Fitting
 from tandem.engines.live.layers import Unlike
 from tandem.engines.live.over_pages import PagedBatching
-from tandem.engines.live.over_slots import SlotBatching
+from tandem.engines.live.over_slots import SlotBatching, slots_of
 from tandem.engines.live.padded import PaddedBatching, Together
 from tandem.engines.live.probe import Trial, why_not_layouts, why_not_tried
 from tandem.engines.samples import Sample, StopRule, check_request, take_requests
@@ -223,7 +223,7 @@ class LiveEngine:
         if self.fitting is not None:
             return PagedBatching(self.fitting, max_slots=self.max_slots, prefill_tokens=self.prefill_tokens)
         if self.way == "slots":
-            return SlotBatching(self.module, max_slots=self.max_slots, prefill_tokens=self.prefill_tokens)
+            return SlotBatching(slots_of(self.module), max_slots=self.max_slots, prefill_tokens=self.prefill_tokens)
         return PaddedBatching(self.module, batch_size=self.max_slots, together=self.together)
 
     def _end(self, failed: bool) -> None:

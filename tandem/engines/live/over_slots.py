@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Sequence as Seq
 from collections.abc import Set as AbstractSet
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,14 +14,91 @@ from torch import Tensor
 from tandem.engines.live.draws import Kinds, draw
 from tandem.engines.live.forwards import OwnForward
 from tandem.engines.live.slots import DecodeLayout, PrefillLayout, SlotCache
+from tandem.engines.live.states import StateSlots
 from tandem.engines.samples import Sample
+from tandem.models.states import states_of_layers
 
 
-class Prefilled:
+class Prefilled(Protocol):
+    """Prompts that have been through the model."""
+
+    logits_PV: Tensor
+    """Of what follows them."""
+
+    def load_into(self, slots: list[int], prompts: list[int]) -> None:
+        """Copies what is kept of prompt ``prompts[i]`` into slot ``slots[i]``."""
+        ...
+
+
+class Slots(Protocol):
+    """What a model keeps of sequences, one in each slot, and its forward over it. Those in use are the first ones."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def slots(self) -> int:
+        """Sequences that there is room for."""
+        ...
+
+    def grow(self, slots: int, limit: int) -> None:
+        """Makes it at least so large: ``limit`` is the most tokens of a sequence."""
+        ...
+
+    def reserve(self, length: int) -> None:
+        """Makes room for sequences of ``length`` tokens."""
+        ...
+
+    def move(self, sources: list[int], targets: list[int], length: int) -> None:
+        """Copies what some slots hold of at most ``length`` tokens over others."""
+        ...
+
+    def prefill(self, prompts: Seq[tuple[int, ...]]) -> Prefilled:
+        """Takes prompts through the model."""
+        ...
+
+    def decode(self, token_B: Tensor, length_B: Tensor, longest: int) -> Tensor:
+        """Logits [B, V] after one more token for each of the first B slots.
+
+        They hold ``length_B`` tokens, at most ``longest``.
+        """
+        ...
+
+
+def slots_of(module: Any) -> Slots:
+    """Slots for what the module keeps of a sequence."""
+    return StateSlots(module) if states_of_layers(module) else KeyValueSlots(module)
+
+
+class KeyValueSlots:
+    """``Slots`` of a model all of whose layers are attention, computed by layouts."""
+
+    def __init__(self, module: Any) -> None:
+        self.model = OwnForward(module)
+        self.cache = SlotCache()
+        self.grow, self.reserve, self.move = self.cache.grow, self.cache.reserve, self.cache.move
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def slots(self) -> int:
+        return self.cache.slots
+
+    def prefill(self, prompts: Seq[tuple[int, ...]]) -> PrefilledKeyValues:
+        return PrefilledKeyValues(self.model, self.cache, prompts)
+
+    def decode(self, token_B: Tensor, length_B: Tensor, longest: int) -> Tensor:
+        layout = DecodeLayout(self.cache, length_B, longest)
+        return self.model(token_B[:, None], length_B[:, None], layout)[:, -1]
+
+
+class PrefilledKeyValues:
     """Prompts that have been through the model: keys and values for their samples' slots, and the last logits."""
 
-    def __init__(self, model: OwnForward, prompts: Seq[tuple[int, ...]]) -> None:
-        self.device = model.device
+    def __init__(self, model: OwnForward, cache: SlotCache, prompts: Seq[tuple[int, ...]]) -> None:
+        self.device, self.cache = model.device, cache
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         self.bounds = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
         token_T = torch.tensor([token for prompt in prompts for token in prompt]).to(self.device)
@@ -31,23 +108,22 @@ class Prefilled:
         self.logits_PV = model(token_T[None], position_T[None], layout, keep=last_P)[0]
         self.kept = layout.kept
 
-    def load_into(self, cache: SlotCache, slots: list[int], prompts: list[int]) -> None:
+    def load_into(self, slots: list[int], prompts: list[int]) -> None:
         """Copies the keys and values of prompt ``prompts[i]`` into slot ``slots[i]``."""
         start = self.bounds[prompts]
         length = self.bounds[1:][prompts] - start
         position_N = torch.cat([torch.arange(n) for n in length.tolist()])
         source_N = start.repeat_interleave(length) + position_N
         slot_N = torch.tensor(slots).repeat_interleave(length)
-        cache.load(self.kept, *(x.to(self.device) for x in (source_N, slot_N, position_N)))
+        self.cache.load(self.kept, *(x.to(self.device) for x in (source_N, slot_N, position_N)))
 
 
 class SlotBatching:
     """Row i decodes in slot i; samples enter as they were asked for (``tandem.engines.live.core.Batching``)."""
 
-    def __init__(self, module: Any, *, max_slots: int, prefill_tokens: int) -> None:
-        self.model = OwnForward(module)
+    def __init__(self, slots: Slots, *, max_slots: int, prefill_tokens: int) -> None:
+        self.slots = slots
         self.max_slots, self.prefill_tokens = max_slots, prefill_tokens
-        self.cache = SlotCache()
         self.kinds = Kinds()
         self.waiting: deque[list[Sample]] = deque()
         """Samples of one prompt each, of which none has started."""
@@ -63,7 +139,7 @@ class SlotBatching:
         self.kinds.add(samples)
         self.waiting.extend(_by_request(samples))
         unfinished = len(self.rows) + len(self.ready) + sum(map(len, self.waiting))
-        self.cache.grow(min(self.max_slots, unfinished), max(sample.limit for sample in samples))
+        self.slots.grow(min(self.max_slots, unfinished), max(sample.limit for sample in samples))
         self.state = None
 
     def round(self) -> list[Sample]:
@@ -102,11 +178,10 @@ class SlotBatching:
                 rows.append(row)
                 prompts.append(prompt)
                 tokens += len(prompt)
-            Prefilled(self.model, prompts).load_into(self.cache, rows, list(range(len(rows))))
+            self.slots.prefill(prompts).load_into(rows, list(range(len(rows))))
 
     def _decode(self, state: State) -> None:
-        layout = DecodeLayout(self.cache, state.length_B, self.longest)
-        logits_BV = self.model(state.token_B[:, None], state.length_B[:, None], layout)[:, -1]
+        logits_BV = self.slots.decode(state.token_B, state.length_B, self.longest)
         drawn_3B = draw(logits_BV, state.seed_B, state.params_5B, state.drawn_B, self.kinds.wanted)
         self.longest += 1
         if ended := self._record(self.rows, drawn_3B):
@@ -132,11 +207,11 @@ class SlotBatching:
         del self.rows[kept:]
         self.longest = max((sample.length for sample in self.rows), default=0)
         if sources:
-            self.cache.move(sources, targets, self.longest)
+            self.slots.move(sources, targets, self.longest)
 
     def _admit(self) -> State:
         """Fills free slots, prefilling where nothing is ready, and returns the state of all rows."""
-        while (free := self.cache.slots - len(self.rows)) and (self.ready or self.waiting):
+        while (free := self.slots.slots - len(self.rows)) and (self.ready or self.waiting):
             if not self.ready:
                 self._prefill()
             self._start([self.ready.popleft() for _ in range(min(free, len(self.ready)))])
@@ -150,7 +225,7 @@ class SlotBatching:
         """Takes prompts through the model: within the token budget, and no more than could fill all slots."""
         prompts: list[tuple[int, ...]] = []
         tokens = 0
-        while self.waiting and len(self.ready) < self.cache.slots:
+        while self.waiting and len(self.ready) < self.slots.slots:
             group = self.waiting[0]
             tokens += group[0].prompt_length
             if prompts and tokens > self.prefill_tokens:
@@ -158,7 +233,7 @@ class SlotBatching:
             self.waiting.popleft()
             self.ready.extend((sample, len(prompts)) for sample in group)
             prompts.append(group[0].asked.request.prompt_ids)
-        self.prefilled = Prefilled(self.model, prompts)
+        self.prefilled = self.slots.prefill(prompts)
 
     def _start(self, entries: list[tuple[Sample, int]]) -> None:
         """Draws samples' first tokens from their prompts' logits; those that do not end there get a row."""
@@ -175,12 +250,12 @@ class SlotBatching:
         first = len(self.rows)
         self.rows += [sample for sample, _ in going]
         self.longest = max(self.longest, *(sample.length for sample, _ in going))
-        self.cache.reserve(self.longest)
-        self.prefilled.load_into(self.cache, list(range(first, len(self.rows))), [prompt for _, prompt in going])
+        self.slots.reserve(self.longest)
+        self.prefilled.load_into(list(range(first, len(self.rows))), [prompt for _, prompt in going])
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        return self.slots.device
 
     def _columns(self, samples: list[Sample]) -> tuple[Tensor, Tensor]:
         seed_B, params_5B = self.kinds.columns(samples)

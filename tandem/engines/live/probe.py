@@ -13,16 +13,16 @@ from transformers import LogitsProcessor
 from tandem.engines.live.decoder import Decoder
 from tandem.engines.live.forwards import OwnForward
 from tandem.engines.live.layers import Unlike
-from tandem.engines.live.over_slots import Prefilled
+from tandem.engines.live.over_slots import slots_of
 from tandem.engines.live.padded import Together, generate
 from tandem.engines.live.pages import CacheShape, PagedDecode, PagePool
 from tandem.engines.live.prefill import Forward
-from tandem.engines.live.slots import DecodeLayout, SlotCache
 from tandem.kernels.logprob import HeadShape
 from tandem.models.attention import IMPLEMENTATION, Ask, PackedLayout, UnsupportedAttention, numbered
 from tandem.models.probe import find_head_shape, too_far
 from tandem.models.routers import has_experts
 from tandem.models.shrunk import LIMIT, TURNING, named_limits, shrunk
+from tandem.models.states import states_of_layers
 
 PROMPT_LENGTHS = (5, 3)
 DECODED = 3
@@ -65,7 +65,9 @@ class Trial:
     @torch.no_grad()
     def why_not_slots(self) -> str:
         """Why the slot cache does not reproduce the module's own forward; empty where it does."""
-        return why_not_layouts(self.module) or self._compare(lambda: _slot_logits(self.module, self))
+        if not states_of_layers(self.module) and (reason := why_not_layouts(self.module)):
+            return reason
+        return self._compare(lambda: _slot_logits(self.module, self))
 
     @torch.no_grad()
     def why_not_pages(self, forward: Forward, shape: CacheShape) -> str:
@@ -191,19 +193,20 @@ class _Seen(PackedLayout):
 
 def _slot_logits(module: Any, trial: Trial) -> list[Tensor]:
     """Logits [decoded + 1, V] for what follows each prompt and each of the tokens after it."""
-    model = OwnForward(module)
+    slots = slots_of(module)
     sequences = trial.sequences
     prompts = [tuple(s[: -trial.decoded].tolist()) for s in sequences]
-    prefilled = Prefilled(model, prompts)
-    cache = SlotCache(len(sequences), max(map(len, sequences)))
-    cache.reserve(max(map(len, prompts)))
-    prefilled.load_into(cache, list(range(len(prompts))), list(range(len(prompts))))
+    count = len(prompts)
+    # Others of their lengths go through beside them.
+    prefilled = slots.prefill([*(prompt[::-1] for prompt in prompts), *prompts])
+    slots.grow(count, max(map(len, sequences)))
+    slots.reserve(max(map(len, prompts)))
+    prefilled.load_into(list(range(count)), list(range(count, 2 * count)))
 
     def decode(token_B: Tensor, length_B: Tensor) -> Tensor:
-        layout = DecodeLayout(cache, length_B, int(length_B.max()))
-        return model(token_B[:, None], length_B[:, None], layout)[:, -1]
+        return slots.decode(token_B, length_B, int(length_B.max()))
 
-    return _decoded(decode, prefilled.logits_PV, trial)
+    return _decoded(decode, prefilled.logits_PV[count:], trial)
 
 
 def _page_logits(forward: Forward, shape: CacheShape, trial: Trial) -> list[Tensor]:

@@ -1,0 +1,182 @@
+"""Layers that carry a state from token to token: linear attention, state spaces, short convolutions.
+
+transformers keeps what such a layer needs of the tokens before in its cache. Given a cache of ours a module computes
+with states that are kept elsewhere, and it says which of its parts have one.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import LinearAttentionCacheLayerMixin, LinearAttentionLayer
+
+from tandem.models.attention import PackedLayout
+
+Name = tuple[int, str, int]
+"""A state's layer, its kind (an attribute of the layer), and its number there."""
+KINDS = ("conv_states", "recurrent_states")
+
+
+def states_of_layers(module: Any) -> list[int]:
+    """For each layer, how many states of a kind it may keep; empty where transformers' cache for it keeps none."""
+    supported = getattr(type(module), "_supports_default_dynamic_cache", None)
+    if supported is not None and not supported():
+        return []
+    try:
+        layers = DynamicCache(config=module.config).layers
+    except (KeyError, AttributeError):
+        return []
+    if not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers):
+        return []
+    return [getattr(layer, "number_of_states", 1) for layer in layers]
+
+
+def cache_argument(module: Any) -> str:
+    """The name of the cache among the arguments of a module's forward."""
+    return "cache_params" if "cache_params" in inspect.signature(module.forward).parameters else "past_key_values"
+
+
+class Held(Cache):
+    """What a module is given as its cache: states that it changes in place, nothing before its keys and values.
+
+    ``kept``: ``states_of_layers``. ``states``: what they are, [rows, ...] each; none where sequences begin.
+    """
+
+    def __init__(self, kept: list[int], states: Mapping[Name, Tensor] | None = None) -> None:
+        super().__init__(layers=[HeldLayer(number) for number in kept])
+        self.attending: int | None = None
+        """The layer whose keys and values came last."""
+        for (layer, kind, number), state in (states or {}).items():
+            self.layers[layer].hold(kind, number, state)
+
+    @property
+    def states(self) -> dict[Name, Tensor]:
+        """Those that the module has left here."""
+        return {
+            (place, kind, number): state
+            for place, layer in enumerate(self.layers)
+            for kind in KINDS
+            for number, state in getattr(layer, kind).items()
+            if state is not None
+        }
+
+    @property
+    def keys_and_values(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """For each attention layer those of the last forward, [N, Hkv, L, D]."""
+        return {place: layer.passed for place, layer in enumerate(self.layers) if layer.passed is not None}
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values as they are."""
+        self.attending = layer_idx
+        self.layers[layer_idx].passed = key_states, value_states
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Of keys and values: the module is told its positions, and a layout has the earlier ones."""
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return query_length, 0
+
+
+class HeldLayer(LinearAttentionLayer):
+    """A layer's states as transformers keeps them."""
+
+    def __init__(self, number_of_states: int) -> None:
+        super().__init__(number_of_states)
+        self.passed: tuple[Tensor, Tensor] | None = None
+
+    def hold(self, kind: str, number: int, state: Tensor) -> None:
+        """Makes a state what the next token finds."""
+        getattr(self, kind)[number] = state
+        getattr(self, f"is_{kind}_initialized")[number] = True
+        self.has_previous_state[number] = True
+        if kind == "conv_states":
+            self.dtype, self.device = state.dtype, state.device
+            self.conv_kernel_size[number] = state.shape[-1]
+
+
+class _Asked(Held):
+    """Writes down which parts of a module ask for a state, ``running`` being those whose forward runs, outer first."""
+
+    def __init__(self, kept: list[int], running: list[Any]) -> None:
+        super().__init__(kept)
+        self.running = running
+        self.parts: list[Any] = []
+
+    def update_conv_state(self, conv_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self._note()
+        return super().update_conv_state(conv_states, *args, **kwargs)
+
+    def update_recurrent_state(self, recurrent_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self._note()
+        return super().update_recurrent_state(recurrent_states, *args, **kwargs)
+
+    def _note(self) -> None:
+        if self.running[-1] not in self.parts:
+            self.parts.append(self.running[-1])
+
+
+class Mixers:
+    """The parts of a module that carry a state from token to token, found by what asks its cache for one.
+
+    Sequences that lie packed in all else are put side by side for these parts, each beginning without a state.
+    """
+
+    def __init__(self, parts: list[Any]) -> None:
+        self.parts = parts
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, module: Any) -> Mixers | None:
+        """None where no part keeps a state in transformers' own cache."""
+        kept = states_of_layers(module)
+        if not kept:
+            return None
+        running: list[Any] = []
+        asked = _Asked(kept, running)
+
+        def ends(*_: Any) -> None:
+            running.pop()
+
+        hooks: list[Any] = []
+        for part in module.modules():
+            hooks.append(part.register_forward_pre_hook(lambda part, _: running.append(part)))
+            hooks.append(part.register_forward_hook(ends))
+        ids = torch.full((1, 2), 2, device=module.get_input_embeddings().weight.device)
+        base = module.base_model
+        try:
+            base(input_ids=ids, use_cache=True, **{cache_argument(base): asked})
+        except ValueError:
+            return None  # It takes a cache of its own only (MiniMax-01).
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return cls(asked.parts) if asked.parts else None
+
+    @contextmanager
+    def apart(self, layout: PackedLayout) -> Iterator[None]:
+        """Segments of the packed tokens go through these parts by themselves, as ``layout`` puts them side by side."""
+        for part in self.parts:
+            part.forward = partial(_side_by_side, part.forward, layout)
+        try:
+            yield
+        finally:
+            for part in self.parts:
+                del part.forward
+
+
+def _side_by_side(run: Callable[..., Tensor], beside: PackedLayout, /, hidden_states: Tensor, **options: Any) -> Tensor:
+    """[1, U, D] → [1, U, D]. What says how packed tokens lie says nothing of those side by side."""
+    for name in ("attention_mask", "position_ids", "layout"):
+        options.pop(name, None)
+    return beside.side_by_side(lambda rows: run(hidden_states=rows, **options), hidden_states)

@@ -1,0 +1,146 @@
+"""Models whose layers keep a state: sampled side by side in slots, trained packed, each as one sequence at a time."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.engine_models import tokenizer
+from torch.distributed import HashStore
+
+from tandem.batch import Batch, Outputs, TokenLoss
+from tandem.data.packing import pack, stamp_weights
+from tandem.engines.live.engine import LiveEngine
+from tandem.models.forward import forward
+from tandem.models.loading import prepare_module
+from tandem.models.shrunk import trained_size
+from tandem.parallel.sharding import whole
+from tandem.parallel.world import World, join
+from tandem.training.optim import OptimParams
+from tandem.training.trainer import LocalTrainer, MemoryParams
+from tandem.types import Request, SamplingParams, Sequence
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
+import families
+
+
+def made(name: str) -> Any:
+    """A tiny model of a family, of trained size."""
+    module = families.NAMES[name].module(families.TINY)
+    trained_size(module)
+    return module
+
+
+def asks(count: int, **sampling: Any) -> list[Request]:
+    """Prompts of which some are of one length, two samples of each, that end at several times."""
+    return [
+        Request(
+            prompt_ids=tuple(2 + (7 * i + j * j) % 60 for j in range((4, 1, 9, 4, 2)[i % 5])),
+            seeds=(2 * i, 2 * i + 1),
+            sampling=SamplingParams(max_new_tokens=(5, 12, 1, 9)[i % 4], **sampling),
+        )
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize("name", ["qwen3-next", "zamba", "mamba"])
+def test_what_a_sample_is_given_does_not_depend_on_those_beside_it(name: str) -> None:
+    """In float64, with fewer slots than samples: some enter and take the slots of others, which move."""
+    module = made(name).double()
+    module.set_experts_implementation("eager")  # The grouped products of others know no float64.
+    model = prepare_module(module, tokenizer())
+    truth = copy.deepcopy(module)
+    engine = LiveEngine(model.module, tokenizer(), max_slots=3, prefill_tokens=12)
+    assert engine.way == "slots"
+    asked = [*asks(5, temperature=0), *asks(5, temperature=1.0)]
+    for request, samples in zip(asked, engine.generate(asked), strict=True):
+        for sample in samples:
+            ids = torch.tensor([[*request.prompt_ids, *sample.token_ids]])
+            with torch.no_grad():
+                logits = truth(input_ids=ids, use_cache=False).logits[0, len(request.prompt_ids) - 1 : -1].double()
+            if not request.sampling.temperature:
+                assert sample.token_ids == logits.argmax(-1).tolist()
+            logp = logits.log_softmax(-1).gather(1, ids[0, len(request.prompt_ids) :, None]).squeeze(1)
+            assert (logp - torch.tensor(sample.untruncated_logp)).abs().max() < 5e-5
+
+
+def rows() -> Batch:
+    """Two groups of samples with a prompt each, and one sequence by itself."""
+    first, second = [5, 6, 7, 8, 9, 10, 11], [20, 21, 22]
+    texts = [(first, [30, 31]), (first, [40]), (first, [50, 51, 52, 53, 54]), (second, [60, 61, 62]), (second, [63])]
+    sequences = [
+        Sequence(token_ids=prompt + own, trainable=[False] * len(prompt) + [True] * len(own)) for prompt, own in texts
+    ]
+    sequences.append(Sequence(token_ids=list(range(2, 40)), trainable=[False] + [True] * 37))
+    return stamp_weights(pack(sequences, prompt_lengths=[len(prompt) for prompt, _ in texts] + [0]), "token")
+
+
+@pytest.mark.parametrize("name", ["qwen3-next", "lfm2", "zamba", "mamba2"])
+def test_packed_segments_are_what_each_is_by_itself(name: str) -> None:
+    """Also those whose prompt goes through once, in all but the layers with a state."""
+    model = prepare_module(made(name), tokenizer())
+    assert model.packed
+    assert model.mixers is not None
+    found = []
+    for batch in (rows(), rows().unshared()):
+        out = forward(model, batch)
+        assert out.logp_T is not None
+        (-out.logp_T * batch.weight_T).sum().backward()
+        found.append(
+            (out.logp_T.detach(), {n: p.grad for n, p in model.module.named_parameters() if p.grad is not None})
+        )
+        model.module.zero_grad()
+    alone = [
+        forward(model, stamp_weights(rows().unshared().select([s]), "token")).logp_T for s in range(rows().segments)
+    ]
+    for logp_T, gradients in found:
+        assert (logp_T - torch.cat(alone)).abs().max() < 1e-4
+        for parameter, gradient in gradients.items():
+            other = found[1][1][parameter]
+            assert (gradient - other).norm() <= 2e-5 * other.norm() + 1e-7, parameter
+    # Outside of a packed forward they are what they were.
+    assert not any("forward" in vars(part) for part in model.mixers.parts)
+
+
+def loss(out: Outputs, batch: Batch) -> TokenLoss:
+    assert out.logp_T is not None
+    return TokenLoss(loss_T=-out.logp_T, metrics_T={})
+
+
+def test_layers_that_are_computed_again_in_the_backward_pass_are_padded() -> None:
+    """They would be computed without knowing where segments begin."""
+    norms = []
+    for memory in (MemoryParams(), MemoryParams(activation_checkpointing=True)):
+        model = prepare_module(made("lfm2"), tokenizer())
+        optim = OptimParams(learning_rate=1e-4, total_steps=1)
+        trainer = LocalTrainer(model, loss, optim, token_budget=60, world=World(), memory=memory)
+        assert model.packed is not memory.activation_checkpointing
+        trainer.forward_backward(rows())
+        norms.append(trainer.optim_step()["grad_norm"])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["zamba", "falcon-mamba"])
+def test_sharded_they_are_what_they_were(name: str) -> None:
+    """Zamba's layers have parameters in common, Falcon Mamba's parts that are named beside what they are in."""
+    model = prepare_module(made(name), tokenizer())
+    found = []
+    with join(0, 1, device=torch.device("cpu"), host="", port=0, store=HashStore()) as world:
+        for sharded in (False, True):
+            if sharded:
+                model.shard(world)
+            batch = rows()
+            logp_T = forward(model, batch).logp_T
+            assert logp_T is not None
+            (-logp_T * batch.weight_T).sum().backward()
+            gradients = {n: p.grad for n, p in model.module.named_parameters() if p.grad is not None}
+            found.append((logp_T.detach(), {n: whole(gradient).clone() for n, gradient in gradients.items()}))
+            model.module.zero_grad()
+    (logp_T, gradients), (other_T, others) = found
+    assert (logp_T - other_T).abs().max() < 1e-5
+    assert gradients.keys() == others.keys()
+    assert all((gradients[name] - others[name]).abs().max() < 1e-5 for name in gradients)
