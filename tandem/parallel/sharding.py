@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,7 +50,11 @@ def shard(
         "mp_policy": MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32),
         "offload_policy": CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if offload else OffloadPolicy(),
     }
+    # Layers that have parameters in common (Zamba's attention) cannot gather them one by one: the root does.
+    owners = Counter(id(parameter) for layer in layers for parameter in layer.parameters())
     for layer in layers:
+        if any(owners[id(parameter)] > 1 for parameter in layer.parameters()):
+            continue
         fully_shard(layer, reshard_after_forward=not keep_gathered, **options)
     fully_shard(root, **options)
     for module in _sharded(root):
