@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
@@ -20,6 +22,8 @@ _SHAPES: dict[str, dict[str, Any]] = {
                  "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True},
     "7b": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
                "num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False},
+    "32b": {"hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64, "num_attention_heads": 40,
+               "num_key_value_heads": 8, "vocab_size": 152064, "tie_word_embeddings": False},
 }  # fmt: skip
 SIZES = tuple(_SHAPES)
 
@@ -64,6 +68,54 @@ def write_folder(
         random_model(size, device, eos=eos, dtype=dtype).save_pretrained(folder)
     else:
         config.save_pretrained(folder)
+    return str(folder)
+
+
+def write_4bit_folder(size: str, folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> str:
+    """The like of ``write_folder``, with the full tokenizer, in bitsandbytes' 4 bits as transformers writes it.
+
+    NF4 with double quantisation; embeddings and head in ``dtype``.
+
+    It is made and written a layer at a time: 32 billion numbers take 20 GB on the disk, and a layer's room in memory.
+    """
+    import bitsandbytes
+
+    config = config_of(size)
+    byte_tokenizer(config.vocab_size).save_pretrained(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    heads = (model.get_output_embeddings(), model.get_input_embeddings())
+    linear = {f"{n}.weight" for n, p in model.named_modules() if isinstance(p, torch.nn.Linear) and p not in heads}
+    tied = set(model.all_tied_weights_keys)
+    generator = torch.Generator(device).manual_seed(0)
+    shards: dict[str, dict[str, torch.Size]] = {}
+    for name, parameter in model.named_parameters():
+        if name not in tied:
+            shards.setdefault(name.split(".")[2] if ".layers." in name else name, {})[name] = parameter.shape
+    places: dict[str, str] = {}
+    for number, shapes in enumerate(shards.values(), start=1):
+        tensors: dict[str, torch.Tensor] = {}
+        for name, shape in shapes.items():
+            if len(shape) < 2:
+                tensors[name] = torch.full(shape, float(name.endswith("weight")), dtype=dtype)
+                continue
+            weight = torch.randn(shape, generator=generator, device=device) * config.initializer_range
+            if name not in linear:
+                tensors[name] = weight.to("cpu", dtype)
+                continue
+            codes, state = bitsandbytes.functional.quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
+            tensors[name] = codes.cpu()
+            tensors |= {f"{name}.{key}": value.cpu() for key, value in state.as_dict(packed=True).items()}
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(tensors, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    config.architectures, config.dtype = [type(model).__name__], dtype
+    config.quantization_config = {
+        "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
+    }  # fmt: skip
+    config.save_pretrained(folder)
     return str(folder)
 
 

@@ -17,7 +17,12 @@ and with --trl-weights bfloat16 (default on a GPU: its fastest, and less exact, 
 under autocast; on a GPU with liger-kernel's layers, if they are installed (--no-trl-liger: without). Its vLLM is
 colocated, awake all the time, with CUDA graphs, without detokenizing. Rewards see text.
 
-With --lora both train adapters of that rank on all linear layers (alpha 32, no dropout), TRL through peft.
+With --lora both train adapters of that rank on all linear layers (alpha 32, no dropout), TRL through peft. With
+--quantize nf4 the model is a folder in bitsandbytes' 4 bits, written a layer at a time, and both train on it as it is;
+with fp8 Tandem quantises it as it reads it. The largest model, on one H200:
+
+    python bench/rl_step.py --size 32b --lora 16 --quantize nf4 --only tandem --token-budget 8192 \\
+        --tandem-flags=--activation-checkpointing
 
 "peak GB" is what torch allocated at most in the process, "GPU used" what nvidia-smi saw. --profile adds two steps
 to Tandem's that do not count, and traces from one reward to the next: a step's training and the next one's sampling.
@@ -53,7 +58,7 @@ from common import (
     resolve_trl_options,
     synchronize,
 )
-from models import SIZES, write_folder
+from models import SIZES, write_4bit_folder, write_folder
 
 PHASES = ("sampling", "scoring", "training", "sync")
 REWARD = """
@@ -87,7 +92,10 @@ def write_inputs(options: argparse.Namespace, folder: Path) -> None:
     """Model, prompts and reward."""
     dtype = torch.bfloat16 if options.device.startswith("cuda") else torch.float32
     device = "cuda" if options.device.startswith("cuda") else "cpu"
-    write_folder(options.size, folder / "model", device=device, full_tokenizer=True, dtype=dtype)
+    if options.quantize == "nf4":
+        write_4bit_folder(options.size, folder / "model", device=device, dtype=dtype)
+    else:
+        write_folder(options.size, folder / "model", device=device, full_tokenizer=True, dtype=dtype)
     rng, count = random.Random(0), options.prompts * options.steps
     rows = [{"prompt": "".join(rng.choices(string.ascii_lowercase, k=options.prompt_tokens))} for _ in range(count)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -112,6 +120,8 @@ def tandem(options: argparse.Namespace, record: Record) -> None:
         argv = [sys.executable, "-m", "tandem", "grpo", *(x for k, v in flags.items() for x in (f"--{k}", str(v)))]
         if options.lora:
             argv += ["--lora.rank", str(options.lora)]
+        if options.quantize:
+            argv += ["--lora.quantize", options.quantize]
         argv += shlex.split(options.tandem_flags)
         trace = {"BENCH_TRACE": str(options.profile.resolve())} if options.profile else {}
         start = time.perf_counter()
@@ -130,8 +140,9 @@ def prepare(options: argparse.Namespace, folder: Path) -> None:
         write_inputs(options, folder)
         return
     argv = [sys.executable, __file__, "--skip", "0", "--write", str(folder)]
-    for name in ("size", "device", "prompts", "prompt_tokens", "steps"):
-        argv += ["--" + name.replace("_", "-"), str(getattr(options, name))]
+    for name in ("size", "device", "prompts", "prompt_tokens", "steps", "lora", "quantize"):
+        if (value := getattr(options, name)) is not None:
+            argv += ["--" + name.replace("_", "-"), str(value)]
     subprocess.run(argv, check=True, stdout=subprocess.DEVNULL)
 
 
@@ -260,6 +271,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--token-budget", type=int, default=16384, help="Tandem: tokens of a micro-batch")
     parser.add_argument("--slots", type=int, help="Tandem: completions decoded at once; default all")
     parser.add_argument("--lora", type=int, default=0, help="both train adapters of this rank on all linear layers")
+    parser.add_argument("--quantize", choices=("nf4", "fp8"), help="with --lora: the base in few bits; fp8 is Tandem's")
     parser.add_argument("--tandem-flags", default="", help="more of Tandem's own, as one word")
     parser.add_argument("--trl-batch", type=int, default=64, help="TRL: completions of a micro-batch")
     add_trl_options(parser)
@@ -274,6 +286,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     resolve_trl_options(options)
     if options.only is None:
         options.only = ["tandem", "trl-generate"] if on_cpu else list(SYSTEMS)
+    if options.quantize and not options.lora:
+        parser.error(f"--quantize {options.quantize}: a base in few bits is trained on with adapters; give --lora")
     if options.steps <= options.skip:
         parser.error(f"--steps {options.steps}: nothing is left after --skip {options.skip}")
     return options

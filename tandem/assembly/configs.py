@@ -103,8 +103,8 @@ class RunConfig:
             if quantized_kind(self.model.model) is None:
                 return  # the key has no effect, which is said elsewhere
             raise UserError(
-                f"model: the weights in {self.model.model} are in few bits ({self.quantized}), which no step is small "
-                "enough for; train adapters on them: --lora.rank 32"
+                f"model: the weights in {self.model.model} are in few bits ({self.quantized}), and only adapters can "
+                "be trained on them: --lora.rank 32"
             )
         several = next((role for role in self.method.losses() if self.placement.workers(role) > 1), None)
         reference = self.method.needs_model("reference") and not self.is_view("reference")

@@ -30,6 +30,7 @@ TYPES = {
     torch.int32: (tl.int32, tl.int32),
     torch.int16: (tl.int16, tl.int16),
     torch.int8: (tl.int8, tl.int8),
+    torch.uint8: (tl.uint8, tl.int8),
 }
 
 

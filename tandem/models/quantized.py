@@ -114,21 +114,27 @@ def dequantize_module(module: nn.Module) -> None:
         _put(module, name, plain)
 
 
-def adopt_bitsandbytes(module: nn.Module) -> None:
+def adopt_bitsandbytes(module: Any) -> None:
     """Makes layers of ours of bitsandbytes' in 4 bits: the same bits."""
+    from transformers.integrations.bitsandbytes import Bnb4bitDeserialize
+
     bnb = quantized.require_bitsandbytes()
-    for name, theirs in list(module.named_modules()):
-        if isinstance(theirs, bnb.nn.Linear4bit):
-            state = theirs.weight.quant_state
-            layer = Quantized(theirs, "nf4")
+    for name, part in list(module.named_modules()):
+        if isinstance(part, bnb.nn.Linear4bit):
+            state = part.weight.quant_state
+            layer = Quantized(part, "nf4")
             if state is not None:
                 shape = (state.shape[0], state.shape[1])
-                codes = theirs.weight.data.view(torch.uint8).reshape(-1, 1)
+                codes = part.weight.data.view(torch.uint8).reshape(-1, 1)
                 layer.adopt(Coded(codes, quantized.scales_of(state), shape, state.quant_type, state.blocksize))
             _put(module, name, layer)
-    drop = getattr(getattr(module, "hf_quantizer", None), "remove_quantization_config", None)
-    if drop is not None:
-        drop(module)
+    if (theirs := getattr(module, "hf_quantizer", None)) is not None:
+        theirs.remove_quantization_config(module)
+        # Whoever saves what has been made whole again must not go that way back.
+        conversions = getattr(module, "_weight_conversions", None) or []
+        module._weight_conversions = [
+            x for x in conversions if not any(isinstance(y, Bnb4bitDeserialize) for y in getattr(x, "operations", ()))
+        ]
 
 
 class QuantizationConfig(QuantizationConfigMixin):

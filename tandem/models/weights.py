@@ -111,7 +111,8 @@ def _finish_quantised(module: Any, meant: Any, info: dict[str, Any]) -> None:
 
     transformers compares none where it quantises.
     """
-    adopt_bitsandbytes(module)
+    if getattr(module, "hf_quantizer", None) is not None:
+        adopt_bitsandbytes(module)
     found = {name: tensor.shape for name, tensor in module.state_dict().items()}
     for name, layer in quantized_in(module).items():
         found[f"{name}.weight"] = torch.Size(layer.coded.shape if layer.names else layer.weight.shape)

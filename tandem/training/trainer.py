@@ -284,8 +284,8 @@ class LocalTrainer(LocalScorer):
             compile = "off"
         if model.adapters is None and quantized_in(model.module):
             raise UserError(
-                f"{type(model.module).__name__}: its layers are in few bits, which no step is small enough for; train "
-                "adapters on them: --lora.rank 32"
+                f"{type(model.module).__name__}: its layers are in few bits, and only adapters can be trained on them: "
+                "--lora.rank 32"
             )
         self._version = 0
         super().__init__(model, token_budget=token_budget, temperature=temperature, world=world, compile=compile)

@@ -11,6 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tandem.models.loading import load_causal
+from tandem.models.quantized import quantized_in
+
 BENCH = Path(__file__).parents[2] / "bench"
 
 
@@ -79,6 +82,21 @@ def test_rl_step(run, tmp_path):
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     if trl_is_missing():
         assert [row["error"] for row in failed] == ["ImportError: trl is not installed here"]
+
+
+def test_a_folder_in_4_bits_is_one_that_is_trained_on(run, tmp_path, capsys):
+    pytest.importorskip("bitsandbytes")
+    models, rl_step = map(importlib.import_module, ("models", "rl_step"))
+    model = load_causal(models.write_4bit_folder("tiny", tmp_path, dtype=torch.float32), device="cpu")
+    layers = quantized_in(model.module)
+    assert len(layers) == 3 * 7
+    for layer in layers.values():
+        assert layer.dequantized().std().item() == pytest.approx(model.module.config.initializer_range, rel=0.05)
+    assert model.module.model.embed_tokens.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert (model.module.model.norm.weight == 1).all()
+    with pytest.raises(SystemExit):
+        rl_step.parse(["--device", "cpu", "--quantize", "nf4"])
+    assert "give --lora" in capsys.readouterr().err
 
 
 def test_phases_of_an_rl_step(run):

@@ -154,6 +154,8 @@ def call_bits() -> None:
     for dtype in DTYPES:
         values = [x.to(dtype) for x in wide[:2]] + [wide[2].to(dtype)[:, :10]]
         bits_triton.prepare([bits.Job(1, x, wire, 3, 30) for wire in DTYPES for x in values])(total)
+    # Codes of weights in few bits.
+    bits_triton.prepare([bits.Job(1, wide[0].byte(), torch.uint8, 3, 30)])(total)
 
 
 def call_draw() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import json
+import weakref
 from itertools import pairwise
 
 import pytest
@@ -11,16 +12,20 @@ import torch
 import transformers
 from helpers.models import make_module, make_tokenizer
 from safetensors.torch import load_file, save_file
-from test_adapters import batch_of_rows, logp_of, peft_logp, train, trainer_of
+from test_adapters import batch_of_rows, logp_of, negative_logp, peft_logp, train, trainer_of
 
 from tandem.assembly.configs import config_class
+from tandem.cli.main import main
 from tandem.config import load_config
 from tandem.errors import UserError
 from tandem.kernels import quantized
-from tandem.models.adapters import AdapterParams, adapted
+from tandem.models.adapters import AdapterParams, adapted, put_saved
 from tandem.models.loading import load_causal, load_scalar
+from tandem.models.policy import Merged
 from tandem.models.quantized import Quantized, dequantize_module, quantize_module, quantized_in
-from tandem.training.trainer import LocalScorer
+from tandem.parallel.world import World
+from tandem.training.optim import OptimParams
+from tandem.training.trainer import LocalScorer, LocalTrainer
 from tandem.training.views import View
 
 pytest.importorskip("bitsandbytes")
@@ -127,6 +132,35 @@ def test_a_base_that_was_quantised_as_it_was_read_is_the_same_as_one_that_was_so
     assert not hasattr(model.module.config, "quantization_config")
 
 
+def test_what_is_no_linear_layer_stays_and_is_said(caplog):
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, moe_intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, head_dim=16,
+    )  # fmt: skip
+    module = transformers.AutoModelForCausalLM.from_config(config)
+    experts = {name: p.clone() for name, p in module.named_parameters() if "mlp" in name}
+    quantize_module(module, "nf4")
+    assert {name.rpartition(".")[2] for name in quantized_in(module)} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert all(torch.equal(module.get_parameter(name), x) for name, x in experts.items())
+    assert "25% of its numbers below the head are linear layers and in nf4; the others (stacked experts" in caplog.text
+    gpt2 = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2)
+    with pytest.raises(UserError, match="GPT2LMHeadModel has no linear layers"):
+        quantize_module(transformers.AutoModelForCausalLM.from_config(gpt2), "nf4")
+
+
+def test_no_weight_is_whole_when_the_next_one_is_read(base, monkeypatch):
+    taken, take = [], Quantized.take
+
+    def watched(self, weight):
+        assert not [one for one in taken if one() is not None]
+        taken.append(weakref.ref(weight))
+        take(self, weight)
+
+    monkeypatch.setattr(Quantized, "take", watched)
+    load_causal(base, device="cpu", adapters=AdapterParams(rank=2, quantize="nf4"))
+    assert len(taken) == 14
+
+
 def test_a_number_of_a_wide_layer_takes_4_13_bits():
     layer = Quantized(torch.nn.Linear(1024, 1024, bias=False), "nf4")
     layer.take(torch.randn(1024, 1024))
@@ -191,6 +225,24 @@ def test_a_checkpoint_goes_on_bit_for_bit_and_refuses_another_quantisation(base)
             other.load_state_dict(state)
     with pytest.raises(UserError, match="kept as none, and this one is kept as nf4"):
         again.load_state_dict(full.state_dict())
+    # What is exported is the folder's weights in full, with the adapters added.
+    module, whole_module = (load_causal(base, device="cpu").module for _ in range(2))
+    put_saved(module, state["adapters"], str(base), state["model"])
+    found, name = Merged(module, dict(module.named_parameters())), "model.layers.0.mlp.up_proj"
+    a, b = (state["model"][f"{name}.lora_{side}.default.weight"] for side in "AB")
+    wanted = whole_module.get_submodule(name).weight + 32 / 4 * b @ a
+    torch.testing.assert_close(found[f"{name}.weight"], wanted, rtol=0, atol=1e-6)
+
+
+def test_a_whole_model_in_few_bits_is_not_trained_nor_folded(base):
+    model = load_causal(base, device="cpu")
+    quantize_module(model.module, "fp8")
+    with pytest.raises(UserError, match="only adapters can be trained on them"):
+        LocalTrainer(model, negative_logp, OptimParams(learning_rate=1e-3, total_steps=1), token_budget=20)
+    with pytest.raises(UserError, match="are not split over several processes"):
+        model.shard(World(device=model.device))
+    with pytest.raises(UserError, match="adapters are folded into whole weights"):
+        trainer_of(base, AdapterParams(rank=2, quantize="fp8")).policy.merged()
 
 
 def test_what_was_trained_is_read_by_peft_on_the_same_quantised_base(base, tmp_path):
@@ -235,6 +287,11 @@ def test_a_folder_in_bitsandbytes_4_bits_is_trained_on_as_it_is(base, tmp_path):
     merged = load_causal(tmp_path / "out", device="cpu")
     torch.testing.assert_close(logp_of(LocalScorer(merged, token_budget=20)), logp_of(theirs), rtol=0, atol=2e-5)
     assert not quantized_in(merged.module)
+    assert main(["export", "--model", str(folder), "--out", str(tmp_path / "whole")]) == 0
+    weights = load_file(tmp_path / "whole" / "model.safetensors")
+    for name, layer in quantized_in(mine.model.module).items():
+        assert torch.equal(weights[f"{name.removesuffix('.base_layer')}.weight"], layer.dequantized())
+    assert "quantization_config" not in json.loads((tmp_path / "whole" / "config.json").read_text())
     with pytest.raises(UserError, match="are nf4 already, got fp8"):
         trainer_of(folder, AdapterParams(rank=4, quantize="fp8"))
     plain = trainer_of(bitsandbytes_folder(base, tmp_path / "plain", bnb_4bit_use_double_quant=False),
@@ -297,7 +354,7 @@ def test_a_folder_in_4_bits_is_known_by_its_config(tmp_path):
     about = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": about}))
     assert config_of("sft", tmp_path, "--lora.rank", "8").quantized == "nf4"
-    with pytest.raises(UserError, match="train adapters on them"):
+    with pytest.raises(UserError, match="only adapters can be trained on them"):
         config_of("sft", tmp_path)
     with pytest.raises(UserError, match="are nf4 already, got fp8"):
         config_of("sft", tmp_path, "--lora.rank", "8", "--lora.quantize", "fp8")
