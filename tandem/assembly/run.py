@@ -27,6 +27,7 @@ from tandem.assembly.replays import ReplayConfig
 from tandem.assembly.sections import EngineSection, ScheduleSection
 from tandem.assembly.sessions import check_out, session
 from tandem.assembly.texts import TextFeed
+from tandem.collector import settled
 from tandem.errors import UserError
 from tandem.models.description import describe_source
 from tandem.models.loading import pick_device
@@ -125,6 +126,7 @@ def _run(config: RunConfig, stack: ExitStack, ranks: Ranks | None) -> Path | Non
     )
     feed.ask(models, started.progress)
     schedule = config.schedule if isinstance(config, SamplesConfig) and config.sampler else ScheduleSection()
+    stack.enter_context(settled())
     Pipeline(
         steps=feed.steps, items_per_step=config.items_per_step, max_lag=schedule.max_lag, window=schedule.window
     ).run(crew, started)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tandem.batch import Outputs
+from tandem.collector import settle
 from tandem.errors import NonFiniteError, RunFailure, UserError, first_line
 from tandem.parallel.world import World, join
 from tandem.workers.keeper import start_keeper
@@ -134,6 +135,7 @@ class WorkerProcess:
             self.site.roles[role] = build(self.site)
         except UserError as error:
             return Failure.of(error)
+        settle()
         return None
 
     def call(self, role: str, verb: str, arguments: tuple[Any, ...], options: Mapping[str, Any], quiet: bool) -> Any:
