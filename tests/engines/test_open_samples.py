@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +19,12 @@ from tandem.engines.live.fitting import Fitting, free_bytes
 from tandem.engines.samples import Sample, StopRule, take_requests
 from tandem.errors import Cancelled
 from tandem.futures import wait_all
+from tandem.models.attention import IMPLEMENTATION
+from tandem.models.shrunk import trained_size
 from tandem.types import Request, SamplingParams
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
+import families
 
 WAYS = ["slots", "captured"]
 TOKENS = {version: 10 + version for version in range(86)}
@@ -138,15 +145,28 @@ def logp_of(module: Any, prompt: tuple[int, ...], token_ids: list[int]) -> list[
     return [logp[len(prompt) - 1 + i, token].item() for i, token in enumerate(token_ids)]
 
 
+def with_states() -> Any:
+    """A model with a convolution and attention."""
+    module = families.NAMES["lfm2"].module(families.TINY)
+    trained_size(module)
+    module.set_attn_implementation(IMPLEMENTATION)
+    return module
+
+
 @pytest.mark.parametrize(
-    ("way", "options"),
-    [("slots", {"prefill_tokens": 40, "max_slots": 5}), ("captured", {}), ("captured", {"max_slots": 5})],
+    ("way", "options", "make"),
+    [
+        ("slots", {"prefill_tokens": 40, "max_slots": 5}, lambda: model("qwen2")),
+        ("slots", {"prefill_tokens": 40, "max_slots": 5}, with_states),
+        ("captured", {}, lambda: model("qwen2")),
+        ("captured", {"max_slots": 5}, lambda: model("qwen2")),
+    ],
 )
-def test_a_stale_cache_is_kept_or_computed_anew(way, options):
+def test_a_stale_cache_is_kept_or_computed_anew(way, options, make):
     """Anew: every token has the log-prob that a fresh prefill under its weights gives it. Kept: it has not."""
     versions, found = [0], {}
     for stale_cache in ("keep", "recompute"):
-        module = model("qwen2")
+        module = make()
         versions[:] = [0]
         engine = LiveEngine(
             module, tokenizer(), way=way, stale_cache=stale_cache, version=lambda: versions[0], **options
