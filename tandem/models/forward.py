@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
@@ -32,6 +33,7 @@ from tandem.models.states import Mixers
 from tandem.parallel.sharding import shard, transformer_layers
 from tandem.parallel.world import World
 
+log = logging.getLogger("tandem")
 FEW_TOKENS = 1024
 """On a CPU so many and more are filled up to a number that is likely to come again."""
 
@@ -135,6 +137,9 @@ class LoadedModel:
         """
         if self.packed and self.mixers is None and (mode == "on" or (mode == "auto" and self.device.type == "cuda")):
             self.blocks = Blocks(transformer_layers(self.module), name=type(self.module).__name__)
+        elif mode == "on":
+            why = "they keep states" if self.packed else "its sequences are padded"
+            log.warning("%s: compile on: its layers are not compiled: %s", type(self.module).__name__, why)
 
     def shard(self, world: World, *, keep_gathered: bool = False, offload: bool = False) -> None:
         """Splits the parameters over the world's ranks (``tandem.parallel.sharding.shard``), in float32.

@@ -51,8 +51,11 @@ class Held(Cache):
 
     def __init__(self, kept: list[int], states: Mapping[Name, Tensor] | None = None) -> None:
         super().__init__(layers=[HeldLayer(number) for number in kept])
+        self.passed: dict[int, tuple[Tensor, Tensor]] = {}
+        """Keys and values [N, Hkv, L, D] of the last forward, by the number of their layer among those that attend."""
         self.attending: int | None = None
-        """The layer whose keys and values came last."""
+        """The one whose keys and values came last."""
+        self._numbers: dict[int, int] = {}
         for (layer, kind, number), state in (states or {}).items():
             self.layers[layer].hold(kind, number, state)
 
@@ -67,17 +70,12 @@ class Held(Cache):
             if state is not None
         }
 
-    @property
-    def keys_and_values(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """For each attention layer those of the last forward, [N, Hkv, L, D]."""
-        return {place: layer.passed for place, layer in enumerate(self.layers) if layer.passed is not None}
-
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Keys and values as they are."""
-        self.attending = layer_idx
-        self.layers[layer_idx].passed = key_states, value_states
+        self.attending = self._numbers.setdefault(layer_idx, len(self._numbers))
+        self.passed[self.attending] = key_states, value_states
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -90,10 +88,6 @@ class Held(Cache):
 
 class HeldLayer(LinearAttentionLayer):
     """A layer's states as transformers keeps them."""
-
-    def __init__(self, number_of_states: int) -> None:
-        super().__init__(number_of_states)
-        self.passed: tuple[Tensor, Tensor] | None = None
 
     def hold(self, kind: str, number: int, state: Tensor) -> None:
         """Makes a state what the next token finds."""

@@ -25,17 +25,20 @@ class Share:
     units: list[int]
 
 
-def shares(batch: Batch, token_budget: int, world: World, *, padded: bool = False) -> Iterator[Share]:
+def shares(
+    batch: Batch, token_budget: int, world: World, *, padded: bool = False, whole: bool = False
+) -> Iterator[Share]:
     """This rank's micro-batches, each of at most ``token_budget`` tokens (a longer unit stands alone).
 
     Where sequences are ``padded`` side by side, padding counts, and those of similar lengths go together.
 
     Under sharding every forward is a collective, so all ranks have equally many, and those that meet cost nearly the
     same; a rank that has nothing for one of them goes through the shortest unit again, with weight 0. A prefix that
-    goes through a model once is counted once, and units that share one go together where that leaves no rank with more
-    to do. Every rank computes the same division from the batch alone.
+    goes through a model once is counted once (each time, where ``whole`` segments go through some of its layers), and
+    units that share one go together where that leaves no rank with more to do. Every rank computes the same division
+    from the batch alone.
     """
-    sizes = Sizes(batch)
+    sizes = Sizes(batch, whole=whole)
     everything = list(range(batch.units))
     shortest = min(everything, key=sizes.alone.__getitem__)
     plan = sizes.plan_padded(world.size, token_budget) if padded else sizes.plan(world.size, token_budget)
@@ -54,12 +57,12 @@ class Sizes:
     A family is the units whose first segments are one group (``Batch.group_S``); its units are kept side by side.
     """
 
-    def __init__(self, batch: Batch) -> None:
+    def __init__(self, batch: Batch, *, whole: bool = False) -> None:
         per, lengths = batch.segments_per_unit, batch.lengths
         if batch.group_S is None or batch.prefix_S is None:
             groups, prefixes = list(range(batch.segments)), [0] * batch.segments
         else:
-            groups, prefixes = batch.group_S.tolist(), batch.prefix_S.tolist()
+            groups, prefixes = batch.group_S.tolist(), [0] * batch.segments if whole else batch.prefix_S.tolist()
         self.family: list[int] = []
         self.alone: list[int] = []
         self.after: list[int] = []

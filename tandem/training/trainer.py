@@ -192,7 +192,10 @@ class LocalScorer:
     def _shares(self, batch: Batch) -> Iterator[Share]:
         # Prefixes are shared by packed models only, and what is shared decides how a batch is cut.
         packed = self.model.packed
-        for share in shares(batch if packed else batch.unshared(), self.token_budget, self.world, padded=not packed):
+        whole_segments = self.model.mixers is not None
+        if not packed:
+            batch = batch.unshared()
+        for share in shares(batch, self.token_budget, self.world, padded=not packed, whole=whole_segments):
             yield Share(batch=share.batch.to(self.model.device), units=share.units)
 
     def forget(self) -> None:

@@ -160,6 +160,7 @@ def with_states() -> Any:
         ("slots", {"prefill_tokens": 40, "max_slots": 5}, with_states),
         ("captured", {}, lambda: model("qwen2")),
         ("captured", {"max_slots": 5}, lambda: model("qwen2")),
+        ("captured", {"max_slots": 5}, with_states),
     ],
 )
 def test_a_stale_cache_is_kept_or_computed_anew(way, options, make):

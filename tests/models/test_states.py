@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,12 @@ from torch.distributed import HashStore
 from tandem.batch import Batch, Outputs, TokenLoss
 from tandem.data.packing import pack, stamp_weights
 from tandem.engines.live.engine import LiveEngine
+from tandem.engines.live.states import StateStore
+from tandem.errors import UserError
 from tandem.models.forward import forward
 from tandem.models.loading import prepare_module
 from tandem.models.shrunk import trained_size
+from tandem.models.states import Mixers
 from tandem.parallel.sharding import whole
 from tandem.parallel.world import World, join
 from tandem.training.optim import OptimParams
@@ -47,15 +51,15 @@ def asks(count: int, **sampling: Any) -> list[Request]:
     ]
 
 
+@pytest.mark.parametrize("way", ["slots", "captured"])
 @pytest.mark.parametrize("name", ["qwen3-next", "zamba", "mamba"])
-def test_what_a_sample_is_given_does_not_depend_on_those_beside_it(name: str) -> None:
+def test_what_a_sample_is_given_does_not_depend_on_those_beside_it(name: str, way: Any) -> None:
     """In float64, with fewer slots than samples: some enter and take the slots of others, which move."""
     module = made(name).double()
     module.set_experts_implementation("eager")  # The grouped products of others know no float64.
     model = prepare_module(module, tokenizer())
     truth = copy.deepcopy(module)
-    engine = LiveEngine(model.module, tokenizer(), max_slots=3, prefill_tokens=12)
-    assert engine.way == "slots"
+    engine = LiveEngine(model.module, tokenizer(), way=way, max_slots=3, prefill_tokens=12)
     asked = [*asks(5, temperature=0), *asks(5, temperature=1.0)]
     for request, samples in zip(asked, engine.generate(asked), strict=True):
         for sample in samples:
@@ -104,6 +108,40 @@ def test_packed_segments_are_what_each_is_by_itself(name: str) -> None:
             assert (gradient - other).norm() <= 2e-5 * other.norm() + 1e-7, parameter
     # Outside of a packed forward they are what they were.
     assert not any("forward" in vars(part) for part in model.mixers.parts)
+
+
+def test_states_that_are_not_kept_apart_are_found_by_the_probes(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A convolution that sees the segment before it in training; one that starts from nothing where it decodes."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Mixers, "apart", lambda self, layout: nullcontext())
+        assert not prepare_module(made("lfm2"), tokenizer()).packed
+    model = prepare_module(made("lfm2"), tokenizer())
+    with monkeypatch.context() as patch:
+        load = StateStore.load
+        patch.setattr(StateStore, "load", lambda self, states, row_N, slot_N: load(self, states, row_N * 0, slot_N))
+        assert LiveEngine(model.module, tokenizer()).way == "padded"
+        with pytest.raises(UserError, match="does not reproduce its own forward"):
+            LiveEngine(model.module, tokenizer(), way="captured")
+    model.compile_blocks("on")
+    assert "its layers are not compiled: they keep states" in caplog.text
+
+
+def test_a_shared_prompt_counts_for_every_segment_in_the_token_budget() -> None:
+    """Layers with a state see it in each."""
+    model = prepare_module(made("lfm2"), tokenizer())
+    trainer = LocalTrainer(
+        model,
+        loss,
+        OptimParams(learning_rate=1e-4, total_steps=1),
+        token_budget=20,
+        world=World(),
+        memory=MemoryParams(),
+    )
+    found = [share.batch for share in trainer._shares(rows())]
+    assert [batch.lengths for batch in found] == [[9, 8], [12, 6], [4], [38]]
+    assert all(batch.prefix_S is not None for batch in found)
 
 
 def loss(out: Outputs, batch: Batch) -> TokenLoss:

@@ -15,7 +15,8 @@ from torch import Tensor
 from tandem.engines.live.draws import Wanted, draw
 from tandem.engines.live.graphs import Capturing
 from tandem.engines.live.pages import CacheShape, PagedDecode, PagePool, send_array
-from tandem.engines.live.prefill import Forward, Prefill
+from tandem.engines.live.prefill import Forward, Prefill, StatePrefill
+from tandem.engines.live.states import StateForward, StateStore
 from tandem.kernels.draw import ALIVE, DRAWN, FIELDS, LENGTH, LIMIT, RULE, SEED, TOKEN, advance
 
 STEPS = 16
@@ -44,12 +45,13 @@ class Landing:
 class Decoder:
     """Rows that decode side by side: their state, their pages, and a graph for each number of rows.
 
-    ``slots``: rows; ``pages``: pages of the cache; ``width``: most pages of a row.
+    ``slots``: rows; ``pages``: pages of the cache; ``width``: most pages of a row. Of a forward with states a row has
+    its own beside its pages.
     """
 
     def __init__(
         self,
-        forward: Forward,
+        forward: Forward | StateForward,
         shape: CacheShape,
         *,
         slots: int,
@@ -68,7 +70,13 @@ class Decoder:
         self.stops_RV = torch.zeros(0, 0, dtype=torch.uint8, device=device)
         self.graphs: dict[tuple[int, Wanted], torch.cuda.CUDAGraph] = {}
         self.capturing = Capturing(device) if device.type == "cuda" else None
-        self.prefill = Prefill(forward, self.pool, self.capturing)
+        self.states: StateStore | None = None
+        self.prefill: Prefill | StatePrefill
+        if isinstance(forward, StateForward):
+            self.states = StateStore(forward.kept, slots)
+            self.prefill = StatePrefill(forward, self.pool)
+        else:
+            self.prefill = Prefill(forward, self.pool, self.capturing)
 
     def set_stops(self, stops: list[frozenset[int]], vocabulary: int) -> None:
         """For each rule, the token ids that end a sample."""
@@ -95,6 +103,7 @@ class Decoder:
         """
         sent = send_array(np.concatenate((state_FN, np.asarray((slots, chosen)))), self.device)
         new_FN, slot_N, chosen_N = sent[:FIELDS], sent[FIELDS], sent[FIELDS + 1]
+        self.load_states(chosen_N, slot_N)
         alike = chosen == list(range(len(logits_PV)))
         logits_NV = logits_PV if alike else logits_PV.index_select(0, chosen_N)
         params_5N = send_array(params_5N.numpy(), self.device)
@@ -106,6 +115,19 @@ class Decoder:
         self.state_FS[:, slot_N] = new_FN
         self.params_5S[:, slot_N] = params_5N
         return self._land(drawn_3N[None])
+
+    def load_states(self, prompt_N: Tensor, slot_N: Tensor) -> None:
+        """Gives rows the states of prompts of the last prefill, if there are any. Both int64 on the device."""
+        if self.states is not None and isinstance(self.prefill, StatePrefill):
+            self.states.load(self.prefill.states, prompt_N, slot_N)
+
+    def logits(self, token_B: Tensor, length_B: Tensor, layout: PagedDecode) -> Tensor:
+        """Logits [B, V] after one more token in each of the first B rows."""
+        if isinstance(self.forward, StateForward):
+            assert self.states is not None
+            attending = layout if self.pool.shape.layers else None
+            return self.forward.decode(token_B, length_B, attending, self.states.held(len(token_B)))
+        return self.forward(token_B[:, None], length_B[:, None], layout)[:, -1]
 
     def steps(self, rows: int, count: int, wanted: Wanted) -> Landing:
         """``count`` tokens for each of the first ``rows`` rows that goes on."""
@@ -127,6 +149,8 @@ class Decoder:
         source_N, target_N = send_array(np.stack((np.asarray(sources), np.asarray(targets))), self.device)
         self.state_FS[:, target_N] = self.state_FS[:, source_N]
         self.params_5S[:, target_N] = self.params_5S[:, source_N]
+        if self.states is not None:
+            self.states.move(source_N, target_N)
         self._end(source_N)
 
     def _end(self, slot_N: Tensor) -> None:
@@ -140,7 +164,7 @@ class Decoder:
     def _step(self, rows: int, wanted: Wanted) -> None:
         state_FB = self.state_FS[:, :rows]
         layout = PagedDecode(self.pool, self.table_SP[:rows], state_FB[LENGTH], state_FB[ALIVE])
-        logits_BV = self.forward(state_FB[TOKEN][:, None], state_FB[LENGTH][:, None], layout)[:, -1]
+        logits_BV = self.logits(state_FB[TOKEN], state_FB[LENGTH], layout)
         drawn_3B = draw(logits_BV, state_FB[SEED], self.params_5S[:, :rows], state_FB[DRAWN], wanted)
         advance(self.state_FS, drawn_3B, self.stops_RV, self.ring_K3S, self.cursor, rows)
 
@@ -148,16 +172,20 @@ class Decoder:
         if (rows, wanted) not in self.graphs:
             assert self.capturing is not None
             kept = self.state_FS.clone(), self.cursor.clone()
+            states = {} if self.states is None else {n: x[:rows].clone() for n, x in self.states.states.items()}
             self.graphs[rows, wanted], _ = self.capturing(lambda: self._step(rows, wanted))
             # It has been done once for real.
             self.state_FS.copy_(kept[0])
             self.cursor.copy_(kept[1])
+            for name, state in states.items():
+                assert self.states is not None
+                self.states.states[name][:rows].copy_(state)
         return self.graphs[rows, wanted]
 
     def forget_graphs(self) -> None:
         """Captures anew from here on: parameters have moved."""
         self.graphs.clear()
-        if self.prefill.graphs is not None:
+        if isinstance(self.prefill, Prefill) and self.prefill.graphs is not None:
             self.prefill.graphs.graphs.clear()
 
     def _land(self, result_K3B: Tensor) -> Landing:

@@ -14,9 +14,11 @@ from tandem.engines.live.forwards import LeanForward, OwnForward
 from tandem.engines.live.layers import Unlike
 from tandem.engines.live.pages import PAGE, pages_for
 from tandem.engines.live.probe import Trial, find_cache_shape, head_shape_of, why_not_tried
+from tandem.engines.live.states import StateForward
 from tandem.engines.samples import Sample
 from tandem.models.limits import turning_point
 from tandem.models.shrunk import POSITIONS
+from tandem.models.states import states_of_layers
 
 log = logging.getLogger("tandem")
 KEPT_SHARE = 0.05
@@ -38,6 +40,7 @@ class Fitting:
     ) -> None:
         self.module = module
         self.cache_tokens = cache_tokens
+        self.with_states = bool(states_of_layers(module))
         self.shape = find_cache_shape(module)
         near, far = Trial(module), Trial.far(module)
         if reason := why_not_tried(module, far):
@@ -48,10 +51,12 @@ class Fitting:
         self.addresses: tuple[int, ...] = ()
         self.shares = False
         """Whether others compute on the device while samples are in the cache: it leaves them what they have needed."""
-        self.forward: LeanForward | OwnForward
+        self.forward: LeanForward | OwnForward | StateForward
         self.own_because = ""
         """Why the module's own forward is used, where it is."""
         try:
+            if self.with_states:
+                raise Unlike("its layers keep a state for each sample")
             self.forward = LeanForward(module, positions=positions, head_shape=head_shape_of(module))
             self.own_because = near.why_not_pages(self.forward, self.shape)
             if not self.own_because and far is not None:
@@ -61,10 +66,11 @@ class Fitting:
         except Unlike as error:
             self.own_because = str(error)
         if self.own_because:
-            self.forward = OwnForward(module)
+            own = StateForward if self.with_states else OwnForward
+            self.forward = own(module)
             reason = near.why_not_pages(self.forward, self.shape)
             if not reason and far is not None:
-                reason = far.why_not_pages(OwnForward(far.module), find_cache_shape(far.module))
+                reason = far.why_not_pages(own(far.module), find_cache_shape(far.module))
             if reason:
                 raise Unlike(reason)
             log.warning("%s: sampled with its own forward (slower): %s", type(module).__name__, self.own_because)
@@ -102,7 +108,7 @@ class Fitting:
         least = (0, 0) if self.decoder is None else (self.decoder.slots, self.decoder.width)
         theirs = self._reserved() - self._cache_bytes() if self.shares else 0
         self.release()
-        room = self._room(theirs)
+        room = self._room(theirs, max(slots, least[0]))
         refused = [sample for sample in samples if room is not None and pages_for(sample.limit) + 2 > room]
         for sample in refused:
             sample.fail(
@@ -139,7 +145,9 @@ class Fitting:
         return self._cache_bytes() > KEPT_SHARE * memory
 
     def _cache_bytes(self) -> int:
-        return 0 if self.decoder is None else self.decoder.pool.pages * self.shape.page_bytes
+        if self.decoder is None:
+            return 0
+        return self.decoder.pool.pages * self.shape.page_bytes + self.decoder.slots * self.shape.state_bytes
 
     def _reserved(self) -> int:
         """Bytes of the device that torch has, in use or not."""
@@ -156,15 +164,18 @@ class Fitting:
             # Not to torch: what it has reserved when others are through is what they needed.
             torch.cuda.empty_cache()
 
-    def _room(self, theirs: int) -> int | None:
-        """Pages that there is room for, beside what others have of the device; None: as many as are asked for."""
+    def _room(self, theirs: int, slots: int) -> int | None:
+        """Pages that there is room for, beside what others have of the device; None: as many as are asked for.
+
+        ``slots``: sequences whose states lie beside them.
+        """
         room = None if self.cache_tokens is None else self.cache_tokens // PAGE
         device = self.forward.device
-        if device.type != "cuda":
+        if device.type != "cuda" or not self.shape.page_bytes:
             return room
         torch.cuda.empty_cache()
         free = free_bytes(torch.cuda.mem_get_info(device)[0], self._reserved(), theirs)
-        pages = int(FREE_SHARE * free) // self.shape.page_bytes
+        pages = max(0, int(FREE_SHARE * free) - slots * self.shape.state_bytes) // self.shape.page_bytes
         return pages if room is None else min(room, pages)
 
 

@@ -30,6 +30,8 @@ class CacheShape:
     """Whether they are kept in 8 bits, with a scale for each token and head, and not as they come."""
     flash: bool = True
     """Whether flash kernels compute its attention: not bent scores, nor values narrower than keys."""
+    state_bytes: int = 0
+    """Of what a sequence has beside its tokens."""
 
     @property
     def page_bytes(self) -> int:
@@ -90,7 +92,7 @@ def send_array(values: np.ndarray, device: torch.device) -> Tensor:
     return tensor.clone() if device.type == "cpu" else send(tensor, device)
 
 
-def _as_wide(value: Tensor, key: Tensor) -> Tensor:
+def as_wide(value: Tensor, key: Tensor) -> Tensor:
     """Values with zeros behind them, as wide as keys (multi-head latent attention, arXiv:2405.04434)."""
     spare = key.shape[-1] - value.shape[-1]
     return F.pad(value, (0, spare)) if spare else value
@@ -111,7 +113,7 @@ class PagedPrefill:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, ask: Ask) -> Tensor:
         """Query [1, H, T, D], key and value [1, Hkv, T, D] → [1, T, H, D]."""
-        key_TKD, value_TKD = key[0].transpose(0, 1), _as_wide(value, key)[0].transpose(0, 1)
+        key_TKD, value_TKD = key[0].transpose(0, 1), as_wide(value, key)[0].transpose(0, 1)
         kernels.store(key_TKD, value_TKD, self.pool.layer(numbered(ask)), self.target_T)
         return self.inner.attend(query, key, value, ask)
 
@@ -125,7 +127,7 @@ class PagedDecode:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, ask: Ask) -> Tensor:
         """Query [B, H, 1, D], key and value [B, Hkv, 1, D] → [B, 1, H, D]."""
-        heads = query.squeeze(2), key.squeeze(2), _as_wide(value, key).squeeze(2)
+        heads = query.squeeze(2), key.squeeze(2), as_wide(value, key).squeeze(2)
         return self.attend_heads(*heads, ask)[:, None, :, : value.shape[-1]]
 
     def attend_heads(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import numpy as np
@@ -9,8 +10,11 @@ import torch
 from torch import Tensor
 
 from tandem.engines.live.graphs import Capturing
-from tandem.engines.live.pages import PAGE, PagedPrefill, PagePool, send_array
+from tandem.engines.live.pages import PAGE, PagedPrefill, PagePool, as_wide, send_array
+from tandem.engines.live.states import StateForward
+from tandem.kernels import pages as kernels
 from tandem.models.attention import FlashLayout, Layout, packed_layout
+from tandem.models.states import Name
 
 TOKENS = (128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096)
 """Sizes that graphs are captured for. Above the last, launching takes no longer than computing."""
@@ -51,6 +55,28 @@ class Prefill:
         inner = packed_layout(torch.from_numpy(bounds), device, self.pool.shape.dtype)
         layout = PagedPrefill(self.pool, inner, sent_3T[2])
         return self.forward(sent_3T[0][None], sent_3T[1][None], layout, keep=sent_S[1:] - 1)[0]
+
+
+class StatePrefill:
+    """The same of a forward with states, which are kept until the next prompts: prompts of one length go together."""
+
+    def __init__(self, forward: StateForward, pool: PagePool) -> None:
+        self.forward, self.pool = forward, pool
+        self.states: Mapping[Name, Tensor] = {}
+        """[P, ...] each."""
+
+    def __call__(self, prompts: list[list[int]], pages: list[list[int]]) -> Tensor:
+        """The logits [P, V] of what follows each prompt; its ``pages`` hold its keys and values from then on."""
+        found = self.forward.prefill(prompts)
+        self.states = found.states
+        source_T, position_T = (x.numpy() for x in found.places(range(len(prompts))))
+        page_T = np.concatenate([np.asarray(p)[np.arange(len(n)) // PAGE] for n, p in zip(prompts, pages, strict=True)])
+        target_T = np.empty_like(page_T)
+        target_T[source_T] = page_T * PAGE + position_T % PAGE
+        sent_T = send_array(target_T, self.forward.device)
+        for number, (key_TKD, value_TKD) in found.keys_and_values.items():
+            kernels.store(key_TKD, as_wide(value_TKD, key_TKD), self.pool.layer(number), sent_T)
+        return found.logits_PV
 
 
 class PrefillGraphs:

@@ -15,8 +15,9 @@ from tandem.engines.live.forwards import OwnForward
 from tandem.engines.live.layers import Unlike
 from tandem.engines.live.over_slots import slots_of
 from tandem.engines.live.padded import Together, generate
-from tandem.engines.live.pages import CacheShape, PagedDecode, PagePool
+from tandem.engines.live.pages import CacheShape, PagedDecode
 from tandem.engines.live.prefill import Forward
+from tandem.engines.live.states import StateForward
 from tandem.kernels.logprob import HeadShape
 from tandem.models.attention import IMPLEMENTATION, Ask, PackedLayout, UnsupportedAttention, numbered
 from tandem.models.probe import find_head_shape, too_far
@@ -65,27 +66,30 @@ class Trial:
     @torch.no_grad()
     def why_not_slots(self) -> str:
         """Why the slot cache does not reproduce the module's own forward; empty where it does."""
-        if not states_of_layers(self.module) and (reason := why_not_layouts(self.module)):
-            return reason
-        return self._compare(lambda: _slot_logits(self.module, self))
+        return why_not_layouts(self.module) or self._compare(lambda: _slot_logits(self.module, self))
 
     @torch.no_grad()
-    def why_not_pages(self, forward: Forward, shape: CacheShape) -> str:
+    def why_not_pages(self, forward: Forward | StateForward, shape: CacheShape) -> str:
         """Why ``forward`` over pages does not reproduce the module's own; empty where it does."""
         return self._compare(lambda: _page_logits(forward, shape, self))
 
     @torch.no_grad()
-    def why_not_captured(self, forward: Forward, shape: CacheShape) -> str:
-        """Why a step of experts over pages cannot be captured as a graph: it waits for the host. Empty where it can.
+    def why_not_captured(self, forward: Forward | StateForward, shape: CacheShape) -> str:
+        """Why a step of experts, or of layers with states, cannot be captured: it waits for the host. Else empty.
 
         torch multiplies by experts without waiting in bfloat16 on GPUs of capability 9.0 and 10.0, not in float32.
         """
         device = forward.device
-        if device.type != "cuda" or not has_experts(self.module):
+        experts = has_experts(self.module)
+        if device.type != "cuda" or not (experts or isinstance(forward, StateForward)):
             return ""
+        decoder = Decoder(forward, shape, slots=1, pages=2, width=1)
         zero_1 = torch.zeros(1, dtype=torch.int64, device=device)
+        if decoder.states is not None:
+            decoder.prefill([[2]], [decoder.pool.take(1)])
+            decoder.load_states(zero_1, zero_1)
         # A row that has ended, on the page that is nobody's.
-        layout = PagedDecode(PagePool(shape, 1, device), zero_1.int()[None], zero_1, zero_1)
+        layout = PagedDecode(decoder.pool, zero_1.int()[None], zero_1, zero_1)
         mode = torch.cuda.get_sync_debug_mode()
         try:
             for asked in ("default", "error"):
@@ -93,11 +97,12 @@ class Trial:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # That it is a prototype.
                     torch.cuda.set_sync_debug_mode(asked)
-                forward(zero_1[None], zero_1[None], layout)
+                decoder.logits(zero_1, zero_1, layout)
         except RuntimeError as error:
             if "synchronizing" not in str(error):
                 raise
-            return f"products of its experts in {str(shape.dtype).removeprefix('torch.')} wait for the host"
+            part = "products of its experts" if experts else "layers with a state"
+            return f"{part} in {str(shape.dtype).removeprefix('torch.')} wait for the host"
         finally:
             torch.cuda.set_sync_debug_mode(mode)
         return ""
@@ -132,6 +137,8 @@ def why_not_tried(module: Any, far: Trial | None) -> str:
 
 def why_not_layouts(module: Any) -> str:
     """What says without a trial that the module's attention cannot be computed by a layout."""
+    if states_of_layers(module):
+        return ""  # Its layers say it themselves.
     if not module._supports_attention_backend:
         return "its attention cannot be replaced"
     implementation = module.config._attn_implementation
@@ -149,6 +156,8 @@ def find_cache_shape(module: Any) -> CacheShape:
 
     Raises Unlike where its layers differ in what they keep.
     """
+    if states_of_layers(module):
+        return _shape_beside_states(StateForward(module))
     forward = OwnForward(module)
     seen = _Seen(torch.tensor([0, 2]), forward.device)
     ids = torch.zeros(1, 2, dtype=torch.int64, device=forward.device)
@@ -164,6 +173,24 @@ def find_cache_shape(module: Any) -> CacheShape:
         raise Unlike("its layers keep keys and values of several shapes")
     flash = key_shape == value_shape and all(ask.softcap is None for _, _, ask in seen.layers.values())
     return CacheShape(layers=len(seen.layers), kv_heads=key_shape[0], head_dim=key_shape[2], dtype=dtype, flash=flash)
+
+
+def _shape_beside_states(forward: StateForward) -> CacheShape:
+    found = forward.prefill([(2, 2)])
+    state_bytes = sum(state.nbytes for state in found.states.values())
+    kept = {(key.shape[1:], value.shape[1:], value.dtype) for key, value in found.keys_and_values.values()}
+    if not kept:
+        return CacheShape(layers=0, kv_heads=1, head_dim=1, dtype=found.logits_PV.dtype, state_bytes=state_bytes)
+    (key_shape, value_shape, dtype), *others = kept
+    if others or key_shape[0] != value_shape[0] or key_shape[1] < value_shape[1]:
+        raise Unlike("its layers keep keys and values of several shapes")
+    return CacheShape(
+        layers=len(found.keys_and_values),
+        kv_heads=key_shape[0],
+        head_dim=key_shape[1],
+        dtype=dtype,
+        state_bytes=state_bytes,
+    )
 
 
 @torch.no_grad()
@@ -209,17 +236,19 @@ def _slot_logits(module: Any, trial: Trial) -> list[Tensor]:
     return _decoded(decode, prefilled.logits_PV[count:], trial)
 
 
-def _page_logits(forward: Forward, shape: CacheShape, trial: Trial) -> list[Tensor]:
+def _page_logits(forward: Forward | StateForward, shape: CacheShape, trial: Trial) -> list[Tensor]:
     """The same through a decoder's pages, one of its own for each sequence."""
     sequences = trial.sequences
     decoder = Decoder(forward, shape, slots=len(sequences), pages=len(sequences) + 1, width=1)
     pages = [decoder.pool.take(1) for _ in sequences]
     logits_PV = decoder.prefill([s[: -trial.decoded].tolist() for s in sequences], pages)
+    row_B = torch.arange(len(sequences), device=forward.device)
+    decoder.load_states(row_B, row_B)
     table_BP = torch.tensor(pages, dtype=torch.int32).to(forward.device)
 
     def decode(token_B: Tensor, length_B: Tensor) -> Tensor:
         layout = PagedDecode(decoder.pool, table_BP, length_B, torch.ones_like(length_B))
-        return forward(token_B[:, None], length_B[:, None], layout)[:, -1]
+        return decoder.logits(token_B, length_B, layout)
 
     return _decoded(decode, logits_PV, trial)
 

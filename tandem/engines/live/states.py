@@ -1,23 +1,24 @@
-"""Slots of models whose layers keep a state for each sequence: linear attention, state spaces, short convolutions."""
+"""What models keep of a sequence whose layers carry a state: linear attention, state spaces, short convolutions."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tandem.engines.live.slots import DecodeLayout, SlotCache
-from tandem.models.attention import IMPLEMENTATION, NO_MASK, Ask, UnsupportedAttention
+from tandem.models.attention import IMPLEMENTATION, NO_MASK, Ask, Layout, UnsupportedAttention
 from tandem.models.states import Held, Name, cache_argument, states_of_layers
 
 
-class StateSlots:
-    """Sequences in slots: their states, each [slots, ...], beside the keys and values of its attention layers.
+class StateForward:
+    """The own forward of a module over a cache of ours: states in place, attention by layouts.
 
-    It is the ``over_slots.Slots`` of a module that is run by its own forward over transformers' own cache layers.
     Nothing is padded: prompts of one length go through together.
     """
 
@@ -28,10 +29,6 @@ class StateSlots:
         self.positions = "position_ids" in known
         self.last_only: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
         self.kept = states_of_layers(module)
-        self.cache = SlotCache()
-        self.states: dict[Name, Tensor] = {}
-        self.held: tuple[int, Held] | None = None
-        """So many of the first slots, and views of their states."""
         if module.config._attn_implementation == "sdpa":
             # Which is what it is without a layout.
             module.set_attn_implementation(IMPLEMENTATION)
@@ -41,116 +38,168 @@ class StateSlots:
         device: torch.device = self.module.get_input_embeddings().weight.device
         return device
 
-    @property
-    def slots(self) -> int:
-        """Sequences that there is room for."""
-        return self.cache.slots
-
-    def grow(self, slots: int, limit: int) -> None:
-        """Makes it at least so large."""
-        self.cache.grow(slots, limit)
-        for name, store in self.states.items():
-            if len(store) < self.slots:
-                self.states[name] = store.new_zeros(self.slots, *store.shape[1:])
-                self.states[name][: len(store)] = store
-                self.held = None
-
-    def reserve(self, length: int) -> None:
-        """Makes room for sequences of ``length`` tokens."""
-        self.cache.reserve(length)
-
-    def move(self, sources: list[int], targets: list[int], length: int) -> None:
-        """Copies what some slots hold, keys and values of ``length`` tokens at most, over others."""
-        self.cache.move(sources, targets, length)
-        source_N, target_N = (torch.tensor(slots).to(self.device) for slots in (sources, targets))
-        for store in self.states.values():
-            store.index_copy_(0, target_N, store[source_N])
-
-    def prefill(self, prompts: Seq[tuple[int, ...]]) -> PrefilledStates:
-        """Takes prompts through the module, those of one length together."""
+    def prefill(self, prompts: Seq[Seq[int]]) -> PrefilledStates:
+        """Takes prompts through the module."""
         alike: dict[int, list[int]] = {}
         for place, prompt in enumerate(prompts):
             alike.setdefault(len(prompt), []).append(place)
         parts: list[Held] = []
         logits = []
-        for places in alike.values():
+        for length, places in alike.items():
             parts.append(Held(self.kept))
-            token_NL = torch.tensor([prompts[place] for place in places]).to(self.device)
-            logits.append(self._forward(token_NL, parts[-1], **self.last_only)[:, -1])
-        order = [place for places in alike.values() for place in places]
-        return PrefilledStates(self, parts, [len(prompts[place]) for place in order], order, torch.cat(logits))
+            token_NL = torch.tensor([list(prompts[place]) for place in places]).to(self.device)
+            position_NL = torch.arange(length, device=self.device).expand_as(token_NL)
+            logits.append(self._forward(token_NL, position_NL, parts[-1], **self.last_only)[:, -1])
+        order = torch.tensor([place for places in alike.values() for place in places])
+        row_P = order.argsort()
+        length_N = torch.tensor([length for length, places in alike.items() for _ in places])
+        on_device = row_P.to(self.device)
+        return PrefilledStates(
+            logits_PV=torch.cat(logits).index_select(0, on_device),
+            states={
+                name: torch.cat([part.states[name] for part in parts]).index_select(0, on_device)
+                for name in parts[0].states
+            },
+            keys_and_values={
+                number: (_packed([p.passed[number][0] for p in parts]), _packed([p.passed[number][1] for p in parts]))
+                for number in parts[0].passed
+            },
+            length_P=length_N[row_P],
+            start_P=(length_N.cumsum(0) - length_N)[row_P],
+        )
 
-    def decode(self, token_B: Tensor, length_B: Tensor, longest: int) -> Tensor:
-        """Logits [B, V] after one more token for each of the first B slots, which hold ``length_B`` tokens."""
-        rows = len(token_B)
-        if self.held is None or self.held[0] != rows:
-            self.held = rows, Held(self.kept, {name: store[:rows] for name, store in self.states.items()})
-        held = self.held[1]
+    def decode(self, token_B: Tensor, length_B: Tensor, layout: Layout | None, held: Held) -> Tensor:
+        """Logits [B, V] after one more token for sequences of ``length_B`` tokens, whose states change in place.
+
+        ``layout``: of the attention layers, if there are any.
+        """
         options: dict[str, Any] = {}
-        if self.cache.layers:
+        if layout is not None:
             if self.module.config._attn_implementation != IMPLEMENTATION:
                 raise UnsupportedAttention(f"the implementation {self.module.config._attn_implementation!r}")
-            layout = _NumberedByCache(DecodeLayout(self.cache, length_B, longest), held)
-            options = {"layout": layout, "attention_mask": NO_MASK}
-        return self._forward(token_B[:, None], held, length_B[:, None], **options)[:, -1]
+            options = {"layout": _NumberedByCache(layout, held), "attention_mask": NO_MASK}
+        return self._forward(token_B[:, None], length_B[:, None], held, **options)[:, -1]
 
-    def load(self, states: dict[Name, Tensor], row_N: Tensor, slot_N: Tensor) -> None:
-        """Copies rows of ``states`` into slots."""
-        for name, state in states.items():
-            if name not in self.states:
-                self.states[name] = state.new_zeros(self.slots, *state.shape[1:])
-                self.held = None
-            self.states[name].index_copy_(0, slot_N, state.index_select(0, row_N))
-
-    def _forward(self, token_NL: Tensor, held: Held, position_NL: Tensor | None = None, **options: Any) -> Tensor:
+    def _forward(self, token_NL: Tensor, position_NL: Tensor, held: Held, **options: Any) -> Tensor:
         if self.positions:
-            if position_NL is None:
-                position_NL = torch.arange(token_NL.shape[1], device=token_NL.device).expand_as(token_NL)
             options["position_ids"] = position_NL
         logits: Tensor = self.module(input_ids=token_NL, use_cache=True, **{self.takes: held}, **options).logits
         return logits
 
 
+@dataclass(frozen=True, kw_only=True)
 class PrefilledStates:
-    """Prompts that have been through the module: what their samples' slots are to hold, and the last logits.
+    """Prompts that have been through a module: what it keeps of them, and the logits of what follows."""
 
-    ``lengths``, ``order`` and ``logits_NV`` are of all prompts in the order in which they went through, ``order`` being
-    their places among those that were asked for.
-    """
+    logits_PV: Tensor
+    states: Mapping[Name, Tensor]
+    """[P, ...] each."""
+    keys_and_values: Mapping[int, tuple[Tensor, Tensor]]
+    """[T, Hkv, D] of each attention layer, by its number among them: those of prompt p from ``start_P[p]`` on."""
+    length_P: Tensor
+    """Tokens; int64 on the CPU, as ``start_P``."""
+    start_P: Tensor
 
-    def __init__(
-        self, slots: StateSlots, parts: list[Held], lengths: list[int], order: list[int], logits_NV: Tensor
-    ) -> None:
+    def places(self, prompts: Seq[int]) -> tuple[Tensor, Tensor]:
+        """Where keys and values of all tokens of some prompts are, and their positions. int64 [N], on the CPU."""
+        prompts = list(prompts)
+        length = self.length_P[prompts]
+        position_N = torch.cat([torch.arange(n) for n in length.tolist()])
+        return self.start_P[prompts].repeat_interleave(length) + position_N, position_N
+
+
+class StateStore:
+    """States of sequences, [slots, ...] each, made when they are first written to."""
+
+    def __init__(self, kept: list[int], slots: int = 0) -> None:
+        self.kept, self.slots = kept, slots
+        self.states: dict[Name, Tensor] = {}
+        self._held: tuple[int, Held] | None = None
+
+    def grow(self, slots: int) -> None:
+        """Makes room for so many."""
+        if slots <= self.slots:
+            return
         self.slots = slots
-        self.row_P = torch.tensor(order).argsort()
-        self.logits_PV = logits_NV.index_select(0, self.row_P.to(logits_NV.device))
-        self.length_N = torch.tensor(lengths)
-        self.start_N = self.length_N.cumsum(0) - self.length_N
-        self.keys_and_values = {
-            layer: (_packed([p.keys_and_values[layer][0] for p in parts]),
-                    _packed([p.keys_and_values[layer][1] for p in parts]))
-            for layer in parts[0].keys_and_values
-        }  # fmt: skip
-        found = [part.states for part in parts]
-        self.states = {name: torch.cat([states[name] for states in found]) for name in found[0]}
+        for name, store in self.states.items():
+            self.states[name] = store.new_zeros(slots, *store.shape[1:])
+            self.states[name][: len(store)] = store
+        self._held = None
+
+    def load(self, states: Mapping[Name, Tensor], row_N: Tensor, slot_N: Tensor) -> None:
+        """Copies rows of ``states`` into slots."""
+        for name, state in states.items():
+            if name not in self.states:
+                self.states[name] = state.new_zeros(self.slots, *state.shape[1:])
+                self._held = None
+            self.states[name].index_copy_(0, slot_N, state.index_select(0, row_N))
+
+    def move(self, source_N: Tensor, target_N: Tensor) -> None:
+        """Copies what some slots hold over others."""
+        for store in self.states.values():
+            store.index_copy_(0, target_N, store.index_select(0, source_N))
+
+    def held(self, rows: int) -> Held:
+        """A cache over the first slots, in which a module changes their states."""
+        if self._held is None or self._held[0] != rows:
+            self._held = rows, Held(self.kept, {name: store[:rows] for name, store in self.states.items()})
+        return self._held[1]
+
+
+class StateSlots:
+    """``over_slots.Slots`` of a module whose layers keep states."""
+
+    def __init__(self, module: Any) -> None:
+        self.forward = StateForward(module)
+        self.cache = SlotCache()
+        self.states = StateStore(self.forward.kept)
+
+    @property
+    def device(self) -> torch.device:
+        return self.forward.device
+
+    @property
+    def slots(self) -> int:
+        return self.cache.slots
+
+    def grow(self, slots: int, limit: int) -> None:
+        self.cache.grow(slots, limit)
+        self.states.grow(slots)
+
+    def reserve(self, length: int) -> None:
+        self.cache.reserve(length)
+
+    def move(self, sources: list[int], targets: list[int], length: int) -> None:
+        self.cache.move(sources, targets, length)
+        self.states.move(torch.tensor(sources).to(self.device), torch.tensor(targets).to(self.device))
+
+    def prefill(self, prompts: Seq[tuple[int, ...]]) -> PrefilledSlots:
+        return PrefilledSlots(self, self.forward.prefill(prompts))
+
+    def decode(self, token_B: Tensor, length_B: Tensor, longest: int) -> Tensor:
+        layout = DecodeLayout(self.cache, length_B, longest) if self.cache.layers else None
+        return self.forward.decode(token_B, length_B, layout, self.states.held(len(token_B)))
+
+
+class PrefilledSlots:
+    """``over_slots.Prefilled`` of ``StateSlots``."""
+
+    def __init__(self, slots: StateSlots, found: PrefilledStates) -> None:
+        self.slots, self.found = slots, found
+        self.logits_PV = found.logits_PV
 
     def load_into(self, slots: list[int], prompts: list[int]) -> None:
-        """Copies what is kept of prompt ``prompts[i]`` into slot ``slots[i]``."""
-        device = self.slots.device
-        row_N, slot_N = self.row_P[prompts], torch.tensor(slots)
-        self.slots.load(self.states, row_N.to(device), slot_N.to(device))
-        if self.keys_and_values:
-            length_N = self.length_N[row_N]
-            position = torch.cat([torch.arange(n) for n in length_N.tolist()])
-            source = self.start_N[row_N].repeat_interleave(length_N) + position
-            slot = slot_N.repeat_interleave(length_N)
-            self.slots.cache.load(self.keys_and_values, *(x.to(device) for x in (source, slot, position)))
+        device, slot = self.slots.device, torch.tensor(slots)
+        self.slots.states.load(self.found.states, torch.tensor(prompts).to(device), slot.to(device))
+        source_N, position_N = self.found.places(prompts)
+        slot_N = slot.repeat_interleave(self.found.length_P[prompts])
+        self.slots.cache.load(self.found.keys_and_values, *(x.to(device) for x in (source_N, slot_N, position_N)))
 
 
 class _NumberedByCache:
     """A layout whose layers are those that gave the cache their keys and values: several may share one module."""
 
-    def __init__(self, layout: DecodeLayout, held: Held) -> None:
+    def __init__(self, layout: Layout, held: Held) -> None:
         self.layout, self.held = layout, held
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, ask: Ask) -> Tensor:
