@@ -47,7 +47,9 @@ class Blocks:
                 plain, dynamic=True, fullgraph=True, backend=self.backend, options=_options(self.backend)
             )
         try:
-            with dynamo_config.patch(recompile_limit=GRAPHS):
+            # Numbers such as a norm's epsilon or an adapter's scale are constants of a graph. As inputs they are
+            # tensors on the CPU, for which inductor compiles C++ beside the GPU's kernels: minutes, with adapters.
+            with dynamo_config.patch(recompile_limit=GRAPHS, specialize_float=True):
                 return self.compiled[plain](layer, *arguments, **options)
         except (TorchDynamoException, FailOnRecompileLimitHit) as error:
             self.working = False

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Qwen2Config
 
 from tandem.data.packing import pack, stamp_weights
 from tandem.engines.live.engine import LiveEngine
+from tandem.models.adapters import AdapterParams, put_adapters
 from tandem.models.compiled import Blocks
 from tandem.models.forward import forward
 from tandem.models.loading import prepare_module
@@ -98,6 +99,22 @@ def test_shared_prompts_are_one_graph_more():
         gradients(model, batch_of(lengths))
     assert graphs() == 2
     assert model.blocks.working
+
+
+def test_numbers_of_a_layer_are_constants_of_its_graph_and_no_tensors_on_the_cpu():
+    inputs = []
+
+    def backend(graph, examples):
+        inputs.extend(node.meta["example_value"] for node in graph.graph.nodes if node.op == "placeholder")
+        return graph.forward
+
+    model = deep_model(layers=2)
+    put_adapters(model.module, AdapterParams(rank=4, alpha=8), "base")
+    with torch.no_grad():
+        forward(use(model, backend), batch_of(LENGTHS[0]), temperature=0.7)
+    tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
+    assert any(value.is_floating_point() for value in tensors)
+    assert [value for value in tensors if value.is_floating_point() and value.dim() == 0] == []
 
 
 def test_two_kinds_of_layers_are_two_graphs():
