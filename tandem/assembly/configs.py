@@ -42,7 +42,7 @@ from tandem.errors import UserError
 from tandem.given import suggest
 from tandem.methods.base import Method, Rows
 from tandem.methods.table import METHODS, method_class
-from tandem.models.adapter_folder import AdapterFolder, adapter_folder
+from tandem.models.adapter_folder import AdapterFolder, adapter_folder, base_of, have_one_base
 from tandem.models.quantized_folder import quantized_kind
 from tandem.workers.launched import launched
 
@@ -85,6 +85,8 @@ class RunConfig:
             )
         if self.quantized is not None:
             self._require_quantizable()
+        if self.lora.on and self.lora.share_critic and self.method.needs_model("critic"):
+            self._require_shared("critic")
 
     @property
     def quantized(self) -> str | None:
@@ -123,6 +125,34 @@ class RunConfig:
             if why:
                 raise UserError(f"{key}: the base is in few bits (lora.quantize {self.quantized}), and {why}")
 
+    def _require_shared(self, role: str) -> None:
+        """Raises UserError where a trained model cannot be on the policy's base."""
+        source, base = self.sources[role], base_of(self.model.model)
+        home, workers = self.placement.home(role), self.placement.workers("actor")
+        reasons = [
+            (
+                not have_one_base(source, base),
+                f"the {role} begins with {source}, which is not on the policy's base, {base}; give --{role} "
+                f"{self.model.model}, or adapters of that base",
+            ),
+            (
+                home != self.placement.home("actor"),
+                f"the {role} lives with the {home}, and what it shares is memory; give placement.{role} 'actor'",
+            ),
+            (
+                workers > 1,
+                f"the policy is split over {workers} workers, each with slices of the layers; give it one process, or "
+                "leave this out",
+            ),
+            (
+                self.model.offload == "parameters",
+                "with offload 'parameters' layers come and go by themselves; leave one of them out",
+            ),
+        ]
+        for there, reason in reasons:
+            if there:
+                raise UserError(f"lora.share_critic: {reason}")
+
     @classmethod
     def implied(cls, given: Mapping[str, Any]) -> dict[str, Any]:
         """Defaults that follow from keys that are given: what a folder of adapters has, and their learning rates."""
@@ -159,6 +189,10 @@ class RunConfig:
         asks = self.method.asks_of(role)
         same = self.sources[role] == self.model.model and need.head == self.method.head
         return same and self.placement.home(role) == "actor" and not (asks.states or asks.top_k)
+
+    def is_shared(self, role: str) -> bool:
+        """Whether a trained model is on the policy's base."""
+        return role == "critic" and self.lora.share_critic
 
     @property
     def leads(self) -> tuple[str, ...]:

@@ -41,7 +41,7 @@ def export(config: ExportConfig) -> Path:
     if out.exists() and not section.overwrite:
         raise UserError(f"{out}: is there already; give another --out, or replace it with --overwrite")
     _require_replaceable(out, Path(located(section.model)))
-    found = find_weights(section.model, section.step)
+    found = find_weights(section.model, section.step, section.role)
     if section.ema and not isinstance(found, Checkpoint):
         raise UserError(f"ema: {found} is no checkpoint; of a finished run the running average is the folder model-ema")
     model, state = _of_checkpoint(found, config) if isinstance(found, Checkpoint) else _of_folder(found, config)
@@ -90,11 +90,12 @@ def _in_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return found
 
 
-def find_weights(place: str, step: int | None) -> Checkpoint | str:
+def find_weights(place: str, step: int | None, role: str = "actor") -> Checkpoint | str:
     """The checkpoint, or the folder or hub name of a model, that a place means.
 
     Of a run's folder the checkpoint of ``step``, or without one the finished model, or else the newest checkpoint: a
-    run that was resumed for more steps has not finished before those are done, whatever model it wrote before.
+    run that was resumed for more steps has not finished before those are done, whatever model it wrote before. Of a
+    ``role`` beside the policy there are checkpoints only.
     """
     path = Path(located(place))
     if path.name.endswith(".pt"):
@@ -106,6 +107,8 @@ def find_weights(place: str, step: int | None) -> Checkpoint | str:
     if not (path / IDENTITY).exists():
         if step is not None:
             raise UserError(f"step: {place} is not the folder of a run, which alone has checkpoints")
+        if role != "actor":
+            raise UserError(f"role: {place} is one model, and no run or checkpoint with several; leave the key out")
         return place
     if step is not None:
         found = path / CHECKPOINTS / f"step_{step:08d}"
@@ -113,7 +116,7 @@ def find_weights(place: str, step: int | None) -> Checkpoint | str:
             names = [p.name for p in sorted((path / CHECKPOINTS).glob("step_*"))]
             raise UserError(f"{found}: no such checkpoint; those of the run: {', '.join(names) or 'none'}")
         return _checkpoint(found)
-    model = path / MODEL if (path / MODEL / "config.json").exists() else None
+    model = path / MODEL if role == "actor" and (path / MODEL / "config.json").exists() else None
     if model is not None and RunFolder.finished(path) is not None:
         return str(model)
     newest = CheckpointStore(path / CHECKPOINTS, keep=0, run=_identity(path)).latest()
@@ -138,11 +141,12 @@ def _identity(run: Path) -> dict[str, Any]:
 
 
 def _of_checkpoint(checkpoint: Checkpoint, config: ExportConfig) -> tuple[LoadedModel, dict[str, Tensor]]:
-    """The weights of the policy in a checkpoint, and an empty model of the base's class to write them with."""
+    """The weights of a trained model in a checkpoint, and an empty one of the base's class to write them with."""
     say(f"reading {checkpoint.path}")
-    saved = checkpoint.load("actor")
+    role = config.export.role
+    saved = checkpoint.load(role)
     adapters = saved.get("adapters")
-    base = config.export.base or (adapters["base"] if adapters else _base_of(checkpoint.path.parent.parent))
+    base = config.export.base or (adapters["base"] if adapters else _base_of(checkpoint.path.parent.parent, role))
     state: dict[str, Tensor] = saved["model"]
     if config.export.ema:
         if not saved["ema"]:
@@ -233,11 +237,14 @@ def _written_in(module: Any, tokenizer: Any, config: ExportConfig, adapters: Ada
     return model
 
 
-def _base_of(run: Path) -> str:
-    """What the run that a checkpoint is of began with, as its config says."""
+def _base_of(run: Path, role: str) -> str:
+    """What a model of the run that a checkpoint is of began with, as its config says."""
     try:
-        base = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))["model"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        given = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
+        keys = ("model",) if role == "actor" else (role, "reward_model", "model")
+        base = next(given[key] for key in keys if given.get(key))
+        base = base if isinstance(base, str) else base[0]
+    except (OSError, yaml.YAMLError, KeyError, TypeError, StopIteration) as error:
         raise UserError(
             f"{run / CONFIG}: does not say which model the run began with ({first_line(error)}); give it as --base"
         ) from None

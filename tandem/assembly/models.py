@@ -24,6 +24,7 @@ from tandem.models.folder import readable_errors, with_config
 from tandem.models.forward import LoadedModel
 from tandem.models.loading import load_causal, load_scalar, load_tokenizer
 from tandem.models.routers import require_experts
+from tandem.models.shared import scalar_beside
 from tandem.roles import Engine, FedEngine, LossFn, Seat, SleepingEngine
 from tandem.sync.checksum import Sums
 from tandem.sync.source import WeightSource
@@ -61,17 +62,20 @@ def builds(config: RunConfig, steps: int, new_head: NewHead = "random") -> dict[
                 follows=config.following is not None,
             )
             continue
-        if role in losses and config.lora.on:
-            model = partial(model, adapters=adapter_params(config, role))
         if role not in losses:
             found[role] = partial(frozen, load=model, section=config.model, temperature=temperature, asks=asks)
             continue
+        adapters = adapter_params(config, role) if config.lora.on else None
+        if role == "actor":
+            model = partial(model, new_head=new_head, chat_template=template, adapters=adapters)
+        elif adapters is not None and config.is_shared(role):
+            model = partial(beside_actor, section=config.model, source=source, adapters=adapters)
+        else:
+            model = partial(model, new_head="zero", adapters=adapters)
         rate = config.optim.learning_rate if role == "actor" else config.models.learning_rate(role)
         found[role] = partial(
             trained,
-            load=partial(model, new_head=new_head, chat_template=template)
-            if role == "actor"
-            else partial(model, new_head="zero"),
+            load=model,
             section=config.model,
             loss=losses[role],
             optim=optim_params(
@@ -88,15 +92,17 @@ def builds(config: RunConfig, steps: int, new_head: NewHead = "random") -> dict[
 
 
 def adapter_params(config: RunConfig, role: str) -> AdapterParams:
-    """The adapters that a trained model gets: new ones, or the policy's those of its folder."""
+    """The adapters that a trained model gets: new ones, or those of its folder, where its base stays as it is."""
     lora, source = config.lora, config.sources[role]
+    keeps = role == "actor" or config.is_shared(role)
     return AdapterParams(
         rank=lora.rank,
         alpha=lora.alpha,
         targets=lora.targets,
         dora=lora.dora,
         rslora=lora.rslora,
-        folder=source if role == "actor" and adapter_folder(source) is not None else None,
+        folder=source if keeps and adapter_folder(source) is not None else None,
+        beside=role != "actor",
         seed=config.run.seed,
         quantize=lora.quantize,
     )
@@ -167,6 +173,12 @@ def load(
     if chat_template is not None:
         model.tokenizer.chat_template = chat_template
     return model
+
+
+def beside_actor(site: Site, section: ModelSection, source: str, adapters: AdapterParams) -> LoadedModel:
+    """A critic on the base of the actor of this process, which has its own adapters."""
+    actor: LocalTrainer = site.roles["actor"]
+    return scalar_beside(actor.model, source, adapters, trust_remote_code=section.trust_remote_code)
 
 
 def trained(

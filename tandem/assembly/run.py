@@ -174,6 +174,7 @@ def _print_plan(config: RunConfig, homes: Homes, feed: Feed) -> None:
         "model" if role == "actor" else role: describe_source(
             source, scalar=head_of[role] == "scalar", trust_remote_code=section.trust_remote_code
         )
+        + (", on the policy's own layers" if config.is_shared(role) else "")
         + f", {pick_device(section.device)}, {section.dtype}{homes.where(role)}"
         for role, source in config.sources.items()
     }

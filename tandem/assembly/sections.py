@@ -278,7 +278,8 @@ class LoraSection:
     alpha: float = field(default=32.0, metadata=needs(("lora.rank",)))
     """Scales what they add, by alpha / rank; with rslora by alpha / sqrt(rank)."""
     targets: tuple[str, ...] = field(default=("all-linear",), metadata=needs(("lora.rank",)))
-    """The linear layers that get them, by the last part of their names: q_proj v_proj. all-linear: all but the head."""
+    """What gets them, by the last part of its name: q_proj, embed_tokens, lm_head; experts: those that are stacked.
+    all-linear: all linear layers but the head."""
     dora: bool = field(default=False, metadata=needs(("lora.rank",)))
     """Train each row's length apart from its direction (DoRA, arXiv:2402.09353). Sampling and training are slower."""
     rslora: bool = field(default=False, metadata=needs(("lora.rank",)))
@@ -289,6 +290,9 @@ class LoraSection:
     quantize: Literal["none", "nf4", "fp8"] = field(default="none", metadata=needs(("lora.rank",)))
     """Keep the linear layers of the frozen model in few bits (QLoRA, arXiv:2305.14314): nf4 in 4.13 bits a number
     (pip install 'tandem-rlhf[quant]'), fp8 in 8. none: as --dtype says."""
+    share_critic: bool = field(default=False, metadata=needs(("lora.rank",), ("part", "critic")))
+    """The critic is adapters of its own and a head on the policy's base, which is in memory once. It begins with that
+    base, or with adapters of it, and lives in the policy's one process."""
     dropout: float = 0.0
     """Only 0: with dropout in the adapters the trainer would not compute what the sampler does."""
 
@@ -296,7 +300,7 @@ class LoraSection:
         checks = [
             ("rank", self.rank >= 0, "0 or more"),
             ("alpha", self.alpha > 0, "more than 0"),
-            ("targets", bool(self.targets) and all(self.targets), "names of layers, or all-linear"),
+            ("targets", bool(self.targets) and all(self.targets), "names of layers, all-linear or experts"),
         ]
         for key, valid, wanted in checks:
             if not valid:

@@ -189,6 +189,8 @@ class ExportSection:
     """The Hugging Face folder that is written: weights as safetensors, config and tokenizer."""
     step: int | None = None
     """Of a run's folder: the checkpoint after that step."""
+    role: str = "actor"
+    """Of a run's folder or a checkpoint: the model that is written, if not the policy: critic, say, of a checkpoint."""
     base: str | None = field(default=None, metadata=PATH)
     """Of a checkpoint: the model that its run began with, whose config and tokenizer it has. None: as the run says."""
     ema: bool = False

@@ -22,6 +22,13 @@ GradientBuffer = Callable[[], Tensor]
 """Gives the tensor that the gradient of a head's weight is to be added to, [V, D]."""
 
 
+class Added(NamedTuple):
+    """What is added to a head's logits: ``inner @ up.T``, made a chunk at a time as they are."""
+
+    inner_NR: Tensor
+    up_VR: Tensor
+
+
 class OfHead(NamedTuple):
     """What ``chunked_head`` gives, [N] each."""
 
@@ -49,6 +56,7 @@ def chunked_head(
     weight_gradient: GradientBuffer | None = None,
     against: Against | None = None,
     shape: HeadShape = PLAIN,
+    added: Added | None = None,
 ) -> OfHead:
     """Log-probability of each target and the entropy of its distribution, in nats, ``chunk_tokens`` rows at a time.
 
@@ -57,11 +65,11 @@ def chunked_head(
 
     With ``against`` the divergence from a teacher's distribution, too, with its gradient.
 
-    ``head`` maps [n, D] to logits [n, V]; ``target_N`` is int64. Results are [N], in float32 (float64 where the
-    head's logits are). With gradients enabled, logits are computed again in the backward pass, so that no more than
-    one chunk [chunk_tokens, V] of them exists (None: ``CHUNK_BYTES``, or 2,048 rows of a head of unknown size). The
-    entropy is None unless asked for, and detached unless ``entropy_grad``. Raises ValueError for a temperature that
-    is not positive.
+    ``head`` maps [n, D] to logits [n, V], and ``added`` is added to them; ``target_N`` is int64. Results are [N], in
+    float32 (float64 where the head's logits are). With gradients enabled, logits are computed again in the backward
+    pass, so that no more than one chunk [chunk_tokens, V] of them exists (None: ``CHUNK_BYTES``, or 2,048 rows of a
+    head of unknown size). The entropy is None unless asked for, and detached unless ``entropy_grad``. Raises ValueError
+    for a temperature that is not positive.
 
     An ``nn.Linear`` goes through ``LinearHead``, which saves nothing of a chunk's size and whose weight's gradient may
     be gathered elsewhere (``weight_gradient``); of any other head each chunk is checkpointed.
@@ -74,11 +82,16 @@ def chunked_head(
     if isinstance(head, nn.Linear) and _is_plain(head):
         rows = chunk_tokens or _chunk_rows(head.weight)
         ask = _Ask(temperature, rows, entropy, entropy_grad, torch.is_grad_enabled(), weight_gradient, against, shape)
-        return OfHead(*LinearHead.apply(hidden_ND, head.weight, head.bias, target_N, ask))
-    return _checkpointed(
-        lambda hidden_nD: shape.of(head(hidden_nD)),
-        hidden_ND, target_N, temperature, chunk_tokens or 2048, entropy, entropy_grad, against,
-    )  # fmt: skip
+        return OfHead(*LinearHead.apply(hidden_ND, head.weight, head.bias, *(added or (None, None)), target_N, ask))
+    width = hidden_ND.shape[1]
+    if added is not None:
+        hidden_ND = torch.cat((hidden_ND, added.inner_NR), dim=1)
+
+    def whole(row_nW: Tensor) -> Tensor:
+        logits_nV = head(row_nW[:, :width])
+        return shape.of(logits_nV if added is None else logits_nV + row_nW[:, width:] @ added.up_VR.T)
+
+    return _checkpointed(whole, hidden_ND, target_N, temperature, chunk_tokens or 2048, entropy, entropy_grad, against)
 
 
 def _chunk_rows(weight_VD: Tensor) -> int:
@@ -113,14 +126,22 @@ class _Ask:
 class LinearHead(torch.autograd.Function):
     """``chunked_head`` of ``hidden @ weight.T + bias``, a chunk of rows at a time, forward and backward.
 
-    Saved are the inputs, [N, D], and three numbers a row. The backward pass makes a chunk's logits again, turns them
-    into their gradient in place and adds the chunk's part to the weight's gradient, in float32 or higher. The last
-    chunk's logits are kept for it instead: it is where the backward pass begins, so they are no more than it takes.
+    ``inner @ up.T`` is added to the logits, where it is given. Saved are the inputs, [N, D], and three numbers a row.
+    The backward pass makes a chunk's logits again, turns them into their gradient in place and adds the chunk's part to
+    the weight's gradient, in float32 or higher. The last chunk's logits are kept for it instead: it is where the
+    backward pass begins, so they are no more than it takes.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target_N: Tensor, ask: _Ask
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        inner_NR: Tensor | None,
+        up_VR: Tensor | None,
+        target_N: Tensor,
+        ask: _Ask,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         logsumexps, logps, entropies, divergences = [], [], [], []
         kept_nV: Tensor | None = None
@@ -128,7 +149,8 @@ class LinearHead(torch.autograd.Function):
             zip(*(x.split(ask.chunk_tokens) for x in (hidden_ND, target_N)), strict=True)
         ):
             del kept_nV  # Before the next chunk's are made.
-            kept_nV = ask.shape.of(products.linear(hidden_nD, weight_VD, bias_V), in_place=True)
+            rows = slice(number * ask.chunk_tokens, number * ask.chunk_tokens + len(hidden_nD))
+            kept_nV = ask.shape.of(_logits(hidden_nD, weight_VD, bias_V, inner_NR, up_VR, rows), in_place=True)
             logsumexp_n, logp_n, entropy_n = row_stats(kept_nV, target_n, ask.temperature, entropy=ask.entropy)
             logsumexps.append(logsumexp_n)
             logps.append(logp_n)
@@ -142,7 +164,7 @@ class LinearHead(torch.autograd.Function):
         if entropy_N is not None and not ask.entropy_grad:
             ctx.mark_non_differentiable(entropy_N)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, target_N, logsumexp_N, entropy_N)
+        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, inner_NR, up_VR, target_N, logsumexp_N, entropy_N)
         return logp_N, entropy_N, torch.cat(divergences) if divergences else None
 
     @staticmethod
@@ -150,10 +172,10 @@ class LinearHead(torch.autograd.Function):
     def backward(
         ctx: Any, grad_logp_N: Tensor | None, grad_entropy_N: Tensor | None, grad_divergence_N: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        hidden_ND, weight_VD, bias_V, target_N, logsumexp_N, entropy_N = ctx.saved_tensors
+        hidden_ND, weight_VD, bias_V, inner_NR, up_VR, target_N, logsumexp_N, entropy_N = ctx.saved_tensors
         if grad_logp_N is None and grad_entropy_N is None and grad_divergence_N is None:
-            return None, None, None, None, None
-        ask, (for_hidden, for_weight, for_bias, *_) = ctx.ask, ctx.needs_input_grad
+            return (None,) * 7
+        ask, (for_hidden, for_weight, for_bias, for_inner, for_up, *_) = ctx.ask, ctx.needs_input_grad
         wide = torch.promote_types(weight_VD.dtype, torch.float32)
         elsewhere = ask.weight_gradient is not None
         grad_hidden_ND = torch.empty_like(hidden_ND) if for_hidden else None
@@ -161,11 +183,14 @@ class LinearHead(torch.autograd.Function):
         if for_weight:
             grad_weight_VD = ask.weight_gradient() if elsewhere else torch.zeros_like(weight_VD, dtype=wide)
         grad_bias_V = torch.zeros_like(bias_V, dtype=wide) if for_bias else None
+        grad_inner_NR = torch.empty_like(inner_NR) if for_inner else None
+        grad_up_VR = torch.zeros_like(up_VR, dtype=wide) if for_up else None
         for start in reversed(range(0, len(hidden_ND), ask.chunk_tokens)):
             rows = slice(start, start + ask.chunk_tokens)
             logits_nV, ctx.last_logits = ctx.last_logits, None
             if logits_nV is None:
-                logits_nV = ask.shape.of(products.linear(hidden_ND[rows], weight_VD, bias_V), in_place=True)
+                logits_nV = _logits(hidden_ND[rows], weight_VD, bias_V, inner_NR, up_VR, rows)
+                logits_nV = ask.shape.of(logits_nV, in_place=True)
             slope = ask.shape.slope(logits_nV)
             further_nV = None
             if grad_divergence_N is not None:
@@ -194,14 +219,33 @@ class LinearHead(torch.autograd.Function):
                 products.add_transposed_product_(grad_weight_VD, logits_nV, hidden_ND[rows])
             if grad_bias_V is not None:
                 grad_bias_V += logits_nV.sum(0, dtype=wide)
+            if grad_inner_NR is not None:
+                products.product(logits_nV, up_VR, out_MN=grad_inner_NR[rows])
+            if grad_up_VR is not None:
+                products.add_transposed_product_(grad_up_VR, logits_nV, inner_NR[rows])
             del logits_nV  # Before the next chunk's are made.
         return (
             grad_hidden_ND,
             None if grad_weight_VD is None or elsewhere else grad_weight_VD.to(weight_VD.dtype),
             None if grad_bias_V is None else grad_bias_V.to(weight_VD.dtype),
+            grad_inner_NR,
+            None if grad_up_VR is None else grad_up_VR.to(up_VR.dtype),
             None,
             None,
         )
+
+
+def _logits(
+    hidden_nD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    inner_NR: Tensor | None,
+    up_VR: Tensor | None,
+    rows: slice,
+) -> Tensor:
+    """Logits of a chunk, which are its ``rows`` of all."""
+    logits_nV = products.linear(hidden_nD, weight_VD, bias_V)
+    return logits_nV if inner_NR is None or up_VR is None else logits_nV.addmm_(inner_NR[rows], up_VR.T)
 
 
 def _checkpointed(

@@ -22,7 +22,7 @@ class AdapterFolder:
     rank: int
     alpha: float
     targets: tuple[str, ...]
-    """Names of the linear layers, or the one regular expression that matches them."""
+    """Names of the layers, or the one regular expression that matches them, and of stacked parameters."""
     dora: bool
     rslora: bool
     scalar: bool
@@ -42,12 +42,13 @@ def adapter_folder(source: str | Path) -> AdapterFolder | None:
         config: dict[str, Any] = json.loads(path.read_bytes())
         kind, base = config.get("peft_type"), config.get("base_model_name_or_path")
         targets = config.get("target_modules") or ()
+        stacked = tuple(sorted(config.get("target_parameters") or ()))
         found = AdapterFolder(
             folder=folder,
             base=str(base),
             rank=int(config["r"]) if kind == "LORA" else 0,
             alpha=float(config["lora_alpha"]) if kind == "LORA" else 0.0,
-            targets=(targets,) if isinstance(targets, str) else tuple(sorted(targets)),
+            targets=((targets,) if isinstance(targets, str) else tuple(sorted(targets))) + stacked,
             dora=bool(config.get("use_dora")),
             rslora=bool(config.get("use_rslora")),
             scalar=config.get("task_type") == "SEQ_CLS",
@@ -67,3 +68,9 @@ def base_of(source: str) -> str:
     """The model that a source is of: the base of a folder of adapters, else itself."""
     found = adapter_folder(source)
     return source if found is None else found.base
+
+
+def have_one_base(source: str, other: str) -> bool:
+    """Whether two sources are of one model, as they stand or as its adapters."""
+    one, two = (Path(base_of(x)).expanduser() for x in (source, other))
+    return one == two or (one.is_dir() and two.is_dir() and one.samefile(two))

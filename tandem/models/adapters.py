@@ -1,8 +1,8 @@
-"""LoRA adapters on the linear layers of a transformers model, through peft: put on, read, written, merged.
+"""LoRA adapters on the layers of a transformers model, through peft: put on, read, written, merged.
 
-The module stays the unmodified transformers class with the names of its other parts; only linear layers are replaced by
-peft's, each with its frozen ``base_layer``. Modules stay in eval mode: dropout of adapters would make the trainer and
-the sampler disagree, so there is none.
+The module stays the unmodified transformers class with the names of its other parts; only layers with adapters are
+replaced by peft's, each with its frozen ``base_layer``. Modules stay in eval mode: dropout of adapters would make the
+trainer and the sampler disagree, so there is none.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
+import re
 import warnings
 from collections.abc import Iterator, Mapping
-from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,19 +23,25 @@ import torch
 from torch import Tensor, nn
 
 from tandem.errors import UserError, first_line
-from tandem.kernels import bits
+from tandem.kernels import bits, products
 from tandem.lazy import extra
 from tandem.models.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_folder
-from tandem.models.quantized import quantized_in
+from tandem.models.experts import is_grouped, is_stack, speed_up_stacks, stacks_of
+from tandem.models.pairs import NAME, adapted, pairs_of
+from tandem.models.quantized import Quantized, quantized_in
 from tandem.seeds import derive_seed
 
-NAME = "default"
-"""What peft knows the adapters by: there is one set on a model."""
 PREFIX = "base_model.model."
 """Before every name in peft's files."""
-ALL_LINEAR = "all-linear"
+ALL_LINEAR, EXPERTS = "all-linear", "experts"
+FORWARDS = (nn.Linear.forward, products.Linear.forward, Quantized.forward)
+"""What ``all-linear`` knows linear layers by."""
 HEADS = ("score",)
 """A scalar head, which is trained whole, and saved with the adapters."""
+TIED = (
+    "the model's head is its embedding (tie_word_embeddings), and adapters on the one would not be on the other, nor "
+    "could they be merged into their base"
+)
 log = logging.getLogger("tandem")
 
 
@@ -49,7 +56,10 @@ class AdapterParams:
     rank: int = 32
     alpha: float = 32.0
     targets: tuple[str, ...] = (ALL_LINEAR,)
-    """Last parts of the names of linear layers; ``all-linear``: all but the head."""
+    """Last parts of the names of linear layers, of the embedding or of the head, or ``experts``: those that are
+    stacked. ``all-linear``: all linear layers but the head."""
+    beside: bool = False
+    """Whether the model is one beside the policy, which may lack a target that the policy has: its head."""
     dora: bool = False
     rslora: bool = False
     folder: str | None = None
@@ -70,7 +80,9 @@ class Adapters:
     base: str
     """Folder or hub name of the model that they are on."""
     base_sum: str
-    """What its frozen parameters are known by (``sum_of``)."""
+    """What its frozen parameters are known by (``sums_of``)."""
+    body_sum: str
+    """The same without its head."""
     fresh: bool
     """Whether they change nothing yet."""
     quantized: str
@@ -132,28 +144,32 @@ class Adapters:
         self.module.config.save_pretrained(folder)
 
 
-def put_adapters(module: Any, params: AdapterParams, base: str) -> Adapters:
+def put_adapters(module: Any, params: AdapterParams, base: str, base_sum: str | None = None) -> Adapters:
     """Puts adapters on the module, whose own parameters are frozen, but for a scalar head.
+
+    ``base_sum``: what they are known by, where their numbers are no longer what was loaded.
 
     Raises UserError where peft is missing, where no layer has the name of a target, and for a folder of adapters that
     are not of this model.
     """
     peft = require_peft()
     if params.folder is None:
+        layers, stacks = _targets(module, params)
         config = peft.LoraConfig(
             r=params.rank,
             lora_alpha=params.alpha,
-            target_modules=sorted(_targets(module, params.targets)),
+            target_modules=layers,
+            target_parameters=stacks or None,
             use_dora=params.dora,
             use_rslora=params.rslora,
         )
     else:
         config = _config_of(peft, params.folder)
-    adapters = _put(peft, module, config, base, fresh=params.folder is None)
+    adapters = _put(peft, module, config, base, fresh=params.folder is None, base_sum=base_sum)
     if params.folder is None:
         _start(module, params.seed)
     else:
-        _fill(module, params.folder)
+        _fill(module, params.folder, beside=params.beside)
     return adapters
 
 
@@ -173,11 +189,12 @@ def put_saved(module: Any, saved: Mapping[str, str], base: str, state: Mapping[s
     return adapters
 
 
-def _put(peft: Any, module: Any, config: Any, base: str, *, fresh: bool) -> Adapters:
+def _put(peft: Any, module: Any, config: Any, base: str, *, fresh: bool, base_sum: str | None = None) -> Adapters:
     scalar = _is_scalar(module)
     # Its path may be read from another folder later.
     named = str(Path(base).expanduser().resolve()) if Path(base).expanduser().is_dir() else base
-    base_sum, layers = sum_of(module), quantized_in(module)
+    whole_sum, body_sum = (base_sum, base_sum) if base_sum is not None else sums_of(module)
+    layers = quantized_in(module)
     # Heads are trained in their places here, and not in copies of peft's.
     config.base_model_name_or_path, config.modules_to_save = named, None
     config.task_type = "SEQ_CLS" if scalar else "CAUSAL_LM"
@@ -186,31 +203,54 @@ def _put(peft: Any, module: Any, config: Any, base: str, *, fresh: bool) -> Adap
     except ValueError as error:
         raise UserError(f"lora.targets: {first_line(error)}") from None
     _require_plain(module, base)
+    speed_up_stacks(module)
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            # Of a base in bfloat16 peft makes them that, too.
+            parameter.data = parameter.data.float()
     if scalar:
         config.modules_to_save = [*HEADS]
         for head in HEADS:
             getattr(module, head).requires_grad_(True)
     module.eval()
     quantized = next((layer.kind for layer in layers.values()), "none")
-    return Adapters(module=module, config=config, base=named, base_sum=base_sum, fresh=fresh, quantized=quantized)
+    return Adapters(
+        module=module,
+        config=config,
+        base=named,
+        base_sum=whole_sum,
+        body_sum=body_sum,
+        fresh=fresh,
+        quantized=quantized,
+    )
 
 
 def _require_plain(module: Any, base: str) -> None:
     """Raises UserError, naming a layer, for adapters that compute other things than ``put_adapters`` says.
 
-    The head's would not be in log-probs, and what folds or fuses them knows of no others.
+    What folds or fuses them, and what makes log-probs of the head, knows of no others.
     """
-    heads = {id(module.get_output_embeddings())} | {id(getattr(module, head, None)) for head in HEADS}
+    embedding, head = module.get_input_embeddings(), module.get_output_embeddings()
+    scalars = {id(getattr(module, head, None)) for head in HEADS}
     for name, layer in adapted(module).items():
         variant = getattr(layer, "lora_variant", {}).get(NAME)
-        linear = isinstance(layer.get_base_layer(), nn.Linear) and id(layer) not in heads
-        known = variant is None or type(variant).__name__ == "DoraLinearVariant"
-        if not (linear and known and NAME in layer.lora_A and layer.lora_B[NAME].bias is None):
+        base_layer = layer.get_base_layer()
+        if layer is embedding:
+            known = variant is None and NAME in layer.lora_embedding_A
+        elif is_stack(layer):
+            known = layer.get_param().ndim == 3 and is_grouped(base_layer)
+        else:
+            known = isinstance(base_layer, nn.Linear) and id(layer) not in scalars and NAME in layer.lora_A
+            dora = type(variant).__name__ == "DoraLinearVariant" and layer is not head
+            known = known and (variant is None or dora)
+        if not known or (NAME in layer.lora_B and layer.lora_B[NAME].bias is not None):
             raise UserError(
-                f"adapters on {base}: those of {name} are more than a pair of matrices on a linear layer below the "
-                "head (lora_bias, aLoRA, an embedding, a head or a Conv1D), which Tandem does not train on; merge them "
-                "into their base with peft, and put new ones on that"
+                f"adapters on {base}: those of {name} are more than a pair of matrices on a linear layer, embedding, "
+                "head or stacked experts (lora_bias, aLoRA, DoRA of a head or an embedding, a Conv1D), which Tandem "
+                "does not train on; merge them into their base with peft, and put new ones on that"
             )
+    if is_tied(module) and any(layer is embedding or layer is head for layer in adapted(module).values()):
+        raise UserError(f"adapters on {base}: {TIED}; merge them into their base with peft, and put new ones on that")
 
 
 def _is_scalar(module: Any) -> bool:
@@ -234,44 +274,26 @@ def merge_folder(module: Any, folder: str) -> Any:
     return found.eval()
 
 
-def adapted(module: nn.Module) -> dict[str, Any]:
-    """The layers that have adapters, by name."""
-    return {name: part for name, part in module.named_modules() if hasattr(part, "lora_A")}
-
-
-def merged(weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float, length_O: Tensor | None = None) -> Tensor:
-    """``W + s B A`` in float32, [O, I]; with DoRA's lengths, each row scaled to its own.
-
-    arXiv:2106.09685, equation 3; arXiv:2402.09353, equation 5.
-    """
-    whole_OI = torch.addmm(weight_OI.float(), b_OR.float(), a_RI.float(), alpha=scale)
-    return whole_OI if length_O is None else whole_OI * (length_O.float() / whole_OI.norm(dim=1))[:, None]
-
-
 def peft_name(name: str) -> str:
     """What a parameter is called in peft's files."""
     if name.endswith(f"lora_magnitude_vector.{NAME}.weight"):
         return PREFIX + name.removesuffix(f".{NAME}.weight")
-    return PREFIX + name.replace(f".{NAME}.", ".")
-
-
-def plain_name(name: str) -> str:
-    """What a parameter of a model with adapters is called in the model without."""
-    return name.replace(".base_layer.", ".")
+    return PREFIX + name.removesuffix(f".{NAME}").replace(f".{NAME}.", ".")
 
 
 @torch.no_grad()
-def sum_of(module: nn.Module) -> str:
-    """What a module's parameters are known by: their names, types, and every bit of them. A scalar head's are not
-    among them.
+def sums_of(module: Any) -> tuple[str, str]:
+    """What a module's parameters are known by: their names, types, and every bit of them. Without a scalar head.
 
-    A layer that is ``Quantized`` counts with the weight that it was made of, so that the sum is that of the folder,
-    wherever and however it was read; of weights that were in few bits in their folder with these.
+    And the same without the language-model head, where that is not the embedding. A layer that is ``Quantized`` counts
+    with the weight that it was made of, so that the sum is that of the folder, wherever and however it was read; of
+    weights that were in few bits in their folder with these.
     """
-    found = hashlib.blake2b(digest_size=16)
     layers = {f"{name}.weight": layer for name, layer in quantized_in(module).items() if layer.total is not None}
     scales = {f"{n}.{s}": getattr(x, s) for n, x in quantized_in(module).items() if x.total is None for s in x.names}
     parameters = {name: p for name, p in module.named_parameters() if name.partition(".")[0] not in HEADS} | scales
+    head = module.get_output_embeddings()
+    apart = set() if head is None or is_tied(module) else {id(p) for p in head.parameters()}
     totals: dict[str, int] = {name: layer.total for name, layer in layers.items() if layer.total is not None}
     for device in dict.fromkeys(p.device for p in parameters.values()):
         here = {name: p for name, p in parameters.items() if p.device == device and name not in totals}
@@ -279,10 +301,12 @@ def sum_of(module: nn.Module) -> str:
         jobs = [bits.Job(i, p.detach().reshape(1, -1), p.dtype, 0) for i, p in enumerate(here.values())]
         bits.prepare(jobs)(total_N)
         totals |= dict(zip(here, total_N.tolist(), strict=True))
+    found = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
     for name, p in parameters.items():
         shape, dtype = (layers[name].shape, torch.float32) if name in layers else (tuple(p.shape), p.dtype)
-        found.update(f"{name} {shape} {dtype} {totals[name]}\n".encode())
-    return found.hexdigest()
+        for sums in found[: 1 if id(p) in apart else 2]:
+            sums.update(f"{name} {shape} {dtype} {totals[name]}\n".encode())
+    return found[0].hexdigest(), found[1].hexdigest()
 
 
 def require_peft() -> Any:
@@ -290,38 +314,69 @@ def require_peft() -> Any:
     return extra("peft", "lora: adapters are those", "lora")
 
 
-def _targets(module: Any, wanted: Seq[str]) -> set[str]:
-    """The names of the linear layers that get adapters. Raises UserError for names that no layer has."""
+def is_tied(module: Any) -> bool:
+    """Whether its head is its embedding."""
+    head = module.get_output_embeddings()
+    return head is not None and getattr(head, "weight", None) is module.get_input_embeddings().weight
+
+
+def _targets(module: Any, params: AdapterParams) -> tuple[list[str], list[str]]:
+    """Names of the layers that get adapters, and of the stacked parameters, as peft matches both.
+
+    Raises UserError for names that nothing in the model has, and for what adapters cannot be put on.
+    """
+    scalars = {id(getattr(module, head, None)) for head in HEADS}
     apart = {id(module.get_output_embeddings()), id(module.get_input_embeddings())}
-    apart |= {id(getattr(module, head, None)) for head in HEADS}
+    parts = {name.rpartition(".")[2]: id(part) for name, part in module.named_modules() if id(part) in apart}
     linear = {
-        name.rpartition(".")[2] for name, p in module.named_modules() if isinstance(p, nn.Linear) and id(p) not in apart
+        name.rpartition(".")[2]
+        for name, p in module.named_modules()
+        # A router that is a subclass (Phi-MoE's) gives more than a product.
+        if isinstance(p, nn.Linear) and type(p).forward in FORWARDS and id(p) not in apart | scalars
     }
-    heads = {name.rpartition(".")[2] for name, p in module.named_modules() if id(p) in apart}
-    if not linear:
-        raise UserError(f"lora: {type(module).__name__} has no linear layers (torch.nn.Linear) to put adapters on")
+    stacks = stacks_of(module)
+    kind = type(module).__name__
+    tied = is_tied(module)
+    has = [*sorted(linear), *([] if tied else sorted(parts)), *([EXPERTS] if stacks else [])]
+    wanted = [name for name in params.targets if not (params.beside and name not in has and name != ALL_LINEAR)]
+    if not linear and ALL_LINEAR in wanted:
+        raise UserError(f"lora: {kind} has no linear layers (torch.nn.Linear) to put adapters on")
+    if not wanted:
+        raise UserError(
+            f"lora.targets: {kind}, beside the policy, has no {' and no '.join(params.targets)}; add others"
+        )
     for name in wanted:
-        if name in heads:
+        if name in parts and tied:
+            raise UserError(f"lora.targets: {name}: {TIED}; leave it out")
+        if params.dora and (name in parts or name == EXPERTS):
+            raise UserError(f"lora.dora: is of linear layers, and lora.targets has {name}; leave one of them out")
+        if name != ALL_LINEAR and name not in has:
             raise UserError(
-                f"lora.targets: {name}: embeddings and heads stay frozen: log-probs are computed from the head's "
-                "weight itself, a few tokens at a time, and would pass an adapter over; leave it out"
+                f"lora.targets: {kind} has no layer {name} that adapters can be put on; those it has: {', '.join(has)}"
+                + ("; its experts are not stacked, or computed in a way of their own" if name == EXPERTS else "")
             )
-        if name == "experts" or (name != ALL_LINEAR and name not in linear):
-            raise UserError(
-                f"lora.targets: {type(module).__name__} has no linear layer {name}; those it has: "
-                f"{', '.join(sorted(linear))}" + ("; stacked experts are none" if "expert" in name else "")
-            )
-    return linear if ALL_LINEAR in wanted else set(wanted)
+    layers = set(wanted) - {ALL_LINEAR, EXPERTS} | (linear if ALL_LINEAR in wanted else set())
+    named = {f"{name.rpartition('.')[2]}.{n}" for name, names in stacks.items() for n in names}
+    return sorted(layers), sorted(named) if EXPERTS in wanted else []
 
 
+@torch.no_grad()
 def _start(module: nn.Module, seed: int) -> None:
-    """A as peft draws it, U(-1, 1) / sqrt(inputs), from numbers that depend on the seed and the layer's name alone."""
-    for name, layer in adapted(module).items():
-        weight_RI = layer.lora_A[NAME].weight
-        generator = torch.Generator().manual_seed(derive_seed(seed, "adapter", name))
-        drawn_RI = torch.rand(weight_RI.shape, generator=generator) * 2 - 1
-        with torch.no_grad():
-            weight_RI.copy_(drawn_RI * weight_RI.shape[1] ** -0.5)
+    """A from U(-1, 1) / sqrt(inputs) as peft draws it, by numbers that depend on the seed and the layer's name alone.
+
+    Of an embedding A is 0, and B from U(-1, 1) times the spread of the embedding's own numbers, as a power of 2, which
+    no precision changes: peft's N(0, 1) would make its steps tens of times larger than a linear layer's beside it.
+    """
+    parameters = dict(module.named_parameters())
+    for pair in pairs_of(module).values():
+        layer = pair.a.rpartition(".lora_")[0]
+        generator = torch.Generator().manual_seed(derive_seed(seed, "adapter", layer))
+        first = parameters[pair.b if pair.embedding else pair.a]
+        size = first.shape[1] ** -0.5
+        if pair.embedding:
+            size = 2.0 ** round(math.log2(parameters[pair.parameter].float().square().mean().sqrt().item() or 1.0))
+            parameters[pair.a].zero_()
+        first.copy_((torch.rand(first.shape, generator=generator) * 2 - 1) * size)
 
 
 def _config_of(peft: Any, folder: str) -> Any:
@@ -334,13 +389,18 @@ def _config_of(peft: Any, folder: str) -> Any:
     refused = {
         "modules_to_save": others,
         "bias": config.bias != "none",
-        "target_parameters": config.target_parameters,
         "trainable_token_indices": config.trainable_token_indices,
     }
     if wrong := [name for name, there in refused.items() if there]:
         raise UserError(
-            f"{folder}: its adapters train {', '.join(wrong)} besides linear layers, which Tandem does not train on; "
-            "merge them into their base with peft, and put new ones on that"
+            f"{folder}: its adapters train {', '.join(wrong)} besides pairs of matrices, which Tandem does not train "
+            "on; merge them into their base with peft, and put new ones on that"
+        )
+    written = tuple(int(x) for x in re.findall(r"\d+", str(getattr(config, "peft_version", None) or "0"))[:3])
+    if config.target_parameters and written < (0, 19, 1):
+        raise UserError(
+            f"{folder}: its adapters on {', '.join(sorted(config.target_parameters))} were written by peft before "
+            "0.19.1, which had the two matrices of experts the other way round; merge them into their base with that"
         )
     if config.lora_dropout:
         log.warning(
@@ -350,9 +410,10 @@ def _config_of(peft: Any, folder: str) -> Any:
     return config
 
 
-def _fill(module: Any, folder: str) -> None:
+def _fill(module: Any, folder: str, *, beside: bool) -> None:
     """Reads the trained parameters from a folder; a head that it lacks stays as it is.
 
+    ``beside``: those of a head that the module lacks are left out.
     Raises UserError where they are others than the module's.
     """
     from safetensors import SafetensorError
@@ -363,6 +424,16 @@ def _fill(module: Any, folder: str) -> None:
         found = load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read: {first_line(error)}") from None
+    if beside:
+        found = {n: x for n, x in found.items() if hasattr(module, n.removeprefix(PREFIX).partition(".")[0])}
+    for name, parameter in module.named_parameters():
+        # peft writes an embedding that has adapters beside them.
+        own = None if parameter.requires_grad else found.pop(PREFIX + name, None)
+        if own is not None and not torch.equal(own.to(parameter), parameter):
+            raise UserError(
+                f"{path}: its {name} is another than the base's: it was trained, or given new words; merge the "
+                "adapters into their base with peft, and put new ones on that"
+            )
     wanted = {peft_name(name): p for name, p in module.named_parameters() if p.requires_grad}
     wanted = {name: p for name, p in wanted.items() if name in found or "lora_" in name}
     shapes = {name: tuple(p.shape) for name, p in wanted.items()}

@@ -21,11 +21,13 @@ from tandem.errors import RunFailure, UserError, first_line
 from tandem.functional.balance import balance_loss
 from tandem.functional.distillation import Against
 from tandem.functional.divergence import Divergence, with_tail
-from tandem.functional.logprobs import CHUNK_BYTES, chunked_head
+from tandem.functional.logprobs import CHUNK_BYTES, Added, chunked_head
+from tandem.kernels import products
 from tandem.kernels.logprob import PLAIN, HeadShape
 from tandem.models.adapters import Adapters
 from tandem.models.attention import NO_MASK, PackedLayout, packed_layout
 from tandem.models.compiled import Blocks
+from tandem.models.pairs import NAME
 from tandem.models.quantized import numbers_in, quantized_in
 from tandem.models.routers import ROUTER_LOGITS, experts_of_a_token, in_float32, no_experts, quieted, routers_of
 from tandem.models.sharing import sharing_of
@@ -81,6 +83,8 @@ class LoadedModel:
     """Where the gradient of the language-model head's weight is to be added to, if not to the weight's own."""
     adapters: Adapters | None = None
     """Those on it, which are trained instead of it."""
+    shares_base: bool = False
+    """Whether what they are on is another model's, too."""
     teacher_head: tuple[Tensor, Tensor | None] | None = None
     """Weight [V, D] and bias of the head of the teacher that it learns from, whose hidden states a batch brings."""
 
@@ -246,6 +250,7 @@ def _compute(model: LoadedModel, batch: Batch, *, ask: Ask) -> Outputs:
         scalar_T = model.module.score(source_T.to(model.module.score.weight.dtype)).squeeze(-1).float()
         return Outputs(scalar_T=scalar_T, balance_S=balance_S)
     index_N = batch.index_N
+    head: Any
     if model.split_head:
         head, shape = model.module.get_output_embeddings(), model.head_shape
     else:
@@ -263,6 +268,9 @@ def _compute(model: LoadedModel, batch: Batch, *, ask: Ask) -> Outputs:
         return Outputs(
             top_logp_TK=_spread(logp_NK, index_N, batch.tokens), top_id_TK=_spread(id_NK, index_N, batch.tokens)
         )
+    added = None
+    if hasattr(head, "lora_A"):
+        head, added = _apart(head, source_N)
     logp_N, entropy_N, divergence_N = chunked_head(
         head,
         source_N,
@@ -273,6 +281,7 @@ def _compute(model: LoadedModel, batch: Batch, *, ask: Ask) -> Outputs:
         weight_gradient=model.head_gradient,
         against=_against(ask.divergence, model, batch, index_N) if ask.divergence is not None else None,
         shape=shape,
+        added=added,
     )
     return Outputs(
         logp_T=_spread(logp_N, index_N, batch.tokens),
@@ -280,6 +289,14 @@ def _compute(model: LoadedModel, batch: Batch, *, ask: Ask) -> Outputs:
         divergence_T=_spread(divergence_N, index_N, batch.tokens) if divergence_N is not None else None,
         balance_S=balance_S,
     )
+
+
+def _apart(head: Any, source_N: Tensor) -> tuple[Any, Added | None]:
+    """A head with adapters as the head without, and what they add to its logits, if they are not off."""
+    if head.disable_adapters:
+        return head.base_layer, None
+    inner_NR = products.linear(source_N, head.lora_A[NAME].weight) * head.scaling[NAME]
+    return head.base_layer, Added(inner_NR, head.lora_B[NAME].weight)
 
 
 def _likeliest(head: Any, source_N: Tensor, ask: Ask, words: int, shape: HeadShape) -> tuple[Tensor, Tensor]:
@@ -426,7 +443,8 @@ def describe_model(model: LoadedModel) -> str:
     size = f"{parameters / 1e6:.2f}M parameters"
     if model.adapters is not None:
         trained = sum(p.numel() for p in model.module.parameters() if p.requires_grad)
-        size = f"{trained / 1e6:.2f}M parameters in adapters on {(parameters - trained) / 1e6:.2f}M"
+        of = " of the policy's own" if model.shares_base else ""
+        size = f"{trained / 1e6:.2f}M parameters in adapters on {(parameters - trained) / 1e6:.2f}M{of}"
     if layers := quantized_in(model.module):
         few = sum(layer.shape[0] * layer.shape[1] for layer in layers.values())
         size += f", {few / 1e6:.2f}M of them in {next(iter(layers.values())).kind}"

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from tandem.errors import UserError
-from tandem.models.adapters import NAME, Adapters, adapted, merged, plain_name
+from tandem.models.adapters import Adapters
 from tandem.models.forward import LoadedModel
+from tandem.models.pairs import merged, pairs_of, plain_name
 from tandem.models.quantized import quantized_in
-from tandem.parallel.sharding import forget_gathered, local, placed_like, unsharded
+from tandem.parallel.sharding import forget_gathered, local, placed_like, slice_like, unsharded
 
 
 class Policy:
@@ -65,7 +66,7 @@ class Merged(Mapping[str, Tensor]):
 
     def __init__(self, module: Any, parameters: Mapping[str, Tensor]) -> None:
         self.parameters = parameters
-        self.layers = adapted(module)
+        self.pairs = pairs_of(module)
         self.standing = {plain_name(name): p for name, p in parameters.items() if ".lora_" not in name}
         """For each, the base's tensor: of the same shape, and in the same place as long as that stays."""
 
@@ -77,17 +78,19 @@ class Merged(Mapping[str, Tensor]):
 
     @torch.no_grad()
     def __getitem__(self, name: str) -> Tensor:
-        base = self.standing[name]
-        layer, _, part = name.rpartition(".")
-        if part != "weight" or layer not in self.layers:
+        base, pair = self.standing[name], self.pairs.get(name)
+        if pair is None:
             return base
-        length = self.parameters.get(f"{layer}.lora_magnitude_vector.{NAME}.weight")
-        a_RI, b_OR = (self.parameters[f"{layer}.{side}.{NAME}.weight"] for side in ("lora_A", "lora_B"))
-        whole = merged(
-            local(base),
-            unsharded(a_RI).to(local(base).device),
-            local(b_OR),
-            self.layers[layer].scaling[NAME],
-            None if length is None else local(length),
+        sides = (unsharded(self.parameters[side]).to(local(base).device) for side in (pair.a, pair.b))
+        rows, others = pair.factors(*sides)
+        return placed_like(
+            merged(
+                local(base),
+                slice_like(rows, base),
+                # Of stacked experts the first dimension of both is theirs.
+                slice_like(others, base) if others.ndim == 3 else others,
+                pair.scale,
+                None if pair.length is None else local(self.parameters[pair.length]),
+            ),
+            base,
         )
-        return placed_like(whole, base)

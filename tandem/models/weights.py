@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tandem.errors import UserError
 from tandem.kernels.quantized import require_bitsandbytes
 from tandem.lazy import extra
-from tandem.models.adapters import plain_name
 from tandem.models.folder import located, readable_errors
+from tandem.models.pairs import plain_name
 from tandem.models.quantized import QuantizationConfig, adopt_bitsandbytes, quantized_in
 from tandem.models.quantized_folder import kind_of
 

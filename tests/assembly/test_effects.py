@@ -116,6 +116,12 @@ def words(config: type, flags: list[str]) -> list[str]:
         (PPOConfig, ["--kl", "none", "--reference", "r"], "--reference: has no effect, since this run has no refer"),
         (PPOConfig, ["--kl-horizon", "9"], "--kl-horizon: has no effect without --kl-target"),
         (config_class("rloo"), ["--kl-horizon", "9"], "--kl-horizon: has no effect without --kl-target"),
+        (PPOConfig, ["--lora.share-critic"], "--lora.share-critic: has no effect without --lora.rank"),
+        (
+            GRPOConfig,
+            ["--lora.rank", "8", "--lora.share-critic"],
+            "--lora.share-critic: has no effect, since this run has no critic",
+        ),
         (PPOConfig, ["--normalize-scores"], "--normalize-scores: has no effect, since this run has no reward model"),
         (PPOConfig, ["--placement.reward", "1"], "--placement.reward: has no effect, since this run has no reward"),
         (PPOConfig, ["--missing-eos-penalty", "2"], "--missing-eos-penalty: has no effect without --missing-eos"),
@@ -206,6 +212,7 @@ def test_a_key_that_has_no_effect_is_refused(config, flags, message):
         (SFTConfig, ["--eval-data", "e", "--eval-every", "5", "--eval-split", "a"]),
         (SFTConfig, ["--lora.rank", "8", "--lora.alpha", "8", "--lora.targets", "q_proj", "--lora.dora"]),
         (GRPOConfig, ["--lora.rank", "8", "--lora.quantize", "nf4", "--kl-coef", "0.1"]),
+        (PPOConfig, ["--lora.rank", "8", "--lora.share-critic", "--lora.targets", "all-linear", "experts", "lm_head"]),
         (GRPOConfig, ["--lora.rank", "8", "--kl-coef", "0.1", "--reference", "r", "--offload-frozen"]),
         (SFTConfig, ["--eval-data", "e.json", "h=hub/e", "--eval-split", "a"]),
         (

@@ -221,3 +221,25 @@ def test_each_system_has_a_process_and_a_dead_one_is_a_row(tmp_path):
     rows = json.loads(file.read_text())["rows"]
     assert [row["system"] for row in rows] == ["live", "check"]
     assert all("not done after 0.2 s" in row["error"] for row in rows)
+
+
+def test_adapters(run, monkeypatch):
+    """Commands run in this process: what they print and when they end is not what is tested."""
+    from tandem.cli.main import main
+
+    monkeypatch.syspath_prepend(str(BENCH))
+    adapters = importlib.import_module("adapters")
+
+    def tandem(name, flags, words=()):
+        argv = [name, *(word for key, value in flags.items() for word in (f"--{key}", str(value))), *words]
+        assert main(argv) == 0
+        return " ".join(argv)
+
+    monkeypatch.setattr(adapters, "_tandem", tandem)
+    rows, failed = run(
+        "adapters", ["head"], "--seeds", 0, "--sweep-seeds", "--hidden", 64, "--layers", 1, "--sft-steps", 2,
+        "--grpo-steps", 1, "--prompts", 2, "--held-out", 4, "--rank", 2, "--lora-rates", "2e-3",
+    )  # fmt: skip
+    assert not failed
+    assert [(row["swept"], row["seed"], row["learning_rate"]) for row in rows] == [(False, 0, 2e-3)]
+    assert "--lora.rank 2 --lora.targets all-linear lm_head" in rows[0]["command"]

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.models import make_module
-from helpers.runs import arguments, write_inputs
+from helpers.runs import arguments, unevaluated, write_inputs
 from safetensors.torch import load_file
 
 from tandem.cli.main import main
+from tandem.models.loading import load_scalar
 
 STEPS = ["--steps", "2", "--save-every", "1", "--lora.rank", "4"]
 
@@ -79,6 +80,8 @@ def test_what_was_trained_is_used_and_trained_on_like_any_model(made):
         (["--model", "run/checkpoints/step_00000001", "--base", "other"], "trained on another base"),
         (["--model", "run/model", "--base", "other"], "a folder of adapters, which names its own"),
         (["--model", "run/model", "--no-merge"], "a folder of adapters already"),
+        (["--model", "run/model", "--role", "critic"], "role: run/model is one model"),
+        (["--model", "run", "--role", "critic"], "holds no part 'critic' but actor"),
     ],
 )
 def test_what_does_not_fit_is_refused(capsys, words, message):
@@ -89,3 +92,22 @@ def test_what_does_not_fit_is_refused(capsys, words, message):
     assert export(*words, "--out", "out") == 2
     assert message in capsys.readouterr().err
     assert not Path("out").exists()
+
+
+def test_a_critic_on_the_policys_base_is_written_from_a_checkpoint(made, capsys):
+    argv = [*unevaluated(arguments("ppo")), "--out", "ppo", *STEPS, "--lora.share-critic"]
+    assert main(argv) == 0
+    assert "in adapters on" in (said := "".join(capsys.readouterr()))
+    assert "of the policy's own" in said
+    assert export("--model", "ppo", "--role", "critic", "--out", "critic") == 0
+    assert export("--model", "ppo", "--step", "2", "--role", "critic", "--no-merge", "--out", "critic_apart") == 0
+    whole, apart = (load_scalar(folder, new_head="refuse", device="cpu") for folder in ("critic", "critic_apart"))
+    trained = torch.load("ppo/checkpoints/step_00000002/critic.pt", weights_only=True)["model"]
+    assert torch.equal(whole.module.score.weight, trained["score.weight"])
+    assert trained["score.weight"].any()
+    policy = weights("base")
+    moved = 0
+    for (name, one), (_, two) in zip(whole.module.named_parameters(), apart.module.named_parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-6)
+        moved += name in policy and not torch.equal(one, policy[name])
+    assert moved == sum(name.endswith("_proj.weight") for name in policy)

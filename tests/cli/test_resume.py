@@ -53,7 +53,8 @@ CORES = os.cpu_count() or 1
 MANY = 96
 """Prompts of steps that are large enough for torch to divide among threads."""
 MORE = {
-    "ppo": ["--critic-warmup-steps", "1", "--lam-alpha", "0.5", "--critic-lam", "1", "--reference-every", "2"],
+    "ppo": ["--critic-warmup-steps", "1", "--lam-alpha", "0.5", "--critic-lam", "1", "--reference-every", "2",
+            "--lora.rank", "4", "--lora.share-critic"],
     "rm": ["--optimizer", "adafactor", "--ema-decay", "0.9"],
     "kto": ["--lora.rank", "4", "--lora.quantize", "nf4"],
     "online-dpo": ["--lora.rank", "4", "--reference-every", "2", "--reference-mix", "0.5"],

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.models import make_module, make_tokenizer
+from helpers.targets import TARGETS, make_bases
 
 from tandem.batch import TokenLoss
 from tandem.data.packing import pack, stamp
 from tandem.engines.live.engine import LiveEngine
 from tandem.engines.live.forwards import LeanForward, OwnForward
+from tandem.engines.live.stacked import Additions
 from tandem.models.adapters import AdapterParams
 from tandem.models.loading import load_causal
 from tandem.models.quantized import quantize_module
@@ -23,11 +25,11 @@ PROMPTS = [(5, 9, 13), (7, 30, 31, 8)]
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    make_module("qwen2").save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
+def bases(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bases")
+    make_module("qwen2").save_pretrained(folder / "qwen2")
+    make_tokenizer().save_pretrained(folder / "qwen2")
+    return make_bases(folder) | {"qwen2": folder / "qwen2"}
 
 
 def trainer_of(base, **adapters):
@@ -63,12 +65,30 @@ def logp(samples):
 
 
 @pytest.mark.parametrize(
-    ("way", "adapters"),
-    [("padded", {}), ("slots", {}), ("captured", {}), ("captured", {"targets": ("k_proj", "down_proj", "up_proj")}),
-     ("captured", {"dora": True}), ("captured", {"quantize": "nf4"}), ("captured", {"quantize": "fp8"}),
-     ("padded", {"quantize": "nf4"})],
-)  # fmt: skip
-def test_after_every_step_the_engine_computes_what_the_trainer_does(base, way, adapters):
+    ("kind", "way", "adapters"),
+    [
+        ("qwen2", "padded", {}),
+        ("qwen2", "slots", {}),
+        ("qwen2", "captured", {}),
+        ("qwen2", "captured", {"targets": ("k_proj", "down_proj", "up_proj")}),
+        ("qwen2", "captured", {"dora": True}),
+        ("qwen2", "captured", {"quantize": "nf4"}),
+        ("qwen2", "captured", {"quantize": "fp8"}),
+        ("qwen2", "padded", {"quantize": "nf4"}),
+        *(
+            (kind, way, {"targets": dict(TARGETS)[kind]})
+            for kind, way in (
+                ("llama", "slots"),
+                ("llama", "captured"),
+                ("qwen3_moe", "padded"),
+                ("qwen3_moe", "captured"),
+                ("gpt_oss", "captured"),
+            )
+        ),
+    ],
+)
+def test_after_every_step_the_engine_computes_what_the_trainer_does(bases, kind, way, adapters):
+    base = bases[kind]
     trainer = trainer_of(base, **adapters)
     view = View(trainer, temperature=1.0)
     engine, before = samples_of(trainer.model.module, way)
@@ -90,3 +110,15 @@ def test_after_every_step_the_engine_computes_what_the_trainer_does(base, way, a
         found = [(p, c) for p, row in zip(PROMPTS, engine.generate(requests), strict=True) for c in row]
         assert gap(trainer, found) < 2e-5
         assert gap(view, found) > 0.05
+
+
+@pytest.mark.parametrize("targets", [("all-linear",), ("lm_head",)])
+def test_adapters_that_are_computed_wrongly_are_found_while_they_are_still_at_zero(bases, monkeypatch, targets):
+    """On the probe, which leaves no trace in what is trained."""
+    trainer = trainer_of(bases["llama"], targets=targets)
+    before = {n: p.detach().clone() for n, p in trainer.model.module.named_parameters()}
+    monkeypatch.setattr(Additions, "add_", lambda self, out, x: out)
+    engine = LiveEngine(trainer.model.module, make_tokenizer(), way="captured")
+    assert type(engine.fitting.forward) is OwnForward
+    assert "does not reproduce its own forward" in engine.fitting.own_because
+    assert all(torch.equal(p, before[n]) for n, p in trainer.model.module.named_parameters())

@@ -15,9 +15,10 @@ from tandem.batch import TokenLoss
 from tandem.config import load_config
 from tandem.data.packing import pack, stamp
 from tandem.errors import UserError
-from tandem.models.adapters import AdapterParams, adapted
+from tandem.models.adapters import AdapterParams
 from tandem.models.forward import hidden_states
 from tandem.models.loading import load_causal, load_scalar
+from tandem.models.pairs import adapted
 from tandem.training.optim import OptimParams
 from tandem.training.trainer import LocalScorer, LocalTrainer
 from tandem.training.views import View
@@ -197,31 +198,17 @@ def test_adapters_that_lack_some_are_not_merged_without_them(base, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("targets", "message"),
-    [
-        (("q_prj",), "has no linear layer q_prj; those it has: down_proj, gate_proj"),
-        (("experts",), "stacked experts are none"),
-        (("lm_head",), "embeddings and heads stay frozen"),
-        (("embed_tokens",), "embeddings and heads stay frozen"),
-    ],
-)
-def test_targets_that_cannot_have_adapters_are_refused(base, targets, message):
-    with pytest.raises(UserError, match=message):
-        trainer_of(base, AdapterParams(rank=4, targets=targets))
-
-
-@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"peft_type": "IA3"}, "kind IA3"),
         ({"base_model_name_or_path": None}, "does not name its base"),
         ({"r": "many"}, "not the config of LoRA adapters"),
         ({"base_model_name_or_path": "/nowhere/base"}, "adapters of /nowhere/base, which is no folder"),
-        ({"bias": "all"}, "its adapters train bias besides linear layers"),
+        ({"bias": "all"}, "its adapters train bias besides pairs of matrices"),
         ({"r": 2}, "not adapters of this model"),
         ({"lora_bias": True}, "more than a pair of matrices on a linear layer"),
         ({"alora_invocation_tokens": [9]}, "more than a pair of matrices on a linear layer"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "those of lm_head are more than"),
+        ({"target_modules": ["q_proj", "lm_head"], "use_dora": True}, "those of lm_head are more than"),
     ],
 )
 def test_a_folder_of_adapters_that_cannot_be_trained_on_is_refused(base, tmp_path, change, message):

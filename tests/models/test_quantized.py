@@ -19,8 +19,9 @@ from tandem.cli.main import main
 from tandem.config import load_config
 from tandem.errors import UserError
 from tandem.kernels import quantized
-from tandem.models.adapters import AdapterParams, adapted, put_saved
+from tandem.models.adapters import AdapterParams, put_saved
 from tandem.models.loading import load_causal, load_scalar
+from tandem.models.pairs import adapted
 from tandem.models.policy import Merged
 from tandem.models.quantized import Quantized, dequantize_module, quantize_module, quantized_in
 from tandem.parallel.world import World

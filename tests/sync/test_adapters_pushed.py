@@ -13,8 +13,9 @@ from tandem.assembly.sections import ClusterSection, EngineSection, ModelSection
 from tandem.batch import TokenLoss
 from tandem.data.packing import pack, stamp
 from tandem.engines.live.replica import ReplicaEngine
-from tandem.models.adapters import AdapterParams, adapted
+from tandem.models.adapters import AdapterParams
 from tandem.models.loading import load_causal
+from tandem.models.pairs import adapted
 from tandem.parallel.world import World
 from tandem.sync.check import TruthCheck, WeightMismatch
 from tandem.sync.push import FillPush
@@ -26,7 +27,7 @@ from tandem.workers.process import Site
 
 pytest.importorskip("peft")
 ROWS = [[5, 9, 13, 2, 7], [8, 3, 22]]
-PARAMS = AdapterParams(rank=4)
+PARAMS = AdapterParams(rank=4, targets=("all-linear", "embed_tokens", "lm_head"))
 
 
 @pytest.fixture(scope="module")

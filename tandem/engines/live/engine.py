@@ -23,6 +23,7 @@ from tandem.errors import UserError
 from tandem.futures import Future, wait_all
 from tandem.kernels.available import has_triton
 from tandem.models.limits import limits_of, turning_point
+from tandem.models.pairs import showing
 from tandem.types import Completion, Request, Watch
 
 log = logging.getLogger("tandem")
@@ -87,7 +88,8 @@ class LiveEngine:
             module, begin=self._begin, end=self._end, version=version, recompute=stale_cache == "recompute"
         )
         self.stepper: Stepper[Sample, Completion] = Stepper(self.core)
-        with evaluating(module.modules()):
+        # With adapters that begin at 0 a trial would prove nothing of theirs.
+        with evaluating(module.modules()), showing(module):
             self.way, reasons = self._choose(way, cache_tokens, eight_bit=kv_cache_dtype == "fp8")
         if kv_cache_dtype == "fp8" and self.fitting is None:
             raise UserError(

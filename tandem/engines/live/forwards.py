@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tandem.engines.live.layers import Attention, Unlike, read_decoder
 from tandem.engines.live.pages import PagedDecode
+from tandem.engines.live.stacked import Additions
 from tandem.kernels import layers as kernels
 from tandem.kernels import products
 from tandem.kernels.logprob import HeadShape
@@ -56,6 +57,10 @@ class LeanForward:
         self.module = module
         self.head_shape = head_shape
         self.decoder = read_decoder(module, positions)
+        head = module.get_output_embeddings()
+        self.added = Additions([head]) if hasattr(head, "lora_A") else None
+        """What adapters add to the head's product."""
+        self.stack()
 
     @property
     def device(self) -> torch.device:
@@ -67,6 +72,8 @@ class LeanForward:
         for layer in self.decoder.layers:
             for product in layer.products():
                 product.stack()
+        if self.added is not None:
+            self.added.stack()
 
     def __call__(self, token_BQ: Tensor, position_BQ: Tensor, layout: Layout, keep: Tensor | None = None) -> Tensor:
         """Logits [B, Q, V], of the positions ``keep`` only if given (B is 1 then)."""
@@ -96,6 +103,8 @@ class LeanForward:
             hidden_TE, rows, columns = hidden_TE[keep], 1, len(keep)
         head = self.module.get_output_embeddings()
         logits_TV = products.linear(hidden_TE, head.weight, head.bias)
+        if self.added is not None:
+            self.added.add_(logits_TV, hidden_TE)
         return self.head_shape.of(logits_TV, in_place=True).view(rows, columns, -1)
 
     def _attend(self, hidden_TE: Tensor, position_T: Tensor, layout: Layout, attention: Attention, rows: int) -> Tensor:

@@ -278,7 +278,7 @@ class _Watch(PackedLayout):
                     hook = self._layer if part in set(self.blocks) else self._inner
                     if not isinstance(part, nn.ModuleList):
                         hooks.callback(part.register_forward_hook(hook, with_kwargs=True).remove)
-                elif not any(True for _ in part.children()):
+                elif part in adapted or not any(True for _ in part.children()):
                     hooks.callback(part.register_forward_hook(self._outer, with_kwargs=True).remove)
             generator = torch.Generator().manual_seed(0)
             vocabulary = self.base.get_input_embeddings().weight.shape[0]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tandem.kernels import products
-from tandem.models.adapters import NAME
+from tandem.models.pairs import NAME
 from tandem.models.quantized import Quantized, is_plain_linear
 
 
