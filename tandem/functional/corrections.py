@@ -19,8 +19,9 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "decoupled": (0.0, 5.0),
     "icepop": (0.2, 5.0),
     "geo": (0.99, 1.01),
+    "gap": (0.0, 5.0),
 }
-"""The usual bounds of the rules that have any, from below and from above."""
+"""The usual bounds of each rule, from below and from above."""
 QUANTILES = (0.01, 0.5, 0.99)
 """Of the ratio between trainer and sampler, 3 quantiles are logged: that of 1%, the median and that of 99%."""
 
@@ -47,7 +48,8 @@ def correction(
       objective of AReaL (arXiv:2505.24298, eq. 5), whose code leaves out what is above a cap.
     - ``icepop``: the same with a bound from below, too (IcePop, arXiv:2510.18855).
     - ``geo``: ``w`` in sequences with ``low <= exp(mean log w) <= high``; other sequences are left out.
-    - ``gap``: ``w`` where the two probabilities differ by ``gap`` at most; other tokens are left out.
+    - ``gap``: ``clip(w, low, high)`` where the two probabilities differ by ``gap`` at most; other tokens are left out.
+      Two small probabilities never differ by much, whatever their ratio: what bounds that is the clipping.
 
     What is kept is told in log space, and only that is exponentiated, with an exponent within ±20: a weight is finite
     whatever the log-probs.
@@ -68,7 +70,7 @@ def correction(
         kept_T = trainable_T & (log_w_T >= lowest) & (log_w_T <= highest)
     elif rule == "gap":
         kept_T = trainable_T & ((logp_T.exp() - sampler_logp_T.exp()).abs() <= gap)
-    if rule in ("token_tis", "sequence_tis"):
+    if rule in ("token_tis", "sequence_tis", "gap"):
         log_w_T = log_w_T.clamp(lowest, highest)
     weight_T = log_w_T.clamp(-MAX_EXPONENT, MAX_EXPONENT).exp()
     return torch.where(kept_T, weight_T, 0.0), kept_T

@@ -87,11 +87,11 @@ class Correction:
     """Weights by the trainer's probability over the sampler's: cut off for each token (token_tis) or each sequence
     (sequence_tis), or with tokens (decoupled, icepop, gap) or sequences (geo) of other probabilities left out."""
     correction_low: float | None = field(default=None, metadata=needs(("correction", *BOUNDS)))
-    """Its bound on that ratio from below. None: 0.2 (icepop), 0.99 (geo), 0 (token_tis, sequence_tis, decoupled)."""
+    """Its bound on that ratio from below. None: 0.2 (icepop), 0.99 (geo), 0 (all others)."""
     correction_high: float | None = field(default=None, metadata=needs(("correction", *BOUNDS)) | INFINITE)
-    """Its bound from above; .inf: none. None: 2 (token_tis), 5 (sequence_tis, decoupled, icepop), 1.01 (geo)."""
+    """Its bound from above; .inf: none. None: 2 (token_tis), 1.01 (geo), 5 (all others)."""
     correction_gap: float = field(default=0.3, metadata=needs(("correction", "gap")))
-    """gap: how far the two probabilities of a token may be apart."""
+    """gap: how far the two probabilities of a token may be apart. The bounds cut its weights off."""
     uncorrected: bool = field(
         default=False, metadata=needs(("max_lag",), ("old_logp", "trainer"), ("correction", "none"))
     )

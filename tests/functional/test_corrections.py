@@ -42,6 +42,7 @@ def by_loops(rule, low, high, gap):
                 inside = inside and low <= mean <= high
             elif rule == "gap":
                 inside = inside and abs(probabilities[0] - probabilities[1]) <= gap
+                size = min(max(size, low), high)
             else:
                 size = min(max(product if rule == "sequence_tis" else size, low), high)
             weights.append(size if inside else 0.0)
@@ -53,7 +54,7 @@ def by_loops(rule, low, high, gap):
 @pytest.mark.parametrize(
     ("rule", "bounds", "gap"),
     [
-        *((rule, bounds, 1.0) for rule, bounds in BOUNDS.items()),
+        *((rule, bounds, 1.0) for rule, bounds in BOUNDS.items() if rule != "gap"),
         ("token_tis", (0.5, 1.01), 1.0),
         ("token_tis", (0.0, math.inf), 1.0),
         ("decoupled", (0.0, 1.01), 1.0),
@@ -61,6 +62,7 @@ def by_loops(rule, low, high, gap):
         ("geo", (0.9, 1.1), 1.0),
         ("gap", (0.0, math.inf), 0.3),
         ("gap", (0.0, math.inf), 0.005),
+        ("gap", (0.98, 1.02), 0.3),
     ],
 )
 def test_weights_and_masks_are_those_of_loops(rule, bounds, gap):
@@ -75,23 +77,38 @@ def test_weights_and_masks_are_those_of_loops(rule, bounds, gap):
         assert torch.equal(kept_T, TRAINABLE)
 
 
-@pytest.mark.parametrize("rule", [*BOUNDS, "gap"])
+@pytest.mark.parametrize("rule", BOUNDS)
 @pytest.mark.parametrize("far", [90.0, 800.0, -90.0, -800.0, -math.inf])
 def test_a_ratio_of_e_to_the_90_is_no_number_of_the_loss(rule, far):
     """In float32, whose largest number is e^88.7. And -inf: a token that the trainer's model excludes."""
     sampler_T = torch.full((6,), -1.0)
     logp_T = sampler_T + torch.tensor([0.0, 0.001, far, 0.0, 0.0, 0.001])
-    low, high = BOUNDS.get(rule, (0.0, math.inf))
+    low, high = BOUNDS[rule]
     weight_T, kept_T = correction(
         logp_T, sampler_T, torch.ones(6, dtype=torch.bool), torch.tensor([0, 3, 6]), rule, low=low, high=high, gap=0.3
     )
     assert torch.isfinite(weight_T).all()
-    assert weight_T.max() <= (high if math.isfinite(high) else 1.1)
+    assert weight_T.max() <= high
     assert kept_T[3:].all()
     if rule in ("icepop", "gap") or (rule == "decoupled" and far > 0):
         assert kept_T.tolist() == [True, True, False, True, True, True]
     if rule == "geo":
         assert kept_T.tolist() == [False] * 3 + [True] * 3
+
+
+def test_gap_bounds_the_weight_of_tokens_that_both_find_unlikely():
+    """Of e^-12 and e^-2: they are 0.14 apart, and one is e^10 times the other. Of the likely pair as far apart: 2."""
+    sampler_T = torch.tensor([-12.0, -2.0, math.log(0.25), math.log(0.6)], dtype=torch.float64)
+    logp_T = torch.tensor([-2.0, -12.0, math.log(0.5), math.log(0.95)], dtype=torch.float64)
+    trainable_T, bounds = torch.ones(4, dtype=torch.bool), torch.tensor([0, 4])
+    for low, high, expected in (
+        (*BOUNDS["gap"], [5.0, math.exp(-10.0), 2.0, 0.0]),
+        (0.1, 1.5, [1.5, 0.1, 1.5, 0.0]),
+        (0.0, math.inf, [math.exp(10.0), math.exp(-10.0), 2.0, 0.0]),
+    ):
+        weight_T, kept_T = correction(logp_T, sampler_T, trainable_T, bounds, "gap", low=low, high=high, gap=0.3)
+        assert kept_T.tolist() == [True, True, True, False]
+        assert weight_T.tolist() == pytest.approx(expected, rel=1e-12)
 
 
 def test_decoupled_without_a_bound_is_the_ratio_itself():
