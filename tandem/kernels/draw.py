@@ -13,6 +13,11 @@ goes on (1 or 0), and the seed of its stream."""
 FIELDS = 7
 
 
+def block_size(vocabulary: int) -> int:
+    """How many tokens a draw takes together: about as many as there are blocks, and 64 at least."""
+    return max(64, 1 << ((vocabulary - 1).bit_length() + 1) // 2)
+
+
 def advance(state_FS: Tensor, drawn_3B: Tensor, stops_RV: Tensor, ring_K3S: Tensor, cursor: Tensor, rows: int) -> None:
     """Takes one draw for each of the first ``rows`` rows. In place, int64 state [FIELDS, S].
 

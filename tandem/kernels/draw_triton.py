@@ -7,8 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 4096
-"""Probabilities are summed in blocks of so many logits, and only the block that is hit is read again."""
+from tandem.kernels.draw import block_size
+
+TILE = 4096
+"""Logits are read once in tiles of 4,096, which are several blocks, and again in the block that wins."""
 
 
 def draw(
@@ -22,17 +24,18 @@ def draw(
 ) -> Tensor:
     """What the live engine's ``draw`` returns without truncation, [3, B] float64, for a row's own stream.
 
-    ``temperature`` and ``greedy`` (0 or 1) are float64, ``seed`` and ``drawn`` int64, all [B]. The token is that of
-    the same uniform number by the same inverse of the distribution function, up to the rounding of sums. Without
-    ``any_greedy`` the largest logit is not looked for.
+    ``temperature`` and ``greedy`` (0 or 1) are float64, ``seed`` and ``drawn`` int64, all [B]. The token wins the same
+    race (``tandem.engines.live.draws.race``), up to the rounding of weights. Without ``any_greedy`` the largest logit
+    is not looked for.
     """
     rows, vocabulary = logits_BV.shape
-    blocks = triton.cdiv(vocabulary, BLOCK)
+    size = block_size(vocabulary)
+    blocks = triton.cdiv(vocabulary, size)
     device = logits_BV.device
     top, mass = torch.empty(2, rows, blocks, dtype=torch.float32, device=device)
     arg = torch.empty(rows, blocks, dtype=torch.int32, device=device)
     out = torch.empty(3, rows, dtype=torch.float64, device=device)
-    _blocks[(rows, blocks)](
+    _blocks[(rows, triton.cdiv(vocabulary, TILE))](
         logits_BV,
         temperature_B,
         top,
@@ -42,7 +45,8 @@ def draw(
         vocabulary,
         blocks,
         GREEDY=any_greedy,
-        BLOCK=BLOCK,
+        TILE=TILE // size,
+        BLOCK=size,
         num_warps=4,
     )
     _choose[(rows,)](
@@ -60,29 +64,31 @@ def draw(
         blocks,
         rows,
         GREEDY=any_greedy,
-        BLOCK=BLOCK,
+        BLOCK=size,
         BLOCKS=triton.next_power_of_2(blocks),
-        num_warps=8,
+        num_warps=4,
     )
     return out
 
 
 @triton.jit
 def _blocks(  # type: ignore[no-untyped-def]
-    logits, temperature, top, mass, arg, stride, vocabulary, blocks, GREEDY: tl.constexpr, BLOCK: tl.constexpr
+    logits, temperature, top, mass, arg, stride, vocabulary, blocks,
+    GREEDY: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    block = tl.program_id(1)
-    column = block * BLOCK + tl.arange(0, BLOCK)
+    number = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    column = number[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     scale = (1.0 / tl.load(temperature + row)).to(tl.float32)
     z = tl.load(logits + row * stride + column, mask=column < vocabulary, other=float("-inf")).to(tl.float32) * scale
-    best = tl.max(z, axis=0)
+    best = tl.max(z, axis=1)
     # A block may hold nothing but forbidden tokens (-inf).
     base = tl.where(best == float("-inf"), 0.0, best)
-    tl.store(top + row * blocks + block, best)
-    tl.store(mass + row * blocks + block, tl.sum(tl.exp(z - base), axis=0))
+    there = number < blocks
+    tl.store(top + row * blocks + number, best, mask=there)
+    tl.store(mass + row * blocks + number, tl.sum(tl.exp(z - base[:, None]), axis=1), mask=there)
     if GREEDY:
-        tl.store(arg + row * blocks + block, block * BLOCK + tl.argmax(z, axis=0))
+        tl.store(arg + row * blocks + number, number * BLOCK + tl.argmax(z, axis=1), mask=there)
 
 
 @triton.jit
@@ -91,32 +97,26 @@ def _choose(  # type: ignore[no-untyped-def]
     GREEDY: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
+    stream = _stream(tl.load(seed + row), tl.load(drawn + row))
     number = tl.arange(0, BLOCKS)
     best_n = tl.load(top + row * blocks + number, mask=number < blocks, other=float("-inf"))
     best = tl.max(best_n, axis=0)
     sum_n = tl.load(mass + row * blocks + number, mask=number < blocks, other=0.0)
     weight_n = sum_n.to(tl.float64) * tl.exp((best_n - best).to(tl.float64))
     weight_n = tl.where(best_n == float("-inf"), 0.0, weight_n)
-    cdf_n = tl.cumsum(weight_n, axis=0)
     total = tl.sum(weight_n, axis=0)
-    target = _uniform(tl.load(seed + row), tl.load(drawn + row)) * total
-    # Where rounding leaves nothing above the target, the last of any weight.
-    first = tl.min(tl.where((cdf_n > target) & (weight_n > 0), number, BLOCKS), axis=0)
-    last = tl.max(tl.where(weight_n > 0, number, 0), axis=0)
-    block = tl.minimum(first, last)
-    before = tl.sum(tl.where(number < block, weight_n, 0.0), axis=0)
+    # A row of NaN draws some token, and its log-prob says so.
+    speed_n = tl.where(weight_n > 0, weight_n / _waiting(stream, number), 0.0)
+    block = tl.minimum(tl.argmax(speed_n, axis=0), blocks - 1)
     base = tl.sum(tl.where(number == block, best_n, 0.0), axis=0)
-    inner = (target - before) * tl.exp((best - base).to(tl.float64))
 
     scale = (1.0 / tl.load(temperature + row)).to(tl.float32)
     inside = tl.arange(0, BLOCK)
     column = block * BLOCK + inside
     z = tl.load(logits + row * stride + column, mask=column < vocabulary, other=float("-inf")).to(tl.float32) * scale
-    weight = tl.exp(z - base)
-    cdf = tl.cumsum(weight.to(tl.float64), axis=0)
-    first = tl.min(tl.where((cdf > inner) & (weight > 0), inside, BLOCK), axis=0)
-    last = tl.max(tl.where(weight > 0, inside, 0), axis=0)
-    token = block * BLOCK + tl.minimum(first, last)
+    weight = tl.exp(z - base).to(tl.float64)
+    speed = tl.where(weight > 0, weight / _waiting(stream, blocks + inside), 0.0)
+    token = tl.minimum(block * BLOCK + tl.argmax(speed, axis=0), vocabulary - 1)
 
     certain = 1.0
     if GREEDY:
@@ -140,12 +140,19 @@ def _mix(z):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _uniform(seed, counter):  # type: ignore[no-untyped-def]
-    """``tandem.engines.live.draws.uniform``: SplitMix64 from a mixed seed, 53 bits."""
+def _stream(seed, counter):  # type: ignore[no-untyped-def]
+    """``tandem.engines.live.draws.stream``."""
     gamma = tl.full([], 0x9E3779B97F4A7C15, dtype=tl.uint64)
     start = _mix(seed.to(tl.uint64) + gamma)
-    bits = _mix(start + gamma * (counter.to(tl.uint64) + 1)) >> 11
-    return bits.to(tl.int64).to(tl.float64) * (1.0 / 9007199254740992.0)
+    return _mix(start + gamma * (counter.to(tl.uint64) + 1))
+
+
+@triton.jit
+def _waiting(stream, number):  # type: ignore[no-untyped-def]
+    """``tandem.engines.live.draws.waiting``."""
+    gamma = tl.full([], 0x9E3779B97F4A7C15, dtype=tl.uint64)
+    bits = _mix(stream + gamma * (number + 1).to(tl.uint64)) >> 12
+    return -tl.log((bits.to(tl.int64).to(tl.float64) + 0.5) * (1.0 / 4503599627370496.0))
 
 
 def advance(state_FS: Tensor, drawn_3B: Tensor, stops_RV: Tensor, ring_K3S: Tensor, cursor: Tensor, rows: int) -> None:

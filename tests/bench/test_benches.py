@@ -243,3 +243,13 @@ def test_adapters(run, monkeypatch):
     assert not failed
     assert [(row["swept"], row["seed"], row["learning_rate"]) for row in rows] == [(False, 0, 2e-3)]
     assert "--lora.rank 2 --lora.targets all-linear lm_head" in rows[0]["command"]
+
+
+def test_draws(run):
+    rows, failed = run(
+        "draws", ["race", "lookup", "gumbel"], "--vocabulary", 300, "--rows", 2, "--draws", 64, "--least", 0.001,
+    )  # fmt: skip
+    assert not failed
+    assert [row["way"] for row in rows] == ["race", "lookup", "gumbel"]
+    assert all(row["microseconds"] > 0 and row["draws"] == 64 and row["flips"] <= 3 for row in rows)
+    assert all(0 < row["moved"] < 0.1 for row in rows)

@@ -14,7 +14,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from tandem.engines.live.draws import Wanted, draw, inverse_cdf, param_columns, uniform
+from tandem.engines.live.draws import Wanted, draw, param_columns, race, stream, waiting
+from tandem.kernels.draw import block_size
 from tandem.types import SamplingParams
 
 
@@ -32,47 +33,66 @@ def draw_many(logits_V: torch.Tensor, params: SamplingParams, count: int) -> tor
     return torch.cat([first, drawn(logits, same, [0] * half, list(range(1, half + 1)))], dim=1)
 
 
-def splitmix_reference(seed: int, counter: int) -> float:
+def mix(z: int) -> int:
     """Plain Python integers: the published SplitMix64 finalizer on an unsigned 64-bit state."""
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % 2**64
+    return z ^ (z >> 31)
 
-    def mix(z: int) -> int:
-        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
-        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % 2**64
-        return z ^ (z >> 31)
 
-    gamma = 0x9E3779B97F4A7C15
-    return (mix((mix((seed + gamma) % 2**64) + gamma * (counter + 1)) % 2**64) >> 11) / 2**53
+GAMMA = 0x9E3779B97F4A7C15
+
+
+def waiting_reference(seed: int, counter: int, number: int) -> float:
+    start = mix((mix((seed + GAMMA) % 2**64) + GAMMA * (counter + 1)) % 2**64)
+    return -math.log(((mix((start + GAMMA * (number + 1)) % 2**64) >> 12) + 0.5) / 2**52)
 
 
 def test_splitmix_is_the_published_generator() -> None:
     # First outputs of SplitMix64 from state 1234567, as on Rosetta Code and in Java's SplittableRandom.
     from tandem.engines.live import draws
 
-    state = 1234567 + draws._GAMMA * torch.arange(1, 4)
-    outputs = [z % 2**64 for z in draws._mix(state).tolist()]
+    outputs = [z % 2**64 for z in draws._mix_(1234567 + draws._GAMMA * torch.arange(1, 4)).tolist()]
     assert outputs == [6457827717110365317, 3203168211198807973, 9817491932198370423]
 
 
-def test_uniform_numbers_match_unsigned_integers_and_spread() -> None:
-    seeds = [0, 1, 2**62 + 12345, 2**63 - 1]
-    for counter in (0, 1, 1000):
-        found = uniform(torch.tensor(seeds), torch.full((4,), counter))
-        assert found.tolist() == [splitmix_reference(s, counter) for s in seeds]
-    u = uniform(torch.arange(200).repeat_interleave(500), torch.arange(500).repeat(200))
-    assert float(u.min()) >= 0
-    assert float(u.max()) < 1
-    # 100k draws: mean within 4 standard errors; neighbouring seeds and positions uncorrelated.
-    assert abs(u.mean() - 0.5) < 4 / math.sqrt(12 * len(u))
-    grid = u.view(200, 500)
-    for a, b in ((grid[1:], grid[:-1]), (grid[:, 1:], grid[:, :-1])):
+def test_a_draw_is_a_race_of_blocks_and_then_inside_the_one_that_won() -> None:
+    """The same winners as plain Python's, of seeds at both ends, whatever is drawn beside."""
+    vocabulary = 200
+    size = block_size(vocabulary)
+    seeds, counters = [0, 1, 2**62 + 12345, 2**63 - 1, -(2**63)], [0, 1, 1000, 7, 2**40]
+    weight = torch.rand(5, vocabulary, generator=torch.Generator().manual_seed(0))
+    found, mass = race(weight, stream(torch.tensor(seeds), torch.tensor(counters)))
+    for row, (seed, counter) in enumerate(zip(seeds, counters, strict=True)):
+        w = weight[row].double().tolist()
+        blocks = [w[start : start + size] for start in range(0, vocabulary, size)]
+        times = [waiting_reference(seed, counter, n) / sum(b) for n, b in enumerate(blocks)]
+        block = times.index(min(times))
+        inside = [waiting_reference(seed, counter, len(blocks) + i) / x for i, x in enumerate(blocks[block])]
+        assert int(found[row]) == block * size + inside.index(min(inside))
+        assert float(mass[row]) == pytest.approx(sum(w), rel=1e-6)
+
+
+def test_waiting_times_are_exponential_and_spread() -> None:
+    streams = stream(torch.arange(200), torch.zeros(200, dtype=torch.int64))
+    found = waiting(streams, torch.arange(500))
+    assert found[3, :2].tolist() == pytest.approx([waiting_reference(3, 0, n) for n in (0, 1)], rel=1e-12)
+    assert float(found.min()) > 0
+    # 100k numbers: the share beyond each time within 4 standard errors; neighbouring seeds and numbers uncorrelated.
+    for time in (0.01, 0.1, 1.0, 4.0):
+        share = math.exp(-time)
+        assert abs((found > time).double().mean() - share) < 4 * math.sqrt(share * (1 - share) / found.numel())
+    for a, b in ((found[1:], found[:-1]), (found[:, 1:], found[:, :-1])):
         assert abs(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]) < 4 / math.sqrt(a.numel())
+    counted = waiting(stream(torch.zeros(200, dtype=torch.int64), torch.arange(200)), torch.arange(500))
+    assert abs(torch.corrcoef(torch.stack([counted[1:].flatten(), counted[:-1].flatten()]))[0, 1]) < 0.013
 
 
 @pytest.mark.parametrize("vocabulary", [5, 128, 300])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_draws_follow_the_softmax(vocabulary: int, temperature: float) -> None:
     logits = torch.randn(vocabulary, generator=torch.Generator().manual_seed(vocabulary)) * 1.5
-    count = 200_000
+    count = 100_000
     tokens, behaviour, untruncated = draw_many(logits, SamplingParams(temperature=temperature), count)
     probability = torch.softmax(logits.double() / temperature, dim=0)
     observed = torch.bincount(tokens.long(), minlength=vocabulary)
@@ -140,31 +160,55 @@ def test_rows_keep_their_own_parameters() -> None:
 
 
 def test_the_tail_of_a_large_vocabulary_is_drawn_and_zeros_never_are() -> None:
-    vocabulary = 150_001
-    weight = torch.zeros(2, vocabulary)
-    weight[:, 5] = 1.0
-    weight[:, 100_000] = 1e-12
-    weight[0, 149_990] = 3e-12
-    # Mass left of each token, in float64, decides: just before and after each edge, and the very last number.
-    low = torch.tensor([1 / (1 + 4e-12) - 1e-14, 1 / (1 + 1e-12) - 1e-14], dtype=torch.float64)
-    high = torch.tensor([1 - 2.0**-53, 1 - 2.0**-53], dtype=torch.float64)
-    middle = torch.tensor([1 - 3.5e-12, 1 - 0.5e-12], dtype=torch.float64)
-    assert inverse_cdf(weight, torch.zeros(2, dtype=torch.float64))[0].tolist() == [5, 5]
-    assert inverse_cdf(weight, low)[0].tolist() == [5, 5]
-    assert inverse_cdf(weight, middle)[0].tolist() == [100_000, 100_000]
-    assert inverse_cdf(weight, high)[0].tolist() == [149_990, 100_000]
+    """At the very end and in a block of their own, in 150,001; also where they are the smallest numbers there are."""
+    vocabulary, rows = 150_001, 800
+    weight = torch.zeros(vocabulary)
+    weight[5], weight[100_000], weight[150_000] = 1.0, 0.01, 0.03
+    tail = weight.repeat(rows // 8, 1)
+    found: list[int] = []
+    for part in range(8):
+        seeds = torch.arange(part * len(tail), (part + 1) * len(tail))
+        found += race(tail, stream(seeds, seeds))[0].tolist()
+    assert set(found) == {5, 100_000, 150_000}
+    for token in (100_000, 150_000):
+        expected = rows * float(weight[token] / weight.sum())
+        assert abs(found.count(token) - expected) < 5 * math.sqrt(expected)
+    rare = torch.zeros(3, vocabulary)
+    rare[0, 149_999], rare[1, 64], rare[2, 0] = 1e-38, 1e-38, 1e-38
+    for seed in range(20):
+        seeds = torch.full((3,), seed)
+        assert race(rare, stream(seeds, seeds))[0].tolist() == [149_999, 64, 0]
 
 
-def test_many_draws_near_the_edges_hit_only_positive_weights() -> None:
+def test_draws_hit_only_positive_weights_and_know_their_sum() -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.rand(2000, 777, generator=generator) * (torch.rand(2000, 777, generator=generator) < 0.05)
     weight[:, 3] = 0.1
-    edges = weight.double().cumsum(1)
-    pick = edges.gather(1, torch.randint(777, (2000, 1), generator=generator)).squeeze(1) / edges[:, -1]
-    for u in (pick.clamp(max=1 - 2.0**-53), torch.rand(2000, dtype=torch.float64, generator=generator)):
-        token, mass = inverse_cdf(weight, u)
-        assert bool((weight.gather(1, token[:, None]) > 0).all())
-        torch.testing.assert_close(mass, edges[:, -1], atol=1e-4, rtol=1e-6)
+    token, mass = race(weight, stream(torch.arange(2000), torch.arange(2000)))
+    assert bool((weight.gather(1, token[:, None]) > 0).all())
+    torch.testing.assert_close(mass, weight.double().sum(1), atol=1e-4, rtol=1e-6)
+
+
+def test_rounding_of_neighbours_flips_no_more_draws_than_it_moves_probability() -> None:
+    """Logits off by 1e-3 each in 20,000 words: a lookup among cumulative sums flips many times as many draws."""
+    rows, vocabulary = 100, 20_000
+    generator = torch.Generator().manual_seed(0)
+    flips, looked_up, moved = 0, 0, 0.0
+    for part in range(20):
+        logits = torch.randn(rows, vocabulary, generator=generator)
+        off = logits + 1e-3 * torch.randn(rows, vocabulary, generator=generator)
+        pair = [torch.softmax(x, dim=1) for x in (logits, off)]
+        seeds = torch.arange(part * rows, (part + 1) * rows)
+        one, two = (race(p, stream(seeds, seeds))[0] for p in pair)
+        flips += int((one != two).sum())
+        moved += float((pair[0] - pair[1]).abs().sum()) / 2
+        u = torch.rand(rows, 1, dtype=torch.float64, generator=generator)
+        one, two = (torch.searchsorted(p.double().cumsum(1), u) for p in pair)
+        looked_up += int((one != two).sum())
+    # The least that any way to draw can flip is `moved`; a race in two levels flips at most 4 times that.
+    assert 0.4 < moved < 2
+    assert flips <= 8
+    assert looked_up > 5 * max(flips, 4)
 
 
 def test_logits_that_are_not_finite_come_back_as_nan() -> None:

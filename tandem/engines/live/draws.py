@@ -12,10 +12,8 @@ from torch import Tensor
 
 from tandem.engines.samples import Sample
 from tandem.kernels.available import on_triton
+from tandem.kernels.draw import block_size
 from tandem.types import SamplingParams
-
-BLOCK = 128
-"""Probabilities are summed in blocks of so many, and only the block that is hit is looked into."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +88,7 @@ def draw(logits_BV: Tensor, seed_B: Tensor, params_5B: Tensor, drawn_B: Tensor, 
         logits_BV = logits_BV / temperature_B[:, None].float()
     prob_BV = torch.softmax(logits_BV, dim=-1)
     kept_BV = _truncate(prob_BV, params_5B, wanted) if wanted.truncates else prob_BV
-    token_B, mass_B = inverse_cdf(kept_BV, uniform(seed_B, drawn_B))
+    token_B, mass_B = race(kept_BV, stream(seed_B, drawn_B))
     if wanted.greedy:
         token_B = torch.where(greedy_B, logits_BV.argmax(dim=-1), token_B)
     untruncated_B = prob_BV.gather(1, token_B[:, None]).squeeze(1).double().log()
@@ -125,42 +123,49 @@ def _truncate(prob_BV: Tensor, params_5B: Tensor, wanted: Wanted) -> Tensor:
     return prob_BV * (prob_BV >= least_B[:, None])
 
 
-def inverse_cdf(weight_BV: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
+def race(weight_BV: Tensor, stream_B: Tensor) -> tuple[Tensor, Tensor]:
     """Draws index i with probability ``weight[i] / sum(weight)``: int64 [B], and the sums, float64 [B].
 
-    ``weight_BV`` is float32 and not negative, ``uniform_B`` float64 in [0, 1). Two levels, blocks and then inside one,
-    with cumulative sums in float64: the tail of a large vocabulary keeps its mass, at the cost of one plain sum over
-    the vocabulary. An index of weight 0 is never drawn.
+    ``weight_BV`` is float32 and not negative. Of waiting times ``E_i / weight[i]``, where each ``E_i`` is exponential
+    with mean 1 and ``-log E_i`` is Gumbel's noise, index i's is the shortest with that probability (the Gumbel-max
+    trick: Maddison et al., arXiv:1411.0030, eq. 3 to 5). Blocks race with their sums, then the indices of the block
+    that won, so that few numbers are drawn for a large vocabulary. A weight that is off by rounding
+    changes a draw where two times are that close, whatever the other weights are; where a uniform number is looked up
+    among cumulative sums, each weight moves the edges of all that follow. An index of weight 0 is never drawn.
     """
     rows, vocabulary = weight_BV.shape
-    if vocabulary % BLOCK:
-        weight_BV = F.pad(weight_BV, (0, -vocabulary % BLOCK))
-    weight_BNK = weight_BV.view(rows, -1, BLOCK)
-    cdf_BN = weight_BNK.sum(dim=-1).double().cumsum(dim=-1)
-    mass_B = cdf_BN[:, -1]
-    target_B = uniform_B * mass_B
-    block_B = _first_above(cdf_BN, target_B)
-    before_B = torch.where(block_B > 0, cdf_BN.gather(1, (block_B - 1).clamp(min=0)[:, None]).squeeze(1), 0.0)
-    inside_BK = weight_BNK[torch.arange(rows, device=weight_BV.device), block_B].double().cumsum(dim=-1)
-    index_B = block_B * BLOCK + _first_above(inside_BK, target_B - before_B)
+    size = min(block_size(vocabulary), vocabulary)
+    if vocabulary % size:
+        weight_BV = F.pad(weight_BV, (0, -vocabulary % size))
+    weight_BNK = weight_BV.view(rows, -1, size)
+    device = weight_BV.device
+    sum_BN = weight_BNK.sum(dim=-1).double()
+    blocks = sum_BN.shape[1]
+    wait_BN, wait_BK = waiting(stream_B, torch.arange(blocks + size, device=device)).split([blocks, size], dim=1)
+    if blocks == 1:
+        return (weight_BV / wait_BK).argmax(dim=1), sum_BN[:, 0]
+    block_B = (sum_BN / wait_BN).argmax(dim=1)
+    inside_B = (weight_BNK[torch.arange(rows, device=device), block_B] / wait_BK).argmax(dim=1)
     # For rows of NaN, which the caller reports: they must not index out of bounds before that.
-    return index_B.clamp(max=vocabulary - 1), mass_B
+    return (block_B * size + inside_B).clamp(max=vocabulary - 1), sum_BN.sum(dim=1)
 
 
-def _first_above(cdf_BN: Tensor, target_B: Tensor) -> Tensor:
-    """Index of the first entry above the target; where rounding left none, of the last that adds any mass."""
-    first_B = torch.searchsorted(cdf_BN, target_B[:, None], right=True)
-    last_B = torch.searchsorted(cdf_BN, cdf_BN[:, -1:].contiguous())
-    return torch.minimum(first_B, last_B).squeeze(1).clamp(max=cdf_BN.shape[1] - 1)
-
-
-def uniform(seed_B: Tensor, counter_B: Tensor) -> Tensor:
-    """Number ``counter`` of the stream of ``seed``: float64 in [0, 1), of 53 random bits. Both int64 [B].
+def stream(seed_B: Tensor, counter_B: Tensor) -> Tensor:
+    """Where the numbers of draw ``counter`` of the stream of ``seed`` begin, all int64 [B].
 
     SplitMix64 (Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", 2014, fig. 16), started at
-    a mixed seed so that neighbouring seeds have unrelated streams.
+    a mixed seed so that neighbouring seeds have unrelated streams. Each draw has one of its own in turn.
     """
-    return _shift_right(_mix(_mix(seed_B + _GAMMA) + _GAMMA * (counter_B + 1)), 11).double() * 2.0**-53
+    return _mix_(_mix_(seed_B + _GAMMA) + _GAMMA * (counter_B + 1))
+
+
+def waiting(stream_B: Tensor, number_N: Tensor) -> Tensor:
+    """Numbers ``number`` (int64) of the draws that begin at ``stream``: exponential, float64 [B, N].
+
+    ``-log u`` with u of 52 random bits and a half, in (0, 1): each between 1.1e-16 and 36.8.
+    """
+    bits_BN = _shift_right(_mix_(stream_B[:, None] + _GAMMA * (number_N + 1)), 12)
+    return bits_BN.double().add_(0.5).mul_(2.0**-52).log_().neg_()
 
 
 def _signed(x: int) -> int:
@@ -173,11 +178,12 @@ _MIX_1 = _signed(0xBF58476D1CE4E5B9)
 _MIX_2 = _signed(0x94D049BB133111EB)
 
 
-def _mix(z: Tensor) -> Tensor:
-    z = (z ^ _shift_right(z, 30)) * _MIX_1
-    z = (z ^ _shift_right(z, 27)) * _MIX_2
-    return z ^ _shift_right(z, 31)
+def _mix_(z: Tensor) -> Tensor:
+    """In place: there may be many."""
+    z.bitwise_xor_(_shift_right(z, 30)).mul_(_MIX_1)
+    z.bitwise_xor_(_shift_right(z, 27)).mul_(_MIX_2)
+    return z.bitwise_xor_(_shift_right(z, 31))
 
 
 def _shift_right(z: Tensor, bits: int) -> Tensor:
-    return (z >> bits) & ((1 << (64 - bits)) - 1)
+    return (z >> bits).bitwise_and_((1 << (64 - bits)) - 1)
