@@ -112,7 +112,7 @@ FAMILIES = (
     Family("qwen3", "Qwen 3", "Qwen3", _of()),
     Family("llama", "Llama 2 and 3", "Llama", _of(rope_parameters=_LLAMA3)),
     Family("mistral", "Mistral", "Mistral", _window),
-    Family("ministral3", "Ministral 3", "Ministral3", _of(), "its queries are scaled by their position"),
+    Family("ministral3", "Ministral 3", "Ministral3", _of(rope_parameters=_YARN | {"llama_4_scaling_beta": 0.5})),
     Family("gemma", "Gemma", "Gemma", _of(hidden_activation="gelu_pytorch_tanh")),
     Family("gemma2", "Gemma 2", "Gemma2",
            _of(_BY_TURNS, query_pre_attn_scalar=8, attn_logit_softcapping=2.0, final_logit_softcapping=3.0)),

@@ -13,11 +13,11 @@ import families
 
 BUILT_DIFFERENTLY = (
     "gemma2", "gemma3", "phi3", "phi4-mini", "olmo", "olmo2", "granite", "smollm3", "glm4", "starcoder2", "cohere2",
-    "gpt-neox", "gpt-oss", "qwen3-moe", "deepseek-v3", "falcon-h1",
+    "gpt-neox", "gpt-oss", "ministral3", "qwen3-moe", "deepseek-v3", "falcon-h1",
 )  # fmt: skip
 """Between them they have everything that is read of a layer, and a state."""
 SLOWER = {
-    "ministral3", "hunyuan", "nemotron", "stablelm", "gpt2", "opt", "bloom", "deepseek-v3", "qwen3-next", "falcon-h1",
+    "hunyuan", "nemotron", "stablelm", "gpt2", "opt", "bloom", "deepseek-v3", "qwen3-next", "falcon-h1",
     "lfm2", "granite4", "jamba", "bamba", "zamba", "mamba2", "mamba", "falcon-mamba", "recurrent-gemma", "rwkv",
 }  # fmt: skip
 

@@ -111,6 +111,7 @@ WRONG = [
     ("cohere2", norming("before", centered=False)),
     ("cohere2", changed(parallel=False)),
     ("olmo2", attending(wide_norms=None)),
+    ("ministral3", attending(query_scale_P=None)),
     ("qwen3", turning(norms=None)),
     ("qwen3", norming("between", eps=0.5)),
 ]

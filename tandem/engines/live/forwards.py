@@ -111,6 +111,9 @@ class LeanForward:
         """Attention of one layer, [T, E]."""
         qkv_TO = attention.qkv(hidden_TE)
         parts = attention.parts(qkv_TO)
+        if attention.query_scale_P is not None:
+            # Before they are turned, which is the same.
+            parts[0].mul_(attention.query_scale_P[position_T, None, None])
         if isinstance(layout, PagedDecode):
             # A token's position is its sequence's length, so that one kernel can do it all.
             out = layout.attend_heads(*parts, attention.ask, attention.rotation)

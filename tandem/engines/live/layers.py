@@ -85,6 +85,8 @@ class Attention:
     wide_norms: tuple[Norm, Norm] | None
     """Of all queries, and of all keys (OLMo 2)."""
     rotation: Rotation
+    query_scale_P: Tensor | None
+    """What a query at each position is multiplied by; None: nothing (Ministral 3)."""
     output: Product
 
     def parts(self, qkv_TO: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -260,6 +262,7 @@ class _Watch(PackedLayout):
         self.layers: list[Layer] = []
         self.tables: list[_Table] = []
         self.rotations: dict[tuple[int, bool], Rotation] = {}
+        self.query_scale_P = query_scale(base.config, positions, self.device)
         self.first = self.last = self.result = torch.empty(0)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, ask: Ask) -> Tensor:
@@ -414,6 +417,8 @@ class _Watch(PackedLayout):
             raise Unlike("its queries, keys and values are not a product of its input each")
         tokens = len(self.position_T)
         query, key, value = (x[0].transpose(0, 1) for x in (attended.query, attended.key, attended.value))
+        if self.query_scale_P is not None:
+            query = query / self.query_scale_P[self.position_T, None, None].to(query.dtype)
         heads, size, kv_heads = query.shape[1], query.shape[2], key.shape[1]
         if value.shape != key.shape or size % 2:
             raise Unlike(f"its heads have {size} dimensions, and its values {value.shape[-1]}")
@@ -430,12 +435,15 @@ class _Watch(PackedLayout):
         by_size = pair if sizes == {(size,)} and len(kinds) == 1 and not wide and not norms[0].centered else None
         if norms and not wide and not by_size:
             raise Unlike("its query and key norms are neither one a head nor one over all heads")
+        if by_size and self.query_scale_P is not None:
+            raise Unlike("its queries are normed and then scaled by their position")
         read = Attention(
             ask=attended.ask, heads=heads, kv_heads=kv_heads, size=size,
             qkv=Product([call.module for call in projections]),  # type: ignore[misc]
             by_head=not near(out[:, -kv_heads * size :], value.flatten(1)),
             wide_norms=wide,
             rotation=Rotation(out[:, :0], out[:, :0]),
+            query_scale_P=None if self.query_scale_P is None else self.query_scale_P.to(query.dtype),
             output=self._read_output(after, attended),
         )  # fmt: skip
         parts_THD = read.parts(out.clone())
@@ -516,6 +524,19 @@ def _call(module: nn.Module, args: Any, kwargs: Any, output: Any) -> _Call | Non
     if not given or not isinstance(out, Tensor):
         return None
     return _Call(module, given[0], out, len(args) + len(kwargs) > 1)
+
+
+def query_scale(config: Any, positions: int, device: torch.device) -> Tensor | None:
+    """What queries at each position are multiplied by, float32 [P]: ``1 + beta log(1 + floor(position / original))``.
+
+    None where the config has no beta, or ends before the first position that it counts at. (Llama 4 and Ministral 3.)
+    """
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    beta, original = rope.get("llama_4_scaling_beta"), rope.get("original_max_position_embeddings")
+    if not beta or not original or positions <= original:
+        return None
+    scale_P: Tensor = 1 + beta * torch.log1p(torch.arange(positions, device=device) // original)
+    return scale_P
 
 
 def read_norm(call: _Call) -> Norm | None:
