@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,7 +69,10 @@ def probe_forward(model: LoadedModel) -> str:
     else:
         model.module.set_attn_implementation(IMPLEMENTATION)
     if not model.scalar:
-        shapes = [trial.head_shape(model) for trial in trials]
+        if model.equal_lengths:
+            for trial in trials:
+                trial.run(packed=False, equal_lengths=True)
+        shapes = [trial.shape for trial in trials]
         model.split_head, model.head_shape = None not in shapes, shapes[0] or PLAIN
     if small is not None and model.dtype != "float32":
         _require_low_precision(small, type(model.module).__name__)
@@ -96,8 +100,10 @@ class _Trial:
     def __init__(self, model: LoadedModel, lengths: tuple[int, ...]) -> None:
         self.model = replace(model, dtype="float32", packed=False, equal_lengths=False, split_head=False)
         self.batch = _probe_batch(model, lengths)
+        self.shape: HeadShape | None = None
+        """How its logits followed from its last hidden state in the last run, if they did."""
         alone = replace(self.model, equal_lengths=True)
-        self.truth = _read(alone, self.batch)
+        self.truth = hidden_states(alone, self.batch) if model.scalar else native_logits(alone, self.batch)
 
     def causal(self) -> bool:
         """Whether the first and the last sequence, which begin alike, are given the same where they are alike."""
@@ -110,42 +116,59 @@ class _Trial:
         if packed and not self.model.module._supports_attention_backend and self.model.mixers is None:
             return "its attention cannot be replaced"
         try:
-            with _attention(self.model.module, replaced=packed):
-                found = _read(replace(self.model, packed=packed), self.batch)
+            found = self.run(packed=packed)
         except (UnsupportedAttention, TypeError) as error:
             return f"its attention needs what packing lacks ({error})"
         return "" if _close(found, self.truth) else "packed sequences do not reproduce its own forward"
 
-    def head_shape(self, found: LoadedModel) -> HeadShape | None:
-        """How its logits follow from the product of its output embedding and its last hidden state, if they do."""
-        model = replace(self.model, packed=found.packed, equal_lengths=found.equal_lengths)
-        with _attention(self.model.module, replaced=found.packed):
-            return find_head_shape(
-                self.model.module,
-                lambda: hidden_states(model, self.batch),
-                lambda: native_logits(model, self.batch),
-            )
+    def run(self, *, packed: bool, equal_lengths: bool = False) -> Tensor:
+        """What the batch gives: of a scalar model the last hidden states, as its head may be all zeros; else logits."""
+        model = replace(self.model, packed=packed, equal_lengths=equal_lengths)
+        with _attention(model.module, replaced=packed):
+            if model.scalar:
+                return hidden_states(model, self.batch)
+            logits = partial(native_logits, model, self.batch)
+            found, self.shape = through_base(model.module, partial(hidden_states, model, self.batch), logits)
+            if self.shape is not None and _close(found, self.truth):
+                return found
+            # There may be more to it than its base model and a head.
+            self.shape = None
+            return logits()
 
 
-def find_head_shape(module: Any, states: Callable[[], Tensor], logits: Callable[[], Tensor]) -> HeadShape | None:
-    """How the module's logits follow from the product of its head and its last hidden state; None where they do not.
+def through_base(
+    module: Any, states: Callable[[], Tensor], logits: Callable[[], Tensor]
+) -> tuple[Tensor, HeadShape | None]:
+    """Logits that the module makes of its base model's output, [T, V], and how they follow from the product of its
+    head and its last hidden state; None where they do not.
 
-    ``states`` gives the last hidden state [T, D] of some tokens, ``logits`` runs the module on them, [T, V]. The config
-    says what to try; it is proved at magnitudes that any bend would show at.
+    ``states`` runs the base model on some tokens and gives its last hidden state, [T, D], ``logits`` the module on
+    them. Layers run once: what the base model gave is what it is made to give again inside the module. The config says
+    what shape to try; it is proved at magnitudes that any bend would show at.
     """
-    head = module.get_output_embeddings()
-    if head is None or module.base_model is module:
-        return None
-    if getattr(head, "in_features", None) != module.get_input_embeddings().weight.shape[1]:
-        return None
+    head, base = module.get_output_embeddings(), module.base_model
+    if (
+        head is None
+        or base is module
+        or getattr(head, "in_features", None) != module.get_input_embeddings().weight.shape[1]
+    ):
+        return logits(), None
+    given: list[Any] = []
+    hook = base.register_forward_hook(lambda _, __, output: given.append(output))
+    try:
+        state_TD = states()
+    finally:
+        hook.remove()
     config = module.config.get_text_config()
     scale = 1.0
     for name, power in (("logits_scaling", -1), ("logit_scale", 1), ("lm_head_multiplier", 1)):
         scale *= (getattr(config, name, None) or 1.0) ** power
     shape = HeadShape(scale, getattr(config, "final_logit_softcapping", None))
-    product = head(states())
-    if not _close(shape.of(product), logits()):
-        return None
+    product = head(state_TD)
+    with _giving(base, given):
+        found = logits()
+    if not _close(shape.of(product), found):
+        return found, None
     made: list[Tensor] = []
     for largest in (10.0, 5 * (shape.cap or 20.0)):
         factor = largest / max(1e-6, float(product.abs().max()) * abs(scale))
@@ -159,14 +182,29 @@ def find_head_shape(module: Any, states: Callable[[], Tensor], logits: Callable[
             module.register_forward_hook(lambda _, __, output: made.append(output["logits"])),
         ]
         try:
-            logits()
+            with _giving(base, given):
+                logits()
         finally:
             for hook in hooks:
                 hook.remove()
         *_, raw, final = made
         if not _close(shape.of(raw), final):
-            return None
-    return shape
+            return found, None
+    return found, shape
+
+
+@contextmanager
+def _giving(base: Any, outputs: list[Any]) -> Iterator[None]:
+    """With a base model that gives these when it is called, one after the other, and computes nothing."""
+    own, left = base.forward, iter(outputs)
+    base.forward = lambda *args, **kwargs: next(left)
+    try:
+        yield
+    finally:
+        # As it was found: the class's, or one that stood in its place.
+        del base.forward
+        if base.forward != own:
+            base.forward = own
 
 
 @contextmanager
@@ -193,11 +231,6 @@ def _probe_batch(model: LoadedModel, lengths: tuple[int, ...]) -> Batch:
     ids[2][:shared] = ids[0][:shared]
     sequences = [Sequence(token_ids=i, trainable=[True] * len(i)) for i in ids]
     return pack(sequences, prompt_lengths=[shared, 0, shared]).to(model.device)
-
-
-def _read(model: LoadedModel, batch: Batch) -> Tensor:
-    # A scalar model is read before its head, which may be all zeros.
-    return hidden_states(model, batch) if model.scalar else native_logits(model, batch)
 
 
 def _close(value: Tensor, truth: Tensor) -> bool:

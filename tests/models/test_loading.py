@@ -9,7 +9,7 @@ from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, AutoMo
 from tandem.data.packing import pack
 from tandem.errors import UserError
 from tandem.models.forward import forward
-from tandem.models.loading import load_causal, load_scalar, load_tokenizer, pick_device
+from tandem.models.loading import load_causal, load_scalar, load_tokenizer, pick_device, prepare_module
 from tandem.models.shrunk import shrunken_config, trained_size
 from tandem.types import Sequence
 
@@ -41,6 +41,47 @@ def test_scalar_model_round_trip(tmp_path, name):
     value_T = batch.values(out)
     assert value_T[2].item() == pytest.approx(prefix, abs=1e-5)
     assert value_T[[0, 4]].tolist() == [0.0, 0.0]
+
+
+def test_loading_runs_the_layers_five_times():
+    """A glance at its attention, three sequences by themselves, and all of them packed; its head is proved without."""
+    module, calls = make_module("gemma2_softcap"), []
+    module.base_model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    model = prepare_module(module, make_tokenizer())
+    assert (model.packed, model.split_head, model.head_shape.cap) == (True, True, 30.0)
+    assert len(calls) == 5
+    assert "forward" not in vars(module.base_model)
+
+
+@pytest.mark.parametrize("bend", [lambda x: 1.3 * x, lambda x: 25 * torch.tanh(x / 25), lambda x: x + 1e-3 * x**3])
+def test_a_head_that_does_more_than_the_config_says_is_not_split(bend):
+    """Also where it bends large logits alone, larger than the probe's."""
+    module = make_module("qwen2")
+    own = module.forward
+
+    def bent(*args, **kwargs):
+        out = own(*args, **kwargs)
+        out.logits = bend(out.logits)
+        return out
+
+    module.forward = bent
+    model = prepare_module(module, make_tokenizer())
+    assert model.packed
+    assert not model.split_head
+    with torch.no_grad():
+        found = forward(model, pack(SEQUENCES[:1])).logp_T
+        truth = module(input_ids=torch.tensor([[5, 9, 3, 1]])).logits[0].log_softmax(-1)
+    assert found.tolist()[1:] == pytest.approx(truth[[0, 1, 2], [9, 3, 1]].tolist(), abs=1e-5)
+
+
+def test_what_comes_before_the_base_model_is_seen():
+    """The base model alone does not give what it gives inside: the whole module is run."""
+    module = make_module("qwen2")
+    own = module.forward
+    module.forward = lambda input_ids, **kwargs: own(input_ids=(input_ids + 1) % 20, **kwargs)
+    model = prepare_module(module, make_tokenizer())
+    assert model.packed
+    assert not model.split_head
 
 
 @pytest.mark.parametrize("kind", ["mamba", "cohere", "falcon_h1"])

@@ -20,7 +20,7 @@ from tandem.engines.live.prefill import Forward
 from tandem.engines.live.states import StateForward
 from tandem.kernels.logprob import HeadShape
 from tandem.models.attention import IMPLEMENTATION, Ask, PackedLayout, UnsupportedAttention, numbered
-from tandem.models.probe import find_head_shape, too_far
+from tandem.models.probe import through_base, too_far
 from tandem.models.routers import has_experts
 from tandem.models.shrunk import LIMIT, TURNING, named_limits, shrunk
 from tandem.models.states import states_of_layers
@@ -199,11 +199,12 @@ def head_shape_of(module: Any) -> HeadShape | None:
     generator = torch.Generator().manual_seed(0)
     weight = module.get_input_embeddings().weight
     ids = torch.randint(weight.shape[0], (1, PROMPT_LENGTHS[0]), generator=generator).to(weight.device)
-    return find_head_shape(
+    _, shape = through_base(
         module,
         lambda: module.base_model(input_ids=ids, use_cache=False)["last_hidden_state"][0],
         lambda: module(input_ids=ids, use_cache=False).logits[0],
     )
+    return shape
 
 
 class _Seen(PackedLayout):
