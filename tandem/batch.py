@@ -236,6 +236,8 @@ class Outputs:
     """int64 [T, K]: which tokens they are."""
     balance_S: Tensor | None = None
     """[S]: the load-balancing loss of each segment's routers (``functional.balance``), if asked for."""
+    load_LE: Tensor | None = None
+    """int64 [L, E]: how many of the batch's tokens each of E experts had in each of L layers, if asked for."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Outputs:
         """Every tensor that is filled, changed."""

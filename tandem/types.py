@@ -10,6 +10,8 @@ from typing import Any, Literal, NamedTuple
 StopReason = Literal["eos", "length", "stop_string", "tool", "error"]
 Aggregation = Literal["token", "sequence", "constant"]
 """Which mean a loss is: see ``tandem.data.packing.stamp_weights``."""
+CORRECTION_BIAS = "e_score_correction_bias"
+"""What models call the biases [E] by which a router picks among E experts: buffers, which no gradient moves."""
 Message = dict[str, Any]
 """One chat turn, ``{"role": ..., "content": ...}``."""
 

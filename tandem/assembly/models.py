@@ -23,7 +23,7 @@ from tandem.models.adapters import AdapterParams, require_peft
 from tandem.models.folder import readable_errors, with_config
 from tandem.models.forward import LoadedModel
 from tandem.models.loading import load_causal, load_scalar, load_tokenizer
-from tandem.models.routers import require_experts
+from tandem.models.routers import require_biases, require_experts
 from tandem.models.shared import scalar_beside
 from tandem.roles import Engine, FedEngine, LossFn, Seat, SleepingEngine
 from tandem.sync.checksum import Sums
@@ -84,6 +84,7 @@ def builds(config: RunConfig, steps: int, new_head: NewHead = "random") -> dict[
                 learning_rate=rate,
                 ema=config.optim.ema_decay if role == "actor" else None,
                 aux_loss_coef=config.optim.aux_loss_coef if role == "actor" else 0.0,
+                bias_update_speed=config.optim.bias_update_speed if role == "actor" else 0.0,
             ),
             temperature=temperature,
             asks=asks,
@@ -131,6 +132,7 @@ def optim_params(
     learning_rate: float,
     ema: float | None = None,
     aux_loss_coef: float = 0.0,
+    bias_update_speed: float = 0.0,
 ) -> OptimParams:
     """The optimizer of one model; ``total_steps`` are the run's, ``ema`` the decay of an average that it keeps."""
     return OptimParams(
@@ -144,6 +146,7 @@ def optim_params(
         max_grad_norm=section.max_grad_norm,
         ema_decay=ema,
         aux_loss_coef=aux_loss_coef,
+        bias_update_speed=bias_update_speed,
     )
 
 
@@ -342,11 +345,12 @@ def require_adapters(config: RunConfig) -> None:
 
 
 def require_balance(config: RunConfig) -> None:
-    """Raises UserError where a load-balancing loss is asked of a policy without experts, before anything is loaded."""
-    if config.optim.aux_loss_coef:
-        source = config.model.model
+    """Raises UserError where experts of a policy are to be balanced that has none, before anything is loaded."""
+    source = config.model.model
+    asked = {require_experts: config.optim.aux_loss_coef, require_biases: config.optim.bias_update_speed}
+    for require in (require for require, wanted in asked.items() if wanted):
         with readable_errors(source, "causal language model"):
-            require_experts(with_config(source), trust_remote_code=config.model.trust_remote_code)
+            require(with_config(source), trust_remote_code=config.model.trust_remote_code)
 
 
 def require_optimizer(section: OptimSection) -> None:

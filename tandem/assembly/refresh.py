@@ -22,7 +22,7 @@ class Following:
 
     def follow(self, mix: float, step: int) -> None:
         """See ``LocalScorer.follow``."""
-        self.reference.follow(self.actor.weights, mix, step)
+        self.reference.follow(self.actor.weights | self.actor.buffers, mix, step)
 
 
 def refresh_of(config: RunConfig, models: Mapping[str, Seat]) -> Refresh | None:

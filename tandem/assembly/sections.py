@@ -256,6 +256,9 @@ class OptimSection:
     aux_loss_coef: float = 0.0
     """Weight of the load-balancing loss of the policy's routers, where it is a mixture of experts: each sequence's, in
     the mean over the sequences of an optimizer step; 0.001, say. 0: none."""
+    bias_update_speed: float = field(default=0.0, metadata=needs(("lora.rank", 0)))
+    """What each optimizer step adds to the bias of every expert that had fewer of its tokens than the mean, and takes
+    off the others' (balancing without a loss, of DeepSeek V3, GLM 4.5 and their kin); 0.001, say. 0: they stay."""
     ema_decay: float | None = None
     """Decay, at each optimizer step, of a running average of the policy's weights, written to model-ema; 0.99, say.
     None: no average."""
@@ -263,7 +266,7 @@ class OptimSection:
     def __post_init__(self) -> None:
         expect(self, "more than 0", _above_zero, "learning_rate", "max_grad_norm")
         expect(self, "more than 0 and below 1", lambda decay: 0 < decay < 1, "ema_decay")
-        expect(self, "0 or more", _at_least(0), "weight_decay", "aux_loss_coef")
+        expect(self, "0 or more", _at_least(0), "weight_decay", "aux_loss_coef", "bias_update_speed")
         expect(self, "a whole number, or a share in [0, 1)", _count_or_share, "warmup_steps")
         expect(self, "2 numbers in [0, 1)", lambda betas: all(0 <= beta < 1 for beta in betas), "betas")
 

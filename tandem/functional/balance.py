@@ -30,3 +30,23 @@ def balance_loss(logits: Seq[Tensor], bounds: Tensor, top_k: int) -> Tensor:
         likely_SE = likely_SE + segment_sum(likely_TE, bounds)
     count_S = len(logits) * bounds.diff().to(likely_SE.device, dtype)
     return likely_SE.shape[-1] * (chosen_SE * likely_SE).sum(dim=-1) / count_S.square()
+
+
+def bias_step(load_LE: Tensor, speed: float) -> Tensor:
+    """What is added to the biases of L routers of E experts after an optimizer step, [L, E] float32.
+
+    ``speed`` times the sign of ``mean - load``, each router's own mean: experts that had fewer tokens than the mean
+    are picked more readily from now on (arXiv:2408.15664, algorithm 1; DeepSeek-V3, arXiv:2412.19437, section 2.1.2).
+    ``load_LE`` is how many of the step's tokens each expert had.
+    """
+    load_LE = load_LE.double()
+    return speed * (load_LE.mean(dim=-1, keepdim=True) - load_LE).sign().float()
+
+
+def load_violation(load_LE: Tensor) -> float:
+    """How far the busiest expert's load is above the mean of its router's, over that mean: the mean over L routers.
+
+    0 where tokens are spread evenly, E / k - 1 where all take the same k of E (MaxVio of arXiv:2408.15664, eq. 4).
+    """
+    load_LE = load_LE.double()
+    return (load_LE.amax(dim=-1) / load_LE.mean(dim=-1).clamp(min=1e-12) - 1).mean().item()

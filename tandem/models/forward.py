@@ -29,7 +29,7 @@ from tandem.models.attention import NO_MASK, PackedLayout, packed_layout
 from tandem.models.compiled import Blocks
 from tandem.models.pairs import NAME
 from tandem.models.quantized import numbers_in, quantized_in
-from tandem.models.routers import ROUTER_LOGITS, experts_of_a_token, in_float32, no_experts, quieted, routers_of
+from tandem.models.routers import ROUTER_LOGITS, Picks, experts_of_a_token, in_float32, no_experts, quieted, routers_of
 from tandem.models.sharing import sharing_of
 from tandem.models.states import Mixers
 from tandem.parallel.sharding import shard, transformer_layers
@@ -81,6 +81,8 @@ class LoadedModel:
     """Whether its config, as it is exported, makes every forward give its routers' logits."""
     head_gradient: Callable[[], Tensor] | None = None
     """Where the gradient of the language-model head's weight is to be added to, if not to the weight's own."""
+    picks: Picks | None = None
+    """What its routers pick, where somebody counts it (``Ask.load``)."""
     adapters: Adapters | None = None
     """Those on it, which are trained instead of it."""
     shares_base: bool = False
@@ -121,6 +123,12 @@ class LoadedModel:
                 f"aux_loss_coef: {type(self.module).__name__} gives its routers' logits beside its own loss only; "
                 "leave it out"
             )
+
+    def count_picks(self) -> None:
+        """From now on forwards can give ``load_LE``. Raises UserError where its routers have no biases."""
+        if self.adapters is not None:
+            raise UserError("bias_update_speed: adapters leave the biases of the base's routers alone; leave it out")
+        self.picks = self.picks or Picks(self.module)
 
     def compute_in(self, dtype: torch.dtype) -> None:
         """Casts the floating parameters in place. Buffers stay: rotary frequencies do not survive bfloat16."""
@@ -225,6 +233,8 @@ class Ask:
     top_k: int = 0
     balance: bool = False
     """Besides all else ``balance_S``."""
+    load: bool = False
+    """Besides all else ``load_LE``, of a model with ``picks``."""
 
 
 def forward(model: LoadedModel, batch: Batch, ask: Ask | None = None, **options: Any) -> Outputs:
@@ -241,14 +251,13 @@ def forward(model: LoadedModel, batch: Batch, ask: Ask | None = None, **options:
 
 
 def _compute(model: LoadedModel, batch: Batch, *, ask: Ask) -> Outputs:
-    balance_S = None
     if model.scalar or model.split_head:
-        source_T, balance_S = _run(model, model.module.base_model, batch, "last_hidden_state", balance=ask.balance)
+        source_T, routed = _run(model, model.module.base_model, batch, "last_hidden_state", ask)
     else:
-        source_T = native_logits(model, batch)
+        source_T, routed = _run(model, model.module, batch, "logits", ask)
     if model.scalar:
         scalar_T = model.module.score(source_T.to(model.module.score.weight.dtype)).squeeze(-1).float()
-        return Outputs(scalar_T=scalar_T, balance_S=balance_S)
+        return Outputs(scalar_T=scalar_T, **routed)
     index_N = batch.index_N
     head: Any
     if model.split_head:
@@ -287,7 +296,7 @@ def _compute(model: LoadedModel, batch: Batch, *, ask: Ask) -> Outputs:
         logp_T=_spread(logp_N, index_N, batch.tokens),
         entropy_T=_spread(entropy_N, index_N, batch.tokens) if entropy_N is not None else None,
         divergence_T=_spread(divergence_N, index_N, batch.tokens) if divergence_N is not None else None,
-        balance_S=balance_S,
+        **routed,
     )
 
 
@@ -333,24 +342,23 @@ def _spread(value_N: Tensor, index_N: Tensor, tokens: int) -> Tensor:
 
 def hidden_states(model: LoadedModel, batch: Batch) -> Tensor:
     """Last hidden state [T, D]."""
-    return _run(model, model.module.base_model, batch, "last_hidden_state")[0]
+    return _run(model, model.module.base_model, batch, "last_hidden_state", Ask())[0]
 
 
 def native_logits(model: LoadedModel, batch: Batch) -> Tensor:
     """The module's own logits [T, V]."""
-    return _run(model, model.module, batch, "logits")[0]
+    return _run(model, model.module, batch, "logits", Ask())[0]
 
 
-def _run(
-    model: LoadedModel, module: Any, batch: Batch, output: str, *, balance: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """One field of the module's output, with its tokens laid out as in the batch, and its ``balance_S`` if asked for.
+def _run(model: LoadedModel, module: Any, batch: Batch, output: str, ask: Ask) -> tuple[Tensor, dict[str, Tensor]]:
+    """One field of the module's output, with its tokens laid out as in the batch, and what its routers say: those of
+    ``balance_S`` and ``load_LE`` that are asked for.
 
     Raises UserError for a sharded model whose segments cannot all go through together.
     """
     kinds = _kinds(model, batch)
     if len(set(kinds)) == 1:
-        return _together(model, module, batch, output, balance=balance)
+        return _together(model, module, batch, output, ask)
     if model.sharded is not None:
         raise UserError(
             f"{type(model.module).__name__}: its parameters are sharded, and sequences of "
@@ -359,13 +367,17 @@ def _run(
         )
     apart = replace(batch.unshared(), segments_per_unit=1)
     parts = [[s for s, one in enumerate(kinds) if one == kind] for kind in dict.fromkeys(kinds)]
-    found = [_together(model, module, apart.select(segments), output, balance=balance) for segments in parts]
+    found = [_together(model, module, apart.select(segments), output, ask) for segments in parts]
     index_T = torch.cat([apart.tokens_of(segments) for segments in parts]).argsort()
     index_S = torch.tensor([s for segments in parts for s in segments]).argsort()
-    results, balances = zip(*found, strict=True)
+    results, said = zip(*found, strict=True)
     device = batch.token_ids_T.device
-    result_T = torch.cat(results).index_select(0, send(index_T, device))
-    return result_T, torch.cat(balances).index_select(0, send(index_S, device)) if balance else None
+    routed = {}
+    if ask.balance:
+        routed["balance_S"] = torch.cat([one["balance_S"] for one in said]).index_select(0, send(index_S, device))
+    if ask.load:
+        routed["load_LE"] = torch.stack([one["load_LE"] for one in said]).sum(dim=0)
+    return torch.cat(results).index_select(0, send(index_T, device)), routed
 
 
 def _kinds(model: LoadedModel, batch: Batch) -> list[int]:
@@ -377,10 +389,12 @@ def _kinds(model: LoadedModel, batch: Batch) -> list[int]:
     return [0] * batch.segments
 
 
-def _together(
-    model: LoadedModel, module: Any, batch: Batch, output: str, *, balance: bool
-) -> tuple[Tensor, Tensor | None]:
-    asked = {ROUTER_LOGITS: True} if balance else {}
+def _together(model: LoadedModel, module: Any, batch: Batch, output: str, ask: Ask) -> tuple[Tensor, dict[str, Tensor]]:
+    asked = {ROUTER_LOGITS: True} if ask.balance else {}
+    watched: AbstractContextManager[dict[int, Tensor]] = nullcontext({})
+    if ask.load:
+        assert model.picks is not None
+        watched = model.picks.watched()
     if model.packed:
         compiled = model.blocks is not None and model.blocks.working
         device, sharing = batch.token_ids_T.device, sharing_of(batch)
@@ -396,7 +410,7 @@ def _together(
         if model.mixers is not None:
             beside = layout if isinstance(layout, PackedLayout) else PackedLayout(batch.bounds, device, sharing)
             apart = model.mixers.apart(beside)
-        with apart:
+        with apart, watched as picked:
             out = module(
                 input_ids=token_ids[None],
                 position_ids=position[None],
@@ -406,24 +420,41 @@ def _together(
                 **asked,
             )
         laid_out = (lambda rows: rows[:tokens]) if sharing is None else sharing.expand
-        return laid_out(out[output][0]), _balance(model, batch, out.router_logits, laid_out) if balance else None
+        return laid_out(out[output][0]), _routed(model, batch, out, picked, laid_out, ask)
     segments = batch.token_ids_T.split(batch.lengths)
     real_SL = pad_sequence([torch.ones_like(s) for s in segments], batch_first=True)
-    out = module(
-        input_ids=pad_sequence(list(segments), batch_first=True), attention_mask=real_SL, use_cache=False, **asked
-    )
+    with watched as picked:
+        out = module(
+            input_ids=pad_sequence(list(segments), batch_first=True), attention_mask=real_SL, use_cache=False, **asked
+        )
     real = real_SL.bool()
     laid_out = lambda rows: rows[real.flatten()]  # noqa: E731
-    return out[output][real], _balance(model, batch, out.router_logits, laid_out) if balance else None
+    return out[output][real], _routed(model, batch, out, picked, laid_out, ask)
 
 
-def _balance(
-    model: LoadedModel, batch: Batch, logits: tuple[Tensor, ...], laid_out: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """``balance_S`` from each router's logits, whose rows ``laid_out`` puts in the order of the batch's tokens."""
-    assert model.experts_of_a_token is not None
-    rows = [laid_out(x.reshape(-1, x.shape[-1])) for x in logits]
-    return balance_loss(rows, send(batch.bounds, batch.token_ids_T.device), model.experts_of_a_token)
+def _routed(
+    model: LoadedModel,
+    batch: Batch,
+    out: Any,
+    picked: dict[int, Tensor],
+    laid_out: Callable[[Tensor], Tensor],
+    ask: Ask,
+) -> dict[str, Tensor]:
+    """``balance_S`` from each router's logits, and ``load_LE`` from what it ``picked``, as far as they are asked for.
+
+    ``laid_out`` puts rows in the order of the batch's tokens.
+    """
+    found = {}
+    if ask.balance:
+        assert model.experts_of_a_token is not None
+        rows = [laid_out(x.reshape(-1, x.shape[-1])) for x in out.router_logits]
+        bounds = send(batch.bounds, batch.token_ids_T.device)
+        found["balance_S"] = balance_loss(rows, bounds, model.experts_of_a_token)
+    if ask.load:
+        assert model.picks is not None
+        rows = [laid_out(picked[number].flatten(0, -2)) for number in sorted(picked)]
+        found["load_LE"] = model.picks.load(rows)
+    return found
 
 
 def _spare(tokens: int) -> int:

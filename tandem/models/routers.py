@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from tandem.errors import UserError
+from tandem.types import CORRECTION_BIAS
 
 ROUTER_LOGITS = "output_router_logits"
 """The key of a config that makes every forward give its routers' logits."""
@@ -38,6 +42,77 @@ def no_experts(kind: type) -> UserError:
         f"aux_loss_coef: {kind.__name__} has no experts that are balanced by a loss (transformers has none for it); "
         "leave it out"
     )
+
+
+def correction_biases(module: Any) -> dict[str, Tensor]:
+    """The buffers that its routers add to experts' scores before they pick, [E] each, by name."""
+    return {name: b for name, b in module.named_buffers() if name.rpartition(".")[2] == CORRECTION_BIAS}
+
+
+def all_weights(module: Any) -> dict[str, Tensor]:
+    """What of it training changes and a push carries, by name: its parameters, and its ``correction_biases``."""
+    return {**dict(module.named_parameters()), **correction_biases(module)}
+
+
+def require_biases(source: str, *, trust_remote_code: bool) -> None:
+    """Raises UserError where the config of a model says that its routers have no biases."""
+    config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        with torch.device("meta"):
+            Picks(AutoModelForCausalLM.from_config(config))
+
+
+class Picks:
+    """Which experts the routers with biases of a module pick in a forward.
+
+    Raises UserError where it has no such routers.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self.biases = correction_biases(module)
+        self.seen: dict[int, Tensor] | None = None
+        if not self.biases:
+            raise UserError(
+                f"bias_update_speed: {type(module).__name__} has no router with a bias for each expert "
+                f"({CORRECTION_BIAS}); leave it out"
+            )
+        for number, name in enumerate(self.biases):
+            see = functools.partial(self._see, number)
+            _experts_beside(module, name).register_forward_pre_hook(see, with_kwargs=True)
+
+    @contextmanager
+    def watched(self) -> Iterator[dict[int, Tensor]]:
+        """Gives a dict that a forward inside fills: by a router's number what it picks, int64 [tokens, k]."""
+        self.seen = {}
+        try:
+            yield self.seen
+        finally:
+            # A checkpointed layer runs again in the backward pass.
+            self.seen = None
+
+    def load(self, picked: list[Tensor]) -> Tensor:
+        """How many tokens each expert was picked for, int64 [L, E] of L routers."""
+        size = max(len(bias) for bias in self.biases.values())
+        # Some pick an expert that does not exist, to pick none.
+        load_LE = picked[0].new_zeros(len(picked), size + 1)
+        for load_E, picked_TK in zip(load_LE, picked, strict=True):
+            load_E.scatter_add_(0, picked_TK.flatten(), torch.ones_like(picked_TK.flatten()))
+        return load_LE[:, :size]
+
+    def _see(self, number: int, experts: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.seen is not None:
+            self.seen[number] = (args[1] if len(args) > 1 else kwargs["top_k_index"]).detach()
+
+
+def _experts_beside(module: Any, bias: str) -> nn.Module:
+    """The experts among which the router with this bias picks."""
+    path = bias.split(".")[:-1]
+    while path:
+        experts = getattr(module.get_submodule(".".join(path)), "experts", None)
+        if isinstance(experts, nn.Module) and not isinstance(experts, nn.ModuleList):
+            return experts
+        path.pop()
+    raise UserError(f"bias_update_speed: the experts that {bias} is for are not stacked in one module; leave it out")
 
 
 def quieted(config: Any) -> bool:

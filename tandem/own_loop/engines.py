@@ -15,6 +15,7 @@ from tandem.engines.live.replica import ReplicaEngine
 from tandem.errors import UserError
 from tandem.models.limits import layers_of, limits_of
 from tandem.models.loading import load_causal
+from tandem.models.routers import all_weights
 from tandem.models.shrunk import furthest_limit
 from tandem.own_loop.given import GivenModel, Shapes
 from tandem.parallel.world import World
@@ -215,7 +216,7 @@ def shapes_of(config: Any, trust_remote_code: bool) -> Shapes:
     """Names and shapes of the parameters that a causal LM of this config has."""
     with torch.device("meta"):
         module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    return {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    return {name: tuple(parameter.shape) for name, parameter in all_weights(module).items()}
 
 
 def build_vllm(site: Site, params: EngineParams) -> Any:

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tandem.engines.live.core import evaluating
 from tandem.errors import UserError
+from tandem.models.routers import all_weights
 from tandem.parallel.sharding import forget_gathered
 
 INSIDE = ("_orig_mod", "_checkpoint_wrapped_module")
@@ -79,7 +80,7 @@ def given(model: nn.Module) -> GivenModel:
         raise UserError(f"update: {type(module).__name__} is no transformers model; give the one inside it")
     # What a forward has left gathered is a copy, in another dtype, and older than the last optimizer step.
     forget_gathered(module)
-    return GivenModel(module, {_own_name(n): _in_rows(n, p) for n, p in module.named_parameters()})
+    return GivenModel(module, {_own_name(n): _in_rows(n, p) for n, p in all_weights(module).items()})
 
 
 def require_same(given: Mapping[str, Tensor], expected: Shapes, source: str) -> None:

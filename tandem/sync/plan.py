@@ -11,6 +11,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from tandem.types import CORRECTION_BIAS
+
 ALIGNMENT = 256
 """Bytes: every tensor of a bucket starts at a multiple of it."""
 BUCKET_BYTES = 256 << 20
@@ -76,17 +78,16 @@ class Plan:
 def plan_of(parameters: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None, **options: int) -> Plan:
     """The plan of a module's ``named_parameters()``, floating ones as ``dtype`` (None: each as it is).
 
-    Tied parameters appear once, as ``named_parameters`` gives them. A DTensor counts with its full shape.
+    Biases by which routers pick experts stay in their own precision: they move by steps of 0.001. Tied parameters
+    appear once, as ``named_parameters`` gives them. A DTensor counts with its full shape.
     """
-    tensors = tuple(
-        TensorSpec(
-            name,
-            tuple(tensor.shape),
-            str(dtype if dtype and tensor.is_floating_point() else tensor.dtype).removeprefix("torch."),
+    specs = []
+    for name, tensor in parameters:
+        rounded = dtype is not None and tensor.is_floating_point() and not name.endswith(CORRECTION_BIAS)
+        specs.append(
+            TensorSpec(name, tuple(tensor.shape), str(dtype if rounded else tensor.dtype).removeprefix("torch."))
         )
-        for name, tensor in parameters
-    )
-    return Plan(tensors, **options)
+    return Plan(tuple(specs), **options)
 
 
 def standing(parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -50,6 +50,9 @@ class OptimParams:
     max_grad_norm: float = 1.0
     aux_loss_coef: float = 0.0
     """Of the routers' load-balancing loss beside the method's, where the model has experts. 0: none is computed."""
+    bias_update_speed: float = 0.0
+    """What an optimizer step adds to or takes off each bias of the routers (``functional.balance.bias_step``). 0: none.
+    """
     ema_decay: float | None = None
     """Of a running average of the weights, at each optimizer step: average = decay average + (1 - decay) weights. None:
     there is none."""

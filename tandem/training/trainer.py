@@ -17,10 +17,12 @@ from torch import Tensor
 from tandem.batch import Batch, Outputs, TokenLoss, filled, send
 from tandem.data.packing import pack
 from tandem.errors import NonFiniteError, UserError
+from tandem.functional.balance import bias_step, load_violation
 from tandem.functional.divergence import Divergence
 from tandem.models.forward import Ask, LoadedModel, describe_model, forward
 from tandem.models.policy import Policy
 from tandem.models.quantized import quantized_in
+from tandem.models.routers import all_weights
 from tandem.parallel.sharding import (
     assign,
     checkpoint_activations,
@@ -93,8 +95,9 @@ class LocalScorer:
             self.model.shard(self.world)
         else:
             self.model.compute_in(self.model.torch_dtype)
-        self.parameters: dict[str, Tensor] = dict(self.model.module.named_parameters())
-        """What the model computes with. Taken here, before a forward leaves gathered ones in their places."""
+        self.parameters: dict[str, Tensor] = all_weights(self.model.module)
+        """What the model computes with, its routers' biases included. Taken here, before a forward leaves gathered ones
+        in their places."""
         self.exact: dict[str, Tensor] = {}
         """Mixtures in float32, on the CPU, of parameters that are computed with in fewer bits."""
         self.followed = 0
@@ -277,19 +280,24 @@ class LocalTrainer(LocalScorer):
             entropy_gradient=entropy_gradient,
             divergence=divergence,
             balance=optim.aux_loss_coef != 0,
+            load=optim.bias_update_speed != 0,
         )
         if self.ask.balance:
             model.require_balance()
+        if self.ask.load:
+            model.count_picks()
+        if self.ask.balance or self.ask.load:
             if compile == "on":
-                raise UserError(
-                    "compile: compiled layers do not give what aux_loss_coef needs; leave it at auto or off"
-                )
+                key = "aux_loss_coef" if self.ask.balance else "bias_update_speed"
+                raise UserError(f"compile: compiled layers do not give what {key} needs; leave it at auto or off")
             compile = "off"
         if model.adapters is None and quantized_in(model.module):
             raise UserError(
                 f"{type(model.module).__name__}: its layers are in few bits, and only adapters can be trained on them: "
                 "--lora.rank 32"
             )
+        self.loads: list[Tensor] = []
+        """Of each micro-batch since the last optimizer step: ``Outputs.load_LE``."""
         self._version = 0
         super().__init__(model, token_budget=token_budget, temperature=temperature, world=world, compile=compile)
         self.optimizer = build_optimizer(
@@ -316,7 +324,7 @@ class LocalTrainer(LocalScorer):
         self.masters = Masters(module, dtype)
         if self.model.split_head:
             self.model.head_gradient = self.masters.gradient_of(module.get_output_embeddings().weight)
-        self.parameters = dict(module.named_parameters())
+        self.parameters = all_weights(module)
         self.policy = Policy(self.model, self.parameters)
         self.weights: dict[str, Tensor] = dict(self.masters.named)
         """The float32 weights that the optimizer steps, and frozen ones, by name: this rank's slices where sharded.
@@ -336,13 +344,14 @@ class LocalTrainer(LocalScorer):
         loss is not finite; the parameters are as they were, and the gradient gathered so far is dropped.
         """
         tally = Tally()
-        for micro, token_loss, gap_N, balance in self._losses(batch):
+        for micro, token_loss, gap_N, balance, load_LE in self._losses(batch):
             # One that is not finite goes through too: nobody knows yet, and other ranks wait in its collectives.
             total = tally.add(micro, token_loss, gap_N, balance)
             (total if balance is None else total + self.optim.aux_loss_coef * balance).backward()
+            self.loads += [] if load_LE is None else [load_LE]
         metrics, bad = tally.result(self.world)
         if bad:
-            self.optimizer.zero_grad()
+            self._drop_gradient()
             raise NonFiniteError(bad)
         return metrics
 
@@ -350,12 +359,12 @@ class LocalTrainer(LocalScorer):
     def evaluate(self, batch: Batch) -> Metrics:
         """Loss and metrics without a gradient. ``batch`` needs its weights stamped."""
         tally = Tally()
-        for lossy in self._losses(batch):
-            tally.add(*lossy)
+        for micro, token_loss, gap_N, balance, _ in self._losses(batch):
+            tally.add(micro, token_loss, gap_N, balance)
         return tally.result(self.world)[0]
 
     def optim_step(self, done: float | None = None, scale: float = 1.0) -> Metrics:
-        """Clips the gradient to ``max_grad_norm``, steps and clears it.
+        """Clips the gradient to ``max_grad_norm``, steps and clears it; routers' biases take a step of their own.
 
         ``done`` says how many steps of the run are behind, for the learning rate (None: the optimizer steps taken),
         which is multiplied by ``scale``.
@@ -363,19 +372,20 @@ class LocalTrainer(LocalScorer):
         """
         norm = whole(torch.nn.utils.clip_grad_norm_(self.masters.named.values(), self.optim.max_grad_norm)).item()
         if not math.isfinite(norm):
-            self.optimizer.zero_grad()
+            self._drop_gradient()
             raise NonFiniteError("the gradient is not finite though the loss is; lower the learning rate")
         learning_rate = learning_rate_at(self._version if done is None else done, self.optim) * scale
         self.idle.restore()
         # Counted first: whoever is interrupted from here on must not be taken for untouched.
         self._version += 1
         self.optimizer.step(learning_rate)
-        self.optimizer.zero_grad()
+        metrics = {"grad_norm": norm, "learning_rate": learning_rate} | self._steer()
+        self._drop_gradient()
         self._average()
         self._changed()
         if self.memory.offload == "optimizer":
             self.idle.park([*self.optimizer.tensors(), *self.ema.values()])
-        return {"grad_norm": norm, "learning_rate": learning_rate}
+        return metrics
 
     def state_dict(self) -> dict[str, Any]:
         """Parameters, optimizer state and version: all that the next step depends on. Whole tensors on rank 0's CPU.
@@ -415,8 +425,8 @@ class LocalTrainer(LocalScorer):
         return sum(weight.numel() for weight in self.weights.values())
 
     def whole_weights(self) -> dict[str, Tensor]:
-        """The float32 weights by name, whole, on rank 0's CPU; None elsewhere."""
-        return whole(self.weights, keep=self.world.rank == 0)
+        """The float32 weights and the buffers by name, whole, on rank 0's CPU; None elsewhere."""
+        return whole(self.weights | self.buffers, keep=self.world.rank == 0)
 
     def remember(self, numbers: Mapping[str, float]) -> None:
         """Puts numbers into the model's config, which is exported with it."""
@@ -450,6 +460,28 @@ class LocalTrainer(LocalScorer):
         """Takes it back."""
         self.idle.restore()
 
+    def _drop_gradient(self) -> None:
+        self.optimizer.zero_grad()
+        self.loads.clear()
+
+    @torch.no_grad()
+    def _steer(self) -> Metrics:
+        """Moves the routers' biases by the load of all that this step has seen, and returns ``load_violation``.
+
+        Whole tokens of all ranks are counted, so that no cut of the step can change it.
+        """
+        if not self.ask.load:
+            return {}
+        assert self.model.picks is not None
+        biases = list(self.model.picks.biases.values())
+        load_LE = torch.zeros(len(biases), max(map(len, biases)), dtype=torch.int64, device=self.world.device)
+        for one in self.loads:
+            load_LE += one
+        self.world.sum(load_LE)
+        for bias, step_E in zip(biases, bias_step(load_LE, self.optim.bias_update_speed), strict=True):
+            bias.add_(step_E)
+        return {"load_violation": load_violation(load_LE)}
+
     @torch.no_grad()
     def _average(self) -> None:
         if self.optim.ema_decay is not None:
@@ -460,15 +492,16 @@ class LocalTrainer(LocalScorer):
         self.masters.publish()
         super()._changed()
 
-    def _losses(self, batch: Batch) -> Iterator[tuple[Batch, TokenLoss, Tensor | None, Tensor | None]]:
-        """Each of this rank's micro-batches, its loss, its ``_sampler_gap``, and its part of the routers' loss."""
+    def _losses(self, batch: Batch) -> Iterator[tuple[Batch, TokenLoss, Tensor | None, Tensor | None, Tensor | None]]:
+        """Each of this rank's micro-batches, its loss, its ``_sampler_gap``, its part of the routers' loss, and what it
+        gave their experts."""
         for share in self._shares(batch):
             micro, out = share.batch, forward(self.model, share.batch, self.ask)
             gap_N = _sampler_gap(micro, out) if share.units else None
             if micro.on_policy and out.logp_T is not None:
                 micro = replace(micro, seen=micro.seen | {"actor": Outputs(logp_T=out.logp_T.detach())})
             balance = None if out.balance_S is None else (out.balance_S * filled(micro.share_S, "share_S")).sum()
-            yield micro, self.loss(out, micro), gap_N, balance
+            yield micro, self.loss(out, micro), gap_N, balance, out.load_LE if share.units else None
 
 
 def _sampler_gap(batch: Batch, out: Outputs) -> Tensor | None:

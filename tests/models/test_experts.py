@@ -17,18 +17,23 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from tandem.batch import Outputs, TokenLoss
 from tandem.cli.main import main
 from tandem.data.packing import pack, stamp_weights
-from tandem.errors import UserError
+from tandem.engines.live.replica import ReplicaEngine
+from tandem.errors import NonFiniteError, UserError
+from tandem.functional.balance import load_violation
 from tandem.models.forward import Ask, forward, hidden_states
 from tandem.models.loading import prepare_module
-from tandem.models.routers import routers_of
+from tandem.models.routers import correction_biases, routers_of
 from tandem.models.shrunk import shrunken_config
 from tandem.parallel.world import World
+from tandem.sync.check import WeightMismatch, compare
+from tandem.sync.source import WeightSource
 from tandem.training.optim import OptimParams
 from tandem.training.trainer import LocalScorer, LocalTrainer, MemoryParams
 from tandem.types import Sequence
 
 LENGTHS = (23, 5, 40, 17)
 COEF = 0.3
+SPEED = 0.01
 
 
 def module_of(kind: str, auto: Any = AutoModelForCausalLM, **keys: Any) -> Any:
@@ -56,9 +61,11 @@ def surprise(out: Outputs, batch: Any) -> TokenLoss:
     return TokenLoss(loss_T=-out.logp_T)
 
 
-def trainer_of(module: Any, coef: float = COEF, world: World | None = None, **options: Any) -> LocalTrainer:
+def trainer_of(
+    module: Any, coef: float = COEF, world: World | None = None, speed: float = 0.0, **options: Any
+) -> LocalTrainer:
     memory = MemoryParams(**options.pop("memory", {}))
-    optim = OptimParams(learning_rate=1e-3, total_steps=9, aux_loss_coef=coef)
+    optim = OptimParams(learning_rate=1e-3, total_steps=9, aux_loss_coef=coef, bias_update_speed=speed)
     budget = options.pop("token_budget", 4096)
     model = prepare_module(module, tokenizer(), **options)
     return LocalTrainer(model, surprise, optim, token_budget=budget, world=world, memory=memory)
@@ -128,20 +135,194 @@ def test_law_3_of_the_routers_loss() -> None:
 
 
 def _two_steps(world: World) -> Any:
-    trainer, metrics = trainer_of(module_of("mixtral"), world=world, token_budget=45), []
-    for count in (4, 1):
-        batch = stamp_weights(pack(rows()[:count]), "token")
-        metrics.append(trainer.forward_backward(batch) | trainer.optim_step())
-    return metrics
+    """With the routers' loss, and, of a model with biases, with steps of theirs."""
+    metrics, biases = [], []
+    for trainer in (
+        trainer_of(module_of("mixtral"), world=world, token_budget=45),
+        trainer_of(module_of("deepseek_v3"), 0.0, world, SPEED, token_budget=45),
+    ):
+        for count in (4, 1):
+            batch = stamp_weights(pack(rows()[:count]), "token")
+            metrics.append(trainer.forward_backward(batch) | trainer.optim_step())
+            biases += [b.tolist() for b in correction_biases(trainer.model.module).values()]
+    return metrics, biases
 
 
 def test_two_workers_equal_one() -> None:
     """Loss, norm of the gradient, and what follows; one has nothing in the second step, and adds nothing to it."""
-    found, metrics = run_ranks(_two_steps, 2), _two_steps(World())
+    found, (metrics, biases) = run_ranks(_two_steps, 2), _two_steps(World())
     assert found[0] == found[1]
-    for one, two in zip(metrics, found[0], strict=True):
+    for one, two in zip(metrics, found[0][0], strict=True):
         assert two == pytest.approx(one, abs=2e-5)
     assert metrics[0]["grad_norm"] > 0.1
+    assert found[0][1] == biases
+    assert sum(abs(b) for bias in biases for b in bias) > 5 * SPEED
+
+
+def biased(seed: int = 0, experts: int = 8, **keys: Any) -> Any:
+    """DeepSeek V3 with routers that have favourites."""
+    keys = {"num_local_experts": experts, "n_routed_experts": experts, "num_experts_per_tok": 2} | keys
+    module = module_of("deepseek_v3", **keys)
+    generator = torch.Generator().manual_seed(seed)
+    for bias in correction_biases(module).values():
+        bias.copy_(0.3 * torch.randn(len(bias), generator=generator))
+    return module
+
+
+def loads_by_loops(module: Any, sequences: list[Sequence]) -> list[list[int]]:
+    """What transformers' own routers pick of one sequence at a time, in float32."""
+    plain, counts = copy.deepcopy(module), []
+    plain.set_attn_implementation("eager")
+    for router in routers_of(plain):
+        counts.append([0] * router.num_experts)
+
+        def count(part: Any, given: Any, found: Any, own: list[int] = counts[-1]) -> None:
+            for expert in found[-1].flatten().tolist():
+                own[expert] += 1
+
+        router.register_forward_hook(count)
+    with torch.no_grad():
+        for row in sequences:
+            plain(input_ids=torch.tensor([row.token_ids]))
+    return counts
+
+
+def test_biases_take_a_step_against_the_load_however_the_batch_is_cut() -> None:
+    """The rule of arXiv:2408.15664, algorithm 1, by loops over what transformers' routers pick, and law 3 of it."""
+    batch = stamp_weights(pack(rows()), "sequence")
+    loads = loads_by_loops(biased(), rows())
+    before = [bias.tolist() for bias in correction_biases(biased()).values()]
+    expected = []
+    for bias, load in zip(before, loads, strict=True):
+        mean = sum(load) / len(load)
+        expected.append([b + SPEED * ((x < mean) - (x > mean)) for b, x in zip(bias, load, strict=True)])
+    assert sum(map(sum, loads)) == len(loads) * 2 * sum(LENGTHS)
+    violation = sum(max(load) * len(load) / sum(load) - 1 for load in loads) / len(loads)
+    cuts: dict[str, tuple[dict[str, Any], Any]] = {
+        "whole": ({}, batch),
+        "one by one": ({"token_budget": 1}, batch),
+        "backwards": ({"token_budget": 60}, batch.select([3, 2, 1, 0])),
+        "unshared": ({}, batch.unshared()),
+        "checkpointed": ({"memory": {"activation_checkpointing": True}}, batch),
+        "accumulated": ({}, None),
+        "apart": ({}, batch),
+        "padded": ({}, batch),
+    }
+    for name, (options, cut) in cuts.items():
+        trainer = trainer_of(biased(), 0.0, speed=SPEED, **options)
+        if name == "apart":
+            trainer.model.turning = 20
+        if name == "padded":
+            trainer.model.packed = False
+            trainer.model.module.set_attn_implementation("eager")
+        trainer.evaluate(batch)  # counts for nothing
+        for part in [cut] if cut is not None else [batch.select([0, 2]), batch.select([1, 3])]:
+            trainer.forward_backward(part)
+        metrics = trainer.optim_step()
+        assert metrics["load_violation"] == pytest.approx(violation), name
+        for bias, wanted in zip(correction_biases(trainer.model.module).values(), expected, strict=True):
+            assert bias.tolist() == pytest.approx(wanted, abs=1e-7), name
+
+
+def test_a_step_that_is_not_taken_leaves_no_load_behind() -> None:
+    trainer, batch = trainer_of(biased(), 0.0, speed=SPEED), stamp_weights(pack(rows()), "token")
+    trainer.loss = lambda out, batch: TokenLoss(loss_T=-out.logp_T * float("nan"))
+    with pytest.raises(NonFiniteError):
+        trainer.forward_backward(batch)
+    trainer.loss = surprise
+    few = stamp_weights(pack(rows()[:1]), "token")
+    trainer.forward_backward(few)
+    fresh = trainer_of(biased(), 0.0, speed=SPEED)
+    fresh.forward_backward(few)
+    assert trainer.optim_step() == fresh.optim_step()
+
+
+def test_biases_spread_the_load_of_a_model_that_learns() -> None:
+    """Over held-out rows, whose load nobody has counted; without steps of the biases it stays as it is."""
+    ids = torch.randint(2, 90, (24, 30), generator=torch.Generator().manual_seed(5)).tolist()
+    data = [Sequence(token_ids=x, trainable=[False] + [True] * 29) for x in ids]
+    left, losses = {}, {}
+    for speed in (0.0, 0.02):
+        trainer = trainer_of(biased(), 0.0, speed=speed)
+        for _ in range(30):
+            metrics = trainer.forward_backward(stamp_weights(pack(data[:16]), "token"))
+            trainer.optim_step()
+        losses[speed] = metrics["loss"]
+        left[speed] = load_violation(torch.tensor(loads_by_loops(trainer.model.module, data[16:])))
+    assert left[0.0] > 1.0
+    assert left[0.02] < 0.35 * left[0.0]
+    assert losses[0.02] < losses[0.0] + 0.05
+
+
+def test_biases_are_kept_and_exported_and_followed(tmp_path: Path) -> None:
+    """A trainer that goes on from a checkpoint, a folder, and a reference that becomes the policy."""
+    batch = stamp_weights(pack(rows()), "token")
+    first, second = (trainer_of(biased(seed), 0.0, speed=SPEED) for seed in (0, 1))
+    reference = LocalScorer(prepare_module(biased(2), tokenizer()), token_budget=4096)
+    for trainer in (first, first, second):
+        trainer.forward_backward(batch)
+        trainer.optim_step()
+        if first.version == 2 and trainer is first:
+            state = copy.deepcopy(first.state_dict())
+    second.load_state_dict(state)
+    for trainer in (first, second):
+        trainer.forward_backward(batch)
+        trainer.optim_step()
+    here, there = (correction_biases(t.model.module) for t in (first, second))
+    assert all(torch.equal(here[name], there[name]) for name in here)
+    first.export(tmp_path)
+    folder = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert all(torch.equal(here[name], b) for name, b in correction_biases(folder).items())
+    began = {name: b.clone() for name, b in correction_biases(reference.model.module).items()}
+    reference.follow(first.whole_weights(), 0.25, 3)
+    kept = reference.state_dict()["model"]
+    for name, bias in correction_biases(reference.model.module).items():
+        torch.testing.assert_close(bias, 0.75 * began[name] + 0.25 * here[name])
+        assert torch.equal(kept[name], bias)
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3", "glm4_moe"])
+def test_biases_travel_to_engines_in_float32_and_a_stale_one_is_found(kind: str) -> None:
+    """Steps of 0.001 would be lost in bfloat16."""
+    trainer = trainer_of(module_of(kind), 0.0, speed=0.001)
+    engine = ReplicaEngine(prepare_module(module_of(kind), tokenizer(), dtype="bfloat16"), max_slots=2)
+    for bias in trainer.model.picks.biases.values():
+        bias.add_(1.0)
+    trainer.forward_backward(stamp_weights(pack(rows()), "token"))
+    trainer.optim_step()
+    source = WeightSource(trainer.policy.merged(), torch.device("cpu"))
+    specs = {spec.name: spec.dtype for spec in source.plan("bfloat16").tensors}
+    assert {specs[name] for name in trainer.model.picks.biases} == {"float32"}
+    assert set(specs.values()) == {"float32", "bfloat16"}
+    sums = source.fill({name: p.data for name, p in engine.parameters.items()}, check=True)
+    held, mine = engine.held(), correction_biases(engine.model.module)
+    compare("after push 1 the engine", sums, held, engine.checksums())
+    for name, bias in trainer.model.picks.biases.items():
+        assert torch.equal(mine[name], bias)
+        assert not torch.equal(bias, bias.bfloat16().float())
+    name, stale = next(iter(mine.items()))
+    stale[1] += 0.001
+    with pytest.raises(WeightMismatch, match=f"does not hold the trainer's {name}"):
+        compare("after push 1 the engine", sums, held, engine.checksums())
+
+
+def test_biases_that_nobody_has_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="bias_update_speed: MixtralForCausalLM has no router with a bias"):
+        trainer_of(module_of("mixtral"), 0.0, speed=SPEED)
+    model, optim = (
+        prepare_module(biased(), tokenizer()),
+        OptimParams(learning_rate=1, total_steps=1, bias_update_speed=1),
+    )
+    with pytest.raises(UserError, match="compiled layers do not give what bias_update_speed needs"):
+        LocalTrainer(model, surprise, optim, token_budget=9, compile="on")
+    (tmp_path / "d.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    argv = ["sft", "--model", str(tmp_path), "--data", str(tmp_path / "d.jsonl"), "--steps", "1", "--dry-run"]
+    argv += ["--out", str(tmp_path / "o"), "--bias-update-speed", "0.001"]
+    module_of("mixtral").config.save_pretrained(tmp_path)
+    assert main(argv) == 2
+    assert "has no router with a bias for each expert" in capsys.readouterr().err
+    assert main([*argv, "--lora.rank", "8"]) == 2
+    assert "--bias-update-speed: has no effect" in capsys.readouterr().err
 
 
 def test_a_reward_model_has_it_too() -> None:

@@ -13,6 +13,7 @@ from tandem.engines.live.engine import CacheDtype, LiveEngine, StaleCache, Way
 from tandem.errors import UserError
 from tandem.futures import Future
 from tandem.models.forward import LoadedModel, forward
+from tandem.models.routers import all_weights
 from tandem.sync.checksum import ParameterSums
 from tandem.sync.links import Link
 from tandem.sync.plan import plan_of
@@ -36,7 +37,7 @@ class ReplicaEngine:
         model.compute_in(model.torch_dtype)
         self.model = model
         self.version = 0
-        self.parameters: dict[str, Tensor] = dict(model.module.named_parameters())
+        self.parameters: dict[str, Tensor] = all_weights(model.module)
         self.receiver: Receiver | None = None
         self.sums = ParameterSums(self.parameters, plan_of(self.parameters.items()), model.device)
         self.live = LiveEngine(
