@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 from helpers.models import make_module, make_tokenizer
 from helpers.runs import write_inputs
+from helpers.undrawn import draw_nothing
 from transformers import PreTrainedTokenizerFast
 
 from tandem.cli.main import main
@@ -55,6 +56,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {TESTS / name: place for place, name in enumerate(LONGEST)}
     assert all(path.is_file() for path in places), "LONGEST has a file that is not there"
     items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
+@pytest.fixture(autouse=True)
+def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To draw its curves takes a third of a tiny run. They are drawn where that is tested, marked ``draws``."""
+    if request.node.get_closest_marker("draws") is None:
+        draw_nothing(monkeypatch)
 
 
 @pytest.fixture

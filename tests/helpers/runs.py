@@ -10,10 +10,12 @@ import signal
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from helpers.models import make_module, make_tokenizer
 from helpers.processes import PROCESSES
+from helpers.undrawn import draw_nothing
 from tandem.training.trainer import LocalTrainer
 
 
@@ -80,6 +82,8 @@ def _child(
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     if fault is not None:
         _die_at(*fault)
+    # For as long as this process lives.
+    draw_nothing(pytest.MonkeyPatch())
     from tandem.cli.main import main
 
     code = main(argv)

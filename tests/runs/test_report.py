@@ -12,6 +12,8 @@ from helpers.runs import arguments, unevaluated
 from tandem.assembly import sessions
 from tandem.runs.report import panels_of, write_report
 
+pytestmark = pytest.mark.draws
+
 RECORDS = [
     {"step": 0, "eval/reward": 0.1, "eval/pass@2": 0.2},
     {"step": 1, "reward": 0.2, "kl": 0.0, "seconds": 2.0, "seconds_sampling": 1.5, "tokens_per_second": 100.0},
