@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from tandem.assembly.configs import RowsConfig, RunConfig, SamplesConfig
 from tandem.assembly.evaluation import EvaluationSection
@@ -60,8 +60,8 @@ class Fed:
     evaluate: Evaluate
 
 
-class Feed(Protocol):
-    """The items of a run before anything runs: read, tokenized, and known to fit."""
+class Feed:
+    """The items of a run before anything runs: read, tokenized, and known to fit. What most kinds do not do is here."""
 
     size: int
     """Rows that are gone through."""
@@ -70,51 +70,50 @@ class Feed(Protocol):
     planned: int
     """The length that its learning rate follows, and what else falls or begins with its steps."""
     inputs: Inputs
+    order: Order | InTurn | Recorded
+    """Of its items."""
+    counts: Counts | None = None
+    """What became of its rows; None where that is not known before they are read."""
 
     @property
     def bits(self) -> float:
         """About how much there is to learn in the run's items: 1 bit a trained token, pair, label or sample."""
-        ...
-
-    @property
-    def order(self) -> Order | InTurn | Recorded:
-        """Of its items."""
-        ...
-
-    @property
-    def counts(self) -> Counts | None:
-        """What became of its rows; None where that is not known before they are read."""
-        ...
+        raise TypeError(type(self).__name__)
 
     def check(self) -> None:
         """Raises UserError where what was read does not fit together."""
-        ...
+        return None
 
     def uses(self, homes: Homes) -> dict[str, str]:
         """What the run would use, for a dry run."""
-        ...
+        raise TypeError(type(self).__name__)
 
     def recall(self) -> set[str]:
         """The roles of models that need not be loaded: what they would say is known."""
-        ...
+        return set()
 
     def start(self, models: Mapping[str, Seat], homes: Homes) -> Fed:
         """Starts what it needs beside the models."""
-        ...
+        raise TypeError(type(self).__name__)
 
     def ask(self, models: Mapping[str, Seat], progress: Progress) -> None:
         """Before the first step, asks models what they need to be asked only once, and lets them go."""
-        ...
+        return None
 
     def conclude(self, models: Mapping[str, Seat], progress: Progress) -> None:
         """After the last step, measures what is to be written with the model."""
-        ...
+        return None
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Ends what it has started by itself."""
+        return None
 
 
-class RowsFeed:
+class RowsFeed(Feed):
     """The rows of a dataset."""
+
+    order: Order
+    counts: Counts
 
     def __init__(self, config: RowsConfig) -> None:
         self.config = config
@@ -189,9 +188,6 @@ class RowsFeed:
         else:
             models["actor"].call("remember", scale._asdict())
 
-    def close(self) -> None:
-        return None
-
     def _tokenize(self, rows: Dataset, limits: Seq[Limits]) -> tuple[list[Any], Counts]:
         data = self.config.data
         build = builders(data)[self.config.reads.kind]
@@ -199,8 +195,11 @@ class RowsFeed:
             return build(rows, self.tokenizer, data.max_length, data.long_rows, limits=limits, on_progress=on_progress)
 
 
-class SamplesFeed:
+class SamplesFeed(Feed):
     """Prompts, an engine that answers them, and what judges the answers."""
+
+    order: Order
+    counts: Counts
 
     def __init__(self, config: SamplesConfig) -> None:
         self.config = config
@@ -262,15 +261,6 @@ class SamplesFeed:
             else "synchronous",
             "held out": describe_sets(self.held_out, "prompts"),
         }
-
-    def recall(self) -> set[str]:
-        return set()
-
-    def ask(self, models: Mapping[str, Seat], progress: Progress) -> None:
-        return None
-
-    def conclude(self, models: Mapping[str, Seat], progress: Progress) -> None:
-        return None
 
     def start(self, models: Mapping[str, Seat], homes: Homes) -> Fed:
         config = self.config

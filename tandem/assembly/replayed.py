@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from tandem.assembly.feeds import Fed, preparation
+from tandem.assembly.feeds import Fed, Feed, preparation
 from tandem.assembly.inputs import digest_inputs
 from tandem.assembly.models import heads, optim_params
 from tandem.assembly.placing import Homes
@@ -23,10 +23,10 @@ from tandem.runs.record import Record
 from tandem.training.optim import OptimParams, learning_rate_at
 
 
-class ReplayFeed:
-    """The groups of a run's record (``tandem.assembly.feeds.Feed``)."""
+class ReplayFeed(Feed):
+    """The groups of a run's record."""
 
-    counts = None
+    order: Recorded
 
     def __init__(self, config: ReplayConfig) -> None:
         """Raises UserError where the run was not recorded, the record is not whole, or a model is another one."""
@@ -49,9 +49,6 @@ class ReplayFeed:
         self.inputs: Inputs = {**inputs, "data": {f"record {run}": identity["id"]}}
         self.order = Recorded(steps=self.record.tickets, read=self.record.groups, judged=bool(config.reward.judges))
 
-    def check(self) -> None:
-        return None
-
     @property
     def bits(self) -> float:
         sampling = self.config.sampling
@@ -59,12 +56,7 @@ class ReplayFeed:
 
     def uses(self, homes: Homes) -> dict[str, str]:
         record = self.record
-        return {
-            "record": f"{record.folder}: {self.size} groups of {self.steps} steps, {record.bytes / 1e6:.1f} MB",
-        }
-
-    def recall(self) -> set[str]:
-        return set()
+        return {"record": f"{record.folder}: {self.size} groups of {self.steps} steps, {record.bytes / 1e6:.1f} MB"}
 
     def start(self, models: Mapping[str, Seat], homes: Homes) -> Fed:
         def evaluate(step: int, progress: Progress) -> Evaluation:
@@ -73,15 +65,6 @@ class ReplayFeed:
 
         prepare = preparation(self.config, models)
         return Fed(source=self.order, prepare=prepare, push_weights=None, evaluate=evaluate)
-
-    def ask(self, models: Mapping[str, Seat], progress: Progress) -> None:
-        return None
-
-    def conclude(self, models: Mapping[str, Seat], progress: Progress) -> None:
-        return None
-
-    def close(self) -> None:
-        return None
 
     def _planned(self) -> int:
         """A length of the run with which each step has the learning rate that it had.

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 from tandem.assembly.configs import RowsConfig
-from tandem.assembly.feeds import Fed, limits_of_models, load_tokenizers, when_due
+from tandem.assembly.feeds import Fed, Feed, limits_of_models, load_tokenizers, when_due
 from tandem.assembly.inputs import digest_corpus, digest_inputs
 from tandem.assembly.placing import Homes
 from tandem.data.corpus import Corpus
@@ -22,17 +22,16 @@ from tandem.rollout.evaluate import Evaluation, named
 from tandem.rollout.prepare import Preparation
 from tandem.rollout.rows import InWindows, window_sequence
 from tandem.runs.identity import Inputs
-from tandem.runs.progress import Progress, say
+from tandem.runs.progress import say
 
 FIRST_DOCUMENTS = 64
 """So many documents are read before anything is loaded, since a mistake in them shows soonest."""
 
 
-class TextFeed:
+class TextFeed(Feed):
     """The text of a corpus. How many windows it has is only known when it has been read."""
 
     size = 0
-    counts = None
 
     def __init__(self, config: RowsConfig) -> None:
         data = config.data
@@ -79,9 +78,6 @@ class TextFeed:
         if self.room.of_model:
             say(f"data: windows have {self.length} tokens, as many as the model has positions for")
 
-    def recall(self) -> set[str]:
-        return set()
-
     def start(self, models: Mapping[str, Seat], homes: Homes) -> Fed:
         seed = self.config.run.seed
         prepare = Preparation(method=self.config.method, models=models, seed=seed)
@@ -105,15 +101,6 @@ class TextFeed:
             actor=models["actor"],
             prepare=Preparation(method=self.config.method, models=models, seed=self.config.run.seed),
         )
-
-    def ask(self, models: Mapping[str, Seat], progress: Progress) -> None:
-        return None
-
-    def conclude(self, models: Mapping[str, Seat], progress: Progress) -> None:
-        return None
-
-    def close(self) -> None:
-        return None
 
     def _encode(self, text: str) -> list[int]:
         """A document's tokens and the end of sequence; none of one that is empty."""
