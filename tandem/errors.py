@@ -38,15 +38,15 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def expect(section: Any, wanted: str, ok: Callable[[Any], bool], *keys: str) -> None:
+def expect(section: Any, wanted: str, ok: Callable[[Any], Any], *keys: str, prefix: str = "") -> None:
     """Checks keys of a config section or knobs of a method.
 
-    Raises UserError naming the first of ``keys`` whose value is neither None nor ``ok``.
+    Raises UserError naming the first of ``keys`` whose value is neither None nor ``ok``, with the section's ``prefix``.
     """
     for key in keys:
         value = getattr(section, key)
         if value is not None and not ok(value):
-            raise UserError(f"{key}: expected {wanted}, got {value!r}")
+            raise UserError(f"{prefix}{key}: expected {wanted}, got {value!r}")
 
 
 INFINITE = {"infinite": True}

@@ -35,6 +35,7 @@ from tandem.assembly.sections import (
     SamplingSection,
     ScheduleSection,
     StepSection,
+    as_adapters,
     judged_by_its_data,
 )
 from tandem.config import PREFIXED, load_config, section_class, settings
@@ -42,7 +43,7 @@ from tandem.errors import UserError
 from tandem.given import suggest
 from tandem.methods.base import Method, Rows
 from tandem.methods.table import METHODS, method_class
-from tandem.models.adapter_folder import AdapterFolder, adapter_folder, base_of, have_one_base
+from tandem.models.adapter_folder import adapter_folder, base_of, have_one_base
 from tandem.models.quantized_folder import quantized_kind
 from tandem.workers.launched import launched
 
@@ -67,7 +68,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         folder = adapter_folder(self.model.model)
         if folder is not None:
-            for key, value in of_folder(folder).items():
+            for key, value in as_adapters(folder).items():
                 if (given := getattr(self.lora, key)) != value:
                     raise UserError(
                         f"lora.{key}: the adapters in {self.model.model} have {value}, got {given}; leave it out, or "
@@ -157,7 +158,7 @@ class RunConfig:
     def implied(cls, given: Mapping[str, Any]) -> dict[str, Any]:
         """Defaults that follow from keys that are given: what a folder of adapters has, and their learning rates."""
         folder = adapter_folder(given.get("model", ""))
-        found = {} if folder is None else {f"lora.{key}": value for key, value in of_folder(folder).items()}
+        found = {} if folder is None else {f"lora.{key}": value for key, value in as_adapters(folder).items()}
         if (found | dict(given)).get("lora.rank", 0):
             method = next(f.default_factory for f in fields(cls) if f.name == "method")
             found["learning_rate"] = adapter_rate(cast(type[Method], method).learning_rate)
@@ -261,17 +262,6 @@ class RunConfig:
         parts = {need.role for need in needed} | {"frozen model" for _ in loaded}
         parts |= set() if self.method.pairwise else {"losses of tokens"}
         return parts | data_parts(self.data, self.evaluation) | worker_parts(self.placement)
-
-
-def of_folder(folder: AdapterFolder) -> dict[str, Any]:
-    """The keys of ``LoraSection`` as a folder of adapters has them."""
-    return {
-        "rank": folder.rank,
-        "alpha": folder.alpha,
-        "targets": folder.targets,
-        "dora": folder.dora,
-        "rslora": folder.rslora,
-    }
 
 
 def adapter_rate(rate: float) -> float:

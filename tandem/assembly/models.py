@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -11,7 +12,8 @@ import torch
 
 from tandem.assembly.configs import RunConfig, SamplesConfig, warmup_of
 from tandem.assembly.needed import is_reward_model
-from tandem.assembly.sections import DrawsSection, EngineSection, ModelSection, OptimSection
+from tandem.assembly.sections import DrawsSection, EngineSection, ModelSection, OptimSection, as_adapters
+from tandem.config import settings
 from tandem.data.chat import set_template
 from tandem.engines.live.engine import LiveEngine, StaleCache
 from tandem.engines.live.replica import ReplicaEngine
@@ -72,20 +74,16 @@ def builds(config: RunConfig, steps: int, new_head: NewHead = "random") -> dict[
             model = partial(beside_actor, section=config.model, source=source, adapters=adapters)
         else:
             model = partial(model, new_head="zero", adapters=adapters)
-        rate = config.optim.learning_rate if role == "actor" else config.models.learning_rate(role)
+        optim = optim_params(config.optim, steps)
+        if role != "actor":  # the average and the balance are the policy's
+            rate = config.models.learning_rate(role)
+            optim = replace(optim, learning_rate=rate, ema_decay=None, aux_loss_coef=0.0, bias_update_speed=0.0)
         found[role] = partial(
             trained,
             load=model,
             section=config.model,
             loss=losses[role],
-            optim=optim_params(
-                config.optim,
-                total_steps=steps,
-                learning_rate=rate,
-                ema=config.optim.ema_decay if role == "actor" else None,
-                aux_loss_coef=config.optim.aux_loss_coef if role == "actor" else 0.0,
-                bias_update_speed=config.optim.bias_update_speed if role == "actor" else 0.0,
-            ),
+            optim=optim,
             temperature=temperature,
             asks=asks,
         )
@@ -97,11 +95,7 @@ def adapter_params(config: RunConfig, role: str) -> AdapterParams:
     lora, source = config.lora, config.sources[role]
     keeps = role == "actor" or config.is_shared(role)
     return AdapterParams(
-        rank=lora.rank,
-        alpha=lora.alpha,
-        targets=lora.targets,
-        dora=lora.dora,
-        rslora=lora.rslora,
+        **as_adapters(lora),
         folder=source if keeps and adapter_folder(source) is not None else None,
         beside=role != "actor",
         seed=config.run.seed,
@@ -125,29 +119,10 @@ def introduce(method: Method, models: Mapping[str, Seat]) -> None:
             models["actor"].call("learn_from", models[role].call("head"))
 
 
-def optim_params(
-    section: OptimSection,
-    *,
-    total_steps: int,
-    learning_rate: float,
-    ema: float | None = None,
-    aux_loss_coef: float = 0.0,
-    bias_update_speed: float = 0.0,
-) -> OptimParams:
-    """The optimizer of one model; ``total_steps`` are the run's, ``ema`` the decay of an average that it keeps."""
-    return OptimParams(
-        learning_rate=learning_rate,
-        total_steps=total_steps,
-        optimizer=section.optimizer,
-        lr_schedule=section.lr_schedule,
-        warmup_steps=warmup_of(section, total_steps),
-        weight_decay=section.weight_decay,
-        betas=section.betas,
-        max_grad_norm=section.max_grad_norm,
-        ema_decay=ema,
-        aux_loss_coef=aux_loss_coef,
-        bias_update_speed=bias_update_speed,
-    )
+def optim_params(section: OptimSection, total_steps: int) -> OptimParams:
+    """The policy's optimizer, whose parameters are the section's keys; ``total_steps`` are the run's."""
+    warmup = {"warmup_steps": warmup_of(section, total_steps)}
+    return OptimParams(total_steps=total_steps, **settings(section) | warmup)
 
 
 def load(

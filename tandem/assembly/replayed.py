@@ -87,8 +87,7 @@ class ReplayFeed(Feed):
         )
 
     def _optim(self, length: int) -> OptimParams:
-        section = self.config.optim
-        return optim_params(section, total_steps=length, learning_rate=section.learning_rate)
+        return optim_params(self.config.optim, length)
 
 
 def require_same_models(run: Path, config: ReplayConfig, then: Inputs, now: Inputs) -> None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from tandem.checkpoint.saver import SaveEvery
 from tandem.config import MAY_CHANGE, ONE_START, PATH, may_change
 from tandem.data.condition import parse_condition
 from tandem.data.gym import is_gym
 from tandem.data.sources import Source, parse_sources, unweighted_sources
 from tandem.errors import INFINITE, UserError, expect, needs
+from tandem.models.adapter_folder import AdapterFolder
 from tandem.rewards.kinds import kind_of
 from tandem.rewards.shaping import Overlong
 from tandem.types import SamplingParams
@@ -85,8 +86,7 @@ class RunSection(OutSection):
         expect(self, "1 or more", _at_least(1), "steps", "keep")
         expect(self, "more than 0", _above_zero, "epochs")
         expect(self, "0 or more", _at_least(0), "rollouts_logged")
-        wanted = "a number of steps such as 100, or of minutes such as 10m"
-        expect(self, wanted, lambda value: bool(re.fullmatch(r"\d+m?", value)), "save_every")
+        SaveEvery.parse(self.save_every)
         if self.steps is None and self.epochs is None:
             raise UserError("steps: how long shall the run be? give --steps, or --epochs")
         if self.steps is not None and self.epochs is not None:
@@ -296,28 +296,21 @@ class LoraSection:
     share_critic: bool = field(default=False, metadata=needs(("lora.rank",), ("part", "critic")))
     """The critic is adapters of its own and a head on the policy's base, which is in memory once. It begins with that
     base, or with adapters of it, and lives in the policy's one process."""
-    dropout: float = 0.0
-    """Only 0: with dropout in the adapters the trainer would not compute what the sampler does."""
 
     def __post_init__(self) -> None:
-        checks = [
-            ("rank", self.rank >= 0, "0 or more"),
-            ("alpha", self.alpha > 0, "more than 0"),
-            ("targets", bool(self.targets) and all(self.targets), "names of layers, all-linear or experts"),
-        ]
-        for key, valid, wanted in checks:
-            if not valid:
-                raise UserError(f"lora.{key}: expected {wanted}, got {getattr(self, key)!r}")
-        if self.dropout != 0:
-            raise UserError(
-                "lora.dropout: with dropout in the adapters the trainer would not compute what the sampler does, and "
-                f"every ratio would be wrong; leave it out, got {self.dropout!r}"
-            )
+        expect(self, "0 or more", _at_least(0), "rank", prefix="lora.")
+        expect(self, "more than 0", _above_zero, "alpha", prefix="lora.")
+        expect(self, "names of layers, or all-linear", lambda names: names and all(names), "targets", prefix="lora.")
 
     @property
     def on(self) -> bool:
         """Whether adapters are trained."""
         return self.rank > 0
+
+
+def as_adapters(found: LoraSection | AdapterFolder) -> dict[str, Any]:
+    """What adapters are, by key: those that a section asks for, or those of a folder."""
+    return {key: getattr(found, key) for key in ("rank", "alpha", "targets", "dora", "rslora")}
 
 
 FULL_TUNING = 10.0
@@ -574,15 +567,11 @@ class EngineSection:
     """Prove after each push that the engine holds the trainer's weights."""
 
     def __post_init__(self) -> None:
-        expect_prefixed = [
-            ("tensor_parallel", self.tensor_parallel >= 1, "1 or more"),
-            ("memory_share", self.memory_share is None or 0 < self.memory_share <= 1, "more than 0 and at most 1"),
-            ("max_length", self.max_length is None or self.max_length >= 2, "2 or more"),
-            ("arguments", isinstance(_json(self.arguments), dict), "a JSON object such as '{\"enforce_eager\": true}'"),
-        ]
-        for key, valid, wanted in expect_prefixed:
-            if not valid:
-                raise UserError(f"engine.{key}: expected {wanted}, got {getattr(self, key)!r}")
+        expect(self, "1 or more", _at_least(1), "tensor_parallel", prefix="engine.")
+        expect(self, "more than 0 and at most 1", lambda share: 0 < share <= 1, "memory_share", prefix="engine.")
+        expect(self, "2 or more", _at_least(2), "max_length", prefix="engine.")
+        wanted = "a JSON object such as '{\"enforce_eager\": true}'"
+        expect(self, wanted, lambda text: isinstance(_json(text), dict), "arguments", prefix="engine.")
         if self.kind == "vllm" and self.kv_cache_dtype != "auto":
             raise UserError(
                 "engine.kv_cache_dtype: it is the live engine's; give vLLM its own, as --engine.arguments "
@@ -606,9 +595,7 @@ class ClusterSection:
     """Longest time, in seconds, that a worker or Ray itself may be stopped (as by SIGSTOP) before it is killed."""
 
     def __post_init__(self) -> None:
-        for key in ("deadline", "heartbeat"):
-            if not getattr(self, key) > 0:
-                raise UserError(f"cluster.{key}: expected more than 0, got {getattr(self, key)!r}")
+        expect(self, "more than 0", _above_zero, "deadline", "heartbeat", prefix="cluster.")
 
 
 def _json(text: str) -> Any:
