@@ -10,17 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from tandem.assembly.feeds import RowsFeed
-from tandem.assembly.models import builds, heads, introduce
+from tandem.assembly.models import builds, introduce, scalar_roles
 from tandem.assembly.placing import Homes
-from tandem.assembly.plans import print_plan
+from tandem.assembly.plans import models_used, print_plan
 from tandem.assembly.sampled import sample_rows
 from tandem.assembly.sections import EngineSection
 from tandem.assembly.sessions import start_of
 from tandem.assembly.texts import TextFeed
 from tandem.assembly.uses import EvalConfig, EvalRowsConfig
 from tandem.errors import UserError
-from tandem.models.description import describe_source
-from tandem.models.loading import pick_device
 from tandem.roles import Metrics, Seat
 from tandem.rollout.evaluate import HeldOut, HeldOutRows
 from tandem.rollout.measure import held_out_metrics
@@ -79,14 +77,7 @@ def evaluate_rows(config: EvalRowsConfig) -> Metrics | None:
     if isinstance(feed, RowsFeed):
         config.method.aside(feed.examples, feed.longest)
     if config.run.dry_run:
-        code, head_of = config.model.trust_remote_code, heads(run)
-        uses = {
-            "model" if role == "actor" else role: describe_source(
-                source, scalar=head_of[role] == "scalar", trust_remote_code=code
-            )
-            + f", {pick_device(config.model.device)}, {config.model.dtype}{homes.where(role)}"
-            for role, source in run.sources.items()
-        }
+        uses = models_used(run.sources, scalar_roles(run), config.model, homes)
         print_plan(config, uses | {"data": str(feed.counts or feed.uses(homes)["data"])})
         return None
     with ExitStack() as stack:

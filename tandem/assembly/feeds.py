@@ -12,7 +12,7 @@ from typing import Any
 from tandem.assembly.configs import RowsConfig, RunConfig, SamplesConfig
 from tandem.assembly.evaluation import EvaluationSection
 from tandem.assembly.inputs import digest_inputs
-from tandem.assembly.judging import judge_of, reward_models, score_scales, start_rewards, unweighted
+from tandem.assembly.judging import judge_of, reward_models, score_scales, start_rewards
 from tandem.assembly.models import heads, require_engine
 from tandem.assembly.needed import is_reward_model
 from tandem.assembly.once import AskedOnce
@@ -288,7 +288,7 @@ class SamplesFeed(Feed):
             self.judging.close()
 
     def _measure(self, source: Sampling, prepare: Preparation) -> HeldOutSamples:
-        section, params = self.config.evaluation, source.params
+        section, params, own = self.config.evaluation, source.params, tuple(self.eval_rewards)
         if section.eval_temperature is not None:
             params = replace(params, temperature=section.eval_temperature)
         return HeldOutSamples(
@@ -296,7 +296,7 @@ class SamplesFeed(Feed):
             engine=source.engine,
             params=params,
             samples_per_prompt=section.eval_samples,
-            judge=unweighted(self.eval_rewards) if self.eval_rewards else source.judge,
+            judge=Judge(rewards=own, weights=(1.0,) * len(own)) if own else source.judge,
             success=section.eval_success,
             prepare=prepare,
             seed=self.config.run.seed,

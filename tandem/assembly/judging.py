@@ -29,11 +29,6 @@ def start_rewards(section: RewardSection, sources: Seq[str], folder: str) -> Rew
     )
 
 
-def unweighted(rewards: Seq[Reward]) -> Judge:
-    """The plain sum of rewards."""
-    return Judge(rewards=tuple(rewards), weights=(1.0,) * len(rewards))
-
-
 def score_scales(section: RewardSection, *, trust_remote_code: bool = False) -> list[ScoreScale | None]:
     """How the scores of each reward model are normalised; None where they are not. Raises UserError where a model's
     config does not say."""

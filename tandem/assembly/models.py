@@ -45,6 +45,11 @@ def heads(config: RunConfig) -> dict[str, Head]:
     return found | {"actor": config.method.head} | {need.role: need.head for need in config.method.models}
 
 
+def scalar_roles(config: RunConfig) -> list[str]:
+    """The roles of models with one number a token."""
+    return [role for role, head in heads(config).items() if head == "scalar"]
+
+
 def builds(config: RunConfig, steps: int, new_head: NewHead = "random") -> dict[str, Build]:
     """For every model of the run, by role, what makes it where it will live: a trainer, or a scorer that is frozen.
 

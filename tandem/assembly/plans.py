@@ -2,10 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
+from tandem.assembly.placing import Homes
+from tandem.assembly.sections import ModelSection
 from tandem.config import describe
+from tandem.models.description import describe_source
+from tandem.models.loading import pick_device
+
+
+def models_used(
+    sources: Mapping[str, str],
+    scalar: Collection[str],
+    section: ModelSection,
+    homes: Homes,
+    *,
+    shared: Collection[str] = (),
+) -> dict[str, str]:
+    """What would be loaded for each role, of which the first is the model that the command is about.
+
+    ``scalar``: the roles of models with one number a token; ``shared``: of those on the policy's own layers.
+    """
+    first = next(iter(sources))
+    return {
+        "model" if role == first else role: describe_source(
+            source, scalar=role in scalar, trust_remote_code=section.trust_remote_code
+        )
+        + (", on the policy's own layers" if role in shared else "")
+        + f", {pick_device(section.device)}, {section.dtype}{homes.where(role)}"
+        for role, source in sources.items()
+    }
 
 
 def print_plan(config: Any, uses: Mapping[str, str]) -> None:

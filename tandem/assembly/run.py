@@ -13,14 +13,14 @@ from tandem.assembly.feeds import Feed, RowsFeed, SamplesFeed, check_sampling
 from tandem.assembly.models import (
     adapter_params,
     builds,
-    heads,
     introduce,
     require_adapters,
     require_balance,
     require_optimizer,
+    scalar_roles,
 )
 from tandem.assembly.placing import Homes
-from tandem.assembly.plans import print_plan
+from tandem.assembly.plans import models_used, print_plan
 from tandem.assembly.refresh import refresh_of
 from tandem.assembly.replayed import ReplayFeed
 from tandem.assembly.replays import ReplayConfig
@@ -29,8 +29,6 @@ from tandem.assembly.sessions import check_out, session
 from tandem.assembly.texts import TextFeed
 from tandem.collector import settled
 from tandem.errors import UserError
-from tandem.models.description import describe_source
-from tandem.models.loading import pick_device
 from tandem.roles import Seat
 from tandem.runs.progress import say
 from tandem.runs.trackers import require_trackers
@@ -169,14 +167,6 @@ def _models(config: RunConfig, steps: int, places: Places, idle: Collection[str]
 
 def _print_plan(config: RunConfig, homes: Homes, feed: Feed) -> None:
     """What a dry run shows: the resolved config and what the run would use."""
-    section, head_of = config.model, heads(config)
-    uses = {
-        "model" if role == "actor" else role: describe_source(
-            source, scalar=head_of[role] == "scalar", trust_remote_code=section.trust_remote_code
-        )
-        + (", on the policy's own layers" if config.is_shared(role) else "")
-        + f", {pick_device(section.device)}, {section.dtype}{homes.where(role)}"
-        for role, source in config.sources.items()
-    }
-    uses |= feed.uses(homes)
-    print_plan(config, uses)
+    shared = filter(config.is_shared, config.sources)
+    uses = models_used(config.sources, scalar_roles(config), config.model, homes, shared=[*shared])
+    print_plan(config, uses | feed.uses(homes))

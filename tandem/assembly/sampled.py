@@ -14,17 +14,15 @@ from tandem.assembly.feeds import require_columns
 from tandem.assembly.inputs import digest_inputs
 from tandem.assembly.judging import judge_of, placed_reward_models, score_scales, start_rewards
 from tandem.assembly.models import require_engine
-from tandem.assembly.needed import is_reward_model
 from tandem.assembly.placing import Homes
-from tandem.assembly.plans import print_plan
+from tandem.assembly.plans import models_used, print_plan
 from tandem.assembly.reading import load_data, tokenizing
 from tandem.assembly.sessions import start_of
 from tandem.assembly.uses import UseConfig
 from tandem.data.chat import set_template
 from tandem.data.tokenize import build_prompts
-from tandem.models.description import describe_source
 from tandem.models.limits import read_limits
-from tandem.models.loading import load_tokenizer, pick_device
+from tandem.models.loading import load_tokenizer
 from tandem.roles import Engine
 from tandem.rollout.judging import Judge
 from tandem.rollout.sampling import Drawing, Sampling
@@ -189,15 +187,7 @@ class _Sampling:
     def _print_plan(self) -> None:
         """What a dry run shows: the resolved config and what would be used."""
         config = self.config
-        code = config.model.trust_remote_code
-        uses = {
-            "model" if role == "engine" else role: describe_source(
-                source, scalar=is_reward_model(role), trust_remote_code=code
-            )
-            + f", {pick_device(config.model.device)}, {config.model.dtype}{self.homes.where(role)}"
-            for role, source in config.sources.items()
-        }
-        uses |= {
+        uses = models_used(config.sources, config.rewards.models, config.model, self.homes) | {
             "rewards": ", ".join(config.rewards.judges) or "none",
             "engine": f"{config.engine.kind}, {config.sampling.max_slots} slots",
             "prompts": str(self.counts),

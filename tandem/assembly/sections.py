@@ -300,7 +300,13 @@ class LoraSection:
     def __post_init__(self) -> None:
         expect(self, "0 or more", _at_least(0), "rank", prefix="lora.")
         expect(self, "more than 0", _above_zero, "alpha", prefix="lora.")
-        expect(self, "names of layers, or all-linear", lambda names: names and all(names), "targets", prefix="lora.")
+        expect(
+            self,
+            "names of layers, all-linear or experts",
+            lambda names: names and all(names),
+            "targets",
+            prefix="lora.",
+        )
 
     @property
     def on(self) -> bool:
