@@ -96,11 +96,6 @@ class ServeRewardConfig:
         return {"reward function" if is_function(self.serve.reward) else "served model"}
 
 
-def serve_reward_flags(words: list[str]) -> tuple[type[ServeRewardConfig], list[str]]:
-    """The config, and the flags: a first word without one is what is served."""
-    return ServeRewardConfig, _named_first("reward", words)
-
-
 @dataclass(frozen=True, kw_only=True)
 class DoctorModel(ModelSection):
     """The model to try with."""
@@ -185,11 +180,6 @@ class DataConfig:
         return {"samples" if kind == "prompts" else kind for kind in kinds} | data_parts(self.data)
 
 
-def data_config(words: list[str]) -> tuple[type[DataConfig], list[str]]:
-    """The config of ``tandem data``, and its flags: a first word that is none is the dataset."""
-    return DataConfig, _named_first("data", words)
-
-
 @dataclass(frozen=True, kw_only=True)
 class AdvisedSection:
     """The run that is looked at."""
@@ -210,14 +200,3 @@ class AdviseConfig:
     """
 
     advised: AdvisedSection
-
-
-def advise_config(words: list[str]) -> tuple[type[AdviseConfig], list[str]]:
-    """The config of ``tandem advise``, and its flags: a first word that is none is the run."""
-    return AdviseConfig, _named_first("run", words)
-
-
-def _named_first(key: str, words: list[str]) -> list[str]:
-    """The flags, with a first word that is none as the value of a key."""
-    bare = words and not words[0].startswith("-")
-    return [f"--{key}={words[0]}", *words[1:]] if bare else words

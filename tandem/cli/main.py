@@ -49,9 +49,13 @@ class Command:
     It may also name a function which, given the words of the command line, chooses the class and returns the flags
     among them. None: the command's function gets the words as they are.
     """
+    first: str = ""
+    """The key that a first word without a flag is the value of."""
 
     def config_class(self, name: str, words: Sequence[str] = ()) -> tuple[Any, list[str]]:
         """What the flags of the command with this name are read into, None where that is elsewhere; and the flags."""
+        if self.first and words and not words[0].startswith("-"):
+            words = [f"--{self.first}={words[0]}", *words[1:]]
         if self.config == METHOD:
             return config_class(name), [*words]
         found = self.config and _named(self.config, "tandem.cli.configs")
@@ -87,16 +91,20 @@ COMMANDS = {
     "doctor": Command(
         START, "tandem.cli.doctor", "check that devices, engine and weight sync work, and how fast", "DoctorConfig"
     ),
-    "data": Command(START, "tandem.cli.data", "a dataset as a model will see it", "data_config"),
+    "data": Command(START, "tandem.cli.data", "a dataset as a model will see it", "DataConfig", first="data"),
     "launch": Command(START, "tandem.cli.launch", "a loop of your own in several local processes", None),
     **{name: Command(OFFLINE, "tandem.cli.train", line.about, METHOD) for name, line in ROWS.items()},
     **{name: Command(ONLINE, "tandem.cli.train", line.about, METHOD) for name, line in SAMPLES.items()},
     "advise": Command(
-        LOOK, "tandem.cli.advise", "what bound a run: sampling, training or rewards; what to change", "advise_config"
+        LOOK,
+        "tandem.cli.advise",
+        "what bound a run: sampling, training or rewards; what to change",
+        "AdviseConfig",
+        first="run",
     ),
     "replay": Command(
         LOOK,
-        "tandem.cli.replay",
+        "tandem.cli.train:replay",
         "train again on what a run recorded, to the same parameters",
         f"{REPLAYS}:replay_config",
     ),
@@ -108,16 +116,23 @@ COMMANDS = {
         f"{USES}:SampleConfig",
     ),
     "score": Command(
-        USE, "tandem.cli.score", "answers through the rewards; the accuracy of pairs", f"{USES}:ScoreConfig"
+        USE, "tandem.cli.use:score", "answers through the rewards; the accuracy of pairs", f"{USES}:ScoreConfig"
     ),
     "eval": Command(
-        USE, "tandem.cli.evaluation", "a model on held-out prompts, or with METHOD on rows", f"{USES}:eval_config"
+        USE, "tandem.cli.use:evaluate", "a model on held-out prompts, or with METHOD on rows", f"{USES}:eval_config"
     ),
     "export": Command(
-        USE, "tandem.cli.export", "a Hugging Face folder of a run or a checkpoint; to the hub", f"{USES}:ExportConfig"
+        USE,
+        "tandem.cli.use:export",
+        "a Hugging Face folder of a run or a checkpoint; to the hub",
+        f"{USES}:ExportConfig",
     ),
     "serve-reward": Command(
-        USE, "tandem.cli.serve_reward", "a reward model over HTTP, for --reward http://...", "serve_reward_flags"
+        USE,
+        "tandem.cli.serve_reward",
+        "a reward model over HTTP, for --reward http://...",
+        "ServeRewardConfig",
+        first="reward",
     ),
 }
 

@@ -1,4 +1,4 @@
-"""The commands of all methods: a run from its config, and how it ended."""
+"""The commands of all methods, and ``tandem replay``: a run from its config, and how it ended."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from tandem.assembly.configs import RunConfig, SamplesConfig
+from tandem.assembly.inputs import weights_digest
+from tandem.assembly.replays import ReplayConfig
 from tandem.assembly.run import run as train
 from tandem.cli.advise import tell
 from tandem.errors import UserError
 from tandem.models.limits import read_limits
 from tandem.runs.best import BEST_MODEL, read_best
-from tandem.runs.folder import EMA_MODEL
+from tandem.runs.folder import EMA_MODEL, MODEL, RunFolder
 from tandem.runs.lines import read_metrics
 from tandem.runs.progress import format_number, held_out_names
 from tandem.runs.table import print_table
@@ -28,6 +30,18 @@ def run(config: RunConfig) -> int:
             with suppress(UserError):  # of a run that its goals have ended before its first step
                 tell(out, pairwise=config.method.pairwise)
         tell_end(out, config.leads, *next_commands(config, model))
+    return 0
+
+
+def replay(config: ReplayConfig) -> int:
+    """``tandem replay``. Says whether the model is that of the run, where both ended after the same step."""
+    if model := train(config):
+        replayed, out = Path(config.replay.replayed), Path(config.run.out)
+        tell_end(out, config.method.leads)
+        if RunFolder.finished(replayed) == RunFolder.finished(out):
+            before = replayed / MODEL
+            same = weights_digest(str(before)) == weights_digest(str(model))
+            print(f"Its weights are {'those' if same else 'not those'} of {before}{', bit for bit' if same else ''}")
     return 0
 
 

@@ -1,26 +1,31 @@
-"""The commands that sample without training: ``tandem generate`` and ``tandem sample``."""
+"""The commands that use a model without training it."""
 
 from __future__ import annotations
 
 import shlex
 from pathlib import Path
 
+from tandem.assembly.evaluated import evaluate_rows, evaluate_samples
+from tandem.assembly.export import export as write_model
 from tandem.assembly.kept import write_best, write_pairs
 from tandem.assembly.sampled import sample_rows
-from tandem.assembly.uses import GenerateConfig, SampleConfig
+from tandem.assembly.scored import score_rows, summary
+from tandem.assembly.uses import EvalConfig, EvalRowsConfig, ExportConfig, GenerateConfig, SampleConfig, ScoreConfig
 from tandem.errors import UserError
-from tandem.runs.folder import BEST, PAIRS
+from tandem.runs.folder import BEST, MEASURED, PAIRS
+from tandem.runs.progress import format_number
+from tandem.runs.table import print_table
 
 
 def generate(config: GenerateConfig) -> int:
-    """The command."""
+    """``tandem generate``."""
     if path := sample_rows(config, "generate"):
         print(f"\nThe samples are in {path}")
     return 0
 
 
 def sample(config: SampleConfig) -> int:
-    """The command. Raises UserError where nothing is left to train on."""
+    """``tandem sample``. Raises UserError where nothing is left to train on."""
     samples = sample_rows(config, "sample")
     if samples is None:
         return 0
@@ -43,4 +48,35 @@ def sample(config: SampleConfig) -> int:
     following = Path(config.run.out).with_name(method)
     words_of = ["tandem", method, "--model", config.model.model, "--data", str(out), "--out", str(following)]
     print(f"  next: {shlex.join([*words_of, '--steps', '500'])}")
+    return 0
+
+
+def score(config: ScoreConfig) -> int:
+    """``tandem score``."""
+    if path := score_rows(config):
+        print_table(config.data.data, ("", "value"), [(name, format_number(v)) for name, v in summary(path).items()])
+        print(f"\nThe rows and their rewards are in {path}")
+    return 0
+
+
+def evaluate(config: EvalConfig | EvalRowsConfig) -> int:
+    """``tandem eval``."""
+    metrics = evaluate_rows(config) if isinstance(config, EvalRowsConfig) else evaluate_samples(config)
+    if metrics is None:
+        return 0
+    errors = {name.removesuffix("_se"): f"± {format_number(v)}" for name, v in metrics.items() if name.endswith("_se")}
+    columns = ("", "value", "standard error") if errors else ("", "value")
+    rows = [
+        (name, format_number(value), errors.get(name, ""))[: len(columns)]
+        for name, value in metrics.items()
+        if not name.endswith("_se")
+    ]
+    print_table(f"{config.model.model} on {config.data.data}", columns, rows)
+    print(f"\nThe numbers are in {Path(config.run.out) / MEASURED}")
+    return 0
+
+
+def export(config: ExportConfig) -> int:
+    """``tandem export``."""
+    print(f"\nThe model is in {write_model(config)}")
     return 0
