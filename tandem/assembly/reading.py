@@ -5,14 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import fields
 from fractions import Fraction
 
 from tandem.assembly.configs import read_kind
 from tandem.assembly.evaluation import EvaluationSection
-from tandem.assembly.sections import ColumnsSection, DatasetSection
+from tandem.assembly.sections import DatasetSection
 from tandem.data import formats
-from tandem.data.columns import Columns, shape
+from tandem.data.columns import shape
 from tandem.data.order import Order
 from tandem.data.rows import Dataset, load_rows
 from tandem.data.tokenize import Counts
@@ -37,7 +36,7 @@ def read_data(section: DatasetSection) -> Dataset:
 
 def made_of_kind(rows: Dataset, section: DatasetSection, kind: str) -> Dataset:
     """Rows made what the keys of a section say. Raises UserError as ``load_data``."""
-    rows = of_kind(shape(rows, columns_of(section, kind)), kind)
+    rows = of_kind(shape(rows, section, kind), kind)
     if section.chat_template is not None and not any(map(formats.conversational, rows)):
         raise UserError(
             f"chat_template: no row of {rows.source} has a conversation; leave it out, or add --apply-chat-template"
@@ -47,17 +46,11 @@ def made_of_kind(rows: Dataset, section: DatasetSection, kind: str) -> Dataset:
 
 def load_held_out(section: EvaluationSection, data: DatasetSection, kind: str) -> dict[str, Dataset]:
     """The rows of each held-out set, by its name; their columns are made what ``data``'s are made."""
-    columns = columns_of(data, kind)
     sets = {
         name: load_rows(source, split=section.eval_split, max_samples=section.max_eval_samples)
         for name, source in section.sets.items()
     }
-    return {name: of_kind(shape(rows, columns, strict=False), kind) for name, rows in sets.items()}
-
-
-def columns_of(section: ColumnsSection, kind: str) -> Columns:
-    """What the keys of a section make of rows."""
-    return Columns(kind=kind, **{f.name: getattr(section, f.name) for f in fields(Columns) if f.name != "kind"})
+    return {name: of_kind(shape(rows, data, kind, strict=False), kind) for name, rows in sets.items()}
 
 
 def of_kind(rows: Dataset, kind: str) -> Dataset:

@@ -15,7 +15,7 @@ from tandem.assembly.inputs import digest_inputs
 from tandem.assembly.judging import judge_of, placed_reward_models, score_scales, start_rewards
 from tandem.assembly.placing import Homes
 from tandem.assembly.plans import print_plan
-from tandem.assembly.reading import columns_of, of_kind
+from tandem.assembly.reading import of_kind
 from tandem.assembly.sampled import OF_A_SAMPLE
 from tandem.assembly.sections import EngineSection
 from tandem.assembly.sessions import start_of
@@ -126,7 +126,7 @@ def _read(config: ScoreConfig) -> tuple[Dataset, tuple[str, ...]]:
     rows = load_rows(data.data, split=data.split, max_samples=data.max_samples)
     paired = data.chosen_key is not None or rows[0].get("chosen") is not None
     kind = "preferences" if paired else "demonstrations"
-    shaped = of_kind(shape(rows, columns_of(data, kind)), kind)
+    shaped = of_kind(shape(rows, data, kind), kind)
     return shaped, ("chosen", "rejected") if paired else ("completion",)
 
 

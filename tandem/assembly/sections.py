@@ -9,9 +9,8 @@ from typing import Any, Literal
 
 from tandem.checkpoint.saver import SaveEvery
 from tandem.config import MAY_CHANGE, ONE_START, PATH, may_change
-from tandem.data.condition import parse_condition
 from tandem.data.gym import is_gym
-from tandem.data.sources import Source, parse_sources, unweighted_sources
+from tandem.data.sources import Columns, Source, parse_sources, unweighted_sources
 from tandem.errors import INFINITE, UserError, expect, needs
 from tandem.models.adapter_folder import AdapterFolder
 from tandem.rewards.kinds import kind_of
@@ -131,8 +130,8 @@ class ModelSection:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ColumnsSection:
-    """The dataset, and what its columns are."""
+class SourceSection:
+    """The dataset."""
 
     data: str = field(metadata=PATH)
     """A .jsonl, .json, .csv, .parquet or .arrow file, a folder of them, json@FOLDER, or the name of a dataset on the
@@ -141,36 +140,10 @@ class ColumnsSection:
     """Split to read, for a dataset that has splits."""
     max_samples: int | None = None
     """Rows read of each source of --data, its first ones. None: all."""
-    input_key: str | None = None
-    """Column of the prompt; of demonstrations without a completion, of the messages or the text. None: as TRL names
-    them."""
-    output_key: str | None = field(default=None, metadata=needs(("part", "demonstrations", "unpaired", "steps")))
-    """Column of the completion, or of the steps. None: 'completion', 'completions'."""
-    chosen_key: str | None = field(default=None, metadata=needs(("part", "preferences", "unpaired")))
-    """Column of the better answer. None: 'chosen'."""
-    rejected_key: str | None = field(default=None, metadata=needs(("part", "preferences", "unpaired")))
-    """Column of the worse answer. None: 'rejected'."""
-    label_key: str | None = field(default=None, metadata=needs(("part", "unpaired", "steps", "samples")))
-    """Column of the label: what a method learns from, or, for samples, what reward functions get as 'label'. None:
-    'label', and 'labels' of steps."""
-    condition: str | None = None
-    """Put behind each prompt: a text with columns of the row in braces, as '\\nReward: {reward:.1f}' (conditional SFT).
-    \\n is a line break."""
-    input_template: str | None = None
-    """Put around a prompt that is text, as 'User: {}\\nAssistant: '. \\n is a line break."""
-    apply_chat_template: bool = False
-    """Make turns of texts: the user's of a prompt, the assistant's of an answer."""
-    system: str | None = None
-    """System message of the conversations that have none."""
 
     def __post_init__(self) -> None:
         expect(self, "a file or the name of a dataset", bool, "data")
         expect(self, "1 or more", _at_least(1), "max_samples")
-        expect(self, "the name of a column", bool, *(key for key in vars(self) if key.endswith("_key")))
-        expect(self, "a text with one {}", lambda text: text.count("{}") == 1, "input_template")
-        expect(self, "a text", bool, "system", "condition")
-        if self.condition is not None:
-            parse_condition(self.condition)
         self._check_sources()
 
     def _check_sources(self) -> None:
@@ -180,6 +153,15 @@ class ColumnsSection:
     def sources(self) -> list[Source]:
         """What ``data`` names."""
         return parse_sources(self.data)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColumnsSection(Columns, SourceSection):
+    """The dataset, and what its columns are."""
+
+    def __post_init__(self) -> None:
+        SourceSection.__post_init__(self)
+        Columns.__post_init__(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from tandem.assembly.configs import read_kind
 from tandem.assembly.feeds import builders
-from tandem.assembly.reading import columns_of, made_of_kind, ordered, read_data, readers_of, tokenizing
+from tandem.assembly.reading import made_of_kind, ordered, read_data, readers_of, tokenizing
 from tandem.cli.configs import DataConfig
 from tandem.data import formats
 from tandem.data.chat import set_template
@@ -125,7 +125,7 @@ def _kind(rows: Dataset, config: DataConfig) -> str:
     first = rows.head(1)
     found: dict[str, int] = {}
     for kind, ways in formats.COLUMNS.items():
-        (row,) = shape(first, columns_of(config.data, kind), strict=False)
+        (row,) = shape(first, config.data, kind, strict=False)
         found[kind] = max((len(way) for way in ways if formats.has(row, way)), default=0)
     kind = max(found, key=found.__getitem__)
     if not found[kind]:

@@ -6,86 +6,58 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tandem.data.condition import parse_condition
 from tandem.data.rows import Dataset, Row, present
+from tandem.data.sources import NAMES, Columns, parse_condition
 from tandem.errors import UserError
 
 Step = Callable[[Row], Row]
 ANSWERS = ("completion", "chosen", "rejected")
 """Columns of what is said to a prompt."""
 
-NAMES = {
-    "input_key": "prompt",
-    "output_key": "completion",
-    "chosen_key": "chosen",
-    "rejected_key": "rejected",
-    "label_key": "label",
-}
-"""The column that each key names another one for."""
 
+@dataclass(frozen=True)
+class Shaping:
+    """How a row becomes one of its kind (``formats.COLUMNS``)."""
 
-@dataclass(frozen=True, kw_only=True)
-class Columns:
-    """How a dataset's rows become those of a kind (``formats.COLUMNS``). None: as they are."""
-
+    keys: Columns
     kind: str
-    input_key: str | None = None
-    """The column that is the ``prompt``; of demonstrations without a completion the ``messages`` or the ``text``."""
-    output_key: str | None = None
-    """The column that is the ``completion``."""
-    chosen_key: str | None = None
-    rejected_key: str | None = None
-    label_key: str | None = None
-    condition: str | None = None
-    """Put behind a prompt: a text with columns of the row in braces, as ``{reward:.1f}`` (``parse_condition``)."""
-    input_template: str | None = None
-    """Put around a prompt that is text, which it has one ``{}`` for. ``\\n`` and ``\\t`` are line breaks and tabs."""
-    apply_chat_template: bool = False
-    """Whether texts become turns: a prompt the user's, an answer the assistant's."""
-    system: str | None = None
-    """Put in front of conversations that begin with no system message of their own."""
 
     def steps(self) -> dict[str, Step]:
         """What is done to a row, in this order, by the key that asks for it. A step that changes nothing returns it."""
-        steps: dict[str, Step] = {"keys": self._rename} if any(name for _, name in self._named()) else {}
-        if self.condition is not None:
+        keys = self.keys
+        steps: dict[str, Step] = {"keys": self._rename} if any(getattr(keys, key) for key in NAMES) else {}
+        if keys.condition is not None:
             steps["condition"] = self._condition
-        if self.input_template is not None:
+        if keys.input_template is not None:
             steps["input_template"] = self._frame
-        if self.apply_chat_template:
+        if keys.apply_chat_template:
             steps["apply_chat_template"] = self._take_turns
-        if self.system is not None:
+        if keys.system is not None:
             steps["system"] = self._instruct
         return steps
-
-    def _named(self) -> list[tuple[str, str | None]]:
-        return [(key, getattr(self, key)) for key in NAMES]
-
-    def _target(self, key: str) -> str:
-        several = self.kind == "steps" and key in ("output_key", "label_key")
-        return NAMES[key] + "s" * several
 
     def _rename(self, row: Row) -> Row:
         """All at once, so that two columns may change places. What had the name before is left out."""
         renamed: Row = {}
         taken = set()
-        for key, name in self._named():
-            if name is None:
+        for key, column in NAMES.items():
+            if (name := getattr(self.keys, key)) is None:
                 continue
             if row.get(name) is None:
                 raise UserError(f"no column {name!r} ({key}); columns present: {present(row)}")
-            renamed[self._target(key)] = row[name]
+            several = self.kind == "steps" and key in ("output_key", "label_key")
+            renamed[column + "s" * several] = row[name]
             taken.add(name)
         row = renamed | {name: value for name, value in row.items() if name not in renamed and name not in taken}
-        if self.input_key is not None and self.kind == "demonstrations" and row.get("completion") is None:
+        if self.keys.input_key is not None and self.kind == "demonstrations" and row.get("completion") is None:
             whole = row.pop("prompt")
             row["messages" if isinstance(whole, list) else "text"] = whole
         return row
 
     def _condition(self, row: Row) -> Row:
-        assert self.condition is not None
+        assert self.keys.condition is not None
         said = ""
-        for text, column, spec in parse_condition(self.condition):
+        for text, column, spec in parse_condition(self.keys.condition):
             said += text
             if column is None:
                 continue
@@ -109,7 +81,7 @@ class Columns:
         prompt = row.get("prompt")
         if not isinstance(prompt, str):
             return row
-        before, after = (self.input_template or "{}").replace("\\n", "\n").replace("\\t", "\t").split("{}")
+        before, after = (self.keys.input_template or "{}").replace("\\n", "\n").replace("\\t", "\t").split("{}")
         return row | {"prompt": before + prompt + after}
 
     def _take_turns(self, row: Row) -> Row:
@@ -127,7 +99,7 @@ class Columns:
         columns = begins or [column for column in ANSWERS if isinstance(row.get(column), list)]
         bare = [column for column in columns if not _instructed(row[column])]
         return (
-            row | {column: [{"role": "system", "content": self.system}, *row[column]] for column in bare}
+            row | {column: [{"role": "system", "content": self.keys.system}, *row[column]] for column in bare}
             if bare
             else row
         )
@@ -138,13 +110,13 @@ def _instructed(messages: list[Any]) -> bool:
     return bool(messages) and isinstance(messages[0], dict) and messages[0].get("role") in ("system", "developer")
 
 
-def shape(rows: Dataset, columns: Columns, *, strict: bool = True) -> Dataset:
-    """The dataset with its columns as its kind names them.
+def shape(rows: Dataset, columns: Columns, kind: str, *, strict: bool = True) -> Dataset:
+    """The dataset with its columns as its ``kind`` names them.
 
     Raises UserError with a row's place where it lacks a column that a key names, and, where ``strict``, naming the key
     that changes no row.
     """
-    for key, step in columns.steps().items():
+    for key, step in Shaping(columns, kind).steps().items():
         shaped = rows.mapped(step)
         if strict and all(after is before for after, before in zip(shaped, rows, strict=True)):
             raise UserError(f"{key}: has no effect on any row of {rows.source}: {WHY[key]}")

@@ -1,16 +1,20 @@
-"""What ``--data`` names: one source of rows, or several with their weights. Nothing is read here."""
+"""What ``--data`` names, one source of rows or several with their weights, and what their columns are called.
+
+Nothing is read here.
+"""
 
 from __future__ import annotations
 
 import math
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
+from string import Formatter
 
 from tandem.data.gym import is_gym
-from tandem.errors import UserError
+from tandem.errors import UserError, expect, needs
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
 """Endings of files of rows."""
@@ -97,3 +101,59 @@ def is_local(name: str) -> bool:
 
 def _exists(name: str) -> bool:
     return os.path.exists(os.path.expanduser(name))
+
+
+NAMES = {
+    "input_key": "prompt",
+    "output_key": "completion",
+    "chosen_key": "chosen",
+    "rejected_key": "rejected",
+    "label_key": "label",
+}
+"""The column that each key names another one for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """How a dataset's rows become those of a kind (``formats.COLUMNS``). None: as they are."""
+
+    input_key: str | None = None
+    """Column of the prompt; of demonstrations without a completion, of the messages or the text. None: as TRL names
+    them."""
+    output_key: str | None = field(default=None, metadata=needs(("part", "demonstrations", "unpaired", "steps")))
+    """Column of the completion, or of the steps. None: 'completion', 'completions'."""
+    chosen_key: str | None = field(default=None, metadata=needs(("part", "preferences", "unpaired")))
+    """Column of the better answer. None: 'chosen'."""
+    rejected_key: str | None = field(default=None, metadata=needs(("part", "preferences", "unpaired")))
+    """Column of the worse answer. None: 'rejected'."""
+    label_key: str | None = field(default=None, metadata=needs(("part", "unpaired", "steps", "samples")))
+    """Column of the label: what a method learns from, or, for samples, what reward functions get as 'label'. None:
+    'label', and 'labels' of steps."""
+    condition: str | None = None
+    """Put behind each prompt: a text with columns of the row in braces, as '\\nReward: {reward:.1f}' (conditional SFT).
+    \\n is a line break."""
+    input_template: str | None = None
+    """Put around a prompt that is text, as 'User: {}\\nAssistant: '. \\n is a line break."""
+    apply_chat_template: bool = False
+    """Make turns of texts: the user's of a prompt, the assistant's of an answer."""
+    system: str | None = None
+    """System message of the conversations that have none."""
+
+    def __post_init__(self) -> None:
+        expect(self, "the name of a column", bool, *NAMES)
+        expect(self, "a text with one {}", lambda text: text.count("{}") == 1, "input_template")
+        expect(self, "a text", bool, "system", "condition")
+        if self.condition is not None:
+            parse_condition(self.condition)
+
+
+def parse_condition(text: str) -> list[tuple[str, str | None, str]]:
+    """The template as (text, column or None, format) one after the other. Raises UserError where it is none."""
+    try:
+        parts = list(Formatter().parse(text.replace("\\n", "\n").replace("\\t", "\t")))
+    except ValueError as error:
+        raise UserError(f"condition: {text!r} is no template: {error}") from error
+    for _, column, spec, conversion in parts:
+        if column is not None and (not column.isidentifier() or conversion or "{" in (spec or "")):
+            raise UserError(f"condition: {{{column}}} names no column; give a column of the rows, as in {{reward:.1f}}")
+    return [(before, column, spec or "") for before, column, spec, _ in parts]

@@ -3,8 +3,9 @@
 import pytest
 
 from tandem.data import formats
-from tandem.data.columns import Columns, shape
+from tandem.data.columns import shape
 from tandem.data.rows import Dataset
+from tandem.data.sources import Columns
 from tandem.errors import UserError
 
 
@@ -21,7 +22,7 @@ def system(text):
 
 
 def shaped(row, kind="demonstrations", **keys):
-    return next(iter(shape(Dataset([row], source="list"), Columns(kind=kind, **keys))))
+    return next(iter(shape(Dataset([row], source="list"), Columns(**keys), kind)))
 
 
 @pytest.mark.parametrize(
@@ -130,7 +131,7 @@ def test_conditions_that_cannot_be_filled_are_refused(row, condition, words):
 
 def test_a_system_message_of_its_own_stays():
     rows = Dataset([{"messages": [system("own"), user("a")]}, {"messages": [user("b")]}])
-    first, second = shape(rows, Columns(kind="demonstrations", system="s"))
+    first, second = shape(rows, Columns(system="s"), "demonstrations")
     assert [m["content"] for m in first["messages"]] == ["own", "a"]
     assert [m["content"] for m in second["messages"]] == ["s", "b"]
 
@@ -153,7 +154,7 @@ def test_keys_that_name_or_change_nothing(row, keys, words):
     assert words in str(caught.value)
     if "has no effect" in str(caught.value):
         held_out = Dataset([row])
-        assert list(shape(held_out, Columns(kind="demonstrations", **keys), strict=False)) == [row]
+        assert list(shape(held_out, Columns(**keys), "demonstrations", strict=False)) == [row]
 
 
 @pytest.mark.parametrize(
