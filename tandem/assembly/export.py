@@ -23,7 +23,7 @@ from tandem.models.limits import read_config
 from tandem.models.loading import load_tokenizer
 from tandem.models.policy import Merged
 from tandem.models.quantized import dequantize_module
-from tandem.models.scalar import scalar_class
+from tandem.models.scalar import scalar_class, scalar_keys
 from tandem.models.weights import load_whole
 from tandem.runs.folder import CHECKPOINTS, MODEL, RunFolder
 from tandem.runs.identity import CONFIG, IDENTITY, read_identity
@@ -174,7 +174,8 @@ def _of_checkpoint(checkpoint: Checkpoint, config: ExportConfig) -> tuple[Loaded
         about = AutoConfig.from_pretrained(located(base), trust_remote_code=code)
         vars(about).pop("quantization_config", None)  # what is written is whole
         if scalar:
-            about.num_labels, about.pad_token_id = 1, tokenizer.pad_token_id
+            for key, value in scalar_keys(about, tokenizer).items():
+                setattr(about, key, value)
             for name in ScoreScale._fields:  # that of the base's scores
                 vars(about).pop(name, None)
         module = auto.from_config(about, trust_remote_code=code).eval()
@@ -220,10 +221,11 @@ def _of_folder(source: str, config: ExportConfig) -> tuple[LoadedModel, dict[str
 
 def _base_module(base: str, config: ExportConfig, *, scalar: bool) -> Any:
     """The model that adapters are of, in float32 on the CPU, with the head that theirs has."""
-    auto = scalar_class(read_config(base, config.export.trust_remote_code), base) if scalar else AutoModelForCausalLM
     code = config.export.trust_remote_code
-    pad = load_tokenizer(base, trust_remote_code=code).pad_token_id if scalar else None
-    changes = {"num_labels": 1, "pad_token_id": pad} if scalar else {}
+    auto, changes = AutoModelForCausalLM, None
+    if scalar:
+        about = read_config(base, code)
+        auto, changes = scalar_class(about, base), scalar_keys(about, load_tokenizer(base, trust_remote_code=code))
     module, _ = load_whole(
         auto, base, what="model", trust_remote_code=code, new="score" if scalar else "", config_changes=changes
     )

@@ -20,7 +20,7 @@ from tandem.models.limits import read_config, require_language_model
 from tandem.models.probe import probe_forward
 from tandem.models.quantized import dequantize_module, quantize_module
 from tandem.models.routers import quieted
-from tandem.models.scalar import scalar_class, with_own_buffers
+from tandem.models.scalar import scalar_class, scalar_keys, with_own_buffers
 from tandem.models.weights import load_whole, require_finite
 from tandem.seeds import derive_seed
 from tandem.types import ScoreScale
@@ -108,7 +108,8 @@ def load_scalar(
     """
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     folder = adapter_folder(source)
-    kind = scalar_class(read_config(source, trust_remote_code), str(source))
+    about = read_config(source, trust_remote_code)
+    kind = scalar_class(about, str(source))
     try:
         module, lacking = load_whole(
             kind,
@@ -116,7 +117,7 @@ def load_scalar(
             what="model",
             trust_remote_code=trust_remote_code,
             new="score",
-            config_changes={"num_labels": 1, "pad_token_id": tokenizer.pad_token_id},
+            config_changes=scalar_keys(about, tokenizer),
             **_as_read(source, device, adapters),
         )
         with_own_buffers(module, base_of(str(source)), trust_remote_code)

@@ -11,6 +11,15 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from tandem.errors import UserError
 
 
+def scalar_keys(config: Any, tokenizer: Any) -> dict[str, Any]:
+    """What the config of a model with one number a token says otherwise than that of its language model.
+
+    Its padding is the tokenizer's, or the end of sequence where the embedding has no row for that.
+    """
+    rows, pad = getattr(config.get_text_config(), "vocab_size", None), tokenizer.pad_token_id
+    return {"num_labels": 1, "pad_token_id": pad if rows is None or pad < rows else tokenizer.eos_token_id}
+
+
 def scalar_class(config: Any, source: str) -> Any:
     """What loads such a model: transformers' own class for sequence classification, or one made of its base model.
 

@@ -84,6 +84,16 @@ def test_what_comes_before_the_base_model_is_seen():
     assert not model.split_head
 
 
+def test_a_padding_token_that_the_embedding_has_no_row_for(tmp_path):
+    """Tokenizers may have more tokens than their model: transformers' embedding would not be made with such a one."""
+    make_module("qwen2").save_pretrained(tmp_path)
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<more>"})
+    tokenizer.save_pretrained(tmp_path)
+    model = load_scalar(tmp_path, new_head="random", device="cpu")
+    assert model.module.config.pad_token_id == tokenizer.eos_token_id != tokenizer.pad_token_id
+
+
 @pytest.mark.parametrize("kind", ["mamba", "cohere", "falcon_h1"])
 def test_a_score_on_a_base_model_that_has_no_class_with_one(tmp_path, kind):
     """Falcon-H1 computes a vector of scales from its config, which no folder holds."""
