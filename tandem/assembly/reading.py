@@ -13,7 +13,7 @@ from tandem.assembly.sections import DatasetSection
 from tandem.data import formats
 from tandem.data.columns import shape
 from tandem.data.order import Order
-from tandem.data.rows import Dataset, load_rows
+from tandem.data.rows import Dataset, load_rows, present
 from tandem.data.tokenize import Counts
 from tandem.errors import UserError
 from tandem.methods.table import ROWS
@@ -60,6 +60,12 @@ def of_kind(rows: Dataset, kind: str) -> Dataset:
             try:
                 formats.require_kind(row, kind)
             except UserError as error:
+                there, first = ({name for name, value in one.items() if value is not None} for one in (row, rows[0]))
+                if there < first:
+                    lacks = ", ".join(repr(name) for name in rows[0] if name in first - there)
+                    raise UserError(
+                        f"no column {lacks}, as the first row has; columns present: {present(row)}"
+                    ) from error
                 fitting = [name for fits in formats.kinds(row) for name in readers_of(fits)]
                 if fitting:
                     named = f"such columns are for {', '.join(dict.fromkeys(fitting))}"

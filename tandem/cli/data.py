@@ -91,11 +91,12 @@ def says(item: Any) -> list[Said]:
 
 
 def notes(item: Any) -> str:
-    """What an item has beside its texts: a margin, a label."""
+    """What an item has beside its texts: a margin, where there is one, a label."""
     if isinstance(item, Prompt | Sequence):
         return ""
     values = {f.name: getattr(item, f.name) for f in fields(item)}
-    return "".join(f", {name} {value}" for name, value in values.items() if not isinstance(value, Sequence))
+    beside = {name: value for name, value in values.items() if not isinstance(value, Sequence)}
+    return "".join(f", {name} {value}" for name, value in beside.items() if (name, value) != ("margin", 0.0))
 
 
 def stretches(said: Said, tokenizer: Any) -> Iterator[tuple[str, bool]]:

@@ -27,7 +27,7 @@ def run(config: RunConfig) -> int:
     if model := train(config):
         out = Path(config.run.out)
         if isinstance(config, SamplesConfig):
-            with suppress(UserError):  # of a run that its goals have ended before its first step
+            with suppress(UserError):  # of a run that has done too few steps
                 tell(out, pairwise=config.method.pairwise)
         tell_end(out, config.leads, *next_commands(config, model))
     return 0

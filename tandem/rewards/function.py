@@ -133,9 +133,12 @@ class FunctionReward:
             )
         for name in self._judging.wants.required:
             if name not in offered:
+                hint = ""
+                if self.per != "sample" and name in (*SAMPLED_ONE, STOP):
+                    hint = f", or {name!r} with @tandem.judges('sample') above the function"
                 raise UserError(
                     f"reward {self.name!r} wants the column {name!r}, which {dataset} lacks; it can have: "
-                    f"{', '.join(sorted(offered))}"
+                    f"{', '.join(sorted(offered))}{hint}"
                 )
 
 

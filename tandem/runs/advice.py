@@ -153,13 +153,17 @@ def advise_run(out: Path, *, pairwise: bool) -> list[str]:
 
 
 def advise(records: Records, events: Seq[Mapping[str, Any]], setup: Setup) -> list[str]:
-    """Sentences with the numbers they follow from: where a step's seconds went, the ideal, and what to change."""
+    """Sentences with the numbers they follow from: where a step's seconds went, the ideal, and what to change.
+
+    Raises UserError where fewer than ``FEWEST`` steps say anything.
+    """
     counted = steps_that_count(records, events, max_lag=setup.max_lag)
     if len(counted) < FEWEST:
-        return [
-            f"too few steps to advise: {len(counted)} count, since the first {1 + setup.max_lag} after each start are "
-            "warm-up" + (f", and in the last {setup.max_lag} no more is sampled" if setup.max_lag else "")
-        ]
+        warm = (
+            f"the first {1 + setup.max_lag} after each start are" if setup.max_lag else "the first after each start is"
+        )
+        last = f", and in the last {setup.max_lag} no more is sampled" if setup.max_lag else ""
+        raise UserError(f"too few steps to advise, {FEWEST} are needed beside the warm-up: {warm} that{last}")
     spent = spent_in(counted)
     shown = {name: value for name, value in spent.phases.items() if value >= SHOWN * spent.step}
     parts = [f"{SAID[name]} {_s(value)}" for name, value in shown.items()]

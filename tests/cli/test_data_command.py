@@ -65,8 +65,8 @@ def test_lengths_of_all_and_what_is_cut(shown):
 
 def test_pairs_prompts_and_shares_of_sources(shown):
     pairs = shown("pairs.jsonl", "--model", "base", "--rows", "1", "--method", "dpo")
-    assert "row 1, chosen: 10 tokens, 5 trained, margin 0.0" in pairs
-    assert "row 1, rejected: 7 tokens, 2 trained, margin 0.0" in pairs
+    assert "row 1, chosen: 10 tokens, 5 trained\n" in pairs
+    assert "row 1, rejected: 7 tokens, 2 trained\n" in pairs
     prompts = shown("pairs.jsonl", "--model", "base", "--rows", "1", "--method", "grpo")
     assert "row 1, prompt: 5 tokens\n" in prompts
     assert "⟦" not in prompts

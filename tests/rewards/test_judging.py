@@ -251,6 +251,8 @@ def test_what_goes_wrong_names_the_sample(judges):
         run(Engine([["1", "bad"]], [[2, 1]]), judges["one_fails"])
     with pytest.raises(UserError, match=r"'one' wants the column 'answer'.*can have: completion, completion_ids, prom"):
         run(Engine([["1"]], [[1]]), judges["one"])
+    with pytest.raises(UserError, match=r"wants the column 'prompt'.*, or 'prompt' with @tandem.judges\('sample'\)"):
+        FunctionReward(lambda prompt: 1.0).require_columns(["answer"])
     with pytest.raises(UserError, match="expected 'sample', 'group' or 'all', got 'each'"):
         tandem.judges("each")
 
