@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
 from collections.abc import Sequence as Seq
 from contextlib import suppress
@@ -90,6 +91,8 @@ def tell_end(out: Path, leads: Seq[str], *commands: str) -> None:
 
 
 def following(name: str, out: Path, **flags: Any) -> str:
-    """A command that could follow the run in ``out``, as one would type it. Its own run is beside that."""
+    """A command that could follow the run in ``out``, as one would type it. Its own run is beside that, in no other."""
     words = [word for flag, value in flags.items() for word in (f"--{flag.replace('_', '-')}", str(value))]
-    return shlex.join(["tandem", name, *words, "--out", str(out.with_name(name))])
+    names = (name if n == 1 else f"{name}-{n}" for n in itertools.count(1))
+    own = next(path for path in map(out.with_name, names) if not path.exists())
+    return shlex.join(["tandem", name, *words, "--out", str(own)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 from tandem.assembly.evaluated import evaluate_rows, evaluate_samples
@@ -11,6 +10,7 @@ from tandem.assembly.kept import write_best, write_pairs
 from tandem.assembly.sampled import sample_rows
 from tandem.assembly.scored import score_rows, summary
 from tandem.assembly.uses import EvalConfig, EvalRowsConfig, ExportConfig, GenerateConfig, SampleConfig, ScoreConfig
+from tandem.cli.train import following
 from tandem.errors import UserError
 from tandem.runs.folder import BEST, MEASURED, PAIRS
 from tandem.runs.progress import format_number
@@ -45,9 +45,7 @@ def sample(config: SampleConfig) -> int:
         raise UserError(f"{samples}: no prompt in it can be kept: {rest}; nothing to train on")
     print(f"{counts['kept']} prompts are kept in {out}" + (f"; left out are {rest}" if rest else ""))
     method = "sft" if keep == "best" else "dpo"
-    following = Path(config.run.out).with_name(method)
-    words_of = ["tandem", method, "--model", config.model.model, "--data", str(out), "--out", str(following)]
-    print(f"  next: {shlex.join([*words_of, '--steps', '500'])}")
+    print(f"  next: {following(method, Path(config.run.out), model=config.model.model, data=out, steps=500)}")
     return 0
 
 

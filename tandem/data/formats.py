@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from itertools import takewhile
 from typing import Any
 
-from tandem.data.rows import Row, present, require_column
+from tandem.data.rows import Row, present, require_column, there
 from tandem.errors import UserError
 from tandem.types import Message
 
@@ -53,7 +53,8 @@ def require_kind(row: Row, kind: str) -> None:
     if len(ways) == 1:
         require_column(row, next(column for column in ways[0] if row.get(column) is None))
     *others, last = (" with ".join(map(repr, way)) for way in ways)
-    raise UserError(f"no column {', no '.join(others)}, and no {last}; columns present: {present(row)}")
+    lacking = [column for way in ways for column in way if row.get(column) is None]
+    raise UserError(f"no column {', no '.join(others)}, and no {last}; columns {there(row, lacking)}")
 
 
 def has(row: Row, columns: Iterable[str]) -> bool:

@@ -172,7 +172,14 @@ def _is_saved(folder: Path) -> bool:
 def require_column(row: Row, column: str) -> None:
     """Raises UserError where the row lacks the column, and names those it has."""
     if row.get(column) is None:
-        raise UserError(f"no column {column!r}; columns present: {present(row)}")
+        raise UserError(f"no column {column!r}; columns {there(row, [column])}")
+
+
+def there(row: Row, wanted: Iterable[str]) -> str:
+    """``present: 'promt'``, and which of the columns that are ``wanted`` one of these may be meant as."""
+    near = ((name, difflib.get_close_matches(name, [*row], n=1, cutoff=0.75)) for name in wanted)
+    hint = next((f"; did you mean {name!r} by {found[0]!r}?" for name, found in near if found), "")
+    return f"present: {present(row)}{hint}"
 
 
 def present(row: Row) -> str:

@@ -44,7 +44,11 @@ def file(tmp_path):
             "preferences",
             "no column 'chosen'; columns present: 'prompt', 'completion'; such columns are for s",
         ),
-        ({"prompt": "a"}, "demonstrations", "a.jsonl:2: no column 'completion', as the first row has; columns present: "),
+        (
+            {"prompt": "a"},
+            "demonstrations",
+            "a.jsonl:2: no column 'completion', as the first row has; columns present: ",
+        ),
         ({"question": "a"}, "prompts", "a.jsonl:2: no column 'prompt'; columns present: 'question'"),
     ],
 )

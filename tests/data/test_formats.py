@@ -91,6 +91,7 @@ def test_none_that_parquet_fills_in_is_left_out() -> None:
     ("read", "row", "words"),
     [
         (formats.preference, {"chosen": "a"}, "no column 'rejected'; columns present: 'chosen'"),
+        (formats.preference, {"choosen": "a", "rejected": "b"}, "'rejected'; did you mean 'chosen' by 'choosen'?"),
         (formats.prompt_completion, {"prompt": 3, "completion": "a"}, "'prompt' must be a string or a list"),
         (formats.prompt_completion, {"prompt": "a", "completion": []}, "'completion' is an empty list"),
         (formats.prompt_completion, {"prompt": "a", "completion": [assistant("b")]}, "must both be strings"),
