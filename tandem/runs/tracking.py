@@ -27,6 +27,7 @@ import yaml
 
 from tandem.errors import first_line
 from tandem.runs.identity import CONFIG, read_identity
+from tandem.runs.lines import write_aside
 from tandem.runs.trackers import TRACKERS, About, Tracker
 
 FOLDER = "trackers"
@@ -244,10 +245,7 @@ class Following:
         return state
 
     def _write(self, state: dict[str, Any]) -> None:
-        path = self.out / FOLDER / f"{self.name}.json"
-        aside = path.with_suffix(".partial")
-        aside.write_text(json.dumps(state))
-        aside.replace(path)
+        write_aside(self.out / FOLDER / f"{self.name}.json", json.dumps(state))
 
 
 def _whole(file: IO[bytes]) -> Iterator[tuple[dict[str, Any], int]]:
