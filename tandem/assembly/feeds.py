@@ -18,7 +18,7 @@ from tandem.assembly.needed import is_reward_model
 from tandem.assembly.once import AskedOnce
 from tandem.assembly.placing import Homes
 from tandem.assembly.reading import by_key, describe_data, load_data, load_held_out, ordered, tokenizing
-from tandem.assembly.sections import DataSection
+from tandem.assembly.sections import DataSection, DatasetSection, DrawsSection, EngineSection
 from tandem.data.chat import set_template
 from tandem.data.order import InTurn, Order
 from tandem.data.room import Room
@@ -121,11 +121,12 @@ class RowsFeed(Feed):
         self.rows, held_out = load_data(config.data, kind), load_held_out(config.evaluation, config.data, kind)
         self.tokenizer = load_tokenizers(config)
         limits = limits_of_models(config, self.tokenizer)
-        self.longest = Room(config.data.max_length, limits).limit
+        self.room = Room(config.data.max_length, limits, long_rows=config.data.long_rows)
+        self.longest = self.room.limit
         if config.method.asks.divergence is not None:
             require_words(limits, 1 + max(self.tokenizer.get_vocab().values()))
-        self.examples, self.counts = self._tokenize(self.rows, limits)
-        self.held_out = {name: self._tokenize(one, limits)[0] for name, one in held_out.items()}
+        self.examples, self.counts = self._tokenize(self.rows)
+        self.held_out = {name: self._tokenize(one)[0] for name, one in held_out.items()}
         self.size = len(self.examples)
         self.steps = self.planned = config.steps_over(self.size)
         self.order = ordered(self.rows, self.counts, config.run.seed)
@@ -188,11 +189,10 @@ class RowsFeed(Feed):
         else:
             models["actor"].call("remember", scale._asdict())
 
-    def _tokenize(self, rows: Dataset, limits: Seq[Limits]) -> tuple[list[Any], Counts]:
-        data = self.config.data
-        build = builders(data)[self.config.reads.kind]
+    def _tokenize(self, rows: Dataset) -> tuple[list[Any], Counts]:
+        build = builders(self.config.data)[self.config.reads.kind]
         with tokenizing(rows) as on_progress:
-            return build(rows, self.tokenizer, data.max_length, data.long_rows, limits=limits, on_progress=on_progress)
+            return build(rows, self.tokenizer, self.room, on_progress=on_progress)
 
 
 class SamplesFeed(Feed):
@@ -309,18 +309,18 @@ class SamplesFeed(Feed):
         return judge_of(section, [*self.functions, *found], self.config.sampling.max_new_tokens)
 
     def _tokenize(self, rows: Dataset) -> tuple[list[Prompt], Counts]:
-        config, data = self.config, self.config.data
-        engine = Limits(positions=config.engine.max_length, whose="the engine (engine.max_length)")
+        config = self.config
         with tokenizing(rows) as on_progress:
-            return build_prompts(
-                rows,
-                self.tokenizer,
-                data.max_length,
-                data.long_rows,
-                limits=[self.limits[0].sampling, *self.limits[1:], engine],
-                max_new_tokens=config.sampling.max_new_tokens,
-                on_progress=on_progress,
-            )
+            room = room_to_sample(config.data, config.engine, config.sampling, self.limits)
+            return build_prompts(rows, self.tokenizer, room, on_progress=on_progress)
+
+
+def room_to_sample(data: DatasetSection, engine: EngineSection, draws: DrawsSection, limits: Seq[Limits]) -> Room:
+    """That of prompts. ``limits`` are of the models that read them and what is sampled, first of the policy."""
+    policy, *others = limits
+    own = Limits(positions=engine.max_length, whose="the engine (engine.max_length)")
+    every = [policy.sampling, *others, own]
+    return Room(data.max_length, every, draws.max_new_tokens, long_rows=data.long_rows)
 
 
 def preparation(config: SamplesConfig, models: Mapping[str, Seat]) -> Preparation:

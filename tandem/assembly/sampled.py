@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tandem.assembly.feeds import require_columns
+from tandem.assembly.feeds import require_columns, room_to_sample
 from tandem.assembly.inputs import digest_inputs
 from tandem.assembly.judging import judge_of, placed_reward_models, score_scales, start_rewards
 from tandem.assembly.models import require_engine
@@ -30,7 +30,7 @@ from tandem.runs.folder import SAMPLES, RunFolder
 from tandem.runs.identity import Inputs, Start
 from tandem.runs.lines import append_lines, keep_lots, whole_lots
 from tandem.runs.progress import Progress, say
-from tandem.types import Group, Limits, Prompt, Rollout, Ticket
+from tandem.types import Group, Prompt, Rollout, Ticket
 
 OF_A_SAMPLE = (
     *("completion", "row", "sample", "stop", "length", "error"),
@@ -68,19 +68,10 @@ class _Sampling:
         code = config.model.trust_remote_code
         self.tokenizer = load_tokenizer(config.model.model, trust_remote_code=code)
         set_template(self.tokenizer, config.data.chat_template)
+        limits = read_limits(config.model.model, trust_remote_code=code)
+        room = room_to_sample(config.data, config.engine, config.sampling, [limits])
         with tokenizing(rows) as on_progress:
-            self.prompts, self.counts = build_prompts(
-                rows,
-                self.tokenizer,
-                config.data.max_length,
-                config.data.long_rows,
-                limits=[
-                    read_limits(config.model.model, trust_remote_code=code).sampling,
-                    Limits(positions=config.engine.max_length, whose="the engine (engine.max_length)"),
-                ],
-                max_new_tokens=config.sampling.max_new_tokens,
-                on_progress=on_progress,
-            )
+            self.prompts, self.counts = build_prompts(rows, self.tokenizer, room, on_progress=on_progress)
         score_scales(config.rewards, trust_remote_code=code)
         self.functions = judging.rewards() if judging else []
         require_columns(self.functions, self.prompts, config.data.data)

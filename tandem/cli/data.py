@@ -57,14 +57,14 @@ def run(config: DataConfig) -> int:
     tokenizer = load_tokenizer(config.tokenizer.model, trust_remote_code=config.tokenizer.trust_remote_code)
     set_template(tokenizer, config.data.chat_template)
     limits = [read_limits(config.tokenizer.model, trust_remote_code=config.tokenizer.trust_remote_code)]
-    room = Room(config.data.max_length, limits)
+    room = Room(config.data.max_length, limits, long_rows=config.data.long_rows)
     build = build_prompts if kind == "prompts" else builders(config.data)[kind]
     with tokenizing(rows) as on_progress:
-        items, counts = build(rows, tokenizer, None, on_progress=on_progress)
+        items, counts = build(rows, tokenizer, on_progress=on_progress)
     whole = [said for item in items for said in says(item)]
     long = sum(any(len(said.token_ids) > (room.limit or 0) for said in says(item)) for item in items)
     if long and config.data.long_rows != "refuse":
-        items, counts = build(rows, tokenizer, config.data.max_length, config.data.long_rows, limits=limits)
+        items, counts = build(rows, tokenizer, room)
     _show_items(console, items[: config.shown.rows], tokenizer)
     kept = [said for item in items for said in says(item)]
     _show_lengths(console, f"{rows.source}: {counts}, as for {readers}", kept)

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from typing import Literal
 
 from tandem.errors import UserError
 from tandem.types import Limits
 
+TooLong = Literal["refuse", "truncate", "drop"]
+"""What happens to a row above the limit: an error, its left end is cut off, or it is left out."""
+
 
 class Room:
-    """Tokens that a row may have, and who says so: ``--max-length``, or a model whose positions end before."""
+    """Tokens that a row may have, who says so (``--max-length``, or a model whose positions end before), and what
+    becomes of a longer one."""
 
-    def __init__(self, max_length: int | None, limits: Seq[Limits] = (), new_tokens: int = 0) -> None:
+    def __init__(
+        self,
+        max_length: int | None = None,
+        limits: Seq[Limits] = (),
+        new_tokens: int = 0,
+        *,
+        long_rows: TooLong = "refuse",
+    ) -> None:
         """``new_tokens`` may come after the row. Raises UserError where they leave no room for one."""
-        self.new_tokens = new_tokens
+        self.new_tokens, self.long_rows = new_tokens, long_rows
         bounded = [one for one in limits if one.positions is not None]
         self.tightest = min(bounded, key=lambda one: one.positions or 0, default=None)
         self.known = min((one for one in limits if one.vocabulary), key=lambda one: one.vocabulary or 0, default=None)

@@ -21,13 +21,12 @@ from tandem.data.order import content_hash
 from tandem.data.room import Room
 from tandem.data.rows import Dataset, Row
 from tandem.errors import UserError
-from tandem.types import LabelledAnswer, Limits, PreferencePair, Prompt, Sequence, Solution
+from tandem.types import LabelledAnswer, PreferencePair, Prompt, Sequence, Solution
 
 TrainOn = Literal["completion", "last", "all"]
-TooLong = Literal["refuse", "truncate", "drop"]
-"""What happens to a row above the limit: an error, its left end is cut off, or it is left out."""
 OnProgress = Callable[[int, int], None]
 """Called with (rows done, rows in all) after each row."""
+ANY_LENGTH = Room()
 T = TypeVar("T")
 Text = Sequence | Prompt
 """What of an item goes through a model."""
@@ -249,19 +248,14 @@ def ended(token_ids: list[int], trainable: list[bool], tokenizer: Any) -> Sequen
 def build_prompts(
     rows: Dataset,
     tokenizer: Any,
-    max_prompt_tokens: int | None = None,
-    long_prompts: TooLong = "refuse",
+    room: Room = ANY_LENGTH,
     *,
-    limits: Seq[Limits] = (),
-    max_new_tokens: int = 0,
     on_progress: OnProgress | None = None,
 ) -> tuple[list[Prompt], Counts]:
     """Prompts with unique ids: a content hash, and ``#2``, ``#3``, … where the same prompt comes again.
 
-    A prompt is too long where it has more than ``max_prompt_tokens`` tokens, or where ``max_new_tokens`` after it go
-    beyond the positions of one of ``limits``, of the models that read it. Raises UserError with the row's file and
-    line: for a malformed row, a token id that a model does not have, and a prompt that is too long where
-    ``long_prompts`` is ``refuse``; also where no row is left.
+    Raises UserError with the row's file and line: for a malformed row, a token id that a model does not have, and a
+    prompt that is too long where the ``room`` refuses such; also where no row is left.
     """
 
     def cut(prompt: Prompt, limit: int) -> Prompt:
@@ -274,8 +268,7 @@ def build_prompts(
         lambda row: prompt_of(row, tokenizer),
         lambda prompt: [prompt],
         cut,
-        Room(max_prompt_tokens, limits, max_new_tokens),
-        long_prompts,
+        room,
         on_progress,
     )
     # Reward functions get the columns of the dataset, whichever rows meet in a step; None where a row has not got one.
@@ -292,14 +285,12 @@ def build_prompts(
 def build_sequences(
     rows: Dataset,
     tokenizer: Any,
-    max_length: int | None = None,
-    long_rows: TooLong = "refuse",
+    room: Room = ANY_LENGTH,
     *,
     train_on: TrainOn = "completion",
-    limits: Seq[Limits] = (),
     on_progress: OnProgress | None = None,
 ) -> tuple[list[Sequence], Counts]:
-    """SFT sequences of at most ``max_length`` tokens, within ``limits``. Raises UserError as ``build_prompts`` does."""
+    """SFT sequences. Raises UserError as ``build_prompts`` does."""
 
     def cut(sequence: Sequence, limit: int) -> Sequence:
         return _cut_sequence(sequence, len(sequence.token_ids) - limit, tokenizer)
@@ -309,8 +300,7 @@ def build_sequences(
         lambda row: sft_sequence(row, tokenizer, train_on=train_on),
         lambda sequence: [sequence],
         cut,
-        Room(max_length, limits),
-        long_rows,
+        room,
         on_progress,
     )
 
@@ -318,13 +308,11 @@ def build_sequences(
 def build_pairs(
     rows: Dataset,
     tokenizer: Any,
-    max_length: int | None = None,
-    long_rows: TooLong = "refuse",
+    room: Room = ANY_LENGTH,
     *,
-    limits: Seq[Limits] = (),
     on_progress: OnProgress | None = None,
 ) -> tuple[list[PreferencePair], Counts]:
-    """Preference pairs whose longer sequence has at most ``max_length`` tokens, within ``limits``. Raises as above.
+    """Preference pairs. Raises as above.
 
     Truncation cuts both prompts alike, so that the two answers are still to the same question; a pair whose answers
     leave no room for any of the prompt is dropped.
@@ -338,20 +326,17 @@ def build_pairs(
         chosen, rejected = (_cut_prompt(s, excess, tokenizer) for s in (pair.chosen, pair.rejected))
         return None if chosen is None or rejected is None else replace(pair, chosen=chosen, rejected=rejected)
 
-    room = Room(max_length, limits)
-    return _build(rows, lambda row: preference_pair(row, tokenizer), texts, cut, room, long_rows, on_progress)
+    return _build(rows, lambda row: preference_pair(row, tokenizer), texts, cut, room, on_progress)
 
 
 def build_unpaired(
     rows: Dataset,
     tokenizer: Any,
-    max_length: int | None = None,
-    long_rows: TooLong = "refuse",
+    room: Room = ANY_LENGTH,
     *,
-    limits: Seq[Limits] = (),
     on_progress: OnProgress | None = None,
 ) -> tuple[list[LabelledAnswer], Counts]:
-    """Labelled answers of at most ``max_length`` tokens, within ``limits``: of a preference two. Raises as above.
+    """Labelled answers: of a preference two. Raises as above.
 
     Truncation cuts prompts; a row with an answer that leaves no room for any of its prompt is dropped.
     """
@@ -370,8 +355,7 @@ def build_unpaired(
         lambda row: labelled_answers(row, tokenizer),
         lambda answers: [labelled.answer for labelled in answers],
         cut,
-        Room(max_length, limits),
-        long_rows,
+        room,
         on_progress,
         count=len,
     )
@@ -381,15 +365,13 @@ def build_unpaired(
 def build_solutions(
     rows: Dataset,
     tokenizer: Any,
-    max_length: int | None = None,
-    long_rows: TooLong = "refuse",
+    room: Room = ANY_LENGTH,
     *,
     separator: str = "\n",
     placeholder: str | None = None,
-    limits: Seq[Limits] = (),
     on_progress: OnProgress | None = None,
 ) -> tuple[list[Solution], Counts]:
-    """Solutions of at most ``max_length`` tokens, within ``limits``. Raises as above.
+    """Solutions. Raises as above.
 
     Truncation cuts prompts; a row whose steps leave no room for any of its prompt is dropped.
     """
@@ -406,8 +388,7 @@ def build_solutions(
         lambda row: solution(row, tokenizer, separator=separator, placeholder=placeholder),
         lambda made: [made.text],
         cut,
-        Room(max_length, limits),
-        long_rows,
+        room,
         on_progress,
     )
 
@@ -418,7 +399,6 @@ def _build(
     texts: Callable[[T], Seq[Text]],
     cut: Callable[[T, int], T | None],
     room: Room,
-    too_long: TooLong,
     on_progress: OnProgress | None,
     count: Callable[[T], int] = lambda item: 1,
 ) -> tuple[list[T], Counts]:
@@ -434,9 +414,9 @@ def _build(
             length = max(len(text.token_ids) for text in texts(made))
             item: T | None = made
             if room.limit is not None and length > room.limit:
-                if too_long == "refuse":
+                if room.long_rows == "refuse":
                     raise UserError(room.explain(length))
-                item = cut(made, room.limit) if too_long == "truncate" else None
+                item = cut(made, room.limit) if room.long_rows == "truncate" else None
                 truncated += item is not None
                 dropped += item is None
         if item is not None and not all(map(_trains, texts(item))):

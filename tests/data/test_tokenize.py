@@ -9,6 +9,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from tandem.data import tokenize
+from tandem.data.room import Room
 from tandem.data.rows import Dataset
 from tandem.data.tokenize import (
     Counts,
@@ -324,28 +325,28 @@ def test_long_prompts() -> None:
     tokenizer = characters(bos=True)
     data = rows("abc", "abcdefgh", "ab")
     with pytest.raises(UserError) as caught:
-        build_prompts(data, tokenizer, 4)
+        build_prompts(data, tokenizer, Room(4))
     assert str(caught.value).startswith("data.jsonl:4: 9 tokens, more than the limit of 4; ")
-    prompts, counts = build_prompts(data, tokenizer, 4, "truncate")
+    prompts, counts = build_prompts(data, tokenizer, Room(4, long_rows="truncate"))
     assert [tokenizer.decode(p.token_ids) for p in prompts] == ["<bos>abc", "<bos>fgh", "<bos>ab"]
     assert prompts[1].prompt == "abcdefgh"
     assert counts == Counts(rows=3, kept=3, items_of=(3,), truncated=1)
-    prompts, counts = build_prompts(data, tokenizer, 4, "drop")
+    prompts, counts = build_prompts(data, tokenizer, Room(4, long_rows="drop"))
     assert [p.prompt for p in prompts] == ["abc", "ab"]
     assert counts == Counts(rows=3, kept=2, items_of=(2,), dropped=1)
     with pytest.raises(UserError, match=r"data\.jsonl: all 3 rows are longer than the limit of 1 tokens"):
-        build_prompts(data, tokenizer, 1, "drop")
+        build_prompts(data, tokenizer, Room(1, long_rows="drop"))
 
 
 def test_long_sequences_keep_their_right_end() -> None:
     tokenizer = characters()
     data = rows({"prompt": "abcdef", "completion": "gh"}, {"prompt": "a", "completion": "b"})
     with pytest.raises(UserError, match=r"^data\.jsonl:2: 9 tokens, more than the limit of 5"):
-        build_sequences(data, tokenizer, 5)
-    sequences, counts = build_sequences(data, tokenizer, 5, "truncate")
+        build_sequences(data, tokenizer, Room(5))
+    sequences, counts = build_sequences(data, tokenizer, Room(5, long_rows="truncate"))
     assert [pieces(tokenizer, s) for s in sequences] == ["ef[gh<eos>]", "a[b<eos>]"]
     assert counts.truncated == 1
-    assert len(build_sequences(data, tokenizer, 5, "drop")[0]) == 1
+    assert len(build_sequences(data, tokenizer, Room(5, long_rows="drop"))[0]) == 1
     sequences, _ = build_sequences(data, tokenizer, train_on="all")
     assert all(all(s.trainable) for s in sequences)
 
@@ -355,13 +356,15 @@ def test_long_pairs_are_cut_alike_and_never_into_their_answers() -> None:
     row = {"prompt": "abcdef", "chosen": "gh", "rejected": "ghijk"}
     data = rows(row, {"prompt": "a", "chosen": "b", "rejected": "c"})
     with pytest.raises(UserError, match=r"^data\.jsonl:2: 13 tokens"):
-        build_pairs(data, tokenizer, 10)
-    pairs, counts = build_pairs(data, tokenizer, 10, "truncate")
+        build_pairs(data, tokenizer, Room(10))
+    pairs, counts = build_pairs(data, tokenizer, Room(10, long_rows="truncate"))
     assert pieces(tokenizer, pairs[0].chosen) == "<bos>def[gh<eos>]"
     assert pieces(tokenizer, pairs[0].rejected) == "<bos>def[ghijk<eos>]"
     assert counts == Counts(rows=2, kept=2, items_of=(2,), truncated=1)
-    assert pieces(tokenizer, build_pairs(data, tokenizer, 8, "truncate")[0][0].chosen) == "<bos>f[gh<eos>]"
-    assert build_pairs(data, tokenizer, 7, "truncate")[1] == Counts(rows=2, kept=1, items_of=(1,), dropped=1)
+    pairs, _ = build_pairs(data, tokenizer, Room(8, long_rows="truncate"))
+    assert pieces(tokenizer, pairs[0].chosen) == "<bos>f[gh<eos>]"
+    _, counts = build_pairs(data, tokenizer, Room(7, long_rows="truncate"))
+    assert counts == Counts(rows=2, kept=1, items_of=(1,), dropped=1)
 
 
 def test_a_wrong_row_is_named_by_file_and_line() -> None:
@@ -389,7 +392,7 @@ def test_rows_of_which_nothing_is_trained_are_counted() -> None:
     with pytest.raises(UserError, match=r"^data\.jsonl: no row is left to train on; of all: 0 rows \(2 left out"):
         build_sequences(rows("", "", column="text"), tokenizer)
     with pytest.raises(UserError, match=r"left to train on; of all: 0 rows \(1 truncated, 1 left out with nothing"):
-        build_sequences(rows("ab", column="text"), tokenizer, 1, "truncate")
+        build_sequences(rows("ab", column="text"), tokenizer, Room(1, long_rows="truncate"))
     pair = {"prompt": "", "chosen": "", "rejected": "b"}
     pairs, counts = build_pairs(rows(pair, {"prompt": "p", "chosen": "", "rejected": "b"}), tokenizer)
     assert (len(pairs), counts.untrained) == (1, 1)
@@ -399,6 +402,6 @@ def test_a_weighted_source_that_has_no_row_left_is_named() -> None:
     long = Dataset([{"text": "abcdef"}], source="long")
     mixed = Dataset.joined([Dataset([{"text": "a"}], source="short"), long], [Fraction(1), Fraction(2)], source="both")
     with pytest.raises(UserError, match=r"^long: no row is left to train on; of all: 1 rows \(1 dropped\)"):
-        build_sequences(mixed, characters(), 3, "drop")
+        build_sequences(mixed, characters(), Room(3, long_rows="drop"))
     plain = Dataset.joined([Dataset([{"text": "a"}], source="short"), long], [None, None], source="both")
-    assert build_sequences(plain, characters(), 3, "drop")[1].items_of == (1, 0)
+    assert build_sequences(plain, characters(), Room(3, long_rows="drop"))[1].items_of == (1, 0)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from tandem.batch import Outputs
 from tandem.cli.main import main
 from tandem.data.packing import pack_pairs, stamp_unit_weights
+from tandem.data.room import Room
 from tandem.data.rows import load_rows
 from tandem.data.tokenize import build_pairs
 from tandem.errors import UserError
@@ -199,7 +200,7 @@ def pairs_of(path, tokenizer):
         for n, a in ((40, 3), (12, 9), (90, 5), (25, 2))
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    pairs, counts = build_pairs(load_rows(str(path)), tokenizer, 60, "truncate")
+    pairs, counts = build_pairs(load_rows(str(path)), tokenizer, Room(60, long_rows="truncate"))
     assert counts.truncated == 1
     return pairs
 

@@ -13,6 +13,7 @@ from preference_golden import GOLDEN, KTO_CASES, LABELS, LENGTHS, mismatched_of,
 from tandem.batch import Outputs
 from tandem.cli.main import main
 from tandem.data.packing import pack, pack_examples, stamp
+from tandem.data.room import Room
 from tandem.data.rows import Dataset
 from tandem.data.tokenize import Counts, build_unpaired
 from tandem.errors import UserError
@@ -134,10 +135,10 @@ def test_rows_and_pairs_become_labelled_answers(tokenizer):
     assert items[0].answer == items[1].answer
     assert tokenizer.decode(items[2].answer.token_ids) == "abdd<eos>"
     assert items[2].answer.trainable == [False, False, True, True, True]
-    short, counts = build_unpaired(Dataset([rows[1]]), tokenizer, 4, "truncate")
+    short, counts = build_unpaired(Dataset([rows[1]]), tokenizer, Room(4, long_rows="truncate"))
     assert [tokenizer.decode(item.answer.token_ids) for item in short] == ["abc<eos>", "bdd<eos>"]
     with pytest.raises(UserError, match="all 1 rows are longer than the limit of 3"):
-        build_unpaired(Dataset([rows[1]]), tokenizer, 3, "truncate")
+        build_unpaired(Dataset([rows[1]]), tokenizer, Room(3, long_rows="truncate"))
 
 
 @pytest.mark.parametrize("label", ["yes", 2, -1, 0.5, None])

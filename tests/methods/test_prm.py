@@ -10,6 +10,7 @@ from transformers import LlamaForSequenceClassification
 
 from tandem.batch import Outputs
 from tandem.data.packing import pack_solutions, stamp
+from tandem.data.room import Room
 from tandem.data.rows import Dataset
 from tandem.data.tokenize import build_solutions, solution
 from tandem.errors import UserError
@@ -150,12 +151,12 @@ def test_what_follows_the_last_placeholder_is_refused():
 
 def test_long_rows_lose_their_prompt_and_never_a_step():
     row = {"prompt": "abcdef", "completions": ["cd", "e"], "labels": [True, False]}
-    (kept,), counts = build_solutions(Dataset([row]), TOKENIZER, 8, "truncate")
+    (kept,), counts = build_solutions(Dataset([row]), TOKENIZER, Room(8, long_rows="truncate"))
     assert "".join(TOKENIZER.convert_ids_to_tokens(kept.text.token_ids)) == "defcd\ne\n"
     assert kept.prompt_length == 3
     assert counts.truncated == 1
     with pytest.raises(UserError, match="longer than the limit of 5"):
-        build_solutions(Dataset([row]), TOKENIZER, 5, "truncate")
+        build_solutions(Dataset([row]), TOKENIZER, Room(5, long_rows="truncate"))
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
