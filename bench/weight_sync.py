@@ -27,8 +27,8 @@ import torch
 from common import machine
 from models import SIZES, random_model, write_folder
 
-from tandem.assembly.needed import SamplingPlacement
 from tandem.assembly.placing import Homes
+from tandem.assembly.role_sections import SamplingPlacement
 from tandem.assembly.sections import ClusterSection, EngineSection, ModelSection, SamplingSection
 from tandem.methods.grpo import GRPO
 from tandem.models.loading import load_tokenizer, prepare_module

@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import yaml
 
 from tandem.errors import UserError
-from tandem.given import Given, Key, flag_of, read_flags, read_yaml
+from tandem.flags import Given, Key, flag_of, read_flags, read_yaml
 from tandem.version import __version__
 
 log = logging.getLogger("tandem")

@@ -12,7 +12,7 @@ import tyro
 import yaml
 
 from tandem.assembly.configs import config_class
-from tandem.assembly.evaluation import SampledEvaluationSection
+from tandem.assembly.evaluation_sections import SampledEvaluationSection
 from tandem.assembly.sections import (
     DataSection,
     EngineSection,

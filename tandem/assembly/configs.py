@@ -10,8 +10,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from tandem.assembly.evaluation import EvaluationSection, SampledEvaluationSection
-from tandem.assembly.needed import (
+from tandem.assembly.evaluation_sections import EvaluationSection, SampledEvaluationSection
+from tandem.assembly.role_sections import (
     ModelsSection,
     Placement,
     ReferenceModelsSection,
@@ -40,7 +40,7 @@ from tandem.assembly.sections import (
 )
 from tandem.config import PREFIXED, load_config, section_class, settings
 from tandem.errors import UserError
-from tandem.given import suggest
+from tandem.flags import suggest
 from tandem.methods.base import Method, Rows
 from tandem.methods.table import METHODS, method_class
 from tandem.models.adapter_folder import adapter_folder, base_of, have_one_base

@@ -16,8 +16,8 @@ from tandem.assembly.plans import models_used, print_plan
 from tandem.assembly.sampled import sample_rows
 from tandem.assembly.sections import EngineSection
 from tandem.assembly.sessions import start_of
-from tandem.assembly.texts import TextFeed
-from tandem.assembly.uses import EvalConfig, EvalRowsConfig
+from tandem.assembly.text_feed import TextFeed
+from tandem.assembly.use_configs import EvalConfig, EvalRowsConfig
 from tandem.errors import UserError
 from tandem.roles import Metrics, Seat
 from tandem.rollout.evaluate import HeldOut, HeldOutRows

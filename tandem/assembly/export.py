@@ -12,7 +12,7 @@ import yaml
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from tandem.assembly.uses import ExportConfig
+from tandem.assembly.use_configs import ExportConfig
 from tandem.checkpoint.store import Checkpoint, CheckpointStore, open_checkpoint
 from tandem.errors import RunFailure, UserError, first_line
 from tandem.models.adapter_folder import adapter_folder

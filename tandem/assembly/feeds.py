@@ -9,15 +9,15 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from tandem.assembly.asked_once import AskedOnce
 from tandem.assembly.configs import RowsConfig, RunConfig, SamplesConfig
-from tandem.assembly.evaluation import EvaluationSection
-from tandem.assembly.inputs import digest_inputs
+from tandem.assembly.digests import digest_inputs
+from tandem.assembly.evaluation_sections import EvaluationSection
 from tandem.assembly.judging import judge_of, reward_models, score_scales, start_rewards
 from tandem.assembly.models import heads, require_engine
-from tandem.assembly.needed import is_reward_model
-from tandem.assembly.once import AskedOnce
 from tandem.assembly.placing import Homes
 from tandem.assembly.reading import by_key, describe_data, load_data, load_held_out, ordered, tokenizing
+from tandem.assembly.role_sections import is_reward_model
 from tandem.assembly.sections import DataSection, DatasetSection, DrawsSection, EngineSection
 from tandem.data.chat import set_template
 from tandem.data.order import InTurn, Order

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from tandem.assembly.configs import RunConfig, SamplesConfig, warmup_of
-from tandem.assembly.needed import is_reward_model
+from tandem.assembly.role_sections import is_reward_model
 from tandem.assembly.sections import DrawsSection, EngineSection, ModelSection, OptimSection, as_adapters
 from tandem.config import settings
 from tandem.data.chat import set_template

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tandem.assembly.models import Replicas, live_engine, replica_engine, vllm_engine, weight_source
-from tandem.assembly.needed import RolePlacement
+from tandem.assembly.role_sections import RolePlacement
 from tandem.assembly.sections import (
     ClusterSection,
     DrawsSection,

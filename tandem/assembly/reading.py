@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 
 from tandem.assembly.configs import read_kind
-from tandem.assembly.evaluation import EvaluationSection
+from tandem.assembly.evaluation_sections import EvaluationSection
 from tandem.assembly.sections import DatasetSection
 from tandem.data import formats
 from tandem.data.columns import shape

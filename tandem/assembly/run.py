@@ -22,11 +22,11 @@ from tandem.assembly.models import (
 from tandem.assembly.placing import Homes
 from tandem.assembly.plans import models_used, print_plan
 from tandem.assembly.refresh import refresh_of
-from tandem.assembly.replayed import ReplayFeed
-from tandem.assembly.replays import ReplayConfig
+from tandem.assembly.replay_config import ReplayConfig
+from tandem.assembly.replay_feed import ReplayFeed
 from tandem.assembly.sections import EngineSection, ScheduleSection
 from tandem.assembly.sessions import check_out, session
-from tandem.assembly.texts import TextFeed
+from tandem.assembly.text_feed import TextFeed
 from tandem.collector import settled
 from tandem.errors import UserError
 from tandem.roles import Seat

@@ -10,15 +10,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from tandem.assembly.digests import digest_inputs
 from tandem.assembly.feeds import require_columns, room_to_sample
-from tandem.assembly.inputs import digest_inputs
 from tandem.assembly.judging import judge_of, placed_reward_models, score_scales, start_rewards
 from tandem.assembly.models import require_engine
 from tandem.assembly.placing import Homes
 from tandem.assembly.plans import models_used, print_plan
 from tandem.assembly.reading import load_data, tokenizing
 from tandem.assembly.sessions import start_of
-from tandem.assembly.uses import UseConfig
+from tandem.assembly.use_configs import UseConfig
 from tandem.data.chat import set_template
 from tandem.data.tokenize import build_prompts
 from tandem.models.limits import read_limits

@@ -10,8 +10,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, get_args
 
+from tandem.assembly.digests import digest_inputs
 from tandem.assembly.feeds import require_columns
-from tandem.assembly.inputs import digest_inputs
 from tandem.assembly.judging import judge_of, placed_reward_models, score_scales, start_rewards
 from tandem.assembly.placing import Homes
 from tandem.assembly.plans import print_plan
@@ -19,7 +19,7 @@ from tandem.assembly.reading import of_kind
 from tandem.assembly.sampled import OF_A_SAMPLE
 from tandem.assembly.sections import EngineSection
 from tandem.assembly.sessions import start_of
-from tandem.assembly.uses import ScoreConfig
+from tandem.assembly.use_configs import ScoreConfig
 from tandem.data import formats
 from tandem.data.columns import shape
 from tandem.data.order import content_hash

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from tandem.assembly.configs import data_parts, read_kind, worker_parts
-from tandem.assembly.needed import SamplingPlacement
+from tandem.assembly.role_sections import SamplingPlacement
 from tandem.assembly.sections import ClusterSection, DataSection, EngineSection, ModelSection, SamplingSection
 from tandem.config import PATH, PREFIXED
 from tandem.data.formats import COLUMNS
 from tandem.errors import UserError, expect, needs
-from tandem.given import suggest
+from tandem.flags import suggest
 from tandem.methods.table import METHODS
 from tandem.rewards.kinds import is_function
 

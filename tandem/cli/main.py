@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 from tandem.assembly.configs import config_class
 from tandem.config import load_config
 from tandem.errors import RunFailure, UserError
-from tandem.given import suggest
+from tandem.flags import suggest
 from tandem.methods.table import ROWS, SAMPLES
 from tandem.runs.folder import note_failure
 from tandem.signals import Stop, Terminated, stoppable
@@ -83,7 +83,7 @@ METHOD = "METHOD"
 """The config of a command that is a method's follows from the method."""
 START, OFFLINE, ONLINE, USE = "Start here", "Train on a dataset", "Train on samples", "Use a model"
 LOOK = "Look at a run"
-USES, REPLAYS = "tandem.assembly.uses", "tandem.assembly.replays"
+USES, REPLAYS = "tandem.assembly.use_configs", "tandem.assembly.replay_config"
 COMMANDS = {
     "quickstart": Command(
         START, "tandem.cli.quickstart", "SFT, a reward model and PPO in miniature, on a CPU", "QuickstartConfig"

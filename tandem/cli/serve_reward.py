@@ -74,7 +74,7 @@ def load(config: ServeRewardConfig, stack: ExitStack) -> tuple[Reward, str]:
 def load_model(source: str, section: ServedModel) -> tuple[Reward, str]:
     """A reward model, and a digest of its files."""
     # Imported where it is wanted: a server of a function needs no torch.
-    from tandem.assembly.inputs import digest_model
+    from tandem.assembly.digests import digest_model
     from tandem.models.description import read_score_scale
     from tandem.models.limits import limits_of
     from tandem.models.loading import load_scalar, pick_device

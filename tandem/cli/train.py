@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from tandem.assembly.configs import RunConfig, SamplesConfig
-from tandem.assembly.inputs import weights_digest
-from tandem.assembly.replays import ReplayConfig
+from tandem.assembly.digests import weights_digest
+from tandem.assembly.replay_config import ReplayConfig
 from tandem.assembly.run import run as train
 from tandem.cli.advise import tell
 from tandem.errors import UserError

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tandem.assembly.best_and_pairs import write_best, write_pairs
 from tandem.assembly.evaluated import evaluate_rows, evaluate_samples
 from tandem.assembly.export import export as write_model
-from tandem.assembly.kept import write_best, write_pairs
 from tandem.assembly.sampled import sample_rows
 from tandem.assembly.scored import score_rows, summary
-from tandem.assembly.uses import EvalConfig, EvalRowsConfig, ExportConfig, GenerateConfig, SampleConfig, ScoreConfig
+from tandem.assembly.use_configs import (
+    EvalConfig,
+    EvalRowsConfig,
+    ExportConfig,
+    GenerateConfig,
+    SampleConfig,
+    ScoreConfig,
+)
 from tandem.cli.train import following
 from tandem.errors import UserError
 from tandem.runs.folder import BEST, MEASURED, PAIRS

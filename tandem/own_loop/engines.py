@@ -17,7 +17,7 @@ from tandem.models.limits import layers_of, limits_of
 from tandem.models.loading import load_causal
 from tandem.models.routers import all_weights
 from tandem.models.shrunk import furthest_limit
-from tandem.own_loop.given import GivenModel, Shapes
+from tandem.own_loop.their_model import GivenModel, Shapes
 from tandem.parallel.world import World
 from tandem.sync.check import BEYOND, compare
 from tandem.sync.push import PushParams, WeightPush

@@ -18,8 +18,8 @@ from tandem.errors import UserError
 from tandem.models.folder import located
 from tandem.models.loading import load_tokenizer
 from tandem.own_loop.engines import EngineParams, InChild, InProcess, LoopEngine
-from tandem.own_loop.given import GivenModel, given, require_same
 from tandem.own_loop.peers import Peers, own_device
+from tandem.own_loop.their_model import GivenModel, given, require_same
 from tandem.parallel.shares import divide
 from tandem.seeds import derive_seed
 from tandem.sync.bounds import ROUNDING, logp_bound

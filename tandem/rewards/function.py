@@ -58,7 +58,7 @@ class FunctionReward:
     """Calls ``function``, here or where it lives, and names the sample where that fails.
 
     ``name`` is the function's, unless given. ``source`` is what it was loaded by, ``files`` what it is made of
-    (``tandem.rewards.sources``), ``version`` what a server says of itself.
+    (``tandem.rewards.loading.source_files``), ``version`` what a server says of itself.
     """
 
     def __init__(

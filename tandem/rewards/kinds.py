@@ -10,8 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from tandem.errors import UserError
-from tandem.rewards.loading import import_function, imported_module
-from tandem.rewards.sources import source_files
+from tandem.rewards.loading import import_function, imported_module, source_files
 
 FORMS = "FILE.py:function, http://HOST:PORT, judge:FILE.yaml, math, reasoning-gym or format:REGEX"
 """What a source may look like, for messages."""

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tandem.assembly.evaluation import EvaluationSection
+from tandem.assembly.evaluation_sections import EvaluationSection
 from tandem.assembly.reading import load_data, load_held_out
 from tandem.assembly.sections import DataSection, DatasetSection
 from tandem.errors import UserError

@@ -8,8 +8,8 @@ from helpers.runs import write_inputs
 
 import tandem
 from tandem.assembly.configs import config_class
-from tandem.assembly.needed import Placement
 from tandem.assembly.placing import Homes
+from tandem.assembly.role_sections import Placement
 from tandem.assembly.sections import ClusterSection, EngineSection, ModelSection
 from tandem.config import dump_config, load_config
 from tandem.errors import UserError

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from helpers.runs import arguments, run, unevaluated, write_inputs
 
-from tandem.assembly.replays import replay_config
+from tandem.assembly.replay_config import replay_config
 from tandem.cli.main import main
 from tandem.config import key_names
 from tandem.engines.live.engine import LiveEngine

@@ -12,7 +12,7 @@ from helpers.commands import config_class
 
 from tandem.cli.main import COMMANDS
 from tandem.config import _keys_of
-from tandem.given import flag_of
+from tandem.flags import flag_of
 
 ROOT = Path(__file__).parents[2]
 THEIRS = json.loads(Path(__file__).with_name("their_flags.json").read_text())

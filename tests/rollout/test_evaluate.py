@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers.runs import arguments, unevaluated, write_inputs
 
-from tandem.assembly.evaluation import named_sets
+from tandem.assembly.evaluation_sections import named_sets
 from tandem.errors import RunFailure, UserError
 from tandem.rollout.evaluate import HeldOutSamples
 from tandem.rollout.judging import Judge

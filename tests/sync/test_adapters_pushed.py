@@ -7,8 +7,8 @@ import torch
 from helpers.models import make_module, make_tokenizer
 
 from tandem.assembly.models import Replicas
-from tandem.assembly.needed import SamplingPlacement
 from tandem.assembly.placing import Homes
+from tandem.assembly.role_sections import SamplingPlacement
 from tandem.assembly.sections import ClusterSection, EngineSection, ModelSection, SamplingSection
 from tandem.batch import TokenLoss
 from tandem.data.packing import pack, stamp

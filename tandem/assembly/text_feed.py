@@ -8,8 +8,8 @@ from itertools import islice
 from pathlib import Path
 
 from tandem.assembly.configs import RowsConfig
+from tandem.assembly.digests import digest_corpus, digest_inputs
 from tandem.assembly.feeds import Fed, Feed, limits_of_models, load_tokenizers, when_due
-from tandem.assembly.inputs import digest_corpus, digest_inputs
 from tandem.assembly.placing import Homes
 from tandem.data.corpus import Corpus
 from tandem.data.order import InTurn, content_hash

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tandem.assembly.configs import RowsConfig
-from tandem.assembly.inputs import weights_digest
+from tandem.assembly.digests import weights_digest
 from tandem.batch import Batch
 from tandem.data.order import Order
 from tandem.data.packing import pack, pack_examples

@@ -7,7 +7,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal, get_type_hints
 
 from tandem.assembly.configs import RowsConfig, config_class, data_parts, worker_parts
-from tandem.assembly.needed import JudgedPlacement, JudgePlacement, ModelsSection, Placement, UsePlacement
+from tandem.assembly.role_sections import JudgedPlacement, JudgePlacement, ModelsSection, Placement, UsePlacement
 from tandem.assembly.sections import (
     ClusterSection,
     ColumnsSection,
@@ -24,7 +24,7 @@ from tandem.assembly.sections import (
 )
 from tandem.config import MAY_CHANGE, PATH, PREFIXED, section_class
 from tandem.errors import UserError, expect, needs
-from tandem.given import suggest
+from tandem.flags import suggest
 from tandem.methods.base import Method
 from tandem.methods.table import ROWS, method_class
 

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from tandem.assembly.configs import SamplesConfig, class_over
-from tandem.assembly.evaluation import SampledEvaluationSection
-from tandem.assembly.needed import is_reward_model
+from tandem.assembly.evaluation_sections import SampledEvaluationSection
+from tandem.assembly.role_sections import is_reward_model
 from tandem.assembly.sections import EngineSection
 from tandem.config import MAY_CHANGE, PATH, explained_without, given_values, key_names, load_config, settings, with_keys
 from tandem.errors import UserError, expect
-from tandem.given import flag_of
+from tandem.flags import flag_of
 from tandem.methods.table import SAMPLES, method_class
 from tandem.runs.identity import CONFIG, IDENTITY, read_identity
 

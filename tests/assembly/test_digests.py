@@ -6,7 +6,7 @@ import os
 
 import huggingface_hub.constants
 
-from tandem.assembly.inputs import BLOCK, READ_WHOLE, digest_file, digest_model
+from tandem.assembly.digests import BLOCK, READ_WHOLE, digest_file, digest_model
 
 
 def test_a_large_file_is_sampled_at_both_ends_and_between(tmp_path):

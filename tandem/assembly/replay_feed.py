@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from tandem.assembly.digests import digest_inputs
 from tandem.assembly.feeds import Fed, Feed, preparation
-from tandem.assembly.inputs import digest_inputs
 from tandem.assembly.models import heads, optim_params
 from tandem.assembly.placing import Homes
-from tandem.assembly.replays import ReplayConfig, stored_config
+from tandem.assembly.replay_config import ReplayConfig, stored_config
 from tandem.errors import UserError
 from tandem.models.limits import read_limits
 from tandem.roles import Seat
