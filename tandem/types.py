@@ -73,8 +73,24 @@ Versions = list[tuple[int, int]]
 came from them. Never empty: 0 tokens came from some version, too."""
 
 
+class Drawn:
+    """Tokens that were drawn from weights of some versions."""
+
+    versions: Versions
+
+    @property
+    def version_min(self) -> int:
+        """Optimizer steps that the oldest weights behind any of its tokens had seen."""
+        return min(version for version, _ in self.versions)
+
+    @property
+    def version_max(self) -> int:
+        """As ``version_min``, of the newest weights."""
+        return max(version for version, _ in self.versions)
+
+
 @dataclass(kw_only=True)
-class Completion:
+class Completion(Drawn):
     """What an engine returns for one sample: the sampled tokens (a stop token included) and their log-probs.
 
     ``behaviour_logp`` is under the distribution that each token was drawn from (temperature and truncation);
@@ -89,16 +105,6 @@ class Completion:
     versions: Versions = field(default_factory=lambda: [(0, 0)])
     error: str | None = None
 
-    @property
-    def version_min(self) -> int:
-        """Optimizer steps that the oldest weights behind any of its tokens had seen."""
-        return min(version for version, _ in self.versions)
-
-    @property
-    def version_max(self) -> int:
-        """As ``version_min``, of the newest weights."""
-        return max(version for version, _ in self.versions)
-
 
 Ended = tuple[int, int, Completion]
 """A sample that has ended: the place of its request among those submitted together, its own place there, the sample."""
@@ -108,7 +114,7 @@ the engine for anything; what it raises ends the requests that it watches."""
 
 
 @dataclass(kw_only=True)
-class Rollout:
+class Rollout(Drawn):
     """One sampled sequence, prompt and completion. All lists are as long as ``token_ids``.
 
     Worked example: a prompt of two tokens answered with ``7`` and the end-of-sequence token ``1``::
@@ -141,15 +147,23 @@ class Rollout:
     """Of each token, as the loss gets them; None where it was not trained on."""
     error: str | None = None
 
-    @property
-    def version_min(self) -> int:
-        """Optimizer steps that the oldest weights behind any of its tokens had seen."""
-        return min(version for version, _ in self.versions)
-
-    @property
-    def version_max(self) -> int:
-        """As ``version_min``, of the newest weights."""
-        return max(version for version, _ in self.versions)
+    @classmethod
+    def of_answer(
+        cls, prompt_id: str, number: int, stop: StopReason, text: str = "", ids: Seq[int] = (), **judged: Any
+    ) -> Rollout:
+        """An answer that is there already: of its prompt's tokens and of its log-probs there is nothing."""
+        return cls(
+            prompt_id=prompt_id,
+            sample_index=number,
+            token_ids=list(ids),
+            prompt_length=0,
+            trainable=[True] * len(ids),
+            behaviour_logp=[],
+            untruncated_logp=[],
+            stop=stop,
+            completion=text,
+            **judged,
+        )
 
     @property
     def completion_ids(self) -> list[int]:

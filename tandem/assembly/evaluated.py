@@ -47,15 +47,11 @@ def _groups(rows: Iterable[Mapping[str, Any]]) -> Iterable[Group]:
     """The rows of a ``samples.jsonl`` as groups, of which tokens are only counted."""
     for number, of_prompt in groupby(rows, key=lambda row: row["row"]):
         rollouts = [
-            Rollout(
-                prompt_id=str(number),
-                sample_index=row["sample"],
-                token_ids=[0] * row["length"],
-                prompt_length=0,
-                trainable=[True] * row["length"],
-                behaviour_logp=[],
-                untruncated_logp=[],
-                stop=row["stop"],
+            Rollout.of_answer(
+                str(number),
+                row["sample"],
+                row["stop"],
+                ids=[0] * row["length"],
                 reward=row["reward"],
                 reward_parts=row["reward_parts"],
             )

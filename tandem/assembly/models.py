@@ -231,16 +231,8 @@ def weight_source(site: Site, fold: bool = False) -> WeightSource:
 def live_engine(site: Site, sampling: DrawsSection, engine: EngineSection, stale_cache: StaleCache) -> Engine:
     """In the actor's only process: samples on the actor's own weights, and nothing is ever copied."""
     actor: LocalTrainer = site.roles["actor"]
-    return LiveEngine(
-        actor.model.module,
-        actor.model.tokenizer,
-        max_slots=sampling.max_slots,
-        max_length=engine.max_length,
-        way=engine.way,
-        kv_cache_dtype=engine.kv_cache_dtype,
-        stale_cache=stale_cache,
-        version=lambda: actor.version,
-    )
+    how = live_options(sampling, engine, stale_cache)
+    return LiveEngine(actor.model.module, actor.model.tokenizer, version=lambda: actor.version, **how)
 
 
 def replica_engine(
@@ -252,14 +244,14 @@ def replica_engine(
     adapters: AdapterParams | None = None,
 ) -> FedEngine:
     """A live engine with weights of its own, and ``adapters`` of its own."""
-    return ReplicaEngine(
-        load(site, section, section.model, adapters=adapters),
-        max_slots=sampling.max_slots,
-        max_length=engine.max_length,
-        way=engine.way,
-        kv_cache_dtype=engine.kv_cache_dtype,
-        stale_cache=stale_cache,
-    )
+    model = load(site, section, section.model, adapters=adapters)
+    return ReplicaEngine(model, **live_options(sampling, engine, stale_cache))
+
+
+def live_options(sampling: DrawsSection, engine: EngineSection, stale_cache: StaleCache) -> dict[str, Any]:
+    """How a live engine samples, on whichever weights."""
+    how = {"way": engine.way, "kv_cache_dtype": engine.kv_cache_dtype, "stale_cache": stale_cache}
+    return {"max_slots": sampling.max_slots, "max_length": engine.max_length, **how}
 
 
 class Replicas:
@@ -316,27 +308,20 @@ def vllm_engine(
     )
 
 
-def require_adapters(config: RunConfig) -> None:
-    """Raises UserError where adapters are trained or read and peft is not installed, before anything is loaded."""
+def require_trainable(config: RunConfig) -> None:
+    """Raises UserError, before anything is loaded, where a library that training asks for is not installed, or
+    experts of a policy are to be balanced that has none."""
+    if config.optim.optimizer == "adamw8bit":
+        require_bitsandbytes()
     if config.lora.on or any(adapter_folder(source) is not None for source in config.sources.values()):
         require_peft()
     if config.quantized not in (None, "fp8"):
         require_bitsandbytes_4bit()
-
-
-def require_balance(config: RunConfig) -> None:
-    """Raises UserError where experts of a policy are to be balanced that has none, before anything is loaded."""
     source = config.model.model
     asked = {require_experts: config.optim.aux_loss_coef, require_biases: config.optim.bias_update_speed}
     for require in (require for require, wanted in asked.items() if wanted):
         with readable_errors(source, "causal language model"):
             require(with_config(source), trust_remote_code=config.model.trust_remote_code)
-
-
-def require_optimizer(section: OptimSection) -> None:
-    """Raises UserError where the optimizer's library is not installed, before anything is loaded."""
-    if section.optimizer == "adamw8bit":
-        require_bitsandbytes()
 
 
 def require_engine(engine: EngineSection) -> None:

@@ -14,9 +14,7 @@ from tandem.assembly.models import (
     adapter_params,
     builds,
     introduce,
-    require_adapters,
-    require_balance,
-    require_optimizer,
+    require_trainable,
     scalar_roles,
 )
 from tandem.assembly.placing import Homes
@@ -67,9 +65,7 @@ def _run(config: RunConfig, stack: ExitStack, ranks: Ranks | None) -> Path | Non
     require_trackers(config.run.track)
     if (model := check_out(config, steps=config.length)) is not None:
         return model
-    require_optimizer(config.optim)
-    require_adapters(config)
-    require_balance(config)
+    require_trainable(config)
     roles = [*config.sources]
     if isinstance(config, SamplesConfig) and config.sampler is not None:
         check_sampling(config)

@@ -180,17 +180,7 @@ def _rollout(prompt_id: str, number: int, text: str, row: Mapping[str, Any], tok
     if stop is not None and stop not in STOPS:
         raise UserError(f"column 'stop' says how an answer ended, {', '.join(STOPS)}, not {stop!r:.60}")
     ids = known or (encode(text, tokenizer, special_tokens=False) if tokenizer is not None else [])
-    return Rollout(
-        prompt_id=prompt_id,
-        sample_index=number,
-        token_ids=list(ids),
-        prompt_length=0,
-        trainable=[True] * len(ids),
-        behaviour_logp=[],
-        untruncated_logp=[],
-        stop=stop or "eos",
-        completion=text,
-    )
+    return Rollout.of_answer(prompt_id, number, stop or "eos", text, ids)
 
 
 def _has_ids(items: list[_Item]) -> bool:

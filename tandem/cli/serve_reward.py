@@ -104,19 +104,7 @@ def batch_of(samples: Seq[Sample]) -> RewardBatch:
     return RewardBatch(
         prompts=[sample.prompt for sample in samples],
         completions=[sample.completion for sample in samples],
-        rollouts=[
-            Rollout(
-                prompt_id="",
-                sample_index=i,
-                token_ids=[],
-                prompt_length=0,
-                trainable=[],
-                behaviour_logp=[],
-                untruncated_logp=[],
-                stop=sample.stop_reason,
-            )
-            for i, sample in enumerate(samples)
-        ],
+        rollouts=[Rollout.of_answer("", i, sample.stop_reason) for i, sample in enumerate(samples)],
         columns={name: [sample.columns.get(name) for sample in samples] for name in names},
     )
 
