@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rich.console import Console
+
 from tandem.cli.configs import AdviseConfig
 from tandem.errors import UserError
 from tandem.methods.table import SAMPLES, method_class
@@ -23,6 +25,7 @@ def run(config: AdviseConfig) -> int:
 
 
 def tell(out: Path, *, pairwise: bool) -> None:
-    """Prints what follows from a run's seconds."""
+    """Prints what follows from a run's seconds, on a terminal in lines that end between words."""
+    console = Console()
     for line in advise_run(out, pairwise=pairwise):
-        print(f"advice: {line}")
+        console.print(f"advice: {line}", markup=False, highlight=False, soft_wrap=not console.is_terminal)
