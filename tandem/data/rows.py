@@ -177,8 +177,9 @@ def require_column(row: Row, column: str) -> None:
 
 def there(row: Row, wanted: Iterable[str]) -> str:
     """``present: 'promt'``, and which of the columns that are ``wanted`` one of these may be meant as."""
-    near = ((name, difflib.get_close_matches(name, [*row], n=1, cutoff=0.75)) for name in wanted)
-    hint = next((f"; did you mean {name!r} by {found[0]!r}?" for name, found in near if found), "")
+    found = [name for name, value in row.items() if value is not None]
+    near = ((name, difflib.get_close_matches(name, found, n=1, cutoff=0.75)) for name in wanted)
+    hint = next((f"; did you mean {name!r} by {alike[0]!r}?" for name, alike in near if alike), "")
     return f"present: {present(row)}{hint}"
 
 

@@ -88,6 +88,7 @@ def test_a_padding_token_that_the_embedding_has_no_row_for(tmp_path):
     """Tokenizers may have more tokens than their model: transformers' embedding would not be made with such a one."""
     make_module("qwen2").save_pretrained(tmp_path)
     tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<1>", "<2>", "<3>"])
     tokenizer.add_special_tokens({"pad_token": "<more>"})
     tokenizer.save_pretrained(tmp_path)
     model = load_scalar(tmp_path, new_head="random", device="cpu")
