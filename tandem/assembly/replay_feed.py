@@ -20,7 +20,7 @@ from tandem.runs.identity import Inputs, read_identity
 from tandem.runs.lines import read_lines, read_metrics
 from tandem.runs.progress import Progress, say
 from tandem.runs.record import Record
-from tandem.training.optim import OptimParams, learning_rate_at
+from tandem.training.optim import learning_rate_at
 
 
 class ReplayFeed(Feed):
@@ -73,7 +73,7 @@ class ReplayFeed(Feed):
         Raises UserError where the two cannot be had by one.
         """
         lengths = self.record.lengths
-        params = {length: self._optim(length) for length in dict.fromkeys(lengths)}
+        params = {length: optim_params(self.config.optim, length) for length in dict.fromkeys(lengths)}
         for length in params:
             if all(
                 learning_rate_at(step, params[length]) == learning_rate_at(step, params[then])
@@ -85,9 +85,6 @@ class ReplayFeed(Feed):
             f"steps: the run was to have {shown} steps, which changed in its warmup or under a falling learning rate: "
             "no one length repeats that; give --warmup-steps a number of steps and --lr-schedule constant"
         )
-
-    def _optim(self, length: int) -> OptimParams:
-        return optim_params(self.config.optim, length)
 
 
 def require_same_models(run: Path, config: ReplayConfig, then: Inputs, now: Inputs) -> None:

@@ -74,7 +74,9 @@ def score_rows(config: ScoreConfig) -> Path | None:
         items = list(_items(rows, answers, tokenizer))
         functions = judging.rewards() if judging else []
         require_columns(functions, [item.group.prompt for item in items], config.data.data)
-        if any(function.names("completion_ids") for function in functions) and not _has_ids(items):
+        if any(function.names("completion_ids") for function in functions) and not all(
+            rollout.token_ids for item in items for rollout in item.group.rollouts
+        ):
             raise UserError("model: a reward names 'completion_ids', and not all rows have token_ids; give --model")
         score_scales(config.reward, trust_remote_code=code)
         start = start_of(config, config.run, "score", digest_inputs({"data": rows}, functions, config.sources))
@@ -181,10 +183,6 @@ def _rollout(prompt_id: str, number: int, text: str, row: Mapping[str, Any], tok
         raise UserError(f"column 'stop' says how an answer ended, {', '.join(STOPS)}, not {stop!r:.60}")
     ids = known or (encode(text, tokenizer, special_tokens=False) if tokenizer is not None else [])
     return Rollout.of_answer(prompt_id, number, stop or "eos", text, ids)
-
-
-def _has_ids(items: list[_Item]) -> bool:
-    return all(rollout.token_ids for item in items for rollout in item.group.rollouts)
 
 
 def _lots(items: list[_Item]) -> list[list[_Item]]:

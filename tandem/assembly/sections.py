@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -383,15 +383,6 @@ def judged_by_its_data(section: RewardSection, data: str) -> RewardSection:
     return replace(section, reward=("reasoning-gym",))
 
 
-def check_rewards(key: str, sources: Iterable[str]) -> None:
-    """Raises UserError, which names the key, for what can be no reward."""
-    for source in sources:
-        try:
-            kind_of(source)
-        except UserError as error:
-            raise UserError(f"{key}: {error}") from error
-
-
 @dataclass(frozen=True, kw_only=True)
 class RewardSection:
     """What judges the samples. Several rewards are summed with their weights."""
@@ -425,7 +416,11 @@ class RewardSection:
 
     def __post_init__(self) -> None:
         expect(self, "folders", all, "reward_model")
-        check_rewards("reward", self.reward)
+        try:
+            for source in self.reward:
+                kind_of(source)
+        except UserError as error:
+            raise UserError(f"reward: {error}") from error
         count = len(self.judges)
         expect(self, f"{count} weights, one a reward", lambda weights: len(weights) in (0, count), "reward_weights")
         expect(self, "from 0 to 1e15", lambda penalty: 0 <= penalty <= 1e15, "missing_eos_penalty")

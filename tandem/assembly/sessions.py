@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager, suppress
@@ -83,7 +82,7 @@ def check_out(config: RunConfig, inputs: Inputs | None = None, *, steps: int | N
 def session(
     config: RunConfig, trainers: Mapping[str, Seat], *, steps: int, planned: int, counts: Counts | None, inputs: Inputs
 ) -> Iterator[Session]:
-    """The run folder, open; its config written; the display on; what is loaded out of the garbage collector's way.
+    """The run folder, open; its config written; the display on.
 
     ``planned`` is the length that the learning rate follows. The display shows the metrics that lead the method, and
     those that every run writes.
@@ -98,7 +97,6 @@ def session(
         done = checkpoint.step if checkpoint else 0
         with (
             reported(folder, title, config.leads),
-            standing_objects(),
             Progress(title, total=steps, start=done, leads=(*config.leads, *ALWAYS)) as progress,
         ):
             if folder.replaced:
@@ -160,13 +158,3 @@ def reported(folder: RunFolder, title: str, leads: Seq[str]) -> Iterator[None]:
             write_report(folder.path, title=title, leads=leads, ended=ended)
         except Exception as error:  # whatever a picture or a full disk raises, the run has ended as it has
             say(f"{folder.path}: its summary is not written: {first_line(error)}")
-
-
-@contextmanager
-def standing_objects() -> Iterator[None]:
-    """Keeps full collections of garbage from walking all that stands, which takes a quarter of a second each time."""
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()

@@ -120,7 +120,7 @@ def _fault(message: Any) -> str:
         if wanted not in present and not (wanted == "content" and any(key in present for key in _INSTEAD)):
             near = difflib.get_close_matches(wanted, [*present.keys() - {"role", "content"}], n=1)
             hint = f"; did you mean {wanted!r} by {near[0]!r}?" if near else ""
-            return f"has no {wanted!r}{hint or f' (it has {_quoted(present)})'}"
+            return f"has no {wanted!r}" + (hint or f" (it has {', '.join(map(repr, present)) or 'nothing'})")
     role, text = present["role"], present.get("content", "")
     if not isinstance(role, str):
         return f"must have text as its 'role', not a {type(role).__name__}"
@@ -129,10 +129,6 @@ def _fault(message: Any) -> str:
     if not isinstance(text, str) and not (isinstance(text, list) and all(isinstance(part, dict) for part in text)):
         return f"must have text (or a list of parts, each an object) as its 'content', not a {type(text).__name__}"
     return ""
-
-
-def _quoted(names: Iterable[str]) -> str:
-    return ", ".join(map(repr, names)) or "nothing"
 
 
 def messages(row: Row, column: str) -> list[Message]:

@@ -142,7 +142,7 @@ def files_of(source: str, split: str) -> list[Path] | None:
     """
     path = Path(source).expanduser()
     kind, at, folder = source.partition("@")
-    if path.is_dir() and _is_saved(path):
+    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         return None
     if path.is_dir():
         return _files_of_split(path, split, SUFFIXES)
@@ -163,10 +163,6 @@ def files_of(source: str, split: str) -> list[Path] | None:
     if is_local(source):
         raise UserError(f"{source}: no such file{_nearest_file(path)}")
     return None
-
-
-def _is_saved(folder: Path) -> bool:
-    return (folder / "state.json").exists() or (folder / "dataset_dict.json").exists()
 
 
 def require_column(row: Row, column: str) -> None:
