@@ -32,21 +32,8 @@ HEARTBEAT_S = 30.0
 TAIL_LINES = 15
 TAIL_BYTES = 16384
 RANK_VARIABLES = frozenset(
-    (
-        "RANK",
-        "LOCAL_RANK",
-        "GROUP_RANK",
-        "ROLE_RANK",
-        "NODE_RANK",
-        "WORLD_SIZE",
-        "LOCAL_WORLD_SIZE",
-        "GROUP_WORLD_SIZE",
-        "ROLE_WORLD_SIZE",
-        "ROLE_NAME",
-        "MASTER_ADDR",
-        "MASTER_PORT",
-    )
-)
+    f"{of}{what}" for of in ("", "LOCAL_", "GROUP_", "ROLE_") for what in ("RANK", "WORLD_SIZE")
+) | {"NODE_RANK", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"}
 """What torchrun tells a process about its own world, which is not the child's."""
 
 
