@@ -364,16 +364,9 @@ def _values(config: Any) -> Iterator[tuple[str, Field[Any], Any]]:
 
 
 def _sections(config: Any) -> list[tuple[str, dict[str, Any]]]:
-    """(name, keys and values) of each section of a config; the keys that are in none come first."""
-    loose: dict[str, Any] = {}
-    sections: list[tuple[str, dict[str, Any]]] = []
-    for f in fields(config):
-        value = getattr(config, f.name)
-        if is_dataclass(value):
-            sections.append((f.name, {_full_name(f, name): x for name, x in settings(value).items()}))
-        elif not f.metadata.get("one_start"):
-            loose[f.name] = value
-    return [(title, section) for title, section in (("options", loose), *sections) if section]
+    """(name, keys and values) of each section of a config that has keys."""
+    sections = [(f, settings(getattr(config, f.name))) for f in fields(config)]
+    return [(f.name, {_full_name(f, name): x for name, x in keys.items()}) for f, keys in sections if keys]
 
 
 def _show(value: Any) -> str:

@@ -44,11 +44,16 @@ class HotOptim(OptimSection):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CriticSection:
+    critic: str | None = None
+    """Where the critic starts from."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExampleConfig:
     """A config with every section, as an online command has it."""
 
-    critic: str | None = None
-    """Where the critic starts from."""
+    models: CriticSection = field(default_factory=CriticSection)
     run: RunSection
     model: ModelSection
     data: DataSection
@@ -100,7 +105,7 @@ def test_defaults_of_sections_of_their_subclasses_and_of_the_config():
 def test_a_flag_changes_its_key_and_no_other():
     assert load("--lam", "0.8").method == PPO(gamma=0.9, lam=0.8)
     assert load("--betas", "0.8", "0.99").optim == HotOptim(betas=(0.8, 0.99))
-    assert load("--critic", "c").critic == "c"
+    assert load("--critic", "c").models.critic == "c"
 
 
 @pytest.mark.parametrize(
@@ -161,7 +166,7 @@ def test_empty_yaml_and_null(file):
     assert load("--config", "a.yaml") == load()
     file("value_clip: null\nreward_clip:\ncritic: ~\n")
     config = load("--config", "a.yaml")
-    assert (config.method.value_clip, config.method.reward_clip, config.critic) == (None, None, None)
+    assert (config.method.value_clip, config.method.reward_clip, config.models.critic) == (None, None, None)
 
 
 @pytest.mark.parametrize(
