@@ -29,13 +29,14 @@ class RewardModel:
     the text is, through the reward model's own chat template for conversations.
     """
 
+    name = "reward_model"
+
     def __init__(
         self,
         scorer: Seat,
         tokenizer: Any,
         *,
         reads_ids: bool,
-        name: str = "reward_model",
         scale: ScoreScale | None = None,
         limits: Limits | None = None,
     ) -> None:
@@ -44,7 +45,6 @@ class RewardModel:
         self.scorer = scorer
         self.tokenizer = tokenizer
         self.reads_ids = reads_ids
-        self.name = name
         self.scale = scale
         self.positions, self.whose = (limits.positions, limits.whose) if limits else (None, "")
 

@@ -17,7 +17,7 @@ _SMOOTH_FROM = 40
 """Curves of at least so many points are drawn faintly, under their running mean."""
 
 
-def plot_curves(path: Path, panels: Mapping[str, Seq[Curve]], title: str, *, x_label: str = "step") -> None:
+def plot_curves(path: Path, panels: Mapping[str, Seq[Curve]], title: str) -> None:
     """Writes a PNG with one panel an entry, titled by its key (name a unit there: ``"Length (tokens)"``).
 
     Long curves are shown with their running mean over a twentieth of their points. Raises ValueError where there is
@@ -47,7 +47,7 @@ def plot_curves(path: Path, panels: Mapping[str, Seq[Curve]], title: str, *, x_l
         for i, (label, steps, values) in enumerate(curves):
             _draw(axes, steps, values, label, _COLORS[i % len(_COLORS)])
         if place + columns >= len(panels):
-            axes.set_xlabel(x_label, fontsize=9, color=_FAINT)
+            axes.set_xlabel("step", fontsize=9, color=_FAINT)
         if len(curves) > 1:
             axes.legend(fontsize=8, frameon=False, labelcolor=_INK, handlelength=1.4)
     figure.savefig(path, format="png")

@@ -44,13 +44,12 @@ def print_samples(
     samples: Seq[tuple[str, str, str]],
     *,
     right: Seq[tuple[bool, bool]] | None = None,
-    console: Console | None = None,
 ) -> None:
     """Prints prompts with the answers before and after training, each on one line, long ones cut in the middle.
 
     ``columns`` name the prompt, the answers before and those after; ``right`` says which of each pair are right.
     """
-    console = console or Console()
+    console = Console()
     verdicts: Seq[tuple[bool | None, ...]] = (
         [(None, *pair) for pair in right] if right else [(None,) * 3] * len(samples)
     )
