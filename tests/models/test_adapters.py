@@ -248,6 +248,6 @@ def test_the_config_takes_what_the_folder_has_and_ten_times_the_learning_rate(ba
     for flags in (["--reference", "other"], ["--placement.reference", "1"]):
         with pytest.raises(UserError, match="follows them on the actor's own base"):
             config("dpo", "--lora.rank", "8", "--reference-every", "2", *flags)
-    for flag, message in (("--lora.alpha", "has no effect without --lora.rank"), ("--lora.dropout", "every ratio")):
+    for flag, message in (("--lora.alpha", "has no effect without --lora.rank"), ("--lora.dropout", "unknown flag")):
         with pytest.raises(UserError, match=message):
             config("sft", flag, "0.5")
