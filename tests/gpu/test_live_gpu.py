@@ -248,7 +248,7 @@ def test_the_cache_of_samples_that_stay_leaves_training_its_memory(monkeypatch: 
     (future,) = engine.submit(asked)
     rooms = []
     measured = engine.fitting._room
-    monkeypatch.setattr(engine.fitting, "_room", lambda theirs: rooms.append(measured(theirs)) or rooms[-1])
+    monkeypatch.setattr(engine.fitting, "_room", lambda *a: rooms.append(measured(*a)) or rooms[-1])
     free = torch.cuda.mem_get_info()[0]
     for _ in range(3):
         asked_twice = iter(range(1))
