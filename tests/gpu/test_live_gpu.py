@@ -77,17 +77,26 @@ def test_families_are_captured_and_agree_with_their_own_forward(name: str, dtype
         Request(prompt_ids=tuple(range(2, n)), seeds=(0, 1), sampling=SamplingParams(max_new_tokens=40))
         for n in (5, 40, 9)
     ]
-    gaps = []
+    rounded = copy.deepcopy(truth.module).to(dtype)
+    gaps, own_gaps = [], []
     for request, completions in zip(asked, engine.generate(asked), strict=True):
         for completion in completions:
             ids = torch.tensor([[*request.prompt_ids, *completion.token_ids]])
-            with torch.no_grad():
-                logp = truth.module(input_ids=ids, use_cache=False).logits[0, :-1].log_softmax(-1)
-            logp = logp.gather(1, ids[0, 1:, None]).squeeze(1)[len(request.prompt_ids) - 1 :]
-            gaps.append((logp - torch.tensor(completion.untruncated_logp)).abs())
-    gap = torch.cat(gaps)
-    # In bfloat16 as far off as its digits are, times a small model's few layers. Some tokens take other experts there.
-    assert (gap.median() if experts else gap.mean()) < (1e-3 if dtype == torch.float32 else 0.1)
+            true, own = (logp_after(each, ids, len(request.prompt_ids)) for each in (truth.module, rounded))
+            gaps.append((true - torch.tensor(completion.untruncated_logp)).abs())
+            own_gaps.append((true - own).abs())
+    gap, own_gap = torch.cat(gaps), torch.cat(own_gaps)
+    # In bfloat16 as far off as its digits are, times a small model's few layers, or as its own forward is (Zamba: 0.4).
+    # Some tokens take other experts there.
+    bound = 1e-3 if dtype == torch.float32 else max(0.1, own_gap.mean().item())
+    assert (gap.median() if experts else gap.mean()) < bound
+
+
+@torch.no_grad()
+def logp_after(module: Any, ids: torch.Tensor, prompt_length: int) -> torch.Tensor:
+    """Log-probs, float32 on the CPU, of what follows a prompt in one sequence [1, T], by the module's own forward."""
+    logp = module(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+    return logp.gather(1, ids[0, 1:, None]).squeeze(1)[prompt_length - 1 :]
 
 
 def test_greedy_is_generates_token_for_token_in_float32() -> None:
