@@ -86,8 +86,8 @@ def test_families_are_captured_and_agree_with_their_own_forward(name: str, dtype
             gaps.append((true - torch.tensor(completion.untruncated_logp)).abs())
             own_gaps.append((true - own).abs())
     gap, own_gap = torch.cat(gaps), torch.cat(own_gaps)
-    # In bfloat16 as far off as its digits are, times a small model's few layers, or about as its own forward (Zamba: 0.25).
-    # Some tokens take other experts there.
+    # In bfloat16 as far off as its digits are, times a small model's few layers, or about as its own forward (Zamba is
+    # off by 0.25). Some tokens take other experts there.
     bound = 1e-3 if dtype == torch.float32 else max(0.1, 1.5 * own_gap.mean().item())
     assert (gap.median() if experts else gap.mean()) < bound
 
