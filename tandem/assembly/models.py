@@ -17,6 +17,7 @@ from tandem.config import settings
 from tandem.data.chat import set_template
 from tandem.engines.live.engine import LiveEngine, StaleCache
 from tandem.engines.live.replica import ReplicaEngine
+from tandem.engines.vllm.adapters import AdapterRoom
 from tandem.errors import UserError
 from tandem.kernels.quantized import require_bitsandbytes as require_bitsandbytes_4bit
 from tandem.methods.base import ASKS_NOTHING, Asks, Method
@@ -219,13 +220,13 @@ def view(site: Site, temperature: float, follows: bool) -> View:
     return View(site.roles["actor"], temperature=temperature, follows=follows)
 
 
-def weight_source(site: Site, fold: bool = False) -> WeightSource:
-    """Beside the actor: its weights, to be pushed; ``fold``: with its adapters folded in."""
+def weight_source(site: Site, fold: bool = False, scaled: bool = False) -> WeightSource:
+    """Beside the actor: its weights, to be pushed; ``fold``: with its adapters folded in; ``scaled``: these scaled."""
     actor: LocalTrainer = site.roles["actor"]
     policy, device = actor.policy, actor.model.device
     if policy.adapters is None or fold:
         return WeightSource(policy.merged(), device)
-    return WeightSource(actor.parameters, device, moving=policy.trained)
+    return WeightSource(policy.scaled() if scaled else actor.parameters, device, moving=policy.trained)
 
 
 def live_engine(site: Site, sampling: DrawsSection, engine: EngineSection, stale_cache: StaleCache) -> Engine:
@@ -281,10 +282,11 @@ def vllm_engine(
     shared: bool,
     own_process: bool = True,
     tokenizer: str | None = None,
+    adapters: AdapterRoom | None = None,
 ) -> SleepingEngine:
     """vLLM in this process, on its devices. ``own_process``: this process is there for nothing else.
 
-    ``tokenizer``: where that lies, if not with the model.
+    ``tokenizer``: where that lies, if not with the model; ``adapters``: the room for those that pushes bring.
     """
     # Imported here, where it is known to be wanted: it takes seconds, and not every machine has it.
     from tandem.engines.vllm.engine import VLLMEngine
@@ -305,6 +307,7 @@ def vllm_engine(
         arguments=engine.vllm_arguments,
         own_process=own_process,
         tokenizer=tokenizer,
+        adapters=adapters,
     )
 
 

@@ -22,6 +22,7 @@ from tandem.assembly.sections import (
     ScheduleSection,
 )
 from tandem.engines.live.engine import StaleCache
+from tandem.engines.vllm.adapters import check_dtype, room_for, room_of
 from tandem.errors import UserError
 from tandem.models.adapter_folder import adapter_folder, base_of
 from tandem.models.adapters import AdapterParams
@@ -132,7 +133,7 @@ class Homes:
             )
         if self.engine.kind == "vllm" and "engine" in self.roles:
             if self.fed_adapters is not None:
-                raise UserError("engine.kind: vLLM is fed whole models; add --lora.fold, or take --engine.kind live")
+                self._check_adapters(self.fed_adapters)
             if "actor" not in self.roles and adapter_folder(self.model.model) is not None:
                 raise UserError(
                     f"model: {self.model.model} is a folder of adapters, and vLLM takes whole models here; write one "
@@ -155,6 +156,13 @@ class Homes:
         else:
             total = visible_gpus() if device.type == "cuda" else len(os.sched_getaffinity(0))
         require_room(needed, total, resource)
+
+    def _check_adapters(self, adapters: AdapterParams) -> None:
+        """Raises UserError for adapters that vLLM does not compute."""
+        room_for(adapters.rank)
+        if adapters.dora:
+            raise UserError("lora.dora: vLLM computes no DoRA; add --lora.fold, or take --engine.kind live")
+        check_dtype(self.model.dtype, pick_device(self.model.device).type)
 
     def _needed(self) -> dict[str, tuple[int, int]]:
         """Processes of each role that has some of its own, and devices of each process."""
@@ -259,7 +267,7 @@ class Homes:
                 "engine",
                 self._replica(sampling, stale_cache),
             )
-            link = self._link(engines, vocabulary)
+            link = self._link(self._source(), engines, vocabulary)
             about = f"live, {group.size} of its own, fed over {link.transport}"
             several = EngineGroup(group, alone=True)
             push = several.settled(link) if settling else link
@@ -371,6 +379,8 @@ class Homes:
             concurrency=CALLS_AT_A_TIME,
         )
         say("starting vLLM")
+        source = self._source()
+        room = None if self.fed_adapters is None else room_of(source.call("plan", self.model.dtype))
         engines = group.place(
             "engine",
             partial(
@@ -382,10 +392,12 @@ class Homes:
                 seed=seed,
                 shared=shared,
                 tokenizer=with_tokenizer(self.model.model),
+                adapters=room,
             ),
         )
-        push = self._link(engines, vocabulary)
+        push = self._link(source, engines, vocabulary, drops=taking_turns)
         about = f"vllm, {count} x {tensor_parallel}, {'shared' if shared else 'split'}, fed over {push.transport}"
+        about += "" if push.moving is None else " with adapters alone"
         several = EngineGroup(group, alone=True, slots=sampling.max_slots)
         if not taking_turns:
             restarting = RestartingOnce(several, several, push.again)
@@ -401,16 +413,20 @@ class Homes:
         restarting = RestartingOnce(turns, several, turns.recover)
         return WiredEngine(engine=restarting, push=turns.push_later, about=about, link=push)
 
-    def _link(self, engines: Seat, vocabulary: int) -> WeightPush:
+    def _source(self) -> Seat:
+        """Beside the actor: its weights, to be pushed."""
         actor = sender = self.of("actor")
         if isinstance(actor, Here):
             # Whoever sends waits for an engine, and somebody must be free to see it die.
             sender = Aside(actor.site)
             self.stack.callback(sender.close)
+        return sender.place("source", partial(weight_source, fold=self.fold, scaled=self.engine.kind == "vllm"))
+
+    def _link(self, source: Seat, engines: Seat, vocabulary: int, drops: bool = False) -> WeightPush:
         config = read_config(self.model.model, self.model.trust_remote_code)
         push = WeightPush(
-            sender.place("source", partial(weight_source, fold=self.fold)),
-            Seat(actor, "actor"),
+            source,
+            Seat(self.of("actor"), "actor"),
             engines,
             PushParams(
                 dtype=self.model.dtype,
@@ -421,6 +437,7 @@ class Homes:
                 layers=layers_of(config),
                 limit=furthest_limit(config, self.engine.max_length, by=BEYOND + 1),
                 timeout_s=min(300.0, self.section.deadline),
+                drops=drops,
             ),
         )
         push.connect()

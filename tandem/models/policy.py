@@ -15,6 +15,7 @@ from tandem.models.forward import LoadedModel
 from tandem.models.pairs import merged, pairs_of, plain_name
 from tandem.models.quantized import quantized_in
 from tandem.parallel.sharding import forget_gathered, local, placed_like, slice_like, unsharded
+from tandem.seeds import derive_seed
 
 
 class Policy:
@@ -29,6 +30,8 @@ class Policy:
         self.adapters: Adapters | None = model.adapters
         self.trained = [name for name, p in model.module.named_parameters() if p.requires_grad]
         """Names of what changes: all that is saved, and all that travels once the rest has."""
+        self.aside: dict[str, Tensor] = {}
+        """What of adapters begins at 0, where ``stir`` has put others in their places: this rank's slices, by name."""
 
     def merged(self) -> Mapping[str, Tensor]:
         """The parameters of the same model without adapters, by its names, these added to its weights.
@@ -41,6 +44,10 @@ class Policy:
             )
         return self.parameters if self.adapters is None else Merged(self.model.module, self.parameters)
 
+    def scaled(self) -> Mapping[str, Tensor]:
+        """The parameters with each adapter's B times its scale, for what adds ``B A x`` as it is."""
+        return Scaled(self.model.module, self.parameters)
+
     @contextmanager
     @torch.no_grad()
     def with_values(self, held: Mapping[str, Tensor]) -> Iterator[None]:
@@ -52,10 +59,59 @@ class Policy:
         finally:
             self._put(kept)
 
+    @torch.no_grad()
+    def stir(self, size: float | None) -> None:
+        """Other numbers for what of adapters begins at 0 (B), between -size and size, to try an engine with.
+
+        None: their own again. Those of a layer are drawn by its name.
+        """
+        if size is None:
+            self._put(self.aside)
+            self.aside = {}
+            return
+        names = [pair.first_at_zero for pair in pairs_of(self.model.module).values()]
+        self.aside = self.aside or {name: local(self.parameters[name]).clone() for name in names}
+        for name, own in self.aside.items():
+            generator = torch.Generator(own.device).manual_seed(derive_seed(0, "stir", name))
+            drawn = torch.rand(own.shape, generator=generator, device=own.device) * 2 - 1
+            self._put({name: drawn * size})
+
     def _put(self, values: Mapping[str, Tensor]) -> None:
         torch._foreach_copy_([local(self.parameters[name]) for name in values], list(values.values()))
         if self.model.sharded is not None:
             forget_gathered(self.model.sharded)
+
+
+class Scaled(Mapping[str, Tensor]):
+    """A model's parameters by their names, each adapter's B times its scale (arXiv:2106.09685, section 4.1).
+
+    Products are made when they are asked for, in float32. Raises UserError for adapters on other parts than linear layers
+    below the head: those are not added in this way.
+    """
+
+    def __init__(self, module: Any, parameters: Mapping[str, Tensor]) -> None:
+        self.standing = parameters
+        pairs = pairs_of(module)
+        head = module.get_output_embeddings()
+        for name, pair in pairs.items():
+            if pair.embedding or hasattr(pair.layer, "parameter_name") or pair.layer is head:
+                raise UserError(
+                    f"lora.targets: vLLM takes adapters on linear layers below the head, and not on {name}; leave them "
+                    "out, or add --lora.fold"
+                )
+        self.scales = {pair.b: pair.scale for pair in pairs.values() if pair.scale != 1}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.standing)
+
+    def __len__(self) -> int:
+        return len(self.standing)
+
+    @torch.no_grad()
+    def __getitem__(self, name: str) -> Tensor:
+        whole = self.standing[name]
+        scale = self.scales.get(name)
+        return whole if scale is None else placed_like(local(whole).float() * scale, whole)
 
 
 class Merged(Mapping[str, Tensor]):

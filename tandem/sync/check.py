@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import random
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from tandem.errors import RunFailure
@@ -18,6 +20,8 @@ FIRST_PROBES = 2
 """So many pushes are probed: an engine may load its first in another way than those that follow."""
 PROBE_EVERY = 256
 PROBE_TOKENS = (11, 7)
+FAR = 4
+"""How many times the bound log-probs must move when an engine is tried with adapters that count for something."""
 BEYOND = 32
 """Tokens behind a limit of the model that show whether it is kept."""
 
@@ -54,6 +58,32 @@ class TruthCheck:
         """What each engine's checksums are of, the same from the first push over its link to the last."""
         self.logp: list[list[float]] | None = None
         """The trainer's log-probs of the probe, until the engines' have been compared with them."""
+        self.untried = trainer is not None
+        """Whether there has been no ``trial`` yet."""
+
+    @contextmanager
+    def trial(self) -> Iterator[None]:
+        """With other adapters in the trainer, for a push that shows whether engines compute with them.
+
+        New ones begin at nothing, and after a step are so little that nobody would miss them. These are as small as can
+        be, but move the log-probs of the probe by 4 times the bound.
+        """
+        assert self.trainer is not None, "what engines give is compared with what it gives"
+        probe = self.probe.sequences[: len(PROBE_TOKENS)]
+
+        def stirred(size: float) -> list[list[float]]:
+            self.trainer.call("stir", size)  # type: ignore[union-attr]
+            return self.trainer.call("logprobs", probe)  # type: ignore[union-attr]
+
+        try:
+            without, size = stirred(0.0), 2.0**-10
+            while _mean_gap(without, stirred(size)) < FAR * self.bound and size < 1:
+                size *= 2
+            yield
+            self.untried = False
+        finally:
+            self.trainer.call("unpark")
+            self.trainer.call("stir", None)
 
     def compare(self, version: int, sums: Sums, found: Seq[Seq[int | None]]) -> None:
         """Each engine's checksums with the trainer's. Takes the trainer's side of the probe where it is its turn.

@@ -93,8 +93,8 @@ def plan_of(parameters: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None 
 def standing(parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """What can be looked at for nothing, of the same names, shapes and places.
 
-    That is the parameters themselves, and for those that are computed when they are asked for (adapters folded into
-    their base) what they are computed from: their mapping's ``standing``.
+    That is the parameters themselves, and for those that are computed when they are asked for (adapters scaled, or
+    folded into their base) what they are computed from: their mapping's ``standing``.
     """
     found: Mapping[str, Tensor] = getattr(parameters, "standing", parameters)
     return found

@@ -27,6 +27,8 @@ class PushParams:
     layers: int = 1
     limit: int = 0
     timeout_s: float = 300.0
+    drops: bool = False
+    """Whether engines drop their weights between pushes, so that every push must bring all of them."""
 
 
 class WeightPush:
@@ -44,7 +46,8 @@ class WeightPush:
     def __init__(self, source: Seat, trainer: Seat | None, engines: Seat, params: PushParams) -> None:
         self.source, self.engines, self.params = source, engines, params
         self.plan: Plan = source.call("plan", params.dtype)
-        self.wholly, self.moving = self.plan, source.call("moving_plan", params.dtype)
+        self.adapters: Plan | None = source.call("moving_plan", params.dtype)
+        self.wholly, self.moving = self.plan, None if params.drops else self.adapters
         """What the first push over new links consists of, and what those after it do, where that is not all."""
         self.version = 0
         self.pushed = False
@@ -85,6 +88,10 @@ class WeightPush:
 
         Raises WeightMismatch, naming the parameter, where an engine does not hold the trainer's.
         """
+        if self.untried:
+            with self.check.trial():
+                self.push(version)
+                self.prove(version)
         metrics = self.push(version)
         start = time.perf_counter()
         self.prove(version)
@@ -115,6 +122,14 @@ class WeightPush:
             "sync_check_seconds": time.perf_counter() - pushed,
             "sync_gb_per_second": self.plan.nbytes / (pushed - start) / 1e9,
         }
+
+    @property
+    def untried(self) -> bool:
+        """Whether a push within ``check.trial()`` has yet to show that engines compute with adapters.
+
+        Once, before anything is sampled: what ran meanwhile would go on with the trial's.
+        """
+        return self.params.check and self.adapters is not None and self.check.untried
 
     def prove(self, version: int) -> None:
         """Compares the engines' log-probs of the probe with the trainer's, where it is this push's turn."""

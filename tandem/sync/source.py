@@ -40,7 +40,8 @@ class WeightSource:
         """What later ones consist of, where that is not all."""
         if self.moving is None:
             return None
-        return plan_of(((name, self.parameters[name]) for name in self.moving), getattr(torch, dtype))
+        there = standing(self.parameters)
+        return plan_of(((name, there[name]) for name in self.moving), getattr(torch, dtype))
 
     def listen(self, link: Link | None, plan: Plan) -> int:
         """Opens this rank's end, where it has receivers of its own (``link``). Returns its port, else 0."""

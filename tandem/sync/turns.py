@@ -148,6 +148,18 @@ class TakingTurns:
         return self.metrics
 
     def _wake(self) -> None:
+        if self.link.untried:
+            with self.link.check.trial():
+                try:
+                    self._bring()
+                finally:
+                    self._give_back()
+        self._bring()
+        self._awake = True
+        self._begin()
+
+    def _bring(self) -> None:
+        """The engine's turn: weights and cache on the device, the trainers' off it."""
         for other in self.others:
             other.call("park", weights=False)
         self.engines.call("wake", "weights")
@@ -157,8 +169,6 @@ class TakingTurns:
             other.call("park", weights=True)
         self.engines.call("wake", "cache")
         self.link.prove(version)
-        self._awake = True
-        self._begin()
 
     def _begin(self) -> None:
         for lot in self._lots:
@@ -168,6 +178,9 @@ class TakingTurns:
     def _rest(self) -> None:
         self._awake = False
         self.metrics |= {f"engine_{name}": value for name, value in self.engines.call("memory").items()}
+        self._give_back()
+
+    def _give_back(self) -> None:
         self.engines.call("sleep")
         for other in self.others:
             other.call("unpark")

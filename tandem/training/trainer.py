@@ -428,6 +428,11 @@ class LocalTrainer(LocalScorer):
         """The float32 weights and the buffers by name, whole, on rank 0's CPU; None elsewhere."""
         return whole(self.weights | self.buffers, keep=self.world.rank == 0)
 
+    def stir(self, size: float | None) -> None:
+        """See ``tandem.models.policy.Policy.stir``."""
+        with self._present():
+            self.policy.stir(size)
+
     def remember(self, numbers: Mapping[str, float]) -> None:
         """Puts numbers into the model's config, which is exported with it."""
         for name, value in numbers.items():

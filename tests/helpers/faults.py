@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tandem.engines.live.replica import ReplicaEngine
+from tandem.models.pairs import plain_name
 from tandem.parallel.gather import Gatherer
 from tandem.sync.check import WeightMismatch
 
@@ -45,12 +46,12 @@ def sign_flipped(tensor: Tensor) -> Tensor:
 
 
 def of(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[History, str], Tensor | None]:
-    return lambda history, wanted: change(history[-1][wanted]) if wanted == name else None
+    return lambda history, wanted: change(history[-1][wanted]) if plain_name(wanted) == name else None
 
 
 NEVER = "an engine that is never filled"
 FAULTS: dict[str, Callable[[History, str], Tensor | None]] = {
-    "stale tensor": lambda history, name: history[-2][name] if name == DOWN else None,
+    "stale tensor": lambda history, name: history[-2][name] if plain_name(name) == DOWN else None,
     "stale everything": lambda history, name: history[0][name],
     "one push behind": lambda history, name: history[-2][name],
     "times 1.001": lambda history, name: history[-1][name] * 1.001,

@@ -13,6 +13,8 @@ from tandem.assembly.sections import ClusterSection, EngineSection, ModelSection
 from tandem.batch import TokenLoss
 from tandem.data.packing import pack, stamp
 from tandem.engines.live.replica import ReplicaEngine
+from tandem.engines.vllm.adapters import check_dtype, room_for
+from tandem.errors import UserError
 from tandem.models.adapters import AdapterParams
 from tandem.models.loading import load_causal
 from tandem.models.pairs import adapted
@@ -114,6 +116,29 @@ def test_a_folded_copy_ends_where_the_adapters_own_tokenizer_does(base, tmp_path
     engine = homes._replica(SamplingSection(), "keep")(Site(World()))
     assert engine.live.tokenizer.eos_token_id == tokenizer.eos_token_id != make_tokenizer().eos_token_id
     assert not adapted(engine.model.module)
+
+
+@pytest.mark.parametrize(
+    ("adapters", "words"),
+    [(AdapterParams(dora=True), "lora.dora: vLLM computes no DoRA; add --lora.fold"), (AdapterParams(rank=513), "512")],
+)
+def test_adapters_that_vllm_does_not_compute_are_refused_before_anything_starts(base, adapters, words):
+    model, engine = ModelSection(model=str(base), device="cpu"), EngineSection(kind="vllm")
+    parts = (model, SamplingPlacement(), ClusterSection(), engine, ["actor", "engine"])
+    with pytest.raises(UserError, match=words):
+        Homes(*parts, adapters=adapters).check()
+    Homes(*parts, adapters=adapters, fold=True).check()
+
+
+def test_float32_adapters_are_refused_on_a_gpu():
+    check_dtype("float32", "cpu")
+    check_dtype("bfloat16", "cuda")
+    with pytest.raises(UserError, match="know no float32"):
+        check_dtype("float32", "cuda")
+
+
+def test_vllm_makes_room_for_the_next_rank_that_it_has():
+    assert [room_for(rank) for rank in (1, 2, 8, 9, 300, 512)] == [1, 8, 8, 16, 320, 512]
 
 
 def test_the_base_travels_once(base):

@@ -12,8 +12,10 @@ from helpers.models import make_module
 from helpers.vllm_faults import all_at_once, faults_seen
 from helpers.vllm_models import Pusher, covered, make_model, reference_logp, save, wrong_tensors
 
+from tandem.engines.vllm.adapters import room_of
 from tandem.engines.vllm.engine import VLLMEngine
 from tandem.errors import UserError
+from tandem.models.adapters import AdapterParams, put_adapters
 from tandem.sync.plan import plan_of
 from tandem.types import Request, SamplingParams
 
@@ -33,20 +35,42 @@ def greatest_error(engine, module):
     return max(errors)
 
 
+def adapted_model(seed):
+    """With adapters that count for something, of scale 1."""
+    module = make_model("qwen2", seed=seed, tied=False, kv_heads=2)
+    put_adapters(module, AdapterParams(rank=4, alpha=4, seed=seed), "base")
+    renew_adapters(module)
+    return module
+
+
+@torch.no_grad()
+def renew_adapters(module):
+    for name, parameter in module.named_parameters():
+        if ".lora_B." in name:
+            parameter.copy_(torch.randn_like(parameter) * 0.3)
+
+
 def test_two_tensor_parallel_ranks(tmp_path):
+    """With adapters: at first beside the model, then alone."""
+    pytest.importorskip("peft")
     module = make_model("qwen2", seed=0, tied=False, kv_heads=2)
     shared = set(os.listdir("/dev/shm"))
-    engine = VLLMEngine(save(module, tmp_path), dtype="float32", max_slots=4, max_length=64, tensor_parallel=2)
+    other = adapted_model(1)
+    adapters = {name: p for name, p in other.named_parameters() if ".lora_" in name}
+    room = room_of(plan_of(adapters.items()))
+    engine = VLLMEngine(
+        save(module, tmp_path), dtype="float32", max_slots=4, max_length=64, tensor_parallel=2, adapters=room
+    )
     try:
-        assert greatest_error(engine, module) < 1e-4
-        other = make_model("qwen2", seed=1, tied=False, kv_heads=2)
-        pusher = Pusher.connect(engine, dict(other.named_parameters()), ranks=2)
-        for version in (1, 2):
-            sums = pusher.push(version)
-            assert greatest_error(engine, other) < 1e-4
-            assert wrong_tensors(engine, sums) == []
-        assert covered(engine) == set(dict(other.named_parameters()))
-        pusher.close()
+        for sent in (dict(other.named_parameters()), adapters):
+            pusher = Pusher.connect(engine, sent, ranks=2)
+            for version in (1, 2):
+                renew_adapters(other)
+                sums = pusher.push(version)
+                assert greatest_error(engine, other) < 1e-4
+                assert wrong_tensors(engine, sums) == []
+            assert covered(engine) == set(sent)
+            pusher.close()
         del (parameters := dict(other.named_parameters()))["model.norm.weight"]
         pusher = Pusher.connect(engine, parameters, ranks=2)
         with pytest.raises(UserError, match=r"^weight sync: .*model\.norm\.weight; is it the trainer's model\?$"):

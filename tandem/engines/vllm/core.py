@@ -32,8 +32,9 @@ class VLLMCore:
     which draw its first token.
     """
 
-    def __init__(self, engine: Any, slots: int) -> None:
-        self.engine, self.slots = engine, slots
+    def __init__(self, engine: Any, slots: int, adapters: Any | None = None) -> None:
+        """``adapters``: vLLM's request for those that all jobs are to have."""
+        self.engine, self.slots, self.adapters = engine, slots, adapters
         self.version = 0
         self.unusable: Exception | None = None
         """Why nothing can be sampled now."""
@@ -113,7 +114,7 @@ class VLLMCore:
                 break
             name, job = self.waiting.popleft()
             try:
-                self.engine.add_request(str(name), job.prompt, job.params)
+                self.engine.add_request(str(name), job.prompt, job.params, lora_request=self.adapters)
             except ValueError as error:
                 # vLLM refuses this one; the others are none the worse.
                 refused[name] = error

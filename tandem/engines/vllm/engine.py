@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from tandem.engines.samples import Asked, StopRule, check_request, first, take_requests
 from tandem.engines.stepper import Stepper
+from tandem.engines.vllm.adapters import AdapterRoom, request, split
 from tandem.engines.vllm.checksums import Wholes
 from tandem.engines.vllm.core import VLLMCore, VLLMJob
 from tandem.engines.vllm.setup import check_vllm, close_vllm, end_with_ranks, eos_ids, on_cpu, start_vllm
@@ -38,6 +39,7 @@ class VLLMEngine:
     - ``arguments``: any other arguments of vLLM's ``LLM``.
     - ``own_process``: this process is the engine's alone, and ends where a tensor-parallel rank's does.
     - ``tokenizer``: where that lies, if not with the model.
+    - ``adapters``: what room the model's adapters need, which pushes bring. It samples with them once one has come.
 
     Any thread may call any method; samples of all threads run in one batch, and weights change between two steps.
     """
@@ -58,6 +60,7 @@ class VLLMEngine:
         arguments: Mapping[str, Any] = {},
         own_process: bool = False,
         tokenizer: str | None = None,
+        adapters: AdapterRoom | None = None,
     ) -> None:
         if max_slots < 1 or tensor_parallel < 1:
             raise UserError(f"max_slots is {max_slots} and tensor_parallel {tensor_parallel}; both must be at least 1")
@@ -76,6 +79,7 @@ class VLLMEngine:
             sleep=sleep,
             arguments=arguments,
             tokenizer=tokenizer,
+            adapters=adapters,
         )
         if own_process:
             end_with_ranks(self._llm)
@@ -85,7 +89,7 @@ class VLLMEngine:
         self.max_length = min(max_length or self._room, self._room)
         self.vocabulary: int = self._engine.model_config.get_vocab_size()
         self._eos_ids = eos_ids(self._llm)
-        self._core = VLLMCore(self._engine, max_slots)
+        self._core = VLLMCore(self._engine, max_slots, request() if adapters else None)
         self._stepper: Stepper[VLLMJob, Any] = Stepper(self._core)
         self._plan = Plan(())
         self._wholes: Wholes | None = None
@@ -94,7 +98,12 @@ class VLLMEngine:
         self._asleep: set[str] = set()
         self._stale: Exception | None = None
         """Why the weights cannot be used before another push."""
+        self._base_dropped = False
+        """Whether a push of adapters alone would lack what they are on."""
         self._closed = False
+        if adapters is not None:
+            self._stale = UserError("the vLLM engine has no adapters yet; push them first")
+            self._mark_usable()
 
     @property
     def version(self) -> int:
@@ -188,7 +197,12 @@ class VLLMEngine:
         with self._stepper.exclusive():
             self._check_awake("weights")
             self._pushes += 1
+            alone = all(split(spec.name) for spec in self._plan.tensors)
             try:
+                if alone and self._base_dropped:
+                    raise UserError(
+                        "weight sync: sleep() dropped the model that these adapters are on; push it as well"
+                    )
                 self._call("tandem_receive", check)
                 if not self._asleep:
                     self._core.forget_cache()
@@ -200,6 +214,7 @@ class VLLMEngine:
                 self._stepper.fail(self._stale)
                 raise self._stale from error
             self._stale = None
+            self._base_dropped &= alone
             self._mark_usable()
             return self._whole_tensors().add_up(ranks) if check else []
 
@@ -229,7 +244,7 @@ class VLLMEngine:
             self._core.forget_cache()
             if not on_cpu():
                 self._engine.sleep(level=2, mode="keep")
-            self._asleep = {"weights", "cache"}
+            self._asleep, self._base_dropped = {"weights", "cache"}, True
             self._stale = UserError("the engine's weights were dropped by sleep(); push weights first")
             self._mark_usable()
 

@@ -249,7 +249,7 @@ class Sums:
             self.slots.setdefault(piece.part, []).append(slot)
         self.shards = [Shard(piece.part, name, piece.region) for piece, name, *_ in self.held]
         self.tally = RunningSums(
-            len(self.held), device, self._jobs, lambda: [m._parameters[a] for m, a in self.owners], overlap
+            len(self.held), device, self._jobs, lambda: [getattr(m, a) for m, a in self.owners], overlap
         )
         self.unseen: set[int] = set()
 

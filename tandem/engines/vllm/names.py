@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tandem.errors import UserError
+from tandem.models.pairs import plain_name
 
 _VIEWS = ("Chunk", "SplitModulelist")
 """The conversions that cut a tensor and change nothing in it."""
@@ -43,13 +44,19 @@ class Names:
         """A bucket's tensors as their checkpoint has them."""
         return [part for name, tensor in bucket for part in self.parts(name, tensor)]
 
+    def layer(self, name: str) -> str:
+        """A linear layer's name in its checkpoint. Raises UserError where it has none."""
+        ((renamed, _),) = self.parts(f"{name}.weight", torch.empty(0))
+        return renamed.removesuffix(".weight")
+
     def parts(self, name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
-        """The tensor as its checkpoint has it: under another name, or cut into views.
+        """The tensor as its checkpoint has it: under another name, or cut into views; below adapters as without them.
 
         Raises UserError where it would have to be computed.
         """
         from transformers.core_model_loading import rename_source_key
 
+        name = plain_name(name)
         renamed, pattern = rename_source_key(name, self.renamings, self.converters, reverse=True)
         if pattern is None:
             return [(renamed, tensor)]

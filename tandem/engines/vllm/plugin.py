@@ -26,6 +26,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
+from tandem.engines.vllm.adapters import PushedAdapters, unwrapped
 from tandem.engines.vllm.checksums import Shard
 from tandem.engines.vllm.copies import Copies, may_copy
 from tandem.engines.vllm.loading import (
@@ -81,10 +82,15 @@ class TandemTransfer(WeightTransferEngine):
     may_copy: bool = False
     copies: Copies | None = None
     """How a push is loaded once it has been recorded: receive buffers and parameters stay where they are."""
+    adapters: PushedAdapters | None = None
+    """Where adapters travel beside the model, or alone once it has."""
 
     def init_transfer_engine(self, init_info: Links) -> None:
         self.shutdown()
-        self.receiver = Receiver(init_info.links[get_tensor_model_parallel_rank()], self.device)
+        link = init_info.links[get_tensor_model_parallel_rank()]
+        if self.vllm_config.lora_config is not None:
+            self.adapters = PushedAdapters(self.model, self.names, link.plan, self.device)
+        self.receiver = Receiver(link, self.device)
 
     def start_weight_update(self) -> None:
         """Nothing: a push is loaded in one go, so that a failure leaves no half of a reload behind."""
@@ -94,9 +100,7 @@ class TandemTransfer(WeightTransferEngine):
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         self.receive_weights(self.parse_update_info(update_info))
-        if self.device.type != "cpu":
-            # Sums go on, on a stream of their own.
-            torch.accelerator.current_stream().synchronize()
+        self._wait()
 
     def receive_weights(self, update_info: Push) -> None:
         """Takes one push. Raises UserError and names the tensor where it cannot be loaded."""
@@ -104,11 +108,45 @@ class TandemTransfer(WeightTransferEngine):
             raise UserError("weight sync: the engine is not connected to a trainer; call connect() first")
         try:
             with set_current_vllm_config(self.vllm_config):
-                self._load(self.receiver.buckets(), update_info.check)
+                self._take(self.receiver.buckets(), update_info.check)
         except BaseException:
             # The sender has buckets left over, which the next push must not begin with.
             self.shutdown()
             raise
+
+    def load_adapters(self, check: bool) -> None:
+        """Puts adapters that a push has brought where they are used, and begins to sum all that came."""
+        if self.adapters is None:
+            return
+        new = not self.adapters.record
+        self.adapters.load()
+        if new:
+            assert self.receiver is not None, "they came from it"
+            link, places = self.receiver.link, self.adapters.places
+            if self.record is not None:
+                with unwrapped(self.model):
+                    places = find_places(self.model) + places
+            record = (self.record or {}) | self.adapters.record
+            self.sums = Sums(places, record, link.plan, self.device, link.overlaps)
+        if check:
+            self.pushed().begin()
+        self._wait()
+
+    def _wait(self) -> None:
+        if self.device.type != "cpu":
+            # Sums go on, on a stream of their own.
+            torch.accelerator.current_stream().synchronize()
+
+    def _take(self, buckets: Iterator[Bucket], check: bool) -> None:
+        """Loads the model, and keeps its adapters for ``load_adapters``, which begins the sums then."""
+        if self.adapters is None:
+            self._load(buckets, check)
+        elif self.adapters.alone:
+            for _ in self.adapters.apart(buckets):
+                pass
+        else:
+            with unwrapped(self.model):
+                self._load(self.adapters.apart(buckets), check=False)
 
     def _load(self, buckets: Iterator[Bucket], check: bool) -> None:
         """The first push learns what becomes of each tensor, the second which copies that takes; the rest play them."""
@@ -142,7 +180,7 @@ class TandemTransfer(WeightTransferEngine):
             self.receiver.close()
             self.receiver = None
         # Another trainer may send another plan.
-        self.record = self.copies = self.sums = None
+        self.record = self.copies = self.sums = self.adapters = None
         self.may_copy = False
 
     @staticmethod
@@ -180,6 +218,7 @@ class WorkerExtension:
         self.start_weight_update()  # type: ignore[attr-defined]
         self.update_weights({"check": check})  # type: ignore[attr-defined]
         self.finish_weight_update()  # type: ignore[attr-defined]
+        self.weight_transfer_engine.load_adapters(check)
 
     def tandem_result(self) -> Seq[int | None]:
         """The checksums that the last push has begun, of each of ``tandem_shards``."""

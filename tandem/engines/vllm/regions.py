@@ -47,20 +47,25 @@ class WatchingCopies(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.copy_.default and _same_memory(args[0], self.parameter):
-            piece = self._piece(args[0], args[1])
+            piece = piece_of(self.part, self.tensor, self.parameter, args[0], args[1])
             self.whole &= piece is not None
             self.pieces += [piece] if piece is not None else []
         return func(*args, **(kwargs or {}))
 
-    def _piece(self, target: Tensor, source: Tensor) -> Piece | None:
-        if not _same_memory(source, self.tensor) or source.shape != target.shape:
-            return None
-        merged = _merged(tuple(target.shape), target.stride(), source.stride())
-        if merged is None:
-            return None
-        rows, width, stride, step = merged
-        region = Region(rows, width, int(source.storage_offset() - self.tensor.storage_offset()), step)
-        return Piece(self.part, region, int(target.storage_offset() - self.parameter.storage_offset()), stride)
+
+def piece_of(part: str, tensor: Tensor, parameter: Tensor, target: Tensor, source: Tensor) -> Piece | None:
+    """The piece that a copy from ``source`` into ``target``, a view of ``parameter``, makes of pushed ``tensor``.
+
+    None where it is something else.
+    """
+    if not _same_memory(source, tensor) or source.shape != target.shape:
+        return None
+    merged = _merged(tuple(target.shape), target.stride(), source.stride())
+    if merged is None:
+        return None
+    rows, width, stride, step = merged
+    region = Region(rows, width, int(source.storage_offset() - tensor.storage_offset()), step)
+    return Piece(part, region, int(target.storage_offset() - parameter.storage_offset()), stride)
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:

@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from multiprocessing.connection import wait
 from typing import Any
 
+from tandem.engines.vllm.adapters import AdapterRoom, check_dtype
 from tandem.errors import UserError
 from tandem.models.limits import turning_point
 
@@ -44,6 +45,12 @@ NEEDED = (
     "skip_tokenizer_init",
     "pipeline_parallel_size",
     "data_parallel_size",
+    "enable_lora",
+    "max_loras",
+    "max_lora_rank",
+    "max_cpu_loras",
+    "lora_target_modules",
+    "lora_dtype",
 )
 """vLLM's arguments that Tandem depends on."""
 
@@ -76,6 +83,7 @@ def start_vllm(
     sleep: bool,
     arguments: Mapping[str, Any],
     tokenizer: str | None = None,
+    adapters: AdapterRoom | None = None,
 ) -> Any:
     """vLLM's ``LLM``, its engine core in this process. Raises UserError where it cannot be started."""
     check_vllm()
@@ -106,6 +114,11 @@ def start_vllm(
         "use_tqdm_on_load": False,
         "disable_log_stats": True,
     }
+    if adapters is not None:
+        check_dtype(dtype, current_platform.device_type)
+        options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": adapters.rank}
+        # Others would be wrapped as well, embeddings and head among them, and multiply by zeros.
+        options["lora_target_modules"] = list(adapters.targets)
     if tensor_parallel > 1:
         options["distributed_executor_backend"] = "mp"
     if memory_share is not None:
@@ -230,6 +243,10 @@ def explain(error: Exception, model: str, tensor_parallel: int, max_length: int 
             + (f"; max_length {fits[1]} would fit" if fits else "")
             + "; lower max_length, or give it more memory: memory_share on a GPU, VLLM_CPU_KVCACHE_SPACE (GiB) on a CPU"
         )
+    if match := re.search(r"LoRA target module (\S+) ", text):
+        return f"lora.targets: vLLM takes no adapters on {match[1]} of {model}; add --lora.fold"
+    if "support LoRA" in text or "supported LoRA modules" in text or "not supported for LoRA" in text:
+        return f"vLLM has no adapters for the architecture of {model}; add --lora.fold"
     if match := re.search(r"unexpected keyword argument '(\w+)'", text):
         return f"vLLM has no argument {match[1]!r}; correct it in the engine's arguments"
     return f"vLLM cannot start with {model}: {text[:500] or type(error).__name__}"

@@ -1,0 +1,188 @@
+"""The trainer's adapters in vLLM's own LoRA layers: what room they need, and how a worker loads a push of them.
+
+vLLM keeps a layer's adapters in stacks beside it, A [1, 1, rank, inputs] and B [1, 1, outputs, rank], zero beyond their
+own rank. B travels scaled (``tandem.models.policy.Scaled``): vLLM's own scale is 1, and every bit in a stack is the
+trainer's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tandem.engines.vllm.copies import Copies, RecordingCopies
+from tandem.engines.vllm.loading import Bucket, Place, Record, Target
+from tandem.engines.vllm.names import Names
+from tandem.engines.vllm.regions import piece_of
+from tandem.errors import UserError
+from tandem.models.pairs import NAME
+from tandem.sync.plan import Plan
+
+NUMBER = 1
+"""vLLM's number of the one set of adapters that it has, which each push replaces."""
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""vLLM has room for adapters of one of these ranks."""
+STACKS = {"lora_A": "lora_a_stacked", "lora_B": "lora_b_stacked"}
+"""Where a layer of vLLM keeps its adapters, each a tuple with one tensor for each of the layers fused in it."""
+
+
+@dataclass(frozen=True)
+class AdapterRoom:
+    """What vLLM must have room for: adapters of at most ``rank``, on layers whose names end in one of ``targets``."""
+
+    rank: int
+    targets: tuple[str, ...]
+
+
+def room_for(rank: int) -> int:
+    """The rank that vLLM makes room for. Raises UserError where there is none as large."""
+    if rank > RANKS[-1]:
+        raise UserError(
+            f"lora.rank: vLLM takes adapters of rank {RANKS[-1]} at most, and these have {rank}; add --lora.fold"
+        )
+    return next(room for room in RANKS if room >= rank)
+
+
+def room_of(plan: Plan) -> AdapterRoom:
+    """The room for the adapters of a push. Raises UserError where their rank is too large."""
+    layers = {layer: spec.shape[0] for spec in plan.tensors for layer, side in split(spec.name) if side == "lora_A"}
+    return AdapterRoom(room_for(max(layers.values())), tuple(sorted({name.rpartition(".")[2] for name in layers})))
+
+
+def check_dtype(dtype: str, device: str) -> None:
+    """Raises UserError where vLLM has no kernels for adapters of this ``dtype`` on such a device."""
+    if device != "cpu" and dtype == "float32":
+        raise UserError(
+            "dtype: vLLM's kernels for adapters on GPUs know no float32; take --dtype bfloat16, or add --lora.fold"
+        )
+
+
+def request() -> Any:
+    """What asks vLLM to sample with the adapters. The path is never read: they are there."""
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest("policy", NUMBER, "pushed")
+
+
+def split(name: str) -> list[tuple[str, str]]:
+    """The layer and the side (``lora_A``, ``lora_B``) of an adapter's parameter; [] for any other parameter."""
+    return re.findall(rf"^(.*)\.(lora_[AB])\.{NAME}\.weight$", name)
+
+
+@contextmanager
+def unwrapped(model: Any) -> Iterator[None]:
+    """With the model's own layers in the places of those that vLLM has wrapped for LoRA: loaders know no others."""
+    from vllm.lora.layers import BaseLayerWithLoRA
+
+    wrapped = [
+        (parent, name, layer)
+        for parent in model.modules()
+        for name, layer in parent.named_children()
+        if isinstance(layer, BaseLayerWithLoRA)
+    ]
+    for parent, name, layer in wrapped:
+        setattr(parent, name, layer.base_layer)
+    try:
+        yield
+    finally:
+        for parent, name, layer in wrapped:
+            setattr(parent, name, layer)
+
+
+class PushedAdapters:
+    """The adapters of one link's pushes, in the layers of this worker.
+
+    Raises UserError and names the layers where vLLM cannot take theirs.
+    """
+
+    def __init__(self, model: Any, names: Names, plan: Plan, device: torch.device) -> None:
+        self.manager = model.lora_manager
+        self.device = device
+        sides = [side for spec in plan.tensors for side in split(spec.name)]
+        self.alone = 2 * len(layers := {layer for layer, _ in sides}) == len(plan.tensors)
+        """Whether nothing but adapters travels."""
+        self.layers = {layer: _name_in(model, names.layer(layer)) for layer in sorted(layers)}
+        """vLLM's name of each layer before any are fused."""
+        fused = self.manager.packed_modules
+        known = {part for parts in fused.values() for part in parts} | {*self.manager.modules} - {*fused}
+        if untaken := [layer for layer, name in self.layers.items() if name not in known]:
+            raise UserError(
+                f"lora.targets: vLLM's {type(model).__name__} takes no adapters on {', '.join(untaken[:5])}"
+                f"{f' and {len(untaken) - 5} more' if len(untaken) > 5 else ''}; add --lora.fold"
+            )
+        self.taken: dict[str, Tensor] = {}
+        self.record: Record = {}
+        """Every stack that the first push filled, by its name here."""
+        self.places: list[Place] = []
+
+    def apart(self, buckets: Iterable[Bucket]) -> Iterator[Bucket]:
+        """The rest of every bucket. Adapters are copied: the bucket's memory is about to be reused."""
+        self.taken.clear()
+        for bucket in buckets:
+            self.taken |= {name: tensor.to(self.device, copy=True) for name, tensor in bucket if split(name)}
+            yield [(name, tensor) for name, tensor in bucket if not split(name)]
+
+    def load(self) -> None:
+        """Puts what came in the last push into the layers: all stacks are written anew, and used from the next step on.
+
+        For after vLLM's own update of weights, which forgets adapters, and after a sleep, which loses the stacks and
+        which sequence has which adapters.
+        """
+        from vllm.lora.lora_model import LoRAModel
+        from vllm.lora.lora_weights import LoRALayerWeights
+
+        sides = {layer: [self.taken[f"{layer}.{side}.{NAME}.weight"] for side in STACKS] for layer in self.layers}
+        ranks = {layer: len(a_RI) for layer, (a_RI, _) in sides.items()}
+        loaded = {
+            name: LoRALayerWeights(name, ranks[layer], ranks[layer], *sides[layer])
+            for layer, name in self.layers.items()
+        }
+        self.manager.remove_all_adapters()
+        # What vLLM 0.25 leaves, and believes that its kernels have been told.
+        self.manager._last_mapping = None
+        self.manager.add_adapter(LoRAModel(NUMBER, max(ranks.values()), loaded))
+        first = not self.record
+        recording = RecordingCopies(Copies(), self._stacks(), list(self.taken.items()))
+        with recording if first else nullcontext():
+            self.manager.activate_adapter(NUMBER)
+        if first:
+            self._keep_record(recording)
+
+    def _stacks(self) -> dict[str, Tensor]:
+        return {
+            f"{name}.{stack}.{number}": tensor
+            for name, layer in self.manager.modules.items()
+            for stack in STACKS.values()
+            for number, tensor in enumerate(getattr(layer, stack))
+        }
+
+    def _keep_record(self, recording: RecordingCopies) -> None:
+        """Which elements of which adapters each stack consists of."""
+        stacks = self._stacks()
+        parts = {tensor.untyped_storage().data_ptr(): (name, tensor) for name, tensor in self.taken.items()}
+        self.record = {name: Target(tuple(stack.shape), stack.dtype) for name, stack in stacks.items()}
+        for target, source in zip(recording.targets, recording.sources, strict=True):
+            where = recording.names[target.untyped_storage().data_ptr()]
+            name, tensor = parts[source.untyped_storage().data_ptr()]
+            piece = piece_of(name, tensor, stacks[where], target, source)
+            self.record[where].pieces += [piece] if piece is not None else []
+            self.record[where].exact &= piece is not None and tensor.dtype == target.dtype
+        self.places = [(n, n, SimpleNamespace(**{n.rpartition(".")[2]: stack})) for n, stack in stacks.items()]
+
+
+def _name_in(model: Any, layer: str) -> str:
+    """vLLM's name of a checkpoint's layer."""
+    from vllm.lora.utils import parse_fine_tuned_lora_name
+
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    if mapper is not None:
+        # Without fusing, which the manager does itself. Versions differ in its name.
+        mapper = (getattr(mapper, "get_rename_mapper", None) or mapper.get_unstacked_mapper)()
+    return parse_fine_tuned_lora_name(f"{layer}.lora_A.weight", mapper)[0]
