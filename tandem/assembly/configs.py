@@ -372,7 +372,7 @@ class SamplesConfig(RunConfig):
             )
         if self.quantized is not None and self.engine.kind == "vllm":
             raise UserError(
-                f"engine.kind: the base is in few bits (lora.quantize {self.quantized}), and vLLM is fed whole models; "
+                f"engine.kind: the base is in few bits (lora.quantize {self.quantized}), and vLLM takes it in full; "
                 "take --engine.kind live"
             )
         if self.schedule.stale_cache == "keep" and self.engine.kind == "vllm":

@@ -359,5 +359,5 @@ def test_a_folder_in_4_bits_is_known_by_its_config(tmp_path):
         config_of("sft", tmp_path)
     with pytest.raises(UserError, match="are nf4 already, got fp8"):
         config_of("sft", tmp_path, "--lora.rank", "8", "--lora.quantize", "fp8")
-    with pytest.raises(UserError, match="and vLLM is fed whole models"):
+    with pytest.raises(UserError, match="and vLLM takes it in full"):
         config_of("ppo", tmp_path, "--lora.rank", "8", "--engine.kind", "vllm")
