@@ -105,10 +105,10 @@ class PushedAdapters:
     def __init__(self, model: Any, names: Names, plan: Plan, device: torch.device) -> None:
         self.manager = model.lora_manager
         self.device = device
-        sides = [side for spec in plan.tensors for side in split(spec.name)]
-        self.alone = 2 * len(layers := {layer for layer, _ in sides}) == len(plan.tensors)
+        found = [adapter for spec in plan.tensors for adapter in split(spec.name)]
+        self.alone = len(found) == len(plan.tensors)
         """Whether nothing but adapters travels."""
-        self.layers = {layer: _name_in(model, names.layer(layer)) for layer in sorted(layers)}
+        self.layers = {layer: _name_in(model, names.layer(layer)) for layer, _ in found}
         """vLLM's name of each layer before any are fused."""
         fused = self.manager.packed_modules
         known = {part for parts in fused.values() for part in parts} | {*self.manager.modules} - {*fused}

@@ -290,7 +290,15 @@ class VLLMEngine:
 
     def _whole_tensors(self) -> Wholes:
         if self._wholes is None:
-            self._wholes = Wholes(self._call("tandem_shards"), self._plan)
+            wholes = Wholes(self._call("tandem_shards"), self._plan)
+            seen = {part for part, _ in wholes.held}
+            adapters = [spec.name for spec in self._plan.tensors if split(spec.name)]
+            if hidden := [name for name in adapters if name not in seen]:
+                raise UserError(
+                    f"weight sync: vLLM does not hold adapters as they came, so that they cannot be compared: "
+                    f"{hidden[0]} is the first of {len(hidden)}; add --lora.fold"
+                )
+            self._wholes = wholes
         return self._wholes
 
     def _check_awake(self, stage: str) -> None:
