@@ -22,6 +22,8 @@ PROBE_EVERY = 256
 PROBE_TOKENS = (11, 7)
 FAR = 4
 """How many times the bound log-probs must move when an engine is tried with adapters that count for something."""
+SMALLEST, LARGEST = 2.0**-12, 2.0**12
+"""Of the numbers that these adapters may have."""
 BEYOND = 32
 """Tokens behind a limit of the model that show whether it is kept."""
 
@@ -76,9 +78,13 @@ class TruthCheck:
             return self.trainer.call("logprobs", probe)  # type: ignore[union-attr]
 
         try:
-            without, size = stirred(0.0), 2.0**-10
-            while _mean_gap(without, stirred(size)) < FAR * self.bound and size < 1:
-                size *= 2
+            without, size = stirred(0.0), SMALLEST
+            while not _mean_gap(without, stirred(size)) >= FAR * self.bound:
+                if (size := 2 * size) > LARGEST:
+                    raise WeightMismatch(
+                        "weight sync: whatever the adapters' B is, the log-probs of a probe are as without them: "
+                        "nothing shows whether engines compute with them"
+                    )
             yield
             self.untried = False
         finally:

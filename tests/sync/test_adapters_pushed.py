@@ -20,11 +20,13 @@ from tandem.models.loading import load_causal
 from tandem.models.pairs import adapted
 from tandem.parallel.world import World
 from tandem.sync.check import TruthCheck, WeightMismatch
-from tandem.sync.push import FillPush
+from tandem.sync.push import FillPush, PushParams, WeightPush
+from tandem.sync.source import WeightSource
+from tandem.sync.turns import TakingTurns
 from tandem.training.optim import OptimParams
 from tandem.training.trainer import LocalTrainer
-from tandem.types import Sequence
-from tandem.workers.homes import Here
+from tandem.types import Request, SamplingParams, Sequence
+from tandem.workers.homes import Aside, Here
 from tandem.workers.process import Site
 
 pytest.importorskip("peft")
@@ -116,6 +118,78 @@ def test_a_folded_copy_ends_where_the_adapters_own_tokenizer_does(base, tmp_path
     engine = homes._replica(SamplingSection(), "keep")(Site(World()))
     assert engine.live.tokenizer.eos_token_id == tokenizer.eos_token_id != make_tokenizer().eos_token_id
     assert not adapted(engine.model.module)
+
+
+class Dropping(ReplicaEngine):
+    """Takes turns without a device: as it sleeps it loses its base."""
+
+    def sleep(self):
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                if ".lora_" not in name:
+                    parameter.zero_()
+
+    def wake(self, stage):
+        """Nothing is given back here."""
+
+    def memory(self):
+        return {}
+
+
+def linked(base, engine, *, drops):
+    """A trainer with new adapters, and a push from it to the engine over a link."""
+    home, aside = Here(Site(World())), Aside(Site(World()))
+    model = load_causal(base, adapters=PARAMS, device="cpu")
+    trainer = LocalTrainer(model, loss, OptimParams(learning_rate=3e-2, total_steps=9), token_budget=50)
+    actor = home.place("actor", lambda site: trainer)
+    moving = trainer.policy.trained
+    source = home.place("source", lambda site: WeightSource(trainer.parameters, model.device, moving=moving))
+    params = PushParams(dtype="float32", vocabulary=60, timeout_s=20, drops=drops)
+    push = WeightPush(source, actor, aside.place("engine", lambda site: engine), params)
+    push.connect()
+    return trainer, push
+
+
+def test_an_engine_that_takes_turns_gets_the_base_with_every_push(base):
+    engine = Dropping(load_causal(base, adapters=PARAMS, device="cpu"), way="slots")
+    trainer, push = linked(base, engine, drops=True)
+    before = {name: p.detach().clone() for name, p in trainer.parameters.items()}
+    turns = TakingTurns(engine, push.engines, [push.check.trainer], push, version=lambda: trainer.version)
+    asked = [Request(prompt_ids=(5, 6, 7), seeds=(1, 2), sampling=SamplingParams(max_new_tokens=4))]
+    for turn in range(3):
+        for completion in turns.generate(asked)[0]:
+            (whole,) = trainer.logprobs([[5, 6, 7, *completion.token_ids]])
+            assert completion.behaviour_logp == pytest.approx(whole[2:], abs=1e-5)
+        assert turn or all(torch.equal(p, before[name]) for name, p in trainer.parameters.items())
+        train(trainer)
+    # One that was tried, and three that were sampled from.
+    assert push.check.pushes == 4
+    assert {spec.name for spec in push.plan.tensors} == set(trainer.parameters)
+
+
+@pytest.mark.parametrize("drops", [True, False])
+def test_an_engine_without_its_new_adapters_is_caught_at_the_first_push(base, drops):
+    """They begin at nothing: it computes what the trainer does, until they are tried."""
+    engine = Dropping(load_causal(base, adapters=PARAMS, device="cpu"), way="slots")
+    trainer, push = linked(base, engine, drops=drops)
+    for layer in adapted(engine.model.module).values():
+        layer._disable_adapters = True
+    turns = TakingTurns(engine, push.engines, [push.check.trainer], push, version=lambda: 0)
+    asked = [Request(prompt_ids=(5,), seeds=(1,), sampling=SamplingParams(max_new_tokens=4))]
+    with pytest.raises(WeightMismatch, match="log-probs that differ"):
+        turns.generate(asked) if drops else push(0)
+    assert not any(p.any() for name, p in trainer.parameters.items() if "lora_B" in name)
+
+
+def test_adapters_that_count_for_nothing_cannot_be_tried(base):
+    engine = Dropping(load_causal(base, adapters=PARAMS, device="cpu"), way="slots")
+    trainer, push = linked(base, engine, drops=False)
+    with torch.no_grad():
+        for name, parameter in trainer.parameters.items():
+            if "lora_A" in name:
+                parameter.zero_()
+    with pytest.raises(WeightMismatch, match="whatever the adapters' B is"):
+        push(0)
 
 
 @pytest.mark.parametrize(
