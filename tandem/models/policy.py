@@ -85,8 +85,8 @@ class Policy:
 class Scaled(Mapping[str, Tensor]):
     """A model's parameters by their names, each adapter's B times its scale (arXiv:2106.09685, section 4.1).
 
-    Products are made when they are asked for, in float32. Raises UserError for adapters on other parts than linear layers
-    below the head: those are not added in this way.
+    Products are made when they are asked for, in float32. Raises UserError for adapters on other parts than linear
+    layers below the head: those are not added in this way.
     """
 
     def __init__(self, module: Any, parameters: Mapping[str, Tensor]) -> None:
@@ -94,7 +94,11 @@ class Scaled(Mapping[str, Tensor]):
         pairs = pairs_of(module)
         head = module.get_output_embeddings()
         for name, pair in pairs.items():
-            if pair.embedding or hasattr(pair.layer, "parameter_name") or pair.layer is head:
+            if (
+                pair.embedding
+                or hasattr(pair.layer, "parameter_name")
+                or head in (pair.layer, pair.layer.get_base_layer())
+            ):
                 raise UserError(
                     f"lora.targets: vLLM takes adapters on linear layers below the head, and not on {name}; leave them "
                     "out, or add --lora.fold"

@@ -18,6 +18,7 @@ from tandem.errors import UserError
 from tandem.models.adapters import AdapterParams
 from tandem.models.loading import load_causal
 from tandem.models.pairs import adapted
+from tandem.models.policy import Scaled
 from tandem.parallel.world import World
 from tandem.sync.check import TruthCheck, WeightMismatch
 from tandem.sync.push import FillPush, PushParams, WeightPush
@@ -202,6 +203,16 @@ def test_adapters_that_vllm_does_not_compute_are_refused_before_anything_starts(
     with pytest.raises(UserError, match=words):
         Homes(*parts, adapters=adapters).check()
     Homes(*parts, adapters=adapters, fold=True).check()
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_adapters_that_vllm_adds_otherwise_are_refused(base, target):
+    params = AdapterParams(rank=4, targets=("q_proj", target))
+    model = load_causal(base, adapters=params, device="cpu")
+    with pytest.raises(
+        UserError, match=rf"linear layers below the head, and not on \S*{target}\.weight; leave them out"
+    ):
+        Scaled(model.module, dict(model.module.named_parameters()))
 
 
 def test_float32_adapters_are_refused_on_a_gpu():
