@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 YOUNG = 50_000
 """Objects made, above those that are gone, until the young ones are gone through. By default it is 700: less than the
-lists of one reading of 256 samples' tokens."""
+lists of one reading of 256 samples' tokens, and importing torch and transformers takes 0.6 s longer."""
+
+
+def collect_rarely() -> None:
+    """For a whole process, before it imports anything large."""
+    gc.set_threshold(YOUNG, *gc.get_threshold()[1:])
 
 
 def settle() -> None:
@@ -19,10 +23,11 @@ def settle() -> None:
     Going through them takes 0.1 to 0.3 s, and a step's samples are enough to begin it. What is garbage by now stays,
     so on a GPU, whose memory it may hold, it is collected first.
     """
-    if torch.cuda.is_initialized():
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
         gc.collect()
     gc.freeze()
-    gc.set_threshold(YOUNG, *gc.get_threshold()[1:])
+    collect_rarely()
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from tandem.assembly.configs import config_class
+from tandem.collector import collect_rarely
 from tandem.config import load_config
 from tandem.errors import RunFailure, UserError
 from tandem.flags import suggest
@@ -155,6 +156,7 @@ EXIT_DEADLINE_S = 10.0
 
 def process() -> NoReturn:
     """The command as a process of its own, which ends when the command does, whoever's threads go on."""
+    collect_rarely()
     code = 1
     try:
         code = main(supervised=True)

@@ -1,0 +1,38 @@
+"""What the collector of reference cycles leaves out while a run goes on, and that it is as before afterwards."""
+
+import gc
+import weakref
+
+from tandem.collector import YOUNG, settled
+
+
+class Cycle:
+    def __init__(self):
+        self.own = self
+
+
+def test_what_lives_is_left_out_until_the_end_and_new_cycles_are_not():
+    before = gc.get_threshold()
+    old = Cycle()
+    with settled():
+        assert gc.get_threshold() == (YOUNG, *before[1:])
+        assert gc.get_freeze_count() > 0
+        assert not any(each is old for each in gc.get_objects())
+        lost, own = weakref.ref(old), weakref.ref(Cycle())
+        del old
+        gc.collect()
+        assert own() is None
+        assert lost() is not None
+    gc.collect()
+    assert lost() is None
+    assert (gc.get_threshold(), gc.get_freeze_count()) == (before, 0)
+
+
+def test_it_is_as_before_where_the_body_fails():
+    before = gc.get_threshold()
+    try:
+        with settled():
+            raise RuntimeError
+    except RuntimeError:
+        pass
+    assert (gc.get_threshold(), gc.get_freeze_count()) == (before, 0)
