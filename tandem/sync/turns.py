@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from contextlib import suppress
 from dataclasses import dataclass
 
 from tandem.errors import Cancelled
 from tandem.futures import Driven, Future, wait_all
 from tandem.roles import Engine, FedEngine, Metrics, Seat
+from tandem.signals import held
 from tandem.sync.push import WeightPush
 from tandem.types import Completion, Request, Watch
 
@@ -117,11 +119,19 @@ class TakingTurns:
         return wait_all(futures)
 
     def wait(self, until: Callable[[], bool], at_least: int = 0) -> None:
-        """A turn of the engine, with weights as they are now: until ``until()``, or until nothing is left."""
+        """A turn of the engine, with weights as they are now: until ``until()``, or until nothing is left.
+
+        Whatever ends it, the engine sleeps then and the trainers are back: what is saved next are their weights.
+        """
         self._lots = [lot for lot in self._lots if not lot.done()]
         if self._lots and not until():
-            self._wake()
-            self.engine.wait(until, at_least)
+            try:
+                self._wake()
+                self.engine.wait(until, at_least)
+            except BaseException:
+                with suppress(Exception):  # what ended the turn is what is told
+                    self._rest()
+                raise
             self._rest()
 
     def look(self) -> None:
@@ -136,10 +146,7 @@ class TakingTurns:
         self.engine.cancel()
 
     def recover(self) -> None:
-        """After an engine was started again: trainers take their memory back, and it is linked to them and sleeps."""
-        self._awake = False
-        for other in self.others:
-            other.call("unpark")
+        """After an engine was started again: it is linked to the trainers, which are back, and sleeps."""
         self.link.connect()
         self.engines.call("sleep")
 
@@ -177,10 +184,16 @@ class TakingTurns:
 
     def _rest(self) -> None:
         self._awake = False
-        self.metrics |= {f"engine_{name}": value for name, value in self.engines.call("memory").items()}
-        self._give_back()
+        try:
+            self.metrics |= {f"engine_{name}": value for name, value in self.engines.call("memory").items()}
+        finally:
+            self._give_back()
 
     def _give_back(self) -> None:
-        self.engines.call("sleep")
-        for other in self.others:
-            other.call("unpark")
+        """Whatever becomes of the engine the trainers are back. Signals wait until all are."""
+        with held():
+            try:
+                self.engines.call("sleep")
+            finally:
+                for other in self.others:
+                    other.call("unpark")

@@ -12,7 +12,7 @@ from helpers.telling import TOKENS, tell, told
 
 from tandem.engines.live.engine import LiveEngine
 from tandem.engines.live.replica import ReplicaEngine
-from tandem.errors import Cancelled
+from tandem.errors import Cancelled, WorkerDied
 from tandem.roles import Engine, FedEngine, SleepingEngine
 from tandem.sync.push import WeightPush
 from tandem.sync.turns import TakingTurns
@@ -162,3 +162,40 @@ def test_what_a_turn_leaves_unfinished_goes_on_in_the_next():
         never.result()
     turns.wait(lambda: False)
     assert len(turns.generate(REQUESTS)) == 1
+
+
+@pytest.mark.parametrize("where", ["until", "push", "step"])
+def test_an_error_amid_a_turn_leaves_the_engine_asleep_and_the_trainers_back(monkeypatch, where):
+    """What is open then goes on in the next turn, unless it was what failed."""
+    engine = Sleepy(model_of(1))
+    push, _ = pushing(engine)
+    parked = Parking()
+    turns = TakingTurns(engine, push.engines, [seat_of(parked)], push, version=lambda: 7)
+    (open_,) = turns.submit(REQUESTS)
+    with monkeypatch.context() as patched:
+        if where != "until":
+            patched.setattr(*((push, "prove") if where == "push" else (engine, "wait")), lambda *_: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            turns.wait(lambda: bool(1 // 0) if engine.awake else False)
+    assert engine.awake == frozenset()
+    assert parked.said == ["optimizer leaves", "weights leave", "back"]
+    assert len(open_.result()) == 2
+    assert parked.said == ["optimizer leaves", "weights leave", "back"] * 2
+
+
+def test_trainers_come_back_from_a_turn_whose_engine_is_gone(monkeypatch):
+    """What ended the turn is what is said, not what cannot be asked of an engine any more."""
+    engine = Sleepy(model_of(1))
+    push, _ = pushing(engine)
+    parked = Parking()
+    turns = TakingTurns(engine, push.engines, [seat_of(parked)], push, version=lambda: 7)
+    turns.submit(REQUESTS)
+
+    def dies(*_: Any) -> None:
+        monkeypatch.setattr(engine, "sleep", lambda: 1 // 0)
+        raise WorkerDied("engine rank 0 died")
+
+    monkeypatch.setattr(engine, "wait", dies)
+    with pytest.raises(WorkerDied):
+        turns.wait(lambda: False)
+    assert parked.said == ["optimizer leaves", "weights leave", "back"]

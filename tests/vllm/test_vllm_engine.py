@@ -377,8 +377,12 @@ def test_asleep_it_samples_nothing_until_it_has_weights(engine):
     engine.sleep()
     with pytest.raises(UserError, match="asleep"):
         sample(engine)
-    with pytest.raises(UserError, match="wake"):
-        engine.receive(5)
+    for half_awake in (False, True):
+        if half_awake:
+            engine.wake("weights")
+            engine.sleep()
+        with pytest.raises(UserError, match="wake"):
+            engine.receive(5)
     engine.wake("weights")
     other = make_model("llama", seed=5, tied=True)
     pusher = pusher_of(engine, other)

@@ -239,9 +239,10 @@ class VLLMEngine:
         if not self.can_sleep:
             raise UserError("the vLLM engine was started without sleep; start it with sleep=True")
         with self._stepper.exclusive():
-            if self._asleep:
+            if self._asleep == {"weights", "cache"}:
                 return
-            self._core.forget_cache()
+            if not self._asleep:
+                self._core.forget_cache()
             if not on_cpu():
                 self._engine.sleep(level=2, mode="keep")
             self._asleep, self._base_dropped = {"weights", "cache"}, True
