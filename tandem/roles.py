@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from tandem.batch import Batch, Outputs, TokenLoss
 from tandem.futures import Awaited, Begun, Future, wait_all
-from tandem.types import Completion, Held, Request, Rollout, Ticket, Watch
+from tandem.types import Completion, Held, Judgement, Request, Rollout, Ticket, Watch
 
 MEANWHILE_S = 0.05
 """What is to be done while others work is done every 0.05 s."""
@@ -387,10 +387,6 @@ class BegunReward(Reward, Protocol):
         """What it judges in one call."""
         ...
 
-    def begin(self, batch: RewardBatch) -> Begun[list[float | None]]:
+    def begin(self, batch: RewardBatch) -> Begun[Judgement]:
         """As ``score``, of what it judges in one call."""
-        ...
-
-    def counted(self) -> dict[str, int]:
-        """What it has counted beside its scores since this was last asked, by name."""
         ...

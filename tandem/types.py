@@ -183,6 +183,15 @@ class Rollout(Drawn):
         return self.stop != "error" and self.reward is not None
 
 
+class Judgement(NamedTuple):
+    """What one call of a reward gives."""
+
+    scores: list[float | None]
+    """One a sample; None leaves it out."""
+    counts: dict[str, int]
+    """What the reward has counted beside them, by name."""
+
+
 @dataclass(kw_only=True)
 class Prompt:
     """One row of an online dataset, tokenized. ``columns`` are the row's other fields, handed to reward functions."""

@@ -22,6 +22,7 @@ from typing import Any, Literal, TypeVar
 from tandem.errors import UserError
 from tandem.futures import Begun, Later
 from tandem.rewards.loading import one_line
+from tandem.types import Judgement
 
 Scores = list[float | None]
 Per = Literal["sample", "group", "all"]
@@ -126,9 +127,9 @@ class LocalFunction:
         self._function = function
         self._runner: asyncio.Runner | None = None
 
-    def begin(self, arguments: Mapping[str, Any], samples: int, seed: int | None = None) -> Begun[Scores]:
+    def begin(self, arguments: Mapping[str, Any], samples: int, seed: int | None = None) -> Begun[Judgement]:
         """The call, made when somebody asks for what it gives."""
-        return Later(partial(self, arguments, samples, seed))
+        return Later(lambda: Judgement(self(arguments, samples, seed), self.counted()))
 
     def __call__(self, arguments: Mapping[str, Any], samples: int, seed: int | None = None) -> Scores:
         """One number a sample, None where the function leaves it out. Raises Fault where it gives anything else.

@@ -21,6 +21,7 @@ from tandem.rewards.kinds import find_function, reward_name
 from tandem.rewards.loading import shortened
 from tandem.roles import RewardBatch
 from tandem.seeds import derive_seed
+from tandem.types import Judgement
 
 SAMPLED = ("prompts", "completions", "completion_ids")
 """What every reward function can have, whatever the dataset."""
@@ -36,12 +37,8 @@ class Judging(Protocol):
 
     wants: Wants
 
-    def begin(self, arguments: Mapping[str, Any], samples: int, seed: int | None = None) -> Begun[Scores]:
+    def begin(self, arguments: Mapping[str, Any], samples: int, seed: int | None = None) -> Begun[Judgement]:
         """Scores of so many samples. Its result raises Fault, or RunFailure where its process failed."""
-        ...
-
-    def counted(self) -> dict[str, int]:
-        """What the function has counted beside its scores since this was last asked, by name."""
         ...
 
 
@@ -83,7 +80,7 @@ class FunctionReward:
         """Whether the function names such an argument."""
         return argument in (*self._judging.wants.required, *self._judging.wants.optional)
 
-    def begin(self, batch: RewardBatch) -> Begun[Scores]:
+    def begin(self, batch: RewardBatch) -> Begun[Judgement]:
         """Begins one call, of a batch of what it judges in one: see ``score``, whose errors the result raises."""
         self.require_columns(batch.columns)
         ids = [rollout.completion_ids for rollout in batch.rollouts]
@@ -115,12 +112,12 @@ class FunctionReward:
         finite number or None a sample (which one, and its completion). Raises RunFailure where it raises (the
         exception, the line, and the sample that it was at, where its variables show that).
         """
-        calls = [self.begin(one) for one in divided(batch, self.per)]
-        return [score for scores in wait_all(calls) for score in scores]
+        return self.judge(batch).scores
 
-    def counted(self) -> dict[str, int]:
-        """What the function has counted beside its scores since this was last asked, by name."""
-        return self._judging.counted()
+    def judge(self, batch: RewardBatch) -> Judgement:
+        """As ``score``, with what all its calls have counted."""
+        found = wait_all([self.begin(one) for one in divided(batch, self.per)])
+        return Judgement([score for one in found for score in one.scores], added_up(one.counts for one in found))
 
     def require_columns(self, columns: Iterable[str], dataset: str = "the dataset") -> None:
         """Raises UserError where the function wants a column that the dataset does not have."""
@@ -148,7 +145,7 @@ class Judged:
 
     name: str
     batch: RewardBatch
-    call: Begun[Scores]
+    call: Begun[Judgement]
 
     @property
     def settled(self) -> bool:
@@ -161,7 +158,7 @@ class Judged:
         with self._in_words():
             self.call.look(wait=wait)
 
-    def result(self) -> Scores:
+    def result(self) -> Judgement:
         with self._in_words():
             return self.call.result()
 
@@ -173,6 +170,15 @@ class Judged:
             where = "" if fault.sample is None else sample(self.batch, fault.sample)
             kind = RunFailure if fault.raised else UserError
             raise kind(f"reward {self.name!r} {fault.what}{where}{fault.then}") from fault
+
+
+def added_up(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """The sum of each, 0 included."""
+    found: dict[str, int] = {}
+    for of_one in counts:
+        for name, count in of_one.items():
+            found[name] = found.get(name, 0) + count
+    return found
 
 
 def divided(batch: RewardBatch, per: Per) -> Iterator[RewardBatch]:

@@ -24,10 +24,11 @@ from typing import IO, Any
 
 from tandem.errors import RunFailure, UserError
 from tandem.futures import Begun
-from tandem.rewards.calling import Fault, Scores, Wants
-from tandem.rewards.function import FunctionReward
+from tandem.rewards.calling import Fault, Wants
+from tandem.rewards.function import FunctionReward, added_up
 from tandem.rewards.kinds import Setting, reward_name
 from tandem.rewards.serving import packed, unpacked
+from tandem.types import Judgement
 
 WAITS_S = (1.0, 2.0, 4.0)
 """A call that raises is made again after each of these, in seconds: what it asks for may be back."""
@@ -125,6 +126,8 @@ class Call:
         self.function, self.message = function, message
         self.settled = False
         self.tries = 0
+        self.counts: dict[str, int] = {}
+        """What the function has counted in all its tries."""
         self.sent = 0.0
         self.began: float | None = None
         """When its first try began, where there has been one."""
@@ -157,7 +160,6 @@ class RemoteFunction:
     def __init__(self, owner: RewardProcesses, source: str) -> None:
         self.owner, self.source, self.name = owner, source, reward_name(source)
         self.wants: Wants
-        self._counts: dict[str, int] = {}
         self._waiting: deque[Call] = deque()
         self._again: list[tuple[float, Call]] = []
         """Calls that have raised, and when each is due again."""
@@ -177,18 +179,13 @@ class RemoteFunction:
             for worker in self._workers[1:]:
                 worker.calls[0] = Call(self, None)
                 worker.calls[0].sent = time.monotonic()
-        self._counts = dict.fromkeys(self.wants.counts, 0)
         return FunctionReward(self, name=self.name, source=self.source, files=files, version=version)
 
-    def begin(self, arguments: Mapping[str, Any], samples: int, seed: int | None = None) -> Begun[Scores]:
+    def begin(self, arguments: Mapping[str, Any], samples: int, seed: int | None = None) -> Begun[Judgement]:
         """A call that raises is made again a few times, each as if it were the first (with the same seed)."""
         call = Call(self, (dict(arguments), samples, seed))
         self._waiting.append(call)
         return call
-
-    def counted(self) -> dict[str, int]:
-        found, self._counts = self._counts, dict.fromkeys(self.wants.counts, 0)
-        return found
 
     def dispatch(self, now: float) -> float | None:
         """Gives calls to the processes that have fewest. When the next one is due again, if any is."""
@@ -213,10 +210,9 @@ class RemoteFunction:
             call.settle(answer)
             return
         found, counts = answer
-        for name, count in counts.items():
-            self._counts[name] = self._counts.get(name, 0) + count
+        call.counts = added_up((dict.fromkeys(self.wants.counts, 0), call.counts, counts))
         if not isinstance(found, dict):
-            call.settle(found)
+            call.settle(Judgement(found, call.counts))
             return
         fault = Fault(**found)
         call.tries += 1

@@ -10,12 +10,12 @@ from functools import cached_property
 from tandem.errors import RunFailure, UserError
 from tandem.futures import Begun, Done
 from tandem.rewards.combine import OVERLONG, combine, part_names
+from tandem.rewards.function import added_up
 from tandem.rewards.shaping import MissingEos, Overlong, shape_reward
 from tandem.roles import BegunReward, Reward, RewardBatch
 from tandem.seeds import derive_seed
-from tandem.types import Completion, Group, Prompt, Rollout
+from tandem.types import Completion, Group, Judgement, Prompt, Rollout
 
-Scores = list[float | None]
 Called = tuple[int, int]
 """A call: the number of the reward among the rewards, and that of the sample that it judges, or ``GROUP``."""
 GROUP = -1
@@ -77,11 +77,9 @@ class Judge:
         late = {number: reward for number, reward in enumerate(self.rewards) if number not in self.early}
         begun = {number: reward.begin(batch) for number, reward in late.items() if isinstance(reward, BegunReward)}
         scores = {number: reward.score(batch) for number, reward in late.items() if number not in begun}
-        for number in range(len(self.rewards)):
-            if number in self.early:
-                scores[number] = [score for judging in judgings for score in judging.scores(number)]
-            elif number in begun:
-                scores[number] = begun[number].result()
+        found_by = {number: [call.result()] for number, call in begun.items()}
+        found_by |= {number: [one for judging in judgings for one in judging.judged(number)] for number in self.early}
+        scores |= {number: [score for one in ones for score in one.scores] for number, ones in found_by.items()}
         ordered = [scores[number] for number in range(len(self.rewards))]
         totals, parts = combine(self.rewards, self.weights, ordered, batch)
         for (_, rollout), total, part in zip(found, totals, parts, strict=True):
@@ -92,9 +90,8 @@ class Judge:
             self._shorten(rollout)
         return {
             f"{name}/{what}": count
-            for name, reward in zip(part_names(self.rewards), self.rewards, strict=True)
-            if isinstance(reward, BegunReward)
-            for what, count in reward.counted().items()
+            for number, name in enumerate(part_names(self.rewards))
+            for what, count in added_up(one.counts for one in found_by.get(number, ())).items()
         }
 
     def check(self, groups: Seq[Group]) -> None:
@@ -135,18 +132,18 @@ class Judging:
         *,
         seeded: tuple[int | None, int],
         columns: frozenset[str] = frozenset(),
-        calls: list[Begun[Scores]] | None = None,
-        known: Mapping[Called, Scores] | None = None,
+        calls: list[Begun[Judgement]] | None = None,
+        known: Mapping[Called, Judgement] | None = None,
     ) -> None:
         """``seeded``: what its calls' seeds are named after, a seed (None: they have none) and a place under it.
 
         ``columns``: see ``reward_batch``. Every call is added to ``calls``, where given. ``known`` were made before.
         """
         self.judge, self.prompt, self.samples, self.seeded, self.columns = judge, prompt, samples, seeded, columns
-        self.calls: list[Begun[Scores]] = [] if calls is None else calls
+        self.calls: list[Begun[Judgement]] = [] if calls is None else calls
         self._ended: dict[int, Rollout] = {}
         """The samples that were heard of, by their number."""
-        self._called: dict[Called, Begun[Scores]] = {call: Done(scores) for call, scores in (known or {}).items()}
+        self._called: dict[Called, Begun[Judgement]] = {call: Done(given) for call, given in (known or {}).items()}
 
     def hear(self, sample: int, completion: Completion) -> None:
         """A sample has ended."""
@@ -170,14 +167,14 @@ class Judging:
         return all(call.settled for call in self._called.values())
 
     @property
-    def known(self) -> dict[Called, Scores]:
-        """The scores of the calls that have been answered. Raises what one of them raises."""
+    def known(self) -> dict[Called, Judgement]:
+        """The answers to the calls that have been answered. Raises what one of them raises."""
         return {called: call.result() for called, call in self._called.items() if call.settled}
 
-    def scores(self, number: int) -> Scores:
+    def judged(self, number: int) -> list[Judgement]:
         """What a reward gives the samples that ended without an error, in their order."""
         samples = sorted(sample for reward, sample in self._called if reward == number)
-        return [score for sample in samples for score in self._called[number, sample].result()]
+        return [self._called[number, sample].result() for sample in samples]
 
     def _begin_one(self, sample: int, rollout: Rollout) -> None:
         for number, reward in self.judge.early.items():

@@ -12,10 +12,10 @@ from typing import Any
 
 from tandem.futures import Begun, Done, Future, wait_all
 from tandem.roles import Clock, Engine, Metrics
-from tandem.rollout.judging import Called, Judge, Judging, Scores, rollout_of
+from tandem.rollout.judging import Called, Judge, Judging, rollout_of
 from tandem.rollout.measure import rollout_metrics
 from tandem.seeds import derive_seed
-from tandem.types import Completion, Ended, Group, Prompt, Request, SamplingParams, Ticket
+from tandem.types import Completion, Ended, Group, Judgement, Prompt, Request, SamplingParams, Ticket
 
 
 def sample_groups(
@@ -90,7 +90,7 @@ class Drawing:
         """The group. What judges all items of a step together has not seen it yet (``Sampling.finish``)."""
         group = self.group
         for number in self.judging.judge.early:
-            self.judging.scores(number)
+            self.judging.judged(number)
         return group
 
     def kept(self) -> dict[str, Any] | None:
@@ -105,7 +105,7 @@ class Drawing:
             "prompt_id": self.prompt.prompt_id,
             "prompt_ids": list(self.prompt.token_ids),
             "completions": [dict(vars(completion)) for completion in completions],
-            "scores": [[*called, scores] for called, scores in known.items()],
+            "scores": [[*called, given.scores, given.counts] for called, given in known.items()],
         }
 
 
@@ -122,10 +122,10 @@ class Sampling:
     seed: int
     phase: str = field(default="scoring", init=False)
     counts: Counter[str] = field(default_factory=Counter, init=False)
-    """What the rewards have counted in the step so far."""
+    """What the rewards have counted of the step's samples so far."""
     open: list[Drawing] = field(default_factory=list, init=False)
     """The groups that were begun and not finished."""
-    calls: list[Begun[Scores]] = field(default_factory=list, init=False)
+    calls: list[Begun[Judgement]] = field(default_factory=list, init=False)
     """Of rewards that judge a sample or a group at a time, oldest first, those that are not known to have ended."""
     answered: int = field(default=0, init=False)
     """How many have."""
@@ -215,7 +215,7 @@ class Sampling:
         if (kept["prompt_id"], tuple(kept["prompt_ids"])) != (prompt.prompt_id, prompt.token_ids):
             return None
         completions = [Completion(**completion) for completion in kept["completions"]]
-        known = {(reward, sample): scores for reward, sample, scores in kept["scores"]}
+        known = {(reward, sample): Judgement(*given) for reward, sample, *given in kept["scores"]}
         drawing = Drawing(
             ticket=ticket, prompt=prompt, completions=Done(completions), judging=self._judging(ticket, known)
         )
@@ -250,7 +250,7 @@ class Sampling:
             self.calls[:] = [call for call in self.calls if not call.settled]
             self.answered += before - len(self.calls)
 
-    def _judging(self, ticket: Ticket, known: Mapping[Called, Scores] | None = None) -> Judging:
+    def _judging(self, ticket: Ticket, known: Mapping[Called, Judgement] | None = None) -> Judging:
         """What a reward gives a sample depends on its ticket, not on those that are sampled or judged beside it."""
         return Judging(
             self.judge,

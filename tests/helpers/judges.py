@@ -177,3 +177,12 @@ def counting(completions):
 
 
 counting.counts = {"odd": 0, "even": 0}
+
+
+@judges("sample")
+def counting_one(completion):
+    counting_one.counts["odd"] += len(completion) % 2
+    return 1.0
+
+
+counting_one.counts = {"odd": 0, "even": 0}

@@ -46,10 +46,11 @@ def test_mathematics(processes):
     ]
     data = batch(*(text for text, _, _ in cases), answer=[answer for _, answer, _ in cases])
     start = time.monotonic()
-    for (text, _, wanted), score in zip(cases, math.score(data), strict=True):
+    judged = math.judge(data)
+    for (text, _, wanted), score in zip(cases, judged.scores, strict=True):
         assert score in (wanted if isinstance(wanted, tuple) else (wanted,)), text
     assert time.monotonic() - start < 30
-    assert math.counted()["no_answer"] == 1
+    assert judged.counts["no_answer"] == 1
 
 
 def test_the_column_of_the_answer(processes):

@@ -44,8 +44,7 @@ def test_nothing_is_asked_twice(tmp_path, serve, judge):  # noqa: F811
     reward = judge(url)
     data = batch("a", "b{level}", "a", level=[1, 2, 1])
     assert (reward.name, reward.per) == ("tone", "sample")
-    assert reward.score(data) == [0.7] * 3
-    assert reward.counted() == {"asked": 2, "from_cache": 0, "unparseable": 0}
+    assert reward.judge(data) == ([0.7] * 3, {"asked": 2, "from_cache": 0, "unparseable": 0})
     path, key, body = sorted(seen(url), key=str)[1]
     assert (path, key) == ("/chat/completions", "Bearer sk-1")
     assert (body["model"], body["temperature"]) == ("judge-1", 0.0)
@@ -59,8 +58,7 @@ def test_nothing_is_asked_twice(tmp_path, serve, judge):  # noqa: F811
     with cache.open("a") as file:
         file.write('{"key": "half')
     resumed = judge(url)
-    assert resumed.score(data) == [0.7] * 3
-    assert resumed.counted()["asked"] == 0
+    assert resumed.judge(data) == ([0.7] * 3, {"asked": 0, "from_cache": 3, "unparseable": 0})
     assert resumed.score(batch("new", level=[1])) == [0.7]
     assert len(seen(url)) == 3
     assert len(read_cache(cache)) == 3
@@ -76,8 +74,8 @@ def test_replies_without_a_score(serve, judge):  # noqa: F811
     with pytest.raises(UserError, match=r"judge-1 gave no score from 0 to 10 in 3 replies, .*not say.*completion 'a'"):
         judge(never).score(batch("a", level=[1]))
     left_out = judge(never, "unparseable: leave_out\nasks: 1\n")
-    assert left_out.score(batch("a", "b", level=[1, 1])) == [None, None]
-    assert left_out.counted() == {"asked": 2, "from_cache": 0, "unparseable": 2}
+    judged = left_out.judge(batch("a", "b", level=[1, 1]))
+    assert judged == ([None, None], {"asked": 2, "from_cache": 0, "unparseable": 2})
 
 
 def test_an_endpoint_that_fails(serve, judge):  # noqa: F811

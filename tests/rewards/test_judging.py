@@ -40,6 +40,7 @@ def judges():
         "one_nan",
         "one_fails",
         "counting",
+        "counting_one",
         "too_large",
     )
     processes = RewardProcesses(
@@ -233,13 +234,27 @@ def test_a_reward_that_fails_ends_the_wait_and_what_is_open_is_given_up(judges):
 
 
 def test_counts_beside_the_scores(judges):
-    assert judges["counting"].score(batch("a", "bb", "ccc")) == [1.0, 2.0, 3.0]
-    assert judges["counting"].counted() == {"odd": 2, "even": 0}
-    assert judges["counting"].counted() == {"odd": 0, "even": 0}
+    assert judges["counting"].judge(batch("a", "bb", "ccc")) == ([1.0, 2.0, 3.0], {"odd": 2, "even": 0})
     judge = Judge(rewards=(judges["counting"],), weights=(1.0,))
     (prompt,) = [Prompt(prompt_id="p", prompt="q", token_ids=(1,))]
     groups = groups_of([prompt], [[completed("a"), completed("bb")]])
     assert judge.fill(groups) == {"counting/odd": 1, "counting/even": 0}
+
+
+def test_counts_are_those_of_the_samples_judged_whatever_else_is_judged_meanwhile(judges):
+    """Held-out samples are judged between the answer to a step's samples and its end: neither has the other's."""
+    engine = Engine([["a", "bb"], ["c", "d"]], [[1, 1], [1, 1]])
+    source = source_of(engine, judges["counting_one"])
+    begun = source.begin(tickets(engine), clock)
+    source.wait(lambda: all(item.done() for item in begun), clock)
+    kept = json.loads(json.dumps(source.kept(begun[0])))
+    held_out = groups_of([source.prompts[0]], [[completed("ee"), completed("f")]])
+    assert source.judge.fill(held_out) == {"counting_one/odd": 1, "counting_one/even": 0}
+    source.finish(begun, clock)
+    assert source.counts == {"counting_one/odd": 3, "counting_one/even": 0}
+    again = source_of(engine, judges["counting_one"])
+    again.finish([again.again(tickets(engine)[0], kept)], clock)
+    assert again.counts == {"counting_one/odd": 1, "counting_one/even": 0}
 
 
 def test_what_goes_wrong_names_the_sample(judges):
