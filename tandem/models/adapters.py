@@ -249,8 +249,14 @@ def _require_plain(module: Any, base: str) -> None:
                 "head or stacked experts (lora_bias, aLoRA, DoRA of a head or an embedding, a Conv1D), which Tandem "
                 "does not train on; merge them into their base with peft, and put new ones on that"
             )
-    if is_tied(module) and any(layer is embedding or layer is head for layer in adapted(module).values()):
-        raise UserError(f"adapters on {base}: {TIED}; merge them into their base with peft, and put new ones on that")
+    _require_apart(module, base)
+
+
+def _require_apart(module: Any, where: str) -> None:
+    """Raises UserError for adapters on an embedding that is the head, too."""
+    ends = (module.get_input_embeddings(), module.get_output_embeddings())
+    if is_tied(module) and any(layer is end for layer in adapted(module).values() for end in ends):
+        raise UserError(f"adapters on {where}: {TIED}")
 
 
 def _is_scalar(module: Any) -> bool:
@@ -268,7 +274,9 @@ def merge_folder(module: Any, folder: str) -> Any:
         with warnings.catch_warnings():
             # Those that the folder lacks would add nothing.
             warnings.filterwarnings("error", "Found missing adapter keys")
-            found = peft.PeftModel.from_pretrained(module, folder, config=config).merge_and_unload(safe_merge=True)
+            put = peft.PeftModel.from_pretrained(module, folder, config=config)
+            _require_apart(put.get_base_model(), folder)
+            found = put.merge_and_unload(safe_merge=True)
     except (ValueError, KeyError, RuntimeError, OSError, TypeError, UserWarning) as error:
         raise UserError(f"{folder}: its adapters are not of its base: {first_line(error)}") from None
     return found.eval()

@@ -41,6 +41,11 @@ class Pair:
         return NAME in self.layer.lora_embedding_A
 
     @property
+    def stacked(self) -> bool:
+        """Whether the parameter is of stacked experts, which have pairs of their own."""
+        return hasattr(self.layer, "parameter_name")
+
+    @property
     def first_at_zero(self) -> str:
         """The name of the one that begins at 0."""
         return self.a if self.embedding else self.b
@@ -49,7 +54,7 @@ class Pair:
         """Two matrices whose product has the parameter's shape: [O, R] and [R, I], of stacked experts [X, ...] each."""
         if self.embedding:
             return a.T, b.T
-        if not hasattr(self.layer, "parameter_name"):
+        if not self.stacked:
             return b, a
         a_XRI, b_XOR = by_expert(self.layer, a, b)
         # Some experts are stored as [in, out].

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from tandem.lazy import extra
+from tandem.models.pairs import pairs_of
 from tandem.parallel.sharding import assign, like, local, unsharded, whole
 from tandem.parallel.shares import divide
 from tandem.parallel.world import World
@@ -247,8 +248,10 @@ def hidden_matrices(module: Any) -> list[str]:
     apart = [inner for inner in module.modules() if isinstance(inner, nn.Embedding)]
     apart += [head for head in (module.get_output_embeddings(),) if head is not None]
     kept = {id(parameter) for inner in apart for parameter in inner.parameters()}
+    # Adapters of an embedding are what it is, and those of experts are many matrices in one.
+    others = {name for pair in pairs_of(module).values() if pair.embedding or pair.stacked for name in (pair.a, pair.b)}
     body = {id(parameter) for parameter in module.base_model.parameters()} - kept
-    return [name for name, p in module.named_parameters() if p.ndim == 2 and id(p) in body]
+    return [n for n, p in module.named_parameters() if p.ndim == 2 and id(p) in body and n not in others]
 
 
 def require_bitsandbytes() -> Any:

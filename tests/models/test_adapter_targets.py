@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from helpers.models import make_module, make_tokenizer
+from helpers.models import _COMMON, make_module, make_tokenizer
 from helpers.ranks import run_ranks
 from helpers.targets import ROWS, TARGETS, batch_of_rows, make_bases, train, trainer_of
 from safetensors.torch import load_file
@@ -13,13 +13,14 @@ from safetensors.torch import load_file
 from tandem.errors import UserError
 from tandem.functional.logprobs import Added, chunked_head
 from tandem.kernels.logprob import HeadShape
-from tandem.models.adapters import AdapterParams, put_adapters
+from tandem.models.adapters import AdapterParams, put_adapters, put_saved
 from tandem.models.experts import is_stack
 from tandem.models.forward import forward
 from tandem.models.loading import load_causal
 from tandem.models.pairs import adapted, pairs_of, showing
 from tandem.parallel.sharding import unsharded
 from tandem.parallel.world import World
+from tandem.training.optim import hidden_matrices
 from tandem.training.trainer import LocalScorer
 from tandem.training.views import View
 
@@ -59,6 +60,12 @@ def test_at_zero_they_are_the_base_bit_for_bit_and_trained_they_are_what_peft_co
     assert torch.equal(logp_of(view), alone)
     trainer.export(tmp_path / "out")
     torch.testing.assert_close(found, peft_logp(base, tmp_path / "out"), rtol=0, atol=2e-5)
+    module = load_causal(base, device="cpu").module
+    state = trainer.state_dict()
+    put_saved(module, state["adapters"], str(base), state["model"])
+    assert {name: p.tolist() for name, p in module.named_parameters()} == {
+        name: p.tolist() for name, p in trainer.model.module.named_parameters()
+    }
     # Read back to be trained on, and merged.
     again = trainer_of(tmp_path / "out", AdapterParams(folder=str(tmp_path / "out")))
     assert torch.equal(logp_of(again), found)
@@ -162,6 +169,28 @@ def test_what_is_shown_to_a_trial_matters_and_is_taken_back(bases):
             assert 0.3 < share < 0.8
     for name, parameter in model.module.named_parameters():
         assert (parameter.data_ptr(), parameter.tolist()) == (before[name][0], before[name][1].tolist())
+
+
+def test_a_folder_with_adapters_on_a_tied_embedding_is_not_merged_into_the_head(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**_COMMON, tie_word_embeddings=True)
+    module = transformers.AutoModelForCausalLM.from_config(config)
+    module.save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    params = peft.LoraConfig(target_modules=["embed_tokens"], base_model_name_or_path=str(tmp_path / "base"))
+    peft.get_peft_model(module, params).save_pretrained(tmp_path / "adapters")
+    for params in (None, AdapterParams(folder=str(tmp_path / "adapters"))):
+        with pytest.raises(UserError, match="the model's head is its embedding"):
+            load_causal(tmp_path / "adapters", adapters=params, device="cpu")
+
+
+def test_muon_is_not_for_embeddings_and_stacked_experts(bases):
+    model = load_causal(
+        bases["qwen3_moe"], adapters=AdapterParams(targets=("q_proj", "embed_tokens", "experts")), device="cpu"
+    )
+    found = hidden_matrices(model.module)
+    assert {name.split(".")[-3] for name in found if ".lora_" in name} == {"lora_A", "lora_B"}
+    assert all("q_proj" in name for name in found if ".lora_" in name)
 
 
 @pytest.mark.parametrize(
