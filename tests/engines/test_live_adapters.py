@@ -87,7 +87,7 @@ def logp(samples):
         ),
     ],
 )
-def test_after_every_step_the_engine_computes_what_the_trainer_does(bases, kind, way, adapters):
+def test_after_every_step_the_engine_computes_what_the_trainer_does(bases, tmp_path, kind, way, adapters):
     base = bases[kind]
     trainer = trainer_of(base, **adapters)
     view = View(trainer, temperature=1.0)
@@ -110,6 +110,10 @@ def test_after_every_step_the_engine_computes_what_the_trainer_does(bases, kind,
         found = [(p, c) for p, row in zip(PROMPTS, engine.generate(requests), strict=True) for c in row]
         assert gap(trainer, found) < 2e-5
         assert gap(view, found) > 0.05
+    if "targets" in adapters:
+        trainer.export(tmp_path)
+        _, folded = samples_of(load_causal(tmp_path, device="cpu").module, way)
+        assert gap(trainer, folded) < 5e-5
 
 
 @pytest.mark.parametrize("targets", [("all-linear",), ("lm_head",)])
