@@ -82,7 +82,6 @@ def logp(samples):
                 ("llama", "captured"),
                 ("qwen3_moe", "padded"),
                 ("qwen3_moe", "captured"),
-                ("gpt_oss", "captured"),
             )
         ),
     ],

@@ -32,7 +32,8 @@ from tandem.workers.process import Site
 
 pytest.importorskip("peft")
 ROWS = [[5, 9, 13, 2, 7], [8, 3, 22]]
-PARAMS = AdapterParams(rank=4, targets=("all-linear", "embed_tokens", "lm_head"))
+PARAMS = AdapterParams(rank=4)
+ENDS = AdapterParams(rank=4, targets=("all-linear", "embed_tokens", "lm_head"))
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +51,11 @@ def loss(out, batch):
 def wired(base, fold):
     """A trainer that has taken steps, an engine, and the push between them."""
     home = Here(Site(World()))
-    model = load_causal(base, adapters=PARAMS, device="cpu")
+    model = load_causal(base, adapters=ENDS, device="cpu")
     trainer = LocalTrainer(model, loss, OptimParams(learning_rate=3e-2, total_steps=9), token_budget=50)
     actor = home.place("actor", lambda site: trainer)
     train(trainer)
-    engine = ReplicaEngine(load_causal(base, adapters=None if fold else PARAMS, device="cpu"), way="slots")
+    engine = ReplicaEngine(load_causal(base, adapters=None if fold else ENDS, device="cpu"), way="slots")
     engines = home.place("engine", lambda site: engine)
     check = TruthCheck(actor, engines, count=1, dtype="float32", vocabulary=60)
     return trainer, engine, FillPush(home.place("replicas", lambda site: Replicas(site, fold=fold)), check)
