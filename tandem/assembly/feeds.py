@@ -161,6 +161,8 @@ class RowsFeed(Feed):
         method = self.config.method
         for note in method.notes(self.examples):
             say(f"data: {note}")
+        if empty := sum(isinstance(row, Sequence) and sum(row.trainable) == 1 for row in self.examples):
+            say(f"data: {empty} of {self.size} rows have an empty answer: its end alone is learned")
         for rows in self.held_out.values():
             method.aside(rows, self.longest)
 
@@ -414,10 +416,13 @@ def require_words(limits: Seq[Limits], words: int) -> None:
 
 
 def require_columns(rewards: Seq[FunctionReward], prompts: Seq[Prompt], dataset: str | None) -> None:
-    """Raises UserError where a reward wants a column that no row of a dataset has."""
+    """Raises UserError where a reward wants a column that no row of a dataset has, and says which some rows lack."""
     columns = {name for prompt in prompts for name in prompt.columns}
     for reward in rewards if prompts else ():
         reward.require_columns(columns, dataset or "the dataset")
+        for name in filter(reward.names, sorted(columns)):
+            if lacking := sum(prompt.columns.get(name) is None for prompt in prompts):
+                say(f"data: {lacking} of {len(prompts)} rows have no {name!r}: reward {reward.name!r} gets None for it")
 
 
 def when_due(section: EvaluationSection, measure: HeldOut, *, last: int) -> Evaluate:

@@ -68,6 +68,18 @@ def test_a_run_in_python_is_the_commands_run(tmp_path, monkeypatch, capsys):
         tandem.run(config)
 
 
+def test_rows_that_are_likely_to_be_mistakes_are_said(tmp_path, monkeypatch, capsys):
+    write_inputs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": "1+1=", "completion": "2", "answer": "2"}, {"prompt": "1+2=", "completion": ""}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keys = {"model": "base", "steps": 2, "data": "rows.jsonl", "out": "o", "dry_run": True}
+    tandem.run(tandem.read_config("grpo", reward="check.py:right", max_new_tokens=5, **keys))
+    assert "data: 1 of 2 rows have no 'answer': reward 'right' gets None for it\n" in capsys.readouterr().out
+    tandem.run(tandem.read_config("sft", **keys))
+    assert "data: 1 of 2 rows have an empty answer: its end alone is learned\n" in capsys.readouterr().out
+
+
 def test_a_clusters_address_is_no_matter_where_all_is_here(monkeypatch):
     """One file may serve a laptop and a cluster: nothing is asked of one that no role lives in."""
     monkeypatch.setattr("tandem.assembly.placing.require_ray", lambda **_: pytest.fail("Ray is asked"))
