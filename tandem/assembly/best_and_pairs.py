@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -13,29 +13,20 @@ from tandem.runs.lines import iterate_lines, json_line, write_aside
 Row = Mapping[str, Any]
 
 
-def groups_in(path: Path) -> Iterator[list[Row]]:
-    """The rows of each prompt in a ``samples.jsonl``, those without a reward left out."""
-    for _, rows in groupby(iterate_lines(path), key=lambda row: row["row"]):
-        yield [row for row in rows if row["stop"] != "error" and row.get("reward") is not None]
-
-
 def write_best(samples: Path, out: Path, min_reward: float | None) -> dict[str, int]:
     """Each prompt with its best completion, the first of several; counts of prompts.
 
     ``unjudged`` are those without any reward, ``below`` those whose best has less than ``min_reward``.
     """
-    counts = {"kept": 0, "below": 0, "unjudged": 0}
 
-    def rows() -> Iterator[Row]:
-        for group in groups_in(samples):
-            best = max(group, key=lambda row: row["reward"], default=None)
-            below = best is not None and min_reward is not None and best["reward"] < min_reward
-            counts["unjudged" if best is None else "below" if below else "kept"] += 1
-            if best is not None and not below:
-                yield _columns(best) | {"completion": best["completion"], "reward": best["reward"]}
+    def best_of(judged: list[Row]) -> tuple[str, Row]:
+        if not judged:
+            return "unjudged", {}
+        best = max(judged, key=lambda row: row["reward"])
+        kept = min_reward is None or best["reward"] >= min_reward
+        return "kept" if kept else "below", {name: best[name] for name in ("completion", "reward")}
 
-    _write(out, rows())
-    return counts
+    return _write(samples, out, best_of)
 
 
 def write_pairs(samples: Path, out: Path) -> dict[str, int]:
@@ -43,34 +34,31 @@ def write_pairs(samples: Path, out: Path) -> dict[str, int]:
 
     ``ties`` are those whose rewards or whose two texts are equal, ``unjudged`` those with fewer than 2 rewards.
     """
-    counts = {"kept": 0, "ties": 0, "unjudged": 0}
 
-    def rows() -> Iterator[Row]:
-        for group in groups_in(samples):
-            if len(group) < 2:
-                counts["unjudged"] += 1
-                continue
-            best = max(group, key=lambda row: row["reward"])
-            worst = min(group, key=lambda row: row["reward"])
-            if best["reward"] == worst["reward"] or best["completion"] == worst["completion"]:
-                counts["ties"] += 1
-                continue
-            counts["kept"] += 1
-            yield _columns(best) | {
-                "chosen": best["completion"],
-                "rejected": worst["completion"],
-                "chosen_reward": best["reward"],
-                "rejected_reward": worst["reward"],
-            }
+    def pair_of(judged: list[Row]) -> tuple[str, Row]:
+        if len(judged) < 2:
+            return "unjudged", {}
+        ends = {"chosen": max, "rejected": min}
+        pair: dict[str, Row] = {name: end(judged, key=lambda row: row["reward"]) for name, end in ends.items()}
+        alike = any(pair["chosen"][name] == pair["rejected"][name] for name in ("reward", "completion"))
+        texts = {name: row["completion"] for name, row in pair.items()}
+        return "ties" if alike else "kept", texts | {f"{name}_reward": row["reward"] for name, row in pair.items()}
 
-    _write(out, rows())
+    return _write(samples, out, pair_of)
+
+
+def _write(samples: Path, out: Path, choose: Callable[[list[Row]], tuple[str, Row]]) -> dict[str, int]:
+    """A row for each prompt that is kept: its columns, and what is chosen of its samples that have a reward."""
+    counts = {"kept": 0, "below": 0, "ties": 0, "unjudged": 0}
+
+    def lines() -> Iterator[str]:
+        for _, rows in groupby(iterate_lines(samples), key=lambda row: row["row"]):
+            judged: list[Row] = [row for row in rows if row["stop"] != "error" and row.get("reward") is not None]
+            what, chosen = choose(judged)
+            counts[what] += 1
+            if what == "kept":
+                columns = {name: value for name, value in judged[0].items() if name not in OF_A_SAMPLE}
+                yield json_line({**columns, **chosen})
+
+    write_aside(out, lines())
     return counts
-
-
-def _columns(row: Row) -> dict[str, Any]:
-    """The prompt and the other columns of its row in the dataset that was sampled."""
-    return {name: value for name, value in row.items() if name not in OF_A_SAMPLE}
-
-
-def _write(out: Path, rows: Iterable[Row]) -> None:
-    write_aside(out, map(json_line, rows))

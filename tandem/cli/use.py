@@ -47,7 +47,7 @@ def sample(config: SampleConfig) -> int:
         "ties": "whose samples are equally good",
         "unjudged": "with too few rewards",
     }
-    rest = ", ".join(f"{count} {words[what]}" for what, count in counts.items() if count and what in words)
+    rest = ", ".join(f"{counts[what]} {said}" for what, said in words.items() if counts[what])
     if not counts["kept"]:
         raise UserError(f"{samples}: no prompt in it can be kept: {rest}; nothing to train on")
     print(f"{counts['kept']} prompts are kept in {out}" + (f"; left out are {rest}" if rest else ""))
