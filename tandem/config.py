@@ -16,7 +16,6 @@ import textwrap
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, field, fields, is_dataclass, make_dataclass, replace
-from functools import partial
 from os.path import expanduser
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -96,30 +95,6 @@ def given_values(cls: Any, argv: Sequence[str]) -> tuple[dict[str, Any], dict[st
     return in_files, in_flags
 
 
-def explained_without(config: Config, names: Collection[str]) -> type[Any]:
-    """A class whose ``--help`` is that of a config's class but for some keys; the others have its values as defaults.
-
-    Sections of which nothing is left are left out.
-    """
-    sections: list[tuple[str, Any, Any]] = []
-    for f in fields(config):  # type: ignore[arg-type]
-        section = getattr(config, f.name)
-        hints, shown = get_type_hints(type(section)), [k for k in fields(section) if _full_name(f, k.name) not in names]
-        if not shown:
-            continue
-        kind: Any = type(section)
-        namespace = {"__doc__": kind.__doc__, "_docs": _attribute_docs(kind)}
-        keys = [(k.name, hints[k.name], field(metadata=k.metadata)) for k in shown]
-        made = make_dataclass(type(section).__name__, keys, namespace=namespace, frozen=True, kw_only=True)
-        value = made(**{k.name: getattr(section, k.name) for k in shown})
-        sections.append((f.name, made, field(default_factory=partial(_same, value), metadata=f.metadata)))
-    return make_dataclass("Explained", sections, namespace={"_docs": {}}, frozen=True, kw_only=True)
-
-
-def _same(value: Any) -> Any:
-    return value
-
-
 def load_config(cls: type[Config], argv: Sequence[str], *, prog: str = "tandem") -> Config:
     """The config that ``--config FILE.yaml`` and the flags after it describe. Flags win.
 
@@ -187,13 +162,13 @@ def changeable(config: Any) -> dict[str, str]:
     return {name: key.metadata["may_change"](config) for name, key in keys if "may_change" in key.metadata}
 
 
-def describe(config: Any) -> str:
-    """Every key with its value, under the name of its section, for a person to read."""
-    sections = _sections(config)
-    width = max(len(key) for _, section in sections for key in section)
+def describe(config: Any, without: Collection[str] = ()) -> str:
+    """Every key with its value, under the name of its section, for a person to read; but for those ``without``."""
+    sections = {title: keys for title, section in _sections(config) if (keys := {*section} - {*without})}
+    width, values = max(map(len, set().union(*sections.values()))), settings(config)
     blocks = [
-        "\n".join([title, *(f"  {key:<{width}}  {_show(value)}" for key, value in section.items())])
-        for title, section in sections
+        "\n".join([title, *(f"  {key:<{width}}  {_show(values[key])}" for key in values if key in keys)])
+        for title, keys in sections.items()
     ]
     return "\n\n".join(blocks)
 

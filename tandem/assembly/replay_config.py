@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, make_dataclass
+import inspect
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -10,7 +11,7 @@ from tandem.assembly.configs import SamplesConfig, class_over
 from tandem.assembly.evaluation_sections import SampledEvaluationSection
 from tandem.assembly.role_sections import is_reward_model
 from tandem.assembly.sections import EngineSection
-from tandem.config import MAY_CHANGE, PATH, explained_without, given_values, key_names, load_config, settings, with_keys
+from tandem.config import MAY_CHANGE, PATH, describe, given_values, key_names, load_config, settings, with_keys
 from tandem.errors import UserError, expect
 from tandem.flags import flag_of
 from tandem.methods.table import SAMPLES, method_class
@@ -87,7 +88,7 @@ def replay_config(words: list[str]) -> tuple[type[Any], list[str]]:
     """The config of ``tandem replay RUN``, and its flags, before which the run's own config is read.
 
     Raises UserError where ``RUN`` is no run on samples, for a key that must be as it was in the run, and without an
-    ``--out``.
+    ``--out``; SystemExit after ``RUN --help``.
     """
     helped = "--help" in words or "-h" in words
     if not words or words[0].startswith("-"):
@@ -98,7 +99,9 @@ def replay_config(words: list[str]) -> tuple[type[Any], list[str]]:
     folder = Path(run).expanduser()
     cls = class_over(ReplayConfig, method_of(folder))
     if helped:
-        return _explained(stored_config(folder, cls)), flags
+        print(f"{inspect.getdoc(ReplayHelp)}\n\nBeside --out, --resume, --overwrite and --dry-run may be given,")
+        print(f"which {run} has so:\n\n{describe(stored_config(folder, cls), {*fixed_keys(cls), 'out'})}")
+        raise SystemExit(0)
     in_files, in_flags = given_values(cls, flags)
     # A file may be the config of a replay, which says what its run's does, and which of it has no effect.
     as_it_was = given_values(cls, _as_stored(folder))[0], settings(stored_config(folder, cls))
@@ -153,11 +156,3 @@ class ReplayHelp:
 
     run: NewSection
     replay: ReplaySection
-
-
-def _explained(config: ReplayConfig) -> type[Any]:
-    """What ``--help`` shows of a replay of some run."""
-    shown = explained_without(config, {*fixed_keys(type(config)), "out"})
-    sections = [("new", NewSection, field()), *((f.name, f.type, f) for f in fields(shown))]
-    namespace: dict[str, Any] = {"__doc__": ReplayHelp.__doc__, "_docs": {}}
-    return make_dataclass("ReplayHelp", sections, namespace=namespace, frozen=True, kw_only=True)

@@ -62,11 +62,11 @@ def parse(words: list[str], monkeypatch: pytest.MonkeyPatch, folder: Any) -> Non
         argv[0] = str(folder)
         (folder / "run.json").write_text(json.dumps({"id": "", "method": "GRPO", "seed": 0, "inputs": {}}))
         (folder / "config.yaml").write_text("out: o\nsteps: 1\nmodel: m\ndata: d\nreward: [r.py:f]\n")
-    cls, argv = COMMANDS[command].config_class(command, argv)
     if "--help" in argv:
         with pytest.raises(SystemExit):
-            load_config(cls, argv)
+            COMMANDS[command].read(command, argv)
         return
+    cls, argv = COMMANDS[command].config_class(command, argv)
     load_config(cls, [*placeholders(cls, argv), *argv])
 
 
