@@ -12,13 +12,14 @@ import functools
 import inspect
 import logging
 import math
+import shutil
 import textwrap
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import MISSING, Field, field, fields, is_dataclass, make_dataclass, replace
+from dataclasses import MISSING, Field, fields, is_dataclass, make_dataclass, replace
 from os.path import expanduser
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -39,9 +40,8 @@ PATH = {"path": True}
 MAY_CHANGE = {"may_change": lambda config: ""}
 """Metadata of a key that a resumed run may have another value of, since nothing that is computed depends on it."""
 
-UNWRITTEN = {"__module__": "tandem.version"}
-"""Of a class that is made for tyro, which looks for the help of its keys in the file of its module, though it has been
-given: in a short one that is done at once."""
+INDENT = 28
+"""Columns before the help of a key."""
 
 _TYPES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", Path: "a path"}
 _CHOICES = {bool: {"true": True, "True": True, "yes": True, "false": False, "False": False, "no": False}}
@@ -115,7 +115,7 @@ def load_config(cls: type[Config], argv: Sequence[str], *, prog: str = "tandem")
     implied: dict[str, Any] = getattr(cls, "implied", lambda given: {})(values)
     missing = [key for key in keys.values() if key.required and key.name not in values]
     if missing:
-        wanted = "; ".join(f"{flag_of(key.name)} ({key.doc})" for key in missing)
+        wanted = "; ".join(f"{flag_of(key.name)} ({key.doc.partition('. ')[0].rstrip('.')})" for key in missing)
         raise UserError(f"missing {wanted}")
     try:
         values = implied | values
@@ -191,7 +191,7 @@ def _keys_of(cls: Any) -> dict[str, Key]:
                 for name, key in _keys_of(hints[f.name]).items()
             }
         else:
-            doc = " ".join(docs.get(f.name, "").split()).partition(". ")[0].rstrip(".")
+            doc = " ".join(docs.get(f.name, "").split())
             key = Key(f.name, hints[f.name], required=required, doc=doc, default=default, metadata=f.metadata)
             inner = {f.name: key}
         if twice := inner.keys() & keys.keys():
@@ -352,47 +352,30 @@ def _show(value: Any) -> str:
 
 def _print_help(cls: Any, prog: str) -> None:
     """Every key with its type, meaning and default, by section."""
-    # Imported here because only --help needs it, and it takes longer than reading a config.
-    import tyro
-
-    print(f"{inspect.getdoc(cls)}\n\nEvery key can also stand in a YAML file: {prog} --config FILE.yaml. Flags win.\n")
-    tyro.cli(for_tyro(cls), prog=prog, description="", args=["--help"])
-
-
-def for_tyro(cls: Any) -> Any:
-    """The config class as tyro must see it: keys without the name of their section, but for prefixed ones."""
-    import tyro
-
-    hints = get_type_hints(cls)
-    marked = []
+    width, keys, hints = max(60, min(100, shutil.get_terminal_size().columns)), _keys_of(cls), get_type_hints(cls)
+    print(f"{inspect.getdoc(cls)}\n\nusage: {prog} [--config FILE.yaml] [--key value ...]")
+    print(f"Every key can also stand in a YAML file: {prog} --config FILE.yaml. Flags win.")
     for f in fields(cls):
-        if is_dataclass(hint := hints[f.name]):
-            hint, default = _helped(hint, _default(f))
-        else:
-            default = _default(f)
-        hint = hint if f.metadata.get("prefixed") else Annotated[hint, tyro.conf.OmitArgPrefixes]
-        marked.append((f.name, hint, _defaulting(default)))
-    return make_dataclass(cls.__name__, marked, namespace=UNWRITTEN, kw_only=True, frozen=True)
+        about = " ".join((inspect.getdoc(hints[f.name]) or "").split())
+        print("", textwrap.fill(f"{f.name.replace('_', ' ')}: {about}", width), sep="\n")
+        for key in (keys[_full_name(f, name)] for name in _keys_of(hints[f.name])):
+            known = "required" if key.required else f"default: {_show(key.default) or 'empty'}"
+            head, lines = f"  {_flag_shown(key)}", textwrap.wrap(f"{key.doc} ({known})", width - INDENT)
+            if len(head) < INDENT - 1:
+                head = head.ljust(INDENT) + lines.pop(0)
+            print(head, *(" " * INDENT + line for line in lines), sep="\n")
 
 
-def _helped(cls: Any, default: Any) -> tuple[Any, Any]:
-    """A section with the help of its keys, each a paragraph (tyro keeps line breaks), and its default."""
-    import tyro
-
-    hints, docs = get_type_hints(cls), _attribute_docs(cls)
-    keys = []
-    for f in fields(cls):
-        hint, value = hints[f.name], _default(f) if default is MISSING else getattr(default, f.name)
-        if is_dataclass(hint):
-            hint, value = _helped(hint, value)
-        else:
-            hint = Annotated[hint, tyro.conf.arg(help=" ".join(docs[f.name].split()))]
-        keys.append((f.name, hint, _defaulting(value)))
-    helped = make_dataclass(
-        cls.__name__, keys, namespace={"__doc__": cls.__doc__} | UNWRITTEN, kw_only=True, frozen=True
-    )
-    return helped, MISSING if default is MISSING else helped()
-
-
-def _defaulting(value: Any) -> Any:
-    return field() if value is MISSING else field(default_factory=lambda: value)
+def _flag_shown(key: Key) -> str:
+    """A flag with what comes after it: ``--learning-rate FLOAT``."""
+    flag, annotation = flag_of(key.name), key.annotation
+    if type(None) in get_args(annotation):
+        annotation = _without_none(annotation)
+    if annotation is bool:
+        section, dot, name = flag.removeprefix("--").rpartition(".")
+        return f"--{section}{dot}[no-]{name}"
+    several = get_origin(annotation) is tuple
+    inner = get_args(annotation)[0] if several else annotation
+    choices = get_args(inner)
+    wanted = "{" + ",".join(map(str, choices)) + "}" if choices else inner.__name__.upper()
+    return f"{flag} {wanted}{' ...' * several}"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import shlex
 import sys
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Literal
 
 import pytest
-import tyro
 import yaml
 
 from tandem.assembly.configs import config_class
@@ -29,7 +30,6 @@ from tandem.config import (
     changeable,
     describe,
     dump_config,
-    for_tyro,
     load_config,
     settings,
     with_keys,
@@ -109,21 +109,23 @@ def test_a_flag_changes_its_key_and_no_other():
 
 
 @pytest.mark.parametrize(
-    "flags",
+    ("flags", "keys"),
     [
-        ["--learning-rate", "1e-5", "--seed", "7", "--temperature", "0"],
-        ["--betas", "0.8", "0.99", "--stop", "a b", "\n", "--max-grad-norm", "inf"],
-        ["--reward", "a.py:f", "b.py:g", "--reward-weights", "1", "-0.5"],
-        ["--resume", "--no-whiten-advantages", "--dtype", "bfloat16"],
-        ["--engine.kind", "vllm", "--engine.no-sleep", "--engine.memory-share", "0.5"],
-        ["--value-clip", "None", "--kl-target", "6", "--learning-rate=3e-4", "--stop"],
-        ["--max_new_tokens", "9", "--steps", "6"],
+        ("--learning-rate 1e-5 --seed 7 --temperature 0", {"learning_rate": 1e-5, "seed": 7, "temperature": 0.0}),
+        ("--betas 0.8 0.99 --stop 'a b' '\n' --max-grad-norm inf",
+         {"betas": (0.8, 0.99), "stop": ("a b", "\n"), "max_grad_norm": math.inf}),
+        ("--reward a.py:f b.py:g --reward-weights 1 -0.5",
+         {"reward": ("a.py:f", "b.py:g"), "reward_weights": (1.0, -0.5)}),
+        ("--resume --no-whiten-advantages --dtype bfloat16", {"whiten_advantages": False, "dtype": "bfloat16"}),
+        ("--engine.kind vllm --engine.no-sleep --engine.memory-share 0.5",
+         {"engine.kind": "vllm", "engine.sleep": False, "engine.memory_share": 0.5}),
+        ("--value-clip None --kl-target 6 --learning-rate=3e-4 --stop",
+         {"value_clip": None, "kl_target": 6.0, "learning_rate": 3e-4, "stop": ()}),
+        ("--max_new_tokens 9 --steps 6", {"max_new_tokens": 9, "steps": 6}),
     ],
-)
-def test_flags_mean_what_help_says(flags):
-    """tyro prints the help; here it parses as well, and must read the same flags to the same config."""
-    theirs = tyro.cli(for_tyro(ExampleConfig), args=argv(*flags))
-    assert asdict(load(*flags)) == asdict(theirs)
+)  # fmt: skip
+def test_flags_mean_their_keys_and_no_others(flags, keys):
+    assert settings(load(*shlex.split(flags))) == settings(load()) | keys
 
 
 def test_yaml_first_then_flags(file):
@@ -401,7 +403,7 @@ def test_help_teaches_every_key(capsys):
         load_config(ExampleConfig, ["--help"], prog="tandem example")
     assert stop.value.code == 0
     out = capsys.readouterr().out
-    words = " ".join(out.replace("│", " ").split())
+    words = " ".join(out.replace("[no-]", "").split())
     assert "usage: tandem example" in words
     assert "--config FILE.yaml" in words
     assert "A config with every section" in words
@@ -454,8 +456,6 @@ def test_a_dataclass_in_a_section_is_flat(tmp_path):
     assert load_config(Nested, ["--config", str(tmp_path / "c.yaml")]) == config
     with pytest.raises(UserError, match=r"unknown flag --inner\.depth; did you mean --depth"):
         load_config(Nested, ["--inner.depth", "7"])
-    theirs = tyro.cli(for_tyro(Nested), args=["--depth", "7"])
-    assert asdict(theirs.outer) == asdict(Outer(height=4, inner=Inner(depth=7)))
 
 
 def test_keys_are_changed_wherever_they_are():

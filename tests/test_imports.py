@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-HEAVY = ("torch", "transformers", "datasets", "pyarrow", "numpy", "matplotlib", "rich", "tyro")
+HEAVY = ("torch", "transformers", "datasets", "pyarrow", "numpy", "matplotlib", "rich")
 
 
 def loaded_by(code: str) -> set[str]:
@@ -61,7 +61,7 @@ def test_import_tandem_needs_torch_and_transformers_only():
     """Everything that neither of the two installs is hidden, then every public name is imported."""
     code = """
 from importlib.machinery import PathFinder
-HIDDEN = {"datasets", "pyarrow", "pandas", "matplotlib", "rich", "tyro", "ray", "vllm", "wandb", "pytest"}
+HIDDEN = {"datasets", "pyarrow", "pandas", "matplotlib", "rich", "ray", "vllm", "wandb", "pytest"}
 class Hiding(PathFinder):
     @classmethod
     def find_spec(cls, name, path=None, target=None):
@@ -80,4 +80,4 @@ for module in ("types", "roles", "batch", "methods.ppo", "methods.grpo", "method
                "models.loading", "training.trainer", "engines.live.engine"):
     __import__("tandem." + module)
 """
-    assert loaded_by(code) & {"datasets", "pyarrow", "matplotlib", "rich", "tyro"} == set()
+    assert loaded_by(code) & {"datasets", "pyarrow", "matplotlib", "rich"} == set()
