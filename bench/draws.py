@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -28,15 +29,19 @@ from torch import Tensor
 from tandem.engines.live.draws import Wanted, draw, param_columns, stream, waiting
 from tandem.types import SamplingParams
 
+WANTED = Wanted.of([SamplingParams()])
 Way = Callable[[Tensor, Tensor], Tensor]
 """Logits [B, V] and seeds [B] to tokens [B], with their log-probs."""
 
 
 def race(logits_BV: Tensor, seed_B: Tensor) -> Tensor:
     """The product's."""
-    params = [SamplingParams()]
-    columns_5B = param_columns(params).to(seed_B.device).expand(5, len(seed_B)).contiguous()
-    return draw(logits_BV, seed_B, columns_5B, seed_B, Wanted.of(params))
+    return draw(logits_BV, seed_B, _columns(len(seed_B), seed_B.device), seed_B, WANTED)
+
+
+@cache
+def _columns(rows: int, device: torch.device) -> Tensor:
+    return param_columns([SamplingParams()] * rows).to(device)
 
 
 def lookup(logits_BV: Tensor, seed_B: Tensor) -> Tensor:

@@ -131,8 +131,9 @@ def test_online(tmp_path, seed, method, knobs):
         "--steps", 25, "--prompts-per-step", 16, "--samples-per-prompt", 8, "--max-new-tokens", 10,
         "--learning-rate", 2e-3, "--minibatches", 2,
     )  # fmt: skip
-    # A token drawn at random is a letter of the prompt one time in three, and the first end-of-sequence ends it.
-    assert lines[0]["eval/reward"] < 0.35
+    # A token drawn at random is a letter of the prompt one time in three, and the first end-of-sequence ends it. Of 100
+    # samples the mean is off by 0.02.
+    assert lines[0]["eval/reward"] < 0.4
     assert lines[-1]["eval/reward"] > lines[0]["eval/reward"] + 0.2
 
 
