@@ -1,4 +1,4 @@
-# make quickstart | test | test-vllm | lint | clean. PYTHON=python3.12 picks another Python for .venv.
+# make quickstart | test | test-vllm | test-all | lint | clean. PYTHON=python3.12 picks another Python for .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,12 +6,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 # A file's tests go to one process, in the order of tests/conftest.py: xdist's own would leave the longest for the end.
 SPREAD := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help quickstart test test-vllm lint clean
+.PHONY: help quickstart test test-vllm test-all lint clean
 
 help:
 	@echo "make quickstart   install into $(VENV) and run 'tandem quickstart'"
 	@echo "make test         run the tests, but for those of vLLM"
 	@echo "make test-vllm    install vLLM's CPU build as well and run its tests"
+	@echo "make test-all     both together, which takes less time than one after the other"
 	@echo "make lint         check format, style, types and the direction of imports"
 	@echo "make clean        remove $(VENV), caches and build output (never runs/)"
 
@@ -19,11 +20,13 @@ quickstart: $(VENV)/base.stamp
 	$(BIN)/tandem quickstart
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest --ignore=tests/vllm --ignore=tests/workers $(SPREAD)
-	$(BIN)/python -m pytest tests/workers $(SPREAD)
+	$(BIN)/python -m pytest --ignore=tests/vllm $(SPREAD)
 
 test-vllm: $(VENV)/vllm.stamp
 	$(BIN)/python -m pytest tests/vllm $(SPREAD)
+
+test-all: $(VENV)/vllm.stamp
+	$(BIN)/python -m pytest $(SPREAD)
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .

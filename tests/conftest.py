@@ -19,48 +19,58 @@ if not os.path.exists("/dev/nvidia0"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from helpers.models import make_module, make_tokenizer
-from helpers.runs import write_inputs
-from helpers.undrawn import draw_nothing
-from transformers import PreTrainedTokenizerFast
 
 from tandem.cli.main import main
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+# Helpers are imported by the fixtures: the process that hands out tests runs none, and needs no torch.
 
 TESTS = Path(__file__).parent
 LONGEST = (
     "quickstart/test_quickstart.py",
     "learning/test_learning.py",
     "cli/test_resume.py",
-    "kernels/test_compiles.py",
+    "parallel/test_compiled_sharding.py",
+    "models/test_compiled.py",
+    "recipes/test_commands_run.py",
     "bench/test_benches.py",
-    "own_loop/test_loop.py",
-    "parallel/test_sharded_training.py",
+    "kernels/test_compiles.py",
+    "kernels/test_engine_kernels.py",
+    "own_loop/test_launch.py",
+    "vllm/test_vllm_runs.py",
+    "workers/test_placements.py",
     "workers/test_failures.py",
     "workers/test_own_ray.py",
     "workers/test_offline.py",
-    "workers/test_placements.py",
-    "workers/test_kills.py",
-    "vllm/test_vllm_runs.py",
-    "vllm/test_loop_vllm.py",
     "vllm/test_vllm_commands.py",
+    "workers/test_kills.py",
+    "vllm/test_loop_vllm.py",
+    "workers/test_homes.py",
+    "workers/test_threads.py",
+    "workers/test_engine_groups.py",
     "vllm/test_vllm_parallel.py",
 )
-"""Files of half a minute and more, whatever the number of their tests."""
+"""Files of a quarter of a minute and more, whatever the number of their tests."""
+LAST = ("workers", "vllm")
+"""Rooms whose tests start Ray and vLLM in the tests' own process, where both leave things changed."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files come first: of processes that each take the next file, none is left with a long one alone."""
     places = {TESTS / name: place for place, name in enumerate(LONGEST)}
     assert all(path.is_file() for path in places), "LONGEST has a file that is not there"
-    items.sort(key=lambda item: places.get(item.path, len(places)))
+    items.sort(key=lambda item: (item.path.parent.name in LAST, places.get(item.path, len(places))))
 
 
 @pytest.fixture(autouse=True)
 def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """To draw its curves takes a third of a tiny run. They are drawn where that is tested, marked ``draws``."""
+    from helpers.undrawn import draw_nothing
+
     if request.node.get_closest_marker("draws") is None:
         draw_nothing(monkeypatch)
 
@@ -73,12 +83,16 @@ def helpers_importable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
+    from helpers.models import make_tokenizer
+
     return make_tokenizer()
 
 
 @pytest.fixture
 def model_folder(tmp_path) -> Any:
     """A small Llama with its tokenizer as a Hugging Face folder."""
+    from helpers.models import make_module, make_tokenizer
+
     folder = tmp_path / "model"
     make_module("llama").save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
@@ -88,6 +102,8 @@ def model_folder(tmp_path) -> Any:
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> Path:
     """A folder with a small model, data of each kind and a reward."""
+    from helpers.runs import write_inputs
+
     folder: Path = tmp_path_factory.mktemp("inputs")
     write_inputs(folder)
     return folder
