@@ -76,6 +76,9 @@ def pairs_of(module: nn.Module) -> dict[str, Pair]:
     """All that have adapters, by the parameter's name in the model without (``plain_name``)."""
     found = {}
     for name, layer in adapted(module).items():
+        if NAME not in getattr(layer, "scaling", ()):
+            # Of somebody's own module, under a name of their own.
+            continue
         stacked = getattr(layer, "parameter_name", None)
         base = layer
         parameter = name

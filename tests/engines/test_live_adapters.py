@@ -20,7 +20,7 @@ from tandem.training.trainer import LocalTrainer
 from tandem.training.views import View
 from tandem.types import Request, SamplingParams, Sequence
 
-pytest.importorskip("peft")
+peft = pytest.importorskip("peft")
 PROMPTS = [(5, 9, 13), (7, 30, 31, 8)]
 
 
@@ -125,3 +125,11 @@ def test_adapters_that_are_computed_wrongly_are_found_while_they_are_still_at_ze
     assert type(engine.fitting.forward) is OwnForward
     assert "does not reproduce its own forward" in engine.fitting.own_because
     assert all(torch.equal(p, before[n]) for n, p in trainer.model.module.named_parameters())
+
+
+def test_adapters_of_somebodys_own_name_are_computed_by_the_module(bases):
+    module = load_causal(bases["qwen2"], device="cpu").module
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    peft.inject_adapter_in_model(config, module, adapter_name="mine")
+    engine = LiveEngine(module.eval(), make_tokenizer(), way="captured")
+    assert type(engine.fitting.forward) is OwnForward

@@ -57,15 +57,18 @@ def bytes_of(*trainers):
     return {trained: sum(sizes.values()) for trained, sizes in found.items()}
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [("llama", "float32"), ("qwen3_moe", "bfloat16")])
-def test_it_is_a_critic_of_its_own_but_for_the_memory(bases, kind, dtype):
+@pytest.mark.parametrize(
+    ("kind", "dtype", "quantize"),
+    [("llama", "float32", "fp8"), ("llama", "float32", "none"), ("qwen3_moe", "bfloat16", "none")],
+)
+def test_it_is_a_critic_of_its_own_but_for_the_memory(bases, kind, dtype, quantize):
     base, targets = bases[kind], KINDS[kind]
-    actor = trainer_of(base, AdapterParams(rank=4, targets=targets), dtype=dtype)
+    actor = trainer_of(base, AdapterParams(rank=4, targets=targets, quantize=quantize), dtype=dtype)
     alone = bytes_of(actor)
     critic = shared(base, actor, targets=targets)
     own = critic_of(
         load_scalar(base, new_head="zero", device="cpu", dtype=dtype,
-                    adapters=AdapterParams(rank=4, targets=targets, beside=True))
+                    adapters=AdapterParams(rank=4, targets=targets, beside=True, quantize=quantize))
     )  # fmt: skip
     assert bytes_of(actor, critic)[False] == alone[False] < bytes_of(actor, own)[False]
     assert bytes_of(actor, critic)[True] == alone[True] + bytes_of(own)[True]

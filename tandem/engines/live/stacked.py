@@ -49,8 +49,9 @@ class Additions:
 def is_linear(module: Any) -> bool:
     """Whether it is a matrix product and nothing else, or one with LoRA's adapters: another subclass computes more."""
     if hasattr(module, "lora_A"):
-        # DoRA, and whatever else peft knows.
-        return not getattr(module, "lora_variant", None) and is_linear(module.base_layer)
+        # DoRA, and whatever else peft knows; several, or under a name of somebody's own.
+        plain = list(module.lora_A) == [NAME] and not getattr(module, "lora_variant", None)
+        return plain and is_linear(module.base_layer)
     return is_plain_linear(module) or isinstance(module, Quantized)
 
 
