@@ -85,7 +85,8 @@ def _require_low_precision(small: Any, name: str) -> None:
         if parameter.is_floating_point():
             parameter.data = parameter.data.bfloat16()
     try:
-        small.base_model(input_ids=torch.arange(2, 20)[None], use_cache=False)
+        device = small.get_input_embeddings().weight.device
+        small.base_model(input_ids=torch.arange(2, 20, device=device)[None], use_cache=False)
     except RuntimeError as error:
         if "dtype" in str(error):
             raise UserError(

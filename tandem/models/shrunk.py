@@ -103,8 +103,9 @@ _HEADS_OF_STATES = (
 
 
 def shrunk(module: Any) -> Any | None:
-    """The copy of a transformers model, on the CPU in float32, in eval mode; None where none could be made small.
+    """The copy of a transformers model, in float32, in eval mode; None where none could be made small.
 
+    It is on the CPU, or on the model's device where its layers with a state are computed by libraries for that alone.
     The same every time, and without touching torch's own random numbers.
     """
     device = torch.device("cpu")
@@ -120,7 +121,7 @@ def shrunk(module: Any) -> Any | None:
                 small = _made(type(module), config).eval()
                 trained_size(small)
                 leave_sdpa(small)
-                if _runs(small):
+                if _runs(small, module):
                     return small
         except Exception as error:
             # Configs that hang together in ways unknown here. The caller says that there is no copy.
@@ -149,14 +150,21 @@ def _made(kind: Any, config: Any) -> Any:
 
 
 @torch.no_grad()
-def _runs(small: Any) -> bool:
+def _runs(small: Any, module: Any) -> bool:
     """Whether it computes something, and goes on from a cache of its own where it has a language-model head.
 
     One with states is given a cache of ours (``tandem.models.states``).
     """
+    with_states = bool(states_of_layers(small))
     ids = torch.arange(2, 5)[None]
-    out = small.base_model(input_ids=ids, use_cache=False)[0]
-    if small.get_output_embeddings() is not None and not states_of_layers(small):
+    try:
+        out = small.base_model(input_ids=ids, use_cache=False)[0]
+    except Exception:
+        device = module.get_input_embeddings().weight.device
+        if not with_states or device.type == "cpu":
+            raise
+        out = small.to(device).base_model(input_ids=ids.to(device), use_cache=False)[0]
+    if small.get_output_embeddings() is not None and not with_states:
         small.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False, pad_token_id=0)
     return bool(out.isfinite().all()) and float(out.std()) > 1e-4
 

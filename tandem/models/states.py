@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import LinearAttentionCacheLayerMixin, LinearAttentionLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin, LinearAttentionLayer
 
-from tandem.models.attention import PackedLayout
+from tandem.models.attention import PackedLayout, UnsupportedAttention
 
 Name = tuple[int, str, int]
 """A state's layer, its kind (an attribute of the layer), and its number there."""
@@ -25,7 +25,10 @@ KINDS = ("conv_states", "recurrent_states")
 
 
 def states_of_layers(module: Any) -> list[int]:
-    """For each layer, how many states of a kind it may keep; empty where transformers' cache for it keeps none."""
+    """For each layer, how many states of a kind it may keep; empty where transformers' cache for the module keeps none.
+
+    0 for one that only attends.
+    """
     supported = getattr(type(module), "_supports_default_dynamic_cache", None)
     if supported is not None and not supported():
         return []
@@ -35,7 +38,7 @@ def states_of_layers(module: Any) -> list[int]:
         return []
     if not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers):
         return []
-    return [getattr(layer, "number_of_states", 1) for layer in layers]
+    return [getattr(layer, "number_of_states", 0) for layer in layers]
 
 
 def cache_argument(module: Any) -> str:
@@ -50,7 +53,7 @@ class Held(Cache):
     """
 
     def __init__(self, kept: list[int], states: Mapping[Name, Tensor] | None = None) -> None:
-        super().__init__(layers=[HeldLayer(number) for number in kept])
+        super().__init__(layers=[HeldLayer(number) if number else DynamicLayer() for number in kept])
         self.passed: dict[int, tuple[Tensor, Tensor]] = {}
         """Keys and values [N, Hkv, L, D] of the last forward, by the number of their layer among those that attend."""
         self.attending: int | None = None
@@ -65,6 +68,7 @@ class Held(Cache):
         return {
             (place, kind, number): state
             for place, layer in enumerate(self.layers)
+            if isinstance(layer, HeldLayer)
             for kind in KINDS
             for number, state in getattr(layer, kind).items()
             if state is not None
@@ -169,8 +173,19 @@ class Mixers:
                 del part.forward
 
 
-def _side_by_side(run: Callable[..., Tensor], beside: PackedLayout, /, hidden_states: Tensor, **options: Any) -> Tensor:
+def _side_by_side(
+    run: Callable[..., Tensor], beside: PackedLayout, /, hidden_states: Tensor, *others: Any, **options: Any
+) -> Tensor:
     """[1, U, D] → [1, U, D]. What says how packed tokens lie says nothing of those side by side."""
+    if others:
+        raise UnsupportedAttention("arguments without a name for layers with a state")
     for name in ("attention_mask", "position_ids", "layout"):
         options.pop(name, None)
-    return beside.side_by_side(lambda rows: run(hidden_states=rows, **options), hidden_states)
+
+    def tokens_of(rows: Tensor) -> Tensor:
+        found = run(hidden_states=rows, **options)
+        if not isinstance(found, Tensor):
+            raise UnsupportedAttention("layers with a state that give more than what becomes of their tokens")
+        return found
+
+    return beside.side_by_side(tokens_of, hidden_states)

@@ -39,6 +39,8 @@ WAYS = {
     "rwkv": ("padded", "padded, one by one"),
     "minimax": ("padded", "padded, one length"),
     "mamba2": ("packed", "slots"),
+    "olmo_hybrid": ("packed", "slots"),
+    "kimi_linear": ("packed", "padded"),
     "gpt_neo": ("padded", "padded"),
     "cohere2": ("packed", "slots"),
 }

@@ -124,6 +124,8 @@ def test_states_that_are_not_kept_apart_are_found_by_the_probes(
         assert LiveEngine(model.module, tokenizer()).way == "padded"
         with pytest.raises(UserError, match="does not reproduce its own forward"):
             LiveEngine(model.module, tokenizer(), way="captured")
+    with pytest.raises(UserError, match="MambaForCausalLM keeps no keys and values"):
+        LiveEngine(made("mamba"), tokenizer(), way="captured", kv_cache_dtype="fp8")
     model.compile_blocks("on")
     assert "its layers are not compiled: they keep states" in caplog.text
 

@@ -16,6 +16,7 @@ from tandem.engines.live.pages import PAGE, pages_for
 from tandem.engines.live.probe import Trial, find_cache_shape, head_shape_of, why_not_tried
 from tandem.engines.live.states import StateForward
 from tandem.engines.samples import Sample
+from tandem.errors import UserError
 from tandem.models.limits import turning_point
 from tandem.models.shrunk import POSITIONS
 from tandem.models.states import states_of_layers
@@ -25,6 +26,10 @@ KEPT_SHARE = 0.05
 """A cache of at most this share of the device's memory, and its graphs, stay from call to call."""
 FREE_SHARE = 0.85
 """The cache takes at most this share of the memory that is free; activations and logits need the rest."""
+
+
+STATE_COPIES = 3
+"""A row's states, and those of prompts on their way into one and a half times as many rows (``over_pages.AHEAD``)."""
 
 
 class Fitting:
@@ -42,12 +47,14 @@ class Fitting:
         self.cache_tokens = cache_tokens
         self.with_states = bool(states_of_layers(module))
         self.shape = find_cache_shape(module)
+        if eight_bit and not self.shape.layers:
+            raise UserError(f"kv_cache_dtype fp8: {type(module).__name__} keeps no keys and values; take auto")
         near, far = Trial(module), Trial.far(module)
         if reason := why_not_tried(module, far):
             raise Unlike(reason)
         self.decoder: Decoder | None = None
-        self.planned = 0
-        """Pages that the decoder was to have; it may have got fewer."""
+        self.planned = self.planned_slots = 0
+        """Pages and rows that the decoder was to have; it may have got fewer."""
         self.addresses: tuple[int, ...] = ()
         self.shares = False
         """Whether others compute on the device while samples are in the cache: it leaves them what they have needed."""
@@ -97,7 +104,7 @@ class Fitting:
         """Whether these can run in the decoder that there is, ``slots`` side by side."""
         width, pages = _needs(samples, slots)
         decoder = self.decoder
-        return decoder is not None and decoder.slots >= slots and decoder.width >= width and self.planned >= pages
+        return decoder is not None and self.planned_slots >= slots and decoder.width >= width and self.planned >= pages
 
     def make(self, samples: Seq[Sample], slots: int, *, spare: int) -> list[Sample]:
         """Makes a decoder for these, no smaller than the one that there was, which goes.
@@ -105,10 +112,15 @@ class Fitting:
         It has up to ``spare`` times the pages that they need. Returns those that do not fit even by themselves, with
         their error.
         """
-        least = (0, 0) if self.decoder is None else (self.decoder.slots, self.decoder.width)
+        least = (0, 0) if self.decoder is None else (self.planned_slots, self.decoder.width)
         theirs = self._reserved() - self._cache_bytes() if self.shares else 0
         self.release()
-        room = self._room(theirs, max(slots, least[0]))
+        self.planned_slots = rows = max(slots, least[0])
+        free = self._free(theirs)
+        if free is not None and self.shape.state_bytes:
+            # Half of what is free, so that keys and values have the other half.
+            rows = max(1, min(rows, free // 2 // (STATE_COPIES * self.shape.state_bytes)))
+        room = self._room(free, rows)
         refused = [sample for sample in samples if room is not None and pages_for(sample.limit) + 2 > room]
         for sample in refused:
             sample.fail(
@@ -116,11 +128,10 @@ class Fitting:
                 f"{pages_for(sample.limit) * PAGE}; lower max_new_tokens, or leave the device more memory"
             )
         if len(refused) < len(samples):
-            width, pages = _needs([sample for sample in samples if sample.error is None], slots)
+            width, pages = _needs([sample for sample in samples if sample.error is None], min(slots, rows))
             self.planned = spare * pages
             pages = self.planned if room is None else min(self.planned, room)
-            slots, width = max(slots, least[0]), max(width, least[1])
-            self.decoder = Decoder(self.forward, self.shape, slots=slots, pages=pages, width=width)
+            self.decoder = Decoder(self.forward, self.shape, slots=rows, pages=pages, width=max(width, least[1]))
         return refused
 
     def rest(self, failed: bool) -> None:
@@ -164,18 +175,20 @@ class Fitting:
             # Not to torch: what it has reserved when others are through is what they needed.
             torch.cuda.empty_cache()
 
-    def _room(self, theirs: int, slots: int) -> int | None:
-        """Pages that there is room for, beside what others have of the device; None: as many as are asked for.
-
-        ``slots``: sequences whose states lie beside them.
-        """
-        room = None if self.cache_tokens is None else self.cache_tokens // PAGE
+    def _free(self, theirs: int) -> int | None:
+        """Bytes that the cache may take, beside what others have of the device; None: as many as are asked for."""
         device = self.forward.device
-        if device.type != "cuda" or not self.shape.page_bytes:
-            return room
+        if device.type != "cuda":
+            return None
         torch.cuda.empty_cache()
-        free = free_bytes(torch.cuda.mem_get_info(device)[0], self._reserved(), theirs)
-        pages = max(0, int(FREE_SHARE * free) - slots * self.shape.state_bytes) // self.shape.page_bytes
+        return int(FREE_SHARE * free_bytes(torch.cuda.mem_get_info(device)[0], self._reserved(), theirs))
+
+    def _room(self, free: int | None, slots: int) -> int | None:
+        """Pages that there is room for in ``free`` bytes, beside the states of rows; None: as many as are asked for."""
+        room = None if self.cache_tokens is None else self.cache_tokens // PAGE
+        if free is None or not self.shape.page_bytes:
+            return room
+        pages = max(0, free - STATE_COPIES * slots * self.shape.state_bytes) // self.shape.page_bytes
         return pages if room is None else min(room, pages)
 
 

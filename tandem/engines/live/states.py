@@ -43,26 +43,30 @@ class StateForward:
         alike: dict[int, list[int]] = {}
         for place, prompt in enumerate(prompts):
             alike.setdefault(len(prompt), []).append(place)
-        parts: list[Held] = []
-        logits = []
+        logits: list[Tensor] = []
+        passed: list[dict[int, tuple[Tensor, Tensor]]] = []
+        states: dict[Name, Tensor] = {}
         for length, places in alike.items():
-            parts.append(Held(self.kept))
             token_NL = torch.tensor([list(prompts[place]) for place in places]).to(self.device)
             position_NL = torch.arange(length, device=self.device).expand_as(token_NL)
-            logits.append(self._forward(token_NL, position_NL, parts[-1], **self.last_only)[:, -1])
-        order = torch.tensor([place for places in alike.values() for place in places])
-        row_P = order.argsort()
+            held = Held(self.kept)
+            logits.append(self._forward(token_NL, position_NL, held, **self.last_only)[:, -1])
+            passed.append(held.passed)
+            # At once, since they may be large: those of a group are not kept beside those of the next.
+            place_N = torch.tensor(places).to(self.device)
+            for name, state in held.states.items():
+                states.setdefault(name, state.new_empty(len(prompts), *state.shape[1:])).index_copy_(0, place_N, state)
+        row_P = torch.tensor([place for places in alike.values() for place in places]).argsort()
         length_N = torch.tensor([length for length, places in alike.items() for _ in places])
-        on_device = row_P.to(self.device)
         return PrefilledStates(
-            logits_PV=torch.cat(logits).index_select(0, on_device),
-            states={
-                name: torch.cat([part.states[name] for part in parts]).index_select(0, on_device)
-                for name in parts[0].states
-            },
+            logits_PV=torch.cat(logits).index_select(0, row_P.to(self.device)),
+            states=states,
             keys_and_values={
-                number: (_packed([p.passed[number][0] for p in parts]), _packed([p.passed[number][1] for p in parts]))
-                for number in parts[0].passed
+                number: (
+                    _packed([pairs[number][0] for pairs in passed]),
+                    _packed([pairs[number][1] for pairs in passed]),
+                )
+                for number in passed[0]
             },
             length_P=length_N[row_P],
             start_P=(length_N.cumsum(0) - length_N)[row_P],
@@ -203,6 +207,9 @@ class _NumberedByCache:
         self.layout, self.held = layout, held
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, ask: Ask) -> Tensor:
+        kept = self.held.passed.get(-1 if self.held.attending is None else self.held.attending)
+        if kept is None or (kept[0].shape, kept[1].shape) != (key.shape, value.shape):
+            raise UnsupportedAttention("keys and values that are not what its cache keeps")
         return self.layout.attend(query, key, value, ask._replace(layer=self.held.attending))
 
 
