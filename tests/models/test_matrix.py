@@ -40,7 +40,6 @@ WAYS = {
     "minimax": ("padded", "padded, one length"),
     "mamba2": ("packed", "slots"),
     "olmo_hybrid": ("packed", "slots"),
-    "kimi_linear": ("packed", "padded"),
     "gpt_neo": ("padded", "padded"),
     "cohere2": ("packed", "slots"),
 }

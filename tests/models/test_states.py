@@ -51,8 +51,9 @@ def asks(count: int, **sampling: Any) -> list[Request]:
     ]
 
 
-@pytest.mark.parametrize("way", ["slots", "captured"])
-@pytest.mark.parametrize("name", ["qwen3-next", "zamba", "mamba"])
+@pytest.mark.parametrize(
+    ("name", "way"), [("qwen3-next", "slots"), ("qwen3-next", "captured"), ("zamba", "slots"), ("mamba", "captured")]
+)
 def test_what_a_sample_is_given_does_not_depend_on_those_beside_it(name: str, way: Any) -> None:
     """In float64, with fewer slots than samples: some enter and take the slots of others, which move."""
     module = made(name).double()
