@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields, replace
 from fractions import Fraction
+from typing import Any
 
 from tandem.assembly.configs import read_kind
 from tandem.assembly.evaluation_sections import EvaluationSection
 from tandem.assembly.sections import DatasetSection
 from tandem.data import formats
-from tandem.data.columns import shape
+from tandem.data.columns import NAMES, shape
 from tandem.data.order import Order
 from tandem.data.rows import Dataset, load_rows, present
 from tandem.data.tokenize import Counts
@@ -26,7 +28,7 @@ def load_data(section: DatasetSection, kind: str) -> Dataset:
     Read before any model, since a mistake in them shows soonest. Raises UserError for one, naming the commands that
     rows with such columns are for, where they are for others.
     """
-    return made_of_kind(read_data(section), section, kind)
+    return made_of_kind(read_data(section), without_idle(section, kind), kind)
 
 
 def read_data(section: DatasetSection) -> Dataset:
@@ -50,7 +52,18 @@ def load_held_out(section: EvaluationSection, data: DatasetSection, kind: str) -
         name: load_rows(source, split=section.eval_split, max_samples=section.max_eval_samples)
         for name, source in section.sets.items()
     }
-    return {name: of_kind(shape(rows, data, kind, strict=False), kind) for name, rows in sets.items()}
+    keys = without_idle(data, kind)
+    return {name: of_kind(shape(rows, keys, kind, strict=False), kind) for name, rows in sets.items()}
+
+
+def without_idle(section: DatasetSection, kind: str) -> DatasetSection:
+    """A run's section without keys of columns that rows of this kind do not have: they were said to have no effect."""
+    part = "samples" if kind == "prompts" else kind
+    needed = {
+        f.name: kinds for f in fields(section) for other, *kinds in f.metadata.get("needs", ()) if other == "part"
+    }
+    idle: dict[str, Any] = {name: None for name in NAMES if part not in needed.get(name, (part,))}
+    return replace(section, **idle)
 
 
 def of_kind(rows: Dataset, kind: str) -> Dataset:

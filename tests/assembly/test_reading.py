@@ -65,6 +65,16 @@ def test_columns_that_fit_no_method_or_another(file, row, kind, words):
         load_held_out(EvaluationSection(eval_data=(file(row, name="b.jsonl"),)), DataSection(data=data), kind)
 
 
+def test_a_key_of_columns_that_such_rows_do_not_have_is_passed_over(file):
+    """Of a file it was said to have no effect (``test_effects.py``): it has none."""
+    data = DataSection(data=file(PROMPT), output_key="none", chosen_key="none", rejected_key="none", label_key="answer")
+    assert load_data(data, "prompts")[0] == {"prompt": "a", "label": "b"}
+    sets = load_held_out(EvaluationSection(eval_data=(file(PROMPT, name="b.jsonl"),)), data, "prompts")
+    assert [row["label"] for rows in sets.values() for row in rows] == ["b"]
+    with pytest.raises(UserError, match=r"no column .none. .output_key"):
+        load_data(DataSection(data=file(DEMO), output_key="none"), "demonstrations")
+
+
 def test_every_key_of_the_data_reaches_its_rows(file):
     data, held = file({"q": "a", "gold": 1}, {"q": "b", "gold": 2}), file({"q": "c", "gold": 3}, name="held.jsonl")
     keys = {"input_key": "q", "label_key": "gold", "input_template": "<{}>", "apply_chat_template": True, "system": "s"}
