@@ -52,9 +52,12 @@ def parse_sources(text: str) -> list[Source]:
     if weighed and len(weighed) < len(sources):
         bare = next(one.name for one in sources if one.weight is None)
         raise UserError(f"{bare}: the other sources have weights and it has none; give all of them one, or none")
-    if len(twice := {one.name for one in sources}) < len(sources):
-        again = next(name for name in twice if [one.name for one in sources].count(name) > 1)
-        raise UserError(f"{again}: named twice among the sources; give it a larger weight instead")
+    meant: dict[str, str] = {}
+    for one in sources:
+        if (before := meant.get(_meant(one.name))) is not None:
+            again = one.name if before == one.name else f"{before} and {one.name}"
+            raise UserError(f"{again}: named twice among the sources; give it a larger weight instead")
+        meant[_meant(one.name)] = one.name
     return sources
 
 
@@ -97,6 +100,14 @@ def is_local(name: str) -> bool:
     if local or name.count("/") > 1 or name.partition("@")[0] in TYPES:
         return True
     return re.match(r"[A-Za-z]:[\\/]", name) is not None
+
+
+def _meant(name: str) -> str:
+    """The same for all names of a file or folder."""
+    kind, at, folder = name.rpartition("@")
+    if at and kind in TYPES:
+        return kind + at + os.path.realpath(os.path.expanduser(folder))
+    return os.path.realpath(os.path.expanduser(name)) if is_local(name) else name
 
 
 def _exists(name: str) -> bool:

@@ -54,6 +54,8 @@ def test_what_data_names(text, expected):
         ("a.jsonl:,b.jsonl:1", "the weight '' is no number"),
         ("a.jsonl,,b.jsonl", "a comma with no source beside it"),
         ("a.jsonl:1,a.jsonl:2", "a.jsonl: named twice among the sources"),
+        ("a.jsonl,./a.jsonl", "a.jsonl and ./a.jsonl: named twice among the sources"),
+        ("json@data/b,hub/name,json@data/../data/b/", "json@data/b and json@data/../data/b/: named twice"),
     ],
 )
 def test_what_is_no_weight(text, words):
