@@ -95,7 +95,7 @@ class _Follower:
         self.steps, self.reports = self.process.stdin.fileno(), self.process.stdout.fileno()
         os.set_blocking(self.steps, False)
         os.set_blocking(self.reports, False)
-        self.said = False
+        self.said = self.gone = False
 
     def wake(self, step: int) -> list[str]:
         # Where the pipe is full, the process hangs, and a later step tells it the same.
@@ -104,21 +104,35 @@ class _Follower:
         return self.news()
 
     def news(self) -> list[str]:
-        """What it has reported, and how it died if it has: the first of these, once."""
+        """The first thing that it has reported, once; and once how its process ended before it was told to."""
+        told = []
         with contextlib.suppress(BlockingIOError):
             lines = os.read(self.reports, 1 << 16).decode(errors="replace").splitlines()
-            if lines:
-                return self.say(lines[0])
-        if (code := self.process.poll()) is not None and code != 0:
-            how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-            return self.say(f"its process ended ({how})")
-        return []
+            told = self.say(lines[0]) if lines else []
+        code = self.process.poll()
+        if code is None or self.gone:
+            return told
+        self.gone = True
+        if self.stopped and (code == 0 or self.said):
+            return told
+        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        rest = "" if self.stopped else ", and begins again with --resume only, which logs what it has missed"
+        return [*told, self.line(f"its process ended ({how}){rest}")]
 
     def say(self, what: str) -> list[str]:
         if self.said:
             return []
         self.said = True
-        return [f"{self.name} fails: {what}; the run goes on, see {FOLDER}/{self.name}.log"]
+        return [self.line(what)]
+
+    def line(self, what: str) -> str:
+        return f"{self.name} fails: {what}; the run goes on, see {FOLDER}/{self.name}.log"
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it was told to end."""
+        assert self.process.stdin is not None
+        return self.process.stdin.closed
 
     def stop(self) -> None:
         assert self.process.stdin is not None

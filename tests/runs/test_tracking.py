@@ -193,10 +193,29 @@ def test_a_tracker_that_fails_is_said_once_and_nobody_waits_for_it(out, tmp_path
         told += tracking.written(step)
         assert time.monotonic() - began < 1
     told += tracking.close()
+    told = [line.replace(", and begins again with --resume only, which logs what it has missed", "") for line in told]
     assert told == [f"wandb fails: {message}; the run goes on, see trackers/wandb.log"]
     assert tracking._followers["wandb"].process.poll() is not None
     if fault != "hang in finish":
         assert not (tmp_path / "logged").exists()
+
+
+@pytest.mark.parametrize("failed_before", [False, True])
+def test_that_a_tracker_was_killed_is_said_in_the_run_once(out, tmp_path, monkeypatch, failed_before):
+    """And that nothing more is logged before the run is resumed; also of one that was said to fail before."""
+    logged = fake(tmp_path, monkeypatch, at_log="raise OSError('down')" if failed_before else "pass")
+    tracking, told = Tracking(out, ["wandb"]), []
+    record(out, 0)
+    while not (told if failed_before else logged.exists()):
+        told += tracking.written(0)
+        time.sleep(0.01)
+    assert len(told) == failed_before
+    process = tracking._followers["wandb"].process
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    ended = "its process ended (SIGKILL), and begins again with --resume only, which logs what it has missed"
+    assert tracking.written(0) == [f"wandb fails: {ended}; the run goes on, see trackers/wandb.log"]
+    assert [*tracking.written(0), *tracking.close()] == []
 
 
 def test_a_tracker_that_hangs_with_a_full_pipe_does_not_hold_the_run(out, tmp_path, monkeypatch):
