@@ -125,7 +125,8 @@ class Engine(Protocol):
 
     @property
     def ended(self) -> int:
-        """Samples that have ended since nothing was being sampled, for whoever shows how far it is."""
+        """Samples that have ended since nothing was being sampled, for whoever shows how far it is; those included that
+        will not come since their request has failed."""
         ...
 
     @property
@@ -283,8 +284,8 @@ class Trainer(Scorer, Protocol):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
-    def export(self, folder: Path, *, ema: bool = False) -> None:
-        """Writes a Hugging Face folder: weights, config and tokenizer. ``ema``: the running average of the weights."""
+    def export(self, folder: Path) -> None:
+        """Writes a Hugging Face folder: weights, config and tokenizer."""
         ...
 
 
@@ -320,7 +321,10 @@ class Source(Protocol[Item]):
         ...
 
     def wait(self, until: Callable[[], bool], clock: Clock, at_least: int = 0) -> None:
-        """Works on what has begun until ``until()``, which cannot be before ``at_least`` more items are done."""
+        """Works on what has begun until ``until()``, which cannot be before ``at_least`` more items are done.
+
+        Raises the error of any item that cannot come, as soon as it is known.
+        """
         ...
 
     def look(self) -> None:

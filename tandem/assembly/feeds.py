@@ -28,7 +28,7 @@ from tandem.errors import UserError
 from tandem.models.limits import read_limits
 from tandem.models.loading import load_tokenizer
 from tandem.rewards.function import FunctionReward
-from tandem.rewards.model import SCORED, require_same_tokenizer, same_tokenizer, score_scale
+from tandem.rewards.model import SCORED, ScoreScale, require_same_tokenizer, same_tokenizer, score_scale
 from tandem.roles import Metrics, Seat, Source
 from tandem.rollout.evaluate import Evaluation, HeldOut, HeldOutRows, HeldOutSamples, named
 from tandem.rollout.judging import Judge
@@ -100,9 +100,9 @@ class Feed:
         """Before the first step, asks models what they need to be asked only once, and lets them go."""
         return None
 
-    def conclude(self, models: Mapping[str, Seat], progress: Progress) -> None:
-        """After the last step, measures what is to be written with the model."""
-        return None
+    def numbers(self, models: Mapping[str, Seat], progress: Progress) -> Mapping[str, float | None]:
+        """What is to stand in the config of the model as it is now, where it is written; None: not there."""
+        return {}
 
     def close(self) -> None:
         """Ends what it has started by itself."""
@@ -179,17 +179,17 @@ class RowsFeed(Feed):
     def ask(self, models: Mapping[str, Seat], progress: Progress) -> None:
         self.once.ask(models, progress)
 
-    def conclude(self, models: Mapping[str, Seat], progress: Progress) -> None:
+    def numbers(self, models: Mapping[str, Seat], progress: Progress) -> Mapping[str, float | None]:
         """Of a reward model, the mean and the spread of its scores, of held-out rows or, without any, of its own."""
         if self.config.method.head != "scalar" or self.config.reads.kind != "preferences":
-            return
+            return {}
         rows = [row for one in self.held_out.values() for row in one] or self.examples
         with progress.phase("scoring"):
             scale = score_scale(models["actor"], rows[:SCORED])
         if scale is None:
             progress.note("the scores of all rows are one number, or none: the model's config says nothing of them")
-        else:
-            models["actor"].call("remember", scale._asdict())
+            return dict.fromkeys(ScoreScale._fields)
+        return scale._asdict()
 
     def _tokenize(self, rows: Dataset) -> tuple[list[Any], Counts]:
         build = builders(self.config.data)[self.config.reads.kind]

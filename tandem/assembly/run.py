@@ -119,12 +119,12 @@ def _run(config: RunConfig, stack: ExitStack, ranks: Ranks | None) -> Path | Non
         session(config, saved, steps=feed.steps, planned=feed.planned, counts=feed.counts, inputs=feed.inputs)
     )
     feed.ask(models, started.progress)
+    started.numbers = partial(feed.numbers, models, started.progress)
     schedule = config.schedule if isinstance(config, SamplesConfig) and config.sampler else ScheduleSection()
     stack.enter_context(settled())
     Pipeline(
         steps=feed.steps, items_per_step=config.items_per_step, max_lag=schedule.max_lag, window=schedule.window
     ).run(crew, started)
-    feed.conclude(models, started.progress)
     return started.finish()
 
 

@@ -97,6 +97,8 @@ class Session:
     """Writes what each step trains on. None: it is not recorded."""
     goals: Goals = field(default_factory=Goals)
     tracking: Tracking | None = None
+    numbers: Callable[[], Mapping[str, float | None]] = field(default=dict, init=False)
+    """What the config of the actor as it is now is to say where it is written (``training.trainer.remember``)."""
     ema: bool = False
     """Whether the actor keeps a running average of its weights."""
     step: int = field(default=0, init=False)
@@ -261,10 +263,13 @@ class Session:
         folder, aside = self.run.path / name, self.run.path / f".{name}-partial"
         try:
             shutil.rmtree(aside, ignore_errors=True)
-            with self.progress.phase(f"writing the {name}" + (" model" if best else "")):
-                # Other processes share the disk with this one, but may work in another folder.
-                actor = self.trainers["actor"]
-                actor.call("export", aside if actor.home.at_once else aside.absolute(), ema=ema)
+            actor = self.trainers["actor"]
+            with self._averaged(ema):
+                if numbers := self.numbers():
+                    actor.call("remember", numbers)
+                with self.progress.phase(f"writing the {name}" + (" model" if best else "")):
+                    # Other processes share the disk with this one, but may work in another folder.
+                    actor.call("export", aside if actor.home.at_once else aside.absolute())
                 if best is not None:
                     write_about(aside, best)
             replace_folder(aside, folder)
@@ -273,6 +278,20 @@ class Session:
             rest = "--resume writes it again" if self.saved_step == self.step else "no checkpoint holds it either"
             raise RunFailure(f"the model is trained and not written: {error}; {rest}") from error
         return folder
+
+    @contextmanager
+    def _averaged(self, ema: bool) -> Iterator[None]:
+        """With the running average in the places of the actor's weights, where ``ema``. Signals do not part them."""
+        if not ema:
+            yield
+            return
+        with held():
+            self.trainers["actor"].call("swap_average")
+        try:
+            yield
+        finally:
+            with held():
+                self.trainers["actor"].call("swap_average")
 
     def _find_best(self) -> None:
         """What an earlier start has kept. A model of a later step than this one is of no evaluation of this run."""

@@ -433,20 +433,29 @@ class LocalTrainer(LocalScorer):
         with self._present():
             self.policy.stir(size)
 
-    def remember(self, numbers: Mapping[str, float]) -> None:
-        """Puts numbers into the model's config, which is exported with it."""
+    def remember(self, numbers: Mapping[str, float | None]) -> None:
+        """Puts numbers into the model's config, which is exported with it; None takes one out."""
+        config = self.model.module.config
         for name, value in numbers.items():
-            setattr(self.model.module.config, name, value)
+            if value is not None:
+                setattr(config, name, value)
+            elif hasattr(config, name):
+                delattr(config, name)
 
-    def export(self, folder: Path, *, ema: bool = False) -> None:
-        """Writes a Hugging Face folder: float32 weights, config and tokenizer. A collective; rank 0 writes.
+    @torch.no_grad()
+    def swap_average(self) -> None:
+        """Puts the running average in the weights' places and them in its: once more, and all is as it was."""
+        self.idle.restore()
+        for name, average in self.ema.items():
+            weight, average = local(self.weights[name]), local(average)
+            kept = weight.clone()
+            weight.copy_(average)
+            average.copy_(kept)
+        self._changed()
 
-        ``ema``: with the running average in the weights' places.
-        """
-        if ema:
-            self.idle.restore()
-        weights = self.weights | self.ema if ema else self.weights
-        state = whole(weights | self.buffers, keep=self.world.rank == 0)
+    def export(self, folder: Path) -> None:
+        """Writes a Hugging Face folder: float32 weights, config and tokenizer. A collective; rank 0 writes."""
+        state = whole(self.weights | self.buffers, keep=self.world.rank == 0)
         if self.world.rank == 0:
             # A frozen parameter is kept as it is computed with.
             state = {name: t.float() if t.is_floating_point() else t for name, t in state.items()}

@@ -32,6 +32,7 @@ def inputs(tmp_path_factory):
         for name, model in (("a", "base"), ("b", "teacher")):
             argv = arguments("rm")
             argv[argv.index("base")] = model
+            argv += ["--keep-best", "eval/loss", "--ema-decay", "0.5"]
             assert main([*argv, "--steps", "2", "--out", name, "--save-every", "0"]) == 0
     return folder
 
@@ -41,21 +42,23 @@ def folder(inputs, monkeypatch):
     monkeypatch.chdir(inputs)
 
 
-def config_of(name):
-    return json.loads(Path(name, "model", "config.json").read_text())
+def config_of(name, model="model"):
+    return json.loads(Path(name, model, "config.json").read_text())
 
 
-def test_training_writes_the_scale_of_held_out_scores():
+@pytest.mark.parametrize("which", ["model", "model-ema", "best"])
+def test_training_writes_the_scale_of_held_out_scores(which):
+    """That of the very weights that are written; the best by the largest loss are those before the first step."""
     pairs, _ = build_pairs(load_rows("pairs.jsonl"), make_tokenizer())
-    model = AutoModelForSequenceClassification.from_pretrained("a/model").eval()
+    model = AutoModelForSequenceClassification.from_pretrained(f"a/{which}").eval()
     with torch.no_grad():
         scores = [
             model(input_ids=torch.tensor([s.token_ids])).logits.item()
             for pair in pairs
             for s in (pair.chosen, pair.rejected)
         ]
-    assert config_of("a")["score_mean"] == pytest.approx(statistics.fmean(scores), abs=1e-5)
-    assert config_of("a")["score_std"] == pytest.approx(statistics.pstdev(scores), abs=1e-5)
+    assert config_of("a", which)["score_mean"] == pytest.approx(statistics.fmean(scores), abs=1e-5)
+    assert config_of("a", which)["score_std"] == pytest.approx(statistics.pstdev(scores), abs=1e-5)
 
 
 @pytest.mark.parametrize("normalize", [False, True])

@@ -55,8 +55,11 @@ def test_what_is_frozen_is_not_averaged(tmp_path):
     trainer = LocalTrainer(prepare_module(module, make_tokenizer()), trainer_of("adamw").loss, optim, token_budget=64)
     train(trainer, range(2))
     assert "model.embed_tokens.weight" not in trainer.ema
-    trainer.export(tmp_path / "ema", ema=True)
-    trainer.export(tmp_path / "plain")
+    for name in ("plain", "ema", "again"):
+        trainer.export(tmp_path / name)
+        trainer.swap_average()
+    assert len({(tmp_path / name / "model.safetensors").read_bytes() for name in ("plain", "again")}) == 1
+    trainer.swap_average()
     averaged, plain = (load_file(tmp_path / name / "model.safetensors") for name in ("ema", "plain"))
     assert averaged.keys() == plain.keys()
     for name, value in averaged.items():
