@@ -103,7 +103,7 @@ class Stepper(Generic[Job, Result]):
     def __init__(self, core: Core[Job, Result]) -> None:
         self.core = core
         self.ended = 0
-        """Jobs that have ended since there were none."""
+        """Jobs that have ended, those that failed or were given up included, since there were none."""
         self.busy_seconds = 0.0
         """In steps of the core, since this was made."""
         self._lock = threading.Lock()
@@ -287,13 +287,13 @@ class Stepper(Generic[Job, Result]):
             if name not in self._jobs:
                 continue
             part, index = self._jobs.pop(name)
+            self.ended += 1
             if isinstance(result, Exception):
                 self._end(part.call, result)
                 continue
             part.results[index] = result
             part.left -= 1
             part.call.left -= 1
-            self.ended += 1
             if not part.left:
                 part.wake.notify_all()
 
@@ -326,6 +326,7 @@ class Stepper(Generic[Job, Result]):
         names = [name for name, (part, _) in self._jobs.items() if part.call is call]
         for part, _ in (self._jobs.pop(name) for name in names):
             part.wake.notify_all()
+        self.ended += len(names)
         self._gone += names
         if not self._busy:
             self._abort()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from tandem.futures import Begun, Done, Future, wait_all
+from tandem.futures import Begun, Done, Future
 from tandem.roles import Clock, Engine, Metrics
 from tandem.rollout.judging import Called, Judge, Judging, rollout_of
 from tandem.rollout.measure import rollout_metrics
@@ -129,6 +129,8 @@ class Sampling:
     """Of rewards that judge a sample or a group at a time, oldest first, those that are not known to have ended."""
     answered: int = field(default=0, init=False)
     """How many have."""
+    refused: Exception | None = field(default=None, init=False)
+    """What the first of them has failed with that has."""
 
     @property
     def busy_seconds(self) -> float:
@@ -159,7 +161,10 @@ class Sampling:
         return begun
 
     def wait(self, until: Callable[[], bool], clock: Clock, at_least: int = 0) -> None:
-        """Samples, and takes what rewards say, until ``until()``: once ``at_least`` more groups are done or later."""
+        """Samples, and takes what rewards say, until ``until()``: once ``at_least`` more groups are done or later.
+
+        Raises at once what any group, or a reward of it, has failed with, whether or not ``until`` is about it.
+        """
         told: tuple[int, int] | None = None
 
         def enough() -> bool:
@@ -167,9 +172,13 @@ class Sampling:
             self._ask_rewards()
             before, told = told, (self.engine.ended, self.answered)
             # Where nothing has ended since it was asked the answer is the same.
-            return told != before and until()
+            return told != before and (self._failure() is not None or until())
 
-        while not until():
+        while True:
+            if (failure := self._failure()) is not None:
+                raise failure
+            if until():
+                return
             if unsampled := [drawing for drawing in self.open if not drawing.completions.done()]:
                 judged = sum(not drawing.done() for drawing in self.open) - len(unsampled)
                 told = None
@@ -190,11 +199,8 @@ class Sampling:
     def finish(self, items: Seq[Drawing], clock: Clock) -> list[Group]:
         """The groups, of which those that are not done are waited for: judged together by what judges a step's."""
         completions = [item.completions for item in items]
-        with self._sampling(items, clock):
-            # Whoever waits for the groups drives the engine: in one process there is nobody else.
-            if missing := sum(not future.done() for future in completions):
-                self.engine.wait(lambda: all(future.done() for future in completions), missing)
-            wait_all(completions)
+        missing = sum(not future.done() for future in completions)
+        self.wait(lambda: all(future.done() for future in completions), clock, missing)
         gone = set(items)
         self.open[:] = [drawing for drawing in self.open if drawing not in gone]
         with clock("scoring"):
@@ -226,6 +232,7 @@ class Sampling:
         """Gives up all groups that were begun and not finished."""
         self.open.clear()
         self.calls.clear()
+        self.refused = None
         self.engine.cancel()
 
     def check(self, items: Seq[Group]) -> None:
@@ -246,9 +253,24 @@ class Sampling:
     def _ask_rewards(self) -> None:
         if self.calls:
             self.calls[0].look()
-            before = len(self.calls)
+            settled = [call for call in self.calls if call.settled]
             self.calls[:] = [call for call in self.calls if not call.settled]
-            self.answered += before - len(self.calls)
+            self.answered += len(settled)
+            for call in settled:
+                try:
+                    call.result()
+                except Exception as error:
+                    self.refused = self.refused or error
+
+    def _failure(self) -> Exception | None:
+        """Why a group that is open will never be done, if there is one."""
+        for drawing in self.open:
+            if drawing.completions.done():
+                try:
+                    drawing.group  # noqa: B018
+                except Exception as error:
+                    return error
+        return self.refused
 
     def _judging(self, ticket: Ticket, known: Mapping[Called, Judgement] | None = None) -> Judging:
         """What a reward gives a sample depends on its ticket, not on those that are sampled or judged beside it."""

@@ -130,9 +130,9 @@ def ended(source: Source[Any], buffer: Buffer) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if buffer.open:
-            with suppress(Exception):  # what ended the body is what is told
-                source.cancel()
+        # What the step in progress has taken may be open, too.
+        with suppress(Exception):  # what ended the body is what is told
+            source.cancel()
         raise
     if buffer.open:
         source.cancel()

@@ -102,6 +102,8 @@ class EngineGroup:
         self._requests_ended = 0
         self._heard_at = [0.0] * group.size
         """When each was last known to get on."""
+        self._holding = False
+        """Whether they may begin no samples."""
         self._running = [0] * group.size
         """Samples that each has begun, where it may not begin others (``_hold``)."""
         self._outdated: set[Answer] = set()
@@ -144,12 +146,16 @@ class EngineGroup:
         """``push``, once all samples that run have ended; no other begins before it has come."""
 
         def pushed(step: int) -> Metrics:
-            self._hold(True)
             try:
+                self._hold(True)
                 self._advance(lambda: not any(self._running), 0)
-                return push(step)
-            finally:
-                self._hold(False)
+                metrics = push(step)
+            except BaseException:
+                with suppress(Exception):  # what failed first is what is told
+                    self._hold(False)
+                raise
+            self._hold(False)
+            return metrics
 
         return pushed
 
@@ -192,6 +198,7 @@ class EngineGroup:
 
     def _hold(self, held: bool) -> None:
         """Has no engine start a sample, or any again. Those that have died need not be told."""
+        self._holding = held
         self._outdated = set(self._takes.values())
         self._running = [0] * self.group.size
         calls = [self.group.submit_one(rank, "sampling", "hold", held) for rank in range(self.group.size)]
@@ -237,16 +244,18 @@ class EngineGroup:
                 samples[rank] += len(asked.missing)
                 lots[rank].append(asked)
         for rank, lot in enumerate(lots):
-            named: list[tuple[int, Request]] = []
+            named: dict[Call, list[tuple[int, Request]]] = defaultdict(list)
             for asked in lot:
                 asked.rank, asked.left = rank, asked.missing
                 self._samples[rank] += len(asked.left)
                 seeds = tuple(asked.request.seeds[place] for place in asked.left)
-                named.append((next(self._names), replace(asked.request, seeds=seeds)))
-                self._open[named[-1][0]] = asked
-            if named:
-                answer = self.group.submit_one(rank, "sampling", "begin", named)
-                self._begins[answer] = [name for name, _ in named]
+                name = next(self._names)
+                named[asked.call].append((name, replace(asked.request, seeds=seeds)))
+                self._open[name] = asked
+            # Each call's together, and apart from those of others: an error there is theirs alone.
+            for requests in named.values():
+                answer = self.group.submit_one(rank, "sampling", "begin", requests)
+                self._begins[answer] = [name for name, _ in requests]
 
     def _listen(self, at_least: int) -> None:
         """Asks every engine that has something to do, unless it has been asked."""
@@ -269,6 +278,8 @@ class EngineGroup:
                 raise
             except UserError as error:
                 self._fail(names, error)
+            else:
+                self._give_up(rank, [name for name in names if name not in self._open])
             return
         del self._takes[rank]
         heard: Heard = answer.result()
@@ -310,23 +321,34 @@ class EngineGroup:
                 self._fail([name], error)
 
     def _fail(self, names: Seq[int], error: Exception) -> None:
-        """Ends the calls of these requests."""
+        """Ends the calls of these requests, wherever the others of them are."""
         calls = {self._open[name].call for name in names if name in self._open}
         for call in calls:
             call.error = call.error or error
+        begun = [set[int]() for _ in self._samples]
         for name in [name for name, asked in self._open.items() if asked.call in calls]:
             asked = self._open.pop(name)
+            begun[asked.rank].add(name)
             self._samples[asked.rank] -= len(asked.missing)
             self._requests_ended += 1
+            self.ended += len(asked.missing)
         self._waiting = deque(asked for asked in self._waiting if asked.call not in calls)
+        # What an engine has not said that it has begun it is told to give up once it has: calls may overtake others.
+        unsaid = {name for names in self._begins.values() for name in names}
+        for rank, mine in enumerate(begun):
+            self._give_up(rank, sorted(mine - unsaid))
+
+    def _give_up(self, rank: int, names: Seq[int]) -> None:
+        if names:
+            self.group.submit_one(rank, "sampling", "give_up", names)
 
     def _require_progress(self) -> None:
         """Raises RunFailure where an engine has samples, and has drawn nothing for as long as a call may take."""
         now = time.monotonic()
+        # What waits where no sample may begin is nobody's fault.
+        working = self._running if self._holding else self._samples
         late = [
-            rank
-            for rank, heard in enumerate(self._heard_at)
-            if self._samples[rank] and now - heard > self.group.deadline_s
+            rank for rank, heard in enumerate(self._heard_at) if working[rank] and now - heard > self.group.deadline_s
         ]
         if late:
             raise self.group.late("sampling", late)

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
-from tandem.errors import UserError
+from tandem.errors import Cancelled, UserError
 from tandem.futures import Future
 from tandem.roles import Engine, FedEngine, SharingEngine
 from tandem.types import Completion, Ended, Request
@@ -53,6 +53,8 @@ class ServedEngine:
         """Requests that have ended and were not taken."""
         self._wanted = 0
         """With how many of them whoever takes them is woken; 0: with any sample."""
+        self._unwanted: set[int] = set()
+        """Requests that were given up and may still be sampled."""
         self._begun = self._closed = False
         self.held: FedEngine | None = None
         """The engine, while it may begin no samples."""
@@ -125,12 +127,23 @@ class ServedEngine:
             self._changed.notify_all()
         return engine.running
 
+    def give_up(self, names: Seq[int]) -> None:
+        """Nobody wants these requests any more, nor any that were begun with them: they end after the next step."""
+        with self._changed:
+            for name in names:
+                future = self._open.pop(name, None)
+                if future is not None and not future.done():
+                    self._unwanted.add(name)
+                self._left.pop(name, None)
+            self._ended = [told for told in self._ended if told[0] not in names]
+
     def cancel(self) -> None:
         """Gives up all that was begun, and all that was not taken."""
         self.engine.cancel()
         with self._changed:
             self._open.clear()
             self._left.clear()
+            self._unwanted.clear()
             self._ended.clear()
             self._whole = 0
 
@@ -141,6 +154,11 @@ class ServedEngine:
             self._changed.notify_all()
 
     def _hear(self, names: Seq[int], ended: Seq[Ended]) -> None:
+        if self._unwanted:
+            with self._changed:
+                if unwanted := self._unwanted.intersection(names):
+                    self._unwanted -= unwanted
+                    raise Cancelled("what was being sampled was given up")
         if ended:
             with self._changed:
                 for number, sample, completion in ended:

@@ -63,7 +63,11 @@ class Core:
     def step(self) -> Mapping[int, Completion | Exception]:
         time.sleep(self.pace_s)
         self.jobs = {name: (left - 1, text) for name, (left, text) in self.jobs.items()}
-        ended = {name: completed(text) for name, (left, text) in self.jobs.items() if left == 0}
+        ended = {
+            name: UserError("not finite") if text == "fails" else completed(text)
+            for name, (left, text) in self.jobs.items()
+            if left == 0
+        }
         self.jobs = {name: job for name, job in self.jobs.items() if name not in ended}
         return ended
 
@@ -91,7 +95,8 @@ class Engine:
     ended = property(lambda self: self.stepper.ended)
 
     def submit(self, requests: Any, watch: Any = None) -> Any:
-        return self.stepper.submit(self.jobs, watch if self.watched else None)
+        jobs = [self.jobs[request.prompt_ids[0] - 1] for request in requests]
+        return self.stepper.submit(jobs, watch if self.watched else None)
 
     def wait(self, until: Any, at_least: int = 0) -> None:
         self.stepper.wait(until)
@@ -116,7 +121,10 @@ def tickets(engine: Engine) -> list[Ticket]:
 def source_of(engine: Engine, *rewards: FunctionReward, **columns: list) -> Sampling:
     prompts = [
         Prompt(
-            prompt_id=f"p{i}", prompt="q", token_ids=(1,), columns={name: values[i] for name, values in columns.items()}
+            prompt_id=f"p{i}",
+            prompt="q",
+            token_ids=(i + 1,),
+            columns={name: values[i] for name, values in columns.items()},
         )
         for i in range(len(engine.jobs))
     ]
@@ -225,12 +233,27 @@ def test_a_reward_that_fails_ends_the_wait_and_what_is_open_is_given_up(judges):
     engine = Engine([["bad"], ["1"]], [[1], [10**9]], 0.001)
     source = source_of(engine, judges["one_fails"])
     begun = source.begin(tickets(engine), clock)
-    source.wait(lambda: any(item.done() for item in begun), clock)
-    with pytest.raises(RunFailure, match=r"'one_fails' raised ValueError: .* called 3 times"):
-        source.finish(begun[:1], clock)
+    for work in (lambda: source.wait(begun[1].done, clock), lambda: source.finish(begun, clock)):
+        with pytest.raises(RunFailure, match=r"'one_fails' raised ValueError: .* called 3 times"):
+            work()
     source.cancel()
     with pytest.raises(Cancelled):
         begun[1].result()
+
+
+def test_a_request_that_fails_ends_the_wait_for_others_at_once(judges):
+    """Nothing ends but it, and nobody waits for it."""
+    engine = Engine([["1"], ["fails"]], [[10**5], [1]])
+    source = source_of(engine, judges["one"], answer=["1", "1"])
+    first, second = tickets(engine)
+    (long,) = source.begin([first], clock)
+    source.begin([second], clock)
+    with pytest.raises(UserError, match="not finite"):
+        source.wait(long.done, clock)
+    assert not long.done()
+    with pytest.raises(UserError, match="not finite"):
+        source.finish([long], clock)
+    source.cancel()
 
 
 def test_counts_beside_the_scores(judges):

@@ -176,6 +176,57 @@ def test_between_sequences_samples_that_nobody_wants_any_more_are_waited_for_and
         site.roles["sampling"].close()
 
 
+@pytest.mark.parametrize("hung", [False, True])
+def test_what_waits_while_engines_are_held_owes_no_progress_and_what_runs_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hung: bool
+) -> None:
+    """One engine is done with what runs and has more, which it may not begin; the other takes its time, or hangs."""
+    monkeypatch.setattr("tandem.workers.engines.TAKE_S", 0.1)
+    engines = Telling(max_slots=2), Telling(tmp_path, pace_s=0.02, max_slots=2)
+    group: Any = OneCallAtATime(*engines, calls_at_a_time=4)
+    engine = EngineGroup(group, alone=True)
+    futures = engine.submit(asks(40, 40, 40, 40))
+    engine.wait(iter([False] * 3 + [True]).__next__)
+    pushes: list[int] = []
+    push = engine.settled(lambda step: pushes.append(step) or {})  # type: ignore[func-returns-value]
+    if hung:
+        hold, late = engine._hold, group.late
+
+        def holds(held: bool) -> None:
+            hold(held)
+            (tmp_path / "hold").touch()
+
+        def goes_on(what: str, ranks: list[int]) -> RunFailure:
+            (tmp_path / "hold").unlink()
+            return late(what, ranks)
+
+        monkeypatch.setattr(engine, "_hold", holds)
+        monkeypatch.setattr(group, "late", goes_on)
+        with pytest.raises(RunFailure, match=r"no answer from \[1\]"):
+            push(1)
+        (tmp_path / "hold").unlink()
+    else:
+        push(1)
+        assert len(wait_all(futures)) == 4
+    assert pushes == [1] * (not hung)
+    for site in group.sites:
+        site.roles["sampling"].close()
+
+
+def test_what_fails_is_given_up_in_all_engines_and_costs_nothing_else() -> None:
+    group: Any = OneCallAtATime(*(Telling(pace_s=0.002, max_slots=4) for _ in range(2)), calls_at_a_time=4)
+    engine = EngineGroup(group, alone=True)
+    (good,) = engine.submit(asks(40))
+    bad = engine.submit(asks(3, 9000, 9000), lambda ended: 1 / 0)  # type: ignore[arg-type, return-value]
+    ended = engine.ended
+    engine.wait(lambda: bad[1].done())
+    assert engine.ended == ended + 6, "whoever asks only when something has ended hears of it"
+    assert len(good.result()) == 2
+    until(lambda: all(site.roles["engine"].live.stepper.unfinished == 0 for site in group.sites))
+    for site in group.sites:
+        site.roles["sampling"].close()
+
+
 def test_weights_that_a_push_did_not_come_to_send_are_not_called_by_an_older_step() -> None:
     group: Any = SimpleNamespace(dead=list)
     engines: Any = SimpleNamespace(group=group)
