@@ -57,6 +57,14 @@ def restore_folder(folder: Path) -> None:
     shutil.rmtree(replaced(folder), ignore_errors=True)
 
 
+def remove_folder(folder: Path) -> None:
+    """Takes a folder away, all of it or nothing: what is left of it after a kill has another name."""
+    aside = folder.with_name(f".{folder.name}-partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(folder, aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
 def replaced(folder: Path) -> Path:
     """Where a folder is while its successor takes its name."""
     return folder.with_name(f".{folder.name}-replaced")

@@ -175,7 +175,8 @@ class RunFolder:
 
     def truncate_after(self, step: int, *, metrics: int) -> None:
         """Drops rollouts and the record of steps after ``step``, and metrics after theirs, which come again."""
-        keep_until(self.rollouts, step)
+        # With its metrics an evaluation comes again.
+        keep_until(self.rollouts, step, held_out=metrics)
         forget_after(self.path / RECORD, step)
         keep_until(self.metrics, metrics)
 

@@ -62,17 +62,19 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return [{name: math.nan if value is None else value for name, value in r.items()} for r in read_lines(path)]
 
 
-def keep_until(path: Path, step: int | None = None) -> None:
+def keep_until(path: Path, step: int | None = None, *, held_out: int | None = None) -> None:
     """Cuts off a torn last line and, where ``step`` is given, everything from the first record of a later step on.
 
-    Reads a line at a time: a file may be larger than memory.
+    ``held_out``: the last step of which held-out records stay, where that is another one. Reads a line at a time: a
+    file may be larger than memory.
     """
     if not path.exists():
         return
     end, whole = 0, True
     with path.open("rb+") as file:
         for record, line in _records(file, path):
-            if step is not None and record.get("step", step) > step:
+            last = held_out if held_out is not None and record.get("held_out") else step
+            if last is not None and record.get("step", last) > last:
                 break
             end, whole = end + len(line), line.endswith(b"\n")
         file.truncate(end)

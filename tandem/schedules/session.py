@@ -17,7 +17,7 @@ from tandem.checkpoint.store import CheckpointStore
 from tandem.errors import NonFiniteError, RunFailure, UserError
 from tandem.roles import Metrics, Seat
 from tandem.rollout.evaluate import Evaluation
-from tandem.runs.best import BEST_MODEL, Best, read_best, replace_folder, restore_folder, write_about
+from tandem.runs.best import BEST_MODEL, Best, read_best, remove_folder, replace_folder, restore_folder, write_about
 from tandem.runs.folder import EMA_MODEL, RunFolder
 from tandem.runs.goals import Goals, evaluations_of
 from tandem.runs.lines import read_metrics
@@ -299,7 +299,7 @@ class Session:
             restore_folder(self.run.path / name)
         best = read_best(self.run.path)
         if best is not None and best.step > self.step:
-            shutil.rmtree(self.run.path / BEST_MODEL)
+            remove_folder(self.run.path / BEST_MODEL)
             self.note(f"the best model was of step {best.step}, which comes again: it is removed")
             best = None
         self._spare(best)

@@ -7,7 +7,17 @@ import signal
 import pytest
 from helpers.runs import arguments, run, unevaluated
 
-from tandem.runs.best import replace_folder, replaced, restore_folder
+from tandem.runs.best import (
+    ABOUT,
+    BEST_MODEL,
+    Best,
+    read_best,
+    remove_folder,
+    replace_folder,
+    replaced,
+    restore_folder,
+    write_about,
+)
 from tandem.runs.lines import read_lines, read_metrics
 
 # A learning rate at which the held-out loss goes down, and then up and down.
@@ -173,3 +183,25 @@ def test_a_replaced_folder_is_the_old_or_the_new_one(tmp_path, moment):
     restore_folder(old)
     assert (old / "is").read_text() == (".best-partial" if moment == "after" else "best")
     assert not replaced(old).exists()
+
+
+def test_a_kill_amid_the_removal_of_a_best_model_leaves_none(tmp_path, monkeypatch):
+    """Not one that says no more of which step it is, which the next start would refuse."""
+    best = tmp_path / BEST_MODEL
+    best.mkdir()
+    (best / "model.safetensors").touch()
+    write_about(best, Best(step=4, metric="eval/loss", value=1.0))
+
+    def killed(folder, **_):
+        if folder.exists():
+            (folder / ABOUT).unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            remove_folder(best)
+    assert read_best(tmp_path) is None
+    best.mkdir()
+    remove_folder(best)
+    assert [*tmp_path.iterdir()] == []

@@ -32,7 +32,7 @@ def inputs(tmp_path_factory):
         for name, model in (("a", "base"), ("b", "teacher")):
             argv = arguments("rm")
             argv[argv.index("base")] = model
-            argv += ["--keep-best", "eval/loss", "--ema-decay", "0.5"]
+            argv += ["--keep-best=+eval/loss", "--ema-decay", "0.5"]
             assert main([*argv, "--steps", "2", "--out", name, "--save-every", "0"]) == 0
     return folder
 

@@ -33,6 +33,17 @@ def test_a_file_is_cut_after_a_step_and_a_torn_line_goes(tmp_path, left, step, k
     assert read_lines(path) == [json.loads(line) for line in kept]
 
 
+def test_held_out_records_of_an_evaluation_that_comes_again_are_cut_off(tmp_path):
+    path = tmp_path / "rollouts.jsonl"
+    records = [{"step": step, "held_out": held_out} for step in (1, 2) for held_out in (False, True)]
+    for record in records:
+        append_line(path, record)
+    keep_until(path, 2, held_out=2)
+    assert read_lines(path) == records
+    keep_until(path, 2, held_out=1)
+    assert read_lines(path) == records[:3]
+
+
 @pytest.mark.parametrize("bad", [b"[1]\n", b"{'step': 1}\n", b"\n"])
 def test_a_line_that_is_no_record_is_refused_and_the_file_left_alone(tmp_path, bad):
     path = tmp_path / "lines.jsonl"
