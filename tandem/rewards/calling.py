@@ -161,7 +161,8 @@ class LocalFunction:
     def counted(self) -> dict[str, int]:
         """What the function has counted since it was last asked."""
         counts: dict[str, int] = getattr(_plain(self._function), "counts", {})
-        found = {name: count for name, count in counts.items() if count}
+        # Whole numbers in an array's clothes are no plain ones, which checkpoints hold.
+        found = {name: int(count) for name, count in counts.items() if count}
         counts |= dict.fromkeys(found, 0)
         return found
 

@@ -181,7 +181,7 @@ counting.counts = {"odd": 0, "even": 0}
 
 @judges("sample")
 def counting_one(completion):
-    counting_one.counts["odd"] += len(completion) % 2
+    counting_one.counts["odd"] += numpy.int64(len(completion) % 2)
     return 1.0
 
 
