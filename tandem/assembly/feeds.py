@@ -415,14 +415,14 @@ def require_words(limits: Seq[Limits], words: int) -> None:
             )
 
 
-def require_columns(rewards: Seq[FunctionReward], prompts: Seq[Prompt], dataset: str | None) -> None:
+def require_columns(rewards: Seq[FunctionReward], prompts: Seq[Prompt], dataset: str) -> None:
     """Raises UserError where a reward wants a column that no row of a dataset has, and says which some rows lack."""
     columns = {name for prompt in prompts for name in prompt.columns}
     for reward in rewards if prompts else ():
-        reward.require_columns(columns, dataset or "the dataset")
+        reward.require_columns(columns, dataset)
         for name in filter(reward.names, sorted(columns)):
             if lacking := sum(prompt.columns.get(name) is None for prompt in prompts):
-                say(f"data: {lacking} of {len(prompts)} rows have no {name!r}: reward {reward.name!r} gets None for it")
+                say(f"{dataset}: {lacking} of {len(prompts)} rows have no {name!r}: reward {reward.name!r} gets None")
 
 
 def when_due(section: EvaluationSection, measure: HeldOut, *, last: int) -> Evaluate:

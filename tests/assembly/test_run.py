@@ -75,7 +75,7 @@ def test_rows_that_are_likely_to_be_mistakes_are_said(tmp_path, monkeypatch, cap
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     keys = {"model": "base", "steps": 2, "data": "rows.jsonl", "out": "o", "dry_run": True}
     tandem.run(tandem.read_config("grpo", reward="check.py:right", max_new_tokens=5, **keys))
-    assert "data: 1 of 2 rows have no 'answer': reward 'right' gets None for it\n" in capsys.readouterr().out
+    assert "rows.jsonl: 1 of 2 rows have no 'answer': reward 'right' gets None\n" in capsys.readouterr().out
     tandem.run(tandem.read_config("sft", **keys))
     assert "data: 1 of 2 rows have an empty answer: its end alone is learned\n" in capsys.readouterr().out
 
