@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from tandem.errors import UserError
+from tandem.models.loading import pick_device
 from tandem.parallel.world import gather_objects
 
 
@@ -52,16 +53,9 @@ class Peers:
 
 def own_device(name: str) -> torch.device:
     """``auto`` is this rank's GPU (the current one, or LOCAL_RANK's) where there is one, else the CPU."""
-    if name == "auto" and not torch.cuda.is_available():
-        return torch.device("cpu")
-    try:
-        device = torch.device("cuda" if name == "auto" else name)
-    except RuntimeError:
-        raise UserError(f"device {name!r}: not a device; use auto, cpu or cuda:N") from None
+    device = pick_device(name)
     if device.type != "cuda" or device.index is not None:
         return device
-    if not torch.cuda.is_available():
-        raise UserError(f"device {name!r}: torch sees no GPU here; use device='cpu'")
     local = int(os.environ.get("LOCAL_RANK", "0"))
     # A loop that has chosen its GPU is believed; one that sees a single GPU has no choice.
     return torch.device("cuda", torch.cuda.current_device() or (local if local < torch.cuda.device_count() else 0))
