@@ -99,7 +99,7 @@ def test_what_may_pass_is_waited_out(serve, ask):
     call = reward.begin(batch("abc"))
     assert not call.done()
     again, _ = start(port=int(url.rpartition(":")[2]))
-    assert call.result() == [3.0]
+    assert call.result().scores == [3.0]
     again.kill()
     again.communicate()
 
