@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -62,6 +61,17 @@ class ReplayConfig(SamplesConfig):
         return self.replay.last_step
 
 
+HELP = """\
+Train again on what a run has recorded (--record), without an engine and rewards: to the same parameters.
+
+Its config is the run's. What does not change what is trained on may be given anew, to see what it does to the same
+samples: optimizer, the method's knobs, minibatches, precision, device, placement. tandem replay RUN --help lists
+these keys with their values. Held-out data are not evaluated.
+Example: tandem replay runs/grpo --out runs/again
+Example: tandem replay runs/grpo --out runs/slower --learning-rate 3e-7 --last-step 100
+
+usage: tandem replay RUN --out NEW [--last-step STEP] [--config FILE.yaml] [--key value ...]"""
+"""What --help says, before the keys of a run."""
 TRAINED_ON = ("data", "sampling", "reward", "schedule")
 """Sections whose keys say what was sampled and how it was judged: they are as the run had them."""
 OF_THE_RUN = {"replayed", "seed", "steps", "epochs"}
@@ -88,18 +98,19 @@ def replay_config(words: list[str]) -> tuple[type[Any], list[str]]:
     """The config of ``tandem replay RUN``, and its flags, before which the run's own config is read.
 
     Raises UserError where ``RUN`` is no run on samples, for a key that must be as it was in the run, and without an
-    ``--out``; SystemExit after ``RUN --help``.
+    ``--out``; SystemExit after ``--help``.
     """
     helped = "--help" in words or "-h" in words
     if not words or words[0].startswith("-"):
         if helped:
-            return ReplayHelp, words
+            print(HELP)
+            raise SystemExit(0)
         raise UserError("replay: which run? its folder comes first, as in: tandem replay runs/grpo --out runs/again")
     run, *flags = words
     folder = Path(run).expanduser()
     cls = class_over(ReplayConfig, method_of(folder))
     if helped:
-        print(f"{inspect.getdoc(ReplayHelp)}\n\nBeside --out, --resume, --overwrite and --dry-run may be given,")
+        print(f"{HELP}\n\nBeside --out, --resume, --overwrite and --dry-run may be given,")
         print(f"which {run} has so:\n\n{describe(stored_config(folder, cls), {*fixed_keys(cls), 'out'})}")
         raise SystemExit(0)
     in_files, in_flags = given_values(cls, flags)
@@ -133,26 +144,3 @@ def method_of(run: Path) -> str:
     if not found:
         raise UserError(f"{run}: a run of {title}, which samples nothing; --config {run / CONFIG} repeats it")
     return found[0]
-
-
-@dataclass(frozen=True, kw_only=True)
-class NewSection:
-    """Where it is written."""
-
-    out: str = field(metadata=PATH)
-    """Folder of the new run: its config, and all that it writes. Another one than the run's own."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReplayHelp:
-    """Train again on what a run has recorded (--record), without an engine and rewards: to the same parameters.
-
-    Its config is the run's. What does not change what is trained on may be given anew, to see what it does to the same
-    samples: optimizer, the method's knobs, minibatches, precision, device, placement. tandem replay RUN --help lists
-    these keys with their values. Held-out data are not evaluated.
-    Example: tandem replay runs/grpo --out runs/again
-    Example: tandem replay runs/grpo --out runs/slower --learning-rate 3e-7 --last-step 100
-    """
-
-    run: NewSection
-    replay: ReplaySection

@@ -174,4 +174,4 @@ def test_every_command_explains_itself(name, capsys):
     # launch starts a script of the user's own, which has flags of its own.
     if name != "launch":
         assert "--config FILE.yaml" in out
-        assert {"serve-reward": "--reward", "advise": "--run", "replay": "--replayed"}.get(name, "--model") in out
+        assert {"serve-reward": "--reward", "advise": "--run", "replay": "replay RUN"}.get(name, "--model") in out
