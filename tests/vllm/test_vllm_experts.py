@@ -14,6 +14,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from tandem.engines.vllm.engine import VLLMEngine
 from tandem.engines.vllm.names import Names
 from tandem.errors import UserError
+from tandem.models.routers import all_weights, correction_biases
 from tandem.models.shrunk import trained_size
 from tandem.sync.bounds import logp_bound
 
@@ -36,6 +37,9 @@ CONFIGS = {
     "qwen2_moe": lambda: transformers.Qwen2MoeConfig(**SIZE, **FEW),
     "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**SIZE, **FEW, head_dim=32),
     "olmoe": lambda: transformers.OlmoeConfig(**SIZE, num_experts=4),
+    "glm4_moe": lambda: transformers.Glm4MoeConfig(
+        **SIZE, head_dim=32, n_routed_experts=4, n_shared_experts=1, moe_intermediate_size=32, first_k_dense_replace=1
+    ),
     "llama": lambda: transformers.LlamaConfig(**SIZE),
 }
 
@@ -47,19 +51,22 @@ def make(kind: str, seed: int) -> Any:
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
+        for bias in correction_biases(module).values():
+            bias.normal_()
     return module
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_names_and_numbers_are_those_of_a_folder(kind: str) -> None:
     module = make(kind, 0)
-    expected = revert_weight_conversion(module, {name: p.detach() for name, p in module.named_parameters()})
-    found = dict(Names(module.config).of([(name, p.detach()) for name, p in module.named_parameters()]))
+    weights = {name: p.detach() for name, p in all_weights(module).items()}
+    expected = revert_weight_conversion(module, weights)
+    found = dict(Names(module.config).of(list(weights.items())))
     assert set(found) == set(expected)
     for name, tensor in found.items():
         assert torch.equal(tensor, expected[name]), name
     # Views: what is pushed is copied once.
-    memory = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    memory = {p.untyped_storage().data_ptr() for p in weights.values()}
     assert {tensor.untyped_storage().data_ptr() for tensor in found.values()} <= memory
 
 
@@ -70,16 +77,18 @@ def test_what_would_have_to_be_computed_is_refused() -> None:
 
 
 def test_experts_arrive_push_after_push(tmp_path: Path) -> None:
-    """Mixtral calls its experts otherwise, and the layer they are in."""
-    first, others = make("mixtral", 0), [make("mixtral", seed) for seed in (1, 2)]
+    """Those of GLM 4.5, some of them shared, and the biases by which its routers pick; at last these alone."""
+    first, others = make("glm4_moe", 0), [make("glm4_moe", seed) for seed in (1, 2, 2)]
+    for bias in correction_biases(others[2]).values():
+        bias.neg_()
     engine = VLLMEngine(save(first, tmp_path), dtype="float32", max_slots=2)
     try:
         sequence = [5, 6, 7, 8, 9, 10, 11]
-        parameters = dict(first.named_parameters())
+        parameters = all_weights(first)
         pusher = Pusher.connect(engine, parameters)
         for version, module in enumerate(others, start=1):
             with torch.no_grad():
-                for mine, new in zip(parameters.values(), module.parameters(), strict=True):
+                for mine, new in zip(parameters.values(), all_weights(module).values(), strict=True):
                     mine.copy_(new)
             sums = pusher.push(version)
             expected = reference_logp(module, sequence[:1], sequence[1:])

@@ -56,8 +56,11 @@ def load_push(model: Any, model_config: Any, names: Names, buckets: Iterable[Buc
     """
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-    expected = [name for name, _ in model.named_parameters()]
+    before = [name for name, _ in model.named_parameters()]
     initialize_layerwise_reload(model)
+    # What was computed from loaded weights (latent attention) is gone for now, and is computed anew.
+    there = dict(model.named_parameters())
+    expected = [name for name in before if name in there]
     try:
         if record is None:
             for bucket in buckets:
@@ -106,8 +109,11 @@ def _load(model: Any, bucket: Bucket) -> None:
 
 def _load_and_record(model: Any, names: Names, buckets: Iterable[Bucket], record: Record, expected: list[str]) -> None:
     """One tensor at a time, so that what its loading touches is known."""
+    from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+
     loading: dict[str, Any] = {}
-    loaders = [(p, p.weight_loader, name) for name, p in _parameters(model) if hasattr(p, "weight_loader")]
+    # Layerwise reload lets routers' biases be loaded where they lie, by whatever loads what has no loader.
+    loaders = [(p, getattr(p, "weight_loader", default_weight_loader), name) for name, p in _parameters(model)]
     for parameter, loader, name in loaders:
         parameter.weight_loader = _watched(loader, name, loading, record)
     untaken = []
@@ -140,7 +146,7 @@ def _watched(loader: Callable[..., Any], name: str, loading: dict[str, Any], rec
     from vllm.model_executor.model_loader.reload.meta import get_numel_loaded
 
     @wraps(loader)
-    def online_process_loader(*args: Any, **kwargs: Any) -> Any:
+    def watched(*args: Any, **kwargs: Any) -> Any:
         original = loader
         while original.__name__ == "online_process_loader":
             original = original.__wrapped__  # type: ignore[attr-defined]
@@ -157,9 +163,9 @@ def _watched(loader: Callable[..., Any], name: str, loading: dict[str, Any], rec
         loading["taken"] = True
         return loader(*args, **kwargs)
 
-    # Layerwise reload knows its own wrappers by this name: it neither wraps them twice nor leaves them on.
-    online_process_loader.__name__ = "online_process_loader"
-    return online_process_loader
+    # Named as what it wraps. Layerwise reload knows its own wrappers by their name: it neither wraps them twice nor
+    # leaves them on, and lets others be.
+    return watched
 
 
 def _keep(model: Any, bucket: Bucket) -> None:
