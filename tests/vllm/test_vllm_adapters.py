@@ -11,7 +11,7 @@ import torch
 from helpers.vllm_models import VOCABULARY, covered, make_model, save
 from torch import Tensor
 
-from tandem.engines.vllm.adapters import PushedAdapters, room_of
+from tandem.engines.vllm.adapters import PushedAdapters, names_in, room_of
 from tandem.engines.vllm.engine import VLLMEngine
 from tandem.errors import UserError
 from tandem.models.adapters import AdapterParams
@@ -19,8 +19,6 @@ from tandem.models.loading import load_causal
 from tandem.models.policy import Scaled
 from tandem.parallel.world import World
 from tandem.sync.check import WeightMismatch
-from tandem.sync.links import Link
-from tandem.sync.plan import Plan, TensorSpec
 from tandem.sync.push import PushParams, WeightPush
 from tandem.sync.source import WeightSource
 from tandem.training.optim import OptimParams
@@ -310,12 +308,19 @@ def test_what_sleep_loses_is_there_again_after_a_push_of_all(ends, plain):
 
 
 def test_layers_that_vllm_has_no_adapters_for_are_named(ends):
-    shapes = {"A": (4, 64), "B": (67, 4)}
-    plan = Plan(
-        tuple(TensorSpec(f"model.sideways.lora_{s}.default.weight", shape, "float32") for s, shape in shapes.items())
-    )
-    with pytest.raises(UserError, match=r"takes no adapters on model\.sideways; add --lora.fold"):
-        ends.engine.connect([Link("gloo", "127.0.0.1", 1, 1, 2, plan, timeout_s=5)])
+    layers = ["model.layers.0.mlp.down_proj", "model.sideways"]
+    with pytest.raises(UserError, match=r"takes no adapters on model\.sideways; add --lora\.fold"):
+        ends.engine._call("tandem_require_adapters", layers)
+
+
+def test_experts_beside_adapters_are_refused_on_a_cpu():
+    """vLLM takes them to kernels that no CPU has, and would end in a traceback at the first step."""
+
+    class MoERunner(torch.nn.Linear):
+        pass
+
+    with pytest.raises(UserError, match=r"computes no experts beside adapters; add --lora\.fold"):
+        names_in(torch.nn.Sequential(MoERunner(2, 2)), None, [])  # type: ignore[arg-type]
 
 
 def test_scaled_is_what_the_adapters_add(ends, plain):

@@ -35,10 +35,15 @@ STACKS = {"lora_A": "lora_a_stacked", "lora_B": "lora_b_stacked"}
 
 @dataclass(frozen=True)
 class AdapterRoom:
-    """What vLLM must have room for: adapters of at most ``rank``, on layers whose names end in one of ``targets``."""
+    """What vLLM must have room for: adapters of at most ``rank`` on the layers of these names in the trainer."""
 
     rank: int
-    targets: tuple[str, ...]
+    layers: tuple[str, ...]
+
+    @property
+    def targets(self) -> list[str]:
+        """The last parts of the layers' names."""
+        return sorted({name.rpartition(".")[2] for name in self.layers})
 
 
 def room_for(rank: int) -> int:
@@ -53,7 +58,7 @@ def room_for(rank: int) -> int:
 def room_of(plan: Plan) -> AdapterRoom:
     """The room for the adapters of a push. Raises UserError where their rank is too large."""
     layers = {layer: spec.shape[0] for spec in plan.tensors for layer, side in split(spec.name) if side == "lora_A"}
-    return AdapterRoom(room_for(max(layers.values())), tuple(sorted({name.rpartition(".")[2] for name in layers})))
+    return AdapterRoom(room_for(max(layers.values())), tuple(layers))
 
 
 def check_dtype(dtype: str, device: str) -> None:
@@ -97,10 +102,7 @@ def unwrapped(model: Any) -> Iterator[None]:
 
 
 class PushedAdapters:
-    """The adapters of one link's pushes, in the layers of this worker.
-
-    Raises UserError and names the layers where vLLM cannot take theirs.
-    """
+    """The adapters of one link's pushes, in the layers of this worker. Raises what ``names_in`` does."""
 
     def __init__(self, model: Any, names: Names, plan: Plan, device: torch.device) -> None:
         self.manager = model.lora_manager
@@ -108,15 +110,7 @@ class PushedAdapters:
         found = [adapter for spec in plan.tensors for adapter in split(spec.name)]
         self.alone = len(found) == len(plan.tensors)
         """Whether nothing but adapters travels."""
-        self.layers = {layer: _name_in(model, names.layer(layer)) for layer, _ in found}
-        """vLLM's name of each layer before any are fused."""
-        fused = self.manager.packed_modules
-        known = {part for parts in fused.values() for part in parts} | {*self.manager.modules} - {*fused}
-        if untaken := [layer for layer, name in self.layers.items() if name not in known]:
-            raise UserError(
-                f"lora.targets: vLLM's {type(model).__name__} takes no adapters on {', '.join(untaken[:5])}"
-                f"{f' and {len(untaken) - 5} more' if len(untaken) > 5 else ''}; add --lora.fold"
-            )
+        self.layers = names_in(model, names, [layer for layer, _ in found])
         self.taken: dict[str, Tensor] = {}
         self.record: Record = {}
         """Every stack that the first push filled, by its name here."""
@@ -175,6 +169,24 @@ class PushedAdapters:
             self.record[where].pieces += [piece] if piece is not None else []
             self.record[where].exact &= piece is not None and tensor.dtype == target.dtype
         self.places = [(n, n, SimpleNamespace(**{n.rpartition(".")[2]: stack})) for n, stack in stacks.items()]
+
+
+def names_in(model: Any, names: Names, layers: Iterable[str]) -> dict[str, str]:
+    """vLLM's name of each of the trainer's layers, before any are fused.
+
+    Raises UserError and names the layers where vLLM cannot take their adapters.
+    """
+    if any("MoE" in type(part).__name__ for part in model.modules()) and next(model.parameters()).device.type == "cpu":
+        raise UserError("lora: vLLM's CPU build computes no experts beside adapters; add --lora.fold")
+    found = {layer: _name_in(model, names.layer(layer)) for layer in layers}
+    fused = model.lora_manager.packed_modules
+    known = {part for parts in fused.values() for part in parts} | {*model.lora_manager.modules} - {*fused}
+    if untaken := [layer for layer, name in found.items() if name not in known]:
+        raise UserError(
+            f"lora.targets: vLLM's {type(model).__name__} takes no adapters on {', '.join(untaken[:5])}"
+            f"{f' and {len(untaken) - 5} more' if len(untaken) > 5 else ''}; add --lora.fold"
+        )
+    return found
 
 
 def _name_in(model: Any, layer: str) -> str:

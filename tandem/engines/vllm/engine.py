@@ -102,6 +102,11 @@ class VLLMEngine:
         """Whether a push of adapters alone would lack what they are on."""
         self._closed = False
         if adapters is not None:
+            try:
+                self._call("tandem_require_adapters", adapters.layers)
+            except UserError:
+                self.close()
+                raise
             self._stale = UserError("the vLLM engine has no adapters yet; push them first")
             self._mark_usable()
 

@@ -26,7 +26,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-from tandem.engines.vllm.adapters import PushedAdapters, unwrapped
+from tandem.engines.vllm.adapters import PushedAdapters, names_in, unwrapped
 from tandem.engines.vllm.checksums import Shard
 from tandem.engines.vllm.copies import Copies, may_copy
 from tandem.engines.vllm.loading import (
@@ -209,6 +209,10 @@ class WorkerExtension:
             # Others may not survive being sent to another process.
             log.debug("%s failed in a vLLM worker", method, exc_info=error)
             return None, RuntimeError(f"{type(error).__name__}: {error}")
+
+    def tandem_require_adapters(self, layers: Seq[str]) -> None:
+        """Raises UserError where vLLM takes no adapters on one of the trainer's layers."""
+        names_in(self.weight_transfer_engine.model, self.weight_transfer_engine.names, layers)
 
     def tandem_connect(self, links: Seq[Link]) -> None:
         self.init_weight_transfer_engine({"links": links})  # type: ignore[attr-defined]

@@ -118,7 +118,7 @@ def start_vllm(
         check_dtype(dtype, current_platform.device_type)
         options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": adapters.rank}
         # Others would be wrapped as well, embeddings and head among them, and multiply by zeros.
-        options["lora_target_modules"] = list(adapters.targets)
+        options["lora_target_modules"] = adapters.targets
     if tensor_parallel > 1:
         options["distributed_executor_backend"] = "mp"
     if memory_share is not None:
