@@ -159,6 +159,8 @@ class RunConfig:
         """Defaults that follow from keys that are given: what a folder of adapters has, and their learning rates."""
         folder = adapter_folder(given.get("model", ""))
         found = {} if folder is None else {f"lora.{key}": value for key, value in as_adapters(folder).items()}
+        if folder is not None:
+            found["lora.quantize"] = folder.quantized
         if (found | dict(given)).get("lora.rank", 0):
             method = next(f.default_factory for f in fields(cls) if f.name == "method")
             found["learning_rate"] = adapter_rate(cast(type[Method], method).learning_rate)

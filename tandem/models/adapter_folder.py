@@ -10,6 +10,8 @@ from typing import Any
 from tandem.errors import UserError
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+QUANTIZED = "lora_quantize"
+"""The key of the ``config.json`` beside it that says how the base was kept while they were trained (Tandem's)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,8 @@ class AdapterFolder:
     rslora: bool
     scalar: bool
     """Whether they are those of a model with one number a token (a reward model or a critic)."""
+    quantized: str
+    """How the base was kept while they were trained: ``none``, ``nf4``, ``fp8``. Others' folders do not say it."""
 
 
 def adapter_folder(source: str | Path) -> AdapterFolder | None:
@@ -52,6 +56,7 @@ def adapter_folder(source: str | Path) -> AdapterFolder | None:
             dora=bool(config.get("use_dora")),
             rslora=bool(config.get("use_rslora")),
             scalar=config.get("task_type") == "SEQ_CLS",
+            quantized=_quantized(folder),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not the config of LoRA adapters ({type(error).__name__}: {error})") from None
@@ -62,6 +67,11 @@ def adapter_folder(source: str | Path) -> AdapterFolder | None:
     if not base:
         raise UserError(f"{path}: does not name its base; write the base's folder as base_model_name_or_path into it")
     return found
+
+
+def _quantized(folder: Path) -> str:
+    path = folder / "config.json"
+    return str(json.loads(path.read_bytes()).get(QUANTIZED, "none")) if path.is_file() else "none"
 
 
 def base_of(source: str) -> str:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tandem.errors import UserError, first_line
 from tandem.kernels import bits, products
 from tandem.lazy import extra
-from tandem.models.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_folder
+from tandem.models.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, QUANTIZED, adapter_folder
 from tandem.models.experts import is_grouped, is_stack, speed_up_stacks, stacks_of
 from tandem.models.pairs import NAME, adapted, pairs_of
 from tandem.models.quantized import Quantized, quantized_in
@@ -141,6 +141,8 @@ class Adapters:
         save_file(named, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         (folder / ADAPTER_CONFIG).write_text(json.dumps(_as_json(self.config), indent=2, sort_keys=True) + "\n")
         self.module.config.architectures = [type(self.module).__name__]
+        if self.quantized in ("nf4", "fp8"):
+            setattr(self.module.config, QUANTIZED, self.quantized)
         self.module.config.save_pretrained(folder)
 
 

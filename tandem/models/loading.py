@@ -18,7 +18,7 @@ from tandem.models.folder import readable_errors, with_config, with_tokenizer
 from tandem.models.forward import LoadedModel
 from tandem.models.limits import read_config, require_language_model
 from tandem.models.probe import probe_forward
-from tandem.models.quantized import dequantize_module, quantize_module
+from tandem.models.quantized import dequantize_module, quantize_module, quantized_in
 from tandem.models.routers import quieted
 from tandem.models.scalar import scalar_class, scalar_keys, with_own_buffers
 from tandem.models.weights import load_whole, require_finite
@@ -158,9 +158,15 @@ def _prepare_loaded(
     # On its device, where a look at every number takes the least time, and before a probe that NaN would fail.
     module.to(pick_device(device))
     base = base_of(str(source))
-    if _merged(source, adapters):
+    folder = adapter_folder(source)
+    if folder is not None and _merged(source, adapters):
+        if folder.quantized != "none" and not quantized_in(module):
+            log.warning(
+                "%s: its adapters were trained on a base in %s, and are added to that base in full here",
+                source, folder.quantized,
+            )  # fmt: skip
         dequantize_module(module)
-        module, base = merge_folder(module, str(Path(source).expanduser())), str(source)
+        module, base = merge_folder(module, str(folder.folder)), str(source)
         if adapters is not None and adapters.quantize != "none":
             quantize_module(module, adapters.quantize)
     put = None if adapters is None else put_adapters(module, adapters, base)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import json
+import sys
 import weakref
 from itertools import pairwise
 
@@ -133,6 +134,14 @@ def test_a_base_that_was_quantised_as_it_was_read_is_the_same_as_one_that_was_so
     assert not hasattr(model.module.config, "quantization_config")
 
 
+def test_fp8_needs_no_library_and_nf4_says_which(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    weight_OI = torch.randn(4, 64)
+    quantized.linear(torch.randn(2, 64), quantized.quantize(weight_OI, "fp8"))
+    with pytest.raises(UserError, match=r"lora.quantize: .* bitsandbytes.*pip install 'tandem-rlhf\[quant\]'"):
+        quantized.quantize(weight_OI, "nf4")
+
+
 def test_what_is_no_linear_layer_stays_and_is_said(caplog):
     config = transformers.Qwen3MoeConfig(
         vocab_size=64, hidden_size=32, intermediate_size=32, moe_intermediate_size=32, num_hidden_layers=1,
@@ -246,7 +255,7 @@ def test_a_whole_model_in_few_bits_is_not_trained_nor_folded(base):
         trainer_of(base, AdapterParams(rank=2, quantize="fp8")).policy.merged()
 
 
-def test_what_was_trained_is_read_by_peft_on_the_same_quantised_base(base, tmp_path):
+def test_what_was_trained_is_read_by_peft_on_the_same_quantised_base(base, tmp_path, caplog):
     trainer = trainer_of(base, AdapterParams(rank=4, quantize="nf4"))
     train(trainer)
     trainer.export(tmp_path)
@@ -256,9 +265,12 @@ def test_what_was_trained_is_read_by_peft_on_the_same_quantised_base(base, tmp_p
     torch.testing.assert_close(logp_of(trainer), peft_logp(module, tmp_path), rtol=0, atol=2e-5)
     again = trainer_of(tmp_path, AdapterParams(folder=str(tmp_path), quantize="nf4"))
     assert torch.equal(logp_of(again), logp_of(trainer))
+    assert config_of("sft", tmp_path).lora.quantize == "nf4"
+    assert config_of("sft", tmp_path, "--lora.quantize", "none").quantized is None
     # A critic's base: the policy merged in full, and then in few bits.
     critic = load_scalar(tmp_path, new_head="zero", device="cpu", adapters=AdapterParams(rank=2, quantize="nf4"))
     assert len(quantized_in(critic.module)) == 14
+    assert "its adapters were trained on a base in nf4, and are added to that base in full here" in caplog.text
 
 
 def bitsandbytes_folder(base, folder, **changes):
