@@ -74,7 +74,6 @@ def logp(samples):
         ("qwen2", "captured", {"dora": True}),
         ("qwen2", "captured", {"quantize": "nf4"}),
         ("qwen2", "captured", {"quantize": "fp8"}),
-        ("qwen2", "padded", {"quantize": "nf4"}),
         *(
             (kind, way, {"targets": dict(TARGETS)[kind]})
             for kind, way in (

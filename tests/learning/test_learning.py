@@ -47,6 +47,28 @@ def test_sft(tmp_path, seed):
     assert lines[-1]["eval/loss"] < 1.6
 
 
+def test_grpo_with_adapters_on_a_base_in_4_bits(tmp_path):
+    """Over the base in full the same run goes from 0.19 to 0.51 (seed 1); with seed 2 it is 0.25 to 0.46."""
+    pytest.importorskip("bitsandbytes")
+    rows = letters.demonstrations(3000, 1)
+    demos = write_rows(tmp_path / "demos.jsonl", rows)
+    prompts, held_out = (
+        write_rows(tmp_path / f"{split}.jsonl", [{"prompt": p} for p in letters.prompts(count, 1, split=split)])
+        for split, count in (("train", 2000), ("heldout", 100))
+    )
+    common = ["--learning-rate", 3e-3, "--save-every", 0]
+    assert main([*map(str, [
+        "sft", "--model", base(tmp_path, 1), "--data", demos, "--steps", 60, "--batch-size", 64, *common,
+        "--seed", 1, "--out", tmp_path / "sft",
+    ])]) == 0  # fmt: skip
+    lines = run(
+        tmp_path / "grpo", "grpo", "--model", tmp_path / "sft" / "model", "--data", prompts, "--eval-data", held_out,
+        "--reward", f"{letters.__file__}:reward", "--steps", 30, "--prompts-per-step", 16, "--samples-per-prompt", 8,
+        "--max-new-tokens", 8, "--seed", 11, "--lora.rank", 8, "--lora.quantize", "nf4", *common,
+    )  # fmt: skip
+    assert lines[-1]["eval/reward"] > lines[0]["eval/reward"] + 0.12
+
+
 def pairs(count, seed, split):
     prompts = letters.prompts(count, seed, split=split)
     rows = [{"prompt": p, "chosen": letters.answer(p), "rejected": p[-2::-1]} for p in prompts]
