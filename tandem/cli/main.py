@@ -7,6 +7,7 @@ Exit codes: 0 done; 1 a bug (with its traceback); 2 something to put right outsi
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -150,6 +151,8 @@ Examples
 tandem COMMAND --help explains every key of a command. TANDEM_DEBUG=1 shows the traceback of an error."""
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What 3 kinds of errors say of a file that cannot grow: no room, no room for this user, or none in this file."""
 EXIT_DEADLINE_S = 10.0
 """How long threads of other people's code may go on, in seconds, once the command has ended."""
 
@@ -182,9 +185,13 @@ def main(argv: Sequence[str] | None = None, *, supervised: bool = False) -> int:
         except UserError as error:
             return _end(75 if isinstance(error, RunFailure) else 2, f"error: {' '.join(str(error).split())}")
         except BrokenPipeError:
-            # Python flushes stdout once more as it exits: give it somewhere to go.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _drop_output()
             return 128 + signal.SIGPIPE
+        except OSError as error:
+            if error.errno not in FULL or not _output_is_full():
+                raise
+            _drop_output()
+            return _end(75, f"error: standard output: {error.strerror}; make room, and go on with --resume")
         except Exception:
             if stop.signum is None:
                 raise
@@ -258,6 +265,20 @@ def help_text() -> str:
 
 def _stopped(signum: int) -> int:
     return _end(128 + signum, f"stopped by {'SIGTERM' if signum == signal.SIGTERM else 'Ctrl-C'}")
+
+
+def _output_is_full() -> bool:
+    """Whether what is to be printed cannot be."""
+    try:
+        print(flush=True)
+    except OSError as error:
+        return error.errno in FULL
+    return False
+
+
+def _drop_output() -> None:
+    """Python flushes stdout once more as it exits: gives it somewhere to go."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _exit_stopped(signum: int) -> NoReturn:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import signal
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from helpers.runs import arguments, run
+from helpers.runs import arguments, run, unevaluated
 
 from tandem.checkpoint import store
+from tandem.cli.main import main
 from tandem.rewards import process
 from tandem.runs.lines import read_metrics
 from tandem.training.trainer import LocalTrainer
@@ -162,3 +167,38 @@ def test_a_reward_that_fails_saves_the_steps_done_and_resume_goes_on(tandem, inp
             monkeypatch.setenv("FAULT", "")
             assert tandem(*argv, "--out", out, "--resume")[0] == 0
         assert final(out) == final(inputs / "judged-calm")
+
+
+class Full(io.StringIO):
+    """Standard output on a disk that has room for so many lines."""
+
+    def __init__(self, lines: int, file: Any) -> None:
+        super().__init__()
+        self.lines, self.file = lines, file
+
+    def write(self, text: str) -> int:
+        self.lines -= text.count("\n")
+        if self.lines < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return len(text)
+
+    def fileno(self) -> int:
+        return int(self.file.fileno())
+
+
+@pytest.mark.parametrize("lines", [0, 4])
+def test_a_full_disk_that_the_output_goes_to_ends_the_run_in_a_line_and_loses_no_step(
+    tandem, inputs, monkeypatch, capsys, lines
+):
+    """Before anything is loaded, or at the first line of the display: step 1 is saved, and comes once."""
+    argv, out = [*unevaluated(arguments("sft")), "--steps", "2"], inputs / f"full-output-{lines}"
+    with (inputs / "output.txt").open("w") as file, monkeypatch.context() as patch:
+        patch.chdir(inputs)
+        patch.setattr(sys, "stdout", Full(lines, file))
+        assert main([*argv, "--out", str(out)]) == 75
+    assert capsys.readouterr().err.endswith(
+        "error: standard output: No space left on device; make room, and go on with --resume\n"
+    )
+    assert [path.name for path in out.glob("checkpoints/*")] == ["step_00000001"] * (lines > 0)
+    assert tandem(*argv, "--out", out, "--resume")[0] == 0
+    assert [line["step"] for line in read_metrics(out / "metrics.jsonl") if "loss" in line] == [1, 2]
