@@ -4,11 +4,13 @@ import importlib
 import json
 import subprocess
 import sys
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.runs import forked
 from safetensors.torch import save_file
 
 from tandem.models.loading import load_causal
@@ -152,6 +154,14 @@ def test_memory(run):
     assert [row["system"] for row in failed] == ["phases"]
 
 
+@pytest.fixture
+def forking(tmp_path, monkeypatch):
+    """Commands that a bench starts are forked from a process that has imported everything."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subprocess, "run", partial(forked, start=subprocess.run))
+
+
+@pytest.mark.usefixtures("forking")
 def test_learning(run):
     rows, failed = run(
         "learning", ["plain"], "--seeds", 0, "--hidden", 32, "--layers", 1, "--sft-steps", 4, "--grpo-steps", 2,
@@ -164,6 +174,7 @@ def test_learning(run):
     assert "--compile off" in plain["commands"][0]
 
 
+@pytest.mark.usefixtures("forking")
 def test_parameters(tmp_path, monkeypatch, capsys):
     """A run equals itself; one bit of a tensor, a number of a series, a metric that is gone are differences."""
     monkeypatch.syspath_prepend(str(BENCH))

@@ -7,8 +7,11 @@ import os
 import random
 import resource
 import signal
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -131,3 +134,14 @@ def run(
         process.kill()
         process.join()
     return process.exitcode, output.read_text() if output.exists() else ""
+
+
+def forked(
+    words: list[str], *, start: Callable[..., subprocess.CompletedProcess[str]], **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """``start``, which is ``subprocess.run``; of a ``tandem`` command in a process that has imported everything."""
+    if words[1:3] != ["-m", "tandem"]:
+        return start(words, **options)
+    folder = Path(options.get("cwd") or Path.cwd())
+    code, output = run(folder, words[3:], environment=options.get("env"))
+    return subprocess.CompletedProcess(words, code, output, output)
