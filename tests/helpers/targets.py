@@ -15,7 +15,6 @@ from tandem.types import Sequence
 
 ROWS = [[5, 9, 13, 2, 7, 30], [5, 9, 13, 40, 41], [8, 3, 22]]
 TARGETS = [
-    ("llama", ("embed_tokens",)),
     ("llama", ("all-linear", "embed_tokens", "lm_head")),
     ("qwen3_moe", ("all-linear", "experts")),
     ("gpt_oss", ("experts",)),

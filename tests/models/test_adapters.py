@@ -26,7 +26,8 @@ from tandem.types import Sequence
 
 peft = pytest.importorskip("peft")
 ROWS = [[5, 9, 13, 2, 7, 30], [5, 9, 13, 40, 41], [8, 3, 22]]
-KINDS = {"lora": {}, "dora": {"dora": True}, "rslora": {"rslora": True}, "two": {"targets": ("q_proj", "down_proj")}}
+KINDS = {"dora": {"dora": True, "targets": ("q_proj", "down_proj")}, "rslora": {"rslora": True}}
+"""Plain ones are in test_adapter_targets.py."""
 
 
 @pytest.fixture(scope="module")
