@@ -150,6 +150,7 @@ class OneCallAtATime:
 def test_between_sequences_what_engines_said_before_they_were_held_does_not_count() -> None:
     """An answer that lies here unheard is of a time when samples began, and tells of none that run."""
     group: Any = OneCallAtATime(telling := Telling(pace_s=0.004, max_slots=4), calls_at_a_time=4)
+    group.deadline_s = 5
     engine = EngineGroup(group, alone=True)
     futures = engine.submit(asks(3, 60, 60, 60))
     engine.look()

@@ -42,16 +42,23 @@ def in_one_process(method: str) -> dict[str, Tensor]:
     return train(f"{method}-here", method, *MORE.get(method, ()), "--overwrite")
 
 
-@pytest.mark.parametrize("method", ["sft", "rm", "dpo", "kto"])
+@pytest.mark.parametrize("method", ["rm", "dpo", "kto"])
 def test_two_workers_equal_one_process(folder, cluster_address, method):
-    """KTO's KL is one of the whole step; its reference has a worker of its own, which ends once it has answered."""
+    """KTO's KL is one of the whole step; its reference has a worker of its own, which ends once it has answered.
+
+    SFT of two ranks: ``test_a_run_goes_on_under_torchrun``.
+    """
     here = in_one_process(method)
     own = ["--placement.reference", "1"] if method == "kto" else []
     workers = train(f"{method}-two", method, *MORE.get(method, ()), "--placement.actor", "2", *own)
     assert 0 < difference(workers, here) < 1e-6
-    for line, wanted in zip(metrics(f"{method}-two"), metrics(f"{method}-here"), strict=True):
+    assert_same_lines(f"{method}-two", f"{method}-here")
+
+
+def assert_same_lines(out: str, wanted: str) -> None:
+    for line, other in zip(metrics(out), metrics(wanted), strict=True):
         for name in ("loss", "grad_norm"):
-            assert line[name] == pytest.approx(wanted[name], rel=1e-4)
+            assert line[name] == pytest.approx(other[name], rel=1e-4)
 
 
 def test_torchrun_equals_one_process(folder):
@@ -76,6 +83,7 @@ def test_a_run_goes_on_under_torchrun(folder):
     assert ended.returncode == 0, ended.stderr
     assert 0 < difference(load_file("sft-moved/model/model.safetensors"), unbroken) < 1e-6
     assert [line["step"] for line in metrics("sft-moved")] == [1, 2, 3]
+    assert_same_lines("sft-moved", "sft-unbroken")
 
 
 def test_a_mistake_that_only_the_ranks_see(folder):

@@ -39,17 +39,17 @@ def test_a_driver_that_is_killed_leaves_nothing(inputs):
 
 
 @pytest.mark.parametrize(
-    ("name", "number", "said"),
+    ("name", "number", "workers", "said"),
     [
-        ("raylet", signal.SIGSTOP, r"Ray's raylet \(pid {pid}\) has been stopped for 3 s"),
-        ("gcs_server", signal.SIGKILL, r"Ray's gcs_server \(pid {pid}\) died"),
-        ("RuntimeEnvAgent", signal.SIGKILL, r"Ray's RuntimeEnvAgent \(pid {pid}\) died"),
+        ("raylet", signal.SIGSTOP, "2", r"Ray's raylet \(pid {pid}\) has been stopped for 3 s"),
+        ("gcs_server", signal.SIGKILL, "1", r"Ray's gcs_server \(pid {pid}\) died"),
+        ("RuntimeEnvAgent", signal.SIGKILL, "1", r"Ray's RuntimeEnvAgent \(pid {pid}\) died"),
     ],
 )
-def test_ray_itself_dies_or_freezes(inputs, monkeypatch, name, number, said):
+def test_ray_itself_dies_or_freezes(inputs, monkeypatch, name, number, workers, said):
     """No signal reaches a driver that waits for a frozen raylet, and Ray ends one without GCS after a minute."""
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    with Driver(inputs, f"no-{name}", "grpo", "--placement.actor", "2", "--cluster.heartbeat", "3") as driver:
+    with Driver(inputs, f"no-{name}", "grpo", "--placement.actor", workers, "--cluster.heartbeat", "3") as driver:
         driver.reach_gate()
         pid = next(pid for pid in driver.family if re.match(rf"(\S+/|ray::){name}\b", command(pid)))
         assert_closed_doors({driver.process.pid, *driver.family})
