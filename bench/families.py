@@ -178,7 +178,7 @@ FAMILIES = (
            _of(attn_layer_indices=[1], mamba_n_heads=8, mamba_d_state=8, mamba_chunk_size=8, head_dim=WITHOUT)),
     Family("zamba", "Zamba", "Zamba",
            _of(_named(num_key_value_heads="num_attention_heads"), num_hidden_layers=5, attn_layer_period=2,
-               attn_layer_offset=1, mamba_d_state=8, head_dim=WITHOUT)),
+               attn_layer_offset=1, mamba_d_state=8, head_dim=WITHOUT, tie_word_embeddings=True)),
     Family("mamba2", "Mamba 2", "Mamba2",
            _of(num_heads=8, state_size=8, n_groups=1, chunk_size=8) ),
     Family("mamba", "Mamba", "Mamba", _of(state_size=8)),
