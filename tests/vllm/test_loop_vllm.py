@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,14 @@ DEADLINE_S = 400
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save(make_model("llama", seed=0, tied=True), tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def alone(folder: str) -> Iterator[Sampler]:
+    """Of one process, with the weights of ``trained()``; the last test breaks it."""
+    with Sampler(folder, engine="vllm", max_slots=4) as sampler:
+        sampler.update(trained(), 1)
+        yield sampler
 
 
 def trained(seed: int = 1) -> Any:
@@ -79,28 +88,6 @@ def test_one_rank(folder):
     assert not runs(pid)
 
 
-def test_weights_that_do_not_arrive_are_noticed(folder):
-    with Sampler(folder, engine="vllm", max_slots=4) as sampler:
-        sampler.update(trained(), 1)
-        assert sampler.generate(PROMPTS, max_new_tokens=16, temperature=0)
-        push, source = sampler.engine.push, sampler.engine.source
-        # The embedding of the first update is sent once more.
-        fill, stale = source.gatherer.fill, dict(trained().named_parameters())["model.embed_tokens.weight"].detach()
-
-        def filled(wanted: Any) -> None:
-            fill(wanted)
-            for name, tensor in wanted:
-                if name == "model.embed_tokens.weight":
-                    tensor.copy_(stale)
-
-        source.gatherer.fill = filled
-        with pytest.raises(WeightMismatch, match=r"does not hold the trainer's model\.embed_tokens"):
-            sampler.update(trained(2), 2)
-        assert push.check.pushes == 1
-        with pytest.raises(UserError, match=r"call update\(model, step\) first"):
-            sampler.generate(["hello"])
-
-
 def on_a_rank(world: World, folder: str) -> Any:
     """Samples of a sharded model; then rank 1's vLLM is killed. Texts, what was said, and the child's pid."""
     module = trained()
@@ -122,7 +109,7 @@ def on_a_rank(world: World, folder: str) -> Any:
     return texts, tokens, said, pid
 
 
-def test_two_ranks(folder, monkeypatch):
+def test_two_ranks(folder, alone, monkeypatch):
     monkeypatch.setattr(ranks, "DEADLINE_S", DEADLINE_S)
     first, second = ranks.run_ranks(on_a_rank, 2, folder)
     assert first[:3] == second[:3]
@@ -130,7 +117,24 @@ def test_two_ranks(folder, monkeypatch):
     assert first[2].startswith(f"WorkerDied: rank 1: the vLLM engine of rank 1 (pid {second[3]}) died in ")
     assert not runs(first[3])
     assert not runs(second[3])
-    with Sampler(folder, engine="vllm", max_slots=4) as sampler:
-        sampler.update(trained(), 1)
-        alone = [c.token_ids for group in sampler.completions(PROMPTS, SAMPLING, n=2) for c in group]
-    assert alone == first[1]
+    assert first[1] == [c.token_ids for group in alone.completions(PROMPTS, SAMPLING, n=2) for c in group]
+
+
+def test_weights_that_do_not_arrive_are_noticed(alone):
+    assert alone.generate(PROMPTS, max_new_tokens=16, temperature=0)
+    push, source = alone.engine.push, alone.engine.source
+    # The embedding of the first update is sent once more.
+    fill, stale = source.gatherer.fill, dict(trained().named_parameters())["model.embed_tokens.weight"].detach()
+
+    def filled(wanted: Any) -> None:
+        fill(wanted)
+        for name, tensor in wanted:
+            if name == "model.embed_tokens.weight":
+                tensor.copy_(stale)
+
+    source.gatherer.fill = filled
+    with pytest.raises(WeightMismatch, match=r"does not hold the trainer's model\.embed_tokens"):
+        alone.update(trained(2), 2)
+    assert push.check.pushes == 1
+    with pytest.raises(UserError, match=r"call update\(model, step\) first"):
+        alone.generate(["hello"])

@@ -110,15 +110,11 @@ def kill_engine_at(
     return killed
 
 
-def test_an_engine_that_is_killed_is_restarted_once(grpo_split, monkeypatch):
-    killed = kill_engine_at(monkeypatch, {2})
-    assert difference(train("killed", "grpo", *VLLM, *SPLIT), grpo_split) < 1e-5
-    assert len(killed) == 1
-    assert_sampler_agrees("killed")
+def test_a_tensor_parallel_rank_that_is_killed(grpo_split, monkeypatch):
+    """The engine ends with it, is started again, and draws the open samples anew: the run is the unbroken one.
 
-
-def test_a_tensor_parallel_rank_that_is_killed(monkeypatch):
-    """The engine ends with it, and is started again; neither its other processes nor its shared memory stay."""
+    Neither its other processes nor its shared memory stay.
+    """
     family: set[int] = set()
     shared: set[str] = set()
 
@@ -128,7 +124,8 @@ def test_a_tensor_parallel_rank_that_is_killed(monkeypatch):
         return next(pid for pid in family if command(pid).startswith("VLLM::Worker_TP1"))
 
     killed = kill_engine_at(monkeypatch, {2}, rank)
-    train("rank-killed", "grpo", *VLLM, *SPLIT, "--engine.tensor-parallel", "2")
+    trained = train("rank-killed", "grpo", *VLLM, *SPLIT, "--engine.tensor-parallel", "2")
+    assert difference(trained, grpo_split) < 1e-5
     assert len(killed) == 1
     assert shared
     assert_sampler_agrees("rank-killed")
