@@ -24,7 +24,8 @@ def experts_of_a_token(kind: type, config: Any) -> int | None:
     """How many experts a router picks, of a class whose load-balancing loss transformers has; None of any other."""
     balanced = hasattr(sys.modules.get(kind.__module__), "load_balancing_loss_func")
     records = getattr(kind, "_can_record_outputs", None) or {}
-    return getattr(config, "num_experts_per_tok", None) if balanced and "router_logits" in records else None
+    # 0: a model of a class that may have experts, without any (Granite 4 Micro).
+    return getattr(config, "num_experts_per_tok", None) or None if balanced and "router_logits" in records else None
 
 
 def require_experts(source: str, *, trust_remote_code: bool) -> None:

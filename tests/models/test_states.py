@@ -190,3 +190,9 @@ def test_sharded_they_are_what_they_were(name: str) -> None:
     assert (logp_T - other_T).abs().max() < 1e-5
     assert gradients.keys() == others.keys()
     assert all((gradients[name] - others[name]).abs().max() < 1e-5 for name in gradients)
+
+
+def test_a_hybrid_without_experts_has_no_loss_that_balances_them() -> None:
+    model = prepare_module(made("granite4"), tokenizer())
+    with pytest.raises(UserError, match=r"aux_loss_coef: .* no experts"):
+        model.require_balance()
