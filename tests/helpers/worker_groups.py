@@ -13,14 +13,14 @@ from tandem.workers.group import WorkerGroup
 
 
 @contextmanager
-def groups(*sizes: int, **options: Any) -> Iterator[list[WorkerGroup]]:
+def groups(*sizes: int, name: str = "home", **options: Any) -> Iterator[list[WorkerGroup]]:
     """Worker groups named ``home0``, ``home1``, ... on the Ray of this process."""
-    cluster = Cluster(device="cpu", needed={f"home{i}": (size, 1) for i, size in enumerate(sizes)})
+    cluster = Cluster(device="cpu", needed={f"{name}{i}": (size, 1) for i, size in enumerate(sizes)})
     path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     made: list[WorkerGroup] = []
     try:
         for i, size in enumerate(sizes):
-            made.append(WorkerGroup(f"home{i}", size, cluster, environment={"PYTHONPATH": path}, **options))
+            made.append(WorkerGroup(f"{name}{i}", size, cluster, environment={"PYTHONPATH": path}, **options))
         yield made
     finally:
         for group in made:

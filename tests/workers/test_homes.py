@@ -7,6 +7,7 @@ import random
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -30,22 +31,28 @@ def seats_in(group: WorkerGroup, *names: str) -> list[Seat]:
     return [group.place(name, lambda site, name=name: Role(site, name)) for name in names]
 
 
-def test_every_rank_sees_the_calls_of_two_seats_in_one_order(cluster_address):
-    with groups(2) as (group,):
-        actor, critic = seats_in(group, "actor", "critic")
-        asked = [(("actor", "critic", "critic")[n % 3], n) for n in range(30)]
-        begun = [{"actor": actor, "critic": critic}[name].submit("meet", n) for name, n in asked]
-        results = wait_all(begun)
-        # Were the ranks at different calls, each would have met another one's.
-        assert [met for met, _ in results] == [[call, call] for call in asked]
-        assert results[-1][1] == asked
-        assert all(future.done() for future in begun)
-        everywhere = critic.submit_each("heard", [(), ()]).result()
-        assert everywhere == [asked, asked]
+@pytest.fixture(scope="module")
+def pair(cluster_address: str) -> Iterator[WorkerGroup]:
+    """Two ranks, for tests that leave them alive."""
+    with groups(2, name="pair") as (group,):
+        yield group
+
+
+def test_every_rank_sees_the_calls_of_two_seats_in_one_order(pair):
+    actor, critic = seats_in(pair, "actor", "critic")
+    asked = [(("actor", "critic", "critic")[n % 3], n) for n in range(30)]
+    begun = [{"actor": actor, "critic": critic}[name].submit("meet", n) for name, n in asked]
+    results = wait_all(begun)
+    # Were the ranks at different calls, each would have met another one's.
+    assert [met for met, _ in results] == [[call, call] for call in asked]
+    assert results[-1][1] == asked
+    assert all(future.done() for future in begun)
+    everywhere = critic.submit_each("heard", [(), ()]).result()
+    assert everywhere == [asked, asked]
 
 
 @pytest.mark.parametrize("naive", [False, True])
-def test_pushes_and_training_from_several_places_meet_in_one_order(cluster_address, monkeypatch, naive):
+def test_pushes_and_training_from_several_places_meet_in_one_order(pair, monkeypatch, naive):
     """Calls are begun by several threads, and reach each rank after a delay of its own. Without one order, ranks would
     be at different calls: a real collective would wait for ever."""
     rng = random.Random(3)
@@ -60,29 +67,26 @@ def test_pushes_and_training_from_several_places_meet_in_one_order(cluster_addre
             time.sleep(rng.uniform(0, 0.01))
             return self.actor.call.remote(*call)
 
-    with groups(2) as (group,):
-        names = ("source", "trainer", "critic")
-        seats = dict(zip(names, seats_in(group, *names), strict=True))
-        actors = group.actors
-        monkeypatch.setattr(group, "actors", [Delayed(actor) for actor in actors])
-        if naive:
-            monkeypatch.setattr(group, "_one_order", nullcontext())
-        begun: dict[str, list[Any]] = {name: [] for name in names}
+    names = ("source", "trainer", "critic")
+    seats = dict(zip(names, seats_in(pair, *names), strict=True))
+    monkeypatch.setattr(pair, "actors", [Delayed(actor) for actor in pair.actors])
+    if naive:
+        monkeypatch.setattr(pair, "_one_order", nullcontext())
+    begun: dict[str, list[Any]] = {name: [] for name in names}
 
-        def call(name: str) -> None:
-            for n in range(8):
-                begun[name].append(seats[name].submit("meet", n))
-                time.sleep(rng.uniform(0, 0.005))
+    def call(name: str) -> None:
+        for n in range(8):
+            begun[name].append(seats[name].submit("meet", n))
+            time.sleep(rng.uniform(0, 0.005))
 
-        threads = [threading.Thread(target=call, args=(name,)) for name in names]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(PATIENCE_S)
-        met = [(name, n, future.result()[0]) for name in names for n, future in enumerate(begun[name])]
-        alike = [calls == [(name, n), (name, n)] for name, n, calls in met]
-        assert all(alike) is not naive
-        monkeypatch.setattr(group, "actors", actors)
+    threads = [threading.Thread(target=call, args=(name,)) for name in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE_S)
+    met = [(name, n, future.result()[0]) for name in names for n, future in enumerate(begun[name])]
+    alike = [calls == [(name, n), (name, n)] for name, n, calls in met]
+    assert all(alike) is not naive
 
 
 def test_a_rank_that_is_killed_while_two_seats_are_called(cluster_address, tmp_path):
