@@ -16,6 +16,7 @@ from torch.distributed import HashStore
 from tandem.batch import Batch, Outputs, TokenLoss
 from tandem.data.packing import pack, stamp_weights
 from tandem.engines.live.engine import LiveEngine
+from tandem.engines.live.fitting import STATE_COPIES, Fitting
 from tandem.engines.live.states import StateStore
 from tandem.errors import UserError
 from tandem.models.forward import forward
@@ -76,6 +77,23 @@ def test_what_a_sample_is_given_does_not_depend_on_those_beside_it(name: str, wa
                 assert sample.token_ids == logits.argmax(-1).tolist()
             logp = logits.log_softmax(-1).gather(1, ids[0, len(request.prompt_ids) :, None]).squeeze(1)
             assert (logp - torch.tensor(sample.untruncated_logp)).abs().max() < 5e-5
+
+
+def test_where_states_leave_room_for_few_rows_the_decoder_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, made_with = made("mamba"), []
+    make = Fitting.make
+
+    def noted(self: Fitting, *args: Any, **options: Any) -> Any:
+        refused = make(self, *args, **options)
+        made_with.append(self.decoder.slots if self.decoder is not None else 0)
+        return refused
+
+    monkeypatch.setattr(Fitting, "_free", lambda self, theirs: 2 * STATE_COPIES * 3 * self.shape.state_bytes)
+    monkeypatch.setattr(Fitting, "make", noted)
+    engine = LiveEngine(prepare_module(module, tokenizer()).module, tokenizer(), way="captured", max_slots=8)
+    for _ in range(2):
+        engine.generate(asks(5))
+    assert made_with == [3]
 
 
 def rows() -> Batch:

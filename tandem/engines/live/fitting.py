@@ -102,9 +102,12 @@ class Fitting:
 
     def fits(self, samples: Seq[Sample], slots: int) -> bool:
         """Whether these can run in the decoder that there is, ``slots`` side by side."""
-        width, pages = _needs(samples, slots)
         decoder = self.decoder
-        return decoder is not None and self.planned_slots >= slots and decoder.width >= width and self.planned >= pages
+        if decoder is None:
+            return False
+        # It may have fewer rows than were planned, where states take much.
+        width, pages = _needs(samples, min(slots, decoder.slots))
+        return self.planned_slots >= slots and decoder.width >= width and self.planned >= pages
 
     def make(self, samples: Seq[Sample], slots: int, *, spare: int) -> list[Sample]:
         """Makes a decoder for these, no smaller than the one that there was, which goes.

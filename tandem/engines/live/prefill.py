@@ -67,6 +67,8 @@ class StatePrefill:
 
     def __call__(self, prompts: list[list[int]], pages: list[list[int]]) -> Tensor:
         """The logits [P, V] of what follows each prompt; its ``pages`` hold its keys and values from then on."""
+        # Those of the last prompts go before these are made: they may be large.
+        self.states = {}
         found = self.forward.prefill(prompts)
         self.states = found.states
         source_T, position_T = (x.numpy() for x in found.places(range(len(prompts))))
