@@ -36,6 +36,8 @@ PREFIX = "base_model.model."
 ALL_LINEAR, EXPERTS = "all-linear", "experts"
 FORWARDS = (nn.Linear.forward, products.Linear.forward, Quantized.forward)
 """What ``all-linear`` knows linear layers by."""
+READ_BY_KERNELS = dict.fromkeys(("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"), ("out_proj",))
+"""By model types, linear layers whose weights kernels read past the layer: peft refuses adapters on them."""
 HEADS = ("score",)
 """A scalar head, which is trained whole, and saved with the adapters."""
 TIED = (
@@ -193,6 +195,7 @@ def put_saved(module: Any, saved: Mapping[str, str], base: str, state: Mapping[s
 
 def _put(peft: Any, module: Any, config: Any, base: str, *, fresh: bool, base_sum: str | None = None) -> Adapters:
     scalar = _is_scalar(module)
+    _require_own_weights(module)
     # Its path may be read from another folder later.
     named = str(Path(base).expanduser().resolve()) if Path(base).expanduser().is_dir() else base
     whole_sum, body_sum = (base_sum, base_sum) if base_sum is not None else sums_of(module)
@@ -330,6 +333,18 @@ def is_tied(module: Any) -> bool:
     return head is not None and getattr(head, "weight", None) is module.get_input_embeddings().weight
 
 
+def _require_own_weights(module: Any) -> None:
+    """Raises UserError where linear layers have their weights in common (Zamba's shared blocks)."""
+    base = {id(part) for part in module.base_model.modules()}
+    for name in getattr(module, "all_tied_weights_keys", None) or {}:
+        part = module.get_submodule(name.rpartition(".")[0])
+        if isinstance(part, (nn.Linear, Quantized)) and id(part) in base:
+            raise UserError(
+                f"lora: {type(module).__name__} has linear layers with weights in common ({name}), and adapters on one "
+                "would not be on the other; train the whole model, without lora"
+            )
+
+
 def _targets(module: Any, params: AdapterParams) -> tuple[list[str], list[str]]:
     """Names of the layers that get adapters, and of the stacked parameters, as peft matches both.
 
@@ -344,8 +359,12 @@ def _targets(module: Any, params: AdapterParams) -> tuple[list[str], list[str]]:
         # A router that is a subclass (Phi-MoE's) gives more than a product.
         if isinstance(p, nn.Linear) and type(p).forward in FORWARDS and id(p) not in apart | scalars
     }
+    left_out = linear & set(READ_BY_KERNELS.get(module.config.model_type, ()))
+    linear -= left_out
     stacks = stacks_of(module)
     kind = type(module).__name__
+    if left_out and ALL_LINEAR in params.targets:
+        log.warning("%s: all-linear leaves out %s, which peft refuses for it", kind, " and ".join(sorted(left_out)))
     tied = is_tied(module)
     has = [*sorted(linear), *([] if tied else sorted(parts)), *([EXPERTS] if stacks else [])]
     wanted = [name for name in params.targets if not (params.beside and name not in has and name != ALL_LINEAR)]

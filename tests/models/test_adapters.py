@@ -9,13 +9,14 @@ import pytest
 import torch
 from helpers.models import make_module, make_tokenizer
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, MambaConfig, ZambaConfig
 
 from tandem.assembly.configs import config_class
 from tandem.batch import TokenLoss
 from tandem.config import load_config
 from tandem.data.packing import pack, stamp
 from tandem.errors import UserError
-from tandem.models.adapters import AdapterParams
+from tandem.models.adapters import AdapterParams, put_adapters
 from tandem.models.forward import hidden_states
 from tandem.models.loading import load_causal, load_scalar
 from tandem.models.pairs import adapted
@@ -252,3 +253,19 @@ def test_the_config_takes_what_the_folder_has_and_ten_times_the_learning_rate(ba
     for flag, message in (("--lora.alpha", "has no effect without --lora.rank"), ("--lora.dropout", "unknown flag")):
         with pytest.raises(UserError, match=message):
             config("sft", flag, "0.5")
+
+
+def test_models_with_states_get_the_adapters_that_peft_takes_or_a_line(caplog):
+    common = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 5, "use_mamba_kernels": False}
+    mamba = AutoModelForCausalLM.from_config(MambaConfig(**common, state_size=8))
+    put_adapters(mamba, AdapterParams(rank=4), "base")
+    layers = {
+        name.partition(".lora_A")[0].rpartition(".")[2] for name, p in mamba.named_parameters() if p.requires_grad
+    }
+    assert {"in_proj", "x_proj"} <= layers
+    assert "out_proj" not in layers
+    assert "all-linear leaves out out_proj" in caplog.text
+    zamba = ZambaConfig(**common, num_attention_heads=4, attn_layer_period=2, attn_layer_offset=1, mamba_d_state=8,
+                        intermediate_size=48)  # fmt: skip
+    with pytest.raises(UserError, match="has linear layers with weights in common"):
+        put_adapters(AutoModelForCausalLM.from_config(zamba), AdapterParams(rank=4), "base")
