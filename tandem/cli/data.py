@@ -14,7 +14,7 @@ from rich.text import Text
 
 from tandem.assembly.configs import read_kind
 from tandem.assembly.feeds import builders
-from tandem.assembly.reading import made_of_kind, ordered, read_data, readers_of, tokenizing
+from tandem.assembly.reading import made_of_kind, ordered, read_data, readers_of, tokenizing, without_idle
 from tandem.cli.configs import DataConfig
 from tandem.data import formats
 from tandem.data.chat import set_template
@@ -48,7 +48,8 @@ def run(config: DataConfig) -> int:
     console = Console(soft_wrap=True, highlight=False)
     rows = read_data(config.data)
     kind = _kind(rows, config)
-    rows = made_of_kind(rows, config.data, kind)
+    # With a method, keys of a file that its rows do not have were said to have no effect.
+    rows = made_of_kind(rows, without_idle(config.data, kind) if config.shown.method else config.data, kind)
     readers = " and ".join([config.shown.method] if config.shown.method else readers_of(kind))
     if config.tokenizer.model is None:
         _show_plain(console, rows, kind, config.shown.rows)

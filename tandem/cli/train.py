@@ -65,7 +65,7 @@ def _policy(config: RunConfig) -> str:
     try:
         read_limits(section.model, head="lm", trust_remote_code=section.trust_remote_code)
     except UserError:
-        return str(Path(config.run.out).with_name("sft") / "model")
+        return str(_beside(Path(config.run.out), "sft") / "model")
     return section.model
 
 
@@ -94,5 +94,10 @@ def following(name: str, out: Path, **flags: Any) -> str:
     """A command that could follow the run in ``out``, as one would type it. Its own run is beside that, in no other."""
     words = [word for flag, value in flags.items() for word in (f"--{flag.replace('_', '-')}", str(value))]
     names = (name if n == 1 else f"{name}-{n}" for n in itertools.count(1))
-    own = next(path for path in map(out.with_name, names) if not path.exists())
+    own = next(path for path in (_beside(out, name) for name in names) if not path.exists())
     return shlex.join(["tandem", name, *words, "--out", str(own)])
+
+
+def _beside(out: Path, name: str) -> Path:
+    """A folder beside a run's, which may be the one that the command runs in and has no name of its own then."""
+    return (out if out.name else out.absolute()).with_name(name)

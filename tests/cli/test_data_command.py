@@ -106,6 +106,12 @@ def test_what_is_refused(shown, folder, words, message):
     assert message in shown(*words, code=2)
 
 
+def test_keys_of_a_file_that_the_rows_of_the_method_do_not_have_are_passed_over(shown, folder):
+    (folder / "all.yaml").write_text("chosen_key: better\noutput_key: completion\n")
+    assert "completion: cc\n" in shown("long.jsonl", "--config", "all.yaml", "--method", "sft", "--rows", "3")
+    assert "no column 'better' (chosen_key)" in shown("long.jsonl", "--config", "all.yaml", code=2)
+
+
 def test_a_run_keeps_the_chat_template_that_it_was_given(folder, monkeypatch, capsys):
     """In its model's folder; and a run does not go on with another one under the same name."""
     monkeypatch.chdir(folder)

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from helpers.runs import arguments, run, write_inputs
 
+from tandem.cli.train import following
+
 ROOT = Path(__file__).parents[2]
 STEPS = 3
 EXTRA = {
@@ -63,6 +65,12 @@ def test_lines_come_before_the_first_step_and_the_method_says_what_leads(outputs
     lead = {"sft": "loss", "rm": "accuracy", "dpo": "accuracy", "opd": "teacher_kl"}.get(method, "reward")
     assert names[:2] == [lead, f"eval/{lead}"]
     assert ("loss" in names) == (method in ("sft", "rm", "dpo"))
+
+
+def test_what_could_follow_a_run_in_this_very_folder_is_beside_it(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path / "run")
+    assert following("ppo", Path("."), steps=2) == f"tandem ppo --steps 2 --out {tmp_path}/ppo"
 
 
 @pytest.mark.parametrize("method", EXTRA)
