@@ -257,6 +257,29 @@ def _require_plain(module: Any, base: str) -> None:
     _require_apart(module, base)
 
 
+@torch.no_grad()
+def idle_layers(module: Any) -> list[str]:
+    """Last parts of the names of linear layers with adapters that no forward calls (Jamba's ``dt_proj``)."""
+    head = module.get_output_embeddings()
+    called: dict[str, bool] = {}
+    hooks = []
+    for name, layer in adapted(module).items():
+        if layer is head or not isinstance(layer.get_base_layer(), nn.Linear):
+            continue
+        kind = name.rpartition(".")[2]
+        called.setdefault(kind, False)
+        # One of them is enough: not every expert is picked.
+        hooks.append(layer.register_forward_hook(lambda *_, kind=kind: called.update({kind: True})))
+    try:
+        if hooks:
+            ids = torch.full((1, 2), 2, device=module.get_input_embeddings().weight.device)
+            module.base_model(input_ids=ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [kind for kind, ran in called.items() if not ran]
+
+
 def _require_apart(module: Any, where: str) -> None:
     """Raises UserError for adapters on an embedding that is the head, too."""
     ends = (module.get_input_embeddings(), module.get_output_embeddings())

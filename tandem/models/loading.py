@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from tandem.errors import UserError, first_line
 from tandem.kernels.products import speed_up_linears
 from tandem.models.adapter_folder import adapter_folder, base_of
-from tandem.models.adapters import AdapterParams, merge_folder, put_adapters
+from tandem.models.adapters import AdapterParams, idle_layers, merge_folder, put_adapters
 from tandem.models.folder import readable_errors, with_config, with_tokenizer
 from tandem.models.forward import LoadedModel
 from tandem.models.limits import read_config, require_language_model
@@ -171,7 +171,20 @@ def _prepare_loaded(
             quantize_module(module, adapters.quantize)
     put = None if adapters is None else put_adapters(module, adapters, base)
     require_finite(module, source)
-    model = prepare_module(module, tokenizer, dtype=dtype, device=device)
+    try:
+        model = prepare_module(module, tokenizer, dtype=dtype, device=device)
+    except RuntimeError as error:
+        if not quantized_in(module) or isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError):
+            raise
+        raise UserError(
+            f"lora.quantize: {type(module).__name__} does not compute with layers in few bits: it reads their weights "
+            f"itself ({first_line(error)}); take the model in full"
+        ) from error
+    if put is not None and (idle := idle_layers(module)):
+        log.warning(
+            "%s: adapters on %s change nothing: its forward does not call these layers; name others in lora.targets",
+            type(module).__name__, ", ".join(idle),
+        )  # fmt: skip
     model.adapters = put
     return model
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from typing import Any
 
 import torch
@@ -99,11 +100,18 @@ def numbers_in(module: nn.Module) -> int:
 
 def quantize_module(module: Any, kind: Kind) -> None:
     """Makes layers in few bits of the linear ones of a transformers model, those below its head."""
+    require_apart(module)
     for name, plain in _linears(module).items():
         layer = Quantized(plain, kind)
         layer.take(plain.weight)
         _put(module, name, layer)
+    mark_quantized(module.config)
     _say_share(module, kind)
+
+
+def mark_quantized(config: Any) -> None:
+    """As transformers does: some modules read a layer's weight where it is whole (Jamba, Falcon Mamba)."""
+    config._is_quantized = True
 
 
 def dequantize_module(module: nn.Module) -> None:
@@ -206,6 +214,17 @@ def _linears(module: Any) -> dict[str, nn.Linear]:
         for name, part in module.named_modules()
         if is_plain_linear(part) and id(part) in base and id(part) not in apart
     }
+
+
+def require_apart(module: Any) -> None:
+    """Raises UserError where linear layers that would be in few bits have one weight (Zamba's shared blocks)."""
+    owners = Counter(id(p) for part in module.modules() for p in part.parameters(recurse=False))
+    tied = (name for name, part in _linears(module).items() if owners[id(part.weight)] > 1)
+    if (name := next(tied, None)) is not None:
+        raise UserError(
+            f"lora.quantize: the weight of {name} in {type(module).__name__} is that of other layers, too; take the "
+            "model in full"
+        )
 
 
 def is_plain_linear(part: Any) -> bool:

@@ -16,7 +16,7 @@ from tandem.kernels.quantized import require_bitsandbytes
 from tandem.lazy import extra
 from tandem.models.folder import located, readable_errors
 from tandem.models.pairs import plain_name
-from tandem.models.quantized import QuantizationConfig, adopt_bitsandbytes, quantized_in
+from tandem.models.quantized import QuantizationConfig, adopt_bitsandbytes, quantized_in, require_apart
 from tandem.models.quantized_folder import kind_of
 
 _MASKS = re.compile(r"\.(attn|attention|self_attn)\.(bias|masked_bias)$")
@@ -54,6 +54,8 @@ def load_whole(
         options = _quantising(config, source, quantize, device)
         with torch.device("meta"):
             meant = auto.from_config(config, trust_remote_code=trust_remote_code) if options else None
+        if meant is not None:
+            require_apart(meant)
         module, info = auto.from_pretrained(
             located(source),
             config=config,

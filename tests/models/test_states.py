@@ -19,8 +19,10 @@ from tandem.engines.live.engine import LiveEngine
 from tandem.engines.live.fitting import STATE_COPIES, Fitting
 from tandem.engines.live.states import StateStore
 from tandem.errors import UserError
+from tandem.models.adapters import AdapterParams
 from tandem.models.forward import forward
-from tandem.models.loading import prepare_module
+from tandem.models.loading import load_causal, prepare_module
+from tandem.models.shared import scalar_beside
 from tandem.models.shrunk import trained_size
 from tandem.models.states import Mixers
 from tandem.parallel.sharding import whole
@@ -214,3 +216,28 @@ def test_a_hybrid_without_experts_has_no_loss_that_balances_them() -> None:
     model = prepare_module(made("granite4"), tokenizer())
     with pytest.raises(UserError, match=r"aux_loss_coef: .* no experts"):
         model.require_balance()
+
+
+def test_few_bits_and_adapters_where_a_module_shares_weights_or_reads_them_itself(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("peft")
+
+    def load(name: str, *targets: str, **options: Any) -> Any:
+        made(name).save_pretrained(tmp_path / name)
+        tokenizer().save_pretrained(tmp_path / name)
+        params = AdapterParams(rank=2, targets=targets, **options)
+        return load_causal(tmp_path / name, device="cpu", adapters=params)
+
+    with pytest.raises(UserError, match=r"lora.quantize: the weight of .*q_proj in Zamba"):
+        load("zamba", "in_proj", quantize="fp8")
+    with pytest.raises(UserError, match=r"lora.quantize: MambaForCausalLM does not compute with layers in few bits"):
+        load("mamba", "in_proj", quantize="fp8")
+    assert "change nothing" not in caplog.text
+    load("jamba", "dt_proj", "in_proj")
+    assert "adapters on dt_proj change nothing" in caplog.text
+    caplog.clear()
+    policy = load("jamba", "dt_proj", quantize="fp8")
+    assert "change nothing" not in caplog.text
+    critic = scalar_beside(policy, str(tmp_path / "jamba"), AdapterParams(rank=2, targets=("dt_proj",), beside=True))
+    assert critic.packed
