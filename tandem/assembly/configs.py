@@ -92,7 +92,8 @@ class RunConfig:
     @property
     def quantized(self) -> str | None:
         """How the linear layers of the policy's base are kept, where in few bits."""
-        kind, asked = quantized_kind(self.model.model), self.lora.quantize
+        # Without adapters the key has no effect, which is said elsewhere.
+        kind, asked = quantized_kind(self.model.model), self.lora.quantize if self.lora.on else "none"
         if kind is not None and asked not in ("none", kind):
             raise UserError(
                 f"lora.quantize: the weights in {self.model.model} are {kind} already, got {asked}; leave it out, or "
@@ -103,8 +104,6 @@ class RunConfig:
     def _require_quantizable(self) -> None:
         """Raises UserError for what a base in few bits cannot do."""
         if not self.lora.on:
-            if quantized_kind(self.model.model) is None:
-                return  # the key has no effect, which is said elsewhere
             raise UserError(
                 f"model: the weights in {self.model.model} are in few bits ({self.quantized}), and only adapters can "
                 "be trained on them: --lora.rank 32"

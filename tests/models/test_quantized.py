@@ -357,6 +357,11 @@ def test_what_a_base_in_few_bits_cannot_do_is_refused(method, flags, message):
         config_of(method, "m", "--lora.rank", "8", "--lora.quantize", "nf4", *flags)
 
 
+def test_without_adapters_the_key_of_a_file_is_passed_over(tmp_path):
+    (tmp_path / "c.yaml").write_text("lora.quantize: nf4\nengine.kind: vllm\n")
+    assert config_of("ppo", "m", "--config", str(tmp_path / "c.yaml")).quantized is None
+
+
 def config_of(method, model, *flags):
     reward = ["--reward", "math"] if method == "ppo" else []
     words = ["--data", "d", "--out", "o", "--steps", "3", "--model", str(model), *reward]
