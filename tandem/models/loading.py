@@ -120,7 +120,7 @@ def load_scalar(
             config_changes=scalar_keys(about, tokenizer),
             **_as_read(source, device, adapters),
         )
-        with_own_buffers(module, base_of(str(source)), trust_remote_code)
+        with_own_buffers(module)
     except AttributeError as error:
         # Base models of some kinds are not made to be a part of another.
         raise UserError(f"{source}: {kind.__name__} cannot be made: {first_line(error)}; use another model") from error

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GenericForSequenceClassification
 
 from tandem.errors import UserError
@@ -54,16 +55,20 @@ def _from_config(kind: Any, config: Any, trust_remote_code: bool = False) -> Any
     return kind._from_config(config)
 
 
-def with_own_buffers(module: Any, source: str, trust_remote_code: bool) -> None:
-    """Gives a module of a class made here the base model as transformers loads it by itself.
+def with_own_buffers(module: Any) -> None:
+    """Gives a module of a class made here the buffers that transformers' own class has.
 
-    What is computed from the config and not stored (a vector of scales) it makes for its own classes only.
+    What is computed from the config and not stored (a vector of scales) transformers makes for its own classes only.
+    Parameters stay as they are: they may be in few bits already.
     """
     if type(module).__module__ == __name__:
-        base = AutoModel.from_pretrained(
-            source, config=module.config, dtype=torch.float32, trust_remote_code=trust_remote_code
-        )
-        setattr(module, module.base_model_prefix, base)
+        with no_init_weights():
+            base = AutoModel.from_config(module.config, dtype=torch.float32)
+        stored = base.state_dict()
+        for name, buffer in base.named_buffers():
+            if name not in stored:
+                place, _, own = name.rpartition(".")
+                module.base_model.get_submodule(place)._buffers[own] = buffer
 
 
 def _is_parent(kind: type) -> bool:

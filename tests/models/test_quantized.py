@@ -368,6 +368,17 @@ def config_of(method, model, *flags):
     return load_config(config_class(method), [*words, *flags])
 
 
+def test_a_scalar_model_of_a_class_that_transformers_lacks_is_in_few_bits_too(tmp_path):
+    make_module("granite_scaled_logits").save_pretrained(tmp_path / "whole")
+    make_tokenizer().save_pretrained(tmp_path / "whole")
+    folders = {"fp8": tmp_path / "whole", "none": bitsandbytes_folder(tmp_path / "whole", tmp_path / "four")}
+    for quantize, folder in folders.items():
+        critic = load_scalar(folder, new_head="zero", device="cpu", adapters=AdapterParams(rank=2, quantize=quantize))
+        assert len(quantized_in(critic.module)) == 14
+        assert critic.packed
+        assert critic.adapters.quantized == {"fp8": "fp8", "none": "nf4"}[quantize]
+
+
 def test_a_folder_in_4_bits_is_known_by_its_config(tmp_path):
     about = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": about}))
