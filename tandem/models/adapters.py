@@ -259,7 +259,7 @@ def _require_plain(module: Any, base: str) -> None:
 
 @torch.no_grad()
 def idle_layers(module: Any) -> list[str]:
-    """Last parts of the names of linear layers with adapters that no forward calls (Jamba's ``dt_proj``)."""
+    """Last parts of the names of linear layers with adapters that no forward calls."""
     head = module.get_output_embeddings()
     called: dict[str, bool] = {}
     hooks = []

@@ -108,13 +108,7 @@ def quantize_module(module: Any, kind: Kind) -> None:
         layer = Quantized(plain, kind)
         layer.take(plain.weight)
         _put(module, name, layer)
-    mark_quantized(module.config)
     _say_share(module, kind)
-
-
-def mark_quantized(config: Any) -> None:
-    """As transformers does: some modules read a layer's weight where it is whole (Jamba, Falcon Mamba)."""
-    config._is_quantized = True
 
 
 def dequantize_module(module: nn.Module) -> None:

@@ -13,7 +13,6 @@ from tandem.models.adapters import AdapterParams, put_adapters
 from tandem.models.forward import LoadedModel
 from tandem.models.limits import read_config
 from tandem.models.loading import load_tokenizer, prepare_module
-from tandem.models.quantized import mark_quantized, quantized_in
 from tandem.models.scalar import scalar_class
 from tandem.types import ScoreScale
 
@@ -39,8 +38,6 @@ def scalar_beside(
     if not isinstance(getattr(module, "score", None), nn.Linear):
         raise UserError(f"{source}: {kind.__name__} has no linear head named 'score'; use a decoder model")
     share(policy.module.base_model, module.base_model)
-    if quantized_in(module):
-        mark_quantized(module.config)
     head = nn.Linear(module.score.in_features, 1, bias=False, device=policy.device)
     nn.init.zeros_(head.weight)
     module.score = head

@@ -22,7 +22,6 @@ from tandem.errors import UserError
 from tandem.models.adapters import AdapterParams
 from tandem.models.forward import forward
 from tandem.models.loading import load_causal, prepare_module
-from tandem.models.shared import scalar_beside
 from tandem.models.shrunk import trained_size
 from tandem.models.states import Mixers
 from tandem.parallel.sharding import whole
@@ -219,7 +218,7 @@ def test_a_hybrid_without_experts_has_no_loss_that_balances_them() -> None:
 
 
 def test_few_bits_and_adapters_where_a_module_shares_weights_or_reads_them_itself(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("peft")
 
@@ -231,13 +230,10 @@ def test_few_bits_and_adapters_where_a_module_shares_weights_or_reads_them_itsel
 
     with pytest.raises(UserError, match=r"lora.quantize: the weight of .*q_proj in Zamba"):
         load("zamba", "in_proj", quantize="fp8")
-    with pytest.raises(UserError, match=r"lora.quantize: MambaForCausalLM does not compute with layers in few bits"):
-        load("mamba", "in_proj", quantize="fp8")
+    with pytest.raises(UserError, match=r"lora.quantize: RwkvForCausalLM does not compute with layers in few bits"):
+        load("rwkv", "key", quantize="fp8")
     assert "change nothing" not in caplog.text
+    # Of a model that nobody has written down it is found out.
+    monkeypatch.setattr("tandem.models.adapters.READ_PAST", {})
     load("jamba", "dt_proj", "in_proj")
     assert "adapters on dt_proj change nothing" in caplog.text
-    caplog.clear()
-    policy = load("jamba", "dt_proj", quantize="fp8")
-    assert "change nothing" not in caplog.text
-    critic = scalar_beside(policy, str(tmp_path / "jamba"), AdapterParams(rank=2, targets=("dt_proj",), beside=True))
-    assert critic.packed
