@@ -28,7 +28,7 @@ from tandem.lazy import extra
 from tandem.models.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, QUANTIZED, adapter_folder
 from tandem.models.experts import is_grouped, is_stack, speed_up_stacks, stacks_of
 from tandem.models.pairs import NAME, adapted, pairs_of
-from tandem.models.quantized import Quantized, quantized_in
+from tandem.models.quantized import READ_PAST, Quantized, quantized_in
 from tandem.seeds import derive_seed
 
 PREFIX = "base_model.model."
@@ -36,8 +36,8 @@ PREFIX = "base_model.model."
 ALL_LINEAR, EXPERTS = "all-linear", "experts"
 FORWARDS = (nn.Linear.forward, products.Linear.forward, Quantized.forward)
 """What ``all-linear`` knows linear layers by."""
-READ_BY_KERNELS = dict.fromkeys(("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"), ("out_proj",))
-"""By model types, linear layers whose weights kernels read past the layer: peft refuses adapters on them."""
+READ_BY_KERNELS = dict.fromkeys(("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"), "out_proj")
+"""By model types, a linear layer whose weight kernels may read past the layer: peft refuses adapters on it."""
 HEADS = ("score",)
 """A scalar head, which is trained whole, and saved with the adapters."""
 TIED = (
@@ -382,12 +382,15 @@ def _targets(module: Any, params: AdapterParams) -> tuple[list[str], list[str]]:
         # A router that is a subclass (Phi-MoE's) gives more than a product.
         if isinstance(p, nn.Linear) and type(p).forward in FORWARDS and id(p) not in apart | scalars
     }
-    left_out = linear & set(READ_BY_KERNELS.get(module.config.model_type, ()))
+    model_type = module.config.model_type
+    left_out = linear & {READ_BY_KERNELS.get(model_type), *READ_PAST.get(model_type, ())}
     linear -= left_out
     stacks = stacks_of(module)
     kind = type(module).__name__
     if left_out and ALL_LINEAR in params.targets:
-        log.warning("%s: all-linear leaves out %s, which peft refuses for it", kind, " and ".join(sorted(left_out)))
+        log.warning(
+            "%s: all-linear leaves out %s, whose weights it reads past its layers", kind, " and ".join(sorted(left_out))
+        )
     tied = is_tied(module)
     has = [*sorted(linear), *([] if tied else sorted(parts)), *([EXPERTS] if stacks else [])]
     wanted = [name for name in params.targets if not (params.beside and name not in has and name != ALL_LINEAR)]

@@ -22,6 +22,9 @@ METHOD = "tandem"
 """What transformers knows the quantisation below by."""
 SCALES = {1: ("scale",), 4: ("absmax", "nested_absmax", "nested_map", "nested_offset")}
 """Names of the buffers, by how many there are."""
+READ_PAST = dict.fromkeys(("mamba", "falcon_mamba", "jamba"), ("dt_proj",))
+"""By model types, linear layers whose weights transformers' code multiplies by itself: what stands in a layer's place,
+or beside it, would not be used."""
 log = logging.getLogger("tandem")
 
 
@@ -203,10 +206,11 @@ def _linears(module: Any) -> dict[str, nn.Linear]:
     """The plain linear layers of a transformers model below its head, by name: no routers of experts."""
     base = {id(part) for part in module.base_model.modules()}
     apart = {id(module.get_output_embeddings()), *map(id, routers_of(module))}
+    past = READ_PAST.get(module.config.model_type, ())
     return {
         name: part
         for name, part in module.named_modules()
-        if is_plain_linear(part) and id(part) in base and id(part) not in apart
+        if is_plain_linear(part) and id(part) in base and id(part) not in apart and name.rpartition(".")[2] not in past
     }
 
 

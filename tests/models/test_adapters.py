@@ -20,6 +20,7 @@ from tandem.models.adapters import AdapterParams, put_adapters
 from tandem.models.forward import hidden_states
 from tandem.models.loading import load_causal, load_scalar
 from tandem.models.pairs import adapted
+from tandem.models.quantized import quantize_module
 from tandem.training.optim import OptimParams
 from tandem.training.trainer import LocalScorer, LocalTrainer
 from tandem.training.views import View
@@ -258,13 +259,17 @@ def test_the_config_takes_what_the_folder_has_and_ten_times_the_learning_rate(ba
 def test_models_with_states_get_the_adapters_that_peft_takes_or_a_line(caplog):
     common = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 5, "use_mamba_kernels": False}
     mamba = AutoModelForCausalLM.from_config(MambaConfig(**common, state_size=8))
+    quantize_module(mamba, "fp8")
     put_adapters(mamba, AdapterParams(rank=4), "base")
     layers = {
         name.partition(".lora_A")[0].rpartition(".")[2] for name, p in mamba.named_parameters() if p.requires_grad
     }
     assert {"in_proj", "x_proj"} <= layers
-    assert "out_proj" not in layers
-    assert "all-linear leaves out out_proj" in caplog.text
+    # Of these its code reads the weights, and adapters on dt_proj would never have a gradient.
+    assert not {"out_proj", "dt_proj"} & layers
+    assert "all-linear leaves out dt_proj and out_proj" in caplog.text
+    mamba(torch.tensor([[5, 9, 13]])).logits.sum().backward()
+    assert all(p.grad is not None for p in mamba.parameters() if p.requires_grad)
     zamba = ZambaConfig(**common, num_attention_heads=4, attn_layer_period=2, attn_layer_offset=1, mamba_d_state=8,
                         intermediate_size=48)  # fmt: skip
     with pytest.raises(UserError, match="has linear layers with weights in common"):
