@@ -195,6 +195,10 @@ def prepare_module(module: Any, tokenizer: Any, *, dtype: Dtype = "float32", dev
     The module stays in eval mode for good: dropout would make trainer and sampler disagree about the same weights.
     """
     module.to(pick_device(device)).eval()
+    if getattr(module.config, "rescale_every", 0):
+        # In eval mode transformers' RWKV divides weights in place, lest float16 overflow: the divided ones would be
+        # trained and saved.
+        module.config.rescale_every = 0
     speed_up_linears(module)
     model = LoadedModel(module=module, tokenizer=tokenizer, dtype=dtype, router_logits=quieted(module.config))
     if reason := probe_forward(model):

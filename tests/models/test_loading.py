@@ -4,7 +4,14 @@ import pytest
 import torch
 from helpers.models import make_module, make_tokenizer
 from safetensors.torch import load_file
-from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    RwkvConfig,
+    RwkvForCausalLM,
+)
 
 from tandem.data.packing import pack
 from tandem.errors import UserError
@@ -154,3 +161,17 @@ def test_errors_name_what_is_missing(tmp_path, model_folder):
 def test_devices_that_cannot_be_computed_on(name):
     with pytest.raises(UserError, match=rf"^--device {name}: "):
         pick_device(name)
+
+
+def test_no_forward_changes_weights():
+    """RWKV's own divides them where it is not training, from its ``rescale_every``th layer on."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "attention_hidden_size": 16, "num_hidden_layers": 4, "rescale_every": 2}
+    module = RwkvForCausalLM(RwkvConfig(vocab_size=32, context_length=32, **sizes))
+    before = {name: parameter.clone() for name, parameter in module.named_parameters()}
+    ids = torch.arange(2, 12)[None]
+    true = module.train()(input_ids=ids).logits
+    model = prepare_module(module, make_tokenizer())
+    torch.testing.assert_close(model.module(input_ids=ids).logits, true)
+    for name, parameter in module.named_parameters():
+        assert torch.equal(parameter, before[name]), name
