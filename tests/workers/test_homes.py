@@ -56,25 +56,36 @@ def test_pushes_and_training_from_several_places_meet_in_one_order(pair, monkeyp
     """Calls are begun by several threads, and reach each rank after a delay of its own. Without one order, ranks would
     be at different calls: a real collective would wait for ever."""
     rng = random.Random(3)
+    left, overtaken = threading.Event(), threading.Event()
 
     class Delayed:
-        """A rank whose calls take their time to leave."""
+        """A rank whose calls take their time to leave: the source's first to the second rank until others overtake it,
+        if they can."""
 
-        def __init__(self, actor: Any) -> None:
-            self.call, self.actor = self, actor
+        def __init__(self, rank: int, actor: Any) -> None:
+            self.call, self.rank, self.actor = self, rank, actor
 
-        def remote(self, *call: Any) -> Any:
+        def remote(self, role: str, *call: Any) -> Any:
             time.sleep(rng.uniform(0, 0.01))
-            return self.actor.call.remote(*call)
+            if self.rank == 1 and role == "source":
+                overtaken.wait(0.3)
+            ref = self.actor.call.remote(role, *call)
+            if role == "source":
+                left.set()
+            elif self.rank == 1:
+                overtaken.set()
+            return ref
 
     names = ("source", "trainer", "critic")
     seats = dict(zip(names, seats_in(pair, *names), strict=True))
-    monkeypatch.setattr(pair, "actors", [Delayed(actor) for actor in pair.actors])
+    monkeypatch.setattr(pair, "actors", [Delayed(rank, actor) for rank, actor in enumerate(pair.actors)])
     if naive:
         monkeypatch.setattr(pair, "_one_order", nullcontext())
     begun: dict[str, list[Any]] = {name: [] for name in names}
 
     def call(name: str) -> None:
+        if name != "source":
+            left.wait(PATIENCE_S)
         for n in range(8):
             begun[name].append(seats[name].submit("meet", n))
             time.sleep(rng.uniform(0, 0.005))
