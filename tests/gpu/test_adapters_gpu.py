@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.adapter_steps import gaps_before_steps, live
 from helpers.engine_models import tokenizer
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from tandem.batch import TokenLoss
-from tandem.data.packing import pack, stamp
-from tandem.engines.live.engine import LiveEngine
 from tandem.kernels import quantized
 from tandem.models.adapters import AdapterParams
 from tandem.models.loading import load_causal
 from tandem.models.quantized import quantized_in
 from tandem.training.optim import OptimParams
 from tandem.training.trainer import LocalTrainer
-from tandem.training.views import View
-from tandem.types import Request, SamplingParams, Sequence
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 pytest.importorskip("peft")
@@ -67,27 +64,13 @@ def test_captured_sampling_gives_the_log_probs_of_compiled_training_after_every_
 
     optim = OptimParams(learning_rate=1e-2, total_steps=9)
     trainer = LocalTrainer(model, loss, optim, token_budget=4096, compile="on")
-    view = View(trainer, temperature=1.0)
-    engine = LiveEngine(model.module, tokenizer(), version=lambda: trainer.version)
+    engine = live(trainer)
     assert engine.way == "captured"
     assert engine.fitting.own_because == ""
-    prompts = [tuple(range(2, n)) for n in (9, 30, 90)]
-    asked = [Request(prompt_ids=p, seeds=tuple(range(16)), sampling=SamplingParams(max_new_tokens=40)) for p in prompts]
     bases = []
-    for _ in range(3):
-        rows, logp = [], []
-        for prompt, completions in zip(prompts, engine.generate(asked), strict=True):
-            for completion in completions:
-                ids = completion.token_ids
-                rows.append(Sequence(token_ids=[*prompt, *ids], trainable=[False] * len(prompt) + [True] * len(ids)))
-                logp += completion.untruncated_logp
-        batch = stamp(pack(rows), "token")
-        drawn = torch.tensor(logp)
-        gaps = [(s.score(batch).logp_T.cpu()[batch.trainable_T] - drawn).abs() for s in (trainer, view)]
-        assert gaps[0].max() < 0.15
-        assert gaps[0].mean() < 0.01
-        bases.append(gaps[1].mean())
-        trainer.forward_backward(batch)
-        trainer.optim_step()
+    for own, without in gaps_before_steps(trainer, engine):
+        assert own.max() < 0.15
+        assert own.mean() < 0.01
+        bases.append(without.mean())
     assert trainer.model.blocks.working
     assert bases[-1] > 5 * bases[0]
