@@ -100,11 +100,10 @@ def test_a_product_and_its_gradient_are_those_of_the_dequantised_weight(kind, dt
     bias = torch.randn(40, generator=generator).to(dtype)
     out = quantized.linear(x, coded, bias)
     out.backward(up)
-    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    torch.testing.assert_close(
-        out.double(), x.double() @ whole_OI.T + bias.double(), rtol=tolerance, atol=40 * tolerance
-    )
-    torch.testing.assert_close(x.grad.double(), up.double() @ whole_OI, rtol=tolerance, atol=40 * tolerance)
+    # In bfloat16 the result is rounded once, with fp8 the scale too, and what it is compared with: 2^-9 at most each.
+    share = 1e-6 if dtype == torch.float32 else 3 * 2**-9
+    for found, exact in ((out, x.double() @ whole_OI.T + bias.double()), (x.grad, up.double() @ whole_OI)):
+        assert (found.double() - exact).norm() < share * exact.norm()
     compiled = torch.compile(lambda x: quantized.linear(x, coded, bias), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), out)
 
