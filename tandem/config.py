@@ -162,6 +162,13 @@ def changeable(config: Any) -> dict[str, str]:
     return {name: key.metadata["may_change"](config) for name, key in keys if "may_change" in key.metadata}
 
 
+def default_settings(config: Any) -> dict[str, Any]:
+    """The keys of a config that need not be given, each with the value that it has then."""
+    cls = type(config)
+    implied: dict[str, Any] = getattr(cls, "implied", lambda given: {})(settings(config))
+    return {name: key.default for name, key in _keys_of(cls).items() if not key.required} | implied
+
+
 def describe(config: Any, without: Collection[str] = ()) -> str:
     """Every key with its value, under the name of its section, for a person to read; but for those ``without``."""
     sections = {title: keys for title, section in _sections(config) if (keys := {*section} - {*without})}

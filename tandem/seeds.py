@@ -2,6 +2,10 @@
 
 import hashlib
 
+DRAWS = 2
+"""The version of what a seed gives. Whoever changes the samples of a seed, or the numbers of a step, raises it: a run
+that another version began is not resumed."""
+
 
 def derive_seed(*names: str | int) -> int:
     """Seed in [0, 2**63) for the draw called by ``names``.

@@ -26,7 +26,7 @@ from tandem.models.quantized import dequantize_module
 from tandem.models.scalar import scalar_class, scalar_keys
 from tandem.models.weights import load_whole
 from tandem.runs.folder import CHECKPOINTS, MODEL, RunFolder
-from tandem.runs.identity import CONFIG, IDENTITY, read_identity
+from tandem.runs.identity import CONFIG, IDENTITY, read_run
 from tandem.runs.progress import say
 from tandem.types import ScoreScale
 
@@ -119,7 +119,7 @@ def find_weights(place: str, step: int | None, role: str = "actor") -> Checkpoin
     model = path / MODEL if role == "actor" and (path / MODEL / "config.json").exists() else None
     if model is not None and RunFolder.finished(path) is not None:
         return str(model)
-    newest = CheckpointStore(path / CHECKPOINTS, keep=0, run=_identity(path)).latest()
+    newest = CheckpointStore(path / CHECKPOINTS, keep=0, run=read_run(path)).latest()
     if model is not None:
         if newest is None:
             return str(model)
@@ -133,11 +133,7 @@ def _checkpoint(path: Path) -> Checkpoint:
     if not path.is_dir():
         raise UserError(f"{path}: no such checkpoint")
     run = path.parent.parent
-    return open_checkpoint(path, _identity(run) if (run / IDENTITY).exists() else {})
-
-
-def _identity(run: Path) -> dict[str, Any]:
-    return {name: value for name, value in read_identity(run).items() if name != "inputs"}
+    return open_checkpoint(path, read_run(run) if (run / IDENTITY).exists() else {})
 
 
 def _of_checkpoint(checkpoint: Checkpoint, config: ExportConfig) -> tuple[LoadedModel, dict[str, Tensor]]:

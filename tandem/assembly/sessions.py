@@ -13,13 +13,13 @@ from tandem.assembly.configs import RunConfig
 from tandem.assembly.sections import OutSection
 from tandem.checkpoint.saver import SaveEvery
 from tandem.checkpoint.store import CheckpointStore
-from tandem.config import changeable, dump_config
+from tandem.config import changeable, default_settings, dump_config
 from tandem.data.tokenize import Counts
 from tandem.errors import UserError, first_line
 from tandem.roles import Seat
 from tandem.runs.folder import RunFolder, did_nothing
 from tandem.runs.goals import evaluations_of
-from tandem.runs.identity import IDENTITY, Inputs, Start, read_identity
+from tandem.runs.identity import IDENTITY, Inputs, Start, read_run
 from tandem.runs.lines import read_metrics
 from tandem.runs.progress import Progress, say
 from tandem.runs.record import RECORD, Recorder
@@ -42,6 +42,7 @@ def start_of(config: Any, run: OutSection, title: str, inputs: Inputs | None = N
         method=title,
         seed=run.seed,
         config=dump_config(config),
+        defaults=default_settings(config),
         changeable=changeable(config),
         inputs=inputs,
         accepted=run.accept_changed,
@@ -60,8 +61,7 @@ def check_out(config: RunConfig, inputs: Inputs | None = None, *, steps: int | N
     RunFolder.check(out, run_start(config, inputs))
     if not run.resume or not (out / IDENTITY).exists() or did_nothing(out):
         return None
-    identity = {name: value for name, value in read_identity(out).items() if name != "inputs"}
-    checkpoint = CheckpointStore(out / "checkpoints", keep=run.keep, run=identity).latest()
+    checkpoint = CheckpointStore(out / "checkpoints", keep=run.keep, run=read_run(out)).latest()
     finished = RunFolder.finished(out)
     done = max(checkpoint.step if checkpoint else 0, finished or 0)
     if steps is not None and done > steps:

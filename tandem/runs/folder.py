@@ -19,7 +19,7 @@ from typing import Any
 
 from tandem.errors import UserError
 from tandem.runs.best import BEST_MODEL, replaced
-from tandem.runs.identity import CONFIG, IDENTITY, Start, changed_keys, read_identity, require_same_run
+from tandem.runs.identity import CONFIG, IDENTITY, RUN, Start, changed_keys, read_identity, require_same_run
 from tandem.runs.lines import append_line, keep_until, read_lines, write_aside
 from tandem.runs.lock import FolderLock
 from tandem.runs.record import RECORD, forget_after
@@ -151,7 +151,7 @@ class RunFolder:
 
     def _identify(self, identity: Mapping[str, Any]) -> None:
         write_aside(self.path / IDENTITY, json.dumps(identity, indent=1) + "\n")
-        self.identity = {name: identity[name] for name in ("id", "method", "seed")}
+        self.identity = {name: identity[name] for name in RUN}
 
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Adds a line to ``metrics.jsonl``."""

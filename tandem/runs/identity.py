@@ -1,4 +1,4 @@
-"""Which run a folder holds: its id, method and seed, its config, and digests of what it reads.
+"""Which run a folder holds: its id, method and seed, its config, digests of what it reads, and what began it.
 
 ``run.json`` keeps what ``config.yaml`` does not say. A resumed run must be the one that began, so each of them is
 compared, and what differs is refused by name.
@@ -16,9 +16,13 @@ from typing import Any
 import yaml
 
 from tandem.errors import UserError
+from tandem.seeds import DRAWS
+from tandem.version import __version__
 
 CONFIG = "config.yaml"
 IDENTITY = "run.json"
+RUN = ("id", "method", "seed")
+"""What tells a run from others: its checkpoints carry it too."""
 Inputs = Mapping[str, Mapping[str, str]]
 """Kind (``data``, ``reward``, ``model``) → name → digest of the content."""
 
@@ -31,6 +35,8 @@ class Start:
     seed: int
     config: str
     """Resolved, as YAML."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Keys with the values that they have where they are not given: what a run had that began before they were."""
     changeable: Mapping[str, str] = field(default_factory=dict)
     """Keys of the config that may differ from the stored one, each with the reason against it, or ""."""
     inputs: Inputs | None = None
@@ -42,7 +48,8 @@ class Start:
 
     def new_identity(self) -> dict[str, Any]:
         """Of a run that begins now."""
-        return {"id": uuid.uuid4().hex, "method": self.method, "seed": self.seed, "inputs": self.inputs}
+        began = {"version": __version__, "draws": DRAWS}
+        return {"id": uuid.uuid4().hex, "method": self.method, "seed": self.seed, **began, "inputs": self.inputs}
 
 
 def read_identity(folder: Path) -> dict[str, Any]:
@@ -50,13 +57,19 @@ def read_identity(folder: Path) -> dict[str, Any]:
     path = folder / IDENTITY
     try:
         identity = json.loads(path.read_bytes())
-        return {name: identity[name] for name in ("id", "method", "seed", "inputs")}
+        return {"version": None, "draws": None, **{name: identity[name] for name in (*RUN, "inputs")}, **identity}
     except FileNotFoundError:
         raise UserError(
             f"{path}: is missing, so nobody knows which run this is; start again with --overwrite"
         ) from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: not the identity of a run any more; start again with --overwrite") from None
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """What the checkpoints of the folder's run carry. Raises UserError as ``read_identity``."""
+    identity = read_identity(folder)
+    return {name: identity[name] for name in RUN}
 
 
 def require_same_run(folder: Path, start: Start) -> dict[str, list[str]]:
@@ -67,6 +80,14 @@ def require_same_run(folder: Path, start: Start) -> dict[str, list[str]]:
     identity = read_identity(folder)
     if identity["method"] != start.method:
         raise UserError(f"{folder}: holds a run of {identity['method']}, not of {start.method}; give another --out")
+    if identity["draws"] != DRAWS:
+        whose = "an earlier Tandem" if identity["version"] is None else f"Tandem {identity['version']}"
+        model = f", from its model if you like (tandem export --model {folder} --out NEW)"
+        raise UserError(
+            f"{folder}: begun by {whose}, in which a seed gives other samples and steps than in this Tandem "
+            f"({__version__}), so it cannot go on: begin a new run with another --out"
+            f"{model if (folder / 'checkpoints').is_dir() else ''}"
+        )
     _require_same_config(folder, start)
     changed = _changed(identity["inputs"], start.inputs) if start.inputs is not None else {}
     if refused := [kind for kind in changed if kind not in start.accepted]:
@@ -91,7 +112,7 @@ def _changed(stored: Inputs, given: Inputs) -> dict[str, list[str]]:
 def changed_keys(folder: Path, start: Start) -> dict[str, tuple[Any, Any]]:
     """Keys of the config that differ, with the value that the folder's run has and that of ``start``; None for none.
 
-    Raises UserError where the stored config cannot be read.
+    A key that its config does not name has its default there. Raises UserError where the stored config cannot be read.
     """
     path = folder / CONFIG
     try:
@@ -99,6 +120,8 @@ def changed_keys(folder: Path, start: Start) -> dict[str, tuple[Any, Any]]:
     except (yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError):
         raise UserError(f"{path}: not the config of a run any more; start again with --overwrite") from None
     given = yaml.safe_load(start.config) or {}
+    defaults = {key: [*value] if isinstance(value, tuple) else value for key, value in start.defaults.items()}
+    stored = {key: value for key, value in defaults.items() if key in given} | stored
     return {
         key: (stored.get(key), given.get(key))
         for key in dict.fromkeys([*stored, *given])
@@ -108,14 +131,21 @@ def changed_keys(folder: Path, start: Start) -> dict[str, tuple[Any, Any]]:
 
 def _require_same_config(folder: Path, start: Start) -> None:
     """Raises UserError naming every key, and both its values, that differs and may not."""
+    path, changed = folder / CONFIG, changed_keys(folder, start)
+    given = yaml.safe_load(start.config) or {}
+    gone = [f"{key} ({json.dumps(then, default=str)} there)" for key, (then, _) in changed.items() if key not in given]
+    if gone:
+        raise UserError(
+            f"{path}: this Tandem ({__version__}) has no {', '.join(gone)}; take {'it' if len(gone) == 1 else 'them'} "
+            "out of the file to go on without, or start again with another --out"
+        )
     described = [
         f"{key} ({json.dumps(then, default=str)} there, {json.dumps(now, default=str)} now"
         f"{_because(start.changeable.get(key))})"
-        for key, (then, now) in changed_keys(folder, start).items()
+        for key, (then, now) in changed.items()
         if start.changeable.get(key) != ""
     ]
     if described:
-        path = folder / CONFIG
         raise UserError(
             f"{path}: cannot resume with another config: {', '.join(described)}; resume with --config {path}, "
             "or start again with another --out"

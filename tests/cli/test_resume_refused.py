@@ -11,6 +11,7 @@ from helpers.runs import arguments, write_inputs
 from safetensors.torch import load_file, save_file
 
 from tandem.cli.main import main
+from tandem.seeds import DRAWS
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +102,35 @@ def test_a_folder_of_another_method(tandem):
 def test_a_run_whose_identity_is_lost(tandem):
     Path("grpo/run.json").unlink()
     refused(tandem(*ON), "grpo/run.json", "--overwrite")
+
+
+def test_a_run_that_another_version_began(tandem):
+    identity = json.loads(Path("grpo/run.json").read_text())
+    assert identity["draws"] == DRAWS
+    began = [("Tandem 0.0.9", {"version": "0.0.9", "draws": 1}), ("an earlier Tandem", {})]
+    for whose, said in began:
+        of_run = {name: value for name, value in identity.items() if name not in ("version", "draws")}
+        Path("grpo/run.json").write_text(json.dumps(of_run | said))
+        before = contents("grpo")
+        refused(tandem(*ON), f"grpo: begun by {whose}", "tandem export --model grpo --out NEW")
+        assert contents("grpo") == before
+    # What the line advises is so.
+    assert tandem("export", "--model", "grpo", "--out", "NEW")[0] == 0
+    assert Path("NEW/model.safetensors").exists()
+
+
+def test_keys_that_an_earlier_version_did_not_have_or_had(tandem):
+    config = Path("grpo/config.yaml")
+    kept = [
+        line for line in config.read_text().splitlines() if not line.startswith(("aux_loss_coef:", "max_grad_norm:"))
+    ]
+    config.write_text("\n".join([*kept, "lora.dropout: 0.0"]))
+    refused(tandem(*ON), "grpo/config.yaml: this Tandem", "has no lora.dropout (0.0 there); take it out")
+    config.write_text("\n".join(kept))
+    refused(tandem(*ON, "--max-grad-norm", "0.5"), "max_grad_norm (1.0 there, 0.5 now); ")
+    assert tandem(*ON)[0] == 0  # keys that are new have their defaults
+    [event] = [event for event in events("grpo") if event["event"] == "config"]
+    assert event["changed"] == {"steps": [2, 3]}
 
 
 def append_row(name):

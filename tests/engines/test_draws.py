@@ -14,8 +14,10 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from tandem.data.order import Order
 from tandem.engines.live.draws import Wanted, draw, param_columns, race, stream, waiting
 from tandem.kernels.draw import block_size
+from tandem.seeds import DRAWS, derive_seed
 from tandem.types import SamplingParams
 
 
@@ -71,6 +73,15 @@ def test_a_draw_is_a_race_of_blocks_and_then_inside_the_one_that_won() -> None:
         inside = [waiting_reference(seed, counter, len(blocks) + i) / x for i, x in enumerate(blocks[block])]
         assert int(found[row]) == block * size + inside.index(min(inside))
         assert float(mass[row]) == pytest.approx(sum(w), rel=1e-6)
+
+
+def test_what_a_seed_gives_is_of_a_version() -> None:
+    """Whoever has to write other numbers here raises ``DRAWS``: a run that began with these cannot go on."""
+    assert DRAWS == 2
+    seeds = torch.tensor([derive_seed(0, "sample", "prompt-17", number) for number in range(4)])
+    weight = (1 + torch.arange(200) % 7).float().expand(4, -1)
+    assert race(weight, stream(seeds, torch.arange(4)))[0].tolist() == [119, 90, 39, 180]
+    assert Order(10, seed=0).take(range(6)) == [1, 9, 4, 7, 2, 0]
 
 
 def test_waiting_times_are_exponential_and_spread() -> None:
