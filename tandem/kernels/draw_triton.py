@@ -102,8 +102,8 @@ def _choose(  # type: ignore[no-untyped-def]
     best_n = tl.load(top + row * blocks + number, mask=number < blocks, other=float("-inf"))
     best = tl.max(best_n, axis=0)
     sum_n = tl.load(mass + row * blocks + number, mask=number < blocks, other=0.0)
+    # Of a block without tokens 0 times 0; where the largest of NaN and -inf is -inf, a product stays NaN.
     weight_n = sum_n.to(tl.float64) * tl.exp((best_n - best).to(tl.float64))
-    weight_n = tl.where(best_n == float("-inf"), 0.0, weight_n)
     total = tl.sum(weight_n, axis=0)
     # A row of NaN draws some token, and its log-prob says so.
     speed_n = tl.where(weight_n > 0, weight_n / _waiting(stream, number), 0.0)
@@ -116,7 +116,7 @@ def _choose(  # type: ignore[no-untyped-def]
     z = tl.load(logits + row * stride + column, mask=column < vocabulary, other=float("-inf")).to(tl.float32) * scale
     weight = tl.exp(z - base).to(tl.float64)
     speed = tl.where(weight > 0, weight / _waiting(stream, blocks + inside), 0.0)
-    token = tl.minimum(block * BLOCK + tl.argmax(speed, axis=0), vocabulary - 1)
+    token = block * BLOCK + tl.argmax(speed, axis=0)
 
     certain = 1.0
     if GREEDY:
@@ -124,6 +124,7 @@ def _choose(  # type: ignore[no-untyped-def]
         winner = tl.min(tl.where(best_n == best, number, blocks - 1), axis=0)
         token = tl.where(is_greedy, tl.load(arg + row * blocks + winner), token)
         certain = tl.where(is_greedy, 0.0, 1.0)
+    token = tl.minimum(token, vocabulary - 1)
     chosen = tl.load(logits + row * stride + token).to(tl.float32) * scale
     logp = (chosen - best).to(tl.float64) - tl.log(total)
     tl.store(out + row, token.to(tl.float64))

@@ -318,13 +318,25 @@ def test_draws(vocabulary: int) -> None:
     close(found[1:], truth[1:])
 
 
+@pytest.mark.filterwarnings("ignore:invalid value|divide by zero|All-NaN:RuntimeWarning")
 def test_logits_that_are_not_finite_come_back_as_nan() -> None:
-    logits = torch.randn(3, 50, device=DEVICE)
-    logits[1, 3] = float("nan")
-    ones, seeds = torch.ones(3, dtype=torch.float64, device=DEVICE), torch.arange(3, device=DEVICE)
-    found = draw_triton.draw(logits, ones, 0 * ones, seeds, seeds)
-    assert found[2].isnan().tolist() == [False, True, False]
-    assert ((found[0] >= 0) & (found[0] < 50)).all()
+    """One NaN among the others, or among forbidden tokens only, a block or a row of them; infinity; no token at all."""
+    logits = torch.randn(10, 300, device=DEVICE)
+    size, nan = draw.block_size(300), float("nan")
+    logits[1, 3] = logits[2, size : 2 * size] = logits[3] = nan
+    logits[4:6, size : 2 * size] = logits[6:8, -5:] = logits[8] = -float("inf")
+    logits[5, size + 3] = logits[7, -2] = nan
+    logits[9, 3] = float("inf")
+    ones, seeds = torch.ones(10, dtype=torch.float64, device=DEVICE), torch.arange(10, device=DEVICE)
+    params = [SamplingParams()] * 10
+    truth = plain_draw(logits, seeds, param_columns(params).to(DEVICE), seeds, Wanted.of(params))
+    assert truth[2].isnan().tolist() == [i in (1, 2, 3, 5, 7, 8, 9) for i in range(10)]
+    for greedy in (False, True):
+        there = [i for i in range(10) if not greedy or DEVICE.type == "cuda" or i not in (2, 3)]  # the interpreter
+        kept, of_greedy = logits[there], ones[there] * greedy
+        found = draw_triton.draw(kept, ones[there], of_greedy, seeds[there], seeds[there], any_greedy=greedy)
+        assert torch.equal(found[1:].isnan(), truth[1:, there].isnan())
+        assert ((found[0] >= 0) & (found[0] < 300)).all()
 
 
 def test_draws_use_the_published_stream() -> None:
