@@ -20,9 +20,10 @@ more than a token that all begin with."""
 
 
 def pack(sequences: Seq[Sequence], *, segments_per_unit: int = 1, prompt_lengths: Seq[int] | None = None) -> Batch:
-    """Packs sequences end to end, without padding. Raises ValueError where one is empty or its mask does not fit.
+    """Packs sequences end to end, without padding.
 
-    ``untruncated_logp_T`` is filled where all of them are sampled ones.
+    ``untruncated_logp_T`` is filled where they are sampled ones. Raises ValueError where one is empty, its mask or its
+    log-probs do not fit, a log-prob is None (NaN stands for one that nobody knows), or some only have any.
     Sequences with the same prompt (None: what is before the first trainable token) are a group of ``Batch.group_S``.
     """
     if not sequences:
@@ -37,14 +38,13 @@ def pack(sequences: Seq[Sequence], *, segments_per_unit: int = 1, prompt_lengths
     if prompt_lengths is None:
         prompt_lengths = [s.trainable.index(True) if any(s.trainable) else len(s.trainable) for s in sequences]
     group_S, prefix_S = _groups(sequences, prompt_lengths)
-    sampled = [s.untruncated_logp for s in sequences if s.untruncated_logp is not None]
     return Batch(
         bounds=bounds,
         token_ids_T=_joined((s.token_ids for s in sequences), np.int64),
         position_T=position_T,
         trainable_T=trainable_T,
         weight_T=torch.zeros(int(bounds[-1]), dtype=torch.float32),
-        untruncated_logp_T=_joined(sampled, np.float32) if len(sampled) == len(sequences) else None,
+        untruncated_logp_T=_sampled(sequences),
         segments_per_unit=segments_per_unit,
         index_S=torch.arange(len(sequences)),
         group_S=group_S,
@@ -55,6 +55,26 @@ def pack(sequences: Seq[Sequence], *, segments_per_unit: int = 1, prompt_lengths
 def _joined(lists: Iterable[Seq[float]], dtype: type[np.generic]) -> Tensor:
     """The numbers of all lists, one after another: a quarter of the time that ``torch.tensor`` takes for a list."""
     return torch.from_numpy(np.fromiter(chain.from_iterable(lists), dtype))
+
+
+def _sampled(sequences: Seq[Sequence]) -> Tensor | None:
+    """The log-probs that they were sampled with; None where they were not. Raises ValueError as ``pack``."""
+    given = [s.untruncated_logp for s in sequences if s.untruncated_logp is not None]
+    if not given:
+        return None
+    if len(given) < len(sequences):
+        raise ValueError(f"{len(sequences) - len(given)} of {len(sequences)} sequences have no untruncated_logp")
+    for i, (s, logp) in enumerate(zip(sequences, given, strict=True)):
+        if len(logp) != len(s.token_ids):
+            raise ValueError(f"sequence {i}: {len(s.token_ids)} tokens with {len(logp)} of untruncated_logp")
+    logp_T = _joined(given, np.float32)
+    if logp_T.isnan().any():  # which numpy makes of None
+        for i, logp in enumerate(given):
+            if None in logp:
+                raise ValueError(
+                    f"sequence {i}: token {[x is None for x in logp].index(True)} has an untruncated_logp of None"
+                )
+    return logp_T
 
 
 def _groups(sequences: Seq[Sequence], prompt_lengths: Seq[int]) -> tuple[Tensor, Tensor]:

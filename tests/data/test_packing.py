@@ -100,3 +100,19 @@ def test_nothing_to_train_on_is_an_error():
         stamp_weights(pack([Sequence(token_ids=[1, 2], trainable=[True, False])]), "token")
     with pytest.raises(ValueError, match="sequence 1: 2 tokens with a mask of 1"):
         pack([SEQUENCES[0], Sequence(token_ids=[1, 2], trainable=[True])])
+
+
+def test_log_probs_of_all_or_of_none():
+    def sampled(*logp):
+        return Sequence(token_ids=[1, 2], trainable=[False, True], untruncated_logp=list(logp))
+
+    unknown = pack([sampled(0.0, -1.5), sampled(0.0, float("nan"))]).untruncated_logp_T
+    assert unknown[:3].tolist() == [0.0, -1.5, 0.0]
+    assert unknown[3].isnan()
+    for others, said in [
+        (SEQUENCES[0], "1 of 2 sequences have no untruncated_logp"),
+        (sampled(0.0, None), "sequence 1: token 1 has an untruncated_logp of None"),
+        (sampled(0.0), "sequence 1: 2 tokens with 1 of untruncated_logp"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            pack([sampled(0.0, -1.5), others])
