@@ -80,7 +80,9 @@ def test_what_a_sample_is_given_does_not_depend_on_those_beside_it(name: str, wa
             assert (logp - torch.tensor(sample.untruncated_logp)).abs().max() < 5e-5
 
 
-def test_where_states_leave_room_for_few_rows_the_decoder_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_states_leave_room_for_few_rows_the_decoder_stays(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     module, made_with = made("mamba"), []
     make = Fitting.make
 
@@ -92,9 +94,11 @@ def test_where_states_leave_room_for_few_rows_the_decoder_stays(monkeypatch: pyt
     monkeypatch.setattr(Fitting, "_free", lambda self, theirs: 2 * STATE_COPIES * 3 * self.shape.state_bytes)
     monkeypatch.setattr(Fitting, "make", noted)
     engine = LiveEngine(prepare_module(module, tokenizer()).module, tokenizer(), way="captured", max_slots=8)
-    for _ in range(2):
-        engine.generate(asks(5))
-    assert made_with == [3]
+    for count in (2, 5, 5):
+        engine.generate(asks(count))
+    assert made_with == [3, 3]
+    [said] = [line for line in caplog.messages if "side by side" in line]
+    assert "3 samples side by side, not 4 (slower)" in said
 
 
 def rows() -> Batch:

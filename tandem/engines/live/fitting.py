@@ -55,6 +55,8 @@ class Fitting:
         self.decoder: Decoder | None = None
         self.planned = self.planned_slots = 0
         """Pages and rows that the decoder was to have; it may have got fewer."""
+        self.says_fewer = False
+        """Whether it has been said that it got fewer rows."""
         self.addresses: tuple[int, ...] = ()
         self.shares = False
         """Whether others compute on the device while samples are in the cache: it leaves them what they have needed."""
@@ -123,6 +125,14 @@ class Fitting:
         if free is not None and self.shape.state_bytes:
             # Half of what is free, so that keys and values have the other half.
             rows = max(1, min(rows, free // 2 // (STATE_COPIES * self.shape.state_bytes)))
+            if rows < self.planned_slots and not self.says_fewer:
+                self.says_fewer = True
+                log.warning(
+                    "%s: %d samples side by side, not %d (slower): the states of one take %.3g MB, and half of the "
+                    "%.3g MB that are free are for them; leave the device more memory, or lower max_slots",
+                    *(type(self.module).__name__, rows, self.planned_slots),
+                    *(STATE_COPIES * self.shape.state_bytes / 1e6, free / 1e6),
+                )
         room = self._room(free, rows)
         refused = [sample for sample in samples if room is not None and pages_for(sample.limit) + 2 > room]
         for sample in refused:
