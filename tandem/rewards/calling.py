@@ -12,7 +12,8 @@ import random
 import sys
 import traceback
 import weakref
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -119,6 +120,44 @@ class Wants:
         return {name: offered[name] for name in self.named if name in offered}
 
 
+class Counts(MutableMapping[str, int]):
+    """What a function counts, of each call by itself, also of calls that are made side by side.
+
+    What is counted where no call shows, in a thread say, is of the call that ends next.
+    """
+
+    def __init__(self, others: dict[str, int]) -> None:
+        self._others = others
+        self._of_call: ContextVar[dict[str, int]] = ContextVar("of_call", default=others)
+
+    def begin(self) -> None:
+        """A call begins in this context."""
+        self._of_call.set(dict.fromkeys(self._others, 0))
+
+    def take(self) -> dict[str, int]:
+        """Those of this context's call, which has ended."""
+        of_call = self._of_call.get()
+        # Whole numbers in an array's clothes are no plain ones, which checkpoints hold.
+        found = {name: int(of_call.get(name, 0) + self._others.get(name, 0)) for name in {**self._others, **of_call}}
+        self._others |= dict.fromkeys(self._others, 0)
+        return found
+
+    def __getitem__(self, name: str) -> int:
+        return self._of_call.get()[name]
+
+    def __setitem__(self, name: str, count: int) -> None:
+        self._of_call.get()[name] = count
+
+    def __delitem__(self, name: str) -> None:
+        del self._of_call.get()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._of_call.get())
+
+    def __len__(self) -> int:
+        return len(self._of_call.get())
+
+
 class LocalFunction:
     """A reward function in this process. Its arguments are single values where it judges one sample, and else lists."""
 
@@ -126,6 +165,11 @@ class LocalFunction:
         self.wants = Wants.of(function)
         self._function = function
         self._runner: asyncio.Runner | None = None
+        owner = _plain(function)
+        given = getattr(owner, "counts", {})
+        self._counts = given if isinstance(given, Counts) else Counts(given)
+        if self.wants.counts:
+            owner.counts = self._counts
 
     def begin(self, arguments: Mapping[str, Any], samples: int, seed: int | None = None) -> Begun[Judgement]:
         """The call, made when somebody asks for what it gives."""
@@ -136,6 +180,7 @@ class LocalFunction:
 
         ``seed`` is what Python's, numpy's and torch's global generators start from; None leaves them alone.
         """
+        self._counts.begin()
         if seed is not None:
             seed_generators(seed)
         try:
@@ -149,6 +194,7 @@ class LocalFunction:
 
         What it draws from global generators follows from ``seed`` up to where it first waits.
         """
+        self._counts.begin()
         try:
             call = self._function(**arguments)
             if seed is not None:
@@ -159,12 +205,8 @@ class LocalFunction:
         return self._scores(result, samples)
 
     def counted(self) -> dict[str, int]:
-        """What the function has counted since it was last asked."""
-        counts: dict[str, int] = getattr(_plain(self._function), "counts", {})
-        # Whole numbers in an array's clothes are no plain ones, which checkpoints hold.
-        found = {name: int(count) for name, count in counts.items() if count}
-        counts |= dict.fromkeys(found, 0)
-        return found
+        """What the function has counted in the call that has ended in this context."""
+        return self._counts.take()
 
     def _run(self, arguments: Mapping[str, Any]) -> Any:
         result = self._function(**arguments)
@@ -174,7 +216,7 @@ class LocalFunction:
             # One loop for all calls: a client that the function keeps between them is bound to it.
             self._runner = asyncio.Runner()
             weakref.finalize(self, self._runner.close)
-        return self._runner.run(_awaited(result))
+        return self._runner.run(_awaited(result), context=copy_context())
 
     def _scores(self, result: Any, samples: int) -> Scores:
         if self.wants.per == "sample":

@@ -186,3 +186,15 @@ def counting_one(completion):
 
 
 counting_one.counts = {"odd": 0, "even": 0}
+two = asyncio.Barrier(2)
+
+
+@judges("sample")
+async def counting_two(completion):
+    counting_two.counts["letters"] += len(completion)
+    await two.wait()
+    counting_two.counts["letters"] += len(completion)
+    return 1.0
+
+
+counting_two.counts = {"letters": 0}

@@ -6,10 +6,11 @@ import json
 import random
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from test_function_reward import batch
@@ -17,6 +18,7 @@ from test_function_reward import batch
 import tandem
 from tandem.engines.stepper import Stepper
 from tandem.errors import Cancelled, RunFailure, UserError
+from tandem.rewards.calling import LocalFunction
 from tandem.rewards.function import FunctionReward
 from tandem.rewards.process import RewardProcesses
 from tandem.rollout.judging import GROUP, Judge
@@ -41,6 +43,7 @@ def judges():
         "one_fails",
         "counting",
         "counting_one",
+        "counting_two",
         "too_large",
     )
     processes = RewardProcesses(
@@ -278,6 +281,30 @@ def test_counts_are_those_of_the_samples_judged_whatever_else_is_judged_meanwhil
     again = source_of(engine, judges["counting_one"])
     again.finish([again.again(tickets(engine)[0], kept)], clock)
     assert again.counts == {"counting_one/odd": 1, "counting_one/even": 0}
+
+
+def test_counts_of_calls_that_are_made_side_by_side_are_each_ones_own(judges):
+    calls = [judges["counting_two"].begin(batch(text)) for text in ("a", "bbbb")]
+    assert [call.result().counts for call in calls] == [{"letters": 2}, {"letters": 8}]
+
+
+def test_counts_of_functions_in_this_process_and_their_threads():
+    class Judge:
+        counts: ClassVar[dict[str, int]] = {"here": 0, "thread": 0}
+
+        async def __call__(self, completions):
+            self.counts["here"] += 1
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(self._in_thread).result()
+            return [1.0] * len(completions)
+
+        def _in_thread(self):
+            self.counts["thread"] += 1
+
+    judge = Judge()
+    for function in (LocalFunction(judge), LocalFunction(judge)):
+        for _ in range(2):
+            assert function.begin({"completions": ["a"]}, 1).result() == ([1.0], {"here": 1, "thread": 1})
 
 
 def test_what_goes_wrong_names_the_sample(judges):
