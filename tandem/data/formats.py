@@ -182,7 +182,7 @@ def steps(row: Row, placeholder: str | None = None) -> tuple[Content, list[str],
         if placeholder is None:
             raise UserError(
                 "no column 'completions'; where a placeholder in 'prompt' ends each step, name it "
-                f"(--step-placeholder); columns present: {present(row)}"
+                f"(step_placeholder); columns present: {present(row)}"
             )
         *found, rest = prompt.split(placeholder) if isinstance(prompt, str) else [""]
         found, prompt = [text.strip() for text in found], ""

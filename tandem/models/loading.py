@@ -39,11 +39,11 @@ def pick_device(name: str) -> torch.device:
     except RuntimeError:
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name}: not a device that Tandem computes on; use auto, cpu, cuda or cuda:N")
+        raise UserError(f"device: {name!r} is none that Tandem computes on; give auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {name}: torch sees no GPU here; use --device cpu")
+        raise UserError(f"device: {name}, and torch sees no GPU here; give cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: torch sees {torch.cuda.device_count()} GPUs here, counted from 0")
+        raise UserError(f"device: {name}, and torch sees {torch.cuda.device_count()} GPUs here, counted from 0")
     return device
 
 

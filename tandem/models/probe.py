@@ -90,7 +90,7 @@ def _require_low_precision(small: Any, name: str) -> None:
     except RuntimeError as error:
         if "dtype" in str(error):
             raise UserError(
-                f"{name}: it does not compute in bfloat16 ({first_line(error)}); take --dtype float32"
+                f"{name}: it does not compute in bfloat16 ({first_line(error)}); take dtype float32"
             ) from error
         raise
 

@@ -294,7 +294,7 @@ class LocalTrainer(LocalScorer):
         if model.adapters is None and quantized_in(model.module):
             raise UserError(
                 f"{type(model.module).__name__}: its layers are in few bits, and only adapters can be trained on them: "
-                "--lora.rank 32"
+                "lora.rank 32, say"
             )
         self.loads: list[Tensor] = []
         """Of each micro-batch since the last optimizer step: ``Outputs.load_LE``."""

@@ -109,7 +109,7 @@ def test_a_model_that_adds_up_in_float32_trains_in_bfloat16(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["minimax", "xlstm"])
 def test_a_model_that_does_not_compute_in_bfloat16_is_refused(kind: str) -> None:
     module = matrix.make(matrix.CASES[kind])
-    with pytest.raises(UserError, match=r"does not compute in bfloat16 .*--dtype float32"):
+    with pytest.raises(UserError, match=r"does not compute in bfloat16 .*dtype float32"):
         prepare_module(module, tokenizer(), dtype="bfloat16")
 
 
