@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from functools import partial
@@ -74,6 +74,8 @@ class Feed:
     """Of its items."""
     counts: Counts | None = None
     """What became of its rows; None where that is not known before they are read."""
+    idle: Collection[str] = ()
+    """Keys of the config that have no effect on such a run."""
 
     @property
     def bits(self) -> float:

@@ -35,10 +35,10 @@ def models_used(
     }
 
 
-def print_plan(config: Any, uses: Mapping[str, str]) -> None:
-    """The resolved config, and what each part of the run would use."""
+def print_plan(config: Any, uses: Mapping[str, str], idle: Collection[str] = ()) -> None:
+    """The resolved config, but for ``idle`` keys, and what each part of the run would use."""
     width = max(map(len, uses))
-    print(describe(config))
+    print(describe(config, idle))
     print("\nwould use")
     for what, value in uses.items():
         print(f"  {what:<{width}}  {value}")

@@ -82,16 +82,21 @@ OF_NONE = {"accept_changed", "placement.engine", "placement.reward"}
 """3 keys of other sections that have no effect in a replay."""
 
 
+def idle_keys(cls: type[ReplayConfig]) -> set[str]:
+    """The keys of a replay's config that have no effect."""
+    return _keys(cls, *NOT_THERE) | OF_NONE
+
+
 def fixed_keys(cls: type[ReplayConfig]) -> dict[str, str]:
     """The keys of a replay's config that cannot be given, each with the reason."""
-    hints = get_type_hints(cls)
-
-    def keys(*names: str) -> set[str]:
-        return {f"{name}.{key}" if name == "engine" else key for name in names for key in key_names(hints[name])}
-
     recorded = "a replay trains on what was recorded, with this key as its run had it"
     nothing = "a replay samples and judges nothing, so it has no effect"
-    return dict.fromkeys(keys(*TRAINED_ON) | OF_THE_RUN, recorded) | dict.fromkeys(keys(*NOT_THERE) | OF_NONE, nothing)
+    return dict.fromkeys(_keys(cls, *TRAINED_ON) | OF_THE_RUN, recorded) | dict.fromkeys(idle_keys(cls), nothing)
+
+
+def _keys(cls: type[ReplayConfig], *sections: str) -> set[str]:
+    hints = get_type_hints(cls)
+    return {f"{name}.{key}" if name == "engine" else key for name in sections for key in key_names(hints[name])}
 
 
 def replay_config(words: list[str]) -> tuple[type[Any], list[str]]:

@@ -9,7 +9,7 @@ from tandem.assembly.digests import digest_inputs
 from tandem.assembly.feeds import Fed, Feed, preparation
 from tandem.assembly.models import heads, optim_params
 from tandem.assembly.placing import Homes
-from tandem.assembly.replay_config import ReplayConfig, stored_config
+from tandem.assembly.replay_config import ReplayConfig, idle_keys, stored_config
 from tandem.errors import UserError
 from tandem.models.limits import read_limits
 from tandem.roles import Seat
@@ -30,7 +30,7 @@ class ReplayFeed(Feed):
 
     def __init__(self, config: ReplayConfig) -> None:
         """Raises UserError where the run was not recorded, the record is not whole, or a model is another one."""
-        self.config = config
+        self.config, self.idle = config, idle_keys(type(config))
         run = Path(config.replay.replayed)
         identity = read_identity(run)
         say(f"reading the record of {run}")

@@ -165,4 +165,4 @@ def _print_plan(config: RunConfig, homes: Homes, feed: Feed) -> None:
     """What a dry run shows: the resolved config and what the run would use."""
     shared = filter(config.is_shared, config.sources)
     uses = models_used(config.sources, scalar_roles(config), config.model, homes, shared=[*shared])
-    print_plan(config, uses | feed.uses(homes))
+    print_plan(config, uses | feed.uses(homes), feed.idle)

@@ -212,6 +212,8 @@ class ExportSection:
         expect(self, "a folder", bool, "model", "out", "base")
         expect(self, "OWNER/NAME", bool, "push_to_hub")
         expect(self, "0 or more", lambda step: step >= 0, "step")
+        if self.ema and self.role != "actor":
+            raise UserError(f"ema: a run keeps a running average of its policy, none of its {self.role}; leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -158,6 +158,9 @@ def test_what_is_no_whole_checkpoint_is_refused(runs, capsys):
     assert "config.yaml: does not say which model the run began with" in refused(capsys, "--model", "step_00000002")
     assert export("--model", "step_00000002", "--base", "tied", "--out", "moved") == 0
     assert "that has saved no checkpoint" in refused(capsys, "--model", "sft")
+    assert "ema: a run keeps a running average of its policy, none of its critic" in refused(
+        capsys, "--model", "sft", "--role", "critic", "--ema"
+    )
     assert "no model folder ./nothing" in refused(capsys, "--model", "./nothing")
     assert "base: rm/model is a whole model" in refused(capsys, "--model", "rm/model", "--base", "base")
     assert export("--model", "rm", "--out", "moved") == 2

@@ -141,7 +141,9 @@ def test_what_may_be_given_anew_is_and_changes_the_result(recorded, at, capsys):
     assert (config["learning_rate"], config["replayed"], config["seed"]) == (1e-3, "grpo", 5)
     # That config repeats it; one that says something else of what was sampled is refused.
     assert replay("grpo", "--config", "anew/config.yaml", "--out", "repeated", "--dry-run") == 0
-    assert "learning_rate             0.001" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "learning_rate             0.001" in said
+    assert not re.search("eval_every|engine.kind|accept_changed", said)  # nothing is sampled: they have no effect
     Path("other.yaml").write_text("eval_data: prompts.jsonl\n")
     assert replay("grpo", "--config", "other.yaml", "--out", "repeated") == 2
     assert "eval_data: a replay samples and judges nothing" in capsys.readouterr().err
