@@ -1,7 +1,8 @@
 """The ``tandem`` command: finds the subcommand, and turns whatever ends it into one line and an exit code.
 
 Exit codes: 0 done; 1 a bug (with its traceback); 2 something to put right outside Tandem, said in one line;
-75 something that the run depends on failed, and ``--resume`` goes on; 130 stopped by Ctrl-C; 143 stopped by SIGTERM.
+75 something that the run depends on failed, and ``--resume`` goes on; 130 stopped by Ctrl-C; 141 whoever read its
+output has gone; 143 stopped by SIGTERM.
 ``TANDEM_DEBUG=1`` adds the traceback to any of them.
 """
 
