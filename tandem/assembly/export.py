@@ -10,12 +10,12 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from tandem.assembly.use_configs import ExportConfig
 from tandem.checkpoint.store import Checkpoint, CheckpointStore, open_checkpoint
 from tandem.errors import RunFailure, UserError, first_line
-from tandem.models.adapter_folder import adapter_folder
+from tandem.models.adapter_folder import adapter_folder, base_of
 from tandem.models.adapters import Adapters, merge_folder, put_saved
 from tandem.models.folder import located, readable_errors, with_config
 from tandem.models.forward import LoadedModel
@@ -24,6 +24,8 @@ from tandem.models.loading import load_tokenizer
 from tandem.models.policy import Merged
 from tandem.models.quantized import dequantize_module
 from tandem.models.scalar import scalar_class, scalar_keys
+from tandem.models.seeing import SeeingModel
+from tandem.models.text_config import config_in
 from tandem.models.weights import load_whole
 from tandem.runs.folder import CHECKPOINTS, MODEL, RunFolder
 from tandem.runs.identity import CONFIG, IDENTITY, read_run
@@ -157,7 +159,7 @@ def _of_checkpoint(checkpoint: Checkpoint, config: ExportConfig) -> tuple[Loaded
             raise UserError(f"{checkpoint.path}: {error} as --base") from None
         if not config.export.merge:
             tokenizer = load_tokenizer(base, trust_remote_code=config.export.trust_remote_code)
-            return _written_in(module, tokenizer, config, put), state
+            return _written_in(module, tokenizer, config, adapters=put), state
         dequantize_module(module)
         buffers = dict(module.named_buffers())
         state = {**Merged(module, dict(module.named_parameters()))} | {
@@ -167,7 +169,7 @@ def _of_checkpoint(checkpoint: Checkpoint, config: ExportConfig) -> tuple[Loaded
     tokenizer = load_tokenizer(base, trust_remote_code=code)
     auto = scalar_class(read_config(base, code), base) if scalar else AutoModelForCausalLM
     with readable_errors(base, "model"), torch.device("meta"):
-        about = AutoConfig.from_pretrained(located(base), trust_remote_code=code)
+        about = config_in(located(base), code)
         vars(about).pop("quantization_config", None)  # what is written is whole
         if scalar:
             for key, value in scalar_keys(about, tokenizer).items():
@@ -185,7 +187,8 @@ def _of_checkpoint(checkpoint: Checkpoint, config: ExportConfig) -> tuple[Loaded
             f"{checkpoint.path}: not a checkpoint of {base}: {differing[0]} is {given.get(differing[0], 'not there')} "
             f"in it and {wanted[differing[0]]} there; give the model that its run began with as --base"
         )
-    return _written_in(module, tokenizer, config), state
+    seeing = None if scalar else SeeingModel.of(located(base), code)
+    return _written_in(module, tokenizer, config, seeing), state
 
 
 def _of_folder(source: str, config: ExportConfig) -> tuple[LoadedModel, dict[str, Tensor]]:
@@ -198,7 +201,7 @@ def _of_folder(source: str, config: ExportConfig) -> tuple[LoadedModel, dict[str
     if folder is not None and not config.export.merge:
         raise UserError(f"merge: {source} is a folder of adapters already; copy it")
     with readable_errors(source, "model"):
-        about = AutoConfig.from_pretrained(with_config(source), trust_remote_code=code)
+        about = config_in(with_config(source), code)
     scalar = any(name.endswith("ForSequenceClassification") for name in about.architectures or ())
     if folder is not None:
         module = _base_module(folder.base, config, scalar=scalar or folder.scalar)
@@ -212,7 +215,8 @@ def _of_folder(source: str, config: ExportConfig) -> tuple[LoadedModel, dict[str
         module, _ = load_whole(auto, source, what="model", trust_remote_code=code)
         dequantize_module(module)
     state = module.state_dict()
-    return _written_in(module, load_tokenizer(source, trust_remote_code=code), config), state
+    seeing = None if hasattr(module, "score") else SeeingModel.of(located(base_of(source)), code)
+    return _written_in(module, load_tokenizer(source, trust_remote_code=code), config, seeing), state
 
 
 def _base_module(base: str, config: ExportConfig, *, scalar: bool) -> Any:
@@ -228,9 +232,16 @@ def _base_module(base: str, config: ExportConfig, *, scalar: bool) -> Any:
     return module.eval()
 
 
-def _written_in(module: Any, tokenizer: Any, config: ExportConfig, adapters: Adapters | None = None) -> LoadedModel:
+def _written_in(
+    module: Any,
+    tokenizer: Any,
+    config: ExportConfig,
+    seeing: SeeingModel | None = None,
+    adapters: Adapters | None = None,
+) -> LoadedModel:
     """The module in the dtype that is asked for, so that its config says so."""
-    model = LoadedModel(module=module.to(getattr(torch, config.export.dtype)), tokenizer=tokenizer, adapters=adapters)
+    module = module.to(getattr(torch, config.export.dtype))
+    model = LoadedModel(module=module, tokenizer=tokenizer, seeing=seeing, adapters=adapters)
     model.dtype = config.export.dtype  # type: ignore[assignment]
     return model
 

@@ -6,12 +6,13 @@ import math
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from tandem.errors import UserError
 from tandem.models.folder import located, readable_errors, with_config
 from tandem.models.limits import read_config
 from tandem.models.scalar import scalar_class
+from tandem.models.text_config import config_in
 from tandem.types import ScoreScale
 
 
@@ -21,7 +22,7 @@ def read_score_scale(source: str, *, trust_remote_code: bool = False) -> ScoreSc
     Raises UserError where it has none, or they are no finite numbers, the deviation above 0.
     """
     with readable_errors(source, "model"):
-        config = AutoConfig.from_pretrained(with_config(source), trust_remote_code=trust_remote_code)
+        config = config_in(with_config(source), trust_remote_code)
     found = [getattr(config, name, None) for name in ScoreScale._fields]
     if found == [None, None]:
         raise UserError(
@@ -41,7 +42,7 @@ def describe_source(source: str, *, scalar: bool = False, trust_remote_code: boo
     """
     auto = scalar_class(read_config(source, trust_remote_code), source) if scalar else AutoModelForCausalLM
     with readable_errors(source, "model"), torch.device("meta"):
-        config = AutoConfig.from_pretrained(with_config(source), trust_remote_code=trust_remote_code)
+        config = config_in(with_config(source), trust_remote_code)
         if scalar:
             config.num_labels = 1
         module = auto.from_config(config, trust_remote_code=trust_remote_code)

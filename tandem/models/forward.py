@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,9 @@ from tandem.models.sharing import sharing_of
 from tandem.models.states import Mixers
 from tandem.parallel.sharding import shard, transformer_layers
 from tandem.parallel.world import World
+
+if TYPE_CHECKING:
+    from tandem.models.seeing import SeeingModel
 
 log = logging.getLogger("tandem")
 FEW_TOKENS = 1024
@@ -85,6 +88,8 @@ class LoadedModel:
     """What its routers pick, where somebody counts it (``Ask.load``)."""
     adapters: Adapters | None = None
     """Those on it, which are trained instead of it."""
+    seeing: SeeingModel | None = None
+    """The model that also sees whose text half it is, and among whose other parts it is saved."""
     shares_base: bool = False
     """Whether what they are on is another model's, too."""
     teacher_head: tuple[Tensor, Tensor | None] | None = None
@@ -182,7 +187,8 @@ class LoadedModel:
     def export(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
         """Writes a Hugging Face folder: weights (``state``, or as they are) as safetensors, config, tokenizer.
 
-        Of a model with adapters, a folder that peft reads: these, the base's config, the tokenizer.
+        Of a model with adapters, a folder that peft reads: these, the base's config, the tokenizer. Of the text half of
+        a model that also sees (``seeing``), that one's folder.
 
         Raises RunFailure where the disk is full or refuses.
         """
@@ -192,6 +198,8 @@ class LoadedModel:
             with quiet_transformers():
                 if self.adapters is not None:
                     self.adapters.write(folder, dict(self.module.named_parameters()) if state is None else state)
+                elif self.seeing is not None:
+                    self.seeing.write(folder, self.module, self.module.state_dict() if state is None else state)
                 else:
                     self.module.save_pretrained(folder, **({} if state is None else {"state_dict": dict(state)}))
                 self.tokenizer.save_pretrained(folder)

@@ -6,11 +6,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers import AutoConfig
-
 from tandem.errors import UserError
 from tandem.models.adapter_folder import adapter_folder
 from tandem.models.folder import readable_errors, with_config
+from tandem.models.text_config import config_in
 from tandem.types import Limits
 
 
@@ -26,9 +25,9 @@ def read_limits(source: str | Path, *, head: Literal["lm", "scalar"] = "lm", tru
 
 
 def read_config(source: str | Path, trust_remote_code: bool = False) -> Any:
-    """A model's config. Raises UserError where there is none."""
+    """A model's config, of one that also sees its text half's. Raises UserError where there is none."""
     with readable_errors(source, "model"):
-        return AutoConfig.from_pretrained(with_config(source), trust_remote_code=trust_remote_code)
+        return config_in(with_config(source), trust_remote_code)
 
 
 def layers_of(config: Any) -> int:

@@ -8,19 +8,21 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tandem.errors import UserError, first_line
 from tandem.kernels.products import speed_up_linears
 from tandem.models.adapter_folder import adapter_folder, base_of
 from tandem.models.adapters import AdapterParams, idle_layers, merge_folder, put_adapters
-from tandem.models.folder import readable_errors, with_config, with_tokenizer
+from tandem.models.folder import located, readable_errors, with_config, with_tokenizer
 from tandem.models.forward import LoadedModel
 from tandem.models.limits import read_config, require_language_model
 from tandem.models.probe import probe_forward
 from tandem.models.quantized import dequantize_module, quantize_module, quantized_in
 from tandem.models.routers import quieted
 from tandem.models.scalar import scalar_class, scalar_keys, with_own_buffers
+from tandem.models.seeing import SeeingModel
+from tandem.models.text_config import config_in
 from tandem.models.weights import load_whole, require_finite
 from tandem.seeds import derive_seed
 from tandem.types import ScoreScale
@@ -76,8 +78,8 @@ def load_causal(
     """
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     with readable_errors(source, "causal language model"):
-        about = AutoConfig.from_pretrained(with_config(source), trust_remote_code=trust_remote_code)
-        require_language_model(about, source)
+        require_language_model(config_in(with_config(source), trust_remote_code), source)
+        seeing = _seeing(source, device, trust_remote_code)
     module, _ = load_whole(
         AutoModelForCausalLM,
         base_of(str(source)),
@@ -85,7 +87,9 @@ def load_causal(
         trust_remote_code=trust_remote_code,
         **_as_read(source, device, adapters),
     )
-    return _prepare_loaded(module, source, tokenizer, dtype, device, adapters)
+    model = _prepare_loaded(module, source, tokenizer, dtype, device, adapters)
+    model.seeing = seeing
+    return model
 
 
 def load_scalar(
@@ -109,6 +113,8 @@ def load_scalar(
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     folder = adapter_folder(source)
     about = read_config(source, trust_remote_code)
+    with readable_errors(source, "model"):
+        _seeing(source, device, trust_remote_code)
     kind = scalar_class(about, str(source))
     try:
         module, lacking = load_whole(
@@ -139,6 +145,14 @@ def load_scalar(
     for name in ScoreScale._fields:
         vars(module.config).pop(name, None)
     return _prepare_loaded(module, source, tokenizer, dtype, device, adapters)
+
+
+def _seeing(source: str | Path, device: str, trust_remote_code: bool) -> SeeingModel | None:
+    """The model that also sees whose text half is to be loaded, once it is shown that this says what the whole does."""
+    found = SeeingModel.of(located(base_of(str(source))), trust_remote_code)
+    if found is not None:
+        found.require_exact(pick_device(device))
+    return found
 
 
 def _merged(source: str | Path, adapters: AdapterParams | None) -> bool:

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from tandem.errors import UserError
+from tandem.models.text_config import config_in
 from tandem.types import CORRECTION_BIAS
 
 ROUTER_LOGITS = "output_router_logits"
@@ -30,7 +31,7 @@ def experts_of_a_token(kind: type, config: Any) -> int | None:
 
 def require_experts(source: str, *, trust_remote_code: bool) -> None:
     """Raises UserError where the config of a model says that it has no load-balancing loss."""
-    config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    config = config_in(source, trust_remote_code)
     # Of a class that is not transformers' own nobody knows before it is loaded.
     known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     if known and experts_of_a_token(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config) is None:
@@ -57,7 +58,7 @@ def all_weights(module: Any) -> dict[str, Tensor]:
 
 def require_biases(source: str, *, trust_remote_code: bool) -> None:
     """Raises UserError where the config of a model says that its routers have no biases."""
-    config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    config = config_in(source, trust_remote_code)
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         with torch.device("meta"):
             Picks(AutoModelForCausalLM.from_config(config))

@@ -43,7 +43,7 @@ def scalar_class(config: Any, source: str) -> Any:
         )
     name = f"{base.__name__.removesuffix('Model')}ForSequenceClassification"
     body = {
-        "base_model_prefix": parent.base_model_prefix,
+        "base_model_prefix": parent.base_model_prefix or "model",  # Llama 4 has none
         "__module__": __name__,
         "from_config": classmethod(_from_config),
     }

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from tandem.errors import UserError
 from tandem.kernels.quantized import require_bitsandbytes
@@ -18,6 +18,8 @@ from tandem.models.folder import located, readable_errors
 from tandem.models.pairs import plain_name
 from tandem.models.quantized import QuantizationConfig, adopt_bitsandbytes, quantized_in, require_apart
 from tandem.models.quantized_folder import kind_of
+from tandem.models.seeing import SeeingModel
+from tandem.models.text_config import config_in
 
 _MASKS = re.compile(r"\.(attn|attention|self_attn)\.(bias|masked_bias)$")
 """Causal masks that old checkpoints carry as if they were weights (GPT-2, GPT-Neo)."""
@@ -48,7 +50,8 @@ def load_whole(
     be missing as a whole, and for a language-model head where ``auto`` has another.
     """
     with readable_errors(source, what):
-        config = AutoConfig.from_pretrained(located(source), trust_remote_code=trust_remote_code)
+        config = config_in(located(source), trust_remote_code)
+        seeing = SeeingModel.of(located(source), trust_remote_code)
         for key, value in (config_changes or {}).items():
             setattr(config, key, value)
         options = _quantising(config, source, quantize, device)
@@ -56,14 +59,16 @@ def load_whole(
             meant = auto.from_config(config, trust_remote_code=trust_remote_code) if options else None
         if meant is not None:
             require_apart(meant)
-        module, info = auto.from_pretrained(
-            located(source),
-            config=config,
-            dtype=torch.float32,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # so that they are reported with their names; they are refused below
-            **options,
+        options |= {
+            "dtype": torch.float32,
+            "trust_remote_code": trust_remote_code,
+            "output_loading_info": True,
+            "ignore_mismatched_sizes": True,  # so that they are reported with their names; they are refused below
+        }
+        module, info = (
+            auto.from_pretrained(located(source), config=config, **options)
+            if seeing is None
+            else seeing.load(auto, config, **options)
         )
     if meant is not None:
         _finish_quantised(module, meant, info)

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from tandem.engines.live.replica import ReplicaEngine
 from tandem.errors import UserError
@@ -17,6 +17,7 @@ from tandem.models.limits import layers_of, limits_of
 from tandem.models.loading import load_causal
 from tandem.models.routers import all_weights
 from tandem.models.shrunk import furthest_limit
+from tandem.models.text_config import config_in
 from tandem.own_loop.their_model import GivenModel, Shapes
 from tandem.parallel.world import World
 from tandem.sync.check import BEYOND, compare
@@ -127,7 +128,7 @@ class InChild:
 
     def __init__(self, params: EngineParams, name: str) -> None:
         self.params = params
-        config = AutoConfig.from_pretrained(params.model, trust_remote_code=params.trust_remote_code)
+        config = config_in(params.model, params.trust_remote_code)
         self.shapes: Shapes = shapes_of(config, params.trust_remote_code)
         self.limit = limits_of(config).sampling.positions
         self.layers = layers_of(config)

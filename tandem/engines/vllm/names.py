@@ -14,6 +14,8 @@ from torch import Tensor
 
 from tandem.errors import UserError
 from tandem.models.pairs import plain_name
+from tandem.models.seeing import PartNames
+from tandem.models.text_config import sees
 
 _VIEWS = ("Chunk", "SplitModulelist")
 """The conversions that cut a tensor and change nothing in it."""
@@ -26,14 +28,20 @@ class Names:
         """``config``: of the model in transformers. Where its code comes with it, names stay as they are."""
         self.renamings: list[Any] = []
         self.converters: list[Any] = []
+        self.parts_of_whole: PartNames | None = None
+        """Of a model that also sees, whose text half is what is pushed."""
         if getattr(config, "auto_map", None):
             return
         from transformers import AutoModelForCausalLM
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming
 
-        with torch.device("meta"):
-            module = AutoModelForCausalLM.from_config(config)
+        if sees(config, "the model"):
+            self.parts_of_whole = PartNames.of(config)
+            module = self.parts_of_whole.whole
+        else:
+            with torch.device("meta"):
+                module = AutoModelForCausalLM.from_config(config)
         mapping = get_model_conversion_mapping(module, add_legacy=False)
         back = [one.reverse_transform() for one in reversed(mapping) if not isinstance(one, PrefixChange)]
         self.module = module
@@ -57,6 +65,8 @@ class Names:
         from transformers.core_model_loading import rename_source_key
 
         name = plain_name(name)
+        if self.parts_of_whole is not None:
+            name = self.parts_of_whole.in_whole(name)
         renamed, pattern = rename_source_key(name, self.renamings, self.converters, reverse=True)
         if pattern is None:
             return [(renamed, tensor)]

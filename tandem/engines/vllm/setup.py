@@ -18,6 +18,7 @@ from typing import Any
 from tandem.engines.vllm.adapters import AdapterRoom, check_dtype
 from tandem.errors import UserError
 from tandem.models.limits import turning_point
+from tandem.models.seeing import SeeingModel
 
 OLDEST, NEWEST = (0, 25), (0, 32)
 INSTALL = "install it with: pip install 'tandem-rlhf[vllm]'"
@@ -132,6 +133,8 @@ def start_vllm(
         options["enable_sleep_mode"] = sleep
     with _explained(model, tensor_parallel, max_length):
         options["max_model_len"] = _room(model, max_length, trust_remote_code)
+        if SeeingModel.of(model, trust_remote_code) is not None:
+            options["language_model_only"] = True
         return LLM(model, **(options | dict(arguments)))
 
 

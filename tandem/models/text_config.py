@@ -1,0 +1,57 @@
+"""The config of the language model in a folder: its own, or that of the text half of a model that also sees."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tandem.errors import UserError
+from tandem.models.quantized_folder import kind_of
+
+
+def config_in(place: str | Path, trust_remote_code: bool = False) -> Any:
+    """The config of the language model in a folder or of a hub name; of a model that also sees, its text half's.
+
+    Raises UserError where transformers has no class for that half alone.
+    """
+    config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
+    return half_of(config, place) if sees(config, place) else config
+
+
+def sees(config: Any, place: str | Path) -> bool:
+    """Whether a config is of a model that reads more than text. One that scores is taken as it is.
+
+    Raises UserError where it is one whose text half cannot be loaded.
+    """
+    scores = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+    if "text_config" not in config.sub_configs or getattr(config, "auto_map", None) or scores:
+        return False
+    known = AutoModelForCausalLM._model_mapping
+    if type(config.text_config) not in known:
+        if type(config) in known:
+            return False
+        raise UserError(
+            f"{place}: a {config.model_type}, and transformers has no causal language model of its text half alone "
+            f"({config.text_config.model_type}); use a model of text alone"
+        )
+    if (found := getattr(config, "quantization_config", None)) is not None:
+        kind_of(found, place)
+        raise UserError(
+            f"{place}: a {config.model_type} in few bits, whose text half cannot be put back among them; give the "
+            "model that it was made of, and --lora.quantize nf4 or fp8"
+        )
+    return True
+
+
+def half_of(config: Any, place: str | Path) -> Any:
+    """The config of the text half of a whole's, with what the whole's says instead of it."""
+    half = copy.deepcopy(config.text_config)
+    half.tie_word_embeddings = config.tie_word_embeddings
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if getattr(config, key, None) is not None:
+            setattr(half, key, getattr(config, key))
+    half._name_or_path = str(place)
+    return half

@@ -1,0 +1,245 @@
+"""The text half of a model that also sees: trained and sampled alone, and put back among the rest."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from helpers.seeing import BEGIN, END, FAMILIES, IMAGE, make_seeing, save_seeing
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from tandem.batch import TokenLoss
+from tandem.data.packing import pack, stamp
+from tandem.engines.live.engine import LiveEngine
+from tandem.errors import UserError
+from tandem.models.loading import load_causal, load_scalar
+from tandem.models.seeing import PartNames, SeeingModel
+from tandem.training.optim import OptimParams
+from tandem.training.trainer import LocalTrainer
+from tandem.types import Request, SamplingParams, Sequence
+
+GREEDY = SamplingParams(max_new_tokens=12, temperature=0.0)
+ROWS = [[5, 9, 60, 33, 41, 7, 88, 12, 3, 14, 15, 9, 26], list(range(2, 40))]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    made: dict[str, Path] = {}
+
+    def folder(family: str) -> Path:
+        if family not in made:
+            made[family] = tmp_path_factory.mktemp(family) / "base"
+            save_seeing(make_seeing(family), made[family])
+        return made[family]
+
+    return folder
+
+
+def whole_in(folder: Path):
+    kind = getattr(transformers, json.loads((folder / "config.json").read_bytes())["architectures"][0])
+    whole, info = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not (info["missing_keys"])
+    assert not (info["unexpected_keys"])
+    assert not (info["mismatched_keys"])
+    return whole.eval()
+
+
+@torch.no_grad()
+def logps(module, rows=ROWS):
+    """What transformers' own forward of one sequence at a time gives each token but the first."""
+    found = []
+    for row in rows:
+        logp = module(input_ids=torch.tensor([row]), use_cache=False).logits[0].float().log_softmax(-1)
+        found += logp[range(len(row) - 1), row[1:]].tolist()
+    return torch.tensor(found)
+
+
+def batch_of(rows=ROWS):
+    return stamp(pack([Sequence(token_ids=row, trainable=[False] + [True] * (len(row) - 1)) for row in rows]), "token")
+
+
+def surprise(out, batch):
+    return TokenLoss(loss_T=-out.logp_T * batch.trainable_T)
+
+
+def trained(model, steps=2) -> LocalTrainer:
+    trainer = LocalTrainer(model, surprise, OptimParams(learning_rate=1e-2, total_steps=9), token_budget=64)
+    for _ in range(steps):
+        trainer.forward_backward(batch_of())
+        trainer.optim_step()
+    return trainer
+
+
+def scored(trainer):
+    batch = batch_of()
+    return trainer.score(batch).logp_T[batch.trainable_T]
+
+
+def text_names(whole) -> set[str]:
+    """The tensors of the whole that its text model and its head have, by a walk of its own."""
+    parts = {id(p) for name, p in whole.named_parameters() if "language_model" in name or "lm_head" in name}
+    return {name for name, p in whole.state_dict(keep_vars=True).items() if id(p) in parts}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_half_says_what_the_whole_says_and_is_put_back_among_the_rest(folders, family, tmp_path):
+    base, whole = folders(family), whole_in(folders(family))
+    model = load_causal(base, device="cpu")
+    assert model.packed is (family != "llama4")  # whose chunks begin anew at fixed positions
+    assert not any("vision" in name or "visual" in name for name, _ in model.module.named_modules())
+
+    # Greedy: the engine on the half, past the windows, and transformers' generate on the whole.
+    engine = LiveEngine(model.module, model.tokenizer, version=lambda: 0)
+    ask = [Request(prompt_ids=tuple(row), seeds=(0,), sampling=GREEDY) for row in ROWS]
+    for row, (completion,) in zip(ROWS, engine.generate(ask), strict=True):
+        ids = torch.tensor([row])
+        wanted = whole.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+        assert list(completion.token_ids) == wanted[0, len(row) :].tolist()
+
+    trainer = trained(model, steps=0)
+    torch.testing.assert_close(scored(trainer), logps(whole), rtol=0, atol=1e-5)
+    trainer = trained(model)
+    trainer.export(tmp_path / "out")
+
+    again = whole_in(tmp_path / "out")
+    torch.testing.assert_close(logps(again), scored(trainer), rtol=0, atol=1e-5)
+    before, after, text = whole.state_dict(), again.state_dict(), text_names(whole)
+    assert text < set(before)
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]) is (name not in text or "layer_scalar" in name), name
+    assert (tmp_path / "out" / "preprocessor_config.json").read_text().count("as it was")
+    ours, theirs = (json.loads((f / "config.json").read_bytes()) for f in (tmp_path / "out", base))
+    assert {**ours, "text_config": None} == {**theirs, "text_config": None}
+
+    loaded = load_causal(tmp_path / "out", device="cpu").module.state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.module.state_dict().items())
+
+
+def test_an_image_is_seen_as_by_the_whole_with_the_same_text_weights(folders, tmp_path):
+    model = load_causal(folders("gemma3"), device="cpu")
+    trained(model).export(tmp_path / "out")
+    exported, whole = whole_in(tmp_path / "out"), whole_in(folders("gemma3"))
+    ids = torch.tensor([[5, 9, BEGIN, IMAGE, IMAGE, IMAGE, IMAGE, END, 33, 41, 7]])
+    seen = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 28, 28), "token_type_ids": (ids == IMAGE).long()}
+    with torch.no_grad():
+        untrained = whole(**seen).logits
+        whole.model.language_model.load_state_dict(model.module.model.state_dict())
+        wanted, found = whole(**seen).logits, exported(**seen).logits
+        blind = exported(**seen | {"pixel_values": torch.zeros(1, 3, 28, 28)}).logits
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    assert (untrained - wanted).abs().max() > 1e-2
+    assert (blind - wanted).abs().max() > 1e-2
+
+
+def test_a_folder_of_bfloat16_in_parts_and_under_other_names(tmp_path):
+    whole = make_seeing("mistral3").to(torch.bfloat16)
+    base = tmp_path / "base"
+    save_seeing(whole, base, max_shard_size="40KB", save_original_format=False)
+    parts = [path.name for path in base.glob("*.safetensors")]
+    assert len(parts) == 3
+    model = load_causal(base, device="cpu")
+    trained(model).export(tmp_path / "out")
+    again = whole_in(tmp_path / "out")
+    assert all(torch.equal(t, again.state_dict()[n].to(t.dtype)) for n, t in whole.state_dict().items() if "vis" in n)
+    assert all(torch.equal(t, dict(again.model.language_model.named_parameters())[n]) for n, t in body_of(model))
+    stored: dict[str, torch.dtype] = {}
+    for path in (tmp_path / "out").glob("*.safetensors"):
+        stored |= {name: tensor.dtype for name, tensor in load_file(path).items()}
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_bytes())["weight_map"]
+    assert set(index) == set(stored)
+    assert {index[n] for n in index} == {p.name for p in (tmp_path / "out").glob("*.safetensors")}
+    # The others are as they were; the text is as it was trained, and the config says so.
+    assert {dtype for name, dtype in stored.items() if "vis" in name} == {torch.bfloat16}
+    assert json.loads((tmp_path / "out" / "config.json").read_bytes())["dtype"] == "float32"
+
+
+def body_of(model):
+    return model.module.model.named_parameters()
+
+
+def changed(folder: Path, out: Path, change) -> Path:
+    """A copy of a folder with other tensors."""
+    shutil.copytree(folder, out)
+    tensors = load_file(out / "model.safetensors")
+    change(tensors)
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+@pytest.mark.parametrize("family", ["gemma3", "llama4"])
+def test_text_tensors_that_are_missing_or_unknown_are_refused_by_name(folders, family, tmp_path):
+    base, text = folders(family), "language_model.model."
+    cases = {
+        "lacks model.norm.weight": lambda t: t.pop(f"{text}norm.weight"),
+        "holds model.layers.0.new.weight": lambda t: t.update({f"{text}layers.0.new.weight": torch.zeros(2)}),
+        "shape (3,) where": lambda t: t.update({f"{text}norm.weight": torch.zeros(3)}),
+    }
+    for number, (words, change) in enumerate(cases.items()):
+        folder = changed(base, tmp_path / str(number), change)
+        for load in (load_causal, lambda f, **options: load_scalar(f, new_head="zero", **options)):
+            with pytest.raises(UserError) as caught:
+                load(folder, device="cpu")
+            assert words in str(caught.value)
+    # What is not of the text half is not asked about, and goes along.
+    folder = changed(base, tmp_path / "more", lambda t: t.update({"vision_tower.new": torch.ones(2)}))
+    load_causal(folder, device="cpu").export(tmp_path / "out")
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_bytes())["weight_map"]
+    with safe_open(tmp_path / "out" / index["vision_tower.new"], "pt") as file:
+        assert file.get_tensor("vision_tower.new").tolist() == [1, 1]
+
+
+def test_without_the_original_the_text_half_is_saved(folders, tmp_path, caplog):
+    base = tmp_path / "base"
+    shutil.copytree(folders("mistral3"), base)
+    trainer = trained(load_causal(base, device="cpu"))
+    shutil.rmtree(base)
+    with caplog.at_level(logging.WARNING, "tandem"):
+        trainer.export(tmp_path / "out")
+    assert f"without the other parts of {base}" in caplog.text
+    module = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(module).__name__ == "Ministral3ForCausalLM"
+    torch.testing.assert_close(logps(module), scored(trainer), rtol=0, atol=1e-5)
+
+
+def test_a_reward_model_is_one_of_the_text_half(folders, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "tandem"):
+        model = load_scalar(folders("gemma4"), new_head="random", device="cpu")
+    assert "its other parts stay" in caplog.text
+    model.export(tmp_path / "out")
+    again = load_scalar(tmp_path / "out", new_head="refuse", device="cpu")
+    assert again.module.config.model_type == "gemma4_text"
+    assert all(torch.equal(t, again.module.state_dict()[n]) for n, t in model.module.state_dict().items())
+
+
+def test_a_whole_that_says_other_things_of_text_is_refused(folders, monkeypatch):
+    kind = transformers.Mistral3ForConditionalGeneration
+    forward = kind.forward
+
+    def capped(self, *args, **options):
+        found = forward(self, *args, **options)
+        found.logits = 3 * torch.tanh(found.logits / 3)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "forward", capped)
+        with pytest.raises(UserError, match="could not be shown to say what the whole says of text"):
+            load_causal(folders("mistral3"), device="cpu")
+    load_causal(folders("mistral3"), device="cpu")
+
+
+def test_nothing_but_the_text_half_is_made(folders):
+    seeing = SeeingModel.of(folders("gemma3"))
+    names = PartNames.of(seeing.config)
+    assert set(names.whole.state_dict()) == {names.in_whole(name) for name in names.half.state_dict()}
+
+
+def test_without_a_causal_class_of_the_text_it_is_refused(folders):
+    with pytest.raises(UserError, match="no causal language model of its text half alone"):
+        load_causal(folders("qwen3_vl"), device="cpu")
