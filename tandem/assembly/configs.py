@@ -108,15 +108,11 @@ class RunConfig:
                 f"model: the weights in {self.model.model} are in few bits ({self.quantized}), and only adapters can "
                 "be trained on them: --lora.rank 32"
             )
-        several = next((role for role in self.method.losses() if self.placement.workers(role) > 1), None)
         reference = self.method.needs_model("reference") and not self.is_view("reference")
         wrong = {
             "lora.dora": self.lora.dora and "the lengths of its rows are those of a whole weight; leave it out",
-            "lora.fold": self.lora.fold and "a copy with adapters folded in is a model in 16 bits; leave it out",
             "offload": self.model.offload == "parameters"
-            and "its layers cannot be gathered from the CPU; leave it at none or optimizer",
-            f"placement.{several}": several and "its layers are not split over several workers; give it 1 or none",
-            "torchrun": launched() and "its layers are not split over several processes; start one",
+            and "its layers stay on their device; leave it at none or optimizer",
             "placement.reference": reference
             and self.sources["reference"] == self.model.model
             and "its reference is the policy without adapters, in the same place; leave it out",
@@ -370,11 +366,6 @@ class SamplesConfig(RunConfig):
             raise UserError(
                 "correction: with max_lag above 0 and old_logp 'trainer' old samples would count as if the newest "
                 "weights had drawn them; give a correction (token_tis), --old-logp sampler, or --uncorrected"
-            )
-        if self.quantized is not None and self.engine.kind == "vllm":
-            raise UserError(
-                f"engine.kind: the base is in few bits (lora.quantize {self.quantized}), and vLLM takes it in full; "
-                "take --engine.kind live"
             )
         if self.schedule.stale_cache == "keep" and self.engine.kind == "vllm":
             raise UserError(

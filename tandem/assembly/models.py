@@ -26,6 +26,7 @@ from tandem.models.adapters import AdapterParams, require_peft
 from tandem.models.folder import readable_errors, with_config
 from tandem.models.forward import LoadedModel
 from tandem.models.loading import load_causal, load_scalar, load_tokenizer
+from tandem.models.quantized import dequantize_module, share_codes
 from tandem.models.routers import require_biases, require_experts
 from tandem.models.shared import scalar_beside
 from tandem.roles import Engine, FedEngine, LossFn, Seat, SleepingEngine
@@ -243,9 +244,17 @@ def replica_engine(
     engine: EngineSection,
     stale_cache: StaleCache = "keep",
     adapters: AdapterParams | None = None,
+    whole: bool = False,
 ) -> FedEngine:
-    """A live engine with weights of its own, and ``adapters`` of its own."""
+    """A live engine with weights of its own, and ``adapters`` of its own.
+
+    Beside an actor with a base in few bits it has that one, which no step changes; ``whole``: none in few bits.
+    """
     model = load(site, section, section.model, adapters=adapters)
+    if whole:
+        dequantize_module(model.module)
+    elif (actor := site.roles.get("actor")) is not None:
+        share_codes(actor.model.module, model.module)
     return ReplicaEngine(model, **live_options(sampling, engine, stale_cache))
 
 

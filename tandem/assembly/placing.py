@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -29,6 +30,7 @@ from tandem.models.adapters import AdapterParams
 from tandem.models.folder import with_tokenizer
 from tandem.models.limits import layers_of, read_config
 from tandem.models.loading import pick_device
+from tandem.models.quantized_folder import quantized_kind
 from tandem.models.shrunk import furthest_limit
 from tandem.parallel.world import World
 from tandem.roles import Engine, FedEngine, Home, Metrics, Seat
@@ -314,6 +316,7 @@ class Homes:
             engine=self.engine,
             stale_cache=stale_cache,
             adapters=self.fed_adapters,
+            whole=self.fold,
         )
 
     def _live_beside_actor(
@@ -379,6 +382,9 @@ class Homes:
             concurrency=CALLS_AT_A_TIME,
         )
         say("starting vLLM")
+        # It would keep few bits as they are; the first push brings the weights that these stand for.
+        in_full: dict[str, Any] = {"load_format": "dummy", "hf_overrides": {"quantization_config": None}}
+        arguments = in_full if quantized_kind(self.model.model) is not None else {}
         source = self._source()
         room = None if self.fed_adapters is None else room_of(source.call("plan", self.model.dtype))
         engines = group.place(
@@ -388,7 +394,7 @@ class Homes:
                 # It reads whole models, and is fed others.
                 section=replace(self.model, model=base_of(self.model.model)),
                 sampling=sampling,
-                engine=self.engine,
+                engine=replace(self.engine, arguments=json.dumps(arguments | self.engine.vllm_arguments)),
                 seed=seed,
                 shared=shared,
                 tokenizer=with_tokenizer(self.model.model),

@@ -3,8 +3,10 @@
 NF4 (arXiv:2305.14314, section 3): each block of 64 numbers, in the order in which they lie, is divided by its largest
 magnitude, and each number becomes the nearest of 16 quantiles of a normal distribution. The magnitudes, less their
 mean, are kept in 8 bits, with a magnitude of their own for each 256 of them: 4 + 8/64 + 32/(64·256) = 4.127 bits a
-number. All that is computed by bitsandbytes, on a GPU and on a CPU. FP8: a row is divided by its largest magnitude over
-448, and each number becomes the nearest of e4m3's (arXiv:2209.05433, table 1): 8 bits, and 32 a row.
+number. All that is computed by bitsandbytes, on a GPU and on a CPU. FP8: a row is divided by a power of two that
+brings its largest magnitude to between 224 and 448, and each number becomes the nearest of e4m3's (arXiv:2209.05433,
+table 1): 8 bits, and 32 a row. Such a number times a power of two is one of bfloat16's, too, so that whoever multiplies
+by the dequantised weight multiplies by the same numbers.
 """
 
 from __future__ import annotations
@@ -32,8 +34,8 @@ class Coded(NamedTuple):
     codes: Tensor
     """uint8: two numbers a byte of 4 bits, one behind the other; of 8 bits [O, I]."""
     scales: Seq[Tensor]
-    """Of FP8 that of each row, [O], float32. Of 4 bits the blocks' magnitudes: in float32; or in 8 bits, with the
-    magnitudes of these, the 256 numbers that they stand for, and their mean."""
+    """Of FP8 that of each row, [O], float32, powers of two. Of 4 bits the blocks' magnitudes: in float32; or in 8 bits,
+    with the magnitudes of these, the 256 numbers that they stand for, and their mean."""
     shape: tuple[int, int]
     kind: Kind
     block: int = BLOCK
@@ -49,7 +51,8 @@ def quantize(weight_OI: Tensor, kind: Kind) -> Coded:
     """The weight in few bits, where it lies."""
     shape = (weight_OI.shape[0], weight_OI.shape[1])
     if kind == "fp8":
-        scale_O = (weight_OI.float().abs().amax(dim=1) / LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
+        share_O = (weight_OI.float().abs().amax(dim=1) / LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
+        scale_O = share_O / share_O.frexp().mantissa
         codes = (weight_OI.float() / scale_O[:, None]).to(torch.float8_e4m3fn).view(torch.uint8)
         return Coded(codes, [scale_O], shape, kind)
     library = require_bitsandbytes().functional

@@ -161,12 +161,14 @@ class LoadedModel:
     def shard(self, world: World, *, keep_gathered: bool = False, offload: bool = False) -> None:
         """Splits the parameters over the world's ranks (``tandem.parallel.sharding.shard``), in float32.
 
-        Raises UserError where some of them are in few bits.
+        Weights in few bits stay whole on every rank: nothing of them has to be gathered. Raises UserError where these
+        are to ``offload``.
         """
-        if quantized_in(self.module):
+        coded = [layer.weight for layer in quantized_in(self.module).values()]
+        if coded and offload:
             raise UserError(
-                f"{type(self.module).__name__}: its layers are in few bits, and are not split over several processes; "
-                "give it one, without --offload parameters"
+                f"offload: {type(self.module).__name__} has layers in few bits, which stay on their device; leave it "
+                "at none or optimizer"
             )
         self.sharded = Sharded(self, world.device)
         self.route_in_float32(self.torch_dtype)
@@ -182,6 +184,7 @@ class LoadedModel:
             compute_dtype=self.torch_dtype,
             keep_gathered=keep_gathered,
             offload=offload,
+            kept=coded,
         )
 
     def export(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:

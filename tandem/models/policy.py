@@ -13,7 +13,8 @@ from tandem.errors import UserError
 from tandem.models.adapters import Adapters
 from tandem.models.forward import LoadedModel
 from tandem.models.pairs import merged, pairs_of, plain_name
-from tandem.models.quantized import quantized_in
+from tandem.models.quantized import Quantized, quantized_in
+from tandem.parallel.gather import standing
 from tandem.parallel.sharding import forget_gathered, local, placed_like, slice_like, unsharded
 from tandem.seeds import derive_seed
 
@@ -34,19 +35,16 @@ class Policy:
         """What of adapters begins at 0, where ``stir`` has put others in their places: this rank's slices, by name."""
 
     def merged(self) -> Mapping[str, Tensor]:
-        """The parameters of the same model without adapters, by its names, these added to its weights.
-
-        Raises UserError where some of these are in few bits.
-        """
-        if quantized_in(self.model.module):
-            raise UserError(
-                "lora.fold: the base is in few bits, and adapters are folded into whole weights; leave it out"
-            )
-        return self.parameters if self.adapters is None else Merged(self.model.module, self.parameters)
+        """The parameters of the same model without adapters, by its names, these added to its weights."""
+        return self.parameters if self.adapters is None else Merged(self.model.module, self._dequantized())
 
     def scaled(self) -> Mapping[str, Tensor]:
         """The parameters with each adapter's B times its scale, for what adds ``B A x`` as it is."""
-        return Scaled(self.model.module, self.parameters)
+        return Scaled(self.model.module, self._dequantized())
+
+    def _dequantized(self) -> Mapping[str, Tensor]:
+        few = quantized_in(self.model.module)
+        return Dequantized(few, self.parameters, self.model.torch_dtype) if few else self.parameters
 
     @contextmanager
     @torch.no_grad()
@@ -82,6 +80,30 @@ class Policy:
             forget_gathered(self.model.sharded)
 
 
+class Dequantized(Mapping[str, Tensor]):
+    """A model's parameters by their names, those in few bits as the weights [O, I] that they stand for.
+
+    Each is made when it is asked for, in ``dtype``, in which the model multiplies by it: the very same numbers.
+    """
+
+    def __init__(self, layers: Mapping[str, Quantized], parameters: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+        self.layers = {f"{name}.weight": layer for name, layer in layers.items()}
+        self.parameters, self.dtype = parameters, dtype
+        shapes = {name: torch.empty(layer.shape, dtype=dtype, device="meta") for name, layer in self.layers.items()}
+        self.standing = {**parameters, **shapes}
+        """For each a tensor of the same shape; without numbers, where these are still to be made."""
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.standing)
+
+    def __len__(self) -> int:
+        return len(self.standing)
+
+    def __getitem__(self, name: str) -> Tensor:
+        layer = self.layers.get(name)
+        return self.parameters[name] if layer is None else layer.dequantized(self.dtype)
+
+
 class Scaled(Mapping[str, Tensor]):
     """A model's parameters by their names, each adapter's B times its scale (arXiv:2106.09685, section 4.1).
 
@@ -90,7 +112,7 @@ class Scaled(Mapping[str, Tensor]):
     """
 
     def __init__(self, module: Any, parameters: Mapping[str, Tensor]) -> None:
-        self.standing = parameters
+        self.parameters, self.standing = parameters, standing(parameters)
         pairs = pairs_of(module)
         head = module.get_output_embeddings()
         for name, pair in pairs.items():
@@ -113,7 +135,7 @@ class Scaled(Mapping[str, Tensor]):
 
     @torch.no_grad()
     def __getitem__(self, name: str) -> Tensor:
-        whole = self.standing[name]
+        whole = self.parameters[name]
         scale = self.scales.get(name)
         return whole if scale is None else placed_like(local(whole).float() * scale, whole)
 
@@ -127,7 +149,8 @@ class Merged(Mapping[str, Tensor]):
     def __init__(self, module: Any, parameters: Mapping[str, Tensor]) -> None:
         self.parameters = parameters
         self.pairs = pairs_of(module)
-        self.standing = {plain_name(name): p for name, p in parameters.items() if ".lora_" not in name}
+        self.names = {plain_name(name): name for name in parameters if ".lora_" not in name}
+        self.standing = {plain: standing(parameters)[name] for plain, name in self.names.items()}
         """For each, the base's tensor: of the same shape, and in the same place as long as that stays."""
 
     def __iter__(self) -> Iterator[str]:
@@ -138,7 +161,7 @@ class Merged(Mapping[str, Tensor]):
 
     @torch.no_grad()
     def __getitem__(self, name: str) -> Tensor:
-        base, pair = self.standing[name], self.pairs.get(name)
+        base, pair = self.parameters[self.names[name]], self.pairs.get(name)
         if pair is None:
             return base
         sides = (unsharded(self.parameters[side]).to(local(base).device) for side in (pair.a, pair.b))

@@ -95,6 +95,13 @@ def quantized_in(module: nn.Module) -> dict[str, Quantized]:
     return {name: part for name, part in module.named_modules() if isinstance(part, Quantized)}
 
 
+def share_codes(owner: nn.Module, module: nn.Module) -> None:
+    """Gives a copy of a model the weights in few bits of the ``owner``, layer by layer: they are in memory once."""
+    theirs = quantized_in(owner)
+    for name, layer in quantized_in(module).items():
+        layer.adopt(theirs[name].coded)
+
+
 def numbers_in(module: nn.Module) -> int:
     """How many numbers its parameters stand for."""
     total = sum(p.numel() for p in module.parameters())

@@ -15,6 +15,16 @@ from tandem.parallel.sharding import local
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
+def standing(parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """What can be looked at for nothing, of the same names, shapes and places.
+
+    That is the parameters themselves, and for those that are computed when they are asked for (adapters scaled, or
+    folded into their base; a base in few bits) what they are computed from: their mapping's ``standing``.
+    """
+    found: Mapping[str, Tensor] = getattr(parameters, "standing", parameters)
+    return found
+
+
 class Gatherer:
     """Fills tensors with the whole values of parameters, sharded or not, cast to the tensors' dtype."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -37,8 +37,11 @@ def shard(
     compute_dtype: torch.dtype,
     keep_gathered: bool = False,
     offload: bool = False,
+    kept: Collection[Tensor] = (),
 ) -> None:
     """Splits the parameters of ``root`` over the world's ranks, gathered layer by layer in ``compute_dtype``.
+
+    Those ``kept`` stay whole on every rank, as they are: nothing may train them.
 
     ``keep_gathered`` keeps a layer's parameters from its forward to its backward (ZeRO stages 1 and 2), otherwise
     they are gathered twice (stage 3). ``offload`` keeps parameters, gradients and optimizer state on the CPU.
@@ -49,6 +52,7 @@ def shard(
         "mesh": world.mesh,
         "mp_policy": MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32),
         "offload_policy": CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if offload else OffloadPolicy(),
+        "ignored_params": set(kept),
     }
     # Layers that have parameters in common (Zamba's attention) cannot gather them one by one: the root does.
     owners = Counter(id(parameter) for layer in layers for parameter in layer.parameters())

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from tandem.kernels import bits
+from tandem.parallel.gather import standing
 from tandem.parallel.sharding import local, rows_of
-from tandem.sync.plan import Plan, standing
+from tandem.sync.plan import Plan
 
 MODULUS = 1 << 32
 Sums = dict[str, int]

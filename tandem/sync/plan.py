@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import cached_property
@@ -88,16 +88,6 @@ def plan_of(parameters: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None 
             TensorSpec(name, tuple(tensor.shape), str(dtype if rounded else tensor.dtype).removeprefix("torch."))
         )
     return Plan(tuple(specs), **options)
-
-
-def standing(parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """What can be looked at for nothing, of the same names, shapes and places.
-
-    That is the parameters themselves, and for those that are computed when they are asked for (adapters scaled, or
-    folded into their base) what they are computed from: their mapping's ``standing``.
-    """
-    found: Mapping[str, Tensor] = getattr(parameters, "standing", parameters)
-    return found
 
 
 def views(bucket: Bucket, buffer: Tensor) -> list[tuple[str, Tensor]]:

@@ -7,11 +7,11 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
-from tandem.parallel.gather import Gatherer
+from tandem.parallel.gather import Gatherer, standing
 from tandem.parallel.sharding import local
 from tandem.sync.checksum import ParameterSums, Sums
 from tandem.sync.links import Link
-from tandem.sync.plan import Plan, plan_of, standing
+from tandem.sync.plan import Plan, plan_of
 from tandem.sync.sender import Sender
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,3 +66,15 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def micro_batches(batch: Batch, token_budget: int) -> list[Batch]:
     """The batch as a trainer in one process cuts it."""
     return [share.batch for share in shares(batch, token_budget, World())]
+
+
+def bitsandbytes_folder(base: Path, folder: Path, **changes: Any) -> Path:
+    """The model of a folder in 4 bits, as transformers writes it."""
+    kinds = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    config = transformers.BitsAndBytesConfig(**kinds | changes)
+    module = transformers.AutoModelForCausalLM.from_pretrained(
+        base, quantization_config=config, device_map={"": "cpu"}, dtype=torch.float32
+    )
+    module.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import json
+import math
 import sys
 import weakref
 from itertools import pairwise
@@ -11,7 +12,7 @@ from itertools import pairwise
 import pytest
 import torch
 import transformers
-from helpers.models import make_module, make_tokenizer
+from helpers.models import bitsandbytes_folder, make_module, make_tokenizer
 from safetensors.torch import load_file, save_file
 from test_adapters import batch_of_rows, logp_of, negative_logp, peft_logp, train, trainer_of
 
@@ -21,7 +22,7 @@ from tandem.config import load_config
 from tandem.errors import UserError
 from tandem.kernels import quantized
 from tandem.models.adapters import AdapterParams, put_saved
-from tandem.models.loading import load_causal, load_scalar
+from tandem.models.loading import load_causal, load_scalar, prepare_module
 from tandem.models.pairs import adapted
 from tandem.models.policy import Merged
 from tandem.models.quantized import Quantized, dequantize_module, quantize_module, quantized_in
@@ -83,7 +84,7 @@ def test_fp8_is_the_nearest_of_e4m3s_numbers_row_by_row():
     values = sorted({sign * v for v in values if v <= 448 for sign in (-1, 1)})
     found = quantized.dequantize(quantized.quantize(weight_OI, "fp8"), torch.float32)
     for row, got in zip(weight_OI.double().tolist(), found.double().tolist(), strict=True):
-        scale = max(map(abs, row)) / 448
+        scale = 2.0 ** math.ceil(math.log2(max(map(abs, row)) / 448)) if any(row) else 0
         for x, y in zip(row, got, strict=True):
             nearest = min(abs(v * scale - x) for v in values) if scale else 0
             assert abs(y - x) <= nearest + 1e-6 * abs(x)
@@ -104,6 +105,8 @@ def test_a_product_and_its_gradient_are_those_of_the_dequantised_weight(kind, dt
     share = 1e-6 if dtype == torch.float32 else 3 * 2**-9
     for found, exact in ((out, x.double() @ whole_OI.T + bias.double()), (x.grad, up.double() @ whole_OI)):
         assert (found.double() - exact).norm() < share * exact.norm()
+    # What an engine without few bits is sent are the numbers that are multiplied by here, to the bit.
+    assert torch.equal(quantized.linear(torch.eye(72, dtype=dtype), coded).T, quantized.dequantize(coded, dtype))
     compiled = torch.compile(lambda x: quantized.linear(x, coded, bias), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), out)
 
@@ -176,6 +179,17 @@ def test_a_number_of_a_wide_layer_takes_4_13_bits():
     assert 8 * (layer.bytes - 1024 - 4) / 1024**2 == pytest.approx(4 + 8 / 64 + 32 / (64 * 256))
 
 
+@pytest.mark.parametrize("kind", ["nf4", "fp8"])
+def test_adapters_are_folded_into_the_dequantised_weights(base, kind):
+    trainer = trainer_of(base, AdapterParams(rank=4, quantize=kind))
+    train(trainer)
+    module = load_causal(base, device="cpu").module
+    for name, weight in trainer.policy.merged().items():
+        module.get_parameter(name).data = weight.detach().clone()
+    folded = LocalScorer(prepare_module(module, make_tokenizer()), token_budget=20)
+    torch.testing.assert_close(logp_of(folded), logp_of(trainer), rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize(("kind", "dtype"), [("nf4", "float32"), ("fp8", "float32"), ("nf4", "bfloat16")])
 def test_adapters_at_zero_the_view_and_the_gradient_are_those_of_the_quantised_base(base, kind, dtype):
     alone = load_causal(base, device="cpu", dtype=dtype)
@@ -243,15 +257,13 @@ def test_a_checkpoint_goes_on_bit_for_bit_and_refuses_another_quantisation(base)
     torch.testing.assert_close(found[f"{name}.weight"], wanted, rtol=0, atol=1e-6)
 
 
-def test_a_whole_model_in_few_bits_is_not_trained_nor_folded(base):
+def test_a_whole_model_in_few_bits_is_not_trained_nor_offloaded(base):
     model = load_causal(base, device="cpu")
     quantize_module(model.module, "fp8")
     with pytest.raises(UserError, match="only adapters can be trained on them"):
         LocalTrainer(model, negative_logp, OptimParams(learning_rate=1e-3, total_steps=1), token_budget=20)
-    with pytest.raises(UserError, match="are not split over several processes"):
-        model.shard(World(device=model.device))
-    with pytest.raises(UserError, match="adapters are folded into whole weights"):
-        trainer_of(base, AdapterParams(rank=2, quantize="fp8")).policy.merged()
+    with pytest.raises(UserError, match=r"offload: .* layers in few bits, which stay on their device"):
+        model.shard(World(device=model.device), offload=True)
 
 
 def test_what_was_trained_is_read_by_peft_on_the_same_quantised_base(base, tmp_path, caplog):
@@ -270,18 +282,6 @@ def test_what_was_trained_is_read_by_peft_on_the_same_quantised_base(base, tmp_p
     critic = load_scalar(tmp_path, new_head="zero", device="cpu", adapters=AdapterParams(rank=2, quantize="nf4"))
     assert len(quantized_in(critic.module)) == 14
     assert "its adapters were trained on a base in nf4, and are added to that base in full here" in caplog.text
-
-
-def bitsandbytes_folder(base, folder, **changes):
-    """As transformers writes it."""
-    kinds = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-    config = transformers.BitsAndBytesConfig(**kinds | changes)
-    module = transformers.AutoModelForCausalLM.from_pretrained(
-        base, quantization_config=config, device_map={"": "cpu"}, dtype=torch.float32
-    )
-    module.save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
 
 
 def test_a_folder_in_bitsandbytes_4_bits_is_trained_on_as_it_is(base, tmp_path):
@@ -343,12 +343,8 @@ def test_a_damaged_folder_is_refused_though_it_is_quantised_as_it_is_read(base, 
     ("method", "flags", "message"),
     [
         ("sft", ["--lora.dora"], "lora.dora: the base is in few bits"),
-        ("sft", ["--placement.actor", "2"], "placement.actor: .* its layers are not split over several workers"),
-        ("ppo", ["--placement.critic", "2"], "placement.critic: .* its layers are not split over several workers"),
         ("sft", ["--placement.actor", "1", "--offload", "parameters"], "offload: the base is in few bits"),
-        ("ppo", ["--lora.fold"], "lora.fold: the base is in few bits"),
         ("ppo", ["--placement.reference", "1"], "its reference is the policy without adapters"),
-        ("ppo", ["--engine.kind", "vllm"], "engine.kind: the base is in few bits"),
     ],
 )
 def test_what_a_base_in_few_bits_cannot_do_is_refused(method, flags, message):
@@ -386,5 +382,3 @@ def test_a_folder_in_4_bits_is_known_by_its_config(tmp_path):
         config_of("sft", tmp_path)
     with pytest.raises(UserError, match="are nf4 already, got fp8"):
         config_of("sft", tmp_path, "--lora.rank", "8", "--lora.quantize", "fp8")
-    with pytest.raises(UserError, match="and vLLM takes it in full"):
-        config_of("ppo", tmp_path, "--lora.rank", "8", "--engine.kind", "vllm")

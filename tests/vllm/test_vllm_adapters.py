@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -18,6 +18,7 @@ from tandem.models.adapters import AdapterParams
 from tandem.models.loading import load_causal
 from tandem.models.policy import Scaled
 from tandem.parallel.world import World
+from tandem.roles import Seat
 from tandem.sync.check import WeightMismatch
 from tandem.sync.push import PushParams, WeightPush
 from tandem.sync.source import WeightSource
@@ -42,6 +43,8 @@ class Ends:
     source: WeightSource
     engine: VLLMEngine
     link: Callable[[], WeightPush]
+    engines: Seat
+    """The engine in a home of its own."""
 
     def change(self, seed: int, size: float = 0.3) -> None:
         """Other numbers in all adapters; B of this ``size``."""
@@ -66,24 +69,21 @@ def largest(one: list[list[float]], other: list[list[float]]) -> float:
     return max(abs(a - b) for x, y in zip(one, other, strict=True) for a, b in zip(x, y, strict=True))
 
 
-@pytest.fixture(scope="module")
-def ends(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ends]:
-    folder = save(make_model("llama", seed=0, tied=True), tmp_path_factory.mktemp("base"))
+def source_of(folder: str, params: AdapterParams) -> tuple[LocalTrainer, WeightSource]:
+    """A trainer of adapters, and what pushes its weights."""
     trainer = LocalTrainer(
-        load_causal(folder, adapters=PARAMS, device="cpu"),
+        load_causal(folder, adapters=params, device="cpu"),
         lambda out, batch: None,  # type: ignore[arg-type,return-value]
         OptimParams(learning_rate=1e-3, total_steps=9),
         token_budget=64,
     )
-    home, aside = Here(Site(World())), Aside(Site(World()))
-    actor = home.place("actor", lambda site: trainer)
     moving = trainer.policy.trained
-    source = WeightSource(trainer.policy.scaled(), torch.device("cpu"), moving=moving)
-    sender = home.place("source", lambda site: source)
-    room = room_of(sender.call("plan", "float32"))
-    assert (room.rank, len(room.targets)) == (8, 7)
-    engine = VLLMEngine(folder, dtype="float32", max_slots=4, max_length=100, sleep=True, adapters=room)
-    engines = aside.place("engine", lambda site: engine)
+    return trainer, WeightSource(trainer.policy.scaled(), torch.device("cpu"), moving=moving)
+
+
+def ends_of(trainer: LocalTrainer, source: WeightSource, engine: VLLMEngine, engines: Seat) -> Ends:
+    home = Here(Site(World()))
+    actor, sender = (home.place(name, lambda site, it=it: it) for name, it in (("actor", trainer), ("source", source)))
 
     def link() -> WeightPush:
         # A fault of the scale is one of the truth as well.
@@ -93,7 +93,20 @@ def ends(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ends]:
         push.connect()
         return push
 
-    yield Ends(trainer, source, engine, link)
+    return Ends(trainer, source, engine, link, engines)
+
+
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ends]:
+    folder = save(make_model("llama", seed=0, tied=True), tmp_path_factory.mktemp("base"))
+    trainer, source = source_of(folder, PARAMS)
+    room = room_of(source.plan("float32"))
+    assert (room.rank, len(room.targets)) == (8, 7)
+    engine, aside = (
+        VLLMEngine(folder, dtype="float32", max_slots=4, max_length=100, sleep=True, adapters=room),
+        Aside(Site(World())),
+    )
+    yield ends_of(trainer, source, engine, aside.place("engine", lambda site: engine))
     engine.close()
     source.close()
     aside.close()
@@ -278,6 +291,51 @@ def test_each_token_belongs_to_the_adapters_that_drew_it(ends, plain):
 def row(ends: Ends, token_ids: list[int]) -> list[float]:
     """The trainer's log-probs of what came after the prompt."""
     return ends.trainer.logprobs([[*PROMPT, *token_ids]])[0][len(PROMPT) - 1 :]
+
+
+def base_in_full(source: WeightSource, full: LocalTrainer, patch: pytest.MonkeyPatch) -> None:
+    """What was never quantised is sent, and summed as well."""
+    found = source.parameters.parameters  # type: ignore[attr-defined]
+    patch.setattr(found, "layers", {})
+    patch.setattr(found, "parameters", {**found.parameters, **dict(full.policy.parameters)})
+
+
+def base_that_stays(source: WeightSource, full: LocalTrainer, patch: pytest.MonkeyPatch) -> None:
+    """The engine has the folder's, and takes no other."""
+    fill = source.gatherer.fill
+
+    def filled(wanted: list[tuple[str, Tensor]]) -> None:
+        fill(wanted)
+        for name, tensor in wanted:
+            if "base_layer" in name:
+                tensor.copy_(full.policy.parameters[name])
+
+    patch.setattr(source.gatherer, "fill", filled)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp8"])
+def test_a_base_in_few_bits_is_sent_once_as_what_it_stands_for(ends, plain, kind):
+    pytest.importorskip("bitsandbytes")
+    trainer, source = source_of(ends.trainer.policy.adapters.base, replace(PARAMS, quantize=kind))
+    few = ends_of(trainer, source, ends.engine, ends.engines)
+    wrong = {base_in_full: "log-probs that differ", base_that_stays: r"does not hold .* model\.layers\.0\S+base_layer"}
+    for fault, said in wrong.items():
+        push = few.link()
+        with pytest.MonkeyPatch.context() as patch:
+            fault(source, ends.trainer, patch)
+            with pytest.raises(WeightMismatch, match=said):
+                push(0)
+    push = few.link()
+    for step in range(3):
+        push(step)
+        assert few.gap() < 1e-4
+        assert covered(few.engine) == {spec.name for spec in push.plan.tensors}
+        if step == 0:
+            assert ends.gap() > 0.01
+        few.change(step)
+        assert few.gap() > 0.1
+    assert {spec.name for spec in push.plan.tensors} == set(trainer.policy.trained)
+    source.close()
 
 
 def test_what_sleep_loses_is_there_again_after_a_push_of_all(ends, plain):

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from helpers.broken_engines import damaged_engine
 from helpers.drivers import command, descendants, running
+from helpers.models import bitsandbytes_folder
 from helpers.shared_ray import arguments, cluster_address, unevaluated, write_inputs
 from helpers.vllm_models import make_model, save
 from safetensors.torch import load_file
@@ -40,9 +41,9 @@ def at_inputs(inputs: Path, cluster_address: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(inputs)
 
 
-def train(out: str, method: str, *options: str) -> dict[str, Tensor]:
+def train(out: str, method: str, *options: str, model: str = "base") -> dict[str, Tensor]:
     argv = [*unevaluated(arguments(method, learning_rate="1e-4")), "--steps", "3", "--out", out, *options]
-    assert main(argv) == 0
+    assert main([model if word == "base" else word for word in argv]) == 0
     (weights,) = Path(out, "model").glob("*model.safetensors")
     return load_file(weights)
 
@@ -80,9 +81,10 @@ def test_grpo_split(grpo_split, inputs):
 
 
 def test_ppo_on_two_workers_shared_devices():
-    """Adapters of a sharded actor, which alone travel once the base has."""
+    """Adapters of a sharded actor, which alone travel once the base has: that of a folder in 4 bits, in full."""
+    bitsandbytes_folder(Path("base"), Path("four"))
     options = ("--placement.actor", "2", "--engine.arguments", '{"enforce_eager": true}', "--lora.rank", "4")
-    trained = train("ppo-shared", "ppo", *VLLM, *options)
+    trained = train("ppo-shared", "ppo", *VLLM, *options, model="four")
     assert all(tensor.any() for name, tensor in trained.items() if "lora_B" in name)
     assert_sampler_agrees("ppo-shared")
 
