@@ -32,9 +32,16 @@ class VLLMCore:
     which draw its first token.
     """
 
-    def __init__(self, engine: Any, slots: int, adapters: Any | None = None) -> None:
-        """``adapters``: vLLM's request for those that all jobs are to have."""
-        self.engine, self.slots, self.adapters = engine, slots, adapters
+    def __init__(
+        self,
+        engine: Any,
+        slots: int,
+        adapters: Any | None = None,
+        after_failure: Callable[[], None] = lambda: None,
+    ) -> None:
+        """``adapters``: vLLM's request for those that all jobs are to have. ``after_failure``: what a step that failed
+        calls before it says so (``setup.end_with_ranks``)."""
+        self.engine, self.slots, self.adapters, self.after_failure = engine, slots, adapters, after_failure
         self.version = 0
         self.unusable: Exception | None = None
         """Why nothing can be sampled now."""
@@ -81,6 +88,8 @@ class VLLMCore:
                         ended[name] = error
             return ended
         except BaseException as error:
+            if isinstance(error, Exception):
+                self.after_failure()
             # The step may have lost any of them, and what vLLM is left with is unknown.
             cut_off = RuntimeError(f"a vLLM step was cut off: {error!r}")
             self.broken = error if isinstance(error, Exception) else cut_off

@@ -81,15 +81,14 @@ class VLLMEngine:
             tokenizer=tokenizer,
             adapters=adapters,
         )
-        if own_process:
-            end_with_ranks(self._llm)
+        self._after_failure = end_with_ranks(self._llm) if own_process else lambda: None
         self._engine = self._llm.llm_engine
         self.tokenizer = self._llm.get_tokenizer()
         self._room: int = self._engine.model_config.max_model_len
         self.max_length = min(max_length or self._room, self._room)
         self.vocabulary: int = self._engine.model_config.get_vocab_size()
         self._eos_ids = eos_ids(self._llm)
-        self._core = VLLMCore(self._engine, max_slots, request() if adapters else None)
+        self._core = VLLMCore(self._engine, max_slots, request() if adapters else None, self._after_failure)
         self._stepper: Stepper[VLLMJob, Any] = Stepper(self._core)
         self._plan = Plan(())
         self._wholes: Wholes | None = None
@@ -289,7 +288,11 @@ class VLLMEngine:
         """Calls a method of every worker; one result a rank."""
         if self._closed:
             raise UserError("the vLLM engine is closed; start another one")
-        answers = self._engine.collective_rpc("tandem_call", args=(method, *arguments))
+        try:
+            answers = self._engine.collective_rpc("tandem_call", args=(method, *arguments))
+        except Exception:
+            self._after_failure()
+            raise
         if error := next((error for _, error in answers if error is not None), None):
             raise error
         return [value for value, _ in answers]

@@ -8,7 +8,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
@@ -138,8 +138,12 @@ def start_vllm(
         return LLM(model, **(options | dict(arguments)))
 
 
-def end_with_ranks(llm: Any) -> None:
-    """Has this process end where a tensor-parallel rank's does: vLLM cannot go on, and may wait for it for minutes."""
+def end_with_ranks(llm: Any) -> Callable[[], None]:
+    """Has this process end where a tensor-parallel rank's does: vLLM cannot go on, and may wait for it for minutes.
+
+    Returns what a call of vLLM that failed is to be followed by: where a rank has ended it waits for the end of this
+    process, so that its caller hears of a death, not of what vLLM says once it has lost a rank.
+    """
     executor = llm.llm_engine.model_executor
     processes = {worker.proc.sentinel: worker.proc for worker in getattr(executor, "workers", ())}
 
@@ -152,8 +156,15 @@ def end_with_ranks(llm: Any) -> None:
             print(f"tandem: vLLM's {ended.name} (pid {ended.pid}) died ({how})", file=sys.stderr, flush=True)
             os._exit(1)
 
+    watcher = threading.Thread(target=watch, name="ranks", daemon=True)
     if processes:
-        threading.Thread(target=watch, name="ranks", daemon=True).start()
+        watcher.start()
+
+    def after_failure() -> None:
+        if processes and wait(list(processes), timeout=0):
+            watcher.join()
+
+    return after_failure
 
 
 def on_cpu() -> bool:
