@@ -89,6 +89,9 @@ CASES = {
         {"num_hidden_layers": 4, "layer_types": ["conv", "conv", "full_attention", "conv"]},
         initial=True,
     ),
+    "minimax_m3_vl_text-sparse": Case(
+        "minimax_m3_vl_text", {"num_hidden_layers": 2, "layer_types": ["full_attention", "minimax_m3_sparse"]}
+    ),
     "minimax": Case("minimax", {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}),
     "xlstm": Case("xlstm", narrow=2),
     "gpt_neo": Case("gpt_neo", {"num_layers": 2, "attention_types": [[["global", "local"], 1]]}),

@@ -22,6 +22,7 @@ from tandem.models.quantized import dequantize_module, quantize_module, quantize
 from tandem.models.routers import quieted
 from tandem.models.scalar import scalar_class, scalar_keys, with_own_buffers
 from tandem.models.seeing import SeeingModel
+from tandem.models.states import keep_short_steps
 from tandem.models.text_config import config_in
 from tandem.models.weights import load_whole, require_finite
 from tandem.seeds import derive_seed
@@ -213,6 +214,7 @@ def prepare_module(module: Any, tokenizer: Any, *, dtype: Dtype = "float32", dev
         # In eval mode transformers' RWKV divides weights in place, lest float16 overflow: the divided ones would be
         # trained and saved.
         module.config.rescale_every = 0
+    keep_short_steps(module)
     speed_up_linears(module)
     model = LoadedModel(module=module, tokenizer=tokenizer, dtype=dtype, router_logits=quieted(module.config))
     if reason := probe_forward(model):

@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 
 from tandem.models.attention import leave_sdpa
 from tandem.models.limits import limits_of, turning_point
-from tandem.models.states import states_of_layers
+from tandem.models.states import keep_short_steps, states_of_layers
 
 log = logging.getLogger("tandem")
 LIMIT = 8
@@ -72,6 +72,7 @@ _NARROW = {
     "v_head_dim": 16,
     "index_head_dim": 16,
     "index_n_heads": 4,
+    "index_topk_blocks": 2,
     "hidden_size_per_layer_input": 16,
     "laurel_rank": 8,
     "linear_num_key_heads": 2,
@@ -146,7 +147,9 @@ def furthest_limit(config: Any, max_length: int | None, *, by: int) -> int:
 
 
 def _made(kind: Any, config: Any) -> Any:
-    return kind._from_config(copy.deepcopy(config), dtype=torch.float32)
+    module = kind._from_config(copy.deepcopy(config), dtype=torch.float32)
+    keep_short_steps(module)
+    return module
 
 
 @torch.no_grad()

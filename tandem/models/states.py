@@ -41,6 +41,18 @@ def states_of_layers(module: Any) -> list[int]:
     return [getattr(layer, "number_of_states", 0) for layer in layers]
 
 
+def keep_short_steps(module: Any) -> None:
+    """Lets time steps be as short as the config's key of that name says, or of any length.
+
+    Some classes of transformers heed another key, and lengthen short steps where many tokens go through at once and not
+    where one does (Nemotron H, Zamba 2).
+    """
+    limit = tuple(getattr(module.config, "time_step_limit", None) or (0.0, float("inf")))
+    for part in module.modules():
+        if hasattr(part, "time_step_limit"):
+            part.time_step_limit = limit
+
+
 def cache_argument(module: Any) -> str:
     """The name of the cache among the arguments of a module's forward."""
     return "cache_params" if "cache_params" in inspect.signature(module.forward).parameters else "past_key_values"

@@ -112,6 +112,9 @@ WRONG = [
     ("cohere2", changed(parallel=False)),
     ("olmo2", attending(wide_norms=None)),
     ("ministral3", attending(query_scale_P=None)),
+    ("hunyuan", attending(late_norms=None)),
+    ("deepseek-v3", asking(scaling=0.4)),
+    ("deepseek-v3", turning(pairs=False)),
     ("qwen3", turning(norms=None)),
     ("qwen3", norming("between", eps=0.5)),
 ]

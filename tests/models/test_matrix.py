@@ -65,8 +65,10 @@ def test_the_captured_way_is_proved_beyond_the_limits(name: str) -> None:
     assert row.holds, row
 
 
-def test_a_sparse_attention_that_its_own_cache_does_not_keep_is_refused() -> None:
-    row = matrix.look("deepseek_v32", matrix.cases()["deepseek_v32"], tokenizer())
+@pytest.mark.parametrize("name", ["deepseek_v32", "minimax_m3_vl_text-sparse"])
+def test_a_sparse_attention_that_its_own_cache_does_not_keep_is_refused(name: str) -> None:
+    """MiniMax M3's looks at the best few blocks of keys: beyond as many tokens as these have."""
+    row = matrix.look(name, matrix.cases()[name], tokenizer())
     assert "cannot be sampled" in row.refused
 
 

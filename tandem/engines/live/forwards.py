@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tandem.engines.live.layers import Attention, Unlike, read_decoder
+from tandem.engines.live.layers import Attention, Latent, Unlike, read_decoder
 from tandem.engines.live.pages import PagedDecode
 from tandem.engines.live.stacked import Additions
 from tandem.kernels import layers as kernels
@@ -107,22 +107,36 @@ class LeanForward:
             self.added.add_(logits_TV, hidden_TE)
         return self.head_shape.of(logits_TV, in_place=True).view(rows, columns, -1)
 
-    def _attend(self, hidden_TE: Tensor, position_T: Tensor, layout: Layout, attention: Attention, rows: int) -> Tensor:
+    def _attend(
+        self, hidden_TE: Tensor, position_T: Tensor, layout: Layout, attention: Attention | Latent, rows: int
+    ) -> Tensor:
         """Attention of one layer, [T, E]."""
+        if isinstance(attention, Latent):
+            query, key, value = (_heads_first(x, rows) for x in attention.parts(hidden_TE, position_T))
+            out = layout.attend(query, key, value, attention.ask)
+            return attention.output(out.reshape(len(hidden_TE), -1))
         qkv_TO = attention.qkv(hidden_TE)
         parts = attention.parts(qkv_TO)
         if attention.query_scale_P is not None:
             # Before they are turned, which is the same.
             parts[0].mul_(attention.query_scale_P[position_T, None, None])
-        if isinstance(layout, PagedDecode):
+        if isinstance(layout, PagedDecode) and attention.late_norms is None:
             # A token's position is its sequence's length, so that one kernel can do it all.
             out = layout.attend_heads(*parts, attention.ask, attention.rotation)
         else:
             qkv_THD = (torch.cat(parts, dim=1) if attention.by_head else qkv_TO).view(len(qkv_TO), -1, attention.size)
             kernels.rotate_(qkv_THD, position_T, attention.rotation, attention.heads, attention.kv_heads)
-            query, key, value = (
-                x.view(rows, len(qkv_THD) // rows, -1, attention.size).transpose(1, 2)
-                for x in qkv_THD.split([attention.heads, attention.kv_heads, attention.kv_heads], dim=1)
-            )
+            query, key, value = qkv_THD.split([attention.heads, attention.kv_heads, attention.kv_heads], dim=1)
+            if attention.late_norms is not None:
+                query, key = (
+                    kernels.norm(x.flatten(0, 1), by).view_as(x)
+                    for x, by in zip((query, key), attention.late_norms, strict=True)
+                )
+            query, key, value = (_heads_first(x, rows) for x in (query, key, value))
             out = layout.attend(query, key, value, attention.ask)
         return attention.output(out.reshape(len(hidden_TE), -1))
+
+
+def _heads_first(x_THD: Tensor, rows: int) -> Tensor:
+    """[T, H, D] → [rows, H, T / rows, D]."""
+    return x_THD.unflatten(0, (rows, -1)).transpose(1, 2)

@@ -85,9 +85,18 @@ class Attention:
     wide_norms: tuple[Norm, Norm] | None
     """Of all queries, and of all keys (OLMo 2)."""
     rotation: Rotation
+    late_norms: tuple[Norm, Norm] | None
+    """Of each query and of each key, once they are turned (Hunyuan)."""
     query_scale_P: Tensor | None
     """What a query at each position is multiplied by; None: nothing (Ministral 3)."""
     output: Product
+
+    def products(self) -> tuple[Product, ...]:
+        """All that are stacked."""
+        return self.qkv, self.output
+
+    def norms(self) -> tuple[Norm, ...]:
+        return (*(self.wide_norms or ()), *(self.late_norms or ()), *(self.rotation.norms or ()))
 
     def parts(self, qkv_TO: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [T, H, D], keys and values [T, Hkv, D] of the product, normed over all heads."""
@@ -103,6 +112,63 @@ class Attention:
             kernels.norm_(part_TO, by)
         query, key, value = qkv_TO.view(len(qkv_TO), -1, self.size).split(counts, dim=1)
         return query, key, value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latent:
+    """Attention whose keys and values come from a narrow state of each token (latent attention, arXiv:2405.04434).
+
+    The dimensions that turn are a head's last, and one key has them for all heads. Here they come first, with queries
+    as with keys, so that their products are the same.
+    """
+
+    ask: Ask
+    heads: int
+    shared: int
+    """Dimensions of a key that all heads share, those that turn among them."""
+    narrow: Product
+    """Queries, or the state that they come from; then the state of keys and values, and what keys share."""
+    query: tuple[Norm, Product] | None
+    """From their state; None: they have none."""
+    key_value: tuple[Norm, Product]
+    """From their state: for each head the rest of its key, and its value."""
+    rotation: Rotation
+    query_scale_P: Tensor | None
+    output: Product
+
+    def products(self) -> tuple[Product, ...]:
+        """All that are stacked."""
+        return self.narrow, *(product for _, product in self._from_states()), self.output
+
+    def norms(self) -> tuple[Norm, ...]:
+        return tuple(norm for norm, _ in self._from_states())
+
+    def _from_states(self) -> tuple[tuple[Norm, Product], ...]:
+        return (self.key_value,) if self.query is None else (self.query, self.key_value)
+
+    def parts(self, hidden_TE: Tensor, position_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys [T, H, D], turned, and values [T, H, V]."""
+        tokens, shared = len(hidden_TE), self.shared
+        norm, product = self.key_value
+        narrow_TO = self.narrow(hidden_TE)
+        width = product.linears[0].in_features
+        query_TO, state_TO, key_TR = narrow_TO.split([narrow_TO.shape[1] - width - shared, width, shared], dim=1)
+        rest_THD = product(kernels.norm(state_TO, norm)).view(tokens, self.heads, -1)
+        if self.query is not None:
+            norm, product = self.query
+            query_TO = product(kernels.norm(query_TO, norm))
+        query_THD = query_TO.reshape(tokens, self.heads, -1)
+        own = query_THD.shape[2] - shared
+        # One head more than there are queries: what all keys share turns once.
+        both = query_THD.new_empty(tokens, self.heads + 1, own + shared)
+        both[:, :-1, :shared], both[:, :-1, shared:] = query_THD[..., own:], query_THD[..., :own]
+        both[:, -1, :shared] = key_TR
+        kernels.rotate_(both, position_T, self.rotation, self.heads, 1)
+        query_THD, key_TR = both[:, :-1], both[:, -1, :shared]
+        if self.query_scale_P is not None:
+            query_THD = query_THD * self.query_scale_P[position_T, None, None]
+        key_THD = torch.cat((key_TR[:, None].expand(-1, self.heads, -1), rest_THD[..., :own]), dim=2)
+        return query_THD, key_THD, rest_THD[..., own:]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +211,7 @@ class Whole:
 class Layer:
     """Attention and a feed-forward part, each added to the residual ``scale`` times, with norms before and after."""
 
-    attention: Attention
+    attention: Attention | Latent
     feed: Gated | Ungated | Whole
     parallel: bool
     """Whether both start from the layer's input (Cohere, GPT-NeoX)."""
@@ -158,17 +224,15 @@ class Layer:
 
     def products(self) -> Iterator[Product]:
         """All that are stacked."""
-        yield from (self.attention.qkv, self.attention.output)
+        yield from self.attention.products()
         yield from (x for x in vars(self.feed).values() if isinstance(x, Product))
 
     def unread(self, module: nn.Module) -> str:
         """The first tensor of the module's layer that is not in here: it may do nothing yet, and something later."""
         linears = [linear for product in self.products() for linear in product.linears]
         known = {id(x) for linear in linears for x in (*linear.parameters(), *linear.buffers())}
-        attention = self.attention
-        norms = [self.before, self.after_attention, self.between, self.after_feed]
-        norms += [*(attention.wide_norms or ()), *(attention.rotation.norms or ())]
-        known |= {id(x) for norm in norms if norm for x in (norm.weight, norm.bias)} | {id(attention.ask.sinks)}
+        norms = [self.before, self.after_attention, self.between, self.after_feed, *self.attention.norms()]
+        known |= {id(x) for norm in norms if norm for x in (norm.weight, norm.bias)} | {id(self.attention.ask.sinks)}
         if isinstance(self.feed, Whole):
             known |= {id(x) for x in (*self.feed.module.parameters(), *self.feed.module.buffers())}
         tensors = (*module.named_parameters(), *module.named_buffers())
@@ -239,12 +303,12 @@ class _Table:
     cos: Tensor
     sin: Tensor
 
-    def rotation(self, pairs: bool, norms: tuple[Norm, Norm] | None) -> Rotation:
+    def rotation(self, pairs: bool) -> Rotation:
         cos, sin = (
             (x.repeat_interleave(2, dim=-1) if pairs else torch.cat((x, x), dim=-1)).contiguous()
             for x in (self.cos, self.sin)
         )
-        return Rotation(cos, sin, norms, pairs)
+        return Rotation(cos, sin, pairs=pairs)
 
 
 class _Watch(PackedLayout):
@@ -298,7 +362,8 @@ class _Watch(PackedLayout):
             raise Unlike("some of its layers were not called")
 
     def _outer(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if isinstance(output, tuple) and len(output) == 2 and all(isinstance(x, Tensor) for x in output):
+        pair = isinstance(output, tuple) and len(output) == 2 and all(isinstance(x, Tensor) for x in output)
+        if pair or (isinstance(output, Tensor) and output.is_complex()):
             self._tabulate(module, args, kwargs)
         elif (call := _call(module, args, kwargs, output)) is not None:
             self.outside.append(call)
@@ -330,7 +395,12 @@ class _Watch(PackedLayout):
                 return x
             return x.reshape(-1)[:1].view(1, 1, 1) if x.is_floating_point() else every
 
-        cos, sin = (x[0] for x in module.forward(*map(swapped, args), **{k: swapped(v) for k, v in kwargs.items()}))
+        angles = module.forward(*map(swapped, args), **{k: swapped(v) for k, v in kwargs.items()})
+        if isinstance(angles, Tensor):
+            # As complex numbers, one for each two dimensions (DeepSeek V2).
+            self.tables.append(_Table(angles[0].real.contiguous(), angles[0].imag.contiguous()))
+            return
+        cos, sin = (x[0] for x in angles)
         half = cos.shape[-1] // 2
         for columns, again in ((slice(0, half), slice(half, None)), (slice(0, None, 2), slice(1, None, 2))):
             if torch.equal(cos[:, columns], cos[:, again]):
@@ -407,12 +477,15 @@ class _Watch(PackedLayout):
         modules = set(whole.module.modules()) - {whole.module}
         return [x for x in self.inside if isinstance(x, _Attended) or x.module in modules]
 
-    def _read_attention(self, whole: _Call, attended: _Attended) -> Attention:
+    def _read_attention(self, whole: _Call, attended: _Attended) -> Attention | Latent:
         parts = self._parts(whole)
         place = parts.index(attended)
         before = [x for x in parts[:place] if isinstance(x, _Call)]
         after = [x for x in parts[place + 1 :] if isinstance(x, _Call) and not same(x.input, x.output)]
         projections = [call for call in before if is_linear(call.module)]
+        inner = [call for call in projections if not same(call.input, whole.input)]
+        if inner and len(projections) - len(inner) == 2:
+            return self._read_latent(before, after, attended, projections, inner)
         if len(projections) not in (1, 3) or not all(same(call.input, whole.input) for call in projections):
             raise Unlike("its queries, keys and values are not a product of its input each")
         tokens = len(self.position_T)
@@ -425,7 +498,8 @@ class _Watch(PackedLayout):
         out = torch.cat([call.output.reshape(tokens, -1) for call in projections], dim=-1)
         if out.shape[1] != (heads + 2 * kv_heads) * size:
             raise Unlike("its queries, keys and values are not a product of its input each")
-        norms = [norm for call in before if call not in projections and (norm := read_norm(call))]
+        normed = {call: norm for call in before if call not in projections and (norm := read_norm(call))}
+        norms = list(normed.values())
         if len(norms) not in (0, 2):
             raise Unlike("it has norms in its attention that are not a query's and a key's")
         sizes = {norm.weight.shape for norm in norms if norm.weight is not None and norm.bias is None}
@@ -435,6 +509,12 @@ class _Watch(PackedLayout):
         by_size = pair if sizes == {(size,)} and len(kinds) == 1 and not wide and not norms[0].centered else None
         if norms and not wide and not by_size:
             raise Unlike("its query and key norms are neither one a head nor one over all heads")
+        # Where a layer turns nothing, what is projected is normed and attended to.
+        late = by_size is not None and not {_storage(c.input) for c in normed} & {
+            _storage(c.output) for c in projections
+        }
+        if late and [c.output.data_ptr() for c in normed] != [x.data_ptr() for x in (attended.query, attended.key)]:
+            raise Unlike("its queries and keys are normed between other things")
         if by_size and self.query_scale_P is not None:
             raise Unlike("its queries are normed and then scaled by their position")
         read = Attention(
@@ -443,14 +523,63 @@ class _Watch(PackedLayout):
             by_head=not near(out[:, -kv_heads * size :], value.flatten(1)),
             wide_norms=wide,
             rotation=Rotation(out[:, :0], out[:, :0]),
+            late_norms=by_size if late else None,
             query_scale_P=None if self.query_scale_P is None else self.query_scale_P.to(query.dtype),
             output=self._read_output(after, attended),
         )  # fmt: skip
         parts_THD = read.parts(out.clone())
         if not near(parts_THD[2].flatten(1), value.flatten(1)):
             raise Unlike("its values are not a product of its input")
-        rotation = self._read_rotation(torch.cat(parts_THD, dim=1), torch.cat((query, key), dim=1), by_size)
+        if late:
+            query, key = (call.input[0].transpose(0, 1) for call in normed)
+        rotation = self._read_rotation(
+            torch.cat(parts_THD, dim=1), torch.cat((query, key), dim=1), None if late else by_size
+        )
         return replace(read, rotation=rotation)
+
+    def _read_latent(
+        self, before: list[_Call], after: list[_Call], attended: _Attended, starts: list[_Call], ends: list[_Call]
+    ) -> Latent:
+        """``starts``: the products of what goes in; ``ends``: those of what comes of them, normed."""
+        norms = {call: norm for call in before if call not in (*starts, *ends) and (norm := read_norm(call))}
+        from_whole: list[tuple[_Call, _Call, _Call]] = []
+        from_part: list[tuple[_Call, _Call, _Call]] = []
+        for end in ends:
+            state = next((call for call in norms if same(call.output, end.input)), None)
+            start = next((call for call in starts if state and state.input.data_ptr() == call.output.data_ptr()), None)
+            if state and start:
+                (from_whole if same(state.input, start.output) else from_part).append((start, state, end))
+        if len(from_part) != 1 or not len(from_part + from_whole) == len(ends) == len(norms):
+            raise Unlike("its queries, keys and values come from states of another kind")
+        ((start, state, end),) = from_part
+        first = next(call for call in starts if call is not start)
+        last = from_whole[0][2] if from_whole else first
+        query, key, value = (x[0].transpose(0, 1) for x in (attended.query, attended.key, attended.value))
+        read = Latent(
+            ask=attended.ask, heads=query.shape[1], shared=start.output.shape[-1] - state.input.shape[-1],
+            narrow=Product([first.module, start.module]),  # type: ignore[list-item]
+            query=(norms[from_whole[0][1]], Product([last.module])) if from_whole else None,  # type: ignore[list-item]
+            key_value=(norms[state], Product([end.module])),  # type: ignore[list-item]
+            rotation=Rotation(query[:, 0, :0], query[:, 0, :0]),
+            query_scale_P=None if self.query_scale_P is None else self.query_scale_P.to(query.dtype),
+            output=self._read_output(after, attended),
+        )  # fmt: skip
+        size, own = query.shape[2], query.shape[2] - read.shared
+        widths = last.output.shape[-1], end.output.shape[-1]
+        if key.shape != query.shape or widths != (read.heads * size, read.heads * (own + value.shape[2])):
+            raise Unlike("its queries, keys and values come from states of another kind")
+        scale_P = None if read.query_scale_P is None else read.query_scale_P[self.position_T]
+        place_T = torch.arange(len(query), device=query.device)
+        found = {}
+        for name, some in self._some_rotations(read.shared):
+            mine = replace(read, rotation=some, query_scale_P=scale_P).parts(starts[0].input.flatten(0, 1), place_T)
+            # In whatever order a head's dimensions are.
+            found[name] = torch.cat(
+                (mine[0].transpose(0, 1) @ mine[1].permute(1, 2, 0), mine[2].transpose(0, 1)), dim=2
+            )
+        truth = torch.cat((query.transpose(0, 1) @ key.permute(1, 2, 0), value.transpose(0, 1)), dim=2)
+        name = _nearest(found, truth, "its queries and keys are turned in another way")
+        return replace(read, rotation=self._rotation(name, None))
 
     def _read_output(self, after: list[_Call], attended: _Attended) -> Product:
         outputs = [call for call in after if is_linear(call.module)]
@@ -463,21 +592,27 @@ class _Watch(PackedLayout):
         count, size = turned_THD.shape[1], turned_THD.shape[2]
         heads = count - (qkv_THD.shape[1] - count)
         found: dict[tuple[int, bool], Tensor] = {}
-        candidates = [(i, pairs) for i in range(len(self.tables)) for pairs in (False, True)] + [(-1, False)]
-        for number, pairs in candidates:
-            table = self._table(number)
-            if 2 * table.cos.shape[1] > size:
-                continue
-            some = _Table(table.cos[self.position_T], table.sin[self.position_T])
+        for name, some in self._some_rotations(size):
             mine = qkv_THD.clone()
             place_T = torch.arange(len(mine), device=mine.device)
-            kernels.rotate_(mine, place_T, some.rotation(pairs, norms), heads, count - heads)
-            found[number, pairs] = mine[:, :count].flatten(1)
+            kernels.rotate_(mine, place_T, replace(some, norms=norms), heads, count - heads)
+            found[name] = mine[:, :count].flatten(1)
         name = _nearest(found, turned_THD.flatten(1), "its queries and keys are turned in another way")
+        return self._rotation(name, norms)
+
+    def _some_rotations(self, size: int) -> Iterator[tuple[tuple[int, bool], Rotation]]:
+        """Those that there may be of up to so many dimensions, of the watched tokens alone; their names."""
+        for number, pairs in [(i, pairs) for i in range(len(self.tables)) for pairs in (False, True)] + [(-1, False)]:
+            table = self._table(number)
+            if 2 * table.cos.shape[1] <= size:
+                some = _Table(table.cos[self.position_T], table.sin[self.position_T])
+                yield (number, pairs), some.rotation(pairs)
+
+    def _rotation(self, name: tuple[int, bool], norms: tuple[Norm, Norm] | None) -> Rotation:
+        """The one of that name, of all positions."""
         if name not in self.rotations:
-            self.rotations[name] = self._table(name[0]).rotation(name[1], None)
-        one = self.rotations[name]
-        return Rotation(one.cos_PR, one.sin_PR, norms, one.pairs)
+            self.rotations[name] = self._table(name[0]).rotation(name[1])
+        return replace(self.rotations[name], norms=norms)
 
     def _table(self, number: int) -> _Table:
         """-1: no dimension turns."""
@@ -579,6 +714,11 @@ def read_curve(call: _Call) -> Curve | None:
 def same(one: Tensor, two: Tensor) -> bool:
     """Whether they are the same numbers in memory."""
     return one.data_ptr() == two.data_ptr() and one.numel() == two.numel()
+
+
+def _storage(x: Tensor) -> int:
+    """The memory that it is a view of."""
+    return x.untyped_storage().data_ptr()
 
 
 def near(found: Tensor, truth: Tensor) -> bool:
