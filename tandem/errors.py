@@ -21,7 +21,11 @@ class RunFailure(UserError):
     """
 
 
-class WorkerDied(RunFailure):
+class WorkerFailure(RunFailure):
+    """A process that works for this one has died or does not answer. A run says at what point of it that was."""
+
+
+class WorkerDied(WorkerFailure):
     """A process that works for this one is gone. The message says which, at what, and how its log ends."""
 
 

@@ -59,6 +59,8 @@ class Progress:
         self._clock = clock
         self._started = clock()
         self._metrics: dict[str, float] = {}
+        self.ended_in = ""
+        """The phase that the newest error has ended."""
         self._phase = ""
         self._phase_of = 0
         self._phase_done: Callable[[], int] | None = None
@@ -101,9 +103,12 @@ class Progress:
     def phase(self, phase: str, *, of: int = 0, done: Callable[[], int] | None = None) -> Iterator[None]:
         """What the step in progress does in the body. ``done()`` says how many of ``of`` things are, at any time."""
         self._phase_started, self._phase_of, self._phase_done = self._clock(), of, done
-        self._phase = phase
+        self._phase, self.ended_in = phase, ""
         try:
             yield
+        except BaseException:
+            self.ended_in = self.ended_in or phase
+            raise
         finally:
             self._phase = ""
 

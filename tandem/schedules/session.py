@@ -14,7 +14,7 @@ from typing import Any
 
 from tandem.checkpoint.saver import SaveEvery
 from tandem.checkpoint.store import CheckpointStore
-from tandem.errors import NonFiniteError, RunFailure, UserError
+from tandem.errors import NonFiniteError, RunFailure, UserError, WorkerFailure
 from tandem.roles import Metrics, Seat
 from tandem.rollout.evaluate import Evaluation
 from tandem.runs.best import BEST_MODEL, Best, read_best, remove_folder, replace_folder, restore_folder, write_about
@@ -62,12 +62,13 @@ class StepClock:
     def __call__(self, phase: str, *, of: int = 0, done: Callable[[], int] | None = None) -> Iterator[None]:
         """Around a phase; ``done()`` says at any time how many of ``of`` things are done."""
         start = time.perf_counter()
-        try:
-            with self.progress.phase(phase, of=of, done=done):
+        with self.progress.phase(phase, of=of, done=done):
+            try:
                 yield
-        finally:
-            self.phases[phase] = self.phases.get(phase, 0.0) + time.perf_counter() - start
-        if (peak := self.memory()) is not None:
+            finally:
+                self.phases[phase] = self.phases.get(phase, 0.0) + time.perf_counter() - start
+            peak = self.memory()
+        if peak is not None:
             self.peaks[phase] = max(peak, self.peaks.get(phase, 0.0))
 
     def metrics(self) -> Metrics:
@@ -337,7 +338,7 @@ class Session:
         try:
             yield
         except BaseException as error:
-            step = self.step + 1
+            step, doing = self.step + 1, self.progress.ended_in
             wanted = self.save_every.enabled or not isinstance(error, KeyboardInterrupt)
             if isinstance(error, NonFiniteError) or (self.step > 0 and not self.changed and wanted):
                 with suppress(UserError):  # what ended the run may be what hinders the save
@@ -346,8 +347,12 @@ class Session:
                 self.run.event("error", step=step, message=str(error))
                 where = self.store.path(self.step)
                 raise NonFiniteError(f"step {step}: {error}; the last good state is in {where}") from error
-            kept = f"go on after step {self.saved_step} with --resume" if self.saved_step >= 0 else "nothing is saved"
+            kept = f"go on after step {self.saved_step} with --resume"
+            if self.saved_step < 0:
+                kept = "nothing is saved: --resume begins with step 1"
             self.progress.note(f"stopped in step {step}; {kept}")
+            if isinstance(error, WorkerFailure):
+                raise RunFailure(f"step {step}{', ' * bool(doing)}{doing}: {error}; {kept}") from error
             raise
 
     def _at(self, step: int, state: dict[str, float], pending: Metrics | None) -> None:

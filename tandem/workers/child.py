@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any, NoReturn
 
-from tandem.errors import RunFailure, UserError, WorkerDied
+from tandem.errors import UserError, WorkerDied, WorkerFailure
 from tandem.futures import Future
 from tandem.roles import Place, Seat
 from tandem.workers.group import LOAD_DEADLINE_S, START_DEADLINE_S, WorkerFailed
@@ -219,7 +219,7 @@ class _Answer:
         who = self.child._who
         while self.outcome is None:
             if not self.child._hear(self.what, end - time.monotonic()):
-                raise RunFailure(
+                raise WorkerFailure(
                     f"{self.what}: no answer within {self.deadline_s:.0f} s from {who}{self.child._tail()}"
                 )
         ok, result = self.outcome

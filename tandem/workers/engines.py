@@ -12,7 +12,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from tandem.errors import Cancelled, RunFailure, UserError, WorkerDied, first_line
+from tandem.errors import Cancelled, UserError, WorkerDied, WorkerFailure, first_line
 from tandem.futures import Driven, Future, wait_all
 from tandem.parallel.shares import divide
 from tandem.roles import Engine, Metrics
@@ -419,7 +419,7 @@ class RestartingOnce:
 
     def _restart(self, error: WorkerDied, refill: Callable[[], object]) -> None:
         if self.restarted:
-            raise RunFailure(f"{error} (it was restarted once already)") from None
+            raise WorkerFailure(f"{error} (it was restarted once already)") from None
         self.restarted = True
         group = self.engines.group
         for rank in group.dead():

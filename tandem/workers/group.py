@@ -11,7 +11,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any
 
-from tandem.errors import RunFailure, UserError, WorkerDied
+from tandem.errors import UserError, WorkerDied, WorkerFailure
 from tandem.roles import Place, Seat
 from tandem.workers.cluster import Cluster, log_tail
 from tandem.workers.keeper import MARK
@@ -22,6 +22,9 @@ LOAD_DEADLINE_S = 3600.0
 """Reading a large model from a slow disk is the longest of all waits."""
 DEATH_KNOWN_S = 5.0
 """Until Ray knows of a death that others of a group have noticed."""
+
+UNEXPLAINED = "The actor died unexpectedly"
+"""Where Ray's words for a death begin so, it knows no cause."""
 
 
 class WorkerGroup:
@@ -174,15 +177,15 @@ class WorkerGroup:
 
     def _require_heard(self, what: str) -> None:
         if self.silent:
-            raise RunFailure(f"{what}: {self.silent} still owes the answer to an earlier call")
+            raise WorkerFailure(f"{what}: {self.silent} still owes the answer to an earlier call")
 
-    def late(self, what: str, ranks: list[int]) -> RunFailure:
+    def late(self, what: str, ranks: list[int]) -> WorkerFailure:
         """The error that these have not answered within the deadline. Nobody waits for them again."""
         return self._late(what, ranks, self.deadline_s)
 
-    def _late(self, what: str, ranks: list[int], deadline_s: float) -> RunFailure:
+    def _late(self, what: str, ranks: list[int], deadline_s: float) -> WorkerFailure:
         self.silent = ", ".join(map(self.who, ranks))
-        return RunFailure(f"{what}: no answer within {deadline_s:.0f} s from {self.silent}{self._tail(ranks[0])}")
+        return WorkerFailure(f"{what}: no answer within {deadline_s:.0f} s from {self.silent}{self._tail(ranks[0])}")
 
     def _death(self, what: str, others: dict[Any, int]) -> WorkerDied | None:
         """Which of the others has died: what they do together fails for those that live, who may say so first."""
@@ -201,8 +204,9 @@ class WorkerGroup:
         try:
             return raise_failure(self.cluster.ray.get(ref), self.who(rank))
         except (exceptions.RayActorError, exceptions.OutOfMemoryError) as error:
-            reason = " ".join(str(error).split("\n\t")[0].split())[:200]
-            raise WorkerDied(f"{self.who(rank)} died in {what} ({reason}){self._tail(rank)}") from None
+            said = " ".join(str(error).split("\n\t")[0].split())[:200]
+            how = "killed, crashed, or out of the machine's memory" if said.startswith(UNEXPLAINED) else said
+            raise WorkerDied(f"{self.who(rank)} died ({how}; in {what}){self._tail(rank)}") from None
         except exceptions.RayTaskError as error:
             lines = str(error).strip().splitlines()
             raise WorkerFailed(f"{self.who(rank)} failed in {what}: {lines[-1]}\n" + "\n".join(lines)) from None

@@ -33,14 +33,22 @@ def assert_no_workers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("placement", "who"),
+    ("placement", "who", "then"),
     [
-        (TWO, r"actor rank [01] \(pid {pid} on \S+\) died in \w+\.\w+ \("),
+        (
+            (*TWO, "--save-every", "1"),
+            r"actor rank [01] \(pid {pid} on \S+\) died \(killed, crashed, or out of .*; in \w+\.\w+\)",
+            "go on after step 2 with --resume",
+        ),
         # This process waits for it, and sends to it.
-        (("--placement.engine", "1"), r"engine rank 0 \(pid {pid} on \S+\) died in engine\.receive \("),
+        (
+            ("--placement.engine", "1"),
+            r"engine rank 0 \(pid {pid} on \S+\) died \(.*; in engine\.receive\)",
+            "nothing is saved: --resume begins with step 1",
+        ),
     ],
 )
-def test_a_worker_that_is_killed(inputs, cluster_address, placement, who):
+def test_a_worker_that_is_killed(inputs, cluster_address, placement, who, then):
     out = f"killed-{placement[0][12:]}"
     with Driver(inputs, out, "grpo", "--cluster.address", cluster_address, *placement) as driver:
         driver.reach_gate()
@@ -50,7 +58,9 @@ def test_a_worker_that_is_killed(inputs, cluster_address, placement, who):
         driver.open_gate()
         code, output = driver.end()
         assert code == 75, output
-        assert re.search(who.format(pid=pids[0]), error_line(output))
+        said = error_line(output)
+        assert re.search(r"error: step 3, \w+: " + who.format(pid=pids[0]), said)
+        assert said.endswith(f"; {then}")
         assert_no_workers()
         assert events(driver.out)[-1]["reason"] == "error"
 
@@ -58,7 +68,7 @@ def test_a_worker_that_is_killed(inputs, cluster_address, placement, who):
 @pytest.mark.parametrize(
     ("bound", "said"),
     [
-        (("--cluster.heartbeat", "3"), r"died in \w+\.\w+ .*\(pid {pid}\) has been stopped for 3 s"),
+        (("--cluster.heartbeat", "3"), r"died \(.*; in \w+\.\w+\).*\(pid {pid}\) has been stopped for 3 s"),
         # As where no signal has stopped it, but a call never returns.
         (
             ("--cluster.heartbeat", "100", "--cluster.deadline", "8"),
