@@ -24,9 +24,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tandem.cli.main import main
+from tandem.collector import collect_rarely
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+# To import what the tests need takes 3 s of 11 longer where all that lives is gone through again and again.
+collect_rarely()
 # Helpers are imported by the fixtures: the process that hands out tests runs none, and needs no torch.
 
 TESTS = Path(__file__).parent

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-from helpers.shared_ray import arguments, unevaluated
+from helpers.runs import arguments, start, unevaluated
 
 PATIENCE_S = 150.0
 """Longest wait for anything that must happen."""
@@ -53,16 +51,7 @@ class Driver:
             *options,
         ]
         self.written = folder / f"{out}.txt"
-        with self.written.open("w") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "tandem", *argv],
-                cwd=folder,
-                env=os.environ | {"GATE": str(self.gate), "HF_HUB_OFFLINE": "1"},
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        self.process = start(folder, argv, self.written, environment={"GATE": str(self.gate)})
         self.family: set[int] = set()
 
     @property
@@ -72,8 +61,10 @@ class Driver:
     def reach_gate(self) -> list[int]:
         """Waits until the reward function of step 3 has been called. Returns the pids of worker processes."""
         reached = self.gate / "reached"
-        wait_until(lambda: reached.exists() or self.process.poll() is not None, self.output, patience_s=START_S)
-        assert self.process.poll() is None, self.output
+        wait_until(
+            lambda: reached.exists() or self.process.exitcode is not None, lambda: self.output, patience_s=START_S
+        )
+        assert self.process.exitcode is None, self.output
         self.family = descendants(self.process.pid)
         return [pid for pid in (self.family or running()) if command(pid).startswith("ray::WorkerProcess")]
 
@@ -82,10 +73,9 @@ class Driver:
 
     def end(self) -> tuple[int, str]:
         """Waits for it. Returns its exit code and what it wrote."""
-        try:
-            return self.process.wait(PATIENCE_S), self.output
-        except subprocess.TimeoutExpired:
-            raise AssertionError(f"it still runs: {self.output}") from None
+        self.process.join(PATIENCE_S)
+        assert self.process.exitcode is not None, f"it still runs: {self.output}"
+        return self.process.exitcode, self.output
 
     def __enter__(self) -> Driver:
         return self
@@ -96,7 +86,7 @@ class Driver:
         for pid in {self.process.pid, *self.family}:
             if pid in running():
                 os.kill(pid, 9)
-        self.process.wait()
+        self.process.join()
 
 
 def events(out: Path) -> list[dict[str, str]]:
@@ -118,11 +108,13 @@ def assert_kept(logs: Path) -> None:
     assert not [pid for pid in running() if TOKEN in command(pid)]
 
 
-def wait_until(condition: Callable[[], bool], otherwise: str = "", patience_s: float = PATIENCE_S) -> None:
-    """Returns when it holds; fails after ``patience_s``."""
+def wait_until(
+    condition: Callable[[], bool], otherwise: str | Callable[[], str] = "", patience_s: float = PATIENCE_S
+) -> None:
+    """Returns when it holds; fails after ``patience_s``, and says ``otherwise``."""
     end = time.monotonic() + patience_s
     while not condition():
-        assert time.monotonic() < end, otherwise
+        assert time.monotonic() < end, otherwise() if callable(otherwise) else otherwise
         time.sleep(0.05)
 
 

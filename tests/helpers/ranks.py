@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from helpers.processes import PROCESSES
+from helpers.processes import PROCESSES, child
 from tandem.parallel.world import World, join
 
 DEADLINE_S = 120
@@ -26,10 +26,7 @@ def run_ranks(function: Callable[..., Any], size: int, *arguments: Any) -> list[
     """``function(world, *arguments)`` on every rank of a new world; their results. Raises what a rank raised."""
     port = free_port()
     pipes = [PROCESSES.Pipe() for _ in range(size)]
-    processes = [
-        PROCESSES.Process(target=_rank, args=(function, rank, size, port, pipes[rank][1], arguments))
-        for rank in range(size)
-    ]
+    processes = [child(_rank, function, rank, size, port, pipes[rank][1], arguments) for rank in range(size)]
     for process in processes:
         process.start()
     results = []

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ import pytest
 import torch
 
 from helpers.models import make_module, make_tokenizer
-from helpers.processes import PROCESSES
+from helpers.processes import child
 from helpers.undrawn import draw_nothing
+from tandem.cli.main import process
 from tandem.training.trainer import LocalTrainer
 
 
@@ -78,20 +80,22 @@ def unevaluated(argv: list[str]) -> list[str]:
 def _child(
     folder: str, argv: list[str], fault: tuple[str, int] | None, output: str, environment: dict[str, str]
 ) -> None:
-    os.chdir(folder)
+    os.setsid()
+    os.environ.clear()
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the server that forks ignores it
-    sys.stdout = sys.stderr = open(output, "w", buffering=1)  # noqa: SIM115
+    written = os.open(output, os.O_WRONLY | os.O_APPEND)
+    for number in (1, 2):
+        os.dup2(written, number)
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1) for number in (1, 2))  # noqa: SIM115
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     if fault is not None:
         _die_at(*fault)
     # For as long as this process lives.
     draw_nothing(pytest.MonkeyPatch())
-    from tandem.cli.main import main
-
-    code = main(argv)
-    sys.stdout.flush()
-    os._exit(code)
+    sys.argv = ["tandem", *argv]
+    os.chdir(folder)
+    process()
 
 
 def _die_at(call: str, count: int) -> None:
@@ -114,6 +118,24 @@ def _die_at(call: str, count: int) -> None:
     setattr(module, call, faulty)
 
 
+def start(
+    folder: Path,
+    argv: list[str],
+    output: Path,
+    *,
+    fault: tuple[str, int] | None = None,
+    environment: dict[str, str] | None = None,
+) -> ForkServerProcess:
+    """``python -m tandem`` in ``folder``, as in a new session: in a process forked from one that has imported it all.
+
+    It computes with one thread, unless the environment's OMP_NUM_THREADS says otherwise.
+    """
+    output.write_bytes(b"")
+    process = child(_child, str(folder), argv, fault, str(output), {**os.environ, **(environment or {})})
+    process.start()
+    return process
+
+
 def run(
     folder: Path,
     argv: list[str],
@@ -122,18 +144,14 @@ def run(
     kill_after: float | None = None,
     environment: dict[str, str] | None = None,
 ) -> tuple[int, str]:
-    """(exit code, output). A negative code is the signal that ended it. ``kill_after`` seconds, it is killed.
-
-    It computes with one thread, unless the environment's OMP_NUM_THREADS says otherwise.
-    """
+    """(exit code, output). A negative code is the signal that ended it. ``kill_after`` seconds, it is killed."""
     output = folder / "output.txt"
-    process = PROCESSES.Process(target=_child, args=(str(folder), argv, fault, str(output), environment or {}))
-    process.start()
+    process = start(folder, argv, output, fault=fault, environment=environment)
     process.join(kill_after if kill_after is not None else 120)
     if process.is_alive():
         process.kill()
         process.join()
-    return process.exitcode, output.read_text() if output.exists() else ""
+    return process.exitcode, output.read_text()
 
 
 def forked(

@@ -34,7 +34,7 @@ def test_a_driver_that_is_killed_leaves_nothing(inputs):
         assert len(driver.reach_gate()) == 1
         assert any("raylet" in command(pid) for pid in driver.family)
         driver.process.kill()
-        driver.process.wait()
+        driver.process.join()
         wait_until(lambda: not driver.family & set(running()), "processes are left")
 
 
