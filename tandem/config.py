@@ -109,7 +109,7 @@ def load_config(cls: type[Config], argv: Sequence[str], *, prog: str = "tandem")
         _print_help(cls, prog)
         raise SystemExit(0)
     files, flags = read_flags(argv, keys)
-    sections = {name: [*_keys_of(hint)] for name, hint in get_type_hints(cls).items() if is_dataclass(hint)}
+    sections = {name: [*_keys_of(hint)] for name, hint in _hints_of(cls).items() if is_dataclass(hint)}
     given = {name: value for file in files for name, value in read_yaml(file, keys, sections).items()} | flags
     values = {name: _convert_given(value, keys[name]) for name, value in given.items()}
     implied: dict[str, Any] = getattr(cls, "implied", lambda given: {})(values)
@@ -183,7 +183,7 @@ def describe(config: Any, without: Collection[str] = ()) -> str:
 def _keys_of(cls: Any) -> dict[str, Key]:
     """Every key of a config class. Raises TypeError where two sections have a key of the same name."""
     keys: dict[str, Key] = {}
-    hints, docs = get_type_hints(cls), _attribute_docs(cls)
+    hints, docs = _hints_of(cls), _attribute_docs(cls)
     for f in fields(cls):
         default = _default(f)
         required = default is MISSING
@@ -205,6 +205,10 @@ def _keys_of(cls: Any) -> dict[str, Key]:
             raise TypeError(f"{cls.__name__}: two sections have the key {', '.join(sorted(twice))}")
         keys |= inner
     return keys
+
+
+_hints_of: Callable[[Any], dict[str, Any]] = functools.cache(get_type_hints)
+"""The types of a class's fields. To read them anew each time takes longer than to read a command's flags."""
 
 
 def _attribute_docs(cls: Any) -> dict[str, str]:
@@ -237,7 +241,7 @@ def _default(f: Field[Any]) -> Any:
 
 def _build(cls: Any, values: dict[str, Any]) -> Any:
     own: dict[str, Any] = {}
-    hints = get_type_hints(cls)
+    hints = _hints_of(cls)
     for f in fields(cls):
         if is_dataclass(hints[f.name]):
             inner, default = _inner(f, hints[f.name], values), _default(f)
@@ -359,7 +363,7 @@ def _show(value: Any) -> str:
 
 def _print_help(cls: Any, prog: str) -> None:
     """Every key with its type, meaning and default, by section."""
-    width, keys, hints = max(60, min(100, shutil.get_terminal_size().columns)), _keys_of(cls), get_type_hints(cls)
+    width, keys, hints = max(60, min(100, shutil.get_terminal_size().columns)), _keys_of(cls), _hints_of(cls)
     print(f"{inspect.getdoc(cls)}\n\nusage: {prog} [--config FILE.yaml] [--key value ...]")
     print(f"Every key can also stand in a YAML file: {prog} --config FILE.yaml. Flags win.")
     for f in fields(cls):

@@ -1,4 +1,4 @@
-"""Imports all that the commands of tests need, in the process that their children are forked from.
+"""Imports and reads all that the commands of tests need, in the process that their children are forked from.
 
 In those children the collector of cycles leaves it out.
 """
@@ -8,7 +8,10 @@ from __future__ import annotations
 from contextlib import suppress
 from importlib import import_module
 
+from tandem.assembly.configs import config_class
 from tandem.collector import collect_rarely, settle
+from tandem.config import _keys_of
+from tandem.methods.table import ROWS, SAMPLES
 
 collect_rarely()
 for name in (
@@ -20,10 +23,16 @@ for name in (
     "matplotlib.figure",
     "matplotlib.backends.backend_agg",
     "numpy.ctypeslib",
+    "torch.utils.serialization.config",
     "rich._emoji_codes",
     "helpers.ranks",
     "helpers.runs",
 ):
     with suppress(ImportError):
         import_module(name)
+# Hundreds of regular expressions, with the first model.
+import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("llama")
+for command in (*ROWS, *SAMPLES):
+    # What is read of a config is read once.
+    _keys_of(config_class(command))
 settle()
