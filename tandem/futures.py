@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar, overload, runtime_checkable
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 T = TypeVar("T")
 Result = TypeVar("Result", covariant=True)
-Key = TypeVar("Key", bound=Hashable)
 
 
 class Future(Protocol[Result]):
@@ -104,22 +103,12 @@ class Driven(Generic[T]):
         return self.future.result()
 
 
-@overload
-def wait_all(futures: Mapping[Key, Future[T]]) -> dict[Key, T]: ...
-
-
-@overload
-def wait_all(futures: Seq[Future[T]]) -> list[T]: ...
-
-
-def wait_all(futures: Mapping[Any, Future[T]] | Seq[Future[T]]) -> dict[Any, T] | list[T]:
-    """Waits until every call has ended. Returns the results as they were given: by name, or in order.
+def wait_all(futures: Seq[Future[T]]) -> list[T]:
+    """Waits until every call has ended. Returns the results in order.
 
     Raises the error of the first of them, in the given order, that failed, whichever failed first. An interrupt ends
     the wait at once.
     """
-    if isinstance(futures, Mapping):
-        return dict(zip(futures, wait_all(list(futures.values())), strict=True))
     results: list[T] = []
     errors: list[Exception] = []
     for future in futures:

@@ -112,7 +112,7 @@ def call_each(
                 meanwhile()
                 call.wait(MEANWHILE_S)
         meanwhile()
-    return wait_all({role: begun[role] for role in seats})
+    return dict(zip(seats, wait_all([begun[role] for role in seats]), strict=True))
 
 
 @runtime_checkable
