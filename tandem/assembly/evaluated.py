@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from tandem.assembly.feeds import RowsFeed
-from tandem.assembly.models import builds, introduce, scalar_roles
+from tandem.assembly.models import load_models, scalar_roles
 from tandem.assembly.placing import Homes
 from tandem.assembly.plans import models_used, print_plan
 from tandem.assembly.sampled import sample_rows
@@ -25,7 +24,7 @@ from tandem.rollout.measure import held_out_metrics
 from tandem.rollout.prepare import Preparation
 from tandem.runs.folder import MEASURED, RunFolder
 from tandem.runs.lines import iterate_lines, write_aside
-from tandem.runs.progress import Progress, say
+from tandem.runs.progress import Progress
 from tandem.types import Group, Prompt, Rollout
 
 
@@ -64,11 +63,11 @@ def evaluate_rows(config: EvalRowsConfig) -> Metrics | None:
     """Writes ``evaluation.json``: what the method's run would report of held-out rows. None for a dry run."""
     run, out = config.as_run, Path(config.run.out)
     title = f"eval {config.method.title}"
-    RunFolder.check(out, start_of(config, config.run, title))
+    RunFolder.check(out, start_of(config, title))
     homes = Homes(config.model, config.placement, config.cluster, EngineSection(), [*run.sources])
     homes.check()
     feed = TextFeed(run) if run.reads.kind == "text" else RowsFeed(run)
-    start = start_of(config, config.run, title, feed.inputs)
+    start = start_of(config, title, feed.inputs)
     RunFolder.check(out, start)
     if isinstance(feed, RowsFeed):
         config.method.aside(feed.examples, feed.longest)
@@ -76,14 +75,8 @@ def evaluate_rows(config: EvalRowsConfig) -> Metrics | None:
         uses = models_used(run.sources, scalar_roles(run), config.model, homes)
         print_plan(config, uses | {"data": str(feed.counts or feed.uses(homes)["data"])})
         return None
-    with ExitStack() as stack:
-        stack.callback(feed.close)
-        stack.enter_context(homes)
-        models = {}
-        for role, build in builds(run, 1, new_head="refuse").items():
-            say(f"loading the {role} from {run.sources[role]}")
-            models[role] = homes.place(role, build)
-        introduce(config.method, models)
+    with homes:
+        models = load_models(run, homes.place, 1, new_head="refuse")
         measure = _measure(feed, models, config)
         with RunFolder.open(out, start), Progress(title, total=1) as progress:
             found = measure(0, progress.phase).metrics

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Mapping
 from collections.abc import Sequence as Seq
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -106,10 +107,6 @@ class Feed:
         """What is to stand in the config of the model as it is now, where it is written; None: not there."""
         return {}
 
-    def close(self) -> None:
-        """Ends what it has started by itself."""
-        return None
-
 
 class RowsFeed(Feed):
     """The rows of a dataset."""
@@ -205,11 +202,12 @@ class SamplesFeed(Feed):
     order: Order
     counts: Counts
 
-    def __init__(self, config: SamplesConfig) -> None:
+    def __init__(self, config: SamplesConfig, stack: ExitStack) -> None:
+        """``stack``: what ends the processes of its rewards."""
         self.config = config
         # Begun first, so that it imports the functions while the data is read.
         names = [*config.reward.reward, *config.evaluation.eval_reward]
-        self.judging = start_rewards(config.reward, names, config.run.out)
+        rewards_of = start_rewards(config.reward, names, config.run.out, stack)
         self.rows = load_data(config.data, "prompts")
         held_out = load_held_out(config.evaluation, config.data, "prompts")
         self.tokenizer = load_tokenizers(config)
@@ -220,7 +218,7 @@ class SamplesFeed(Feed):
         self.size = len(self.prompts)
         self.steps = self.planned = config.steps_over(self.size)
         self.order = ordered(self.rows, self.counts, config.run.seed)
-        functions = self.judging.rewards() if self.judging else []
+        functions = rewards_of()
         self.inputs = digest_inputs(by_key(self.rows, held_out), functions, config.sources, config.data.chat_template)
         trained_on = len(config.reward.reward)
         self.functions, self.eval_rewards = functions[:trained_on], functions[trained_on:]
@@ -286,10 +284,6 @@ class SamplesFeed(Feed):
         prepare = preparation(config, models)
         evaluate = when_due(config.evaluation, self._measure(source, prepare), last=self.steps)
         return Fed(source=source, prepare=prepare, push_weights=engine.push, evaluate=evaluate)
-
-    def close(self) -> None:
-        if self.judging is not None:
-            self.judging.close()
 
     def _measure(self, source: Sampling, prepare: Preparation) -> HeldOutSamples:
         section, params, own = self.config.evaluation, source.params, tuple(self.eval_rewards)

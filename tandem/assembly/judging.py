@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ from tandem.assembly.sections import ModelSection, RewardSection
 from tandem.models.description import read_score_scale
 from tandem.models.limits import read_limits
 from tandem.models.loading import load_tokenizer
+from tandem.rewards.function import FunctionReward
 from tandem.rewards.model import RewardModel, ScoreScale, same_tokenizer
 from tandem.rewards.process import RewardProcesses
 from tandem.roles import Reward, Seat
@@ -20,13 +22,20 @@ from tandem.rollout.judging import Judge
 from tandem.runs.progress import say
 
 
-def start_rewards(section: RewardSection, sources: Seq[str], folder: str) -> RewardProcesses | None:
-    """Begins the processes of ``sources``, those of ``section`` and others; None without any. ``folder``: the run's."""
+def start_rewards(
+    section: RewardSection, sources: Seq[str], folder: str, stack: ExitStack
+) -> Callable[[], list[FunctionReward]]:
+    """Begins the processes of ``sources``, those of ``section`` and others, which end with ``stack``.
+
+    Returns what waits until all are imported and gives the rewards. ``folder``: the run's.
+    """
     if not sources:
-        return None
-    return RewardProcesses(
+        return list
+    processes = RewardProcesses(
         sources, deadline_s=section.reward_deadline, processes=section.reward_processes, folder=folder
     )
+    stack.callback(processes.close)
+    return processes.rewards
 
 
 def score_scales(section: RewardSection, *, trust_remote_code: bool = False) -> list[ScoreScale | None]:

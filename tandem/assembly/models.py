@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from functools import partial
@@ -20,7 +20,7 @@ from tandem.engines.live.replica import ReplicaEngine
 from tandem.engines.vllm.adapters import AdapterRoom
 from tandem.errors import UserError
 from tandem.kernels.quantized import require_bitsandbytes as require_bitsandbytes_4bit
-from tandem.methods.base import ASKS_NOTHING, Asks, Method
+from tandem.methods.base import ASKS_NOTHING, Asks
 from tandem.models.adapter_folder import adapter_folder
 from tandem.models.adapters import AdapterParams, require_peft
 from tandem.models.folder import readable_errors, with_config
@@ -30,6 +30,7 @@ from tandem.models.quantized import dequantize_module, share_codes
 from tandem.models.routers import require_biases, require_experts
 from tandem.models.shared import scalar_beside
 from tandem.roles import Engine, FedEngine, LossFn, Seat, SleepingEngine
+from tandem.runs.progress import say
 from tandem.sync.checksum import Sums
 from tandem.sync.source import WeightSource
 from tandem.training.optim import OptimParams, require_bitsandbytes
@@ -50,6 +51,29 @@ def heads(config: RunConfig) -> dict[str, Head]:
 def scalar_roles(config: RunConfig) -> list[str]:
     """The roles of models with one number a token."""
     return [role for role, head in heads(config).items() if head == "scalar"]
+
+
+def load_models(
+    config: RunConfig,
+    place: Callable[[str, Build], Seat],
+    steps: int,
+    idle: Collection[str] = (),
+    new_head: NewHead = "random",
+) -> dict[str, Seat]:
+    """Every trainer and scorer by role, made where ``place`` puts it, but those that are ``idle``. See ``builds``."""
+    models: dict[str, Seat] = {}
+    for role, build in builds(config, steps, new_head).items():
+        if role in idle:
+            continue
+        if not config.is_view(role):
+            say(f"loading the {role} from {config.sources[role]}")
+        models[role] = place(role, build)
+        say(f"  {models[role].call('describe')}")
+    for role in models:
+        if config.method.asks_of(role).states:
+            # The policy gets the head of a teacher that hands over its hidden states.
+            models["actor"].call("learn_from", models[role].call("head"))
+    return models
 
 
 def builds(config: RunConfig, steps: int, new_head: NewHead = "random") -> dict[str, Build]:
@@ -117,13 +141,6 @@ def _template(config: RunConfig) -> str | None:
     tokenizer = load_tokenizer(config.model.model, trust_remote_code=config.model.trust_remote_code)
     set_template(tokenizer, config.data.chat_template)
     return tokenizer.chat_template
-
-
-def introduce(method: Method, models: Mapping[str, Seat]) -> None:
-    """Gives the policy the head of a teacher that hands over its hidden states."""
-    for role in models:
-        if method.asks_of(role).states:
-            models["actor"].call("learn_from", models[role].call("head"))
 
 
 def optim_params(section: OptimSection, total_steps: int) -> OptimParams:

@@ -104,11 +104,8 @@ class Homes:
         return self.of(beside or role).place(role, build)
 
     def of(self, role: str) -> Home:
-        """The processes a role lives in. Raises UserError where they are those of a role that the run does not have."""
-        home = self.placement.home(role)
-        if home not in self.homes:
-            raise UserError(f"placement.{role}: shares with the {home}, and this run has none; give it a number")
-        return self.homes[home]
+        """The processes a role lives in."""
+        return self.homes[self.placement.home(role)]
 
     def where(self, role: str) -> str:
         """For a person: nothing where it is this process or the actor's."""
@@ -265,10 +262,7 @@ class Homes:
             return self._live_beside_actor(sampling, vocabulary, stale_cache, settling)
         if self.engine.kind == "live":
             group = self._group("engine", self.placement.workers("engine"), joined=False, concurrency=CALLS_AT_A_TIME)
-            engines = group.place(
-                "engine",
-                self._replica(sampling, stale_cache),
-            )
+            engines = group.place("engine", self._replica(sampling, stale_cache))
             link = self._link(self._source(), engines, vocabulary)
             about = f"live, {group.size} of its own, fed over {link.transport}"
             several = EngineGroup(group, alone=True)
@@ -278,23 +272,14 @@ class Homes:
 
     def engine_alone(self, draws: DrawsSection, *, seed: int) -> Engine:
         """An engine on the weights of the model's folder, where nothing is trained and nothing ever pushed."""
-        vllm = self.engine.kind == "vllm"
-        own = bool(count := self.placement.workers("engine"))
-        live = partial(replica_engine, section=self.model, sampling=draws, engine=self.engine)
+        vllm, count = self.engine.kind == "vllm", self.placement.workers("engine")
+        how: dict[str, Any] = {"section": self.model, "sampling": draws, "engine": self.engine}
         build = (
-            partial(
-                vllm_engine,
-                section=self.model,
-                sampling=draws,
-                engine=self.engine,
-                seed=seed,
-                shared=False,
-                own_process=own,
-            )
+            partial(vllm_engine, **how, seed=seed, shared=False, own_process=count > 0)
             if vllm
-            else live
+            else partial(replica_engine, **how)
         )
-        if not own:
+        if not count:
             home = self.of("engine")
             assert isinstance(home, Here)
             home.place("engine", build)
@@ -331,11 +316,8 @@ class Homes:
         count = len(home.places)
         if isinstance(home, WorkerGroup) and count == 1 and self.model.offload != "parameters" and not self.fold:
             home.place("engine", build)
-            return WiredEngine(
-                engine=EngineGroup(home, alone=False),
-                push=lambda step: {},
-                about="live, on the actor's own weights",
-            )
+            shared = EngineGroup(home, alone=False)
+            return WiredEngine(engine=shared, push=lambda step: {}, about="live, on the actor's own weights")
         engines = home.place("engine", self._replica(sampling, stale_cache))
         check = TruthCheck(
             Seat(home, "actor"),

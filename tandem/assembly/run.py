@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 from tandem.assembly.configs import RowsConfig, RunConfig, SamplesConfig
 from tandem.assembly.feeds import Feed, RowsFeed, SamplesFeed, check_sampling
-from tandem.assembly.models import (
-    adapter_params,
-    builds,
-    introduce,
-    require_trainable,
-    scalar_roles,
-)
+from tandem.assembly.models import adapter_params, load_models, require_trainable, scalar_roles
 from tandem.assembly.placing import Homes
 from tandem.assembly.plans import models_used, print_plan
 from tandem.assembly.refresh import refresh_of
@@ -27,37 +19,34 @@ from tandem.assembly.sessions import check_out, session
 from tandem.assembly.text_feed import TextFeed
 from tandem.collector import settled
 from tandem.errors import UserError
-from tandem.roles import Seat
 from tandem.runs.progress import say
 from tandem.runs.trackers import require_trackers
 from tandem.schedules.crew import Crew
 from tandem.schedules.pipeline import Pipeline
 from tandem.workers.launched import launched
-from tandem.workers.process import Build
 from tandem.workers.torchrun import Ranks, joined
 
 BITS_HELD = 2.0
 """What a trained number can hold, in bits (Allen-Zhu and Li, arXiv:2404.05405)."""
 
 
-class Places(Protocol):
-    """Where models can be put."""
-
-    def place(self, role: str, build: Build) -> Seat: ...
-
-
 def run(config: RunConfig) -> Path | None:
     """See ``tandem.run``."""
     with ExitStack() as stack:
-        if launched() and not isinstance(config, SamplesConfig):
-            if config.placement.actor != "here":
-                raise UserError("placement.actor: torchrun has started the workers already; leave the key out")
-            ranks = stack.enter_context(joined(config.model.device, config.cluster.deadline))
-            if not ranks.leader:
-                ranks.follow()
-                return None
+        ranks = _ranks(config, stack)
+        if ranks is None or ranks.leader:
             return _run(config, stack, ranks)
-        return _run(config, stack, None)
+        ranks.follow()
+        return None
+
+
+def _ranks(config: RunConfig, stack: ExitStack) -> Ranks | None:
+    """Those of a torchrun, once they have met; None without one, and for a run on samples, which refuses it."""
+    if not launched() or isinstance(config, SamplesConfig):
+        return None
+    if config.placement.actor != "here":
+        raise UserError("placement.actor: torchrun has started the workers already; leave the key out")
+    return stack.enter_context(joined(config.model.device, config.cluster.deadline))
 
 
 def _run(config: RunConfig, stack: ExitStack, ranks: Ranks | None) -> Path | None:
@@ -82,8 +71,7 @@ def _run(config: RunConfig, stack: ExitStack, ranks: Ranks | None) -> Path | Non
     )
     if ranks is None:
         homes.check()
-    feed = _feed(config)
-    stack.callback(feed.close)
+    feed = _feed(config, stack)
     if (model := check_out(config, feed.inputs, steps=feed.steps)) is not None:
         return model
     feed.check()
@@ -97,7 +85,8 @@ def _run(config: RunConfig, stack: ExitStack, ranks: Ranks | None) -> Path | Non
         say(f"{config.run.epochs:g} epochs of {feed.size} rows are {feed.steps} steps of {config.items_per_step}")
     idle = feed.recall()
     homes.roles = [role for role in homes.roles if role not in idle]
-    models = _models(config, feed.planned, stack.enter_context(homes) if ranks is None else ranks, idle)
+    places = stack.enter_context(homes) if ranks is None else ranks
+    models = load_models(config, places.place, feed.planned, idle)
     if config.lora.on and (line := too_small(models["actor"].call("trained_numbers"), feed.bits)):
         say(line)
     trainers = {role: models[role] for role in config.method.losses()}
@@ -138,27 +127,13 @@ def too_small(numbers: int, bits: float) -> str:
     )
 
 
-def _feed(config: RunConfig) -> Feed:
+def _feed(config: RunConfig, stack: ExitStack) -> Feed:
     if isinstance(config, ReplayConfig):
         return ReplayFeed(config)
     if isinstance(config, SamplesConfig):
-        return SamplesFeed(config)
+        return SamplesFeed(config, stack)
     assert isinstance(config, RowsConfig)
     return TextFeed(config) if config.reads.kind == "text" else RowsFeed(config)
-
-
-def _models(config: RunConfig, steps: int, places: Places, idle: Collection[str]) -> dict[str, Seat]:
-    """Every trainer and scorer by role, each in its own place, but those that need not be loaded."""
-    models: dict[str, Seat] = {}
-    for role, build in builds(config, steps).items():
-        if role in idle:
-            continue
-        if not config.is_view(role):
-            say(f"loading the {role} from {config.sources[role]}")
-        models[role] = places.place(role, build)
-        say(f"  {models[role].call('describe')}")
-    introduce(config.method, models)
-    return models
 
 
 def _print_plan(config: RunConfig, homes: Homes, feed: Feed) -> None:

@@ -27,7 +27,6 @@ from tandem.roles import Engine
 from tandem.rollout.judging import Judge
 from tandem.rollout.sampling import Drawing, Sampling
 from tandem.runs.folder import SAMPLES, RunFolder
-from tandem.runs.identity import Inputs, Start
 from tandem.runs.lines import append_lines, keep_lots, whole_lots
 from tandem.runs.progress import Progress, say
 from tandem.types import Group, Prompt, Rollout, Ticket
@@ -55,15 +54,13 @@ class _Sampling:
     def __init__(self, config: UseConfig, title: str, stack: ExitStack) -> None:
         self.config, self.title, self.stack = config, title, stack
         self.out, self.count = Path(config.run.out), config.sampling.samples_per_prompt
-        RunFolder.check(self.out, self._start())
+        RunFolder.check(self.out, start_of(config, title))
         require_engine(config.engine)
         config.rewards.overlong(config.sampling.max_new_tokens)
         self.homes = Homes(config.model, config.placement, config.cluster, config.engine, list(config.sources))
         self.homes.check()
         # Begun first, so that it imports the functions while the data is read.
-        judging = start_rewards(config.rewards, config.rewards.reward, config.run.out)
-        if judging is not None:
-            stack.callback(judging.close)
+        rewards_of = start_rewards(config.rewards, config.rewards.reward, config.run.out, stack)
         rows = load_data(config.data, "prompts")
         code = config.model.trust_remote_code
         self.tokenizer = load_tokenizer(config.model.model, trust_remote_code=code)
@@ -73,10 +70,11 @@ class _Sampling:
         with tokenizing(rows) as on_progress:
             self.prompts, self.counts = build_prompts(rows, self.tokenizer, room, on_progress=on_progress)
         score_scales(config.rewards, trust_remote_code=code)
-        self.functions = judging.rewards() if judging else []
+        self.functions = rewards_of()
         require_columns(self.functions, self.prompts, config.data.data)
-        self.inputs = digest_inputs({"data": rows}, self.functions, config.sources, config.data.chat_template)
-        RunFolder.check(self.out, self._start(self.inputs))
+        inputs = digest_inputs({"data": rows}, self.functions, config.sources, config.data.chat_template)
+        self.start = start_of(config, title, inputs)
+        RunFolder.check(self.out, self.start)
 
     def run(self) -> Path | None:
         if self.config.run.dry_run:
@@ -86,7 +84,7 @@ class _Sampling:
         ends = [lot.stop * self.count for lot in lots]
         missing = not self.config.run.resume or whole_lots(path, ends)[0] < len(lots)
         parts = self._load() if missing else None
-        with RunFolder.open(self.out, self._start(self.inputs)) as folder:
+        with RunFolder.open(self.out, self.start) as folder:
             found = path.stat().st_size if path.exists() else 0
             done = keep_lots(path, ends, "row", [lot.stop - 1 for lot in lots])
             if torn := found - (path.stat().st_size if path.exists() else 0):
@@ -171,9 +169,6 @@ class _Sampling:
         if "logprobs" in self.config.written.write:
             found["logprobs"] = rollout.untruncated_logp[rollout.prompt_length :]
         return found
-
-    def _start(self, inputs: Inputs | None = None) -> Start:
-        return start_of(self.config, self.config.run, self.title, inputs)
 
     def _print_plan(self) -> None:
         """What a dry run shows: the resolved config and what would be used."""

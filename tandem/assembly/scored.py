@@ -62,24 +62,22 @@ def score_rows(config: ScoreConfig) -> Path | None:
     """
     out = Path(config.run.out)
     with ExitStack() as stack:
-        RunFolder.check(out, start_of(config, config.run, "score"))
+        RunFolder.check(out, start_of(config, "score"))
         homes = Homes(config.model, config.placement, config.cluster, EngineSection(), list(config.sources))
         homes.check()
-        judging = start_rewards(config.reward, config.reward.reward, config.run.out)
-        if judging is not None:
-            stack.callback(judging.close)
+        rewards_of = start_rewards(config.reward, config.reward.reward, config.run.out, stack)
         rows, answers = _read(config)
         code = config.model.trust_remote_code
         tokenizer = load_tokenizer(config.model.model, trust_remote_code=code) if config.model.model else None
         items = list(_items(rows, answers, tokenizer))
-        functions = judging.rewards() if judging else []
+        functions = rewards_of()
         require_columns(functions, [item.group.prompt for item in items], config.data.data)
         if any(function.names("completion_ids") for function in functions) and not all(
             rollout.token_ids for item in items for rollout in item.group.rollouts
         ):
             raise UserError("model: a reward names 'completion_ids', and not all rows have token_ids; give --model")
         score_scales(config.reward, trust_remote_code=code)
-        start = start_of(config, config.run, "score", digest_inputs({"data": rows}, functions, config.sources))
+        start = start_of(config, "score", digest_inputs({"data": rows}, functions, config.sources))
         RunFolder.check(out, start)
         if config.run.dry_run:
             judges = ", ".join(config.reward.judges)

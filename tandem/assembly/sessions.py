@@ -31,13 +31,12 @@ ALWAYS = ("grad_norm", "seconds", "tokens_per_second")
 """The last 3 metrics that the display shows, whatever the method."""
 
 
-def run_start(config: RunConfig, inputs: Inputs | None = None) -> Start:
-    """What a command would begin in its run folder, or go on with. ``inputs``: None where nothing is read yet."""
-    return start_of(config, config.run, config.method.title, inputs)
+def start_of(config: Any, title: str, inputs: Inputs | None = None) -> Start:
+    """What a command with this config would begin in its run folder, or go on with.
 
-
-def start_of(config: Any, run: OutSection, title: str, inputs: Inputs | None = None) -> Start:
-    """The same of any config: ``run`` is its section, and ``title`` what the folder is known by."""
+    ``title``: what the folder is known by; ``inputs``: None where nothing is read yet.
+    """
+    run: OutSection = config.run
     return Start(
         method=title,
         seed=run.seed,
@@ -58,7 +57,7 @@ def check_out(config: RunConfig, inputs: Inputs | None = None, *, steps: int | N
     data are read) or has met its goals: nothing of it is to be done again.
     """
     run, out = config.run, Path(config.run.out)
-    RunFolder.check(out, run_start(config, inputs))
+    RunFolder.check(out, start_of(config, config.method.title, inputs))
     if not run.resume or not (out / IDENTITY).exists() or did_nothing(out):
         return None
     checkpoint = CheckpointStore(out / "checkpoints", keep=run.keep, run=read_run(out)).latest()
@@ -89,7 +88,7 @@ def session(
     Called once everything the run needs is loaded and valid, so that a wrong input never leaves a half-made folder.
     """
     run, title = config.run, config.method.title
-    folder = RunFolder.open(Path(run.out), run_start(config, inputs))
+    folder = RunFolder.open(Path(run.out), start_of(config, title, inputs))
     with folder:
         folder.event("start", title=title, **(asdict(counts) if counts else {}))
         store = CheckpointStore(folder.checkpoints, keep=run.keep, run=folder.identity)
