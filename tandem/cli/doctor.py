@@ -17,9 +17,9 @@ from typing import Any
 from tandem.assembly.models import load, require_engine, trained, weight_source
 from tandem.assembly.placing import Homes, WiredEngine
 from tandem.cli.configs import DoctorConfig
+from tandem.cli.quickstart import make_base
 from tandem.errors import UserError
 from tandem.methods.grpo import GRPO
-from tandem.models.forward import quiet_transformers
 from tandem.models.limits import layers_of, read_config
 from tandem.models.loading import load_tokenizer
 from tandem.roles import Seat
@@ -55,7 +55,8 @@ def check(config: DoctorConfig) -> None:
     with ExitStack() as stack:
         if not config.model.model:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="tandem-doctor-"))
-            config = replace(config, model=replace(config.model, model=_tiny_model(Path(folder))))
+            make_base(Path(folder), 0)
+            config = replace(config, model=replace(config.model, model=folder))
         tokenizer = load_tokenizer(config.model.model, trust_remote_code=config.model.trust_remote_code)
         homes = Homes(config.model, config.placement, config.cluster, config.engine, ["actor", "engine"])
         report.timed("processes", lambda: stack.enter_context(homes), lambda _: _describe_processes(config))
@@ -195,15 +196,6 @@ def _describe_push(metrics: dict[str, float]) -> str:
         f"{metrics['sync_seconds'] * 1e3:.1f} ms, {metrics['sync_gb_per_second']:.2f} GB/s, "
         f"check {metrics['sync_check_seconds'] * 1e3:.1f} ms"
     )
-
-
-def _tiny_model(folder: Path) -> str:
-    from tandem.tasks.tiny import build_model, build_tokenizer
-
-    with quiet_transformers():
-        build_tokenizer().save_pretrained(folder)
-        build_model(0).save_pretrained(folder)
-    return str(folder)
 
 
 def run(config: DoctorConfig) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import uuid
 from pathlib import Path
 from typing import NoReturn
 
@@ -53,21 +52,13 @@ def _workers(asked: int | None) -> int:
 def _start(workers: int, command: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    from torch.distributed.run import parse_args
+    from torch.distributed.run import run as torchrun
 
     # Processes that each take all cores wait for each other.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=workers,
-        run_id=str(uuid.uuid4()),
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-    )
     try:
-        elastic_launch(config, sys.executable)("-u", *command)
+        torchrun(parse_args(["--standalone", f"--nproc-per-node={workers}", *command]))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         code = failure.exitcode

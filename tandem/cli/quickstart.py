@@ -202,7 +202,7 @@ def show(
     """Samples before and after PPO, the figures, and where everything is."""
     samples = [(p, b, a) for p, [b], [a] in zip(prompts, before, after, strict=True)]
     right = [(bool(letters.check(p, b)), bool(letters.check(p, a))) for p, b, a in samples]
-    print_samples("Held-out prompts, one sample each", ("prompt", "after SFT", "after PPO"), samples, right=right)
+    print_samples("Held-out prompts, one sample each", ("prompt", "after SFT", "after PPO"), samples, right)
     print_table(
         "What was learned",
         ("", "value"),

@@ -10,6 +10,8 @@ import socket
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
+from tandem.assembly.role_sections import JudgePlacement
+from tandem.assembly.sections import ClusterSection, EngineSection, ModelSection, RewardSection
 from tandem.cli.configs import ServeRewardConfig
 from tandem.errors import UserError
 from tandem.rewards.kinds import is_function
@@ -64,38 +66,33 @@ def load(config: ServeRewardConfig, stack: ExitStack) -> tuple[Reward, str]:
     """What judges, and a digest of it: of the model's files, or of the function's."""
     source = config.serve.reward
     if not is_function(source):
-        return load_model(source, config.model)
+        return load_model(source, config.model, stack)
     processes = RewardProcesses([source], deadline_s=config.serve.deadline)
     stack.callback(processes.close)
     (function,) = processes.rewards()
     return function, function.version or _digest([source, *(path.read_bytes() for path in function.files.values())])
 
 
-def load_model(source: str, section: ServedModel) -> tuple[Reward, str]:
-    """A reward model, and a digest of its files."""
+def load_model(source: str, section: ServedModel, stack: ExitStack) -> tuple[Reward, str]:
+    """A reward model in this process, and a digest of its files."""
     # Imported where it is wanted: a server of a function needs no torch.
     from tandem.assembly.digests import digest_model
-    from tandem.models.description import read_score_scale
-    from tandem.models.limits import limits_of
-    from tandem.models.loading import load_scalar, pick_device
-    from tandem.rewards.model import RewardModel
-    from tandem.training.trainer import LocalScorer
-    from tandem.workers.homes import seat_of
+    from tandem.assembly.judging import placed_reward_models, score_scales
+    from tandem.assembly.placing import Homes
 
-    code = section.trust_remote_code
-    scale = read_score_scale(source, trust_remote_code=code) if section.normalize_scores else None
-    say(f"loading the reward model from {source}")
-    model = load_scalar(
-        source,
-        new_head="refuse",
+    model = ModelSection(
+        model=source,
         dtype=section.dtype,
-        device=str(pick_device(section.device)),
-        trust_remote_code=code,
+        device=section.device,
+        token_budget=section.token_budget,
+        trust_remote_code=section.trust_remote_code,
+        compile="off",
     )
-    scorer = LocalScorer(model, token_budget=section.token_budget)
-    limits = limits_of(model.module.config, source)
-    reward = RewardModel(seat_of(scorer), model.tokenizer, reads_ids=False, scale=scale, limits=limits)
-    return reward, _digest([digest_model(source), scale])
+    rewards = RewardSection(reward_model=(source,), normalize_scores=section.normalize_scores)
+    scales = score_scales(rewards, trust_remote_code=section.trust_remote_code)
+    homes = stack.enter_context(Homes(model, JudgePlacement(), ClusterSection(), EngineSection(), ["reward"]))
+    (reward,) = placed_reward_models(rewards, model, homes)
+    return reward, _digest([digest_model(source), *scales])
 
 
 def batch_of(samples: Seq[Sample]) -> RewardBatch:

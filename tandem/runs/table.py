@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 _WIDEST = 60
-_MARKS = {True: "✓ ", False: "✗ ", None: ""}
-_STYLES = {True: "green", False: "red", None: ""}
+_VERDICTS = {True: ("✓ ", "green"), False: ("✗ ", "red")}
+"""How an answer that is right is shown, and one that is wrong."""
 
 
 def print_table(title: str, columns: Seq[str], rows: Seq[Seq[str]], *, console: Console | None = None) -> None:
@@ -42,20 +42,19 @@ def print_samples(
     title: str,
     columns: tuple[str, str, str],
     samples: Seq[tuple[str, str, str]],
-    *,
-    right: Seq[tuple[bool, bool]] | None = None,
+    right: Seq[tuple[bool, bool]],
 ) -> None:
     """Prints prompts with the answers before and after training, each on one line, long ones cut in the middle.
 
     ``columns`` name the prompt, the answers before and those after; ``right`` says which of each pair are right.
     """
     console = Console()
-    verdicts: Seq[tuple[bool | None, ...]] = (
-        [(None, *pair) for pair in right] if right else [(None,) * 3] * len(samples)
-    )
     rows = [
-        [(_MARKS[verdict] + _one_line(text), _STYLES[verdict]) for text, verdict in zip(sample, judged, strict=True)]
-        for sample, judged in zip(samples, verdicts, strict=True)
+        [
+            (mark + _one_line(text), style)
+            for text, (mark, style) in zip(sample, [("", ""), *(_VERDICTS[one] for one in pair)], strict=True)
+        ]
+        for sample, pair in zip(samples, right, strict=True)
     ]
     if not console.is_terminal:
         width = max(map(len, columns))
