@@ -49,52 +49,31 @@ class TensorBoard:
     """Event files in ``<out>/tensorboard``."""
 
     def __init__(self, about: About, state: dict[str, Any]) -> None:
-        from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2, tensor_shape_pb2, types_pb2
-        from tensorboard.plugins.hparams import plugin_data_pb2
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.plugins.hparams.summary_v2 import hparams_pb
+        from tensorboard.plugins.text.summary_v2 import text_pb
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        self._event, self._summary = event_pb2, summary_pb2
-        self._tensor, self._shape, self._types = tensor_pb2, tensor_shape_pb2, types_pb2
+        self._event, self._summary, self._text = event_pb2.Event, summary_pb2.Summary, text_pb
         self._writer = EventFileWriter(str(about.out / "tensorboard"))
         # What a killed process has written of later steps does not count.
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._writer.add_event(event_pb2.Event(wall_time=time.time(), step=state["step"] + 1, session_log=start))
-        info = plugin_data_pb2.SessionStartInfo(group_name=about.id)
-        for key, value in about.config.items():
-            if isinstance(value, bool):
-                info.hparams[key].bool_value = value
-            elif isinstance(value, int | float):
-                info.hparams[key].number_value = value
-            else:
-                info.hparams[key].string_value = str(value)
-        content = plugin_data_pb2.HParamsPluginData(version=0, session_start_info=info).SerializeToString()
-        number = tensor_pb2.TensorProto(dtype=types_pb2.DT_FLOAT, float_val=[0.0])
-        self._add(max(state["step"], 0), self._value("_hparams_/session_start_info", "hparams", number, content))
+        self._add(state["step"] + 1, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+        config = {key: value if isinstance(value, int | float) else str(value) for key, value in about.config.items()}
+        self._add(max(state["step"], 0), summary=hparams_pb(config, trial_id=about.id))
 
     def log(self, step: int, metrics: Mapping[str, float], samples: Seq[Sample]) -> None:
         """Scalars, and the samples as a text."""
-        values = [self._summary.Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
+        values = [self._summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
+        self._add(step, summary=self._summary(value=values))
         if samples:
-            shape = self._shape.TensorShapeProto(dim=[self._shape.TensorShapeProto.Dim(size=1)])
-            text = self._tensor.TensorProto(
-                dtype=self._types.DT_STRING, string_val=[markdown(samples).encode()], tensor_shape=shape
-            )
-            values.append(self._value("samples", "text", text))
-        self._add(step, *values)
+            self._add(step, summary=self._text("samples", markdown(samples)))
         self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()
 
-    def _value(self, tag: str, plugin: str, tensor: Any, content: bytes = b"") -> Any:
-        data = self._summary.SummaryMetadata.PluginData(plugin_name=plugin, content=content)
-        return self._summary.Summary.Value(
-            tag=tag, metadata=self._summary.SummaryMetadata(plugin_data=data), tensor=tensor
-        )
-
-    def _add(self, step: int, *values: Any) -> None:
-        summary = self._summary.Summary(value=values)
-        self._writer.add_event(self._event.Event(wall_time=time.time(), step=step, summary=summary))
+    def _add(self, step: int, **what: Any) -> None:
+        self._writer.add_event(self._event(wall_time=time.time(), step=step, **what))
 
 
 class WandB:

@@ -92,22 +92,22 @@ class _Follower:
             )
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.steps, self.reports = self.process.stdin.fileno(), self.process.stdout.fileno()
-        os.set_blocking(self.steps, False)
-        os.set_blocking(self.reports, False)
+        self.steps, self.reports = self.process.stdin, self.process.stdout
+        os.set_blocking(self.steps.fileno(), False)
+        os.set_blocking(self.reports.fileno(), False)
         self.said = self.gone = False
 
     def wake(self, step: int) -> list[str]:
         # Where the pipe is full, the process hangs, and a later step tells it the same.
         with contextlib.suppress(BlockingIOError, BrokenPipeError):
-            os.write(self.steps, f"{step}\n".encode())
+            os.write(self.steps.fileno(), f"{step}\n".encode())
         return self.news()
 
     def news(self) -> list[str]:
         """The first thing that it has reported, once; and once how its process ended before it was told to."""
         told = []
         with contextlib.suppress(BlockingIOError):
-            lines = os.read(self.reports, 1 << 16).decode(errors="replace").splitlines()
+            lines = os.read(self.reports.fileno(), 1 << 16).decode(errors="replace").splitlines()
             told = self.say(lines[0]) if lines else []
         code = self.process.poll()
         if code is None or self.gone:
@@ -131,12 +131,10 @@ class _Follower:
     @property
     def stopped(self) -> bool:
         """Whether it was told to end."""
-        assert self.process.stdin is not None
-        return self.process.stdin.closed
+        return self.steps.closed
 
     def stop(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
+        self.steps.close()
 
     def wait(self, end: float) -> list[str]:
         try:
@@ -149,8 +147,7 @@ class _Follower:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-        assert self.process.stdout is not None
-        self.process.stdout.close()
+        self.reports.close()
 
 
 def follow(name: str, out: str, deadline_s: float) -> None:
