@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,8 @@ class AskedOnce:
     known: dict[str, Known] = field(default_factory=dict, init=False)
     lacking: list[str] = field(default_factory=list, init=False)
     """The roles that must be asked something."""
+    asked: int = field(default=0, init=False)
+    """Units that the model which is being asked has been shown."""
 
     @property
     def folder(self) -> Path:
@@ -74,10 +75,10 @@ class AskedOnce:
         """Asks the models what is not known, and lets them go. Before the actor changes, or gets its weights back."""
         actor = models["actor"]
         for role in self.lacking:
-            seat, known, counted, started = models.get(role, actor), self.known[role], Count(), time.monotonic()
-            before = len(known.logp)
-            with progress.phase(f"asking the {role}", of=self._units(), done=partial(getattr, counted, "value")):
-                known.ask(seat, counted.of(self._shown()))
+            seat, known, started = models.get(role, actor), self.known[role], time.monotonic()
+            before, self.asked = len(known.logp), 0
+            with progress.phase(f"asking the {role}", of=self._units(), done=lambda: self.asked):
+                known.ask(seat, self._counted())
             progress.note(
                 f"{role}: asked about {len(known.logp) - before} sequences in {time.monotonic() - started:.1f} s, once "
                 "for the whole run" + (f"; {before} were known" if before else "")
@@ -106,6 +107,12 @@ class AskedOnce:
             if len(gone) == len(self.rows) and not has_aside(method):
                 return
 
+    def _counted(self) -> Iterator[Batch]:
+        """All that the models see, each batch counted once the next one is asked for."""
+        for batch in self._shown():
+            yield batch
+            self.asked += batch.units
+
     def _packed(self, new: Seq[Any], items: Seq[Any]) -> Iterator[Batch]:
         method = self.config.method
         if new:
@@ -117,19 +124,6 @@ class AskedOnce:
         held_out, shown = sum(map(len, self.held_out.values())), self.steps * self.config.rows.batch_size
         aside = held_out + shown if has_aside(self.config.method) else 0
         return held_out + min(len(self.rows), shown) + aside
-
-
-@dataclass
-class Count:
-    """How many units of some batches have been gone through."""
-
-    value: int = 0
-
-    def of(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches, each counted once the next one is asked for."""
-        for batch in batches:
-            yield batch
-            self.value += batch.units
 
 
 def has_aside(method: Method) -> bool:

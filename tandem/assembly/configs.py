@@ -437,18 +437,23 @@ def config_class(name: str) -> type[RunConfig]:
 def class_over(base: type[Base], name: str) -> type[Base]:
     """``base``, with what the method of this name adds to the config of its runs."""
     method = method_class(name)
+    optim = field(default_factory=lambda: OptimSection(learning_rate=method.learning_rate))
+    keys = {"optim": (OptimSection, optim, "")} | sections_of(method)
+    found = section_class(f"{method.__name__}Config", keys, base)
+    found.__doc__ = method.about
+    return found
+
+
+def sections_of(method: type[Method]) -> dict[str, tuple[Any, Any, str]]:
+    """The sections of a config that follow from its method: the knobs, the models beside the policy, their places."""
     placement = placement_class(Placement if isinstance(method.reads, Rows) else SamplingPlacement, method.models)
     models = models_class(method.models)
     optional = not any(need.required for need in method.models)
-    keys: Mapping[str, tuple[Any, Any, str]] = {
-        "optim": (OptimSection, field(default_factory=lambda: OptimSection(learning_rate=method.learning_rate)), ""),
+    return {
         "method": (method, field(default_factory=method), ""),
         "models": (models, field(default_factory=models) if optional else field(), ""),
         "placement": (placement, field(default_factory=placement, metadata=PREFIXED), ""),
     }
-    found = section_class(f"{method.__name__}Config", keys, base)
-    found.__doc__ = method.about
-    return found
 
 
 def read_config(method: str, *files: str | Path, **keys: Any) -> RunConfig:

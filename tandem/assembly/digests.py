@@ -83,11 +83,16 @@ def digest_model(source: str) -> dict[str, str]:
 
 
 def weights_digest(source: str) -> dict[str, str]:
-    """Of what a model's numbers depend on: its config, weights and code, wherever they lie."""
+    """Of what a model's numbers depend on, wherever that lies."""
+    return of_weights(digest_model(source))
+
+
+def of_weights(files: Mapping[str, str]) -> dict[str, str]:
+    """Those of a model's digests that its numbers depend on: of its config, weights and code."""
     suffixes = (".safetensors", ".bin", ".py")
     return {
         name: digest
-        for name, digest in digest_model(source).items()
+        for name, digest in files.items()
         if name.rpartition("/")[2] in ("", "config.json", ADAPTER_CONFIG) or name.endswith(suffixes)
     }
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from fractions import Fraction
-from typing import Any
+from typing import Any, TypeVar
 
 from tandem.assembly.configs import read_kind
 from tandem.assembly.evaluation_sections import EvaluationSection
@@ -20,6 +20,8 @@ from tandem.data.tokenize import Counts
 from tandem.errors import UserError
 from tandem.methods.table import ROWS
 from tandem.runs.progress import Progress, say
+
+Read = TypeVar("Read")
 
 
 def load_data(section: DatasetSection, kind: str) -> Dataset:
@@ -111,7 +113,7 @@ def describe_data(rows: Dataset, counts: Counts, order: Order, items: int, steps
     )
 
 
-def by_key(rows: Dataset, held_out: Mapping[str, Dataset]) -> dict[str, Dataset]:
+def by_key(rows: Read, held_out: Mapping[str, Read]) -> dict[str, Read]:
     """All that a run reads, each under the key that names it, and its own name where it has one."""
     return {"data": rows} | {f"eval_data {name}".rstrip(): one for name, one in held_out.items()}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from tandem.assembly.digests import digest_inputs
+from tandem.assembly.digests import digest_inputs, of_weights
 from tandem.assembly.feeds import Fed, Feed, preparation
 from tandem.assembly.models import heads, optim_params
 from tandem.assembly.placing import Homes
@@ -109,10 +109,10 @@ def require_same_models(run: Path, config: ReplayConfig, then: Inputs, now: Inpu
 def _files_of(inputs: Inputs, source: str) -> dict[str, str]:
     """The digests of a model's files by name, of what its numbers depend on."""
     whole = f"model {source}"
-    named = {
-        name.removeprefix(whole).removeprefix(": "): digest
-        for name, digest in inputs["model"].items()
-        if name == whole or name.startswith(f"{whole}: ")
-    }
-    suffixes = (".safetensors", ".bin", ".py")
-    return {name: digest for name, digest in named.items() if name in ("", "config.json") or name.endswith(suffixes)}
+    return of_weights(
+        {
+            name.removeprefix(whole).removeprefix(": "): digest
+            for name, digest in inputs["model"].items()
+            if name == whole or name.startswith(f"{whole}: ")
+        }
+    )

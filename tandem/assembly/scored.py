@@ -20,6 +20,7 @@ from tandem.assembly.sampled import OF_A_SAMPLE
 from tandem.assembly.sections import EngineSection
 from tandem.assembly.sessions import start_of
 from tandem.assembly.use_configs import ScoreConfig
+from tandem.batch import cut
 from tandem.data import formats
 from tandem.data.columns import shape
 from tandem.data.order import content_hash
@@ -35,7 +36,7 @@ from tandem.seeds import derive_seed
 from tandem.types import Group, Message, Prompt, Rollout, StopReason
 
 LOT = 256
-"""256 rows or a few more, whole prompts of them, are judged and written together."""
+"""At most 256 rows, whole prompts of them, are judged and written together; more where one prompt alone has more."""
 ADDED = {
     "completion": ("reward", "reward_parts"),
     "chosen": ("chosen_reward", "chosen_reward_parts"),
@@ -83,7 +84,7 @@ def score_rows(config: ScoreConfig) -> Path | None:
             judges = ", ".join(config.reward.judges)
             print_plan(config, {"data": f"{len(rows)} rows, {len(items)} prompts", "rewards": judges})
             return None
-        lots = _lots(items)
+        lots = [[items[i] for i in lot] for lot in cut([len(item.rows) for item in items], LOT)]
         ends = [lot[-1].rows.stop for lot in lots]
         path = out / SCORED
         rewards: list[Reward] = list(functions)
@@ -181,18 +182,6 @@ def _rollout(prompt_id: str, number: int, text: str, row: Mapping[str, Any], tok
         raise UserError(f"column 'stop' says how an answer ended, {', '.join(STOPS)}, not {stop!r:.60}")
     ids = known or (encode(text, tokenizer, special_tokens=False) if tokenizer is not None else [])
     return Rollout.of_answer(prompt_id, number, stop or "eos", text, ids)
-
-
-def _lots(items: list[_Item]) -> list[list[_Item]]:
-    lots: list[list[_Item]] = []
-    room = 0
-    for item in items:
-        if room <= 0:
-            lots.append([])
-            room = LOT
-        lots[-1].append(item)
-        room -= len(item.rows)
-    return lots
 
 
 def _judged(rows: Dataset, item: _Item, answers: tuple[str, ...]) -> Iterator[dict[str, Any]]:

@@ -11,6 +11,7 @@ from tandem.assembly.configs import RowsConfig
 from tandem.assembly.digests import digest_corpus, digest_inputs
 from tandem.assembly.feeds import Fed, Feed, limits_of_models, load_tokenizers, when_due
 from tandem.assembly.placing import Homes
+from tandem.assembly.reading import by_key
 from tandem.data.corpus import Corpus
 from tandem.data.order import InTurn, content_hash
 from tandem.data.room import Room
@@ -53,12 +54,9 @@ class TextFeed(Feed):
         assert config.run.steps is not None
         self.steps = self.planned = config.run.steps
         self.order = InTurn()
-        of_data = {"data": self.corpus} | {f"eval_data {name}".rstrip(): one for name, one in self.held_out.items()}
-        inputs = digest_inputs({}, models=config.sources)
-        self.inputs: Inputs = {
-            **inputs,
-            "data": {k: v for key, one in of_data.items() for k, v in digest_corpus(key, one).items()},
-        }
+        corpora = by_key(self.corpus, self.held_out).items()
+        digests = {name: digest for key, one in corpora for name, digest in digest_corpus(key, one).items()}
+        self.inputs: Inputs = {**digest_inputs({}, models=config.sources), "data": digests}
 
     @property
     def bits(self) -> float:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, Literal, get_type_hints
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from tandem.assembly.configs import RowsConfig, config_class, data_parts, worker_parts
+from tandem.assembly.configs import RowsConfig, config_class, data_parts, sections_of, worker_parts
 from tandem.assembly.role_sections import JudgedPlacement, JudgePlacement, ModelsSection, Placement, UsePlacement
 from tandem.assembly.sections import (
     ClusterSection,
@@ -304,15 +304,7 @@ def eval_config(words: list[str]) -> tuple[type[Any], list[str]]:
 @functools.cache
 def eval_class(name: str) -> type[EvalRowsConfig]:
     """The config of ``tandem eval NAME``."""
-    sections = {f.name: f for f in fields(config_class(name))}
-    keys = {
-        section: (hint, field(default_factory=hint, metadata=sections[section].metadata), "")
-        if sections[section].default_factory is not MISSING
-        else (hint, field(metadata=sections[section].metadata), "")
-        for section, hint in get_type_hints(config_class(name)).items()
-        if section in ("method", "models", "placement")
-    }
-    found = section_class(f"Eval{name}", keys, EvalRowsConfig)
+    found = section_class(f"Eval{name}", sections_of(method_class(name)), EvalRowsConfig)
     models = "".join(f" --{need.role} runs/{need.role}/model" for need in method_class(name).models)
     found.__doc__ = (
         f"Measure a model on held-out rows as 'tandem {name}' measures its own: the loss, and what goes with it.\n\n"

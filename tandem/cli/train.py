@@ -19,7 +19,7 @@ from tandem.models.limits import read_limits
 from tandem.runs.best import BEST_MODEL, read_best
 from tandem.runs.folder import EMA_MODEL, MODEL, RunFolder
 from tandem.runs.lines import read_metrics
-from tandem.runs.progress import format_number, held_out_names
+from tandem.runs.progress import format_number, leading
 from tandem.runs.table import print_table
 
 
@@ -74,10 +74,9 @@ def tell_end(out: Path, leads: Seq[str], *commands: str) -> None:
     rows = []
     records = read_metrics(out / "metrics.jsonl")
     known = dict.fromkeys(name for record in records for name in record)
-    for name in (shown for lead in leads for shown in (lead, *held_out_names(lead, known))):
+    for name in leading(leads, known):
         values = [record[name] for record in records if name in record]
-        if values:
-            rows.append((name, format_number(values[0]), format_number(values[-1])))
+        rows.append((name, format_number(values[0]), format_number(values[-1])))
     print_table(f"{out}: {records[-1]['step']} steps", ("", "first", "last"), rows)
     print(f"\nThe model is in {out / 'model'}")
     if (out / EMA_MODEL).exists():

@@ -304,17 +304,15 @@ def overlap_of(spent: Spent, setup: Setup, tail: Tail | None) -> Overlap | None:
 
 def _ideal(spent: Spent, setup: Setup, tail: Tail | None, overlap: Overlap | None) -> str:
     """The ideal as a sentence."""
+    shared = "ideal: sampler and trainer share their devices, so only the tail of sampling can be won"
     if setup.engines == 0 and setup.max_lag > 0:
         full = "" if spent.open_groups is None else f"; {spent.open_groups:.0f} groups were open when a step began"
         return (
-            "ideal: sampler and trainer share their devices, so only the tail of sampling can be won, and samples that "
-            f"are not done go on through the next step: that is reached (max_lag {setup.max_lag}{full})"
+            f"{shared}, and samples that are not done go on through the next step: that is reached "
+            f"(max_lag {setup.max_lag}{full})"
         )
     if overlap is None and setup.engines == 0:
-        return (
-            "ideal: sampler and trainer share their devices, so only the tail of sampling can be won; the spread of "
-            "lengths, which it follows from, is not in metrics.jsonl"
-        )
+        return f"{shared}; the spread of lengths, which it follows from, is not in metrics.jsonl"
     if overlap is None:
         return (
             f"ideal: not known: how long the sampler was busy is not logged; the trainer waited {_s(spent.waited)} for "
@@ -322,16 +320,15 @@ def _ideal(spent: Spent, setup: Setup, tail: Tail | None, overlap: Overlap | Non
         )
     if tail is not None and tail.seconds < WORTH * spent.step:
         return (
-            "ideal: sampler and trainer share their devices, so only the tail of sampling can be won, in which late "
-            f"samples leave slots empty, and it is short: {_s(tail.seconds)} of {_s(spent.waited)}"
+            f"{shared}, in which late samples leave slots empty, and it is short: {_s(tail.seconds)} of "
+            f"{_s(spent.waited)}"
         )
     faster = f"{overlap.turns / overlap.ideal:.2f} times as fast as taking turns"
     if tail is not None:
         most = "at most " if tail.at_most else ""
         return (
-            "ideal: sampler and trainer share their devices, so only the tail of sampling can be won, in which late "
-            f"samples leave slots empty: {most}{_s(tail.seconds)} of {_s(spent.waited)}, a step of "
-            f"{_s(overlap.ideal)}, {faster}; reached: nothing of it, since each step waits for its last sample"
+            f"{shared}, in which late samples leave slots empty: {most}{_s(tail.seconds)} of {_s(spent.waited)}, a "
+            f"step of {_s(overlap.ideal)}, {faster}; reached: nothing of it, since each step waits for its last sample"
         )
     return (
         f"ideal: the sampler takes {_s(overlap.turns - spent.trainer)}, the trainer {_s(spent.trainer)}; one beside "

@@ -6,7 +6,7 @@ import math
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from types import TracebackType
@@ -135,8 +135,7 @@ class Progress:
         self._printed = self._clock()
 
     def _shown_metrics(self) -> list[tuple[str, str]]:
-        names = [name for lead in self.leads for name in (lead, *held_out_names(lead, self._metrics))]
-        return [(name, format_number(self._metrics[name])) for name in names if name in self._metrics]
+        return [(name, format_number(self._metrics[name])) for name in leading(self.leads, self._metrics)]
 
     def _times(self) -> str:
         elapsed = self._clock() - self._started
@@ -182,15 +181,17 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def held_out_names(metric: str, names: Iterable[str]) -> list[str]:
+def leading(leads: Seq[str], names: Collection[str]) -> list[str]:
+    """Those of ``names`` that lead, in the order of ``leads``, each before the same of held-out data."""
+    return [name for lead in leads for name in (lead, *held_out_names(lead, names)) if name in names]
+
+
+def held_out_names(metric: str, names: Collection[str]) -> list[str]:
     """Those of ``names`` that are a metric of held-out data: ``eval/METRIC``, or ``eval/SET/METRIC`` of each set."""
-    given = list(names)
     alone = f"eval/{metric}"
-    return (
-        [alone]
-        if alone in given
-        else [name for name in given if re.fullmatch(rf"eval/[^/]+/{re.escape(metric)}", name)]
-    )
+    if alone in names:
+        return [alone]
+    return [name for name in names if re.fullmatch(rf"eval/[^/]+/{re.escape(metric)}", name)]
 
 
 def format_number(value: float) -> str:

@@ -15,7 +15,7 @@ from tandem.runs.curves import Curve, plot_curves
 from tandem.runs.folder import CURVES, SUMMARY
 from tandem.runs.goals import direction
 from tandem.runs.lines import read_lines, read_metrics, write_aside
-from tandem.runs.progress import format_number, format_seconds, held_out_names
+from tandem.runs.progress import format_number, format_seconds, held_out_names, leading
 
 TOLD = ("note", "error", "tracker", "accept_changed", "config")
 """Kinds of events that a summary repeats."""
@@ -62,8 +62,7 @@ def summary(
 def shown_names(records: Records, leads: Seq[str]) -> list[str]:
     """The leading metrics that were written, each with the same of held-out data, and every pass@k."""
     known = dict.fromkeys(name for record in records for name in record)
-    led = [name for lead in leads for name in (lead, *held_out_names(lead, known)) if name in known]
-    return [*led, *(name for name in known if re.search(r"/pass@\d+$", name))]
+    return [*leading(leads, known), *(name for name in known if re.search(r"/pass@\d+$", name))]
 
 
 def panels_of(records: Records, leads: Seq[str]) -> dict[str, list[Curve]]:
