@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from typing import Any
 
 
@@ -35,6 +36,11 @@ class NonFiniteError(UserError):
 
 class Cancelled(Exception):
     """The call was given up before it ended (``tandem.roles.Engine.cancel``)."""
+
+
+def listed(names: Seq[str], most: int = 5) -> str:
+    """The first of some names, to go into a message, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def first_line(error: BaseException) -> str:

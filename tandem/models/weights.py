@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from tandem.errors import UserError
+from tandem.errors import UserError, listed
 from tandem.kernels.quantized import require_bitsandbytes
 from tandem.lazy import extra
 from tandem.models.folder import located, readable_errors
@@ -135,8 +135,8 @@ def require_finite(module: nn.Module, source: str | Path) -> None:
     bad = [name for name, p in module.named_parameters() if p.is_floating_point() and p.numel() and not _finite(p)]
     bad += [f"{name}.weight" for name, layer in quantized_in(module).items() if not layer.finite]
     if bad:
-        listed = _listed(map(plain_name, bad))
-        raise UserError(f"{source}: its weights are not finite (NaN or infinity in {listed}); take another copy")
+        where = _listed(map(plain_name, bad))
+        raise UserError(f"{source}: its weights are not finite (NaN or infinity in {where}); take another copy")
 
 
 @torch.no_grad()
@@ -148,6 +148,4 @@ def _finite(parameter: torch.Tensor) -> bool:
 
 def _listed(names: Iterable[str]) -> str:
     ordered = sorted(names)
-    rest = len(ordered) - SHOWN
-    count = f"{len(ordered)} tensors: " if len(ordered) > 1 else ""
-    return count + ", ".join(ordered[:SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+    return (f"{len(ordered)} tensors: " if len(ordered) > 1 else "") + listed(ordered, SHOWN)

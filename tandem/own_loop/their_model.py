@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from tandem.engines.live.core import evaluating
-from tandem.errors import UserError
+from tandem.errors import UserError, listed
 from tandem.models.routers import all_weights
 from tandem.parallel.sharding import forget_gathered
 
@@ -91,8 +91,8 @@ def require_same(given: Mapping[str, Tensor], expected: Shapes, source: str) -> 
         raise UserError(f"update: {adapter} is an adapter's parameter; give the model with its adapters merged")
     missing = [name for name in expected if name not in given]
     if unknown or missing:
-        words = [f"has {_listed(unknown)}, which the sampler's has not"] if unknown else []
-        words += [f"lacks {_listed(missing)}"] if missing else []
+        words = [f"has {listed(unknown)}, which the sampler's has not"] if unknown else []
+        words += [f"lacks {listed(missing)}"] if missing else []
         raise UserError(f"update: the model {' and '.join(words)}; {advice}")
     for name, tensor in given.items():
         if tuple(tensor.shape) != tuple(expected[name]):
@@ -139,7 +139,3 @@ def _in_rows(name: str, parameter: Tensor) -> Tensor:
         shape=parameter.shape,
         stride=parameter.stride(),
     )
-
-
-def _listed(names: Seq[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -21,7 +21,7 @@ from tandem.engines.vllm.copies import Copies, RecordingCopies
 from tandem.engines.vllm.loading import Bucket, Place, Record, Target
 from tandem.engines.vllm.names import Names
 from tandem.engines.vllm.regions import piece_of
-from tandem.errors import UserError
+from tandem.errors import UserError, listed
 from tandem.models.pairs import NAME
 from tandem.sync.plan import Plan
 
@@ -183,8 +183,7 @@ def names_in(model: Any, names: Names, layers: Iterable[str]) -> dict[str, str]:
     known = {part for parts in fused.values() for part in parts} | {*model.lora_manager.modules} - {*fused}
     if untaken := [layer for layer, name in found.items() if name not in known]:
         raise UserError(
-            f"lora.targets: vLLM's {type(model).__name__} takes no adapters on {', '.join(untaken[:5])}"
-            f"{f' and {len(untaken) - 5} more' if len(untaken) > 5 else ''}; add --lora.fold"
+            f"lora.targets: vLLM's {type(model).__name__} takes no adapters on {listed(untaken)}; add --lora.fold"
         )
     return found
 

@@ -19,7 +19,7 @@ from tandem.engines.vllm.checksums import Shard
 from tandem.engines.vllm.copies import Copies, RecordingCopies
 from tandem.engines.vllm.names import Names
 from tandem.engines.vllm.regions import Piece, WatchingCopies
-from tandem.errors import UserError, first_line
+from tandem.errors import UserError, first_line, listed
 from tandem.kernels import bits
 from tandem.sync.checksum import RunningSums
 from tandem.sync.plan import Plan
@@ -131,13 +131,13 @@ def _load_and_record(model: Any, names: Names, buckets: Iterable[Bucket], record
             parameter.weight_loader = loader
     if untaken:
         raise UserError(
-            f"weight sync: vLLM's {type(model).__name__} takes no tensors of these names: {_listed(untaken)}; "
+            f"weight sync: vLLM's {type(model).__name__} takes no tensors of these names: {listed(untaken)}; "
             "send what the model's named_parameters() gives"
         )
     if missing := [name for name in expected if name not in record]:
         raise UserError(
             f"weight sync: the push left these parameters of vLLM's {type(model).__name__} as they were: "
-            f"{_listed(missing)}; is it the trainer's model?"
+            f"{listed(missing)}; is it the trainer's model?"
         )
 
 
@@ -323,8 +323,3 @@ def _multiplies(module: Any) -> bool:
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
     return isinstance(module, LinearBase | ParallelLMHead)
-
-
-def _listed(names: list[str], most: int = 5) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
