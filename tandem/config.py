@@ -284,17 +284,13 @@ def _convert_given(given: Given, key: Key) -> Any:
         if isinstance(converted, int) and not -(2**63) <= converted < 2**63:
             raise UserError(f"{given.where}: expected a whole number of at most 64 bits, got {given.value!r}")
         numbers = converted if isinstance(converted, tuple) else (converted,)
-        if math.inf in map(_size, numbers) and not key.metadata.get("infinite"):
+        if {math.inf, -math.inf} & {*numbers} and not key.metadata.get("infinite"):
             raise UserError(f"{given.where}: expected a finite number, got {given.value!r}")
         return converted
     except ValueError:
         got = f"[{', '.join(given.value)}]" if isinstance(given.value, list) else given.value
         shown = repr(got) if given.value else "nothing"
         raise UserError(f"{given.where}: expected {_expected(key.annotation)}, got {shown}") from None
-
-
-def _size(value: Any) -> float:
-    return abs(value) if isinstance(value, float) else 0.0
 
 
 def _convert(value: str | list[str] | None, annotation: Any) -> Any:

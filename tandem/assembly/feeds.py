@@ -57,8 +57,8 @@ class Fed:
 
     source: Source[Any]
     prepare: Preparation
-    push_weights: Callable[[int], Metrics] | None
-    evaluate: Evaluate
+    push_weights: Callable[[int], Metrics] | None = None
+    evaluate: Evaluate = lambda step, progress: Evaluation()
 
 
 class Feed:
@@ -173,7 +173,7 @@ class RowsFeed(Feed):
         prepare = Preparation(method=self.config.method, models=seats, longest=self.longest, seed=self.config.run.seed)
         measure = HeldOutRows(sets=self.held_out, actor=models["actor"], prepare=prepare)
         evaluate = when_due(self.config.evaluation, measure, last=self.steps)
-        return Fed(source=Tokenized(self.examples), prepare=prepare, push_weights=None, evaluate=evaluate)
+        return Fed(source=Tokenized(self.examples), prepare=prepare, evaluate=evaluate)
 
     def ask(self, models: Mapping[str, Seat], progress: Progress) -> None:
         self.once.ask(models, progress)

@@ -13,12 +13,11 @@ from tandem.assembly.replay_config import ReplayConfig, idle_keys, stored_config
 from tandem.errors import UserError
 from tandem.models.limits import read_limits
 from tandem.roles import Seat
-from tandem.rollout.evaluate import Evaluation
 from tandem.rollout.recorded import Recorded
 from tandem.runs.folder import EVENTS
 from tandem.runs.identity import Inputs, read_identity
 from tandem.runs.lines import read_lines, read_metrics
-from tandem.runs.progress import Progress, say
+from tandem.runs.progress import say
 from tandem.runs.record import Record
 from tandem.training.optim import learning_rate_at
 
@@ -59,12 +58,8 @@ class ReplayFeed(Feed):
         return {"record": f"{record.folder}: {self.size} groups of {self.steps} steps, {record.bytes / 1e6:.1f} MB"}
 
     def start(self, models: Mapping[str, Seat], homes: Homes) -> Fed:
-        def evaluate(step: int, progress: Progress) -> Evaluation:
-            """Nothing is held out: there is no engine to sample it."""
-            return Evaluation()
-
-        prepare = preparation(self.config, models)
-        return Fed(source=self.order, prepare=prepare, push_weights=None, evaluate=evaluate)
+        # Nothing is held out: there is no engine to sample it.
+        return Fed(source=self.order, prepare=preparation(self.config, models))
 
     def _planned(self) -> int:
         """A length of the run with which each step has the learning rate that it had.

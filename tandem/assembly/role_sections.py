@@ -20,7 +20,8 @@ class RolePlacement:
         for role in self.roles:
             value, words = getattr(self, role), self.words(role)
             if not (value in words or _is_count(value)):
-                raise UserError(f"placement.{role}: expected a number of processes or {_either(words)}, got {value!r}")
+                either = " or ".join(map(repr, words))
+                raise UserError(f"placement.{role}: expected a number of processes or {either}, got {value!r}")
             self.home(role)
 
     @property
@@ -161,10 +162,6 @@ def models_class(models: Iterable[Need]) -> type[ModelsSection]:
             doc = f"The learning rate of the {need.role}, which may be higher than the policy's."
             keys[f"{need.role}_learning_rate"] = (float, field(default=need.learning_rate, metadata=part), doc)
     return section_class("Models", keys, base)
-
-
-def _either(words: list[str]) -> str:
-    return " or ".join(map(repr, words))
 
 
 def _is_count(value: str) -> bool:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -119,32 +119,25 @@ class _Sampling:
             judge=judge,
             seed=self.config.run.seed,
         )
-        with ExitStack() as stack:
-            progress = stack.enter_context(Progress(self.title, total=len(self.prompts), start=lots[0].start))
+        with Progress(self.title, total=len(self.prompts), start=lots[0].start) as progress:
             if lots[0].start:
                 progress.note(f"{path}: goes on after {lots[0].start} prompts")
             if taken := sorted({name for prompt in self.prompts for name in prompt.columns} & set(OF_A_SAMPLE)):
                 progress.note(f"data: the columns {', '.join(taken)} are not written, the samples have these names")
             begun: deque[tuple[range, list[Drawing]]] = deque()
-            stack.enter_context(self._told_how_to_go_on(progress))
-            for lot in lots:
-                # A sample's draws are named after its row, whatever lot it is in.
-                tickets = [Ticket(number=row, row=row, step=0, place=row) for row in lot]
-                begun.append((lot, source.begin(tickets, progress.phase)))
-                while len(begun) > 1 or (begun and lot is lots[-1]):
-                    written, drawings = begun.popleft()
-                    groups = source.finish(drawings, progress.phase)
-                    append_lines(path, self._rows(written, groups, judged=bool(judge.rewards)))
-                    progress.update(written.stop)
-
-    @contextmanager
-    def _told_how_to_go_on(self, progress: Progress) -> Iterator[None]:
-        """Whatever ends it, what is written stays."""
-        try:
-            yield
-        except BaseException:
-            progress.note(f"stopped after {progress.step} of {len(self.prompts)} prompts; go on with --resume")
-            raise
+            try:
+                for lot in lots:
+                    # A sample's draws are named after its row, whatever lot it is in.
+                    tickets = [Ticket(number=row, row=row, step=0, place=row) for row in lot]
+                    begun.append((lot, source.begin(tickets, progress.phase)))
+                    while len(begun) > 1 or (begun and lot is lots[-1]):
+                        written, drawings = begun.popleft()
+                        groups = source.finish(drawings, progress.phase)
+                        append_lines(path, self._rows(written, groups, judged=bool(judge.rewards)))
+                        progress.update(written.stop)
+            except BaseException:  # whatever ends it, what is written stays
+                progress.note(f"stopped after {progress.step} of {len(self.prompts)} prompts; go on with --resume")
+                raise
 
     def _rows(self, lot: range, groups: Seq[Group], *, judged: bool) -> Iterable[dict[str, Any]]:
         for row, group in zip(lot, groups, strict=True):

@@ -89,7 +89,7 @@ class TextFeed(Feed):
         )
         measure = self.measure(models, self.held_out)
         evaluate = when_due(self.config.evaluation, measure, last=self.steps)
-        return Fed(source=InWindows(windows), prepare=prepare, push_weights=None, evaluate=evaluate)
+        return Fed(source=InWindows(windows), prepare=prepare, evaluate=evaluate)
 
     def measure(self, models: Mapping[str, Seat], sets: Mapping[str, Corpus]) -> HeldOutText:
         """What measures the policy on some corpora."""

@@ -47,8 +47,9 @@ class Report:
         return result
 
 
-def check(config: DoctorConfig) -> None:
-    """Runs every check. Raises UserError at the first that fails, saying what it means."""
+def run(config: DoctorConfig) -> int:
+    """The command: every check. Raises UserError at the first that fails, saying what it means."""
+    print("tandem doctor", flush=True)
     report = Report()
     describe_machine(report)
     require_engine(config.engine)
@@ -75,6 +76,8 @@ def check(config: DoctorConfig) -> None:
         )
         source = homes.place("weights", weight_source, beside="actor")
         _Examination(report, actor, source, sampler, len(tokenizer), config).run()
+    print("all checks passed", flush=True)
+    return 0
 
 
 class _Examination:
@@ -196,11 +199,3 @@ def _describe_push(metrics: dict[str, float]) -> str:
         f"{metrics['sync_seconds'] * 1e3:.1f} ms, {metrics['sync_gb_per_second']:.2f} GB/s, "
         f"check {metrics['sync_check_seconds'] * 1e3:.1f} ms"
     )
-
-
-def run(config: DoctorConfig) -> int:
-    """The command."""
-    print("tandem doctor", flush=True)
-    check(config)
-    print("all checks passed", flush=True)
-    return 0

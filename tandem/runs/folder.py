@@ -30,11 +30,9 @@ MARKER = ".tandem-run"
 EVENTS = "events.jsonl"
 CHECKPOINTS, MODEL, EMA_MODEL = "checkpoints", "model", "model-ema"
 SUMMARY, CURVES = "summary.md", "curves.png"
-SAMPLES, BEST, PAIRS, SCORED, MEASURED = (
-    *("samples.jsonl", "best.jsonl", "pairs.jsonl", "scored.jsonl", "evaluation.json"),
-)
-USED = (SAMPLES, BEST, PAIRS, SCORED, MEASURED)
+USED = ("samples.jsonl", "best.jsonl", "pairs.jsonl", "scored.jsonl", "evaluation.json")
 """What commands write which only use a model."""
+SAMPLES, BEST, PAIRS, SCORED, MEASURED = USED
 CONTENTS = (
     "metrics.jsonl",
     "rollouts.jsonl",

@@ -141,16 +141,12 @@ def _require_same_config(folder: Path, start: Start) -> None:
         )
     described = [
         f"{key} ({json.dumps(then, default=str)} there, {json.dumps(now, default=str)} now"
-        f"{_because(start.changeable.get(key))})"
+        f"{f': {reason}' if reason else ''})"
         for key, (then, now) in changed.items()
-        if start.changeable.get(key) != ""
+        if (reason := start.changeable.get(key)) != ""
     ]
     if described:
         raise UserError(
             f"{path}: cannot resume with another config: {', '.join(described)}; resume with --config {path}, "
             "or start again with another --out"
         )
-
-
-def _because(reason: str | None) -> str:
-    return f": {reason}" if reason else ""

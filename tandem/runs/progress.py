@@ -114,7 +114,9 @@ class Progress:
 
     def note(self, text: str) -> None:
         """A line of its own, above the display."""
-        self._print(text)
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.console.file.flush()
+        self._printed = self._clock()
 
     def _break_silences(self) -> None:
         while not self._ended.wait(max(0.0, self._printed + self.silent_seconds - self._clock())):
@@ -122,17 +124,12 @@ class Progress:
                 continue
             self._printed = self._clock()
             if doing := self._doing():
-                self._print(f"{self.title} {self.step}/{self.total}  {doing}")
+                self.note(f"{self.title} {self.step}/{self.total}  {doing}")
 
     def _print_line(self) -> None:
         self._line_step, self._line_time = self.step, self._clock()
         metrics = "  ".join(f"{name} {value}" for name, value in self._shown_metrics())
-        self._print(f"{self.title} {self.step}/{self.total}  {self._times()}  {metrics}".rstrip())
-
-    def _print(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
-        self.console.file.flush()
-        self._printed = self._clock()
+        self.note(f"{self.title} {self.step}/{self.total}  {self._times()}  {metrics}".rstrip())
 
     def _shown_metrics(self) -> list[tuple[str, str]]:
         return [(name, format_number(self._metrics[name])) for name in leading(self.leads, self._metrics)]

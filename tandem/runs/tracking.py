@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import yaml
 
@@ -242,11 +242,11 @@ class Following:
             return
         with path.open("rb") as file:
             file.seek(self.offsets.get(name, 0))
-            for record, size in _whole(file):
-                if record["step"] > step:
+            for line in file:
+                if not line.endswith(b"\n") or (record := json.loads(line))["step"] > step:
                     return
                 yield record
-                self.offsets[name] = self.offsets.get(name, 0) + size
+                self.offsets[name] = self.offsets.get(name, 0) + len(line)
 
     def _read(self) -> dict[str, Any]:
         try:
@@ -257,10 +257,3 @@ class Following:
 
     def _write(self, state: dict[str, Any]) -> None:
         write_aside(self.out / FOLDER / f"{self.name}.json", json.dumps(state))
-
-
-def _whole(file: IO[bytes]) -> Iterator[tuple[dict[str, Any], int]]:
-    for line in file:
-        if not line.endswith(b"\n"):
-            return
-        yield json.loads(line), len(line)
