@@ -38,9 +38,13 @@ class Cancelled(Exception):
     """The call was given up before it ended (``tandem.roles.Engine.cancel``)."""
 
 
-def listed(names: Seq[str], most: int = 5) -> str:
-    """The first of some names, to go into a message, and how many more there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+LISTED = 3
+"""3 names stand in a message, and how many more there are."""
+
+
+def listed(names: Seq[str]) -> str:
+    """The first ``LISTED`` of some names, to go into a message, and how many more there are."""
+    return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
 
 
 def first_line(error: BaseException) -> str:

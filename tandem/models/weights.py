@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from tandem.errors import UserError, listed
+from tandem.errors import LISTED, UserError, listed
 from tandem.kernels.quantized import require_bitsandbytes
 from tandem.lazy import extra
 from tandem.models.folder import located, readable_errors
@@ -25,8 +25,6 @@ _MASKS = re.compile(r"\.(attn|attention|self_attn)\.(bias|masked_bias)$")
 """Causal masks that old checkpoints carry as if they were weights (GPT-2, GPT-Neo)."""
 _LANGUAGE_HEADS = ("lm_head.", "embed_out.")
 """What checkpoints call the head of a causal LM, which a scalar model on it leaves out."""
-SHOWN = 3
-"""Tensors that a message names; it counts the others."""
 
 
 def load_whole(
@@ -82,7 +80,7 @@ def load_whole(
     faults += [f"holds {_listed(unknown)}, which the model has not"] if unknown else []
     faults += [
         f"holds {name} of shape {tuple(found)} where the model has {tuple(wanted)}"
-        for name, found, wanted in sorted(info["mismatched_keys"])[:SHOWN]
+        for name, found, wanted in sorted(info["mismatched_keys"])[:LISTED]
     ]
     if faults:
         raise UserError(
@@ -148,4 +146,4 @@ def _finite(parameter: torch.Tensor) -> bool:
 
 def _listed(names: Iterable[str]) -> str:
     ordered = sorted(names)
-    return (f"{len(ordered)} tensors: " if len(ordered) > 1 else "") + listed(ordered, SHOWN)
+    return (f"{len(ordered)} tensors: " if len(ordered) > 1 else "") + listed(ordered)
