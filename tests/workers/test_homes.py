@@ -110,7 +110,7 @@ def test_a_rank_that_is_killed_while_two_seats_are_called(cluster_address, tmp_p
         with pytest.raises(
             WorkerDied, match=rf"home0 rank 1 \(pid {group.wheres[1].pid} on \S+\) died \(.*; in actor\.wait\)"
         ):
-            wait_all(calls)
+            wait_all([*calls.values()])
         with pytest.raises(WorkerDied, match=r"home0 rank 1 .* died \(.*; in critic\.meet\)"):
             calls["critic"].result()
         assert time.monotonic() - start < PATIENCE_S
@@ -147,11 +147,11 @@ def test_the_first_home_speaks_though_the_second_fails_first(cluster_address, tm
         with pytest.raises(UserError, match=r"home1 rank 0 \(pid \d+ on \S+\): critic has nothing to give"):
             calls["critic"].result()
         with pytest.raises(UserError, match=r"home0 rank 0 \(pid \d+ on \S+\): actor has nothing to give"):
-            wait_all(calls)
+            wait_all([*calls.values()])
         # What was begun has ended by then.
         calls = {"critic": critic.submit("fail"), "actor": actor.submit("come", tmp_path, done.name)}
         with pytest.raises(UserError, match="critic has nothing to give"):
-            wait_all(calls)
+            wait_all([*calls.values()])
         assert calls["actor"].done()
 
 
