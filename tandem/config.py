@@ -87,10 +87,8 @@ def key_names(cls: Any) -> list[str]:
 def given_values(cls: Any, argv: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What ``--config`` files say, and what flags do: keys by their full names with values. Raises UserError."""
     keys = _keys_of(cls)
-    files, flags = read_flags(argv, keys)
-    of_files = {name: given for file in files for name, given in read_yaml(file, keys, {}).items()}
     in_files, in_flags = (
-        {name: _convert_given(value, keys[name]) for name, value in given.items()} for given in (of_files, flags)
+        {name: _convert_given(value, keys[name]) for name, value in given.items()} for given in _read(cls, keys, argv)
     )
     return in_files, in_flags
 
@@ -108,9 +106,8 @@ def load_config(cls: type[Config], argv: Sequence[str], *, prog: str = "tandem")
     if "--help" in argv or "-h" in argv:
         _print_help(cls, prog)
         raise SystemExit(0)
-    files, flags = read_flags(argv, keys)
-    sections = {name: [*_keys_of(hint)] for name, hint in _hints_of(cls).items() if is_dataclass(hint)}
-    given = {name: value for file in files for name, value in read_yaml(file, keys, sections).items()} | flags
+    in_files, flags = _read(cls, keys, argv)
+    given = in_files | flags
     values = {name: _convert_given(value, keys[name]) for name, value in given.items()}
     implied: dict[str, Any] = getattr(cls, "implied", lambda given: {})(values)
     missing = [key for key in keys.values() if key.required and key.name not in values]
@@ -178,6 +175,13 @@ def describe(config: Any, without: Collection[str] = ()) -> str:
         for title, keys in sections.items()
     ]
     return "\n\n".join(blocks)
+
+
+def _read(cls: Any, keys: dict[str, Key], argv: Sequence[str]) -> tuple[dict[str, Given], dict[str, Given]]:
+    """What the ``--config`` files say, the last of them that has a key, and what the other flags do."""
+    files, flags = read_flags(argv, keys)
+    sections = {name: [*_keys_of(hint)] for name, hint in _hints_of(cls).items() if is_dataclass(hint)}
+    return {name: value for file in files for name, value in read_yaml(file, keys, sections).items()}, flags
 
 
 def _keys_of(cls: Any) -> dict[str, Key]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
@@ -105,20 +106,16 @@ def digest_file(path: Path) -> str:
     numbers between them is not seen. Raises UserError where it cannot be read.
     """
     try:
-        return _digest_file(path)
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            found = hashlib.blake2b(str(size).encode(), digest_size=16)
+            if size <= READ_WHOLE:
+                while block := file.read(1 << 20):
+                    found.update(block)
+            else:
+                for sample in range(SAMPLES):
+                    file.seek((size - BLOCK) * sample // (SAMPLES - 1))
+                    found.update(file.read(BLOCK))
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-def _digest_file(path: Path) -> str:
-    size = path.stat().st_size
-    found = hashlib.blake2b(str(size).encode(), digest_size=16)
-    with path.open("rb") as file:
-        if size <= READ_WHOLE:
-            while block := file.read(1 << 20):
-                found.update(block)
-        else:
-            for sample in range(SAMPLES):
-                file.seek((size - BLOCK) * sample // (SAMPLES - 1))
-                found.update(file.read(BLOCK))
     return found.hexdigest()

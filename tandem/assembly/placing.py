@@ -115,11 +115,8 @@ class Homes:
     @property
     def spread(self) -> bool:
         """Whether anything lives outside this process."""
-        return self._own_engines or any(map(self.placement.workers, self.roles))
-
-    @property
-    def _own_engines(self) -> bool:
-        return "engine" in self.roles and self.engine.kind == "vllm" and not self.placement.is_here("engine")
+        vllm = "engine" in self.roles and self.engine.kind == "vllm" and not self.placement.is_here("engine")
+        return vllm or any(map(self.placement.workers, self.roles))
 
     def check(self) -> None:
         """Raises UserError where this machine, or the Ray of this process, cannot give the placement. Starts nothing.

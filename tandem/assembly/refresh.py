@@ -42,9 +42,9 @@ def refresh_of(config: RunConfig, models: Mapping[str, Seat]) -> Refresh | None:
     if actor.home is reference.home:
         seat = actor.home.place("following", Following)
         return Refresh(every=section.reference_every, renew=partial(seat.call, "follow", mix))
-    return Refresh(every=section.reference_every, renew=partial(_across, actor, reference, mix))
 
+    def across(step: int) -> None:
+        """Through this process, whole, as a checkpoint's weights go."""
+        reference.call("follow", actor.call("whole_weights"), mix, step)
 
-def _across(actor: Seat, reference: Seat, mix: float, step: int) -> None:
-    """Through this process, whole, as a checkpoint's weights go."""
-    reference.call("follow", actor.call("whole_weights"), mix, step)
+    return Refresh(every=section.reference_every, renew=across)

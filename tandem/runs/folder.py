@@ -178,17 +178,13 @@ class RunFolder:
         forget_after(self.path / RECORD, step)
         keep_until(self.metrics, metrics)
 
-    def close(self) -> None:
-        """Gives the folder back."""
-        self._lock.release()
-
     def __enter__(self) -> RunFolder:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Notes how the run ended (a start without a stop was killed) and closes."""
+        """Notes how the run ended (a start without a stop was killed) and gives the folder back."""
         with suppress(UserError):  # a full disk may be what the run ends of
             if error is None:
                 self.event("stop", reason="finished")
@@ -196,7 +192,7 @@ class RunFolder:
                 self.event("stop", reason="interrupted")
             else:
                 self.event("stop", **_failed(error))
-        self.close()
+        self._lock.release()
 
 
 def note_failure(out: Path, error: BaseException) -> None:
