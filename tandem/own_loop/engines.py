@@ -113,10 +113,16 @@ class InProcess:
         self.filled = True
 
     def logprobs(self, sequences: Seq[Seq[int]]) -> list[list[float]]:
-        return self.engine.logprobs(sequences)
+        with self._in_its_dtype():
+            return self.engine.logprobs(sequences)
 
     def generate(self, requests: Seq[Request]) -> list[list[Completion]]:
-        return self.engine.generate(requests)
+        with self._in_its_dtype():
+            return self.engine.generate(requests)
+
+    def _in_its_dtype(self) -> torch.autocast:
+        """The loop may call from within an autocast of its own."""
+        return torch.autocast(self.device.type, enabled=False)
 
     def close(self) -> None:
         self.engine.close()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
+import threading
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
@@ -34,7 +36,7 @@ class Sampler:
 
     ``model`` is the folder or hub name that the loop starts from: its config and tokenizer are used. Every rank makes
     the same calls; the work is divided over them, and all get the same result. Without torch.distributed it is one
-    rank. Use it as a context, or ``close`` it: that ends its processes.
+    rank. Use it as a context, or ``close`` it: that ends its processes. Threads may share it: their calls take turns.
 
     - ``engine``: ``live`` samples in this process with Tandem's own engine; ``vllm`` in a child of each rank.
     - ``dtype``: the sampler's weights, and what it computes in. ``device``: auto is this rank's GPU, else the CPU.
@@ -72,6 +74,7 @@ class Sampler:
         self.updates = 0
         self.vocabulary, self.max_length = 0, max_length
         self.model: nn.Module | None = None
+        self.turn = threading.Lock()
         self.device = own_device(device)
         self.tokenizer = load_tokenizer(self.source, trust_remote_code=trust_remote_code)
         self.peers = Peers(deadline_s)
@@ -101,11 +104,18 @@ class Sampler:
         256th the log-probs of a fixed probe as well. Raises UserError where the model is not the sampler's, and
         WeightMismatch where the check fails.
         """
-        if len(steps := set(self.peers.gather(step))) > 1:
-            raise UserError(f"update: the ranks are at different steps: {sorted(steps)}")
-        if step == self.step:
-            return False
-        self._fill(model, step)
+        error = None
+        try:
+            step = operator.index(step)  # a tensor's or numpy's, too
+        except TypeError:
+            error = UserError(f"update: step is {step!r}; it must be a whole number")
+        with self.turn:
+            self.peers.agree(error)
+            if len(steps := set(self.peers.gather(step))) > 1:
+                raise UserError(f"update: the ranks are at different steps: {sorted(steps)}")
+            if step == self.step:
+                return False
+            self._fill(model, step)
         return True
 
     def generate(
@@ -139,6 +149,10 @@ class Sampler:
 
     def completions(self, prompts: Seq[PromptLike], sampling: SamplingParams, *, n: int = 1) -> list[list[Completion]]:
         """As ``generate``, with tokens, log-probs and why each ended: ``n`` completions for each prompt."""
+        with self.turn:
+            return self._completions(prompts, sampling, n)
+
+    def _completions(self, prompts: Seq[PromptLike], sampling: SamplingParams, n: int) -> list[list[Completion]]:
         requests, error = self._requests(prompts, sampling, n)
         self.peers.agree(error)
         self._require_same_requests(requests)
@@ -269,8 +283,9 @@ class Sampler:
         """What to sample, or why not."""
         if self.step is None:
             return [], UserError("generate: the sampler has no weights of yours yet; call update(model, step) first")
-        if isinstance(prompts, str):
-            return [], UserError("generate: prompts is one string; give a list of prompts")
+        if isinstance(prompts, str | Mapping):
+            what = "one string" if isinstance(prompts, str) else "a mapping"
+            return [], UserError(f"generate: prompts is {what}; give a list of prompts")
         if n < 1:
             return [], UserError(f"generate: n is {n}; it must be at least 1")
         requests = []
@@ -294,11 +309,14 @@ class Sampler:
             return error
         return None
 
-    def _encode(self, prompt: PromptLike) -> tuple[int, ...]:
+    def _encode(self, prompt: Any) -> tuple[int, ...]:
         if isinstance(prompt, str):
             return prompt_of({"prompt": prompt}, self.tokenizer).token_ids
-        ids = tuple(token for token in prompt if isinstance(token, int))
-        return ids if len(ids) == len(prompt) else prompt_of({"prompt": list(prompt)}, self.tokenizer).token_ids
+        try:
+            return tuple(map(operator.index, prompt))  # a tensor's or numpy's, too
+        except TypeError:
+            messages = list(prompt) if isinstance(prompt, Seq) else prompt
+            return prompt_of({"prompt": messages}, self.tokenizer).token_ids
 
     def _require_same_requests(self, requests: Seq[Request]) -> None:
         digests = self.peers.gather(hashlib.sha256(repr(requests).encode()).digest())
@@ -323,7 +341,7 @@ class Sampler:
                     "tokens": len(completion.token_ids),
                     "mean_logprob": round(sum(logp) / len(logp), 6) if logp else None,
                 }
-                lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+                lines.append(json.dumps(line, ensure_ascii=False, default=lambda ids: ids.tolist()) + "\n")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a", encoding="utf-8") as file:

@@ -72,6 +72,8 @@ class GivenModel:
 def given(model: nn.Module) -> GivenModel:
     """Looks through DDP, torch.compile and checkpoint wrappers. Raises UserError for FSDP1 and other shardings."""
     module: Any = model
+    if not isinstance(module, nn.Module):
+        raise UserError(f"update: a {type(module).__name__} is no model; give the module itself")
     while inner := _inside(module):
         module = inner
     if any(isinstance(m, FullyShardedDataParallel) for m in module.modules()):

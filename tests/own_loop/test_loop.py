@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -153,6 +156,51 @@ def test_a_float32_sampler_of_a_bfloat16_model(folder):
         assert_holds(sampler, trained().to(torch.bfloat16))
 
 
+def test_ids_and_steps_of_tensors_and_of_numpy(folder, tmp_path):
+    ids: list[Any] = [torch.tensor([5, 6, 7]), np.array([5, 6, 7]), [np.int64(5), torch.tensor(6), 7]]
+    with Sampler(folder) as sampler:
+        sampler.update(trained(), torch.tensor(3))  # type: ignore[arg-type]
+        assert sampler.update(trained(), np.int64(3)) is False  # type: ignore[arg-type]
+        assert len(set(sampler.generate([*ids, [5, 6, 7]], temperature=0))) == 1
+        assert sampler.log(ids, 3, path=tmp_path / "samples.jsonl", every=1)
+    lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [line["prompt"] for line in lines] == [[5, 6, 7]] * 3
+
+
+def test_an_autocast_of_the_loop_is_not_the_samplers(folder):
+    with Sampler(folder) as sampler:
+        sampler.update(trained(), 1)
+        wanted = sampler.completions(PROMPTS, SAMPLING)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert sampler.completions(PROMPTS, SAMPLING) == wanted
+
+
+def test_threads_take_turns(folder):
+    """No sample is drawn from weights that are half there."""
+    models = [make_module("llama", seed=seed) for seed in (1, 2)]
+    said: set[tuple[str, ...]] = set()
+    with Sampler(folder, check_weights=False) as sampler:
+        wanted = set()
+        for module in models:
+            sampler.update(module, 1 - (sampler.step or 0))
+            wanted.add(tuple(sampler.generate(PROMPTS, temperature=0, max_new_tokens=8)))
+        done = threading.Event()
+
+        def sample() -> None:
+            while not done.is_set():
+                said.add(tuple(sampler.generate(PROMPTS, temperature=0, max_new_tokens=8)))
+
+        with ThreadPoolExecutor(1) as threads:
+            sampling = threads.submit(sample)
+            for step in range(2, 40):
+                sampler.update(models[step % 2], step)
+                if sampling.done():
+                    break
+            done.set()
+            sampling.result()
+    assert said <= wanted
+
+
 def test_samples_go_to_a_file_every_few_steps(folder, tmp_path):
     path = tmp_path / "logs" / "samples.jsonl"
     with Sampler(folder) as sampler:
@@ -178,6 +226,10 @@ def test_samples_go_to_a_file_every_few_steps(folder, tmp_path):
     ("call", "words"),
     [
         (lambda s: s.generate("hello"), "prompts is one string; give a list"),
+        (lambda s: s.generate(make_tokenizer()(["hello"])), "prompts is a mapping; give a list"),
+        (lambda s: s.generate(["hello", None]), "prompt 1: no column 'prompt'"),
+        (lambda s: s.update(trained(), 1.5), "step is 1.5; it must be a whole number"),
+        (lambda s: s.update(trained().state_dict(), 2), "a OrderedDict is no model; give the module itself"),
         (lambda s: s.generate(["hello"], n=0), "n is 0"),
         (lambda s: s.generate(["hello", ""]), "prompt 1: column 'prompt' is empty"),
         (lambda s: s.generate(["hello", []]), "request 1: the prompt is empty"),
