@@ -15,6 +15,7 @@ from tandem.assembly.sections import (
     DatasetSection,
     DrawsSection,
     EngineSection,
+    LoraSection,
     ModelSection,
     OptimSection,
     OutSection,
@@ -271,7 +272,9 @@ class EvalRowsConfig:
     def as_run(self) -> RowsConfig:
         """The run that would train on these rows."""
         name = next(name for name in ROWS if type(self.method) is method_class(name))
-        found = config_class(name)(
+        kind = config_class(name)
+        adapters = {key: value for key, value in kind.implied({"model": self.model.model}).items() if "lora." in key}
+        found = kind(
             run=RunSection(out=self.run.out, seed=self.run.seed, steps=1),
             model=self.model,
             data=self.data,
@@ -279,6 +282,7 @@ class EvalRowsConfig:
             method=self.method,
             models=self.models,
             placement=self.placement,
+            lora=LoraSection(**{key.removeprefix("lora."): value for key, value in adapters.items()}),
             cluster=self.cluster,
         )
         assert isinstance(found, RowsConfig)

@@ -72,6 +72,12 @@ def test_what_was_trained_is_used_and_trained_on_like_any_model(made):
     about = json.loads(Path("rm/model/adapter_config.json").read_text())
     assert (about["task_type"], about["modules_to_save"], about["r"]) == ("SEQ_CLS", ["score"], 4)
     assert main(["score", "--reward-model", "rm/model", "--data", "pairs.jsonl", "--out", "scored"]) == 0
+    assert main(["eval", "rm", "--model", "rm/model", "--data", "pairs.jsonl", "--out", "measured"]) == 0
+    measured = []
+    for model in ("run/model", "merged"):
+        assert main(["eval", "sft", "--model", model, "--data", "demos.jsonl", "--out", f"{model}-measured"]) == 0
+        measured.append(json.loads(Path(f"{model}-measured/evaluation.json").read_text())["loss"])
+    assert measured[0] == pytest.approx(measured[1], rel=1e-6)
 
 
 @pytest.mark.parametrize(
