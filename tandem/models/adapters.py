@@ -294,6 +294,7 @@ def _is_scalar(module: Any) -> bool:
 def merge_folder(module: Any, folder: str) -> Any:
     """The module with the adapters of a folder added to its weights. Raises UserError where they are not its own."""
     peft = require_peft()
+    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     try:
         config = peft.LoraConfig.from_pretrained(folder)
         if _is_scalar(module) and config.task_type == "CAUSAL_LM":
@@ -307,6 +308,8 @@ def merge_folder(module: Any, folder: str) -> Any:
             found = put.merge_and_unload(safe_merge=True)
     except (ValueError, KeyError, RuntimeError, OSError, TypeError, UserWarning) as error:
         raise UserError(f"{folder}: its adapters are not of its base: {first_line(error)}") from None
+    for name, parameter in found.named_parameters():
+        parameter.requires_grad_(name in trained)  # peft has frozen them
     return found.eval()
 
 

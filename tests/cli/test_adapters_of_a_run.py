@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from tandem.cli.main import main
 from tandem.models.loading import load_scalar
+from tandem.runs.lines import read_metrics
 
 STEPS = ["--steps", "2", "--save-every", "1", "--lora.rank", "4"]
 
@@ -73,6 +74,10 @@ def test_what_was_trained_is_used_and_trained_on_like_any_model(made):
     assert (about["task_type"], about["modules_to_save"], about["r"]) == ("SEQ_CLS", ["score"], 4)
     assert main(["score", "--reward-model", "rm/model", "--data", "pairs.jsonl", "--out", "scored"]) == 0
     assert main(["eval", "rm", "--model", "rm/model", "--data", "pairs.jsonl", "--out", "measured"]) == 0
+    # A critic that is trained whole begins with the reward model, its adapters merged.
+    argv = [*unevaluated(arguments("ppo")), "--out", "whole_critic", "--steps", "1", "--reward-model", "rm/model"]
+    assert main(argv) == 0
+    assert read_metrics(Path("whole_critic/metrics.jsonl"))[-1]["critic_grad_norm"] > 0
     measured = []
     for model in ("run/model", "merged"):
         assert main(["eval", "sft", "--model", model, "--data", "demos.jsonl", "--out", f"{model}-measured"]) == 0
