@@ -104,6 +104,7 @@ _LATENT = _of(
     qk_rope_head_dim=4, v_head_dim=6, q_lora_rank=16, kv_lora_rank=12, head_dim=WITHOUT,
     first_k_dense_replace=1, n_group=1, topk_group=1,
 )  # fmt: skip
+_SPARSE: Callable[[Shape], Shape] = _of(index_n_heads=16, index_head_dim=8, index_topk=6)
 _LOCAL = _experts("num_local_experts", "intermediate_size")
 _BY_TURNS = _of(_window, _turns("sliding_attention"))
 _NO_HEADS = {"num_attention_heads": WITHOUT, "num_key_value_heads": WITHOUT, "head_dim": WITHOUT}
@@ -112,6 +113,7 @@ _LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_fa
            "original_max_position_embeddings": 16}  # fmt: skip
 _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 _OWN_ATTENTION = "transformers' class has an attention of its own"
+_CHOOSES = "its attention chooses the keys that a token sees"
 FAMILIES = (
     Family("qwen2", "Qwen 2, Qwen 2.5", "Qwen2", _of()),
     Family("qwen3", "Qwen 3", "Qwen3", _of()),
@@ -180,6 +182,8 @@ FAMILIES = (
            _of(_experts("n_routed_experts"), first_k_dense_replace=1, n_group=1, topk_group=1)),
     Family("deepseek-v2", "DeepSeek V2", "DeepseekV2", _of(_LATENT, q_lora_rank=None)),
     Family("deepseek-v3", "DeepSeek V3, Kimi K2", "DeepseekV3", _of(_LATENT, rope_parameters=_YARN)),
+    Family("deepseek-v3.2", "DeepSeek V3.2", "DeepseekV32", _of(_LATENT, _SPARSE), _CHOOSES),
+    Family("glm5", "GLM 5", "GlmMoeDsa", _of(_LATENT, _SPARSE), _CHOOSES),
     Family("glm4-moe-lite", "GLM 4.7 Flash", "Glm4MoeLite", _LATENT),
     Family("minicpm3", "MiniCPM 3", "MiniCPM3", _of(_LATENT)),
     Family("qwen3-next", "Qwen 3 Next", "Qwen3Next",

@@ -71,7 +71,7 @@ _NARROW = {
     "qk_rope_head_dim": 8,
     "v_head_dim": 16,
     "index_head_dim": 16,
-    "index_n_heads": 4,
+    "index_n_heads": 16,
     "index_topk_blocks": 2,
     "hidden_size_per_layer_input": 16,
     "laurel_rank": 8,

@@ -18,9 +18,9 @@ BUILT_DIFFERENTLY = (
 )  # fmt: skip
 """Between them they have everything that is read of a layer, and a state."""
 SLOWER = {
-    "gemma3n", "gemma4", "llama4", "nemotron", "stablelm", "gpt2", "opt", "bloom", "minicpm3", "qwen3-next", "qwen3.5",
-    "qwen3.5-moe", "kimi-linear", "olmo-hybrid", "nemotron-h", "falcon-h1", "lfm2", "lfm2-moe", "granite4", "jamba",
-    "bamba", "zamba", "mamba2", "mamba", "falcon-mamba", "recurrent-gemma", "rwkv",
+    "gemma3n", "gemma4", "llama4", "nemotron", "stablelm", "gpt2", "opt", "bloom", "deepseek-v3.2", "glm5", "minicpm3",
+    "qwen3-next", "qwen3.5", "qwen3.5-moe", "kimi-linear", "olmo-hybrid", "nemotron-h", "falcon-h1", "lfm2",
+    "lfm2-moe", "granite4", "jamba", "bamba", "zamba", "mamba2", "mamba", "falcon-mamba", "recurrent-gemma", "rwkv",
 }  # fmt: skip
 
 

@@ -59,7 +59,7 @@ class Trial:
         if small is None:
             return None
         trial = cls(small, FAR_PROMPT_LENGTHS, FAR_DECODED)
-        if small._supports_attention_backend:
+        if module.config._attn_implementation == IMPLEMENTATION:
             small.set_attn_implementation(IMPLEMENTATION)
         return trial
 
