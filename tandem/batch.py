@@ -7,7 +7,7 @@ of the state in which token ``t`` was chosen. The first token of a segment has n
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -133,6 +133,11 @@ class Batch:
     def of_units(self, x_U: Tensor) -> Tensor:
         """[T]: each unit's number at the last token of its first segment, where a unit has its weight; 0 elsewhere."""
         return x_U.new_zeros(self.tokens).index_put((self.last_S[:: self.segments_per_unit],), x_U)
+
+    def loss_of_units(self, loss_U: Tensor, metrics: Mapping[str, Tensor]) -> TokenLoss:
+        """A loss and metrics of one number for each unit (``of_units``)."""
+        metrics_T = {name: self.of_units(x_U.detach()) for name, x_U in metrics.items()}
+        return TokenLoss(loss_T=self.of_units(loss_U), metrics_T=metrics_T)
 
     def by(self, role: str) -> Outputs:
         """What a model said of this batch. Raises ValueError where it has not seen the batch."""

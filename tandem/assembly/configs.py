@@ -440,7 +440,7 @@ def class_over(base: type[Base], name: str) -> type[Base]:
     optim = field(default_factory=lambda: OptimSection(learning_rate=method.learning_rate))
     keys = {"optim": (OptimSection, optim, "")} | sections_of(method)
     found = section_class(f"{method.__name__}Config", keys, base)
-    found.__doc__ = method.about
+    found.__doc__ = method.help_of(name)
     return found
 
 

@@ -62,6 +62,12 @@ REFERENCE = Need(
     doc="Folder of the frozen reference that the KL is taken to. None: the model as it was at the start.",
 )
 
+TEACHER = Need(
+    role="teacher",
+    doc="Folder of the frozen teacher, or its name on the hub. It has the tokenizer of the model.",
+    required=True,
+)
+
 
 @dataclass(frozen=True)
 class Asks:
@@ -104,7 +110,9 @@ class Method:
     title: ClassVar[str]
     """What a person calls it: on the display, in errors."""
     about: ClassVar[str] = ""
-    """The help of its command: what it does, its rows, an example."""
+    """What it does, in a line; of a method on rows, with their columns and an example, all of its command's help."""
+    example: ClassVar[str] = "--reward check.py:right"
+    """What the example of a method on samples has beside its model and its prompts."""
     head: ClassVar[Literal["lm", "scalar"]] = "lm"
     """Of the policy."""
     models: ClassVar[tuple[Need, ...]] = ()
@@ -120,6 +128,18 @@ class Method:
 
     aggregation: Aggregation = field(default="token", metadata=needs(("part", "losses of tokens")))
     """Which mean the loss is: over tokens, over sequences of their token means, or per sequence over a fixed length."""
+
+    @classmethod
+    def help_of(cls, command: str) -> str:
+        """What the help of its command begins with: what it does, its rows, an example."""
+        if isinstance(cls.reads, Rows):
+            return cls.about
+        return (
+            f"{cls.about}\n\n"
+            "Rows: prompt (a string or a list of messages); other columns go to the reward functions, as in TRL.\n"
+            f"Example: tandem {command} --model runs/sft/model {cls.example} --data prompts.jsonl\n"
+            f"--out runs/{command} --steps 200"
+        )
 
     @property
     def samples(self) -> Samples:
@@ -208,3 +228,11 @@ def spread(advantages: Seq[float], batch: Batch) -> Tensor:
     """[T]: one number a sample, at each of its trainable tokens."""
     advantage_S = torch.tensor(advantages, dtype=torch.float32).to(batch.token_ids_T.device)
     return advantage_S[batch.segment_T] * batch.trainable_T
+
+
+def at_last_trainable(x_S: Tensor, batch: Batch) -> Tensor:
+    """[T]: each segment's number at its last trainable token, 0 elsewhere."""
+    segment_T = batch.segment_T
+    index_T = torch.arange(batch.tokens, device=x_S.device).masked_fill(~batch.trainable_T, -1)
+    last_S = index_T.new_full((batch.segments,), -1).scatter_reduce(0, segment_T, index_T, "amax")
+    return torch.where(batch.trainable_T & (index_T == last_S[segment_T]), x_S[segment_T], 0.0)

@@ -25,12 +25,7 @@ class CISPO(TokenMethod):
 
     reads: ClassVar = Samples(at_least=2)
     title: ClassVar = "CISPO"
-    about: ClassVar = """Improve a model against a reward with CISPO: every token learns, with a weight that is bounded.
-
-    Rows: prompt (a string or a list of messages); other columns go to the reward functions, as in TRL.
-    Example: tandem cispo --model runs/sft/model --reward check.py:right --data prompts.jsonl --out runs/cispo
-    --steps 200
-    """
+    about: ClassVar = "Improve a model against a reward with CISPO: every token learns, with a weight that is bounded."
 
     clip: Clip = Clip(clip_low=1.0, clip_high=4.0)
 

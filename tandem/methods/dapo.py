@@ -21,12 +21,7 @@ class DAPO(TokenMethod):
 
     reads: ClassVar = Samples(at_least=2)
     title: ClassVar = "DAPO"
-    about: ClassVar = """Improve a model against a reward with DAPO: groups of equal rewards are replaced by others.
-
-    Rows: prompt (a string or a list of messages); other columns go to the reward functions, as in TRL.
-    Example: tandem dapo --model runs/sft/model --reward check.py:right --data prompts.jsonl --out runs/dapo
-    --steps 200
-    """
+    about: ClassVar = "Improve a model against a reward with DAPO: groups of equal rewards are replaced by others."
     leads: ClassVar = ("reward", "passed_over", "entropy", "response_length", "eos_share")
 
     clip: Clip = Clip(clip_high=0.28)

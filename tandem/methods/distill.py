@@ -8,13 +8,7 @@ from typing import ClassVar, Literal
 from tandem.batch import Batch, Outputs, TokenLoss, filled
 from tandem.errors import expect, needs
 from tandem.functional.divergence import Divergence, DivergenceKind
-from tandem.methods.base import Asks, Method, Need, Rows
-
-TEACHER = Need(
-    role="teacher",
-    doc="Folder of the frozen teacher, or its name on the hub. It has the tokenizer of the model.",
-    required=True,
-)
+from tandem.methods.base import TEACHER, Asks, Method, Rows
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,64 @@ AnswerLogp = Literal["auto", "sum", "mean"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPO(Method):
+class PairMethod(Method):
+    """A method whose loss is one number a preference pair: what the policy prefers against what a reference does."""
+
+    models: ClassVar = (PAIR_REFERENCE,)
+    pairwise: ClassVar = True
+
+    beta: float = 0.1
+    """How strongly the policy is held to the reference: an answer's implicit reward is beta log(policy / reference)."""
+    loss_type: PreferenceLoss = "sigmoid"
+    """sigmoid: the log-likelihood of the preferences; ipo: the squared distance of the margin to 1 / (2 beta); hinge:
+    what the margin lacks to 1 / beta (SLiC); apo_zero: chosen answers up and rejected ones down, each for itself."""
+    answer_logp: AnswerLogp = "auto"
+    """An answer's log(policy / reference) is the sum over its tokens, or their mean. auto: the mean with ipo, the sum
+    with the others."""
+
+    def __post_init__(self) -> None:
+        expect(self, "more than 0", lambda x: x > 0, "beta")
+
+    def pair_loss(
+        self, out: Outputs, batch: Batch, *, label_smoothing: float = 0.0, sft_coef: float = 0.0
+    ) -> TokenLoss:
+        """One loss a pair, at the last token of its chosen segment (``Batch.of_units``): see ``preference_loss``.
+
+        With ``auto`` an answer's log(policy / reference) is the sum over its tokens, or with ``ipo`` their mean, so
+        that 1 / (2 beta) is asked of long and short answers alike (TRL's convention, from IPO's authors; OpenRLHF's is
+        the sum).
+
+        Metrics at the same tokens: ``accuracy`` (a tie counts as wrong), ``chosen_reward``, ``rejected_reward`` (beta
+        log(policy / reference)) and ``reward_margin``, their difference; ``chosen_logp`` and ``rejected_logp``, sums
+        over the answers' tokens; and where the forward gave it, ``entropy``, nats a token. With ``sft_coef`` also
+        ``sft_loss``, nats a token.
+        """
+        logp_T = filled(out.logp_T, "out.logp_T")
+        logp_S, ratio_S = of_answers(batch, logp_T), of_answers(batch, logp_T - batch.logp_by("reference"))
+        length_S = of_answers(batch, torch.ones_like(logp_T)).clamp(min=1)
+        if self.answer_logp == "mean" or (self.answer_logp == "auto" and self.loss_type == "ipo"):
+            ratio_S = ratio_S / length_S
+        x_P = ratio_S[0::2] - ratio_S[1::2]
+        loss_P = preference_loss(ratio_S[0::2], ratio_S[1::2], self.beta, self.loss_type, label_smoothing)
+        metrics = {
+            "accuracy": (x_P > 0).to(x_P.dtype),
+            "reward_margin": self.beta * x_P,
+            "chosen_reward": self.beta * ratio_S[0::2],
+            "rejected_reward": self.beta * ratio_S[1::2],
+            "chosen_logp": logp_S[0::2],
+            "rejected_logp": logp_S[1::2],
+        }
+        if sft_coef:
+            metrics["sft_loss"] = -(logp_S / length_S)[0::2]
+            loss_P = loss_P + sft_coef * metrics["sft_loss"]
+        if out.entropy_T is not None:
+            entropy_S = of_answers(batch, out.entropy_T) / length_S
+            metrics["entropy"] = (entropy_S[0::2] + entropy_S[1::2]) / 2
+        return batch.loss_of_units(loss_P, metrics)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPO(PairMethod):
     """Direct preference optimization (arXiv:2305.18290, eq. 7), with the losses of IPO, SLiC and APO as choices.
 
     The likelihood of the chosen answer beside it (``sft_coef``) is that of iterative RPO (arXiv:2404.19733).
@@ -40,84 +97,21 @@ class DPO(Method):
     as in TRL.
     Example: tandem dpo --model runs/sft/model --data pairs.jsonl --out runs/dpo --steps 500
     """
-    models: ClassVar = (PAIR_REFERENCE,)
-    pairwise: ClassVar = True
     leads: ClassVar = ("accuracy", "loss", "reward_margin")
 
-    beta: float = 0.1
-    """How strongly the policy is held to the reference: an answer's implicit reward is beta log(policy / reference)."""
-    loss_type: PreferenceLoss = "sigmoid"
-    """sigmoid: the log-likelihood of the preferences; ipo: the squared distance of the margin to 1 / (2 beta); hinge:
-    what the margin lacks to 1 / beta (SLiC); apo_zero: chosen answers up and rejected ones down, each for itself."""
-    answer_logp: AnswerLogp = "auto"
-    """An answer's log(policy / reference) is the sum over its tokens, or their mean. auto: the mean with ipo, the sum
-    with the others."""
     label_smoothing: float = 0.0
     """Share of preferences that are taken to be the wrong way round, below 0.5 (conservative DPO)."""
     sft_coef: float = 0.0
     """Weight of the chosen answer's negative log-likelihood, a mean over its tokens, beside the loss of the pair."""
 
     def __post_init__(self) -> None:
-        expect(self, "more than 0", lambda x: x > 0, "beta")
+        super().__post_init__()
         expect(self, "from 0 to below 0.5", lambda x: 0 <= x < 0.5, "label_smoothing")
         expect(self, "0 or more", lambda x: x >= 0, "sft_coef")
 
     def loss(self, out: Outputs, batch: Batch) -> TokenLoss:
-        """See ``policy_pair_loss``. With ``sft_coef`` the metric ``sft_loss``, too, in nats a token."""
-        return policy_pair_loss(
-            out,
-            batch,
-            beta=self.beta,
-            loss_type=self.loss_type,
-            answer_logp=self.answer_logp,
-            label_smoothing=self.label_smoothing,
-            sft_coef=self.sft_coef,
-        )
-
-
-def policy_pair_loss(
-    out: Outputs,
-    batch: Batch,
-    *,
-    beta: float,
-    loss_type: PreferenceLoss,
-    answer_logp: AnswerLogp = "auto",
-    label_smoothing: float = 0.0,
-    sft_coef: float = 0.0,
-) -> TokenLoss:
-    """One loss a pair, at the last token of its chosen segment (``Batch.of_units``): see ``preference_loss``.
-
-    With ``auto`` an answer's log(policy / reference) is the sum over its tokens, or with ``ipo`` their mean, so that
-    1 / (2 beta) is asked of long and short answers alike (TRL's convention, from IPO's authors; OpenRLHF's is the sum).
-
-    Metrics at the same tokens: ``accuracy`` (a tie counts as wrong), ``chosen_reward``, ``rejected_reward`` (beta
-    log(policy / reference)) and ``reward_margin``, their difference; ``chosen_logp`` and ``rejected_logp``, sums over
-    the answers' tokens; and where the forward gave it, ``entropy``, nats a token.
-    """
-    logp_T = filled(out.logp_T, "out.logp_T")
-    logp_S, ratio_S = of_answers(batch, logp_T), of_answers(batch, logp_T - batch.logp_by("reference"))
-    length_S = of_answers(batch, torch.ones_like(logp_T)).clamp(min=1)
-    if answer_logp == "mean" or (answer_logp == "auto" and loss_type == "ipo"):
-        ratio_S = ratio_S / length_S
-    x_P = ratio_S[0::2] - ratio_S[1::2]
-    loss_P = preference_loss(ratio_S[0::2], ratio_S[1::2], beta, loss_type, label_smoothing)
-    metrics = {
-        "accuracy": (x_P > 0).to(x_P.dtype),
-        "reward_margin": beta * x_P,
-        "chosen_reward": beta * ratio_S[0::2],
-        "rejected_reward": beta * ratio_S[1::2],
-        "chosen_logp": logp_S[0::2],
-        "rejected_logp": logp_S[1::2],
-    }
-    if sft_coef:
-        metrics["sft_loss"] = -(logp_S / length_S)[0::2]
-        loss_P = loss_P + sft_coef * metrics["sft_loss"]
-    if out.entropy_T is not None:
-        entropy_S = of_answers(batch, out.entropy_T) / length_S
-        metrics["entropy"] = (entropy_S[0::2] + entropy_S[1::2]) / 2
-    return TokenLoss(
-        loss_T=batch.of_units(loss_P), metrics_T={name: batch.of_units(x.detach()) for name, x in metrics.items()}
-    )
+        """See ``pair_loss``."""
+        return self.pair_loss(out, batch, label_smoothing=self.label_smoothing, sft_coef=self.sft_coef)
 
 
 def of_answers(batch: Batch, x_T: Tensor) -> Tensor:

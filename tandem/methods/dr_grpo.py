@@ -18,15 +18,9 @@ class DrGRPO(TokenMethod):
 
     reads: ClassVar = Samples(at_least=2)
     title: ClassVar = "Dr.GRPO"
-    about: ClassVar = """Improve a model against a reward with Dr.GRPO: GRPO that divides by no spread and no length.
-
-    Rows: prompt (a string or a list of messages); other columns go to the reward functions, as in TRL.
-    Example: tandem dr-grpo --model runs/sft/model --reward check.py:right --data prompts.jsonl --out runs/dr-grpo
-    --steps 200
-    """
+    about: ClassVar = "Improve a model against a reward with Dr.GRPO: GRPO that divides by no spread and no length."
 
     aggregation: Aggregation = field(default="constant", metadata=needs(("part", "losses of tokens")))
-    """Which mean the loss is: over tokens, over sequences of their token means, or per sequence over a fixed length."""
 
     def advantages(self, group: Group) -> list[float]:
         """One number for each usable rollout: its reward less the group's mean (section 3)."""

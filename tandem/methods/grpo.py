@@ -23,12 +23,7 @@ class GRPO(TokenMethod):
 
     reads: ClassVar = Samples(at_least=2)
     title: ClassVar = "GRPO"
-    about: ClassVar = """Improve a model against a reward with GRPO: the other samples of a prompt are the baseline.
-
-    Rows: prompt (a string or a list of messages); other columns go to the reward functions, as in TRL.
-    Example: tandem grpo --model runs/sft/model --reward check.py:right --data prompts.jsonl --out runs/grpo
-    --steps 200
-    """
+    about: ClassVar = "Improve a model against a reward with GRPO: the other samples of a prompt are the baseline."
     normalize: Literal["std", "none"] = "std"
     """Divide a group's centered rewards by their standard deviation (the paper), or leave them (Dr.GRPO)."""
     epsilon: float = field(default=1e-4, metadata=needs(("normalize",)))

@@ -21,15 +21,9 @@ class GSPO(TokenMethod):
 
     reads: ClassVar = Samples(at_least=2)
     title: ClassVar = "GSPO"
-    about: ClassVar = """Improve a model against a reward with GSPO: GRPO with one ratio for each sequence.
-
-    Rows: prompt (a string or a list of messages); other columns go to the reward functions, as in TRL.
-    Example: tandem gspo --model runs/sft/model --reward check.py:right --data prompts.jsonl --out runs/gspo
-    --steps 200
-    """
+    about: ClassVar = "Improve a model against a reward with GSPO: GRPO with one ratio for each sequence."
 
     aggregation: Aggregation = field(default="sequence", metadata=needs(("part", "losses of tokens")))
-    """Which mean the loss is: over tokens, over sequences of their token means, or per sequence over a fixed length."""
     clip: Clip = Clip(clip_low=3e-4, clip_high=4e-4)
 
     def advantages(self, group: Group) -> list[float]:

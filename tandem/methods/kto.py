@@ -128,9 +128,7 @@ class KTO(Method):
         ):
             if share > 0:  # A metric is a mean over all answers: the share makes it one over those of a kind.
                 metrics[name] = self.beta * ratio_S * of_kind_S / share
-        return TokenLoss(
-            loss_T=batch.of_units(loss_S), metrics_T={name: batch.of_units(x.detach()) for name, x in metrics.items()}
-        )
+        return batch.loss_of_units(loss_S, metrics)
 
 
 def _parts(answered: Sequence) -> tuple[Sequence, Sequence]:

@@ -10,7 +10,7 @@ from tandem.batch import Batch
 from tandem.errors import expect, needs
 from tandem.functional.advantages import centred, gae
 from tandem.lazy import torch
-from tandem.methods.base import REFERENCE, Need, Samples, spread
+from tandem.methods.base import REFERENCE, TEACHER, Samples, spread
 from tandem.methods.knobs import Clip
 from tandem.methods.tokens import TokenMethod, sampled_kl
 from tandem.roles import Metrics
@@ -31,20 +31,9 @@ class OPD(TokenMethod):
 
     reads: ClassVar = Samples(rewards="optional")
     title: ClassVar = "on-policy distillation"
-    about: ClassVar = """Distil a teacher into a model on the model's own samples, alone or beside a reward.
-
-    Rows: prompt (a string or a list of messages); other columns go to the reward functions, as in TRL.
-    Example: tandem opd --model runs/sft/model --teacher runs/grpo/model --data prompts.jsonl --out runs/opd
-    --steps 200
-    """
-    models: ClassVar = (
-        Need(
-            role="teacher",
-            doc="Folder of the frozen teacher, or its name on the hub. It has the tokenizer of the model.",
-            required=True,
-        ),
-        REFERENCE,
-    )
+    about: ClassVar = "Distil a teacher into a model on the model's own samples, alone or beside a reward."
+    example: ClassVar = "--teacher runs/grpo/model"
+    models: ClassVar = (TEACHER, REFERENCE)
     leads: ClassVar = ("teacher_kl", "reward", "entropy", "response_length", "eos_share")
 
     teacher_coef: float = 1.0

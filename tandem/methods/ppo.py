@@ -14,9 +14,9 @@ from tandem.functional.rounding import rounding_of
 from tandem.functional.segments import segment_sum
 from tandem.functional.value import clipped_value_loss, explained_variance
 from tandem.lazy import torch
-from tandem.methods.base import REFERENCE, Estimate, Need, Samples
+from tandem.methods.base import REFERENCE, Estimate, Need, Samples, at_last_trainable
 from tandem.methods.knobs import ReferenceKL
-from tandem.methods.tokens import TokenMethod, at_last_trainable, charge_kl, corrected, kl_size, state_of_step
+from tandem.methods.tokens import TokenMethod, charge_kl, corrected, kl_size, state_of_step
 from tandem.roles import LossFn, Metrics
 from tandem.types import Group
 
@@ -34,12 +34,8 @@ class PPO(TokenMethod):
 
     reads: ClassVar = Samples()
     title: ClassVar = "PPO"
-    about: ClassVar = """Improve a model against a reward with PPO: actor, critic, and a frozen reference for the KL.
-
-    Rows: prompt (a string or a list of messages); other columns go to the reward functions, as in TRL.
-    Example: tandem ppo --model runs/sft/model --reward-model runs/rm/model --data prompts.jsonl --out runs/ppo
-    --steps 200
-    """
+    about: ClassVar = "Improve a model against a reward with PPO: actor, critic, and a frozen reference for the KL."
+    example: ClassVar = "--reward-model runs/rm/model"
     models: ClassVar = (
         REFERENCE,
         Need(

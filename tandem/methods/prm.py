@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from tandem.batch import Batch, Outputs, TokenLoss, filled, send
 from tandem.functional.segments import segment_sum
 from tandem.lazy import torch
-from tandem.methods.base import Estimate, Method, Rows
+from tandem.methods.base import Estimate, Method, Rows, at_last_trainable
 from tandem.roles import Metrics
 from tandem.types import Solution
 
@@ -84,16 +84,11 @@ class ProcessReward(Method):
         first_called_T, first_wrong_T = (x_T & (before(x_T) == 1) for x_T in (called_T, wrong_T))
         found_S = segment_sum((first_called_T & first_wrong_T).to(dtype), bounds)
         has_S, calls_S = (segment_sum(x_T.to(dtype), bounds) > 0 for x_T in (wrong_T, called_T))
-        last_T = batch.trainable_T & (before(batch.trainable_T) == self._of_each(batch.trainable_T, bounds, batch))
         known, metrics = batch.state, {}
         for name, count, value_S in (
             (FOUND, known["wrong"], found_S * has_S),
             (PASSED, known["right"], (~has_S & ~calls_S).to(dtype)),
         ):
             if count > 0:
-                metrics[name] = value_S[batch.segment_T] * last_T * (known["steps"] / count)
+                metrics[name] = at_last_trainable(value_S * (known["steps"] / count), batch)
         return metrics
-
-    @staticmethod
-    def _of_each(x_T: Tensor, bounds: Tensor, batch: Batch) -> Tensor:
-        return segment_sum(x_T.to(torch.float32), bounds).long()[batch.segment_T]

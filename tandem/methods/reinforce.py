@@ -27,15 +27,10 @@ class REINFORCE(TokenMethod):
 
     reads: ClassVar = Samples()
     title: ClassVar = "REINFORCE"
-    about: ClassVar = """Improve a model against a reward with REINFORCE: no critic, no groups, one baseline for all.
-
-    Rows: prompt (a string or a list of messages); other columns go to the reward functions, as in TRL.
-    Example: tandem reinforce --model runs/sft/model --reward-model runs/rm/model --data prompts.jsonl
-    --out runs/reinforce --steps 200
-    """
+    about: ClassVar = "Improve a model against a reward with REINFORCE: no critic, no groups, one baseline for all."
+    example: ClassVar = "--reward-model runs/rm/model"
 
     aggregation: Aggregation = field(default="constant", metadata=needs(("part", "losses of tokens")))
-    """Which mean the loss is: over tokens, over sequences of their token means, or per sequence over a fixed length."""
     reference_kl: ReferenceKL = ReferenceKL(kl="reward", kl_coef=0.05)
     baseline: Literal["batch", "running", "none"] = "batch"
     """What comes off each reward: the mean of the step's, a moving mean of the steps before it, or nothing."""

@@ -11,9 +11,9 @@ from tandem.errors import expect
 from tandem.functional.advantages import gae, whiten
 from tandem.functional.rounding import rounding_of
 from tandem.lazy import torch
-from tandem.methods.base import Samples
+from tandem.methods.base import Samples, at_last_trainable
 from tandem.methods.knobs import ReferenceKL
-from tandem.methods.tokens import TokenMethod, at_last_trainable, kl_size
+from tandem.methods.tokens import TokenMethod, kl_size
 from tandem.roles import Metrics
 from tandem.types import Group
 
@@ -27,12 +27,8 @@ class ReinforcePP(TokenMethod):
 
     reads: ClassVar = Samples()
     title: ClassVar = "REINFORCE++"
-    about: ClassVar = """Improve a model against a reward with REINFORCE++: rewards whitened over the step, no critic.
-
-    Rows: prompt (a string or a list of messages); other columns go to the reward functions, as in TRL.
-    Example: tandem reinforce-pp --model runs/sft/model --reward-model runs/rm/model --data prompts.jsonl
-    --out runs/reinforce-pp --steps 200
-    """
+    about: ClassVar = "Improve a model against a reward with REINFORCE++: rewards whitened over the step, no critic."
+    example: ClassVar = "--reward-model runs/rm/model"
 
     reference_kl: ReferenceKL = ReferenceKL(kl="reward", kl_coef=0.01)
     reward_clip: float | None = 10.0

@@ -21,12 +21,7 @@ class ReinforcePPBaseline(ReinforcePP):
 
     reads: ClassVar = Samples(at_least=2)
     title: ClassVar = "REINFORCE++-baseline"
-    about: ClassVar = """Improve a model against a reward with REINFORCE++ and the mean of a prompt's samples.
-
-    Rows: prompt (a string or a list of messages); other columns go to the reward functions, as in TRL.
-    Example: tandem reinforce-pp-baseline --model runs/sft/model --reward check.py:right --data prompts.jsonl
-    --out runs/reinforce-pp-baseline --steps 200
-    """
+    about: ClassVar = "Improve a model against a reward with REINFORCE++ and the mean of a prompt's samples."
 
     reference_kl: ReferenceKL = ReferenceKL()
 

@@ -22,15 +22,9 @@ class RLOO(TokenMethod):
 
     reads: ClassVar = Samples(at_least=2)
     title: ClassVar = "RLOO"
-    about: ClassVar = """Improve a model against a reward with RLOO: a sample against the mean of its prompt's others.
-
-    Rows: prompt (a string or a list of messages); other columns go to the reward functions, as in TRL.
-    Example: tandem rloo --model runs/sft/model --reward check.py:right --data prompts.jsonl --out runs/rloo
-    --steps 200
-    """
+    about: ClassVar = "Improve a model against a reward with RLOO: a sample against the mean of its prompt's others."
 
     aggregation: Aggregation = field(default="constant", metadata=needs(("part", "losses of tokens")))
-    """Which mean the loss is: over tokens, over sequences of their token means, or per sequence over a fixed length."""
     reference_kl: ReferenceKL = ReferenceKL(kl="reward", kl_coef=0.05)
 
     def advantages(self, group: Group) -> list[float]:

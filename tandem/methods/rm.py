@@ -52,7 +52,4 @@ class RewardModeling(Method):
             "chosen_score": chosen_P,
             "rejected_score": rejected_P,
         }
-        return TokenLoss(
-            loss_T=batch.of_units(loss_P),
-            metrics_T={name: batch.of_units(x_P.detach()) for name, x_P in metrics.items()},
-        )
+        return batch.loss_of_units(loss_P, metrics)

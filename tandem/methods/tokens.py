@@ -239,11 +239,3 @@ def kl_size(knobs: ReferenceKL, batch: Batch, state: dict[str, float]) -> Tensor
     if knobs.kl != "reward" or not knobs.counts:
         return torch.zeros_like(batch.weight_T)
     return state["kl_coef"] * (batch.proximal_logp_T.abs() + batch.logp_by("reference").abs())
-
-
-def at_last_trainable(x_S: Tensor, batch: Batch) -> Tensor:
-    """[T]: each segment's number at its last trainable token, 0 elsewhere."""
-    index_T = torch.arange(batch.tokens, device=x_S.device).masked_fill(~batch.trainable_T, -1)
-    last_S = index_T.new_full((batch.segments,), -1).scatter_reduce(0, batch.segment_T, index_T, "amax")
-    some_S = last_S >= 0
-    return x_S.new_zeros(batch.tokens).index_put((last_S[some_S],), x_S[some_S])

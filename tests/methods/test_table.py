@@ -107,9 +107,9 @@ def test_it_is_a_frozen_dataclass_of_documented_knobs(cls):
 def test_it_says_what_it_is(name, cls):
     assert cls.__doc__
     assert [other for other in METHODS if method_class(other).title == cls.title] == [name]
-    first, *_ = cls.about.strip().splitlines()
+    first, *_ = cls.help_of(name).strip().splitlines()
     assert first.endswith(".")
-    assert re.search(rf"^\s*Example: tandem {name} ", cls.about, re.MULTILINE)
+    assert re.search(rf"^\s*Example: tandem {name} ", cls.help_of(name), re.MULTILINE)
     assert cls.leads
     assert isinstance(cls.reads, Rows if name in ROWS else Samples)
 
