@@ -65,6 +65,16 @@ class Fault(Exception):
         self.what, self.sample, self.then, self.raised, self.final = what, sample, then, raised, final
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What a function of Tandem's may need to know of the run."""
+
+    deadline_s: float = 600.0
+    """Longest time that a call may take, in seconds."""
+    folder: str = ""
+    """The run's; nothing is written before the first call."""
+
+
 class Unavailable(Exception):
     """Raised by a judge that asks somebody else, and has asked for as long as it may: what it got in the end."""
 

@@ -8,6 +8,7 @@ import json
 import os
 import re
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,9 +17,8 @@ import yaml
 
 from tandem.errors import UserError, expect
 from tandem.rewards.asking import CONNECT_S, NotNow, Patience, post
-from tandem.rewards.calling import Misjudged, Unavailable, judges
+from tandem.rewards.calling import Misjudged, Setting, Unavailable, judges
 from tandem.rewards.checks import text_of
-from tandem.rewards.kinds import Setting
 
 FORMAT = "\n\nEnd with a line of its own that has nothing but: SCORE: <number from {low:g} to {high:g}>"
 """Added to the rubric, unless ``parse`` says how else a score is found."""
@@ -113,9 +113,7 @@ class EndpointJudge:
         self.rubric, self.deadline_s = rubric, setting.deadline_s
         self.counts = {"asked": 0, "from_cache": 0, "unparseable": 0}
         self.path = Path(rubric.cache).expanduser() if rubric.cache else Path(setting.folder or ".") / CACHE
-        self._scores: dict[str, float] | None = None
         self._under_way: dict[str, asyncio.Task[float | None]] = {}
-        self._client: httpx2.AsyncClient | None = None
         self._room = asyncio.Semaphore(rubric.concurrency)
         token = os.environ.get(rubric.key)
         self._headers = {"authorization": f"Bearer {token}"} if token else {}
@@ -134,8 +132,6 @@ class EndpointJudge:
         key = hashlib.blake2b(
             json.dumps([rubric.url, body, rubric.scale, rubric.parse], sort_keys=True).encode(), digest_size=16
         ).hexdigest()
-        if self._scores is None:
-            self._scores = read_cache(self.path)
         if key in self._scores:
             self.counts["from_cache"] += 1
             return self._scores[key]
@@ -145,6 +141,15 @@ class EndpointJudge:
             self._under_way[key].add_done_callback(lambda _: self._under_way.pop(key, None))
         return await self._under_way[key]
 
+    @cached_property
+    def _scores(self) -> dict[str, float]:
+        """Those known, by what was asked. Read late: nothing is touched before the first call."""
+        return read_cache(self.path)
+
+    @cached_property
+    def _client(self) -> httpx2.AsyncClient:
+        return httpx2.AsyncClient(timeout=httpx2.Timeout(self.deadline_s, connect=CONNECT_S, pool=None))
+
     async def _ask(self, key: str, body: dict[str, Any]) -> float | None:
         reply = ""
         for attempt in range(self.rubric.asks):
@@ -152,7 +157,6 @@ class EndpointJudge:
             async with self._room:
                 reply = await self._reply(body if attempt == 0 else body | {"seed": attempt})
             if (score := self._score(reply)) is not None:
-                assert self._scores is not None
                 self._scores[key] = score
                 self._keep({"key": key, "score": score, "reply": reply, "asked": body["messages"][0]["content"]})
                 return score
@@ -166,8 +170,6 @@ class EndpointJudge:
 
     async def _reply(self, body: dict[str, Any]) -> str:
         """Raises Unavailable where there is none within the deadline."""
-        if self._client is None:
-            self._client = httpx2.AsyncClient(timeout=httpx2.Timeout(self.deadline_s, connect=CONNECT_S, pool=None))
         url = f"{self.rubric.url.rstrip('/')}/chat/completions"
         patience, wrong = Patience(), ""
         try:

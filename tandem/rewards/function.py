@@ -9,6 +9,7 @@ sample; ``columns`` are the dataset's other fields. The function names what it w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,23 +17,22 @@ from typing import Any, Protocol, runtime_checkable
 
 from tandem.errors import RunFailure, UserError
 from tandem.futures import Begun, wait_all
-from tandem.rewards.calling import Fault, LocalFunction, Per, Scores, Wants
+from tandem.rewards.calling import Fault, LocalFunction, Per, Scores, Setting, Wants
 from tandem.rewards.kinds import find_function, reward_name
 from tandem.rewards.loading import shortened
 from tandem.roles import RewardBatch
 from tandem.seeds import derive_seed
 from tandem.types import Judgement
 
-SAMPLED = ("prompts", "completions", "completion_ids")
-"""What every reward function can have, whatever the dataset."""
-SAMPLED_ONE = ("prompt", "completion", "completion_ids")
+SAMPLED = ("prompts", "completions", "completion_ids", "stop_reasons")
+"""What every reward function can have, whatever the dataset. How samples ended (``eos``, ``length``, ``stop_string``)
+one gets that names it: ``**kwargs`` are TRL's."""
+SAMPLED_ONE = ("prompt", "completion", "completion_ids", "stop_reason")
 """The same for one that judges a sample at a time."""
-STOPS, STOP = "stop_reasons", "stop_reason"
-"""How samples ended (``eos``, ``length``, ``stop_string``), for a function that names it: ``**kwargs`` are TRL's."""
 
 
 @runtime_checkable
-class Judging(Protocol):
+class JudgingFunction(Protocol):
     """A function with what it wants, to be called where it lives: ``LocalFunction``, or one in another process."""
 
     wants: Wants
@@ -47,7 +47,7 @@ def load_reward(source: str) -> FunctionReward:
 
     Raises UserError where it cannot be imported: see ``tandem.rewards.loading``.
     """
-    found = find_function(source)
+    found = find_function(source, Setting())
     return FunctionReward(found.function, name=reward_name(source), source=source, files=found.files)
 
 
@@ -60,7 +60,7 @@ class FunctionReward:
 
     def __init__(
         self,
-        function: Callable[..., Any] | Judging,
+        function: Callable[..., Any] | JudgingFunction,
         *,
         name: str | None = None,
         source: str = "",
@@ -69,41 +69,35 @@ class FunctionReward:
     ) -> None:
         self.source, self.files, self.version = source, dict(files or {}), version
         self.name = str(name or getattr(function, "__name__", type(function).__name__))
-        self._judging: Judging = function if isinstance(function, Judging) else LocalFunction(function)
+        self._function: JudgingFunction = function if isinstance(function, JudgingFunction) else LocalFunction(function)
 
     @property
     def per(self) -> Per:
         """What it judges in one call."""
-        return self._judging.wants.per
+        return self._function.wants.per
 
     def names(self, argument: str) -> bool:
         """Whether the function names such an argument."""
-        return argument in (*self._judging.wants.required, *self._judging.wants.optional)
+        return argument in self._function.wants.named
+
+    @property
+    def _sampled(self) -> tuple[str, ...]:
+        return SAMPLED_ONE if self.per == "sample" else SAMPLED
 
     def begin(self, batch: RewardBatch) -> Begun[Judgement]:
         """Begins one call, of a batch of what it judges in one: see ``score``, whose errors the result raises."""
         self.require_columns(batch.columns)
-        ids = [rollout.completion_ids for rollout in batch.rollouts]
-        offered: dict[str, Any]
-        how: dict[str, Any]
+        ids, stops = [r.completion_ids for r in batch.rollouts], [r.stop for r in batch.rollouts]
+        lists: tuple[Seq[Any], ...] = (batch.prompts, batch.completions, ids, stops)
+        sampled = dict(zip(self._sampled, lists, strict=True))
+        if not self.names(self._sampled[-1]):
+            del sampled[self._sampled[-1]]
+        offered: dict[str, Any] = {**batch.columns, **sampled}
         if self.per == "sample":
-            (prompt,), (completion,), (own_ids,) = batch.prompts, batch.completions, ids
-            offered = {name: value for name, (value,) in batch.columns.items()}
-            offered |= {"prompt": prompt, "completion": completion, "completion_ids": own_ids}
-            how = {STOP: batch.rollouts[0].stop}
-        else:
-            offered = {
-                **batch.columns,
-                "prompts": batch.prompts,
-                "completions": batch.completions,
-                "completion_ids": ids,
-            }
-            how = {STOPS: [rollout.stop for rollout in batch.rollouts]}
+            offered = {name: value for name, (value,) in offered.items()}
         seed = None if batch.seed is None else derive_seed(batch.seed, self.name)
-        wants = self._judging.wants
-        arguments = wants.of_offered(offered)
-        arguments |= {name: value for name, value in how.items() if name in wants.named}
-        return Judged(self.name, batch, self._judging.begin(arguments, len(batch.completions), seed))
+        arguments = self._function.wants.of_offered(offered)
+        return Judged(self.name, batch, self._function.begin(arguments, len(batch.completions), seed))
 
     def score(self, batch: RewardBatch) -> Scores:
         """One number a sample, None where the function leaves it out.
@@ -121,17 +115,17 @@ class FunctionReward:
 
     def require_columns(self, columns: Iterable[str], dataset: str = "the dataset") -> None:
         """Raises UserError where the function wants a column that the dataset does not have."""
-        offered = {*columns, *((*SAMPLED_ONE, STOP) if self.per == "sample" else (*SAMPLED, STOPS))}
-        wanted = self._judging.wants.one_of
+        offered = {*columns, *self._sampled}
+        wanted = self._function.wants.one_of
         if wanted and offered.isdisjoint(wanted):
             names, present = " or ".join(map(repr, wanted)), ", ".join(sorted(columns)) or "none"
             raise UserError(
                 f"reward {self.name!r} wants the column {names}, which {dataset} lacks; columns present: {present}"
             )
-        for name in self._judging.wants.required:
+        for name in self._function.wants.required:
             if name not in offered:
                 hint = ""
-                if self.per != "sample" and name in (*SAMPLED_ONE, STOP):
+                if self.per != "sample" and name in SAMPLED_ONE:
                     hint = f", or {name!r} with @tandem.judges('sample') above the function"
                 raise UserError(
                     f"reward {self.name!r} wants the column {name!r}, which {dataset} lacks; it can have: "

@@ -10,21 +10,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from tandem.errors import UserError
-from tandem.rewards.loading import import_function, imported_module, source_files
+from tandem.rewards.calling import Setting
+from tandem.rewards.loading import import_function, source_files
 
 FORMS = "FILE.py:function, http://HOST:PORT, judge:FILE.yaml, math, reasoning-gym or format:REGEX"
 """What a source may look like, for messages."""
 _OWN = re.compile(r".+:[A-Za-z_]\w*", re.DOTALL)
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What a function of Tandem's may need to know of the run."""
-
-    deadline_s: float = 600.0
-    """Longest time that a call may take, in seconds."""
-    folder: str = ""
-    """The run's; nothing is written before the first call."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +89,7 @@ def reward_name(source: str) -> str:
     return Path(source.partition(":")[2]).stem if kind == "judge" else kind
 
 
-def find_function(source: str, setting: Setting = Setting()) -> Found:
+def find_function(source: str, setting: Setting) -> Found:
     """The function. Raises UserError where there is none (for one of a file: ``tandem.rewards.loading``)."""
     kind, rest = kind_of(source), source.partition(":")[2]
     # Each imported where it is wanted: a process of somebody's own function holds nothing of the others.
@@ -124,4 +115,5 @@ def find_function(source: str, setting: Setting = Setting()) -> Found:
         from tandem.rewards.checks import GymCheck
 
         return Found(GymCheck())
-    return Found(import_function(source), source_files(imported_module(source)))
+    function, module = import_function(source)
+    return Found(function, source_files(module))

@@ -22,16 +22,14 @@ _INSTALLED = {"site-packages", "dist-packages"}
 """Folders of what pip installs."""
 
 
-def import_function(source: str) -> Callable[..., Any]:
-    """``FILE.py:function`` or ``package.module:function`` imported.
+def import_function(source: str) -> tuple[Callable[..., Any], ModuleType]:
+    """``FILE.py:function`` or ``package.module:function`` imported, and its module.
 
     A file is imported under a name of its own; while it loads, its folder (for a module, the working directory) is
     importable. Raises UserError where the file, the module or the function is missing (the nearest name is given)
     and where the import fails (the cause and the line).
     """
-    place, colon, name = source.rpartition(":")
-    if not (colon and place and name):
-        raise UserError(f"reward {source!r}: write FILE.py:function or package.module:function")
+    place, _, name = source.rpartition(":")
     module = _load_file(Path(place).expanduser()) if place.endswith(".py") else _load_module(place)
     function = getattr(module, name, None)
     if function is None:
@@ -45,13 +43,7 @@ def import_function(source: str) -> Callable[..., Any]:
         raise UserError(f"{place}: no function {name!r}; {hint}functions present: {', '.join(present) or 'none'}")
     if inspect.isclass(function) or not callable(function):
         raise UserError(f"{place}: {name!r} is a {type(function).__name__}, not a function")
-    return function
-
-
-def imported_module(source: str) -> ModuleType:
-    """The module that ``import_function`` has imported for a source."""
-    place = source.rpartition(":")[0]
-    return sys.modules[_module_name(Path(place).expanduser().resolve()) if place.endswith(".py") else place]
+    return function, module
 
 
 def shortened(text: str, limit: int = 100) -> str:
@@ -65,15 +57,11 @@ def one_line(error: BaseException) -> str:
     return shortened(f"{type(error).__name__}: {message}" if message else type(error).__name__, 300)
 
 
-def _module_name(path: Path) -> str:
-    return f"tandem_reward_{path.stem}_{hashlib.blake2b(str(path).encode(), digest_size=4).hexdigest()}"
-
-
 def _load_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise UserError(f"{path}: no such file (the reward function's)")
     path = path.resolve()
-    name = _module_name(path)
+    name = f"tandem_reward_{path.stem}_{hashlib.blake2b(str(path).encode(), digest_size=4).hexdigest()}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise UserError(f"{path}: not importable as Python")

@@ -24,10 +24,10 @@ from typing import IO, Any
 
 from tandem.errors import RunFailure, UserError
 from tandem.futures import Begun
-from tandem.rewards.calling import Fault, Wants
+from tandem.rewards.calling import Fault, Setting, Wants
 from tandem.rewards.function import FunctionReward, added_up
-from tandem.rewards.kinds import Setting, reward_name
-from tandem.rewards.serving import packed, unpacked
+from tandem.rewards.kinds import reward_name
+from tandem.rewards.serving import CHUNK, packed, unpacked
 from tandem.types import Judgement
 
 WAITS_S = (1.0, 2.0, 4.0)
@@ -88,9 +88,9 @@ class RewardProcesses:
         """
         return [function.reward() for function in self.functions]
 
-    def start(self, source: str) -> Worker:
+    def start(self, function: RemoteFunction) -> Worker:
         """Another process for a function, which imports it."""
-        worker = Worker(source, self.setting, self._passed)
+        worker = Worker(function, self.setting, self._passed)
         self._workers.append(worker)
         return worker
 
@@ -155,7 +155,7 @@ class Call:
 
 
 class RemoteFunction:
-    """A reward function in processes of its own (``tandem.rewards.function.Judging``)."""
+    """A reward function in processes of its own (``tandem.rewards.function.JudgingFunction``)."""
 
     def __init__(self, owner: RewardProcesses, source: str) -> None:
         self.owner, self.source, self.name = owner, source, reward_name(source)
@@ -163,10 +163,8 @@ class RemoteFunction:
         self._waiting: deque[Call] = deque()
         self._again: list[tuple[float, Call]] = []
         """Calls that have raised, and when each is due again."""
-        self._hello = Call(self, None)
-        self._workers = [owner.start(source)]
-        self._workers[0].calls[0] = self._hello
-        self._hello.sent = time.monotonic()
+        self._workers = [owner.start(self)]
+        self._hello = self._workers[0].calls[0]
 
     def reward(self) -> FunctionReward:
         """See ``RewardProcesses.rewards``."""
@@ -175,10 +173,7 @@ class RemoteFunction:
             raise UserError(answer)
         self.wants, files, version = answer
         if self.wants.per != "all" and not self.wants.awaits:
-            self._workers += [self.owner.start(self.source) for _ in range(self.owner.processes - 1)]
-            for worker in self._workers[1:]:
-                worker.calls[0] = Call(self, None)
-                worker.calls[0].sent = time.monotonic()
+            self._workers += [self.owner.start(self) for _ in range(self.owner.processes - 1)]
         return FunctionReward(self, name=self.name, source=self.source, files=files, version=version)
 
     def begin(self, arguments: Mapping[str, Any], samples: int, seed: int | None = None) -> Begun[Judgement]:
@@ -237,8 +232,8 @@ class RemoteFunction:
 class Worker:
     """One process with one function: what goes to it, and what comes from it, without waiting for either."""
 
-    def __init__(self, source: str, setting: Setting, passed: Seq[int]) -> None:
-        self.calls: dict[int, Call] = {}
+    def __init__(self, function: RemoteFunction, setting: Setting, passed: Seq[int]) -> None:
+        self.calls: dict[int, Call] = {0: Call(function, None)}
         """Those that it has not answered, in the order in which they were given; 0 is the import."""
         self.outgoing: deque[memoryview] = deque()
         self.alive = True
@@ -262,7 +257,8 @@ class Worker:
         )
         theirs.close()
         self.connection.setblocking(False)
-        self.outgoing.append(memoryview(packed((source, setting))))
+        self.calls[0].sent = time.monotonic()
+        self.outgoing.append(memoryview(packed((function.source, setting))))
         self.exchange()
 
     @property
@@ -280,9 +276,10 @@ class Worker:
 
     def exchange(self) -> None:
         """Sends and takes what goes without waiting. Where the process has ended, its calls end with how it did."""
+        gone = False
         try:
             with contextlib.suppress(BlockingIOError):
-                while part := self.connection.recv(1 << 20):
+                while part := self.connection.recv(CHUNK):
                     self._incoming += part
                 raise EOFError
             with contextlib.suppress(BlockingIOError):
@@ -292,10 +289,10 @@ class Worker:
                     if rest:
                         self.outgoing.appendleft(rest)
         except (EOFError, ConnectionError):
-            self._take()
-            self._fail(self._how())
-            return
+            gone = True
         self._take()
+        if gone:
+            self._fail(self._how())
 
     def limit(self, deadline_s: float) -> float:
         """When the call that was given first must have been answered."""

@@ -15,8 +15,7 @@ import httpx2
 
 from tandem.errors import UserError
 from tandem.rewards.asking import CONNECT_S, NotNow, Patience, answer_of, post, reason
-from tandem.rewards.calling import Misjudged, Unavailable, judges
-from tandem.rewards.kinds import Setting
+from tandem.rewards.calling import Misjudged, Setting, Unavailable, judges
 from tandem.rewards.protocol import HEALTH, PROTOCOL, SCORE, TOKEN
 
 AT_ONCE = 2
@@ -49,7 +48,7 @@ class RewardServers:
         token = os.environ.get(TOKEN)
         self.headers = {"authorization": f"Bearer {token}"} if token else {}
         self._waiting: deque[Waiting] = deque()
-        self._some: asyncio.Condition | None = None
+        self._some = asyncio.Condition()
         self._takers: list[asyncio.Task[None]] = []
         self._wrong = ""
         """What was last wrong."""
@@ -70,9 +69,8 @@ class RewardServers:
     async def __call__(
         self, prompt: Any, completion: Any, stop_reason: str, completion_ids: Any = None, **columns: Any
     ) -> Any:
-        if self._some is None:
+        if not self._takers:
             self._begin()
-        assert self._some is not None
         sample = {"prompt": prompt, "completion": completion, "stop_reason": stop_reason, "columns": columns}
         waiting = Waiting(sample, asyncio.get_running_loop().create_future())
         async with self._some:
@@ -108,7 +106,6 @@ class RewardServers:
         return known
 
     def _begin(self) -> None:
-        self._some = asyncio.Condition()
         timeout = httpx2.Timeout(self.deadline_s, connect=min(CONNECT_S, self.deadline_s), pool=None)
         client = httpx2.AsyncClient(timeout=timeout, trust_env=False)
         for url, limit in zip(self.urls, self.limits, strict=True):
@@ -126,7 +123,6 @@ class RewardServers:
                 scores = scores_of(url, answer, len(lot))
             except NotNow as failure:
                 self._wrong = str(failure)
-                assert self._some is not None
                 async with self._some:
                     self._waiting.extendleft(reversed(lot))
                     self._some.notify_all()
@@ -143,7 +139,6 @@ class RewardServers:
                         one.score.set_result(score)
 
     async def _take(self, limit: int) -> list[Waiting]:
-        assert self._some is not None
         lot: list[Waiting] = []
         while not lot:
             async with self._some:

@@ -19,6 +19,8 @@ from tandem.rewards.kinds import find_function
 
 _LENGTH = 8
 """Bytes in front of a message that say how long it is."""
+CHUNK = 1 << 20
+"""Most bytes, 1 MiB, that are read at once."""
 
 
 def packed(message: Any) -> bytes:
@@ -35,20 +37,12 @@ def unpacked(data: bytearray) -> Iterator[Any]:
         yield message
 
 
-def _receive(connection: socket.socket) -> Any:
-    """The next message. Raises EOFError where the other side is gone."""
-    return pickle.loads(_exactly(connection, int.from_bytes(_exactly(connection, _LENGTH), "big")))
-
-
-def _exactly(connection: socket.socket, count: int) -> bytes:
-    parts = []
-    while count:
-        part = connection.recv(min(count, 1 << 20))
-        if not part:
-            raise EOFError
-        parts.append(part)
-        count -= len(part)
-    return b"".join(parts)
+def _received(connection: socket.socket) -> Iterator[Any]:
+    """Messages as they come, until the other side is gone."""
+    data = bytearray()
+    while part := connection.recv(CHUNK):
+        data += part
+        yield from unpacked(data)
 
 
 def serve(connection_fd: int, lifeline: int, trace: int) -> None:
@@ -65,8 +59,9 @@ def serve(connection_fd: int, lifeline: int, trace: int) -> None:
     # A pool that a function forks would hold the connection open after this process has died.
     os.register_at_fork(after_in_child=connection.close)
     os.register_at_fork(after_in_child=faulthandler.disable)
-    with contextlib.suppress(EOFError, ConnectionError):  # the end, wherever it is noticed
-        source, setting = _receive(connection)
+    messages = _received(connection)
+    with contextlib.suppress(StopIteration, ConnectionError):  # the end, wherever it is noticed
+        source, setting = next(messages)
         try:
             found = find_function(source, setting)
             function = LocalFunction(found.function)
@@ -76,8 +71,8 @@ def serve(connection_fd: int, lifeline: int, trace: int) -> None:
         connection.sendall(packed((0, (function.wants, found.files, found.version))))
         if function.wants.awaits:
             asyncio.run(_answer_side_by_side(connection, function))
-        while True:
-            number, *call = _receive(connection)
+            return
+        for number, *call in messages:
             try:
                 answer: Any = function(*call)
             except Fault as fault:
@@ -99,13 +94,13 @@ async def _answer_side_by_side(connection: socket.socket, function: LocalFunctio
         _send_printed()
         writer.write(packed((number, (found, function.counted()))))
 
-    with contextlib.suppress(asyncio.IncompleteReadError):
-        while True:
-            length = int.from_bytes(await reader.readexactly(_LENGTH), "big")
-            task = asyncio.create_task(answer(*pickle.loads(await reader.readexactly(length))))
+    data = bytearray()
+    while part := await reader.read(CHUNK):
+        data += part
+        for message in unpacked(data):
+            task = asyncio.create_task(answer(*message))
             calls.add(task)
             task.add_done_callback(calls.discard)
-    raise EOFError
 
 
 def _send_printed() -> None:

@@ -9,8 +9,9 @@ from test_function_reward import batch
 from test_reward_servers import seen, serve  # noqa: F401
 
 from tandem.errors import RunFailure, UserError
+from tandem.rewards.calling import Setting
 from tandem.rewards.endpoint import filled, read_cache
-from tandem.rewards.kinds import Setting, find_function
+from tandem.rewards.kinds import find_function
 from tandem.rewards.process import RewardProcesses
 
 RUBRIC = """

@@ -40,7 +40,7 @@ def test_files_of_the_same_name_do_not_meet(tmp_path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         write(tmp_path / name / "reward.py", f"def f(completions):\n    return '{name}'\n")
-    first, second = (import_function(f"{tmp_path}/{name}/reward.py:f") for name in ("a", "b"))
+    (first, _), (second, _) = (import_function(f"{tmp_path}/{name}/reward.py:f") for name in ("a", "b"))
     assert [function([]) for function in (first, second)] == ["a", "b"]
 
 
