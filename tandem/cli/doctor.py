@@ -24,7 +24,7 @@ from tandem.models.limits import layers_of, read_config
 from tandem.models.loading import load_tokenizer
 from tandem.roles import Seat
 from tandem.seeds import derive_seed
-from tandem.sync.bounds import logp_bound
+from tandem.sync.check import logp_bound
 from tandem.training.optim import OptimParams
 from tandem.types import Completion, Request, SamplingParams
 

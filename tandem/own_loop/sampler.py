@@ -24,8 +24,7 @@ from tandem.own_loop.peers import Peers, own_device
 from tandem.own_loop.their_model import GivenModel, given, require_same
 from tandem.parallel.shares import divide
 from tandem.seeds import derive_seed
-from tandem.sync.bounds import ROUNDING, logp_bound
-from tandem.sync.check import FIRST_PROBES, PROBE_EVERY, Probe, WeightMismatch
+from tandem.sync.check import FIRST_PROBES, PROBE_EVERY, ROUNDING, Probe, WeightMismatch, logp_bound
 from tandem.types import Completion, Message, Request, SamplingParams
 
 PromptLike = str | Seq[Message] | Seq[int]

@@ -10,15 +10,16 @@ from torch import Tensor
 from tandem.parallel.gather import Gatherer, standing
 from tandem.parallel.sharding import local
 from tandem.sync.checksum import ParameterSums, Sums
-from tandem.sync.links import Link
-from tandem.sync.plan import Plan, plan_of
-from tandem.sync.sender import Sender
+from tandem.sync.links import BUFFERS, Channel, Link, Pending, open_channel
+from tandem.sync.meeting import Meeting
+from tandem.sync.plan import Plan, plan_of, used, views
 
 
 class WeightSource:
     """Parameters, sharded or not, ready to be pushed. All ranks of a trainer make the same calls.
 
-    ``moving`` are the names of those that change; None: all.
+    ``moving`` are the names of those that change; None: all. A rank without receivers of its own (no link) still takes
+    part in the gathering.
     """
 
     def __init__(
@@ -27,7 +28,14 @@ class WeightSource:
         self.parameters = parameters
         self.moving = moving
         self.gatherer = Gatherer(self.parameters, device)
-        self.sender: Sender | None = None
+        self.link: Link | None = None
+        self.over_link = Plan(())
+        """What a push over the link consists of."""
+        self.meeting: Meeting | None = None
+        self.channel: Channel | None = None
+        self.buffers: list[Tensor] = []
+        self.pushes = 0
+        """Over the link that there is."""
         self.truth: ParameterSums | None = None
         self.aside: list[Tensor] = []
         self.filled = False
@@ -44,21 +52,47 @@ class WeightSource:
         return plan_of(((name, there[name]) for name in self.moving), getattr(torch, dtype))
 
     def listen(self, link: Link | None, plan: Plan) -> int:
-        """Opens this rank's end, where it has receivers of its own (``link``). Returns its port, else 0."""
+        """Opens the place where receivers will look for this rank, if it has any (``link``). Returns its port, else 0."""
         self.close()
-        self.sender = Sender(self.gatherer, plan)
-        return self.sender.listen(link) if link is not None else 0
+        self.link, self.over_link, self.pushes = link, plan, 0
+        self.meeting = Meeting(link) if link is not None else None
+        return self.meeting.port if self.meeting is not None else 0
 
     def connect(self) -> None:
-        """Meets the receivers, which connect at the same time."""
-        assert self.sender is not None, "listen() comes first"
-        self.sender.connect()
+        """Connects to the receivers, which connect at the same time."""
+        device = self.gatherer.device
+        if self.link is not None and self.meeting is not None:
+            self.channel = open_channel(self.link, self.meeting.store, device)
+            self.buffers = self.channel.buffers
+        else:
+            size = self.over_link.buffer_bytes
+            self.buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(BUFFERS)]
 
     def send(self, check: bool = False) -> Sums:
-        """One push over the links. Returns the checksums that the other end must have; {} unless asked to ``check``."""
-        assert self.sender is not None, "connect() comes first"
-        link = self.sender.link
-        return self.sender.send(self._truth(self.sender.plan, link is None or link.overlaps) if check else None)
+        """One push over the link: gathers one bucket while the last one is on its way.
+
+        Returns the checksums that the other end must have, begun once a bucket is on its way; {} unless asked to
+        ``check``.
+        """
+        overlap = self.link is None or self.link.overlaps
+        truth = self._truth(self.over_link, overlap) if check else None
+        push = self.pushes
+        self.pushes += 1
+        on_way: list[Pending | None] = [None] * BUFFERS
+        for number, bucket in enumerate(self.over_link.buckets):
+            slot = number % BUFFERS
+            if (before := on_way[slot]) is not None:
+                before.wait()
+            buffer = self.buffers[slot]
+            self.gatherer.fill(views(bucket, buffer))
+            if self.channel is not None:
+                on_way[slot] = self.channel.send(push, number, used(bucket, buffer))
+            if truth is not None:
+                truth.tally.add(number)
+        for pending in on_way:
+            if pending is not None:
+                pending.wait()
+        return truth.result() if truth is not None else {}
 
     def fill(self, targets: Mapping[str, Tensor], check: bool = False) -> Sums:
         """Writes all weights into tensors of this process, a layer's worth at a time, and of what moves alone from the
@@ -92,6 +126,8 @@ class WeightSource:
         self.aside = []
 
     def close(self) -> None:
-        if self.sender is not None:
-            self.sender.close()
-            self.sender = None
+        if self.channel is not None:
+            self.channel.close()
+        if self.meeting is not None:
+            self.meeting.close()
+        self.channel, self.meeting, self.buffers = None, None, []

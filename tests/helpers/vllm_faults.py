@@ -19,7 +19,7 @@ __all__ = ["QUERY", "all_at_once", "faults_seen"]
 def faults_seen(pusher: Pusher, end: Literal["sender", "engine"]) -> dict[str, tuple[int, str]]:
     """``faults.pushes_until_seen``. The engine's end is where a bucket has come off the wire, in this process."""
     faulty = Faulty()
-    parameters = pusher.sender.gatherer.parameters
+    parameters = pusher.source.gatherer.parameters
 
     @torch.no_grad()
     def step() -> None:
@@ -31,7 +31,7 @@ def faults_seen(pusher: Pusher, end: Literal["sender", "engine"]) -> dict[str, t
 
     with pytest.MonkeyPatch.context() as patch:
         if end == "sender":
-            faulty.sender(pusher.sender.gatherer)
+            faulty.sender(pusher.source.gatherer)
         else:
             patch.setattr(Receiver, "buckets", _spoiled(Receiver.buckets, faulty))
         return pushes_until_seen(step, faulty)

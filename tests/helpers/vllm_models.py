@@ -16,11 +16,10 @@ from torch import Tensor
 
 from helpers.models import make_tokenizer
 from tandem.engines.vllm.engine import VLLMEngine
-from tandem.parallel.gather import Gatherer
-from tandem.sync.checksum import ParameterSums, Sums
+from tandem.sync.checksum import Sums
 from tandem.sync.links import Link
 from tandem.sync.plan import Plan, plan_of
-from tandem.sync.sender import Sender
+from tandem.sync.source import WeightSource
 
 VOCABULARY = 67
 """Not a multiple of 64, to which vLLM pads."""
@@ -74,7 +73,7 @@ class Pusher:
     """The trainer's end, on a thread for each push."""
 
     engine: VLLMEngine
-    sender: Sender
+    source: WeightSource
     found: Seq[int | None] = ()
 
     @classmethod
@@ -83,26 +82,24 @@ class Pusher:
     ) -> Pusher:
         # A layer a bucket, so that a bucket's memory is used again before the push is over.
         plan = plan or plan_of(parameters.items(), bucket_bytes=1)
-        sender = Sender(Gatherer(parameters, torch.device("cpu")), plan)
-        port = sender.listen(Link("gloo", "127.0.0.1", 0, 0, ranks + 1, plan, timeout_s=60))
+        source = WeightSource(parameters, torch.device("cpu"))
+        port = source.listen(Link("gloo", "127.0.0.1", 0, 0, ranks + 1, plan, timeout_s=60), plan)
         links = [Link("gloo", "127.0.0.1", port, rank, ranks + 1, plan, timeout_s=60) for rank in range(1, ranks + 1)]
-        thread = threading.Thread(target=sender.connect)
+        thread = threading.Thread(target=source.connect)
         thread.start()
         engine.connect(links)
         thread.join()
-        return cls(engine, sender)
+        return cls(engine, source)
 
     def push(self, version: int) -> dict[str, Sums]:
         """Sends everything; returns the checksums of the parameters. ``found`` are the engine's."""
-        gatherer = self.sender.gatherer
         with ThreadPoolExecutor(1) as pool:
-            truth = ParameterSums(gatherer.parameters, self.sender.plan, gatherer.device)
-            sending = pool.submit(self.sender.send, truth)
+            sending = pool.submit(self.source.send, True)
             self.found = self.engine.receive(version, check=True)
             return sending.result()
 
     def close(self) -> None:
-        self.sender.close()
+        self.source.close()
 
 
 def wrong_tensors(engine: VLLMEngine, sums: Sums) -> list[str]:

@@ -11,8 +11,7 @@ from helpers.pushes import model_of, nudge, pushing
 
 from tandem.engines.live.replica import ReplicaEngine
 from tandem.errors import UserError
-from tandem.sync.bounds import logp_bound
-from tandem.sync.check import WeightMismatch
+from tandem.sync.check import WeightMismatch, logp_bound
 
 
 class Skipping(ReplicaEngine):

@@ -366,7 +366,7 @@ def test_a_push_that_does_not_fit_is_named_and_nothing_is_sampled_after_it(engin
 def test_a_sender_that_is_gone_is_an_error(engine):
     plan = Plan((TensorSpec("model.norm.weight", (64,), "float32"),))
     pusher = Pusher.connect(engine, {"model.norm.weight": torch.ones(64)}, plan)
-    pusher.sender.close()
+    pusher.source.close()
     for attempt in (lambda: engine.receive(1), lambda: sample(engine)):
         with pytest.raises(UserError, match="weight sync: the push of version 1 failed"):
             attempt()

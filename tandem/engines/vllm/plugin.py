@@ -185,8 +185,8 @@ class TandemTransfer(WeightTransferEngine):
 
     @staticmethod
     def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:
-        """vLLM's own way to send (0.25 requires that a transport has it). Tandem sends with ``tandem.sync.sender``."""
-        raise TypeError("weights for the 'tandem' transport are sent by tandem.sync.sender.Sender")
+        """vLLM's own way to send (0.25 requires that a transport has it). Tandem sends with ``tandem.sync.source``."""
+        raise TypeError("weights for the 'tandem' transport are sent by tandem.sync.source.WeightSource")
 
 
 class WorkerExtension:
