@@ -172,6 +172,34 @@ class Engine(Protocol):
         ...
 
 
+class Generating:
+    """What gives an engine its ``generate``, by what else it does."""
+
+    def generate(self: Engine, requests: Seq[Request], watch: Watch | None = None) -> list[list[Completion]]:
+        """See ``Engine.generate``."""
+        futures = self.submit(requests, watch)
+        self.wait(lambda: all(future.done() for future in futures), len(futures))
+        return wait_all(futures)
+
+
+class OverEngine(Generating):
+    """What is common to engines that have another one sample."""
+
+    engine: Engine
+
+    @property
+    def ended(self) -> int:
+        return self.engine.ended
+
+    @property
+    def busy_seconds(self) -> float:
+        return self.engine.busy_seconds
+
+    @property
+    def sampled_tokens(self) -> int:
+        return self.engine.sampled_tokens
+
+
 @runtime_checkable
 class SharingEngine(Engine, Protocol):
     """An engine that works in slices, in a process and on a device of others."""

@@ -52,7 +52,7 @@ class WeightSource:
         return plan_of(((name, there[name]) for name in self.moving), getattr(torch, dtype))
 
     def listen(self, link: Link | None, plan: Plan) -> int:
-        """Opens the place where receivers will look for this rank, if it has any (``link``). Returns its port, else 0."""
+        """Opens the place where the receivers that this rank has over its ``link`` meet it. Its port; 0 without one."""
         self.close()
         self.link, self.over_link, self.pushes = link, plan, 0
         self.meeting = Meeting(link) if link is not None else None

@@ -8,8 +8,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from tandem.errors import Cancelled
-from tandem.futures import Driven, Future, wait_all
-from tandem.roles import Engine, FedEngine, Metrics, Seat
+from tandem.futures import Driven, Future
+from tandem.roles import Engine, FedEngine, Metrics, OverEngine, Seat
 from tandem.signals import held
 from tandem.sync.push import WeightPush
 from tandem.types import Completion, Request, Watch
@@ -65,7 +65,7 @@ class Place:
         return self.lot.begun[self.number].result()
 
 
-class TakingTurns:
+class TakingTurns(OverEngine):
     """An engine that wakes to sample and sleeps while others train.
 
     To sample: optimizer states leave the device, the engine takes back room for its weights, they are pushed, the
@@ -92,18 +92,6 @@ class TakingTurns:
         self._lots: list[Lot] = []
         engines.call("sleep")
 
-    @property
-    def ended(self) -> int:
-        return self.engine.ended
-
-    @property
-    def busy_seconds(self) -> float:
-        return self.engine.busy_seconds
-
-    @property
-    def sampled_tokens(self) -> int:
-        return self.engine.sampled_tokens
-
     def submit(self, requests: Seq[Request], watch: Watch | None = None) -> list[Future[list[Completion]]]:
         """Begins requests in the next turn, which is when somebody waits."""
         lot = Lot(requests, watch)
@@ -111,12 +99,6 @@ class TakingTurns:
         if self._awake:
             self._begin()
         return [Driven(Place(lot, number), self.wait) for number in range(len(requests))]
-
-    def generate(self, requests: Seq[Request], watch: Watch | None = None) -> list[list[Completion]]:
-        """As the engine's own, with weights as they are now."""
-        futures = self.submit(requests, watch)
-        self.wait(lambda: all(future.done() for future in futures), len(futures))
-        return wait_all(futures)
 
     def wait(self, until: Callable[[], bool], at_least: int = 0) -> None:
         """A turn of the engine, with weights as they are now: until ``until()``, or until nothing is left.

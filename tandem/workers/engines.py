@@ -13,9 +13,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from tandem.errors import Cancelled, UserError, WorkerDied, WorkerFailure, first_line
-from tandem.futures import Driven, Future, wait_all
+from tandem.futures import Driven, Future
 from tandem.parallel.shares import divide
-from tandem.roles import Engine, Metrics
+from tandem.roles import Engine, Generating, Metrics, OverEngine
 from tandem.types import Completion, Ended, Request, Watch
 from tandem.workers.group import Answer, WorkerGroup
 from tandem.workers.process import raise_failure
@@ -76,7 +76,7 @@ class Asked:
         return [self.results[place] for place in range(len(self.request.seeds))]
 
 
-class EngineGroup:
+class EngineGroup(Generating):
     """The engines of a group as one (``tandem.roles.Engine``), for one thread.
 
     A request goes to the engine with the least to do. Those ``alone`` in their processes sample on by themselves,
@@ -130,12 +130,6 @@ class EngineGroup:
         self._waiting.extend(one for one in asked if one.missing)
         self._begin(everything=self.slots is None)
         return list(asked)
-
-    def generate(self, requests: Seq[Request], watch: Watch | None = None) -> list[list[Completion]]:
-        """``submit``, and waits for all: one list a request."""
-        futures = self.submit(requests, watch)
-        self.wait(lambda: all(future.done() for future in futures), len(futures))
-        return wait_all(futures)
 
     def wait(self, until: Callable[[], bool], at_least: int = 0) -> None:
         """See ``tandem.roles.Engine``. Raises WorkerDied where an engine's process is gone (``forget`` it then)."""
@@ -354,7 +348,7 @@ class EngineGroup:
             raise self.group.late("sampling", late)
 
 
-class RestartingOnce:
+class RestartingOnce(OverEngine):
     """``engine``, of which processes that die are started again, once in a run, and refilled with the current weights.
 
     ``engines`` are those that ``engine`` samples with. What one that died had begun is begun again, with the weights
@@ -365,25 +359,8 @@ class RestartingOnce:
         self.engine, self.engines, self.refill = engine, engines, refill
         self.restarted = False
 
-    @property
-    def ended(self) -> int:
-        return self.engine.ended
-
-    @property
-    def busy_seconds(self) -> float:
-        return self.engine.busy_seconds
-
-    @property
-    def sampled_tokens(self) -> int:
-        return self.engine.sampled_tokens
-
     def submit(self, requests: Seq[Request], watch: Watch | None = None) -> list[Future[list[Completion]]]:
         return [Driven(future, self.wait) for future in self.engine.submit(requests, watch)]
-
-    def generate(self, requests: Seq[Request], watch: Watch | None = None) -> list[list[Completion]]:
-        futures = self.submit(requests, watch)
-        self.wait(lambda: all(future.done() for future in futures), len(futures))
-        return wait_all(futures)
 
     def wait(self, until: Callable[[], bool], at_least: int = 0) -> None:
         """As the engine's own. Raises RunFailure where a process dies a second time."""

@@ -88,7 +88,7 @@ def test_what_goes_well(judges, capsys):
     with pytest.raises(UserError, match="'asks' wants the column 'answer', which the dataset lacks"):
         asks.score(batch("a"))
     prints.score(batch("a"))
-    length._judging.owner.close()
+    length._function.owner.close()
     out, err = capsys.readouterr()
     assert (out, err) == ("a line of the reward's\n", "an error of the reward's\n")
 
@@ -134,7 +134,7 @@ def test_a_function_that_ends_its_process(judges, name, how):
 def test_a_function_that_hangs_is_named_with_its_line(judges, monkeypatch, name, place):
     monkeypatch.setattr(process, "END_S", 1.0)
     (reward,) = judges(name)
-    reward._judging.owner.deadline_s = 0.3
+    reward._function.owner.deadline_s = 0.3
     assert failure(reward) == (
         f"reward {name!r} has not answered within 0.3 s (--reward-deadline){place}; go on with --resume"
     )
@@ -145,7 +145,7 @@ def test_one_call_of_many_that_hangs_is_named(judges, monkeypatch):
     monkeypatch.setattr(process, "END_S", 1.0)
     (reward,) = judges("one_hangs", processes=2)
     assert reward.score(batch("a", "b", "c")) == [1.0] * 3
-    reward._judging.owner.deadline_s = 0.3
+    reward._function.owner.deadline_s = 0.3
     said = failure(reward, *"abc", "hang", *"defghijkl")
     assert said == (
         f"reward 'one_hangs' has not answered within 0.3 s (--reward-deadline), at {at('one of them, for ever')}; "
@@ -156,19 +156,19 @@ def test_one_call_of_many_that_hangs_is_named(judges, monkeypatch):
 def test_the_deadline_holds_for_a_process_that_does_not_read(judges, monkeypatch):
     monkeypatch.setattr(process, "END_S", 1.0)
     (reward,) = judges("length")
-    reward._judging.owner.deadline_s = 0.5
-    os.kill(reward._judging._workers[0].process.pid, signal.SIGSTOP)
+    reward._function.owner.deadline_s = 0.5
+    os.kill(reward._function._workers[0].process.pid, signal.SIGSTOP)
     assert "has not answered within 0.5 s" in failure(reward, "x" * 5_000_000)
 
 
 @pytest.mark.parametrize("name", ["pool", "pool_then_exits", "pool_then_hangs"])
 def test_what_a_function_has_started_ends_with_it(judges, pids, name):
     (reward,) = judges(name)
-    reward._judging.owner.deadline_s = 3.0 if name == "pool_then_hangs" else 60.0
+    reward._function.owner.deadline_s = 3.0 if name == "pool_then_hangs" else 60.0
     if name == "pool":
         assert reward.score(batch("a", "bc")) == [1.0, 2.0]
         assert not any(map(gone, pids()))
-        reward._judging.owner.close()
+        reward._function.owner.close()
     else:
         assert "exit code 4" in (said := failure(reward)) or "has not answered" in said
     assert len(pids()) == 3
@@ -180,7 +180,7 @@ def test_a_thread_that_goes_on_does_not_keep_it(judges, monkeypatch):
     (reward,) = judges("thread")
     assert reward.score(batch("a")) == [1.0]
     start = time.monotonic()
-    reward._judging.owner.close()
+    reward._function.owner.close()
     assert time.monotonic() - start < 5
 
 
