@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tandem.data.rows import Row, files_of, open_dataset, require_column
 from tandem.data.sources import parse_sources
@@ -21,19 +22,20 @@ SUFFIXES = (".jsonl", ".parquet", ".arrow")
 """Endings of files that can be read from any place on."""
 
 
-class Part(Protocol):
+class Part(ABC):
     """One file or dataset."""
 
     name: str
     shards: int
-    fingerprint: str
+    fingerprint = ""
     """What tells its content apart, where it is no file."""
 
+    @abstractmethod
     def rows(self, shard: int) -> Iterator[tuple[int, Row]]:
         """The rows of a shard, each with what ``where`` tells its place by."""
-        ...
 
-    def where(self, place: int) -> str: ...
+    def where(self, place: int) -> str:
+        return f"{self.name} row {place}"
 
 
 class Corpus:
@@ -93,10 +95,8 @@ def _part(file: Path, column: str) -> Part:
     return _Table(open_dataset(str(file), ""), str(file), column)
 
 
-class _Lines:
+class _Lines(Part):
     """A .jsonl file. A shard has the lines that begin in its stretch of bytes, so that nobody has to count lines."""
-
-    fingerprint = ""
 
     def __init__(self, file: Path) -> None:
         self.name = str(file)
@@ -139,10 +139,8 @@ class _Lines:
         return row
 
 
-class _RowGroups:
+class _RowGroups(Part):
     """A .parquet file, a row group a shard, of which a few rows are read at a time."""
-
-    fingerprint = ""
 
     def __init__(self, file: Path, column: str) -> None:
         import pyarrow
@@ -166,11 +164,8 @@ class _RowGroups:
                     place += 1
                     yield place, row
 
-    def where(self, place: int) -> str:
-        return f"{self.name} row {place}"
 
-
-class _Table:
+class _Table(Part):
     """A dataset of the ``datasets`` library, whose tables are memory-mapped."""
 
     def __init__(self, dataset: Any, name: str, column: str) -> None:
@@ -182,9 +177,6 @@ class _Table:
         first = shard * SHARD_ROWS
         for place in range(first, min(first + SHARD_ROWS, len(self.dataset))):
             yield place + 1, self.dataset[place]
-
-    def where(self, place: int) -> str:
-        return f"{self.name} row {place}"
 
 
 def _require(names: list[str], column: str, where: str) -> None:

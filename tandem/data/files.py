@@ -65,11 +65,7 @@ def _read_json(file: Path) -> Iterator[tuple[int, Any]]:
     try:
         while position < len(text) and not (array and text[position] == "]"):
             line, counted = line + text.count("\n", counted, position), position
-            try:
-                value, position = decoder.raw_decode(text, position)
-            except (ValueError, RecursionError) as error:
-                at = error.lineno if isinstance(error, json.JSONDecodeError) else line
-                raise UserError(f"{file}:{at}: malformed JSON: {_json_fault(error)}") from error
+            value, position = decoder.raw_decode(text, position)
             yield line, value
             position = skip_gap(position)
             if array and text.startswith(",", position):
@@ -78,8 +74,9 @@ def _read_json(file: Path) -> Iterator[tuple[int, Any]]:
                 raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
         if array and skip_gap(position + 1) < len(text):
             raise json.JSONDecodeError("Extra data after the array", text, position + 1)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}:{error.lineno}: malformed JSON: {_json_fault(error)}") from error
+    except (ValueError, RecursionError) as error:
+        at = error.lineno if isinstance(error, json.JSONDecodeError) else line
+        raise UserError(f"{file}:{at}: malformed JSON: {_json_fault(error)}") from error
 
 
 def _json_fault(error: ValueError | RecursionError) -> str:

@@ -7,7 +7,6 @@ token. ``tokenizer`` is a Hugging Face tokenizer throughout.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
@@ -27,9 +26,7 @@ TrainOn = Literal["completion", "last", "all"]
 OnProgress = Callable[[int, int], None]
 """Called with (rows done, rows in all) after each row."""
 ANY_LENGTH = Room()
-T = TypeVar("T")
-Text = Sequence | Prompt
-"""What of an item goes through a model."""
+Item = TypeVar("Item", Prompt, Sequence, PreferencePair, LabelledAnswer, Solution)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,11 +243,7 @@ def ended(token_ids: list[int], trainable: list[bool], tokenizer: Any) -> Sequen
 
 
 def build_prompts(
-    rows: Dataset,
-    tokenizer: Any,
-    room: Room = ANY_LENGTH,
-    *,
-    on_progress: OnProgress | None = None,
+    rows: Dataset, tokenizer: Any, room: Room = ANY_LENGTH, *, on_progress: OnProgress | None = None
 ) -> tuple[list[Prompt], Counts]:
     """Prompts with unique ids: a content hash, and ``#2``, ``#3``, … where the same prompt comes again.
 
@@ -258,19 +251,11 @@ def build_prompts(
     prompt that is too long where the ``room`` refuses such; also where no row is left.
     """
 
-    def cut(prompt: Prompt, limit: int) -> Prompt:
+    def cut(prompt: Prompt, excess: int) -> Prompt:
         front = _front(prompt.token_ids, tokenizer)
-        resume = len(prompt.token_ids) - limit + front
-        return replace(prompt, token_ids=prompt.token_ids[:front] + prompt.token_ids[resume:])
+        return replace(prompt, token_ids=prompt.token_ids[:front] + prompt.token_ids[front + excess :])
 
-    prompts, counts = _build(
-        rows,
-        lambda row: prompt_of(row, tokenizer),
-        lambda prompt: [prompt],
-        cut,
-        room,
-        on_progress,
-    )
+    prompts, counts = _build(rows, lambda row: [prompt_of(row, tokenizer)], cut, room, on_progress)
     # Reward functions get the columns of the dataset, whichever rows meet in a step; None where a row has not got one.
     columns = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
     seen: Counter[str] = Counter()
@@ -292,25 +277,14 @@ def build_sequences(
 ) -> tuple[list[Sequence], Counts]:
     """SFT sequences. Raises UserError as ``build_prompts`` does."""
 
-    def cut(sequence: Sequence, limit: int) -> Sequence:
-        return _cut_sequence(sequence, len(sequence.token_ids) - limit, tokenizer)
+    def make(row: Row) -> list[Sequence]:
+        return [sft_sequence(row, tokenizer, train_on=train_on)]
 
-    return _build(
-        rows,
-        lambda row: sft_sequence(row, tokenizer, train_on=train_on),
-        lambda sequence: [sequence],
-        cut,
-        room,
-        on_progress,
-    )
+    return _build(rows, make, lambda sequence, excess: _cut_sequence(sequence, excess, tokenizer), room, on_progress)
 
 
 def build_pairs(
-    rows: Dataset,
-    tokenizer: Any,
-    room: Room = ANY_LENGTH,
-    *,
-    on_progress: OnProgress | None = None,
+    rows: Dataset, tokenizer: Any, room: Room = ANY_LENGTH, *, on_progress: OnProgress | None = None
 ) -> tuple[list[PreferencePair], Counts]:
     """Preference pairs. Raises as above.
 
@@ -318,48 +292,26 @@ def build_pairs(
     leave no room for any of the prompt is dropped.
     """
 
-    def texts(pair: PreferencePair) -> Seq[Text]:
-        return [pair.chosen, pair.rejected]
-
-    def cut(pair: PreferencePair, limit: int) -> PreferencePair | None:
-        excess = max(len(text.token_ids) for text in texts(pair)) - limit
+    def cut(pair: PreferencePair, excess: int) -> PreferencePair | None:
         chosen, rejected = (_cut_prompt(s, excess, tokenizer) for s in (pair.chosen, pair.rejected))
         return None if chosen is None or rejected is None else replace(pair, chosen=chosen, rejected=rejected)
 
-    return _build(rows, lambda row: preference_pair(row, tokenizer), texts, cut, room, on_progress)
+    return _build(rows, lambda row: [preference_pair(row, tokenizer)], cut, room, on_progress)
 
 
 def build_unpaired(
-    rows: Dataset,
-    tokenizer: Any,
-    room: Room = ANY_LENGTH,
-    *,
-    on_progress: OnProgress | None = None,
+    rows: Dataset, tokenizer: Any, room: Room = ANY_LENGTH, *, on_progress: OnProgress | None = None
 ) -> tuple[list[LabelledAnswer], Counts]:
     """Labelled answers: of a preference two. Raises as above.
 
     Truncation cuts prompts; a row with an answer that leaves no room for any of its prompt is dropped.
     """
 
-    def cut(answers: list[LabelledAnswer], limit: int) -> list[LabelledAnswer] | None:
-        kept = []
-        for labelled in answers:
-            answer = _cut_prompt(labelled.answer, max(0, len(labelled.answer.token_ids) - limit), tokenizer)
-            if answer is None:
-                return None
-            kept.append(replace(labelled, answer=answer))
-        return kept
+    def cut(labelled: LabelledAnswer, excess: int) -> LabelledAnswer | None:
+        answer = _cut_prompt(labelled.answer, excess, tokenizer)
+        return None if answer is None else replace(labelled, answer=answer)
 
-    found, counts = _build(
-        rows,
-        lambda row: labelled_answers(row, tokenizer),
-        lambda answers: [labelled.answer for labelled in answers],
-        cut,
-        room,
-        on_progress,
-        count=len,
-    )
-    return [labelled for answers in found for labelled in answers], counts
+    return _build(rows, lambda row: labelled_answers(row, tokenizer), cut, room, on_progress)
 
 
 def build_solutions(
@@ -376,65 +328,61 @@ def build_solutions(
     Truncation cuts prompts; a row whose steps leave no room for any of its prompt is dropped.
     """
 
-    def cut(made: Solution, limit: int) -> Solution | None:
-        excess = len(made.text.token_ids) - limit
+    def make(row: Row) -> list[Solution]:
+        return [solution(row, tokenizer, separator=separator, placeholder=placeholder)]
+
+    def cut(made: Solution, excess: int) -> Solution | None:
         if excess >= made.prompt_length - _front(made.text.token_ids, tokenizer):
             return None
         text = _cut_sequence(made.text, excess, tokenizer)
         return replace(made, text=text, prompt_length=made.prompt_length - excess)
 
-    return _build(
-        rows,
-        lambda row: solution(row, tokenizer, separator=separator, placeholder=placeholder),
-        lambda made: [made.text],
-        cut,
-        room,
-        on_progress,
-    )
+    return _build(rows, make, cut, room, on_progress)
 
 
 def _build(
     rows: Dataset,
-    make: Callable[[Row], T],
-    texts: Callable[[T], Seq[Text]],
-    cut: Callable[[T, int], T | None],
+    make: Callable[[Row], Seq[Item]],
+    cut: Callable[[Item, int], Item | None],
     room: Room,
     on_progress: OnProgress | None,
-    count: Callable[[T], int] = lambda item: 1,
-) -> tuple[list[T], Counts]:
-    """``texts`` of what a row becomes, and the ``count`` of items of a run that it is."""
-    items: list[T] = []
-    kept: list[int] = []
+) -> tuple[list[Item], Counts]:
+    """The items of a run that the rows become. ``cut`` takes so many tokens off an item, or gives nothing."""
+    items: list[Item] = []
+    sizes: list[int] = []
+    """How many items each row has become."""
     truncated = dropped = untrained = 0
     for index in range(len(rows)):
         with rows.at(index) as row:
-            made = make(row)
-            for text in texts(made):
+            made = list(make(row))
+            lengths = [max(len(text.token_ids) for text in _texts(item)) for item in made]
+            for text in (text for item in made for text in _texts(item)):
                 room.check_ids(text.token_ids)
-            length = max(len(text.token_ids) for text in texts(made))
-            item: T | None = made
-            if room.limit is not None and length > room.limit:
+            if room.limit is not None and max(lengths) > room.limit:
                 if room.long_rows == "refuse":
-                    raise UserError(room.explain(length))
-                item = cut(made, room.limit) if room.long_rows == "truncate" else None
-                truncated += item is not None
-                dropped += item is None
-        if item is not None and not all(map(_trains, texts(item))):
+                    raise UserError(room.explain(max(lengths)))
+                beyond = [length - room.limit for length in lengths] if room.long_rows == "truncate" else []
+                shorter = [cut(item, most) if most > 0 else item for item, most in zip(made, beyond, strict=False)]
+                fit = [item for item in shorter if item is not None]
+                made = fit if len(fit) == len(shorter) else []
+                truncated += bool(made)
+                dropped += not made
+        if made and not all(_trains(text) for item in made for text in _texts(item)):
             untrained += 1
-        elif item is not None:
-            items.append(item)
-            kept.append(index)
+            made = []
+        items += made
+        sizes.append(len(made))
         if on_progress is not None:
             on_progress(index + 1, len(rows))
-    ends = accumulate((part.rows for part in rows.parts), initial=0)
-    bounds = [bisect_left(kept, end) for end in ends]
-    items_of = tuple(sum(map(count, items[first:last])) for first, last in pairwise(bounds))
     if not items and not untrained:
         raise UserError(
             f"{rows.source}: all {len(rows)} rows are longer than the limit of {room.limit} tokens; raise it"
         )
+    ends = accumulate((part.rows for part in rows.parts), initial=0)
+    items_of = tuple(sum(sizes[first:last]) for first, last in pairwise(ends))
+    kept = sum(size > 0 for size in sizes)
     counts = Counts(
-        rows=len(rows), kept=len(items), truncated=truncated, dropped=dropped, untrained=untrained, items_of=items_of
+        rows=len(rows), kept=kept, truncated=truncated, dropped=dropped, untrained=untrained, items_of=items_of
     )
     for part, size in zip(rows.parts, items_of, strict=True):
         if not items or (part.weight is not None and not size):
@@ -442,7 +390,16 @@ def _build(
     return items, counts
 
 
-def _trains(text: Text) -> bool:
+def _texts(item: Item) -> Seq[Sequence | Prompt]:
+    """What of an item goes through a model."""
+    if isinstance(item, PreferencePair):
+        return item.chosen, item.rejected
+    if isinstance(item, LabelledAnswer):
+        return (item.answer,)
+    return (item.text,) if isinstance(item, Solution) else (item,)
+
+
+def _trains(text: Sequence | Prompt) -> bool:
     """Whether a token of it would be trained. The first one never is, as nothing is before it to tell it from."""
     return isinstance(text, Prompt) or any(text.trainable[1:])
 
@@ -462,6 +419,6 @@ def _cut_sequence(sequence: Sequence, excess: int, tokenizer: Any) -> Sequence:
 
 def _cut_prompt(sequence: Sequence, excess: int, tokenizer: Any) -> Sequence | None:
     """Without so many tokens of its prompt; None where it has no more than those."""
-    if excess and excess >= sequence.trainable.index(True) - _front(sequence.token_ids, tokenizer):
+    if excess >= sequence.trainable.index(True) - _front(sequence.token_ids, tokenizer):
         return None
     return _cut_sequence(sequence, excess, tokenizer)
