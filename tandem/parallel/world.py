@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -50,6 +51,21 @@ def gather_objects(value: Any, group: dist.ProcessGroup) -> list[Any]:
     values: list[Any] = [None] * group.size()
     dist.all_gather_object(values, value, group=group)
     return values
+
+
+def open_store(host: str, port: int, timeout: timedelta, server: socket.socket | None) -> dist.TCPStore:
+    """A store at ``host:port``, hosted here where the ``server`` that listens there is given.
+
+    By itself one that is hosted would listen on every interface.
+    """
+    return dist.TCPStore(
+        host,
+        port,
+        is_master=server is not None,
+        timeout=timeout,
+        wait_for_workers=False,
+        master_listen_fd=None if server is None else server.detach(),
+    )
 
 
 @contextmanager

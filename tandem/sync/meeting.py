@@ -17,6 +17,7 @@ from contextlib import suppress
 import torch.distributed as dist
 
 from tandem.errors import UserError, first_line
+from tandem.parallel.world import open_store
 from tandem.sync.links import LOOPBACK, Link
 
 NONCE_BYTES = 32
@@ -122,14 +123,7 @@ def listen(host: str) -> socket.socket:
 
 def _open(link: Link, port: int, server: socket.socket | None) -> dist.TCPStore:
     try:
-        return dist.TCPStore(
-            LOOPBACK,
-            port,
-            is_master=server is not None,
-            timeout=link.timeout,
-            wait_for_workers=False,
-            master_listen_fd=None if server is None else server.detach(),
-        )
+        return open_store(LOOPBACK, port, link.timeout, server)
     except (dist.DistError, RuntimeError) as error:
         raise UserError(f"weight sync: no answer from {link.host}:{link.port} ({first_line(error)})") from error
 

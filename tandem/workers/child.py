@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import os
 import pickle
 import secrets
@@ -24,12 +25,11 @@ from tandem.futures import Future
 from tandem.roles import Place, Seat
 from tandem.workers.group import LOAD_DEADLINE_S, START_DEADLINE_S, WorkerFailed
 from tandem.workers.keeper import MARK, die_with, start_keeper
-from tandem.workers.process import Build, Where, WorkerProcess, raise_failure
+from tandem.workers.process import Build, Where, WorkerProcess, ending, raise_failure
 
 CLOSE_DEADLINE_S = 20.0
 HEARTBEAT_S = 30.0
 """It is killed once it has been stopped for so long."""
-TAIL_LINES = 15
 TAIL_BYTES = 16384
 RANK_VARIABLES = frozenset(
     f"{of}{what}" for of in ("", "LOCAL_", "GROUP_", "ROLE_") for what in ("RANK", "WORLD_SIZE")
@@ -55,18 +55,16 @@ class Child:
         self.output = tempfile.TemporaryFile()  # noqa: SIM115
         self.pipe, theirs = Pipe()
         self.ended, ended = Pipe(duplex=False)
-        born: list[subprocess.Popen[bytes] | BaseException] = []
-        started = threading.Event()
+        born: concurrent.futures.Future[subprocess.Popen[bytes]] = concurrent.futures.Future()
         # Linux ends the child when the thread that started it ends: so that is a thread which lives as long.
         self.keeper = threading.Thread(
-            target=self._keep, args=(theirs, ended, gpu, born, started), name=f"keeper of {name}", daemon=True
+            target=self._keep, args=(theirs, ended, gpu, born), name=f"keeper of {name}", daemon=True
         )
         self.keeper.start()
-        started.wait()
-        theirs.close()
-        if isinstance(born[0], BaseException):
-            raise born[0]
-        self.process: subprocess.Popen[bytes] = born[0]
+        try:
+            self.process = born.result()
+        finally:
+            theirs.close()
         try:
             self.where: Where = self._begin("start", "where", (), START_DEADLINE_S).result()
         except BaseException:
@@ -125,16 +123,15 @@ class Child:
         theirs: Connection,
         ended: Connection,
         gpu: str | None,
-        born: list[subprocess.Popen[bytes] | BaseException],
-        started: threading.Event,
+        born: concurrent.futures.Future[subprocess.Popen[bytes]],
     ) -> None:
         try:
-            born.append(self._start(theirs, gpu))
+            process = self._start(theirs, gpu)
         except BaseException as error:
-            born.append(error)
-        started.set()
-        if isinstance(born[0], subprocess.Popen):
-            born[0].wait()
+            born.set_exception(error)
+            return
+        born.set_result(process)
+        process.wait()
         # Said, and not left to the pipe's closing: whoever was forked meanwhile may hold its other end open.
         ended.send_bytes(b"ended")
 
@@ -192,8 +189,7 @@ class Child:
         size = os.fstat(self.output.fileno()).st_size
         # pread leaves the place alone at which the child writes.
         text = os.pread(self.output.fileno(), TAIL_BYTES, max(0, size - TAIL_BYTES)).decode(errors="replace")
-        lines = [line for line in text.splitlines() if line.strip()][-TAIL_LINES:]
-        return "; its output ends:\n  " + "\n  ".join(lines) if lines else "; it wrote nothing"
+        return ending("output", text.splitlines())
 
 
 @dataclass(eq=False)

@@ -22,13 +22,12 @@ import torch
 from tandem.errors import UserError
 from tandem.roles import Place
 from tandem.workers.keeper import MARK, command_line, parent_of, start_keeper
-from tandem.workers.process import LOOPBACK, Where, own_address
+from tandem.workers.process import LOOPBACK, Where, ending, own_address
 from tandem.workers.supervisor import stand_on
 
 CONNECT_DEADLINE_S = 30.0
 KEEPER_LATER_S = 10.0
 AGENT = re.compile(r"ray::(\w+Agent)")
-TAIL_LINES = 15
 INSTALL = "pip install 'tandem-rlhf[cluster]'"
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
 ON_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
@@ -277,8 +276,7 @@ def log_tail(where: Where) -> str:
     for path in sorted(glob.glob(os.path.join(node.get_logs_dir_path(), f"worker-*-{where.pid}.*"))):
         with contextlib.suppress(OSError):
             lines += Path(path).read_text(errors="replace").splitlines()
-    kept = [line for line in lines if line.strip() and not line.startswith(":")][-TAIL_LINES:]
-    return "; its log ends:\n  " + "\n  ".join(kept) if kept else "; it wrote nothing"
+    return ending("log", (line for line in lines if not line.startswith(":")))
 
 
 def _same_machine(a: str, b: str) -> bool:

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from tandem.batch import Outputs
 from tandem.collector import settle
 from tandem.errors import NonFiniteError, RunFailure, UserError, first_line
-from tandem.parallel.world import World, join
+from tandem.parallel.world import World, join, open_store
 from tandem.workers.keeper import start_keeper
 
 LOOPBACK = "127.0.0.1"
+TAIL_LINES = 15
 
 
 @dataclass(frozen=True)
@@ -108,26 +108,10 @@ class WorkerProcess:
     def join(self, host: str, port: int, deadline_s: float) -> None:
         """Meets the other ranks of the group. Returns when all have come."""
         world = self.site.world
-        store = dist.TCPStore(
-            host,
-            port,
-            is_master=self.door is not None,
-            timeout=timedelta(seconds=deadline_s),
-            wait_for_workers=False,
-            # By itself it would listen on every interface.
-            master_listen_fd=None if self.door is None else self.door.detach(),
-        )
-        self.site.world = self.stack.enter_context(
-            join(
-                world.rank,
-                world.size,
-                device=self.device,
-                host=host,
-                port=port,
-                deadline_s=deadline_s,
-                store=store,
-            )
-        )
+        store = open_store(host, port, timedelta(seconds=deadline_s), self.door)
+        meeting: dict[str, Any] = {"host": host, "port": port, "deadline_s": deadline_s, "store": store}
+        joined = join(world.rank, world.size, device=self.device, **meeting)
+        self.site.world = self.stack.enter_context(joined)
 
     def place(self, role: str, build: Build) -> Failure | None:
         """Builds a role here."""
@@ -171,6 +155,12 @@ def own_address() -> str:
             return LOOPBACK
 
 
+def ending(what: str, lines: Iterable[str]) -> str:
+    """The last 15 lines of what a process wrote, for an error message."""
+    kept = [line for line in lines if line.strip()][-TAIL_LINES:]
+    return f"; its {what} ends:\n  " + "\n  ".join(kept) if kept else "; it wrote nothing"
+
+
 def raise_failure(result: Any, who: str) -> Any:
     """Raises the error that a worker sent, as it was raised there; passes anything else on."""
     if isinstance(result, Failure):
@@ -184,7 +174,7 @@ def to_cpu(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach().cpu()
     if isinstance(value, Outputs):
-        return Outputs(**{name: to_cpu(inner) for name, inner in vars(value).items()})
+        return value.map(to_cpu)
     if isinstance(value, dict):
         return {key: to_cpu(inner) for key, inner in value.items()}
     return value
