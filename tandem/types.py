@@ -242,6 +242,11 @@ class Sequence:
     untruncated_logp: list[float] | None = None
     """Of a sampled one: as that of ``Rollout``."""
 
+    @classmethod
+    def read(cls, token_ids: Seq[int]) -> Sequence:
+        """One of which all tokens are trainable but the first, which only gives the others their context."""
+        return cls(token_ids=list(token_ids), trainable=[False] + [True] * (len(token_ids) - 1))
+
 
 @dataclass(kw_only=True)
 class PreferencePair:

@@ -21,9 +21,10 @@ from tandem.errors import UserError
 from tandem.roles import Clock, Metrics, Seat
 from tandem.rollout.evaluate import Evaluation, named
 from tandem.rollout.prepare import Preparation
-from tandem.rollout.rows import InWindows, window_sequence
+from tandem.rollout.rows import InWindows
 from tandem.runs.identity import Inputs
 from tandem.runs.progress import say
+from tandem.types import Sequence
 
 FIRST_DOCUMENTS = 64
 """So many documents are read before anything is loaded, since a mistake in them shows soonest."""
@@ -132,5 +133,5 @@ class HeldOutText:
         """Mean losses, and over how many tokens."""
         rest = windows.once()
         while some := [*islice(rest, self.windows_at_a_time)]:
-            (batch,) = self.prepare([window_sequence(ids) for ids in some], {}, step)
+            (batch,) = self.prepare([Sequence.read(ids) for ids in some], {}, step)
             yield self.actor.call("evaluate", batch)["loss"], sum(len(ids) - 1 for ids in some)

@@ -68,9 +68,4 @@ class InWindows(AtOnce):
         """The tickets' windows, read and tokenized now. Their numbers follow one another."""
         with clock("data"):
             found = self.windows.take(range(tickets[0].number, tickets[-1].number + 1))
-        return [Done(window_sequence(ids)) for ids in found]
-
-
-def window_sequence(ids: list[int]) -> Sequence:
-    """A window whose first token only gives the next ones their context."""
-    return Sequence(token_ids=ids, trainable=[False] + [True] * (len(ids) - 1))
+        return [Done(Sequence.read(ids)) for ids in found]

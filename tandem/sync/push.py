@@ -91,10 +91,10 @@ class WeightPush:
         if self.untried:
             with self.check.trial():
                 self.push(version)
-                self.prove(version)
+                self.check.prove(version)
         metrics = self.push(version)
         start = time.perf_counter()
-        self.prove(version)
+        self.check.prove(version)
         metrics["sync_check_seconds"] += time.perf_counter() - start
         return metrics
 
@@ -105,7 +105,7 @@ class WeightPush:
         self(version)
 
     def push(self, version: int) -> dict[str, float]:
-        """The push and its checksums. ``prove`` is left to do once the engines can compute."""
+        """The push and its checksums. ``check.prove`` is left to do once the engines can compute."""
         start = time.perf_counter()
         self.version = version
         if self.moving is not None and self.pushed and self.plan != self.moving:
@@ -130,10 +130,6 @@ class WeightPush:
         Once, before anything is sampled: what ran meanwhile would go on with the trial's.
         """
         return self.params.check and self.adapters is not None and self.check.untried
-
-    def prove(self, version: int) -> None:
-        """Compares the engines' log-probs of the probe with the trainer's, where it is this push's turn."""
-        self.check.prove(version)
 
     @property
     def _engines(self) -> int:

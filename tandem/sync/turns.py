@@ -157,7 +157,7 @@ class TakingTurns(OverEngine):
         for other in self.others:
             other.call("park", weights=True)
         self.engines.call("wake", "cache")
-        self.link.prove(version)
+        self.link.check.prove(version)
 
     def _begin(self) -> None:
         for lot in self._lots:

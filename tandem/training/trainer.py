@@ -140,8 +140,7 @@ class LocalScorer:
 
     def logprobs(self, sequences: Seq[Seq[int]]) -> list[list[float]]:
         """Log-prob, at temperature 1, of every token but the first of each sequence."""
-        rows = [Sequence(token_ids=list(ids), trainable=[False] + [True] * (len(ids) - 1)) for ids in sequences]
-        logp_T = self.score(pack(rows), temperature=1.0).logp_T
+        logp_T = self.score(pack([Sequence.read(ids) for ids in sequences]), temperature=1.0).logp_T
         assert logp_T is not None
         return [part[1:].tolist() for part in logp_T.split([len(ids) for ids in sequences])]
 
@@ -395,7 +394,7 @@ class LocalTrainer(LocalScorer):
         self.idle.restore()
         keep = self.world.rank == 0
         return {
-            "model": whole(self.weights | self.buffers, keep=keep),
+            "model": self.whole_weights(),
             "optimizer": self.optimizer.state_dict(keep=keep),
             "version": self._version,
             "ema": whole(self.ema, keep=keep),
@@ -455,7 +454,7 @@ class LocalTrainer(LocalScorer):
 
     def export(self, folder: Path) -> None:
         """Writes a Hugging Face folder: float32 weights, config and tokenizer. A collective; rank 0 writes."""
-        state = whole(self.weights | self.buffers, keep=self.world.rank == 0)
+        state = self.whole_weights()
         if self.world.rank == 0:
             # A frozen parameter is kept as it is computed with.
             state = {name: t.float() if t.is_floating_point() else t for name, t in state.items()}

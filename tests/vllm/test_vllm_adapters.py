@@ -358,7 +358,7 @@ def test_what_sleep_loses_is_there_again_after_a_push_of_all(ends, plain):
     whole.moving = None
     whole.push(1)
     ends.engine.wake("cache")
-    whole.prove(1)
+    whole.check.prove(1)
     assert ends.gap() < 1e-4
     whole(2)
     assert ends.gap() < 1e-4

@@ -94,9 +94,8 @@ class ReplicaEngine:
     @torch.no_grad()
     def logprobs(self, sequences: Seq[Seq[int]]) -> list[list[float]]:
         """Log-prob, at temperature 1, of every token but the first of each sequence."""
-        rows = [Sequence(token_ids=list(ids), trainable=[False] + [True] * (len(ids) - 1)) for ids in sequences]
         with self.live.stepper.exclusive():
-            logp_T = forward(self.model, pack(rows).to(self.model.device)).logp_T
+            logp_T = forward(self.model, pack([Sequence.read(ids) for ids in sequences]).to(self.model.device)).logp_T
         assert logp_T is not None
         return [part[1:].tolist() for part in logp_T.split([len(ids) for ids in sequences])]
 
