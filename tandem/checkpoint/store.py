@@ -196,35 +196,27 @@ def _write_folder(
     folder: Path, about: Mapping[str, Any], parts: Mapping[str, Mapping[str, Any]], state: Mapping[str, Any]
 ) -> None:
     folder.mkdir()
-    files = {f"{part}.pt": _write_torch(folder / f"{part}.pt", value) for part, value in parts.items()}
-    files[STATE] = _write_json(folder / STATE, state)
-    _write_json(folder / MANIFEST, {"format": FORMAT, "version": VERSION, **about, "files": files})
+    files = {f"{part}.pt": _write(folder / f"{part}.pt", value) for part, value in parts.items()}
+    files[STATE] = _write(folder / STATE, state)
+    _write(folder / MANIFEST, {"format": FORMAT, "version": VERSION, **about, "files": files})
     _sync_folder(folder)
 
 
-def _write_torch(path: Path, value: Mapping[str, Any]) -> dict[str, Any]:
+def _write(path: Path, value: Mapping[str, Any]) -> dict[str, Any]:
+    """Puts a file on the disk, as JSON or by torch as its name says. Its entry for the manifest."""
     with path.open("wb") as file:
         hashing = _HashingFile(file)
         try:
-            torch.save(dict(value), cast(IO[bytes], hashing))
+            if path.suffix == ".json":
+                hashing.write(json.dumps(value, indent=1).encode())
+            else:
+                torch.save(dict(value), cast(IO[bytes], hashing))
         except RuntimeError:
             if hashing.error is not None:
                 raise hashing.error from None
             raise
-        return _finish(file, hashing)
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> dict[str, Any]:
-    with path.open("wb") as file:
-        hashing = _HashingFile(file)
-        hashing.write(json.dumps(value, indent=1).encode())
-        return _finish(file, hashing)
-
-
-def _finish(file: IO[bytes], hashing: _HashingFile) -> dict[str, Any]:
-    """Puts the file on the disk; its entry for the manifest."""
-    file.flush()
-    os.fsync(file.fileno())
+        file.flush()
+        os.fsync(file.fileno())
     return {"size": hashing.size, "sha256": hashing.sum.hexdigest()}
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 from urllib.parse import parse_qs
 
 from tandem.errors import UserError, first_line
+from tandem.lazy import extra
 
 PREFIX = "reasoning-gym:"
 SIZE, SEED = 1000, 0
@@ -24,15 +26,9 @@ def gym_rows(source: str) -> list[dict[str, Any]]:
     """
     name, _, query = source.removeprefix(PREFIX).partition("?")
     given = parse_qs(query, keep_blank_values=True)
-    try:
-        import reasoning_gym
-        from reasoning_gym.factory import DATASETS
-    except ImportError as error:
-        raise UserError(f"{source}: reasoning-gym is missing; pip install 'tandem-rlhf[envs]'") from error
-    if name not in DATASETS:
-        import difflib
-
-        near = difflib.get_close_matches(name, DATASETS, n=3)
+    reasoning_gym = extra("reasoning_gym", f"{source}: the tasks are those", "envs")
+    if name not in (tasks := reasoning_gym.factory.DATASETS):
+        near = difflib.get_close_matches(name, tasks, n=3)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise UserError(f"{source}: reasoning-gym has no task {name!r}{hint}")
     try:

@@ -12,7 +12,7 @@ import signal
 from collections.abc import Callable
 from typing import Any
 
-from tandem.errors import UserError
+from tandem.lazy import extra
 from tandem.rewards.calling import judges
 
 PARSE_S = 5
@@ -23,10 +23,6 @@ GUARD_BYTES = 4 << 30
 """Memory (4 GiB) that one check may map."""
 ANSWERS = ("answer", "solution")
 """Columns with the right answer, the first that there is."""
-
-
-class GaveUp(Exception):
-    """A check that took too long, or too much memory, or failed."""
 
 
 @judges("sample")
@@ -49,10 +45,7 @@ class MathCheck:
     """
 
     def __init__(self, column: str | None = None) -> None:
-        try:
-            import math_verify
-        except ImportError as error:
-            raise UserError("reward math: math-verify is missing; pip install 'tandem-rlhf[envs]'") from error
+        math_verify = extra("math_verify", "reward math: the comparison is that", "envs")
         self._verify, self._parse = math_verify.verify, math_verify.parse
         self.one_of = (column,) if column else ANSWERS
         self.counts = {"no_answer": 0, "given_up": 0}
@@ -63,11 +56,7 @@ class MathCheck:
         if not right:
             self.counts["no_answer"] += 1
             return None
-        try:
-            return guarded(lambda: self._equals(right, text_of(completion)))
-        except GaveUp:
-            self.counts["given_up"] += 1
-            return None
+        return guarded(lambda: self._equals(right, text_of(completion)), self.counts)
 
     def _equals(self, right: list[Any], text: str) -> float:
         """A completion that cannot be read is wrong; a comparison that fails, or takes too much, says nothing of it."""
@@ -101,10 +90,7 @@ class GymCheck:
     one_of = ("entry",)
 
     def __init__(self) -> None:
-        try:
-            import reasoning_gym
-        except ImportError as error:
-            raise UserError("reward reasoning-gym: it is missing; pip install 'tandem-rlhf[envs]'") from error
+        reasoning_gym = extra("reasoning_gym", "reward reasoning-gym: the score is that", "envs")
         self._scorer = functools.cache(reasoning_gym.get_score_answer_fn)
         self.counts = {"given_up": 0}
 
@@ -114,11 +100,8 @@ class GymCheck:
         text = text_of(completion)
         answers = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
         scorer = self._scorer(task)
-        try:
-            return guarded(lambda: float(scorer(answers[-1].strip() if answers else text.strip(), entry)))
-        except GaveUp:
-            self.counts["given_up"] += 1
-            return None
+        given = answers[-1].strip() if answers else text.strip()
+        return guarded(lambda: float(scorer(given, entry)), self.counts)
 
 
 def text_of(completion: Any) -> str:
@@ -126,10 +109,10 @@ def text_of(completion: Any) -> str:
     return completion if isinstance(completion, str) else str(completion[-1]["content"])
 
 
-def guarded(check: Callable[[], float]) -> float:
-    """A check in a process forked for it, which is killed where it does not end. Raises GaveUp where it gives nothing.
+def guarded(check: Callable[[], float], counts: dict[str, int]) -> float | None:
+    """A check in a process forked for it, which is killed where it does not end. For one without other threads.
 
-    For a process without other threads.
+    None where it took too long, or too much memory, or failed: that counts as ``given_up``.
     """
     read, write = os.pipe()
     if (child := os.fork()) == 0:
@@ -149,6 +132,7 @@ def guarded(check: Callable[[], float]) -> float:
         if not ready:
             os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-    if not said:
-        raise GaveUp
-    return float(said)
+    if said:
+        return float(said)
+    counts["given_up"] += 1
+    return None

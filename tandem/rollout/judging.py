@@ -76,12 +76,11 @@ class Judge:
         # Those that judge elsewhere begin before one that keeps this process busy.
         late = {number: reward for number, reward in enumerate(self.rewards) if number not in self.early}
         begun = {number: reward.begin(batch) for number, reward in late.items() if isinstance(reward, BegunReward)}
-        scores = {number: reward.score(batch) for number, reward in late.items() if number not in begun}
-        found_by = {number: [call.result()] for number, call in begun.items()}
-        found_by |= {number: [one for judging in judgings for one in judging.judged(number)] for number in self.early}
-        scores |= {number: [score for one in ones for score in one.scores] for number, ones in found_by.items()}
-        ordered = [scores[number] for number in range(len(self.rewards))]
-        totals, parts = combine(self.rewards, self.weights, ordered, batch)
+        given = {n: [Judgement(reward.score(batch), {})] for n, reward in late.items() if n not in begun}
+        given |= {number: [call.result()] for number, call in begun.items()}
+        given |= {number: [one for judging in judgings for one in judging.judged(number)] for number in self.early}
+        scores = [[score for one in given[number] for score in one.scores] for number in range(len(self.rewards))]
+        totals, parts = combine(self.rewards, self.weights, scores, batch)
         for (_, rollout), total, part in zip(found, totals, parts, strict=True):
             rollout.reward_parts = part
             rollout.reward = shape_reward(
@@ -91,7 +90,7 @@ class Judge:
         return {
             f"{name}/{what}": count
             for number, name in enumerate(part_names(self.rewards))
-            for what, count in added_up(one.counts for one in found_by.get(number, ())).items()
+            for what, count in added_up(one.counts for one in given[number]).items()
         }
 
     def check(self, groups: Seq[Group]) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -93,14 +94,11 @@ class RunningSums:
         bits.prepare(jobs)(self.total_N)
         return None
 
-    @contextmanager
-    def _aside(self) -> Iterator[None]:
+    def _aside(self) -> AbstractContextManager[Any]:
         if self.stream is None:
-            yield
-            return
+            return nullcontext()
         self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
-        with torch.cuda.stream(self.stream):
-            yield
+        return torch.cuda.stream(self.stream)
 
 
 class ParameterSums:

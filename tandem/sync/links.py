@@ -127,12 +127,11 @@ class SharedMemory:
 
     def __init__(self, link: Link, store: dist.TCPStore, device: torch.device) -> None:
         self.link, self.store, self.device = link, store, device
+        size = link.plan.buffer_bytes
         if link.rank == 0:
-            size = link.plan.buffer_bytes
             self.buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(BUFFERS)]
             store.set("buffers", json.dumps([_handle(buffer) for buffer in self.buffers]))
         else:
-            size = link.plan.buffer_bytes
             self.buffers = [_rebuild(handle, size, device) for handle in json.loads(store.get("buffers"))]
 
     def send(self, push: int, bucket: int, filled: Tensor) -> Pending:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -109,13 +110,7 @@ def used(bucket: Bucket, buffer: Tensor) -> Tensor:
 def _by_layer(tensors: Seq[TensorSpec]) -> list[list[TensorSpec]]:
     """Neighbours that belong to the same numbered layer together, the others alone."""
     groups: list[list[TensorSpec]] = []
-    last = ""
-    for spec in tensors:
-        match = re.match(r"(.*?\.\d+)\.", spec.name)
-        layer = match[1] if match else ""
-        if layer and layer == last:
-            groups[-1].append(spec)
-        else:
-            groups.append([spec])
-        last = layer
+    for layer, run in groupby(tensors, lambda spec: re.findall(r"^.*?\.\d+\.", spec.name)):
+        specs = list(run)
+        groups += [specs] if layer else [[spec] for spec in specs]
     return groups

@@ -212,32 +212,23 @@ def build_optimizer(
     """
     rate, betas = params.learning_rate, params.betas
 
-    def adamw(groups: Stepped) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(groups, lr=rate, betas=betas, fused=True)
+    builds: dict[OptimizerName, Callable[[Stepped], torch.optim.Optimizer]] = {
+        "adamw": lambda groups: torch.optim.AdamW(groups, lr=rate, betas=betas, fused=True),
+        "adamw8bit": lambda groups: require_bitsandbytes().optim.AdamW8bit(groups, lr=rate, betas=betas),
+        "adafactor": lambda groups: torch.optim.Adafactor(groups, lr=rate),
+        "muon": lambda groups: torch.optim.Muon(groups, lr=rate, adjust_lr_fn="match_rms_adamw"),
+    }
 
-    def adafactor(groups: Stepped) -> torch.optim.Optimizer:
-        return torch.optim.Adafactor(groups, lr=rate)
+    def part(name: OptimizerName, parameters: list[nn.Parameter]) -> Part:
+        elementwise = name == "adamw"
+        return Part(builds[name], params.weight_decay, parameters, world or World(), elementwise=elementwise)
 
-    def muon(groups: Stepped) -> torch.optim.Optimizer:
-        return torch.optim.Muon(groups, lr=rate, adjust_lr_fn="match_rms_adamw")
-
-    def adamw8bit(groups: Stepped) -> torch.optim.Optimizer:
-        return require_bitsandbytes().optim.AdamW8bit(groups, lr=rate, betas=betas)
-
-    def part(build: Callable[[Stepped], torch.optim.Optimizer], names: Seq[str], *, elementwise: bool = False) -> Part:
-        return Part(
-            build, params.weight_decay, [named[name] for name in names], world or World(), elementwise=elementwise
-        )
-
-    trained = [name for name, parameter in named.items() if parameter.requires_grad]
-    if params.optimizer == "adamw":
-        return Optimizer([part(adamw, trained, elementwise=True)])
-    if params.optimizer == "muon":
-        matrices = [name for name in trained if name in set(hidden)]
-        rest = [name for name in trained if name not in set(hidden)]
-        parts = [part(muon, matrices)] if matrices else []
-        return Optimizer([*parts, *([part(adamw, rest, elementwise=True)] if rest else [])])
-    return Optimizer([part(adafactor if params.optimizer == "adafactor" else adamw8bit, trained)])
+    trained = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
+    if params.optimizer != "muon":
+        return Optimizer([part(params.optimizer, [*trained.values()])])
+    matrices = [parameter for name, parameter in trained.items() if name in set(hidden)]
+    rest = [parameter for name, parameter in trained.items() if name not in set(hidden)]
+    return Optimizer([*([part("muon", matrices)] if matrices else []), *([part("adamw", rest)] if rest else [])])
 
 
 def hidden_matrices(module: Any) -> list[str]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -77,11 +77,6 @@ def seat_of(role: Any) -> Seat:
     return Here(Site(World())).place("role", lambda site: role)
 
 
-@contextmanager
-def default_stream(device: torch.device) -> Iterator[None]:
+def default_stream(device: torch.device) -> AbstractContextManager[Any]:
     """Computes on the device's default stream, whatever device and stream this thread would use of itself."""
-    if device.type != "cuda":
-        yield
-        return
-    with torch.cuda.stream(torch.cuda.default_stream(device)):
-        yield
+    return torch.cuda.stream(torch.cuda.default_stream(device)) if device.type == "cuda" else nullcontext()
