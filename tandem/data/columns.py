@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,6 @@ from tandem.data.rows import Dataset, Row, present
 from tandem.data.sources import NAMES, Columns, parse_condition
 from tandem.errors import UserError
 
-Step = Callable[[Row], Row]
 ANSWERS = ("completion", "chosen", "rejected")
 """Columns of what is said to a prompt."""
 
@@ -22,19 +21,21 @@ class Shaping:
     keys: Columns
     kind: str
 
-    def steps(self) -> dict[str, Step]:
-        """What is done to a row, in this order, by the key that asks for it. A step that changes nothing returns it."""
+    def steps(self) -> Iterator[tuple[str, Callable[[Row], Row], str]]:
+        """The keys that ask for something, in this order: each with what it does to a row, which returns the row itself
+        where it changes nothing, and with when it changes none at all."""
         keys = self.keys
-        steps: dict[str, Step] = {"keys": self._rename} if any(getattr(keys, key) for key in NAMES) else {}
+        if any(getattr(keys, key) for key in NAMES):
+            yield "keys", self._rename, ""
         if keys.condition is not None:
-            steps["condition"] = self._condition
+            yield "condition", self._condition, "it is empty"
         if keys.input_template is not None:
-            steps["input_template"] = self._frame
+            yield "input_template", self._frame, "none has a 'prompt' that is text"
         if keys.apply_chat_template:
-            steps["apply_chat_template"] = self._take_turns
+            yield "apply_chat_template", self._take_turns, "none has a 'prompt' or an answer that is text"
         if keys.system is not None:
-            steps["system"] = self._instruct
-        return steps
+            none = "none has a conversation without a system message; for plain prompts add --apply-chat-template"
+            yield "system", self._instruct, none
 
     def _rename(self, row: Row) -> Row:
         """All at once, so that two columns may change places. What had the name before is left out."""
@@ -116,18 +117,9 @@ def shape(rows: Dataset, columns: Columns, kind: str, *, strict: bool = True) ->
     Raises UserError with a row's place where it lacks a column that a key names, and, where ``strict``, naming the key
     that changes no row.
     """
-    for key, step in Shaping(columns, kind).steps().items():
+    for key, step, why in Shaping(columns, kind).steps():
         shaped = rows.mapped(step)
         if strict and all(after is before for after, before in zip(shaped, rows, strict=True)):
-            raise UserError(f"{key}: has no effect on any row of {rows.source}: {WHY[key]}")
+            raise UserError(f"{key}: has no effect on any row of {rows.source}: {why}")
         rows = shaped
     return rows
-
-
-WHY = {
-    "condition": "it is empty",
-    "input_template": "none has a 'prompt' that is text",
-    "apply_chat_template": "none has a 'prompt' or an answer that is text",
-    "system": "none has a conversation without a system message; for plain prompts add --apply-chat-template",
-}
-"""When a step changes nothing."""

@@ -32,7 +32,6 @@ class ReinforcePP(TokenMethod):
 
     reference_kl: ReferenceKL = ReferenceKL(kl="reward", kl_coef=0.01)
     reward_clip: float | None = 10.0
-    """Rewards are clipped to ±reward_clip before anything is added or any baseline taken. None: not clipped."""
     gamma: float = 1.0
     """Discount per trainable token."""
 

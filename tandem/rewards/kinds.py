@@ -103,17 +103,11 @@ def find_function(source: str, setting: Setting) -> Found:
 
         path = Path(rest).expanduser()
         return Found(read_judge(path, setting), {"": path.resolve()})
+    if kind == "own":
+        function, module = import_function(source)
+        return Found(function, source_files(module))
+    from tandem.rewards.checks import FormatCheck, GymCheck, MathCheck
+
     if kind == "math":
-        from tandem.rewards.checks import MathCheck
-
         return Found(MathCheck(rest or None))
-    if kind == "format":
-        from tandem.rewards.checks import FormatCheck
-
-        return Found(FormatCheck(rest))
-    if kind == "reasoning_gym":
-        from tandem.rewards.checks import GymCheck
-
-        return Found(GymCheck())
-    function, module = import_function(source)
-    return Found(function, source_files(module))
+    return Found(FormatCheck(rest) if kind == "format" else GymCheck())
