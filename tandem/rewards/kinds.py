@@ -6,12 +6,14 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from tandem.errors import UserError
-from tandem.rewards.calling import Setting
 from tandem.rewards.loading import import_function, source_files
+
+if TYPE_CHECKING:
+    from tandem.rewards.calling import Setting
 
 FORMS = "FILE.py:function, http://HOST:PORT, judge:FILE.yaml, math, reasoning-gym or format:REGEX"
 """What a source may look like, for messages."""
