@@ -174,7 +174,7 @@ def test_an_error_amid_a_turn_leaves_the_engine_asleep_and_the_trainers_back(mon
     (open_,) = turns.submit(REQUESTS)
     with monkeypatch.context() as patched:
         if where != "until":
-            patched.setattr(*((push, "prove") if where == "push" else (engine, "wait")), lambda *_: 1 // 0)
+            patched.setattr(*((push.check, "prove") if where == "push" else (engine, "wait")), lambda *_: 1 // 0)
         with pytest.raises(ZeroDivisionError):
             turns.wait(lambda: bool(1 // 0) if engine.awake else False)
     assert engine.awake == frozenset()
