@@ -16,7 +16,7 @@ from tandem.engines.vllm.names import Names
 from tandem.errors import UserError
 from tandem.models.routers import all_weights, correction_biases
 from tandem.models.shrunk import trained_size
-from tandem.sync.bounds import logp_bound
+from tandem.sync.check import logp_bound
 
 SIZE: dict[str, Any] = {
     "vocab_size": 67,
