@@ -9,6 +9,7 @@ from functools import cached_property
 
 from tandem.errors import RunFailure, UserError
 from tandem.futures import Begun, Done
+from tandem.rewards.calling import Per
 from tandem.rewards.combine import OVERLONG, combine, part_names
 from tandem.rewards.function import added_up
 from tandem.rewards.shaping import MissingEos, Overlong, shape_reward
@@ -150,15 +151,15 @@ class Judging:
         if not self.judge.early or sample in self._ended:
             return
         self._ended[sample] = rollout_of(self.prompt, sample, completion)
-        self._begin_one(sample, self._ended[sample])
+        self._begin("sample", sample, [self._ended[sample]])
         if len(self._ended) == self.samples:
-            self._begin_group([self._ended[i] for i in sorted(self._ended)])
+            self._begin("group", GROUP, [self._ended[i] for i in sorted(self._ended)])
 
     def finish(self, rollouts: Seq[Rollout]) -> None:
         """All samples have ended: what was not heard of is judged from now on."""
         for sample, rollout in enumerate(rollouts):
-            self._begin_one(sample, rollout)
-        self._begin_group(rollouts)
+            self._begin("sample", sample, [rollout])
+        self._begin("group", GROUP, rollouts)
 
     @property
     def settled(self) -> bool:
@@ -175,26 +176,18 @@ class Judging:
         samples = sorted(sample for reward, sample in self._called if reward == number)
         return [self._called[number, sample].result() for sample in samples]
 
-    def _begin_one(self, sample: int, rollout: Rollout) -> None:
+    def _begin(self, per: Per, sample: int, rollouts: Seq[Rollout]) -> None:
+        """Calls the rewards that judge a sample, or a group, in one call, unless they have been called."""
+        judged = [(self.prompt, rollout) for rollout in rollouts if rollout.stop != "error"]
         for number, reward in self.judge.early.items():
-            if reward.per == "sample" and rollout.stop != "error":
-                self._begin(number, sample, [rollout])
-
-    def _begin_group(self, rollouts: Seq[Rollout]) -> None:
-        judged = [rollout for rollout in rollouts if rollout.stop != "error"]
-        for number, reward in self.judge.early.items():
-            if reward.per == "group" and judged:
-                self._begin(number, GROUP, judged)
-
-    def _begin(self, number: int, sample: int, rollouts: Seq[Rollout]) -> None:
-        if (number, sample) in self._called:
-            return
-        batch = reward_batch([(self.prompt, rollout) for rollout in rollouts], self.columns)
-        seed, place = self.seeded
-        if seed is not None:
-            batch = replace(batch, seed=derive_seed(seed, place, *(() if sample == GROUP else (sample,))))
-        self._called[number, sample] = self.judge.early[number].begin(batch)
-        self.calls.append(self._called[number, sample])
+            if reward.per != per or not judged or (number, sample) in self._called:
+                continue
+            seed, place = self.seeded
+            if seed is not None:
+                seed = derive_seed(seed, place, *(() if sample == GROUP else (sample,)))
+            batch = replace(reward_batch(judged, self.columns), seed=seed)
+            self._called[number, sample] = reward.begin(batch)
+            self.calls.append(self._called[number, sample])
 
 
 def rollout_of(prompt: Prompt, sample_index: int, completion: Completion) -> Rollout:
