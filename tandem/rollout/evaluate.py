@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from tandem.errors import RunFailure
 from tandem.roles import Clock, Engine, Metrics, Seat
@@ -30,12 +30,9 @@ class Evaluation:
     """The judged samples that they are of, by the name of their set."""
 
 
-class HeldOut(Protocol):
-    """Held-out sets by name; the name of one that needs none is empty."""
-
-    def __call__(self, step: int, phase: Clock) -> Evaluation:
-        """Measures all of them with the weights that ``step`` has ended with. Changes nothing that training reads."""
-        ...
+HeldOut = Callable[[int, Clock], Evaluation]
+"""Measures held-out sets (by name; that of one that needs none is empty) with the weights that a step has ended with.
+Changes nothing that training reads."""
 
 
 @dataclass(frozen=True, kw_only=True)
