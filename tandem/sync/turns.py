@@ -33,36 +33,21 @@ def settled(engine: FedEngine, push: Callable[[int], Metrics]) -> Callable[[int]
 
 
 @dataclass(eq=False)
-class Lot:
-    """Requests that were submitted together, which begin in the engine's next turn."""
+class Promised:
+    """The future of a request that begins in the engine's next turn."""
 
-    requests: Seq[Request]
-    watch: Watch | None
-    begun: list[Future[list[Completion]]] | None = None
+    begun: Future[list[Completion]] | None = None
     error: Exception | None = None
-    """Why they never will."""
+    """Why it never will."""
 
     def done(self) -> bool:
-        """Whether all of it is."""
-        return self.error is not None or (self.begun is not None and all(future.done() for future in self.begun))
-
-
-@dataclass(eq=False)
-class Place:
-    """The future of one request of a lot."""
-
-    lot: Lot
-    number: int
-
-    def done(self) -> bool:
-        lot = self.lot
-        return lot.error is not None or (lot.begun is not None and lot.begun[self.number].done())
+        return self.error is not None or (self.begun is not None and self.begun.done())
 
     def result(self) -> list[Completion]:
-        if self.lot.error is not None:
-            raise self.lot.error
-        assert self.lot.begun is not None
-        return self.lot.begun[self.number].result()
+        if self.error is not None:
+            raise self.error
+        assert self.begun is not None
+        return self.begun.result()
 
 
 class TakingTurns(OverEngine):
@@ -89,24 +74,27 @@ class TakingTurns(OverEngine):
         self.version = version
         self.metrics: Metrics = {}
         self._awake = False
-        self._lots: list[Lot] = []
+        self._waiting: list[tuple[Seq[Request], Watch | None, list[Promised]]] = []
+        """What was submitted together and has not begun."""
+        self._open: list[Promised] = []
+        """What has."""
         engines.call("sleep")
 
     def submit(self, requests: Seq[Request], watch: Watch | None = None) -> list[Future[list[Completion]]]:
         """Begins requests in the next turn, which is when somebody waits."""
-        lot = Lot(requests, watch)
-        self._lots.append(lot)
+        promised = [Promised() for _ in requests]
+        self._waiting.append((requests, watch, promised))
         if self._awake:
             self._begin()
-        return [Driven(Place(lot, number), self.wait) for number in range(len(requests))]
+        return [Driven(one, self.wait) for one in promised]
 
     def wait(self, until: Callable[[], bool], at_least: int = 0) -> None:
         """A turn of the engine, with weights as they are now: until ``until()``, or until nothing is left.
 
         Whatever ends it, the engine sleeps then and the trainers are back: what is saved next are their weights.
         """
-        self._lots = [lot for lot in self._lots if not lot.done()]
-        if self._lots and not until():
+        self._open = [one for one in self._open if not one.done()]
+        if (self._waiting or self._open) and not until():
             try:
                 self._wake()
                 self.engine.wait(until, at_least)
@@ -121,10 +109,10 @@ class TakingTurns(OverEngine):
 
     def cancel(self) -> None:
         """Gives up all that is being sampled, and all that was to be."""
-        for lot in self._lots:
-            if lot.begun is None:
-                lot.error = Cancelled("what was to be sampled was given up")
-        self._lots.clear()
+        for one in (one for _, _, promised in self._waiting for one in promised):
+            one.error = Cancelled("what was to be sampled was given up")
+        self._waiting.clear()
+        self._open.clear()
         self.engine.cancel()
 
     def recover(self) -> None:
@@ -160,9 +148,11 @@ class TakingTurns(OverEngine):
         self.link.check.prove(version)
 
     def _begin(self) -> None:
-        for lot in self._lots:
-            if lot.begun is None:
-                lot.begun = self.engine.submit(lot.requests, lot.watch)
+        while self._waiting:
+            requests, watch, promised = self._waiting[0]
+            for one, future in zip(promised, self.engine.submit(requests, watch), strict=True):
+                one.begun = future
+            self._open += self._waiting.pop(0)[2]
 
     def _rest(self) -> None:
         self._awake = False
