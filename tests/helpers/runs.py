@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -26,10 +28,21 @@ from tandem.training.trainer import LocalTrainer
 
 def write_inputs(folder: Path) -> None:
     """A base model, a teacher, demonstrations, preferences, prompts and a reward function, all tiny."""
-    make_module("llama").save_pretrained(folder / "base")
-    make_module("llama", seed=1).save_pretrained(folder / "teacher")
-    for name in ("base", "teacher"):
-        make_tokenizer().save_pretrained(folder / name)
+    for name, content in _inputs().items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+
+
+@functools.cache
+def _inputs() -> dict[str, bytes]:
+    """Each file's content, by its name in the folder."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_module("llama").save_pretrained(folder / "base")
+        make_module("llama", seed=1).save_pretrained(folder / "teacher")
+        for model in ("base", "teacher"):
+            make_tokenizer().save_pretrained(folder / model)
+        files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.glob("*/*")}
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdef", k=4)) for _ in range(40)]
     rows = {
@@ -38,12 +51,13 @@ def write_inputs(folder: Path) -> None:
         "texts": [{"text": f"{w} is {w[::-1]}. " * (1 + i % 3)} for i, w in enumerate(words)],
         "prompts": [{"prompt": f"{w}=", "answer": w[::-1]} for w in words],
     }
-    for name, lines in rows.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "check.py").write_text(
-        "def right(prompts, completions, answer):\n"
-        "    return [sum(a == b for a, b in zip(c, t)) / 4 + len(set(c)) / 100 for c, t in zip(completions, answer)]\n"
+    for data, lines in rows.items():
+        files[f"{data}.jsonl"] = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    files["check.py"] = (
+        b"def right(prompts, completions, answer):\n"
+        b"    return [sum(a == b for a, b in zip(c, t)) / 4 + len(set(c)) / 100 for c, t in zip(completions, answer)]\n"
     )
+    return files
 
 
 def arguments(

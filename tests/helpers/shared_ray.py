@@ -40,6 +40,8 @@ def cluster_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             include_dashboard=False,
             log_to_driver=False,
             logging_level="ERROR",
+            # Their imports take an eighth longer where all that lives is gone through again and again.
+            runtime_env={"worker_process_setup_hook": "tandem.collector.collect_rarely"},
         )
     try:
         yield ray.get_runtime_context().gcs_address

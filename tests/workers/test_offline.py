@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from helpers.drivers import PATIENCE_S
+from helpers.ranks import free_port
+from helpers.runs import start
 from helpers.shared_ray import arguments, cluster_address, inputs
 from safetensors.torch import load_file
 from test_placements import REFRESHED, difference, metrics, train
@@ -38,6 +40,23 @@ def torchrun(folder: Path, *argv: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def ranks(folder: Path, *argv: str) -> list[tuple[int, str]]:
+    """Two processes as torchrun starts them, without torchrun: their exit codes and what they wrote."""
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    written = [folder / f"rank-{rank}.txt" for rank in range(2)]
+    started = [
+        start(folder, [*argv], output, environment=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank, output in enumerate(written)
+    ]
+    try:
+        for process in started:
+            process.join(PATIENCE_S)
+        return [(process.exitcode, output.read_text()) for process, output in zip(started, written, strict=True)]
+    finally:
+        for process in started:
+            process.kill()
+
+
 def in_one_process(method: str) -> dict[str, Tensor]:
     return train(f"{method}-here", method, *MORE.get(method, ()), "--overwrite")
 
@@ -61,16 +80,16 @@ def assert_same_lines(out: str, wanted: str) -> None:
             assert line[name] == pytest.approx(other[name], rel=1e-4)
 
 
-def test_torchrun_equals_one_process(folder):
+def test_ranks_of_torchrun_equal_one_process(folder):
     """Another model's weights travel too; without one, ``test_a_run_goes_on_under_torchrun``."""
     here = in_one_process("dpo")
     argv = [*arguments("dpo", learning_rate="1e-4"), "--steps", "3", "--out", "dpo-torchrun", *MORE["dpo"]]
-    ended = torchrun(folder, *argv)
-    assert ended.returncode == 0, ended.stderr
+    ended = ranks(folder, *argv)
+    assert [code for code, _ in ended] == [0, 0], ended
     assert 0 < difference(load_file("dpo-torchrun/model/model.safetensors"), here) < 1e-6
     # Rank 0 alone writes and talks.
     assert [line["step"] for line in metrics("dpo-torchrun")] == [1, 2, 3]
-    assert (ended.stdout + ended.stderr).count("DPO 3/3") == 1
+    assert ["DPO 3/3" in written for _, written in ended] == [True, False]
 
 
 def test_a_run_goes_on_under_torchrun(folder):

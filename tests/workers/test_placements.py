@@ -76,17 +76,9 @@ def ppo_here(inputs: Path, cluster_address: str) -> dict[str, Tensor]:
         return trained
 
 
-@pytest.mark.parametrize(
-    ("name", "placement"),
-    [
-        ("one", ["--placement.actor", "1"]),
-        ("split", ["--placement.actor", "1", "--placement.critic", "1", "--placement.engine", "2"]),
-    ],
-)
-def test_ppo_is_the_same_bit_for_bit(ppo_here, name, placement):
-    out = f"ppo-{name}"
-    assert_equal(train(out, "ppo", *TRAINER_LOGP, *placement), ppo_here)
-    assert_sampler_agrees(out)
+def test_ppo_in_one_worker_is_the_same_bit_for_bit(ppo_here):
+    assert_equal(train("ppo-one", "ppo", *TRAINER_LOGP, "--placement.actor", "1"), ppo_here)
+    assert_sampler_agrees("ppo-one")
 
 
 def test_ppo_in_two_workers(ppo_here):
@@ -105,10 +97,10 @@ def test_engines_in_the_actors_workers_that_are_never_filled_end_the_run(monkeyp
     assert "after push 2 engine 1 does not hold the trainer's model.embed_tokens.weight" in capsys.readouterr().err
 
 
-def test_one_engine_apart_trained_on_its_own_log_probs(inputs):
-    """Bit for bit, too, where the ratios come from the sampler: it decodes the same samples together."""
+def test_all_apart_trained_on_the_engines_own_log_probs(inputs):
+    """Bit for bit, too, where the ratios come from the sampler: one engine decodes the same samples together."""
     here = train("own-here", "ppo", *REFRESHED)
-    places = ["--placement.actor", "1", "--placement.engine", "1", "--placement.reference", "1"]
+    places = [word for role in ("actor", "critic", "engine", "reference") for word in (f"--placement.{role}", "1")]
     apart = train("own-apart", "ppo", *REFRESHED, *places)
     assert_equal(apart, here)
     assert "sync_gb_per_second" in metrics("own-apart")[-1]
@@ -138,21 +130,22 @@ def test_grpo_with_scorers_in_groups_of_their_own(inputs):
 
 
 def test_a_run_goes_on_in_other_processes(ppo_here):
-    """Stopped after 2 steps in this process; the third is made by two workers and an engine apart."""
+    """Stopped after 2 steps in this process; the third is made by two workers and two engines apart."""
     every = ["--save-every", "1", *TRAINER_LOGP]
     # A falling learning rate would refuse a third step after two.
     unbroken = train("unbroken", "ppo", *every, lr_schedule="constant")
     train("moved", "ppo", *every, lr_schedule="constant", steps=2)
-    placement = ["--placement.actor", "2", "--placement.engine", "1", "--cluster.deadline", "100"]
+    placement = ["--placement.actor", "2", "--placement.engine", "2", "--cluster.deadline", "100"]
     moved = train("moved", "ppo", *every, "--resume", *placement, lr_schedule="constant")
     assert difference(moved, unbroken) < 1e-6
     assert [line["step"] for line in metrics("moved")] == [1, 2, 3]
+    assert_sampler_agrees("moved")
 
 
-@pytest.mark.parametrize("actor", ["here", "1"])
-def test_a_teacher_in_a_worker_of_its_own(inputs, actor):
-    apart = train(f"taught-{actor}", "opd", "--placement.actor", actor, "--placement.teacher", "1")
-    assert_equal(apart, train(f"taught-here-{actor}", "opd"))
+def test_a_teacher_in_a_worker_of_its_own(inputs):
+    """Beside an actor here: ``test_the_hidden_states_and_the_head_of_a_teacher_travel``."""
+    apart = train("taught-apart", "opd", "--placement.actor", "1", "--placement.teacher", "1")
+    assert_equal(apart, train("taught-here", "opd"))
 
 
 def test_a_command_that_trains_nothing_divides_its_prompts_among_engines():
