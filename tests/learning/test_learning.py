@@ -107,7 +107,7 @@ def test_reward_model(tmp_path, seed):
     assert lines[-1]["eval/accuracy"] > 0.95
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("method", [*(f"dpo --loss-type {kind}" for kind in get_args(PreferenceLoss)), "kto"])
 def test_preferences(tmp_path, seed, method):
     """The same comparisons, of a policy that says either answer as often at first; for KTO each answer with a label."""
@@ -159,7 +159,7 @@ def test_online(tmp_path, seed, method, knobs):
     assert lines[-1]["eval/reward"] > lines[0]["eval/reward"] + 0.2
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", SEEDS)
 def test_distillation(tmp_path, seed):
     """A student that has seen 30 batches of right answers learns from a teacher that has seen 70, without a reward."""
     writers = letters.Writers(careful=1.0, hurried=0.0)
