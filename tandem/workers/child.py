@@ -137,7 +137,11 @@ class Child:
 
     def _start(self, theirs: Connection, gpu: str | None) -> subprocess.Popen[bytes]:
         device = "cpu" if gpu is None else "cuda"
-        code = f"from tandem.workers.child import serve; serve({theirs.fileno()}, {os.getpid()}, {device!r})"
+        # The collector first: what follows imports torch, and vLLM's child much more.
+        code = (
+            "from tandem.collector import collect_rarely; collect_rarely(); "
+            f"from tandem.workers.child import serve; serve({theirs.fileno()}, {os.getpid()}, {device!r})"
+        )
         return subprocess.Popen(
             # -P: the current folder is searched only where it is for this process.
             [sys.executable, "-P", "-c", code],
