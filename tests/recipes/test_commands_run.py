@@ -19,15 +19,18 @@ README, PAGE = (command_lines(code_blocks((ROOT / name).read_text())) for name i
 RUNS = [words for words in README if "--steps" in words]
 GRADED = "def graded(completion_ids, **columns):\n    return [sum(ids) % 97 / 97 for ids in completion_ids]\n"
 SAMPLED = ("generate", "sample")
+ROWS = 24
 SHORT = {"--max-new-tokens": "4", "--prompts-per-step": "2", "--samples-per-prompt": "2"}
 SMALL = SHORT | {"--steps": "2", "--overlong-length": "4", "--overlong-buffer": "2"}
 
 
 @pytest.fixture
 def recipes(tmp_path, monkeypatch):
-    """A copy of the folder, in which a hub's models are a small one on the disk."""
+    """A copy of the folder, in which a hub's models are a small one on the disk, and files have their first rows."""
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
     monkeypatch.chdir(tmp_path / "recipes")
+    for file in Path().glob("*.jsonl"):
+        file.write_text("".join(file.read_text().splitlines(keepends=True)[:ROWS]))
     module = make_module("llama")
     module.config.max_position_embeddings = 1024  # rotary ones, of which there is no table
     module.save_pretrained("base")
