@@ -27,8 +27,10 @@ from tandem.models.folder import readable_errors, with_config
 from tandem.models.forward import LoadedModel
 from tandem.models.loading import load_causal, load_scalar, load_tokenizer
 from tandem.models.quantized import dequantize_module, share_codes
+from tandem.models.quantized_folder import quantized_kind
 from tandem.models.routers import require_biases, require_experts
 from tandem.models.shared import scalar_beside
+from tandem.models.weights import require_reader
 from tandem.roles import Engine, FedEngine, LossFn, Seat, SleepingEngine
 from tandem.runs.progress import say
 from tandem.sync.checksum import Sums
@@ -346,6 +348,9 @@ def require_trainable(config: RunConfig) -> None:
         require_peft()
     if config.quantized not in (None, "fp8"):
         require_bitsandbytes_4bit()
+    for source in config.sources.values():
+        if quantized_kind(source) is not None:
+            require_reader(source)
     source = config.model.model
     asked = {require_experts: config.optim.aux_loss_coef, require_biases: config.optim.bias_update_speed}
     for require in (require for require, wanted in asked.items() if wanted):

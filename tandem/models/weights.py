@@ -90,6 +90,12 @@ def load_whole(
     return module, lacking
 
 
+def require_reader(source: str | Path) -> None:
+    """Raises UserError where a library is missing that reads a folder in few bits."""
+    require_bitsandbytes()
+    extra("accelerate", f"{source}: a folder in bitsandbytes' 4 bits is read with the help", "quant")
+
+
 def _quantising(
     config: Any, source: str | Path, quantize: Literal["none", "nf4", "fp8"], device: str
 ) -> dict[str, Any]:
@@ -101,8 +107,7 @@ def _quantising(
                 f"lora.quantize: the weights in {source} are {kind} already, got {quantize}; leave it out, or give the "
                 "model that they were made of"
             )
-        require_bitsandbytes()
-        extra("accelerate", f"{source}: a folder in bitsandbytes' 4 bits is read with the help", "quant")
+        require_reader(source)
         return {"device_map": {"": device}}
     if quantize == "none":
         return {}

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from test_adapters import batch_of_rows, logp_of, negative_logp, peft_logp, train, trainer_of
 
 from tandem.assembly.configs import config_class
+from tandem.assembly.models import require_trainable
 from tandem.cli.main import main
 from tandem.config import load_config
 from tandem.errors import UserError
@@ -382,3 +383,13 @@ def test_a_folder_in_4_bits_is_known_by_its_config(tmp_path):
         config_of("sft", tmp_path)
     with pytest.raises(UserError, match="are nf4 already, got fp8"):
         config_of("sft", tmp_path, "--lora.rank", "8", "--lora.quantize", "fp8")
+
+
+@pytest.mark.parametrize("library", ["bitsandbytes", "accelerate"])
+def test_what_reads_a_frozen_folder_in_4_bits_is_asked_for_before_anything_is_loaded(tmp_path, monkeypatch, library):
+    about = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": about}))
+    config = config_of("ppo", "m", "--reward-model", str(tmp_path))
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(UserError, match=rf"{library}, .*pip install 'tandem-rlhf\[quant\]'"):
+        require_trainable(config)
