@@ -23,7 +23,7 @@ from tandem.models.text_config import config_in
 
 _MASKS = re.compile(r"\.(attn|attention|self_attn)\.(bias|masked_bias)$")
 """Causal masks that old checkpoints carry as if they were weights (GPT-2, GPT-Neo)."""
-_LANGUAGE_HEADS = ("lm_head.", "embed_out.")
+_LANGUAGE_HEADS = ("lm_head.", "embed_out.", "head.")
 """What checkpoints call the head of a causal LM, which a scalar model on it leaves out."""
 
 

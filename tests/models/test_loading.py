@@ -102,7 +102,7 @@ def test_a_padding_token_that_the_embedding_has_no_row_for(tmp_path):
     assert model.module.config.pad_token_id == tokenizer.eos_token_id != tokenizer.pad_token_id
 
 
-@pytest.mark.parametrize("kind", ["mamba", "cohere", "falcon_h1"])
+@pytest.mark.parametrize("kind", ["mamba", "cohere", "falcon_h1", "rwkv"])
 def test_a_score_on_a_base_model_that_has_no_class_with_one(tmp_path, kind):
     """Falcon-H1 computes a vector of scales from its config, which no folder holds."""
     config = shrunken_config(CONFIG_MAPPING[kind]())
