@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -170,28 +171,20 @@ def through_base(
         found = logits()
     if not _close(shape.of(product), found):
         return found, None
-    made: list[Tensor] = []
     for largest in (10.0, 5 * (shape.cap or 20.0)):
         factor = largest / max(1e-6, float(product.abs().max()) * abs(scale))
-
-        def enlarge(_: Any, args: Any, factor: float = factor) -> Any:
-            return (args[0] * factor, *args[1:])
-
-        hooks = [
-            head.register_forward_pre_hook(enlarge),
-            head.register_forward_hook(lambda _, __, output: made.append(output)),
-            module.register_forward_hook(lambda _, __, output: made.append(output["logits"])),
-        ]
-        try:
-            with _giving(base, given):
-                logits()
-        finally:
-            for hook in hooks:
-                hook.remove()
-        *_, raw, final = made
-        if not _close(shape.of(raw), final):
+        with _giving(base, [_enlarged(output, factor) for output in given]):
+            final = logits()
+        if not _close(shape.of(head(state_TD * factor)), final):
             return found, None
     return found, shape
+
+
+def _enlarged(output: Any, factor: float) -> Any:
+    """A base model's output with its last hidden state times ``factor``."""
+    output = copy.copy(output)
+    output["last_hidden_state"] = output["last_hidden_state"] * factor
+    return output
 
 
 @contextmanager
