@@ -29,7 +29,7 @@ from typing import Any
 from common import Record, Row, arguments, print_table
 
 from tandem.cli.quickstart import write_rows
-from tandem.models.forward import quiet_transformers
+from tandem.models.folder import quiet_transformers
 from tandem.tasks import letters, tiny
 
 TARGETS = {"linear": ["all-linear"], "head": ["all-linear", "lm_head"]}

@@ -53,7 +53,7 @@ from tandem.data.rows import Dataset
 from tandem.data.tokenize import build_prompts
 from tandem.engines.live.engine import LiveEngine
 from tandem.errors import UserError, first_line
-from tandem.models.forward import quiet_transformers
+from tandem.models.folder import quiet_transformers
 from tandem.models.loading import load_causal
 from tandem.roles import Clock
 from tandem.rollout.sampling import Sampling, sample_groups

@@ -31,7 +31,7 @@ from tandem.cli.quickstart import write_rows
 from tandem.data.rows import Dataset
 from tandem.data.tokenize import build_prompts
 from tandem.engines.live.engine import LiveEngine
-from tandem.models.forward import quiet_transformers
+from tandem.models.folder import quiet_transformers
 from tandem.models.loading import load_causal
 from tandem.rollout.sampling import sample_groups
 from tandem.tasks import letters, tiny

@@ -25,7 +25,7 @@ from tandem.data.rows import Dataset
 from tandem.data.tokenize import build_prompts
 from tandem.engines.live.engine import LiveEngine
 from tandem.errors import UserError
-from tandem.models.forward import quiet_transformers
+from tandem.models.folder import quiet_transformers
 from tandem.models.loading import load_causal
 from tandem.rollout.sampling import sample_groups
 from tandem.runs.curves import plot_curves

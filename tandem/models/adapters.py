@@ -25,10 +25,12 @@ from torch import Tensor, nn
 from tandem.errors import UserError, first_line
 from tandem.kernels import bits, products
 from tandem.lazy import extra
-from tandem.models.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, QUANTIZED, adapter_folder
+from tandem.models.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, QUANTIZED, adapter_folder, base_of
 from tandem.models.experts import is_grouped, is_stack, speed_up_stacks, stacks_of
+from tandem.models.folder import located
 from tandem.models.pairs import NAME, adapted, pairs_of
 from tandem.models.quantized import READ_PAST, Quantized, quantized_in
+from tandem.models.seeing import PartNames, SeeingModel
 from tandem.seeds import derive_seed
 
 PREFIX = "base_model.model."
@@ -134,14 +136,21 @@ class Adapters:
                 f"one is kept as {self.quantized}; give the same"
             )
 
-    def write(self, folder: Path, state: Mapping[str, Tensor]) -> None:
-        """Writes what peft reads, and the base's config: ``state`` has what is trained, whole, by its names here."""
+    def write(self, folder: Path, state: Mapping[str, Tensor], names: PartNames | None = None) -> None:
+        """Writes what peft reads, and the base's config: ``state`` has what is trained, whole, by its names here.
+
+        ``names``: those of a model that also sees, whose text half the base is. They are written as adapters of that.
+        """
         from safetensors.torch import save_file
 
         named = {peft_name(name): state[name].detach().contiguous() for name in self.trained}
+        config = _as_json(self.config)
+        if names is not None:
+            named = {PREFIX + names.in_whole(name.removeprefix(PREFIX)): tensor for name, tensor in named.items()}
+            config["exclude_modules"] = names.elsewhere
         folder.mkdir(parents=True, exist_ok=True)
         save_file(named, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-        (folder / ADAPTER_CONFIG).write_text(json.dumps(_as_json(self.config), indent=2, sort_keys=True) + "\n")
+        (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         self.module.config.architectures = [type(self.module).__name__]
         if self.quantized in ("nf4", "fp8"):
             setattr(self.module.config, QUANTIZED, self.quantized)
@@ -297,13 +306,15 @@ def merge_folder(module: Any, folder: str) -> Any:
     trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     try:
         config = peft.LoraConfig.from_pretrained(folder)
+        if (mapping := _mapping_of(folder)) is not None:
+            config.exclude_modules = None
         if _is_scalar(module) and config.task_type == "CAUSAL_LM":
             # A critic begins with a policy's, and peft asks what they are for for what a language model has.
             config.task_type = None
         with warnings.catch_warnings():
             # Those that the folder lacks would add nothing.
             warnings.filterwarnings("error", "Found missing adapter keys")
-            put = peft.PeftModel.from_pretrained(module, folder, config=config)
+            put = peft.PeftModel.from_pretrained(module, folder, config=config, key_mapping=mapping)
             _require_apart(put.get_base_model(), folder)
             found = put.merge_and_unload(safe_merge=True)
     except (ValueError, KeyError, RuntimeError, OSError, TypeError, UserWarning) as error:
@@ -443,6 +454,8 @@ def _config_of(peft: Any, folder: str) -> Any:
     if found is None:
         raise UserError(f"lora.adapter: {folder}: no {ADAPTER_CONFIG} in it, so it is no folder of adapters")
     config = peft.LoraConfig.from_pretrained(found.folder)
+    if _mapping_of(folder) is not None:
+        config.exclude_modules = None
     others = [name for name in config.modules_to_save or () if name not in HEADS]
     refused = {
         "modules_to_save": others,
@@ -468,6 +481,12 @@ def _config_of(peft: Any, folder: str) -> Any:
     return config
 
 
+def _mapping_of(folder: str) -> dict[str, str] | None:
+    """What peft is told of the names in a folder of adapters, where their base is a model that also sees."""
+    seeing = SeeingModel.of(located(base_of(folder)))
+    return None if seeing is None else PartNames.of(seeing.config).mapping
+
+
 def _fill(module: Any, folder: str, *, beside: bool) -> None:
     """Reads the trained parameters from a folder; a head that it lacks stays as it is.
 
@@ -482,6 +501,8 @@ def _fill(module: Any, folder: str, *, beside: bool) -> None:
         found = load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read: {first_line(error)}") from None
+    for pattern, half in (_mapping_of(folder) or {}).items():
+        found = {PREFIX + re.sub(pattern, half, name.removeprefix(PREFIX)): x for name, x in found.items()}
     if beside:
         found = {n: x for n, x in found.items() if hasattr(module, n.removeprefix(PREFIX).partition(".")[0])}
     for name, parameter in module.named_parameters():

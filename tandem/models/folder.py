@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
+from transformers.utils import logging as transformers_logging
 
 from tandem.errors import UserError, first_line
 from tandem.models.adapter_folder import adapter_folder
-from tandem.models.forward import quiet_transformers
 
 WRONG_FILES = (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, IndexError, EOFError)
 """What transformers and torch raise for a folder's damaged or foreign files, besides classes of their own."""
@@ -37,6 +37,19 @@ def with_tokenizer(source: str | Path) -> str:
     if found is None or (found.folder / "tokenizer_config.json").is_file():
         return located(source)
     return located(found.base)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' own progress bars and notes, which tear up a live display."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        transformers_logging.enable_progress_bar()
 
 
 @contextmanager

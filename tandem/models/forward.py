@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers.utils import logging as transformers_logging
 
 from tandem.batch import Batch, Outputs, filled, send
 from tandem.errors import RunFailure, UserError, first_line
@@ -27,33 +26,19 @@ from tandem.kernels.logprob import PLAIN, HeadShape
 from tandem.models.adapters import Adapters
 from tandem.models.attention import NO_MASK, PackedLayout, packed_layout
 from tandem.models.compiled import Blocks
+from tandem.models.folder import quiet_transformers
 from tandem.models.pairs import NAME
 from tandem.models.quantized import numbers_in, quantized_in
 from tandem.models.routers import ROUTER_LOGITS, Picks, experts_of_a_token, in_float32, no_experts, quieted, routers_of
+from tandem.models.seeing import PartNames, SeeingModel
 from tandem.models.sharing import sharing_of
 from tandem.models.states import Mixers
 from tandem.parallel.sharding import shard, transformer_layers
 from tandem.parallel.world import World
 
-if TYPE_CHECKING:
-    from tandem.models.seeing import SeeingModel
-
 log = logging.getLogger("tandem")
 FEW_TOKENS = 1024
 """On a CPU so many and more are filled up to a number that is likely to come again."""
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Without transformers' own progress bars and notes, which tear up a live display."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        transformers_logging.enable_progress_bar()
 
 
 @dataclass
@@ -200,7 +185,9 @@ class LoadedModel:
         try:
             with quiet_transformers():
                 if self.adapters is not None:
-                    self.adapters.write(folder, dict(self.module.named_parameters()) if state is None else state)
+                    names = None if self.seeing is None else PartNames.of(self.seeing.config)
+                    parameters = dict(self.module.named_parameters()) if state is None else state
+                    self.adapters.write(folder, parameters, names)
                 elif self.seeing is not None:
                     self.seeing.write(folder, self.module, self.module.state_dict() if state is None else state)
                 else:
@@ -490,4 +477,6 @@ def describe_model(model: LoadedModel) -> str:
     if layers := quantized_in(model.module):
         few = sum(layer.shape[0] * layer.shape[1] for layer in layers.values())
         size += f", {few / 1e6:.2f}M of them in {next(iter(layers.values())).kind}"
+    if model.seeing is not None:
+        layout += f"; the text half of a {model.seeing.config.model_type}: its vision parts stay as they are, unloaded"
     return f"{type(model.module).__name__}, {size}, {model.device}, {model.dtype}, {layout}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,11 +20,16 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from tandem.errors import UserError, first_line
-from tandem.models.folder import located
-from tandem.models.forward import quiet_transformers
+from tandem.models.folder import located, quiet_transformers
 from tandem.models.shrunk import shrunken_config, trained_size
 from tandem.models.text_config import half_of, sees
 
@@ -46,7 +52,9 @@ class SeeingModel:
 
     @classmethod
     def of(cls, place: str | Path, trust_remote_code: bool = False) -> SeeingModel | None:
-        """What a folder or hub name holds; None where that is a language model alone."""
+        """What a folder or hub name holds; None where that is a language model alone, or brings its own code."""
+        if "auto_map" in PreTrainedConfig.get_config_dict(place)[0]:
+            return None
         config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
         return cls(str(place), config) if sees(config, place) else None
 
@@ -56,7 +64,7 @@ class SeeingModel:
         Raises UserError where the folder's weights are of a kind that could not be written again.
         """
         log.info(
-            "%s: a %s: its text half is loaded alone (%s); its other parts stay as they are, and are put back when it "
+            "%s: a %s: its text half is loaded alone (%s); its vision parts stay as they are, and are put back when it "
             "is saved", self.source, self.config.model_type, half.model_type,
         )  # fmt: skip
         self._files()
@@ -220,6 +228,16 @@ class PartNames:
         with torch.device("meta"):
             whole = _reading(config)(copy.deepcopy(config))
         return cls(whole, _half_in(whole, AutoModelForCausalLM))
+
+    @property
+    def mapping(self) -> dict[str, str]:
+        """From the beginnings of names in the whole, as patterns, to those in the half."""
+        return {rf"^{re.escape(whole)}\.": f"{half}." for whole, half in self.pairs}
+
+    @property
+    def elsewhere(self) -> str:
+        """A pattern of the names of all modules of the whole that are not of the text half."""
+        return rf"(?!(?:{'|'.join(re.escape(part) for part in self.text)})(?:\.|$)).*"
 
     def in_half(self, name: str) -> str | None:
         """None for what is not of the half."""

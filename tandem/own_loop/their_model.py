@@ -16,6 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tandem.engines.live.core import evaluating
 from tandem.errors import UserError, listed
 from tandem.models.routers import all_weights
+from tandem.models.seeing import PartNames
+from tandem.models.text_config import sees
 from tandem.parallel.sharding import forget_gathered
 
 INSIDE = ("_orig_mod", "_checkpoint_wrapped_module")
@@ -82,7 +84,12 @@ def given(model: nn.Module) -> GivenModel:
         raise UserError(f"update: {type(module).__name__} is no transformers model; give the one inside it")
     # What a forward has left gathered is a copy, in another dtype, and older than the last optimizer step.
     forget_gathered(module)
-    return GivenModel(module, {_own_name(n): _in_rows(n, p) for n, p in all_weights(module).items()})
+    weights = {_own_name(n): p for n, p in all_weights(module).items()}
+    if sees(module.config, "update"):
+        # Of a model that also sees the sampler has the text half, by its own names.
+        names = PartNames.of(module.config)
+        weights = {own: p for n, p in weights.items() if (own := names.in_half(n)) is not None}
+    return GivenModel(module, {n: _in_rows(n, p) for n, p in weights.items()})
 
 
 def require_same(given: Mapping[str, Tensor], expected: Shapes, source: str) -> None:

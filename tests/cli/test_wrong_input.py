@@ -8,7 +8,7 @@ import torch
 from helpers.runs import arguments, write_inputs
 
 from tandem.cli.main import main
-from tandem.models.forward import quiet_transformers
+from tandem.models.folder import quiet_transformers
 from tandem.tasks import tiny
 
 

@@ -14,13 +14,17 @@ from helpers.seeing import BEGIN, END, FAMILIES, IMAGE, make_seeing, save_seeing
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
 
 from tandem.batch import TokenLoss
 from tandem.data.packing import pack, stamp
 from tandem.engines.live.engine import LiveEngine
+from tandem.engines.vllm.names import Names
 from tandem.errors import UserError
+from tandem.models.adapters import AdapterParams
 from tandem.models.loading import load_causal, load_scalar
 from tandem.models.seeing import PartNames, SeeingModel
+from tandem.own_loop.their_model import given, require_same
 from tandem.training.optim import OptimParams
 from tandem.training.trainer import LocalTrainer
 from tandem.types import Request, SamplingParams, Sequence
@@ -208,10 +212,48 @@ def test_without_the_original_the_text_half_is_saved(folders, tmp_path, caplog):
     torch.testing.assert_close(logps(module), scored(trainer), rtol=0, atol=1e-5)
 
 
+def test_adapters_are_those_of_the_whole(folders, tmp_path):
+    """peft puts them on the whole, and on no part that sees; Tandem reads them again, as they are and merged."""
+    peft = pytest.importorskip("peft")
+    base = folders("gemma3")
+    trainer = trained(load_causal(base, device="cpu", adapters=AdapterParams(rank=2)))
+    trainer.export(tmp_path / "lora")
+    wanted = scored(trainer)
+    put = peft.PeftModel.from_pretrained(whole_in(base), tmp_path / "lora")
+    torch.testing.assert_close(logps(put), wanted, rtol=0, atol=1e-5)
+    assert all("language_model" in name for name, _ in put.named_parameters() if ".lora_" in name)
+    merged = load_causal(tmp_path / "lora", device="cpu")
+    torch.testing.assert_close(logps(merged.module), wanted, rtol=0, atol=1e-5)
+    merged.export(tmp_path / "merged")
+    torch.testing.assert_close(logps(whole_in(tmp_path / "merged")), wanted, rtol=0, atol=1e-5)
+    again = load_causal(tmp_path / "lora", device="cpu", adapters=AdapterParams(folder=str(tmp_path / "lora")))
+    torch.testing.assert_close(scored(trained(again, steps=0)), wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_moe", "llama4"])
+def test_a_push_is_called_as_the_wholes_folder_calls_it(folders, family):
+    model, whole = load_causal(folders(family), device="cpu"), whole_in(folders(family))
+    text = text_names(whole)
+    expected = revert_weight_conversion(whole, {n: p for n, p in whole.named_parameters() if n in text})
+    found = dict(Names(whole.config).of(list(model.module.named_parameters())))
+    assert set(found) == set(expected)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+def test_a_whole_that_somebody_trains_gives_the_sampler_its_text_half(folders):
+    model, whole = load_causal(folders("mistral3"), device="cpu"), whole_in(folders("mistral3"))
+    own = dict(model.module.named_parameters())
+    found = given(whole)
+    require_same(found.parameters, {name: tuple(p.shape) for name, p in own.items()}, "the folder")
+    assert all(torch.equal(p, own[name]) for name, p in found.parameters.items())
+    rows, _ = found.logprobs(ROWS, torch.device("cpu"))
+    torch.testing.assert_close(torch.tensor([x for row in rows for x in row]), logps(model.module), rtol=0, atol=1e-5)
+
+
 def test_a_reward_model_is_one_of_the_text_half(folders, tmp_path, caplog):
     with caplog.at_level(logging.INFO, "tandem"):
         model = load_scalar(folders("gemma4"), new_head="random", device="cpu")
-    assert "its other parts stay" in caplog.text
+    assert "its vision parts stay" in caplog.text
     model.export(tmp_path / "out")
     again = load_scalar(tmp_path / "out", new_head="refuse", device="cpu")
     assert again.module.config.model_type == "gemma4_text"

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from tandem.errors import UserError
-from tandem.models.forward import quiet_transformers
+from tandem.models.folder import quiet_transformers
 from tandem.models.limits import limits_of, read_limits
 from tandem.models.loading import load_causal, load_scalar, load_tokenizer
 

@@ -133,7 +133,12 @@ def start_vllm(
         options["enable_sleep_mode"] = sleep
     with _explained(model, tensor_parallel, max_length):
         options["max_model_len"] = _room(model, max_length, trust_remote_code)
-        if SeeingModel.of(model, trust_remote_code) is not None:
+        if (seeing := SeeingModel.of(model, trust_remote_code)) is not None:
+            if find_spec("torchvision") is None:
+                raise UserError(
+                    f"{model}: vLLM runs a {seeing.config.model_type} where torchvision is installed; pip install "
+                    "torchvision of the version that torch's asks for, or use engine 'live'"
+                )
             options["language_model_only"] = True
         return LLM(model, **(options | dict(arguments)))
 
