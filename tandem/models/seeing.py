@@ -159,11 +159,9 @@ class SeeingModel:
 
 def _reading(config: Any) -> Any:
     """The whole's class, of which an instance has the parts that read text, and no others."""
-    named = [getattr(transformers, name, None) for name in config.architectures or ()]
-    kind = (
-        next((one for one in named if one is not None), None)
-        or AutoModelForImageTextToText._model_mapping[type(config)]
-    )
+    named = [n for n in config.architectures or () if n.endswith("ForConditionalGeneration")]
+    kind = getattr(transformers, named[0], None) if named else None
+    kind = kind or AutoModelForImageTextToText._model_mapping[type(config)]
 
     def init(self: Any, config: Any, *args: Any, **options: Any) -> None:
         kind.__init__(self, config, *args, **options)
