@@ -261,7 +261,7 @@ def test_before_the_first_update_and_after_the_end(folder):
         ({"engine": "vlm"}, "engine is 'vlm'; it must be 'live' or 'vllm'"),
         ({"dtype": "float16"}, "dtype is 'float16'"),
         ({"device": "cuda"}, "torch sees no GPU here"),
-        ({"device": "gpu"}, "not a device"),
+        ({"device": "gpu"}, "none that Tandem computes on"),
         ({"arguments": {"enforce_eager": True}}, "arguments is for engine='vllm'"),
         ({"max_slots": 0}, "max_slots is 0"),
     ],
