@@ -22,6 +22,7 @@ SAMPLED = ("generate", "sample")
 ROWS = 24
 SHORT = {"--max-new-tokens": "4", "--prompts-per-step": "2", "--samples-per-prompt": "2"}
 SMALL = SHORT | {"--steps": "2", "--overlong-length": "4", "--overlong-buffer": "2"}
+SMALL |= {"--batch-size": "4", "--max-length": "64"}
 
 
 @pytest.fixture
