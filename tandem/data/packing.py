@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from itertools import chain
@@ -126,14 +126,13 @@ def pack_solutions(solutions: Seq[Solution]) -> Batch:
 
 def pack_examples(examples: Seq[Example]) -> Batch:
     """Packs what a method trains on, all of one kind: rollouts, sequences, pairs, labelled answers or solutions."""
-    rollouts = [example for example in examples if isinstance(example, Rollout)]
-    pairs = [example for example in examples if isinstance(example, PreferencePair)]
-    labelled = [example for example in examples if isinstance(example, LabelledAnswer)]
-    if solutions := [example for example in examples if isinstance(example, Solution)]:
-        return pack_solutions(solutions)
-    if rollouts or pairs or labelled:
-        return pack_rollouts(rollouts) if rollouts else pack_pairs(pairs) if pairs else pack_labelled(labelled)
-    return pack([example for example in examples if isinstance(example, Sequence)])
+    packers: dict[type, Callable[..., Batch]] = {
+        Rollout: pack_rollouts,
+        PreferencePair: pack_pairs,
+        LabelledAnswer: pack_labelled,
+        Solution: pack_solutions,
+    }
+    return packers.get(type(examples[0]), pack)(examples)
 
 
 def stamp(batch: Batch, aggregation: Aggregation, *, constant_length: int | None = None) -> Batch:

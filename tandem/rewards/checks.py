@@ -47,6 +47,7 @@ class MathCheck:
     def __init__(self, column: str | None = None) -> None:
         math_verify = extra("math_verify", "reward math: the comparison is that", "envs")
         self._verify, self._parse = math_verify.verify, math_verify.parse
+        self._read_answer = functools.lru_cache(maxsize=1 << 14)(self._read)
         self.one_of = (column,) if column else ANSWERS
         self.counts = {"no_answer": 0, "given_up": 0}
 
@@ -68,16 +69,11 @@ class MathCheck:
             return 0.0
         return float(self._verify(right, given, timeout_seconds=PARSE_S, raise_on_error=True))
 
-    @functools.cached_property
-    def _read_answer(self) -> Callable[[str], list[Any]]:
-        @functools.lru_cache(maxsize=1 << 14)
-        def read(text: str) -> list[Any]:
-            # Answers are often bare LaTeX, which is only looked for between marks.
-            marked = text if "$" in text or "\\boxed" in text else f"${text}$"
-            found: list[Any] = self._parse(marked, parsing_timeout=PARSE_S)
-            return found or list(self._parse(text, parsing_timeout=PARSE_S))
-
-        return read
+    def _read(self, text: str) -> list[Any]:
+        # Answers are often bare LaTeX, which is only looked for between marks.
+        marked = text if "$" in text or "\\boxed" in text else f"${text}$"
+        found: list[Any] = self._parse(marked, parsing_timeout=PARSE_S)
+        return found or list(self._parse(text, parsing_timeout=PARSE_S))
 
 
 @judges("sample")
