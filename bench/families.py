@@ -132,7 +132,7 @@ FAMILIES = (
            _of(_BY_TURNS, hidden_size_per_layer_input=8, vocab_size_per_layer_input=96, global_head_dim=16)),
     Family("llama4", "Llama 4", "Llama4Text",
            _of(_experts("num_local_experts", "intermediate_size"), _turns("chunked_attention"), attention_chunk_size=6,
-               intermediate_size_mlp=48, no_rope_layers=[1, 0], floor_scale=16, attn_scale=0.5),
+               intermediate_size_mlp=48, no_rope_layer_interval=2, floor_scale=16, attn_scale=0.5),
            "it attends by chunks, as only its mask says"),
     Family("phi", "Phi 2", "Phi", _of()),
     Family("phi3", "Phi 3, Phi 4", "Phi3", _window),

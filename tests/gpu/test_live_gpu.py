@@ -26,8 +26,11 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 import families
 
 STATES = {"qwen3-next", "falcon-h1", "lfm2", "granite4", "jamba", "bamba", "zamba", "mamba2", "mamba", "falcon-mamba"}
-SLOWER = {"ministral3", "hunyuan", "nemotron", "stablelm", "gpt2", "opt", "bloom", "deepseek-v3", "recurrent-gemma",
-          "rwkv"} | STATES  # fmt: skip
+SLOWER = {
+    "ministral3", "gemma3n", "gemma4", "llama4", "nemotron", "stablelm", "gpt2", "opt", "bloom", "deepseek-v3.2",
+    "glm5", "minicpm3", "qwen3.5", "qwen3.5-moe", "kimi-linear", "olmo-hybrid", "nemotron-h", "lfm2-moe",
+    "recurrent-gemma", "rwkv",
+} | STATES  # fmt: skip
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
