@@ -102,7 +102,7 @@ def rollout_metrics(groups: Seq[Group], *, judged: bool = True) -> Metrics:
         "reward_max": rewards.max().item() if usable else float("nan"),
         "response_length": lengths.mean().item(),
         "response_length_max": lengths.max().item(),
-        "eos_share": sum(r.stop != "length" for r in rollouts) / len(rollouts),
+        "eos_share": sum(r.stop not in ("length", "error") for r in rollouts) / len(rollouts),
         "left_out": float(len(rollouts) - len(usable)),
         "sampled_tokens": float(lengths.sum()),
     }

@@ -3,6 +3,7 @@
 import itertools
 import math
 import statistics
+from dataclasses import replace
 
 import pytest
 
@@ -77,6 +78,12 @@ def test_held_out_metrics_are_of_all_samples_and_say_how_many_were_left_out():
     assert found["pass@1"] == pytest.approx(0.75)
     assert found["pass@2"] == 1.0
     assert not {"sampled_tokens", "pass@2_se"} & found.keys()
+
+
+def test_a_sample_that_failed_has_not_ended_by_itself():
+    found = held_out_metrics([group(1.0, 0.0), Group(prompt=(g := group(None, 1.0)).prompt, rollouts=[
+        replace(g.rollouts[0], stop="error"), replace(g.rollouts[1], stop="stop_string")])])  # fmt: skip
+    assert (found["left_out"], found["eos_share"]) == (1, 0.75)
 
 
 def test_of_one_prompt_nothing_is_said_of_how_far_prompts_differ():
