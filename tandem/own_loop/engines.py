@@ -62,8 +62,8 @@ class LoopEngine(Protocol):
     probed: int
     """The furthest limit of the model that its samples may go beyond, as does the first probe; 0: there is none."""
 
-    def failure(self) -> UserError | None:
-        """Why it can no longer be used."""
+    def require_alive(self) -> None:
+        """Raises UserError where it can no longer be used."""
         ...
 
     def fill(self, model: GivenModel, step: int) -> None:
@@ -100,8 +100,8 @@ class InProcess:
         self.device, self.check = params.device, params.check
         self.filled = False
 
-    def failure(self) -> UserError | None:
-        return None
+    def require_alive(self) -> None:
+        """It is as alive as this process."""
 
     def fill(self, model: GivenModel, step: int) -> None:
         self.filled = False
@@ -153,10 +153,11 @@ class InChild:
             self.child.close()
             raise
 
-    def failure(self) -> UserError | None:
+    def require_alive(self) -> None:
         if self.child.closed:
-            return UserError("the sampler is closed; make another one")
-        return None if self.child.alive else self.child.died("the time between two calls")
+            raise UserError("the sampler is closed; make another one")
+        if not self.child.alive:
+            raise self.child.died("the time between two calls")
 
     def fill(self, model: GivenModel, step: int) -> None:
         self.filled = False

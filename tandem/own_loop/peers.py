@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -36,10 +38,18 @@ class Peers:
         """Every rank's ``value``, on every rank."""
         return gather_objects(value, self.group) if self.group is not None else [value]
 
-    def agree(self, error: UserError | None) -> None:
-        """Raises the first rank's error on every rank, so that none waits for one that has given up."""
-        found = self.gather(error and (type(error), str(error)))
-        for rank, each in enumerate(found):
+    @contextmanager
+    def agreeing(self, what: type[UserError] = UserError) -> Iterator[None]:
+        """Around something that a rank may fail at alone: raises the first rank's error of this kind on every rank.
+
+        None waits then for one that has given up. An error of another kind ends its rank at once.
+        """
+        error: UserError | None = None
+        try:
+            yield
+        except what as failed:
+            error = failed
+        for rank, each in enumerate(self.gather(error and (type(error), str(error)))):
             if each is not None:
                 kind, message = each
                 raise kind(message if self.size == 1 else f"rank {rank}: {message}")

@@ -152,8 +152,8 @@ class Sampler:
             return self._completions(prompts, sampling, n)
 
     def _completions(self, prompts: Seq[PromptLike], sampling: SamplingParams, n: int) -> list[list[Completion]]:
-        requests, error = self._requests(prompts, sampling, n)
-        self.peers.agree(error)
+        with self.peers.agreeing():
+            requests = self._requests(prompts, sampling, n)
         self._require_same_requests(requests)
         if not self.engine.filled:
             assert self.model is not None
@@ -161,12 +161,8 @@ class Sampler:
             self._fill(self.model, self.step)
         costs = [len(r.prompt_ids) + n * sampling.max_new_tokens for r in requests]
         shares = divide(costs, self.peers.size)
-        mine: list[list[Completion]] = []
-        try:
+        with self.peers.agreeing():
             mine = self.engine.generate([requests[i] for i in shares[self.peers.rank]])
-        except UserError as failed:
-            error = failed
-        self.peers.agree(error)
         results: list[list[Completion]] = [[] for _ in requests]
         for share, part in zip(shares, self.peers.gather(mine), strict=True):
             for i, completions in zip(share, part, strict=True):
@@ -193,7 +189,9 @@ class Sampler:
             return False
         n = sampling.pop("n", 1)
         groups = self.completions(prompts, sampling_params(**sampling), n=n)
-        self.peers.agree(self._write(Path(path), step, prompts, groups) if self.peers.rank == 0 else None)
+        with self.peers.agreeing():
+            if self.peers.rank == 0:
+                self._write(Path(path), step, prompts, groups)
         return True
 
     def close(self) -> None:
@@ -213,20 +211,16 @@ class Sampler:
     def _start(self, kind: str, params: EngineParams) -> LoopEngine:
         """The rank's engine. Raises the error of any rank on all of them."""
         engine: LoopEngine | None = None
-        error: UserError | None = None
         try:
-            if kind == "vllm":
-                from tandem.engines.vllm.engine import check_vllm
+            with self.peers.agreeing():
+                if kind == "vllm":
+                    from tandem.engines.vllm.engine import check_vllm
 
-                check_vllm()
-                where = f" of rank {self.peers.rank}" if self.peers.size > 1 else ""
-                engine = InChild(params, f"the vLLM engine{where}")
-            else:
-                engine = InProcess(params)
-        except UserError as failed:
-            error = failed
-        try:
-            self.peers.agree(error)
+                    check_vllm()
+                    where = f" of rank {self.peers.rank}" if self.peers.size > 1 else ""
+                    engine = InChild(params, f"the vLLM engine{where}")
+                else:
+                    engine = InProcess(params)
         except UserError:
             if engine is not None:
                 engine.close()
@@ -235,78 +229,60 @@ class Sampler:
         return engine
 
     def _fill(self, model: nn.Module, step: int) -> None:
-        held, error = None, self.engine.failure()
-        try:
+        with self.peers.agreeing():
+            self.engine.require_alive()
             held = given(model)
             require_same(held.parameters, self.engine.shapes, self.source)
-        except UserError as failed:
-            error = error or failed
-        self.peers.agree(error)
-        assert held is not None
         self.step = None
-        mismatch: UserError | None = None
-        try:
+        # Seen after the last collective of the push: the others can still be told. After any other error they wait in
+        # one, and this rank must end.
+        with self.peers.agreeing(WeightMismatch):
             self.engine.fill(held, step)
-        except WeightMismatch as found:
-            # Seen after the last collective of the push: the others can still be told. After any other error they
-            # wait in one, and this rank must end.
-            mismatch = found
-        self.peers.agree(mismatch)
         if self.check and (self.updates < FIRST_PROBES or self.updates % PROBE_EVERY == 0):
-            self.peers.agree(self._probe(held, step))
+            self._probe(held, step)
         self.updates += 1
         # Kept for the weights that a sleeping engine drops.
         self.model, self.step, self.vocabulary = model, step, held.vocabulary
 
-    def _probe(self, held: GivenModel, step: int) -> UserError | None:
-        """The error, where the model and the sampler give fixed tokens different log-probs."""
+    def _probe(self, held: GivenModel, step: int) -> None:
+        """Raises WeightMismatch where the model and the sampler give fixed tokens different log-probs."""
         probe = Probe(held.vocabulary, self.engine.probed)
         probe.first = self.updates == 0
         theirs, exact = held.logprobs(probe.sequences, self.device)
-        try:
+        with self.peers.agreeing():
             mine = self.engine.logprobs(probe.sequences)
-        except UserError as error:
-            return error
-        far = probe.too_far(theirs, mine, logp_bound(self.dtype if exact else "bfloat16", self.engine.layers))
-        if not far:
-            return None
-        return WeightMismatch(
-            f"update: after step {step} the sampler gives a probe log-probs that differ from the model's by {far}: "
-            f"with the same weights {self.source} computes something else; give the "
-            "sampler a folder with the config of the model that you train (rope scaling, attention, dtype)"
-        )
+            bound = logp_bound(self.dtype if exact else "bfloat16", self.engine.layers)
+            if far := probe.too_far(theirs, mine, bound):
+                raise WeightMismatch(
+                    f"update: after step {step} the sampler gives a probe log-probs that differ from the model's by "
+                    f"{far}: with the same weights {self.source} computes something else; give the "
+                    "sampler a folder with the config of the model that you train (rope scaling, attention, dtype)"
+                )
 
-    def _requests(
-        self, prompts: Seq[PromptLike], sampling: SamplingParams, n: int
-    ) -> tuple[list[Request], UserError | None]:
-        """What to sample, or why not."""
+    def _requests(self, prompts: Seq[PromptLike], sampling: SamplingParams, n: int) -> list[Request]:
+        """What to sample. Raises UserError where that is not possible."""
         if self.step is None:
-            return [], UserError("generate: the sampler has no weights of yours yet; call update(model, step) first")
+            raise UserError("generate: the sampler has no weights of yours yet; call update(model, step) first")
         if isinstance(prompts, str | Mapping):
             what = "one string" if isinstance(prompts, str) else "a mapping"
-            return [], UserError(f"generate: prompts is {what}; give a list of prompts")
+            raise UserError(f"generate: prompts is {what}; give a list of prompts")
         if n < 1:
-            return [], UserError(f"generate: n is {n}; it must be at least 1")
+            raise UserError(f"generate: n is {n}; it must be at least 1")
         requests = []
         for number, prompt in enumerate(prompts):
             try:
                 ids = self._encode(prompt)
             except UserError as error:
-                return [], UserError(f"generate: prompt {number}: {error}")
+                raise UserError(f"generate: prompt {number}: {error}") from error
             seeds = tuple(derive_seed(self.seed, "loop", self.step, number, sample) for sample in range(n))
             requests.append(Request(prompt_ids=ids, seeds=seeds, sampling=sampling))
-        return requests, self.engine.failure() or self._unfit(requests)
-
-    def _unfit(self, requests: Seq[Request]) -> UserError | None:
-        """Why a request cannot be sampled. Said here, where its number is that of the prompt."""
+        self.engine.require_alive()
+        # Said here, where a request's number is that of its prompt.
         limits = [(self.max_length, "the sampler's max_length"), (self.engine.limit, "the model's positions")]
         limit, name = min(((n, name) for n, name in limits if n), default=(None, ""))
-        try:
-            for number, request in enumerate(requests):
-                check_request(number, request, vocabulary=self.vocabulary, limit=limit, limit_name=name)
-        except UserError as error:
-            return error
-        return None
+        for number, request in enumerate(requests):
+            check_request(number, request, vocabulary=self.vocabulary, limit=limit, limit_name=name)
+        return requests
 
     def _encode(self, prompt: Any) -> tuple[int, ...]:
         if isinstance(prompt, str):
@@ -326,7 +302,7 @@ class Sampler:
                     "and gets all results"
                 )
 
-    def _write(self, path: Path, step: int, prompts: Seq[PromptLike], groups: Seq[Seq[Completion]]) -> UserError | None:
+    def _write(self, path: Path, step: int, prompts: Seq[PromptLike], groups: Seq[Seq[Completion]]) -> None:
         lines = []
         for prompt, group in zip(prompts, groups, strict=True):
             for completion in group:
@@ -346,8 +322,7 @@ class Sampler:
             with path.open("a", encoding="utf-8") as file:
                 file.write("".join(lines))
         except OSError as error:
-            return UserError(f"log: cannot write {path}: {error.strerror or error}")
-        return None
+            raise UserError(f"log: cannot write {path}: {error.strerror or error}") from error
 
 
 def sampling_params(
