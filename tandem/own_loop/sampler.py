@@ -103,13 +103,12 @@ class Sampler:
         256th the log-probs of a fixed probe as well. Raises UserError where the model is not the sampler's, and
         WeightMismatch where the check fails.
         """
-        error = None
-        try:
-            step = operator.index(step)  # a tensor's or numpy's, too
-        except TypeError:
-            error = UserError(f"update: step is {step!r}; it must be a whole number")
         with self.turn:
-            self.peers.agree(error)
+            with self.peers.agreeing():
+                try:
+                    step = operator.index(step)  # a tensor's or numpy's, too
+                except TypeError:
+                    raise UserError(f"update: step is {step!r}; it must be a whole number") from None
             if len(steps := set(self.peers.gather(step))) > 1:
                 raise UserError(f"update: the ranks are at different steps: {sorted(steps)}")
             if step == self.step:
