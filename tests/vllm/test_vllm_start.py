@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from helpers.vllm_models import make_model, save
 
 from tandem.engines.vllm.engine import VLLMEngine, check_vllm
@@ -24,6 +25,25 @@ def test_versions_that_work(version):
 def test_other_versions_are_refused(version):
     with pytest.raises(UserError, match=rf"vLLM {version} is installed.*0\.25 to 0\.32.*pip install"):
         check_vllm(version)
+
+
+def test_queries_of_latent_attention_are_turned_by_their_own_positions():
+    """A slice of each head, as DeepSeek's are: vLLM's kernel for CPUs takes heads for tokens there."""
+    check_vllm()
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
+
+    from tandem.engines.vllm.plugin import register
+
+    register()
+    with set_current_vllm_config(VllmConfig()):
+        rope = RotaryEmbedding(8, 8, 32, 10000.0, False, torch.float32)
+    query, key = torch.randn(20, 2, 24)[..., 16:], torch.randn(20, 1, 8)
+    angle = torch.arange(20.0)[:, None, None] / 10000.0 ** (torch.arange(0, 8, 2) / 8)
+    turn = torch.polar(torch.ones_like(angle), angle)
+    wanted = [torch.view_as_real(torch.view_as_complex(x.reshape(*x.shape[:2], 4, 2)) * turn) for x in (query, key)]
+    for found, truth in zip(rope.forward_cpu(torch.arange(20), query.clone(), key.clone()), wanted, strict=True):
+        torch.testing.assert_close(found.reshape(truth.shape), truth, atol=1e-5, rtol=1e-5)
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.platforms import current_platform
 
 from tandem.engines.vllm.adapters import PushedAdapters, names_in, unwrapped
 from tandem.engines.vllm.checksums import Shard
@@ -256,6 +257,23 @@ def register() -> None:
     """Makes the transport known to vLLM in this process, once."""
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(BACKEND, TandemTransfer)
+        if current_platform.is_cpu():
+            turn_heads_apart()
+
+
+def turn_heads_apart() -> None:
+    """Has vLLM turn queries [T, H, D] by plain torch on a CPU, as latent attention gives them (DeepSeek, Kimi K2).
+
+    Its kernel there takes [T, H D], and of others turns some heads by the positions of other tokens.
+    """
+    from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
+
+    own = RotaryEmbedding.forward_cpu
+
+    def forward_cpu(self: Any, positions: Any, query: Any, key: Any = None) -> Any:
+        return self.forward_native(positions, query, key) if query.dim() > 2 else own(self, positions, query, key)
+
+    RotaryEmbedding.forward_cpu = forward_cpu
 
 
 # A worker that got here through worker_extension_cls has not been through the entry point.
