@@ -267,7 +267,10 @@ def _read_manifest(step: int, path: Path, run: Mapping[str, Any]) -> dict[str, d
     if manifest.get("format") != FORMAT:
         raise UserError(f"{file}: its format is not {FORMAT!r}; move {path} away: Tandem did not write it")
     if (version := manifest.get("version")) != VERSION:
-        raise UserError(f"{path}: written in version {version} of the format; this Tandem reads {VERSION}")
+        raise UserError(
+            f"{path}: written in version {version} of the format; this Tandem reads {VERSION}; export it with the one "
+            "that wrote it"
+        )
     files = manifest.get("files")
     whole = (
         manifest.get("step") == step

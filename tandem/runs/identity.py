@@ -23,6 +23,7 @@ CONFIG = "config.yaml"
 IDENTITY = "run.json"
 RUN = ("id", "method", "seed")
 """What tells a run from others: its checkpoints carry it too."""
+_ANEW = "put it back, or begin again with another --out, or with --overwrite, which deletes what is here"
 Inputs = Mapping[str, Mapping[str, str]]
 """Kind (``data``, ``reward``, ``model``) → name → digest of the content."""
 
@@ -59,11 +60,9 @@ def read_identity(folder: Path) -> dict[str, Any]:
         identity = json.loads(path.read_bytes())
         return {"version": None, "draws": None, **{name: identity[name] for name in (*RUN, "inputs")}, **identity}
     except FileNotFoundError:
-        raise UserError(
-            f"{path}: is missing, so nobody knows which run this is; start again with --overwrite"
-        ) from None
+        raise UserError(f"{path}: is missing, so nobody knows which run this is; {_ANEW}") from None
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: not the identity of a run any more; start again with --overwrite") from None
+        raise UserError(f"{path}: not the identity of a run any more; {_ANEW}") from None
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -118,7 +117,7 @@ def changed_keys(folder: Path, start: Start) -> dict[str, tuple[Any, Any]]:
     try:
         stored = dict(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
     except (yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError):
-        raise UserError(f"{path}: not the config of a run any more; start again with --overwrite") from None
+        raise UserError(f"{path}: not the config of a run any more; {_ANEW}") from None
     given = yaml.safe_load(start.config) or {}
     defaults = {key: [*value] if isinstance(value, tuple) else value for key, value in start.defaults.items()}
     stored = {key: value for key, value in defaults.items() if key in given} | stored

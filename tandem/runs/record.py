@@ -170,7 +170,10 @@ class Record:
             raise self._damaged(step, f"its first line is not about a step: {error}") from error
         path = path_of(self.folder, step)
         if (found["format"], found["version"]) != (FORMAT, VERSION):
-            raise UserError(f"{path}: in version {found['version']} of the format; this Tandem reads {VERSION}")
+            raise UserError(
+                f"{path}: in version {found['version']} of the format; this Tandem reads {VERSION}; replay it with "
+                "the one that wrote it"
+            )
         if (found["run"], found["step"]) != (self.run, step):
             raise UserError(
                 f"{path}: of step {found['step']} of the run {found['run']}, not of step {step} of {self.run}: it has "
