@@ -159,7 +159,7 @@ def _of_checkpoint(checkpoint: Checkpoint, config: ExportConfig) -> tuple[Loaded
             raise UserError(f"{checkpoint.path}: {error} as --base") from None
         if not config.export.merge:
             tokenizer = load_tokenizer(base, trust_remote_code=config.export.trust_remote_code)
-            return _written_in(module, tokenizer, config, adapters=put), state
+            return _written_in(module, tokenizer, config, None if scalar else _seeing(base, config), put), state
         dequantize_module(module)
         buffers = dict(module.named_buffers())
         state = {**Merged(module, dict(module.named_parameters()))} | {
@@ -187,8 +187,7 @@ def _of_checkpoint(checkpoint: Checkpoint, config: ExportConfig) -> tuple[Loaded
             f"{checkpoint.path}: not a checkpoint of {base}: {differing[0]} is {given.get(differing[0], 'not there')} "
             f"in it and {wanted[differing[0]]} there; give the model that its run began with as --base"
         )
-    seeing = None if scalar else SeeingModel.of(located(base), code)
-    return _written_in(module, tokenizer, config, seeing), state
+    return _written_in(module, tokenizer, config, None if scalar else _seeing(base, config)), state
 
 
 def _of_folder(source: str, config: ExportConfig) -> tuple[LoadedModel, dict[str, Tensor]]:
@@ -215,8 +214,12 @@ def _of_folder(source: str, config: ExportConfig) -> tuple[LoadedModel, dict[str
         module, _ = load_whole(auto, source, what="model", trust_remote_code=code)
         dequantize_module(module)
     state = module.state_dict()
-    seeing = None if hasattr(module, "score") else SeeingModel.of(located(base_of(source)), code)
+    seeing = None if hasattr(module, "score") else _seeing(base_of(source), config)
     return _written_in(module, load_tokenizer(source, trust_remote_code=code), config, seeing), state
+
+
+def _seeing(base: str, config: ExportConfig) -> SeeingModel | None:
+    return SeeingModel.of(located(base), config.export.trust_remote_code)
 
 
 def _base_module(base: str, config: ExportConfig, *, scalar: bool) -> Any:

@@ -177,12 +177,13 @@ def put_adapters(module: Any, params: AdapterParams, base: str, base_sum: str | 
             use_rslora=params.rslora,
         )
     else:
-        config = _config_of(peft, params.folder)
+        mapping = _mapping_of(base)
+        config = _config_of(peft, params.folder, mapping)
     adapters = _put(peft, module, config, base, fresh=params.folder is None, base_sum=base_sum)
     if params.folder is None:
         _start(module, params.seed)
     else:
-        _fill(module, params.folder, beside=params.beside)
+        _fill(module, params.folder, mapping, beside=params.beside)
     return adapters
 
 
@@ -448,13 +449,13 @@ def _start(module: nn.Module, seed: int) -> None:
         first.copy_((torch.rand(first.shape, generator=generator) * 2 - 1) * size)
 
 
-def _config_of(peft: Any, folder: str) -> Any:
+def _config_of(peft: Any, folder: str, mapping: Mapping[str, str] | None) -> Any:
     """peft's config of a folder of adapters that are to be trained on."""
     found = adapter_folder(folder)
     if found is None:
         raise UserError(f"lora.adapter: {folder}: no {ADAPTER_CONFIG} in it, so it is no folder of adapters")
     config = peft.LoraConfig.from_pretrained(found.folder)
-    if _mapping_of(folder) is not None:
+    if mapping is not None:
         config.exclude_modules = None
     others = [name for name in config.modules_to_save or () if name not in HEADS]
     refused = {
@@ -481,16 +482,16 @@ def _config_of(peft: Any, folder: str) -> Any:
     return config
 
 
-def _mapping_of(folder: str) -> dict[str, str] | None:
+def _mapping_of(base: str) -> dict[str, str] | None:
     """What peft is told of the names in a folder of adapters, where their base is a model that also sees."""
-    seeing = SeeingModel.of(located(base_of(folder)))
+    seeing = SeeingModel.of(located(base_of(base)))
     return None if seeing is None else PartNames.of(seeing.config).mapping
 
 
-def _fill(module: Any, folder: str, *, beside: bool) -> None:
+def _fill(module: Any, folder: str, mapping: Mapping[str, str] | None, *, beside: bool) -> None:
     """Reads the trained parameters from a folder; a head that it lacks stays as it is.
 
-    ``beside``: those of a head that the module lacks are left out.
+    ``mapping``: of names, as patterns. ``beside``: those of a head that the module lacks are left out.
     Raises UserError where they are others than the module's.
     """
     from safetensors import SafetensorError
@@ -501,7 +502,7 @@ def _fill(module: Any, folder: str, *, beside: bool) -> None:
         found = load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read: {first_line(error)}") from None
-    for pattern, half in (_mapping_of(folder) or {}).items():
+    for pattern, half in (mapping or {}).items():
         found = {PREFIX + re.sub(pattern, half, name.removeprefix(PREFIX)): x for name, x in found.items()}
     if beside:
         found = {n: x for n, x in found.items() if hasattr(module, n.removeprefix(PREFIX).partition(".")[0])}

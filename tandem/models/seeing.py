@@ -118,6 +118,7 @@ class SeeingModel:
         """Writes the whole: ``state`` (the half's weights, by its names) in place of its own, all else as it stands.
 
         The other tensors are read and written file by file. Where the original is gone the half is written by itself.
+        Raises UserError where the folder is the original's own.
         """
         try:
             source, files = self._files()
@@ -128,8 +129,12 @@ class SeeingModel:
             )  # fmt: skip
             module.save_pretrained(folder, state_dict=dict(state))
             return
+        if folder.exists() and folder.samefile(source):
+            raise UserError(
+                f"{folder}: its vision parts are read while the model is written, and would be lost; give another"
+            )
         names = PartNames.of(self.config)
-        whole, tied = names.whole, set(names.half.all_tied_weights_keys)
+        whole, tied = names.whole, set(module.all_tied_weights_keys)
         whole.config.dtype = dtype = next(t.dtype for t in state.values() if t.is_floating_point())
         whole.generation_config = module.generation_config
         whole.save_pretrained(folder, state_dict={names.in_whole(n): t for n, t in state.items() if n not in tied})
@@ -142,7 +147,7 @@ class SeeingModel:
     def _files(self) -> tuple[Path, list[str]]:
         """The folder, in the hub's cache where it is a hub's, and the names of its files of weights.
 
-        Raises UserError where they are not safetensors, OSError or ValueError where the folder is gone.
+        Raises UserError where they are not safetensors, OSError or ValueError where one of them or the folder is gone.
         """
         folder = Path(located(self.source))
         if not folder.is_dir():
@@ -150,11 +155,14 @@ class SeeingModel:
 
             patterns = [*(f"*{suffix}" for suffix in FILES), "model*.safetensors"]
             folder = Path(snapshot_download(self.source, allow_patterns=patterns))
-        if (folder / INDEX).is_file():
-            return folder, sorted(set(json.loads((folder / INDEX).read_bytes())["weight_map"].values()))
-        if not (folder / WEIGHTS).is_file():
+        if (folder / WEIGHTS).is_file():  # before an index, as transformers has it
+            return folder, [WEIGHTS]
+        if not (folder / INDEX).is_file():
             raise UserError(f"{self.source}: a {self.config.model_type} without {WEIGHTS}, whole or in parts; give one")
-        return folder, [WEIGHTS]
+        files = sorted(set(json.loads((folder / INDEX).read_bytes())["weight_map"].values()))
+        if gone := [name for name in files if not (folder / name).is_file()]:
+            raise FileNotFoundError(f"no {gone[0]} in {folder}")
+        return folder, files
 
 
 def _reading(config: Any) -> Any:

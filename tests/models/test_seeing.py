@@ -212,6 +212,32 @@ def test_without_the_original_the_text_half_is_saved(folders, tmp_path, caplog):
     torch.testing.assert_close(logps(module), scored(trainer), rtol=0, atol=1e-5)
 
 
+def test_an_untied_head_is_written_whatever_the_text_config_says_of_it(folders, tmp_path):
+    base = changed(folders("mistral3"), tmp_path / "base", lambda _: None)
+    config = json.loads((base / "config.json").read_bytes())
+    assert config["tie_word_embeddings"] is False
+    config["text_config"]["tie_word_embeddings"] = True
+    (base / "config.json").write_text(json.dumps(config))
+    trainer = trained(load_causal(base, device="cpu"), steps=1)
+    trainer.export(tmp_path / "out")
+    torch.testing.assert_close(logps(whole_in(tmp_path / "out")), scored(trainer), rtol=0, atol=1e-5)
+
+
+def test_other_parts_are_read_from_where_the_text_half_was_and_never_written_over(folders, tmp_path, caplog):
+    base = changed(folders("mistral3"), tmp_path / "base", lambda t: t.update({"vision_tower.new": torch.ones(2)}))
+    index = base / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"vision_tower.new": "model-00001-of-00001.safetensors"}}))
+    model = load_causal(base, device="cpu")
+    with pytest.raises(UserError, match="would be lost"):
+        model.export(base)
+    model.export(tmp_path / "out")
+    assert "vision_tower.new" in json.loads((tmp_path / "out" / index.name).read_bytes())["weight_map"]
+    (base / "model.safetensors").unlink()
+    model.export(tmp_path / "half")
+    assert "no model-00001-of-00001.safetensors in" in caplog.text
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "half")).__name__ == "Ministral3ForCausalLM"
+
+
 def test_adapters_are_those_of_the_whole(folders, tmp_path):
     """peft puts them on the whole, and on no part that sees; Tandem reads them again, as they are and merged."""
     peft = pytest.importorskip("peft")
@@ -226,7 +252,11 @@ def test_adapters_are_those_of_the_whole(folders, tmp_path):
     torch.testing.assert_close(logps(merged.module), wanted, rtol=0, atol=1e-5)
     merged.export(tmp_path / "merged")
     torch.testing.assert_close(logps(whole_in(tmp_path / "merged")), wanted, rtol=0, atol=1e-5)
-    again = load_causal(tmp_path / "lora", device="cpu", adapters=AdapterParams(folder=str(tmp_path / "lora")))
+    # The base may be elsewhere by now, and is the one that is given.
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_bytes())
+    config["base_model_name_or_path"] = str(tmp_path / "gone")
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(config))
+    again = load_causal(base, device="cpu", adapters=AdapterParams(folder=str(tmp_path / "lora")))
     torch.testing.assert_close(scored(trained(again, steps=0)), wanted, rtol=0, atol=1e-5)
 
 
