@@ -164,7 +164,7 @@ class RemoteFunction:
         self._again: list[tuple[float, Call]] = []
         """Calls that have raised, and when each is due again."""
         self._workers = [owner.start(self)]
-        self._hello = self._workers[0].calls[0]
+        self._hello = self._workers[0].hello
 
     def reward(self) -> FunctionReward:
         """See ``RewardProcesses.rewards``."""
@@ -233,7 +233,8 @@ class Worker:
     """One process with one function: what goes to it, and what comes from it, without waiting for either."""
 
     def __init__(self, function: RemoteFunction, setting: Setting, passed: Seq[int]) -> None:
-        self.calls: dict[int, Call] = {0: Call(function, None)}
+        self.hello = Call(function, None)
+        self.calls: dict[int, Call] = {0: self.hello}
         """Those that it has not answered, in the order in which they were given; 0 is the import."""
         self.outgoing: deque[memoryview] = deque()
         self.alive = True
@@ -257,7 +258,7 @@ class Worker:
         )
         theirs.close()
         self.connection.setblocking(False)
-        self.calls[0].sent = time.monotonic()
+        self.hello.sent = time.monotonic()
         self.outgoing.append(memoryview(packed((function.source, setting))))
         self.exchange()
 

@@ -233,3 +233,18 @@ def test_imports_that_fail_end_or_hang(tmp_path, judges):
             broken.rewards()
         assert words.format(source) in str(caught.value)
         broken.close()
+
+
+def test_a_process_that_is_gone_before_it_hears_what_to_import(monkeypatch):
+    exchange = process.Worker.exchange
+
+    def late(self) -> None:
+        self.process.wait()
+        exchange(self)
+
+    monkeypatch.setattr(process.Worker, "exchange", late)
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    broken = RewardProcesses([f"{JUDGES}:pool"], deadline_s=60.0)
+    with pytest.raises(UserError, match=rf"the import of {JUDGES}:pool ended its process \(exit code 1\)"):
+        broken.rewards()
+    broken.close()
