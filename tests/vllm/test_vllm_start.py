@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
-import subprocess
-import sys
+import os
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers.vllm_models import make_model, save
 
 from tandem.engines.vllm.engine import VLLMEngine, check_vllm
+from tandem.engines.vllm.setup import end_with_ranks
 from tandem.errors import UserError
 
 
@@ -92,27 +93,22 @@ def test_a_folder_that_is_not_there(tmp_path):
         VLLMEngine(str(tmp_path / "nowhere"), dtype="float32", max_slots=2)
 
 
-RANK = """
-import multiprocessing, os, signal, threading, time
-from types import SimpleNamespace
-from tandem.engines.vllm.setup import end_with_ranks
-
-rank = multiprocessing.get_context("fork").Process(target=signal.pause, name="rank")
-rank.start()
-# Whoever waits for the rank is told late, so that the failed call is answered first where nothing holds it back.
-late = SimpleNamespace(sentinel=rank.sentinel, name="rank", pid=rank.pid, exitcode=-9, join=lambda: time.sleep(0.3))
-executor = SimpleNamespace(workers=[SimpleNamespace(proc=late)], is_failed=False, shutting_down=False)
-after_failure = end_with_ranks(SimpleNamespace(llm_engine=SimpleNamespace(model_executor=executor)))
-after_failure()
-print("a failure of its own")
-rank.kill()
-rank.join()
-after_failure()
-print("what vLLM says without its rank")
-"""
-
-
-def test_a_call_that_fails_since_a_rank_has_died_is_not_answered_before_the_process_ends():
-    ended = subprocess.run([sys.executable, "-c", RANK], capture_output=True, text=True, timeout=60)
-    assert (ended.returncode, ended.stdout) == (1, "a failure of its own\n"), ended.stderr
-    assert re.search(r"vLLM's rank \(pid \d+\) died \(SIGKILL\)", ended.stderr)
+@pytest.mark.parametrize(("code", "how"), [(-9, "SIGKILL"), (3, "exit code 3"), (None, "exit code None")])
+def test_a_call_that_fails_since_a_rank_has_died_is_not_answered_before_the_process_ends(
+    monkeypatch, capsys, code, how
+):
+    """Also where vLLM has waited for the rank, and nobody else is told its code."""
+    sentinel, alive = os.pipe()
+    # Whoever waits for the rank is told late, so that the failed call is answered first where nothing holds it back.
+    rank = SimpleNamespace(sentinel=sentinel, name="rank", pid=7, exitcode=code, join=lambda: time.sleep(0.1))
+    executor = SimpleNamespace(workers=[SimpleNamespace(proc=rank)], is_failed=False, shutting_down=False)
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    after_failure = end_with_ranks(SimpleNamespace(llm_engine=SimpleNamespace(model_executor=executor)))
+    after_failure()
+    assert not codes  # a failure of its own
+    os.close(alive)
+    after_failure()
+    assert codes == [1]
+    assert f"vLLM's rank (pid 7) died ({how})" in capsys.readouterr().err
+    os.close(sentinel)

@@ -157,7 +157,9 @@ def end_with_ranks(llm: Any) -> Callable[[], None]:
         # Ranks that vLLM itself ends are not missed.
         if executor.is_failed or not getattr(executor, "shutting_down", False):
             ended.join()
-            how = f"exit code {ended.exitcode}" if ended.exitcode >= 0 else signal.Signals(-ended.exitcode).name
+            # None where vLLM, which waits for it too, is being told in this moment.
+            code = ended.exitcode
+            how = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
             print(f"tandem: vLLM's {ended.name} (pid {ended.pid}) died ({how})", file=sys.stderr, flush=True)
             os._exit(1)
 
