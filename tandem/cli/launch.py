@@ -57,8 +57,10 @@ def _start(workers: int, command: list[str]) -> int:
 
     # Processes that each take all cores wait for each other.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+    # Said in full, since torchrun takes what is not from variables that clusters set (PET_NNODES, PET_MAX_RESTARTS).
+    one_machine = ["--standalone", "--nnodes=1", "--max-restarts=0"]
     try:
-        torchrun(parse_args(["--standalone", f"--nproc-per-node={workers}", *command]))
+        torchrun(parse_args([*one_machine, f"--nproc-per-node={workers}", *command]))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         code = failure.exitcode

@@ -24,7 +24,8 @@ Path(sys.argv[1], os.environ["RANK"]).write_text(" ".join([*place, *sys.argv[2:]
 
 def launch(*arguments: object) -> subprocess.CompletedProcess[str]:
     code = "import sys; from tandem.cli.launch import run; sys.exit(run(sys.argv[1:]))"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    # What a cluster sets for torchrun over machines is not about a launch on one.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PET_NNODES": "2", "PET_MAX_RESTARTS": "1"}
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=300, env=environment
     )
