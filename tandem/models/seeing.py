@@ -96,7 +96,8 @@ class SeeingModel:
         config.text_config = shrunken_config(half_of(self.config, self.source))
         text = config.text_config
         try:
-            with quiet_transformers():
+            with quiet_transformers(), torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(0)  # and no GPU's
                 whole = _reading(config).from_pretrained(None, config=config, state_dict={}, dtype=torch.float32)
             trained_size(whole)
             module = _half_in(whole, AutoModelForCausalLM)

@@ -118,7 +118,7 @@ def shrunk(module: Any) -> Any | None:
             if size > MOST_PARAMETERS:
                 continue
             with torch.random.fork_rng(devices=[]), device:
-                torch.manual_seed(0)
+                torch.default_generator.manual_seed(0)  # and no GPU's
                 small = _made(type(module), config).eval()
                 trained_size(small)
                 leave_sdpa(small)

@@ -24,6 +24,7 @@ from tandem.errors import UserError
 from tandem.models.adapters import AdapterParams
 from tandem.models.loading import load_causal, load_scalar
 from tandem.models.seeing import PartNames, SeeingModel
+from tandem.models.shrunk import shrunk
 from tandem.own_loop.their_model import given, require_same
 from tandem.training.optim import OptimParams
 from tandem.training.trainer import LocalTrainer
@@ -310,6 +311,15 @@ def test_nothing_but_the_text_half_is_made(folders):
     seeing = SeeingModel.of(folders("gemma3"))
     names = PartNames.of(seeing.config)
     assert set(names.whole.state_dict()) == {names.in_whole(name) for name in names.half.state_dict()}
+
+
+def test_nobodys_random_numbers_are_touched(folders, monkeypatch):
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    before = torch.get_rng_state()
+    assert shrunk(load_causal(folders("gemma3"), device="cpu").module)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not seeded
 
 
 def test_without_a_causal_class_of_the_text_it_is_refused(folders):
