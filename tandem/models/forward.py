@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -194,8 +195,8 @@ class LoadedModel:
                     self.module.save_pretrained(folder, **({} if state is None else {"state_dict": dict(state)}))
                 self.tokenizer.save_pretrained(folder)
         except Exception as error:
-            # safetensors and tokenizers are written in Rust, and have no OSError: the words are all there is.
-            if not isinstance(error, OSError) and "os error" not in str(error):
+            # tokenizers are written in Rust, and have no OSError: the words are all there is.
+            if not isinstance(error, OSError | SafetensorError) and "os error" not in str(error):
                 raise
             raise RunFailure(f"{folder}: cannot be written: {first_line(error)}") from error
         finally:

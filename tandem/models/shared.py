@@ -37,6 +37,10 @@ def scalar_beside(
         module = kind.from_config(config, trust_remote_code=trust_remote_code)
     if not isinstance(getattr(module, "score", None), nn.Linear):
         raise UserError(f"{source}: {kind.__name__} has no linear head named 'score'; use a decoder model")
+    if policy.module.base_model is policy.module:
+        raise UserError(
+            f"lora.share_critic: transformers has no base model in a {type(policy.module).__name__}; leave it out"
+        )
     share(policy.module.base_model, module.base_model)
     head = nn.Linear(module.score.in_features, 1, bias=False, device=policy.device)
     nn.init.zeros_(head.weight)

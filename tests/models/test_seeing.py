@@ -20,10 +20,11 @@ from tandem.batch import TokenLoss
 from tandem.data.packing import pack, stamp
 from tandem.engines.live.engine import LiveEngine
 from tandem.engines.vllm.names import Names
-from tandem.errors import UserError
+from tandem.errors import RunFailure, UserError
 from tandem.models.adapters import AdapterParams
 from tandem.models.loading import load_causal, load_scalar
 from tandem.models.seeing import PartNames, SeeingModel
+from tandem.models.shared import scalar_beside
 from tandem.models.shrunk import shrunk
 from tandem.own_loop.their_model import given, require_same
 from tandem.training.optim import OptimParams
@@ -233,6 +234,10 @@ def test_other_parts_are_read_from_where_the_text_half_was_and_never_written_ove
         model.export(base)
     model.export(tmp_path / "out")
     assert "vision_tower.new" in json.loads((tmp_path / "out" / index.name).read_bytes())["weight_map"]
+    (base / "model.safetensors").unlink()  # it is mapped into memory
+    (base / "model.safetensors").write_bytes(b"damaged since")
+    with pytest.raises(RunFailure, match="cannot be written"):
+        model.export(tmp_path / "nothing")
     (base / "model.safetensors").unlink()
     model.export(tmp_path / "half")
     assert "no model-00001-of-00001.safetensors in" in caplog.text
@@ -289,6 +294,12 @@ def test_a_reward_model_is_one_of_the_text_half(folders, tmp_path, caplog):
     again = load_scalar(tmp_path / "out", new_head="refuse", device="cpu")
     assert again.module.config.model_type == "gemma4_text"
     assert all(torch.equal(t, again.module.state_dict()[n]) for n, t in model.module.state_dict().items())
+
+
+def test_a_critic_shares_no_base_where_transformers_names_none(folders):
+    policy = load_causal(folders("llama4"), device="cpu", adapters=AdapterParams(rank=2))
+    with pytest.raises(UserError, match="share_critic: transformers has no base model in a Llama4ForCausalLM"):
+        scalar_beside(policy, str(folders("llama4")), AdapterParams(rank=2))
 
 
 def test_a_whole_that_says_other_things_of_text_is_refused(folders, monkeypatch):
