@@ -17,7 +17,7 @@ from tandem.models.loading import load_tokenizer
 from tandem.rewards.function import FunctionReward
 from tandem.rewards.model import RewardModel, ScoreScale, same_tokenizer
 from tandem.rewards.process import RewardProcesses
-from tandem.roles import Reward, Seat
+from tandem.roles import Home, Reward, Seat
 from tandem.rollout.judging import Judge
 from tandem.runs.progress import say
 
@@ -66,7 +66,7 @@ def reward_models(
 
 
 def placed_reward_models(
-    section: RewardSection, model: ModelSection, homes: Homes, policy_tokenizer: Any | None = None
+    section: RewardSection, model: ModelSection, homes: Homes | Home, policy_tokenizer: Any | None = None
 ) -> list[Reward]:
     """Loads the section's reward models into their place. See ``reward_models``."""
     seats: dict[str, Seat] = {}

@@ -10,8 +10,7 @@ import socket
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from tandem.assembly.role_sections import JudgePlacement
-from tandem.assembly.sections import ClusterSection, EngineSection, ModelSection, RewardSection
+from tandem.assembly.sections import ModelSection, RewardSection
 from tandem.cli.configs import ServeRewardConfig
 from tandem.errors import UserError
 from tandem.rewards.kinds import is_function
@@ -78,7 +77,10 @@ def load_model(source: str, section: ServedModel, stack: ExitStack) -> tuple[Rew
     # Imported where it is wanted: a server of a function needs no torch.
     from tandem.assembly.digests import digest_model
     from tandem.assembly.judging import placed_reward_models, score_scales
-    from tandem.assembly.placing import Homes
+    from tandem.models.loading import pick_device
+    from tandem.parallel.world import World
+    from tandem.workers.homes import Here
+    from tandem.workers.process import Site
 
     model = ModelSection(
         model=source,
@@ -90,8 +92,10 @@ def load_model(source: str, section: ServedModel, stack: ExitStack) -> tuple[Rew
     )
     rewards = RewardSection(reward_model=(source,), normalize_scores=section.normalize_scores)
     scales = score_scales(rewards, trust_remote_code=section.trust_remote_code)
-    homes = stack.enter_context(Homes(model, JudgePlacement(), ClusterSection(), EngineSection(), ["reward"]))
-    (reward,) = placed_reward_models(rewards, model, homes)
+    # Beside the processes of a torchrun it is none of theirs: no placement is asked.
+    here = Here(Site(World(device=pick_device(section.device))))
+    stack.callback(here.close)
+    (reward,) = placed_reward_models(rewards, model, here)
     return reward, _digest([digest_model(source), *scales])
 
 

@@ -77,7 +77,7 @@ def samples(texts: list[str]) -> RewardBatch:
 
 
 def test_a_model_is_served(folder, serve, monkeypatch):
-    process, url, said = serve("rm", "--batch-limit", "16", TANDEM_REWARD_TOKEN="hush")
+    process, url, said = serve("rm", "--batch-limit", "16", TANDEM_REWARD_TOKEN="hush", WORLD_SIZE="2", RANK="0")
     assert url.startswith("http://127.0.0.1:")
     assert "with a token" in said
     batch = samples(["abc"[: 1 + i % 3] * (1 + i % 5) for i in range(40)])
