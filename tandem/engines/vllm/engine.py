@@ -248,7 +248,7 @@ class VLLMEngine:
             if not self._asleep:
                 self._core.forget_cache()
             if not on_cpu():
-                self._engine.sleep(level=2, mode="keep")
+                self._ask(self._engine.sleep, level=2, mode="keep")
             self._asleep, self._base_dropped = {"weights", "cache"}, True
             self._stale = UserError("the engine's weights were dropped by sleep(); push weights first")
             self._mark_usable()
@@ -259,7 +259,7 @@ class VLLMEngine:
             if stage not in self._asleep:
                 return
             if not on_cpu():
-                self._engine.wake_up(["kv_cache" if stage == "cache" else stage])
+                self._ask(self._engine.wake_up, ["kv_cache" if stage == "cache" else stage])
             self._asleep.discard(stage)
             if stage == "cache":
                 self._core.forget_cache()
@@ -288,14 +288,18 @@ class VLLMEngine:
         """Calls a method of every worker; one result a rank."""
         if self._closed:
             raise UserError("the vLLM engine is closed; start another one")
-        try:
-            answers = self._engine.collective_rpc("tandem_call", args=(method, *arguments))
-        except Exception:
-            self._after_failure()
-            raise
+        answers = self._ask(self._engine.collective_rpc, "tandem_call", args=(method, *arguments))
         if error := next((error for _, error in answers if error is not None), None):
             raise error
         return [value for value, _ in answers]
+
+    def _ask(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """A call that reaches every rank."""
+        try:
+            return call(*arguments, **options)
+        except Exception:
+            self._after_failure()
+            raise
 
     def _whole_tensors(self) -> Wholes:
         if self._wholes is None:
