@@ -22,6 +22,8 @@ LOAD_DEADLINE_S = 3600.0
 """Reading a large model from a slow disk is the longest of all waits."""
 DEATH_KNOWN_S = 5.0
 """Until Ray knows of a death that others of a group have noticed."""
+LONGER_S = 10.0
+"""By which ranks wait longer for each other than their driver does for them: it knows who is late, and says so."""
 
 UNEXPLAINED = "The actor died unexpectedly"
 """Where Ray's words for a death begin so, it knows no cause."""
@@ -75,7 +77,8 @@ class WorkerGroup:
             nodes = {where.node for where in self.wheres}
             host = LOOPBACK if len(nodes) == 1 else self.wheres[0].node
             port = self._all("rendezvous", [self.actors[0].listen.remote(host)], START_DEADLINE_S)[0]
-            self._all("rendezvous", [a.join.remote(host, port, deadline_s) for a in self.actors], START_DEADLINE_S)
+            joining = [a.join.remote(host, port, deadline_s + LONGER_S) for a in self.actors]
+            self._all("rendezvous", joining, START_DEADLINE_S)
 
     def _start(self, rank: int) -> Any:
         actor = self.cluster.ray.remote(WorkerProcess)

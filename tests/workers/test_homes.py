@@ -117,10 +117,12 @@ def test_a_rank_that_is_killed_while_two_seats_are_called(cluster_address, tmp_p
 
 
 def test_a_rank_that_never_answers_is_waited_for_once(cluster_address, tmp_path):
-    with groups(2, deadline_s=3.0) as (group,):
+    with groups(2, deadline_s=2.0) as (group,):
         actor, critic = seats_in(group, "actor", "critic")
         late, behind = actor.submit("wait", tmp_path / "never", 1), critic.submit("meet", 1)
-        with pytest.raises(RunFailure, match=r"actor\.wait: no answer within 3 s from home0 rank 0 .*home0 rank 1 "):
+        # Rank 0 has waited for rank 1 before this process waits for both. It must not be the one to give up.
+        late.wait(1.0)
+        with pytest.raises(RunFailure, match=r"actor\.wait: no answer within 2 s from home0 rank 0 .*home0 rank 1 "):
             late.result()
         start = time.monotonic()
         with pytest.raises(RunFailure, match=r"critic\.meet: .*rank 1 .* still owes the answer to an earlier call"):
