@@ -1,4 +1,4 @@
-"""Random models of real sizes, for benchmarks: Qwen2.5's shapes with a tokenizer of bytes."""
+"""Random models of real sizes, for benchmarks: Qwen2.5's shapes, two of Qwen3-MoE's kind, and a tokenizer of bytes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen3MoeConfig
 
 _SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -24,14 +24,21 @@ _SHAPES: dict[str, dict[str, Any]] = {
                "num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False},
     "32b": {"hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64, "num_attention_heads": 40,
                "num_key_value_heads": 8, "vocab_size": 152064, "tie_word_embeddings": False},
+    # Experts: of 1.03 billion parameters a token meets 0.33 billion.
+    "tiny-moe": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4,
+                 "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 512, "tie_word_embeddings": True,
+                 "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True},
+    "1b-moe": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 16, "num_attention_heads": 16,
+               "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 151936, "tie_word_embeddings": True,
+               "num_experts": 32, "num_experts_per_tok": 4, "moe_intermediate_size": 512, "norm_topk_prob": True},
 }  # fmt: skip
 SIZES = tuple(_SHAPES)
 
 
-def config_of(size: str, *, eos: int | None = 0, layers: int | None = None) -> Qwen2Config:
-    """Qwen2.5's configuration of that size, with this module's special tokens; or without an end, or fewer layers."""
+def config_of(size: str, *, eos: int | None = 0, layers: int | None = None) -> Qwen2Config | Qwen3MoeConfig:
+    """The configuration of that size, with this module's special tokens; or without an end, or fewer layers."""
     shape = _SHAPES[size] | ({} if layers is None else {"num_hidden_layers": layers})
-    return Qwen2Config(
+    return (Qwen3MoeConfig if "num_experts" in shape else Qwen2Config)(
         **shape, max_position_embeddings=4096, rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         bos_token_id=None, eos_token_id=eos, pad_token_id=0,
     )  # fmt: skip
@@ -142,8 +149,14 @@ def head_size(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def multiplied_parameters(size: str) -> int:
-    """Parameters that every token is multiplied with: all, a tied head once, less an untied input embedding."""
+def multiplied_parameters(size: str, *, all_experts: bool = False) -> int:
+    """Parameters that every token is multiplied with: all, a tied head once, less an untied input embedding.
+
+    Of experts, those of the few that a token goes to; or all, which a step of many rows reads.
+    """
     config, model = config_of(size), random_model(size, "meta")
     total = sum(p.numel() for p in model.parameters())
+    if isinstance(config, Qwen3MoeConfig) and not all_experts:
+        stacked = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+        total -= stacked * (config.num_experts - config.num_experts_per_tok) // config.num_experts
     return total - (0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size)

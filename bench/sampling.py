@@ -25,7 +25,8 @@ a list of all ends. Its weights are its own random ones (load_format dummy). gen
 first equal case, with the dynamic and with the static cache, and on a CPU the skewed one, all samples at once.
 
 The floor of a decode step: (2 × parameters + key-value bytes of the slots at their mean length) / 4.8 TB/s, plus
-2 × parameters × slots / 790 TFLOP/s; an H200's numbers. "of floor" is floor / step.
+2 × parameters × slots / 790 TFLOP/s; an H200's numbers. "of floor" is floor / step. Where there are experts, all are
+read, and a row is multiplied with its own.
 
 check, beside it: mean and largest gap of the sampled tokens' log-probs to a plain float32 forward, with the same gap
 of a plain bfloat16 forward; and greedy agreement with ``generate``, in float32, where it should be whole, and in
@@ -126,7 +127,7 @@ def floor_of(size: str, slots: int, context: float) -> Row:
     """Seconds of a decode step of ``slots`` sequences of ``context`` tokens, counted as this file's head says."""
     config, parameters = config_of(size), multiplied_parameters(size)
     key_value = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * head_size(config)
-    read = (2 * parameters + slots * context * key_value) / PEAK_BYTES
+    read = (2 * multiplied_parameters(size, all_experts=True) + slots * context * key_value) / PEAK_BYTES
     multiplied = 2 * parameters * slots / PEAK_FLOPS
     at_once = max(read, multiplied)
     return {"seconds": read + multiplied, "reading": read, "multiplying": multiplied, "if_both_at_once": at_once}

@@ -11,7 +11,12 @@ done, after --warm steps that meet whatever is compiled.
 packed: Tandem's LocalTrainer, SFT on every token, --accumulate micro-batches of --token-budget tokens in sequences of
 --sequence. The median step counts. MFU = tokens/s × FLOPs of a token / 790 TFLOP/s, with FLOPs of a token =
 6·N + 6·L·D·s: N parameters (a tied head once, an untied input embedding not), L layers, D = heads × their size, s the
-sequence's length; attention's causal half counts, what is computed twice does not.
+sequence's length; attention's causal half counts, what is computed twice does not. Of experts N has those of the few
+that a token goes to.
+
+transformers-eager, transformers-grouped_mm, of models with experts (--size 1b-moe): the same step by the model's own
+forward, loss and backward, with its experts one after the other or in grouped products; bfloat16 weights without
+masters, scaled_dot_product_attention, the sequences side by side (they are of one length), fused AdamW.
 
 sft-...: one pass over --sft-sequences random sequences whose lengths are log-normal (median 300, sigma 1, from 16 to
 4,096; on a CPU a sixteenth of that), --sft-batch to an optimizer step; tokens/s are of real tokens, all steps after
@@ -69,9 +74,14 @@ from tandem.types import Sequence
 LONGEST, MEDIAN, SIGMA, SHORTEST = 4096, 300, 1.0, 16
 
 
+def dtype_of(device: str) -> str:
+    """What is computed in."""
+    return "bfloat16" if device.startswith("cuda") else "float32"
+
+
 def trainer_of(options: argparse.Namespace, module: Any, token_budget: int, dtype: Any = None) -> LocalTrainer:
     """A trainer that owns the module."""
-    dtype = dtype or ("bfloat16" if options.device.startswith("cuda") else "float32")
+    dtype = dtype or dtype_of(options.device)
     tokenizer = byte_tokenizer(module.config.vocab_size)
     model = prepare_module(module, tokenizer, dtype=dtype, device=options.device)
     optim = OptimParams(learning_rate=1e-6, total_steps=100)
@@ -115,6 +125,34 @@ def packed(options: argparse.Namespace, record: Record) -> None:
     with profiled(options.profile, options.device):
         if options.profile:
             step(trainer, batch)
+
+
+def own(options: argparse.Namespace, record: Record, *, experts: str) -> None:
+    """The step of ``packed`` by transformers' own modules."""
+    module = random_model(options.size, options.device, dtype=getattr(torch, dtype_of(options.device))).train()
+    if not hasattr(module.config, "num_experts"):
+        raise ValueError(f"{options.size} has no experts: give --size 1b-moe, or another --only")
+    module.set_experts_implementation(experts)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-6, fused=True)
+    rng, rows = random.Random(0), options.token_budget // options.sequence
+    shape, count = (rows, options.sequence), rows * options.sequence
+    ids = [[rng.randrange(1, module.config.vocab_size) for _ in range(count)] for _ in range(options.accumulate)]
+    batches = [torch.tensor(of_one, device=options.device).view(shape) for of_one in ids]
+
+    def step() -> None:
+        for ids_BT in batches:
+            (module(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss / len(batches)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    warm = [seconds_of(step, options.device) for _ in range(options.warm)]
+    peak_gb(options.device)
+    times = [seconds_of(step, options.device) for _ in range(options.repeats)]
+    seconds, tokens = statistics.median(times), count * len(batches)
+    record.add({
+        "system": f"transformers-{experts}", "tokens_per_second": tokens / seconds, "seconds": seconds,
+        "tokens": tokens, "peak_gb": peak_gb(options.device), "first_step": (warm or times)[0], "every_second": times,
+    })  # fmt: skip
 
 
 def lengths_of(options: argparse.Namespace) -> list[int]:
@@ -230,6 +268,8 @@ def distance(found: dict[str, Any], exact: dict[str, Tensor]) -> float:
 
 SYSTEMS: dict[str, Any] = {
     "packed": packed,
+    "transformers-eager": partial(own, experts="eager"),
+    "transformers-grouped_mm": partial(own, experts="grouped_mm"),
     "sft-tandem": sft_tandem,
     "sft-trl-group": partial(sft_trl, packing=False, attention="sdpa", name="sft-trl-group"),
     "sft-trl-pack-flex": partial(sft_trl, packing=True, attention="flex_attention", name="sft-trl-pack-flex"),
@@ -257,12 +297,15 @@ def main() -> None:
     options.sft_sequences = options.sft_sequences or (256 if on_cpu else 1024)
     options.trl_tokens = options.trl_tokens or options.token_budget
     resolve_trl_options(options)
+    if options.only is None and "moe" not in options.size:
+        options.only = [name for name in SYSTEMS if not name.startswith("transformers-")]
     record = Record(options)
     measure(options, record, SYSTEMS)
-    ours = next((r["tokens_per_second"] for r in record.rows if r["system"] == "sft-tandem" and "seconds" in r), None)
-    for row in record.rows:
-        if ours and row["system"].startswith("sft-trl") and "seconds" in row:
-            row["tandem_over"] = ours / row["tokens_per_second"]
+    found = {row["system"]: row["tokens_per_second"] for row in record.rows if "seconds" in row}
+    for system, ours in (("sft-trl", "sft-tandem"), ("transformers", "packed")):
+        for row in record.rows:
+            if row["system"].startswith(system) and "seconds" in row and ours in found:
+                row["tandem_over"] = found[ours] / row["tokens_per_second"]
     record.write()
     columns = {
         "system": "system", "tokens_per_second": "tok/s", "tandem_over": "Tandem / this", "mfu": "MFU",
