@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from tandem.assembly.sampled import OF_A_SAMPLE
-from tandem.runs.lines import iterate_lines, json_line, write_aside
+from tandem.runs.lines import iterate_lines, json_line
+from tandem.whole import write_aside
 
 Row = Mapping[str, Any]
 

@@ -23,9 +23,10 @@ from tandem.rollout.evaluate import HeldOut, HeldOutRows
 from tandem.rollout.measure import held_out_metrics
 from tandem.rollout.prepare import Preparation
 from tandem.runs.folder import MEASURED, RunFolder
-from tandem.runs.lines import iterate_lines, write_aside
+from tandem.runs.lines import iterate_lines
 from tandem.runs.progress import Progress
 from tandem.types import Group, Prompt, Rollout
+from tandem.whole import write_aside
 
 
 def evaluate_samples(config: EvalConfig) -> Metrics | None:

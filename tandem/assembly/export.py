@@ -31,6 +31,7 @@ from tandem.runs.folder import CHECKPOINTS, MODEL, RunFolder
 from tandem.runs.identity import CONFIG, IDENTITY, read_run
 from tandem.runs.progress import say
 from tandem.types import ScoreScale
+from tandem.whole import partial_of, replace_folder
 
 
 def export(config: ExportConfig) -> Path:
@@ -48,13 +49,12 @@ def export(config: ExportConfig) -> Path:
         raise UserError(f"ema: {found} is no checkpoint; of a finished run the running average is the folder model-ema")
     model, state = _of_checkpoint(found, config) if isinstance(found, Checkpoint) else _of_folder(found, config)
     hub = Hub(section.push_to_hub, private=section.private) if section.push_to_hub is not None else None
-    aside = out.with_name(f".{out.name}-partial")
+    aside = partial_of(out)
     try:
         shutil.rmtree(aside, ignore_errors=True)
         say(f"writing {out}")
         model.export(aside, {name: _in_dtype(name, t, model.torch_dtype) for name, t in state.items()})
-        shutil.rmtree(out, ignore_errors=True)
-        aside.rename(out)
+        replace_folder(aside, out)
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error.strerror or error}") from error
     finally:

@@ -30,8 +30,6 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 _NAME = re.compile(r"step_(\d{8,})")
 _PARTIAL = ".partial-"
-_REPLACED = ".replaced-"
-"""A checkpoint whose successor of the same step is about to take its name; it counts until that has happened."""
 _PLAIN_TYPES = (bool, int, float, str, type(None))
 """Exactly these: a numpy float is a float too, but torch would not load it again."""
 
@@ -85,7 +83,8 @@ class CheckpointStore:
         """Writes a checkpoint, and only once it is whole removes those beyond ``keep``.
 
         A part is a nest of dicts, lists and tuples of tensors and plain values; TypeError names anything else, which
-        could not be loaded again. Raises RunFailure where the disk is full or refuses.
+        could not be loaded again. Raises RunFailure where the disk is full or refuses, and where one of this step is
+        there already, which stays.
         """
         for part, value in parts.items():
             if not re.fullmatch(r"\w[\w.-]*", part):
@@ -95,8 +94,10 @@ class CheckpointStore:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._clean()
-            _write_folder(self._aside(final, _PARTIAL), {"step": step, "run": self.run}, parts, state)
-            self._land(final)
+            partial = self._partial(final)
+            _write_folder(partial, {"step": step, "run": self.run}, parts, state)
+            os.rename(partial, final)
+            _sync_folder(self.folder)
             self._remove_old(step)
         except OSError as error:
             raise RunFailure(self._failure(final, error)) from error
@@ -117,36 +118,17 @@ class CheckpointStore:
         return newest and _open(*newest, self.run)
 
     def _checkpoints(self) -> dict[int, Path]:
-        """Step → folder. One that was being replaced stands in for its successor while that has no name yet."""
-        found: dict[int, Path] = {}
-        for path in sorted(self.folder.iterdir()):  # ".replaced-step_…" sorts before "step_…", which thus wins
-            if match := _NAME.fullmatch(path.name.removeprefix(_REPLACED)):
-                found[int(match[1])] = path
-        return found
+        """Step → folder."""
+        found = ((_NAME.fullmatch(path.name), path) for path in self.folder.iterdir())
+        return {int(match[1]): path for match, path in found if match}
 
-    def _aside(self, path: Path, prefix: str) -> Path:
-        return self.folder / f"{prefix}{path.name.removeprefix(_REPLACED)}"
+    def _partial(self, path: Path) -> Path:
+        return self.folder / f"{_PARTIAL}{path.name}"
 
     def _clean(self) -> None:
-        """Clears away what a killed save left, and takes back a replacement that it did not finish."""
-        for path in list(self.folder.iterdir()):
-            if path.name.startswith(_PARTIAL):
-                shutil.rmtree(path)
-        for step, path in self._checkpoints().items():
-            if path != self.path(step):
-                os.rename(path, self.path(step))
-        for path in list(self.folder.iterdir()):
-            if path.name.startswith(_REPLACED):
-                self._remove(path)
-
-    def _land(self, final: Path) -> None:
-        replaced = self._aside(final, _REPLACED)
-        if final.exists():
-            os.rename(final, replaced)
-        os.rename(self._aside(final, _PARTIAL), final)
-        _sync_folder(self.folder)
-        if replaced.exists():
-            self._remove(replaced)
+        """Clears away what a killed save left."""
+        for path in self.folder.glob(f"{_PARTIAL}*"):
+            shutil.rmtree(path)
 
     def _remove_old(self, step: int) -> None:
         """Removes older checkpoints beyond ``keep``. A folder without a manifest is not ours to remove."""
@@ -154,15 +136,11 @@ class CheckpointStore:
         beyond = older[: max(0, len(older) + 1 - self.keep)] if self.keep else []
         for old, path in beyond:
             if old != self.spared and (path / MANIFEST).is_file():
-                self._remove(path)
-
-    def _remove(self, path: Path) -> None:
-        partial = self._aside(path, _PARTIAL)
-        os.rename(path, partial)
-        shutil.rmtree(partial)
+                os.rename(path, self._partial(path))
+                shutil.rmtree(self._partial(path))
 
     def _failure(self, final: Path, error: OSError) -> str:
-        shutil.rmtree(self._aside(final, _PARTIAL), ignore_errors=True)
+        shutil.rmtree(self._partial(final), ignore_errors=True)
         found = self._checkpoints() if self.folder.is_dir() else {}
         rest = f"{found[max(found)].name} is whole" if found else "there is no earlier one"
         return f"{final}: cannot be written: {error.strerror or error}; {rest}; put that right and go on with --resume"

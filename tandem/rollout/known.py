@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 import uuid
 from collections.abc import Iterable, Mapping
@@ -21,6 +20,7 @@ from torch import Tensor
 from tandem.batch import Batch, Outputs, filled
 from tandem.errors import RunFailure, first_line
 from tandem.roles import Seat
+from tandem.whole import whole_file
 
 FILE_SECONDS = 30.0
 """A file is written after 30 seconds of asking: no more than that is asked again where a run was killed."""
@@ -85,17 +85,11 @@ class Known:
         if not fresh or self.folder is None:
             return
         file = self.folder / f"{_digest(b''.join(fresh))}.safetensors"
-        aside = file.with_name(f".{uuid.uuid4().hex}-partial")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with aside.open("wb") as opened:
+            with whole_file(file, file.with_name(f".{uuid.uuid4().hex}-partial")) as opened:
                 opened.write(_encoded(fresh, self.about))
-                opened.flush()
-                os.fsync(opened.fileno())
-            os.replace(aside, file)
         except OSError as error:
-            with suppress(OSError):
-                aside.unlink()
             raise RunFailure(f"{file}: cannot be written: {error.strerror}") from error
 
     def score(self, batch: Batch) -> Outputs:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tandem.errors import UserError
-from tandem.signals import held
 
 BEST_MODEL = "best"
 ABOUT = "best.json"
@@ -38,33 +35,3 @@ def read_best(out: Path) -> Best | None:
 def write_about(folder: Path, best: Best) -> None:
     """Into a model's folder, of which step it is."""
     (folder / ABOUT).write_text(json.dumps(asdict(best)) + "\n")
-
-
-def replace_folder(new: Path, folder: Path) -> None:
-    """Gives a folder, all of it written, the name of another. Signals wait; after a kill ``restore_folder`` mends."""
-    with held():
-        if folder.exists():
-            shutil.rmtree(replaced(folder), ignore_errors=True)
-            os.rename(folder, replaced(folder))
-        os.rename(new, folder)
-        shutil.rmtree(replaced(folder), ignore_errors=True)
-
-
-def restore_folder(folder: Path) -> None:
-    """Takes back a replacement that was killed in between."""
-    if replaced(folder).exists() and not folder.exists():
-        os.rename(replaced(folder), folder)
-    shutil.rmtree(replaced(folder), ignore_errors=True)
-
-
-def remove_folder(folder: Path) -> None:
-    """Takes a folder away, all of it or nothing: what is left of it after a kill has another name."""
-    aside = folder.with_name(f".{folder.name}-partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    os.rename(folder, aside)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def replaced(folder: Path) -> Path:
-    """Where a folder is while its successor takes its name."""
-    return folder.with_name(f".{folder.name}-replaced")

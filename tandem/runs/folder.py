@@ -18,13 +18,14 @@ from types import TracebackType
 from typing import Any
 
 from tandem.errors import UserError
-from tandem.runs.best import BEST_MODEL, replaced
+from tandem.runs.best import BEST_MODEL
 from tandem.runs.identity import CONFIG, IDENTITY, RUN, Start, changed_keys, read_identity, require_same_run
-from tandem.runs.lines import append_line, keep_until, read_lines, write_aside
+from tandem.runs.lines import append_line, keep_until, read_lines
 from tandem.runs.lock import FolderLock
 from tandem.runs.record import RECORD, forget_after
 from tandem.runs.tracking import WRITES
 from tandem.types import Group, Rollout
+from tandem.whole import partial_of, replaced, write_aside
 
 MARKER = ".tandem-run"
 EVENTS = "events.jsonl"
@@ -48,7 +49,7 @@ CONTENTS = (
     *USED,
 )
 """What a run writes beside its marker, config and identity; ``overwrite`` removes these and nothing else."""
-_BEGINNING = (IDENTITY, f".{IDENTITY}-partial", f".{CONFIG}-partial")
+_BEGINNING = (IDENTITY, *(partial_of(Path(name)).name for name in (IDENTITY, CONFIG)))
 """What is there before the config, which makes a folder a run's, is."""
 
 
@@ -128,7 +129,7 @@ class RunFolder:
             if name == EVENTS and self.replaced:
                 continue
             path = self.path / name
-            for found in (path, self.path / f".{name}-partial", replaced(path)):
+            for found in (path, partial_of(path), replaced(path)):
                 if found.is_dir() and not found.is_symlink():
                     shutil.rmtree(found)
                 else:

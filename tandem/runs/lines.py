@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
@@ -126,16 +125,6 @@ def keep_lots(path: Path, ends: Seq[int], key: str, last: Seq[Any]) -> int:
             raise UserError(f"{path}:{line}: not the row that was written there; begin again with --overwrite")
         file.truncate(size)
     return lots
-
-
-def write_aside(path: Path, text: str | Iterable[str]) -> None:
-    """Writes a file, whole or in parts, in one rename: whoever reads the path sees the old text or the new one."""
-    aside = path.with_name(f".{path.name}-partial")
-    with aside.open("w", encoding="utf-8") as file:
-        file.writelines([text] if isinstance(text, str) else text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
 
 
 def _finite(value: Any) -> Any:

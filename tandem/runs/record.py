@@ -10,19 +10,18 @@ from __future__ import annotations
 import base64
 import gzip
 import json
-import os
 import re
 import struct
 import zlib
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from tandem.errors import RunFailure, UserError
 from tandem.types import Group, Prompt, Rollout, Ticket
+from tandem.whole import whole_file
 
 RECORD = "record"
 FORMAT, VERSION = "tandem-record", 1
@@ -62,20 +61,13 @@ class Recorder:
             "tickets": [asdict(ticket) for ticket, _ in taken],
         }
         path = path_of(self.folder, step)
-        aside = path.with_name(f".{path.name}-partial")
         try:
             self.folder.mkdir(exist_ok=True)
-            with aside.open("wb") as file:
-                with gzip.GzipFile("", "wb", LEVEL, file, mtime=0) as packed:
-                    packed.write(_line(about))
-                    for _, group in taken:
-                        packed.write(_line(_of_group(group)))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, path)
+            with whole_file(path) as file, gzip.GzipFile("", "wb", LEVEL, file, mtime=0) as packed:
+                packed.write(_line(about))
+                for _, group in taken:
+                    packed.write(_line(_of_group(group)))
         except OSError as error:
-            with suppress(OSError):
-                aside.unlink(missing_ok=True)
             raise RunFailure(
                 f"{path}: cannot be written: {error.strerror}; put that right and go on with --resume"
             ) from error

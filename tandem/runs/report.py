@@ -14,8 +14,9 @@ from tandem.runs.best import read_best
 from tandem.runs.curves import Curve, plot_curves
 from tandem.runs.folder import CURVES, SUMMARY
 from tandem.runs.goals import direction
-from tandem.runs.lines import read_lines, read_metrics, write_aside
+from tandem.runs.lines import read_lines, read_metrics
 from tandem.runs.progress import format_number, format_seconds, held_out_names, leading
+from tandem.whole import partial_of, write_aside
 
 TOLD = ("note", "error", "tracker", "accept_changed", "config")
 """Kinds of events that a summary repeats."""
@@ -30,7 +31,7 @@ def write_report(out: Path, *, title: str, leads: Seq[str], ended: str) -> None:
     records, events = read_metrics(out / "metrics.jsonl"), read_lines(out / "events.jsonl")
     write_aside(out / SUMMARY, summary(out, records, events, title=title, leads=leads, ended=ended))
     if panels := panels_of(records, leads):
-        aside = out / f".{CURVES}-partial"
+        aside = partial_of(out / CURVES)
         plot_curves(aside, panels, f"{title}: {out.name}")
         aside.replace(out / CURVES)
 

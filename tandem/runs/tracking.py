@@ -27,8 +27,8 @@ import yaml
 
 from tandem.errors import first_line
 from tandem.runs.identity import CONFIG, read_identity
-from tandem.runs.lines import write_aside
 from tandem.runs.trackers import TRACKERS, About, Tracker
+from tandem.whole import write_aside
 
 FOLDER = "trackers"
 """In the run folder: what each tracker has been given so far, and what it printed."""

@@ -17,7 +17,7 @@ from tandem.checkpoint.store import CheckpointStore
 from tandem.errors import NonFiniteError, RunFailure, UserError, WorkerFailure
 from tandem.roles import Metrics, Seat
 from tandem.rollout.evaluate import Evaluation
-from tandem.runs.best import BEST_MODEL, Best, read_best, remove_folder, replace_folder, restore_folder, write_about
+from tandem.runs.best import BEST_MODEL, Best, read_best, write_about
 from tandem.runs.folder import EMA_MODEL, RunFolder
 from tandem.runs.goals import Goals, evaluations_of
 from tandem.runs.lines import read_metrics
@@ -26,6 +26,7 @@ from tandem.runs.record import Recorded, Recorder, steps_in
 from tandem.runs.tracking import Tracking
 from tandem.signals import held
 from tandem.types import Group
+from tandem.whole import remove_folder, replace_folder, restore_folder
 
 Evaluate = Callable[[int, Progress], Evaluation]
 """Measures the held-out data after a step at which that is due; else nothing."""

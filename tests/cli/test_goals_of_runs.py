@@ -7,18 +7,9 @@ import signal
 import pytest
 from helpers.runs import arguments, run, unevaluated
 
-from tandem.runs.best import (
-    ABOUT,
-    BEST_MODEL,
-    Best,
-    read_best,
-    remove_folder,
-    replace_folder,
-    replaced,
-    restore_folder,
-    write_about,
-)
+from tandem.runs.best import ABOUT, BEST_MODEL, Best, read_best, write_about
 from tandem.runs.lines import read_lines, read_metrics
+from tandem.whole import remove_folder, replace_folder, replaced, restore_folder
 
 # A learning rate at which the held-out loss goes down, and then up and down.
 SFT = [*unevaluated(arguments("sft", learning_rate="0.1", lr_schedule="constant")), "--eval-data", "demos.jsonl",

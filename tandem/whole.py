@@ -1,0 +1,72 @@
+"""Files and folders that are whole or not there, whatever moment the process is killed at."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from tandem.signals import held
+
+
+def partial_of(path: Path) -> Path:
+    """What a file or folder is called until it is whole."""
+    return path.with_name(f".{path.name}-partial")
+
+
+@contextmanager
+def whole_file(path: Path, partial: Path | None = None) -> Iterator[IO[bytes]]:
+    """A file to write in, called ``partial``. It takes the name ``path`` in one rename, once all of it is on the disk.
+
+    ``partial`` is ``partial_of(path)`` where nobody else writes the same file. It is removed where the body fails.
+    """
+    partial = partial or partial_of(path)
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink()
+        raise
+
+
+def write_aside(path: Path, text: str | Iterable[str]) -> None:
+    """A text file, whole or in parts, by ``whole_file``: whoever reads the path sees the old text or the new one."""
+    with whole_file(path) as file:
+        file.writelines(part.encode() for part in ([text] if isinstance(text, str) else text))
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Gives a folder, all of it written, the name of another. Signals wait; after a kill ``restore_folder`` mends."""
+    with held():
+        if folder.exists():
+            shutil.rmtree(replaced(folder), ignore_errors=True)
+            os.rename(folder, replaced(folder))
+        os.rename(new, folder)
+        shutil.rmtree(replaced(folder), ignore_errors=True)
+
+
+def restore_folder(folder: Path) -> None:
+    """Takes back a replacement that was killed in between."""
+    if replaced(folder).exists() and not folder.exists():
+        os.rename(replaced(folder), folder)
+    shutil.rmtree(replaced(folder), ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Takes a folder away, all of it or nothing: what is left of it after a kill has another name."""
+    partial = partial_of(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    os.rename(folder, partial)
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def replaced(folder: Path) -> Path:
+    """Where a folder is while its successor takes its name."""
+    return folder.with_name(f".{folder.name}-replaced")
