@@ -49,8 +49,8 @@ from common import Row, machine
 from tandem.assembly.configs import read_config
 from tandem.assembly.run import run as train
 from tandem.cli.quickstart import GOLD, stage, write_rows
+from tandem.data.items import build_prompts
 from tandem.data.rows import Dataset
-from tandem.data.tokenize import build_prompts
 from tandem.engines.live.engine import LiveEngine
 from tandem.errors import UserError, first_line
 from tandem.models.folder import quiet_transformers

@@ -28,8 +28,8 @@ from typing import Any
 from common import Record, Row, arguments, print_table, resolve_device
 
 from tandem.cli.quickstart import write_rows
+from tandem.data.items import build_prompts
 from tandem.data.rows import Dataset
-from tandem.data.tokenize import build_prompts
 from tandem.engines.live.engine import LiveEngine
 from tandem.models.folder import quiet_transformers
 from tandem.models.loading import load_causal

@@ -21,15 +21,16 @@ from tandem.assembly.reading import by_key, describe_data, load_data, load_held_
 from tandem.assembly.role_sections import is_reward_model
 from tandem.assembly.sections import DataSection, DatasetSection, DrawsSection, EngineSection
 from tandem.data.chat import set_template
+from tandem.data.items import Counts, build_pairs, build_prompts, build_sequences, build_solutions, build_unpaired
 from tandem.data.order import InTurn, Order
 from tandem.data.room import Room
 from tandem.data.rows import Dataset
-from tandem.data.tokenize import Counts, build_pairs, build_prompts, build_sequences, build_solutions, build_unpaired
+from tandem.data.tokenize import require_same_tokenizer, same_tokenizer
 from tandem.errors import UserError
 from tandem.models.limits import read_limits
 from tandem.models.loading import load_tokenizer
 from tandem.rewards.function import FunctionReward
-from tandem.rewards.model import SCORED, ScoreScale, require_same_tokenizer, same_tokenizer, score_scale
+from tandem.rewards.model import SCORED, ScoreScale, score_scale
 from tandem.roles import Metrics, Seat, Source
 from tandem.rollout.evaluate import Evaluation, HeldOut, HeldOutRows, HeldOutSamples, named
 from tandem.rollout.judging import Judge

@@ -11,11 +11,12 @@ from typing import Any
 from tandem.assembly.models import frozen, load
 from tandem.assembly.placing import Homes
 from tandem.assembly.sections import ModelSection, RewardSection
+from tandem.data.tokenize import same_tokenizer
 from tandem.models.description import read_score_scale
 from tandem.models.limits import read_limits
 from tandem.models.loading import load_tokenizer
 from tandem.rewards.function import FunctionReward
-from tandem.rewards.model import RewardModel, ScoreScale, same_tokenizer
+from tandem.rewards.model import RewardModel, ScoreScale
 from tandem.rewards.process import RewardProcesses
 from tandem.roles import Home, Reward, Seat
 from tandem.rollout.judging import Judge

@@ -14,9 +14,9 @@ from tandem.assembly.evaluation_sections import EvaluationSection
 from tandem.assembly.sections import DatasetSection
 from tandem.data import formats
 from tandem.data.columns import NAMES, shape
+from tandem.data.items import Counts
 from tandem.data.order import Order
 from tandem.data.rows import Dataset, load_rows, present
-from tandem.data.tokenize import Counts
 from tandem.errors import UserError
 from tandem.methods.table import ROWS
 from tandem.runs.progress import Progress, say

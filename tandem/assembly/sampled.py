@@ -20,7 +20,7 @@ from tandem.assembly.reading import load_data, tokenizing
 from tandem.assembly.sessions import start_of
 from tandem.assembly.use_configs import UseConfig
 from tandem.data.chat import set_template
-from tandem.data.tokenize import build_prompts
+from tandem.data.items import build_prompts
 from tandem.models.limits import read_limits
 from tandem.models.loading import load_tokenizer
 from tandem.roles import Engine

@@ -14,7 +14,7 @@ from tandem.assembly.sections import OutSection
 from tandem.checkpoint.saver import SaveEvery
 from tandem.checkpoint.store import CheckpointStore
 from tandem.config import changeable, default_settings, dump_config
-from tandem.data.tokenize import Counts
+from tandem.data.items import Counts
 from tandem.errors import UserError, first_line
 from tandem.roles import Seat
 from tandem.runs.folder import RunFolder, did_nothing

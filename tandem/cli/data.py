@@ -19,9 +19,9 @@ from tandem.cli.configs import DataConfig
 from tandem.data import formats
 from tandem.data.chat import set_template
 from tandem.data.columns import shape
+from tandem.data.items import Counts, build_prompts
 from tandem.data.room import Room
 from tandem.data.rows import Dataset, present
-from tandem.data.tokenize import Counts, build_prompts
 from tandem.errors import UserError
 from tandem.models.limits import read_limits
 from tandem.models.loading import load_tokenizer

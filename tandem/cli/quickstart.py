@@ -21,8 +21,8 @@ import torch
 from tandem.assembly.configs import read_config
 from tandem.assembly.run import run as train
 from tandem.cli.configs import QuickstartConfig
+from tandem.data.items import build_prompts
 from tandem.data.rows import Dataset
-from tandem.data.tokenize import build_prompts
 from tandem.engines.live.engine import LiveEngine
 from tandem.errors import UserError
 from tandem.models.folder import quiet_transformers

@@ -1,4 +1,4 @@
-"""Dataset into token ids and masks, one at a time and whole datasets.
+"""Rows into token ids and masks, one at a time.
 
 Token boundaries are those that sampling has. A prompt is tokenized alone, as it will be before sampling, and what
 follows it never changes its tokens; an answer ends in exactly one end-of-sequence token, right after its own last
@@ -7,54 +7,17 @@ token. ``tokenizer`` is a Hugging Face tokenizer throughout.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable
-from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
-from typing import Any, Literal, TypeVar
+from collections.abc import Iterable
+from typing import Any, Literal
 
 from tandem.data import formats
 from tandem.data.chat import conversation_pieces, last_answer, marked_pieces, marks_answers, render_prompt
 from tandem.data.order import content_hash
-from tandem.data.room import Room
-from tandem.data.rows import Dataset, Row
+from tandem.data.rows import Row
 from tandem.errors import UserError
 from tandem.types import LabelledAnswer, PreferencePair, Prompt, Sequence, Solution
 
 TrainOn = Literal["completion", "last", "all"]
-OnProgress = Callable[[int, int], None]
-"""Called with (rows done, rows in all) after each row."""
-ANY_LENGTH = Room()
-Item = TypeVar("Item", Prompt, Sequence, PreferencePair, LabelledAnswer, Solution)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Counts:
-    """What became of a dataset's rows."""
-
-    rows: int
-    """Read."""
-    kept: int
-    """Truncated ones included."""
-    truncated: int = 0
-    """Too long, and cut."""
-    dropped: int = 0
-    """Too long, and left out."""
-    untrained: int = 0
-    """Left out since none of their tokens would be trained, as where all that was left is the first token."""
-    items_of: tuple[int, ...]
-    """Items of a run that were made of the kept rows of each source (``Dataset.parts``): one of each row, mostly."""
-
-    def __str__(self) -> str:
-        """How many rows are used, and what became of the others."""
-        said = {
-            "truncated": self.truncated,
-            "dropped": self.dropped,
-            "left out with nothing to train on": self.untrained,
-        }
-        rest = ", ".join(f"{count} {what}" for what, count in said.items() if count)
-        return f"{self.kept} rows" + (f" ({rest})" if rest else "")
 
 
 def prompt_of(row: Row, tokenizer: Any) -> Prompt:
@@ -242,183 +205,18 @@ def ended(token_ids: list[int], trainable: list[bool], tokenizer: Any) -> Sequen
     return Sequence(token_ids=token_ids, trainable=[*trainable[:-1], True])
 
 
-def build_prompts(
-    rows: Dataset, tokenizer: Any, room: Room = ANY_LENGTH, *, on_progress: OnProgress | None = None
-) -> tuple[list[Prompt], Counts]:
-    """Prompts with unique ids: a content hash, and ``#2``, ``#3``, … where the same prompt comes again.
-
-    Raises UserError with the row's file and line: for a malformed row, a token id that a model does not have, and a
-    prompt that is too long where the ``room`` refuses such; also where no row is left.
-    """
-
-    def cut(prompt: Prompt, excess: int) -> Prompt:
-        front = _front(prompt.token_ids, tokenizer)
-        return replace(prompt, token_ids=prompt.token_ids[:front] + prompt.token_ids[front + excess :])
-
-    prompts, counts = _build(rows, lambda row: [prompt_of(row, tokenizer)], cut, room, on_progress)
-    # Reward functions get the columns of the dataset, whichever rows meet in a step; None where a row has not got one.
-    columns = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
-    seen: Counter[str] = Counter()
-    for prompt in prompts:
-        prompt.columns = columns | prompt.columns
-        seen[prompt.prompt_id] += 1
-        if seen[prompt.prompt_id] > 1:
-            prompt.prompt_id += f"#{seen[prompt.prompt_id]}"
-    return prompts, counts
+def same_tokenizer(a: Any, b: Any) -> bool:
+    """Whether two tokenizers give the same ids to the same tokens."""
+    return a.get_vocab() == b.get_vocab()
 
 
-def build_sequences(
-    rows: Dataset,
-    tokenizer: Any,
-    room: Room = ANY_LENGTH,
-    *,
-    train_on: TrainOn = "completion",
-    on_progress: OnProgress | None = None,
-) -> tuple[list[Sequence], Counts]:
-    """SFT sequences. Raises UserError as ``build_prompts`` does."""
-
-    def make(row: Row) -> list[Sequence]:
-        return [sft_sequence(row, tokenizer, train_on=train_on)]
-
-    return _build(rows, make, lambda sequence, excess: _cut_sequence(sequence, excess, tokenizer), room, on_progress)
-
-
-def build_pairs(
-    rows: Dataset, tokenizer: Any, room: Room = ANY_LENGTH, *, on_progress: OnProgress | None = None
-) -> tuple[list[PreferencePair], Counts]:
-    """Preference pairs. Raises as above.
-
-    Truncation cuts both prompts alike, so that the two answers are still to the same question; a pair whose answers
-    leave no room for any of the prompt is dropped.
-    """
-
-    def cut(pair: PreferencePair, excess: int) -> PreferencePair | None:
-        chosen, rejected = (_cut_prompt(s, excess, tokenizer) for s in (pair.chosen, pair.rejected))
-        return None if chosen is None or rejected is None else replace(pair, chosen=chosen, rejected=rejected)
-
-    return _build(rows, lambda row: [preference_pair(row, tokenizer)], cut, room, on_progress)
-
-
-def build_unpaired(
-    rows: Dataset, tokenizer: Any, room: Room = ANY_LENGTH, *, on_progress: OnProgress | None = None
-) -> tuple[list[LabelledAnswer], Counts]:
-    """Labelled answers: of a preference two. Raises as above.
-
-    Truncation cuts prompts; a row with an answer that leaves no room for any of its prompt is dropped.
-    """
-
-    def cut(labelled: LabelledAnswer, excess: int) -> LabelledAnswer | None:
-        answer = _cut_prompt(labelled.answer, excess, tokenizer)
-        return None if answer is None else replace(labelled, answer=answer)
-
-    return _build(rows, lambda row: labelled_answers(row, tokenizer), cut, room, on_progress)
-
-
-def build_solutions(
-    rows: Dataset,
-    tokenizer: Any,
-    room: Room = ANY_LENGTH,
-    *,
-    separator: str = "\n",
-    placeholder: str | None = None,
-    on_progress: OnProgress | None = None,
-) -> tuple[list[Solution], Counts]:
-    """Solutions. Raises as above.
-
-    Truncation cuts prompts; a row whose steps leave no room for any of its prompt is dropped.
-    """
-
-    def make(row: Row) -> list[Solution]:
-        return [solution(row, tokenizer, separator=separator, placeholder=placeholder)]
-
-    def cut(made: Solution, excess: int) -> Solution | None:
-        if excess >= made.prompt_length - _front(made.text.token_ids, tokenizer):
-            return None
-        text = _cut_sequence(made.text, excess, tokenizer)
-        return replace(made, text=text, prompt_length=made.prompt_length - excess)
-
-    return _build(rows, make, cut, room, on_progress)
-
-
-def _build(
-    rows: Dataset,
-    make: Callable[[Row], Seq[Item]],
-    cut: Callable[[Item, int], Item | None],
-    room: Room,
-    on_progress: OnProgress | None,
-) -> tuple[list[Item], Counts]:
-    """The items of a run that the rows become. ``cut`` takes so many tokens off an item, or gives nothing."""
-    items: list[Item] = []
-    sizes: list[int] = []
-    """How many items each row has become."""
-    truncated = dropped = untrained = 0
-    for index in range(len(rows)):
-        with rows.at(index) as row:
-            made = list(make(row))
-            lengths = [max(len(text.token_ids) for text in _texts(item)) for item in made]
-            for text in (text for item in made for text in _texts(item)):
-                room.check_ids(text.token_ids)
-            if room.limit is not None and max(lengths) > room.limit:
-                if room.long_rows == "refuse":
-                    raise UserError(room.explain(max(lengths)))
-                beyond = [length - room.limit for length in lengths] if room.long_rows == "truncate" else []
-                shorter = [cut(item, most) if most > 0 else item for item, most in zip(made, beyond, strict=False)]
-                fit = [item for item in shorter if item is not None]
-                made = fit if len(fit) == len(shorter) else []
-                truncated += bool(made)
-                dropped += not made
-        if made and not all(_trains(text) for item in made for text in _texts(item)):
-            untrained += 1
-            made = []
-        items += made
-        sizes.append(len(made))
-        if on_progress is not None:
-            on_progress(index + 1, len(rows))
-    if not items and not untrained:
-        raise UserError(
-            f"{rows.source}: all {len(rows)} rows are longer than the limit of {room.limit} tokens; raise it"
-        )
-    ends = accumulate((part.rows for part in rows.parts), initial=0)
-    items_of = tuple(sum(sizes[first:last]) for first, last in pairwise(ends))
-    kept = sum(size > 0 for size in sizes)
-    counts = Counts(
-        rows=len(rows), kept=kept, truncated=truncated, dropped=dropped, untrained=untrained, items_of=items_of
+def require_same_tokenizer(policy_tokenizer: Any, other_tokenizer: Any, *, policy: str, other: str) -> None:
+    """Raises UserError where two models would read the same token ids differently."""
+    if same_tokenizer(policy_tokenizer, other_tokenizer):
+        return
+    mine, theirs = policy_tokenizer.get_vocab(), other_tokenizer.get_vocab()
+    differing = next(token for token in mine.keys() | theirs.keys() if mine.get(token) != theirs.get(token))
+    raise UserError(
+        f"{other} and {policy} have different tokenizers (token {differing!r} is {theirs.get(differing)} there and "
+        f"{mine.get(differing)} here); start both from the same base model"
     )
-    for part, size in zip(rows.parts, items_of, strict=True):
-        if not items or (part.weight is not None and not size):
-            raise UserError(f"{part.name if items else rows.source}: no row is left to train on; of all: {counts}")
-    return items, counts
-
-
-def _texts(item: Item) -> Seq[Sequence | Prompt]:
-    """What of an item goes through a model."""
-    if isinstance(item, PreferencePair):
-        return item.chosen, item.rejected
-    if isinstance(item, LabelledAnswer):
-        return (item.answer,)
-    return (item.text,) if isinstance(item, Solution) else (item,)
-
-
-def _trains(text: Sequence | Prompt) -> bool:
-    """Whether a token of it would be trained. The first one never is, as nothing is before it to tell it from."""
-    return isinstance(text, Prompt) or any(text.trainable[1:])
-
-
-def _front(token_ids: Seq[int], tokenizer: Any) -> int:
-    """Tokens at the front that truncation keeps: the beginning-of-sequence token, which models lean on."""
-    return int(token_ids[0] == tokenizer.bos_token_id)
-
-
-def _cut_sequence(sequence: Sequence, excess: int, tokenizer: Any) -> Sequence:
-    front = _front(sequence.token_ids, tokenizer)
-    return Sequence(
-        token_ids=sequence.token_ids[:front] + sequence.token_ids[front + excess :],
-        trainable=sequence.trainable[:front] + sequence.trainable[front + excess :],
-    )
-
-
-def _cut_prompt(sequence: Sequence, excess: int, tokenizer: Any) -> Sequence | None:
-    """Without so many tokens of its prompt; None where it has no more than those."""
-    if excess >= sequence.trainable.index(True) - _front(sequence.token_ids, tokenizer):
-        return None
-    return _cut_sequence(sequence, excess, tokenizer)

@@ -109,20 +109,3 @@ def _before_stop(rollout: Rollout, tokenizer: Any) -> list[int]:
         kept = kept[:-1]
     rest = rollout.completion[len(text) :]
     return [*kept, *(encode(rest, tokenizer, special_tokens=False) if rest else [])]
-
-
-def same_tokenizer(a: Any, b: Any) -> bool:
-    """Whether two tokenizers give the same ids to the same tokens."""
-    return a.get_vocab() == b.get_vocab()
-
-
-def require_same_tokenizer(policy_tokenizer: Any, other_tokenizer: Any, *, policy: str, other: str) -> None:
-    """Raises UserError where two models would read the same token ids differently."""
-    if same_tokenizer(policy_tokenizer, other_tokenizer):
-        return
-    mine, theirs = policy_tokenizer.get_vocab(), other_tokenizer.get_vocab()
-    differing = next(token for token in mine.keys() | theirs.keys() if mine.get(token) != theirs.get(token))
-    raise UserError(
-        f"{other} and {policy} have different tokenizers (token {differing!r} is {theirs.get(differing)} there and "
-        f"{mine.get(differing)} here); start both from the same base model"
-    )

@@ -6,8 +6,8 @@ import time
 import pytest
 from helpers.models import make_tokenizer
 
+from tandem.data.items import build_prompts, build_sequences
 from tandem.data.rows import Dataset, load_rows
-from tandem.data.tokenize import build_prompts, build_sequences
 from tandem.errors import UserError
 
 ASK, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}

@@ -3,9 +3,9 @@
 import pytest
 from helpers.models import make_tokenizer
 
+from tandem.data.items import build_pairs, build_prompts, build_sequences
 from tandem.data.room import Room
 from tandem.data.rows import Dataset
-from tandem.data.tokenize import build_pairs, build_prompts, build_sequences
 from tandem.errors import UserError
 from tandem.types import Limits
 

@@ -9,17 +9,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from tandem.data import tokenize
+from tandem.data.items import Counts, build_pairs, build_prompts, build_sequences
 from tandem.data.room import Room
 from tandem.data.rows import Dataset
-from tandem.data.tokenize import (
-    Counts,
-    build_pairs,
-    build_prompts,
-    build_sequences,
-    preference_pair,
-    prompt_of,
-    sft_sequence,
-)
+from tandem.data.tokenize import preference_pair, prompt_of, sft_sequence
 from tandem.errors import UserError
 
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<user>", "<assistant>", "<tool>", "<end>"]

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 
 from tandem.batch import Outputs
 from tandem.cli.main import main
+from tandem.data.items import build_pairs
 from tandem.data.packing import pack_pairs, stamp_unit_weights
 from tandem.data.room import Room
 from tandem.data.rows import load_rows
-from tandem.data.tokenize import build_pairs
 from tandem.errors import UserError
 from tandem.functional.preference import PreferenceLoss, preference_loss
 from tandem.methods.dpo import DPO

@@ -12,10 +12,10 @@ from preference_golden import GOLDEN, KTO_CASES, LABELS, LENGTHS, mismatched_of,
 
 from tandem.batch import Outputs
 from tandem.cli.main import main
+from tandem.data.items import Counts, build_unpaired
 from tandem.data.packing import pack, pack_examples, stamp
 from tandem.data.room import Room
 from tandem.data.rows import Dataset
-from tandem.data.tokenize import Counts, build_unpaired
 from tandem.errors import UserError
 from tandem.methods.kto import KTO
 from tandem.models.loading import prepare_module

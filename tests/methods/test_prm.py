@@ -9,10 +9,11 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from transformers import LlamaForSequenceClassification
 
 from tandem.batch import Outputs
+from tandem.data.items import build_solutions
 from tandem.data.packing import pack_solutions, stamp
 from tandem.data.room import Room
 from tandem.data.rows import Dataset
-from tandem.data.tokenize import build_solutions, solution
+from tandem.data.tokenize import solution
 from tandem.errors import UserError
 from tandem.methods.prm import ProcessReward
 from tandem.models.loading import prepare_module

@@ -13,8 +13,8 @@ from transformers import AutoModelForSequenceClassification
 from tandem.assembly.sections import RewardSection
 from tandem.batch import Outputs
 from tandem.cli.main import main
+from tandem.data.items import build_pairs
 from tandem.data.rows import load_rows
-from tandem.data.tokenize import build_pairs
 from tandem.errors import UserError
 from tandem.models.description import read_score_scale
 from tandem.rewards.model import score_scale

@@ -7,10 +7,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from tandem.batch import Outputs
-from tandem.data.tokenize import preference_pair
+from tandem.data.tokenize import preference_pair, require_same_tokenizer, same_tokenizer
 from tandem.errors import UserError
 from tandem.models.loading import load_scalar
-from tandem.rewards.model import RewardModel, require_same_tokenizer, same_tokenizer
+from tandem.rewards.model import RewardModel
 from tandem.roles import RewardBatch
 from tandem.training.trainer import LocalScorer
 from tandem.types import Rollout
