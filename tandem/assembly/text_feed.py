@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 
@@ -18,13 +17,12 @@ from tandem.data.room import Room
 from tandem.data.tokenize import encode
 from tandem.data.windows import Windows
 from tandem.errors import UserError
-from tandem.roles import Clock, Metrics, Seat
-from tandem.rollout.evaluate import Evaluation, named
+from tandem.roles import Seat
+from tandem.rollout.evaluate import HeldOutText
 from tandem.rollout.prepare import Preparation
 from tandem.rollout.rows import InWindows
 from tandem.runs.identity import Inputs
 from tandem.runs.progress import say
-from tandem.types import Sequence
 
 FIRST_DOCUMENTS = 64
 """So many documents are read before anything is loaded, since a mistake in them shows soonest."""
@@ -108,30 +106,3 @@ class TextFeed(Feed):
         ids = [*encode(text, self.tokenizer, special_tokens=True), self.tokenizer.eos_token_id]
         self.room.check_ids(ids)
         return ids
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeldOutText:
-    """Held-out corpora (``tandem.rollout.evaluate.HeldOut``): the mean loss over the tokens of each, some at a time."""
-
-    sets: Mapping[str, Windows]
-    windows_at_a_time: int
-    actor: Seat
-    prepare: Preparation
-
-    def __call__(self, step: int, phase: Clock) -> Evaluation:
-        """Each is gone through once, in order."""
-        metrics: Metrics = {}
-        for name, windows in self.sets.items():
-            with phase("evaluating"):
-                losses = [*self._losses(windows, step)]
-            tokens = sum(count for _, count in losses)
-            metrics |= named(name, {"loss": sum(loss * count for loss, count in losses) / tokens})
-        return Evaluation(metrics=metrics)
-
-    def _losses(self, windows: Windows, step: int) -> Iterator[tuple[float, int]]:
-        """Mean losses, and over how many tokens."""
-        rest = windows.once()
-        while some := [*islice(rest, self.windows_at_a_time)]:
-            (batch,) = self.prepare([Sequence.read(ids) for ids in some], {}, step)
-            yield self.actor.call("evaluate", batch)["loss"], sum(len(ids) - 1 for ids in some)

@@ -1,12 +1,14 @@
-"""Held-out data measured after a step: rows by the method's own loss, prompts by samples that are judged."""
+"""Held-out data measured after a step: rows and text by the method's own loss, prompts by samples that are judged."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
+from tandem.data.windows import Windows
 from tandem.errors import RunFailure
 from tandem.roles import Clock, Engine, Metrics, Seat
 from tandem.rollout.judging import Judge
@@ -14,7 +16,7 @@ from tandem.rollout.measure import held_out_metrics
 from tandem.rollout.prepare import Preparation
 from tandem.rollout.sampling import groups_of, requests_of
 from tandem.seeds import derive_seed
-from tandem.types import Group, Prompt, SamplingParams
+from tandem.types import Group, Prompt, SamplingParams, Sequence
 
 ROWS_AT_A_TIME = 64
 """Held-out rows of which a teacher's words are held at a time: 64."""
@@ -70,6 +72,33 @@ class HeldOutRows:
             / sum(weights[name] for _, weights in parts)
             for name in parts[0][0]
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutText:
+    """Held-out corpora: the mean loss over the tokens of each, some at a time."""
+
+    sets: Mapping[str, Windows]
+    windows_at_a_time: int
+    actor: Seat
+    prepare: Preparation
+
+    def __call__(self, step: int, phase: Clock) -> Evaluation:
+        """Each is gone through once, in order."""
+        metrics: Metrics = {}
+        for name, windows in self.sets.items():
+            with phase("evaluating"):
+                losses = [*self._losses(windows, step)]
+            tokens = sum(count for _, count in losses)
+            metrics |= named(name, {"loss": sum(loss * count for loss, count in losses) / tokens})
+        return Evaluation(metrics=metrics)
+
+    def _losses(self, windows: Windows, step: int) -> Iterator[tuple[float, int]]:
+        """Mean losses, and over how many tokens."""
+        rest = windows.once()
+        while some := [*islice(rest, self.windows_at_a_time)]:
+            (batch,) = self.prepare([Sequence.read(ids) for ids in some], {}, step)
+            yield self.actor.call("evaluate", batch)["loss"], sum(len(ids) - 1 for ids in some)
 
 
 @dataclass(frozen=True, kw_only=True)
