@@ -17,7 +17,7 @@ MEANWHILE_S = 0.05
 """What is to be done while others work is done every 0.05 s."""
 Metrics = dict[str, float]
 LossFn = Callable[[Outputs, Batch], TokenLoss]
-Place = tuple[str, str | None]
+Device = tuple[str, str | None]
 """The address of a rank's machine, and the UUID of its GPU; None on a CPU."""
 
 
@@ -32,7 +32,7 @@ class Home(Protocol):
     """Whether ``submit`` returns when the call has ended: in this process, there is nobody else to make it."""
 
     @property
-    def places(self) -> Seq[Place]:
+    def devices(self) -> Seq[Device]:
         """One for each rank."""
         ...
 
@@ -65,9 +65,9 @@ class Seat:
     role: str
 
     @property
-    def places(self) -> Seq[Place]:
+    def devices(self) -> Seq[Device]:
         """One for each rank."""
-        return self.home.places
+        return self.home.devices
 
     def submit(self, verb: str, *arguments: Any, **options: Any) -> Future[Any]:
         """Begins a call of every rank with the same arguments. See ``Home.submit``."""

@@ -310,7 +310,7 @@ class Homes:
             home.place("engine", build)
             engine: Engine = home.site.roles["engine"]
             return WiredEngine(engine=engine, push=lambda step: {}, about="live, on the actor's own weights")
-        count = len(home.places)
+        count = len(home.devices)
         if isinstance(home, WorkerGroup) and count == 1 and self.model.offload != "parameters" and not self.fold:
             home.place("engine", build)
             shared = EngineGroup(home, alone=False)
@@ -341,10 +341,10 @@ class Homes:
         shared = self.placement.home("engine") == "actor"
         tensor_parallel = self.engine.tensor_parallel
         actor = self.of("actor")
-        count = len(actor.places) // tensor_parallel if shared else self.placement.workers("engine")
+        count = len(actor.devices) // tensor_parallel if shared else self.placement.workers("engine")
         if not count:
             raise UserError(
-                f"engine.tensor_parallel: {tensor_parallel} GPUs for one engine, and the actor has {len(actor.places)}"
+                f"engine.tensor_parallel: {tensor_parallel} GPUs for one engine, and the actor has {len(actor.devices)}"
             )
         taking_turns = shared and self._device().type == "cuda" and self.engine.sleep
         if taking_turns and settling:
@@ -357,7 +357,7 @@ class Homes:
             count,
             gpus_each=tensor_parallel,
             joined=False,
-            on_gpus_of=actor.places if shared else (),
+            on_gpus_of=actor.devices if shared else (),
             concurrency=CALLS_AT_A_TIME,
         )
         say("starting vLLM")

@@ -18,7 +18,7 @@ from tandem.data.sources import SUFFIXES, TYPES, is_local, is_pattern, parse_sou
 from tandem.errors import UserError, first_line
 
 Row = dict[str, Any]
-Place = tuple[str, int]
+Origin = tuple[str, int]
 """A file (or hub split) and the line in it (the row, where there are no lines), from 1."""
 
 SPLITS = ("train", "validation", "test")
@@ -49,12 +49,12 @@ class Dataset:
         rows: list[Row],
         *,
         source: str = "data",
-        places: list[Place] | None = None,
+        origins: list[Origin] | None = None,
         parts: Iterable[Part] = (),
     ) -> None:
         self.source = source
         self._rows = rows
-        self._places = places if places is not None else [(source, n) for n in range(1, len(rows) + 1)]
+        self._origins = origins if origins is not None else [(source, n) for n in range(1, len(rows) + 1)]
         self.parts = tuple(parts) or (Part(source, len(rows)),)
 
     def __len__(self) -> int:
@@ -68,12 +68,12 @@ class Dataset:
 
     def where(self, index: int) -> str:
         """``FILE:LINE`` for JSON and CSV, ``FILE row N`` for what has no lines."""
-        name, number = self._places[index]
+        name, number = self._origins[index]
         return f"{name}:{number}" if name.endswith(_LINED) else f"{name} row {number}"
 
     def head(self, count: int) -> Dataset:
         """The first ``count`` rows. Of one source."""
-        return Dataset(self._rows[:count], source=self.source, places=self._places[:count])
+        return Dataset(self._rows[:count], source=self.source, origins=self._origins[:count])
 
     def mapped(self, change: Callable[[Row], Row]) -> Dataset:
         """Each row as ``change`` makes it, at its place."""
@@ -81,7 +81,7 @@ class Dataset:
         for index in range(len(self)):
             with self.at(index) as row:
                 rows.append(change(row))
-        return Dataset(rows, source=self.source, places=self._places, parts=self.parts)
+        return Dataset(rows, source=self.source, origins=self._origins, parts=self.parts)
 
     @contextmanager
     def at(self, index: int) -> Iterator[Row]:
@@ -97,7 +97,7 @@ class Dataset:
         return Dataset(
             [row for one in datasets for row in one._rows],
             source=source,
-            places=[place for one in datasets for place in one._places],
+            origins=[origin for one in datasets for origin in one._origins],
             parts=[Part(one.source, len(one), weight) for one, weight in zip(datasets, weights, strict=True)],
         )
 
@@ -215,7 +215,7 @@ def _split_of(name: str, split: str) -> str:
 
 def _read_files(files: list[Path], source: str) -> Dataset:
     rows: list[Row] = []
-    places: list[Place] = []
+    origins: list[Origin] = []
     for file in files:
         if file.suffix not in SUFFIXES:
             raise UserError(f"{file}: a dataset file ends in one of {', '.join(SUFFIXES)}, not in {file.suffix!r}")
@@ -223,8 +223,8 @@ def _read_files(files: list[Path], source: str) -> Dataset:
             if not isinstance(row, dict):
                 raise UserError(f"{file}:{number}: a row must be a JSON object, not a {type(row).__name__}")
             rows.append(row)
-            places.append((str(file), number))
-    return Dataset(rows, source=source, places=places)
+            origins.append((str(file), number))
+    return Dataset(rows, source=source, origins=origins)
 
 
 def open_dataset(source: str, split: str) -> Any:

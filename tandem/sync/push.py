@@ -133,7 +133,7 @@ class WeightPush:
 
     @property
     def _engines(self) -> int:
-        return len(self.engines.places) // self.params.ranks_per_engine
+        return len(self.engines.devices) // self.params.ranks_per_engine
 
     def _both(self, source: tuple[str, tuple[Any, ...]], engines: tuple[str, list[tuple[Any, ...]]]) -> tuple[Any, Any]:
         """A call to the source and one to the engines at the same time."""
@@ -145,8 +145,8 @@ class WeightPush:
 
     def _pair(self) -> tuple[Transport, list[list[int]]]:
         """The transport, and for each trainer rank the numbers of the engine ranks that it feeds."""
-        senders, sinks = list(self.source.places), list(self.engines.places)
-        where = {place: rank for rank, place in enumerate(senders)}
+        senders, sinks = list(self.source.devices), list(self.engines.devices)
+        where = {device: rank for rank, device in enumerate(senders)}
         on_gpus = all(gpu is not None for _, gpu in [*senders, *sinks])
         together = [sink in where for sink in sinks] if on_gpus else [False]
         wanted = self.params.transport
@@ -163,8 +163,8 @@ class WeightPush:
         return transport, receivers
 
     def _link(self, transport: Transport, rank: int, receivers: Seq[int]) -> Link:
-        host = self.source.places[rank][0]
-        alone = {self.engines.places[number][0] for number in receivers} == {host}
+        host = self.source.devices[rank][0]
+        alone = {self.engines.devices[number][0] for number in receivers} == {host}
         return Link(
             transport,
             LOOPBACK if alone else host,
@@ -189,7 +189,7 @@ class FillPush:
     def __call__(self, version: int) -> dict[str, float]:
         """Fills all engines and proves it. Raises WeightMismatch, naming the parameter."""
         start = time.perf_counter()
-        ranks = self.replicas.submit_each("push", [(self.check is not None,)] * len(self.replicas.places)).result()
+        ranks = self.replicas.submit_each("push", [(self.check is not None,)] * len(self.replicas.devices)).result()
         pushed = time.perf_counter()
         if self.check is not None:
             self.check.compare(version, ranks[0][0], [found for _, found in ranks])

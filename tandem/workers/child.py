@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 from tandem.errors import UserError, WorkerDied, WorkerFailure
 from tandem.futures import Future
-from tandem.roles import Place, Seat
+from tandem.roles import Device, Seat
 from tandem.workers.group import LOAD_DEADLINE_S, START_DEADLINE_S, WorkerFailed
 from tandem.workers.keeper import MARK, die_with, start_keeper
 from tandem.workers.process import Build, Where, WorkerProcess, ending, raise_failure
@@ -72,7 +72,7 @@ class Child:
             raise
 
     @property
-    def places(self) -> Seq[Place]:
+    def devices(self) -> Seq[Device]:
         return [(self.where.node, self.where.gpus[0] if self.where.gpus else None)]
 
     def place(self, role: str, build: Build) -> Seat:

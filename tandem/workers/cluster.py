@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from tandem.errors import UserError
-from tandem.roles import Place
+from tandem.roles import Device
 from tandem.workers.keeper import MARK, command_line, parent_of, start_keeper
 from tandem.workers.process import LOOPBACK, Where, ending, own_address
 from tandem.workers.supervisor import stand_on
@@ -123,7 +123,7 @@ class Cluster:
         return group
 
     def actor_options(
-        self, name: str, rank: int, gpus: int, *, host: Seq[Place] | None, environment: dict[str, str]
+        self, name: str, rank: int, gpus: int, *, host: Seq[Device] | None, environment: dict[str, str]
     ) -> dict[str, Any]:
         """Where and with what a worker starts: in its bundle, or on devices that another group has reserved."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tandem.errors import UserError, WorkerDied, WorkerFailure
-from tandem.roles import Place, Seat
+from tandem.roles import Device, Seat
 from tandem.workers.cluster import Cluster, log_tail
 from tandem.workers.keeper import MARK
 from tandem.workers.process import LOOPBACK, Build, Where, WorkerProcess, raise_failure
@@ -50,7 +50,7 @@ class WorkerGroup:
         *,
         gpus_each: int = 1,
         joined: bool = True,
-        on_gpus_of: Seq[Place] = (),
+        on_gpus_of: Seq[Device] = (),
         concurrency: int = 1,
         deadline_s: float = 1800.0,
         environment: dict[str, str] | None = None,
@@ -110,7 +110,7 @@ class WorkerGroup:
         return gone
 
     @property
-    def places(self) -> Seq[Place]:
+    def devices(self) -> Seq[Device]:
         """One for each device; on a CPU, for each rank that a process runs by itself (tensor-parallel engines)."""
         return [(where.node, gpu) for where in self.wheres for gpu in (where.gpus or (None,) * self.gpus_each)]
 

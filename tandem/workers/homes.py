@@ -12,7 +12,7 @@ import torch
 
 from tandem.futures import Done, Future
 from tandem.parallel.world import World
-from tandem.roles import Place, Seat
+from tandem.roles import Device, Seat
 from tandem.workers.process import Build, Site, own_address
 
 
@@ -25,7 +25,7 @@ class Here:
         self.site = site
 
     @property
-    def places(self) -> Seq[Place]:
+    def devices(self) -> Seq[Device]:
         device = self.site.world.device
         return [(own_address(), str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None)]
 

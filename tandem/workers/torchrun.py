@@ -18,7 +18,7 @@ import torch.distributed as dist
 from tandem.errors import UserError
 from tandem.futures import Done, Future
 from tandem.parallel.world import World, gather_objects, join
-from tandem.roles import Place, Seat
+from tandem.roles import Device, Seat
 from tandem.workers.process import Build, Failure, Site, own_address, raise_failure, to_cpu
 
 IDLE_DEADLINE = timedelta(days=7)
@@ -80,7 +80,7 @@ class Ranks:
         return self.site.world.rank == 0
 
     @property
-    def places(self) -> Seq[Place]:
+    def devices(self) -> Seq[Device]:
         return [(own_address(), None)]
 
     def place(self, role: str, build: Build) -> Seat:

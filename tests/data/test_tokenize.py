@@ -301,8 +301,8 @@ def test_a_tokenizer_without_eos_is_refused() -> None:
 
 
 def rows(*values, column: str = "prompt") -> Dataset:
-    places = [("data.jsonl", 2 * n) for n in range(1, len(values) + 1)]
-    return Dataset([{column: v} if isinstance(v, str) else v for v in values], source="data.jsonl", places=places)
+    origins = [("data.jsonl", 2 * n) for n in range(1, len(values) + 1)]
+    return Dataset([{column: v} if isinstance(v, str) else v for v in values], source="data.jsonl", origins=origins)
 
 
 def test_prompt_ids_depend_on_content_not_order_and_repeats_are_numbered() -> None:

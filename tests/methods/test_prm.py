@@ -140,7 +140,7 @@ def test_a_placeholder_is_the_same_as_a_column_of_steps():
 )
 def test_labels_and_steps_that_are_none_are_refused_with_their_row(change, message):
     row = {"prompt": "ab", "completions": ["cd", "e"], "labels": [True, False]}
-    rows = Dataset([row, row | change], source="s.jsonl", places=[("s.jsonl", 1), ("s.jsonl", 2)])
+    rows = Dataset([row, row | change], source="s.jsonl", origins=[("s.jsonl", 1), ("s.jsonl", 2)])
     with pytest.raises(UserError, match=rf"^s\.jsonl:2: .*{message}"):
         build_solutions(rows, TOKENIZER)
 

@@ -97,7 +97,7 @@ def test_calls_and_errors(child, role):
         child.place("other", build_badly)
     assert role.call("add", 0) == 4
     assert role.submit_each("add", [(1,)]).result() == [5]
-    assert [gpu for _, gpu in role.places] == [None]
+    assert [gpu for _, gpu in role.devices] == [None]
 
 
 def test_calls_that_are_under_way_together_end_in_their_order(child, role, tmp_path):

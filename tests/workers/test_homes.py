@@ -172,5 +172,5 @@ def test_this_process_is_called_at_once_or_aside(tmp_path):
         second.result()
     assert first.result() == "role"
     assert seat.call("name") == "role"
-    assert seat.places == Seat(Here(site), "role").places
+    assert seat.devices == Seat(Here(site), "role").devices
     aside.close()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tandem.engines.vllm.copies import Copies, RecordingCopies
-from tandem.engines.vllm.loading import Bucket, Place, Record, Target
+from tandem.engines.vllm.loading import Bucket, Record, Summed, Target
 from tandem.engines.vllm.names import Names
 from tandem.engines.vllm.regions import piece_of
 from tandem.errors import UserError, listed
@@ -114,7 +114,7 @@ class PushedAdapters:
         self.taken: dict[str, Tensor] = {}
         self.record: Record = {}
         """Every stack that the first push filled, by its name here."""
-        self.places: list[Place] = []
+        self.summed: list[Summed] = []
 
     def apart(self, buckets: Iterable[Bucket]) -> Iterator[Bucket]:
         """The rest of every bucket. Adapters are copied: the bucket's memory is about to be reused."""
@@ -168,7 +168,7 @@ class PushedAdapters:
             piece = piece_of(name, tensor, stacks[where], target, source)
             self.record[where].pieces += [piece] if piece is not None else []
             self.record[where].exact &= piece is not None and tensor.dtype == target.dtype
-        self.places = [(n, n, SimpleNamespace(**{n.rpartition(".")[2]: stack})) for n, stack in stacks.items()]
+        self.summed = [(n, n, SimpleNamespace(**{n.rpartition(".")[2]: stack})) for n, stack in stacks.items()]
 
 
 def names_in(model: Any, names: Names, layers: Iterable[str]) -> dict[str, str]:

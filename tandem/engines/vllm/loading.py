@@ -213,15 +213,15 @@ def _packed_heads(model: Any) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-Place = tuple[str, str, Any]
+Summed = tuple[str, str, Any]
 """A name, the parameter (by its name in the record) that it stands for, and the module that holds it."""
 
 
-def find_places(model: Any) -> list[Place]:
+def find_summed(model: Any) -> list[Summed]:
     """Everything of a model that has a checksum: its parameters, and packed copies of tied ones."""
     owner = {id(parameter): name for name, parameter in _parameters(model)}
-    places: list[Place] = [(name, name, module) for name, module in _owners(model)]
-    return places + [
+    summed: list[Summed] = [(name, name, module) for name, module in _owners(model)]
+    return summed + [
         (f"{name}.weight", owner[id(module.weight)], module)
         for name, module in _packed_heads(model)
         if id(module.weight) in owner
@@ -238,14 +238,14 @@ class Sums:
     """
 
     def __init__(
-        self, places: Iterable[Place], record: Record, plan: Plan, device: torch.device, overlap: bool = True
+        self, summed: Iterable[Summed], record: Record, plan: Plan, device: torch.device, overlap: bool = True
     ) -> None:
         self.plan = plan
         self.held: list[tuple[Piece, str, Any, Target]] = []
         """Every piece, the name of what it lies in, and the module that holds that."""
         self.owners: list[tuple[Any, str]] = []
         """The modules that hold something to be summed, and the attributes."""
-        for name, recorded, module in places:
+        for name, recorded, module in summed:
             target = record.get(recorded)
             if target is not None and target.exact:
                 self.held += [(piece, name, module, target) for piece in target.pieces]

@@ -34,7 +34,7 @@ from tandem.engines.vllm.loading import (
     Bucket,
     Record,
     Sums,
-    find_places,
+    find_summed,
     load_and_record_copies,
     load_push,
     play_copies,
@@ -123,12 +123,12 @@ class TandemTransfer(WeightTransferEngine):
         self.adapters.load()
         if new:
             assert self.receiver is not None, "they came from it"
-            link, places = self.receiver.link, self.adapters.places
+            link, summed = self.receiver.link, self.adapters.summed
             if self.record is not None:
                 with unwrapped(self.model):
-                    places = find_places(self.model) + places
+                    summed = find_summed(self.model) + summed
             record = (self.record or {}) | self.adapters.record
-            self.sums = Sums(places, record, link.plan, self.device, link.overlaps)
+            self.sums = Sums(summed, record, link.plan, self.device, link.overlaps)
         if check:
             self.pushed().begin()
         self._wait()
@@ -160,7 +160,7 @@ class TandemTransfer(WeightTransferEngine):
             self.record = record
             assert self.receiver is not None, "buckets come from it"
             link = self.receiver.link
-            self.sums = Sums(find_places(self.model), record, link.plan, self.device, link.overlaps)
+            self.sums = Sums(find_summed(self.model), record, link.plan, self.device, link.overlaps)
             self.may_copy = may_copy(self.model, all(target.exact for target in record.values()))
         elif self.may_copy:
             self.copies = load_and_record_copies(self.model, self.names, buckets, self.record)
