@@ -14,13 +14,12 @@ import families
 BUILT_DIFFERENTLY = (
     "gemma2", "gemma3", "phi3", "phi4-mini", "olmo", "olmo2", "granite", "smollm3", "glm4", "starcoder2", "cohere2",
     "gpt-neox", "gpt-oss", "ministral3", "qwen3-moe", "deepseek-v2", "deepseek-v3", "hunyuan", "nemotron-h",
-    "falcon-h1",
+    "falcon-h1", "qwen3.5",
 )  # fmt: skip
 """Between them they have everything that is read of a layer, and a state."""
 SLOWER = {
     "gemma3n", "gemma4", "llama4", "nemotron", "stablelm", "gpt2", "opt", "bloom", "deepseek-v3.2", "glm5", "minicpm3",
-    "qwen3-next", "qwen3.5", "qwen3.5-moe", "kimi-linear", "olmo-hybrid", "nemotron-h", "falcon-h1", "lfm2",
-    "lfm2-moe", "granite4", "jamba", "bamba", "zamba", "mamba2", "mamba", "falcon-mamba", "recurrent-gemma", "rwkv",
+    "kimi-linear", "nemotron-h", "falcon-h1", "zamba", "mamba2", "mamba", "falcon-mamba", "recurrent-gemma", "rwkv",
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,8 +13,9 @@ import pytest
 import torch
 
 from tandem.engines.live.forwards import LeanForward
-from tandem.engines.live.layers import Decoder, Gated, Layer, Ungated, Unlike, Whole, read_decoder
+from tandem.engines.live.layers import Decoder, Gated, Layer, Mixer, Ungated, Unlike, Whole, read_decoder
 from tandem.engines.live.probe import Trial, find_cache_shape, head_shape_of
+from tandem.engines.live.states import StateForward
 from tandem.kernels.layers import Norm
 from tandem.models.attention import IMPLEMENTATION, Ask
 from tandem.models.shrunk import trained_size
@@ -79,6 +81,18 @@ def test_what_is_read_of_the_others() -> None:
     assert len(phi.feed.gate_up.linears) == len(phi.attention.qkv.linears) == 1
 
 
+def test_what_is_read_of_qwen_3_5() -> None:
+    _, linear, full = read("qwen3.5")
+    assert isinstance(linear.attention, Mixer)
+    assert linear.attention.cache == "cache_params"
+    assert isinstance(linear.feed, Gated)
+    assert full.attention.gated
+    assert full.attention.ask.layer == 0, "the first that keeps keys and values"
+    assert full.attention.rotation.cos_PR.shape == (96, 2), "a quarter of each head turns"
+    assert full.attention.rotation.norms is not None
+    assert full.attention.rotation.norms[0].offset
+
+
 def changed(**fields: Any) -> Callable[[Layer], Layer]:
     return lambda layer: replace(layer, **fields)
 
@@ -137,8 +151,27 @@ def test_the_proof_notices_a_wrong_description(name: str) -> None:
     assert trial.why_not_pages(lean, shape)
 
 
+@pytest.mark.parametrize("name", ["qwen3.5", "lfm2"])
+def test_the_proof_notices_a_wrong_step_of_layers_that_keep_states(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = made(name)
+    trial, shape = Trial(module, (4, 12), 5), find_cache_shape(module)
+    lean = LeanForward(module, positions=96, head_shape=head_shape_of(module))
+    forward = StateForward(module, lean)
+    assert not trial.why_not_pages(forward, shape)
+    right = lean.decoder
+    for number, change in ((0, changed(before=None)), (1, asking(scaling=0.4)), (1, norming("between", eps=0.5))):
+        layers = list(right.layers)
+        layers[number] = change(layers[number])
+        lean.decoder = replace(right, layers=layers)
+        assert "does not reproduce" in trial.why_not_pages(forward, shape)
+    lean.decoder = right
+    step = Mixer.__call__
+    monkeypatch.setattr(Mixer, "__call__", lambda self, x_TE, held: step(self, x_TE, copy.deepcopy(held)))
+    assert "does not reproduce" in trial.why_not_pages(forward, shape), "states that stay as they were"
+
+
 def gate_after(module: Any) -> None:
-    """Attention's result is gated before its last product, as in Qwen 3 Next."""
+    """Attention's result is gated before its last product, by nothing that a query brings along (Qwen 3.5)."""
     module.model.layers[1].self_attn.o_proj.register_forward_pre_hook(lambda _, args: (args[0].sigmoid(),))
 
 

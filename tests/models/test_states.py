@@ -55,7 +55,13 @@ def asks(count: int, **sampling: Any) -> list[Request]:
 
 @pytest.mark.parametrize(
     ("name", "way", "slots"),
-    [("qwen3-next", "slots", 3), ("qwen3-next", "captured", 3), ("zamba", "slots", 3), ("mamba", "captured", 20)],
+    [
+        ("qwen3-next", "slots", 3),
+        ("qwen3-next", "captured", 3),
+        ("qwen3.5", "captured", 3),
+        ("zamba", "slots", 3),
+        ("mamba", "captured", 20),
+    ],
 )
 def test_what_a_sample_is_given_does_not_depend_on_those_beside_it(name: str, way: Any, slots: int) -> None:
     """In float64. With fewer slots than samples some enter and take the slots of others, which move; with as many,
@@ -65,6 +71,9 @@ def test_what_a_sample_is_given_does_not_depend_on_those_beside_it(name: str, wa
     model = prepare_module(module, tokenizer())
     truth = copy.deepcopy(module)
     engine = LiveEngine(model.module, tokenizer(), way=way, max_slots=slots, prefill_tokens=12)
+    if way == "captured":
+        assert engine.fitting is not None
+        assert (engine.fitting.lean is None) is (name == "mamba")
     asked = [*asks(5, temperature=0), *asks(5, temperature=1.0)]
     if slots > 3:
         ends = SamplingParams(max_new_tokens=60, temperature=1.0, stop_token_ids=tuple(range(10, 16)))

@@ -61,20 +61,23 @@ class Fitting:
         self.shares = False
         """Whether others compute on the device while samples are in the cache: it leaves them what they have needed."""
         self.forward: LeanForward | OwnForward | StateForward
+        self.lean: LeanForward | None = None
+        """What computes a step, where it is not the module's own forward."""
         self.own_because = ""
-        """Why the module's own forward is used, where it is."""
+        """Why it is that, where it is."""
         try:
-            if self.with_states:
-                raise Unlike("its layers keep a state for each sample")
-            self.forward = LeanForward(module, positions=positions, head_shape=head_shape_of(module))
+            self.lean = LeanForward(module, positions=positions, head_shape=head_shape_of(module))
+            self.forward = StateForward(module, self.lean) if self.with_states else self.lean
             self.own_because = near.why_not_pages(self.forward, self.shape)
             if not self.own_because and far is not None:
                 longest = turning_point(far.module.config) or POSITIONS
                 lean = LeanForward(far.module, positions=longest, head_shape=head_shape_of(far.module))
-                self.own_because = far.why_not_pages(lean, find_cache_shape(far.module))
+                small = StateForward(far.module, lean) if self.with_states else lean
+                self.own_because = far.why_not_pages(small, find_cache_shape(far.module))
         except Unlike as error:
             self.own_because = str(error)
         if self.own_because:
+            self.lean = None
             own = StateForward if self.with_states else OwnForward
             self.forward = own(module)
             reason = near.why_not_pages(self.forward, self.shape)
@@ -95,8 +98,8 @@ class Fitting:
 
     def look(self) -> None:
         """Before steps: parameters may have been moved since the last ones, and graphs know where they lay."""
-        if isinstance(self.forward, LeanForward):
-            self.forward.stack()
+        if self.lean is not None:
+            self.lean.stack()
         addresses = tuple(parameter.data_ptr() for parameter in self.module.parameters())
         if self.decoder is not None and addresses != self.addresses:
             self.decoder.forget_graphs()

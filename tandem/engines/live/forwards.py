@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tandem.engines.live.layers import Attention, Latent, Unlike, read_decoder
+from tandem.engines.live.layers import Attention, Latent, Mixer, Unlike, queries_and_gates, read_decoder
 from tandem.engines.live.pages import PagedDecode
 from tandem.engines.live.stacked import Additions
 from tandem.kernels import layers as kernels
 from tandem.kernels import products
 from tandem.kernels.logprob import HeadShape
 from tandem.models.attention import NO_MASK, Layout
+from tandem.models.states import Held
 
 
 class OwnForward:
@@ -75,8 +76,19 @@ class LeanForward:
         if self.added is not None:
             self.added.stack()
 
-    def __call__(self, token_BQ: Tensor, position_BQ: Tensor, layout: Layout, keep: Tensor | None = None) -> Tensor:
-        """Logits [B, Q, V], of the positions ``keep`` only if given (B is 1 then)."""
+    def __call__(
+        self,
+        token_BQ: Tensor,
+        position_BQ: Tensor,
+        layout: Layout | None,
+        keep: Tensor | None = None,
+        held: Held | None = None,
+    ) -> Tensor:
+        """Logits [B, Q, V], of the positions ``keep`` only if given (B is 1 then).
+
+        ``held``: the states of layers that carry one, for one token of each sequence (Q is 1 then). ``layout``: of the
+        attention layers, if there are any.
+        """
         rows, columns = token_BQ.shape
         decoder = self.decoder
         position_T = position_BQ.reshape(-1)
@@ -87,7 +99,12 @@ class LeanForward:
         hidden_TE = residual_TE if first is None else kernels.norm(residual_TE, first)
         afters = [*(layer.before for layer in decoder.layers[1:]), decoder.norm]
         for layer, after in zip(decoder.layers, afters, strict=True):
-            out_TE = self._attend(hidden_TE, position_T, layout, layer.attention, rows)
+            if isinstance(layer.attention, Mixer):
+                assert held is not None
+                out_TE = layer.attention(hidden_TE, held)
+            else:
+                assert layout is not None
+                out_TE = self._attend(hidden_TE, position_T, layout, layer.attention, rows)
             if layer.parallel:
                 beside_TE = hidden_TE if layer.between is None else kernels.norm(residual_TE, layer.between)
                 out_TE = out_TE + layer.feed(beside_TE)
@@ -124,7 +141,8 @@ class LeanForward:
             # A token's position is its sequence's length, so that one kernel can do it all.
             out = layout.attend_heads(*parts, attention.ask, attention.rotation)
         else:
-            qkv_THD = (torch.cat(parts, dim=1) if attention.by_head else qkv_TO).view(len(qkv_TO), -1, attention.size)
+            apart = attention.by_head or attention.gated
+            qkv_THD = (torch.cat(parts, dim=1) if apart else qkv_TO).view(len(qkv_TO), -1, attention.size)
             kernels.rotate_(qkv_THD, position_T, attention.rotation, attention.heads, attention.kv_heads)
             query, key, value = qkv_THD.split([attention.heads, attention.kv_heads, attention.kv_heads], dim=1)
             if attention.late_norms is not None:
@@ -134,7 +152,10 @@ class LeanForward:
                 )
             query, key, value = (_heads_first(x, rows) for x in (query, key, value))
             out = layout.attend(query, key, value, attention.ask)
-        return attention.output(out.reshape(len(hidden_TE), -1))
+        out_THD = out.reshape(len(hidden_TE), attention.heads, -1)
+        if attention.gated:
+            out_THD = out_THD * queries_and_gates(qkv_TO, attention.heads, attention.size)[1].sigmoid()
+        return attention.output(out_THD.flatten(1))
 
 
 def _heads_first(x_THD: Tensor, rows: int) -> Tensor:

@@ -23,6 +23,7 @@ from tandem.kernels.layers import CURVES, Curve, Norm, Rotation
 from tandem.models.attention import NO_MASK, Ask, PackedLayout, UnsupportedAttention
 from tandem.models.limits import turning_point
 from tandem.models.quantized import Quantized
+from tandem.models.states import Held, Mixers, cache_argument
 
 POSITIONS = (0, 1, 2, 3, 5, 9, 17, 33)
 """Of the tokens that are watched, and the last that there is."""
@@ -82,6 +83,8 @@ class Attention:
     qkv: Product
     by_head: bool
     """Whether the product has queries, key and value of one key-value head after the other (GPT-NeoX)."""
+    gated: bool
+    """Whether it has a gate behind each query, whose sigmoid scales what comes of the query (Qwen 3.5)."""
     wide_norms: tuple[Norm, Norm] | None
     """Of all queries, and of all keys (OLMo 2)."""
     rotation: Rotation
@@ -106,12 +109,22 @@ class Attention:
             by_head = qkv_TO.view(len(qkv_TO), self.kv_heads, shared + 2, self.size)
             query, key, value = by_head.split([shared, 1, 1], dim=2)
             return query.flatten(1, 2), key.flatten(1, 2), value.flatten(1, 2)
+        if self.gated:
+            query, _ = queries_and_gates(qkv_TO, self.heads, self.size)
+            key, value = qkv_TO[:, 2 * self.heads * self.size :].view(len(qkv_TO), -1, self.size).chunk(2, dim=1)
+            return query, key, value
         for part_TO, by in zip(
             qkv_TO.split([n * self.size for n in counts], dim=1), self.wide_norms or (), strict=False
         ):
             kernels.norm_(part_TO, by)
         query, key, value = qkv_TO.view(len(qkv_TO), -1, self.size).split(counts, dim=1)
         return query, key, value
+
+
+def queries_and_gates(qkv_TO: Tensor, heads: int, size: int) -> tuple[Tensor, Tensor]:
+    """[T, H, D] each, of a product in which every query has its gate behind it."""
+    query, gate = qkv_TO[:, : 2 * heads * size].view(len(qkv_TO), heads, 2 * size).chunk(2, dim=2)
+    return query, gate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +184,26 @@ class Latent:
         return query_THD, key_THD, rest_THD[..., own:]
 
 
+@dataclass(frozen=True)
+class Mixer:
+    """In an attention's place what carries a state from token to token: the module's own part, over its states."""
+
+    module: nn.Module
+    cache: str
+    """The name of the cache among its arguments."""
+
+    def products(self) -> tuple[Product, ...]:
+        return ()
+
+    def norms(self) -> tuple[Norm, ...]:
+        return ()
+
+    def __call__(self, x_TE: Tensor, held: Held) -> Tensor:
+        """Of one token each of T sequences, whose states change in place."""
+        out_T1E: Tensor = self.module(x_TE[:, None], **{self.cache: held})
+        return out_T1E[:, 0]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Gated:
     """``down(curve(gate) * up)``."""
@@ -211,7 +244,7 @@ class Whole:
 class Layer:
     """Attention and a feed-forward part, each added to the residual ``scale`` times, with norms before and after."""
 
-    attention: Attention | Latent
+    attention: Attention | Latent | Mixer
     feed: Gated | Ungated | Whole
     parallel: bool
     """Whether both start from the layer's input (Cohere, GPT-NeoX)."""
@@ -232,9 +265,12 @@ class Layer:
         linears = [linear for product in self.products() for linear in product.linears]
         known = {id(x) for linear in linears for x in (*linear.parameters(), *linear.buffers())}
         norms = [self.before, self.after_attention, self.between, self.after_feed, *self.attention.norms()]
-        known |= {id(x) for norm in norms if norm for x in (norm.weight, norm.bias)} | {id(self.attention.ask.sinks)}
-        if isinstance(self.feed, Whole):
-            known |= {id(x) for x in (*self.feed.module.parameters(), *self.feed.module.buffers())}
+        known |= {id(x) for norm in norms if norm for x in (norm.weight, norm.bias)}
+        if not isinstance(self.attention, Mixer):
+            known.add(id(self.attention.ask.sinks))
+        for part in (self.attention, self.feed):
+            if isinstance(part, Mixer | Whole):
+                known |= {id(x) for x in (*part.module.parameters(), *part.module.buffers())}
         tensors = (*module.named_parameters(), *module.named_buffers())
         return next((name for name, tensor in tensors if id(tensor) not in known), "")
 
@@ -258,7 +294,7 @@ def read_decoder(module: Any, positions: int | None) -> Decoder:
     blocks = max((x for x in base.children() if isinstance(x, nn.ModuleList)), key=len, default=None)
     if base is module or blocks is None:
         raise Unlike("it has no list of layers")
-    watch = _Watch(base, blocks, positions)
+    watch = _Watch(base, blocks, positions, Mixers.of(module) or Mixers([]))
     watch.run()
     embedding = module.get_input_embeddings()
     embedded = next((call.output for call in watch.outside if call.module is embedding), torch.empty(0))
@@ -314,8 +350,9 @@ class _Table:
 class _Watch(PackedLayout):
     """Writes down the calls that a few tokens make, and reads each layer when it has been called."""
 
-    def __init__(self, base: Any, blocks: nn.ModuleList, positions: int) -> None:
-        self.base, self.blocks = base, blocks
+    def __init__(self, base: Any, blocks: nn.ModuleList, positions: int, mixers: Mixers) -> None:
+        self.base, self.blocks, self.mixers = base, blocks, mixers
+        self.caches = {part: cache_argument(part) for part in mixers.parts}
         self.device = base.get_input_embeddings().weight.device
         self.positions = positions
         places = [p for p in POSITIONS if p < positions - 1] + [positions - 1]
@@ -324,6 +361,8 @@ class _Watch(PackedLayout):
         self.outside: list[_Call] = []
         self.inside: list[_Call | _Attended] = []
         self.layers: list[Layer] = []
+        self.attending = 0
+        """Attentions so far: layers without one keep no keys and values, and have no number among those that do."""
         self.tables: list[_Table] = []
         self.rotations: dict[tuple[int, bool], Rotation] = {}
         self.query_scale_P = query_scale(base.config, positions, self.device)
@@ -331,7 +370,8 @@ class _Watch(PackedLayout):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, ask: Ask) -> Tensor:
         out = super().attend(query, key, value, ask)
-        self.inside.append(_Attended(query, key, value, out, ask))
+        self.inside.append(_Attended(query, key, value, out, ask._replace(layer=self.attending)))
+        self.attending += 1
         return out
 
     def run(self) -> None:
@@ -339,7 +379,7 @@ class _Watch(PackedLayout):
         # A layer with adapters is one product.
         adapted = [part for part in self.base.modules() if hasattr(part, "lora_A")]
         hidden = {inner for part in adapted for inner in part.modules()} - set(adapted)
-        with ExitStack() as hooks:
+        with ExitStack() as hooks, self.mixers.apart(self):
             for part in (x for x in self.base.modules() if x not in hidden):
                 if part in within:
                     hook = self._layer if part in set(self.blocks) else self._inner
@@ -418,11 +458,15 @@ class _Watch(PackedLayout):
         norms = {call: norm for call in calls if (norm := read_norm(call))}
         others = [call for call in calls if call not in norms]
         attentions = [x for x in self.inside if isinstance(x, _Attended)]
-        if len(attentions) != 1:
+        mixers = [call for call in others if call.module in self.caches]
+        if attentions and mixers:
+            raise Unlike("its layers have attention and a state side by side")
+        if len(attentions) + len(mixers) != 1:
             raise Unlike("it has layers without attention, or with several")
-        (attended,) = attentions
-        place = self.inside.index(attended)
-        attention = next((call for call in others if self.inside.index(call) > place), None)
+        attended, attention = next(iter(attentions), None), next(iter(mixers), None)
+        if attended is not None:
+            place = self.inside.index(attended)
+            attention = next((call for call in others if self.inside.index(call) > place), None)
         if attention is None or len(others) != 2:
             raise Unlike("a layer is not one attention and one feed-forward part")
         (feed,) = (call for call in others if call is not attention)
@@ -459,7 +503,11 @@ class _Watch(PackedLayout):
         if not parallel and not near(start, whole.input + scale * attention_out):
             raise Unlike("its feed-forward part does not start from the sum")
         layer = Layer(
-            attention=self._read_attention(attention, attended),
+            attention=(
+                Mixer(attention.module, self.caches[attention.module])
+                if attended is None
+                else self._read_attention(attention, attended)
+            ),
             feed=self._read_feed(feed),
             parallel=parallel,
             before=norms[before] if before else None,
@@ -496,7 +544,8 @@ class _Watch(PackedLayout):
         if value.shape != key.shape or size % 2:
             raise Unlike(f"its heads have {size} dimensions, and its values {value.shape[-1]}")
         out = torch.cat([call.output.reshape(tokens, -1) for call in projections], dim=-1)
-        if out.shape[1] != (heads + 2 * kv_heads) * size:
+        gated = out.shape[1] == 2 * (heads + kv_heads) * size
+        if not gated and out.shape[1] != (heads + 2 * kv_heads) * size:
             raise Unlike("its queries, keys and values are not a product of its input each")
         normed = {call: norm for call in before if call not in projections and (norm := read_norm(call))}
         norms = list(normed.values())
@@ -517,15 +566,19 @@ class _Watch(PackedLayout):
             raise Unlike("its queries and keys are normed between other things")
         if by_size and self.query_scale_P is not None:
             raise Unlike("its queries are normed and then scaled by their position")
+        attended_THD = attended.out[0]
+        if gated:
+            attended_THD = attended_THD * queries_and_gates(out, heads, size)[1].sigmoid()
         read = Attention(
             ask=attended.ask, heads=heads, kv_heads=kv_heads, size=size,
             qkv=Product([call.module for call in projections]),  # type: ignore[misc]
-            by_head=not near(out[:, -kv_heads * size :], value.flatten(1)),
+            by_head=not gated and not near(out[:, -kv_heads * size :], value.flatten(1)),
+            gated=gated,
             wide_norms=wide,
             rotation=Rotation(out[:, :0], out[:, :0]),
             late_norms=by_size if late else None,
             query_scale_P=None if self.query_scale_P is None else self.query_scale_P.to(query.dtype),
-            output=self._read_output(after, attended),
+            output=self._read_output(after, attended_THD),
         )  # fmt: skip
         parts_THD = read.parts(out.clone())
         if not near(parts_THD[2].flatten(1), value.flatten(1)):
@@ -541,6 +594,8 @@ class _Watch(PackedLayout):
         self, before: list[_Call], after: list[_Call], attended: _Attended, starts: list[_Call], ends: list[_Call]
     ) -> Latent:
         """``starts``: the products of what goes in; ``ends``: those of what comes of them, normed."""
+        if self.mixers.parts:
+            raise Unlike("its cache may keep what its keys and values come from")
         norms = {call: norm for call in before if call not in (*starts, *ends) and (norm := read_norm(call))}
         from_whole: list[tuple[_Call, _Call, _Call]] = []
         from_part: list[tuple[_Call, _Call, _Call]] = []
@@ -562,7 +617,7 @@ class _Watch(PackedLayout):
             key_value=(norms[state], Product([end.module])),  # type: ignore[list-item]
             rotation=Rotation(query[:, 0, :0], query[:, 0, :0]),
             query_scale_P=None if self.query_scale_P is None else self.query_scale_P.to(query.dtype),
-            output=self._read_output(after, attended),
+            output=self._read_output(after, attended.out[0]),
         )  # fmt: skip
         size, own = query.shape[2], query.shape[2] - read.shared
         widths = last.output.shape[-1], end.output.shape[-1]
@@ -581,9 +636,9 @@ class _Watch(PackedLayout):
         name = _nearest(found, truth, "its queries and keys are turned in another way")
         return replace(read, rotation=self._rotation(name, None))
 
-    def _read_output(self, after: list[_Call], attended: _Attended) -> Product:
+    def _read_output(self, after: list[_Call], attended_THD: Tensor) -> Product:
         outputs = [call for call in after if is_linear(call.module)]
-        if len(outputs) != 1 or not near(outputs[0].input.flatten(0, 1), attended.out.flatten(2)[0]):
+        if len(outputs) != 1 or not near(outputs[0].input.flatten(0, 1), attended_THD.flatten(1)):
             raise Unlike("what attention gives does not go through one product")
         return Product([outputs[0].module])  # type: ignore[list-item]
 

@@ -11,19 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tandem.engines.live.forwards import LeanForward
 from tandem.engines.live.slots import DecodeLayout, SlotCache
 from tandem.models.attention import IMPLEMENTATION, NO_MASK, Ask, Layout, UnsupportedAttention
 from tandem.models.states import Held, Name, cache_argument, states_of_layers
 
 
 class StateForward:
-    """The own forward of a module over a cache of ours: states in place, attention by layouts.
+    """A module over a cache of ours: states in place, attention by layouts.
 
-    Nothing is padded: prompts of one length go through together.
+    Nothing is padded: prompts of one length go through together, by the module's own forward. ``lean`` decodes instead
+    of it.
     """
 
-    def __init__(self, module: Any) -> None:
-        self.module = module
+    def __init__(self, module: Any, lean: LeanForward | None = None) -> None:
+        self.module, self.lean = module, lean
         known = inspect.signature(module.forward).parameters
         self.takes = cache_argument(module)
         self.positions = "position_ids" in known
@@ -77,6 +79,8 @@ class StateForward:
 
         ``layout``: of the attention layers, if there are any.
         """
+        if self.lean is not None:
+            return self.lean(token_B[:, None], length_B[:, None], layout, held=held)[:, -1]
         options: dict[str, Any] = {}
         if layout is not None:
             if self.module.config._attn_implementation != IMPLEMENTATION:
