@@ -76,6 +76,13 @@ def _turns(one: str, other: str = "full_attention") -> Callable[[Shape], Shape]:
     return lambda shape: {"layer_types": [(one, other)[i % 2] for i in range(shape["num_hidden_layers"])]}
 
 
+def _twice(shape: Shape) -> Shape:
+    """As many layers again, which are given the keys and values of the others."""
+    layers = 2 * shape["num_hidden_layers"]
+    turns = _turns("sliding_attention")({"num_hidden_layers": layers})
+    return turns | {"num_hidden_layers": layers, "num_kv_shared_layers": layers // 2}
+
+
 def _experts(count: str = "num_experts", each: str = "moe_intermediate_size") -> Callable[[Shape], Shape]:
     return lambda shape: {each: shape["intermediate_size"] // 2, count: 8, "num_experts_per_tok": 2}
 
@@ -107,8 +114,10 @@ _LATENT = _of(
 _SPARSE: Callable[[Shape], Shape] = _of(index_n_heads=16, index_head_dim=8, index_topk=6)
 _LOCAL = _experts("num_local_experts", "intermediate_size")
 _BY_TURNS = _of(_window, _turns("sliding_attention"))
-_NO_HEADS = {"num_attention_heads": WITHOUT, "num_key_value_heads": WITHOUT, "head_dim": WITHOUT}
-_NO_SIZES = {"intermediate_size": WITHOUT, "max_position_embeddings": WITHOUT}
+_GEMMA4 = _of(
+    _BY_TURNS, lambda shape: {"global_head_dim": 2 * shape["head_dim"]}, num_global_key_value_heads=1,
+    attention_k_eq_v=True, hidden_size_per_layer_input=0, final_logit_softcapping=3.0,
+)  # fmt: skip
 _LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
            "original_max_position_embeddings": 16}  # fmt: skip
 _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
@@ -128,8 +137,12 @@ FAMILIES = (
     Family("gemma3n", "Gemma 3n", "Gemma3nText",
            _of(_BY_TURNS, hidden_size_per_layer_input=8, vocab_size_per_layer_input=96, laurel_rank=4,
                num_kv_shared_layers=0, activation_sparsity_pattern=None, altup_num_inputs=2)),
-    Family("gemma4", "Gemma 4", "Gemma4Text",
-           _of(_BY_TURNS, hidden_size_per_layer_input=8, vocab_size_per_layer_input=96, global_head_dim=16)),
+    Family("gemma4-e", "Gemma 4 E2B and E4B", "Gemma4Text",
+           _of(_GEMMA4, _twice, num_key_value_heads=1, attention_k_eq_v=False, use_double_wide_mlp=True,
+               hidden_size_per_layer_input=8, vocab_size_per_layer_input=96)),
+    Family("gemma4", "Gemma 4 31B", "Gemma4Text", _GEMMA4),
+    Family("gemma4-moe", "Gemma 4 26B-A4B", "Gemma4Text",
+           _of(_GEMMA4, _experts(), num_experts_per_tok=WITHOUT, enable_moe_block=True, top_k_experts=2)),
     Family("llama4", "Llama 4", "Llama4Text",
            _of(_experts("num_local_experts", "intermediate_size"), _turns("chunked_attention"), attention_chunk_size=6,
                intermediate_size_mlp=48, no_rope_layer_interval=2, floor_scale=16, attn_scale=0.5),

@@ -18,6 +18,8 @@ LEAST = 2
 """Fewer pages to a program are not worth joining its part with others."""
 SPLITS = ((1024, 4), (256, 8), (0, 16))
 """From so many rows times key-value heads on, a row's pages are divided among so many programs at most."""
+TILE = 1 << 16
+"""Most bytes of keys that a program looks at at once: of wider ones (512 in float32) a page is taken in parts."""
 MANY = 1024
 """Rows times key-value heads from which on a program has two warps instead of four: others hide what one waits for."""
 
@@ -160,6 +162,7 @@ def append_attend(
         part = torch.empty(most, count, heads, size, dtype=torch.float32, device=query_BHD.device)
         top, mass = torch.empty(2, most, count, heads, dtype=torch.float32, device=query_BHD.device)
     group = heads // kv_heads
+    padded = max(16, triton.next_power_of_2(size))
     cos_PR, sin_PR, norms = (out, out, None) if rotation is None else (rotation.cos_PR, rotation.sin_PR, rotation.norms)
     query_norm, key_norm = norms or (Norm(out), Norm(out))
     _append_attend[(count, kv_heads, most)](
@@ -190,7 +193,8 @@ def append_attend(
         *value_BKD.stride()[:2],
         rows.table_BP.stride(0),
         SIZE=size,
-        PADDED=max(16, triton.next_power_of_2(size)),
+        PADDED=padded,
+        PARTS=max(1, pages.size * padded * query_BHD.element_size() // TILE),
         GROUP=group,
         GROUP_PADDED=max(16, triton.next_power_of_2(group)),
         PAGE=pages.size,
@@ -263,7 +267,7 @@ def _append_attend(  # type: ignore[no-untyped-def]
     query, key, value, keys, values, key_scales, value_scales, table, length, target, share, arrived, cos, sin,
     query_norm, key_norm, eps, sinks, out, part, top, mass, scale, cap, window, query_row, query_head, key_row,
     key_head, value_row, value_head, table_row,
-    SIZE: tl.constexpr, PADDED: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr,
+    SIZE: tl.constexpr, PADDED: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr,
     PAGE: tl.constexpr, WINDOWED: tl.constexpr, IEEE: tl.constexpr, SCALED: tl.constexpr, ROTATED: tl.constexpr,
     PAIRS: tl.constexpr, NORM: tl.constexpr, OFFSET: tl.constexpr, WIDE: tl.constexpr, CAPPED: tl.constexpr,
     SINKS: tl.constexpr,
@@ -320,13 +324,13 @@ def _append_attend(  # type: ignore[no-untyped-def]
         best = tl.where(mine > 0, higher, best)
 
     start = first_page + split * each
-    offset = tl.arange(0, PAGE)
     if SCALED:
         # From e4m3 to float16 is one instruction, and exact. Scaled, a query's range is no danger.
         low = q.to(tl.float32) * scale
         q = low if IEEE else low.to(tl.float16)
-    for number in range(start, tl.minimum(start + each, pages)):
-        page = tl.load(table + row * table_row + number).to(tl.int64)
+    for number in range(start * PARTS, tl.minimum(start + each, pages) * PARTS):
+        page = tl.load(table + row * table_row + number // PARTS).to(tl.int64)
+        offset = number % PARTS * (PAGE // PARTS) + tl.arange(0, PAGE // PARTS)
         line = (page * kv_heads + kv_head) * PAGE + offset
         tile = line[:, None] * SIZE + column[None, :]
         k = tl.load(keys + tile, mask=real_column[None, :], other=0.0).to(q.dtype)
@@ -334,12 +338,12 @@ def _append_attend(  # type: ignore[no-untyped-def]
         score = score * tl.load(key_scales + line)[None, :] if SCALED else score * scale
         if CAPPED:
             score = _bent(score, cap)
-        position = number * PAGE + offset
+        position = number // PARTS * PAGE + offset
         seen = position < tokens
         if WINDOWED:
             seen = seen & (position >= first)
         score = tl.where(seen[None, :], score, float("-inf"))
-        # Every page of a split but the first has a token that is seen, so the maximum is finite.
+        # The first part of every page of a split but the first has a token that is seen, so the maximum is finite.
         higher = tl.maximum(best, tl.max(score, axis=1))
         weight = tl.exp2(score - higher[:, None])
         fade = tl.exp2(best - higher)

@@ -255,9 +255,12 @@ def _few_layers(config: Any) -> None:
         *(getattr(config, key, None) or () for key in _KINDS_OF_LAYERS),
     ]
     fewest = max([2, *(_first_with_all(one) for one in kinds)])
+    if sharing := getattr(config, "num_kv_shared_layers", 0):
+        # Of every kind one that has keys and values, and one that is given those of another.
+        config.num_kv_shared_layers = min(sharing, fewest)
+        fewest += config.num_kv_shared_layers
     for key, most in (
         ("first_k_dense_replace", 1),
-        ("num_kv_shared_layers", 0),
         ("max_window_layers", 1),
         ("num_blocks", fewest),
     ):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,13 +17,27 @@ from transformers import GemmaConfig, GemmaForCausalLM, Qwen3Config, Qwen3ForCau
 
 from tandem.engines.live.decoder import Landing
 from tandem.engines.live.engine import LiveEngine
+from tandem.engines.live.forwards import OwnForward
 from tandem.engines.live.over_pages import bucket
 from tandem.engines.live.pages import PAGE
+from tandem.engines.live.probe import Trial, find_cache_shape
 from tandem.engines.samples import Sample
 from tandem.errors import UserError
 from tandem.kernels import products
 from tandem.models.attention import IMPLEMENTATION, PackedLayout
+from tandem.models.shrunk import trained_size
 from tandem.types import Request, SamplingParams
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
+import families
+
+
+def made(name: str) -> Any:
+    """A tiny model of a family, of trained size."""
+    module = families.NAMES[name].module(families.TINY)
+    trained_size(module)
+    module.set_attn_implementation(IMPLEMENTATION)
+    return module
 
 
 def live(module: Any, **options: Any) -> LiveEngine:
@@ -98,9 +114,9 @@ def test_texts_decoded_while_the_device_is_busy_are_the_texts(monkeypatch: pytes
     assert max(ahead) > 45
 
 
-@pytest.mark.parametrize("architecture", ["qwen2", "gpt_neox"])
+@pytest.mark.parametrize("architecture", ["qwen2", "gpt_neox", "gemma4-e"])
 def test_eight_bits_round_keys_and_values_and_nothing_else(architecture: str) -> None:
-    module = model(architecture)
+    module = made(architecture) if architecture in families.NAMES else model(architecture)
     sampling = SamplingParams(max_new_tokens=70)
     asked = [Request(prompt_ids=(4, 5, 6 + i), seeds=(1, 2), sampling=sampling) for i in range(4)]
     engine = live(module, way="captured", kv_cache_dtype="fp8")
@@ -112,7 +128,18 @@ def test_eight_bits_round_keys_and_values_and_nothing_else(architecture: str) ->
     assert to_rounded.mean() < to_exact.mean() / 20
     assert engine.fitting is not None
     shape = engine.fitting.shape
-    assert shape.page_bytes / replace(shape, eight_bit=False).page_bytes == (shape.head_dim + 4) / (4 * shape.head_dim)
+    numbers, heads = sum(heads * size for heads, size in shape.kept), sum(heads for heads, _ in shape.kept)
+    assert shape.page_bytes / replace(shape, eight_bit=False).page_bytes == (numbers + 4 * heads) / (4 * numbers)
+
+
+def test_layers_keep_keys_and_values_of_their_own_shapes_and_share_them() -> None:
+    """Of Gemma 4 E2B two layers have their own, and two are given theirs. Where others did the proof would tell."""
+    shape = find_cache_shape(made("gemma4-e"))
+    assert (shape.kept, shape.layers) == (((1, 8), (1, 16)), (0, 1, 0, 1))
+    module = made("qwen3")
+    shape = find_cache_shape(module)
+    shared = replace(shape, kept=shape.kept[:1], layers=(0, 0))
+    assert "does not reproduce" in Trial(module).why_not_pages(OwnForward(module), shared)
 
 
 def test_eight_bits_are_refused_where_there_are_no_pages() -> None:

@@ -135,7 +135,9 @@ EIGHT_BIT = (False, True) if DEVICE.type == "cuda" else (False,)
 @pytest.mark.parametrize("eight_bit", EIGHT_BIT)
 @pytest.mark.parametrize("dtype", [torch.float32, LOW])
 @pytest.mark.parametrize(("heads", "kv_heads", "size", "page"), [(4, 2, 16, 16), (6, 1, 24, 16), (14, 2, 64, 64)])
-def test_pages(dtype: torch.dtype, heads: int, kv_heads: int, size: int, page: int, eight_bit: bool) -> None:
+def test_pages(
+    dtype: torch.dtype, heads: int, kv_heads: int, size: int, page: int, eight_bit: bool, monkeypatch
+) -> None:
     cache = new_pages(dtype, (9, kv_heads, page, size), eight_bit=eight_bit)
     kept = copy_of(cache)
     key, value = torch.randn(2, 5, kv_heads, size, device=DEVICE).to(dtype)
@@ -163,6 +165,9 @@ def test_pages(dtype: torch.dtype, heads: int, kv_heads: int, size: int, page: i
         truth = pages.append_attend(*arguments, plain, rows, **how)
         for share, most in ((None, None), (4, 4), (1, 2), (1, 4)):
             kept = copy_of(cache)
+            # A page in two parts, as those of wide heads are taken, or whole.
+            in_parts = most == 4 and page > 16
+            monkeypatch.setattr(pages_triton, "TILE", page * size * dtype.itemsize // 2 if in_parts else 1 << 16)
             given = rows if share is None else replace(rows, share=torch.tensor([share], device=DEVICE))
             found = pages_triton.append_attend(*arguments, kept, given, **how, most=most)
             close(found, truth, 2)

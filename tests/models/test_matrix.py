@@ -18,7 +18,7 @@ from tandem.models.attention import IMPLEMENTATION, NO_MASK, UnsupportedAttentio
 from tandem.models.forward import Ask, forward
 from tandem.models.limits import limits_of, turning_point
 from tandem.models.loading import prepare_module
-from tandem.models.shrunk import VOCABULARY, furthest_limit, named_limits, shrunk, trained_size
+from tandem.models.shrunk import VOCABULARY, furthest_limit, named_limits, shrunk, shrunken_config, trained_size
 from tandem.types import Request, SamplingParams, Sequence
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
@@ -184,3 +184,7 @@ def test_a_shrunken_copy_is_small_the_same_and_leaves_torchs_numbers_alone() -> 
     assert set(first.config.layer_types) == {"sliding_attention", "full_attention"}
     assert first.config.sliding_window == 8
     assert Large.config.sliding_window == 1024
+    kinds = (["sliding_attention"] * 4 + ["full_attention"]) * 7
+    config = transformers.Gemma4TextConfig(num_hidden_layers=35, layer_types=kinds, num_kv_shared_layers=20)
+    copied = shrunken_config(config)
+    assert (copied.num_hidden_layers, copied.num_kv_shared_layers) == (10, 5), "also layers that are given keys"

@@ -61,6 +61,7 @@ def asks(count: int, **sampling: Any) -> list[Request]:
         ("qwen3.5", "captured", 3),
         ("zamba", "slots", 3),
         ("mamba", "captured", 20),
+        ("gemma4-e", "captured", 3),
     ],
 )
 def test_what_a_sample_is_given_does_not_depend_on_those_beside_it(name: str, way: Any, slots: int) -> None:

@@ -125,7 +125,7 @@ class Decoder:
         """Logits [B, V] after one more token in each of the first B rows."""
         if isinstance(self.forward, StateForward):
             assert self.states is not None
-            attending = layout if self.pool.shape.layers else None
+            attending = layout if self.pool.sets else None
             return self.forward.decode(token_B, length_B, attending, self.states.held(len(token_B)))
         return self.forward(token_B[:, None], length_B[:, None], layout)[:, -1]
 

@@ -47,7 +47,7 @@ class Fitting:
         self.cache_tokens = cache_tokens
         self.with_states = bool(states_of_layers(module))
         self.shape = find_cache_shape(module)
-        if eight_bit and not self.shape.layers:
+        if eight_bit and not self.shape.kept:
             raise UserError(f"kv_cache_dtype fp8: {type(module).__name__} keeps no keys and values; take auto")
         near, far = Trial(module), Trial.far(module)
         if reason := why_not_tried(module, far):

@@ -20,11 +20,12 @@ PAGE = 64
 
 @dataclass(frozen=True, kw_only=True)
 class CacheShape:
-    """What one token needs in the cache: the same keys and values in every layer."""
+    """What one token needs in the cache."""
 
-    layers: int
-    kv_heads: int
-    head_dim: int
+    kept: tuple[tuple[int, int], ...]
+    """Heads and their width, of each set of keys and values."""
+    layers: tuple[int, ...]
+    """For each layer that attends, which of them it attends to: layers may share one (Gemma 3n and 4)."""
     dtype: torch.dtype
     eight_bit: bool = False
     """Whether they are kept in 8 bits, with a scale for each token and head, and not as they come."""
@@ -35,8 +36,9 @@ class CacheShape:
 
     @property
     def page_bytes(self) -> int:
-        head = self.head_dim + 4 if self.eight_bit else self.head_dim * self.dtype.itemsize
-        return 2 * self.layers * self.kv_heads * PAGE * head
+        numbers = sum(heads * size for heads, size in self.kept)
+        scales = 4 * sum(heads for heads, _ in self.kept)
+        return 2 * PAGE * (numbers + scales if self.eight_bit else numbers * self.dtype.itemsize)
 
 
 class PagePool:
@@ -45,11 +47,11 @@ class PagePool:
     def __init__(self, shape: CacheShape, pages: int, device: torch.device) -> None:
         self.shape = shape
         self.pages = pages
-        # Zeros: what is masked gets weight 0, and 0 times a stray NaN would still be NaN.
-        lines = (2, shape.layers, pages, shape.kv_heads, PAGE)
-        dtype = kernels.EIGHT_BIT if shape.eight_bit else shape.dtype
-        self.store = torch.zeros(*lines, shape.head_dim, dtype=dtype, device=device)
-        self.scales = torch.zeros(lines, device=device) if shape.eight_bit else None
+        self.device = device
+        self.stores: list[Tensor] = []
+        """[2, sets, pages, Hkv, PAGE, D] of all sets alike, and scales [2, sets, pages, Hkv, PAGE] if in 8 bits."""
+        alike = {kind: iter(self._made(kind)) for kind in dict.fromkeys(shape.kept)}
+        self.sets = [next(alike[kind]) for kind in shape.kept]
         self.holders = np.zeros(pages, dtype=np.int64)
         self.free = list(range(pages - 1, 0, -1))
 
@@ -57,10 +59,21 @@ class PagePool:
     def available(self) -> int:
         return len(self.free)
 
+    def _made(self, kind: tuple[int, int]) -> list[kernels.Pages]:
+        """All sets of so many heads of that width."""
+        (heads, size), shape = kind, self.shape
+        # Zeros: what is masked gets weight 0, and 0 times a stray NaN would still be NaN.
+        lines = (2, shape.kept.count(kind), self.pages, heads, PAGE)
+        dtype = kernels.EIGHT_BIT if shape.eight_bit else shape.dtype
+        made = [torch.zeros(*lines, size, dtype=dtype, device=self.device)]
+        if shape.eight_bit:
+            made.append(torch.zeros(lines, device=self.device))
+        self.stores += made
+        return [kernels.Pages(*(x for store in made for x in store[:, number])) for number in range(lines[1])]
+
     def layer(self, number: int) -> kernels.Pages:
         """The pages of one layer."""
-        scales = (None, None) if self.scales is None else self.scales[:, number]
-        return kernels.Pages(*self.store[:, number], *scales)
+        return self.sets[self.shape.layers[number]]
 
     def take(self, count: int) -> list[int]:
         """Pages that nobody holds. Ask ``available`` first."""
@@ -81,9 +94,9 @@ class PagePool:
     def copy(self, sources: list[int], targets: list[int]) -> None:
         """The content of some pages into others, in every layer."""
         if sources:
-            source, target = (send(torch.tensor(x), self.store.device) for x in (sources, targets))
-            for kept in (self.store,) if self.scales is None else (self.store, self.scales):
-                kept[:, :, target] = kept[:, :, source]
+            source, target = (send(torch.tensor(x), self.device) for x in (sources, targets))
+            for store in self.stores:
+                store[:, :, target] = store[:, :, source]
 
 
 def send_array(values: np.ndarray, device: torch.device) -> Tensor:
@@ -123,7 +136,8 @@ class PagedDecode:
 
     def __init__(self, pool: PagePool, table_BP: Tensor, length_B: Tensor, alive_B: Tensor) -> None:
         self.pool = pool
-        self.rows = kernels.decode_rows(table_BP, length_B, alive_B, page=PAGE, kv_heads=pool.shape.kv_heads)
+        most = max((heads for heads, _ in pool.shape.kept), default=1)
+        self.rows = kernels.decode_rows(table_BP, length_B, alive_B, page=PAGE, kv_heads=most)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, ask: Ask) -> Tensor:
         """Query [B, H, 1, D], key and value [B, Hkv, 1, D] → [B, 1, H, D]."""

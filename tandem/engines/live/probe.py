@@ -75,13 +75,13 @@ class Trial:
 
     @torch.no_grad()
     def why_not_captured(self, forward: Forward | StateForward, shape: CacheShape) -> str:
-        """Why a step of experts, or of layers with states, cannot be captured: it waits for the host. Else empty.
+        """Why a step of experts, or of a module's own forward, cannot be captured: it waits for the host. Else empty.
 
         torch multiplies by experts without waiting in bfloat16 on GPUs of capability 9.0 and 10.0, not in float32.
         """
         device = forward.device
         experts = has_experts(self.module)
-        if device.type != "cuda" or not (experts or isinstance(forward, StateForward)):
+        if device.type != "cuda" or not (experts or isinstance(forward, OwnForward | StateForward)):
             return ""
         decoder = Decoder(forward, shape, slots=1, pages=2, width=1)
         zero_1 = torch.zeros(1, dtype=torch.int64, device=device)
@@ -101,7 +101,8 @@ class Trial:
         except RuntimeError as error:
             if "synchronizing" not in str(error):
                 raise
-            part = "products of its experts" if experts else "layers with a state"
+            states = isinstance(forward, StateForward)
+            part = "products of its experts" if experts else "layers with a state" if states else "its layers"
             return f"{part} in {str(shape.dtype).removeprefix('torch.')} wait for the host"
         finally:
             torch.cuda.set_sync_debug_mode(mode)
@@ -167,29 +168,33 @@ def find_cache_shape(module: Any) -> CacheShape:
         raise Unlike(f"its attention needs what pages lack ({error})") from error
     if sorted(seen.layers) != list(range(len(seen.layers))):
         raise Unlike("its attention layers are not numbered from 0")
-    kept = {(key.shape[1:], value.shape[1:], value.dtype) for key, value, *_ in seen.layers.values()}
-    (key_shape, value_shape, dtype), *others = kept
-    if others or key_shape[:2] != value_shape[:2] or key_shape[2] < value_shape[2]:
-        raise Unlike("its layers keep keys and values of several shapes")
-    flash = key_shape == value_shape and all(ask.softcap is None for _, _, ask in seen.layers.values())
-    return CacheShape(layers=len(seen.layers), kv_heads=key_shape[0], head_dim=key_shape[2], dtype=dtype, flash=flash)
+    flash = all(k.shape == v.shape and ask.softcap is None for k, v, ask in seen.layers.values())
+    return _shape_of([seen.layers[number][:2] for number in range(len(seen.layers))], flash=flash)
 
 
 def _shape_beside_states(forward: StateForward) -> CacheShape:
     found = forward.prefill([(2, 2)])
     state_bytes = sum(state.nbytes for state in found.states.values())
-    kept = {(key.shape[1:], value.shape[1:], value.dtype) for key, value in found.keys_and_values.values()}
+    kept = found.keys_and_values
     if not kept:
-        return CacheShape(layers=0, kv_heads=1, head_dim=1, dtype=found.logits_PV.dtype, state_bytes=state_bytes)
-    (key_shape, value_shape, dtype), *others = kept
-    if others or key_shape[0] != value_shape[0] or key_shape[1] < value_shape[1]:
-        raise Unlike("its layers keep keys and values of several shapes")
+        return CacheShape(kept=(), layers=(), dtype=found.logits_PV.dtype, state_bytes=state_bytes)
+    return _shape_of([kept[number] for number in range(len(kept))], state_bytes=state_bytes)
+
+
+def _shape_of(layers: list[tuple[Tensor, Tensor]], **others: Any) -> CacheShape:
+    """That of the keys and values of each layer, whose dimension 1 is heads, and whose last one is their width."""
+    if any(key.shape[1] != value.shape[1] or key.shape[-1] < value.shape[-1] for key, value in layers):
+        raise Unlike("its values are wider than its keys, or of other heads")
+    if len(dtypes := {value.dtype for _, value in layers}) > 1:
+        raise Unlike("its layers keep values of several types")
+    # Layers that share keys and values are given the same ones.
+    places = [(key.data_ptr(), value.data_ptr()) for key, value in layers]
+    own = list(dict.fromkeys(places))
     return CacheShape(
-        layers=len(found.keys_and_values),
-        kv_heads=key_shape[0],
-        head_dim=key_shape[1],
-        dtype=dtype,
-        state_bytes=state_bytes,
+        kept=tuple((key.shape[1], key.shape[-1]) for key, _ in (layers[places.index(place)] for place in own)),
+        layers=tuple(map(own.index, places)),
+        dtype=dtypes.pop(),
+        **others,
     )
 
 
