@@ -31,7 +31,7 @@ from transformers import (
 from tandem.errors import UserError, first_line
 from tandem.models.folder import located, quiet_transformers
 from tandem.models.shrunk import shrunken_config, trained_size
-from tandem.models.text_config import half_of, sees
+from tandem.models.text_config import PLAIN, half_of, sees
 
 log = logging.getLogger("tandem")
 FILES = (".json", ".jinja", ".txt", ".model", ".py")
@@ -69,9 +69,10 @@ class SeeingModel:
         )  # fmt: skip
         self._files()
         config = copy.deepcopy(self.config)
-        config.text_config = half
+        if type(half) is type(config.text_config):
+            config.text_config = half
         whole, info = _reading(config).from_pretrained(self.source, config=config, **options)
-        module = _half_in(whole, auto)
+        module = _half_in(whole, auto, half)
         if quantizer := getattr(whole, "hf_quantizer", None):
             module.hf_quantizer = quantizer
         names = PartNames(whole, module)
@@ -93,16 +94,16 @@ class SeeingModel:
         Both are computed on a small copy, whose limits the tokens go beyond.
         """
         config = copy.deepcopy(self.config)
-        config.text_config = shrunken_config(half_of(self.config, self.source))
-        text = config.text_config
+        half = shrunken_config(half_of(self.config, self.source))
+        config.text_config = shrunken_config(config.text_config)
         try:
             with quiet_transformers(), torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(0)  # and no GPU's
                 whole = _reading(config).from_pretrained(None, config=config, state_dict={}, dtype=torch.float32)
             trained_size(whole)
-            module = _half_in(whole, AutoModelForCausalLM)
+            module = _half_in(whole, AutoModelForCausalLM, half)
             special = {value for key, value in vars(config).items() if key.endswith(("_token_id", "_token_index"))}
-            ids = torch.tensor([[n for n in range(2, text.vocab_size) if n not in special][:40]], device=device)
+            ids = torch.tensor([[n for n in range(2, half.vocab_size) if n not in special][:40]], device=device)
             found, wanted = (x.to(device).eval()(input_ids=ids, use_cache=False).logits for x in (module, whole))
             apart = float((found - wanted).abs().max()) / max(float(wanted.std()), 1e-3)
             why = "" if apart < PROVED_TO else f"its logits are {apart:.2g} apart from the whole's"
@@ -138,6 +139,7 @@ class SeeingModel:
         whole, tied = names.whole, set(module.all_tied_weights_keys)
         whole.config.dtype = dtype = next(t.dtype for t in state.values() if t.is_floating_point())
         whole.generation_config = module.generation_config
+        whole._weight_conversions = _turning_back(whole)
         whole.save_pretrained(folder, state_dict={names.in_whole(n): t for n, t in state.items() if n not in tied})
         for path in source.iterdir():
             if path.suffix in FILES and path.is_file() and path.name not in ("generation_config.json", INDEX):
@@ -180,8 +182,9 @@ def _reading(config: Any) -> Any:
     return type(kind.__name__, (kind,), {"__init__": init, "__module__": kind.__module__})
 
 
-def _strip(module: nn.Module, kept: list[Any]) -> None:
+def _strip(module: Any, kept: list[Any]) -> None:
     """Removes all parts and parameters but those of ``kept``, and what these are in."""
+    module._is_hf_initialized = True  # or transformers looks for the parameters, to begin them
     for name, part in list(module.named_children()):
         if any(part is one for one in kept):
             continue
@@ -200,22 +203,42 @@ def _text_model(module: Any) -> Any:
     return module if inner is module else _text_model(inner)
 
 
-def _half_in(whole: Any, auto: Any) -> Any:
-    """The half, of class ``auto``, on the whole's own parts. A head that the whole has not stays on meta."""
+def _half_in(whole: Any, auto: Any, half: Any) -> Any:
+    """The half, of class ``auto`` and config ``half``, on the whole's own parts. A head that the whole has not stays
+    on meta.
+    """
     base = _text_model(whole)
-    config = copy.deepcopy(base.config)
+    config = copy.deepcopy(half)
     config._experts_implementation = None  # a choice, which classes made elsewhere refuse to be told
     with torch.device("meta"):
         module = auto.from_config(config) if hasattr(auto, "from_config") else auto._from_config(config)
     own = _text_model(module)
-    if type(own) is not type(base):
+    if type(own) is type(base):
+        setattr(module, _name_of(own, module), base)
+        module.config = base.config
+    elif base.config.model_type in PLAIN:
+        _take(own, base)
+    else:
         raise TypeError(f"it has a {type(base).__name__}, and not a {type(own).__name__}")
-    setattr(module, _name_of(own, module), base)
     if module.get_output_embeddings() is not None:
         module.set_output_embeddings(whole.get_output_embeddings())
-    module.config = base.config
     module.generation_config = getattr(whole, "generation_config", None)
     return module.eval()
+
+
+def _take(own: Any, base: Any) -> None:
+    """Gives a text model the layers, parameters and buffers of one of another class, by their names.
+
+    Raises TypeError where they have others.
+    """
+    if own.state_dict().keys() != base.state_dict().keys():
+        raise TypeError(f"a {type(own).__name__} has other parts than its {type(base).__name__}")
+    for name, part in list(own.named_modules()):
+        theirs = base.get_submodule(name)
+        if isinstance(part, nn.Linear):  # which may be there in few bits
+            own.set_submodule(name, theirs)
+        else:
+            part._parameters, part._buffers = theirs._parameters, theirs._buffers
 
 
 class PartNames:
@@ -234,7 +257,7 @@ class PartNames:
         """Of a model that also sees, by its config; on modules without weights."""
         with torch.device("meta"):
             whole = _reading(config)(copy.deepcopy(config))
-        return cls(whole, _half_in(whole, AutoModelForCausalLM))
+        return cls(whole, _half_in(whole, AutoModelForCausalLM, half_of(config, "")))
 
     @property
     def mapping(self) -> dict[str, str]:
@@ -267,6 +290,24 @@ class PartNames:
             found, _ = rename_source_key(name, renamings, converters, self.whole.base_model_prefix, known)
             if not any(found.startswith(f"{part}.") for part in self.text):
                 yield name
+
+
+def _turning_back(whole: Any) -> list[Any]:
+    """What is done to the tensors of a whole as they are written, with experts as its checkpoints have them.
+
+    transformers, which reads these the other way round as well, turns none back; others read them in the one way only.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange, Transpose
+
+    mapping = copy.deepcopy(get_model_conversion_mapping(whole, add_legacy=False))
+    found = [one for one in mapping if not isinstance(one, PrefixChange)]
+    # In a square it could not tell which way round they are.
+    square = any(p.ndim == 3 and p.shape[1] == p.shape[2] for p in whole.parameters())
+    for operation in (operation for one in found for operation in getattr(one, "operations", ())):
+        if isinstance(operation, Transpose) and not square:
+            operation.check_dims = False
+    return found
 
 
 def _name_of(part: nn.Module, module: nn.Module) -> str:

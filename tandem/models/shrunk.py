@@ -280,9 +280,7 @@ def _first_with_all(kinds: Any) -> int:
 def _narrow(config: Any, times: int) -> None:
     heads, groups = getattr(config, "num_attention_heads", None), getattr(config, "num_key_value_heads", None)
     rotated = getattr(config, "head_dim", None) == getattr(config, "qk_rope_head_dim", 0)
-    width: int | None = getattr(config, "head_dim", None) or (
-        config.hidden_size // heads if isinstance(heads, int) and heads else None
-    )
+    width = _head_width(config)
     for key, one in _NARROW.items():
         value, size = getattr(config, key, None), one * times
         if isinstance(value, int) and not isinstance(value, bool) and value > size:
@@ -299,11 +297,21 @@ def _narrow(config: Any, times: int) -> None:
         if all(isinstance(getattr(config, key, None), int) for key in (number, wider, head)):
             setattr(config, number, config.hidden_size * getattr(config, wider) // getattr(config, head))
     for rope in _mappings(getattr(config, "rope_parameters", None)):
+        narrow = _head_width(config)
         for key in ("short_factor", "long_factor"):
             if key in rope and width:
-                wanted = len(rope[key]) * 16 * times // width
+                wanted = len(rope[key]) * narrow // width
                 step = len(rope[key]) / max(wanted, 1)
                 rope[key] = [rope[key][int(i * step)] for i in range(wanted)]
+        if (section := rope.get("mrope_section")) and width:
+            others = [n * narrow // width for n in section[1:]]
+            rope["mrope_section"] = [sum(section) * narrow // width - sum(others), *others]
+
+
+def _head_width(config: Any) -> Any:
+    """None where the config does not say."""
+    heads, width = getattr(config, "num_attention_heads", None), getattr(config, "head_dim", None)
+    return width or (config.hidden_size // heads if isinstance(heads, int) and heads else None)
 
 
 def _positions(config: Any) -> int:

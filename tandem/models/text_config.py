@@ -6,10 +6,27 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from tandem.errors import UserError
 from tandem.models.quantized_folder import kind_of
+
+PLAIN: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2_vl_text": ("qwen2", {}),
+    "qwen2_5_vl_text": ("qwen2", {}),
+    "qwen3_vl_text": ("qwen3", {}),
+    "qwen3_vl_moe_text": ("qwen3_moe", {"norm_topk_prob": True}),
+    "glm4v_text": ("glm4", {"attention_bias": True}),
+    "glm4v_moe_text": ("glm4_moe", {}),
+    "glm_ocr_text": ("glm4", {"attention_bias": False}),
+}
+"""Text halves that transformers has no causal class for, and the language model that each is where nothing is seen: its
+kind, and what that one's config says of what the half does in any case.
+
+The three axes of a token's rotary position are the same number there.
+"""
+_AXES = ("mrope_section", "mrope_interleaved", "type")
+"""Of rotary parameters those that divide frequencies among axes, and the old name of ``rope_type``."""
 
 
 def config_in(place: str | Path, trust_remote_code: bool = False) -> Any:
@@ -30,7 +47,7 @@ def sees(config: Any, place: str | Path) -> bool:
     if "text_config" not in config.sub_configs or getattr(config, "auto_map", None) or scores:
         return False
     known = AutoModelForCausalLM._model_mapping
-    if type(config.text_config) not in known:
+    if type(config.text_config) not in known and config.text_config.model_type not in PLAIN:
         if type(config) in known:
             return False
         raise UserError(
@@ -48,10 +65,20 @@ def sees(config: Any, place: str | Path) -> bool:
 
 def half_of(config: Any, place: str | Path) -> Any:
     """The config of the text half of a whole's, with what the whole's says instead of it."""
-    half = copy.deepcopy(config.text_config)
-    half.tie_word_embeddings = config.tie_word_embeddings
+    half = _plain(config.text_config)
+    half.tie_word_embeddings = getattr(config, "tie_word_embeddings", False)  # as transformers has it
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if getattr(config, key, None) is not None:
             setattr(half, key, getattr(config, key))
     half._name_or_path = str(place)
     return half
+
+
+def _plain(text: Any) -> Any:
+    """The config of the language model that a text half is; a copy of its own where that has a causal class."""
+    if text.model_type not in PLAIN:
+        return copy.deepcopy(text)
+    kind, always = PLAIN[text.model_type]
+    values = {key: value for key, value in text.to_dict().items() if key != "model_type"} | always
+    values["rope_parameters"] = {key: v for key, v in text.rope_parameters.items() if key not in _AXES}
+    return CONFIG_MAPPING[kind](**values)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from helpers.engine_models import tokenizer
 from helpers.seeing import BEGIN, END, FAMILIES, IMAGE, make_seeing, save_seeing
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -26,6 +27,7 @@ from tandem.models.loading import load_causal, load_scalar
 from tandem.models.seeing import PartNames, SeeingModel
 from tandem.models.shared import scalar_beside
 from tandem.models.shrunk import shrunk
+from tandem.models.text_config import PLAIN, half_of
 from tandem.own_loop.their_model import given, require_same
 from tandem.training.optim import OptimParams
 from tandem.training.trainer import LocalTrainer
@@ -128,17 +130,27 @@ def test_the_half_says_what_the_whole_says_and_is_put_back_among_the_rest(folder
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.module.state_dict().items())
 
 
-def test_an_image_is_seen_as_by_the_whole_with_the_same_text_weights(folders, tmp_path):
-    model = load_causal(folders("gemma3"), device="cpu")
+def image_prompt(family):
+    if family == "gemma3":
+        ids = torch.tensor([[5, 9, BEGIN, IMAGE, IMAGE, IMAGE, IMAGE, END, 33, 41, 7]])
+        return {"input_ids": ids, "pixel_values": torch.randn(1, 3, 28, 28), "token_type_ids": (ids == IMAGE).long()}
+    ids = torch.tensor([[5, 9, BEGIN, *[IMAGE] * 6, END, 33, 41, 7]])  # 2 x 3, of 4 x 6 patches
+    kinds = {"mm_token_type_ids": (ids == IMAGE).int(), "image_grid_thw": torch.tensor([[1, 4, 6]])}
+    return {"input_ids": ids, "pixel_values": torch.randn(24, 3 * 2 * 14 * 14), **kinds}
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen2_5_vl"])
+def test_an_image_is_seen_as_by_the_whole_with_the_same_text_weights(folders, family, tmp_path):
+    model = load_causal(folders(family), device="cpu")
     trained(model).export(tmp_path / "out")
-    exported, whole = whole_in(tmp_path / "out"), whole_in(folders("gemma3"))
-    ids = torch.tensor([[5, 9, BEGIN, IMAGE, IMAGE, IMAGE, IMAGE, END, 33, 41, 7]])
-    seen = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 28, 28), "token_type_ids": (ids == IMAGE).long()}
+    exported, whole = whole_in(tmp_path / "out"), whole_in(folders(family))
+    seen = image_prompt(family)
     with torch.no_grad():
         untrained = whole(**seen).logits
         whole.model.language_model.load_state_dict(model.module.model.state_dict())
+        whole.lm_head.load_state_dict(model.module.lm_head.state_dict())
         wanted, found = whole(**seen).logits, exported(**seen).logits
-        blind = exported(**seen | {"pixel_values": torch.zeros(1, 3, 28, 28)}).logits
+        blind = exported(**seen | {"pixel_values": torch.zeros_like(seen["pixel_values"])}).logits
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
     assert (untrained - wanted).abs().max() > 1e-2
     assert (blind - wanted).abs().max() > 1e-2
@@ -155,15 +167,17 @@ def test_a_folder_of_bfloat16_in_parts_and_under_other_names(tmp_path):
     again = whole_in(tmp_path / "out")
     assert all(torch.equal(t, again.state_dict()[n].to(t.dtype)) for n, t in whole.state_dict().items() if "vis" in n)
     assert all(torch.equal(t, dict(again.model.language_model.named_parameters())[n]) for n, t in body_of(model))
-    stored: dict[str, torch.dtype] = {}
-    for path in (tmp_path / "out").glob("*.safetensors"):
-        stored |= {name: tensor.dtype for name, tensor in load_file(path).items()}
+    stored = {name: tensor.dtype for name, tensor in load_parts(tmp_path / "out").items()}
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_bytes())["weight_map"]
     assert set(index) == set(stored)
     assert {index[n] for n in index} == {p.name for p in (tmp_path / "out").glob("*.safetensors")}
     # The others are as they were; the text is as it was trained, and the config says so.
     assert {dtype for name, dtype in stored.items() if "vis" in name} == {torch.bfloat16}
     assert json.loads((tmp_path / "out" / "config.json").read_bytes())["dtype"] == "float32"
+
+
+def load_parts(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: t for path in folder.glob("*.safetensors") for name, t in load_file(path).items()}
 
 
 def body_of(model):
@@ -266,13 +280,18 @@ def test_adapters_are_those_of_the_whole(folders, tmp_path):
     torch.testing.assert_close(scored(trained(again, steps=0)), wanted, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["qwen3_5_moe", "llama4"])
-def test_a_push_is_called_as_the_wholes_folder_calls_it(folders, family):
+@pytest.mark.parametrize("family", ["qwen3_5_moe", "llama4", "qwen3_vl_moe"])
+def test_a_push_is_called_as_the_wholes_folder_calls_it(folders, family, tmp_path):
     model, whole = load_causal(folders(family), device="cpu"), whole_in(folders(family))
     text = text_names(whole)
     expected = revert_weight_conversion(whole, {n: p for n, p in whole.named_parameters() if n in text})
     found = dict(Names(whole.config).of(list(model.module.named_parameters())))
     assert set(found) == set(expected)
+    if family == "qwen3_vl_moe":
+        # The hub's have experts the other way round: the only way that vLLM reads, and transformers writes none so.
+        model.export(tmp_path / "out")
+        expected = load_parts(tmp_path / "out")
+        assert {tuple(t.shape) for n, t in expected.items() if "experts" in n} == {(4, 32, 192), (4, 96, 32)}
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
 
@@ -333,6 +352,67 @@ def test_nobodys_random_numbers_are_touched(folders, monkeypatch):
     assert not seeded
 
 
-def test_without_a_causal_class_of_the_text_it_is_refused(folders):
+AXES = {"type": "mrope", "mrope_section": [16, 24, 24]}
+NARROW_AXES = {"rope_theta": 1e4, "partial_rotary_factor": 0.5, "rope_type": "default", "mrope_section": [8, 12, 12]}
+HUB: dict[str, dict] = {
+    "qwen2_vl": {"rope_scaling": AXES, "rope_theta": 1e6, "tie_word_embeddings": True, "sliding_window": 32768},
+    "qwen2_5_vl": {
+        "rope_scaling": AXES | {"type": "yarn", "factor": 4, "original_max_position_embeddings": 64},
+        "rope_theta": 1e6, "use_sliding_window": False, "sliding_window": 32768, "max_position_embeddings": 256,
+    },
+    "qwen3_vl": {"text_config": {
+        "rope_scaling": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [24, 20, 20]},
+        "rope_theta": 5e6, "attention_bias": True, "head_dim": 64, "tie_word_embeddings": False,
+    }, "tie_word_embeddings": True},
+    "qwen3_vl_moe": {"text_config": {"mlp_only_layers": [0], "decoder_sparse_step": 1}},
+    "glm4v": {"text_config": {"rope_parameters": NARROW_AXES}},
+    "glm4v_moe": {"text_config": {"rope_parameters": NARROW_AXES, "head_dim": 128}},
+    "glm_ocr": {"text_config": {"rope_parameters": NARROW_AXES | {"partial_rotary_factor": 1.0}, "head_dim": 64}},
+}  # fmt: skip
+"""What configs on the hub say besides sizes, flat where they are."""
+
+
+@pytest.mark.parametrize("family", HUB)
+def test_the_plain_model_of_a_text_half(family):
+    """By transformers' own defaults for all else, proved on the small copy."""
+    seeing = SeeingModel("hub", transformers.CONFIG_MAPPING[family](**HUB[family]))
+    half, text = half_of(seeing.config, "hub"), seeing.config.text_config
+    with torch.device("meta"):
+        AutoModelForCausalLM.from_config(half)
+    assert not {"mrope_section", "mrope_interleaved", "type"} & set(half.rope_parameters)
+    assert half.tie_word_embeddings is seeing.config.tie_word_embeddings
+    ours = half.to_dict()
+    own = set(text.to_dict()) - {"_name_or_path", "model_type", "rope_parameters", "tie_word_embeddings"}
+    assert {key: ours[key] for key in own} == {key: text.to_dict()[key] for key in own}
+    seeing.require_exact(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "why"),
+    [
+        ("qwen3_vl_moe", ("qwen3_moe", {"norm_topk_prob": False}), "apart from the whole's"),
+        ("qwen2_5_vl", ("llama", {}), "has other parts than its"),
+        ("paddleocr_vl", ("ernie4_5", {}), "apart from the whole's"),  # which turns other pairs of numbers
+    ],
+)
+def test_a_plain_model_that_says_other_things_is_refused(monkeypatch, family, kind, why):
+    config = transformers.CONFIG_MAPPING[family](**HUB.get(family, {}))
+    monkeypatch.setitem(PLAIN, config.text_config.model_type, kind)
+    config.text_config.rope_parameters.setdefault("mrope_section", [16, 24, 24])
+    with pytest.raises(UserError, match=why):
+        SeeingModel("hub", config).require_exact(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("family", ["llava_next", "llava_onevision", "voxtral"])
+def test_wholes_with_numbers_of_their_own_and_without_a_word_on_ties(family):
+    """LLaVA's newline, which transformers begins anew; and a config that has no ``tie_word_embeddings``."""
+    config = transformers.CONFIG_MAPPING[family]()
+    config.architectures = [config.__class__.__name__.replace("Config", "ForConditionalGeneration")]
+    SeeingModel("hub", config).require_exact(torch.device("cpu"))
+
+
+def test_without_a_causal_class_of_the_text_it_is_refused(tmp_path):
+    transformers.PaddleOCRVLConfig().save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
     with pytest.raises(UserError, match="no causal language model of its text half alone"):
-        load_causal(folders("qwen3_vl"), device="cpu")
+        load_causal(tmp_path, device="cpu")

@@ -72,6 +72,8 @@ class Names:
             return [(renamed, tensor)]
         converter = copy.deepcopy(next(one for one in self.converters if pattern in one.source_patterns))
         kinds = [type(operation).__name__ for operation in converter.operations]
+        if kinds == ["Transpose"]:
+            return [(renamed, tensor.transpose(converter.operations[0].dim0, converter.operations[0].dim1))]
         if tensor.ndim != 3 or any(kind not in _VIEWS for kind in kinds):
             raise UserError(
                 f"weight sync: {name} is not cut but computed anew for vLLM ({', '.join(kinds)}), which a push cannot "
