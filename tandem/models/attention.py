@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -25,8 +25,6 @@ from tandem.batch import send
 from tandem.models.sharing import Sharing
 
 IMPLEMENTATION = "tandem"
-NO_MASK = torch.empty(1, 1, 1, 1)
-"""Passed as ``attention_mask`` beside a layout: transformers takes any 4-D mask as it is and builds none of its own."""
 _OF_NO_EFFECT = frozenset(
     {
         "is_causal",
@@ -99,7 +97,7 @@ def _attention(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    if layout is None and attention_mask is NO_MASK:
+    if layout is None and attention_mask is not None and attention_mask is no_mask(attention_mask.device):
         raise UnsupportedAttention("the module does not hand the layout on to it")
     if layout is None and (softcap is not None or s_aux is not None):
         # transformers' SDPA would leave them out.
@@ -119,13 +117,22 @@ def _attention(
     unsupported = [name for name, value in kwargs.items() if value is not None and name not in _OF_NO_EFFECT]
     if unsupported or not getattr(module, "is_causal", True) or kwargs.get("is_causal") is False:
         raise UnsupportedAttention(", ".join(unsupported) or "attention that is not causal")
-    if attention_mask is not None and attention_mask.shape != NO_MASK.shape:
+    if attention_mask is not None and attention_mask.shape != (1, 1, 1, 1):
         raise UnsupportedAttention("a mask of its own")
     if dropout:
         raise UnsupportedAttention("attention dropout")
     # A compiled layer that reads its own number is a graph of its own: it is read only for those who want it.
     layer = None if getattr(layout, "one_graph", False) else getattr(module, "layer_idx", None)
     return layout.attend(query, key, value, Ask(layer, scaling, sliding_window, softcap, s_aux)), None
+
+
+@cache
+def no_mask(device: torch.device) -> Tensor:
+    """The ``attention_mask`` beside a layout: transformers takes any 4-D mask as it is and builds none of its own.
+
+    There is one on each device: models that choose the keys of a token add it to what they choose by.
+    """
+    return torch.zeros(1, 1, 1, 1, device=device)
 
 
 @torch.no_grad()
@@ -142,7 +149,9 @@ def leave_sdpa(module: Any) -> None:
     module.set_attn_implementation(IMPLEMENTATION)
     try:
         ids, position = torch.full((1, 2), 2, device=device), torch.arange(2, device=device)[None]
-        module.base_model(input_ids=ids, position_ids=position, attention_mask=NO_MASK, use_cache=False, layout=asked)
+        module.base_model(
+            input_ids=ids, position_ids=position, attention_mask=no_mask(device), use_cache=False, layout=asked
+        )
     except (UnsupportedAttention, TypeError):
         pass  # What a layout does not compute is found out by whoever wants one.
     module.set_attn_implementation(own if asked.plain else "eager")

@@ -93,4 +93,7 @@ def _added(layer: Any, x_NI: Tensor, ends_X: Tensor) -> Tensor:
     if spare := -a_XRI.shape[1] % (GRAIN // a_XRI.element_size()):
         a_XRI, b_XOR = F.pad(a_XRI, (0, 0, 0, spare)), F.pad(b_XOR, (0, spare))
     inner_NR = _grouped_linear(x_NI, a_XRI, ends_X)
-    return _grouped_linear(inner_NR, b_XOR.contiguous(), ends_X) * layer.scaling[NAME]
+    # Compiled, a copy that is only contiguous gets the strides of what it copies, which the product refuses.
+    rows, width = b_XOR.shape[1:]
+    b_XOR = b_XOR.contiguous().as_strided(b_XOR.shape, (rows * width, width, 1))
+    return _grouped_linear(inner_NR, b_XOR, ends_X) * layer.scaling[NAME]

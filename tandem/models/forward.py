@@ -25,7 +25,7 @@ from tandem.functional.logprobs import CHUNK_BYTES, Added, chunked_head
 from tandem.kernels import products
 from tandem.kernels.logprob import PLAIN, HeadShape
 from tandem.models.adapters import Adapters
-from tandem.models.attention import NO_MASK, PackedLayout, packed_layout
+from tandem.models.attention import PackedLayout, no_mask, packed_layout
 from tandem.models.compiled import Blocks
 from tandem.models.folder import quiet_transformers
 from tandem.models.pairs import NAME
@@ -413,7 +413,7 @@ def _together(model: LoadedModel, module: Any, batch: Batch, output: str, ask: A
             out = module(
                 input_ids=token_ids[None],
                 position_ids=position[None],
-                attention_mask=NO_MASK,
+                attention_mask=no_mask(device),
                 use_cache=False,
                 layout=layout,
                 **asked,

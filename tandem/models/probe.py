@@ -27,6 +27,8 @@ TOLERANCE = 2e-3
 """Largest relative difference in float32, far above rounding and far below a wrong mask or a missing scale."""
 LOW_PRECISION_TOLERANCE = 0.1
 """In bfloat16, of which some dozen layers make a few hundredths."""
+MOST_ROUNDING = 0.5
+"""What is wrong by so much is wrong, however many layers there are."""
 LENGTHS = (24, 7, 20)
 SHARED = 10
 """Tokens that the first and the last of them begin with."""
@@ -232,15 +234,23 @@ def _close(value: Tensor, truth: Tensor) -> bool:
     return value.shape == truth.shape and not too_far(value, truth)
 
 
-def too_far(value: Tensor, truth: Tensor, *, most: bool = False) -> str:
+def too_far(value: Tensor, truth: Tensor, *, most: bool = False, rounding: float = 0.0) -> str:
     """How far ``value`` is from the truth, [T, D] both, where that is more than rounding; else nothing.
 
-    The difference over the truth, in norms, of each row by itself: one that is wrong would hide among those that are
-    right. ``most``: of the median row, where rounding by itself may make some rows others.
+    ``rounding``: what rounding makes of it in this model, where that is known; no more than ``MOST_ROUNDING`` is
+    allowed for. ``most``: see ``gap_of``.
     """
     tolerance = TOLERANCE if truth.dtype.itemsize >= 4 else LOW_PRECISION_TOLERANCE
+    gap = gap_of(value, truth, most=most)
+    # Not the other way round: NaN is too far.
+    return "" if gap <= max(tolerance, min(rounding, MOST_ROUNDING)) else f"off by {gap:.1%}"
+
+
+def gap_of(value: Tensor, truth: Tensor, *, most: bool = False) -> float:
+    """The difference over the truth, [T, D] both, in norms, of the worst row: it would hide among those that are right.
+
+    ``most``: of the median row, where rounding by itself may make some rows others.
+    """
     truth, value = truth.float(), value.float()
     gap_T = (value - truth).norm(dim=-1) / truth.norm(dim=-1).clamp(min=1e-6)
-    gap = gap_T.median() if most else gap_T.max()
-    # Not the other way round: NaN is too far.
-    return "" if gap <= tolerance else f"off by {gap:.1%}"
+    return float(gap_T.median() if most else gap_T.max())

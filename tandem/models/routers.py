@@ -159,8 +159,8 @@ def _in_float32(kind: Any) -> Any:
     A class, and not a ``forward`` of each router's own: compiled layers share a graph where their parts are of one.
     """
 
-    def forward(self: nn.Module, x: Tensor) -> Any:
-        return kind.forward(_Float32(self), x.float())
+    def forward(self: nn.Module, x: Tensor, *others: Any) -> Any:
+        return kind.forward(_Float32(self), x.float(), *others)
 
     return type(kind.__name__, (kind,), {"__module__": __name__, "forward": forward, "narrow": kind})
 

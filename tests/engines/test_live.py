@@ -16,6 +16,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from tandem.engines.live.engine import LiveEngine
 from tandem.engines.live.probe import Trial
 from tandem.errors import UserError
+from tandem.models.probe import LOW_PRECISION_TOLERANCE, gap_of
 from tandem.models.shrunk import shrunken_config
 from tandem.roles import Engine
 from tandem.types import Request, SamplingParams
@@ -203,6 +204,25 @@ def test_one_row_of_other_experts_is_no_fault_in_16_bits(kind: str, low: bool) -
     lost = [torch.cat((truth[:1], truth[1:] * float("nan"))) for truth in trial.truths]
     for wrong in (decoded, lost):
         assert "does not reproduce" in trial._compare(lambda wrong=wrong: wrong)
+
+
+@pytest.mark.parametrize("layers", [2, 30])
+def test_what_rounding_makes_of_a_model_is_found_on_it(layers: int) -> None:
+    """Against what bfloat16 makes of it: how far it is off grows with the layers, from a few hundredths to a half."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": layers, "vocab_size": VOCABULARY}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.25}
+    config = CONFIG_MAPPING["qwen2"](**shape, **heads, tie_word_embeddings=False)
+    module = AutoModelForCausalLM.from_config(config).eval()
+    exact = Trial(module).truths
+    trial = Trial(copy.deepcopy(module).bfloat16())
+    off = gap_of(torch.cat(trial.truths), torch.cat(exact))
+    assert (off < LOW_PRECISION_TOLERANCE) is (layers == 2)
+    assert off / 2 < trial.rounding < 3 * off
+    # Another order of sums is within it; what is wrong is not.
+    assert trial._compare(lambda: exact) == ""
+    wrong = [truth.roll(1, -1) for truth in trial.truths]
+    assert "does not reproduce" in trial._compare(lambda: wrong)
 
 
 def test_nothing_asked_nothing_done() -> None:

@@ -363,7 +363,9 @@ def test_a_trainer_in_bfloat16_routes_as_a_scorer_does() -> None:
     assert torch.equal(found, wanted)
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "olmoe", "gpt_oss", "granitemoe", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "kind", ["mixtral", "qwen3_moe", "olmoe", "gpt_oss", "granitemoe", "deepseek_v3", "minimax_m2"]
+)
 def test_routers_of_a_model_in_bfloat16_compute_in_float32(kind: str) -> None:
     """From the same parameters; what is trained, and the rest of the layer, stays in bfloat16."""
     model = prepare_module(module_of(kind), tokenizer(), dtype="bfloat16")
@@ -371,16 +373,16 @@ def test_routers_of_a_model_in_bfloat16_compute_in_float32(kind: str) -> None:
     assert model.module.config._experts_implementation == "grouped_mm"
     router = routers_of(model.module)[0]
     seen: list[tuple[Any, ...]] = []
-    router.register_forward_hook(lambda part, given, found: seen.append((given[0], found)))
+    router.register_forward_hook(lambda part, given, found: seen.append((given, found)))
     out = hidden_states(model, pack(rows()).to("cpu"))
     assert out.dtype == torch.bfloat16
     out.float().square().sum().backward()
     assert router.weight.dtype == router.weight.grad.dtype == torch.bfloat16
     assert router.weight.grad.any()
-    x, found = seen[0]
+    (x, *others), found = seen[0]
     assert x.dtype == torch.bfloat16
-    exact = router.narrow.forward(replaced(router), x.float())
-    rounded = router.narrow.forward(router, x)
+    exact = router.narrow.forward(replaced(router), x.float(), *others)
+    rounded = router.narrow.forward(router, x, *others)
     for y, want in zip(found, exact, strict=True):
         assert torch.equal(y, want)
         assert y.dtype in (torch.float32, torch.int64)

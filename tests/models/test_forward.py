@@ -8,7 +8,7 @@ from helpers.models import ARCHITECTURES, VOCABULARY, make_module, make_tokenize
 from transformers import NemotronConfig, NemotronForCausalLM
 
 from tandem.data.packing import pack, stamp_weights
-from tandem.models.attention import IMPLEMENTATION, NO_MASK, PackedLayout, UnsupportedAttention
+from tandem.models.attention import IMPLEMENTATION, PackedLayout, UnsupportedAttention, no_mask
 from tandem.models.forward import forward
 from tandem.models.loading import prepare_module
 from tandem.types import Sequence
@@ -94,7 +94,13 @@ def test_a_module_that_does_not_hand_the_layout_on_is_refused_and_not_computed_w
     module.set_attn_implementation(IMPLEMENTATION)
     ids, layout = torch.tensor([[2, 3]]), PackedLayout(torch.tensor([0, 2]), torch.device("cpu"))
     with pytest.raises(UnsupportedAttention, match="does not hand the layout on"):
-        module.base_model(input_ids=ids, position_ids=ids - 2, attention_mask=NO_MASK, use_cache=False, layout=layout)
+        module.base_model(
+            input_ids=ids,
+            position_ids=ids - 2,
+            attention_mask=no_mask(torch.device("cpu")),
+            use_cache=False,
+            layout=layout,
+        )
 
 
 def test_bfloat16_casts_parameters_and_leaves_rotary_frequencies_alone():

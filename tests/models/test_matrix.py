@@ -14,7 +14,7 @@ from helpers.engine_models import tokenizer
 from tandem.data.packing import pack
 from tandem.engines.live.engine import LiveEngine
 from tandem.errors import UserError
-from tandem.models.attention import IMPLEMENTATION, NO_MASK, UnsupportedAttention, packed_layout
+from tandem.models.attention import IMPLEMENTATION, UnsupportedAttention, no_mask, packed_layout
 from tandem.models.forward import Ask, forward
 from tandem.models.limits import limits_of, turning_point
 from tandem.models.loading import prepare_module
@@ -94,10 +94,10 @@ def test_a_keyword_of_attention_that_is_not_known_is_refused(keyword: str) -> No
     x = torch.zeros(1, 2, 3, 8)
     layout = packed_layout(torch.tensor([0, 3]), torch.device("cpu"), torch.float32)
     options: dict[str, Any] = {"layout": layout, "position_ids": torch.arange(3), "use_cache": False}
-    attend(torch.nn.Module(), x, x, x, NO_MASK, **options)
-    attend(torch.nn.Module(), x, x, x, NO_MASK, **options, **{keyword: None})
+    attend(torch.nn.Module(), x, x, x, no_mask(torch.device("cpu")), **options)
+    attend(torch.nn.Module(), x, x, x, no_mask(torch.device("cpu")), **options, **{keyword: None})
     with pytest.raises(UnsupportedAttention, match=keyword):
-        attend(torch.nn.Module(), x, x, x, NO_MASK, **options, **{keyword: torch.zeros(1)})
+        attend(torch.nn.Module(), x, x, x, no_mask(torch.device("cpu")), **options, **{keyword: torch.zeros(1)})
     with pytest.raises(UnsupportedAttention, match="a mask of its own"):
         attend(torch.nn.Module(), x, x, x, torch.zeros(1, 1, 3, 3), **options)
 

@@ -80,13 +80,13 @@ class Fitting:
             self.lean = None
             own = StateForward if self.with_states else OwnForward
             self.forward = own(module)
-            reason = near.why_not_pages(self.forward, self.shape)
+            reason = near.why_not_captured(self.forward, self.shape) or near.why_not_pages(self.forward, self.shape)
             if not reason and far is not None:
                 reason = far.why_not_pages(own(far.module), find_cache_shape(far.module))
             if reason:
                 raise Unlike(reason)
             log.warning("%s: sampled with its own forward (slower): %s", type(module).__name__, self.own_because)
-        if reason := near.why_not_captured(self.forward, self.shape):
+        elif reason := near.why_not_captured(self.forward, self.shape):
             raise Unlike(reason)
         # Only now: what is compared above is how it computes, not what 8 bits lose.
         self.shape = replace(self.shape, eight_bit=eight_bit)

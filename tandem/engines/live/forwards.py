@@ -14,7 +14,7 @@ from tandem.engines.live.stacked import Additions
 from tandem.kernels import layers as kernels
 from tandem.kernels import products
 from tandem.kernels.logprob import HeadShape
-from tandem.models.attention import NO_MASK, Layout
+from tandem.models.attention import Layout, no_mask
 from tandem.models.states import Held
 
 
@@ -36,7 +36,7 @@ class OwnForward:
         logits = self.module(
             input_ids=token_BQ,
             position_ids=position_BQ,
-            attention_mask=NO_MASK,
+            attention_mask=no_mask(token_BQ.device),
             use_cache=False,
             layout=layout,
             **arguments,

@@ -20,7 +20,7 @@ from tandem.engines.live.stacked import Additions, is_linear, stack
 from tandem.kernels import layers as kernels
 from tandem.kernels import products
 from tandem.kernels.layers import CURVES, Curve, Norm, Rotation
-from tandem.models.attention import NO_MASK, Ask, PackedLayout, UnsupportedAttention
+from tandem.models.attention import Ask, PackedLayout, UnsupportedAttention, no_mask
 from tandem.models.limits import turning_point
 from tandem.models.quantized import Quantized
 from tandem.models.states import Held, Mixers, cache_argument
@@ -393,7 +393,7 @@ class _Watch(PackedLayout):
             try:
                 result = self.base(
                     input_ids=token_T[None].to(self.device), position_ids=self.position_T[None],
-                    attention_mask=NO_MASK, use_cache=False, layout=self,
+                    attention_mask=no_mask(self.device), use_cache=False, layout=self,
                 )  # fmt: skip
             except UnsupportedAttention as error:
                 raise Unlike(f"its attention needs what pages lack ({error})") from error

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tandem.engines.live.forwards import LeanForward
 from tandem.engines.live.slots import DecodeLayout, SlotCache
-from tandem.models.attention import IMPLEMENTATION, NO_MASK, Ask, Layout, UnsupportedAttention
+from tandem.models.attention import IMPLEMENTATION, Ask, Layout, UnsupportedAttention, no_mask
 from tandem.models.states import Held, Name, cache_argument, states_of_layers
 
 
@@ -85,7 +85,7 @@ class StateForward:
         if layout is not None:
             if self.module.config._attn_implementation != IMPLEMENTATION:
                 raise UnsupportedAttention(f"the implementation {self.module.config._attn_implementation!r}")
-            options = {"layout": _NumberedByCache(layout, held), "attention_mask": NO_MASK}
+            options = {"layout": _NumberedByCache(layout, held), "attention_mask": no_mask(token_B.device)}
         return self._forward(token_B[:, None], length_B[:, None], held, **options)[:, -1]
 
     def _forward(self, token_NL: Tensor, position_NL: Tensor, held: Held, **options: Any) -> Tensor:
