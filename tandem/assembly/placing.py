@@ -22,7 +22,7 @@ from tandem.assembly.sections import (
     SamplingSection,
     ScheduleSection,
 )
-from tandem.engines.live.engine import StaleCache
+from tandem.engines.live.engine import LiveEngine, StaleCache
 from tandem.engines.vllm.adapters import check_dtype, room_for, room_of
 from tandem.errors import UserError
 from tandem.models.adapter_folder import adapter_folder, base_of
@@ -308,8 +308,13 @@ class Homes:
         build = partial(live_engine, sampling=sampling, engine=self.engine, stale_cache=stale_cache)
         if isinstance(home, Here) and not self.fold:
             home.place("engine", build)
-            engine: Engine = home.site.roles["engine"]
-            return WiredEngine(engine=engine, push=lambda step: {}, about="live, on the actor's own weights")
+            engine: LiveEngine = home.site.roles["engine"]
+
+            def go_on(step: int) -> Metrics:
+                engine.go_on()
+                return {}
+
+            return WiredEngine(engine=engine, push=go_on, about="live, on the actor's own weights")
         count = len(home.devices)
         if isinstance(home, WorkerGroup) and count == 1 and self.model.offload != "parameters" and not self.fold:
             home.place("engine", build)

@@ -43,6 +43,10 @@ class Batching(Protocol):
         """Others are about to compute on the device while samples are here: leaves them the memory that they need."""
         ...
 
+    def go_on(self) -> None:
+        """They are through, and the host has other things to do: gives the device work, and waits for none of it."""
+        ...
+
 
 class LiveCore:
     """``tandem.engines.stepper.Core`` for ``module``: its jobs are samples.
@@ -90,8 +94,7 @@ class LiveCore:
             self.modules = list(self.module.modules())
         with self._losing_all(), evaluating(self.modules):
             self.batching = self.batching or self.begin()
-            if (version := self.current_version()) != self.version:
-                self.renew(version)
+            self._look()
             if self.new and not self.held:
                 self.batching.enter([self.new.popleft() for _ in range(len(self.new))])
             if not self.running:
@@ -128,7 +131,20 @@ class LiveCore:
         """Leaves the device to others for a while."""
         with self._losing_all(), evaluating(self.modules):
             if self.batching is not None:
+                # What it enqueues comes from the weights that there are now.
+                self._look()
                 self.batching.give_way()
+
+    def go_on(self) -> None:
+        """The device is its own again."""
+        with self._losing_all(), evaluating(self.modules):
+            if self.batching is not None:
+                self._look()
+                self.batching.go_on()
+
+    def _look(self) -> None:
+        if (version := self.current_version()) != self.version:
+            self.renew(version)
 
     def renew(self, version: int) -> None:
         if self.batching is not None:

@@ -204,6 +204,12 @@ class LiveEngine:
             with self.stepper.exclusive():
                 self.core.give_way()
 
+    def go_on(self) -> None:
+        """They have: unfinished samples go on, as far as nobody has to wait for it."""
+        if self.stepper.unfinished:
+            with self.stepper.exclusive():
+                self.core.go_on()
+
     def look(self) -> None:
         """Nothing ends but in ``wait``."""
 

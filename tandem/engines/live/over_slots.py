@@ -166,6 +166,9 @@ class SlotBatching:
     def give_way(self) -> None:
         """Its cache is as large as what it holds."""
 
+    def go_on(self) -> None:
+        """The host makes each step itself."""
+
     def _recompute(self) -> None:
         """Keys and values anew for every row, from its own tokens: the last one is not in the cache yet."""
         held = deque((row, (*s.asked.request.prompt_ids, *s.token_ids[:-1])) for row, s in enumerate(self.rows))

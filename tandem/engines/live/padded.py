@@ -69,6 +69,9 @@ class PaddedBatching:
     def give_way(self) -> None:
         """Its cache is as large as what it holds, and gone between two batches."""
 
+    def go_on(self) -> None:
+        """The host makes each step itself."""
+
 
 def generate(
     module: Any,
