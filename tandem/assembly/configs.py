@@ -372,9 +372,16 @@ class SamplesConfig(RunConfig):
                 "stale_cache: vLLM computes the keys and values of samples that run anew when weights change, so none "
                 "can be kept; leave it at auto, or sample with --engine.kind live"
             )
+        settling = self.schedule.weights_change == "between-sequences"
+        taking_turns = self.engine.kind == "vllm" and self.placement.home("engine") == "actor" and self.engine.sleep
+        if settling and taking_turns:
+            raise UserError(
+                "weights_change: an engine that takes turns with the trainer stops wherever its samples are, and they "
+                "are computed anew; leave it at in-flight, or keep both in memory with --engine.no-sleep"
+            )
         if self.schedule.stale_cache != "auto":
             alone = {
-                "--weights-change between-sequences": self.schedule.weights_change == "between-sequences",
+                "--weights-change between-sequences": settling,
                 "--engine.way padded": self.engine.way == "padded",
             }
             if without := [flag for flag, given in alone.items() if given]:

@@ -352,11 +352,6 @@ class Homes:
                 f"engine.tensor_parallel: {tensor_parallel} GPUs for one engine, and the actor has {len(actor.devices)}"
             )
         taking_turns = shared and self._device().type == "cuda" and self.engine.sleep
-        if taking_turns and settling:
-            raise UserError(
-                "weights_change: an engine that takes turns with the trainer stops wherever its samples are, and they "
-                "are computed anew; leave it at in-flight, or keep both in memory with --engine.no-sleep"
-            )
         group = self._group(
             "engine",
             count,

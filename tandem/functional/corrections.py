@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 Rule = Literal["token_tis", "sequence_tis", "decoupled", "icepop", "geo", "gap"]
 BOUNDS: dict[str, tuple[float, float]] = {
     "token_tis": (0.0, 2.0),
-    "sequence_tis": (0.0, 5.0),
+    "sequence_tis": (0.0, 2.0),
     "decoupled": (0.0, 5.0),
     "icepop": (0.2, 5.0),
     "geo": (0.99, 1.01),
@@ -86,8 +86,12 @@ def mismatch(gap_N: Tensor) -> dict[str, float]:
       as the trainer's own.
     - ``mismatch_kl``: the mean of ``w - 1 - log w``, k3 of KL(sampler || trainer), in nats per token.
     - ``mismatch_ratio_q01``, ``_q50``, ``_q99``: quantiles of ``w``: of q, the smallest that is not exceeded by q N.
+
+    A gap that is NaN is one that nobody knows, and none of the N; where none is known there are no metrics.
     """
-    gap_N = gap_N.double()
+    gap_N = gap_N[~gap_N.isnan()].double()
+    if not gap_N.numel():
+        return {}
     log_w_N = gap_N.clamp(-300.0, 300.0)  # the square of w is a number of float64
     w_N = log_w_N.exp()
     absolute_N = gap_N.abs()

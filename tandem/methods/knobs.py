@@ -89,7 +89,7 @@ class Correction:
     correction_low: float | None = field(default=None, metadata=needs(("correction", *BOUNDS)))
     """Its bound on that ratio from below. None: 0.2 (icepop), 0.99 (geo), 0 (all others)."""
     correction_high: float | None = field(default=None, metadata=needs(("correction", *BOUNDS)) | INFINITE)
-    """Its bound from above; .inf: none. None: 2 (token_tis), 1.01 (geo), 5 (all others)."""
+    """Its bound from above; .inf: none. None: 2 (token_tis, sequence_tis), 1.01 (geo), 5 (all others)."""
     correction_gap: float = field(default=0.3, metadata=needs(("correction", "gap")))
     """gap: how far the two probabilities of a token may be apart. The bounds cut its weights off."""
     uncorrected: bool = field(

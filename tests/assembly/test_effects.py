@@ -320,6 +320,15 @@ def test_a_stale_cache_is_refused_where_no_sample_runs_when_weights_change(alone
             load_config(GRPOConfig, words(GRPOConfig, [*flags, "--stale-cache", value]))
 
 
+def test_who_takes_turns_does_not_wait_for_samples_to_end():
+    """Told before anything is loaded, whatever the device turns out to be."""
+    flags = [*VLLM, "--placement.actor", "1", "--max-lag", "1", "--weights-change", "between-sequences"]
+    with pytest.raises(UserError, match=r"weights-change: an engine that takes turns .* --engine.no-sleep"):
+        load_config(GRPOConfig, words(GRPOConfig, flags))
+    for others in (["--engine.no-sleep"], ["--placement.engine", "1"]):
+        load_config(GRPOConfig, words(GRPOConfig, [*flags, *others]))
+
+
 def test_old_samples_without_a_correction_are_asked_for_twice():
     """The ratio to the sampler's log-probs is a correction itself, and methods of pairs take none."""
     old = ["--max-lag", "1", *TRAINER]

@@ -59,6 +59,7 @@ def by_loops(rule, low, high, gap):
         ("token_tis", (0.0, math.inf), 1.0),
         ("decoupled", (0.0, 1.01), 1.0),
         ("sequence_tis", (0.99, 1.02), 1.0),
+        ("sequence_tis", (0.0, 5.0), 1.0),
         ("geo", (0.9, 1.1), 1.0),
         ("gap", (0.0, math.inf), 0.3),
         ("gap", (0.0, math.inf), 0.005),
@@ -134,6 +135,13 @@ def test_mismatch_is_that_of_plain_sums_and_sorted_lists(tokens):
             x for x in sorted(w) if 100 * sum(y <= x for y in w) >= percent * tokens
         )
     assert mismatch(gap_N) == pytest.approx(expected, rel=1e-12)
+
+
+def test_mismatch_is_of_the_gaps_that_are_known():
+    """vLLM tells no log-probs of truncated draws: that is no number, and no metric."""
+    known = torch.tensor([0.5, -0.25, 0.0])
+    assert mismatch(torch.tensor([0.5, math.nan, -0.25, math.nan, 0.0])) == mismatch(known)
+    assert mismatch(torch.full((3,), math.nan)) == {}
 
 
 def test_mismatch_of_one_token_far_away_is_finite():

@@ -119,6 +119,13 @@ def test_truncated_samples_of_vllm_need_no_other_log_probs(monkeypatch):
     with pytest.raises(UserError, match="old_logp: vLLM reports truncated log-probs only"):
         feeds.check_sampling(grpo)
     feeds.check_sampling(online)
+    # What compares the sampler's with the trainer's has nothing to compare.
+    for key, value in ({"correction": "token_tis"} | {"ess_floor": 0.5}).items():
+        compared = keys | {"old_logp": "trainer", key: value}
+        with pytest.raises(UserError, match=f"{key}: vLLM reports truncated log-probs only, and none to compare"):
+            feeds.check_sampling(read_config("grpo", engine__kind="vllm", **compared))
+        feeds.check_sampling(read_config("grpo", **compared))
+    feeds.check_sampling(read_config("grpo", engine__kind="vllm", **keys, old_logp="trainer"))
 
 
 @pytest.fixture

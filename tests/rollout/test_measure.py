@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from tandem.rollout.measure import clustered_error, held_out_metrics, ks, pass_at, pass_at_k
+from tandem.rollout.measure import clustered_error, held_out_metrics, ks, lag_metrics, pass_at, pass_at_k
 from tandem.types import Group, Prompt, Rollout
 
 
@@ -94,3 +94,20 @@ def test_of_one_prompt_nothing_is_said_of_how_far_prompts_differ():
 def test_samples_that_nothing_judges_have_no_metric_of_rewards():
     found = held_out_metrics([group(0.0), group(0.0)], judged=False)
     assert {name for name in found if name.startswith(("reward", "pass"))} == set()
+
+
+def test_lag_is_that_of_each_token_of_usable_samples():
+    """A loop over tokens. Of optimizer step 9; a sample of no tokens has no lag, one that failed does not count."""
+    versions = [[[(4, 2), (6, 1), (9, 5)], [(8, 3)]], [[(9, 0)], [(1, 4)], [(6, 2), (7, 1)]]]
+    groups = [
+        replace(made, rollouts=[replace(r, versions=v) for r, v in zip(made.rollouts, of_group, strict=True)])
+        for made, of_group in zip([group(1.0, 0.0), group(1.0, None, 0.5)], versions, strict=True)
+    ]
+    lags = [9 - v for of_group, made in zip(versions, groups, strict=True)
+            for of_sample, r in zip(of_group, made.rollouts, strict=True) if r.usable
+            for v, tokens in of_sample for _ in range(tokens)]  # fmt: skip
+    assert len(lags) == 14
+    expected = {"lag_mean": statistics.fmean(lags), "lag_max": 5.0}
+    expected |= {f"lag_share_{lag}": lags.count(lag) / 14 for lag in set(lags)}
+    assert lag_metrics(groups, 9) == pytest.approx(expected)
+    assert lag_metrics([], 9) == {"lag_mean": 0.0, "lag_max": 0.0}

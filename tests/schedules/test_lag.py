@@ -10,6 +10,7 @@ from helpers.runs import arguments, run, unevaluated, write_inputs
 
 from tandem.checkpoint.store import CheckpointStore
 from tandem.cli.main import main
+from tandem.engines.live.engine import LiveEngine
 from tandem.rollout.prepare import Preparation
 from tandem.rollout.sampling import groups_of, request
 from tandem.runs.folder import RunFolder
@@ -39,7 +40,7 @@ def train(inputs, monkeypatch, capsys):
         argv = [*(argv if evaluated else unevaluated(argv)), "--steps", str(steps), "--out", out, *flags]
         code = main(argv)
         assert code == ends, capsys.readouterr().err
-        return b"" if code else (Path(out) / "model" / "model.safetensors").read_bytes()
+        return b"" if code else next(Path(out, "model").glob("*model.safetensors")).read_bytes()
 
     return call
 
@@ -66,9 +67,10 @@ def synchronous(self: Pipeline, crew: Crew, session: Session) -> None:
 
 
 @pytest.mark.parametrize("method", ["ppo", "grpo", "rloo", "online-dpo"])
-def test_law_1(train, monkeypatch, method):
-    """Without lag, parameters are those of the plain loop; with it, they are not."""
+def test_law_1(train, monkeypatch, capsys, method):
+    """Without lag, parameters are those of the plain loop; with it, they are not. Every run ends with its advice."""
     without = train(method, f"{method}-0", "--max-lag", "0")
+    assert "advice: a step takes " in capsys.readouterr().out
     lagging = train(method, f"{method}-1", "--max-lag", "1") if method == "grpo" else b""
     monkeypatch.setattr(Pipeline, "run", synchronous)
     assert without == train(method, f"{method}-plain") != lagging
@@ -160,10 +162,33 @@ def test_law_5_killed_at_any_place_and_resumed_trains_each_ticket_once(inputs):
     assert {number: trained[number] for number in kept} == kept
 
 
-def test_a_run_goes_on_once_enough_has_ended(train):
-    """Where few decode at once, most groups are still being sampled when a step has its own; rewards judge them all."""
-    train("grpo", "few", "--max-lag", "1", "--max-slots", "3")
+def samples_of_several_versions(out: str) -> list[bool]:
+    return [s["version_min"] < s["version_max"] for r in read_lines(Path(out, "rollouts.jsonl")) for s in r["samples"]]
+
+
+def test_a_run_goes_on_once_enough_has_ended(train, monkeypatch):
+    """Where few decode at once, most groups are still being sampled when a step has its own; rewards judge them all.
+
+    What is asked of schedule and engine reaches them.
+    """
+    buffers, told = [], []
+    made, engine = Pipeline._buffer, LiveEngine.__init__
+    monkeypatch.setattr(Pipeline, "_buffer", lambda *a: buffers.append(made(*a)) or buffers[-1])
+    monkeypatch.setattr(LiveEngine, "__init__", lambda *a, **k: told.append(k["stale_cache"]) or engine(*a, **k))
+    flags = ["--max-lag", "1", "--max-slots", "3", "--rollouts-logged", "99"]
+    train("grpo", "few", *flags, "--window", "0.75", "--stale-cache", "recompute")
     assert [line["open_groups"] for line in read_metrics(Path("few/metrics.jsonl"))] == [A_STEP, A_STEP, 0]
+    assert any(samples_of_several_versions("few"))
+    assert [(buffer.size, buffer.reach) for buffer in buffers] == [(2 * A_STEP, 0.75 * 2 * A_STEP)]
+    assert told == ["recompute"]
+
+
+def test_a_copy_with_adapters_folded_in_may_take_weights_between_sequences(train):
+    flags = ["--max-lag", "1", "--max-slots", "3", "--rollouts-logged", "99", "--lora.rank", "2", "--lora.fold"]
+    train("grpo", "folded", *flags, "--weights-change", "between-sequences")
+    assert [line["open_groups"] for line in read_metrics(Path("folded/metrics.jsonl"))] == [A_STEP, A_STEP, 0]
+    assert max(line["lag_max"] for line in read_metrics(Path("folded/metrics.jsonl"))) > 0
+    assert not any(samples_of_several_versions("folded"))
 
 
 def test_stopped_early_and_in_a_step_with_refills_each_ticket_is_trained_once_or_passed_over(train, monkeypatch):
