@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tandem.kernels import products
+from tandem.kernels.available import on_triton
 from tandem.lazy import extra
 
 Kind = Literal["nf4", "fp4", "fp8"]
@@ -74,7 +75,7 @@ def scales_of(state: Any) -> list[Tensor]:
 def dequantize(coded: Coded, dtype: torch.dtype) -> Tensor:
     """[O, I], rounded to ``dtype``."""
     if coded.kind == "fp8":
-        return (_eight_bits(coded.codes, torch.float32) * coded.scales[0][:, None]).to(dtype)
+        return _whole(coded.codes, coded.scales[0], dtype)
     # As one row: on a CPU blocks that go on in the next row are taken for others (bitsandbytes 0.50).
     flat = coded._replace(shape=(1, coded.shape[0] * coded.shape[1]))
     whole: Tensor = require_bitsandbytes().functional.dequantize_4bit(flat.codes, _state(flat, dtype))
@@ -91,9 +92,7 @@ def linear(x: Tensor, coded: Coded, bias_O: Tensor | None = None) -> Tensor:
 @torch.library.custom_op("tandem::quantized_linear", mutates_args=())
 def _linear(x: Tensor, codes: Tensor, scales: Seq[Tensor], rows: int, columns: int, kind: str, block: int) -> Tensor:
     coded = Coded(codes, scales, (rows, columns), kind, block)  # type: ignore[arg-type]
-    if kind == "fp8":
-        return products.linear(x, _eight_bits(codes, x.dtype)) * scales[0].to(x.dtype)
-    if x.is_cuda:
+    if kind != "fp8" and x.is_cuda:
         # For few rows it multiplies by the codes themselves.
         found: Tensor = require_bitsandbytes().matmul_4bit(x, codes.t(), _state(coded, x.dtype))
         return found
@@ -102,13 +101,8 @@ def _linear(x: Tensor, codes: Tensor, scales: Seq[Tensor], rows: int, columns: i
 
 @torch.library.custom_op("tandem::quantized_linear_backward", mutates_args=())
 def _backward(up: Tensor, codes: Tensor, scales: Seq[Tensor], rows: int, columns: int, kind: str, block: int) -> Tensor:
-    up_NO = up.reshape(-1, rows)
-    if kind == "fp8":
-        up_NO, weight_OI = up_NO * scales[0].to(up.dtype), _eight_bits(codes, up.dtype)
-    else:
-        coded = Coded(codes, scales, (rows, columns), kind, block)  # type: ignore[arg-type]
-        weight_OI = dequantize(coded, up.dtype)
-    return products.product(up_NO, weight_OI).view(*up.shape[:-1], columns)
+    weight_OI = dequantize(Coded(codes, scales, (rows, columns), kind, block), up.dtype)  # type: ignore[arg-type]
+    return products.product(up.reshape(-1, rows), weight_OI).view(*up.shape[:-1], columns)
 
 
 @_linear.register_fake
@@ -134,8 +128,13 @@ def _gradient(ctx: Any, up: Tensor) -> tuple[Tensor | None, ...]:
 _linear.register_autograd(_gradient, setup_context=_keep)
 
 
-def _eight_bits(codes: Tensor, dtype: torch.dtype) -> Tensor:
-    return codes.view(torch.float8_e4m3fn).to(dtype)
+def _whole(codes_OI: Tensor, scale_O: Tensor, dtype: torch.dtype) -> Tensor:
+    """FP8 as a weight, exactly: a number of 4 bits times a power of two."""
+    if on_triton(codes_OI) and torch.cuda.get_device_capability(codes_OI.device) >= (8, 9):
+        from tandem.kernels import quantized_triton
+
+        return quantized_triton.whole(codes_OI, scale_O, dtype)
+    return codes_OI.view(torch.float8_e4m3fn).to(dtype).mul_(scale_O.to(dtype)[:, None])
 
 
 def _state(coded: Coded, dtype: torch.dtype) -> Any:

@@ -25,7 +25,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from tandem import kernels
-from tandem.kernels import bits, bits_triton, draw_triton, layers_triton, logprob_triton, pages_triton
+from tandem.kernels import bits, bits_triton, draw_triton, layers_triton, logprob_triton, pages_triton, quantized_triton
 from tandem.kernels.draw import FIELDS
 from tandem.kernels.layers import CURVES, Norm, Rotation
 from tandem.kernels.pages import EIGHT_BIT, Pages
@@ -204,14 +204,19 @@ def call_attention(
 def main() -> int:
     capability = int(sys.argv[1])
 
+    eight_bit = capability >= HAS_EIGHT_BIT
+
     def call() -> None:
         call_layers()
         call_logprob()
         call_bits()
         call_draw()
-        call_pages(eight_bit=capability >= HAS_EIGHT_BIT)
+        call_pages(eight_bit=eight_bit)
+        for dtype in DTYPES if eight_bit else ():
+            quantized_triton.whole(torch.zeros(7, 300, dtype=torch.uint8), torch.ones(7), dtype)
 
-    return check(capability, kernel_modules(), call)
+    modules = [module for module in kernel_modules() if eight_bit or module is not quantized_triton]
+    return check(capability, modules, call)
 
 
 if __name__ == "__main__":

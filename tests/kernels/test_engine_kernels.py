@@ -12,7 +12,17 @@ pytest.importorskip("triton")
 
 from tandem.engines.live.draws import Wanted, param_columns, stream, waiting
 from tandem.engines.live.draws import draw as plain_draw
-from tandem.kernels import bits, bits_triton, draw, draw_triton, layers, layers_triton, pages, pages_triton
+from tandem.kernels import (
+    bits,
+    bits_triton,
+    draw,
+    draw_triton,
+    layers,
+    layers_triton,
+    pages,
+    pages_triton,
+    quantized_triton,
+)
 from tandem.types import SamplingParams
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -130,6 +140,17 @@ def same(one: pages.Pages, two: pages.Pages) -> bool:
 
 # Triton's interpreter has no 8-bit floats.
 EIGHT_BIT = (False, True) if DEVICE.type == "cuda" else (False,)
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU: Triton's interpreter has no 8-bit floats")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_in_8_bits_are_whole_to_the_last_bit(dtype: torch.dtype) -> None:
+    """Every code but NaN's, in rows that are no multiple of a program's."""
+    codes = torch.arange(256, dtype=torch.uint8).repeat(9 * 5001 // 256 + 1)[: 9 * 5001].view(9, 5001)
+    codes[codes & 0x7F == 0x7F] = 0
+    scale_O = 2.0 ** torch.arange(-12, 6, 2)
+    truth = (codes.view(torch.float8_e4m3fn).double() * scale_O.double()[:, None]).to(dtype)
+    assert torch.equal(quantized_triton.whole(codes.to(DEVICE), scale_O.to(DEVICE), dtype).cpu(), truth)
 
 
 @pytest.mark.parametrize("eight_bit", EIGHT_BIT)
