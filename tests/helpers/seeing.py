@@ -85,7 +85,8 @@ def _config(family: str, size: dict[str, Any]) -> tuple[str, Any]:
                 text_config=text, vision_config=vision, tie_word_embeddings=True, **_SEEN
             )
         case _:
-            text = size | axes | _EXPERTS | {"moe_intermediate_size": 96, "norm_topk_prob": True}
+            experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
+            text = size | axes | experts | {"norm_topk_prob": True}
             vision = _QWEN_VISION | {"deepstack_visual_indexes": [0]}
             return "Qwen3VLMoe", transformers.Qwen3VLMoeConfig(text_config=text, vision_config=vision, **_SEEN)
 

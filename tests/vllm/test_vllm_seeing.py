@@ -15,7 +15,7 @@ from tandem.models.loading import load_causal
 pytest.importorskip("torchvision")  # vLLM's classes of models that see are made with it
 
 
-@pytest.mark.parametrize("family", ["gemma3", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", ["gemma3", "qwen2_5_vl", "qwen3_vl_moe"])
 def test_pushes_reach_the_text_half(family: str, tmp_path: Path) -> None:
     # vLLM's attention on CPUs takes no smaller heads than 32.
     save_seeing(make_seeing(family, wide=True), tmp_path / "base")
@@ -35,7 +35,8 @@ def test_pushes_reach_the_text_half(family: str, tmp_path: Path) -> None:
         sums = pusher.push(1)
         assert engine.logprobs([sequence])[0] == pytest.approx(reference_logp(module, sequence[:1], sequence[1:]), 1e-4)
         assert not wrong_tensors(engine, sums)
-        assert covered(engine) == set(sums)
+        # On CPUs experts are packed, and the log-probs alone show them.
+        assert covered(engine) == {name for name in sums if ".experts." not in name}
         pusher.close()
     finally:
         engine.close()
