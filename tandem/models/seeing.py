@@ -12,7 +12,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,7 @@ class SeeingModel:
         config = copy.deepcopy(self.config)
         half = shrunken_config(half_of(self.config, self.source))
         config.text_config = shrunken_config(config.text_config)
+        vars(config).pop("quantization_config", None)
         try:
             with quiet_transformers(), torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(0)  # and no GPU's
@@ -144,8 +145,11 @@ class SeeingModel:
         for path in source.iterdir():
             if path.suffix in FILES and path.is_file() and path.name not in ("generation_config.json", INDEX):
                 shutil.copyfile(path, folder / path.name)
-        _say_dtype(folder / "config.json", str(dtype).removeprefix("torch."))
-        _put_beside(folder, (source / name for name in files), names)
+        written = _put_beside(folder, (source / name for name in files), names)
+        few_bits = any(".quant_state." in name for name in written)
+        _say_what_is_written(
+            folder / "config.json", str(dtype).removeprefix("torch."), names.text if few_bits else None
+        )
 
     def _files(self) -> tuple[Path, list[str]]:
         """The folder, in the hub's cache where it is a hub's, and the names of its files of weights.
@@ -231,7 +235,7 @@ def _take(own: Any, base: Any) -> None:
 
     Raises TypeError where they have others.
     """
-    if own.state_dict().keys() != base.state_dict().keys():
+    if dict(own.named_parameters()).keys() != dict(base.named_parameters()).keys():
         raise TypeError(f"a {type(own).__name__} has other parts than its {type(base).__name__}")
     for name, part in list(own.named_modules()):
         theirs = base.get_submodule(name)
@@ -314,17 +318,24 @@ def _name_of(part: nn.Module, module: nn.Module) -> str:
     return next(name for name, one in module.named_modules() if one is part)
 
 
-def _say_dtype(path: Path, dtype: str) -> None:
-    """Of the weights that were written, in a config."""
+def _say_what_is_written(path: Path, dtype: str, in_full: list[str] | None) -> None:
+    """In a config: the ``dtype`` of weights, and what is ``in_full`` beside parts in few bits (None: all is)."""
     config = json.loads(path.read_bytes())
     for part in (config, config.get("text_config", {})):
         part.pop("torch_dtype", None)
         part["dtype"] = dtype
+    if in_full is None:
+        config.pop("quantization_config", None)
+    else:
+        about = config["quantization_config"]
+        about["llm_int8_skip_modules"] = [*(about.get("llm_int8_skip_modules") or ()), *in_full]
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _put_beside(folder: Path, files: Iterator[Path], names: PartNames) -> None:
-    """Writes the other tensors of some files into a folder, each file's as one, and the index of all."""
+def _put_beside(folder: Path, files: Iterator[Path], names: PartNames) -> Iterable[str]:
+    """Writes the other tensors of some files into a folder, each file's as one, and the index of all, whose names it
+    returns.
+    """
     from safetensors import safe_open
     from safetensors.torch import save_file
 
@@ -347,3 +358,4 @@ def _put_beside(folder: Path, files: Iterator[Path], names: PartNames) -> None:
         path.rename(path.with_suffix(""))
     index = {"metadata": {"total_size": size}, "weight_map": found}
     (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return found

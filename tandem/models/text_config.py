@@ -54,12 +54,7 @@ def sees(config: Any, place: str | Path) -> bool:
             f"{place}: a {config.model_type}, and transformers has no causal language model of its text half alone "
             f"({config.text_config.model_type}); use a model of text alone"
         )
-    if (found := getattr(config, "quantization_config", None)) is not None:
-        kind_of(found, place)
-        raise UserError(
-            f"{place}: a {config.model_type} in few bits, whose text half cannot be put back among them; give the "
-            "model that it was made of, and --lora.quantize nf4 or fp8"
-        )
+    kind_of(getattr(config, "quantization_config", None), place)
     return True
 
 
@@ -67,7 +62,7 @@ def half_of(config: Any, place: str | Path) -> Any:
     """The config of the text half of a whole's, with what the whole's says instead of it."""
     half = _plain(config.text_config)
     half.tie_word_embeddings = getattr(config, "tie_word_embeddings", False)  # as transformers has it
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id", "quantization_config"):
         if getattr(config, key, None) is not None:
             setattr(half, key, getattr(config, key))
     half._name_or_path = str(place)

@@ -280,6 +280,32 @@ def test_adapters_are_those_of_the_whole(folders, tmp_path):
     torch.testing.assert_close(scored(trained(again, steps=0)), wanted, rtol=0, atol=1e-5)
 
 
+def test_a_whole_in_4_bits_is_trained_on_and_its_vision_stays_as_it_is(folders, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("accelerate")
+    base, four = folders("qwen3_vl"), tmp_path / "four"
+    bits = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    options = {"quantization_config": bits, "device_map": {"": "cpu"}, "dtype": torch.float32}
+    transformers.Qwen3VLForConditionalGeneration.from_pretrained(base, **options).save_pretrained(four)
+    tokenizer().save_pretrained(four)
+    ours = load_causal(base, device="cpu", adapters=AdapterParams(rank=2, quantize="nf4"))
+    trainer = trained(load_causal(four, device="cpu", adapters=AdapterParams(rank=2)), steps=0)
+    assert trainer.policy.adapters.quantized == "nf4"
+    torch.testing.assert_close(scored(trainer), scored(trained(ours, steps=0)), rtol=0, atol=1e-6)
+    trainer.forward_backward(batch_of())
+    trainer.optim_step()
+    trainer.export(tmp_path / "lora")
+    load_causal(tmp_path / "lora", device="cpu").export(tmp_path / "merged")
+    again = whole_in(tmp_path / "merged")
+    torch.testing.assert_close(logps(again), scored(trainer), rtol=0, atol=2e-5)
+    before, after = load_parts(four), load_parts(tmp_path / "merged")
+    others = {name for name in before if "visual" in name}
+    assert any(".quant_state." in name for name in others)
+    assert others == {name for name in after if "visual" in name}
+    assert all(torch.equal(before[name], after[name]) for name in others)
+    assert not any(".quant_state." in name for name in set(after) - others)
+
+
 @pytest.mark.parametrize("family", ["qwen3_5_moe", "llama4", "qwen3_vl_moe"])
 def test_a_push_is_called_as_the_wholes_folder_calls_it(folders, family, tmp_path):
     model, whole = load_causal(folders(family), device="cpu"), whole_in(folders(family))
