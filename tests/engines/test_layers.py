@@ -13,9 +13,11 @@ import pytest
 import torch
 
 from tandem.engines.live.forwards import LeanForward
-from tandem.engines.live.layers import Decoder, Gated, Layer, Mixer, Ungated, Unlike, Whole, read_decoder
+from tandem.engines.live.layers import Decoder, Gated, Layer, Ungated, Unlike, Whole, read_decoder
+from tandem.engines.live.mixers import Mixer, _convolve, _delta_rule
 from tandem.engines.live.probe import Trial, find_cache_shape, head_shape_of
 from tandem.engines.live.states import StateForward
+from tandem.kernels import states
 from tandem.kernels.layers import Norm
 from tandem.models.attention import IMPLEMENTATION, Ask
 from tandem.models.shrunk import trained_size
@@ -85,6 +87,7 @@ def test_what_is_read_of_qwen_3_5() -> None:
     _, linear, full = read("qwen3.5")
     assert isinstance(linear.attention, Mixer)
     assert linear.attention.cache == "cache_params"
+    assert linear.attention.forward is not linear.attention.module, "with kernels of ours"
     assert isinstance(linear.feed, Gated)
     assert full.attention.gated
     assert full.attention.ask.layer == 0, "the first that keeps keys and values"
@@ -165,9 +168,26 @@ def test_the_proof_notices_a_wrong_step_of_layers_that_keep_states(name: str, mo
         lean.decoder = replace(right, layers=layers)
         assert "does not reproduce" in trial.why_not_pages(forward, shape)
     lean.decoder = right
+    with monkeypatch.context() as patch:
+        convolve = states.convolve
+        patch.setattr(states, "delta_step", lambda q, k, v, decay, beta, state: v)
+        patch.setattr(states, "convolve", lambda *given, silu: convolve(*given, silu=silu) + (name == "lfm2"))
+        assert "does not reproduce" in trial.why_not_pages(forward, shape), "a kernel that computes something else"
     step = Mixer.__call__
     monkeypatch.setattr(Mixer, "__call__", lambda self, x_TE, held: step(self, x_TE, copy.deepcopy(held)))
     assert "does not reproduce" in trial.why_not_pages(forward, shape), "states that stay as they were"
+
+
+def test_what_our_kernels_do_not_compute_is_left_to_those_of_the_module() -> None:
+    x, past, weight = torch.ones(1, 2, 1), torch.ones(1, 2, 3), torch.ones(2, 3)
+    given: list[Any] = []
+    _convolve(lambda *all: given.append(all), x, past, weight, None, "gelu")
+    assert given == [(x, past, weight, None, "gelu")]
+    two, told = torch.ones(1, 2, 1, 4), []
+    _delta_rule(lambda *all, **named: told.append(named), two, two, two, two[..., 0], two[..., 0], past, cu_seqlens=1)
+    assert {name: told[0][name] for name in ("cu_seqlens", "use_qk_l2norm_in_kernel")} == {
+        "cu_seqlens": 1, "use_qk_l2norm_in_kernel": False,
+    }  # fmt: skip
 
 
 def gate_after(module: Any) -> None:

@@ -25,7 +25,16 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from tandem import kernels
-from tandem.kernels import bits, bits_triton, draw_triton, layers_triton, logprob_triton, pages_triton, quantized_triton
+from tandem.kernels import (
+    bits,
+    bits_triton,
+    draw_triton,
+    layers_triton,
+    logprob_triton,
+    pages_triton,
+    quantized_triton,
+    states_triton,
+)
 from tandem.kernels.draw import FIELDS
 from tandem.kernels.layers import CURVES, Norm, Rotation
 from tandem.kernels.pages import EIGHT_BIT, Pages
@@ -170,6 +179,16 @@ def call_draw() -> None:
         draw_triton.advance(state, drawn, stops, ring, torch.zeros(1, dtype=torch.int64), rows)
 
 
+def call_states() -> None:
+    for dtype, (channels, kept), (size, values) in zip(DTYPES, ((8, 4), (300, 3)), ((8, 8), (128, 128)), strict=True):
+        x, past, weight = (torch.zeros(2, channels, *more, dtype=dtype) for more in ((), (kept,), (kept,)))
+        for bias in (None, x[0]):
+            states_triton.convolve(x, past, weight.view(-1, kept)[:channels], bias, silu=bias is None)
+        query, value = torch.zeros(2, 3, size, dtype=dtype), torch.zeros(2, 3, values, dtype=dtype)
+        state, decay = torch.zeros(2, 3, size, values), torch.zeros(2, 3)
+        states_triton.delta_step(query, query, value, decay, decay.to(dtype), state)
+
+
 def call_pages(*, eight_bit: bool) -> None:
     for dtype in DTYPES:
         for scaled in (False, True) if eight_bit else (False,):
@@ -211,6 +230,7 @@ def main() -> int:
         call_logprob()
         call_bits()
         call_draw()
+        call_states()
         call_pages(eight_bit=eight_bit)
         for dtype in DTYPES if eight_bit else ():
             quantized_triton.whole(torch.zeros(7, 300, dtype=torch.uint8), torch.ones(7), dtype)

@@ -22,6 +22,8 @@ from tandem.kernels import (
     pages,
     pages_triton,
     quantized_triton,
+    states,
+    states_triton,
 )
 from tandem.types import SamplingParams
 
@@ -34,7 +36,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 @pytest.fixture(autouse=True)
 def _plain_torch_beside(monkeypatch: pytest.MonkeyPatch) -> None:
     """The dispatching functions give the plain torch version here, on a GPU too."""
-    for module in (layers, pages, draw):
+    for module in (layers, pages, draw, states):
         monkeypatch.setattr(module, "on_triton", lambda _: False)
     monkeypatch.setattr("tandem.engines.live.draws.on_triton", lambda _: False)
     torch.manual_seed(0)
@@ -121,6 +123,50 @@ def test_rotation(dtype, normed, heads, kv_heads, size, turned, pairs) -> None:
         function(mine, position, rotation, heads, kv_heads)
     close(found, truth, 4)
     assert torch.equal(found[:, heads + kv_heads :], qkv[:, heads + kv_heads :]), "values are left alone"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, LOW])
+@pytest.mark.parametrize(("channels", "kept", "weights"), [(5, 3, 3), (300, 4, 4), (40, 4, 2)])
+@pytest.mark.parametrize("silu", [False, True])
+def test_convolutions(dtype: torch.dtype, channels: int, kept: int, weights: int, silu: bool) -> None:
+    wide, past, weight = (torch.randn(3, n, channels, device=DEVICE).to(dtype) for n in (2, kept, weights))
+    x, past, weight = wide[:, 0], past.transpose(1, 2).contiguous(), weight[0].T.contiguous()
+    for bias in (None, torch.randn(channels, device=DEVICE).to(dtype)):
+        whole = torch.cat((past, x[..., None]), dim=-1)
+        found, truth = past.clone(), past.clone()
+        out = states_triton.convolve(x, found, weight, bias, silu=silu)
+        close(out, states.convolve(x, truth, weight, bias, silu=silu), 4)
+        assert torch.equal(found, truth)
+        assert torch.equal(found, whole[..., 1:])
+        # In float64, as torch's own.
+        own = torch.nn.functional.conv1d(
+            whole[..., -weights:].double(), weight[:, None].double(), None if bias is None else bias.double(),
+            groups=channels,
+        )[..., 0]  # fmt: skip
+        close(out, (torch.nn.functional.silu(own) if silu else own).to(dtype), 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, LOW])
+@pytest.mark.parametrize(("size", "values"), [(8, 8), (24, 40), (128, 64)])
+def test_steps_of_the_delta_rule(dtype: torch.dtype, size: int, values: int) -> None:
+    """Several, after one another, each of heads that lie apart; and in float64, written out."""
+    heads = 3
+    found = torch.randn(2, heads, size, values, device=DEVICE)
+    truth, exact = found.clone(), found.double()
+    for _ in range(3):
+        both, value = (torch.randn(2, heads, n, device=DEVICE).to(dtype) for n in (2 * size, values))
+        query, key = both.chunk(2, dim=2)
+        decay, beta = -torch.rand(2, heads, device=DEVICE), torch.rand(2, heads, device=DEVICE).to(dtype)
+        out = states_triton.delta_step(query, key, value, decay, beta, found)
+        close(out, states.delta_step(query, key, value, decay, beta, truth), 8)
+        close(found, truth, 8)
+        for row, head in itertools.product(range(2), range(heads)):
+            q, k = (x[row, head].double() / x[row, head].double().norm() for x in (query, key))
+            kept = decay[row, head].double().exp() * exact[row, head]
+            kept += torch.outer(k, beta[row, head].double() * (value[row, head].double() - k @ kept))
+            exact[row, head] = kept
+            close(out[row, head], (q @ kept / size**0.5).to(dtype), 8)
+    close(found, exact.float(), 20)
 
 
 def new_pages(dtype: torch.dtype, shape: tuple[int, ...], *, eight_bit: bool) -> pages.Pages:

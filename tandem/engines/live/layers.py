@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from tandem.engines.live.mixers import Mixer
 from tandem.engines.live.stacked import Additions, is_linear, stack
 from tandem.kernels import layers as kernels
 from tandem.kernels import products
@@ -23,7 +24,7 @@ from tandem.kernels.layers import CURVES, Curve, Norm, Rotation
 from tandem.models.attention import Ask, PackedLayout, UnsupportedAttention, no_mask
 from tandem.models.limits import turning_point
 from tandem.models.quantized import Quantized
-from tandem.models.states import Held, Mixers, cache_argument
+from tandem.models.states import Mixers, cache_argument
 
 POSITIONS = (0, 1, 2, 3, 5, 9, 17, 33)
 """Of the tokens that are watched, and the last that there is."""
@@ -184,26 +185,6 @@ class Latent:
         return query_THD, key_THD, rest_THD[..., own:]
 
 
-@dataclass(frozen=True)
-class Mixer:
-    """In an attention's place what carries a state from token to token: the module's own part, over its states."""
-
-    module: nn.Module
-    cache: str
-    """The name of the cache among its arguments."""
-
-    def products(self) -> tuple[Product, ...]:
-        return ()
-
-    def norms(self) -> tuple[Norm, ...]:
-        return ()
-
-    def __call__(self, x_TE: Tensor, held: Held) -> Tensor:
-        """Of one token each of T sequences, whose states change in place."""
-        out_T1E: Tensor = self.module(x_TE[:, None], **{self.cache: held})
-        return out_T1E[:, 0]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Gated:
     """``down(curve(gate) * up)``."""
@@ -352,7 +333,7 @@ class _Watch(PackedLayout):
 
     def __init__(self, base: Any, blocks: nn.ModuleList, positions: int, mixers: Mixers) -> None:
         self.base, self.blocks, self.mixers = base, blocks, mixers
-        self.caches = {part: cache_argument(part) for part in mixers.parts}
+        self.carrying = {part: Mixer(part, cache_argument(part)) for part in mixers.parts}
         self.device = base.get_input_embeddings().weight.device
         self.positions = positions
         places = [p for p in POSITIONS if p < positions - 1] + [positions - 1]
@@ -458,7 +439,7 @@ class _Watch(PackedLayout):
         norms = {call: norm for call in calls if (norm := read_norm(call))}
         others = [call for call in calls if call not in norms]
         attentions = [x for x in self.inside if isinstance(x, _Attended)]
-        mixers = [call for call in others if call.module in self.caches]
+        mixers = [call for call in others if call.module in self.carrying]
         if attentions and mixers:
             raise Unlike("its layers have attention and a state side by side")
         if len(attentions) + len(mixers) != 1:
@@ -504,9 +485,7 @@ class _Watch(PackedLayout):
             raise Unlike("its feed-forward part does not start from the sum")
         layer = Layer(
             attention=(
-                Mixer(attention.module, self.caches[attention.module])
-                if attended is None
-                else self._read_attention(attention, attended)
+                self.carrying[attention.module] if attended is None else self._read_attention(attention, attended)
             ),
             feed=self._read_feed(feed),
             parallel=parallel,

@@ -1,0 +1,96 @@
+"""A step of parts that carry a state from token to token: the module's own, on kernels of ours."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tandem.kernels import states as kernels
+from tandem.kernels.layers import Norm
+from tandem.models.states import Held
+
+
+class Mixer:
+    """In an attention's place what carries a state from token to token: the module's own part, over its states.
+
+    Its forward calls functions which transformers replaces by those of other packages (causal_conv1d,
+    flash-linear-attention) where they are installed. Here it calls ours, which change states in place.
+    """
+
+    def __init__(self, module: nn.Module, cache: str) -> None:
+        """``cache``: the name of the cache among its arguments."""
+        self.module, self.cache = module, cache
+        self.forward = _with_ours(module)
+
+    def products(self) -> tuple[Any, ...]:
+        return ()
+
+    def norms(self) -> tuple[Norm, ...]:
+        return ()
+
+    def __call__(self, x_TE: Tensor, held: Held) -> Tensor:
+        """Of one token each of T sequences, whose states change in place."""
+        out_T1E: Tensor = self.forward(x_TE[:, None], **{self.cache: held})
+        return out_T1E[:, 0]
+
+
+def _with_ours(module: nn.Module) -> Callable[..., Any]:
+    """The module's forward, with functions of ours under the names by which it calls them."""
+    forward: Any = inspect.unwrap(type(module).forward)
+    called = {name: forward.__globals__.get(name) for name in OURS if name in forward.__code__.co_names}
+    ours = {name: partial(OURS[name], theirs) for name, theirs in called.items() if theirs is not None}
+    if not ours or "forward" in vars(module):
+        return module
+    changed = FunctionType(
+        forward.__code__, forward.__globals__ | ours, forward.__name__, forward.__defaults__, forward.__closure__
+    )
+    changed.__kwdefaults__ = forward.__kwdefaults__
+    return partial(changed, module)
+
+
+def _convolve(
+    theirs: Callable[..., Tensor],
+    hidden_states: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """``causal_conv1d_update``: [B, C, 1] → [B, C, 1]."""
+    known = activation in (None, "silu", "swish") and hidden_states.shape[-1] == 1
+    if not known or conv_state.shape[-1] < weight.shape[-1]:
+        return theirs(hidden_states, conv_state, weight, bias, activation)
+    silu = activation is not None
+    return kernels.convolve(hidden_states[..., 0], conv_state, weight, bias, silu=silu)[..., None]
+
+
+def _delta_rule(
+    theirs: Callable[..., tuple[Tensor, Tensor]],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    initial_state: Tensor,
+    use_qk_l2norm_in_kernel: bool = False,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """``fused_recurrent_gated_delta_rule``: [B, 1, H, V], and the states, which are changed in place."""
+    if not use_qk_l2norm_in_kernel or query.shape[1] > 1 or initial_state.dtype != torch.float32:
+        options["use_qk_l2norm_in_kernel"] = use_qk_l2norm_in_kernel
+        return theirs(query, key, value, g=g, beta=beta, initial_state=initial_state, **options)
+    out = kernels.delta_step(query[:, 0], key[:, 0], value[:, 0], g[:, 0], beta[:, 0], initial_state)
+    return out[:, None], initial_state
+
+
+OURS: dict[str, Callable[..., Any]] = {
+    "causal_conv1d_update": _convolve,
+    "torch_recurrent_gated_delta_rule": _delta_rule,
+}
+"""By the names that transformers has for them."""
