@@ -4,8 +4,9 @@
     python bench/kills.py --runs 200 --seed 0 --max-lag 2
 
 A run is GRPO of a tiny model on a CPU: over two workers with live engines, over one with another live engine apart, or
-with a vLLM engine of two tensor-parallel ranks. Its reward takes up to 50 ms for each sample. With --max-lag samples
-are open across steps: on either side of a push, and while others train. Once its first step is done, one of its
+with a vLLM engine of two tensor-parallel ranks; where asked for (--kinds adapters), also of adapters on a base in 4
+bits, which travel alone to a vLLM engine of one rank. Its reward takes up to 50 ms for each sample. With --max-lag
+samples are open across steps: on either side of a push, and while others train. Once its first step is done, one of its
 processes gets SIGKILL or SIGSTOP at a random time. The run must end within the bound; with an error it must name a
 process that died; and no process of it and no shared memory may be left.
 """
@@ -50,6 +51,10 @@ KINDS = {
     "apart": ["--placement.actor", "1", "--placement.engine", "1"],
     "vllm": [
         *("--engine.kind", "vllm", "--placement.engine", "1", "--engine.tensor-parallel", "2"),
+        *("--old-logp", "trainer", "--max-slots", "8", "--engine.max-length", "32"),
+    ],
+    "adapters": [
+        *("--engine.kind", "vllm", "--placement.engine", "1", "--lora.rank", "4", "--lora.quantize", "nf4"),
         *("--old-logp", "trainer", "--max-slots", "8", "--engine.max-length", "32"),
     ],
 }
@@ -131,7 +136,7 @@ def wait_for(condition: Callable[[], object], seconds: float) -> bool:
 
 def lagging(kind: str, max_lag: int) -> list[str]:
     """The flags of a run whose samples are open across so many steps."""
-    corrected = ["--correction", "token_tis"] if kind == "vllm" else []
+    corrected = ["--correction", "token_tis"] if kind in ("vllm", "adapters") else []
     return ["--max-lag", str(max_lag), *corrected] if max_lag else []
 
 
@@ -216,7 +221,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["live", "apart", "vllm"])
     parser.add_argument("--victims", nargs="+", choices=VICTIMS, default=list(VICTIMS))
     parser.add_argument("--signals", nargs="+", default=["SIGKILL", "SIGSTOP"])
     parser.add_argument("--max-lag", type=int, default=0)
