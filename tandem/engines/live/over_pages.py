@@ -20,8 +20,8 @@ from tandem.kernels.draw import DRAWN, FIELDS, LENGTH, LIMIT, RULE, SEED
 
 QUICK_STEPS = 4
 """Steps between two readings of results while samples wait for the rows of those that end."""
-REFILL = 16
-"""While rows are busy, free ones are filled once they are one in 16: samples start side by side."""
+REFILL = 32
+"""While rows are busy, free ones are filled once they are one in 32: samples start side by side."""
 AHEAD = 0.5
 """Prompts go through the model beside one another ahead of their time, for samples of up to half as many rows."""
 AWAY, BACK = 96, 32
@@ -105,7 +105,7 @@ class PagedBatching:
 
     def round(self) -> list[Sample]:
         """Fills free rows, enqueues a stretch of steps, and reads the results of the one before."""
-        self._fill()
+        self._fill(REFILL)
         launched = self._launch(QUICK_STEPS if self.waiting or self.ready else STEPS)
         while self.flights and (len(self.flights) > 1 or not launched):
             self._read(self.flights.popleft())
@@ -132,6 +132,7 @@ class PagedBatching:
         if self.fitting.share():
             self.clear()
         else:
+            self._fill()
             self._work_ahead(AWAY)
 
     def go_on(self) -> None:
@@ -168,8 +169,8 @@ class PagedBatching:
         self.table_changed = True
         self.to_stop = list(range(slots))
 
-    def _fill(self) -> None:
-        """Fills free rows, prefilling where nothing is ready."""
+    def _fill(self, least: int | None = None) -> None:
+        """Fills free rows, prefilling where nothing is ready; with ``least`` once they are one in so many."""
         if self.fitting.decoder is None and (self.running or self.ready or self.waiting):
             self.enter([])
         if self.to_stop:
@@ -178,7 +179,7 @@ class PagedBatching:
             self.to_stop = []
         free = len(self.rows) - len(self.running)
         more = bool(self.waiting) or sum(len(prefix.samples) for prefix in self.ready) > free
-        if self.running and more and free * REFILL < len(self.rows):
+        if least and self.running and more and free * least < len(self.rows):
             return
         while free and (self.ready or self.waiting):
             if not self.ready and not self._prefill(free):
@@ -275,11 +276,12 @@ class PagedBatching:
         self.table_changed = True
 
     def _work_ahead(self, most: int) -> None:
-        """Enqueues steps, so that the device has work while the host has other things to do.
+        """Enqueues steps, up to ``most``, so that the device has work while the host has other things to do.
 
-        Rows that end meanwhile idle: as long as that takes no more steps than half of the tokens that samples have.
+        Rows that end meanwhile idle, so there are no more steps than half of the tokens that a sample has by now.
         """
-        left = min(most, sum(len(sample.token_ids) for sample in self.running) // (2 * max(1, len(self.running))))
+        drawn = sum(len(sample.token_ids) for sample in self.running)
+        left = min(most, drawn // (2 * max(1, len(self.running)))) - sum(flight.steps for flight in self.flights)
         while left > 0 and sum(self._missing(min(left, STEPS)).values()) <= self.decoder.pool.available:
             if not self._launch(min(left, STEPS)):
                 break
