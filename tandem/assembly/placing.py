@@ -330,7 +330,8 @@ class Homes:
             layers=layers_of(read_config(self.model.model, self.model.trust_remote_code)),
         )
         replicas = home.place("replicas", partial(Replicas, fold=self.fold))
-        push = FillPush(replicas, check if self.engine.check_weights else None)
+        checked = check if self.engine.check_weights else None
+        push = FillPush(replicas, checked, adapters=self.fed_adapters is not None)
         if isinstance(home, Here):
             about = "live, on a copy with the adapters folded in"
             copy: FedEngine = home.site.roles["engine"]

@@ -180,14 +180,21 @@ class WeightPush:
 class FillPush:
     """Weights into engines in the trainer's own processes: each rank fills its own engine with gathered parameters.
 
-    ``replicas`` does that (``assembly.models.Replicas``); ``check`` is None where it is turned off.
+    ``replicas`` does that (``assembly.models.Replicas``); ``check`` is None where it is turned off. ``adapters``:
+    whether there are any apart from the base, which are tried before the first fill.
     """
 
-    def __init__(self, replicas: Seat, check: TruthCheck | None) -> None:
-        self.replicas, self.check = replicas, check
+    def __init__(self, replicas: Seat, check: TruthCheck | None, *, adapters: bool = False) -> None:
+        self.replicas, self.check, self.adapters = replicas, check, adapters
 
     def __call__(self, version: int) -> dict[str, float]:
         """Fills all engines and proves it. Raises WeightMismatch, naming the parameter."""
+        if self.check is not None and self.adapters and self.check.untried:
+            with self.check.trial():
+                self._fill(version)
+        return self._fill(version)
+
+    def _fill(self, version: int) -> dict[str, float]:
         start = time.perf_counter()
         ranks = self.replicas.submit_each("push", [(self.check is not None,)] * len(self.replicas.devices)).result()
         pushed = time.perf_counter()

@@ -48,17 +48,19 @@ def loss(out, batch):
     return TokenLoss(loss_T=-out.logp_T * batch.trainable_T, metrics_T={})
 
 
-def wired(base, fold):
-    """A trainer that has taken steps, an engine, and the push between them."""
+def wired(base, fold, fresh=False):
+    """A trainer that has taken steps, unless it is ``fresh``, an engine, and the push between them."""
     home = Here(Site(World()))
     model = load_causal(base, adapters=ENDS, device="cpu")
     trainer = LocalTrainer(model, loss, OptimParams(learning_rate=3e-2, total_steps=9), token_budget=50)
     actor = home.place("actor", lambda site: trainer)
-    train(trainer)
+    if not fresh:
+        train(trainer)
     engine = ReplicaEngine(load_causal(base, adapters=None if fold else ENDS, device="cpu"), way="slots")
     engines = home.place("engine", lambda site: engine)
     check = TruthCheck(actor, engines, count=1, dtype="float32", vocabulary=60)
-    return trainer, engine, FillPush(home.place("replicas", lambda site: Replicas(site, fold=fold)), check)
+    replicas = home.place("replicas", lambda site: Replicas(site, fold=fold))
+    return trainer, engine, FillPush(replicas, check, adapters=not fold)
 
 
 def train(trainer):
@@ -169,17 +171,83 @@ def test_an_engine_that_takes_turns_gets_the_base_with_every_push(base):
     assert {spec.name for spec in push.plan.tensors} == set(trainer.parameters)
 
 
-@pytest.mark.parametrize("drops", [True, False])
-def test_an_engine_without_its_new_adapters_is_caught_at_the_first_push(base, drops):
-    """They begin at nothing: it computes what the trainer does, until they are tried."""
-    engine = Dropping(load_causal(base, adapters=PARAMS, device="cpu"), way="slots")
-    trainer, push = linked(base, engine, drops=drops)
+def off(engine):
     for layer in adapted(engine.model.module).values():
         layer._disable_adapters = True
+
+
+def unscaled(engine):
+    for layer in adapted(engine.model.module).values():
+        layer.scaling["default"] = 1.0
+
+
+def zeros(engine):
+    spoil(engine, lambda b: [x.zero_() for x in b])
+
+
+def of_the_last_push(engine):
+    held = [x.clone() for x in b_of(engine)]
+    spoil(engine, lambda b: torch._foreach_copy_(b, held))
+
+
+def swapped(engine):
+    """Those of the two layers."""
+    spoil(engine, lambda b: torch._foreach_copy_(b, [x.clone() for x in b[len(b) // 2 :] + b[: len(b) // 2]]))
+
+
+def b_of(engine):
+    return [p for name, p in engine.parameters.items() if "layers" in name and "lora_B" in name]
+
+
+def spoil(engine, change):
+    """After every push, before anybody looks at what it brought."""
+    checksums, receive = engine.checksums, engine.receive
+
+    @torch.no_grad()
+    def spoilt():
+        change(b_of(engine))
+        return checksums()
+
+    engine.checksums, engine.receive = spoilt, lambda *given: (receive(*given), spoilt())[1]
+
+
+@pytest.mark.parametrize(
+    ("fault", "apart"),
+    [*((fault, False) for fault in (off, unscaled, zeros, of_the_last_push, swapped)), (off, True), (unscaled, True)],
+)
+def test_new_adapters_are_tried_at_the_first_push(base, fault, apart):
+    """They begin at nothing, so that nobody would miss them; what they began with is there again afterwards."""
+
+    def made():
+        if not apart:
+            return wired(base, fold=False, fresh=True)
+        engine = ReplicaEngine(load_causal(base, adapters=PARAMS, device="cpu"), way="slots")
+        trainer, push = linked(base, engine, drops=False)
+        return trainer, engine, push
+
+    trainer, engine, push = made()
+    fault(engine)
+    with pytest.raises(WeightMismatch):
+        push(0)
+    assert not any(p.any() for name, p in trainer.parameters.items() if "layers" in name and "lora_B" in name)
+    if fault is off:
+        trainer, engine, push = made()
+        before = {name: p.detach().clone() for name, p in trainer.parameters.items()}
+        push(0)
+        assert all(torch.equal(p, before[name]) for name, p in trainer.parameters.items())
+        assert gap(trainer, engine) < 1e-5
+        assert not any(x.any() for x in b_of(engine))
+        assert push.check.pushes == 1 + (not apart)
+
+
+def test_an_engine_without_its_new_adapters_is_caught_before_its_first_turn(base):
+    engine = Dropping(load_causal(base, adapters=PARAMS, device="cpu"), way="slots")
+    trainer, push = linked(base, engine, drops=True)
+    off(engine)
     turns = TakingTurns(engine, push.engines, [push.check.trainer], push, version=lambda: 0)
     asked = [Request(prompt_ids=(5,), seeds=(1,), sampling=SamplingParams(max_new_tokens=4))]
     with pytest.raises(WeightMismatch, match="log-probs that differ"):
-        turns.generate(asked) if drops else push(0)
+        turns.generate(asked)
     assert not any(p.any() for name, p in trainer.parameters.items() if "lora_B" in name)
 
 
