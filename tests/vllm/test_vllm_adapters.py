@@ -371,6 +371,23 @@ def test_layers_that_vllm_has_no_adapters_for_are_named(ends):
         ends.engine._call("tandem_require_adapters", layers)
 
 
+def test_names_are_told_of_a_class_that_vllm_runs_as_transformers_has_it(ends, monkeypatch):
+    """OLMo 2, StarCoder 2 and GPT-NeoX, which it makes ask for its own config wherever they are made."""
+    from transformers import LlamaModel
+    from vllm.config import get_current_vllm_config
+
+    own = LlamaModel.__init__
+
+    def asking(self, config):
+        get_current_vllm_config()
+        own(self, config)
+
+    monkeypatch.setattr(LlamaModel, "__init__", asking)
+    (transfer,) = ends.engine._engine.collective_rpc(lambda worker: worker.weight_transfer_engine)
+    vars(transfer).pop("names", None)
+    ends.engine._call("tandem_require_adapters", ["model.layers.0.mlp.down_proj"])
+
+
 def test_experts_beside_adapters_are_refused_on_a_cpu():
     """vLLM takes them to kernels that no CPU has, and would end in a traceback at the first step."""
 

@@ -74,7 +74,9 @@ class TandemTransfer(WeightTransferEngine):
     @cached_property
     def names(self) -> Names:
         """What the model's checkpoints call the tensors of a push."""
-        return Names(self.model_config.hf_config)
+        # vLLM runs some classes of transformers as they are, and makes them ask for this config wherever they are made.
+        with set_current_vllm_config(self.vllm_config):
+            return Names(self.model_config.hf_config)
 
     receiver: Receiver | None = None
     record: Record | None = None
