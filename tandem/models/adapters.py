@@ -28,8 +28,9 @@ from tandem.lazy import extra
 from tandem.models.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, QUANTIZED, adapter_folder, base_of
 from tandem.models.experts import is_grouped, is_stack, speed_up_stacks, stacks_of
 from tandem.models.folder import located
-from tandem.models.pairs import NAME, adapted, pairs_of
+from tandem.models.pairs import NAME, adapted, kind_of, pairs_of
 from tandem.models.quantized import READ_PAST, Quantized, quantized_in
+from tandem.models.routers import routers_of
 from tandem.models.seeing import PartNames, SeeingModel
 from tandem.seeds import derive_seed
 
@@ -42,6 +43,9 @@ READ_BY_KERNELS = dict.fromkeys(("falcon_h1", "mamba", "mamba2", "falcon_mamba",
 """By model types, a linear layer whose weight kernels may read past the layer: peft refuses adapters on it."""
 HEADS = ("score",)
 """A scalar head, which is trained whole, and saved with the adapters."""
+TAKES_PART = ("pissa", "olora", "loftq", "corda", "lora_ga")
+"""Ways of peft to begin (``init_lora_weights``) that take a part out of the base as adapters are put on it: the first
+three take out the same again whenever a folder is read."""
 TIED = (
     "the model's head is its embedding (tie_word_embeddings), and adapters on the one would not be on the other, nor "
     "could they be merged into their base"
@@ -61,7 +65,7 @@ class AdapterParams:
     alpha: float = 32.0
     targets: tuple[str, ...] = (ALL_LINEAR,)
     """Last parts of the names of linear layers, of the embedding or of the head, or ``experts``: those that are
-    stacked. ``all-linear``: all linear layers but the head."""
+    stacked, or some of these (``experts.down_proj``). ``all-linear``: all linear layers but the head."""
     beside: bool = False
     """Whether the model is one beside the policy, which may lack a target that the policy has: its head."""
     dora: bool = False
@@ -276,7 +280,7 @@ def idle_layers(module: Any) -> list[str]:
     for name, layer in adapted(module).items():
         if layer is head or not isinstance(layer.get_base_layer(), nn.Linear):
             continue
-        kind = name.rpartition(".")[2]
+        kind = kind_of(name)
         called.setdefault(kind, False)
         # One of them is enough: not every expert is picked.
         hooks.append(layer.register_forward_hook(lambda *_, kind=kind: called.update({kind: True})))
@@ -307,6 +311,7 @@ def merge_folder(module: Any, folder: str) -> Any:
     trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     try:
         config = peft.LoraConfig.from_pretrained(folder)
+        _require_whole_base(config, folder, repeated=TAKES_PART[:3])
         if (mapping := _mapping_of(folder)) is not None:
             config.exclude_modules = None
         if _is_scalar(module) and config.task_type == "CAUSAL_LM":
@@ -383,51 +388,56 @@ def _require_own_weights(module: Any) -> None:
             )
 
 
-def _targets(module: Any, params: AdapterParams) -> tuple[list[str], list[str]]:
-    """Names of the layers that get adapters, and of the stacked parameters, as peft matches both.
+def _targets(module: Any, params: AdapterParams) -> tuple[list[str] | str, list[str]]:
+    """Names of the layers that get adapters, or a pattern of them, and of the stacked parameters, as peft matches both.
 
     Raises UserError for names that nothing in the model has, and for what adapters cannot be put on.
     """
-    scalars = {id(getattr(module, head, None)) for head in HEADS}
+    others = {id(getattr(module, head, None)) for head in HEADS} | {*map(id, routers_of(module))}
     apart = {id(module.get_output_embeddings()), id(module.get_input_embeddings())}
     parts = {name.rpartition(".")[2]: id(part) for name, part in module.named_modules() if id(part) in apart}
     linear = {
-        name.rpartition(".")[2]
+        kind_of(name)
         for name, p in module.named_modules()
         # A router that is a subclass (Phi-MoE's) gives more than a product.
-        if isinstance(p, nn.Linear) and type(p).forward in FORWARDS and id(p) not in apart | scalars
+        if isinstance(p, nn.Linear) and type(p).forward in FORWARDS and id(p) not in apart | others
     }
     model_type = module.config.model_type
     left_out = linear & {READ_BY_KERNELS.get(model_type), *READ_PAST.get(model_type, ())}
     linear -= left_out
-    stacks = stacks_of(module)
+    stacked = {f"{kind_of(name)}.{n}" for name, names in stacks_of(module).items() for n in names}
     kind = type(module).__name__
     if left_out and ALL_LINEAR in params.targets:
         log.warning(
             "%s: all-linear leaves out %s, whose weights it reads past its layers", kind, " and ".join(sorted(left_out))
         )
     tied = is_tied(module)
-    has = [*sorted(linear), *([] if tied else sorted(parts)), *([EXPERTS] if stacks else [])]
+    has = [*sorted(linear), *([] if tied else sorted(parts)), *([EXPERTS, *sorted(stacked)] if stacked else [])]
     wanted = [name for name in params.targets if not (params.beside and name not in has and name != ALL_LINEAR)]
     if not linear and ALL_LINEAR in wanted:
         raise UserError(f"lora: {kind} has no linear layers (torch.nn.Linear) to put adapters on")
     if not wanted:
+        pattern = params.targets[0]
+        if len(params.targets) == 1 and any(
+            kind_of(n) in linear and re.fullmatch(pattern, n) for n, _ in module.named_modules()
+        ):
+            # That of the policy's folder, which peft has written.
+            return pattern, []
         raise UserError(
             f"lora.targets: {kind}, beside the policy, has no {' and no '.join(params.targets)}; add others"
         )
     for name in wanted:
         if name in parts and tied:
             raise UserError(f"lora.targets: {name}: {TIED}; leave it out")
-        if params.dora and (name in parts or name == EXPERTS):
+        if params.dora and (name in parts or name == EXPERTS or name in stacked):
             raise UserError(f"lora.dora: is of linear layers, and lora.targets has {name}; leave one of them out")
         if name != ALL_LINEAR and name not in has:
             raise UserError(
                 f"lora.targets: {kind} has no layer {name} that adapters can be put on; those it has: {', '.join(has)}"
                 + ("; its experts are not stacked, or computed in a way of their own" if name == EXPERTS else "")
             )
-    layers = set(wanted) - {ALL_LINEAR, EXPERTS} | (linear if ALL_LINEAR in wanted else set())
-    named = {f"{name.rpartition('.')[2]}.{n}" for name, names in stacks.items() for n in names}
-    return sorted(layers), sorted(named) if EXPERTS in wanted else []
+    layers = set(wanted) - {ALL_LINEAR, EXPERTS} - stacked | (linear if ALL_LINEAR in wanted else set())
+    return sorted(layers), sorted(stacked if EXPERTS in wanted else stacked.intersection(wanted))
 
 
 @torch.no_grad()
@@ -455,6 +465,7 @@ def _config_of(peft: Any, folder: str, mapping: Mapping[str, str] | None) -> Any
     if found is None:
         raise UserError(f"lora.adapter: {folder}: no {ADAPTER_CONFIG} in it, so it is no folder of adapters")
     config = peft.LoraConfig.from_pretrained(found.folder)
+    _require_whole_base(config, folder)
     if mapping is not None:
         config.exclude_modules = None
     others = [name for name in config.modules_to_save or () if name not in HEADS]
@@ -480,6 +491,22 @@ def _config_of(peft: Any, folder: str, mapping: Mapping[str, str] | None) -> Any
         )
     config.inference_mode, config.lora_dropout = False, 0.0
     return config
+
+
+def _require_whole_base(config: Any, folder: str, repeated: tuple[str, ...] = ()) -> None:
+    """Raises UserError for adapters of a folder that are on another base than the one they name, as peft makes it of
+    that: without a part that they began with, unless that way is ``repeated``, or with layers several times."""
+    began = str(config.init_lora_weights).lower()
+    if config.layer_replication:
+        why = "are on a base that has some of its layers several times (layer_replication)"
+    elif began.startswith(TAKES_PART) and began not in repeated:
+        why = f"began with a part that peft took out of their base (init_lora_weights {config.init_lora_weights})"
+    else:
+        return
+    raise UserError(
+        f"{folder}: its adapters {why}, so that their base alone is not what they are beside; merge them into it with "
+        "peft, in the process that made them, and put new ones on that"
+    )
 
 
 def _mapping_of(base: str) -> dict[str, str] | None:

@@ -97,6 +97,11 @@ def pairs_of(module: nn.Module) -> dict[str, Pair]:
     return found
 
 
+def kind_of(name: str) -> str:
+    """What a layer of this name is called as well elsewhere in its model: the last part, with the numbers behind it."""
+    return re.findall(r"[^.]*(?:\.\d+)*$", name)[0]
+
+
 def plain_name(name: str) -> str:
     """What a parameter of a model with adapters is called in the model without."""
     return re.sub(r"(\.base_layer)+\.", ".", name)

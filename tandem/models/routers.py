@@ -14,9 +14,12 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from tandem.errors import UserError
+from tandem.kernels import products
 from tandem.models.text_config import config_in
 from tandem.types import CORRECTION_BIAS
 
+LINEAR = (nn.Linear.forward, products.Linear.forward)
+"""What linear layers that do no more than multiply are known by."""
 ROUTER_LOGITS = "output_router_logits"
 """The key of a config that makes every forward give its routers' logits."""
 
@@ -129,12 +132,20 @@ def quieted(config: Any) -> bool:
 
 
 def routers_of(module: Any) -> list[nn.Module]:
-    """The routers of transformers' own classes that give logits, weights and the experts picked, in any order."""
+    """The routers of transformers' own classes: parts that give logits, weights and the experts picked, or linear
+    layers that give logits alone (Jamba, Hunyuan)."""
     kind = getattr((getattr(module, "_can_record_outputs", None) or {}).get("router_logits"), "target_class", None)
-    # What calls its superclass by name cannot be called for a stand-in.
-    if kind is None or issubclass(kind, nn.Linear):
-        return []
-    return [part for part in module.modules() if isinstance(part, kind) and hasattr(part, "weight")]
+    found = []
+    # What calls its superclass by name (Phi-MoE, Llama 4) cannot be called for a stand-in.
+    if kind is not None and not issubclass(kind, nn.Linear):
+        found = [part for part in module.modules() if isinstance(part, kind) and hasattr(part, "weight")]
+    for part in module.modules():
+        experts = getattr(part, "experts", None)
+        for beside in part.children() if hasattr(experts, "num_experts") else []:
+            layers = [x for x in beside.modules() if isinstance(x, nn.Linear)] if beside is not experts else []
+            if [x.out_features for x in layers] == [experts.num_experts]:
+                found += [x for x in layers if getattr(x, "narrow", type(x)).forward in LINEAR]
+    return found
 
 
 def has_experts(module: Any) -> bool:

@@ -99,12 +99,14 @@ def test_experts_compute_what_pefts_own_forward_does_with_its_gradient(bases, ki
 
 
 def test_a_folder_that_peft_has_written_is_trained_on(bases, tmp_path):
-    """With the embedding that peft writes beside its adapters, which must be the base's own."""
+    """With ranks and alphas by layer, and the embedding that peft writes beside its adapters, which must be the
+    base's own."""
     module = transformers.AutoModelForCausalLM.from_pretrained(bases["qwen3_moe"])
     config = peft.LoraConfig(
         r=2, target_modules=["embed_tokens", "q_proj", "lm_head"],
         target_parameters=["experts.gate_up_proj", "experts.down_proj"], task_type="CAUSAL_LM",
         base_model_name_or_path=str(bases["qwen3_moe"]), init_lora_weights=False,
+        rank_pattern={"embed_tokens": 3, "layers.1.self_attn.q_proj": 1}, alpha_pattern={"q_proj": 20, "lm_head": 3},
     )  # fmt: skip
     theirs = peft.get_peft_model(module, config)
     theirs.save_pretrained(tmp_path)
@@ -226,7 +228,22 @@ def test_a_model_beside_the_policy_may_lack_its_head(bases):
     module = transformers.AutoModelForSequenceClassification.from_config(config)
     found = put_adapters(module, AdapterParams(rank=2, targets=("q_proj", "lm_head"), beside=True), "base")
     assert {name.split(".")[-4] for name in found.trained if "lora" in name} == {"q_proj"}
-    assert make_tokenizer()
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets", "wanted"),
+    [
+        ("qwen3_moe", ("q_proj", "experts.down_proj"), {"self_attn.q_proj", "mlp.experts"}),
+        ("llama", (r".*layers\.1\.(self_attn|mlp)\.(q|up)_proj",), {"self_attn.q_proj", "mlp.up_proj"}),
+    ],
+)
+def test_a_critic_has_them_where_the_policys_folder_of_peft_does(bases, kind, targets, wanted):
+    config = transformers.AutoConfig.from_pretrained(bases[kind], num_labels=1)
+    module = transformers.AutoModelForSequenceClassification.from_config(config)
+    put_adapters(module, AdapterParams(rank=2, targets=targets, beside=True), "base")
+    assert {".".join(name.split(".")[3:]) for name in adapted(module)} == wanted
+    stacks = [layer.parameter_name for layer in adapted(module).values() if is_stack(layer)]
+    assert set(stacks) == ({"down_proj"} if "experts.down_proj" in targets else set())
 
 
 def sharded(world, base):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.models import make_module, make_tokenizer
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, MambaConfig, ZambaConfig
+from transformers import AutoModelForCausalLM, Gemma3nTextConfig, MambaConfig, ZambaConfig
 
 from tandem.assembly.configs import config_class
 from tandem.batch import TokenLoss
@@ -212,6 +212,8 @@ def test_adapters_that_lack_some_are_not_merged_without_them(base, tmp_path):
         ({"lora_bias": True}, "more than a pair of matrices on a linear layer"),
         ({"alora_invocation_tokens": [9]}, "more than a pair of matrices on a linear layer"),
         ({"target_modules": ["q_proj", "lm_head"], "use_dora": True}, "those of lm_head are more than"),
+        ({"init_lora_weights": "pissa"}, "began with a part that peft took out of their base"),
+        ({"layer_replication": [[0, 2], [0, 2]]}, "has some of its layers several times"),
     ],
 )
 def test_a_folder_of_adapters_that_cannot_be_trained_on_is_refused(base, tmp_path, change, message):
@@ -220,6 +222,33 @@ def test_a_folder_of_adapters_that_cannot_be_trained_on_is_refused(base, tmp_pat
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(UserError, match=message):
         trainer_of(tmp_path, AdapterParams(folder=str(tmp_path)))
+
+
+@pytest.mark.parametrize("began", ["pissa", "olora", "pissa_niter_4", "lora_ga"])
+def test_what_peft_takes_out_of_a_base_is_merged_where_it_takes_out_the_same_again(base, tmp_path, began):
+    trainer_of(base, AdapterParams(rank=4)).export(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"init_lora_weights": began}))
+    if "_" in began:
+        with pytest.raises(UserError, match="began with a part that peft took out of their base"):
+            load_causal(tmp_path, device="cpu")
+        return
+    merged = LocalScorer(load_causal(tmp_path, device="cpu"), token_budget=20)
+    torch.testing.assert_close(logp_of(merged), peft_logp(base, tmp_path), rtol=0, atol=2e-5)
+
+
+def test_linear_layers_in_a_list_are_known_by_its_name():
+    """Layers have numbers, too: adapters on one called 0 would be on whole layers."""
+    config = Gemma3nTextConfig(
+        vocab_size=64, vocab_size_per_layer_input=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, hidden_size_per_layer_input=8, laurel_rank=4,
+        num_kv_shared_layers=0, activation_sparsity_pattern=None, altup_num_inputs=2,
+    )  # fmt: skip
+    module = AutoModelForCausalLM.from_config(config)
+    put_adapters(module, AdapterParams(rank=4), "base")
+    on = {name.removeprefix("model.") for name in adapted(module)}
+    assert {"altup_projections.0", "layers.0.self_attn.q_proj", "layers.1.mlp.down_proj"} < on
+    assert "layers.0" not in on
 
 
 def test_the_config_takes_what_the_folder_has_and_ten_times_the_learning_rate(base, tmp_path):

@@ -20,8 +20,11 @@ from tandem.data.packing import pack, stamp_weights
 from tandem.engines.live.replica import ReplicaEngine
 from tandem.errors import NonFiniteError, UserError
 from tandem.functional.balance import load_violation
+from tandem.models.adapters import AdapterParams, put_adapters
 from tandem.models.forward import Ask, forward, hidden_states
 from tandem.models.loading import prepare_module
+from tandem.models.pairs import adapted
+from tandem.models.quantized import quantize_module
 from tandem.models.routers import correction_biases, routers_of
 from tandem.models.shrunk import shrunken_config
 from tandem.parallel.world import World
@@ -34,11 +37,12 @@ from tandem.types import Sequence
 LENGTHS = (23, 5, 40, 17)
 COEF = 0.3
 SPEED = 0.01
+WITHOUT_DEFAULTS: dict[str, dict[str, int]] = {"hunyuan_v1_moe": {"head_dim": 16, "num_experts": 4, "moe_topk": 2}}
 
 
 def module_of(kind: str, auto: Any = AutoModelForCausalLM, **keys: Any) -> Any:
     """A small model whose routers have opinions."""
-    config = shrunken_config(CONFIG_MAPPING[kind]())
+    config = shrunken_config(CONFIG_MAPPING[kind](**WITHOUT_DEFAULTS.get(kind, {})))
     for name, value in keys.items():
         setattr(config, name, value)
     torch.manual_seed(0)
@@ -363,9 +367,20 @@ def test_a_trainer_in_bfloat16_routes_as_a_scorer_does() -> None:
     assert torch.equal(found, wanted)
 
 
-@pytest.mark.parametrize(
-    "kind", ["mixtral", "qwen3_moe", "olmoe", "gpt_oss", "granitemoe", "deepseek_v3", "minimax_m2"]
-)
+FLOAT32 = [
+    "mixtral",
+    "qwen3_moe",
+    "olmoe",
+    "gpt_oss",
+    "granitemoe",
+    "deepseek_v3",
+    "minimax_m2",
+    "jamba",
+    "hunyuan_v1_moe",
+]
+
+
+@pytest.mark.parametrize("kind", FLOAT32)
 def test_routers_of_a_model_in_bfloat16_compute_in_float32(kind: str) -> None:
     """From the same parameters; what is trained, and the rest of the layer, stays in bfloat16."""
     model = prepare_module(module_of(kind), tokenizer(), dtype="bfloat16")
@@ -388,6 +403,17 @@ def test_routers_of_a_model_in_bfloat16_compute_in_float32(kind: str) -> None:
         assert y.dtype in (torch.float32, torch.int64)
     if kind != "deepseek_v3":  # whose own is in float32 already
         assert not all(torch.equal(y.float(), want.float()) for y, want in zip(rounded, exact, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["jamba", "hunyuan_v1_moe"])
+def test_routers_that_are_linear_layers_have_no_adapters_and_all_their_bits(kind: str) -> None:
+    module = module_of(kind)
+    quantize_module(module, "fp8")
+    put_adapters(module, AdapterParams(rank=2), "base")
+    routers = routers_of(module)
+    assert routers
+    assert all(type(router) is torch.nn.Linear for router in routers)
+    assert adapted(module)
 
 
 def replaced(router: torch.nn.Module) -> torch.nn.Module:
