@@ -140,7 +140,7 @@ def routers_of(module: Any) -> list[nn.Module]:
     if kind is not None and not issubclass(kind, nn.Linear):
         found = [part for part in module.modules() if isinstance(part, kind) and hasattr(part, "weight")]
     for part in module.modules():
-        experts = getattr(part, "experts", None)
+        experts: Any = getattr(part, "experts", None)
         for beside in part.children() if hasattr(experts, "num_experts") else []:
             layers = [x for x in beside.modules() if isinstance(x, nn.Linear)] if beside is not experts else []
             if [x.out_features for x in layers] == [experts.num_experts]:
