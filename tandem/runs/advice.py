@@ -102,11 +102,13 @@ class Spent:
     busy: float | None
     """How long the sampler was at work, which in an asynchronous run it is beside the trainer. None: not logged."""
     open_groups: float | None
+    settling: float = 0.0
+    """Of weight sync: what the samples that ran were waited for (``--weights-change between-sequences``)."""
 
     @property
     def waited(self) -> float:
         """For samples."""
-        return self.phases["sampling"]
+        return self.phases["sampling"] + self.settling
 
     @property
     def trainer(self) -> float:
@@ -229,6 +231,7 @@ def spent_in(counted: Records) -> Spent:
         phases=phases,
         busy=mean("engine_busy_seconds") or None,  # 0 is of an engine that does not count them
         open_groups=mean("open_groups"),
+        settling=math.fsum(_finite(record.get("settling_seconds", 0.0)) for record in counted) / len(counted),
     )
 
 
@@ -364,6 +367,11 @@ def _overlapping(spent: Spent, setup: Setup, tail: Tail | None, overlap: Overlap
         )
         most = "at most " if tail is not None and tail.at_most else ""
         return [f"--max-lag 1: {what}; that wins {most}{_s(won)} a step, {won / spent.step:.0%}"]
+    if spent.settling >= WORTH * spent.step:
+        return [
+            "--weights-change in-flight: the samples that run end before each push, with none begun meanwhile, and the "
+            f"trainer waited {_s(spent.settling)} a step for that"
+        ]
     idle = spent.step - (spent.busy or 0.0)
     if spent.waited < WORTH * spent.step or idle < WORTH * spent.step:
         return []

@@ -137,13 +137,17 @@ class EngineGroup(Generating):
         self._begin(everything=True)
 
     def settled(self, push: Callable[[int], Metrics]) -> Callable[[int], Metrics]:
-        """``push``, once all samples that run have ended; no other begins before it has come."""
+        """``push``, once all samples that run have ended; no other begins before it has come.
+
+        ``settling_seconds``: how long that took.
+        """
 
         def pushed(step: int) -> Metrics:
             try:
+                start = time.perf_counter()
                 self._hold(True)
                 self._advance(lambda: not any(self._running), 0)
-                metrics = push(step)
+                metrics = {"settling_seconds": time.perf_counter() - start} | push(step)
             except BaseException:
                 with suppress(Exception):  # what failed first is what is told
                     self._hold(False)

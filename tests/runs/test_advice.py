@@ -109,6 +109,20 @@ def test_asynchronous_short_of_its_ideal():
     assert "--window" not in said(lines, replace(ASYNC, window=1.0))
 
 
+def test_samples_that_are_waited_for_before_each_push_are_no_work_of_the_trainer():
+    """The same step of 8, in which half of what the trainer waits is within its weight sync of 2.5 s."""
+    lines = [
+        line | ({"settling_seconds": 2.0} if line["step"] else {}) for line in records(2.0, 3.5, sync=2.5, busy=6.0)
+    ]
+    found = overlap(lines, ASYNC)
+    assert (found.turns, found.ideal, found.reached) == pytest.approx((10, 6, 0.5))
+    text = said(lines, ASYNC)
+    assert "--weights-change in-flight: the samples that run end before each push" in text
+    assert "the trainer waited 2 s a step for that" in text
+    assert "--max-lag" not in text
+    assert "--weights-change" not in said(records(4.0, 4.0, busy=6.0), ASYNC)
+
+
 def test_more_lag_than_needed_is_said():
     text = said(records(0.0, 5.0, busy=4.5), replace(ASYNC, max_lag=3))
     assert "--max-lag 1: the trainer waited 0 s a step for samples, so fresher ones" in text

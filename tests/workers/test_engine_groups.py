@@ -74,7 +74,7 @@ def test_engines_alone_sample_on_change_weights_are_given_up_and_die(cluster_add
         # Between sequences: what runs ends with its weights, what waits begins with the others.
         futures = engine.submit(asks(*[60] * 6))
         until(lambda: min(seat.submit_each("running", [(), ()]).result()) > 0)
-        several.settled(lambda step: seat.call("become", step) or {})(2)
+        assert 0 < several.settled(lambda step: seat.call("become", step) or {})(2)["settling_seconds"] < PATIENCE_S
         found = [c for cs in wait_all(futures) for c in cs]
         assert [c.versions for c in found] == [told(c, TOKENS) for c in found]
         assert {tuple(c.versions) for c in found} == {((1, 60),), ((2, 60),)}
@@ -247,7 +247,10 @@ def test_an_engine_of_this_process_takes_weights_between_sequences() -> None:
     engine = Telling(max_slots=4)
     futures = engine.submit(asks(*[30] * 6))
     engine.wait(iter([False, False, True]).__next__)
-    settled(engine, lambda step: engine.become(step) or {})(1)  # type: ignore[func-returns-value]
+    start = time.perf_counter()
+    metrics = settled(engine, lambda step: engine.become(step) or {"sync_seconds": 1.0})(1)  # type: ignore[func-returns-value]
+    assert 0 < metrics["settling_seconds"] < time.perf_counter() - start
+    assert metrics["sync_seconds"] == 1
     found = [c for cs in wait_all(futures) for c in cs]
     assert {tuple(c.versions) for c in found} == {((0, 30),), ((1, 30),)}
 
