@@ -238,10 +238,8 @@ FAMILIES = (
     Family("mamba", "Mamba", "Mamba", _of(state_size=8)),
     Family("falcon-mamba", "Falcon Mamba", "FalconMamba", _of(state_size=8)),
     Family("recurrent-gemma", "RecurrentGemma", "RecurrentGemma",
-           _of(_named(lru_width="hidden_size"), attention_window_size=6, num_hidden_layers=3),
-           "transformers' class keeps its states in its modules, not in a cache"),
-    Family("rwkv", "RWKV 4", "Rwkv", _of(_named(attention_hidden_size="hidden_size"), context_length=128),
-           "transformers' class keeps its states in a list of its own, not in a cache"),
+           _of(_named(lru_width="hidden_size"), attention_window_size=6, num_hidden_layers=3)),
+    Family("rwkv", "RWKV 4", "Rwkv", _of(_named(attention_hidden_size="hidden_size"), context_length=128)),
 )  # fmt: skip
 NAMES = {family.name: family for family in FAMILIES}
 LAYOUTS = {"packed": "packed", "padded": "padded", "one length": "by length"}

@@ -167,7 +167,8 @@ def through_base(
     scale = 1.0
     for name, power in (("logits_scaling", -1), ("logit_scale", 1), ("lm_head_multiplier", 1)):
         scale *= (getattr(config, name, None) or 1.0) ** power
-    shape = HeadShape(scale, getattr(config, "final_logit_softcapping", None))
+    caps = (getattr(config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap"))
+    shape = HeadShape(scale, next(filter(None, caps), None))
     product = head(state_TD)
     with _giving(base, given):
         found = logits()

@@ -22,13 +22,17 @@ from tandem.models.attention import PackedLayout, UnsupportedAttention
 Name = tuple[int, str, int]
 """A state's layer, its kind (an attribute of the layer), and its number there."""
 KINDS = ("conv_states", "recurrent_states")
+IN_MODULES = ("conv1d_state", "recurrent_states")
+"""Attributes in which parts of a module keep states themselves (RecurrentGemma)."""
 
 
 def states_of_layers(module: Any) -> list[int]:
-    """For each layer, how many states of a kind it may keep; empty where transformers' cache for the module keeps none.
+    """For each layer, how many states of a kind it may keep; empty where a module keeps none.
 
-    0 for one that only attends.
+    0 for one that only attends. Those that it does not keep in transformers' cache are of one layer here.
     """
+    if takes_list(module) or kept_in_modules(module):
+        return [1]
     supported = getattr(type(module), "_supports_default_dynamic_cache", None)
     if supported is not None and not supported():
         return []
@@ -39,6 +43,16 @@ def states_of_layers(module: Any) -> list[int]:
     if not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers):
         return []
     return [getattr(layer, "number_of_states", 0) for layer in layers]
+
+
+def takes_list(module: Any) -> bool:
+    """Whether its forward is given a list of its own of states (RWKV 4)."""
+    return "state" in inspect.signature(module.forward).parameters
+
+
+def kept_in_modules(module: Any) -> list[tuple[Any, str]]:
+    """Parts that keep states in themselves, and in which attributes."""
+    return [(part, name) for part in module.modules() for name in IN_MODULES if name in vars(part)]
 
 
 def keep_short_steps(module: Any) -> None:
@@ -85,6 +99,26 @@ class Held(Cache):
             for number, state in getattr(layer, kind).items()
             if state is not None
         }
+
+    @contextmanager
+    def lent(self, places: list[tuple[Any, str]]) -> Iterator[None]:
+        """With states in ``kept_in_modules``: what is there afterwards is what they have become."""
+        held = list(self.states.values())
+        for number, (part, name) in enumerate(places):
+            setattr(part, name, held[number] if held else None)
+        yield
+        for number, (part, name) in enumerate(places):
+            self.keep(number, getattr(part, name))
+            setattr(part, name, None)
+
+    def keep(self, number: int, state: Tensor) -> None:
+        """What has become of one of the states that are not kept in transformers' cache: where it is, it changes."""
+        layer = self.layers[0]
+        assert isinstance(layer, HeldLayer)
+        if (held := layer.recurrent_states.get(number)) is None:
+            layer.hold("recurrent_states", number, state)
+        else:
+            held.copy_(state)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -137,7 +171,7 @@ class _Asked(Held):
 
 
 class Mixers:
-    """The parts of a module that carry a state from token to token, found by what asks its cache for one.
+    """The parts of a module that carry a state from token to token, found by what asks its cache for one, or keeps one.
 
     Sequences that lie packed in all else are put side by side for these parts, each beginning without a state.
     """
@@ -148,10 +182,15 @@ class Mixers:
     @classmethod
     @torch.no_grad()
     def of(cls, module: Any) -> Mixers | None:
-        """None where no part keeps a state in transformers' own cache."""
+        """None where no part keeps a state, or the module takes a cache of its own only."""
         kept = states_of_layers(module)
         if not kept:
             return None
+        if takes_list(module):
+            taking = [part for part in module.modules() if takes_list(part)]
+            return cls([part for part in taking if not any(x in taking for x in _inside(part))])
+        if keeping := [part for part, _ in kept_in_modules(module)]:
+            return cls([part for part in dict.fromkeys(keeping) if not any(part in _inside(x) for x in keeping)])
         running: list[Any] = []
         asked = _Asked(kept, running)
 
@@ -185,19 +224,29 @@ class Mixers:
                 del part.forward
 
 
+def _inside(module: Any) -> list[Any]:
+    return [part for part in module.modules() if part is not module]
+
+
 def _side_by_side(
-    run: Callable[..., Tensor], beside: PackedLayout, /, hidden_states: Tensor, *others: Any, **options: Any
-) -> Tensor:
+    run: Callable[..., Any], beside: PackedLayout, /, hidden_states: Tensor, *others: Any, **options: Any
+) -> Any:
     """[1, U, D] → [1, U, D]. What says how packed tokens lie says nothing of those side by side."""
     if others:
         raise UnsupportedAttention("arguments without a name for layers with a state")
-    for name in ("attention_mask", "position_ids", "layout"):
-        options.pop(name, None)
+    options.pop("layout", None)
+    if "attention_mask" in options:
+        options["attention_mask"] = None
+    more: list[Any] = []
 
     def tokens_of(rows: Tensor) -> Tensor:
-        found = run(hidden_states=rows, **options)
-        if not isinstance(found, Tensor):
+        if "position_ids" in options:
+            options["position_ids"] = torch.arange(rows.shape[1], device=rows.device)[None]
+        found = run(rows, **options)
+        found, *more[:] = found if isinstance(found, tuple) else (found,)
+        if not isinstance(found, Tensor) or any(x is not None for x in more):
             raise UnsupportedAttention("layers with a state that give more than what becomes of their tokens")
         return found
 
-    return beside.side_by_side(tokens_of, hidden_states)
+    packed = beside.side_by_side(tokens_of, hidden_states)
+    return (packed, *more) if more else packed

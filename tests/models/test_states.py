@@ -23,7 +23,7 @@ from tandem.models.adapters import AdapterParams
 from tandem.models.forward import forward
 from tandem.models.loading import load_causal, prepare_module
 from tandem.models.shrunk import trained_size
-from tandem.models.states import Mixers
+from tandem.models.states import Held, Mixers
 from tandem.parallel.sharding import whole
 from tandem.parallel.world import World, join
 from tandem.training.optim import OptimParams
@@ -62,6 +62,8 @@ def asks(count: int, **sampling: Any) -> list[Request]:
         ("zamba", "slots", 3),
         ("mamba", "captured", 20),
         ("gemma4-e", "captured", 3),
+        ("recurrent-gemma", "captured", 3),
+        ("rwkv", "captured", 3),
     ],
 )
 def test_what_a_sample_is_given_does_not_depend_on_those_beside_it(name: str, way: Any, slots: int) -> None:
@@ -74,7 +76,7 @@ def test_what_a_sample_is_given_does_not_depend_on_those_beside_it(name: str, wa
     engine = LiveEngine(model.module, tokenizer(), way=way, max_slots=slots, prefill_tokens=12)
     if way == "captured":
         assert engine.fitting is not None
-        assert (engine.fitting.lean is None) is (name in ("mamba", "gemma4-e"))
+        assert (engine.fitting.lean is None) is (name not in ("qwen3-next", "qwen3.5"))
     asked = [*asks(5, temperature=0), *asks(5, temperature=1.0)]
     if slots > 3:
         ends = SamplingParams(max_new_tokens=60, temperature=1.0, stop_token_ids=tuple(range(10, 16)))
@@ -122,7 +124,7 @@ def rows() -> Batch:
     return stamp_weights(pack(sequences, prompt_lengths=[len(prompt) for prompt, _ in texts] + [0]), "token")
 
 
-@pytest.mark.parametrize("name", ["qwen3-next", "lfm2", "zamba", "mamba2"])
+@pytest.mark.parametrize("name", ["qwen3-next", "lfm2", "zamba", "mamba2", "recurrent-gemma", "rwkv"])
 def test_packed_segments_are_what_each_is_by_itself(name: str) -> None:
     """Also those whose prompt goes through once, in all but the layers with a state."""
     model = prepare_module(made(name), tokenizer())
@@ -163,6 +165,15 @@ def test_states_that_are_not_kept_apart_are_found_by_the_probes(
         assert LiveEngine(model.module, tokenizer()).way == "padded"
         with pytest.raises(UserError, match="does not reproduce its own forward"):
             LiveEngine(model.module, tokenizer(), way="captured")
+    for name in ("recurrent-gemma", "rwkv"):
+        others = prepare_module(made(name), tokenizer())
+        with monkeypatch.context() as patch:
+            # What a class keeps elsewhere is what it was when the prompt ended.
+            patch.setattr(
+                StateStore, "held", lambda self, rows: Held([1], {n: x[:rows].clone() for n, x in self.states.items()})
+            )
+            with pytest.raises(UserError, match="does not reproduce its own forward"):
+                LiveEngine(others.module, tokenizer(), way="captured")
     with pytest.raises(UserError, match="MambaForCausalLM keeps no keys and values"):
         LiveEngine(made("mamba"), tokenizer(), way="captured", kv_cache_dtype="fp8")
     model.compile_blocks("on")

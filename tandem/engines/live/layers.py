@@ -24,7 +24,7 @@ from tandem.kernels.layers import CURVES, Curve, Norm, Rotation
 from tandem.models.attention import Ask, PackedLayout, UnsupportedAttention, no_mask
 from tandem.models.limits import turning_point
 from tandem.models.quantized import Quantized
-from tandem.models.states import Mixers, cache_argument
+from tandem.models.states import Mixers, cache_argument, kept_in_modules, takes_list
 
 POSITIONS = (0, 1, 2, 3, 5, 9, 17, 33)
 """Of the tokens that are watched, and the last that there is."""
@@ -272,6 +272,8 @@ def read_decoder(module: Any, positions: int | None) -> Decoder:
     if positions is None:
         raise Unlike("its sequences may have any length")
     base = module.base_model
+    if takes_list(module) or kept_in_modules(module):
+        raise Unlike("it keeps its states " + ("in a list" if takes_list(module) else "in its modules"))
     blocks = max((x for x in base.children() if isinstance(x, nn.ModuleList)), key=len, default=None)
     if base is module or blocks is None:
         raise Unlike("it has no list of layers")

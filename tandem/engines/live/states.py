@@ -14,7 +14,7 @@ from torch import Tensor
 from tandem.engines.live.forwards import LeanForward
 from tandem.engines.live.slots import DecodeLayout, SlotCache
 from tandem.models.attention import IMPLEMENTATION, Ask, Layout, UnsupportedAttention, no_mask
-from tandem.models.states import Held, Name, cache_argument, states_of_layers
+from tandem.models.states import Held, Name, cache_argument, kept_in_modules, states_of_layers, takes_list
 
 
 class StateForward:
@@ -28,6 +28,9 @@ class StateForward:
         self.module, self.lean = module, lean
         known = inspect.signature(module.forward).parameters
         self.takes = cache_argument(module)
+        self.by_list = takes_list(module)
+        self.places = kept_in_modules(module)
+        """Where it looks for its states, if not in its cache."""
         self.positions = "position_ids" in known
         self.last_only: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
         self.kept = states_of_layers(module)
@@ -89,10 +92,26 @@ class StateForward:
         return self._forward(token_B[:, None], length_B[:, None], held, **options)[:, -1]
 
     def _forward(self, token_NL: Tensor, position_NL: Tensor, held: Held, **options: Any) -> Tensor:
+        if self.by_list:
+            return self._by_list(token_NL, held, **options)
         if self.positions:
             options["position_ids"] = position_NL
-        logits: Tensor = self.module(input_ids=token_NL, use_cache=True, **{self.takes: held}, **options).logits
+        with held.lent(self.places):
+            logits: Tensor = self.module(input_ids=token_NL, use_cache=True, **{self.takes: held}, **options).logits
         return logits
+
+    def _by_list(self, token_NL: Tensor, held: Held, **options: Any) -> Tensor:
+        """Of a module that is given a list of states, in which it changes them."""
+        if states := list(held.states.values()):
+            given = [*map(_Shifted, states[:2]), *states[2:]]
+            logits: Tensor = self.module(input_ids=token_NL, state=given, use_cache=True, **options).logits
+            return logits
+        # By their last tokens' states those of one token would be mixed up.
+        parts = token_NL.split(1) if token_NL.shape[1] == 1 else [token_NL]
+        found = [self.module(input_ids=part, use_cache=True, **options) for part in parts]
+        for number, alike in enumerate(zip(*(out.state for out in found), strict=True)):
+            held.keep(number, torch.cat(alike))
+        return torch.cat([out.logits for out in found])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,6 +221,19 @@ class PrefilledSlots:
         source_N, position_N = self.found.places(prompts)
         slot_N = slot.repeat_interleave(self.found.length_P[prompts])
         self.slots.cache.load(self.found.keys_and_values, *(x.to(device) for x in (source_N, slot_N, position_N)))
+
+
+class _Shifted:
+    """The last tokens' states [N, D, layers] as RWKV takes a layer's for a single token: [N, D] would be [1, N, D]."""
+
+    def __init__(self, state_NDL: Tensor) -> None:
+        self.state_NDL = state_NDL
+
+    def __getitem__(self, place: Any) -> Tensor:
+        return self.state_NDL[place][:, None]
+
+    def __setitem__(self, place: Any, state_ND: Tensor) -> None:
+        self.state_NDL[place] = state_ND
 
 
 class _NumberedByCache:
