@@ -30,6 +30,7 @@ from models import SIZES, random_model, write_folder
 from tandem.assembly.placing import Homes
 from tandem.assembly.role_sections import SamplingPlacement
 from tandem.assembly.sections import ClusterSection, EngineSection, ModelSection, SamplingSection
+from tandem.assembly.wiring import Wiring
 from tandem.methods.grpo import GRPO
 from tandem.models.loading import load_tokenizer, prepare_module
 from tandem.roles import Seat
@@ -82,7 +83,7 @@ def measure(options: argparse.Namespace, folder: str) -> dict[str, Any]:
         homes.place("actor", partial(trainer, size=options.size, folder=folder, dtype=model.dtype))
         nudge = homes.place("nudge", Nudge, beside="actor")
         sampling = SamplingSection(max_slots=64, max_new_tokens=8)
-        sampler = homes.wire_engine(sampling, seed=0, vocabulary=256, others={})
+        sampler = Wiring(homes=homes, sampling=sampling, seed=0, vocabulary=256, others={}).engine()
         push = sampler.link
         if push is None:
             raise SystemExit("nothing travels: the engine samples on the trainer's own weights")

@@ -20,6 +20,7 @@ from tandem.assembly.placing import Homes
 from tandem.assembly.reading import by_key, describe_data, load_data, load_held_out, ordered, tokenizing
 from tandem.assembly.role_sections import is_reward_model
 from tandem.assembly.sections import DataSection, DatasetSection, DrawsSection, EngineSection
+from tandem.assembly.wiring import Wiring
 from tandem.config import settings
 from tandem.data.chat import set_template
 from tandem.data.items import Counts, build_pairs, build_prompts, build_sequences, build_solutions, build_unpaired
@@ -268,13 +269,14 @@ class SamplesFeed(Feed):
 
     def start(self, models: Mapping[str, Seat], homes: Homes) -> Fed:
         config = self.config
-        engine = homes.wire_engine(
-            config.sampling,
+        engine = Wiring(
+            homes=homes,
+            sampling=config.sampling,
             seed=config.run.seed,
             vocabulary=len(self.tokenizer),
-            others=dict(models),
+            others=models,
             schedule=config.schedule,
-        )
+        ).engine()
         source = Sampling(
             engine=engine.engine,
             prompts=self.prompts,

@@ -19,6 +19,7 @@ from tandem.assembly.plans import models_used, print_plan
 from tandem.assembly.reading import load_data, tokenizing
 from tandem.assembly.sessions import start_of
 from tandem.assembly.use_configs import UseConfig
+from tandem.assembly.wiring import engine_alone
 from tandem.data.chat import set_template
 from tandem.data.items import build_prompts
 from tandem.models.limits import read_limits
@@ -105,7 +106,7 @@ class _Sampling:
         config = self.config
         self.stack.enter_context(self.homes)
         say(f"loading the model from {config.model.model}")
-        engine = self.homes.engine_alone(config.sampling, seed=config.run.seed)
+        engine = engine_alone(self.homes, config.sampling, seed=config.run.seed)
         found = placed_reward_models(config.rewards, config.model, self.homes, self.tokenizer)
         return engine, judge_of(config.rewards, [*self.functions, *found], config.sampling.max_new_tokens)
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from tandem.assembly.models import load, require_engine, trained, weight_source
-from tandem.assembly.placing import Homes, WiredEngine
+from tandem.assembly.placing import Homes
+from tandem.assembly.wiring import WiredEngine, Wiring
 from tandem.cli.configs import DoctorConfig
 from tandem.cli.quickstart import make_base
 from tandem.errors import UserError
@@ -71,7 +72,9 @@ def run(config: DoctorConfig) -> int:
         actor = report.timed("trainer", lambda: homes.place("actor", build), lambda found: found.call("describe"))
         sampler = report.timed(
             "engine",
-            lambda: homes.wire_engine(config.sampling, seed=0, vocabulary=len(tokenizer), others={"actor": actor}),
+            Wiring(
+                homes=homes, sampling=config.sampling, seed=0, vocabulary=len(tokenizer), others={"actor": actor}
+            ).engine,
             lambda found: found.about,
         )
         source = homes.place("weights", weight_source, beside="actor")

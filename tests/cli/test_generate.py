@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from helpers.runs import write_inputs
 
-from tandem.assembly import placing, sampled
+from tandem.assembly import sampled, wiring
 from tandem.assembly.models import replica_engine
 from tandem.cli.main import main
 from tandem.runs.lines import keep_lots, read_lines
@@ -228,7 +228,7 @@ def test_vllm_alone_is_asked_as_an_engine_of_this_process(inputs, monkeypatch):
         asked.update(options)
         return replica_engine(site, section, sampling, replace(engine, kind="live"))
 
-    monkeypatch.setattr(placing, "vllm_engine", fake)
+    monkeypatch.setattr(wiring, "vllm_engine", fake)
     monkeypatch.setattr(sampled, "require_engine", lambda engine: None)
     assert main([*GENERATE, "--out", "live"]) == 0
     assert main([*GENERATE, "--out", "vllm", "--engine.kind", "vllm"]) == 0

@@ -10,6 +10,7 @@ from tandem.assembly.models import Replicas
 from tandem.assembly.placing import Homes
 from tandem.assembly.role_sections import SamplingPlacement
 from tandem.assembly.sections import ClusterSection, EngineSection, ModelSection, SamplingSection
+from tandem.assembly.wiring import Wiring
 from tandem.batch import TokenLoss
 from tandem.data.packing import pack, stamp
 from tandem.engines.live.replica import ReplicaEngine
@@ -119,7 +120,7 @@ def test_a_folded_copy_ends_where_the_adapters_own_tokenizer_does(base, tmp_path
         ModelSection(model=str(tmp_path), device="cpu"), SamplingPlacement(), ClusterSection(), EngineSection(),
         ["actor", "engine"], adapters=AdapterParams(folder=str(tmp_path)), fold=True,
     )  # fmt: skip
-    engine = homes._replica(SamplingSection(), "keep")(Site(World()))
+    engine = Wiring(homes=homes, sampling=SamplingSection(), seed=0, vocabulary=0, others={}).replica()(Site(World()))
     assert engine.live.tokenizer.eos_token_id == tokenizer.eos_token_id != make_tokenizer().eos_token_id
     assert not adapted(engine.model.module)
 

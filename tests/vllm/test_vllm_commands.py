@@ -10,7 +10,7 @@ from helpers.broken_engines import deaf_engine
 from helpers.shared_ray import cluster_address
 from test_vllm_runs import SPLIT, at_inputs, inputs
 
-from tandem.assembly import placing
+from tandem.assembly import wiring
 from tandem.cli.main import main
 
 __all__ = ["at_inputs", "cluster_address", "inputs"]
@@ -26,7 +26,7 @@ def test_doctor(capsys):
 
 @pytest.mark.usefixtures("helpers_importable")
 def test_doctor_notices_an_engine_that_pushes_do_not_reach(monkeypatch, capsys):
-    monkeypatch.setattr(placing, "vllm_engine", deaf_engine)
+    monkeypatch.setattr(wiring, "vllm_engine", deaf_engine)
     argv = ["doctor", "--engine.kind", "vllm", "--max-slots", "32", "--engine.max-length", "64"]
     assert main([*argv, "--engine.no-check-weights"]) == 2
     said = capsys.readouterr()

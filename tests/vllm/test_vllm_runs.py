@@ -18,7 +18,7 @@ from helpers.vllm_models import make_model, save
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tandem.assembly import placing
+from tandem.assembly import wiring
 from tandem.cli.main import main
 from tandem.workers.engines import EngineGroup, RestartingOnce
 from tandem.workers.keeper import SHARED_MEMORY
@@ -176,7 +176,7 @@ def test_killed_while_others_train_and_then_again(grpo_split, monkeypatch, capsy
 
 @pytest.mark.usefixtures("helpers_importable")
 def test_the_truth_check_names_the_parameter_that_is_wrong(monkeypatch, capsys):
-    monkeypatch.setattr(placing, "vllm_engine", damaged_engine)
+    monkeypatch.setattr(wiring, "vllm_engine", damaged_engine)
     argv = [*unevaluated(arguments("grpo")), "--steps", "3", "--out", "damaged", *VLLM, *SPLIT]
     assert main(argv) == 75
     assert "engine 0 does not hold the trainer's model.norm.weight: checksum" in capsys.readouterr().err

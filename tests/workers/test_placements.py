@@ -16,7 +16,7 @@ from helpers.unfilled import NeverFilled
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tandem.assembly import placing
+from tandem.assembly import wiring
 from tandem.cli.main import main
 
 __all__ = ["cluster_address", "inputs"]
@@ -90,7 +90,7 @@ def test_ppo_in_two_workers(ppo_here):
 
 @pytest.mark.usefixtures("helpers_importable")
 def test_engines_in_the_actors_workers_that_are_never_filled_end_the_run(monkeypatch, capsys):
-    monkeypatch.setattr(placing, "Replicas", NeverFilled)
+    monkeypatch.setattr(wiring, "Replicas", NeverFilled)
     argv = [*arguments("grpo"), "--steps", "3", "--placement.actor", "2", "--out", "unfilled"]
     assert main(argv) == 75
     # Two optimizer steps make the first step.

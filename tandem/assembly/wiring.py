@@ -1,0 +1,260 @@
+"""Builds the engine of a run where it lives, together with the way in which new weights reach it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from tandem.assembly.models import Replicas, live_engine, replica_engine, vllm_engine, weight_source
+from tandem.assembly.placing import Homes
+from tandem.assembly.sections import DrawsSection, SamplingSection, ScheduleSection
+from tandem.engines.live.engine import LiveEngine, StaleCache
+from tandem.engines.vllm.adapters import room_of
+from tandem.errors import UserError
+from tandem.models.adapter_folder import base_of
+from tandem.models.folder import with_tokenizer
+from tandem.models.limits import layers_of, read_config
+from tandem.models.quantized_folder import quantized_kind
+from tandem.models.shrunk import furthest_limit
+from tandem.roles import Engine, FedEngine, Home, Metrics, Seat
+from tandem.runs.progress import say
+from tandem.sync.check import BEYOND, TruthCheck
+from tandem.sync.push import FillPush, PushParams, WeightPush
+from tandem.sync.turns import TakingTurns, settled
+from tandem.workers.engines import EngineGroup, RestartingOnce
+from tandem.workers.group import WorkerGroup
+from tandem.workers.homes import Aside, Here
+from tandem.workers.process import Build
+
+CALLS_AT_A_TIME = 8
+"""A process that is there for an engine alone makes 8 calls at once: it takes pushes while it is waited for."""
+Push = Callable[[int], Metrics]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WiredEngine:
+    """An engine, how new weights reach it (metrics of the push), and a line that says what it is."""
+
+    engine: Engine
+    push: Push
+    about: str
+    link: WeightPush | None = None
+    """The push itself, where weights travel."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wiring:
+    """What the engine of a run is made of, beside the actor or in processes of its own."""
+
+    homes: Homes
+    sampling: SamplingSection
+    seed: int
+    vocabulary: int
+    others: Mapping[str, Seat]
+    """Trainers and scorers by role."""
+    schedule: ScheduleSection = field(default_factory=ScheduleSection)
+    """What becomes of samples that run when weights change, where there are any then."""
+
+    def engine(self) -> WiredEngine:
+        """Builds it, and connects it to the actor where weights travel."""
+        if self.homes.engine.kind == "vllm":
+            return self._vllm()
+        if self._beside_actor:
+            return self._live_beside_actor()
+        count = self.homes.placement.workers("engine")
+        group = self.homes.group("engine", count, joined=False, concurrency=CALLS_AT_A_TIME)
+        engines = group.place("engine", self.replica())
+        link = self._link(self._source(), engines)
+        about = f"live, {count} of its own, fed over {link.transport}"
+        several = EngineGroup(group, alone=True)
+        return WiredEngine(engine=several, push=self._settled(several, link), about=about, link=link)
+
+    def replica(self) -> Build:
+        """What makes a live engine with weights of its own, which are fed."""
+        homes = self.homes
+        return partial(
+            replica_engine,
+            section=homes.model,
+            sampling=self.sampling,
+            engine=homes.engine,
+            stale_cache=self._stale_cache,
+            adapters=homes.fed_adapters,
+            whole=homes.fold,
+        )
+
+    @property
+    def _beside_actor(self) -> bool:
+        return self.homes.placement.home("engine") == "actor"
+
+    @property
+    def _stale_cache(self) -> StaleCache:
+        return "recompute" if self.schedule.stale_cache == "recompute" else "keep"
+
+    @property
+    def _settles(self) -> bool:
+        """Whether weights change when no sample runs."""
+        return self.schedule.weights_change == "between-sequences"
+
+    def _settled(self, engines: EngineGroup, push: Push) -> Push:
+        return engines.settled(push) if self._settles else push
+
+    def _live_beside_actor(self) -> WiredEngine:
+        homes, home = self.homes, self.homes.of("actor")
+        count = len(home.devices)
+        if not homes.fold and (isinstance(home, Here) or (count == 1 and homes.model.offload != "parameters")):
+            how: dict[str, Any] = {"sampling": self.sampling, "engine": homes.engine, "stale_cache": self._stale_cache}
+            home.place("engine", partial(live_engine, **how))
+            engine = _of(home)
+            return WiredEngine(engine=engine, push=_going_on(engine), about="live, on the actor's own weights")
+        engines = home.place("engine", self.replica())
+        check = TruthCheck(
+            Seat(home, "actor"),
+            engines,
+            count=count,
+            dtype=homes.model.dtype,
+            vocabulary=self.vocabulary,
+            layers=layers_of(read_config(homes.model.model, homes.model.trust_remote_code)),
+        )
+        replicas = home.place("replicas", partial(Replicas, fold=homes.fold))
+        checked = check if homes.engine.check_weights else None
+        push = FillPush(replicas, checked, adapters=homes.fed_adapters is not None)
+        if isinstance(home, Here):
+            about = "live, on a copy with the adapters folded in"
+            copy: FedEngine = home.site.roles["engine"]
+            return WiredEngine(engine=copy, push=settled(copy, push) if self._settles else push, about=about)
+        assert isinstance(home, WorkerGroup)
+        about = f"live, in each of the actor's {count} processes, on gathered weights"
+        several = EngineGroup(home, alone=False)
+        return WiredEngine(engine=several, push=self._settled(several, push), about=about)
+
+    def _vllm(self) -> WiredEngine:
+        homes, actor = self.homes, self.homes.of("actor")
+        shared, parallel = self._beside_actor, homes.engine.tensor_parallel
+        count = len(actor.devices) // parallel if shared else homes.placement.workers("engine")
+        if not count:
+            raise UserError(
+                f"engine.tensor_parallel: {parallel} GPUs for one engine, and the actor has {len(actor.devices)}"
+            )
+        taking_turns = shared and homes.device().type == "cuda" and homes.engine.sleep
+        group = homes.group(
+            "engine",
+            count,
+            gpus_each=parallel,
+            joined=False,
+            on_gpus_of=actor.devices if shared else (),
+            concurrency=CALLS_AT_A_TIME,
+        )
+        say("starting vLLM")
+        source = self._source()
+        engines = group.place("engine", self._fed_vllm(source, shared))
+        push = self._link(source, engines, drops=taking_turns)
+        about = f"vllm, {count} x {parallel}, {'shared' if shared else 'split'}, fed over {push.transport}"
+        about += "" if push.moving is None else " with adapters alone"
+        several = EngineGroup(group, alone=True, slots=self.sampling.max_slots)
+        if not taking_turns:
+            restarting = RestartingOnce(several, several, push.again)
+            guarded = restarting.guard(self._settled(several, push), push.again)
+            return WiredEngine(engine=restarting, push=guarded, about=about, link=push)
+        turns = TakingTurns(
+            several,
+            engines,
+            [seat for seat in self.others.values() if seat.home is actor],
+            push,
+            version=lambda: self.others["actor"].call("version"),
+        )
+        restarting = RestartingOnce(turns, several, turns.recover)
+        return WiredEngine(engine=restarting, push=turns.push_later, about=about, link=push)
+
+    def _fed_vllm(self, source: Seat, shared: bool) -> Build:
+        """What makes vLLM with weights that pushes bring. It reads whole models, and is fed others."""
+        model, engine = self.homes.model, self.homes.engine
+        if quantized_kind(model.model) is not None:
+            # It would keep few bits as they are; the first push brings the weights that these stand for.
+            in_full: dict[str, Any] = {"load_format": "dummy", "hf_overrides": {"quantization_config": None}}
+            engine = replace(engine, arguments=json.dumps(in_full | engine.vllm_arguments))
+        return partial(
+            vllm_engine,
+            section=replace(model, model=base_of(model.model)),
+            sampling=self.sampling,
+            engine=engine,
+            seed=self.seed,
+            shared=shared,
+            tokenizer=with_tokenizer(model.model),
+            adapters=None if self.homes.fed_adapters is None else room_of(source.call("plan", model.dtype)),
+        )
+
+    def _source(self) -> Seat:
+        """Beside the actor: its weights, to be pushed."""
+        homes = self.homes
+        actor = sender = homes.of("actor")
+        if isinstance(actor, Here):
+            # Whoever sends waits for an engine, and somebody must be free to see it die.
+            sender = Aside(actor.site)
+            homes.stack.callback(sender.close)
+        return sender.place("source", partial(weight_source, fold=homes.fold, scaled=homes.engine.kind == "vllm"))
+
+    def _link(self, source: Seat, engines: Seat, drops: bool = False) -> WeightPush:
+        model, engine = self.homes.model, self.homes.engine
+        config = read_config(model.model, model.trust_remote_code)
+        push = WeightPush(
+            source,
+            Seat(self.homes.of("actor"), "actor"),
+            engines,
+            PushParams(
+                dtype=model.dtype,
+                transport=engine.transport,
+                check=engine.check_weights,
+                ranks_per_engine=engine.tensor_parallel,
+                vocabulary=self.vocabulary,
+                layers=layers_of(config),
+                limit=furthest_limit(config, engine.max_length, by=BEYOND + 1),
+                timeout_s=min(300.0, self.homes.section.deadline),
+                drops=drops,
+            ),
+        )
+        push.connect()
+        return push
+
+
+def engine_alone(homes: Homes, draws: DrawsSection, *, seed: int) -> Engine:
+    """An engine on the weights of the model's folder, where nothing is trained and nothing ever pushed."""
+    vllm, count = homes.engine.kind == "vllm", homes.placement.workers("engine")
+    how: dict[str, Any] = {"section": homes.model, "sampling": draws, "engine": homes.engine}
+    build = (
+        partial(vllm_engine, **how, seed=seed, shared=False, own_process=count > 0)
+        if vllm
+        else partial(replica_engine, **how)
+    )
+    if not count:
+        home = homes.of("engine")
+        home.place("engine", build)
+        return _of(home)
+    gpus = {"gpus_each": homes.engine.tensor_parallel} if vllm else {}
+    group = homes.group("engine", count, joined=False, concurrency=CALLS_AT_A_TIME, **gpus)
+    group.place("engine", build)
+    engines = EngineGroup(group, alone=True, slots=draws.max_slots if vllm else None)
+    # One that is started again loads the folder again, and needs no push.
+    return RestartingOnce(engines, engines, lambda: None) if vllm else engines
+
+
+def _of(home: Home) -> Engine:
+    """The engine in the only process of a home, for this one to sample with."""
+    if isinstance(home, Here):
+        engine: Engine = home.site.roles["engine"]
+        return engine
+    assert isinstance(home, WorkerGroup)
+    return EngineGroup(home, alone=False)
+
+
+def _going_on(engine: Engine) -> Callable[[int], Metrics]:
+    """The push of an engine on the actor's own weights: one of this process goes on with them at once."""
+
+    def go_on(step: int) -> Metrics:
+        if isinstance(engine, LiveEngine):
+            engine.go_on()
+        return {}
+
+    return go_on
