@@ -317,12 +317,12 @@ def vllm_engine(
     ``tokenizer``: where that lies, if not with the model; ``adapters``: the room for those that pushes bring.
     """
     # Imported here, where it is known to be wanted: it takes seconds, and not every machine has it.
-    from tandem.engines.vllm.engine import VLLMEngine
+    from tandem.engines.vllm.engine import VLLMEngine, VLLMParams
 
     share = engine.memory_share if engine.memory_share or not shared else 0.6
     on_gpu = site.world.device.type == "cuda"
-    return VLLMEngine(
-        section.model,
+    params = VLLMParams(
+        model=section.model,
         dtype=section.dtype,
         max_slots=sampling.max_slots,
         max_length=engine.max_length,
@@ -337,6 +337,7 @@ def vllm_engine(
         tokenizer=tokenizer,
         adapters=adapters,
     )
+    return VLLMEngine(params)
 
 
 def require_trainable(config: RunConfig) -> None:

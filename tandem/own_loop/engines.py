@@ -229,11 +229,11 @@ def shapes_of(config: Any, trust_remote_code: bool) -> Shapes:
 
 def build_vllm(site: Site, params: EngineParams) -> Any:
     """In the child: vLLM on its only device."""
-    from tandem.engines.vllm.engine import VLLMEngine
+    from tandem.engines.vllm.engine import VLLMEngine, VLLMParams
 
     on_gpu = site.world.device.type == "cuda"
-    return VLLMEngine(
-        params.model,
+    started = VLLMParams(
+        model=params.model,
         dtype=params.dtype,
         max_slots=params.max_slots,
         max_length=params.max_length,
@@ -244,3 +244,4 @@ def build_vllm(site: Site, params: EngineParams) -> Any:
         arguments=params.arguments,
         own_process=True,
     )
+    return VLLMEngine(started)

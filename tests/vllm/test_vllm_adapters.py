@@ -12,7 +12,7 @@ from helpers.vllm_models import VOCABULARY, covered, make_model, save
 from torch import Tensor
 
 from tandem.engines.vllm.adapters import PushedAdapters, names_in, room_of
-from tandem.engines.vllm.engine import VLLMEngine
+from tandem.engines.vllm.engine import VLLMEngine, VLLMParams
 from tandem.errors import UserError
 from tandem.models.adapters import AdapterParams
 from tandem.models.loading import load_causal
@@ -103,7 +103,7 @@ def ends(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ends]:
     room = room_of(source.plan("float32"))
     assert (room.rank, len(room.targets)) == (8, 7)
     engine, aside = (
-        VLLMEngine(folder, dtype="float32", max_slots=4, max_length=100, sleep=True, adapters=room),
+        VLLMEngine(VLLMParams(model=folder, dtype="float32", max_slots=4, max_length=100, sleep=True, adapters=room)),
         Aside(Site(World())),
     )
     yield ends_of(trainer, source, engine, aside.place("engine", lambda site: engine))

@@ -15,7 +15,7 @@ from helpers.telling import tell, told
 from helpers.vllm_faults import QUERY, all_at_once, faults_seen
 from helpers.vllm_models import POSITIONS, Pusher, covered, make_model, reference_logp, save, wrong_tensors
 
-from tandem.engines.vllm.engine import VLLMEngine
+from tandem.engines.vllm.engine import VLLMEngine, VLLMParams
 from tandem.errors import Cancelled, UserError
 from tandem.roles import SleepingEngine
 from tandem.sync.plan import Plan, TensorSpec, plan_of
@@ -35,7 +35,7 @@ def module() -> Any:
 @pytest.fixture(scope="module")
 def engine(module: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLLMEngine]:
     folder = save(module, tmp_path_factory.mktemp("model"))
-    engine = VLLMEngine(folder, dtype="float32", max_slots=SLOTS, max_length=MAX_LENGTH, sleep=True)
+    engine = VLLMEngine(VLLMParams(model=folder, dtype="float32", max_slots=SLOTS, max_length=MAX_LENGTH, sleep=True))
     yield engine
     engine.close()
 

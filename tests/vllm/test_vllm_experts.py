@@ -11,7 +11,7 @@ import transformers
 from helpers.vllm_models import Pusher, covered, reference_logp, save, wrong_tensors
 from transformers.core_model_loading import revert_weight_conversion
 
-from tandem.engines.vllm.engine import VLLMEngine
+from tandem.engines.vllm.engine import VLLMEngine, VLLMParams
 from tandem.engines.vllm.names import Names
 from tandem.errors import UserError
 from tandem.models.routers import all_weights, correction_biases
@@ -81,7 +81,7 @@ def test_experts_arrive_push_after_push(tmp_path: Path) -> None:
     first, others = make("glm4_moe", 0), [make("glm4_moe", seed) for seed in (1, 2, 2)]
     for bias in correction_biases(others[2]).values():
         bias.neg_()
-    engine = VLLMEngine(save(first, tmp_path), dtype="float32", max_slots=2)
+    engine = VLLMEngine(VLLMParams(model=save(first, tmp_path), dtype="float32", max_slots=2))
     try:
         sequence = [5, 6, 7, 8, 9, 10, 11]
         parameters = all_weights(first)

@@ -13,7 +13,7 @@ from helpers.vllm_faults import all_at_once, faults_seen
 from helpers.vllm_models import Pusher, covered, make_model, reference_logp, save, wrong_tensors
 
 from tandem.engines.vllm.adapters import room_of
-from tandem.engines.vllm.engine import VLLMEngine
+from tandem.engines.vllm.engine import VLLMEngine, VLLMParams
 from tandem.errors import UserError
 from tandem.models.adapters import AdapterParams, put_adapters
 from tandem.sync.plan import plan_of
@@ -59,7 +59,9 @@ def test_two_tensor_parallel_ranks(tmp_path):
     adapters = {name: p for name, p in other.named_parameters() if ".lora_" in name}
     room = room_of(plan_of(adapters.items()))
     engine = VLLMEngine(
-        save(module, tmp_path), dtype="float32", max_slots=4, max_length=64, tensor_parallel=2, adapters=room
+        VLLMParams(
+            model=save(module, tmp_path), dtype="float32", max_slots=4, max_length=64, tensor_parallel=2, adapters=room
+        )
     )
     try:
         for sent in (dict(other.named_parameters()), adapters):
@@ -89,7 +91,7 @@ def test_two_tensor_parallel_ranks(tmp_path):
 def test_bfloat16_with_one_tensor_parallel_rank(tmp_path):
     """Weights travel as bfloat16 and arrive bit for bit; float32 would be rounded on the way in and not comparable."""
     module = make_model("qwen2", seed=0, tied=True)
-    engine = VLLMEngine(save(module, tmp_path), dtype="bfloat16", max_slots=4, max_length=64)
+    engine = VLLMEngine(VLLMParams(model=save(module, tmp_path), dtype="bfloat16", max_slots=4, max_length=64))
     try:
         other = make_model("qwen2", seed=1, tied=True)
         parameters = dict(other.named_parameters())
@@ -115,7 +117,9 @@ def test_bfloat16_with_one_tensor_parallel_rank(tmp_path):
 
 def test_a_step_that_fails_is_told_to_every_waiting_thread(tmp_path):
     """vLLM's attention on CPUs has no kernel for heads of 8, which shows at the first step."""
-    engine = VLLMEngine(save(make_module("llama"), tmp_path), dtype="float32", max_slots=4, max_length=32)
+    engine = VLLMEngine(
+        VLLMParams(model=save(make_module("llama"), tmp_path), dtype="float32", max_slots=4, max_length=32)
+    )
     request = Request(prompt_ids=PROMPT, seeds=(1, 2, 3), sampling=SamplingParams(max_new_tokens=16))
     try:
         with ThreadPoolExecutor(3) as pool:

@@ -9,7 +9,7 @@ import torch
 from helpers.seeing import make_seeing, save_seeing
 from helpers.vllm_models import Pusher, covered, reference_logp, wrong_tensors
 
-from tandem.engines.vllm.engine import VLLMEngine
+from tandem.engines.vllm.engine import VLLMEngine, VLLMParams
 from tandem.models.loading import load_causal
 
 pytest.importorskip("torchvision")  # vLLM's classes of models that see are made with it
@@ -24,7 +24,7 @@ def test_pushes_reach_the_text_half(family: str, tmp_path: Path) -> None:
     model.export(tmp_path / "out")
     module = model.module
     parameters = dict(module.named_parameters())
-    engine = VLLMEngine(str(tmp_path / "out"), dtype="float32", max_slots=2, max_length=64)
+    engine = VLLMEngine(VLLMParams(model=str(tmp_path / "out"), dtype="float32", max_slots=2, max_length=64))
     try:
         sequence = list(range(5, 45))
         assert engine.logprobs([sequence])[0] == pytest.approx(reference_logp(module, sequence[:1], sequence[1:]), 1e-4)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers.vllm_models import make_model, save
 
-from tandem.engines.vllm.engine import VLLMEngine, check_vllm
+from tandem.engines.vllm.engine import VLLMEngine, VLLMParams, check_vllm
 from tandem.engines.vllm.setup import end_with_ranks
 from tandem.errors import UserError
 
@@ -69,7 +69,7 @@ def folder(tmp_path):
 )
 def test_settings_that_cannot_work(folder, options, words):
     with pytest.raises(UserError, match=words) as caught:
-        VLLMEngine(folder, **({"dtype": "float32", "max_slots": 2} | options))
+        VLLMEngine(VLLMParams(model=folder, **({"dtype": "float32", "max_slots": 2} | options)))
     assert "\n" not in str(caught.value)
 
 
@@ -84,13 +84,13 @@ def test_a_model_that_vllm_does_not_know(folder, tmp_path, changes, words):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(UserError, match=words) as caught:
-        VLLMEngine(folder, dtype="float32", max_slots=2)
+        VLLMEngine(VLLMParams(model=folder, dtype="float32", max_slots=2))
     assert "\n" not in str(caught.value)
 
 
 def test_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match="nowhere"):
-        VLLMEngine(str(tmp_path / "nowhere"), dtype="float32", max_slots=2)
+        VLLMEngine(VLLMParams(model=str(tmp_path / "nowhere"), dtype="float32", max_slots=2))
 
 
 @pytest.mark.parametrize(("code", "how"), [(-9, "SIGKILL"), (3, "exit code 3"), (None, "exit code None")])

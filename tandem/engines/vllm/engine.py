@@ -3,92 +3,47 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from functools import partial
 from typing import Any, Literal
 
 from tandem.engines.samples import Asked, StopRule, check_request, first, take_requests
 from tandem.engines.stepper import Stepper
-from tandem.engines.vllm.adapters import AdapterRoom, request, split
+from tandem.engines.vllm.adapters import request, split
 from tandem.engines.vllm.checksums import Wholes
 from tandem.engines.vllm.core import VLLMCore, VLLMJob
-from tandem.engines.vllm.setup import check_vllm, close_vllm, end_with_ranks, eos_ids, on_cpu, start_vllm
+from tandem.engines.vllm.setup import VLLMParams, check_vllm, close_vllm, end_with_ranks, eos_ids, on_cpu, start_vllm
 from tandem.errors import UserError, first_line
 from tandem.futures import Future, wait_all
 from tandem.sync.links import Link
 from tandem.sync.plan import Plan
 from tandem.types import Completion, Held, Request, SamplingParams, StopReason, Versions, Watch
 
-__all__ = ["VLLMEngine", "check_vllm"]
+__all__ = ["VLLMEngine", "VLLMParams", "check_vllm"]
 
 TEMPERATURES = (0.01, 2.0)
 """vLLM changes or refuses others but 0."""
 
 
 class VLLMEngine:
-    """Samples from a model that vLLM loads from ``model`` (a Hugging Face folder or hub name) and ``receive`` renews.
-
-    - ``max_slots``: sequences that decode at once; ``max_length``: most tokens of a prompt and its completion (None:
-      the model's own limit). ``tensor_parallel`` above 1 starts one worker process a rank, on this node.
-    - ``memory_share``: share of the device's memory for weights and cache; None is vLLM's own 0.92 on a GPU, and
-      VLLM_CPU_KVCACHE_SPACE (default 1 GiB of cache) on a CPU.
-    - ``seeded``: each sample draws from a stream of its own seed. Off, draws depend on ``seed`` and on the order of
-      the work, and are a little faster. Either way rounding depends on what else is in the batch.
-    - ``sleep``: whether ``sleep`` can be called. On a CPU sleeping frees nothing.
-    - ``arguments``: any other arguments of vLLM's ``LLM``.
-    - ``own_process``: this process is the engine's alone, and ends where a tensor-parallel rank's does.
-    - ``tokenizer``: where that lies, if not with the model.
-    - ``adapters``: what room the model's adapters need, which pushes bring. It samples with them once one has come.
+    """Samples from a model that vLLM loads (``VLLMParams``) and ``receive`` renews.
 
     Any thread may call any method; samples of all threads run in one batch, and weights change between two steps.
     """
 
-    def __init__(
-        self,
-        model: str,
-        *,
-        dtype: Literal["float32", "bfloat16"],
-        max_slots: int,
-        max_length: int | None = None,
-        tensor_parallel: int = 1,
-        memory_share: float | None = None,
-        seed: int = 0,
-        seeded: bool = True,
-        trust_remote_code: bool = False,
-        sleep: bool = False,
-        arguments: Mapping[str, Any] = {},
-        own_process: bool = False,
-        tokenizer: str | None = None,
-        adapters: AdapterRoom | None = None,
-    ) -> None:
-        if max_slots < 1 or tensor_parallel < 1:
-            raise UserError(f"max_slots is {max_slots} and tensor_parallel {tensor_parallel}; both must be at least 1")
-        self.seeded = seeded
-        self.can_sleep = sleep
-        self.tensor_parallel = tensor_parallel
-        self._llm = start_vllm(
-            model,
-            dtype=dtype,
-            max_slots=max_slots,
-            max_length=max_length,
-            tensor_parallel=tensor_parallel,
-            memory_share=memory_share,
-            seed=seed,
-            trust_remote_code=trust_remote_code,
-            sleep=sleep,
-            arguments=arguments,
-            tokenizer=tokenizer,
-            adapters=adapters,
-        )
-        self._after_failure = end_with_ranks(self._llm) if own_process else lambda: None
+    def __init__(self, params: VLLMParams) -> None:
+        adapters = params.adapters
+        self.seeded, self.can_sleep, self.tensor_parallel = params.seeded, params.sleep, params.tensor_parallel
+        self._llm = start_vllm(params)
+        self._after_failure = end_with_ranks(self._llm) if params.own_process else lambda: None
         self._engine = self._llm.llm_engine
         self.tokenizer = self._llm.get_tokenizer()
         self._room: int = self._engine.model_config.max_model_len
-        self.max_length = min(max_length or self._room, self._room)
+        self.max_length = min(params.max_length or self._room, self._room)
         self.vocabulary: int = self._engine.model_config.get_vocab_size()
         self._eos_ids = eos_ids(self._llm)
-        self._core = VLLMCore(self._engine, max_slots, request() if adapters else None, self._after_failure)
+        self._core = VLLMCore(self._engine, params.max_slots, request() if adapters else None, self._after_failure)
         self._stepper: Stepper[VLLMJob, Any] = Stepper(self._core)
         self._plan = Plan(())
         self._wholes: Wholes | None = None

@@ -10,10 +10,11 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from multiprocessing.connection import wait
-from typing import Any
+from typing import Any, Literal
 
 from tandem.engines.vllm.adapters import AdapterRoom, check_dtype
 from tandem.errors import UserError
@@ -56,6 +57,45 @@ NEEDED = (
 """vLLM's arguments that Tandem depends on."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class VLLMParams:
+    """What vLLM is started with, and how it draws."""
+
+    model: str
+    """A Hugging Face folder or hub name."""
+    dtype: Literal["float32", "bfloat16"]
+    max_slots: int
+    """Sequences that decode at once."""
+    max_length: int | None = None
+    """Most tokens of a prompt and its completion. None: the model's own limit."""
+    tensor_parallel: int = 1
+    """Above 1 it starts one worker process a rank, on this node."""
+    memory_share: float | None = None
+    """Of the device's memory, for weights and cache. None is vLLM's own 0.92 on a GPU, and VLLM_CPU_KVCACHE_SPACE
+    (default 1 GiB of cache) on a CPU."""
+    seed: int = 0
+    seeded: bool = True
+    """Each sample draws from a stream of its own seed. Off, draws depend on ``seed`` and on the order of the work, and
+    are a little faster. Either way rounding depends on what else is in the batch."""
+    trust_remote_code: bool = False
+    sleep: bool = False
+    """Whether it may be put to sleep. On a CPU sleeping frees nothing."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Any other arguments of vLLM's ``LLM``."""
+    own_process: bool = False
+    """This process is the engine's alone, and ends where a tensor-parallel rank's does."""
+    tokenizer: str | None = None
+    """Where that lies, if not with the model."""
+    adapters: AdapterRoom | None = None
+    """What room the model's adapters need, which pushes bring. It samples with them once one has come."""
+
+    def __post_init__(self) -> None:
+        if self.max_slots < 1 or self.tensor_parallel < 1:
+            raise UserError(
+                f"max_slots is {self.max_slots} and tensor_parallel {self.tensor_parallel}; both must be at least 1"
+            )
+
+
 def check_vllm(version: str | None = None) -> None:
     """Raises UserError where vLLM (or ``version`` of it) is not one that Tandem works with."""
     if version is None:
@@ -71,43 +111,39 @@ def check_vllm(version: str | None = None) -> None:
         )
 
 
-def start_vllm(
-    model: str,
-    *,
-    dtype: str,
-    max_slots: int,
-    max_length: int | None,
-    tensor_parallel: int,
-    memory_share: float | None,
-    seed: int,
-    trust_remote_code: bool,
-    sleep: bool,
-    arguments: Mapping[str, Any],
-    tokenizer: str | None = None,
-    adapters: AdapterRoom | None = None,
-) -> Any:
+def start_vllm(params: VLLMParams) -> Any:
     """vLLM's ``LLM``, its engine core in this process. Raises UserError where it cannot be started."""
     check_vllm()
-    for name in arguments:
+    for name in params.arguments:
         if name in OWN:
             raise UserError(f"vLLM argument {name!r} is what Tandem calls {OWN[name]!r}; set that instead")
         if name in NEEDED:
             raise UserError(f"vLLM argument {name!r} cannot be changed: Tandem depends on it; leave it out")
     _set_environment()
     from vllm import LLM
+
+    from tandem.engines.vllm.plugin import register
+
+    register()
+    with _explained(params):
+        return LLM(params.model, **(_options(params) | dict(params.arguments)))
+
+
+def _options(params: VLLMParams) -> dict[str, Any]:
+    """What ``LLM`` is called with."""
     from vllm.config import WeightTransferConfig
     from vllm.platforms import current_platform
 
-    from tandem.engines.vllm.plugin import BACKEND, WorkerExtension, register
+    from tandem.engines.vllm.plugin import BACKEND, WorkerExtension
 
-    register()
     options: dict[str, Any] = {
-        "tokenizer": tokenizer,
-        "dtype": dtype,
-        "max_num_seqs": max_slots,
-        "tensor_parallel_size": tensor_parallel,
-        "seed": seed,
-        "trust_remote_code": trust_remote_code,
+        "tokenizer": params.tokenizer,
+        "dtype": params.dtype,
+        "max_num_seqs": params.max_slots,
+        "max_model_len": _room(params),
+        "tensor_parallel_size": params.tensor_parallel,
+        "seed": params.seed,
+        "trust_remote_code": params.trust_remote_code,
         "enable_prefix_caching": True,
         "logprobs_mode": "processed_logprobs",
         "weight_transfer_config": WeightTransferConfig(backend=BACKEND),
@@ -115,32 +151,30 @@ def start_vllm(
         "use_tqdm_on_load": False,
         "disable_log_stats": True,
     }
-    if adapters is not None:
-        check_dtype(dtype, current_platform.device_type)
-        options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": adapters.rank}
+    if params.adapters is not None:
+        check_dtype(params.dtype, current_platform.device_type)
+        options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": params.adapters.rank}
         # Others would be wrapped as well, embeddings and head among them, and multiply by zeros.
-        options["lora_target_modules"] = adapters.targets
-    if tensor_parallel > 1:
+        options["lora_target_modules"] = params.adapters.targets
+    if params.tensor_parallel > 1:
         options["distributed_executor_backend"] = "mp"
-    if memory_share is not None:
-        options["gpu_memory_utilization"] = memory_share
+    if params.memory_share is not None:
+        options["gpu_memory_utilization"] = params.memory_share
     if current_platform.is_cpu():
         # Compiling for a CPU takes minutes, and its memory cannot be given back.
         options["enforce_eager"] = True
-        if memory_share is None and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+        if params.memory_share is None and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
             options["kv_cache_memory_bytes"] = CPU_CACHE_BYTES
     else:
-        options["enable_sleep_mode"] = sleep
-    with _explained(model, tensor_parallel, max_length):
-        options["max_model_len"] = _room(model, max_length, trust_remote_code)
-        if (seeing := SeeingModel.of(model, trust_remote_code)) is not None:
-            if find_spec("torchvision") is None:
-                raise UserError(
-                    f"{model}: vLLM runs a {seeing.config.model_type} where torchvision is installed; pip install "
-                    "torchvision of the version that torch's asks for, or use engine 'live'"
-                )
-            options["language_model_only"] = True
-        return LLM(model, **(options | dict(arguments)))
+        options["enable_sleep_mode"] = params.sleep
+    if (seeing := SeeingModel.of(params.model, params.trust_remote_code)) is not None:
+        if find_spec("torchvision") is None:
+            raise UserError(
+                f"{params.model}: vLLM runs a {seeing.config.model_type} where torchvision is installed; pip install "
+                "torchvision of the version that torch's asks for, or use engine 'live'"
+            )
+        options["language_model_only"] = True
+    return options
 
 
 def end_with_ranks(llm: Any) -> Callable[[], None]:
@@ -200,14 +234,17 @@ def close_vllm(llm: Any) -> None:
         llm.llm_engine.engine_core.shutdown()
 
 
-def _room(model: str, max_length: int | None, trust_remote_code: bool) -> int | None:
+def _room(params: VLLMParams) -> int | None:
     """vLLM's longest sequence: one token more than asked for where the model has it, which scoring draws.
 
     None leaves the model's own. Where LongRoPE turns, vLLM would turn every sequence by the longer one's frequencies.
     """
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    config, max_length = (
+        AutoConfig.from_pretrained(params.model, trust_remote_code=params.trust_remote_code),
+        params.max_length,
+    )
     if (turning := turning_point(config)) is not None:
         return min(max_length or turning, turning)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -225,7 +262,7 @@ def _set_environment() -> None:
 
 
 @contextmanager
-def _explained(model: str, tensor_parallel: int, max_length: int | None) -> Iterator[None]:
+def _explained(params: VLLMParams) -> Iterator[None]:
     try:
         yield
     except UserError:
@@ -235,15 +272,16 @@ def _explained(model: str, tensor_parallel: int, max_length: int | None) -> Iter
 
         logging.getLogger("tandem").debug("vLLM did not start", exc_info=error)
         cleanup_dist_env_and_memory()
-        raise UserError(explain(error, model, tensor_parallel, max_length)) from error
+        raise UserError(explain(error, params)) from error
 
 
-def explain(error: Exception, model: str, tensor_parallel: int, max_length: int | None) -> str:
+def explain(error: Exception, params: VLLMParams) -> str:
     """One line for a failure to start."""
+    model, max_length = params.model, params.max_length
     text = re.sub(r"^\d+ validation errors? for \w+ (Value error, )?", "", " ".join(str(error).split()))
     if match := re.search(r"attention heads \((\d+)\)", text):
         return (
-            f"tensor_parallel is {tensor_parallel}, and {model} has {match[1]} attention heads; "
+            f"tensor_parallel is {params.tensor_parallel}, and {model} has {match[1]} attention heads; "
             f"set one that divides {match[1]}"
         )
     if "architectures" in text and ("not supported" in text or "failed to be inspected" in text):
