@@ -170,7 +170,7 @@ class RunConfig:
         given = settings(self)
         return {"actor": self.model.model} | {
             need.role: self.models.source(need.role)
-            or next(_first(given[key]) for key in need.sources if given.get(key))
+            or next(found if isinstance(found, str) else found[0] for key in need.sources if (found := given.get(key)))
             for need in self.method.needs()
         }
 
@@ -270,11 +270,6 @@ def warmup_of(section: OptimSection, steps: int) -> int:
     """Steps of the warmup in a run of so many."""
     warmup = section.warmup_steps
     return math.ceil(warmup * steps) if warmup < 1 else int(warmup)
-
-
-def _first(value: str | tuple[str, ...]) -> str:
-    """The folder that a key names, or the first of several."""
-    return value if isinstance(value, str) else value[0]
 
 
 OF_WHOLE_ROWS = (

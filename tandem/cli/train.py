@@ -16,8 +16,8 @@ from tandem.assembly.run import run as train
 from tandem.cli.advise import tell
 from tandem.errors import UserError
 from tandem.models.limits import read_limits
-from tandem.runs.best import BEST_MODEL, read_best
 from tandem.runs.folder import EMA_MODEL, MODEL, RunFolder
+from tandem.runs.goals import BEST_MODEL, read_best
 from tandem.runs.lines import read_metrics
 from tandem.runs.progress import format_number, leading
 from tandem.runs.table import print_table

@@ -37,13 +37,6 @@ class OfHead(NamedTuple):
     divergence_N: Tensor | None
 
 
-def chunked_logprobs(
-    head: Head, hidden_ND: Tensor, target_N: Tensor, *, entropy: bool = True, **options: Any
-) -> tuple[Tensor, Tensor | None]:
-    """Log-probs and entropies: see ``chunked_head``."""
-    return chunked_head(head, hidden_ND, target_N, entropy=entropy, **options)[:2]
-
-
 def chunked_head(
     head: Head,
     hidden_ND: Tensor,

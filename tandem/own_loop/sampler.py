@@ -9,7 +9,6 @@ import threading
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 from torch import nn
@@ -202,9 +201,7 @@ class Sampler:
     def __enter__(self) -> Sampler:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _start(self, kind: str, params: EngineParams) -> LoopEngine:

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from tandem.errors import UserError
-from tandem.runs.best import BEST_MODEL
+from tandem.runs.goals import BEST_MODEL
 from tandem.runs.identity import CONFIG, IDENTITY, RUN, Start, changed_keys, read_identity, require_same_run
 from tandem.runs.lines import append_line, keep_until, read_lines
 from tandem.runs.lock import FolderLock

@@ -6,12 +6,14 @@ one does.
 
 from __future__ import annotations
 
+import json
 import math
 import operator
 import re
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Literal
 
 from tandem.errors import UserError
@@ -20,6 +22,10 @@ HIGHER = re.compile(r"reward(_min|_max|_margin)?|reward/[^/]+|accuracy|pass@\d+|
 """Metrics of which more is better, without ``eval/`` and the name of a set."""
 LOWER = re.compile(r"(\w+_)?(loss|kl|kl_per_sequence|perplexity)")
 """Metrics of which less is better."""
+BEST_MODEL = "best"
+"""The folder of the best model of a run: whole or not there."""
+ABOUT = "best.json"
+"""In it, of which step it is."""
 COMPARED = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 Evaluations = Seq[Mapping[str, float]]
 """The lines of ``metrics.jsonl`` that have a metric of held-out data, oldest first."""
@@ -137,3 +143,28 @@ class Goals:
 def evaluations_of(records: Iterable[Mapping[str, float]]) -> list[Mapping[str, float]]:
     """The records of ``metrics.jsonl`` that have a metric of held-out data."""
     return [record for record in records if any(name.startswith("eval/") for name in record)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Best:
+    """Of which step a kept model is, and what it reached."""
+
+    step: int
+    metric: str
+    value: float
+
+
+def read_best(out: Path) -> Best | None:
+    """What a run's best model is; None where it has none. Raises UserError where that cannot be read."""
+    path = out / BEST_MODEL / ABOUT
+    if not (out / BEST_MODEL).exists():
+        return None
+    try:
+        return Best(**json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError):
+        raise UserError(f"{path}: does not say which step's model this is; remove {out / BEST_MODEL}") from None
+
+
+def write_about(folder: Path, best: Best) -> None:
+    """Into a model's folder, of which step it is."""
+    (folder / ABOUT).write_text(json.dumps(asdict(best)) + "\n")

@@ -10,10 +10,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from tandem.runs.best import read_best
 from tandem.runs.curves import Curve, plot_curves
 from tandem.runs.folder import CURVES, SUMMARY
-from tandem.runs.goals import direction
+from tandem.runs.goals import direction, read_best
 from tandem.runs.lines import read_lines, read_metrics
 from tandem.runs.progress import format_number, format_seconds, held_out_names, leading
 from tandem.whole import partial_of, write_aside

@@ -17,9 +17,8 @@ from tandem.checkpoint.store import CheckpointStore
 from tandem.errors import NonFiniteError, RunFailure, UserError, WorkerFailure
 from tandem.roles import Metrics, Seat
 from tandem.rollout.evaluate import Evaluation
-from tandem.runs.best import BEST_MODEL, Best, read_best, write_about
 from tandem.runs.folder import EMA_MODEL, RunFolder
-from tandem.runs.goals import Goals, evaluations_of
+from tandem.runs.goals import BEST_MODEL, Best, Goals, evaluations_of, read_best, write_about
 from tandem.runs.lines import read_metrics
 from tandem.runs.progress import Progress
 from tandem.runs.record import Recorded, Recorder, steps_in

@@ -161,7 +161,8 @@ class WorkerGroup:
 
     def _all(self, what: str, refs: list[Any], deadline_s: float, first_rank: int = 0) -> list[Any]:
         """The results of calls to successive ranks, watching all of them: one that fails ends the wait for the rest."""
-        self._require_heard(what)
+        if self.silent:
+            raise WorkerFailure(f"{what}: {self.silent} still owes the answer to an earlier call")
         ray = self.cluster.ray
         ranks = {ref: first_rank + i for i, ref in enumerate(refs)}
         results: dict[Any, Any] = {}
@@ -177,10 +178,6 @@ class WorkerGroup:
                     others = {other: ranks[other] for other in waiting if other != ref}
                     raise self._death(what, others) or error from None
         return [results[ref] for ref in refs]
-
-    def _require_heard(self, what: str) -> None:
-        if self.silent:
-            raise WorkerFailure(f"{what}: {self.silent} still owes the answer to an earlier call")
 
     def late(self, what: str, ranks: list[int]) -> WorkerFailure:
         """The error that these have not answered within the deadline. Nobody waits for them again."""

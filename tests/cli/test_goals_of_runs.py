@@ -7,7 +7,7 @@ import signal
 import pytest
 from helpers.runs import arguments, run, unevaluated
 
-from tandem.runs.best import ABOUT, BEST_MODEL, Best, read_best, write_about
+from tandem.runs.goals import ABOUT, BEST_MODEL, Best, read_best, write_about
 from tandem.runs.lines import read_lines, read_metrics
 from tandem.whole import remove_folder, replace_folder, replaced, restore_folder
 

@@ -70,14 +70,13 @@ def load_push(model: Any, model_config: Any, names: Names, buckets: Iterable[Buc
             _load_and_record(model, names, buckets, record, expected)
     finally:
         finalize_layerwise_reload(model, model_config)
-        _repack_tied(model)
-        _repack_experts(model)
+        _repack(model)
 
 
 def load_and_record_copies(model: Any, names: Names, buckets: Iterable[Bucket], record: Record) -> Copies | None:
     """Loads one push straight into the parameters. Returns its copies, or None where they are not all of it."""
     copies = Copies()
-    parameters = dict(_parameters(model))
+    parameters = dict(model.named_parameters())
     for bucket in buckets:
         recording = RecordingCopies(copies, parameters, bucket)
         with recording:
@@ -113,7 +112,7 @@ def _load_and_record(model: Any, names: Names, buckets: Iterable[Bucket], record
 
     loading: dict[str, Any] = {}
     # Layerwise reload lets routers' biases be loaded where they lie, by whatever loads what has no loader.
-    loaders = [(p, getattr(p, "weight_loader", default_weight_loader), name) for name, p in _parameters(model)]
+    loaders = [(p, getattr(p, "weight_loader", default_weight_loader), name) for name, p in model.named_parameters()]
     for parameter, loader, name in loaders:
         parameter.weight_loader = _watched(loader, name, loading, record)
     untaken = []
@@ -183,14 +182,11 @@ def _keep(model: Any, bucket: Bucket) -> None:
                     bound.arguments[key] = value.clone()
 
 
-def _repack_tied(model: Any) -> None:
-    """A tied head has no weights of its own to load, so reloading leaves its packed copy as it was."""
+def _repack(model: Any) -> None:
+    """What reloading leaves on a CPU: a tied head's packed copy as it was, since it has no weights of its own to load,
+    and experts as they came, which its kernels want packed."""
     for _, module in _packed_heads(model):
         module.quant_method.process_weights_after_loading(module)
-
-
-def _repack_experts(model: Any) -> None:
-    """Reloading on a CPU leaves experts as they came, and its kernels want them packed."""
     for module in model.modules():
         if (experts := _packed_experts(module)) is not None:
             experts.process_weights_after_loading(module)
@@ -219,8 +215,8 @@ Summed = tuple[str, str, Any]
 
 def find_summed(model: Any) -> list[Summed]:
     """Everything of a model that has a checksum: its parameters, and packed copies of tied ones."""
-    owner = {id(parameter): name for name, parameter in _parameters(model)}
-    summed: list[Summed] = [(name, name, module) for name, module in _owners(model)]
+    owner = {id(parameter): name for name, parameter in model.named_parameters()}
+    summed: list[Summed] = [(name, name, model.get_submodule(name.rpartition(".")[0])) for name in owner.values()]
     return summed + [
         (f"{name}.weight", owner[id(module.weight)], module)
         for name, module in _packed_heads(model)
@@ -285,17 +281,6 @@ class Sums:
                 start, step = piece.region.start, piece.region.step
                 jobs.append(bits.Job(slot, piece.of(content), spec.torch_dtype, start, step))
         return jobs
-
-
-def _parameters(model: Any) -> Iterator[tuple[str, Any]]:
-    """Parameters as ``named_parameters`` gives them, tied ones once."""
-    return model.named_parameters()
-
-
-def _owners(model: Any) -> Iterator[tuple[str, Any]]:
-    """Each parameter's name and the module that it belongs to."""
-    for name, _ in _parameters(model):
-        yield name, model.get_submodule(name.rpartition(".")[0])
 
 
 def _content(module: Any, attribute: str, target: Target) -> Tensor | None:
