@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from tandem.assembly.sessions import check_out, session
 from tandem.assembly.text_feed import TextFeed
 from tandem.collector import settled
 from tandem.errors import UserError
+from tandem.roles import Seat
 from tandem.runs.progress import say
 from tandem.runs.trackers import require_trackers
 from tandem.schedules.crew import Crew
@@ -54,21 +56,7 @@ def _run(config: RunConfig, stack: ExitStack, ranks: Ranks | None) -> Path | Non
     require_trackers(config.run.track)
     if (model := check_out(config, steps=config.length)) is not None:
         return model
-    require_trainable(config)
-    roles = [*config.sources]
-    if isinstance(config, SamplesConfig) and config.sampler is not None:
-        check_sampling(config)
-        roles.append("engine")
-    adapters = adapter_params(config, "actor") if config.lora.on else None
-    homes = Homes(
-        config.model,
-        config.placement,
-        config.cluster,
-        config.sampler or EngineSection(),
-        roles,
-        adapters=adapters,
-        fold=config.lora.fold,
-    )
+    homes = _homes(config)
     if ranks is None:
         homes.check()
     feed = _feed(config, stack)
@@ -89,21 +77,9 @@ def _run(config: RunConfig, stack: ExitStack, ranks: Ranks | None) -> Path | Non
     models = load_models(config, places.place, feed.planned, idle)
     if config.lora.on and (line := too_small(models["actor"].call("trained_numbers"), feed.bits)):
         say(line)
-    trainers = {role: models[role] for role in config.method.losses()}
-    fed = feed.start(models, homes)
-    crew = Crew(
-        method=config.method,
-        tickets=partial(feed.order.tickets, per_step=config.items_per_step),
-        source=fed.source,
-        prepare=fed.prepare,
-        trainers=trainers,
-        push_weights=fed.push_weights,
-        evaluate=fed.evaluate,
-        ess_floor=config.step.ess_floor if isinstance(config, SamplesConfig) else None,
-        refresh=refresh_of(config, models),
-    )
+    crew = _crew(config, feed, models, homes)
     # A reference that follows is no longer what its folder holds.
-    saved = trainers if crew.refresh is None else trainers | {"reference": models["reference"]}
+    saved = crew.trainers if crew.refresh is None else {**crew.trainers, "reference": models["reference"]}
     started = stack.enter_context(
         session(config, saved, steps=feed.steps, planned=feed.planned, counts=feed.counts, inputs=feed.inputs)
     )
@@ -115,6 +91,41 @@ def _run(config: RunConfig, stack: ExitStack, ranks: Ranks | None) -> Path | Non
         steps=feed.steps, items_per_step=config.items_per_step, max_lag=schedule.max_lag, window=schedule.window
     ).run(crew, started)
     return started.finish()
+
+
+def _homes(config: RunConfig) -> Homes:
+    """Where the run's roles will live. Raises UserError for models, or samples, that could not be trained on."""
+    require_trainable(config)
+    roles = [*config.sources]
+    if isinstance(config, SamplesConfig) and config.sampler is not None:
+        check_sampling(config)
+        roles.append("engine")
+    return Homes(
+        config.model,
+        config.placement,
+        config.cluster,
+        config.sampler or EngineSection(),
+        roles,
+        adapters=adapter_params(config, "actor") if config.lora.on else None,
+        fold=config.lora.fold,
+    )
+
+
+def _crew(config: RunConfig, feed: Feed, models: Mapping[str, Seat], homes: Homes) -> Crew:
+    """Who does what in a step, with the feed at work."""
+    trainers = {role: models[role] for role in config.method.losses()}
+    fed = feed.start(models, homes)
+    return Crew(
+        method=config.method,
+        tickets=partial(feed.order.tickets, per_step=config.items_per_step),
+        source=fed.source,
+        prepare=fed.prepare,
+        trainers=trainers,
+        push_weights=fed.push_weights,
+        evaluate=fed.evaluate,
+        ess_floor=config.step.ess_floor if isinstance(config, SamplesConfig) else None,
+        refresh=refresh_of(config, models),
+    )
 
 
 def too_small(numbers: int, bits: float) -> str:
