@@ -143,7 +143,7 @@ class LinearHead(torch.autograd.Function):
         ):
             del kept_nV  # Before the next chunk's are made.
             rows = slice(number * ask.chunk_tokens, number * ask.chunk_tokens + len(hidden_nD))
-            kept_nV = ask.shape.of(_logits(hidden_nD, weight_VD, bias_V, inner_NR, up_VR, rows), in_place=True)
+            kept_nV = _logits(hidden_nD, weight_VD, bias_V, _at(inner_NR, rows), up_VR, ask.shape)
             logsumexp_n, logp_n, entropy_n = row_stats(kept_nV, target_n, ask.temperature, entropy=ask.entropy)
             logsumexps.append(logsumexp_n)
             logps.append(logp_n)
@@ -182,8 +182,7 @@ class LinearHead(torch.autograd.Function):
             rows = slice(start, start + ask.chunk_tokens)
             logits_nV, ctx.last_logits = ctx.last_logits, None
             if logits_nV is None:
-                logits_nV = _logits(hidden_ND[rows], weight_VD, bias_V, inner_NR, up_VR, rows)
-                logits_nV = ask.shape.of(logits_nV, in_place=True)
+                logits_nV = _logits(hidden_ND[rows], weight_VD, bias_V, _at(inner_NR, rows), up_VR, ask.shape)
             slope = ask.shape.slope(logits_nV)
             further_nV = None
             if grad_divergence_N is not None:
@@ -192,14 +191,9 @@ class LinearHead(torch.autograd.Function):
             if further_nV is not None and grad_logp_N is None and grad_entropy_N is None:
                 logits_nV = further_nV
             else:
+                entropies = {"entropy_n": _at(entropy_N, rows), "grad_entropy_n": _at(grad_entropy_N, rows)}
                 logits_gradient_(
-                    logits_nV,
-                    target_N[rows],
-                    logsumexp_N[rows],
-                    None if grad_logp_N is None else grad_logp_N[rows],
-                    ask.temperature,
-                    entropy_n=None if entropy_N is None else entropy_N[rows],
-                    grad_entropy_n=None if grad_entropy_N is None else grad_entropy_N[rows],
+                    logits_nV, target_N[rows], logsumexp_N[rows], _at(grad_logp_N, rows), ask.temperature, **entropies
                 )
                 if further_nV is not None:
                     logits_nV += further_nV
@@ -228,17 +222,23 @@ class LinearHead(torch.autograd.Function):
         )
 
 
+def _at(x_N: Tensor | None, rows: slice) -> Tensor | None:
+    return None if x_N is None else x_N[rows]
+
+
 def _logits(
     hidden_nD: Tensor,
     weight_VD: Tensor,
     bias_V: Tensor | None,
-    inner_NR: Tensor | None,
+    inner_nR: Tensor | None,
     up_VR: Tensor | None,
-    rows: slice,
+    shape: HeadShape,
 ) -> Tensor:
-    """Logits of a chunk, which are its ``rows`` of all."""
+    """Logits of a chunk."""
     logits_nV = products.linear(hidden_nD, weight_VD, bias_V)
-    return logits_nV if inner_NR is None or up_VR is None else logits_nV.addmm_(inner_NR[rows], up_VR.T)
+    if inner_nR is not None and up_VR is not None:
+        logits_nV.addmm_(inner_nR, up_VR.T)
+    return shape.of(logits_nV, in_place=True)
 
 
 def _checkpointed(
