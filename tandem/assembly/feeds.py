@@ -17,7 +17,7 @@ from tandem.assembly.evaluation_sections import EvaluationSection
 from tandem.assembly.judging import judge_of, reward_models, score_scales, start_rewards
 from tandem.assembly.models import heads, require_engine
 from tandem.assembly.placing import Homes
-from tandem.assembly.reading import by_key, describe_data, load_data, load_held_out, ordered, tokenizing
+from tandem.assembly.reading import by_key, describe_data, load_data, load_held_out, ordered, tokenized
 from tandem.assembly.role_sections import is_reward_model
 from tandem.assembly.sections import DataSection, DatasetSection, DrawsSection, EngineSection
 from tandem.assembly.wiring import Wiring
@@ -194,9 +194,7 @@ class RowsFeed(Feed):
         return scale._asdict()
 
     def _tokenize(self, rows: Dataset) -> tuple[list[Any], Counts]:
-        build = builders(self.config.data)[self.config.reads.kind]
-        with tokenizing(rows) as on_progress:
-            return build(rows, self.tokenizer, self.room, on_progress=on_progress)
+        return tokenized(builders(self.config.data)[self.config.reads.kind], rows, self.tokenizer, self.room)
 
 
 class SamplesFeed(Feed):
@@ -312,9 +310,8 @@ class SamplesFeed(Feed):
 
     def _tokenize(self, rows: Dataset) -> tuple[list[Prompt], Counts]:
         config = self.config
-        with tokenizing(rows) as on_progress:
-            room = room_to_sample(config.data, config.engine, config.sampling, self.limits)
-            return build_prompts(rows, self.tokenizer, room, on_progress=on_progress)
+        room = room_to_sample(config.data, config.engine, config.sampling, self.limits)
+        return tokenized(build_prompts, rows, self.tokenizer, room)
 
 
 def room_to_sample(data: DatasetSection, engine: EngineSection, draws: DrawsSection, limits: Seq[Limits]) -> Room:

@@ -19,7 +19,7 @@ from tandem.engines.live.engine import LiveEngine, StaleCache
 from tandem.engines.live.replica import ReplicaEngine
 from tandem.engines.vllm.adapters import AdapterRoom
 from tandem.errors import UserError
-from tandem.kernels.quantized import require_bitsandbytes as require_bitsandbytes_4bit
+from tandem.kernels.quantized import require_bitsandbytes
 from tandem.methods.base import ASKS_NOTHING, Asks
 from tandem.models.adapter_folder import adapter_folder
 from tandem.models.adapters import AdapterParams, require_peft
@@ -35,7 +35,7 @@ from tandem.roles import Engine, FedEngine, LossFn, Seat, SleepingEngine
 from tandem.runs.progress import say
 from tandem.sync.checksum import Sums
 from tandem.sync.source import WeightSource
-from tandem.training.optim import OptimParams, require_bitsandbytes
+from tandem.training.optim import OptimParams, require_adamw8bit
 from tandem.training.trainer import LocalScorer, LocalTrainer, MemoryParams
 from tandem.training.views import View
 from tandem.workers.process import Build, Site
@@ -344,11 +344,11 @@ def require_trainable(config: RunConfig) -> None:
     """Raises UserError, before anything is loaded, where a library that training asks for is not installed, or
     experts of a policy are to be balanced that has none."""
     if config.optim.optimizer == "adamw8bit":
-        require_bitsandbytes()
+        require_adamw8bit()
     if config.lora.on or any(adapter_folder(source) is not None for source in config.sources.values()):
         require_peft()
     if config.quantized not in (None, "fp8"):
-        require_bitsandbytes_4bit()
+        require_bitsandbytes()
     for source in config.sources.values():
         if quantized_kind(source) is not None:
             require_reader(source)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import fields, replace
 from fractions import Fraction
 from typing import Any, TypeVar
@@ -16,12 +16,14 @@ from tandem.data import formats
 from tandem.data.columns import NAMES, shape
 from tandem.data.items import Counts
 from tandem.data.order import Order
+from tandem.data.room import Room
 from tandem.data.rows import Dataset, load_rows, present
 from tandem.errors import UserError
 from tandem.methods.table import ROWS
 from tandem.runs.progress import Progress, say
 
 Read = TypeVar("Read")
+Built = TypeVar("Built")
 
 
 def load_data(section: DatasetSection, kind: str) -> Dataset:
@@ -118,9 +120,8 @@ def by_key(rows: Read, held_out: Mapping[str, Read]) -> dict[str, Read]:
     return {"data": rows} | {f"eval_data {name}".rstrip(): one for name, one in held_out.items()}
 
 
-@contextmanager
-def tokenizing(rows: Dataset) -> Iterator[Callable[[int, int], None]]:
-    """A callback for (rows done, rows in all), which shows a bar where that takes longer than a second."""
+def tokenized(build: Callable[..., Built], rows: Dataset, tokenizer: Any, *room: Room) -> Built:
+    """The items that rows become (``tandem.data.items``), with a bar where that takes longer than a second."""
     say(f"tokenizing {len(rows)} rows of {rows.source}")
     started = time.monotonic()
     with ExitStack() as stack:
@@ -133,4 +134,4 @@ def tokenizing(rows: Dataset) -> Iterator[Callable[[int, int], None]]:
             if bar is not None:
                 bar.update(done)
 
-        yield on_progress
+        return build(rows, tokenizer, *room, on_progress=on_progress)

@@ -16,7 +16,7 @@ from tandem.assembly.judging import judge_of, placed_reward_models, score_scales
 from tandem.assembly.models import require_engine
 from tandem.assembly.placing import Homes
 from tandem.assembly.plans import models_used, print_plan
-from tandem.assembly.reading import load_data, tokenizing
+from tandem.assembly.reading import load_data, tokenized
 from tandem.assembly.sessions import start_of
 from tandem.assembly.use_configs import UseConfig
 from tandem.assembly.wiring import engine_alone
@@ -68,8 +68,7 @@ class _Sampling:
         set_template(self.tokenizer, config.data.chat_template)
         limits = read_limits(config.model.model, trust_remote_code=code)
         room = room_to_sample(config.data, config.engine, config.sampling, [limits])
-        with tokenizing(rows) as on_progress:
-            self.prompts, self.counts = build_prompts(rows, self.tokenizer, room, on_progress=on_progress)
+        self.prompts, self.counts = tokenized(build_prompts, rows, self.tokenizer, room)
         score_scales(config.rewards, trust_remote_code=code)
         self.functions = rewards_of()
         require_columns(self.functions, self.prompts, config.data.data)

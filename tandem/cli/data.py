@@ -14,7 +14,7 @@ from rich.text import Text
 
 from tandem.assembly.configs import read_kind
 from tandem.assembly.feeds import builders
-from tandem.assembly.reading import made_of_kind, ordered, read_data, readers_of, tokenizing, without_idle
+from tandem.assembly.reading import made_of_kind, ordered, read_data, readers_of, tokenized, without_idle
 from tandem.cli.configs import DataConfig
 from tandem.data import formats
 from tandem.data.chat import set_template
@@ -60,8 +60,7 @@ def run(config: DataConfig) -> int:
     limits = [read_limits(config.tokenizer.model, trust_remote_code=config.tokenizer.trust_remote_code)]
     room = Room(config.data.max_length, limits, long_rows=config.data.long_rows)
     build = build_prompts if kind == "prompts" else builders(config.data)[kind]
-    with tokenizing(rows) as on_progress:
-        items, counts = build(rows, tokenizer, on_progress=on_progress)
+    items, counts = tokenized(build, rows, tokenizer)
     whole = [said for item in items for said in says(item)]
     long = sum(any(len(said.token_ids) > (room.limit or 0) for said in says(item)) for item in items)
     if long and config.data.long_rows != "refuse":

@@ -214,7 +214,7 @@ def build_optimizer(
 
     builds: dict[OptimizerName, Callable[[Stepped], torch.optim.Optimizer]] = {
         "adamw": lambda groups: torch.optim.AdamW(groups, lr=rate, betas=betas, fused=True),
-        "adamw8bit": lambda groups: require_bitsandbytes().optim.AdamW8bit(groups, lr=rate, betas=betas),
+        "adamw8bit": lambda groups: require_adamw8bit().optim.AdamW8bit(groups, lr=rate, betas=betas),
         "adafactor": lambda groups: torch.optim.Adafactor(groups, lr=rate),
         "muon": lambda groups: torch.optim.Muon(groups, lr=rate, adjust_lr_fn="match_rms_adamw"),
     }
@@ -245,8 +245,8 @@ def hidden_matrices(module: Any) -> list[str]:
     return [n for n, p in module.named_parameters() if p.ndim == 2 and id(p) in body and n not in others]
 
 
-def require_bitsandbytes() -> Any:
-    """Raises UserError where it is not installed."""
+def require_adamw8bit() -> Any:
+    """bitsandbytes, which has it. Raises UserError where that is not installed."""
     return extra("bitsandbytes", "optimizer: adamw8bit is that", "quant")
 
 

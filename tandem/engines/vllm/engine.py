@@ -71,7 +71,6 @@ class VLLMEngine:
 
     @property
     def ended(self) -> int:
-        """Samples that have ended since nothing was being sampled."""
         return self._stepper.ended
 
     @property
@@ -109,13 +108,11 @@ class VLLMEngine:
         self._stepper.cancel()
 
     def hold(self, held: bool) -> None:
-        """Begins no samples until it is told the opposite. Those that have begun go on."""
         with self._stepper.exclusive():
             self._core.held = held
 
     @property
     def running(self) -> int:
-        """Samples that have begun and not ended, while no others may begin."""
         return len(self._core.running)
 
     def logprobs(self, sequences: Seq[Seq[int]]) -> list[list[float]]:
