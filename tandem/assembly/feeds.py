@@ -38,7 +38,7 @@ from tandem.rollout.evaluate import Evaluation, HeldOut, HeldOutRows, HeldOutSam
 from tandem.rollout.judging import Judge
 from tandem.rollout.measure import held_out_names
 from tandem.rollout.prepare import Preparation
-from tandem.rollout.recorded import Recorded
+from tandem.rollout.recorded import Replayed
 from tandem.rollout.rows import Tokenized
 from tandem.rollout.sampling import Sampling
 from tandem.runs.identity import Inputs
@@ -74,7 +74,7 @@ class Feed:
     planned: int
     """The length that its learning rate follows, and what else falls or begins with its steps."""
     inputs: Inputs
-    order: Order | InTurn | Recorded
+    order: Order | InTurn | Replayed
     """Of its items."""
     counts: Counts | None = None
     """What became of its rows; None where that is not known before they are read."""

@@ -13,7 +13,7 @@ from tandem.assembly.replay_config import ReplayConfig, idle_keys, stored_config
 from tandem.errors import UserError
 from tandem.models.limits import read_limits
 from tandem.roles import Seat
-from tandem.rollout.recorded import Recorded
+from tandem.rollout.recorded import Replayed
 from tandem.runs.folder import EVENTS
 from tandem.runs.identity import Inputs, read_identity
 from tandem.runs.lines import read_lines, read_metrics
@@ -25,7 +25,7 @@ from tandem.training.optim import learning_rate_at
 class ReplayFeed(Feed):
     """The groups of a run's record."""
 
-    order: Recorded
+    order: Replayed
 
     def __init__(self, config: ReplayConfig) -> None:
         """Raises UserError where the run was not recorded, the record is not whole, or a model is another one."""
@@ -46,7 +46,7 @@ class ReplayFeed(Feed):
         inputs = digest_inputs({}, models=config.sources)
         require_same_models(run, config, identity["inputs"], inputs)
         self.inputs: Inputs = {**inputs, "data": {f"record {run}": identity["id"]}}
-        self.order = Recorded(steps=self.record.tickets, read=self.record.groups, judged=bool(config.reward.judges))
+        self.order = Replayed(steps=self.record.tickets, read=self.record.groups, judged=bool(config.reward.judges))
 
     @property
     def bits(self) -> float:

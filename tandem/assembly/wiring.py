@@ -31,7 +31,6 @@ from tandem.workers.process import Build
 
 CALLS_AT_A_TIME = 8
 """A process that is there for an engine alone makes 8 calls at once: it takes pushes while it is waited for."""
-Push = Callable[[int], Metrics]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +38,7 @@ class WiredEngine:
     """An engine, how new weights reach it (metrics of the push), and a line that says what it is."""
 
     engine: Engine
-    push: Push
+    push: Callable[[int], Metrics]
     about: str
     link: WeightPush | None = None
     """The push itself, where weights travel."""
@@ -70,7 +69,7 @@ class Wiring:
         link = self._link(self._source(), engines)
         about = f"live, {count} of its own, fed over {link.transport}"
         several = EngineGroup(group, alone=True)
-        return WiredEngine(engine=several, push=self._settled(several, link), about=about, link=link)
+        return WiredEngine(engine=several, push=self._pushed(several, link), about=about, link=link)
 
     def replica(self) -> Build:
         """What makes a live engine with weights of its own, which are fed."""
@@ -94,12 +93,12 @@ class Wiring:
         return "recompute" if self.schedule.stale_cache == "recompute" else "keep"
 
     @property
-    def _settles(self) -> bool:
+    def _between(self) -> bool:
         """Whether weights change when no sample runs."""
         return self.schedule.weights_change == "between-sequences"
 
-    def _settled(self, engines: EngineGroup, push: Push) -> Push:
-        return engines.settled(push) if self._settles else push
+    def _pushed(self, engines: EngineGroup, push: Callable[[int], Metrics]) -> Callable[[int], Metrics]:
+        return engines.settled(push) if self._between else push
 
     def _live_beside_actor(self) -> WiredEngine:
         homes, home = self.homes, self.homes.of("actor")
@@ -124,11 +123,11 @@ class Wiring:
         if isinstance(home, Here):
             about = "live, on a copy with the adapters folded in"
             copy: FedEngine = home.site.roles["engine"]
-            return WiredEngine(engine=copy, push=settled(copy, push) if self._settles else push, about=about)
+            return WiredEngine(engine=copy, push=settled(copy, push) if self._between else push, about=about)
         assert isinstance(home, WorkerGroup)
         about = f"live, in each of the actor's {count} processes, on gathered weights"
         several = EngineGroup(home, alone=False)
-        return WiredEngine(engine=several, push=self._settled(several, push), about=about)
+        return WiredEngine(engine=several, push=self._pushed(several, push), about=about)
 
     def _vllm(self) -> WiredEngine:
         homes, actor = self.homes, self.homes.of("actor")
@@ -156,7 +155,7 @@ class Wiring:
         several = EngineGroup(group, alone=True, slots=self.sampling.max_slots)
         if not taking_turns:
             restarting = RestartingOnce(several, several, push.again)
-            guarded = restarting.guard(self._settled(several, push), push.again)
+            guarded = restarting.guard(self._pushed(several, push), push.again)
             return WiredEngine(engine=restarting, push=guarded, about=about, link=push)
         turns = TakingTurns(
             several,

@@ -130,7 +130,7 @@ class Wants:
         return {name: offered[name] for name in self.named if name in offered}
 
 
-class Counts(MutableMapping[str, int]):
+class CallCounts(MutableMapping[str, int]):
     """What a function counts, of each call by itself, also of calls that are made side by side.
 
     What is counted where no call shows, in a thread say, is of the call that ends next.
@@ -177,7 +177,7 @@ class LocalFunction:
         self._runner: asyncio.Runner | None = None
         owner = _plain(function)
         given = getattr(owner, "counts", {})
-        self._counts = given if isinstance(given, Counts) else Counts(given)
+        self._counts = given if isinstance(given, CallCounts) else CallCounts(given)
         if self.wants.counts:
             owner.counts = self._counts
 

@@ -15,7 +15,7 @@ from tandem.types import Group, Ticket
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recorded(AtOnce):
+class Replayed(AtOnce):
     """A source of recorded groups, and the order in which they were trained on."""
 
     steps: Seq[Seq[Ticket]]
