@@ -13,7 +13,7 @@ from tandem.training.trainer import LocalScorer, LocalTrainer
 from tandem.workers.process import Site
 
 
-class Following:
+class Renewal:
     """Beside the policy and its reference, in their processes: each rank renews its part of the reference."""
 
     def __init__(self, site: Site) -> None:
@@ -40,7 +40,7 @@ def refresh_of(config: RunConfig, models: Mapping[str, Seat]) -> Refresh | None:
             f"{config.model.model} and cannot become it; leave out --reference, or --reference-every"
         )
     if actor.home is reference.home:
-        seat = actor.home.place("following", Following)
+        seat = actor.home.place("following", Renewal)
         return Refresh(every=section.reference_every, renew=partial(seat.call, "follow", mix))
 
     def across(step: int) -> None:

@@ -120,7 +120,7 @@ class EndpointJudge:
 
     async def __call__(self, prompt: Any, completion: Any, **columns: Any) -> float | None:
         rubric = self.rubric
-        shown = filled(rubric.rubric, {**columns, "prompt": conversation(prompt), "completion": text_of(completion)})
+        shown = filled_in(rubric.rubric, {**columns, "prompt": conversation(prompt), "completion": text_of(completion)})
         if rubric.parse == PARSE:
             shown += FORMAT.format(low=rubric.scale[0], high=rubric.scale[1])
         body = {
@@ -235,7 +235,7 @@ def conversation(prompt: Any) -> str:
     return prompt if isinstance(prompt, str) else "\n\n".join(f"{m['role']}: {m['content']}" for m in prompt)
 
 
-def filled(rubric: str, values: dict[str, Any]) -> str:
+def filled_in(rubric: str, values: dict[str, Any]) -> str:
     """The rubric with its names in braces replaced, once: braces in what is put in stay as they are."""
     return re.sub(r"\{(\w+)\}", lambda match: str(values.get(match[1], match[0])), rubric)
 

@@ -177,10 +177,10 @@ def say(text: str) -> None:
 
 def leading(leads: Seq[str], names: Collection[str]) -> list[str]:
     """Those of ``names`` that lead, in the order of ``leads``, each before the same of held-out data."""
-    return [name for lead in leads for name in (lead, *held_out_names(lead, names)) if name in names]
+    return [name for lead in leads for name in (lead, *held_out_of(lead, names)) if name in names]
 
 
-def held_out_names(metric: str, names: Collection[str]) -> list[str]:
+def held_out_of(metric: str, names: Collection[str]) -> list[str]:
     """Those of ``names`` that are a metric of held-out data: ``eval/METRIC``, or ``eval/SET/METRIC`` of each set."""
     alone = f"eval/{metric}"
     if alone in names:

@@ -14,7 +14,7 @@ from tandem.runs.curves import Curve, plot_curves
 from tandem.runs.folder import CURVES, SUMMARY
 from tandem.runs.goals import direction, read_best
 from tandem.runs.lines import read_lines, read_metrics
-from tandem.runs.progress import format_number, format_seconds, held_out_names, leading
+from tandem.runs.progress import format_number, format_seconds, held_out_of, leading
 from tandem.whole import partial_of, write_aside
 
 TOLD = ("note", "error", "tracker", "accept_changed", "config")
@@ -71,7 +71,7 @@ def panels_of(records: Records, leads: Seq[str]) -> dict[str, list[Curve]]:
     panels = {
         lead: [
             curve
-            for name in (lead, *held_out_names(lead, known))
+            for name in (lead, *held_out_of(lead, known))
             for curve in _curve(
                 records, name, name.removesuffix(f"/{lead}").removeprefix("eval/") if name != lead else ""
             )

@@ -10,7 +10,7 @@ from test_reward_servers import seen, serve  # noqa: F401
 
 from tandem.errors import RunFailure, UserError
 from tandem.rewards.calling import Setting
-from tandem.rewards.endpoint import filled, read_cache
+from tandem.rewards.endpoint import filled_in, read_cache
 from tandem.rewards.kinds import find_function
 from tandem.rewards.process import RewardProcesses
 
@@ -123,5 +123,5 @@ def test_wrong_rubrics(tmp_path, text, words):
 
 
 def test_braces_of_a_sample_stay():
-    assert filled("{a} {b} {c}", {"a": "{b}", "b": 1}) == "{b} 1 {c}"
-    assert json.dumps(filled("{{a}}", {"a": 1})) == '"{1}"'
+    assert filled_in("{a} {b} {c}", {"a": "{b}", "b": 1}) == "{b} 1 {c}"
+    assert json.dumps(filled_in("{{a}}", {"a": 1})) == '"{1}"'

@@ -12,7 +12,7 @@ from helpers.ranks import run_ranks
 from test_trainer import make_batch, make_trainer
 
 import tandem
-from tandem.assembly.refresh import Following, refresh_of
+from tandem.assembly.refresh import Renewal, refresh_of
 from tandem.errors import UserError
 from tandem.models.loading import prepare_module
 from tandem.parallel.world import World
@@ -93,7 +93,7 @@ def _follow(world: World) -> list[torch.Tensor]:
     )  # fmt: skip
     reference, batch, said = scorer(world=world), make_batch(0), []
     reference.score(batch)
-    Following(Site(world, {"actor": policy, "reference": reference})).follow(0.5, 1)
+    Renewal(Site(world, {"actor": policy, "reference": reference})).follow(0.5, 1)
     said.append(reference.score(batch).logp_T)
     reference.follow(weights_of(2), 1.0, 2)
     said.append(reference.score(batch).logp_T)
