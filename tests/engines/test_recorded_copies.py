@@ -10,7 +10,7 @@ from torch import nn
 
 from tandem.engines.vllm.checksums import Shard, Wholes
 from tandem.engines.vllm.copies import Copies, RecordingCopies
-from tandem.engines.vllm.loading import Sums, Target, find_places, play_copies
+from tandem.engines.vllm.loading import Sums, Target, find_summed, play_copies
 from tandem.engines.vllm.regions import Piece, Region, WatchingCopies
 from tandem.sync.checksum import ParameterSums
 from tandem.sync.plan import Plan, TensorSpec
@@ -66,7 +66,7 @@ def test_every_push_that_is_played_is_summed_where_it_lies_then(overlap):
     plan = Plan((TensorSpec("q", (4, 4), "float32"), TensorSpec("norm", (4,), "float32")))
     rows, norm = Piece("q", Region(1, 16, 0, 16), 0, 16), Piece("norm", Region(1, 4, 0, 4), 0, 4)
     pieces = {"qk": Target((6, 4), torch.float32, [rows], 16), "norm": Target((4,), torch.float32, [norm], 4)}
-    sums = Sums(find_places(model), pieces, plan, torch.device("cpu"), overlap)
+    sums = Sums(find_summed(model), pieces, plan, torch.device("cpu"), overlap)
     parts = [shard.part for shard in sums.shards]
     for seed in (2, 3, 4):
         sent = bucket_in(buffer, seed)
