@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tandem.functional.logprobs import chunked_logprobs
+from tandem.functional.logprobs import chunked_head
 
 CHUNK = 2048
 
@@ -73,7 +73,7 @@ def full_logprobs(head: nn.Module, hidden_ND: Tensor, target_N: Tensor) -> Tenso
 
 def of_chunks(head: nn.Module, hidden_ND: Tensor, target_N: Tensor) -> Tensor:
     """[N], as Tandem's trainer computes them without entropies."""
-    return chunked_logprobs(head, hidden_ND, target_N, entropy=False)[0]
+    return chunked_head(head, hidden_ND, target_N).logp_N
 
 
 def head_and_inputs(options: argparse.Namespace) -> tuple[nn.Module, Tensor, Tensor]:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from tandem.batch import TokenLoss
 from tandem.data.packing import pack, stamp_weights
-from tandem.functional.logprobs import chunked_logprobs
+from tandem.functional.logprobs import chunked_head
 from tandem.kernels import logprob
 from tandem.models.attention import Ask, FlashLayout, PackedLayout, packed_layout
 from tandem.models.loading import prepare_module
@@ -180,8 +180,8 @@ def test_gradient_of_the_head_against_float64(elsewhere):
     gathered = torch.zeros(5000, 64, device=GPU)
     losses = []
     for h, x in ((head, hidden), (exact_head, exact_hidden)):
-        logp, entropy = chunked_logprobs(
-            h, x, target, temperature=0.7, chunk_tokens=256, entropy_grad=True,
+        logp, entropy, _ = chunked_head(
+            h, x, target, temperature=0.7, chunk_tokens=256, entropy=True, entropy_grad=True,
             weight_gradient=(lambda: gathered) if elsewhere and h is head else None,
         )  # fmt: skip
         losses.append(logp.sum() + 0.1 * entropy.sum())
@@ -201,7 +201,8 @@ def test_memory_of_log_probs_of_16k_tokens_and_a_vocabulary_of_152k():
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    logp, entropy = chunked_logprobs(head, hidden, target, entropy_grad=True, weight_gradient=lambda: gradient)
+    gradients = {"entropy_grad": True, "weight_gradient": lambda: gradient}
+    logp, entropy, _ = chunked_head(head, hidden, target, entropy=True, **gradients)
     (logp.sum() + 0.01 * entropy.sum()).backward()
     peak = (torch.cuda.max_memory_allocated() - before) / 1e9
     print(f"log-probs, entropies and their gradients: {peak:.2f} GB")
