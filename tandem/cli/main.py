@@ -189,6 +189,8 @@ def main(argv: Sequence[str] | None = None, *, supervised: bool = False) -> int:
             _drop_output()
             return 128 + signal.SIGPIPE
         except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:  # wherever a name is first looked for
+                return _end(2, f"error: {str(error.filename)[:60]}...: no file may have so long a name; give another")
             if error.errno not in FULL or not _output_is_full():
                 raise
             _drop_output()

@@ -161,6 +161,8 @@ def files_of(source: str, split: str) -> list[Path] | None:
             raise UserError(f"{source}: no file matches")
         return found
     if is_local(source):
+        if path.exists():
+            raise UserError(f"{source}: a pipe or a device, and rows are read more than once; write them into a file")
         raise UserError(f"{source}: no such file{_nearest_file(path)}")
     return None
 

@@ -52,8 +52,13 @@ def pick_device(name: str) -> torch.device:
 
 def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a model folder or hub name. Raises UserError where there is none or it has no EOS token."""
-    with readable_errors(source, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(with_tokenizer(source), trust_remote_code=trust_remote_code)
+    try:
+        with readable_errors(source, "tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(with_tokenizer(source), trust_remote_code=trust_remote_code)
+    except UserError as error:
+        if "backend tokenizer" not in str(error):  # transformers' words where there is no file of one
+            raise
+        raise UserError(f"{source}: no tokenizer in it (tokenizer.json); save the model's there as well") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"{source}: the tokenizer has no end-of-sequence token; set eos_token in its config")
     if tokenizer.pad_token_id is None:

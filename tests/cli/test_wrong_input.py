@@ -69,6 +69,18 @@ def test_missing_model(tandem, inputs):
     refused(tandem, inputs, with_(SFT, model="./nowhere"), "no model folder ./nowhere")
 
 
+def test_names_that_are_too_long_and_files_that_are_none(tandem, inputs):
+    refused(tandem, inputs, with_(SFT, model="m" * 300), "mmm...: no file may have so long a name")
+    refused(tandem, inputs, with_(SFT, data="/dev/null"), "/dev/null: a pipe or a device")
+    assert tandem(*SFT, "--out", "o" * 300)[0] == 2
+
+
+def test_a_model_without_a_tokenizer(tandem, inputs):
+    (inputs / "mute").mkdir()
+    (inputs / "mute" / "config.json").write_bytes((inputs / "base" / "config.json").read_bytes())
+    refused(tandem, inputs, with_(SFT, model="mute"), "mute: no tokenizer in it (tokenizer.json)")
+
+
 def test_data_is_read_before_the_model_is_loaded(tandem, inputs):
     refused(tandem, inputs, with_(SFT, model="./nowhere", data="lost.jsonl"), "lost.jsonl")
     refused(tandem, inputs, with_(GRPO, model="./nowhere", data="lost.jsonl"), "lost.jsonl")
