@@ -97,9 +97,11 @@ def load_config(cls: type[Config], argv: Sequence[str], *, prog: str = "tandem")
     """The config that ``--config FILE.yaml`` and the flags after it describe. Flags win.
 
     ``cls`` is a dataclass whose fields are sections (dataclasses) or keys; ``cls.implied(given)``, if it has that, are
-    defaults that follow from what is given. ``--help`` prints every key and raises
-    SystemExit(0). Raises UserError, in one line, for an unknown key, a value of the wrong type or out of range, a
-    required key that is missing, and a flag that would have no effect (see ``tandem.errors.needs``). Of a file such a
+    defaults that follow from what is given, and ``cls.inherited()`` keys that are another run's and need no effect.
+    ``--help`` prints every key and raises SystemExit(0).
+
+    Raises UserError, in one line, for an unknown key, a value of the wrong type or out of range, a required key that is
+    missing, and a flag that would have no effect (see ``tandem.errors.needs``). Of a file such a
     key is said and passed over: one file serves a laptop and a cluster, and flags change what it is about.
     """
     keys = _keys_of(cls)
@@ -117,8 +119,11 @@ def load_config(cls: type[Config], argv: Sequence[str], *, prog: str = "tandem")
     try:
         values = implied | values
         config = _build(cls, values)
+        inherited: Collection[str] = getattr(cls, "inherited", list)()
         for name, value in values.items():
-            if name not in given or value == keys[name].default or not (idle := _no_effect(keys[name], config)):
+            if name not in given or name in inherited or value == keys[name].default:
+                continue
+            if not (idle := _no_effect(keys[name], config)):
                 continue
             if name in flags:
                 raise UserError(f"{name}: {idle}")

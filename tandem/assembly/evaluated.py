@@ -18,6 +18,7 @@ from tandem.assembly.sessions import start_of
 from tandem.assembly.text_feed import TextFeed
 from tandem.assembly.use_configs import EvalConfig, EvalRowsConfig
 from tandem.errors import UserError
+from tandem.models.scalar import require_head
 from tandem.roles import Metrics, Seat
 from tandem.rollout.evaluate import HeldOut, HeldOutRows
 from tandem.rollout.measure import held_out_metrics
@@ -67,6 +68,8 @@ def evaluate_rows(config: EvalRowsConfig) -> Metrics | None:
     RunFolder.check(out, start_of(config, title))
     homes = Homes(config.model, config.placement, config.cluster, EngineSection(), [*run.sources])
     homes.check()
+    if config.method.head == "scalar":
+        require_head(config.model.model)
     feed = TextFeed(run) if run.reads.kind == "text" else RowsFeed(run)
     start = start_of(config, title, feed.inputs)
     RunFolder.check(out, start)

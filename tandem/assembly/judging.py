@@ -15,6 +15,7 @@ from tandem.data.tokenize import same_tokenizer
 from tandem.models.description import read_score_scale
 from tandem.models.limits import read_limits
 from tandem.models.loading import load_tokenizer
+from tandem.models.scalar import require_head
 from tandem.rewards.function import FunctionReward
 from tandem.rewards.model import RewardModel, ScoreScale
 from tandem.rewards.process import RewardProcesses
@@ -40,8 +41,12 @@ def start_rewards(
 
 
 def score_scales(section: RewardSection, *, trust_remote_code: bool = False) -> list[ScoreScale | None]:
-    """How the scores of each reward model are normalised; None where they are not. Raises UserError where a model's
-    config does not say."""
+    """How the scores of each reward model are normalised; None where they are not.
+
+    Raises UserError where a model has no trained head, or its config does not say.
+    """
+    for source in section.reward_model:
+        require_head(source)
     if not section.normalize_scores:
         return [None] * len(section.reward_model)
     return [read_score_scale(source, trust_remote_code=trust_remote_code) for source in section.reward_model]

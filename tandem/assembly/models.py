@@ -360,11 +360,15 @@ def require_trainable(config: RunConfig) -> None:
 
 
 def require_engine(engine: EngineSection) -> None:
-    """Raises UserError where the engine that is asked for is not installed, before anything is loaded."""
+    """Raises UserError where the engine that is asked for is not installed, or cannot be told what it is to be told.
+
+    Before anything is loaded.
+    """
     if engine.kind == "vllm":
-        from tandem.engines.vllm.engine import check_vllm
+        from tandem.engines.vllm.setup import check_arguments, check_vllm
 
         try:
+            check_arguments(engine.vllm_arguments)
             check_vllm()
         except UserError as error:
             raise UserError(f"engine.kind vllm: {error}") from None

@@ -12,10 +12,12 @@ import torch
 from tandem.assembly.role_sections import RolePlacement
 from tandem.assembly.sections import ClusterSection, EngineSection, ModelSection
 from tandem.engines.vllm.adapters import check_dtype, room_for
+from tandem.engines.vllm.setup import in_full
 from tandem.errors import UserError
 from tandem.models.adapter_folder import adapter_folder
 from tandem.models.adapters import AdapterParams
 from tandem.models.loading import pick_device
+from tandem.models.quantized_folder import quantized_kind
 from tandem.parallel.world import World
 from tandem.roles import Home, Seat
 from tandem.runs.progress import say
@@ -97,7 +99,10 @@ class Homes:
         if self.engine.kind == "vllm" and "engine" in self.roles:
             if self.fed_adapters is not None:
                 self._check_adapters(self.fed_adapters)
-            if "actor" not in self.roles and adapter_folder(self.model.model) is not None:
+            if "actor" in self.roles:
+                if quantized_kind(self.model.model) is not None:
+                    in_full(self.engine.vllm_arguments)
+            elif adapter_folder(self.model.model) is not None:
                 raise UserError(
                     f"model: {self.model.model} is a folder of adapters, and vLLM takes whole models here; write one "
                     f"with 'tandem export --model {self.model.model} --out FOLDER'"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -47,6 +48,11 @@ class ReplayConfig(SamplesConfig):
             ("placement", with_keys(self.placement, **dict.fromkeys(there, "actor"))),
         ):
             object.__setattr__(self, name, value)
+
+    @classmethod
+    def inherited(cls) -> Collection[str]:
+        """The keys that are as the replayed run had them, with an effect or without."""
+        return fixed_keys(cls)
 
     @property
     def sources(self) -> dict[str, str]:

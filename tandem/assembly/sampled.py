@@ -123,7 +123,8 @@ class _Sampling:
             if lots[0].start:
                 progress.note(f"{path}: goes on after {lots[0].start} prompts")
             if taken := sorted({name for prompt in self.prompts for name in prompt.columns} & set(OF_A_SAMPLE)):
-                progress.note(f"data: the columns {', '.join(taken)} are not written, the samples have these names")
+                names = ", ".join(taken)
+                progress.note(f"data: left out of {path}, where columns of that name are the sample's own: {names}")
             begun: deque[tuple[range, list[Drawing]]] = deque()
             try:
                 for lot in lots:

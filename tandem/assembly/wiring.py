@@ -13,6 +13,7 @@ from tandem.assembly.placing import Homes
 from tandem.assembly.sections import DrawsSection, SamplingSection, ScheduleSection
 from tandem.engines.live.engine import LiveEngine, StaleCache
 from tandem.engines.vllm.adapters import room_of
+from tandem.engines.vllm.setup import in_full
 from tandem.errors import UserError
 from tandem.models.adapter_folder import base_of
 from tandem.models.folder import with_tokenizer
@@ -171,9 +172,7 @@ class Wiring:
         """What makes vLLM with weights that pushes bring. It reads whole models, and is fed others."""
         model, engine = self.homes.model, self.homes.engine
         if quantized_kind(model.model) is not None:
-            # It would keep few bits as they are; the first push brings the weights that these stand for.
-            in_full: dict[str, Any] = {"load_format": "dummy", "hf_overrides": {"quantization_config": None}}
-            engine = replace(engine, arguments=json.dumps(in_full | engine.vllm_arguments))
+            engine = replace(engine, arguments=json.dumps(in_full(engine.vllm_arguments)))
         return partial(
             vllm_engine,
             section=replace(model, model=base_of(model.model)),

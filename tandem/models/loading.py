@@ -20,7 +20,7 @@ from tandem.models.limits import read_config, require_language_model
 from tandem.models.probe import probe_forward
 from tandem.models.quantized import dequantize_module, quantize_module, quantized_in
 from tandem.models.routers import quieted
-from tandem.models.scalar import scalar_class, scalar_keys, with_own_buffers
+from tandem.models.scalar import NO_HEAD, scalar_class, scalar_keys, with_own_buffers
 from tandem.models.seeing import SeeingModel
 from tandem.models.states import keep_short_steps
 from tandem.models.text_config import config_in
@@ -142,7 +142,7 @@ def load_scalar(
     # Adapters of such a model bring their head along.
     if lacking and not (folder is not None and folder.scalar):
         if new_head == "refuse":
-            raise UserError(f"{source}: no trained 'score' head in it; give a reward model (make one with tandem rm)")
+            raise UserError(f"{source}: {NO_HEAD}")
         log.warning("%s: no 'score' head in it, so a new one starts %s", source, _STARTS[new_head])
         generator = torch.Generator().manual_seed(derive_seed(seed, "score head"))
         std = 0.0 if new_head == "zero" else (head.in_features + 1) ** -0.5

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GenericForSequenceClassification
 
 from tandem.errors import UserError
+from tandem.models.adapter_folder import adapter_folder, base_of
+from tandem.models.folder import located
+
+NO_HEAD = "no trained 'score' head in it; give a reward model (make one with tandem rm)"
 
 
 def scalar_keys(config: Any, tokenizer: Any) -> dict[str, Any]:
@@ -53,6 +59,23 @@ def scalar_class(config: Any, source: str) -> Any:
 def _from_config(kind: Any, config: Any, trust_remote_code: bool = False) -> Any:
     """As transformers' ``AutoModel...`` have it."""
     return kind._from_config(config)
+
+
+def require_head(source: str) -> None:
+    """Raises UserError where a folder of safetensors, whose headers alone are read, holds no trained score head.
+
+    Adapters may bring one along. What cannot be read, or lies on the hub, is found wanting when it is loaded.
+    """
+    adapters = adapter_folder(source)
+    files = sorted(Path(located(base_of(source))).glob("model*.safetensors"))
+    if not files or (adapters is not None and adapters.scalar):
+        return
+    try:
+        stored = {name for path in files for name in safe_open(path, "pt").keys()}  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return
+    if not any(f".{name}".endswith(".score.weight") for name in stored):
+        raise UserError(f"{source}: {NO_HEAD}")
 
 
 def with_own_buffers(module: Any) -> None:

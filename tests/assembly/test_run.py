@@ -8,10 +8,12 @@ from helpers.runs import write_inputs
 
 import tandem
 from tandem.assembly.configs import config_class
+from tandem.assembly.models import require_engine
 from tandem.assembly.placing import Homes
-from tandem.assembly.role_sections import Placement
+from tandem.assembly.role_sections import Placement, SamplingPlacement
 from tandem.assembly.sections import ClusterSection, EngineSection, ModelSection
 from tandem.config import dump_config, load_config
+from tandem.engines.vllm.setup import in_full
 from tandem.errors import UserError
 
 
@@ -86,3 +88,34 @@ def test_a_clusters_address_is_no_matter_where_all_is_here(monkeypatch):
     cluster = ClusterSection(address="127.0.0.1:1")
     with Homes(ModelSection(model="m"), Placement(), cluster, EngineSection(), ["actor"]) as homes:
         assert homes.of("actor").at_once
+
+
+def test_vllm_is_told_of_a_folder_in_few_bits_beside_what_else_it_is_told(tmp_path):
+    """What the two say of one thing is refused before anything starts."""
+    overrides = {"rope_theta": 5.0, "quantization_config": None}
+    found = in_full({"enforce_eager": True, "hf_overrides": {"rope_theta": 5.0}})
+    assert found == {"enforce_eager": True, "load_format": "dummy", "hf_overrides": overrides}
+    few = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": few}))
+    placement = SamplingPlacement(actor="1", engine="1")
+
+    def check(model, **arguments):
+        engine = EngineSection(kind="vllm", arguments=json.dumps(arguments))
+        section = ModelSection(model=str(model), device="cpu")
+        Homes(section, placement, ClusterSection(), engine, ["actor", "engine"]).check()
+
+    check("m", load_format="dummy")
+    for name, wrong in {
+        "load_format": {"load_format": "auto"},
+        "quantization": {"quantization": "bitsandbytes"},
+        "quantization_config": {"hf_overrides": {"quantization_config": few}},
+        "hf_overrides: expected an object": {"hf_overrides": "f"},
+    }.items():
+        with pytest.raises(UserError, match=rf"^engine\.arguments: {name}"):
+            check(tmp_path, **wrong)
+
+
+def test_arguments_that_are_not_vllms_alone_are_refused_before_anything_is_loaded():
+    for name, words in {"seed": "what Tandem calls 'seed'", "max_loras": "Tandem depends on it"}.items():
+        with pytest.raises(UserError, match=rf"^engine\.kind vllm: vLLM argument '{name}' .*{words}"):
+            require_engine(EngineSection(kind="vllm", arguments=json.dumps({name: 1})))

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import ray
-from helpers.runs import arguments, write_inputs
-from safetensors.torch import load_file
+import torch
+from helpers.runs import arguments, unevaluated, write_inputs
+from safetensors.torch import load_file, save_file
 
 from tandem.cli.main import main
+from tandem.errors import UserError
+from tandem.models.scalar import require_head
 
 
 @pytest.fixture(scope="module")
@@ -91,3 +96,35 @@ def test_a_plan_finds_the_mistakes_of_a_run(plan, inputs, flags, parts):
     [line] = [line for line in err.splitlines() if line.startswith("tandem: error: ")]
     for part in parts:
         assert part in line
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [*unevaluated(arguments("ppo")), "--reward-model", "teacher", "--steps", "1"],
+        ["sample", "--model", "base", "--data", "prompts.jsonl", "--reward-model", "teacher", "--max-new-tokens", "5"],
+        ["eval", "rm", "--model", "teacher", "--data", "pairs.jsonl"],
+        ["score", "--data", "demos.jsonl", "--reward-model", "teacher"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_reward_model_without_a_head_is_refused_before_anything_is_loaded(inputs, monkeypatch, capsys, words):
+    """Weights of the policy that cannot be read would be said otherwise."""
+    monkeypatch.chdir(inputs)
+    for more in ([], ["--dry-run"]):
+        assert main([*words, "--out", "never", *more]) == 2
+        assert capsys.readouterr().err.startswith("tandem: error: teacher: no trained 'score' head in it; give a rewa")
+
+
+def test_heads_that_are_there_or_not_to_be_seen(inputs, tmp_path):
+    base, head = tmp_path / "base", tmp_path / "rm"
+    shutil.copytree(inputs / "teacher", base)
+    shutil.copytree(base, head)
+    save_file({"score.weight": torch.zeros(1, 32)}, head / "model-00002-of-00002.safetensors")
+    for source in (head, inputs / "base", "a/name", tmp_path / "nowhere"):
+        require_head(str(source))
+    adapters = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "base_model_name_or_path": str(base)}
+    for kind in ("CAUSAL_LM", "SEQ_CLS"):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(adapters | {"task_type": kind}))
+        with nullcontext() if kind == "SEQ_CLS" else pytest.raises(UserError, match="no trained 'score' head"):
+            require_head(str(tmp_path))

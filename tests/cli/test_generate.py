@@ -147,7 +147,10 @@ def test_wrong_input_is_one_line(inputs, capsys, words, message):
 
 def test_a_column_that_the_samples_take_is_said(inputs, capsys):
     assert main([*[w.replace("prompts.jsonl", "demos.jsonl") for w in GENERATE], "--out", "g"]) == 0
-    assert "the columns completion are not written" in capsys.readouterr().out
+    assert (
+        "data: left out of g/samples.jsonl, where columns of that name are the sample's own: completion\n"
+        in capsys.readouterr().out
+    )
 
 
 def test_best_and_pairs_are_those_of_the_samples(inputs, capsys):

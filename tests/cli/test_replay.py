@@ -10,8 +10,10 @@ import pytest
 import yaml
 from helpers.runs import arguments, run, unevaluated, write_inputs
 
+from tandem.assembly.configs import read_config
 from tandem.assembly.replay_config import replay_config
 from tandem.cli.main import main
+from tandem.config import dump_config, load_config
 from tandem.engines.live.engine import LiveEngine
 from tandem.errors import UserError
 from tandem.methods.table import SAMPLES, method_class
@@ -235,6 +237,20 @@ def test_a_model_that_has_changed_and_one_of_a_run_of_rows(recorded, at, capsys)
         "accepted: a run of SFT, which samples nothing; --config accepted/config.yaml repeats"
         in capsys.readouterr().err
     )
+
+
+def test_nothing_is_said_of_keys_that_only_the_run_needed(tmp_path, caplog):
+    given = {"keep_best": "eval/reward", "eval_every": 2, "max_lag": 1, "weights_change": "between-sequences"}
+    files = {"model": "m", "data": "d.jsonl", "eval_data": "d.jsonl", "reward": "r.py:f", "placement__engine": 1}
+    config = read_config("grpo", out="o", steps=3, **files, **given)
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    (tmp_path / "run.json").write_text(json.dumps({"id": "", "seed": 0, "inputs": {}, "method": "GRPO"}))
+    cls, words = replay_config([str(tmp_path), "--out", "x"])
+    assert load_config(cls, words).schedule == config.schedule
+    assert not caplog.records
+    (tmp_path / "more.yaml").write_text("keep_gathered: true\n")  # one worker has nothing to keep
+    load_config(cls, [*words, "--config", str(tmp_path / "more.yaml")])
+    assert "keep_gathered: has no effect" in caplog.text
 
 
 @pytest.mark.parametrize("method", SAMPLES)

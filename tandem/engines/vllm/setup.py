@@ -8,7 +8,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, distribution
@@ -111,14 +111,36 @@ def check_vllm(version: str | None = None) -> None:
         )
 
 
-def start_vllm(params: VLLMParams) -> Any:
-    """vLLM's ``LLM``, its engine core in this process. Raises UserError where it cannot be started."""
-    check_vllm()
-    for name in params.arguments:
+def check_arguments(arguments: Iterable[str]) -> None:
+    """Raises UserError for an argument of vLLM's that is not left to whoever names more of them."""
+    for name in arguments:
         if name in OWN:
             raise UserError(f"vLLM argument {name!r} is what Tandem calls {OWN[name]!r}; set that instead")
         if name in NEEDED:
             raise UserError(f"vLLM argument {name!r} cannot be changed: Tandem depends on it; leave it out")
+
+
+def in_full(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """These arguments, and those for a folder in few bits, which vLLM would keep: what they stand for is pushed.
+
+    Raises UserError where they say otherwise.
+    """
+    overrides = arguments.get("hf_overrides", {})
+    if not isinstance(overrides, dict):
+        raise UserError(f"engine.arguments: hf_overrides: expected an object with keys of the config, got {overrides}")
+    for name in ("load_format", "quantization", "quantization_config"):
+        if name in arguments or name in overrides:
+            raise UserError(
+                f"engine.arguments: {name}: the model's folder is in few bits, and vLLM is given the whole weights "
+                "that these stand for; leave it out"
+            )
+    return {**arguments, "load_format": "dummy", "hf_overrides": {**overrides, "quantization_config": None}}
+
+
+def start_vllm(params: VLLMParams) -> Any:
+    """vLLM's ``LLM``, its engine core in this process. Raises UserError where it cannot be started."""
+    check_vllm()
+    check_arguments(params.arguments)
     _set_environment()
     from vllm import LLM
 
