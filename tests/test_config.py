@@ -23,6 +23,7 @@ from tandem.assembly.sections import (
     RunSection,
     SamplingSection,
 )
+from tandem.assembly.use_configs import SampleConfig
 from tandem.config import (
     MAY_CHANGE,
     PREFIXED,
@@ -330,6 +331,22 @@ def test_a_method_that_learns_from_rewards_is_given_one(tmp_path):
     file.write_text("seed: 1\nreward: []\n", encoding="utf-8")
     with pytest.raises(UserError, match=f"^{file}:2: {wanted}"):
         load_config(config_class("ppo"), [*unjudged, "--config", str(file)])
+
+
+def test_weights_of_0_are_of_a_run_that_learns_from_something_else(tmp_path):
+    one = [*REQUIRED, "--reward-weights", "0"]
+    sample = ["--model", "m", "--data", "d.jsonl", "--reward", "r.py:f", "--out", "o", "--reward-weights", "-0.0"]
+    for cls, words in ((config_class("grpo"), one), (config_class("dapo"), one), (SampleConfig, sample)):
+        with pytest.raises(UserError, match=r"^--reward-weights: all are 0, so no sample is better than another"):
+            load_config(cls, words)
+    for more in (["--missing-eos", "subtract"], ["--overlong-buffer", "9"], ["--reward", "a.py:f", "b.py:g"]):
+        weights = ["0", "1"] if "b.py:g" in more else ["0"]
+        flags = [*([] if "b.py:g" in more else REQUIRED[-2:]), *more, "--reward-weights", *weights]
+        load_config(config_class("grpo"), [*REQUIRED[:-2], *flags])
+    with pytest.raises(UserError, match="all are 0"):
+        load_config(config_class("grpo"), [*one, "--missing-eos", "replace", "--missing-eos-penalty", "0"])
+    load_config(config_class("opd"), [*one, "--teacher", "t"])
+    load_config(SampleConfig, [*sample, "--keep", "all"])
 
 
 def test_missing_keys_are_all_named_with_what_they_are():

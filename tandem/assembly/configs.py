@@ -352,6 +352,8 @@ class SamplesConfig(RunConfig):
             object.__setattr__(self, "reward", judged_by_its_data(self.reward, self.data.data))
         if not self.reward.judges and self.method.samples.rewards == "required":
             raise UserError("reward: nothing judges the samples; give --reward FILE.py:function or --reward-model DIR")
+        if self.method.samples.rewards == "required":
+            self.reward.require_weight()
         if self.step.old_logp == "sampler" and settings(self).get("correction", "none") != "none":
             # Of a file, too: whoever asks for a correction must not train without one.
             raise UserError("correction: has no effect with --old-logp sampler; give --old-logp trainer")

@@ -428,6 +428,12 @@ class RewardSection:
         expect(self, "1 or more", _at_least(1), "reward_processes", "overlong_length", "overlong_buffer")
         expect(self, "more than 0 and at most 1e15", lambda penalty: 0 < penalty <= 1e15, "overlong_penalty")
 
+    def require_weight(self) -> None:
+        """Raises UserError where the rewards of all samples are 0, whatever they are judged."""
+        ends = self.missing_eos != "none" and self.missing_eos_penalty
+        if not (any(self.weights) or ends or self.overlong_buffer):
+            raise UserError("reward_weights: all are 0, so no sample is better than another; give one that is not")
+
     def overlong(self, max_new_tokens: int) -> Overlong | None:
         """What length costs samples of at most so many tokens. Raises UserError for a punishment that none can get."""
         if self.overlong_buffer is None:

@@ -130,6 +130,8 @@ class SampleConfig(JudgedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.kept.keep != "all":
+            self.reward.require_weight()
         if self.kept.keep == "pairs" and self.sampling.samples_per_prompt < 2:
             raise UserError("samples_per_prompt: a pair is of 2 samples of a prompt; give 2 or more, got 1")
 

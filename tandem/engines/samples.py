@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
@@ -222,6 +224,18 @@ def first(versions: Versions, count: int) -> Versions:
     return [entry for entry in found if entry[1]] or versions[:1]
 
 
+DRAWN: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "max_new_tokens": ("a whole number, at least 1", lambda count: operator.index(count) >= 1),
+    "temperature": ("0 (greedy) or more", lambda temperature: 0 <= temperature < math.inf),
+    "top_k": ("a whole number, 0 (off) or more", lambda count: operator.index(count) >= 0),
+    "top_p": ("above 0 and at most 1 (off)", lambda share: 0 < share <= 1),
+    "min_p": ("from 0 (off) to 1", lambda share: 0 <= share <= 1),
+    "stop": ("strings that are not empty", lambda texts: all(isinstance(text, str) and text for text in texts)),
+    "stop_token_ids": ("whole numbers", lambda ids: all(operator.index(i) >= 0 for i in ids)),
+}
+"""By the name of each of ``SamplingParams``, what it must be."""
+
+
 def check_request(number: int, request: Request, *, vocabulary: int, limit: int | None, limit_name: str) -> None:
     """Raises UserError where a request cannot be sampled."""
     prompt, sampling = request.prompt_ids, request.sampling
@@ -233,15 +247,13 @@ def check_request(number: int, request: Request, *, vocabulary: int, limit: int 
             f"request {number}: token id {token} at position {position} is outside the model's vocabulary of "
             f"{vocabulary}; is the tokenizer another model's?"
         )
-    for name, value, right, valid in (
-        ("max_new_tokens", sampling.max_new_tokens, "at least 1", sampling.max_new_tokens >= 1),
-        ("temperature", sampling.temperature, "0 (greedy) or more", 0 <= sampling.temperature < float("inf")),
-        ("top_k", sampling.top_k, "0 (off) or more", sampling.top_k >= 0),
-        ("top_p", sampling.top_p, "above 0 and at most 1 (off)", 0 < sampling.top_p <= 1),
-        ("min_p", sampling.min_p, "from 0 (off) to 1", 0 <= sampling.min_p <= 1),
-        ("stop", sampling.stop, "strings that are not empty", all(sampling.stop)),
-    ):
-        if not valid:
+    for name, (right, valid) in DRAWN.items():
+        value = getattr(sampling, name)
+        try:
+            holds = valid(value)
+        except TypeError:  # a text, say, where a number is wanted
+            holds = False
+        if not holds:
             raise UserError(f"request {number}: {name} is {value!r}; it must be {right}")
     total = len(prompt) + sampling.max_new_tokens
     if limit is not None and total > limit:

@@ -6,11 +6,12 @@ import hashlib
 import json
 import operator
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from tandem.data.tokenize import prompt_of
@@ -104,10 +105,7 @@ class Sampler:
         """
         with self.turn:
             with self.peers.agreeing():
-                try:
-                    step = operator.index(step)  # a tensor's or numpy's, too
-                except TypeError:
-                    raise UserError(f"update: step is {step!r}; it must be a whole number") from None
+                step = _whole(step, "update: step")
             if len(steps := set(self.peers.gather(step))) > 1:
                 raise UserError(f"update: the ranks are at different steps: {sorted(steps)}")
             if step == self.step:
@@ -149,6 +147,7 @@ class Sampler:
         with self.turn:
             return self._completions(prompts, sampling, n)
 
+    @torch.inference_mode(False)
     def _completions(self, prompts: Seq[PromptLike], sampling: SamplingParams, n: int) -> list[list[Completion]]:
         with self.peers.agreeing():
             requests = self._requests(prompts, sampling, n)
@@ -181,11 +180,12 @@ class Sampler:
         A line has ``step``, ``weights_step`` (that of the last update), ``prompt``, ``completion``, ``stop``,
         ``tokens`` and ``mean_logprob`` (nats a token). ``sampling``: as for ``generate``.
         """
-        if every < 1:
-            raise UserError(f"log: every is {every}; it must be at least 1")
-        if step % every:
+        step = _whole(step, "log: step")
+        if step % _whole(every, "log: every", at_least=1):
             return False
-        n = sampling.pop("n", 1)
+        if not isinstance(path, str | Path):
+            raise UserError(f"log: path is {path!r}; it must be the name of a file")
+        n, prompts = sampling.pop("n", 1), list(prompts) if isinstance(prompts, Iterator) else prompts
         groups = self.completions(prompts, sampling_params(**sampling), n=n)
         with self.peers.agreeing():
             if self.peers.rank == 0:
@@ -204,11 +204,16 @@ class Sampler:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    @torch.inference_mode(False)
     def _start(self, kind: str, params: EngineParams) -> LoopEngine:
         """The rank's engine. Raises the error of any rank on all of them."""
         engine: LoopEngine | None = None
         try:
             with self.peers.agreeing():
+                _whole(params.seed, "seed")
+                _whole(params.max_slots, "max_slots", at_least=1)
+                if params.max_length is not None:
+                    _whole(params.max_length, "max_length", at_least=2)
                 if kind == "vllm":
                     from tandem.engines.vllm.engine import check_vllm
 
@@ -224,6 +229,7 @@ class Sampler:
         assert engine is not None
         return engine
 
+    @torch.inference_mode(False)
     def _fill(self, model: nn.Module, step: int) -> None:
         with self.peers.agreeing():
             self.engine.require_alive()
@@ -259,12 +265,12 @@ class Sampler:
         """What to sample. Raises UserError where that is not possible."""
         if self.step is None:
             raise UserError("generate: the sampler has no weights of yours yet; call update(model, step) first")
-        if isinstance(prompts, str | Mapping):
-            what = "one string" if isinstance(prompts, str) else "a mapping"
+        if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable):
+            what = "one string" if isinstance(prompts, str) else "a mapping" if prompts else repr(prompts)
             raise UserError(f"generate: prompts is {what}; give a list of prompts")
-        if n < 1:
-            raise UserError(f"generate: n is {n}; it must be at least 1")
-        requests = []
+        if not isinstance(sampling, SamplingParams):
+            raise UserError(f"completions: sampling is {sampling!r}; give tandem.SamplingParams(...)")
+        n, requests = _whole(n, "generate: n", at_least=1), []
         for number, prompt in enumerate(prompts):
             try:
                 ids = self._encode(prompt)
@@ -286,7 +292,9 @@ class Sampler:
         try:
             return tuple(map(operator.index, prompt))  # a tensor's or numpy's, too
         except TypeError:
-            messages = list(prompt) if isinstance(prompt, Seq) else prompt
+            if not isinstance(prompt, Seq):
+                raise UserError(f"{prompt!r}; it must be a string, a list of messages, or of token ids") from None
+            messages = list(prompt)
             return prompt_of({"prompt": messages}, self.tokenizer).token_ids
 
     def _require_same_requests(self, requests: Seq[Request]) -> None:
@@ -321,6 +329,17 @@ class Sampler:
             raise UserError(f"log: cannot write {path}: {error.strerror or error}") from error
 
 
+def _whole(value: Any, name: str, at_least: int | None = None) -> int:
+    """A whole number, or a tensor or numpy's of one. Raises UserError for anything else."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise UserError(f"{name} is {value!r}; it must be a whole number") from None
+    if at_least is not None and number < at_least:
+        raise UserError(f"{name} is {number}; it must be at least {at_least}")
+    return number
+
+
 def sampling_params(
     *,
     max_new_tokens: int = 64,
@@ -330,13 +349,9 @@ def sampling_params(
     **truncation: Any,
 ) -> SamplingParams:
     """``SamplingParams`` with a loop's defaults; ``stop`` may be one string."""
-    return SamplingParams(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        stop=(stop,) if isinstance(stop, str) else tuple(stop),
-        stop_token_ids=tuple(stop_token_ids),
-        **truncation,
-    )
+    ends = {"stop": [stop] if isinstance(stop, str) else stop, "stop_token_ids": stop_token_ids}
+    several: dict[str, Any] = {name: tuple(x) if isinstance(x, Iterable) else x for name, x in ends.items()}
+    return SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, **several, **truncation)
 
 
 def _check_options(engine: str, dtype: str, *, memory_share: object, sleep: object, arguments: object) -> None:

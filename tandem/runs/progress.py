@@ -58,9 +58,9 @@ class Progress:
         self._clock = clock
         self._started = clock()
         self._metrics: dict[str, float] = {}
-        self.ended_in = ""
-        """The phase that the newest error has ended."""
         self._phase = ""
+        self._failed: tuple[BaseException, str] | None = None
+        """The newest error that has ended a phase, and the innermost one that it did."""
         self._phase_of = 0
         self._phase_done: Callable[[], int] | None = None
         self._phase_started = self._started
@@ -100,14 +100,24 @@ class Progress:
     def phase(self, phase: str, *, of: int = 0, done: Callable[[], int] | None = None) -> Iterator[None]:
         """What the step in progress does in the body. ``done()`` says how many of ``of`` things are, at any time."""
         self._phase_started, self._phase_of, self._phase_done = self._clock(), of, done
-        self._phase, self.ended_in = phase, ""
+        self._phase, self._failed = phase, None
         try:
             yield
-        except BaseException:
-            self.ended_in = self.ended_in or phase
+        except BaseException as error:
+            if not self.ended_in(error):
+                self._failed = error, phase
             raise
         finally:
             self._phase = ""
+
+    def ended_in(self, error: BaseException) -> str:
+        """The phase that an error has ended, or the one that it comes from; nothing where it was raised in none."""
+        chain: BaseException | None = error
+        while chain is not None and self._failed is not None:
+            if chain is self._failed[0]:
+                return self._failed[1]
+            chain = chain.__cause__ or chain.__context__
+        return ""
 
     def note(self, text: str) -> None:
         """A line of its own, above the display."""

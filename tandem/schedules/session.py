@@ -338,7 +338,7 @@ class Session:
         try:
             yield
         except BaseException as error:
-            step, doing = self.step + 1, self.progress.ended_in
+            step, doing = self.step + 1, self.progress.ended_in(error)
             wanted = self.save_every.enabled or not isinstance(error, KeyboardInterrupt)
             if isinstance(error, NonFiniteError) or (self.step > 0 and not self.changed and wanted):
                 with suppress(UserError):  # what ended the run may be what hinders the save
@@ -349,7 +349,7 @@ class Session:
                 raise NonFiniteError(f"step {step}: {error}; the last good state is in {where}") from error
             kept = f"go on after step {self.saved_step} with --resume"
             if self.saved_step < 0:
-                kept = "nothing is saved: --resume begins with step 1"
+                kept = "nothing is saved" + (": --resume begins with step 1" if self.save_every.enabled else "")
             self.progress.note(f"stopped in step {step}; {kept}")
             if isinstance(error, WorkerFailure):
                 raise RunFailure(f"step {step}{', ' * bool(doing)}{doing}: {error}; {kept}") from error

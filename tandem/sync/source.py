@@ -69,11 +69,13 @@ class WeightSource:
             self.buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(BUFFERS)]
 
     def send(self, check: bool = False) -> Sums:
-        """One push over the link: gathers one bucket while the last one is on its way.
+        """One push over the link, after ``listen`` and ``connect``: gathers one bucket while the last is on its way.
 
         Returns the checksums that the other end must have, begun once a bucket is on its way; {} unless asked to
         ``check``.
         """
+        if not self.buffers:
+            raise RuntimeError("a push before its source has connected: nothing would be sent")
         overlap = self.link is None or self.link.overlaps
         truth = self._truth(self.over_link, overlap) if check else None
         push = self.pushes

@@ -1,6 +1,7 @@
 """Dataset come from every kind of source, and every fault is named by file, line and column."""
 
 import json
+import os
 
 import datasets
 import pyarrow
@@ -113,6 +114,9 @@ def test_missing_file_names_the_nearest(tmp_path) -> None:
         f"{tmp_path}/trian.jsonl: no such file; did you mean {tmp_path}/train.jsonl?"
     )
     assert "no such file" in refused(tmp_path / "nowhere" / "x.parquet")
+    os.mkfifo(tmp_path / "pipe")  # a shell's <(...) is one as well
+    for source in ("/dev/null", tmp_path / "pipe"):
+        assert refused(source).startswith(f"{source}: a pipe or a device, neither a file nor a folder; write the rows")
 
 
 @pytest.mark.parametrize(

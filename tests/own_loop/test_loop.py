@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,13 @@ SAMPLING = SamplingParams(max_new_tokens=12, temperature=1.0)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save(make_module("llama", seed=0), tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def ready(folder) -> Iterator[Sampler]:
+    with Sampler(folder, max_length=100) as sampler:
+        sampler.update(trained(), 1)
+        yield sampler
 
 
 def save(module: Any, path: Path) -> str:
@@ -227,7 +235,15 @@ def test_samples_go_to_a_file_every_few_steps(folder, tmp_path):
     [
         (lambda s: s.generate("hello"), "prompts is one string; give a list"),
         (lambda s: s.generate(make_tokenizer()(["hello"])), "prompts is a mapping; give a list"),
-        (lambda s: s.generate(["hello", None]), "prompt 1: no column 'prompt'"),
+        (lambda s: s.generate(["hello", None]), "prompt 1: None; it must be a string, a list of messages, or of token"),
+        (lambda s: s.generate(None), "prompts is None; give a list"),
+        (lambda s: s.generate(["hello"], n="2"), "n is '2'; it must be a whole number"),
+        (lambda s: s.generate(["hello"], max_new_tokens=5.0), "max_new_tokens is 5.0; it must be a whole number, at"),
+        (lambda s: s.generate(["hello"], temperature="1"), "temperature is '1'; it must be 0"),
+        (lambda s: s.generate(["hello"], top_k=None), "top_k is None; it must be a whole number"),
+        (lambda s: s.generate(["hello"], stop=5), "stop is 5; it must be strings that are not empty"),
+        (lambda s: s.generate(["hello"], stop_token_ids=["a"]), r"stop_token_ids is \('a',\); it must be whole num"),
+        (lambda s: s.completions(["hello"], None), "sampling is None; give tandem.SamplingParams"),
         (lambda s: s.update(trained(), 1.5), "step is 1.5; it must be a whole number"),
         (lambda s: s.update(trained().state_dict(), 2), "a OrderedDict is no model; give the module itself"),
         (lambda s: s.generate(["hello"], n=0), "n is 0"),
@@ -238,14 +254,32 @@ def test_samples_go_to_a_file_every_few_steps(folder, tmp_path):
         (lambda s: s.generate(["hello"], temperature=-1), "temperature is -1"),
         (lambda s: s.generate([[{"role": "user", "content": "hi"}]]), "prompt 0: .*no chat template"),
         (lambda s: s.log(["hello"], 4, every=0), "every is 0"),
+        (lambda s: s.log(["hello"], 4, every="2"), "every is '2'; it must be a whole number"),
+        (lambda s: s.log(["hello"], "50"), "log: step is '50'; it must be a whole number"),
+        (lambda s: s.log(["hello"], 50, path=None), "log: path is None; it must be the name of a file"),
     ],
 )
-def test_what_cannot_be_sampled(folder, call, words):
-    with Sampler(folder, max_length=100) as sampler:
-        sampler.update(trained(), 1)
-        with pytest.raises(UserError, match=words):
-            call(sampler)
-        assert len(sampler.generate(["hello"], max_new_tokens=4)) == 1
+def test_what_cannot_be_sampled(ready, call, words):
+    with pytest.raises(UserError, match=words):
+        call(ready)
+    assert len(ready.generate(["hello"], max_new_tokens=4)) == 1
+
+
+def test_a_loop_may_make_and_call_it_inside_inference_mode(folder):
+    """What it makes there is none of inference mode's: later calls, and the model's own training, go on."""
+    module = trained()
+    with torch.inference_mode():
+        sampler = Sampler(folder)
+        sampler.update(module, 1)
+        first = sampler.generate(iter(PROMPTS), max_new_tokens=4)
+    module(input_ids=torch.tensor([[5, 6]])).logits.sum().backward()
+    assert sampler.generate(PROMPTS, max_new_tokens=4) == first
+    assert sampler.update(module, 2)
+    with torch.inference_mode():
+        assert sampler.update(module, 3)
+    tensors = [*sampler.engine.engine.parameters.values(), *sampler.engine.engine.model.module.buffers()]
+    assert not any(tensor.is_inference() for tensor in [*tensors, *module.buffers()])
+    sampler.close()
 
 
 def test_before_the_first_update_and_after_the_end(folder):
@@ -264,6 +298,9 @@ def test_before_the_first_update_and_after_the_end(folder):
         ({"device": "gpu"}, "none that Tandem computes on"),
         ({"arguments": {"enforce_eager": True}}, "arguments is for engine='vllm'"),
         ({"max_slots": 0}, "max_slots is 0"),
+        ({"max_slots": "8"}, "max_slots is '8'; it must be a whole number"),
+        ({"max_length": 1}, "max_length is 1; it must be at least 2"),
+        ({"seed": None}, "seed is None; it must be a whole number"),
     ],
 )
 def test_options_that_cannot_work(folder, options, words):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import threading
+from contextlib import ExitStack
 
 from rich.console import Console
 
@@ -72,3 +73,25 @@ def test_a_terminal_shows_the_phase_and_no_metric_is_torn_apart():
     lines = [line.rstrip() for line in screen.getvalue().splitlines()]
     assert "reward 4.9   eval/reward 0.23   kl 0.0123" in lines
     assert "seconds 1.5" in lines
+
+
+def raised(progress, *phases, cause=None):
+    """A KeyError out of these phases, the first being the innermost, that follows from another error."""
+    try:
+        with ExitStack() as stack:
+            for phase in reversed(phases):
+                stack.enter_context(progress.phase(phase))
+            raise KeyError("x") from cause
+    except KeyError as error:
+        return error
+
+
+def test_an_error_is_of_the_phase_that_it_ended_and_of_no_earlier_one():
+    progress = Progress("PPO", total=3, console=Console(file=Screen()))
+    inner = raised(progress, "saving", "training")
+    assert progress.ended_in(inner) == "saving"
+    assert progress.ended_in(raised(progress, cause=inner)) == "saving"
+    assert progress.ended_in(raised(progress)) == ""
+    with progress.phase("sampling"):
+        assert progress.ended_in(inner) == ""
+    assert progress.ended_in(raised(progress, "scoring", cause=inner)) == "scoring"

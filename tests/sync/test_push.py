@@ -12,6 +12,7 @@ from helpers.pushes import model_of, nudge, pushing
 from tandem.engines.live.replica import ReplicaEngine
 from tandem.errors import UserError
 from tandem.sync.check import WeightMismatch, logp_bound
+from tandem.sync.source import WeightSource
 
 
 class Skipping(ReplicaEngine):
@@ -59,6 +60,18 @@ def test_every_push_brings_the_weights_of_its_version(name, dtype):
         for key, parameter in trainer.parameters.items():
             assert torch.equal(engine.parameters[key], parameter), key
         assert metrics["sync_seconds"] > 0
+
+
+def test_a_push_before_its_source_has_connected_is_none():
+    parameters = dict(model_of(1).module.named_parameters())
+    source = WeightSource(parameters, torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="before its source has connected"):
+        source.send()
+    source.listen(None, source.plan())
+    with pytest.raises(RuntimeError, match="before its source has connected"):
+        source.send()
+    source.connect()
+    assert source.send(check=True)
 
 
 def test_a_tensor_that_does_not_arrive_is_named_at_the_first_push():
