@@ -22,7 +22,7 @@ from tandem.models.quantized import dequantize_module, quantize_module, quantize
 from tandem.models.routers import quieted
 from tandem.models.scalar import NO_HEAD, scalar_class, scalar_keys, with_own_buffers
 from tandem.models.seeing import SeeingModel
-from tandem.models.states import keep_short_steps
+from tandem.models.states import put_right
 from tandem.models.text_config import config_in
 from tandem.models.weights import load_whole, require_finite
 from tandem.seeds import derive_seed
@@ -177,6 +177,7 @@ def _prepare_loaded(
 ) -> LoadedModel:
     # On its device, where a look at every number takes the least time, and before a probe that NaN would fail.
     module.to(pick_device(device))
+    put_right(module)
     base = base_of(str(source))
     folder = adapter_folder(source)
     if folder is not None and _merged(source, adapters):
@@ -219,7 +220,7 @@ def prepare_module(module: Any, tokenizer: Any, *, dtype: Dtype = "float32", dev
         # In eval mode transformers' RWKV divides weights in place, lest float16 overflow: the divided ones would be
         # trained and saved.
         module.config.rescale_every = 0
-    keep_short_steps(module)
+    put_right(module)
     speed_up_linears(module)
     model = LoadedModel(module=module, tokenizer=tokenizer, dtype=dtype, router_logits=quieted(module.config))
     if reason := probe_forward(model):

@@ -36,6 +36,8 @@ from tandem.models.text_config import PLAIN, half_of, sees
 log = logging.getLogger("tandem")
 FILES = (".json", ".jinja", ".txt", ".model", ".py")
 """Files of a folder, besides weights, that are written again: config, processor, tokenizer."""
+STALE = re.compile(r"generation_config|adapter_config|trainer_state|best|.*\.index")
+"""Names of .json files among them that say what is so of the folder itself, its weights or their training."""
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PROVED_TO = 1e-4
 """The largest difference of two logits, of a size of about 1, on the small copy."""
@@ -137,13 +139,15 @@ class SeeingModel:
                 f"{folder}: its vision parts are read while the model is written, and would be lost; give another"
             )
         names = PartNames.of(self.config)
-        whole, tied = names.whole, set(module.all_tied_weights_keys)
+        # A head of its own is the head, though the config says that there is none.
+        whole, tied = names.whole, set(module.all_tied_weights_keys) - {n for n, _ in module.named_parameters()}
         whole.config.dtype = dtype = next(t.dtype for t in state.values() if t.is_floating_point())
         whole.generation_config = module.generation_config
         whole._weight_conversions = _turning_back(whole)
         whole.save_pretrained(folder, state_dict={names.in_whole(n): t for n, t in state.items() if n not in tied})
         for path in source.iterdir():
-            if path.suffix in FILES and path.is_file() and path.name not in ("generation_config.json", INDEX):
+            stale = path.suffix == ".json" and STALE.fullmatch(path.stem)
+            if path.suffix in FILES and path.is_file() and not stale:
                 shutil.copyfile(path, folder / path.name)
         written = _put_beside(folder, (source / name for name in files), names)
         few_bits = any(".quant_state." in name for name in written)

@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 
 from tandem.models.attention import leave_sdpa
 from tandem.models.limits import limits_of, turning_point
-from tandem.models.states import keep_short_steps, states_of_layers
+from tandem.models.states import put_right, states_of_layers
 
 log = logging.getLogger("tandem")
 LIMIT = 8
@@ -148,7 +148,7 @@ def furthest_limit(config: Any, max_length: int | None, *, by: int) -> int:
 
 def _made(kind: Any, config: Any) -> Any:
     module = kind._from_config(copy.deepcopy(config), dtype=torch.float32)
-    keep_short_steps(module)
+    put_right(module)
     return module
 
 

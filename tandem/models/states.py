@@ -55,12 +55,15 @@ def kept_in_modules(module: Any) -> list[tuple[Any, str]]:
     return [(part, name) for part in module.modules() for name in IN_MODULES if name in vars(part)]
 
 
-def keep_short_steps(module: Any) -> None:
-    """Lets time steps be as short as the config's key of that name says, or of any length.
+def put_right(module: Any) -> None:
+    """Puts right what some classes of transformers have wrong.
 
-    Some classes of transformers heed another key, and lengthen short steps where many tokens go through at once and not
-    where one does (Nemotron H, Zamba 2).
+    Time steps may be as short as the config's key of that name says, or of any length: some heed another key, and
+    lengthen short steps where many tokens go through at once and not where one does (Nemotron H, Zamba 2). The base
+    model is found: Llama 4's goes by a name that no part has, and without it training would keep whole logits.
     """
+    if module.base_model is module and hasattr(module, "model"):
+        module.base_model_prefix = "model"
     limit = tuple(getattr(module.config, "time_step_limit", None) or (0.0, float("inf")))
     for part in module.modules():
         if hasattr(part, "time_step_limit"):

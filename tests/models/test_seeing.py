@@ -228,11 +228,16 @@ def test_without_the_original_the_text_half_is_saved(folders, tmp_path, caplog):
     torch.testing.assert_close(logps(module), scored(trainer), rtol=0, atol=1e-5)
 
 
-def test_an_untied_head_is_written_whatever_the_text_config_says_of_it(folders, tmp_path):
+@pytest.mark.parametrize("whose", ["the whole's", "the text's"])
+def test_an_untied_head_is_written_whatever_a_config_says_of_it(folders, tmp_path, whose):
+    """transformers ties none of which the folder holds both; Mistral 3's config may leave the key out."""
     base = changed(folders("mistral3"), tmp_path / "base", lambda _: None)
     config = json.loads((base / "config.json").read_bytes())
     assert config["tie_word_embeddings"] is False
-    config["text_config"]["tie_word_embeddings"] = True
+    if whose == "the whole's":
+        del config["tie_word_embeddings"]
+    else:
+        config["text_config"]["tie_word_embeddings"] = True
     (base / "config.json").write_text(json.dumps(config))
     trainer = trained(load_causal(base, device="cpu"), steps=1)
     trainer.export(tmp_path / "out")
@@ -243,11 +248,17 @@ def test_other_parts_are_read_from_where_the_text_half_was_and_never_written_ove
     base = changed(folders("mistral3"), tmp_path / "base", lambda t: t.update({"vision_tower.new": torch.ones(2)}))
     index = base / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"vision_tower.new": "model-00001-of-00001.safetensors"}}))
+    for name in ("best.json", "trainer_state.json", "pytorch_model.bin.index.json", "preprocessor_config.json"):
+        (base / name).write_text("{}")
     model = load_causal(base, device="cpu")
     with pytest.raises(UserError, match="would be lost"):
         model.export(base)
     model.export(tmp_path / "out")
     assert "vision_tower.new" in json.loads((tmp_path / "out" / index.name).read_bytes())["weight_map"]
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.json")) == [
+        *("config.json", "generation_config.json", index.name, "preprocessor_config.json"),
+        *("tokenizer.json", "tokenizer_config.json"),
+    ]
     (base / "model.safetensors").unlink()  # it is mapped into memory
     (base / "model.safetensors").write_bytes(b"damaged since")
     with pytest.raises(RunFailure, match="cannot be written"):
@@ -341,10 +352,18 @@ def test_a_reward_model_is_one_of_the_text_half(folders, tmp_path, caplog):
     assert all(torch.equal(t, again.module.state_dict()[n]) for n, t in model.module.state_dict().items())
 
 
-def test_a_critic_shares_no_base_where_transformers_names_none(folders):
-    policy = load_causal(folders("llama4"), device="cpu", adapters=AdapterParams(rank=2))
+def test_llama_4s_base_is_found_under_another_name_than_its_class_says(folders, tmp_path):
+    """So its logits are made in chunks, a critic shares it, and a head that the config calls tied is no part of it."""
+    base = changed(folders("llama4"), tmp_path / "base", lambda _: None)
+    config = json.loads((base / "config.json").read_bytes())
+    (base / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    policy = load_causal(base, device="cpu", adapters=AdapterParams(rank=2))
+    assert policy.split_head
+    critic = scalar_beside(policy, str(base), AdapterParams(rank=2))
+    assert critic.module.model.embed_tokens is policy.module.model.embed_tokens
+    policy.module.base_model_prefix = "nothing"
     with pytest.raises(UserError, match="share_critic: transformers has no base model in a Llama4ForCausalLM"):
-        scalar_beside(policy, str(folders("llama4")), AdapterParams(rank=2))
+        scalar_beside(policy, str(base), AdapterParams(rank=2))
 
 
 def test_a_whole_that_says_other_things_of_text_is_refused(folders, monkeypatch):
