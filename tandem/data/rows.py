@@ -148,11 +148,6 @@ def files_of(source: str, split: str) -> list[Path] | None:
         return _files_of_split(path, split, SUFFIXES)
     if path.is_file():
         return [path]
-    if path.exists():
-        raise UserError(
-            f"{source}: a pipe or a device, neither a file nor a folder; write the rows into a file that ends in one "
-            f"of {', '.join(SUFFIXES)}"
-        )
     if at and kind in TYPES:
         inside = Path(folder).expanduser()
         if not folder or not inside.is_dir():
