@@ -1,4 +1,4 @@
-"""One more token for parts that carry a state: a short convolution, and the gated delta rule."""
+"""One more token for parts that carry a state: short convolutions, the gated delta rule, Mamba 2."""
 
 from __future__ import annotations
 
@@ -45,6 +45,26 @@ def delta_step(query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: T
     state.addcmul_(both[:, :, 1, :, None], change[:, :, None])
     out = found_BH2V[:, :, 0] + (both[:, :, 0] * both[:, :, 1]).sum(-1, keepdim=True) * change
     return (out * query.shape[-1] ** -0.5).to(query.dtype)
+
+
+def select_step(
+    x: Tensor, step: Tensor, rate: Tensor, into: Tensor, out_of: Tensor, skip: Tensor, state: Tensor
+) -> Tensor:
+    """A step of Mamba 2 (arXiv:2405.21060, eq. 2), for states S [B, H, P, N], changed in place:
+
+    ``S = exp(step * rate) S + step * x into^T``, of which ``S out_of + skip * x`` is given, [B, H, P], in the type of
+    ``x`` [B, H, P]. Steps [B, H], rates and skips [H]; ``into`` and ``out_of`` [B, G, N], for H / G heads each.
+    """
+    if on_triton(state):
+        from tandem.kernels import states_triton
+
+        return states_triton.select_step(x, step, rate, into, out_of, skip, state)
+    heads = state.shape[1] // into.shape[1]
+    into, out_of = (y.float().repeat_interleave(heads, dim=1) for y in (into, out_of))
+    kept = state.float() * (step * rate).exp()[..., None, None]
+    kept.addcmul_((step[..., None] * x)[..., None], into[:, :, None])
+    state.copy_(kept)
+    return ((kept @ out_of[..., None])[..., 0] + x * skip[:, None]).to(x.dtype)
 
 
 LEAST_SQUARE = 1e-6

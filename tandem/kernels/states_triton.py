@@ -11,7 +11,7 @@ from tandem.kernels.states import LEAST_SQUARE
 
 CHANNELS = 256
 COLUMNS = 32
-"""Columns of a state that a program has, so that a state of 128 x 128 is in the registers of four."""
+"""Columns or lines of a state that a program has, so that a state of 128 x 128 is in the registers of four."""
 
 
 def convolve(x_BC: Tensor, past_BCK: Tensor, weight_CW: Tensor, bias_C: Tensor | None, *, silu: bool) -> Tensor:
@@ -95,3 +95,44 @@ def _delta_step(  # type: ignore[no-untyped-def]
     tl.store(at, kept, mask=inside)
     found = tl.sum(kept * q[:, None], axis=0)
     tl.store(out + (row * tl.num_programs(1) + head) * VALUES + column, found.to(out.dtype.element_ty), mask=is_value)
+
+
+def select_step(
+    x: Tensor, step: Tensor, rate: Tensor, into: Tensor, out_of: Tensor, skip: Tensor, state: Tensor
+) -> Tensor:
+    """A program for some lines of a head's state."""
+    rows, heads, lines, size = state.shape
+    out = x.new_empty(rows, heads, lines)
+    _select_step[(rows, heads, triton.cdiv(lines, COLUMNS))](
+        x, step, rate, into, out_of, skip, state, out,
+        *x.stride()[:2], *step.stride(), *into.stride()[:2], *out_of.stride()[:2], state.stride(0),
+        SHARED=heads // into.shape[1], LINES=lines, SIZE=size, SIZE_PADDED=triton.next_power_of_2(size),
+        BLOCK=COLUMNS, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _select_step(  # type: ignore[no-untyped-def]
+    x, step, rate, into, out_of, skip, state, out,
+    x_row, x_head, step_row, step_head, into_row, into_group, out_of_row, out_of_group, state_row,
+    SHARED: tl.constexpr, LINES: tl.constexpr, SIZE: tl.constexpr, SIZE_PADDED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    line = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    is_line = line < LINES
+    part = tl.arange(0, SIZE_PADDED)
+    is_part = part < SIZE
+    long = tl.load(step + row * step_row + head * step_head).to(tl.float32)
+    shrink = tl.exp(long * tl.load(rate + head).to(tl.float32))
+    value = tl.load(x + row * x_row + head * x_head + line, mask=is_line, other=0.0).to(tl.float32)
+    group = head // SHARED
+    more = tl.load(into + row * into_row + group * into_group + part, mask=is_part, other=0.0).to(tl.float32)
+    read = tl.load(out_of + row * out_of_row + group * out_of_group + part, mask=is_part, other=0.0).to(tl.float32)
+    inside = is_line[:, None] & is_part[None, :]
+    at = state + row * state_row + head * (LINES * SIZE) + line[:, None] * SIZE + part[None, :]
+    kept = tl.load(at, mask=inside, other=0.0).to(tl.float32) * shrink + (long * value)[:, None] * more[None, :]
+    tl.store(at, kept.to(state.dtype.element_ty), mask=inside)
+    found = tl.sum(kept * read[None, :], axis=1) + value * tl.load(skip + head).to(tl.float32)
+    tl.store(out + (row * tl.num_programs(1) + head) * LINES + line, found.to(out.dtype.element_ty), mask=is_line)

@@ -19,8 +19,8 @@ BUILT_DIFFERENTLY = (
 """Between them they have everything that is read of a layer, and a state."""
 SLOWER = {
     "gemma3n", "gemma4-e", "gemma4", "gemma4-moe", "llama4", "nemotron", "stablelm", "gpt2", "opt", "bloom",
-    "deepseek-v3.2", "glm5", "minicpm3", "kimi-linear", "nemotron-h", "falcon-h1", "zamba", "mamba2", "mamba",
-    "falcon-mamba", "recurrent-gemma", "rwkv",
+    "deepseek-v3.2", "glm5", "minicpm3", "kimi-linear", "falcon-h1", "zamba", "recurrent-gemma",
+    "rwkv",
 }  # fmt: skip
 
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from tandem.engines.live.forwards import LeanForward
-from tandem.engines.live.layers import Decoder, Gated, Layer, Ungated, Unlike, Whole, read_decoder
-from tandem.engines.live.mixers import Mixer, _convolve, _delta_rule
+from tandem.engines.live.layers import Attention, Decoder, Gated, Layer, Ungated, Unlike, Whole, read_decoder
+from tandem.engines.live.mixers import Mixer, _convolve, _delta_rule, _select
 from tandem.engines.live.probe import Trial, find_cache_shape, head_shape_of
 from tandem.engines.live.states import StateForward
 from tandem.kernels import states
@@ -96,6 +96,16 @@ def test_what_is_read_of_qwen_3_5() -> None:
     assert full.attention.rotation.norms[0].offset
 
 
+def test_what_is_read_of_nemotron_h() -> None:
+    """Its layers are one part each."""
+    first, second, third, fourth = read_decoder(made("nemotron-h"), 96).layers
+    assert isinstance(first.attention, Mixer)
+    assert isinstance(second.feed, Whole)
+    assert isinstance(third.attention, Attention)
+    assert isinstance(fourth.feed, Ungated)
+    assert first.feed is second.attention is third.feed is fourth.attention is None
+
+
 def changed(**fields: Any) -> Callable[[Layer], Layer]:
     return lambda layer: replace(layer, **fields)
 
@@ -154,7 +164,7 @@ def test_the_proof_notices_a_wrong_description(name: str) -> None:
     assert trial.why_not_pages(lean, shape)
 
 
-@pytest.mark.parametrize("name", ["qwen3.5", "lfm2"])
+@pytest.mark.parametrize("name", ["qwen3.5", "lfm2", "granite4"])
 def test_the_proof_notices_a_wrong_step_of_layers_that_keep_states(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module = made(name)
     trial, shape = Trial(module, (4, 12), 5), find_cache_shape(module)
@@ -171,6 +181,7 @@ def test_the_proof_notices_a_wrong_step_of_layers_that_keep_states(name: str, mo
     with monkeypatch.context() as patch:
         convolve = states.convolve
         patch.setattr(states, "delta_step", lambda q, k, v, decay, beta, state: v)
+        patch.setattr(states, "select_step", lambda x, *rest: x)
         patch.setattr(states, "convolve", lambda *given, silu: convolve(*given, silu=silu) + (name == "lfm2"))
         assert "does not reproduce" in trial.why_not_pages(forward, shape), "a kernel that computes something else"
     step = Mixer.__call__
@@ -188,6 +199,8 @@ def test_what_our_kernels_do_not_compute_is_left_to_those_of_the_module() -> Non
     assert {name: told[0][name] for name in ("cu_seqlens", "use_qk_l2norm_in_kernel")} == {
         "cu_seqlens": 1, "use_qk_l2norm_in_kernel": False,
     }  # fmt: skip
+    _select(lambda *all, **named: told.append(named), *[two] * 6, D=two, dt_bias=two, dt_softplus=True, z=two)
+    assert told[1]["z"] is two
 
 
 def gate_after(module: Any) -> None:

@@ -187,6 +187,8 @@ def call_states() -> None:
         query, value = torch.zeros(2, 3, size, dtype=dtype), torch.zeros(2, 3, values, dtype=dtype)
         state, decay = torch.zeros(2, 3, size, values), torch.zeros(2, 3)
         states_triton.delta_step(query, query, value, decay, decay.to(dtype), state)
+        group, state = torch.zeros(2, 1, size, dtype=dtype), torch.zeros(2, 3, values, size, dtype=dtype)
+        states_triton.select_step(value, decay, decay[0], group, group, decay[0], state)
 
 
 def call_pages(*, eight_bit: bool) -> None:

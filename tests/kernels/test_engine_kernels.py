@@ -169,6 +169,29 @@ def test_steps_of_the_delta_rule(dtype: torch.dtype, size: int, values: int) -> 
     close(found, exact.float(), 20)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, LOW])
+@pytest.mark.parametrize(("lines", "size", "groups"), [(8, 8, 1), (40, 24, 2), (64, 128, 4)])
+def test_steps_of_mamba_2(dtype: torch.dtype, lines: int, size: int, groups: int) -> None:
+    heads = 4
+    found = torch.randn(2, heads, lines, size, device=DEVICE).to(dtype)
+    truth, exact = found.clone(), found.double()
+    rate, skip = -torch.rand(heads, device=DEVICE), torch.randn(heads, device=DEVICE).to(dtype)
+    for _ in range(3):
+        wide, into = (torch.randn(2, n, m, device=DEVICE).to(dtype) for n, m in ((heads, 2 * lines), (groups, size)))
+        x, out_of, step = wide[..., lines:], into.flip(2), torch.rand(2, heads, device=DEVICE)
+        out = states_triton.select_step(x, step, rate, into, out_of, skip, found)
+        close(out, states.select_step(x, step, rate, into, out_of, skip, truth), 20)
+        close(found, truth, 8)
+        for row, head in itertools.product(range(2), range(heads)):
+            group, long = head * groups // heads, step[row, head].double()
+            kept = (long * rate[head].double()).exp() * exact[row, head]
+            kept += torch.outer(long * x[row, head].double(), into[row, group].double())
+            exact[row, head] = kept
+            wanted = kept @ out_of[row, group].double() + skip[head].double() * x[row, head].double()
+            close(out[row, head], wanted.to(dtype), 40)
+    close(found, exact.to(dtype), 20)
+
+
 def new_pages(dtype: torch.dtype, shape: tuple[int, ...], *, eight_bit: bool) -> pages.Pages:
     """A layer's cache of random content."""
     kept = torch.randn(2, *shape, device=DEVICE).to(pages.EIGHT_BIT if eight_bit else dtype)

@@ -100,13 +100,16 @@ class LeanForward:
         hidden_TE = residual_TE if first is None else kernels.norm(residual_TE, first)
         afters = [*(layer.before for layer in decoder.layers[1:]), decoder.norm]
         for layer, after in zip(decoder.layers, afters, strict=True):
+            out_TE = hidden_TE
             if isinstance(layer.attention, Mixer):
                 assert held is not None
                 out_TE = layer.attention(hidden_TE, held)
-            else:
+            elif layer.attention is not None:
                 assert layout is not None
                 out_TE = self._attend(hidden_TE, position_T, layout, layer.attention, rows)
-            if layer.parallel:
+            if layer.feed is None or layer.attention is None:
+                out_TE = out_TE if layer.feed is None else layer.feed(hidden_TE)
+            elif layer.parallel:
                 beside_TE = hidden_TE if layer.between is None else kernels.norm(residual_TE, layer.between)
                 out_TE = out_TE + layer.feed(beside_TE)
             else:

@@ -225,8 +225,9 @@ class Whole:
 class Layer:
     """Attention and a feed-forward part, each added to the residual ``scale`` times, with norms before and after."""
 
-    attention: Attention | Latent | Mixer
-    feed: Gated | Ungated | Whole
+    attention: Attention | Latent | Mixer | None
+    feed: Gated | Ungated | Whole | None
+    """One of both is None where a layer is the other alone (Nemotron H), with ``after_feed`` behind it."""
     parallel: bool
     """Whether both start from the layer's input (Cohere, GPT-NeoX)."""
     before: Norm | None
@@ -238,16 +239,18 @@ class Layer:
 
     def products(self) -> Iterator[Product]:
         """All that are stacked."""
-        yield from self.attention.products()
-        yield from (x for x in vars(self.feed).values() if isinstance(x, Product))
+        yield from self.attention.products() if self.attention else ()
+        if self.feed is not None:
+            yield from (x for x in vars(self.feed).values() if isinstance(x, Product))
 
     def unread(self, module: nn.Module) -> str:
         """The first tensor of the module's layer that is not in here: it may do nothing yet, and something later."""
         linears = [linear for product in self.products() for linear in product.linears]
         known = {id(x) for linear in linears for x in (*linear.parameters(), *linear.buffers())}
-        norms = [self.before, self.after_attention, self.between, self.after_feed, *self.attention.norms()]
+        norms = [self.before, self.after_attention, self.between, self.after_feed]
+        norms += self.attention.norms() if self.attention else ()
         known |= {id(x) for norm in norms if norm for x in (norm.weight, norm.bias)}
-        if not isinstance(self.attention, Mixer):
+        if isinstance(self.attention, Attention | Latent):
             known.add(id(self.attention.ask.sinks))
         for part in (self.attention, self.feed):
             if isinstance(part, Mixer | Whole):
@@ -444,15 +447,10 @@ class _Watch(PackedLayout):
         mixers = [call for call in others if call.module in self.carrying]
         if attentions and mixers:
             raise Unlike("its layers have attention and a state side by side")
-        if len(attentions) + len(mixers) != 1:
-            raise Unlike("it has layers without attention, or with several")
         attended, attention = next(iter(attentions), None), next(iter(mixers), None)
         if attended is not None:
             place = self.inside.index(attended)
             attention = next((call for call in others if self.inside.index(call) > place), None)
-        if attention is None or len(others) != 2:
-            raise Unlike("a layer is not one attention and one feed-forward part")
-        (feed,) = (call for call in others if call is not attention)
         used: list[_Call] = []
 
         def feeding(call: _Call) -> _Call | None:
@@ -466,16 +464,48 @@ class _Watch(PackedLayout):
             used.extend([found] if found else [])
             return found
 
+        multiplier = getattr(self.base.config.get_text_config(), "residual_multiplier", None) or 1.0
+
+        def read_mixing(call: _Call) -> Attention | Latent | Mixer:
+            return self.carrying[call.module] if attended is None else self._read_attention(call, attended)
+
+        def checked(layer: Layer) -> Layer:
+            if set(used) != set(norms):
+                raise Unlike("it has norms of another place")
+            if unread := layer.unread(whole.module):
+                raise Unlike(f"it has {unread} of unknown use")
+            return layer
+
+        if len(others) == 1 and len(attentions) + len(mixers) <= 1:
+            (part,) = others
+            before, after = feeding(part), following(part)
+            if not same((before or part).input, whole.input):
+                raise Unlike("its parts do not start from their layer's input")
+            ends = {scale: whole.input + scale * (after or part).output for scale in {1.0, multiplier}}
+            return checked(
+                Layer(
+                    attention=read_mixing(part) if part is attention else None,
+                    feed=None if part is attention else self._read_feed(part),
+                    parallel=False,
+                    before=norms[before] if before else None,
+                    after_attention=None,
+                    between=None,
+                    after_feed=norms[after] if after else None,
+                    scale=_nearest(ends, whole.output, "what leaves a layer is not a sum of its parts"),
+                )
+            )
+        if len(attentions) + len(mixers) != 1:
+            raise Unlike("it has layers without attention, or with several")
+        if attention is None or len(others) != 2:
+            raise Unlike("a layer is not one attention and one feed-forward part")
+        (feed,) = (call for call in others if call is not attention)
         before, after_attention, after_feed = feeding(attention), following(attention), following(feed)
         if not same((before or attention).input, whole.input):
             raise Unlike("its attention does not start from the layer's input")
         between = None if same(feed.input, attention.input) else feeding(feed)
         start = (between or feed).input
         parallel = same(feed.input, attention.input) or same(start, whole.input)
-        if set(used) != set(norms):
-            raise Unlike("it has norms of another place")
         attention_out, feed_out = (after_attention or attention).output, (after_feed or feed).output
-        multiplier = getattr(self.base.config.get_text_config(), "residual_multiplier", None) or 1.0
         ends = {
             scale: whole.input + scale * (attention_out + feed_out) if parallel else start + scale * feed_out
             for scale in {1.0, multiplier}
@@ -485,21 +515,18 @@ class _Watch(PackedLayout):
             raise Unlike("its parallel parts have norms after them")
         if not parallel and not near(start, whole.input + scale * attention_out):
             raise Unlike("its feed-forward part does not start from the sum")
-        layer = Layer(
-            attention=(
-                self.carrying[attention.module] if attended is None else self._read_attention(attention, attended)
-            ),
-            feed=self._read_feed(feed),
-            parallel=parallel,
-            before=norms[before] if before else None,
-            after_attention=norms[after_attention] if after_attention else None,
-            between=norms[between] if between else None,
-            after_feed=norms[after_feed] if after_feed else None,
-            scale=scale,
+        return checked(
+            Layer(
+                attention=read_mixing(attention),
+                feed=self._read_feed(feed),
+                parallel=parallel,
+                before=norms[before] if before else None,
+                after_attention=norms[after_attention] if after_attention else None,
+                between=norms[between] if between else None,
+                after_feed=norms[after_feed] if after_feed else None,
+                scale=scale,
+            )
         )
-        if unread := layer.unread(whole.module):
-            raise Unlike(f"it has {unread} of unknown use")
-        return layer
 
     def _parts(self, whole: _Call) -> list[_Call | _Attended]:
         """Calls of modules inside, and of no others."""

@@ -9,6 +9,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tandem.kernels import states as kernels
@@ -20,7 +21,7 @@ class Mixer:
     """In an attention's place what carries a state from token to token: the module's own part, over its states.
 
     Its forward calls functions which transformers replaces by those of other packages (causal_conv1d,
-    flash-linear-attention) where they are installed. Here it calls ours, which change states in place.
+    flash-linear-attention, mamba_ssm) where they are installed. Here it calls ours, which change states in place.
     """
 
     def __init__(self, module: nn.Module, cache: str) -> None:
@@ -89,8 +90,32 @@ def _delta_rule(
     return out[:, None], initial_state
 
 
+def _select(
+    theirs: Callable[..., Tensor],
+    state: Tensor,
+    hidden_states: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    z: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """``selective_state_update`` of Mamba 2: one step, rate and skip a head, expanded over its lines."""
+    alike = not any(x is None or x.stride(-1) for x in (dt, A, D, dt_bias))
+    if not alike or A.stride(1) or not dt_softplus or z is not None or D is None or dt_bias is None:
+        named = {"D": D, "dt_bias": dt_bias, "dt_softplus": dt_softplus, "z": z}
+        return theirs(state, hidden_states, dt, A, B, C, **named, **options)
+    step = F.softplus(dt[..., 0].float() + dt_bias[:, 0])
+    return kernels.select_step(hidden_states, step, A[:, 0, 0].contiguous(), B, C, D[:, 0].contiguous(), state)
+
+
 OURS: dict[str, Callable[..., Any]] = {
     "causal_conv1d_update": _convolve,
     "torch_recurrent_gated_delta_rule": _delta_rule,
+    "mamba2_selective_state_update": _select,
 }
 """By the names that transformers has for them."""
