@@ -244,6 +244,8 @@ def test_captured_steps_see_new_weights_while_samples_stay_in_their_pages(stale_
         # As an optimizer would: on the stream behind what is enqueued, without waiting for it.
         version += 1
         tell(module, tokens[version])
+        if rng.random() < 0.3:
+            engine.go_on()
     found = [completion for future in futures for completion in future.result()]
     assert [c.versions for c in found] == [told(c, tokens) for c in found]
     assert max(len(c.versions) for c in found) > 2

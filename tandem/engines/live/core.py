@@ -40,7 +40,10 @@ class Batching(Protocol):
         ...
 
     def give_way(self) -> None:
-        """Others are about to compute on the device while samples are here: leaves them the memory that they need."""
+        """Others are about to compute on the device while samples are here: leaves them the memory that they need.
+
+        Until they begin the device may have work, which nobody waits for.
+        """
         ...
 
     def go_on(self) -> None:

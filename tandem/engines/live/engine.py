@@ -56,7 +56,8 @@ class LiveEngine:
       drawn from then on is what the new weights alone say of it. Of way ``padded`` no sample runs when weights change.
 
     A large cache is given back when nothing is left to sample, a small one is kept, with the graphs. Any thread may
-    call ``submit`` and wait; nothing runs but in threads that wait.
+    call ``submit`` and wait; nothing runs but in threads that wait, and on a GPU what ``give_way`` and ``go_on`` have
+    enqueued.
     """
 
     def __init__(
@@ -199,7 +200,8 @@ class LiveEngine:
         self.stepper.wait(until)
 
     def give_way(self) -> None:
-        """Others are about to compute on the device: leaves them the memory that they need."""
+        """Others are about to compute on the device: leaves them the memory that they need, and the device steps to do
+        until they begin."""
         if self.stepper.unfinished:
             with self.stepper.exclusive():
                 self.core.give_way()
