@@ -35,18 +35,8 @@ USED = ("samples.jsonl", "best.jsonl", "pairs.jsonl", "scored.jsonl", "evaluatio
 """What commands write which only use a model."""
 SAMPLES, BEST, PAIRS, SCORED, MEASURED = USED
 CONTENTS = (
-    "metrics.jsonl",
-    "rollouts.jsonl",
-    EVENTS,
-    RECORD,
-    CHECKPOINTS,
-    MODEL,
-    EMA_MODEL,
-    BEST_MODEL,
-    SUMMARY,
-    CURVES,
-    *WRITES,
-    *USED,
+    *("metrics.jsonl", "rollouts.jsonl", EVENTS, RECORD, CHECKPOINTS, MODEL, EMA_MODEL, BEST_MODEL, SUMMARY, CURVES),
+    *(*WRITES, *USED),
 )
 """What a run writes beside its marker, config and identity; ``overwrite`` removes these and nothing else."""
 _BEGINNING = (IDENTITY, *(partial_of(Path(name)).name for name in (IDENTITY, CONFIG)))

@@ -40,19 +40,9 @@ OWN = {
 }
 """vLLM's arguments that Tandem has its own name for."""
 NEEDED = (
-    "logprobs_mode",
-    "weight_transfer_config",
-    "worker_extension_cls",
-    "runner",
-    "skip_tokenizer_init",
-    "pipeline_parallel_size",
-    "data_parallel_size",
-    "enable_lora",
-    "max_loras",
-    "max_lora_rank",
-    "max_cpu_loras",
-    "lora_target_modules",
-    "lora_dtype",
+    *("logprobs_mode", "weight_transfer_config", "worker_extension_cls", "runner", "skip_tokenizer_init"),
+    *("pipeline_parallel_size", "data_parallel_size", "enable_lora", "max_loras", "max_lora_rank", "max_cpu_loras"),
+    *("lora_target_modules", "lora_dtype"),
 )
 """vLLM's arguments that Tandem depends on."""
 
