@@ -169,7 +169,9 @@ def through_base(
         scale *= (getattr(config, name, None) or 1.0) ** power
     caps = (getattr(config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap"))
     shape = HeadShape(scale, next(filter(None, caps), None))
-    product = head(state_TD)
+    # Residuals of some are in float32, whatever their weights are.
+    dtype = head.weight.dtype
+    product = head(state_TD.to(dtype))
     with _giving(base, given):
         found = logits()
     if not _close(shape.of(product), found):
@@ -178,7 +180,7 @@ def through_base(
         factor = largest / max(1e-6, float(product.abs().max()) * abs(scale))
         with _giving(base, [_enlarged(output, factor) for output in given]):
             final = logits()
-        if not _close(shape.of(head(state_TD * factor)), final):
+        if not _close(shape.of(head((state_TD * factor).to(dtype))), final):
             return found, None
     return found, shape
 

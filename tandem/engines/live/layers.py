@@ -419,7 +419,8 @@ class _Watch(PackedLayout):
         def swapped(x: Any) -> Any:
             if not isinstance(x, Tensor):
                 return x
-            return x.reshape(-1)[:1].view(1, 1, 1) if x.is_floating_point() else every
+            # Models that also see have positions of three kinds, equal where there is only text.
+            return x.reshape(-1)[:1].view(1, 1, 1) if x.is_floating_point() else every.expand(*x.shape[:-2], 1, -1)
 
         angles = module.forward(*map(swapped, args), **{k: swapped(v) for k, v in kwargs.items()})
         if isinstance(angles, Tensor):
