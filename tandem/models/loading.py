@@ -177,6 +177,11 @@ def _prepare_loaded(
 ) -> LoadedModel:
     # On its device, where a look at every number takes the least time, and before a probe that NaN would fail.
     module.to(pick_device(device))
+    if pick_device(device).type == "cpu":
+        # Else its numbers are the files', mapped, for as long as nothing is written to them: whoever saves into the
+        # folder meanwhile would change them, or end this process by SIGBUS.
+        for tensor in (*module.parameters(), *module.buffers()):
+            tensor.data = tensor.data.clone()
     put_right(module)
     base = base_of(str(source))
     folder = adapter_folder(source)

@@ -1,5 +1,7 @@
 """Loading from Hugging Face folders, scalar heads, and the errors a person meets."""
 
+from functools import partial
+
 import pytest
 import torch
 from helpers.models import make_module, make_tokenizer
@@ -139,6 +141,18 @@ def test_export_loads_as_a_causal_lm(model_folder, tmp_path):
     for mine, theirs in zip(model.module.parameters(), again.parameters(), strict=True):
         assert torch.equal(mine, theirs)
     assert load_tokenizer(tmp_path / "out").get_vocab() == make_tokenizer().get_vocab()
+
+
+@pytest.mark.parametrize("load", [load_causal, partial(load_scalar, new_head="zero")])
+def test_a_folder_that_is_written_over_changes_no_model_that_was_loaded(model_folder, load):
+    model = load(model_folder, device="cpu")
+    before = {name: tensor.clone() for name, tensor in model.module.state_dict().items()}
+    with (model_folder / "model.safetensors").open("r+b") as file:
+        size = file.seek(0, 2)
+        file.seek(size // 2)
+        file.write(bytes(size - size // 2))
+    for name, tensor in model.module.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
 
 
 def test_errors_name_what_is_missing(tmp_path, model_folder):
