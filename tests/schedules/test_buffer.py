@@ -88,13 +88,19 @@ class Ran:
 
 
 def simulated(
-    steps: int, items_per_step: int, max_lag: int, window: float, length: Callable[[int], float], share: float = 1.0
+    steps: int,
+    items_per_step: int,
+    max_lag: int,
+    window: float,
+    length: Callable[[int], float],
+    share: float = 1.0,
+    kills: random.Random | None = None,
 ) -> Ran:
     """The pipeline's own way through the tickets; a step of training takes one tick."""
     source = Simulated(length)
     buffer = Buffer(items_per_step=items_per_step, max_lag=max_lag, window=window)
     ran = Ran(source, buffer, [], [], [], 0)
-    for step in steps_of(source, Keeping(share=share), buffer, steps):
+    for step in steps_of(source, Keeping(share=share), buffer, steps, kills):
         ran.most_open = max(ran.most_open, len(buffer.open) + len(buffer.taken))
         ran.trained.append([place.number for place in buffer.taken])
         ran.passed += [place.number for place in buffer.passed]
@@ -103,8 +109,13 @@ def simulated(
     return ran
 
 
-def steps_of(source: Any, method: Method, buffer: Buffer, steps: int) -> Iterator[int]:
-    """The steps of a run, as it has taken what each trains on, which it is done with then."""
+def steps_of(
+    source: Any, method: Method, buffer: Buffer, steps: int, kills: random.Random | None = None
+) -> Iterator[int]:
+    """The steps of a run, as it has taken what each trains on, which it is done with then.
+
+    With ``kills`` it is killed again and again, between two steps or amid one, and resumed.
+    """
     pipeline = Pipeline(steps=steps, items_per_step=buffer.items_per_step)
     clock: Any = lambda *phase, **options: nullcontext()  # noqa: E731
     session: Any = Session(run=None, store=None, save_every=None, trainers={}, progress=None, clock=clock)
@@ -119,9 +130,24 @@ def steps_of(source: Any, method: Method, buffer: Buffer, steps: int) -> Iterato
     )
     for step in range(steps):
         session.step = step
+        while kills and kills.random() < 0.25:
+            before = session.handed_out, [*session.returned]
+            if kills.random() < 0.5:
+                pipeline._take(crew, session, buffer)
+            resumed(buffer, session, *before)
         pipeline._take(crew, session, buffer)
         yield step
         buffer.trained()
+
+
+def resumed(buffer: Buffer, session: Session, handed_out: int, returned: list[int]) -> None:
+    """As from a checkpoint of the last step (``Session.save``), by which so many tickets had been handed out and these
+    were to be handed out again: what has ended since is kept, and what is open is drawn anew."""
+    places = buffer.untrained(handed_out)
+    begun = {place.number for place in places}
+    again = [*(n for n in returned if n not in begun), *(place.number for place in places if not place.done)]
+    session.handed_out, session.returned = handed_out, sorted(again)
+    buffer.open, buffer.taken, buffer.passed = [place for place in places if place.done], [], []
 
 
 def heavy(seed: int) -> Callable[[int], float]:
@@ -130,14 +156,15 @@ def heavy(seed: int) -> Callable[[int], float]:
 
 
 def test_the_lag_is_bounded_and_nothing_is_lost_whatever_the_lengths():
-    """And the bound is met: it cannot be smaller."""
+    """And the bound is met: it cannot be smaller. Half of the runs are killed in between, and resumed."""
     draw, met = random.Random(0), set()
     for trial in range(300):
         steps, a_step, max_lag = draw.randint(1, 30), draw.randint(1, 5), draw.randint(0, 3)
         window, share = draw.choice([0, 0.1, 0.3, 0.7, 1]), draw.choice([1.0, 0.6])
         long = {draw.randrange(steps * a_step) for _ in range(4)}
         lengths = draw.choice([heavy(trial), lambda n, long=long: 1e3 if n in long else 0.0, lambda n: -n % 7, float])
-        ran = simulated(steps, a_step, max_lag, window, lengths, share)
+        kills = random.Random(trial) if trial % 2 else None
+        ran = simulated(steps, a_step, max_lag, window, lengths, share, kills)
         buffer = ran.buffer
         assert buffer.size == (max_lag + 1) * a_step >= ran.most_open
         assert buffer.bound == max_lag + math.ceil((buffer.reach - 1) / a_step) >= max(ran.lags)
@@ -145,7 +172,8 @@ def test_the_lag_is_bounded_and_nothing_is_lost_whatever_the_lengths():
         numbers = sorted(n for step in ran.trained for n in step)
         assert len(numbers) == len(set(numbers)) == steps * a_step
         # Trained once, or passed over, and none begun that the run could not need.
-        assert sorted([*numbers, *ran.passed]) == ran.source.begun == list(range(steps * a_step + len(ran.passed)))
+        begun = sorted(set(ran.source.begun)) if kills else ran.source.begun
+        assert sorted([*numbers, *ran.passed]) == begun == list(range(steps * a_step + len(ran.passed)))
         assert not buffer.open
         assert all(step == sorted(step) for step in ran.trained)
         if max_lag == 0:
