@@ -2,19 +2,26 @@
 
 import json
 import shlex
+from unittest import mock
 
 import pytest
 from helpers.runs import write_inputs
 
 import tandem
+from tandem.assembly import wiring
 from tandem.assembly.configs import config_class
 from tandem.assembly.models import require_engine
 from tandem.assembly.placing import Homes
 from tandem.assembly.role_sections import Placement, SamplingPlacement
-from tandem.assembly.sections import ClusterSection, EngineSection, ModelSection
+from tandem.assembly.sections import ClusterSection, EngineSection, ModelSection, SamplingSection, ScheduleSection
+from tandem.assembly.wiring import Wiring
 from tandem.config import dump_config, load_config
 from tandem.engines.vllm.setup import in_full
 from tandem.errors import UserError
+from tandem.parallel.world import World
+from tandem.workers.engines import EngineGroup
+from tandem.workers.homes import Here
+from tandem.workers.process import Site
 
 
 @pytest.mark.parametrize(
@@ -119,3 +126,32 @@ def test_arguments_that_are_not_vllms_alone_are_refused_before_anything_is_loade
     for name, words in {"seed": "what Tandem calls 'seed'", "max_loras": "Tandem depends on it"}.items():
         with pytest.raises(UserError, match=rf"^engine\.kind vllm: vLLM argument '{name}' .*{words}"):
             require_engine(EngineSection(kind="vllm", arguments=json.dumps({name: 1})))
+
+
+@pytest.mark.parametrize("kind", ["live", "vllm"])
+@pytest.mark.parametrize(
+    ("asked", "cache", "waits"),
+    [({}, "keep", False), ({"stale_cache": "recompute"}, "recompute", False),
+     ({"weights_change": "between-sequences"}, "keep", True)],
+)  # fmt: skip
+def test_engines_apart_are_told_what_becomes_of_samples_that_run(monkeypatch, kind, asked, cache, waits):
+    """Without the processes: they are asked to build an engine, and pushes wait for its samples or do not."""
+    group = mock.Mock(size=1)
+    link = mock.Mock(return_value={"sync_seconds": 1.0}, transport="gloo", moving=None)
+    for owner, name, found in ((Homes, "group", group), (Wiring, "_source", None), (Wiring, "_link", link)):
+        monkeypatch.setattr(owner, name, lambda self, *_, found=found, **__: found)
+    monkeypatch.setattr(EngineGroup, "settled", lambda self, push: lambda step: {"settling_seconds": 2.0} | push(step))
+    for name, what in {"quantized_kind": None, "base_of": "m", "with_tokenizer": None}.items():
+        monkeypatch.setattr(wiring, name, lambda model, what=what: what)
+    placement, section = SamplingPlacement(engine="1"), EngineSection(kind=kind)
+    homes = Homes(ModelSection(model="m"), placement, ClusterSection(), section, ["actor", "engine"])
+    homes.homes["actor"] = Here(Site(World()))
+    schedule = ScheduleSection(max_lag=1, **asked)
+    parts = {"homes": homes, "sampling": SamplingSection(), "seed": 0, "vocabulary": 9, "others": {}}
+    engine = Wiring(**parts, schedule=schedule).engine()
+    builds = [call.args[1] for call in group.place.call_args_list if call.args[0] == "engine"]
+    assert len(builds) == 1
+    # vLLM always computes them anew.
+    assert builds[0].keywords.get("stale_cache") == (cache if kind == "live" else None)
+    assert engine.push(3) == {"sync_seconds": 1.0} | ({"settling_seconds": 2.0} if waits else {})
+    link.assert_called_once_with(3)
