@@ -147,13 +147,13 @@ def test_convolutions(dtype: torch.dtype, channels: int, kept: int, weights: int
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, LOW])
-@pytest.mark.parametrize(("size", "values"), [(8, 8), (24, 40), (128, 64)])
+@pytest.mark.parametrize(("size", "values"), [(24, 40), (128, 64)])
 def test_steps_of_the_delta_rule(dtype: torch.dtype, size: int, values: int) -> None:
     """Several, after one another, each of heads that lie apart; and in float64, written out."""
     heads = 3
     found = torch.randn(2, heads, size, values, device=DEVICE)
     truth, exact = found.clone(), found.double()
-    for _ in range(3):
+    for _ in range(2):
         both, value = (torch.randn(2, heads, n, device=DEVICE).to(dtype) for n in (2 * size, values))
         query, key = both.chunk(2, dim=2)
         decay, beta = -torch.rand(2, heads, device=DEVICE), torch.rand(2, heads, device=DEVICE).to(dtype)
@@ -170,13 +170,13 @@ def test_steps_of_the_delta_rule(dtype: torch.dtype, size: int, values: int) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, LOW])
-@pytest.mark.parametrize(("lines", "size", "groups"), [(8, 8, 1), (40, 24, 2), (64, 128, 4)])
+@pytest.mark.parametrize(("lines", "size", "groups"), [(40, 24, 2), (64, 128, 1)])
 def test_steps_of_mamba_2(dtype: torch.dtype, lines: int, size: int, groups: int) -> None:
     heads = 4
     found = torch.randn(2, heads, lines, size, device=DEVICE).to(dtype)
     truth, exact = found.clone(), found.double()
     rate, skip = -torch.rand(heads, device=DEVICE), torch.randn(heads, device=DEVICE).to(dtype)
-    for _ in range(3):
+    for _ in range(2):
         wide, into = (torch.randn(2, n, m, device=DEVICE).to(dtype) for n, m in ((heads, 2 * lines), (groups, size)))
         x, out_of, step = wide[..., lines:], into.flip(2), torch.rand(2, heads, device=DEVICE)
         out = states_triton.select_step(x, step, rate, into, out_of, skip, found)

@@ -58,7 +58,6 @@ def asks(count: int, **sampling: Any) -> list[Request]:
     [
         ("qwen3-next", "slots", 3),
         ("qwen3-next", "captured", 3),
-        ("qwen3.5", "captured", 3),
         ("zamba", "slots", 3),
         ("mamba", "captured", 20),
         ("gemma4-e", "captured", 3),
@@ -76,7 +75,7 @@ def test_what_a_sample_is_given_does_not_depend_on_those_beside_it(name: str, wa
     engine = LiveEngine(model.module, tokenizer(), way=way, max_slots=slots, prefill_tokens=12)
     if way == "captured":
         assert engine.fitting is not None
-        assert (engine.fitting.lean is None) is (name not in ("qwen3-next", "qwen3.5", "mamba"))
+        assert (engine.fitting.lean is None) is (name not in ("qwen3-next", "mamba"))
     asked = [*asks(5, temperature=0), *asks(5, temperature=1.0)]
     if slots > 3:
         ends = SamplingParams(max_new_tokens=60, temperature=1.0, stop_token_ids=tuple(range(10, 16)))
