@@ -103,7 +103,7 @@ def test_a_keyword_of_attention_that_is_not_known_is_refused(keyword: str) -> No
 
 
 @pytest.mark.parametrize("kind", ["mamba", "mamba2", "falcon_mamba"])
-def test_a_model_that_adds_up_in_float32_trains_in_bfloat16(kind: str) -> None:
+def test_a_model_that_adds_up_in_float32_trains_and_samples_in_bfloat16(kind: str) -> None:
     module = matrix.make(matrix.Case(kind))
     trained_size(module)
     rows = pack([Sequence(token_ids=[5, 6, 7, 8] * 5, trainable=[False] + [True] * 19)])
@@ -117,6 +117,12 @@ def test_a_model_that_adds_up_in_float32_trains_in_bfloat16(kind: str) -> None:
     # 8 bits of logits of about 8, two layers.
     assert 0 < (logp_T - exact).abs().mean() < 0.2
     assert module.get_input_embeddings().weight.grad.isfinite().all()
+    # As on a GPU.
+    asked = Request(prompt_ids=(5, 6, 7), seeds=(0,), sampling=SamplingParams(max_new_tokens=4))
+    ((drawn,),) = LiveEngine(module, tokenizer(), way="captured").generate([asked])
+    found = forward(model, pack([Sequence.read([5, 6, 7, *drawn.token_ids])])).logp_T
+    assert found is not None
+    assert drawn.behaviour_logp == pytest.approx(found[3:].tolist(), abs=0.3)
 
 
 @pytest.mark.parametrize("kind", ["minimax", "xlstm"])
