@@ -85,6 +85,18 @@ def test_what_was_trained_is_used_and_trained_on_like_any_model(made):
     assert measured[0] == pytest.approx(measured[1], rel=1e-6)
 
 
+@pytest.mark.parametrize("rank", [1, 4])
+def test_a_run_says_where_its_adapters_hold_less_than_its_data_say(capsys, rank):
+    """40 demonstrations of 19 tokens and an end; rank 1 on two layers of 32 x 32 is 128 numbers, of 2 bits each."""
+    data = Path("long.jsonl")
+    data.write_text("".join(json.dumps({"prompt": "a=", "completion": "b" * 19}) + "\n" for _ in range(40)))
+    argv = [*unevaluated(arguments("sft")), "--out", f"rank_{rank}", "--steps", "1", "--lora.rank", str(rank)]
+    argv[argv.index("demos.jsonl")] = str(data)
+    assert main([*argv, "--lora.targets", "o_proj"]) == 0
+    line = "lora.rank: the adapters hold about 2 x 0.000128M bits and the data say about 0.0008M"
+    assert (line in "".join(capsys.readouterr())) == (rank == 1)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
