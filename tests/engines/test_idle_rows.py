@@ -144,5 +144,5 @@ def share_used(monkeypatch: pytest.MonkeyPatch, *, max_lag: int, equal: bool = F
 
 
 def test_open_samples_use_the_device_while_the_host_does_other_things(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With lag 1 and lengths that nobody knows; 0.87 where nothing is enqueued ahead."""
-    assert share_used(monkeypatch, max_lag=1) > 0.95
+    """With lag 1 and unknown lengths: 0.87 with nothing enqueued ahead, 0.95 where one row in 16 is waited for."""
+    assert share_used(monkeypatch, max_lag=1) > 0.96
