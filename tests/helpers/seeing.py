@@ -92,7 +92,7 @@ def _config(family: str, size: dict[str, Any]) -> tuple[str, Any]:
 
 
 FAMILIES = (
-    "gemma3", "gemma4", "qwen3_5", "qwen3_5_moe", "mistral3", "llama4", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe",
+    "gemma3", "gemma4", "qwen3_5", "qwen3_5_moe", "mistral3", "llama4", "qwen2_vl", "qwen3_vl_moe",
 )  # fmt: skip
 
 

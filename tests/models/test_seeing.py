@@ -333,7 +333,7 @@ def test_a_push_is_called_as_the_wholes_folder_calls_it(folders, family, tmp_pat
 
 
 def test_a_whole_that_somebody_trains_gives_the_sampler_its_text_half(folders):
-    model, whole = load_causal(folders("mistral3"), device="cpu"), whole_in(folders("mistral3"))
+    model, whole = load_causal(folders("qwen2_vl"), device="cpu"), whole_in(folders("qwen2_vl"))
     own = dict(model.module.named_parameters())
     found = given(whole)
     require_same(found.parameters, {name: tuple(p.shape) for name, p in own.items()}, "the folder")
