@@ -44,15 +44,13 @@ def sees(config: Any, place: str | Path) -> bool:
     Raises UserError where it is one whose text half cannot be loaded.
     """
     scores = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
-    if "text_config" not in config.sub_configs or getattr(config, "auto_map", None) or scores:
+    text = getattr(config, "text_config", None) if "text_config" in config.sub_configs else None
+    if text is None or getattr(config, "auto_map", None) or scores:
         return False
-    known = AutoModelForCausalLM._model_mapping
-    if type(config.text_config) not in known and config.text_config.model_type not in PLAIN:
-        if type(config) in known:
-            return False
+    if type(text) not in AutoModelForCausalLM._model_mapping and text.model_type not in PLAIN:
         raise UserError(
             f"{place}: a {config.model_type}, and transformers has no causal language model of its text half alone "
-            f"({config.text_config.model_type}); use a model of text alone"
+            f"({text.model_type}); use a model of text alone"
         )
     kind_of(getattr(config, "quantization_config", None), place)
     return True

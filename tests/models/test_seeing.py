@@ -456,8 +456,9 @@ def test_wholes_with_numbers_of_their_own_and_without_a_word_on_ties(family):
     SeeingModel("hub", config).require_exact(torch.device("cpu"))
 
 
-def test_without_a_causal_class_of_the_text_it_is_refused(tmp_path):
-    transformers.PaddleOCRVLConfig().save_pretrained(tmp_path)
+@pytest.mark.parametrize("kind", ["PaddleOCRVL", "Mllama"])
+def test_without_a_causal_class_of_the_text_it_is_refused(tmp_path, kind):
+    getattr(transformers, f"{kind}Config")().save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
     with pytest.raises(UserError, match="no causal language model of its text half alone"):
         load_causal(tmp_path, device="cpu")
