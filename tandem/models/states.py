@@ -131,6 +131,11 @@ class Held(Cache):
         self.passed[self.attending] = key_states, value_states
         return key_states, value_states
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # RecurrentGemma puts functions of its own in their places (transformers before 5.19), for a cache that keeps.
+        if name not in ("get_seq_length", "get_mask_sizes"):
+            super().__setattr__(name, value)
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Of keys and values: the module is told its positions, and a layout has the earlier ones."""
         return 0
