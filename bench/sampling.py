@@ -199,11 +199,13 @@ def vllm(options: argparse.Namespace, record: Record) -> None:
     memory = {"gpu_memory_utilization": 0.9} if on_gpu else {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 30}
     with tempfile.TemporaryDirectory() as name:
         folder = write_folder(options.size, Path(name), weights=False)
+        # Its Qwen3-MoE cannot share the head with the embedding (0.25).
+        untied = {"hf_overrides": {"tie_word_embeddings": False}} if "moe" in options.size else {}
         llm = LLM(
             folder, dtype=dtype_of(options.device), load_format="dummy", skip_tokenizer_init=True,
             generation_config="vllm", disable_log_stats=True,
             max_num_seqs=max(case.slots for case in todo), max_num_batched_tokens=16384,
-            max_model_len=options.prompt_tokens + max(case.new_tokens for case in todo) + 8, **memory,
+            max_model_len=options.prompt_tokens + max(case.new_tokens for case in todo) + 8, **memory, **untied,
         )  # fmt: skip
     for logprobs in (0, None):
         for case in todo:
