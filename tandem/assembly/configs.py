@@ -364,6 +364,7 @@ class SamplesConfig(RunConfig):
                 "correction: with max_lag above 0 and old_logp 'trainer' old samples would count as if the newest "
                 "weights had drawn them; give a correction (token_tis), --old-logp sampler, or --uncorrected"
             )
+        self._require_known_logp()
         if self.schedule.stale_cache == "keep" and self.engine.kind == "vllm":
             raise UserError(
                 "stale_cache: vLLM computes the keys and values of samples that run anew when weights change, so none "
@@ -391,6 +392,24 @@ class SamplesConfig(RunConfig):
         if self.step.minibatches > units:
             raise UserError(
                 f"minibatches: expected at most {units}, since a step has no more {what}, got {self.step.minibatches}"
+            )
+
+    def _require_known_logp(self) -> None:
+        """Raises UserError where the sampler's log-probs are read, and nobody knows them: of a replayed run's, too."""
+        draws = self.sampling
+        truncated = draws.top_k > 0 or draws.top_p < 1 or draws.min_p > 0
+        if not truncated or self.method.pairwise or self.engine.kind != "vllm":
+            return
+        only = "vLLM reports truncated log-probs only"
+        if self.step.old_logp == "sampler":
+            raise UserError(
+                f"old_logp: {only}, which would bias the ratios; with top_k, top_p or min_p add --old-logp trainer"
+            )
+        given = {"correction": settings(self)["correction"] != "none", "ess_floor": self.step.ess_floor is not None}
+        if unknown := [key for key, there in given.items() if there]:
+            raise UserError(
+                f"{unknown[0]}: {only}, and none to compare with the trainer's; leave it out with top_k, top_p or "
+                "min_p, or sample with --engine.kind live"
             )
 
     @property

@@ -21,7 +21,6 @@ from tandem.assembly.reading import by_key, describe_data, load_data, load_held_
 from tandem.assembly.role_sections import is_reward_model
 from tandem.assembly.sections import DataSection, DatasetSection, DrawsSection, EngineSection
 from tandem.assembly.wiring import Wiring
-from tandem.config import settings
 from tandem.data.chat import set_template
 from tandem.data.items import Counts, build_pairs, build_prompts, build_sequences, build_solutions, build_unpaired
 from tandem.data.order import InTurn, Order
@@ -358,19 +357,6 @@ def check_sampling(config: SamplesConfig) -> None:
     config.reward.overlong(sampling.max_new_tokens)
     if sampling.temperature == 0:
         raise UserError("temperature: 0 is greedy, all samples of a prompt would be equal; give more than 0")
-    truncated = sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
-    if truncated and not method.pairwise and config.engine.kind == "vllm":
-        only = "vLLM reports truncated log-probs only"
-        if config.step.old_logp == "sampler":
-            raise UserError(
-                f"old_logp: {only}, which would bias the ratios; with top_k, top_p or min_p add --old-logp trainer"
-            )
-        given = {"correction": settings(method)["correction"] != "none", "ess_floor": config.step.ess_floor is not None}
-        if unknown := [key for key, there in given.items() if there]:
-            raise UserError(
-                f"{unknown[0]}: {only}, and none to compare with the trainer's; leave it out with top_k, top_p or "
-                "min_p, or sample with --engine.kind live"
-            )
     require_engine(config.engine)
 
 

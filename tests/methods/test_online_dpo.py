@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -9,10 +10,11 @@ import torch
 from helpers.models import make_module, make_tokenizer
 from safetensors.torch import load_file
 
-from tandem.assembly import feeds
-from tandem.assembly.configs import read_config
+from tandem.assembly.configs import class_over, read_config
+from tandem.assembly.replay_config import ReplayConfig
 from tandem.batch import Outputs
 from tandem.cli.main import main
+from tandem.config import load_config
 from tandem.data.packing import pack_pairs, stamp
 from tandem.errors import UserError
 from tandem.methods.online_dpo import OnlineDPO
@@ -112,20 +114,32 @@ def test_minibatches_and_epochs_hold_pairs_and_nothing_is_taken_for_a_ratio():
         assert batch.weight_T.sum().item() == pytest.approx(1.0)
 
 
-def test_truncated_samples_of_vllm_need_no_other_log_probs(monkeypatch):
-    monkeypatch.setattr(feeds, "require_engine", lambda engine: None)
+def test_truncated_samples_of_vllm_need_no_other_log_probs():
     keys = {"model": "m", "data": "d.jsonl", "reward": "r.py:f", "out": "o", "steps": 1, "top_p": 0.9}
-    grpo, online = (read_config(name, engine__kind="vllm", **keys) for name in ("grpo", "online-dpo"))
+    read_config("online-dpo", engine__kind="vllm", **keys)
     with pytest.raises(UserError, match="old_logp: vLLM reports truncated log-probs only"):
-        feeds.check_sampling(grpo)
-    feeds.check_sampling(online)
+        read_config("grpo", engine__kind="vllm", **keys)
     # What compares the sampler's with the trainer's has nothing to compare.
     for key, value in ({"correction": "token_tis"} | {"ess_floor": 0.5}).items():
         compared = keys | {"old_logp": "trainer", key: value}
-        with pytest.raises(UserError, match=f"{key}: vLLM reports truncated log-probs only, and none to compare"):
-            feeds.check_sampling(read_config("grpo", engine__kind="vllm", **compared))
-        feeds.check_sampling(read_config("grpo", **compared))
-    feeds.check_sampling(read_config("grpo", engine__kind="vllm", **keys, old_logp="trainer"))
+        with pytest.raises(
+            UserError, match=f"--{key.replace('_', '-')}: vLLM reports truncated log-probs only, and none to compare"
+        ):
+            read_config("grpo", engine__kind="vllm", **compared)
+        read_config("grpo", **compared)
+    read_config("grpo", engine__kind="vllm", **keys, old_logp="trainer")
+
+
+@pytest.mark.parametrize(
+    ("flags", "key"),
+    [((), "old_logp"), (("--old-logp", "trainer", "--ess-floor", "0.5"), "ess-floor"),
+     (("--old-logp", "trainer", "--correction", "geo"), "correction"), (("--old-logp", "trainer"), None)],
+)  # fmt: skip
+def test_a_replay_of_truncated_samples_of_vllm_compares_them_with_nothing_either(flags, key):
+    argv = ["--model", "m", "--data", "d.jsonl", "--reward", "r.py:f", "--out", "o", "--steps", "1", "--replayed", "r"]
+    argv += ["--engine.kind", "vllm", "--top-p", "0.9", *flags]
+    with pytest.raises(UserError, match=f"{key}: vLLM reports") if key else nullcontext():
+        load_config(class_over(ReplayConfig, "grpo"), argv)
 
 
 @pytest.fixture
