@@ -186,6 +186,12 @@ def put_adapters(module: Any, params: AdapterParams, base: str, base_sum: str | 
     adapters = _put(peft, module, config, base, fresh=params.folder is None, base_sum=base_sum)
     if params.folder is None:
         _start(module, params.seed)
+        if moved := {*(config.target_parameters or ())} - {*stacks}:
+            log.warning(
+                "%s: peft takes gate_proj, up_proj and down_proj of this kind of model for those of its experts: these "
+                "have adapters (%s), and layers of such names elsewhere, dense or of shared experts, have none",
+                type(module).__name__, " and ".join(sorted(moved)),
+            )  # fmt: skip
     else:
         _fill(module, params.folder, mapping, beside=params.beside)
     return adapters

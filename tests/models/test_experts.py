@@ -416,6 +416,16 @@ def test_routers_that_are_linear_layers_have_no_adapters_and_all_their_bits(kind
     assert adapted(module)
 
 
+def test_adapters_that_peft_puts_on_experts_instead_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    put_adapters(module_of("qwen3_moe"), AdapterParams(rank=2), "base")
+    put_adapters(module_of("deepseek_v3"), AdapterParams(rank=2, targets=("q_a_proj", "experts")), "base")
+    assert not caplog.text
+    module = module_of("deepseek_v3")
+    put_adapters(module, AdapterParams(rank=2), "base")
+    assert {name.partition(".mlp.")[2] for name in adapted(module)} == {"", "experts", "experts.base_layer"}
+    assert "these have adapters (down_proj and gate_up_proj)" in caplog.text
+
+
 def replaced(router: torch.nn.Module) -> torch.nn.Module:
     """A copy with float32 parameters."""
     plain = copy.copy(router)
