@@ -121,6 +121,21 @@ def test_what_ends_is_known_while_others_run_and_nothing_is_lost_in_between(way)
     assert long.done(), "nothing is left, whatever is waited for"
 
 
+def test_samples_that_ended_between_two_waits_may_be_given_up_before_the_next():
+    """Their ends were read when the weights changed, and nobody has been told of them."""
+    trained = Trained("captured")
+    short, long = trained.engine.submit(asks([20, 90]))
+    trained.engine.wait(trained.steps(2))
+    assert not short.done()
+    trained.step()
+    trained.engine.go_on()
+    names = [name for name, sample in trained.engine.core.samples.items() if sample.stop]
+    assert names == [0, 1]
+    trained.engine.core.abort(names)
+    assert [len(completion.token_ids) for completion in long.result()] == [90, 90]
+    assert not short.done()
+
+
 @pytest.mark.parametrize("way", [*WAYS, "padded"])
 def test_what_is_given_up_raises_and_leaves_an_engine_that_works(way):
     trained = Trained(way)

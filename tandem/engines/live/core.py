@@ -125,7 +125,7 @@ class LiveCore:
         if held and self.batching is not None:
             new = set(self.new)
             everyone = list(self.samples.values())  # another thread may add to it meanwhile
-            waiting = [s for s in everyone if not s.token_ids and s.row is None and s not in new]
+            waiting = [s for s in everyone if not (s.token_ids or s.stop) and s.row is None and s not in new]
             with self._losing_all():
                 self.batching.leave(set(waiting))
             self.new.extendleft(reversed(waiting))

@@ -120,6 +120,7 @@ class PagedBatching:
                     queue.remove(prefix)
                     self._give_back(prefix)
         self.to_stop += [self._vacate(sample) for sample in samples if sample.row is not None]
+        self.ended = [sample for sample in self.ended if sample not in samples]
 
     def renew(self, *, recompute: bool) -> None:
         # What is enqueued comes from the old weights.
