@@ -360,9 +360,10 @@ class SamplesConfig(RunConfig):
         knobs = settings(self)
         bare = knobs.get("correction") == "none" and not knobs["uncorrected"]
         if bare and self.step.old_logp == "trainer" and self.schedule.max_lag > 0:
+            corrected = "a correction (token_tis), --old-logp sampler, or "
             raise UserError(
                 "correction: with max_lag above 0 and old_logp 'trainer' old samples would count as if the newest "
-                "weights had drawn them; give a correction (token_tis), --old-logp sampler, or --uncorrected"
+                f"weights had drawn them; give {'' if self._unknown_logp else corrected}--uncorrected"
             )
         self._require_known_logp()
         if self.schedule.stale_cache == "keep" and self.engine.kind == "vllm":
@@ -371,7 +372,8 @@ class SamplesConfig(RunConfig):
                 "can be kept; leave it at auto, or sample with --engine.kind live"
             )
         settling = self.schedule.weights_change == "between-sequences"
-        taking_turns = self.engine.kind == "vllm" and self.placement.home("engine") == "actor" and self.engine.sleep
+        beside = self.engine.kind == "vllm" and self.placement.home("engine") == "actor"
+        taking_turns = beside and self.engine.sleep and self.model.device != "cpu"
         if settling and taking_turns:
             raise UserError(
                 "weights_change: an engine that takes turns with the trainer stops wherever its samples are, and they "
@@ -394,11 +396,15 @@ class SamplesConfig(RunConfig):
                 f"minibatches: expected at most {units}, since a step has no more {what}, got {self.step.minibatches}"
             )
 
-    def _require_known_logp(self) -> None:
-        """Raises UserError where the sampler's log-probs are read, and nobody knows them: of a replayed run's, too."""
+    @property
+    def _unknown_logp(self) -> bool:
+        """Whether nobody knows what the sampler's log-probs were before truncation."""
         draws = self.sampling
-        truncated = draws.top_k > 0 or draws.top_p < 1 or draws.min_p > 0
-        if not truncated or self.method.pairwise or self.engine.kind != "vllm":
+        return self.engine.kind == "vllm" and (draws.top_k > 0 or draws.top_p < 1 or draws.min_p > 0)
+
+    def _require_known_logp(self) -> None:
+        """Raises UserError where such log-probs are read; of a replayed run's, too."""
+        if self.method.pairwise or not self._unknown_logp:
             return
         only = "vLLM reports truncated log-probs only"
         if self.step.old_logp == "sampler":

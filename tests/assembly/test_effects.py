@@ -321,11 +321,11 @@ def test_a_stale_cache_is_refused_where_no_sample_runs_when_weights_change(alone
 
 
 def test_who_takes_turns_does_not_wait_for_samples_to_end():
-    """Told before anything is loaded, whatever the device turns out to be."""
+    """Told before anything is loaded, whatever the device turns out to be, unless it is said to be a CPU."""
     flags = [*VLLM, "--placement.actor", "1", "--max-lag", "1", "--weights-change", "between-sequences"]
     with pytest.raises(UserError, match=r"weights-change: an engine that takes turns .* --engine.no-sleep"):
         load_config(GRPOConfig, words(GRPOConfig, flags))
-    for others in (["--engine.no-sleep"], ["--placement.engine", "1"]):
+    for others in (["--engine.no-sleep"], ["--placement.engine", "1"], ["--device", "cpu"]):
         load_config(GRPOConfig, words(GRPOConfig, [*flags, *others]))
 
 
@@ -335,6 +335,11 @@ def test_old_samples_without_a_correction_are_asked_for_twice():
     for flags in (old, [*old, "--correction", "none"]):
         with pytest.raises(UserError, match=r"correction: with max_lag above 0 .* or --uncorrected"):
             load_config(GRPOConfig, words(GRPOConfig, flags))
+    # Of what can be given, nothing is proposed that would be refused next.
+    truncated = [*old, *VLLM, "--placement.actor", "1", "--top-p", "0.9"]
+    with pytest.raises(UserError, match=r"had drawn them; give --uncorrected$"):
+        load_config(GRPOConfig, words(GRPOConfig, truncated))
+    load_config(GRPOConfig, words(GRPOConfig, [*truncated, "--uncorrected"]))
     for flags in ([*old, "--uncorrected"], [*old, "--correction", "gap"], ["--max-lag", "1"], TRAINER):
         load_config(GRPOConfig, words(GRPOConfig, flags))
     load_config(config_class("online-dpo"), words(config_class("online-dpo"), ["--max-lag", "1"]))
