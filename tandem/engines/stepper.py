@@ -229,7 +229,7 @@ class Stepper(Generic[Job, Result]):
             with self._lock:
                 self._leave()
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, error: BaseException) -> None:
         """Ends every call with ``error``, for the holder of ``exclusive``."""
         with self._lock:
             self._end_all(error)

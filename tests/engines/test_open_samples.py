@@ -16,6 +16,7 @@ from helpers.telling import tell, told
 from tandem.engines.live.core import LiveCore
 from tandem.engines.live.engine import LiveEngine
 from tandem.engines.live.fitting import Fitting, free_bytes
+from tandem.engines.live.over_pages import PagedBatching
 from tandem.engines.samples import Sample, StopRule, take_requests
 from tandem.errors import Cancelled
 from tandem.futures import wait_all
@@ -134,6 +135,21 @@ def test_samples_that_ended_between_two_waits_may_be_given_up_before_the_next():
     trained.engine.core.abort(names)
     assert [len(completion.token_ids) for completion in long.result()] == [90, 90]
     assert not short.done()
+
+
+@pytest.mark.parametrize("call", ["go_on", "give_way"])
+def test_what_fails_between_two_waits_ends_what_was_being_sampled(call: str, monkeypatch: pytest.MonkeyPatch):
+    trained = Trained("captured")
+    (future,) = trained.engine.submit(asks([90]))
+    trained.engine.wait(trained.steps(2))
+    with monkeypatch.context() as patch:
+        patch.setattr(PagedBatching, call, lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            getattr(trained.engine, call)()
+    assert future.done(), "nobody waits for it in vain"
+    with pytest.raises(ZeroDivisionError):
+        future.result()
+    assert [len(completion.token_ids) for completion in trained.engine.generate(asks([9]))[0]] == [9, 9]
 
 
 @pytest.mark.parametrize("way", [*WAYS, "padded"])

@@ -202,15 +202,21 @@ class LiveEngine:
     def give_way(self) -> None:
         """Others are about to compute on the device: leaves them the memory that they need, and the device steps to do
         until they begin."""
-        if self.stepper.unfinished:
-            with self.stepper.exclusive():
-                self.core.give_way()
+        self._between_steps(self.core.give_way)
 
     def go_on(self) -> None:
         """They have: unfinished samples go on, as far as nobody has to wait for it."""
+        self._between_steps(self.core.go_on)
+
+    def _between_steps(self, work: Callable[[], None]) -> None:
         if self.stepper.unfinished:
             with self.stepper.exclusive():
-                self.core.go_on()
+                try:
+                    work()
+                except BaseException as error:
+                    # The core has lost its samples: whoever waited for one would wait for ever.
+                    self.stepper.fail(error)
+                    raise
 
     def look(self) -> None:
         """Nothing ends but in ``wait``."""

@@ -189,7 +189,7 @@ def why_not_layouts(module: Any) -> str:
 def find_cache_shape(module: Any) -> CacheShape:
     """What a token needs in the cache.
 
-    Raises Unlike where its layers differ in what they keep.
+    Raises Unlike where pages do not hold what its layers keep.
     """
     if states_of_layers(module):
         return _shape_beside_states(StateForward(module))
