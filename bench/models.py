@@ -24,7 +24,7 @@ _SHAPES: dict[str, dict[str, Any]] = {
                "num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False},
     "32b": {"hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64, "num_attention_heads": 40,
                "num_key_value_heads": 8, "vocab_size": 152064, "tie_word_embeddings": False},
-    # Experts: of 1.03 billion parameters a token meets 0.33 billion.
+    # Experts: of 1.00 billion parameters a token meets 0.30 billion.
     "tiny-moe": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4,
                  "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 512, "tie_word_embeddings": True,
                  "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True},

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.family_models import family_model
 
 from tandem.engines.live.forwards import LeanForward
 from tandem.engines.live.layers import Attention, Decoder, Gated, Layer, Ungated, Unlike, Whole, read_decoder
@@ -19,22 +18,11 @@ from tandem.engines.live.probe import Trial, find_cache_shape, head_shape_of
 from tandem.engines.live.states import StateForward
 from tandem.kernels import states
 from tandem.kernels.layers import Norm
-from tandem.models.attention import IMPLEMENTATION, Ask
-from tandem.models.shrunk import trained_size
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-import families
-
-
-def made(name: str) -> Any:
-    module = families.NAMES[name].module(families.TINY)
-    trained_size(module)
-    module.set_attn_implementation(IMPLEMENTATION)
-    return module
+from tandem.models.attention import Ask
 
 
 def read(name: str) -> tuple[Decoder, Layer, Layer]:
-    decoder = read_decoder(made(name), 96)
+    decoder = read_decoder(family_model(name), 96)
     return decoder, decoder.layers[0], decoder.layers[1]
 
 
@@ -98,7 +86,7 @@ def test_what_is_read_of_qwen_3_5() -> None:
 
 def test_what_is_read_of_nemotron_h() -> None:
     """Its layers are one part each."""
-    first, second, third, fourth = read_decoder(made("nemotron-h"), 96).layers
+    first, second, third, fourth = read_decoder(family_model("nemotron-h"), 96).layers
     assert isinstance(first.attention, Mixer)
     assert isinstance(second.feed, Whole)
     assert isinstance(third.attention, Attention)
@@ -149,7 +137,7 @@ WRONG = [
 
 @pytest.mark.parametrize("name", dict.fromkeys(name for name, _ in WRONG))
 def test_the_proof_notices_a_wrong_description(name: str) -> None:
-    module = made(name)
+    module = family_model(name)
     trial, shape = Trial(module, (4, 12), 5), find_cache_shape(module)
     lean = LeanForward(module, positions=96, head_shape=head_shape_of(module))
     assert not trial.why_not_pages(lean, shape)
@@ -166,7 +154,7 @@ def test_the_proof_notices_a_wrong_description(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["qwen3.5", "lfm2", "granite4"])
 def test_the_proof_notices_a_wrong_step_of_layers_that_keep_states(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = made(name)
+    module = family_model(name)
     trial, shape = Trial(module, (4, 12), 5), find_cache_shape(module)
     lean = LeanForward(module, positions=96, head_shape=head_shape_of(module))
     forward = StateForward(module, lean)
@@ -226,7 +214,7 @@ def rolled_keys(module: Any) -> None:
 
 @pytest.mark.parametrize("change", [gate_after, between, before_all, sum_of_more, rolled_keys])
 def test_a_module_that_computes_something_else_is_not_read(change: Callable[[Any], None]) -> None:
-    module = made("llama")
+    module = family_model("llama")
     change(module)
     try:
         lean = LeanForward(module, positions=96, head_shape=head_shape_of(module))

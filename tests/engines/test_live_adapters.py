@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from helpers.family_models import made
 from helpers.models import make_module, make_tokenizer
 from helpers.targets import TARGETS, make_bases
 
@@ -18,14 +16,10 @@ from tandem.engines.live.stacked import Additions
 from tandem.models.adapters import AdapterParams
 from tandem.models.loading import load_causal
 from tandem.models.quantized import quantize_module
-from tandem.models.shrunk import trained_size
 from tandem.training.optim import OptimParams
 from tandem.training.trainer import LocalTrainer
 from tandem.training.views import View
 from tandem.types import Request, SamplingParams, Sequence
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-import families
 
 peft = pytest.importorskip("peft")
 PROMPTS = [(5, 9, 13), (7, 30, 31, 8)]
@@ -36,9 +30,7 @@ def bases(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bases")
     make_module("qwen2").save_pretrained(folder / "qwen2")
     make_tokenizer().save_pretrained(folder / "qwen2")
-    with_states = families.NAMES["qwen3.5"].module(families.TINY)
-    trained_size(with_states)
-    with_states.save_pretrained(folder / "qwen3.5")
+    made("qwen3.5").save_pretrained(folder / "qwen3.5")
     make_tokenizer().save_pretrained(folder / "qwen3.5")
     return make_bases(folder) | {name: folder / name for name in ("qwen2", "qwen3.5")}
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import random
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers.drawing import drawn
 from helpers.engine_models import model, tokenizer
+from helpers.family_models import family_model
 from helpers.telling import tell, told
 
 from tandem.engines.live.core import LiveCore
@@ -20,12 +19,7 @@ from tandem.engines.live.over_pages import PagedBatching
 from tandem.engines.samples import Sample, StopRule, take_requests
 from tandem.errors import Cancelled
 from tandem.futures import wait_all
-from tandem.models.attention import IMPLEMENTATION
-from tandem.models.shrunk import trained_size
 from tandem.types import Request, SamplingParams
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-import families
 
 WAYS = ["slots", "captured"]
 TOKENS = {version: 10 + version for version in range(86)}
@@ -180,10 +174,7 @@ def logp_of(module: Any, prompt: tuple[int, ...], token_ids: list[int]) -> list[
 
 def with_states() -> Any:
     """A model with a convolution and attention."""
-    module = families.NAMES["lfm2"].module(families.TINY)
-    trained_size(module)
-    module.set_attn_implementation(IMPLEMENTATION)
-    return module
+    return family_model("lfm2")
 
 
 @pytest.mark.parametrize(

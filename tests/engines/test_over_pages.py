@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import gc
-import sys
 import weakref
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers.drawing import Rounded, drawn, gap, mixed_requests
 from helpers.engine_models import EOS, VOCABULARY, bytes_tokenizer, model, tokenizer
+from helpers.family_models import FAMILIES, family_model
 from transformers import GemmaConfig, GemmaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from tandem.engines.live.decoder import Landing
@@ -25,19 +24,7 @@ from tandem.engines.samples import Sample
 from tandem.errors import UserError
 from tandem.kernels import products
 from tandem.models.attention import IMPLEMENTATION, PackedLayout
-from tandem.models.shrunk import trained_size
 from tandem.types import Request, SamplingParams
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-import families
-
-
-def made(name: str) -> Any:
-    """A tiny model of a family, of trained size."""
-    module = families.NAMES[name].module(families.TINY)
-    trained_size(module)
-    module.set_attn_implementation(IMPLEMENTATION)
-    return module
 
 
 def live(module: Any, **options: Any) -> LiveEngine:
@@ -116,7 +103,7 @@ def test_texts_decoded_while_the_device_is_busy_are_the_texts(monkeypatch: pytes
 
 @pytest.mark.parametrize("architecture", ["qwen2", "gpt_neox", "gemma4-e"])
 def test_eight_bits_round_keys_and_values_and_nothing_else(architecture: str) -> None:
-    module = made(architecture) if architecture in families.NAMES else model(architecture)
+    module = family_model(architecture) if architecture in FAMILIES else model(architecture)
     sampling = SamplingParams(max_new_tokens=70)
     asked = [Request(prompt_ids=(4, 5, 6 + i), seeds=(1, 2), sampling=sampling) for i in range(4)]
     engine = live(module, way="captured", kv_cache_dtype="fp8")
@@ -134,9 +121,9 @@ def test_eight_bits_round_keys_and_values_and_nothing_else(architecture: str) ->
 
 def test_layers_keep_keys_and_values_of_their_own_shapes_and_share_them() -> None:
     """Of Gemma 4 E2B two layers have their own, and two are given theirs. Where others did the proof would tell."""
-    shape = find_cache_shape(made("gemma4-e"))
+    shape = find_cache_shape(family_model("gemma4-e"))
     assert (shape.kept, shape.layers) == (((1, 8), (1, 16)), (0, 1, 0, 1))
-    module = made("qwen3")
+    module = family_model("qwen3")
     shape = find_cache_shape(module)
     shared = replace(shape, kept=shape.kept[:1], layers=(0, 0))
     assert "does not reproduce" in Trial(module).why_not_pages(OwnForward(module), shared)

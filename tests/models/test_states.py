@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.engine_models import tokenizer
+from helpers.family_models import made
 from torch.distributed import HashStore
 
 from tandem.batch import Batch, Outputs, TokenLoss
@@ -22,23 +22,12 @@ from tandem.errors import UserError
 from tandem.models.adapters import AdapterParams
 from tandem.models.forward import forward
 from tandem.models.loading import load_causal, prepare_module
-from tandem.models.shrunk import trained_size
 from tandem.models.states import Held, Mixers
 from tandem.parallel.sharding import whole
 from tandem.parallel.world import World, join
 from tandem.training.optim import OptimParams
 from tandem.training.trainer import LocalTrainer, MemoryParams
 from tandem.types import Request, SamplingParams, Sequence
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-import families
-
-
-def made(name: str) -> Any:
-    """A tiny model of a family, of trained size."""
-    module = families.NAMES[name].module(families.TINY)
-    trained_size(module)
-    return module
 
 
 def asks(count: int, **sampling: Any) -> list[Request]:

@@ -143,8 +143,9 @@ class Trial:
     def rounding(self) -> float:
         """What logits are off by where the module's parts, which compute in 16 bits, round as they might as well.
 
-        It grows with depth and width: 0.02 for a random model of half a billion parameters, 0.15 for one of 32. What
-        each part without parts of its own gives is moved by up to half a unit of its last place, at random.
+        It grows with depth and width: Qwen2.5-32B's shapes with random weights were off by 0.17 in transformers' own
+        decoding. What each part without parts of its own gives is moved by up to half a unit of its last place, at
+        random.
         """
         generator = torch.Generator().manual_seed(0)
 
