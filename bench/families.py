@@ -13,6 +13,7 @@ from prompts of random tokens, after a warm-up, and "of qwen2" is the rate over 
 from __future__ import annotations
 
 import argparse
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -67,8 +68,34 @@ def _of(*parts: Callable[[Shape], Shape], **options: Any) -> Callable[[Shape], S
     return lambda shape: {key: x for part in parts for key, x in part(shape).items()} | options
 
 
+def _small(shape: Shape) -> bool:
+    return shape["hidden_size"] < 100
+
+
+def _sized(**options: tuple[Any, Any]) -> Callable[[Shape], Shape]:
+    """Options of a tiny model, and of one of true size."""
+    return lambda shape: {name: two[not _small(shape)] for name, two in options.items()}
+
+
 def _window(shape: Shape) -> Shape:
-    return {"sliding_window": 6 if shape["hidden_size"] < 100 else 512}
+    return {"sliding_window": 6 if _small(shape) else 512}
+
+
+def _deltas(shape: Shape) -> Shape:
+    """Heads of a linear attention: of true size twice as wide together as the model, as Qwen 3.5's are."""
+    if _small(shape):
+        return {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2,
+                "linear_num_value_heads": 4}  # fmt: skip
+    heads = shape["hidden_size"] // 64
+    return {"linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_num_key_heads": heads,
+            "linear_num_value_heads": heads}  # fmt: skip
+
+
+def _spaces(heads: str, state: str, chunk: str) -> Callable[[Shape], Shape]:
+    """Heads of a state space (Mamba 2), together twice as wide as the model."""
+    return lambda shape: (
+        {heads: 8, state: 8, chunk: 8} if _small(shape) else {heads: shape["hidden_size"] // 32, state: 128, chunk: 256}
+    )
 
 
 def _turns(one: str, other: str = "full_attention") -> Callable[[Shape], Shape]:
@@ -77,8 +104,8 @@ def _turns(one: str, other: str = "full_attention") -> Callable[[Shape], Shape]:
 
 
 def _twice(shape: Shape) -> Shape:
-    """As many layers again, which are given the keys and values of the others."""
-    layers = 2 * shape["num_hidden_layers"]
+    """Half of the layers are given the keys and values of the others: of a tiny model, as many layers again."""
+    layers = shape["num_hidden_layers"] * (2 if _small(shape) else 1)
     turns = _turns("sliding_attention")({"num_hidden_layers": layers})
     return turns | {"num_hidden_layers": layers, "num_kv_shared_layers": layers // 2}
 
@@ -108,16 +135,17 @@ def _long_half(shape: Shape) -> Shape:
 
 _LATENT = _of(
     _experts("n_routed_experts"), _named(num_key_value_heads="num_attention_heads", qk_nope_head_dim="head_dim"),
-    qk_rope_head_dim=4, v_head_dim=6, q_lora_rank=16, kv_lora_rank=12, head_dim=WITHOUT,
-    first_k_dense_replace=1, n_group=1, topk_group=1,
+    _sized(qk_rope_head_dim=(4, 32), v_head_dim=(6, 64), q_lora_rank=(16, 384), kv_lora_rank=(12, 256)),
+    head_dim=WITHOUT, first_k_dense_replace=1, n_group=1, topk_group=1,
 )  # fmt: skip
-_SPARSE: Callable[[Shape], Shape] = _of(index_n_heads=16, index_head_dim=8, index_topk=6)
+_SPARSE = _of(_sized(index_head_dim=(8, 64), index_topk=(6, 128)), index_n_heads=16)
 _LOCAL = _experts("num_local_experts", "intermediate_size")
 _BY_TURNS = _of(_window, _turns("sliding_attention"))
 _GEMMA4 = _of(
     _BY_TURNS, lambda shape: {"global_head_dim": 2 * shape["head_dim"]}, num_global_key_value_heads=1,
     attention_k_eq_v=True, hidden_size_per_layer_input=0, final_logit_softcapping=3.0,
 )  # fmt: skip
+_PER_LAYER = _of(_named(vocab_size_per_layer_input="vocab_size"), _sized(hidden_size_per_layer_input=(8, 128)))
 _LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
            "original_max_position_embeddings": 16}  # fmt: skip
 _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
@@ -132,20 +160,22 @@ FAMILIES = (
     Family("ministral3", "Ministral 3", "Ministral3", _of(rope_parameters=_YARN | {"llama_4_scaling_beta": 0.5})),
     Family("gemma", "Gemma", "Gemma", _of(hidden_activation="gelu_pytorch_tanh")),
     Family("gemma2", "Gemma 2", "Gemma2",
-           _of(_BY_TURNS, query_pre_attn_scalar=8, attn_logit_softcapping=2.0, final_logit_softcapping=3.0)),
-    Family("gemma3", "Gemma 3", "Gemma3Text", _of(_BY_TURNS, query_pre_attn_scalar=8)),
+           _of(_BY_TURNS, _named(query_pre_attn_scalar="head_dim"), attn_logit_softcapping=2.0,
+               final_logit_softcapping=3.0)),
+    Family("gemma3", "Gemma 3", "Gemma3Text", _of(_BY_TURNS, _named(query_pre_attn_scalar="head_dim"))),
     Family("gemma3n", "Gemma 3n", "Gemma3nText",
-           _of(_BY_TURNS, hidden_size_per_layer_input=8, vocab_size_per_layer_input=96, laurel_rank=4,
-               num_kv_shared_layers=0, activation_sparsity_pattern=None, altup_num_inputs=2)),
+           _of(_BY_TURNS, _PER_LAYER, _sized(laurel_rank=(4, 64), altup_num_inputs=(2, 4)), num_kv_shared_layers=0,
+               activation_sparsity_pattern=None)),
     Family("gemma4-e", "Gemma 4 E2B and E4B", "Gemma4Text",
-           _of(_GEMMA4, _twice, num_key_value_heads=1, attention_k_eq_v=False, use_double_wide_mlp=True,
-               hidden_size_per_layer_input=8, vocab_size_per_layer_input=96)),
+           _of(_GEMMA4, _twice, _PER_LAYER, num_key_value_heads=1, attention_k_eq_v=False,
+               use_double_wide_mlp=True)),
     Family("gemma4", "Gemma 4 31B", "Gemma4Text", _GEMMA4),
     Family("gemma4-moe", "Gemma 4 26B-A4B", "Gemma4Text",
            _of(_GEMMA4, _experts(), num_experts_per_tok=WITHOUT, enable_moe_block=True, top_k_experts=2)),
     Family("llama4", "Llama 4", "Llama4Text",
-           _of(_experts("num_local_experts", "intermediate_size"), _turns("chunked_attention"), attention_chunk_size=6,
-               intermediate_size_mlp=48, no_rope_layer_interval=2, floor_scale=16, attn_scale=0.5),
+           _of(_LOCAL, _turns("chunked_attention"), _sized(attention_chunk_size=(6, 512)),
+               _named(intermediate_size_mlp="intermediate_size"), no_rope_layer_interval=2, floor_scale=16,
+               attn_scale=0.5),
            "it attends by chunks, as only its mask says"),
     Family("phi", "Phi 2", "Phi", _of()),
     Family("phi3", "Phi 3, Phi 4", "Phi3", _window),
@@ -181,8 +211,9 @@ FAMILIES = (
            _of(_experts(), _named(shared_expert_intermediate_size="intermediate_size"))),
     Family("ernie4.5-moe", "ERNIE 4.5 MoE", "Ernie4_5_Moe",
            _of(_experts("moe_num_experts"), moe_k=2, num_experts_per_tok=WITHOUT, moe_num_shared_experts=1)),
-    Family("hunyuan-moe", "Hunyuan MoE", "HunYuanMoEV1", _of(_experts(), moe_topk=2, num_experts_per_tok=WITHOUT)),
-    Family("minimax-m2", "MiniMax M2", "MiniMaxM2", _of(_LOCAL, rotary_dim=4)),
+    Family("hunyuan-moe", "Hunyuan MoE", "HunYuanMoEV1",
+           _of(_experts(each="intermediate_size"), moe_topk=2, num_experts_per_tok=WITHOUT)),
+    Family("minimax-m2", "MiniMax M2", "MiniMaxM2", _of(_LOCAL, _sized(rotary_dim=(4, 32)))),
     Family("dots1", "dots.llm1", "Dots1", _of(_experts("n_routed_experts"), n_shared_experts=1)),
     Family("exaone-moe", "K-EXAONE", "ExaoneMoe", _of(_experts(), _BY_TURNS)),
     Family("qwen3-moe", "Qwen 3 MoE", "Qwen3Moe", _experts()),
@@ -202,44 +233,52 @@ FAMILIES = (
            "it scales its residuals by a factor that its config does not name"),
     Family("qwen3-next", "Qwen 3 Next", "Qwen3Next",
            _of(_experts(), _turns("linear_attention"), _named(shared_expert_intermediate_size="intermediate_size"),
-               linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4)),
+               _deltas)),
     Family("qwen3.5", "Qwen 3.5", "Qwen3_5Text",
-           _of(_turns("linear_attention"), linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2,
-               linear_num_value_heads=4)),
+           _of(_turns("linear_attention"), _deltas)),
     Family("qwen3.5-moe", "Qwen 3.5 MoE", "Qwen3_5MoeText",
            _of(_experts(), _turns("linear_attention"), _named(shared_expert_intermediate_size="intermediate_size"),
-               linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4)),
+               _deltas)),
     Family("kimi-linear", "Kimi Linear", "KimiLinear",
-           _of(_LATENT, _turns("linear_attention"), linear_head_dim=8, linear_num_heads=4, q_lora_rank=None)),
+           _of(_LATENT, _experts(), _turns("linear_attention"), _sized(linear_head_dim=(8, 128)),
+               lambda shape: {"linear_num_heads": 4 if _small(shape) else shape["hidden_size"] // 64},
+               q_lora_rank=None)),
     Family("olmo-hybrid", "OLMo Hybrid", "OlmoHybrid",
-           _of(_turns("linear_attention"), linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=4,
-               linear_num_value_heads=4)),
+           _of(_turns("linear_attention"), _sized(linear_key_head_dim=(8, 48), linear_value_head_dim=(8, 96)),
+               _named(linear_num_key_heads="num_attention_heads", linear_num_value_heads="num_attention_heads"))),
     Family("nemotron-h", "Nemotron H, Nemotron 3", "NemotronH",
-           _of(_experts("n_routed_experts"), layer_types=["linear_attention", "moe", "full_attention", "mlp"],
-               moe_shared_expert_intermediate_size=24, mamba_num_heads=8, mamba_head_dim=8, ssm_state_size=8,
-               n_groups=2, chunk_size=8)),
+           _of(_experts("n_routed_experts"), _spaces("mamba_num_heads", "ssm_state_size", "chunk_size"),
+               lambda shape: {"moe_shared_expert_intermediate_size": shape["intermediate_size"] // 2},
+               lambda shape: {"layer_types": ["linear_attention", "moe", "full_attention", "mlp"]
+                                             * max(1, shape["num_hidden_layers"] // 4)},
+               _named(mamba_head_dim="head_dim"), n_groups=2)),
     Family("falcon-h1", "Falcon H1", "FalconH1",
-           _of(_named(mamba_d_ssm="hidden_size"), mamba_n_heads=4, mamba_d_head=WITHOUT, mamba_d_state=8,
-               mamba_chunk_size=8, lm_head_multiplier=0.5)),
-    Family("lfm2", "LFM 2", "Lfm2", _of(_turns("conv"), block_multiple_of=8)),
+           _of(_named(mamba_d_ssm="hidden_size", mamba_n_heads="num_attention_heads"),
+               _sized(mamba_d_state=(8, 128), mamba_chunk_size=(8, 256)), mamba_d_head=WITHOUT,
+               lm_head_multiplier=0.5)),
+    Family("lfm2", "LFM 2", "Lfm2", _of(_turns("conv"), _sized(block_multiple_of=(8, 256)))),
     Family("lfm2-moe", "LFM 2 MoE", "Lfm2Moe", _of(_experts(), _turns("conv"), num_dense_layers=1)),
     Family("granite4", "Granite 4", "GraniteMoeHybrid",
-           _of(_turns("mamba", "attention"), _named(shared_intermediate_size="intermediate_size"), mamba_n_heads=8,
-               mamba_d_head=WITHOUT, mamba_d_state=8, mamba_chunk_size=8, num_local_experts=0, num_experts_per_tok=0)),
+           _of(_turns("mamba", "attention"), _named(shared_intermediate_size="intermediate_size"),
+               _spaces("mamba_n_heads", "mamba_d_state", "mamba_chunk_size"), mamba_d_head=WITHOUT,
+               num_local_experts=0, num_experts_per_tok=0)),
     Family("jamba", "Jamba", "Jamba",
-           _of(_LOCAL, attn_layer_period=2, attn_layer_offset=1, mamba_d_state=8, head_dim=WITHOUT)),
+           _of(_LOCAL, _sized(mamba_d_state=(8, 16)), attn_layer_period=2, attn_layer_offset=1, head_dim=WITHOUT)),
     Family("bamba", "Bamba", "Bamba",
-           _of(attn_layer_indices=[1], mamba_n_heads=8, mamba_d_state=8, mamba_chunk_size=8, head_dim=WITHOUT)),
+           _of(_spaces("mamba_n_heads", "mamba_d_state", "mamba_chunk_size"),
+               lambda shape: {"attn_layer_indices": [*range(1, shape["num_hidden_layers"], 2)]}, head_dim=WITHOUT)),
     Family("zamba", "Zamba", "Zamba",
-           _of(_named(num_key_value_heads="num_attention_heads"), num_hidden_layers=5, attn_layer_period=2,
-               attn_layer_offset=1, mamba_d_state=8, head_dim=WITHOUT, tie_word_embeddings=True)),
+           _of(_named(num_key_value_heads="num_attention_heads"),
+               _sized(num_hidden_layers=(5, 24), mamba_d_state=(8, 16)), attn_layer_period=2, attn_layer_offset=1,
+               head_dim=WITHOUT, tie_word_embeddings=True)),
     Family("mamba2", "Mamba 2", "Mamba2",
-           _of(num_heads=8, state_size=8, n_groups=1, chunk_size=8) ),
-    Family("mamba", "Mamba", "Mamba", _of(state_size=8)),
-    Family("falcon-mamba", "Falcon Mamba", "FalconMamba", _of(state_size=8)),
+           _of(_spaces("num_heads", "state_size", "chunk_size"), n_groups=1)),
+    Family("mamba", "Mamba", "Mamba", _sized(state_size=(8, 16))),
+    Family("falcon-mamba", "Falcon Mamba", "FalconMamba", _sized(state_size=(8, 16))),
     Family("recurrent-gemma", "RecurrentGemma", "RecurrentGemma",
-           _of(_named(lru_width="hidden_size"), attention_window_size=6, num_hidden_layers=3)),
-    Family("rwkv", "RWKV 4", "Rwkv", _of(_named(attention_hidden_size="hidden_size"), context_length=128)),
+           _of(_named(lru_width="hidden_size"), _sized(attention_window_size=(6, 512), num_hidden_layers=(3, 24)))),
+    Family("rwkv", "RWKV 4", "Rwkv",
+           _named(attention_hidden_size="hidden_size", context_length="max_position_embeddings")),
 )  # fmt: skip
 NAMES = {family.name: family for family in FAMILIES}
 LAYOUTS = {"packed": "packed", "padded": "padded", "one length": "by length"}
@@ -341,7 +380,10 @@ def main() -> None:
     options.size = options.size or "tiny"
     options.device = resolve_device(options.device)
     record = Record(options)
-    measure(options, record, {name: partial(rate, name=name) for name in NAMES})
+    for name in options.only or NAMES:
+        # In one process: imports and kernels are most of what a family takes otherwise.
+        measure(argparse.Namespace(**vars(options) | {"only": [name]}), record, {name: partial(rate, name=name)})
+        gc.collect()
     first = next(
         (r["tokens_per_second"] for r in record.rows if r["system"] == FAMILIES[0].name and "tokens" in r), None
     )
