@@ -1,21 +1,28 @@
-"""Adapters on stacked experts: each expert's pair multiplies its own tokens, and no merged copy of the stack is made.
+"""Stacked experts by grouped products, and adapters on them.
 
-peft's own forward of a stacked parameter makes ``W + s B A`` of all experts in every layer and keeps it for the
-backward: as much memory as the experts themselves. The parameters, their names and their files are peft's.
+Rows go to experts and back by gathers, and so do their gradients: autograd's own of an index adds row to row with
+atomics, in an order that changes.
+
+Each expert's adapter pair multiplies its own tokens, and no merged copy of the stack is made. peft's own forward of a
+stacked parameter makes ``W + s B A`` of all experts in every layer and keeps it for the backward: as much memory as the
+experts themselves. The parameters, their names and their files are peft's.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.integrations.moe import _grouped_linear
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear
 
 from tandem.models.pairs import NAME, by_expert
 
+IMPLEMENTATION = "tandem"
+"""What transformers knows ``grouped_experts`` by."""
 GRAIN = 16
 """Bytes of which grouped products take multiples, in every dimension."""
 
@@ -57,34 +64,96 @@ def _grouped_class(kind: Any) -> Any:
 
 
 def _forward(self: Any, hidden_TE: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
-    """transformers' grouped forward of experts, bit for bit, and what the adapters add to each product.
-
-    ``index`` and ``weight``: of the K experts that a token's router has picked.
-    """
+    """``grouped_experts``, and what the adapters add to each product."""
     layers: dict[str, Any] = {}
     experts: Any = self
     while is_stack(experts):
         layers[experts.parameter_name], experts = experts, experts.base_layer
     if self.disable_adapters:
         return experts(hidden_TE, index_TK, weight_TK)
-    tokens, picks = index_TK.shape
+    return grouped_experts(experts, hidden_TE, index_TK, weight_TK, layers)
+
+
+def grouped_experts(
+    experts: Any, hidden_TE: Tensor, index_TK: Tensor, weight_TK: Tensor, layers: Mapping[str, Any] | None = None
+) -> Tensor:
+    """What the experts make of tokens, [T, E]: each row's product is with its own expert's matrices.
+
+    ``index`` and ``weight``: of the K experts that a token's router has picked. The weight multiplies what goes into
+    the second product, which is narrower than what comes out of it. ``layers``: peft's, by the stack they are on.
+    """
+    picks = index_TK.shape[1]
     expert_N, order_N = torch.sort(index_TK.reshape(-1))
+    back_N = torch.empty_like(order_N)
+    back_N[order_N] = torch.arange(len(order_N), device=order_N.device)
     counted_N = expert_N.float() if expert_N.device.type == "cpu" else expert_N.int()
     counts_X = torch.histc(counted_N, bins=experts.num_experts, min=0, max=experts.num_experts - 1)
     ends_X = torch.cumsum(counts_X, dim=0, dtype=torch.int32)
+    weight_N1 = _Spread.apply(weight_TK.reshape(-1, 1), order_N, back_N, 1)
 
-    def product(x_NI: Tensor, name: str) -> Tensor:
-        bias = getattr(experts, f"{name}_bias")[expert_N] if experts.has_bias else None
-        weight = getattr(experts, name)
-        out_NO = _grouped_linear(x_NI, weight, ends_X, bias=bias, is_transposed=experts.is_transposed)
-        return out_NO + _added(layers[name], x_NI, ends_X) if name in layers else out_NO
+    def product(x_NI: Tensor, name: str, weight_N1: Tensor | None = None) -> Tensor:
+        x_NI = x_NI if weight_N1 is None else (x_NI * weight_N1).to(x_NI.dtype)
+        out_NO = _grouped_linear(x_NI, getattr(experts, name), ends_X, is_transposed=experts.is_transposed)
+        if layers and name in layers:
+            out_NO = out_NO + _added(layers[name], x_NI, ends_X)
+        if experts.has_bias:
+            bias_NO = getattr(experts, f"{name}_bias")[expert_N]
+            out_NO = out_NO + (bias_NO if weight_N1 is None else bias_NO * weight_N1)
+        return out_NO
 
-    up_NO = product(hidden_TE[order_N // picks], "gate_up_proj" if experts.has_gate else "up_proj")
-    out_NE = product(experts._apply_gate(up_NO) if experts.has_gate else experts.act_fn(up_NO), "down_proj")
-    out_NE = out_NE * weight_TK.reshape(-1)[order_N].unsqueeze(-1)
-    back_N = torch.empty_like(order_N)
-    back_N[order_N] = torch.arange(len(order_N), device=order_N.device)
-    return out_NE[back_N].view(tokens, picks, -1).sum(dim=1).to(hidden_TE.dtype)
+    up_NO = product(_Spread.apply(hidden_TE, order_N, back_N, picks), "gate_up_proj" if experts.has_gate else "up_proj")
+    inner_NI = experts._apply_gate(up_NO) if experts.has_gate else experts.act_fn(up_NO)
+    out_NE = product(inner_NI, "down_proj", weight_N1)
+    return _Collect.apply(out_NE, order_N, back_N, picks).to(hidden_TE.dtype)
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, grouped_experts)
+
+
+def group_experts(module: Any) -> None:
+    """Takes ``grouped_experts`` where transformers has taken grouped products of its own."""
+    own = module.get_experts_implementation()
+    module.set_experts_implementation({k: IMPLEMENTATION if v == "grouped_mm" else v for k, v in own.items()})
+
+
+def _spread(x_TD: Tensor, order_N: Tensor, back_N: Tensor, picks: int) -> Tensor:
+    """A token's row for each of its picks, in the order of experts."""
+    return x_TD[order_N // picks]
+
+
+def _collect(x_ND: Tensor, order_N: Tensor, back_N: Tensor, picks: int) -> Tensor:
+    """The sum of each token's rows."""
+    return x_ND[back_N].unflatten(0, (-1, picks)).sum(dim=1)
+
+
+class _Spread(torch.autograd.Function):
+    """``_spread``, with its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, order_N: Tensor, back_N: Tensor, picks: int) -> Tensor:
+        ctx.picks = picks
+        ctx.save_for_backward(order_N, back_N)
+        return _spread(x_TD, order_N, back_N, picks)
+
+    @staticmethod
+    def backward(ctx: Any, gradient_ND: Tensor) -> Any:
+        order_N, back_N = ctx.saved_tensors
+        return _collect(gradient_ND, order_N, back_N, ctx.picks), None, None, None
+
+
+class _Collect(torch.autograd.Function):
+    """``_collect``, with its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, order_N: Tensor, back_N: Tensor, picks: int) -> Tensor:
+        ctx.picks = picks
+        ctx.save_for_backward(order_N, back_N)
+        return _collect(x_ND, order_N, back_N, picks)
+
+    @staticmethod
+    def backward(ctx: Any, gradient_TD: Tensor) -> Any:
+        order_N, back_N = ctx.saved_tensors
+        return _spread(gradient_TD, order_N, back_N, ctx.picks), None, None, None
 
 
 def _added(layer: Any, x_NI: Tensor, ends_X: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from tandem.data.packing import pack
 from tandem.errors import UserError, first_line
 from tandem.kernels.logprob import PLAIN, HeadShape
 from tandem.models.attention import IMPLEMENTATION, UnsupportedAttention, leave_sdpa
+from tandem.models.experts import group_experts
 from tandem.models.forward import LoadedModel, hidden_states, native_logits
 from tandem.models.limits import turning_point
 from tandem.models.shrunk import TURNING, named_limits, shrunk
@@ -70,7 +71,7 @@ def probe_forward(model: LoadedModel) -> str:
             ", so its sequences are " + ("run by their lengths" if model.equal_lengths else "padded") + " (slower)"
         )
     else:
-        model.module.set_attn_implementation(IMPLEMENTATION)
+        _replace(model.module)
     if not model.scalar:
         if model.equal_lengths:
             for trial in trials:
@@ -128,7 +129,7 @@ class _Trial:
     def run(self, *, packed: bool, equal_lengths: bool = False) -> Tensor:
         """What the batch gives: of a scalar model the last hidden states, as its head may be all zeros; else logits."""
         model = replace(self.model, packed=packed, equal_lengths=equal_lengths)
-        with _attention(model.module, replaced=packed):
+        with _replaced(model.module) if packed else nullcontext():
             if model.scalar:
                 return hidden_states(model, self.batch)
             logits = partial(native_logits, model, self.batch)
@@ -207,17 +208,22 @@ def _giving(base: Any, outputs: list[Any]) -> Iterator[None]:
             base.forward = own
 
 
+def _replace(module: Any) -> None:
+    """Tandem's attention, and its grouped experts."""
+    module.set_attn_implementation(IMPLEMENTATION)
+    group_experts(module)
+
+
 @contextmanager
-def _attention(module: Any, *, replaced: bool) -> Iterator[None]:
-    """With Tandem's attention, where it is to be replaced."""
-    own = module.config._attn_implementation
-    if replaced and own != IMPLEMENTATION:
-        module.set_attn_implementation(IMPLEMENTATION)
+def _replaced(module: Any) -> Iterator[None]:
+    """``_replace``, taken back at the end."""
+    attention, experts = module.config._attn_implementation, module.get_experts_implementation()
+    _replace(module)
     try:
         yield
     finally:
-        if module.config._attn_implementation != own:
-            module.set_attn_implementation(own)
+        module.set_attn_implementation(attention)
+        module.set_experts_implementation(experts)
 
 
 def _probe_batch(model: LoadedModel, lengths: tuple[int, ...]) -> Batch:

@@ -21,6 +21,7 @@ from tandem.engines.live.replica import ReplicaEngine
 from tandem.errors import NonFiniteError, UserError
 from tandem.functional.balance import load_violation
 from tandem.models.adapters import AdapterParams, put_adapters
+from tandem.models.experts import IMPLEMENTATION
 from tandem.models.forward import Ask, forward, hidden_states
 from tandem.models.loading import prepare_module
 from tandem.models.pairs import adapted
@@ -385,7 +386,7 @@ def test_routers_of_a_model_in_bfloat16_compute_in_float32(kind: str) -> None:
     """From the same parameters; what is trained, and the rest of the layer, stays in bfloat16."""
     model = prepare_module(module_of(kind), tokenizer(), dtype="bfloat16")
     model.compute_in(torch.bfloat16)
-    assert model.module.config._experts_implementation == "grouped_mm"
+    assert model.module.config._experts_implementation == IMPLEMENTATION
     router = routers_of(model.module)[0]
     seen: list[tuple[Any, ...]] = []
     router.register_forward_hook(lambda part, given, found: seen.append((given, found)))
