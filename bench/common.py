@@ -285,7 +285,10 @@ def timed(run: Callable[[], Result], device: str, repeats: int, *, warm: bool = 
     results: list[Result] = [run()] if warm else []
     # A full collection walks all modules that are loaded, for a quarter of a second now and then.
     gc.freeze()
-    times = [seconds_of(lambda: results.__setitem__(slice(None), [run()]), device) for _ in range(repeats)]
+    try:
+        times = [seconds_of(lambda: results.__setitem__(slice(None), [run()]), device) for _ in range(repeats)]
+    finally:
+        gc.unfreeze()
     return {"seconds": statistics.median(times), "every_second": times}, results[0]
 
 
