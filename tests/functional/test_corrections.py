@@ -1,6 +1,7 @@
 """Weights and masks against loops in float64, and log-probs that are nowhere near each other."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,6 +62,7 @@ def by_loops(rule, low, high, gap):
         ("sequence_tis", (0.99, 1.02), 1.0),
         ("sequence_tis", (0.0, 5.0), 1.0),
         ("geo", (0.9, 1.1), 1.0),
+        ("geo", (0.5, 1.7), 1.0),  # the first sequence is out by the mean over its 3 trainable tokens, not over all 4
         ("gap", (0.0, math.inf), 0.3),
         ("gap", (0.0, math.inf), 0.005),
         ("gap", (0.98, 1.02), 0.3),
@@ -95,6 +97,25 @@ def test_a_ratio_of_e_to_the_90_is_no_number_of_the_loss(rule, far):
         assert kept_T.tolist() == [True, True, False, True, True, True]
     if rule == "geo":
         assert kept_T.tolist() == [False] * 3 + [True] * 3
+
+
+@pytest.mark.parametrize("rule", ["token_tis", "sequence_tis", "decoupled", "gap"])
+def test_without_bounds_a_weight_is_e_to_the_20_at_most(rule):
+    """A key may be .inf, and the log of a weight 90: float32 ends at 88.7."""
+    logp_T, sampler_T = torch.tensor([-1.0, -60.0, -61.0]), torch.tensor([-91.0, -60.0, -1.0])
+    alone = torch.ones(3, dtype=torch.bool), torch.tensor([0, 1, 2, 3])
+    weight_T, kept_T = correction(logp_T, sampler_T, *alone, rule, low=0.0, high=math.inf, gap=1.0)
+    assert kept_T.all()
+    assert weight_T.tolist() == pytest.approx([math.exp(20.0), 1.0, math.exp(-20.0)], rel=1e-6)
+
+
+def test_the_usual_bounds_are_those_of_the_page():
+    """docs/methods.md, which names where each rule and its bounds are from."""
+    page = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line[:3] == "| `"]
+    for rule, bounds in BOUNDS.items():
+        (row,) = (row for row in rows if row[0] == f"`{rule}`")
+        assert tuple(float(bound) for bound in row[3].split(",")) == bounds, rule
 
 
 def test_gap_bounds_the_weight_of_tokens_that_both_find_unlikely():

@@ -113,6 +113,25 @@ def test_what_is_trained_is_written_as_peft_reads_it(base, tmp_path, kind):
     assert not torch.equal(logp_of(again), found)
 
 
+def test_a_view_that_follows_is_the_formulas_mixture_of_adapters(base):
+    """``mix policy + (1 - mix) view``, once after a step, at a temperature of its own; the policy stays as it is."""
+    trainer = trainer_of(base, AdapterParams(rank=4))
+    view = View(trainer, temperature=0.7, follows=True)
+    expected = {name: weight.detach().double() for name, weight in trainer.weights.items()}
+    for step, mix in ((1, 0.3), (2, 0.9)):
+        train(trainer)
+        for _ in range(2):
+            view.follow(trainer.weights, mix, step)
+        expected = {n: mix * w.detach().double() + (1 - mix) * expected[n] for n, w in trainer.weights.items()}
+    own = logp_of(trainer)
+    for name, mine in view.exact.items():
+        assert (mine.double() - expected[name]).abs().max() < 1e-6, name
+    assert (logp_of(view) - trainer.score(batch_of_rows(), 0.7).logp_T).abs().max() > 1e-3
+    view.follow(trainer.weights, 1.0, 3)
+    assert torch.equal(logp_of(view), trainer.score(batch_of_rows(), 0.7).logp_T)
+    assert torch.equal(logp_of(trainer), own)
+
+
 def test_nothing_but_adapters_has_a_gradient_an_optimizer_state_or_a_place_in_a_checkpoint(base):
     trainer = trainer_of(base, AdapterParams(rank=4), dtype="bfloat16")
     trainer.forward_backward(batch_of_rows())

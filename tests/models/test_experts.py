@@ -112,7 +112,14 @@ def test_law_3_of_the_routers_loss() -> None:
     without, plain = gradients(trainer_of(module_of("mixtral"), coef=0.0), batch)
     assert "aux_loss" not in without
     assert whole["loss"] == pytest.approx(without["loss"], abs=1e-6)
-    assert any((wanted[name] - plain[name]).abs().max() > 1e-3 for name in wanted)
+    apart = trainer_of(module_of("mixtral"), coef=0.0)
+    balance_S = forward(apart.model, batch.to("cpu"), Ask(balance=True)).balance_S
+    assert balance_S is not None
+    (balance_S * batch.share_S).sum().backward()
+    added = {name: w.grad for name, w in apart.weights.items() if w.grad is not None}
+    assert any(gradient.abs().max() > 1e-3 for gradient in added.values())
+    for name, gradient in wanted.items():  # the coefficient's share of it, and no more
+        torch.testing.assert_close(gradient, plain[name] + COEF * added.get(name, 0.0), rtol=0, atol=2e-6, msg=name)
     cuts = {
         "one by one": ({"token_budget": 1}, batch),
         "backwards": ({"token_budget": 60}, batch.select([3, 2, 1, 0])),

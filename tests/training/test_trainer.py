@@ -128,6 +128,7 @@ def test_a_gradient_that_is_not_finite_stops_before_anything_changes():
     with pytest.raises(NonFiniteError, match="gradient is not finite"):
         trainer.optim_step()
     assert all(torch.equal(a, b) for a, b in zip(before, parameters(trainer), strict=True))
+    assert all(p.grad is None for p in trainer.model.module.parameters())
 
 
 def test_a_step_with_a_scale_is_one_with_that_learning_rate():
