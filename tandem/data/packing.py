@@ -77,8 +77,11 @@ def _sampled(sequences: Seq[Sequence]) -> Tensor | None:
     return logp_T
 
 
-def _groups(sequences: Seq[Sequence], prompt_lengths: Seq[int]) -> tuple[Tensor, Tensor]:
-    """``group_S`` and ``prefix_S``. The tokens decide, so that what is shared is the same whoever named it."""
+def _groups(sequences: Seq[Sequence], prompt_lengths: Seq[int]) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """``group_S`` and ``prefix_S``; None where nothing is shared.
+
+    The tokens decide, so that what is shared is the same whoever named it.
+    """
     groups: dict[object, int] = {}
     numbers, prefixes = [], []
     for i, (sequence, prompt_length) in enumerate(zip(sequences, prompt_lengths, strict=True)):
@@ -89,7 +92,7 @@ def _groups(sequences: Seq[Sequence], prompt_lengths: Seq[int]) -> tuple[Tensor,
         key = tuple(sequence.token_ids[:prefix]) if prefix else i
         numbers.append(groups.setdefault(key, len(groups)))
         prefixes.append(prefix)
-    return torch.tensor(numbers), torch.tensor(prefixes)
+    return (torch.tensor(numbers), torch.tensor(prefixes)) if len(groups) < len(numbers) else (None, None)
 
 
 def pack_rollouts(rollouts: Seq[Rollout]) -> Batch:

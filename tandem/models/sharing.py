@@ -47,14 +47,16 @@ class Sharing:
 
 
 def sharing_of(batch: Batch) -> Sharing | None:
-    """None where no two segments of the batch begin alike. Nobody waits for the device."""
+    """None where no two segments of a step begin alike (``pack``). Nobody waits for the device.
+
+    A micro-batch in which none do, of a step in which some do, has a sharing in which every token is kept: compiled
+    layers then take the way that they take for all the others, where another would be compiled in the midst of a run.
+    """
     if batch.prefix_S is None or batch.group_S is None:
         return None
     first: dict[int, int] = {}
     host_S = torch.tensor([first.setdefault(group, s) for s, group in enumerate(batch.group_S.tolist())])
     dropped_S = torch.where(host_S == torch.arange(batch.segments), 0, batch.prefix_S)
-    if not dropped_S.any():
-        return None
     length_S, start_S = batch.bounds.diff(), batch.bounds[:-1]
     segment_T = torch.repeat_interleave(torch.arange(batch.segments), length_S)
     index_T = torch.arange(batch.tokens)
@@ -76,9 +78,16 @@ def sharing_of(batch: Batch) -> Sharing | None:
 
 
 def _sharers(place_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The places that come several times, where they come [P, n], and which of those n are real."""
+    """The places that come several times, where they come [P, n], and which of those n are real.
+
+    Where none do, the first place stands there twice, as if it came again: compiled code knows shapes of 0 and 1 apart
+    from all others.
+    """
     count_U = place_T.bincount()
     shared_P = (count_U > 1).nonzero().squeeze(-1)
+    if not len(shared_P):
+        first_P = place_T.new_zeros(2)
+        return first_P, first_P.expand(2, 2), torch.tensor([[True, False]]).expand(2, 2)
     count_P = count_U[shared_P]
     start_P = (count_U.cumsum(0) - count_U)[shared_P]
     column = torch.arange(int(count_P.max()))

@@ -17,6 +17,8 @@ from tandem.kernels import logprob
 from tandem.models.attention import Ask, FlashLayout, PackedLayout, packed_layout
 from tandem.models.loading import prepare_module
 from tandem.models.sharing import sharing_of
+from tandem.parallel.shares import shares
+from tandem.parallel.world import World
 from tandem.training.optim import OptimParams
 from tandem.training.trainer import LocalTrainer
 from tandem.types import Sequence
@@ -125,6 +127,12 @@ def test_compiled_layers_with_shared_prompts_are_one_graph_more():
     trainer = trainer_of(compile="on", token_budget=10_000)
     for seed, samples in enumerate([(8, 1, 4, 6), (5, 2, 7), (3, 16)]):
         trainer.forward_backward(groups_of(seed, samples))
+    assert counters["stats"]["unique_graphs"] == 1
+    # Also where one micro-batch of a step shares nothing, which would be compiled for in the midst of a run.
+    trainer.token_budget = 500
+    batch = groups_of(3, (1, 1, 8))
+    assert any(len(set(micro.batch.group_S.tolist())) == micro.batch.segments for micro in shares(batch, 500, World()))
+    trainer.forward_backward(batch)
     assert counters["stats"]["unique_graphs"] == 1
     for seed, lengths in enumerate([(200, 30, 77), (5, 9, 300, 41)]):
         trainer.forward_backward(batch_of(seed, lengths))

@@ -178,6 +178,24 @@ def test_prompts_are_told_apart_by_their_tokens():
     assert through(chosen) == chosen.tokens - 2
 
 
+def test_a_micro_batch_in_which_none_begin_alike_takes_the_way_of_the_others_and_gives_the_same_bits():
+    batch = batch_of(0, samples=(3, 3))
+    lone = batch.select([0, 4])
+    sharing = sharing_of(lone)
+    assert torch.equal(sharing.kept_U, torch.arange(lone.tokens))
+    assert min(*sharing.sharers_Pn.shape, *sharing.shared_P.shape) == 2
+    model = model_of("llama")
+    found, want = step(model, lone), step(model, lone.unshared())
+    assert found[0] == want[0]
+    assert torch.equal(found[1], want[1])
+    assert torch.equal(found[2], want[2])
+    assert all(torch.equal(found[3][name], gradient) for name, gradient in want[3].items())
+
+
+def test_a_step_in_which_none_begin_alike_shares_nothing():
+    assert sharing_of(batch_of(0, samples=(1, 1, 1))) is None
+
+
 def test_nothing_but_a_prompt_keeps_a_token_of_its_own():
     batch = pack([Sequence(token_ids=[5, 6, 7], trainable=[False] * 3) for _ in range(3)])
     assert batch.prefix_S.tolist() == [2, 2, 2]
