@@ -3,7 +3,7 @@
 import gc
 import weakref
 
-from tandem.collector import YOUNG, settled
+from tandem.collector import YOUNG, pause, settled
 
 
 class Cycle:
@@ -36,3 +36,12 @@ def test_it_is_as_before_where_the_body_fails():
     except RuntimeError:
         pass
     assert (gc.get_threshold(), gc.get_freeze_count()) == (before, 0)
+
+
+def test_what_was_paused_goes_on_once_all_is_imported():
+    pause()
+    try:
+        with settled():
+            assert gc.isenabled()
+    finally:
+        gc.enable()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import glob
 import importlib.util
 import itertools
@@ -32,6 +33,8 @@ INSTALL = "pip install 'tandem-rlhf[cluster]'"
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
 ON_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """Has Ray listen on the loopback alone, as it does on systems where it has no clusters. Read as it is imported."""
+NO_SPARE = {"RAY_prestart_worker_first_driver": "0"}
+"""Keeps Ray from starting a process for each core before it is asked for any: no role of ours could use one."""
 
 
 class Cluster:
@@ -86,7 +89,7 @@ class Cluster:
         )
         # Ray's own is in a file that others may read. It stays, since Ray reads it once in a process.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        with environment(ON_LOOPBACK | {MARK: self.mark}):
+        with environment(ON_LOOPBACK | NO_SPARE | {MARK: self.mark}), any_port(self.ray):
             # "local", since Ray would otherwise join whatever runs on this machine.
             self.ray.init(address="local", include_dashboard=False, **QUIET, **options)
         # By itself it gives this process the first word.
@@ -212,6 +215,21 @@ def environment(variables: dict[str, str]) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+@contextlib.contextmanager
+def any_port(ray: Any) -> Iterator[None]:
+    """Has Ray's agent listen at any free port, for which ``init`` has no option.
+
+    Where another Ray of this machine has port 52365, the agent tries it for 3.5 s, and all wait for the agent.
+    """
+    parameter = ray._private.parameter
+    params = parameter.RayParams
+    parameter.RayParams = functools.partial(params, dashboard_agent_listen_port=0)
+    try:
+        yield
+    finally:
+        parameter.RayParams = params
 
 
 @contextlib.contextmanager

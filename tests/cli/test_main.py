@@ -151,6 +151,35 @@ def test_a_thread_that_goes_on_does_not_keep_the_process():
     assert done.stderr == "tandem: the command has ended and left the thread 'uploader', which is ended now\n"
 
 
+LEFT = """
+import atexit, sys, types
+from tandem.cli import main as shell
+class Cycle:
+    def __init__(self):
+        self.own = self
+    def __del__(self):
+        print("taken apart")
+kept = Cycle()
+def run(argv):
+    global left
+    left = open("left", "w")
+    left.write("nobody closes it")
+    atexit.register(print, "called at exit")
+    return 7
+sys.modules["probe"] = types.SimpleNamespace(run=run)
+shell.COMMANDS["probe"] = shell.Command("Tests", "probe", "a test's own", None)
+sys.argv = ["tandem", "probe"]
+shell.process()
+"""
+
+
+def test_a_process_ends_without_taking_apart_what_it_holds(tmp_path):
+    """That took 1.2 s of torch and transformers. What was left open is written, and who asked to be called is."""
+    done = subprocess.run([sys.executable, "-c", LEFT], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (7, "called at exit\n", "")
+    assert (tmp_path / "left").read_text() == "nobody closes it"
+
+
 def test_python_dash_m_and_a_reader_who_leaves():
     """The pipe is closed before anything is written to it."""
     command = subprocess.Popen(

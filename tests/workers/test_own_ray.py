@@ -32,7 +32,10 @@ def test_sigterm_ends_the_ray_that_was_started_for_the_run(inputs):
 def test_a_driver_that_is_killed_leaves_nothing(inputs):
     with Driver(inputs, "gone", "grpo", "--placement.actor", "1") as driver:
         assert len(driver.reach_gate()) == 1
-        assert any("raylet" in command(pid) for pid in driver.family)
+        lines = [command(pid) for pid in driver.family]
+        # It waits for no port that another Ray has, and starts no process that no role asked for.
+        assert any("/raylet " in line and "--listen-port=0" in line for line in lines)
+        assert not any("ray::IDLE" in line for line in lines)
         driver.process.kill()
         driver.process.join()
         wait_until(lambda: not driver.family & set(running()), "processes are left")
