@@ -22,6 +22,10 @@ class RunFailure(UserError):
     """
 
 
+class DiskFailure(RunFailure):
+    """A file cannot be written. A run says at what point of it that was, and where it goes on."""
+
+
 class WorkerFailure(RunFailure):
     """A process that works for this one has died or does not answer. A run says at what point of it that was."""
 

@@ -9,7 +9,21 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from tandem.errors import DiskFailure, first_line
 from tandem.signals import held
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises DiskFailure where the body cannot write what ``path`` names: the disk is full, or refuses."""
+    try:
+        yield
+    except Exception as error:
+        # safetensors and tokenizers are written in Rust, and have no OSError: the words are all there is.
+        if not isinstance(error, OSError) and "os error" not in str(error):
+            raise
+        why = getattr(error, "strerror", None) or first_line(error)
+        raise DiskFailure(f"{path}: cannot be written: {why}") from error
 
 
 def partial_of(path: Path) -> Path:

@@ -14,6 +14,7 @@ from transformers.utils import cached_file
 from tandem.data.corpus import Corpus
 from tandem.data.rows import Dataset
 from tandem.errors import UserError
+from tandem.hub import asking_hub
 from tandem.models.adapter_folder import ADAPTER_CONFIG, adapter_folder
 from tandem.models.folder import located
 from tandem.rewards.function import FunctionReward
@@ -75,7 +76,8 @@ def digest_model(source: str) -> dict[str, str]:
     """Of each file of a model's folder, and of adapters' base; of a model on the hub, the commit in the cache."""
     folder = Path(located(source))
     if not folder.is_dir():
-        return {"": f"commit {Path(str(cached_file(source, 'config.json'))).parent.name}"}
+        with asking_hub():
+            return {"": f"commit {Path(str(cached_file(source, 'config.json'))).parent.name}"}
     files = sorted(path for path in folder.iterdir() if path.suffix in MODEL_FILES and path.is_file())
     found = {path.name: digest_file(path) for path in files}
     if (adapters := adapter_folder(source)) is not None:

@@ -23,6 +23,7 @@ from tandem.kernels.quantized import require_bitsandbytes
 from tandem.methods.base import ASKS_NOTHING, Asks
 from tandem.models.adapter_folder import adapter_folder
 from tandem.models.adapters import AdapterParams, require_peft
+from tandem.models.description import check_targets
 from tandem.models.folder import readable_errors, with_config
 from tandem.models.forward import LoadedModel
 from tandem.models.loading import load_causal, load_scalar, load_tokenizer
@@ -341,8 +342,8 @@ def vllm_engine(
 
 
 def require_trainable(config: RunConfig) -> None:
-    """Raises UserError, before anything is loaded, where a library that training asks for is not installed, or
-    experts of a policy are to be balanced that has none."""
+    """Raises UserError, before anything is loaded, where a library that training asks for is not installed, where
+    adapters are to be on what a model has not, or experts of a policy are to be balanced that has none."""
     if config.optim.optimizer == "adamw8bit":
         require_adamw8bit()
     if config.lora.on or any(adapter_folder(source) is not None for source in config.sources.values()):
@@ -352,6 +353,11 @@ def require_trainable(config: RunConfig) -> None:
     for source in config.sources.values():
         if quantized_kind(source) is not None:
             require_reader(source)
+    for role in config.method.losses() if config.lora.on else ():
+        params = adapter_params(config, role)
+        if params.folder is None and not config.is_shared(role):
+            scalar, code = role in scalar_roles(config), config.model.trust_remote_code
+            check_targets(config.sources[role], params, scalar=scalar, trust_remote_code=code)
     source = config.model.model
     asked = {require_experts: config.optim.aux_loss_coef, require_biases: config.optim.bias_update_speed}
     for require in (require for require, wanted in asked.items() if wanted):

@@ -22,7 +22,7 @@ from typing import IO, Any, cast
 
 import torch
 
-from tandem.errors import RunFailure, UserError
+from tandem.errors import DiskFailure, UserError
 
 FORMAT = "tandem-checkpoint"
 VERSION = 3
@@ -83,7 +83,7 @@ class CheckpointStore:
         """Writes a checkpoint, and only once it is whole removes those beyond ``keep``.
 
         A part is a nest of dicts, lists and tuples of tensors and plain values; TypeError names anything else, which
-        could not be loaded again. Raises RunFailure where the disk is full or refuses, and where one of this step is
+        could not be loaded again. Raises DiskFailure where the disk is full or refuses, and where one of this step is
         there already, which stays.
         """
         for part, value in parts.items():
@@ -100,7 +100,7 @@ class CheckpointStore:
             _sync_folder(self.folder)
             self._remove_old(step)
         except OSError as error:
-            raise RunFailure(self._failure(final, error)) from error
+            raise DiskFailure(self._failure(final, error)) from error
         return final
 
     def latest(self) -> Checkpoint | None:
@@ -143,7 +143,7 @@ class CheckpointStore:
         shutil.rmtree(self._partial(final), ignore_errors=True)
         found = self._checkpoints() if self.folder.is_dir() else {}
         rest = f"{found[max(found)].name} is whole" if found else "there is no earlier one"
-        return f"{final}: cannot be written: {error.strerror or error}; {rest}; put that right and go on with --resume"
+        return f"{final}: cannot be written: {error.strerror or error}; {rest}"
 
 
 class _HashingFile:

@@ -196,10 +196,13 @@ def main(argv: Sequence[str] | None = None, *, supervised: bool = False) -> int:
         except OSError as error:
             if error.errno == errno.ENAMETOOLONG:  # wherever a name is first looked for
                 return _end(2, f"error: {str(error.filename)[:60]}...: no file may have so long a name; give another")
-            if error.errno not in FULL or not _output_is_full():
+            if error.errno not in FULL:
                 raise
-            _drop_output()
-            return _end(75, f"error: standard output: {error.strerror}; make room, and go on with --resume")
+            where = str(error.filename or "a file")
+            if _output_is_full():
+                _drop_output()
+                where = "standard output"
+            return _end(75, f"error: {where}: {error.strerror}; make room, and go on (a run: with --resume)")
         except Exception:
             if stop.signum is None:
                 raise

@@ -34,6 +34,7 @@ from tandem.runs.table import print_samples, print_table
 from tandem.seeds import derive_seed
 from tandem.tasks import letters, tiny
 from tandem.types import SamplingParams
+from tandem.whole import writing
 
 CONTENTS = {"base", "data", "sft", "reward_model", "ppo", "summary.json", "curves.png"}
 GOLD = "tandem.tasks.letters:reward"
@@ -130,15 +131,16 @@ def stage(method: str, out: Path, seed: int, **keys: Any) -> Path:
 
 def make_base(folder: Path, seed: int) -> None:
     """A model with random weights and its tokenizer, as a Hugging Face folder."""
-    with quiet_transformers():
+    with quiet_transformers(), writing(folder):
         tiny.build_model(seed).save_pretrained(folder)
         tiny.build_tokenizer().save_pretrained(folder)
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> str:
     """Writes rows as JSON lines and returns where."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
 
@@ -177,7 +179,8 @@ def summarize(out: Path, seed: int, *, seconds: float) -> dict[str, Any]:
         "reward_model_accuracy": rm_run[-1]["eval/accuracy"],
         "seconds": round(seconds, 1),
     }
-    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    with writing(out / "summary.json"):
+        (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
 
     def curve(name: str) -> list[tuple[str, list[float], list[float]]]:
         lines = [line for line in ppo_run if name in line]

@@ -16,6 +16,7 @@ from tandem.data.files import read_file
 from tandem.data.gym import gym_rows, is_gym
 from tandem.data.sources import SUFFIXES, TYPES, is_local, is_pattern, parse_sources
 from tandem.errors import UserError, first_line
+from tandem.hub import asking_hub
 
 Row = dict[str, Any]
 Origin = tuple[str, int]
@@ -234,7 +235,7 @@ def open_dataset(source: str, split: str) -> Any:
     saved, or of a name on the hub. Raises UserError where there is none."""
     import datasets
 
-    path = Path(source).expanduser()
+    path, out_of_reach = Path(source).expanduser(), ""
     try:
         if path.is_file():
             return datasets.Dataset.from_file(str(path))
@@ -243,11 +244,14 @@ def open_dataset(source: str, split: str) -> Any:
         else:
             named, _, folder = source.partition("@")
             name, _, config = named.partition(":")
-            return datasets.load_dataset(name, config or None, split=split, data_dir=folder or None)
+            with asking_hub() as out_of_reach:
+                return datasets.load_dataset(name, config or None, split=split, data_dir=folder or None)
     except (OSError, ValueError, TypeError, KeyError, datasets.exceptions.DatasetsError) as error:
         what = (
             "not a readable saved dataset"
             if path.exists()
+            else f"no such file, none in the hub's cache, and {out_of_reach}"
+            if out_of_reach
             else f"no such file, and not loadable as a hub dataset (split {split!r})"
         )
         raise UserError(f"{source}: {what}: {first_line(error)}") from error

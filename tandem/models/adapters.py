@@ -171,7 +171,7 @@ def put_adapters(module: Any, params: AdapterParams, base: str, base_sum: str | 
     """
     peft = require_peft()
     if params.folder is None:
-        layers, stacks = _targets(module, params)
+        layers, stacks = targets_of(module, params)
         config = peft.LoraConfig(
             r=params.rank,
             lora_alpha=params.alpha,
@@ -394,7 +394,7 @@ def _require_own_weights(module: Any) -> None:
             )
 
 
-def _targets(module: Any, params: AdapterParams) -> tuple[list[str] | str, list[str]]:
+def targets_of(module: Any, params: AdapterParams) -> tuple[list[str] | str, list[str]]:
     """Names of the layers that get adapters, or a pattern of them, and of the stacked parameters, as peft matches both.
 
     Raises UserError for names that nothing in the model has, and for what adapters cannot be put on.
@@ -413,7 +413,7 @@ def _targets(module: Any, params: AdapterParams) -> tuple[list[str] | str, list[
     linear -= left_out
     stacked = {f"{kind_of(name)}.{n}" for name, names in stacks_of(module).items() for n in names}
     kind = type(module).__name__
-    if left_out and ALL_LINEAR in params.targets:
+    if left_out and ALL_LINEAR in params.targets and module.device.type != "meta":  # once, when they are put on
         log.warning(
             "%s: all-linear leaves out %s, whose weights it reads past its layers", kind, " and ".join(sorted(left_out))
         )

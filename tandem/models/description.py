@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
 
 from tandem.errors import UserError
+from tandem.models.adapters import AdapterParams, targets_of
 from tandem.models.folder import located, readable_errors, with_config
 from tandem.models.limits import read_config
 from tandem.models.scalar import scalar_class
@@ -35,17 +37,27 @@ def read_score_scale(source: str, *, trust_remote_code: bool = False) -> ScoreSc
     return scale
 
 
-def describe_source(source: str, *, scalar: bool = False, trust_remote_code: bool = False) -> str:
-    """Class and size of the causal LM (``scalar``: of the model with one number a token) in a folder or on the hub.
+def check_targets(source: str, params: AdapterParams, *, scalar: bool = False, trust_remote_code: bool = False) -> None:
+    """Raises UserError for targets of adapters that the model in a folder or on the hub has not."""
+    targets_of(_outline(source, scalar, trust_remote_code), params)
 
-    Raises UserError where there is none, and where a folder holds no weights.
-    """
+
+def _outline(source: str, scalar: bool, trust_remote_code: bool) -> Any:
+    """The module without memory for its weights."""
     auto = scalar_class(read_config(source, trust_remote_code), source) if scalar else AutoModelForCausalLM
     with readable_errors(source, "model"), torch.device("meta"):
         config = config_in(with_config(source), trust_remote_code)
         if scalar:
             config.num_labels = 1
-        module = auto.from_config(config, trust_remote_code=trust_remote_code)
+        return auto.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def describe_source(source: str, *, scalar: bool = False, trust_remote_code: bool = False) -> str:
+    """Class and size of the causal LM (``scalar``: of the model with one number a token) in a folder or on the hub.
+
+    Raises UserError where there is none, and where a folder holds no weights.
+    """
+    module = _outline(source, scalar, trust_remote_code)
     folder = Path(located(source))
     if folder.is_dir() and not any(path.suffix in (".safetensors", ".bin") for path in folder.iterdir()):
         raise UserError(f"{source}: holds a config and no weights (*.safetensors, *.bin); give a complete folder")

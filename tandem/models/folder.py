@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 import pickle
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from tandem.errors import UserError, first_line
+from tandem.hub import asking_hub
 from tandem.models.adapter_folder import adapter_folder
 
 WRONG_FILES = (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, IndexError, EOFError)
@@ -65,9 +66,10 @@ def readable_errors(source: str | Path, what: str) -> Iterator[None]:
         raise UserError(f"no model folder {source}{_nearest(path)}")
     if looks_local and not (path / "config.json").is_file():
         raise UserError(f"{source}: {_no_model(path)}")
+    out_of_reach = ""
     try:
         # "Some weights were newly initialized" is an error, or is said in our own words.
-        with quiet_transformers():
+        with quiet_transformers(), nullcontext("") if looks_local else asking_hub() as out_of_reach:
             yield
     except pickle.UnpicklingError as error:
         raise UserError(
@@ -75,7 +77,8 @@ def readable_errors(source: str | Path, what: str) -> Iterator[None]:
             "give safetensors"
         ) from error
     except (*WRONG_FILES, SafetensorError) as error:
-        where = "in that folder" if looks_local else f"no folder of that name here{_nearest(path)}, and not on the hub"
+        hub = f"none in the hub's cache, and {out_of_reach}" if out_of_reach else "and not on the hub"
+        where = "in that folder" if looks_local else f"no folder of that name here{_nearest(path)}, {hub}"
         raise UserError(f"{source}: cannot load a {what} ({where}): {first_line(error)}") from error
 
 

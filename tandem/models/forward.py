@@ -12,12 +12,11 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from tandem.batch import Batch, Outputs, filled, send
-from tandem.errors import RunFailure, UserError, first_line
+from tandem.errors import UserError
 from tandem.functional.balance import balance_loss
 from tandem.functional.distillation import Against
 from tandem.functional.divergence import Divergence, with_tail
@@ -36,6 +35,7 @@ from tandem.models.sharing import sharing_of
 from tandem.models.states import Mixers
 from tandem.parallel.sharding import shard, transformer_layers
 from tandem.parallel.world import World
+from tandem.whole import writing
 
 log = logging.getLogger("tandem")
 FEW_TOKENS = 1024
@@ -179,12 +179,12 @@ class LoadedModel:
         Of a model with adapters, a folder that peft reads: these, the base's config, the tokenizer. Of the text half of
         a model that also sees (``seeing``), that one's folder.
 
-        Raises RunFailure where the disk is full or refuses.
+        Raises DiskFailure where the disk is full or refuses.
         """
         if self.router_logits:
             setattr(self.module.config, ROUTER_LOGITS, True)
         try:
-            with quiet_transformers():
+            with quiet_transformers(), writing(folder):
                 if self.adapters is not None:
                     names = None if self.seeing is None else PartNames.of(self.seeing.config)
                     parameters = dict(self.module.named_parameters()) if state is None else state
@@ -194,11 +194,6 @@ class LoadedModel:
                 else:
                     self.module.save_pretrained(folder, **({} if state is None else {"state_dict": dict(state)}))
                 self.tokenizer.save_pretrained(folder)
-        except Exception as error:
-            # tokenizers are written in Rust, and have no OSError: the words are all there is.
-            if not isinstance(error, OSError | SafetensorError) and "os error" not in str(error):
-                raise
-            raise RunFailure(f"{folder}: cannot be written: {first_line(error)}") from error
         finally:
             quieted(self.module.config)
 

@@ -18,9 +18,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from tandem.batch import Batch, Outputs, filled
-from tandem.errors import RunFailure, first_line
+from tandem.errors import first_line
 from tandem.roles import Seat
-from tandem.whole import whole_file
+from tandem.whole import whole_file, writing
 
 FILE_SECONDS = 30.0
 """A file is written after 30 seconds of asking: no more than that is asked again where a run was killed."""
@@ -65,7 +65,7 @@ class Known:
     def ask(self, seat: Seat, batches: Iterable[Batch]) -> None:
         """Asks the model for what is not known of each batch, and writes it down.
 
-        Raises RunFailure where the disk is full or refuses.
+        Raises DiskFailure where the disk is full or refuses.
         """
         written = time.monotonic()
         for batch in batches:
@@ -85,12 +85,10 @@ class Known:
         if not fresh or self.folder is None:
             return
         file = self.folder / f"{_digest(b''.join(fresh))}.safetensors"
-        try:
+        with writing(file):
             self.folder.mkdir(parents=True, exist_ok=True)
             with whole_file(file, file.with_name(f".{uuid.uuid4().hex}-partial")) as opened:
                 opened.write(_encoded(fresh, self.about))
-        except OSError as error:
-            raise RunFailure(f"{file}: cannot be written: {error.strerror}") from error
 
     def score(self, batch: Batch) -> Outputs:
         """Log-probs of a batch whose sequences are all known. Raises ValueError where one is not."""

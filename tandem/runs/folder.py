@@ -14,6 +14,7 @@ from collections.abc import Sequence as Seq
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any
 
@@ -63,10 +64,15 @@ class RunFolder:
 
     @staticmethod
     def check(out: Path, start: Start) -> None:
-        """Raises UserError where ``open`` would refuse the folder. Creates nothing."""
+        """Raises UserError where ``open`` would refuse the folder. Creates nothing that stays."""
         ancestor = next(path for path in (out, *out.absolute().parents) if path.exists())
         if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
             raise UserError(f"{out}: cannot be written: {ancestor} is not a folder that this user may write in")
+        try:
+            # A file system that lets nobody make anything (/proc, a full disk) says so only when it is asked to.
+            TemporaryDirectory(prefix=".tandem-", dir=ancestor).cleanup()
+        except OSError as error:
+            raise UserError(f"{out}: cannot be written: {ancestor}: {error.strerror}") from None
         if ancestor != out:
             return
         if _holds_a_run(out):

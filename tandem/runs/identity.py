@@ -79,7 +79,9 @@ def require_same_run(folder: Path, start: Start) -> dict[str, list[str]]:
     identity = read_identity(folder)
     if identity["method"] != start.method:
         raise UserError(f"{folder}: holds a run of {identity['method']}, not of {start.method}; give another --out")
-    if identity["draws"] != DRAWS:
+    if identity["draws"] == 2:
+        _require_bound(folder)
+    elif identity["draws"] != DRAWS:
         whose = "an earlier Tandem" if identity["version"] is None else f"Tandem {identity['version']}"
         model = f", from its model if you like (tandem export --model {folder} --out NEW)"
         raise UserError(
@@ -98,6 +100,16 @@ def require_same_run(folder: Path, start: Start) -> dict[str, list[str]]:
     return changed
 
 
+def _require_bound(folder: Path) -> None:
+    """Raises UserError for a run whose correction_high was 5 and, not being given, would be 2 from now on."""
+    stored = _stored(folder)
+    if stored.get("correction") == "sequence_tis" and stored.get("correction_high") is None:
+        raise UserError(
+            f"{folder / CONFIG}: correction_high, which is not given, was 5 for sequence_tis when the run began, and "
+            "is 2 now; write correction_high: 5.0 there, and give it, to go on as it was, or take another --out"
+        )
+
+
 def _changed(stored: Inputs, given: Inputs) -> dict[str, list[str]]:
     """Names whose digests differ, or that only one side has, by kind; kinds without any are left out."""
     changed = {}
@@ -113,11 +125,7 @@ def changed_keys(folder: Path, start: Start) -> dict[str, tuple[Any, Any]]:
 
     A key that its config does not name has its default there. Raises UserError where the stored config cannot be read.
     """
-    path = folder / CONFIG
-    try:
-        stored = dict(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError):
-        raise UserError(f"{path}: not the config of a run any more; {_ANEW}") from None
+    stored = _stored(folder)
     given = yaml.safe_load(start.config) or {}
     defaults = {key: [*value] if isinstance(value, tuple) else value for key, value in start.defaults.items()}
     stored = {key: value for key, value in defaults.items() if key in given} | stored
@@ -126,6 +134,15 @@ def changed_keys(folder: Path, start: Start) -> dict[str, tuple[Any, Any]]:
         for key in dict.fromkeys([*stored, *given])
         if (key in stored, stored.get(key)) != (key in given, given.get(key))
     }
+
+
+def _stored(folder: Path) -> dict[str, Any]:
+    """The config of the folder's run. Raises UserError where it cannot be read."""
+    path = folder / CONFIG
+    try:
+        return dict(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError):
+        raise UserError(f"{path}: not the config of a run any more; {_ANEW}") from None
 
 
 def _require_same_config(folder: Path, start: Start) -> None:

@@ -11,7 +11,8 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from tandem.errors import RunFailure, UserError
+from tandem.errors import UserError
+from tandem.whole import writing
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
@@ -23,16 +24,11 @@ def append_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Adds a line for each record and hands them to the operating system.
 
     NaN and infinities, which JSON lacks, become null, and what JSON has no type for (a date, an image) its text.
-    Raises RunFailure where the file cannot be written.
+    Raises DiskFailure where the file cannot be written.
     """
     text = "".join(map(json_line, records))
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(text)
-    except OSError as error:
-        raise RunFailure(
-            f"{path}: cannot be written: {error.strerror}; put that right and go on with --resume"
-        ) from error
+    with writing(path), path.open("a", encoding="utf-8") as file:
+        file.write(text)
 
 
 def json_line(record: Mapping[str, Any]) -> str:

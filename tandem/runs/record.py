@@ -19,9 +19,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from tandem.errors import RunFailure, UserError
+from tandem.errors import UserError
 from tandem.types import Group, Prompt, Rollout, Ticket
-from tandem.whole import whole_file
+from tandem.whole import whole_file, writing
 
 RECORD = "record"
 FORMAT, VERSION = "tandem-record", 1
@@ -48,7 +48,7 @@ class Recorder:
     """The run's length, which its learning rate follows."""
 
     def write(self, step: int, taken: Seq[Recorded]) -> None:
-        """What a step is going to train on, whole or not at all. Raises RunFailure where it cannot be written.
+        """What a step is going to train on, whole or not at all. Raises DiskFailure where it cannot be written.
 
         A file of the same step is replaced: the run has come to it again.
         """
@@ -61,16 +61,12 @@ class Recorder:
             "tickets": [asdict(ticket) for ticket, _ in taken],
         }
         path = path_of(self.folder, step)
-        try:
+        with writing(path):
             self.folder.mkdir(exist_ok=True)
             with whole_file(path) as file, gzip.GzipFile("", "wb", LEVEL, file, mtime=0) as packed:
                 packed.write(_line(about))
                 for _, group in taken:
                     packed.write(_line(_of_group(group)))
-        except OSError as error:
-            raise RunFailure(
-                f"{path}: cannot be written: {error.strerror}; put that right and go on with --resume"
-            ) from error
 
 
 def forget_after(folder: Path, step: int) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from tandem.checkpoint.saver import SaveEvery
 from tandem.checkpoint.store import CheckpointStore
-from tandem.errors import NonFiniteError, RunFailure, UserError, WorkerFailure
+from tandem.errors import DiskFailure, NonFiniteError, RunFailure, UserError, WorkerFailure
 from tandem.roles import Metrics, Seat
 from tandem.rollout.evaluate import Evaluation
 from tandem.runs.folder import EMA_MODEL, RunFolder
@@ -351,7 +351,7 @@ class Session:
             if self.saved_step < 0:
                 kept = "nothing is saved" + (": --resume begins with step 1" if self.save_every.enabled else "")
             self.progress.note(f"stopped in step {step}; {kept}")
-            if isinstance(error, WorkerFailure):
+            if isinstance(error, WorkerFailure | DiskFailure):
                 raise RunFailure(f"step {step}{', ' * bool(doing)}{doing}: {error}; {kept}") from error
             raise
 

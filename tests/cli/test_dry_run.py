@@ -37,7 +37,7 @@ def plan(inputs, monkeypatch, capsys):
 
     def call(*argv):
         before = sorted(inputs.rglob("*"))
-        code = main([*argv, "--steps", "4", "--out", "never", "--dry-run"])
+        code = main([*argv, *([] if "--out" in argv else ["--out", "never"]), "--steps", "4", "--dry-run"])
         captured = capsys.readouterr()
         assert [path for path in sorted(inputs.rglob("*")) if "__pycache__" not in path.parts] == [
             path for path in before if "__pycache__" not in path.parts
@@ -82,6 +82,8 @@ def test_a_plan_says_what_would_be_used(plan, inputs, method, placement):
         (["--reward", "nowhere.py:f"], ["nowhere.py"]),
         (["--model", "nowhere"], ["nowhere"]),
         (["--model", "empty"], ["empty: holds a config and no weights"]),
+        (["--lora.rank", "2", "--lora.targets", "nope"], ["lora.targets: LlamaForCausalLM has no layer nope"]),
+        (["--out", "/proc/x"], ["/proc/x: cannot be written: /proc: "]),
     ],
 )
 def test_a_plan_finds_the_mistakes_of_a_run(plan, inputs, flags, parts):

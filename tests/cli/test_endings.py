@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -123,6 +124,32 @@ def test_a_full_disk_at_the_export_ends_in_a_line_and_the_checkpoint_exports_aga
     assert events == ["start", "checkpoint", "stop", "start", "resume", "finish", "stop"]
 
 
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["quickstart"], "base: cannot be written: "),
+        (
+            [*unevaluated(arguments("sft")), "--steps", "2"],
+            "there is no earlier one; nothing is saved: --resume begins",
+        ),
+        ([*unevaluated(arguments("sft")), "--steps", "2", "--save-every", "0"], "no checkpoint holds it either"),
+    ],
+)
+def test_a_disk_that_is_full_from_the_start_promises_nothing(inputs, tmp_path, monkeypatch, capsys, argv, words):
+    """The kernel itself refuses, whatever the file."""
+    monkeypatch.chdir(inputs)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        assert main([*argv, "--out", str(tmp_path / "out")]) == 75
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    [line] = capsys.readouterr().err.splitlines()
+    assert words in line
+    assert "File too large" in line
+    assert ("--resume" in line) is ("--resume" in words)
+
+
 JUDGES = """
 import os, pathlib, sys
 def fails(prompts, completions):
@@ -197,7 +224,7 @@ def test_a_full_disk_that_the_output_goes_to_ends_the_run_in_a_line_and_loses_no
         patch.setattr(sys, "stdout", Full(lines, file))
         assert main([*argv, "--out", str(out)]) == 75
     assert capsys.readouterr().err.endswith(
-        "error: standard output: No space left on device; make room, and go on with --resume\n"
+        "error: standard output: No space left on device; make room, and go on (a run: with --resume)\n"
     )
     assert [path.name for path in out.glob("checkpoints/*")] == ["step_00000001"] * (lines > 0)
     assert tandem(*argv, "--out", out, "--resume")[0] == 0

@@ -119,6 +119,19 @@ def test_a_run_that_another_version_began(tandem):
     assert Path("NEW/model.safetensors").exists()
 
 
+def test_a_run_whose_bound_was_another_says_so_and_goes_on_with_it(tandem):
+    """sequence_tis cut off at 5 where it was given no bound, and does at 2."""
+    identity, config = Path("grpo/run.json"), Path("grpo/config.yaml")
+    identity.write_text(json.dumps(json.loads(identity.read_text()) | {"draws": 2}))
+    config.write_text(config.read_text().replace("correction: none", "correction: sequence_tis"))
+    now = [*ON, "--old-logp", "trainer", "--correction", "sequence_tis", "--dry-run"]
+    config.write_text(config.read_text().replace("old_logp: sampler", "old_logp: trainer"))
+    refused(tandem(*now), "grpo/config.yaml: correction_high, which is not given, was 5 for sequence_tis", "is 2 now")
+    config.write_text(config.read_text().replace("correction_high: null", "correction_high: 5.0"))
+    refused(tandem(*now), "correction_high (5.0 there, null now)")
+    assert tandem(*now, "--correction-high", "5")[0] == 0
+
+
 def test_keys_that_an_earlier_version_did_not_have_or_had(tandem):
     config = Path("grpo/config.yaml")
     kept = [

@@ -11,7 +11,7 @@ from dataclasses import fields
 
 import pytest
 
-from tandem.errors import RunFailure, UserError
+from tandem.errors import DiskFailure, UserError
 from tandem.runs.record import RECORD, Record, Recorder, forget_after, pack, path_of, steps_in, unpack
 from tandem.types import Group, Prompt, Rollout, Ticket
 
@@ -122,7 +122,7 @@ def test_a_full_disk_names_the_file_and_leaves_nothing_half_written(tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200, before[1]))
     try:
-        with pytest.raises(RunFailure, match=r"step_00000004.jsonl.gz: cannot be written: File too large; put that"):
+        with pytest.raises(DiskFailure, match=r"step_00000004.jsonl.gz: cannot be written: File too large$"):
             recorder.write(4, list(zip(tickets(4), groups(4), strict=True)))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
