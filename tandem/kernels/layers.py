@@ -62,18 +62,26 @@ def norm_(x_TD: Tensor, by: Norm) -> None:
 
 
 def add_norm(
-    x_TD: Tensor, residual_TD: Tensor, by: Norm | None, *, first: Norm | None = None, scale: float = 1.0
+    x_TD: Tensor,
+    residual_TD: Tensor,
+    by: Norm | None,
+    *,
+    first: Norm | None = None,
+    scale: float = 1.0,
+    factor_1: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The norm of ``residual + scale * first(x)``, and that sum, which is the next residual. All [T, D].
+    """The norm of ``(residual + scale * first(x)) * factor``, and that product, which is the next residual. All [T, D].
 
-    Without ``by`` both are the sum.
+    Without ``by`` both are the product.
     """
     if on_triton(x_TD):
         from tandem.kernels import layers_triton
 
-        return layers_triton.add_norm(x_TD, residual_TD, by, first=first, scale=scale)
+        return layers_triton.add_norm(x_TD, residual_TD, by, first=first, scale=scale, factor_1=factor_1)
     x_TD = x_TD if first is None else _norm(x_TD, first)
     total_TD = residual_TD + (x_TD if scale == 1.0 else x_TD * scale)
+    if factor_1 is not None:
+        total_TD = (total_TD * factor_1).to(total_TD.dtype)
     return total_TD if by is None else _norm(total_TD, by), total_TD
 
 
@@ -92,13 +100,12 @@ def _norm(x_TD: Tensor, by: Norm) -> Tensor:
     return wide_TD.to(x_TD.dtype)
 
 
-def gated(gate_up_TI: Tensor, curve: Curve) -> Tensor:
-    """``curve(gate) * up`` of [T, 2 I], gate first → [T, I] (arXiv:2002.05202)."""
-    if on_triton(gate_up_TI):
+def gated(gate_TI: Tensor, up_TI: Tensor, curve: Curve) -> Tensor:
+    """``curve(gate) * up`` (arXiv:2002.05202) of rows [T, I], which may lie apart."""
+    if on_triton(gate_TI):
         from tandem.kernels import layers_triton
 
-        return layers_triton.gated(gate_up_TI, curve)
-    gate_TI, up_TI = gate_up_TI.chunk(2, dim=-1)
+        return layers_triton.gated(gate_TI, up_TI, curve)
     return CURVES[curve](gate_TI) * up_TI
 
 

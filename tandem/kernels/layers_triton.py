@@ -19,9 +19,10 @@ def add_norm(
     *,
     first: Norm | None = None,
     scale: float = 1.0,
+    factor_1: Tensor | None = None,
     out_TD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The norm of ``residual + scale * first(x)``, or of ``x`` alone, and that sum: a program a row.
+    """The norm of ``(residual + scale * first(x)) * factor``, or of ``x`` alone, and that product: a program a row.
 
     Rows of ``x`` and ``out`` may lie apart, a residual's have no gaps.
     """
@@ -37,6 +38,7 @@ def add_norm(
         total_TD if residual_TD is None else residual_TD,
         *_tensors(first, x_TD),
         *_tensors(by, x_TD),
+        x_TD if factor_1 is None else factor_1,
         out_TD,
         total_TD,
         scale,
@@ -45,10 +47,11 @@ def add_norm(
         x_TD.stride(0),
         out_TD.stride(0),
         size,
-        **_kind(first, "FIRST"),
-        **_kind(by, "NORM"),
+        FIRST=kind(first),
+        NORM=kind(by),
         ADD=residual_TD is not None,
         SCALED=scale != 1.0,
+        MULTIPLIED=factor_1 is not None,
         BLOCK=block,
         num_warps=4 if block <= 4096 else 8,
     )
@@ -61,12 +64,12 @@ def _tensors(by: Norm | None, other: Tensor) -> tuple[Tensor, Tensor]:
     return other if weight is None else weight, other if bias is None else bias
 
 
-def _kind(by: Norm | None, name: str) -> dict[str, int]:
+def kind(by: Norm | None) -> int:
     """As bits of one constant: whether there is a norm at all, a weight, a bias, an offset, a mean, a wide product."""
     if by is None:
-        return {name: 0}
+        return 0
     bits = (True, by.weight is not None, by.bias is not None, by.offset, by.centered, by.wide)
-    return {name: sum(1 << place for place, bit in enumerate(bits) if bit)}
+    return sum(1 << place for place, bit in enumerate(bits) if bit)
 
 
 @triton.jit
@@ -82,7 +85,8 @@ def weighted(x, scale, weight, OFFSET: tl.constexpr, WIDE: tl.constexpr):  # typ
 
 
 @triton.jit
-def _normed(value, weight, bias, eps, size, column, inside, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
+def normed(value, weight, bias, eps, size, column, inside, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The norm of a row, of that ``kind``."""
     wide = value.to(tl.float32)
     if KIND & 16:
         wide = tl.where(inside, wide - tl.sum(wide, axis=0) / size, 0.0)
@@ -101,43 +105,50 @@ def _normed(value, weight, bias, eps, size, column, inside, KIND: tl.constexpr):
 
 @triton.jit
 def _add_norm(  # type: ignore[no-untyped-def]
-    x, residual, first_weight, first_bias, weight, bias, out, total, scale, first_eps, eps, x_row, out_row, size,
-    FIRST: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr,
+    x, residual, first_weight, first_bias, weight, bias, factor, out, total, scale, first_eps, eps, x_row, out_row,
+    size, FIRST: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr, SCALED: tl.constexpr, MULTIPLIED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < size
     value = tl.load(x + row * x_row + column, mask=inside, other=0.0)
     if FIRST:
-        value = _normed(value, first_weight, first_bias, first_eps, size, column, inside, FIRST)
+        value = normed(value, first_weight, first_bias, first_eps, size, column, inside, FIRST)
     if ADD:
         if SCALED:
             value = (value.to(tl.float32) * scale).to(value.dtype)
         more = tl.load(residual + row * size + column, mask=inside, other=0.0)
         value = (value.to(tl.float32) + more.to(tl.float32)).to(value.dtype)
+        if MULTIPLIED:
+            value = (value.to(tl.float32) * tl.load(factor).to(tl.float32)).to(value.dtype)
         tl.store(total + row * size + column, value, mask=inside)
     if NORM:
-        value = _normed(value, weight, bias, eps, size, column, inside, NORM)
+        value = normed(value, weight, bias, eps, size, column, inside, NORM)
         tl.store(out + row * out_row + column, value, mask=inside)
 
 
-def gated(gate_up_TI: Tensor, curve: Curve) -> Tensor:
-    """``curve(gate) * up`` of [T, 2 I] → [T, I]."""
-    rows, double = gate_up_TI.shape
-    out_TI = gate_up_TI.new_empty(rows, double // 2)
-    block = min(1024, triton.next_power_of_2(double // 2))
-    grid = (rows, triton.cdiv(double // 2, block))
-    _gated[grid](gate_up_TI, out_TI, double // 2, CURVE=curve, BLOCK=block, num_warps=4)
+def gated(gate_TI: Tensor, up_TI: Tensor, curve: Curve) -> Tensor:
+    """``curve(gate) * up`` of rows [T, I], which may lie apart."""
+    rows, size = gate_TI.shape
+    out_TI = gate_TI.new_empty(rows, size)
+    block = min(1024, triton.next_power_of_2(size))
+    grid = (rows, triton.cdiv(size, block))
+    _gated[grid](
+        gate_TI, up_TI, out_TI, size, gate_TI.stride(0), up_TI.stride(0), CURVE=curve, BLOCK=block, num_warps=4
+    )
     return out_TI
 
 
 @triton.jit
-def _gated(gate_up, out, size, CURVE: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _gated(  # type: ignore[no-untyped-def]
+    gates, ups, out, size, gate_row, up_row, CURVE: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < size
-    gate = tl.load(gate_up + row * 2 * size + column, mask=inside, other=0.0)
-    up = tl.load(gate_up + row * 2 * size + size + column, mask=inside, other=0.0)
+    gate = tl.load(gates + row * gate_row + column, mask=inside, other=0.0)
+    up = tl.load(ups + row * up_row + column, mask=inside, other=0.0)
     wide = gate.to(tl.float32)
     if CURVE == "silu":
         bent = wide / (1.0 + tl.exp(-wide))

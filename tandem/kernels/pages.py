@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tandem.kernels.available import on_triton
-from tandem.kernels.layers import Rotation, rotate_
+from tandem.kernels.layers import Norm, Rotation, norm, rotate_
 
 EIGHT_BIT = torch.float8_e4m3fn
 """Of the 8-bit formats the one with more digits; its narrow range is made up for by the scales."""
@@ -92,30 +92,35 @@ def append_attend(
     scaling: float,
     sliding_window: int | None = None,
     rotation: Rotation | None = None,
+    value_norm: Norm | None = None,
     softcap: float | None = None,
     sink_H: Tensor | None = None,
 ) -> Tensor:
     """Attention [B, H, D] of one new token a row over its cached ones and itself, which is stored.
 
-    Heads share keys and values [B, Hkv, D] in equal groups. Softmax is in float32. ``rotation``: query and key come as
-    they were projected, and are turned first. ``softcap``: scores are bent to ``cap * tanh(score / cap)``. ``sink_H``:
-    a score more for each head, without a value.
+    Heads share keys and values [B, Hkv, D] in equal groups; there are none (Hkv 0) where another layer has stored them.
+    Softmax is in float32. ``rotation``: query and key come as they were projected, and are turned first.
+    ``value_norm``: so do values, of which each head is normed. ``softcap``: scores are bent to
+    ``cap * tanh(score / cap)``. ``sink_H``: a score more for each head, without a value.
     """
     if on_triton(query_BHD):
         from tandem.kernels import pages_triton
 
         return pages_triton.append_attend(
             query_BHD, key_BKD, value_BKD, pages, rows, scaling=scaling, sliding_window=sliding_window,
-            rotation=rotation, softcap=softcap, sink_H=sink_H,
+            rotation=rotation, value_norm=value_norm, softcap=softcap, sink_H=sink_H,
         )  # fmt: skip
     table_BP, length_B = rows.table_BP, rows.length_B
     if rotation is not None:
         both = torch.cat((query_BHD, key_BKD), dim=1)
         rotate_(both, length_B, rotation, query_BHD.shape[1], key_BKD.shape[1])
         query_BHD, key_BKD = both.split([query_BHD.shape[1], key_BKD.shape[1]], dim=1)
-    store(key_BKD, value_BKD, pages, rows.target_B)
+    if value_norm is not None:
+        value_BKD = norm(value_BKD.flatten(0, 1), value_norm).view_as(value_BKD)
+    if key_BKD.shape[1]:
+        store(key_BKD, value_BKD, pages, rows.target_B)
     count, heads, size = query_BHD.shape
-    kv_heads = key_BKD.shape[1]
+    kv_heads = pages.keys.shape[1]
     reach = int(length_B.max()) // pages.size + 1
     wide = torch.promote_types(query_BHD.dtype, torch.float32)
 

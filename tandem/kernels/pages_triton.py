@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tandem.kernels.layers import Norm, Rotation
-from tandem.kernels.layers_triton import weighted
+from tandem.kernels.layers_triton import kind, normed, weighted
 from tandem.kernels.pages import DecodeRows, Pages
 
 FULL = 448
@@ -131,6 +131,20 @@ def _put(  # type: ignore[no-untyped-def]
     return wide
 
 
+@triton.jit
+def _kept(  # type: ignore[no-untyped-def]
+    kept, scales, place, head, kv_heads, SIZE: tl.constexpr, PADDED: tl.constexpr, PAGE: tl.constexpr,
+    SCALED: tl.constexpr,
+):  # fmt: skip
+    """What is in that place [PADDED], in float32."""
+    column = tl.arange(0, PADDED)
+    at = (place // PAGE * kv_heads + head) * PAGE + place % PAGE
+    x = tl.load(kept + at * SIZE + column, mask=column < SIZE, other=0.0).to(tl.float32)
+    if SCALED:
+        x = x * tl.load(scales + at)
+    return x
+
+
 def append_attend(
     query_BHD: Tensor,
     key_BKD: Tensor,
@@ -141,6 +155,7 @@ def append_attend(
     scaling: float,
     sliding_window: int | None,
     rotation: Rotation | None = None,
+    value_norm: Norm | None = None,
     softcap: float | None = None,
     sink_H: Tensor | None = None,
     most: int | None = None,
@@ -153,7 +168,9 @@ def append_attend(
     serves every length: programs beyond a row's splits end at once.
     """
     count, heads, size = query_BHD.shape
-    kv_heads = key_BKD.shape[1]
+    kv_heads, given = pages.keys.shape[1], not key_BKD.shape[1]
+    if given:
+        key_BKD = value_BKD = query_BHD  # Something in their place, which is not touched.
     most = most or next(splits for programs, splits in SPLITS if count * kv_heads >= programs)
     most = min(most, rows.table_BP.shape[1])
     out = torch.empty(count, heads, size, dtype=query_BHD.dtype, device=query_BHD.device)
@@ -180,6 +197,8 @@ def append_attend(
         query_norm.weight,
         key_norm.weight,
         query_norm.eps,
+        out if value_norm is None or value_norm.weight is None else value_norm.weight,
+        0.0 if value_norm is None else value_norm.eps,
         out if sink_H is None else sink_H,
         out,
         part,
@@ -206,6 +225,8 @@ def append_attend(
         NORM=norms is not None,
         OFFSET=query_norm.offset,
         WIDE=query_norm.wide,
+        VALUE_NORM=kind(value_norm),
+        GIVEN=given,
         CAPPED=softcap is not None,
         SINKS=sink_H is not None,
         num_warps=2 if count * kv_heads >= MANY else 4,
@@ -265,12 +286,12 @@ def _bent(score, cap):  # type: ignore[no-untyped-def]
 @triton.jit
 def _append_attend(  # type: ignore[no-untyped-def]
     query, key, value, keys, values, key_scales, value_scales, table, length, target, share, arrived, cos, sin,
-    query_norm, key_norm, eps, sinks, out, part, top, mass, scale, cap, window, query_row, query_head, key_row,
-    key_head, value_row, value_head, table_row,
+    query_norm, key_norm, eps, value_norm, value_eps, sinks, out, part, top, mass, scale, cap, window, query_row,
+    query_head, key_row, key_head, value_row, value_head, table_row,
     SIZE: tl.constexpr, PADDED: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr,
     PAGE: tl.constexpr, WINDOWED: tl.constexpr, IEEE: tl.constexpr, SCALED: tl.constexpr, ROTATED: tl.constexpr,
-    PAIRS: tl.constexpr, NORM: tl.constexpr, OFFSET: tl.constexpr, WIDE: tl.constexpr, CAPPED: tl.constexpr,
-    SINKS: tl.constexpr,
+    PAIRS: tl.constexpr, NORM: tl.constexpr, OFFSET: tl.constexpr, WIDE: tl.constexpr, VALUE_NORM: tl.constexpr,
+    GIVEN: tl.constexpr, CAPPED: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
@@ -299,14 +320,20 @@ def _append_attend(  # type: ignore[no-untyped-def]
     q = _head(at, real_head[:, None], cos, sin, query_norm, eps, SIZE, PADDED, ROTATED, PAIRS, NORM, OFFSET, WIDE)
 
     # The new token, whose part in the sums is the first split's.
-    at = key + row * key_row + kv_head * key_head + tl.zeros([1, 1], dtype=tl.int32)
-    one = _head(at, real_column[None, :], cos, sin, key_norm, eps, SIZE, PADDED, ROTATED, PAIRS, NORM, OFFSET, WIDE)
-    one = tl.reshape(one, [PADDED])
-    two = tl.load(value + row * value_row + kv_head * value_head + column, mask=real_column, other=0.0)
     place = tl.load(target + row).to(tl.int64)
     mine = (split == 0).to(tl.int32)
-    new_k = _put(one, keys, key_scales, place, kv_head, kv_heads, mine, SIZE, PADDED, PAGE, SCALED)
-    new_v = _put(two, values, value_scales, place, kv_head, kv_heads, mine, SIZE, PADDED, PAGE, SCALED)
+    if GIVEN:
+        new_k = _kept(keys, key_scales, place, kv_head, kv_heads, SIZE, PADDED, PAGE, SCALED)
+        new_v = _kept(values, value_scales, place, kv_head, kv_heads, SIZE, PADDED, PAGE, SCALED)
+    else:
+        at = key + row * key_row + kv_head * key_head + tl.zeros([1, 1], dtype=tl.int32)
+        one = _head(at, real_column[None, :], cos, sin, key_norm, eps, SIZE, PADDED, ROTATED, PAIRS, NORM, OFFSET, WIDE)
+        one = tl.reshape(one, [PADDED])
+        two = tl.load(value + row * value_row + kv_head * value_head + column, mask=real_column, other=0.0)
+        if VALUE_NORM:
+            two = normed(two, value_norm, value_norm, value_eps, SIZE, column, real_column, VALUE_NORM)
+        new_k = _put(one, keys, key_scales, place, kv_head, kv_heads, mine, SIZE, PADDED, PAGE, SCALED)
+        new_v = _put(two, values, value_scales, place, kv_head, kv_heads, mine, SIZE, PADDED, PAGE, SCALED)
     share = mine.to(tl.float32)
     own = tl.sum(q.to(tl.float32) * new_k[None, :], axis=1) * scale
     if CAPPED:

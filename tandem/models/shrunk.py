@@ -192,6 +192,11 @@ def trained_size(module: Any) -> None:
             parameter.add_(0.2 * noise)
         else:
             parameter.add_(_centred(parameter, noise))
+    saved = module.state_dict().keys()
+    for name, number in module.named_buffers():
+        # What layers are multiplied by (Gemma 4).
+        if name in saved and number.numel() == 1 and number.is_floating_point():
+            number.add_(0.2 * torch.randn(number.shape, generator=generator))
 
 
 def _centred(parameter: Tensor, noise: Tensor) -> Tensor:

@@ -94,6 +94,38 @@ def test_what_is_read_of_nemotron_h() -> None:
     assert first.feed is second.attention is third.feed is fourth.attention is None
 
 
+def test_what_is_read_of_gemma_4() -> None:
+    _, windowed, full = read("gemma4")
+    assert (windowed.attention.size, full.attention.size) == (8, 16)
+    assert (windowed.attention.tied, full.attention.tied) == (False, True), "values are keys as they are projected"
+    assert len(full.attention.qkv.linears) == 2
+    for layer in (windowed, full):
+        assert layer.attention.value_norm is not None
+        assert layer.attention.value_norm.weight is None
+        assert layer.factor is not None
+    decoder, *_ = read("gemma4-e")
+    assert [layer.attention.shares for layer in decoder.layers] == [None, None, 0, 1]
+    assert [layer.attention.kv_heads for layer in decoder.layers] == [1, 1, 0, 0]
+    assert decoder.given is not None
+    assert decoder.given.size == 8
+    assert decoder.given.scale == pytest.approx(2**-0.5, rel=1e-5)
+    assert [layer.injection.place for layer in decoder.layers] == [0, 1, 2, 3]
+    _, layer, _ = read("gemma4-moe")
+    assert isinstance(layer.feed, Gated)
+    assert layer.experts is not None
+    assert layer.experts.picks == (2, 1)
+
+
+def test_numbers_of_layers_are_read_while_they_are_still_1() -> None:
+    module = family_model("gemma4")
+    numbers = [layer.layer_scalar for layer in module.model.layers]
+    for number in numbers:
+        number.fill_(1.0)
+    layers = read_decoder(module, 96).layers
+    assert all(number == 1.0 for number in numbers), "as they were"
+    assert all(layer.factor_1 is number for layer, number in zip(layers, numbers, strict=True))
+
+
 def changed(**fields: Any) -> Callable[[Layer], Layer]:
     return lambda layer: replace(layer, **fields)
 
@@ -108,6 +140,14 @@ def asking(**fields: Any) -> Callable[[Layer], Layer]:
 
 def turning(**fields: Any) -> Callable[[Layer], Layer]:
     return lambda layer: attending(rotation=replace(layer.attention.rotation, **fields))(layer)
+
+
+def injecting(**fields: Any) -> Callable[[Layer], Layer]:
+    return lambda layer: replace(layer, injection=replace(layer.injection, **fields))
+
+
+def routing(**fields: Any) -> Callable[[Layer], Layer]:
+    return lambda layer: replace(layer, experts=replace(layer.experts, **fields))
 
 
 def norming(name: str, **fields: Any) -> Callable[[Layer], Layer]:
@@ -132,6 +172,15 @@ WRONG = [
     ("deepseek-v3", turning(pairs=False)),
     ("qwen3", turning(norms=None)),
     ("qwen3", norming("between", eps=0.5)),
+    ("gemma4", attending(value_norm=None)),
+    ("gemma4", attending(value_norm=Norm(None, eps=0.5))),
+    ("gemma4", changed(factor=None)),
+    ("gemma4-e", changed(injection=None)),
+    ("gemma4-e", injecting(after=None)),
+    ("gemma4-e", injecting(place=1)),
+    ("gemma4-moe", changed(experts=None)),
+    ("gemma4-moe", routing(before=None)),
+    ("gemma4-moe", routing(after_feed=None)),
 ]
 
 
@@ -143,10 +192,13 @@ def test_the_proof_notices_a_wrong_description(name: str) -> None:
     assert not trial.why_not_pages(lean, shape)
     right = lean.decoder
     for change in (change for one, change in WRONG if one == name):
-        lean.decoder = replace(right, layers=[change(right.layers[0]), right.layers[1]])
+        lean.decoder = replace(right, layers=[change(right.layers[0]), *right.layers[1:]])
         assert "does not reproduce" in trial.why_not_pages(lean, shape)
     lean.decoder = replace(right, embedding_scale=right.embedding_scale * 1.02)
     assert trial.why_not_pages(lean, shape)
+    if right.given is not None:
+        lean.decoder = replace(right, given=replace(right.given, scale=1.0))
+        assert trial.why_not_pages(lean, shape)
     lean.decoder = right
     lean.head_shape = lean.head_shape._replace(cap=lean.head_shape.cap and 2 * lean.head_shape.cap, scale=1.1)
     assert trial.why_not_pages(lean, shape)
@@ -212,9 +264,25 @@ def rolled_keys(module: Any) -> None:
     module.model.layers[0].self_attn.k_proj.register_forward_hook(lambda _, __, out: out.roll(1, -1))
 
 
-@pytest.mark.parametrize("change", [gate_after, between, before_all, sum_of_more, rolled_keys])
-def test_a_module_that_computes_something_else_is_not_read(change: Callable[[Any], None]) -> None:
-    module = family_model("llama")
+def given_more(module: Any) -> None:
+    module.model.layers[1].register_forward_pre_hook(lambda _, args: (args[0], args[1] * 1.5, *args[2:]))
+
+
+def moved_values(module: Any) -> None:
+    module.model.layers[3].self_attn.register_forward_hook(lambda _, __, out: (out[0] + 0.3, *out[1:]))
+
+
+def other_experts(module: Any) -> None:
+    module.model.layers[0].experts.register_forward_pre_hook(lambda _, args: (args[0], args[1], args[2] * 1.5))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [("llama", change) for change in (gate_after, between, before_all, sum_of_more, rolled_keys)]
+    + [("gemma4-e", given_more), ("gemma4-e", moved_values), ("gemma4-moe", other_experts)],
+)
+def test_a_module_that_computes_something_else_is_not_read(name: str, change: Callable[[Any], None]) -> None:
+    module = family_model(name)
     change(module)
     try:
         lean = LeanForward(module, positions=96, head_shape=head_shape_of(module))

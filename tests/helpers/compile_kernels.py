@@ -124,9 +124,9 @@ def call_layers() -> None:
     # Every branch once, in the last type.
     layer = Norm(weight, weight, offset=True, centered=True, wide=True)
     layers_triton.add_norm(x, None, Norm(None))
-    layers_triton.add_norm(x, x, None, first=layer, scale=0.5)
+    layers_triton.add_norm(x, x, None, first=layer, scale=0.5, factor_1=torch.ones(1, dtype=dtype))
     for curve in CURVES:
-        layers_triton.gated(torch.zeros(2, 10240, dtype=dtype), curve)
+        layers_triton.gated(*torch.zeros(2, 10240, dtype=dtype).chunk(2, dim=1), curve)
     for dtype, (heads, kv_heads, size) in zip(DTYPES, ((14, 2, 64), (6, 3, 24)), strict=True):
         qkv = torch.zeros(2, heads + 2 * kv_heads, size, dtype=dtype)
         for rotation in _rotations(size, dtype)[:: 1 if dtype == DTYPES[-1] else 2]:
@@ -219,7 +219,11 @@ def call_attention(
         query, key, value, pages, rows, scaling=0.1, sliding_window=window,
         rotation=None if rotation is None else _rotations(size, dtype)[rotation],
         softcap=None if window is None else 50.0, sink_H=None if window is None else torch.zeros(heads, dtype=dtype),
+        value_norm=None if rotation is None else Norm(None if window is None else qkv[0, 0], wide=True),
     )  # fmt: skip
+    if rotation is not None:
+        # Keys and values are there.
+        pages_triton.append_attend(query, key[:, :0], value[:, :0], pages, rows, scaling=0.1, sliding_window=window)
 
 
 def main() -> int:

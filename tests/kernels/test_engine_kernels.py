@@ -62,9 +62,12 @@ def test_norms(dtype: torch.dtype, size: int, kind: str) -> None:
     x, residual = torch.randn(2, 5, size, device=DEVICE).to(dtype)
     by, other = (KINDS[kind](*torch.randn(2, size, device=DEVICE).to(dtype)) for _ in range(2))
     close(layers_triton.add_norm(x, None, by)[0], layers.norm(x, by), 4)
-    for norm, first, scale in ((by, None, 1.0), (by, other, 1.0), (None, by, 0.3), (None, None, 1.0)):
-        found = layers_triton.add_norm(x, residual, norm, first=first, scale=scale)
-        truth = layers.add_norm(x, residual, norm, first=first, scale=scale)
+    factor = torch.tensor([0.7], device=DEVICE, dtype=dtype)
+    for norm, first, scale, number in (
+        (by, None, 1.0, None), (by, other, 1.0, factor), (None, by, 0.3, None), (None, None, 1.0, factor),
+    ):  # fmt: skip
+        found = layers_triton.add_norm(x, residual, norm, first=first, scale=scale, factor_1=number)
+        truth = layers.add_norm(x, residual, norm, first=first, scale=scale, factor_1=number)
         close(found[0], truth[0], 8)
         close(found[1], truth[1], 4)
     # Rows that lie apart, in place.
@@ -93,7 +96,10 @@ def test_norms_written_out() -> None:
 @pytest.mark.parametrize(("size", "curve"), [(48, "silu"), (1500, "silu"), (48, "gelu"), (48, "gelu_tanh")])
 def test_gates(dtype: torch.dtype, size: int, curve: layers.Curve) -> None:
     gate_up = 2 * torch.randn(3, 2 * size, device=DEVICE).to(dtype)
-    close(layers_triton.gated(gate_up, curve), layers.gated(gate_up, curve), 4)
+    gate, up = gate_up.chunk(2, dim=1)
+    close(layers_triton.gated(gate, up, curve), layers.gated(gate, up, curve), 4)
+    given = torch.randn(3, 4, size, device=DEVICE).to(dtype)[:, 2]
+    close(layers_triton.gated(gate.contiguous(), given, curve), layers.CURVES[curve](gate) * given, 4)
 
 
 def rotation_of(dtype: torch.dtype, turned: int, size: int, *, normed: str, pairs: bool = False) -> layers.Rotation:
@@ -292,6 +298,39 @@ def test_decoding_turns_queries_and_keys_by_the_way(dtype, normed, size, turned,
         close(found.keys, plain.keys, 4)
         assert torch.equal(found.values, plain.values)
     close(pages.append_attend(*qkv.split(parts, dim=1), by_itself, rows, scaling=0.3, rotation=rotation), truth, 4)
+
+
+@pytest.mark.parametrize("eight_bit", EIGHT_BIT)
+@pytest.mark.parametrize("dtype", [torch.float32, LOW])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_values_are_normed_and_what_is_kept_is_attended_to_again(dtype, weighted: bool, eight_bit: bool) -> None:
+    """Values that are the keys as they come, normed by the way; then queries of a layer without keys and values."""
+    heads, kv_heads, size, page = 6, 2, 24, 16
+    qk, other = torch.randn(2, 3, heads + kv_heads, size, device=DEVICE).to(dtype)
+    query, key = qk.split([heads, kv_heads], dim=1)
+    length = torch.tensor([0, 5, 20], device=DEVICE)
+    table = torch.tensor([[1, 2], [3, 4], [5, 6]], device=DEVICE).int()
+    rows = pages_triton.decode_rows(table, length, torch.ones_like(length), page, kv_heads)
+    rotation = rotation_of(dtype, size, size, normed="rms")
+    norm = layers.Norm(torch.rand(size, device=DEVICE).to(dtype) if weighted else None, wide=weighted)
+    cache = new_pages(dtype, (7, kv_heads, page, size), eight_bit=eight_bit)
+    plain, written, found = (copy_of(cache) for _ in range(3))
+    turned, before = qk.clone(), qk.clone()
+    layers.rotate_(turned, length, rotation, heads, kv_heads)
+    normed = layers.norm(key.reshape(-1, size), norm).view_as(key)
+    truth = pages.append_attend(turned[:, :heads], turned[:, heads:], normed, plain, rows, scaling=0.3)
+    how = {"scaling": 0.3, "sliding_window": None, "rotation": rotation}
+    close(pages.append_attend(query, key, key, written, rows, **how, value_norm=norm), truth, 4)
+    nothing = other[:, :0]
+    for most in (1, 4):
+        out = pages_triton.append_attend(query, key, key, found, rows, **how, value_norm=norm, most=most)
+        close(out, truth, 4 if not eight_bit else 40)
+        close(found.values.float(), plain.values.float(), 4 if not eight_bit else 40)
+        assert torch.equal(qk, before)
+        kept = copy_of(found)
+        again = pages_triton.append_attend(other[:, :heads], nothing, nothing, found, rows, **how, most=most)
+        close(again, pages.append_attend(other[:, :heads], nothing, nothing, kept, rows, **how), 4)
+        assert same(found, kept)
 
 
 def test_long_rows_are_divided_among_programs() -> None:

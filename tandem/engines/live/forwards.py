@@ -59,6 +59,9 @@ class LeanForward:
         self.module = module
         self.head_shape = head_shape
         self.decoder = read_decoder(module, positions)
+        attentions = [layer.attention for layer in self.decoder.layers]
+        self.shared = {x.shares for x in attentions if isinstance(x, Attention)} - {None}
+        """The numbers of attentions whose keys and values others are given."""
         head = module.get_output_embeddings()
         self.added = Additions([head]) if hasattr(head, "lora_A") else None
         """What adapters add to the head's product."""
@@ -71,9 +74,8 @@ class LeanForward:
 
     def stack(self) -> None:
         """Stacks parameters again where they were taken apart (moved, cast, or given back from parking)."""
-        for layer in self.decoder.layers:
-            for product in layer.products():
-                product.stack()
+        for product in self.decoder.products():
+            product.stack()
         if self.added is not None:
             self.added.stack()
 
@@ -93,7 +95,10 @@ class LeanForward:
         rows, columns = token_BQ.shape
         decoder = self.decoder
         position_T = position_BQ.reshape(-1)
-        residual_TE = decoder.embedding(token_BQ.reshape(-1))
+        token_T = token_BQ.reshape(-1)
+        residual_TE = decoder.embedding(token_T)
+        given_TLP = residual_TE if decoder.given is None else decoder.given(token_T, residual_TE)
+        passed: dict[int | None, tuple[Tensor, Tensor]] = {}
         if decoder.embedding_scale != 1.0:
             residual_TE = residual_TE * decoder.embedding_scale
         first = decoder.layers[0].before
@@ -106,7 +111,7 @@ class LeanForward:
                 out_TE = layer.attention(hidden_TE, held)
             elif layer.attention is not None:
                 assert layout is not None
-                out_TE = self._attend(hidden_TE, position_T, layout, layer.attention, rows)
+                out_TE = self._attend(hidden_TE, position_T, layout, layer.attention, rows, passed)
             if layer.feed is None or layer.attention is None:
                 out_TE = out_TE if layer.feed is None else layer.feed(hidden_TE)
             elif layer.parallel:
@@ -117,8 +122,15 @@ class LeanForward:
                     out_TE, residual_TE, layer.between, first=layer.after_attention, scale=layer.scale
                 )
                 out_TE = layer.feed(hidden_TE)
+                if layer.experts is not None:
+                    out_TE = layer.experts.add(out_TE, residual_TE)
+            norm, scale = layer.after_feed, layer.scale
+            if layer.injection is not None:
+                _, residual_TE = kernels.add_norm(out_TE, residual_TE, None, first=norm, scale=scale)
+                norm, scale = layer.injection.after, 1.0
+                out_TE = layer.injection(residual_TE, given_TLP)
             hidden_TE, residual_TE = kernels.add_norm(
-                out_TE, residual_TE, after, first=layer.after_feed, scale=layer.scale
+                out_TE, residual_TE, after, first=norm, scale=scale, factor_1=layer.factor_1
             )
         if keep is not None:
             hidden_TE, rows, columns = hidden_TE[keep], 1, len(keep)
@@ -129,9 +141,15 @@ class LeanForward:
         return self.head_shape.of(logits_TV, in_place=True).view(rows, columns, -1)
 
     def _attend(
-        self, hidden_TE: Tensor, position_T: Tensor, layout: Layout, attention: Attention | Latent, rows: int
+        self,
+        hidden_TE: Tensor,
+        position_T: Tensor,
+        layout: Layout,
+        attention: Attention | Latent,
+        rows: int,
+        passed: dict[int | None, tuple[Tensor, Tensor]],
     ) -> Tensor:
-        """Attention of one layer, [T, E]."""
+        """Attention of one layer, [T, E]. ``passed``: keys and values of those before it that others are given."""
         if isinstance(attention, Latent):
             query, key, value = (_heads_first(x, rows) for x in attention.parts(hidden_TE, position_T))
             out = layout.attend(query, key, value, attention.ask)
@@ -143,18 +161,28 @@ class LeanForward:
             parts[0].mul_(attention.query_scale_P[position_T, None, None])
         if isinstance(layout, PagedDecode) and attention.late_norms is None:
             # A token's position is its sequence's length, so that one kernel can do it all.
-            out = layout.attend_heads(*parts, attention.ask, attention.rotation)
+            out = layout.attend_heads(*parts, attention.ask, attention.rotation, attention.value_norm)
         else:
             apart = attention.by_head or attention.gated
             qkv_THD = (torch.cat(parts, dim=1) if apart else qkv_TO).view(len(qkv_TO), -1, attention.size)
-            kernels.rotate_(qkv_THD, position_T, attention.rotation, attention.heads, attention.kv_heads)
-            query, key, value = qkv_THD.split([attention.heads, attention.kv_heads, attention.kv_heads], dim=1)
+            counts = [attention.heads, attention.kv_heads]
+            value = qkv_THD[:, qkv_THD.shape[1] - attention.kv_heads :]
+            if attention.value_norm is not None:
+                value = kernels.norm(value.flatten(0, 1), attention.value_norm).view_as(value)
+            elif attention.tied:
+                value = value.clone()
+            kernels.rotate_(qkv_THD, position_T, attention.rotation, *counts)
+            query, key = qkv_THD[:, : sum(counts)].split(counts, dim=1)
             if attention.late_norms is not None:
                 query, key = (
                     kernels.norm(x.flatten(0, 1), by).view_as(x)
                     for x, by in zip((query, key), attention.late_norms, strict=True)
                 )
             query, key, value = (_heads_first(x, rows) for x in (query, key, value))
+            if attention.shares is not None:
+                key, value = passed[attention.shares]
+            elif attention.ask.layer in self.shared:
+                passed[attention.ask.layer] = key, value
             out = layout.attend(query, key, value, attention.ask)
         out_THD = out.reshape(len(hidden_TE), attention.heads, -1)
         if attention.gated:

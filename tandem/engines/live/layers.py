@@ -7,9 +7,10 @@ what the module computes is for the caller to prove.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -80,8 +81,13 @@ class Attention:
     ask: Ask
     heads: int
     kv_heads: int
+    """Of keys and values of its own: 0 where it ``shares`` another's."""
     size: int
+    shares: int | None
+    """The number of the attention before it whose keys and values it is given (Gemma 3n and 4)."""
     qkv: Product
+    tied: bool
+    """Whether its values are its keys as they are projected (Gemma 4)."""
     by_head: bool
     """Whether the product has queries, key and value of one key-value head after the other (GPT-NeoX)."""
     gated: bool
@@ -93,6 +99,8 @@ class Attention:
     """Of each query and of each key, once they are turned (Hunyuan)."""
     query_scale_P: Tensor | None
     """What a query at each position is multiplied by; None: nothing (Ministral 3)."""
+    value_norm: Norm | None
+    """Of each value (Gemma 4)."""
     output: Product
 
     def products(self) -> tuple[Product, ...]:
@@ -100,11 +108,12 @@ class Attention:
         return self.qkv, self.output
 
     def norms(self) -> tuple[Norm, ...]:
-        return (*(self.wide_norms or ()), *(self.late_norms or ()), *(self.rotation.norms or ()))
+        pairs = (*(self.wide_norms or ()), *(self.late_norms or ()), *(self.rotation.norms or ()))
+        return pairs if self.value_norm is None else (*pairs, self.value_norm)
 
     def parts(self, qkv_TO: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [T, H, D], keys and values [T, Hkv, D] of the product, normed over all heads."""
-        counts = [self.heads, self.kv_heads, self.kv_heads]
+        counts = [self.heads, self.kv_heads, 0 if self.tied else self.kv_heads]
         if self.by_head:
             shared = self.heads // self.kv_heads
             by_head = qkv_TO.view(len(qkv_TO), self.kv_heads, shared + 2, self.size)
@@ -119,7 +128,7 @@ class Attention:
         ):
             kernels.norm_(part_TO, by)
         query, key, value = qkv_TO.view(len(qkv_TO), -1, self.size).split(counts, dim=1)
-        return query, key, value
+        return query, key, key if self.tied else value
 
 
 def queries_and_gates(qkv_TO: Tensor, heads: int, size: int) -> tuple[Tensor, Tensor]:
@@ -194,7 +203,8 @@ class Gated:
     down: Product
 
     def __call__(self, x_TE: Tensor) -> Tensor:
-        return self.down(kernels.gated(self.gate_up(x_TE), self.curve))
+        gate_TI, up_TI = self.gate_up(x_TE).chunk(2, dim=-1)
+        return self.down(kernels.gated(gate_TI, up_TI, self.curve))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,6 +232,69 @@ class Whole:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Experts:
+    """Experts beside a layer's feed-forward part: of the same residual, with norms of their own (Gemma 4)."""
+
+    router: nn.Module
+    """It is given the residual as it is."""
+    before: Norm | None
+    experts: nn.Module
+    picks: tuple[int, ...]
+    """Which of what the router gives they are given, after what goes through."""
+    after: Norm | None
+    after_feed: Norm | None
+    """Of the feed-forward part, before both are added."""
+
+    def norms(self) -> tuple[Norm | None, ...]:
+        return self.before, self.after, self.after_feed
+
+    def add(self, feed_TE: Tensor, residual_TE: Tensor) -> Tensor:
+        """What both give together."""
+        routed = self.router(residual_TE)
+        hidden_TE = residual_TE if self.before is None else kernels.norm(residual_TE, self.before)
+        out_TE = self.experts(hidden_TE, *(routed[pick] for pick in self.picks))
+        if self.after is not None:
+            out_TE = kernels.norm(out_TE, self.after)
+        return kernels.add_norm(feed_TE, out_TE, None, first=self.after_feed)[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Injection:
+    """The last part of a layer: ``up(curve(gate) * given)``, of its residual and what it is given of a token."""
+
+    place: int
+    """Among those that are given something."""
+    gate: Product
+    curve: Curve
+    up: Product
+    after: Norm | None
+
+    def __call__(self, x_TE: Tensor, given_TLP: Tensor) -> Tensor:
+        return self.up(kernels.gated(self.gate(x_TE), given_TLP[:, self.place], self.curve))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """What layers are given of a token beside what goes through: ``scale * (embedding + norm(projection))``.
+
+    Of its id, and of what goes into the first layer (Gemma 3n and 4).
+    """
+
+    embedding: nn.Module
+    projection: Product
+    norm: Norm
+    scale: float
+    size: int
+
+    def __call__(self, token_T: Tensor, embedded_TE: Tensor) -> Tensor:
+        """[T, layers, size]"""
+        own_SP = self.embedding(token_T).view(-1, self.size)
+        projected_SP = self.projection(embedded_TE).view(-1, self.size)
+        both_SP, _ = kernels.add_norm(projected_SP, own_SP, None, first=self.norm)
+        return (both_SP * self.scale).view(len(token_T), -1, self.size)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Layer:
     """Attention and a feed-forward part, each added to the residual ``scale`` times, with norms before and after."""
 
@@ -236,12 +309,20 @@ class Layer:
     """Before the feed-forward part; None where there is none, or in a parallel layer where it takes the attention's."""
     after_feed: Norm | None
     scale: float
+    experts: Experts | None = None
+    injection: Injection | None = None
+    factor: tuple[nn.Module, str] | None = None
+    """The module and the name of the number that all is multiplied by in the end (Gemma 4)."""
 
     def products(self) -> Iterator[Product]:
         """All that are stacked."""
         yield from self.attention.products() if self.attention else ()
-        if self.feed is not None:
-            yield from (x for x in vars(self.feed).values() if isinstance(x, Product))
+        for part in (self.feed, self.injection):
+            yield from (x for x in vars(part).values() if isinstance(x, Product)) if part is not None else ()
+
+    @property
+    def factor_1(self) -> Tensor | None:
+        return None if self.factor is None else getattr(*self.factor)
 
     def unread(self, module: nn.Module) -> str:
         """The first tensor of the module's layer that is not in here: it may do nothing yet, and something later."""
@@ -249,12 +330,15 @@ class Layer:
         known = {id(x) for linear in linears for x in (*linear.parameters(), *linear.buffers())}
         norms = [self.before, self.after_attention, self.between, self.after_feed]
         norms += self.attention.norms() if self.attention else ()
+        norms += self.experts.norms() if self.experts else ()
+        norms += (self.injection.after,) if self.injection else ()
         known |= {id(x) for norm in norms if norm for x in (norm.weight, norm.bias)}
+        known.add(id(self.factor_1))
         if isinstance(self.attention, Attention | Latent):
             known.add(id(self.attention.ask.sinks))
-        for part in (self.attention, self.feed):
-            if isinstance(part, Mixer | Whole):
-                known |= {id(x) for x in (*part.module.parameters(), *part.module.buffers())}
+        wholes = [part.module for part in (self.attention, self.feed) if isinstance(part, Mixer | Whole)]
+        wholes += [self.experts.router, self.experts.experts] if self.experts else []
+        known |= {id(x) for whole in wholes for x in (*whole.parameters(), *whole.buffers())}
         tensors = (*module.named_parameters(), *module.named_buffers())
         return next((name for name, tensor in tensors if id(tensor) not in known), "")
 
@@ -265,8 +349,16 @@ class Decoder:
 
     embedding: nn.Module
     embedding_scale: float
+    given: Given | None
     layers: list[Layer]
     norm: Norm | None
+
+    def products(self) -> Iterator[Product]:
+        """All that are stacked."""
+        if self.given is not None:
+            yield self.given.projection
+        for layer in self.layers:
+            yield from layer.products()
 
 
 @torch.no_grad()
@@ -293,7 +385,10 @@ def read_decoder(module: Any, positions: int | None) -> Decoder:
         raise Unlike("what follows its last layer is not one norm")
     if norms and not any(same(call.output, watch.result) for call in last):
         raise Unlike("something follows its last norm")
-    return Decoder(embedding=embedding, embedding_scale=scale, layers=watch.layers, norm=norms[0] if norms else None)
+    return Decoder(
+        embedding=embedding, embedding_scale=scale, given=watch.read_given(embedded) if watch.given else None,
+        layers=watch.layers, norm=norms[0] if norms else None,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -305,6 +400,11 @@ class _Call:
     output: Tensor
     more: bool
     """Whether more than the one tensor went in."""
+    args: tuple[Any, ...] = ()
+    kwargs: tuple[Any, ...] = ()
+    """What went in by a name."""
+    made: tuple[Any, ...] = ()
+    """All that came out."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -347,8 +447,10 @@ class _Watch(PackedLayout):
         self.outside: list[_Call] = []
         self.inside: list[_Call | _Attended] = []
         self.layers: list[Layer] = []
-        self.attending = 0
-        """Attentions so far: layers without one keep no keys and values, and have no number among those that do."""
+        self.attended: list[_Attended] = []
+        """So far: layers without attention keep no keys and values, and have no number among those that do."""
+        self.given: list[Tensor] = []
+        """What layers were given beside what goes through, [T, P] each."""
         self.tables: list[_Table] = []
         self.rotations: dict[tuple[int, bool], Rotation] = {}
         self.query_scale_P = query_scale(base.config, positions, self.device)
@@ -356,8 +458,8 @@ class _Watch(PackedLayout):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, ask: Ask) -> Tensor:
         out = super().attend(query, key, value, ask)
-        self.inside.append(_Attended(query, key, value, out, ask._replace(layer=self.attending)))
-        self.attending += 1
+        self.attended.append(_Attended(query, key, value, out, ask._replace(layer=len(self.attended))))
+        self.inside.append(self.attended[-1])
         return out
 
     def run(self) -> None:
@@ -365,7 +467,7 @@ class _Watch(PackedLayout):
         # A layer with adapters is one product.
         adapted = [part for part in self.base.modules() if hasattr(part, "lora_A")]
         hidden = {inner for part in adapted for inner in part.modules()} - set(adapted)
-        with ExitStack() as hooks, self.mixers.apart(self):
+        with ExitStack() as hooks, self.mixers.apart(self), _told_apart(self.blocks):
             for part in (x for x in self.base.modules() if x not in hidden):
                 if part in within:
                     hook = self._layer if part in set(self.blocks) else self._inner
@@ -470,6 +572,25 @@ class _Watch(PackedLayout):
         def read_mixing(call: _Call) -> Attention | Latent | Mixer:
             return self.carrying[call.module] if attended is None else self._read_attention(call, attended)
 
+        injection = self._read_injection(whole, others)
+        if injection is not None:
+            gate, up = (call for call in others if is_linear(call.module))
+            others = others[: others.index(gate)]
+            after_up = following(up)
+            injection = replace(injection, after=norms[after_up] if after_up else None)
+
+        def read_end(sums: dict[float, Tensor]) -> tuple[float, tuple[nn.Module, str] | None]:
+            """The scale by which parts are added, of those of which the sums are, and what all is multiplied by."""
+            if injection is not None:
+                scale = _nearest(sums, gate.input, "what a layer is given does not go through its residual")
+                sums = {scale: gate.input + (after_up or up).output}
+            ends = {
+                (scale, name): end * factor for scale, end in sums.items() for name, factor in _singles(whole.module)
+            }
+            ends |= {(scale, ""): end for scale, end in sums.items()}
+            scale, name = _nearest(ends, whole.output, "what leaves a layer is not a sum of its parts")
+            return scale, (whole.module, name) if name else None
+
         def checked(layer: Layer) -> Layer:
             if set(used) != set(norms):
                 raise Unlike("it has norms of another place")
@@ -482,7 +603,7 @@ class _Watch(PackedLayout):
             before, after = feeding(part), following(part)
             if not same((before or part).input, whole.input):
                 raise Unlike("its parts do not start from their layer's input")
-            ends = {scale: whole.input + scale * (after or part).output for scale in {1.0, multiplier}}
+            scale, factor = read_end({s: whole.input + s * (after or part).output for s in {1.0, multiplier}})
             return checked(
                 Layer(
                     attention=read_mixing(part) if part is attention else None,
@@ -492,14 +613,17 @@ class _Watch(PackedLayout):
                     after_attention=None,
                     between=None,
                     after_feed=norms[after] if after else None,
-                    scale=_nearest(ends, whole.output, "what leaves a layer is not a sum of its parts"),
+                    scale=scale,
+                    injection=injection,
+                    factor=factor,
                 )
             )
         if len(attentions) + len(mixers) != 1:
             raise Unlike("it has layers without attention, or with several")
-        if attention is None or len(others) != 2:
+        rest = [call for call in others if call is not attention]
+        if attention is None or len(rest) not in (1, 3):
             raise Unlike("a layer is not one attention and one feed-forward part")
-        (feed,) = (call for call in others if call is not attention)
+        feed = rest[0]
         before, after_attention, after_feed = feeding(attention), following(attention), following(feed)
         if not same((before or attention).input, whole.input):
             raise Unlike("its attention does not start from the layer's input")
@@ -507,12 +631,32 @@ class _Watch(PackedLayout):
         start = (between or feed).input
         parallel = same(feed.input, attention.input) or same(start, whole.input)
         attention_out, feed_out = (after_attention or attention).output, (after_feed or feed).output
-        ends = {
-            scale: whole.input + scale * (attention_out + feed_out) if parallel else start + scale * feed_out
-            for scale in {1.0, multiplier}
-        }
-        scale = _nearest(ends, whole.output, "what leaves a layer is not a sum of its parts")
-        if parallel and (after_attention or after_feed):
+        experts: Experts | None = None
+        if len(rest) == 3:
+            router, routed = rest[1:]
+            before_routed, after_routed = feeding(routed), following(routed)
+            picks = [next((i for i, x in enumerate(router.made) if x is other), -1) for other in routed.args[1:]]
+            starts = router.input, (before_routed or routed).input
+            if not all(same(x, start) for x in starts) or router.more or routed.kwargs or -1 in picks:
+                raise Unlike("a layer is not one attention and one feed-forward part")
+            experts = Experts(
+                router=router.module, experts=routed.module, picks=tuple(picks),
+                before=norms[before_routed] if before_routed else None,
+                after=norms[after_routed] if after_routed else None,
+                after_feed=norms[after_feed] if after_feed else None,
+            )  # fmt: skip
+            feed_out = feed_out + (after_routed or routed).output.view_as(feed_out)
+            after_feed = next((n for n in norms if n not in used and near(n.input, feed_out)), None)
+            if after_feed is not None:
+                used.append(after_feed)
+                feed_out = after_feed.output
+        scale, factor = read_end(
+            {
+                scale: whole.input + scale * (attention_out + feed_out) if parallel else start + scale * feed_out
+                for scale in {1.0, multiplier}
+            }
+        )
+        if parallel and (after_attention or after_feed or experts):
             raise Unlike("its parallel parts have norms after them")
         if not parallel and not near(start, whole.input + scale * attention_out):
             raise Unlike("its feed-forward part does not start from the sum")
@@ -526,8 +670,54 @@ class _Watch(PackedLayout):
                 between=norms[between] if between else None,
                 after_feed=norms[after_feed] if after_feed else None,
                 scale=scale,
+                experts=experts,
+                injection=injection,
+                factor=factor,
             )
         )
+
+    def _read_injection(self, whole: _Call, others: list[_Call]) -> Injection | None:
+        """That of a layer whose own two products have a curve between them, and what it is given beside."""
+        linears = [call for call in others if is_linear(call.module)]
+        bends = [call for call in others if linears and same(call.input, linears[0].output)]
+        if len(linears) != 2 or len(bends) != 1:
+            return None
+        (gate, up), (bend,) = linears, bends
+        curve, bent = read_curve(bend), bend.output
+        given = [
+            x for x in (*whole.args, *whole.kwargs)
+            if isinstance(x, Tensor) and x.shape == bent.shape and near(bent * x, up.input)
+        ]  # fmt: skip
+        if not given or curve is None or others[others.index(gate) :] != [gate, bend, up]:
+            return None
+        self.given.append(given[0].flatten(0, 1))
+        return Injection(
+            place=len(self.given) - 1, curve=curve, after=None,
+            gate=Product([gate.module]), up=Product([up.module]),  # type: ignore[list-item]
+        )  # fmt: skip
+
+    def read_given(self, embedded: Tensor) -> Given:
+        """What makes what the layers were given, of what the embedding gives."""
+        given = torch.stack(self.given, dim=1)
+        tokens, layers, size = given.shape
+        products = [call for call in self.outside if is_linear(call.module) and same(call.input, embedded)]
+        norms = [(call, norm) for call in self.outside if call.input.shape[-1] == size and (norm := read_norm(call))]
+        tables = [call for call in self.outside if not call.input.is_floating_point()]
+        for product, (normed, norm), own in itertools.product(products, norms, tables):
+            inner = _times(product.output, normed.input)
+            if not inner or own.output.numel() != normed.output.numel():
+                continue
+            both = (normed.output.flatten() + own.output.flatten()).view(tokens, -1, size)
+            if scale := _times(both[:, :layers], given):
+                return Given(
+                    embedding=own.module,
+                    projection=Product([product.module]),  # type: ignore[list-item]
+                    # Of what is not multiplied before it.
+                    norm=replace(norm, eps=norm.eps / inner**2),
+                    scale=scale,
+                    size=size,
+                )
+        raise Unlike("what its layers are given is not made of an embedding and a product")
 
     def _parts(self, whole: _Call) -> list[_Call | _Attended]:
         """Calls of modules inside, and of no others."""
@@ -543,26 +733,35 @@ class _Watch(PackedLayout):
         inner = [call for call in projections if not same(call.input, whole.input)]
         if inner and len(projections) - len(inner) == 2:
             return self._read_latent(before, after, attended, projections, inner)
-        if len(projections) not in (1, 3) or not all(same(call.input, whole.input) for call in projections):
+        if not projections or not all(same(call.input, whole.input) for call in projections):
             raise Unlike("its queries, keys and values are not a product of its input each")
         tokens = len(self.position_T)
         query, key, value = (x[0].transpose(0, 1) for x in (attended.query, attended.key, attended.value))
         if self.query_scale_P is not None:
             query = query / self.query_scale_P[self.position_T, None, None].to(query.dtype)
-        heads, size, kv_heads = query.shape[1], query.shape[2], key.shape[1]
+        alike = (x for x in self.attended if same(x.key, attended.key) and same(x.value, attended.value))
+        shares = None if (first := next(alike)) is attended else first.ask.layer
+        heads, size, kv_heads = query.shape[1], query.shape[2], key.shape[1] if shares is None else 0
         if value.shape != key.shape or size % 2:
             raise Unlike(f"its heads have {size} dimensions, and its values {value.shape[-1]}")
         out = torch.cat([call.output.reshape(tokens, -1) for call in projections], dim=-1)
-        gated = out.shape[1] == 2 * (heads + kv_heads) * size
-        if not gated and out.shape[1] != (heads + 2 * kv_heads) * size:
+        width = out.shape[1] // size
+        tied = shares is None and width == heads + kv_heads
+        gated = not tied and width == 2 * (heads + kv_heads)
+        if not gated and not tied and width != heads + 2 * kv_heads:
             raise Unlike("its queries, keys and values are not a product of its input each")
         normed = {call: norm for call in before if call not in projections and (norm := read_norm(call))}
+        value_norm: Norm | None = None
+        for call in [call for call in normed if shares is None and _storage(call.output) == _storage(attended.value)]:
+            if call.input.shape[-1] != size:
+                raise Unlike("its values are not normed one by one")
+            value_norm, value = normed.pop(call), call.input.reshape(tokens, kv_heads, size)
         norms = list(normed.values())
-        if len(norms) not in (0, 2):
+        if len(norms) not in (0, 2 if shares is None else 1):
             raise Unlike("it has norms in its attention that are not a query's and a key's")
         sizes = {norm.weight.shape for norm in norms if norm.weight is not None and norm.bias is None}
         kinds = {(norm.eps, norm.offset, norm.centered, norm.wide) for norm in norms}
-        pair = (norms[0], norms[1]) if norms else None
+        pair = (norms[0], norms[-1]) if norms else None
         wide = pair if sizes == {(heads * size,), (kv_heads * size,)} else None
         by_size = pair if sizes == {(size,)} and len(kinds) == 1 and not wide and not norms[0].centered else None
         if norms and not wide and not by_size:
@@ -579,24 +778,24 @@ class _Watch(PackedLayout):
         if gated:
             attended_THD = attended_THD * queries_and_gates(out, heads, size)[1].sigmoid()
         read = Attention(
-            ask=attended.ask, heads=heads, kv_heads=kv_heads, size=size,
+            ask=attended.ask, heads=heads, kv_heads=kv_heads, size=size, shares=shares, tied=tied,
             qkv=Product([call.module for call in projections]),  # type: ignore[misc]
-            by_head=not gated and not near(out[:, -kv_heads * size :], value.flatten(1)),
+            by_head=kv_heads > 0 and not gated and not near(out[:, -kv_heads * size :], value.flatten(1)),
             gated=gated,
             wide_norms=wide,
             rotation=Rotation(out[:, :0], out[:, :0]),
             late_norms=by_size if late else None,
             query_scale_P=None if self.query_scale_P is None else self.query_scale_P.to(query.dtype),
+            value_norm=value_norm,
             output=self._read_output(after, attended_THD),
         )  # fmt: skip
         parts_THD = read.parts(out.clone())
-        if not near(parts_THD[2].flatten(1), value.flatten(1)):
+        if shares is None and not near(parts_THD[2].flatten(1), value.flatten(1)):
             raise Unlike("its values are not a product of its input")
         if late:
             query, key = (call.input[0].transpose(0, 1) for call in normed)
-        rotation = self._read_rotation(
-            torch.cat(parts_THD, dim=1), torch.cat((query, key), dim=1), None if late else by_size
-        )
+        turned = torch.cat((query, key), dim=1) if shares is None else query
+        rotation = self._read_rotation(torch.cat(parts_THD, dim=1), turned, None if late else by_size)
         return replace(read, rotation=rotation)
 
     def _read_latent(
@@ -719,10 +918,30 @@ class _Watch(PackedLayout):
 
 def _call(module: nn.Module, args: Any, kwargs: Any, output: Any) -> _Call | None:
     given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-    out = output if isinstance(output, Tensor) else output[0] if isinstance(output, (tuple, list)) and output else None
-    if not given or not isinstance(out, Tensor):
+    made = (output,) if isinstance(output, Tensor) else tuple(output) if isinstance(output, (tuple, list)) else ()
+    if not given or not made or not isinstance(made[0], Tensor):
         return None
-    return _Call(module, given[0], out, len(args) + len(kwargs) > 1)
+    return _Call(module, given[0], made[0], len(args) + len(kwargs) > 1, args, tuple(kwargs.values()), made)
+
+
+def _singles(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """A module's own tensors of one number."""
+    own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    return [(name, x) for name, x in own if x.numel() == 1 and x.is_floating_point()]
+
+
+@contextmanager
+def _told_apart(blocks: nn.ModuleList) -> Iterator[None]:
+    """Meanwhile such numbers are a half, a third...: while they are 1, as they may be at first, they do nothing."""
+    found = [(place, x.data) for block in blocks for place, (_, x) in enumerate(_singles(block))]
+    kept = [x.clone() for _, x in found]
+    try:
+        for place, x in found:
+            x.fill_(1 / (place + 2))
+        yield
+    finally:
+        for (_, x), before in zip(found, kept, strict=True):
+            x.copy_(before)
 
 
 def query_scale(config: Any, positions: int, device: torch.device) -> Tensor | None:
@@ -778,6 +997,15 @@ def read_curve(call: _Call) -> Curve | None:
 def same(one: Tensor, two: Tensor) -> bool:
     """Whether they are the same numbers in memory."""
     return one.data_ptr() == two.data_ptr() and one.numel() == two.numel()
+
+
+def _times(found: Tensor, truth: Tensor) -> float:
+    """The number that makes one of the other; 0 where none does."""
+    if found.numel() != truth.numel():
+        return 0.0
+    one, other = (x.flatten().double() for x in (found, truth))
+    times = float(one @ other / (one @ one).clamp(min=1e-12))
+    return times if near((times * one).to(truth.dtype), truth.flatten()) else 0.0
 
 
 def _storage(x: Tensor) -> int:

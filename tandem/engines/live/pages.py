@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tandem.batch import send
 from tandem.kernels import pages as kernels
-from tandem.kernels.layers import Rotation
+from tandem.kernels.layers import Norm, Rotation
 from tandem.models.attention import Ask, Layout, numbered
 
 PAGE = 64
@@ -145,9 +145,18 @@ class PagedDecode:
         return self.attend_heads(*heads, ask)[:, None, :, : value.shape[-1]]
 
     def attend_heads(
-        self, query_BHD: Tensor, key_BKD: Tensor, value_BKD: Tensor, ask: Ask, rotation: Rotation | None = None
+        self,
+        query_BHD: Tensor,
+        key_BKD: Tensor,
+        value_BKD: Tensor,
+        ask: Ask,
+        rotation: Rotation | None = None,
+        value_norm: Norm | None = None,
     ) -> Tensor:
-        """The same as [B, H, D]. ``rotation``: query and key have not been turned yet."""
+        """The same as [B, H, D]. ``rotation``, ``value_norm``: what query and key, and value, still have to go through.
+
+        Keys and values have no heads where the pages have the new token's, of another layer.
+        """
         return kernels.append_attend(
             query_BHD,
             key_BKD,
@@ -157,6 +166,7 @@ class PagedDecode:
             scaling=query_BHD.shape[-1] ** -0.5 if ask.scaling is None else ask.scaling,
             sliding_window=ask.sliding_window,
             rotation=rotation,
+            value_norm=value_norm,
             softcap=ask.softcap,
             sink_H=ask.sinks,
         )
