@@ -214,7 +214,21 @@ class SharingEngine(Engine, Protocol):
 
 
 @runtime_checkable
-class FedEngine(Engine, Protocol):
+class HoldingEngine(Engine, Protocol):
+    """An engine that can be kept from beginning samples."""
+
+    def hold(self, held: bool) -> None:
+        """Begins no samples until it is told the opposite. Those that have begun go on, and what is submitted waits."""
+        ...
+
+    @property
+    def running(self) -> int:
+        """Samples that have begun and not ended, while no others may begin."""
+        ...
+
+
+@runtime_checkable
+class FedEngine(HoldingEngine, Protocol):
     """An engine with weights of its own, which a trainer's pushes renew (``tandem.sync.push``)."""
 
     def connect(self, links: Seq[Any]) -> None:
@@ -230,15 +244,6 @@ class FedEngine(Engine, Protocol):
         Returns ``checksums`` of it, if asked to ``check``; [] otherwise. Raises UserError, naming the tensor, where it
         cannot be loaded.
         """
-        ...
-
-    def hold(self, held: bool) -> None:
-        """Begins no samples until it is told the opposite. Those that have begun go on, and what is submitted waits."""
-        ...
-
-    @property
-    def running(self) -> int:
-        """Samples that have begun and not ended, while no others may begin."""
         ...
 
     def held(self) -> list[Held]:

@@ -20,11 +20,11 @@ from tandem.models.folder import with_tokenizer
 from tandem.models.limits import layers_of, read_config
 from tandem.models.quantized_folder import quantized_kind
 from tandem.models.shrunk import furthest_limit
-from tandem.roles import Engine, FedEngine, Home, Metrics, Seat
+from tandem.roles import Engine, FedEngine, HoldingEngine, Home, Metrics, Seat
 from tandem.runs.progress import say
 from tandem.sync.check import BEYOND, TruthCheck
-from tandem.sync.push import FillPush, PushParams, WeightPush
-from tandem.sync.turns import TakingTurns, settled
+from tandem.sync.push import FillPush, PushParams, WeightPush, between_sequences
+from tandem.sync.turns import TakingTurns
 from tandem.workers.engines import EngineGroup, RestartingOnce
 from tandem.workers.group import WorkerGroup
 from tandem.workers.homes import Aside, Here
@@ -93,13 +93,8 @@ class Wiring:
     def _stale_cache(self) -> StaleCache:
         return "recompute" if self.schedule.stale_cache == "recompute" else "keep"
 
-    @property
-    def _between(self) -> bool:
-        """Whether weights change when no sample runs."""
-        return self.schedule.weights_change == "between-sequences"
-
-    def _pushed(self, engines: EngineGroup, push: Callable[[int], Metrics]) -> Callable[[int], Metrics]:
-        return engines.settled(push) if self._between else push
+    def _pushed(self, engine: HoldingEngine, push: Callable[[int], Metrics]) -> Callable[[int], Metrics]:
+        return between_sequences(engine, push) if self.schedule.weights_change == "between-sequences" else push
 
     def _live_beside_actor(self) -> WiredEngine:
         homes, home = self.homes, self.homes.of("actor")
@@ -124,7 +119,7 @@ class Wiring:
         if isinstance(home, Here):
             about = "live, on a copy with the adapters folded in"
             copy: FedEngine = home.site.roles["engine"]
-            return WiredEngine(engine=copy, push=settled(copy, push) if self._between else push, about=about)
+            return WiredEngine(engine=copy, push=self._pushed(copy, push), about=about)
         assert isinstance(home, WorkerGroup)
         about = f"live, in each of the actor's {count} processes, on gathered weights"
         several = EngineGroup(home, alone=False)

@@ -1,10 +1,14 @@
-"""Callers that share one engine: their jobs run side by side, and whoever waits for a result steps it for all."""
+"""Callers that share one engine: their jobs run side by side, and whoever waits for a result steps it for all.
+
+From inside out: a ``Core`` runs jobs, a ``Stepper`` lets callers share it, a ``SteppedEngine`` is one for requests.
+"""
 
 from __future__ import annotations
 
 import itertools
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
@@ -12,7 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 from tandem.errors import Cancelled
-from tandem.futures import Future
+from tandem.futures import Future, wait_all
+from tandem.types import Completion, Request, Watch
 
 ASKED_S = 0.05
 """Whoever waits while another thread steps asks every 0.05 s whether that is enough."""
@@ -28,6 +33,11 @@ class Core(Protocol[Taken, Given]):
     @property
     def sampled_tokens(self) -> int:
         """Tokens drawn since it was made, those of jobs that were given up included."""
+        ...
+
+    @property
+    def running(self) -> int:
+        """Jobs that have begun and not ended, while no others may begin."""
         ...
 
     def add(self, name: int, job: Taken) -> None:
@@ -48,6 +58,13 @@ class Core(Protocol[Taken, Given]):
     def renew(self, version: int) -> None:
         """The weights are now those after ``version`` optimizer steps. What runs goes on with them."""
         ...
+
+    def hold(self, held: bool) -> None:
+        """Begins no jobs until it is told the opposite. Those that have begun go on."""
+        ...
+
+
+Cored = TypeVar("Cored", bound=Core[Any, Any])
 
 
 @dataclass(eq=False)
@@ -124,11 +141,6 @@ class Stepper(Generic[Job, Result]):
     def unfinished(self) -> int:
         """Jobs that have not ended."""
         return len(self._jobs)
-
-    @property
-    def sampled_tokens(self) -> int:
-        """See ``Core.sampled_tokens``."""
-        return self.core.sampled_tokens
 
     def submit(
         self, parts: Seq[Seq[Job]], watch: Callable[[Seq[tuple[int, int, Result]]], None] | None = None
@@ -354,3 +366,55 @@ class Stepper(Generic[Job, Result]):
         # Whoever is done wakes without stepping.
         elif waiting := next((waiter for waiter in self._waiting if not waiter.done()), None):
             waiting.wake.notify()
+
+
+class SteppedEngine(ABC, Generic[Cored]):
+    """What engines of this process have in common (``tandem.roles.Engine``): a core, and a stepper that owns it."""
+
+    def __init__(self, core: Cored) -> None:
+        self.core = core
+        self.stepper: Stepper[Any, Any] = Stepper(core)
+
+    @property
+    def ended(self) -> int:
+        """Samples that have ended since nothing was being sampled."""
+        return self.stepper.ended
+
+    @property
+    def busy_seconds(self) -> float:
+        """Seconds in steps of the model, since this was made."""
+        return self.stepper.busy_seconds
+
+    @property
+    def sampled_tokens(self) -> int:
+        """Tokens drawn since this was made."""
+        return self.core.sampled_tokens
+
+    @property
+    def running(self) -> int:
+        """Samples that have begun and not ended, while no others may begin."""
+        return self.core.running
+
+    @abstractmethod
+    def submit(self, requests: Seq[Request], watch: Watch | None = None) -> list[Future[list[Completion]]]:
+        """Begins requests, one future each: one completion a seed, in the order asked for."""
+
+    def generate(self, requests: Seq[Request], watch: Watch | None = None) -> list[list[Completion]]:
+        """``submit``, and waits for all: one list a request."""
+        return wait_all(self.submit(requests, watch))
+
+    def wait(self, until: Callable[[], bool], at_least: int = 0) -> None:
+        """Goes on sampling until ``until()``, which is asked between any two steps, or until nothing is left."""
+        self.stepper.wait(until)
+
+    def look(self) -> None:
+        """Nothing ends but in ``wait``."""
+
+    def cancel(self) -> None:
+        """Gives up all that is being sampled: the futures raise Cancelled. A step that is under way ends first."""
+        self.stepper.cancel()
+
+    def hold(self, held: bool) -> None:
+        """Begins no samples until it is told the opposite. Those that have begun go on."""
+        with self.stepper.exclusive():
+            self.core.hold(held)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from tandem.data.tokenize import prompt_of
-from tandem.engines.samples import check_request
+from tandem.engines.requests import check_request
 from tandem.errors import UserError
 from tandem.models.folder import located
 from tandem.models.loading import load_tokenizer

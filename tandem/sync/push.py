@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from contextlib import suppress
 from dataclasses import dataclass
 from secrets import token_hex
 from typing import Any, Literal
 
 from tandem.errors import UserError
-from tandem.roles import Seat
+from tandem.roles import HoldingEngine, Metrics, Seat
 from tandem.sync.check import TruthCheck
 from tandem.sync.links import LOOPBACK, Link, Transport
 from tandem.sync.plan import Plan
@@ -83,7 +85,7 @@ class WeightPush:
         # An engine that was started again has to show anew that it computes the same.
         self.check.pushes = 0
 
-    def __call__(self, version: int) -> dict[str, float]:
+    def __call__(self, version: int) -> Metrics:
         """Pushes all weights, as of optimizer step ``version``, and proves it. Returns seconds and bandwidth.
 
         Raises WeightMismatch, naming the parameter, where an engine does not hold the trainer's.
@@ -104,7 +106,7 @@ class WeightPush:
         self.connect()
         self(version)
 
-    def push(self, version: int) -> dict[str, float]:
+    def push(self, version: int) -> Metrics:
         """The push and its checksums. ``check.prove`` is left to do once the engines can compute."""
         start = time.perf_counter()
         self.version = version
@@ -177,6 +179,28 @@ class WeightPush:
         )
 
 
+def between_sequences(engine: HoldingEngine, push: Callable[[int], Metrics]) -> Callable[[int], Metrics]:
+    """``push``, once all samples that run have ended; no other begins before it has come.
+
+    ``settling_seconds``: how long that took.
+    """
+
+    def pushed(step: int) -> Metrics:
+        start = time.perf_counter()
+        try:
+            engine.hold(True)
+            engine.wait(lambda: not engine.running)
+            metrics = {"settling_seconds": time.perf_counter() - start} | push(step)
+        except BaseException:
+            with suppress(Exception):  # what failed first is what is told
+                engine.hold(False)
+            raise
+        engine.hold(False)
+        return metrics
+
+    return pushed
+
+
 class FillPush:
     """Weights into engines in the trainer's own processes: each rank fills its own engine with gathered parameters.
 
@@ -187,14 +211,14 @@ class FillPush:
     def __init__(self, replicas: Seat, check: TruthCheck | None, *, adapters: bool = False) -> None:
         self.replicas, self.check, self.adapters = replicas, check, adapters
 
-    def __call__(self, version: int) -> dict[str, float]:
+    def __call__(self, version: int) -> Metrics:
         """Fills all engines and proves it. Raises WeightMismatch, naming the parameter."""
         if self.check is not None and self.adapters and self.check.untried:
             with self.check.trial():
                 self._fill(version)
         return self._fill(version)
 
-    def _fill(self, version: int) -> dict[str, float]:
+    def _fill(self, version: int) -> Metrics:
         start = time.perf_counter()
         ranks = self.replicas.submit_each("push", [(self.check is not None,)] * len(self.replicas.devices)).result()
         pushed = time.perf_counter()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from contextlib import suppress
@@ -10,28 +9,10 @@ from dataclasses import dataclass
 
 from tandem.errors import Cancelled
 from tandem.futures import Driven, Future
-from tandem.roles import Engine, FedEngine, Metrics, OverEngine, Seat
+from tandem.roles import Engine, Metrics, OverEngine, Seat
 from tandem.signals import held
 from tandem.sync.push import WeightPush
 from tandem.types import Completion, Request, Watch
-
-
-def settled(engine: FedEngine, push: Callable[[int], Metrics]) -> Callable[[int], Metrics]:
-    """``push`` into an engine of this process once all samples that run have ended; no other begins before it has come.
-
-    That of engines elsewhere is ``tandem.workers.engines.EngineGroup.settled``. ``settling_seconds``: how long it took.
-    """
-
-    def pushed(step: int) -> Metrics:
-        start = time.perf_counter()
-        engine.hold(True)
-        try:
-            engine.wait(lambda: not engine.running)
-            return {"settling_seconds": time.perf_counter() - start} | push(step)
-        finally:
-            engine.hold(False)
-
-    return pushed
 
 
 @dataclass(eq=False)

@@ -105,7 +105,7 @@ class EngineGroup(Generating):
         self._holding = False
         """Whether they may begin no samples."""
         self._running = [0] * group.size
-        """Samples that each has begun, where it may not begin others (``_hold``)."""
+        """Samples that each has begun, where it may not begin others (``hold``)."""
         self._outdated: set[Answer] = set()
         """What engines are going to say that were asked before they were last held: it may be of before."""
         self._counts = [(0.0, 0)] * group.size
@@ -136,27 +136,6 @@ class EngineGroup(Generating):
         self._advance(until, at_least)
         self._begin(everything=True)
 
-    def settled(self, push: Callable[[int], Metrics]) -> Callable[[int], Metrics]:
-        """``push``, once all samples that run have ended; no other begins before it has come.
-
-        ``settling_seconds``: how long that took.
-        """
-
-        def pushed(step: int) -> Metrics:
-            try:
-                start = time.perf_counter()
-                self._hold(True)
-                self._advance(lambda: not any(self._running), 0)
-                metrics = {"settling_seconds": time.perf_counter() - start} | push(step)
-            except BaseException:
-                with suppress(Exception):  # what failed first is what is told
-                    self._hold(False)
-                raise
-            self._hold(False)
-            return metrics
-
-        return pushed
-
     def finish(self, asked: Asked) -> None:
         """Waits until a request is done."""
         if not asked.done():
@@ -184,17 +163,7 @@ class EngineGroup(Generating):
         calls = [self.group.submit_one(rank, "sampling", "cancel") for rank in range(self.group.size)]
         self.group.ended_of(calls, max(0.0, end - time.monotonic()), all_of_them=True)
 
-    def forget(self, rank: int) -> None:
-        """The engine's process is gone: what it had is to be begun again, but for samples that it has told of."""
-        self._takes.pop(rank, None)
-        self._begins = {answer: names for answer, names in self._begins.items() if answer.first_rank != rank}
-        lost = [name for name, asked in self._open.items() if asked.rank == rank]
-        self._waiting.extendleft(reversed([self._open.pop(name) for name in lost]))
-        self._samples[rank] = 0
-        self._before = (self._before[0] + self._counts[rank][0], self._before[1] + self._counts[rank][1])
-        self._counts[rank] = (0.0, 0)
-
-    def _hold(self, held: bool) -> None:
+    def hold(self, held: bool) -> None:
         """Has no engine start a sample, or any again. Those that have died need not be told."""
         self._holding = held
         self._outdated = set(self._takes.values())
@@ -204,6 +173,21 @@ class EngineGroup(Generating):
             with suppress(WorkerDied) if not held else nullcontext():
                 begun = call.result()
                 self._running[rank] = begun if held else 0
+
+    @property
+    def running(self) -> int:
+        """Samples that have begun, where no others may."""
+        return sum(self._running)
+
+    def forget(self, rank: int) -> None:
+        """The engine's process is gone: what it had is to be begun again, but for samples that it has told of."""
+        self._takes.pop(rank, None)
+        self._begins = {answer: names for answer, names in self._begins.items() if answer.first_rank != rank}
+        lost = [name for name, asked in self._open.items() if asked.rank == rank]
+        self._waiting.extendleft(reversed([self._open.pop(name) for name in lost]))
+        self._samples[rank] = 0
+        self._before = (self._before[0] + self._counts[rank][0], self._before[1] + self._counts[rank][1])
+        self._counts[rank] = (0.0, 0)
 
     def _advance(self, until: Callable[[], bool], at_least: int) -> None:
         goal = self._requests_ended + at_least

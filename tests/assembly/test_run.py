@@ -19,7 +19,6 @@ from tandem.config import dump_config, load_config
 from tandem.engines.vllm.setup import in_full
 from tandem.errors import UserError
 from tandem.parallel.world import World
-from tandem.workers.engines import EngineGroup
 from tandem.workers.homes import Here
 from tandem.workers.process import Site
 
@@ -140,7 +139,8 @@ def test_engines_apart_are_told_what_becomes_of_samples_that_run(monkeypatch, ki
     link = mock.Mock(return_value={"sync_seconds": 1.0}, transport="gloo", moving=None)
     for owner, name, found in ((Homes, "group", group), (Wiring, "_source", None), (Wiring, "_link", link)):
         monkeypatch.setattr(owner, name, lambda self, *_, found=found, **__: found)
-    monkeypatch.setattr(EngineGroup, "settled", lambda self, push: lambda step: {"settling_seconds": 2.0} | push(step))
+    settled = lambda engine, push: lambda step: {"settling_seconds": 2.0} | push(step)  # noqa: E731
+    monkeypatch.setattr(wiring, "between_sequences", settled)
     for name, what in {"quantized_kind": None, "base_of": "m", "with_tokenizer": None}.items():
         monkeypatch.setattr(wiring, name, lambda model, what=what: what)
     placement, section = SamplingPlacement(engine="1"), EngineSection(kind=kind)

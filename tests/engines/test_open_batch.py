@@ -15,7 +15,7 @@ from tandem.engines.live.decoder import Decoder
 from tandem.engines.live.engine import LiveEngine
 from tandem.engines.live.fitting import Fitting
 from tandem.engines.live.pages import PAGE
-from tandem.engines.samples import Sample
+from tandem.engines.live.sample import Sample
 from tandem.errors import UserError
 from tandem.futures import wait_all
 from tandem.types import Completion, Request, SamplingParams

@@ -16,7 +16,8 @@ from tandem.engines.live.core import LiveCore
 from tandem.engines.live.engine import LiveEngine
 from tandem.engines.live.fitting import Fitting, free_bytes
 from tandem.engines.live.over_pages import PagedBatching
-from tandem.engines.samples import Sample, StopRule, take_requests
+from tandem.engines.live.sample import Sample
+from tandem.engines.requests import StopRule, take_requests
 from tandem.errors import Cancelled
 from tandem.futures import wait_all
 from tandem.types import Request, SamplingParams

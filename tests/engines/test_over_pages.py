@@ -20,7 +20,7 @@ from tandem.engines.live.forwards import OwnForward
 from tandem.engines.live.over_pages import bucket
 from tandem.engines.live.pages import PAGE
 from tandem.engines.live.probe import Trial, find_cache_shape
-from tandem.engines.samples import Sample
+from tandem.engines.live.sample import Sample
 from tandem.errors import UserError
 from tandem.kernels import products
 from tandem.models.attention import IMPLEMENTATION, PackedLayout

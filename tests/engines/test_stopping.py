@@ -11,9 +11,9 @@ from helpers.engine_models import EOS, bytes_tokenizer, model, tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tandem.engines import samples
 from tandem.engines.live.engine import LiveEngine
-from tandem.engines.samples import Asked, Sample, StopRule
+from tandem.engines.live.sample import Sample
+from tandem.engines.requests import Asked, StopRule
 from tandem.types import Request, SamplingParams
 
 
@@ -82,7 +82,7 @@ def sample_of(tok: Any, **sampling: Any) -> Sample:
 
 def test_what_is_decoded_ahead_is_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole characters of up to four tokens, halves of them, and special tokens, taken in runs of any length."""
-    monkeypatch.setattr(samples, "AHEAD", 1)
+    monkeypatch.setattr("tandem.engines.live.sample.AHEAD", 1)
     tok = bytes_tokenizer()
     rng = random.Random(0)
     letters = tok("a\u00e9\u4e2d\U0001f600 .", add_special_tokens=False).input_ids
@@ -101,7 +101,7 @@ def test_what_is_decoded_ahead_is_the_text(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_only_texts_that_can_be_joined_are_decoded_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(samples, "AHEAD", 1)
+    monkeypatch.setattr("tandem.engines.live.sample.AHEAD", 1)
     backend = Tokenizer(models.WordLevel({"\u2581a": 0, "\u2581.": 1}, unk_token="\u2581a"))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     spaced = PreTrainedTokenizerFast(tokenizer_object=backend)

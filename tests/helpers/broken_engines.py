@@ -17,9 +17,9 @@ class Deaf(VLLMEngine):
     """Takes a push off the wire and throws it away."""
 
     def receive(self, version: int, check: bool = False) -> Seq[int | None]:
-        with self._stepper.exclusive():
+        with self.stepper.exclusive():
             self._engine.collective_rpc(_drop)
-        self._core.version = version
+        self.core.version = version
         return []
 
     def held(self) -> list[Held]:
@@ -31,7 +31,7 @@ class Damaged(VLLMEngine):
 
     def receive(self, version: int, check: bool = False) -> Seq[int | None]:
         super().receive(version)
-        with self._stepper.exclusive():
+        with self.stepper.exclusive():
             self._engine.collective_rpc(_damage)
         return self.checksums() if check else []
 

@@ -38,7 +38,7 @@ class Telling(ReplicaEngine):
 
     def __init__(self, folder: Path | None = None, pace_s: float = 0.0, **options: Any) -> None:
         super().__init__(model_of(0), **options)
-        core: Any = self.live.stepper.core
+        core: Any = self.stepper.core
         step = core.step
 
         def paced() -> Any:
@@ -51,7 +51,7 @@ class Telling(ReplicaEngine):
         self.become(0)
 
     def become(self, version: int) -> None:
-        with self.live.stepper.exclusive():
+        with self.stepper.exclusive():
             tell(self.model.module, TOKENS[version])
             self.version = version
 

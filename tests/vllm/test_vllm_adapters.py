@@ -138,9 +138,9 @@ def test_after_every_push_it_computes_what_the_trainer_does(ends, plain):
         assert covered(ends.engine) == sent[-1]
         found = ends.engine.logprobs(ROWS)
         if step == 0:
-            ends.engine._core.adapters = (request := ends.engine._core.adapters) and None
+            ends.engine.core.adapters = (request := ends.engine.core.adapters) and None
             assert ends.engine.logprobs(ROWS) == found
-            ends.engine._core.adapters = request
+            ends.engine.core.adapters = request
         else:
             assert largest(base, found) > 0.1
         ends.change(step + 1)
@@ -222,7 +222,7 @@ def rank_cut(ends: Ends, patch: pytest.MonkeyPatch) -> None:
 
 
 def base_alone(ends: Ends, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(ends.engine._core, "adapters", None)
+    patch.setattr(ends.engine.core, "adapters", None)
 
 
 FAULTS = {

@@ -291,7 +291,7 @@ def test_weights_change_between_two_steps_of_running_samples(engine, module):
     """The long sample sees both models: each of its tokens has the log-prob of the one that drew it."""
     other = make_model("llama", seed=3, tied=True)
     pusher = pusher_of(engine, other)
-    engine._core.version = 0
+    engine.core.version = 0
     requests = [
         Request(prompt_ids=PROMPT, seeds=(1,), sampling=SamplingParams(max_new_tokens=n, temperature=t))
         for n, t in ((10, 1.0), (40, 1.0))

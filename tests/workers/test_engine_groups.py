@@ -20,7 +20,7 @@ from tandem.errors import Cancelled, RunFailure, UserError, WorkerDied
 from tandem.futures import wait_all
 from tandem.parallel.world import World
 from tandem.roles import Engine
-from tandem.sync.turns import settled
+from tandem.sync.push import between_sequences
 from tandem.types import Request, SamplingParams
 from tandem.workers.engines import EngineGroup, RestartingOnce
 from tandem.workers.process import Site
@@ -74,7 +74,11 @@ def test_engines_alone_sample_on_change_weights_are_given_up_and_die(cluster_add
         # Between sequences: what runs ends with its weights, what waits begins with the others.
         futures = engine.submit(asks(*[60] * 6))
         until(lambda: min(seat.submit_each("running", [(), ()]).result()) > 0)
-        assert 0 < several.settled(lambda step: seat.call("become", step) or {})(2)["settling_seconds"] < PATIENCE_S
+        assert (
+            0
+            < between_sequences(several, lambda step: seat.call("become", step) or {})(2)["settling_seconds"]
+            < PATIENCE_S
+        )
         found = [c for cs in wait_all(futures) for c in cs]
         assert [c.versions for c in found] == [told(c, TOKENS) for c in found]
         assert {tuple(c.versions) for c in found} == {((1, 60),), ((2, 60),)}
@@ -156,7 +160,7 @@ def test_between_sequences_what_engines_said_before_they_were_held_does_not_coun
     engine.look()
     until(lambda: all(answer.done() for answer in engine._takes.values()))
     assert engine._takes
-    engine.settled(lambda step: telling.become(step) or {})(1)  # type: ignore[func-returns-value]
+    between_sequences(engine, lambda step: telling.become(step) or {})(1)  # type: ignore[func-returns-value]
     found = [c for cs in wait_all(futures) for c in cs]
     assert {tuple(c.versions) for c in found} == {((0, 3),), ((0, 60),), ((1, 60),)}
     group.sites[0].roles["sampling"].close()
@@ -170,7 +174,7 @@ def test_between_sequences_samples_that_nobody_wants_any_more_are_waited_for_and
     engine.wait(lambda: bad[0].done())
     (good,) = engine.submit(asks(5))
     pushes: list[int] = []
-    engine.settled(lambda step: pushes.append(step) or {})(1)  # type: ignore[func-returns-value]
+    between_sequences(engine, lambda step: pushes.append(step) or {})(1)  # type: ignore[func-returns-value]
     assert pushes == [1]
     assert len(good.result()) == 2
     for site in group.sites:
@@ -189,9 +193,9 @@ def test_what_waits_while_engines_are_held_owes_no_progress_and_what_runs_does(
     futures = engine.submit(asks(40, 40, 40, 40))
     engine.wait(iter([False] * 3 + [True]).__next__)
     pushes: list[int] = []
-    push = engine.settled(lambda step: pushes.append(step) or {})  # type: ignore[func-returns-value]
+    push = between_sequences(engine, lambda step: pushes.append(step) or {})  # type: ignore[func-returns-value]
     if hung:
-        hold, late = engine._hold, group.late
+        hold, late = engine.hold, group.late
 
         def holds(held: bool) -> None:
             hold(held)
@@ -201,7 +205,7 @@ def test_what_waits_while_engines_are_held_owes_no_progress_and_what_runs_does(
             (tmp_path / "hold").unlink()
             return late(what, ranks)
 
-        monkeypatch.setattr(engine, "_hold", holds)
+        monkeypatch.setattr(engine, "hold", holds)
         monkeypatch.setattr(group, "late", goes_on)
         with pytest.raises(RunFailure, match=r"no answer from \[1\]"):
             push(1)
@@ -223,7 +227,7 @@ def test_what_fails_is_given_up_in_all_engines_and_costs_nothing_else() -> None:
     engine.wait(lambda: bad[1].done())
     assert engine.ended == ended + 6, "whoever asks only when something has ended hears of it"
     assert len(good.result()) == 2
-    until(lambda: all(site.roles["engine"].live.stepper.unfinished == 0 for site in group.sites))
+    until(lambda: all(site.roles["engine"].stepper.unfinished == 0 for site in group.sites))
     for site in group.sites:
         site.roles["sampling"].close()
 
@@ -248,7 +252,7 @@ def test_an_engine_of_this_process_takes_weights_between_sequences() -> None:
     futures = engine.submit(asks(*[30] * 6))
     engine.wait(iter([False, False, True]).__next__)
     start = time.perf_counter()
-    metrics = settled(engine, lambda step: engine.become(step) or {"sync_seconds": 1.0})(1)  # type: ignore[func-returns-value]
+    metrics = between_sequences(engine, lambda step: engine.become(step) or {"sync_seconds": 1.0})(1)  # type: ignore[func-returns-value]
     assert 0 < metrics["settling_seconds"] < time.perf_counter() - start
     assert metrics["sync_seconds"] == 1
     found = [c for cs in wait_all(futures) for c in cs]
@@ -260,7 +264,7 @@ def test_a_large_cache_goes_after_the_last_slice_and_not_between_slices(monkeypa
     monkeypatch.setattr(Fitting, "_is_large", lambda self: self.decoder is not None)
     monkeypatch.setattr("tandem.workers.engines.SLICE_S", 0.05)
     group: Any = OneCallAtATime(telling := Telling(way="captured", pace_s=0.06, max_slots=4))
-    engine, fitting = EngineGroup(group, alone=False), telling.live.fitting
+    engine, fitting = EngineGroup(group, alone=False), telling.fitting
     assert fitting is not None
     engine.submit(asks(120, 120))
     slices = []
@@ -303,7 +307,7 @@ def test_engines_in_processes_of_others_sample_in_slices(tmp_path: Path) -> None
     # Between sequences: the driver lets them run until none is open, and begins no other.
     futures = engine.submit(asks(*[30] * 6))
     engine.wait(iter([False, False, True]).__next__)
-    engine.settled(lambda step: [each.become(step) for each in engines] and {})(2)  # type: ignore[return-value]
+    between_sequences(engine, lambda step: [each.become(step) for each in engines] and {})(2)  # type: ignore[return-value]
     found = [c for cs in wait_all(futures) for c in cs]
     assert {tuple(c.versions) for c in found} == {((1, 30),), ((2, 30),)}
     # One that does not get on is named.

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
-from tandem.engines.samples import Sample
+from tandem.engines.live.sample import Sample
 from tandem.errors import UserError
 from tandem.types import Completion
 

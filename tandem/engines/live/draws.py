@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tandem.engines.samples import Sample
+from tandem.engines.live.sample import Sample
 from tandem.kernels.available import on_triton
 from tandem.kernels.draw import block_size
 from tandem.types import SamplingParams

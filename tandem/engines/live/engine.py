@@ -17,10 +17,11 @@ from tandem.engines.live.over_pages import PagedBatching
 from tandem.engines.live.over_slots import SlotBatching, slots_of
 from tandem.engines.live.padded import PaddedBatching, Together
 from tandem.engines.live.probe import Trial, why_not_layouts, why_not_tried
-from tandem.engines.samples import Sample, StopRule, check_request, take_requests
-from tandem.engines.stepper import Stepper
+from tandem.engines.live.sample import Sample
+from tandem.engines.requests import StopRule, check_request, take_requests
+from tandem.engines.stepper import SteppedEngine
 from tandem.errors import UserError
-from tandem.futures import Future, wait_all
+from tandem.futures import Future
 from tandem.kernels.available import has_triton
 from tandem.models.limits import limits_of, turning_point
 from tandem.models.pairs import showing
@@ -32,7 +33,7 @@ CacheDtype = Literal["auto", "fp8"]
 StaleCache = Literal["keep", "recompute"]
 
 
-class LiveEngine:
+class LiveEngine(SteppedEngine[LiveCore]):
     """Samples from ``module``, a transformers causal LM, in place, with continuous batching.
 
     - ``max_slots``: sequences that decode at once; the others wait, and one enters as soon as one ends.
@@ -76,6 +77,9 @@ class LiveEngine:
     ) -> None:
         if max_slots < 1 or prefill_tokens < 1:
             raise UserError(f"max_slots is {max_slots} and prefill_tokens {prefill_tokens}; both must be at least 1")
+        super().__init__(
+            LiveCore(module, begin=self._begin, end=self._end, version=version, recompute=stale_cache == "recompute")
+        )
         self.module = module
         self.tokenizer = tokenizer
         self.max_slots = max_slots
@@ -85,10 +89,6 @@ class LiveEngine:
         """Of way ``captured``: its forward, and its cache."""
         self.together: Together = "all"
         """Of way ``padded``: which prompts are batched."""
-        self.core = LiveCore(
-            module, begin=self._begin, end=self._end, version=version, recompute=stale_cache == "recompute"
-        )
-        self.stepper: Stepper[Sample, Completion] = Stepper(self.core)
         # With adapters that begin at 0 a trial would prove nothing of theirs.
         with evaluating(module.modules()), showing(module):
             self.way, reasons = self._choose(way, cache_tokens, eight_bit=kv_cache_dtype == "fp8")
@@ -150,21 +150,6 @@ class LiveEngine:
         device: torch.device = self.module.get_input_embeddings().weight.device
         return device
 
-    @property
-    def ended(self) -> int:
-        """Samples that have ended since nothing was being sampled."""
-        return self.stepper.ended
-
-    @property
-    def busy_seconds(self) -> float:
-        """Seconds in steps of the model, since this was made."""
-        return self.stepper.busy_seconds
-
-    @property
-    def sampled_tokens(self) -> int:
-        """Tokens drawn since this was made."""
-        return self.stepper.sampled_tokens
-
     def submit(self, requests: Seq[Request], watch: Watch | None = None) -> list[Future[list[Completion]]]:
         """Begins requests, one future each: one completion a seed, in the order asked for.
 
@@ -182,10 +167,6 @@ class LiveEngine:
         )
         samples = [[Sample(asked, i) for i in range(len(asked.request.seeds))] for asked in taken]
         return self.stepper.submit(samples, watch)
-
-    def generate(self, requests: Seq[Request], watch: Watch | None = None) -> list[list[Completion]]:
-        """``submit``, and waits for all: one list a request."""
-        return wait_all(self.submit(requests, watch))
 
     def wait(self, until: Callable[[], bool], at_least: int = 0) -> None:
         """Goes on sampling until ``until()``, which is asked between any two steps, or until nothing is left.
@@ -217,23 +198,6 @@ class LiveEngine:
                     # The core has lost its samples: whoever waited for one would wait for ever.
                     self.stepper.fail(error)
                     raise
-
-    def look(self) -> None:
-        """Nothing ends but in ``wait``."""
-
-    def cancel(self) -> None:
-        """Gives up all that is being sampled: the futures raise Cancelled."""
-        self.stepper.cancel()
-
-    def hold(self, held: bool) -> None:
-        """Begins no samples until it is told the opposite. Those that have begun go on."""
-        with self.stepper.exclusive():
-            self.core.hold(held)
-
-    @property
-    def running(self) -> int:
-        """Samples that have begun and not ended, while no others may begin."""
-        return self.core.running
 
     def _begin(self) -> Batching:
         if self.fitting is not None:

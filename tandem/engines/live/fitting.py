@@ -14,8 +14,8 @@ from tandem.engines.live.forwards import LeanForward, OwnForward
 from tandem.engines.live.layers import Unlike
 from tandem.engines.live.pages import PAGE, pages_for
 from tandem.engines.live.probe import Trial, find_cache_shape, head_shape_of, why_not_tried
+from tandem.engines.live.sample import Sample
 from tandem.engines.live.states import StateForward
-from tandem.engines.samples import Sample
 from tandem.errors import UserError
 from tandem.models.limits import turning_point
 from tandem.models.shrunk import POSITIONS

@@ -15,7 +15,7 @@ from tandem.engines.live.decoder import STEPS, Decoder, Landing
 from tandem.engines.live.draws import Kinds
 from tandem.engines.live.fitting import Fitting
 from tandem.engines.live.pages import PAGE, pages_for
-from tandem.engines.samples import Sample
+from tandem.engines.live.sample import Sample
 from tandem.kernels.draw import DRAWN, FIELDS, LENGTH, LIMIT, RULE, SEED
 
 QUICK_STEPS = 4

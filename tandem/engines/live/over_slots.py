@@ -13,9 +13,9 @@ from torch import Tensor
 
 from tandem.engines.live.draws import Kinds, draw
 from tandem.engines.live.forwards import OwnForward
+from tandem.engines.live.sample import Sample
 from tandem.engines.live.slots import DecodeLayout, PrefillLayout, SlotCache
 from tandem.engines.live.states import StateSlots
-from tandem.engines.samples import Sample
 from tandem.models.states import states_of_layers
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from tandem.engines.live.draws import Kinds, draw
-from tandem.engines.samples import Sample
+from tandem.engines.live.sample import Sample
 
 Together = Literal["all", "length", "none"]
 """Which prompts a batch may have: all, which are padded on the left; those of one length; one."""

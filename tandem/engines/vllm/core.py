@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
-from tandem.engines.samples import stamp
+from tandem.engines.requests import stamp
 from tandem.errors import UserError
 from tandem.types import Versions
 
@@ -48,7 +48,7 @@ class VLLMCore:
         self.broken: Exception | None = None
         """Why nothing can be sampled any more."""
         self.waiting: deque[tuple[int, VLLMJob]] = deque()
-        self.running: dict[int, tuple[VLLMJob, Versions]] = {}
+        self.inside: dict[int, tuple[VLLMJob, Versions]] = {}
         """Jobs that vLLM has, and what drew the tokens that they had when the weights last changed."""
         self.held = False
         """Whether no jobs may enter vLLM."""
@@ -58,6 +58,10 @@ class VLLMCore:
     @property
     def sampled_tokens(self) -> int:
         return self.gone_tokens + sum(self._drawn().values())
+
+    @property
+    def running(self) -> int:
+        return len(self.inside)
 
     def _drawn(self) -> dict[int, int]:
         """Tokens that each job in vLLM has so far."""
@@ -77,8 +81,8 @@ class VLLMCore:
             ended = self._admit()
             for output in self.engine.step():
                 name = int(output.request_id)
-                if output.finished and name in self.running:
-                    job, versions = self.running.pop(name)
+                if output.finished and name in self.inside:
+                    job, versions = self.inside.pop(name)
                     drawn = len(output.outputs[0].token_ids)
                     self.gone_tokens += drawn
                     stamp(versions, self.version, drawn)
@@ -98,18 +102,21 @@ class VLLMCore:
     def abort(self, names: Collection[int]) -> None:
         gone = set(names)
         self.waiting = deque(entry for entry in self.waiting if entry[0] not in gone)
-        inside = [name for name in gone if self.running.pop(name, None)]
+        there = [name for name in gone if self.inside.pop(name, None)]
         if not self.broken:
             drawn = self._drawn()
-            self.gone_tokens += sum(drawn.get(name, 0) for name in inside)
-            self.engine.abort_request([str(name) for name in inside])
+            self.gone_tokens += sum(drawn.get(name, 0) for name in there)
+            self.engine.abort_request([str(name) for name in there])
 
     def renew(self, version: int) -> None:
         """For the holder of an empty cache (``forget_cache``), which has none but tokens of the old weights."""
         drawn = self._drawn()
-        for name, (_, versions) in self.running.items():
+        for name, (_, versions) in self.inside.items():
             stamp(versions, self.version, drawn.get(name, 0))
         self.version = version
+
+    def hold(self, held: bool) -> None:
+        self.held = held
 
     def forget_cache(self) -> None:
         """Empties the cache: what running samples have so far is computed anew, and what is enqueued not taken."""
@@ -118,7 +125,7 @@ class VLLMCore:
 
     def _admit(self) -> dict[int, Any]:
         refused: dict[int, Any] = {}
-        while self.waiting and len(self.running) < self.slots:
+        while self.waiting and len(self.inside) < self.slots:
             if self.held and not self.waiting[0][1].scores:
                 break
             name, job = self.waiting.popleft()
@@ -128,5 +135,5 @@ class VLLMCore:
                 # vLLM refuses this one; the others are none the worse.
                 refused[name] = error
             else:
-                self.running[name] = job, []
+                self.inside[name] = job, []
         return refused

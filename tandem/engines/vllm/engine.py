@@ -8,8 +8,8 @@ from collections.abc import Sequence as Seq
 from functools import partial
 from typing import Any, Literal
 
-from tandem.engines.samples import Asked, StopRule, check_request, first, take_requests
-from tandem.engines.stepper import Stepper
+from tandem.engines.requests import Asked, StopRule, check_request, first, take_requests
+from tandem.engines.stepper import SteppedEngine
 from tandem.engines.vllm.adapters import request, split
 from tandem.engines.vllm.checksums import Wholes
 from tandem.engines.vllm.core import VLLMCore, VLLMJob
@@ -26,7 +26,7 @@ TEMPERATURES = (0.01, 2.0)
 """vLLM changes or refuses others but 0."""
 
 
-class VLLMEngine:
+class VLLMEngine(SteppedEngine[VLLMCore]):
     """Samples from a model that vLLM loads (``VLLMParams``) and ``receive`` renews.
 
     Any thread may call any method; samples of all threads run in one batch, and weights change between two steps.
@@ -43,8 +43,7 @@ class VLLMEngine:
         self.max_length = min(params.max_length or self._room, self._room)
         self.vocabulary: int = self._engine.model_config.get_vocab_size()
         self._eos_ids = eos_ids(self._llm)
-        self._core = VLLMCore(self._engine, params.max_slots, request() if adapters else None, self._after_failure)
-        self._stepper: Stepper[VLLMJob, Any] = Stepper(self._core)
+        super().__init__(VLLMCore(self._engine, params.max_slots, request() if adapters else None, self._after_failure))
         self._plan = Plan(())
         self._wholes: Wholes | None = None
         """Which sums of the workers belong together: asked for after the first push over a link."""
@@ -67,19 +66,7 @@ class VLLMEngine:
     @property
     def version(self) -> int:
         """Optimizer steps behind the weights, as of the last push."""
-        return self._core.version
-
-    @property
-    def ended(self) -> int:
-        return self._stepper.ended
-
-    @property
-    def busy_seconds(self) -> float:
-        return self._stepper.busy_seconds
-
-    @property
-    def sampled_tokens(self) -> int:
-        return self._stepper.sampled_tokens
+        return self.core.version
 
     def submit(self, requests: Seq[Request], watch: Watch | None = None) -> list[Future[list[Completion]]]:
         """Begins requests, one future each: one completion a seed, in the order asked for.
@@ -90,30 +77,7 @@ class VLLMEngine:
         """
         taken = take_requests(requests, self._check, lambda s: StopRule(s, self._eos_ids, self.tokenizer))
         jobs = [[self._job(asked, i) for i in range(len(asked.request.seeds))] for asked in taken]
-        return self._stepper.submit(jobs, watch)
-
-    def generate(self, requests: Seq[Request], watch: Watch | None = None) -> list[list[Completion]]:
-        """``submit``, and waits for all: one list a request."""
-        return wait_all(self.submit(requests, watch))
-
-    def wait(self, until: Callable[[], bool], at_least: int = 0) -> None:
-        """Goes on sampling until ``until()``, which is asked between any two steps, or until nothing is left."""
-        self._stepper.wait(until)
-
-    def look(self) -> None:
-        """Nothing ends but in ``wait``."""
-
-    def cancel(self) -> None:
-        """Gives up all that is being sampled: the futures raise Cancelled. A step that is under way ends first."""
-        self._stepper.cancel()
-
-    def hold(self, held: bool) -> None:
-        with self._stepper.exclusive():
-            self._core.held = held
-
-    @property
-    def running(self) -> int:
-        return len(self._core.running)
+        return self.stepper.submit(jobs, watch)
 
     def logprobs(self, sequences: Seq[Seq[int]]) -> list[list[float]]:
         """Log-prob, in nats at temperature 1, of each token but the first; one list a sequence.
@@ -132,14 +96,14 @@ class VLLMEngine:
         pushes = -1
         while pushes != self._pushes:
             pushes = self._pushes
-            (found,) = wait_all(self._stepper.submit([jobs]))
+            (found,) = wait_all(self.stepper.submit([jobs]))
         return found
 
     def connect(self, links: Seq[Link]) -> None:
         """Connects to a trainer, one link a tensor-parallel rank. Returns when the link's other ends have, too."""
         if len(links) != self.tensor_parallel:
             raise UserError(f"weight sync: {len(links)} links for {self.tensor_parallel} tensor-parallel ranks")
-        with self._stepper.exclusive():
+        with self.stepper.exclusive():
             self._call("tandem_connect", list(links))
             self._plan, self._wholes = links[0].plan, None
 
@@ -150,7 +114,7 @@ class VLLMEngine:
         Running samples go on with the new weights; what they have so far is computed anew. Raises UserError and names
         the tensor where the push cannot be loaded; nothing can be sampled then until one succeeds.
         """
-        with self._stepper.exclusive():
+        with self.stepper.exclusive():
             self._check_awake("weights")
             self._pushes += 1
             alone = all(split(spec.name) for spec in self._plan.tensors)
@@ -161,13 +125,13 @@ class VLLMEngine:
                     )
                 self._call("tandem_receive", check)
                 if not self._asleep:
-                    self._core.forget_cache()
-                self._core.renew(version)
+                    self.core.forget_cache()
+                self.core.renew(version)
                 ranks = self._call("tandem_result") if check else []
             except Exception as error:
                 self._stale = _sync_error(error, version)
                 self._mark_usable()
-                self._stepper.fail(self._stale)
+                self.stepper.fail(self._stale)
                 raise self._stale from error
             self._stale = None
             self._base_dropped &= alone
@@ -179,12 +143,12 @@ class VLLMEngine:
 
         Missing are tensors whose bits cannot be compared: quantized, cast or transformed ones. Needs one push before.
         """
-        with self._stepper.exclusive():
+        with self.stepper.exclusive():
             return self._whole_tensors().held
 
     def checksums(self) -> Seq[int | None]:
         """Of each of ``held`` as it is now, taken from what the model computes with. Needs one push before."""
-        with self._stepper.exclusive():
+        with self.stepper.exclusive():
             return self._whole_tensors().add_up(self._call("tandem_sums"))
 
     def sleep(self) -> None:
@@ -194,11 +158,11 @@ class VLLMEngine:
         """
         if not self.can_sleep:
             raise UserError("the vLLM engine was started without sleep; start it with sleep=True")
-        with self._stepper.exclusive():
+        with self.stepper.exclusive():
             if self._asleep == {"weights", "cache"}:
                 return
             if not self._asleep:
-                self._core.forget_cache()
+                self.core.forget_cache()
             if not on_cpu():
                 self._ask(self._engine.sleep, level=2, mode="keep")
             self._asleep, self._base_dropped = {"weights", "cache"}, True
@@ -207,19 +171,19 @@ class VLLMEngine:
 
     def wake(self, stage: Literal["weights", "cache"]) -> None:
         """Takes memory again: for the weights, which the next ``receive`` fills, or for the cache."""
-        with self._stepper.exclusive():
+        with self.stepper.exclusive():
             if stage not in self._asleep:
                 return
             if not on_cpu():
                 self._ask(self._engine.wake_up, ["kv_cache" if stage == "cache" else stage])
             self._asleep.discard(stage)
             if stage == "cache":
-                self._core.forget_cache()
+                self.core.forget_cache()
             self._mark_usable()
 
     def memory(self) -> dict[str, float]:
         """``free`` and ``used`` (by any process) of the fullest device, in GB; {} on a CPU."""
-        with self._stepper.exclusive():
+        with self.stepper.exclusive():
             ranks = [rank for rank in self._call("tandem_memory") if rank is not None]
         if not ranks:
             return {}
@@ -228,12 +192,12 @@ class VLLMEngine:
 
     def close(self) -> None:
         """Ends vLLM and its workers. Calls that wait fail."""
-        with self._stepper.exclusive():
+        with self.stepper.exclusive():
             if not self._closed:
                 self._closed = True
                 closed = UserError("the vLLM engine is closed; start another one")
-                self._stepper.fail(closed)
-                self._core.broken = closed
+                self.stepper.fail(closed)
+                self.core.broken = closed
                 close_vllm(self._llm)
 
     def _call(self, method: str, *arguments: Any) -> list[Any]:
@@ -272,8 +236,8 @@ class VLLMEngine:
 
     def _mark_usable(self) -> None:
         asleep = f"the vLLM engine is asleep; call wake() for {' and '.join(sorted(self._asleep))} first"
-        self._core.unusable = UserError(asleep) if self._asleep else self._stale
-        self._stepper.paused = self._core.unusable is not None
+        self.core.unusable = UserError(asleep) if self._asleep else self._stale
+        self.stepper.paused = self.core.unusable is not None
 
     def _check(self, number: int, request: Request, limit: int | None = None) -> None:
         limit, name = limit or self.max_length, "the engine's max_length"
