@@ -16,6 +16,8 @@ from tandem.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from tandem.functional.divergence import Divergence
+
 _ON_THE_CPU = ("bounds", "group_S", "prefix_S")
 
 
@@ -247,6 +249,30 @@ class Outputs:
     def map(self, change: Callable[[Tensor], Tensor]) -> Outputs:
         """Every tensor that is filled, changed."""
         return Outputs(**{name: x if x is None else change(x) for name, x in vars(self).items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asks:
+    """What a forward of a model is to give besides log-probs; a teacher's ``states`` or ``top_k`` instead of them.
+
+    A scalar model gives ``scalar_T``, whatever is asked.
+    """
+
+    temperature: float = 1.0
+    """Divides the logits."""
+    entropy: bool = False
+    entropy_gradient: bool = False
+    """Whether a loss differentiates ``entropy_T``."""
+    divergence: Divergence | None = None
+    """From a teacher that gives ``states`` or ``top_k``."""
+    states: bool = False
+    """A teacher's hidden states, of which its head, given to the policy at the start, makes whole distributions."""
+    top_k: int = 0
+    """So many of a teacher's likeliest tokens, and the rest as one."""
+    balance: bool = False
+    """``balance_S``."""
+    load: bool = False
+    """``load_LE``, of a model with ``picks``."""
 
 
 @dataclass(kw_only=True)

@@ -79,7 +79,7 @@ def placed_reward_models(
     for role, source in section.models.items():
         say(f"loading the reward model from {source}")
         build = partial(load, section=model, source=source, head="scalar")
-        seats[role] = homes.place(role, partial(frozen, load=build, section=model, temperature=1.0))
+        seats[role] = homes.place(role, partial(frozen, load=build, section=model))
     return reward_models(section, seats, policy_tokenizer, trust_remote_code=model.trust_remote_code)
 
 

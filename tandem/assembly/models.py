@@ -13,6 +13,7 @@ import torch
 from tandem.assembly.configs import RunConfig, SamplesConfig, warmup_of
 from tandem.assembly.role_sections import is_reward_model
 from tandem.assembly.sections import DrawsSection, EngineSection, ModelSection, OptimSection, as_adapters
+from tandem.batch import Asks
 from tandem.config import settings
 from tandem.data.chat import set_template
 from tandem.engines.live.engine import LiveEngine, StaleCache
@@ -20,7 +21,6 @@ from tandem.engines.live.replica import ReplicaEngine
 from tandem.engines.vllm.adapters import AdapterRoom
 from tandem.errors import UserError
 from tandem.kernels.quantized import require_bitsandbytes
-from tandem.methods.base import ASKS_NOTHING, Asks
 from tandem.models.adapter_folder import adapter_folder
 from tandem.models.adapters import AdapterParams, require_peft
 from tandem.models.description import check_targets
@@ -90,16 +90,12 @@ def builds(config: RunConfig, steps: int, new_head: NewHead = "random") -> dict[
     found: dict[str, Build] = {}
     for role, source in config.sources.items():
         model = partial(load, section=config.model, source=source, head=head_of[role], seed=config.run.seed)
-        asks = method.asks_of(role)
+        asks = method.asks_of(role, temperature)
         if config.is_view(role):
-            found[role] = partial(
-                view,
-                temperature=temperature if asks.temperature is None else asks.temperature,
-                follows=config.following is not None,
-            )
+            found[role] = partial(view, temperature=asks.temperature, follows=config.following is not None)
             continue
         if role not in losses:
-            found[role] = partial(frozen, load=model, section=config.model, temperature=temperature, asks=asks)
+            found[role] = partial(frozen, load=model, section=config.model, asks=asks)
             continue
         adapters = adapter_params(config, role) if config.lora.on else None
         if role == "actor":
@@ -112,15 +108,7 @@ def builds(config: RunConfig, steps: int, new_head: NewHead = "random") -> dict[
         if role != "actor":  # the average and the balance are the policy's
             rate = config.models.learning_rate(role)
             optim = replace(optim, learning_rate=rate, ema_decay=None, aux_loss_coef=0.0, bias_update_speed=0.0)
-        found[role] = partial(
-            trained,
-            load=model,
-            section=config.model,
-            loss=losses[role],
-            optim=optim,
-            temperature=temperature,
-            asks=asks,
-        )
+        found[role] = partial(trained, load=model, section=config.model, loss=losses[role], optim=optim, asks=asks)
     return found
 
 
@@ -192,8 +180,7 @@ def trained(
     section: ModelSection,
     loss: LossFn,
     optim: OptimParams,
-    temperature: float = 1.0,
-    asks: Asks = ASKS_NOTHING,
+    asks: Asks | None = None,
 ) -> LocalTrainer:
     """A trainer of the model that ``load`` gives."""
     memory = MemoryParams(
@@ -206,10 +193,7 @@ def trained(
         loss,
         optim,
         token_budget=section.token_budget,
-        temperature=temperature,
-        entropy=asks.entropy,
-        entropy_gradient=asks.entropy_gradient,
-        divergence=asks.divergence,
+        asks=asks,
         world=site.world,
         memory=memory,
         compile=section.compile,
@@ -217,22 +201,16 @@ def trained(
 
 
 def frozen(
-    site: Site,
-    load: Callable[[Site], LoadedModel],
-    section: ModelSection,
-    temperature: float,
-    asks: Asks = ASKS_NOTHING,
+    site: Site, load: Callable[[Site], LoadedModel], section: ModelSection, asks: Asks | None = None
 ) -> LocalScorer:
     """A scorer with the model that ``load`` gives."""
     return LocalScorer(
         load(site),
         token_budget=section.token_budget,
-        temperature=temperature if asks.temperature is None else asks.temperature,
+        asks=asks,
         world=site.world,
         offload=section.offload_frozen,
         compile=section.compile,
-        states=asks.states,
-        top_k=asks.top_k,
     )
 
 

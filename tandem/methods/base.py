@@ -6,9 +6,8 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
-from tandem.batch import Batch, Outputs, TokenLoss
+from tandem.batch import Asks, Batch, Outputs, TokenLoss
 from tandem.errors import needs
-from tandem.functional.divergence import Divergence
 from tandem.lazy import torch
 from tandem.roles import LossFn, Metrics
 from tandem.types import Aggregation, Example, Group, Sequence
@@ -67,26 +66,6 @@ TEACHER = Need(
     doc="Folder of the frozen teacher, or its name on the hub. It has the tokenizer of the model.",
     required=True,
 )
-
-
-@dataclass(frozen=True)
-class Asks:
-    """What a forward of a model must give: the one that trains it besides log-probs, that of a teacher instead."""
-
-    entropy: bool = False
-    entropy_gradient: bool = False
-    """Whether a loss differentiates ``out.entropy_T``."""
-    divergence: Divergence | None = None
-    """Of ``out.divergence_T``, from a teacher that gives ``states`` or ``top_k``."""
-    states: bool = False
-    """A teacher's hidden states, of which its head, given to the policy at the start, makes whole distributions."""
-    top_k: int = 0
-    """So many of a teacher's likeliest tokens, and the rest as one."""
-    temperature: float | None = None
-    """Divides a teacher's logits. None: the run's."""
-
-
-ASKS_NOTHING = Asks()
 
 
 @dataclass(kw_only=True)
@@ -156,12 +135,12 @@ class Method:
 
     @property
     def asks(self) -> Asks:
-        """Of the policy's forward in training."""
+        """Of the policy's forward in training, at any temperature."""
         return Asks(entropy=isinstance(self.reads, Samples))
 
-    def asks_of(self, role: str) -> Asks:
-        """Of the forward of the policy (``actor``), or of a model that it needs."""
-        return self.asks if role == "actor" else ASKS_NOTHING
+    def asks_of(self, role: str, temperature: float = 1.0) -> Asks:
+        """Of the forward of the policy (``actor``), or of a model that it needs, at the run's temperature."""
+        return replace(self.asks if role == "actor" else Asks(), temperature=temperature)
 
     @property
     def needs_old_logp(self) -> bool:

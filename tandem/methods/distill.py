@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from tandem.batch import Batch, Outputs, TokenLoss, filled
+from tandem.batch import Asks, Batch, Outputs, TokenLoss, filled
 from tandem.errors import expect, needs
 from tandem.functional.divergence import Divergence, DivergenceKind
-from tandem.methods.base import TEACHER, Asks, Method, Rows
+from tandem.methods.base import TEACHER, Method, Rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,12 +50,12 @@ class Distill(Method):
     def asks(self) -> Asks:
         return Asks(divergence=Divergence(kind=self.divergence, beta=self.beta, temperature=self.kd_temperature))
 
-    def asks_of(self, role: str) -> Asks:
+    def asks_of(self, role: str, temperature: float = 1.0) -> Asks:
         """The teacher is asked for what the divergence needs of it."""
         if role == "teacher":
             k = self.teacher_top_k
             return Asks(states=not k, top_k=k, temperature=self.kd_temperature)
-        return super().asks_of(role)
+        return super().asks_of(role, temperature)
 
     def loss(self, out: Outputs, batch: Batch) -> TokenLoss:
         """``(1 - kd_coef) sft + kd_coef kd`` of each token, both metrics too (``sft_loss``, ``kd_loss``), in nats."""

@@ -7,14 +7,14 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from tandem.batch import Batch, Outputs, TokenLoss, filled
+from tandem.batch import Asks, Batch, Outputs, TokenLoss, filled
 from tandem.errors import UserError, expect
 from tandem.functional.corrections import correction
 from tandem.functional.kl import adaptive_kl_coef, kl_estimate, kl_loss
 from tandem.functional.policy import clipped_policy_loss, importance_ratio
 from tandem.functional.segments import segment_sum
 from tandem.lazy import torch
-from tandem.methods.base import REFERENCE, Asks, Estimate, Method, Need, spread
+from tandem.methods.base import REFERENCE, Estimate, Method, Need, spread
 from tandem.methods.knobs import Clip, Correction, ReferenceKL
 from tandem.roles import Metrics
 from tandem.types import Group

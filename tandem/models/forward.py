@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from tandem.batch import Batch, Outputs, filled, send
+from tandem.batch import Asks, Batch, Outputs, filled, send
 from tandem.errors import UserError
 from tandem.functional.balance import balance_loss
 from tandem.functional.distillation import Against
@@ -71,7 +71,7 @@ class LoadedModel:
     head_gradient: Callable[[], Tensor] | None = None
     """Where the gradient of the language-model head's weight is to be added to, if not to the weight's own."""
     picks: Picks | None = None
-    """What its routers pick, where somebody counts it (``Ask.load``)."""
+    """What its routers pick, where somebody counts it (``Asks.load``)."""
     adapters: Adapters | None = None
     """Those on it, which are trained instead of it."""
     seeing: SeeingModel | None = None
@@ -212,39 +212,20 @@ class Sharded(nn.Module):
         return tuple(vars(_compute(self.model, batch, **options)).values())
 
 
-@dataclass(frozen=True, kw_only=True)
-class Ask:
-    """What a forward is to give of each trainable token; a scalar model gives ``scalar_T``, whatever is asked.
-
-    A teacher that is asked for ``states`` or ``top_k`` gives nothing else.
-    """
-
-    temperature: float = 1.0
-    entropy: bool = False
-    entropy_gradient: bool = False
-    divergence: Divergence | None = None
-    states: bool = False
-    top_k: int = 0
-    balance: bool = False
-    """Besides all else ``balance_S``."""
-    load: bool = False
-    """Besides all else ``load_LE``, of a model with ``picks``."""
-
-
-def forward(model: LoadedModel, batch: Batch, ask: Ask | None = None, **options: Any) -> Outputs:
-    """Runs ``batch`` (on the model's device) with gradient where enabled. ``options`` are fields of ``Ask``.
+def forward(model: LoadedModel, batch: Batch, ask: Asks | None = None, **options: Any) -> Outputs:
+    """Runs ``batch`` (on the model's device) with gradient where enabled. ``options`` are fields of ``Asks``.
 
     A causal LM gives ``logp_T`` at the temperature (and ``entropy_T``, ``divergence_T`` if asked), a scalar model
     ``scalar_T``. Only trainable tokens go through the language-model head.
     """
-    ask = Ask(**options) if ask is None else ask
+    ask = Asks(**options) if ask is None else ask
     if model.sharded is None:
         return _compute(model, batch, ask=ask)
     found = model.sharded(batch, ask=ask)
     return Outputs(**dict(zip((f.name for f in fields(Outputs)), found, strict=True)))
 
 
-def _compute(model: LoadedModel, batch: Batch, *, ask: Ask) -> Outputs:
+def _compute(model: LoadedModel, batch: Batch, *, ask: Asks) -> Outputs:
     if model.scalar or model.split_head:
         source_T, routed = _run(model, model.module.base_model, batch, "last_hidden_state", ask)
     else:
@@ -302,7 +283,7 @@ def _apart(head: Any, source_N: Tensor) -> tuple[Any, Added | None]:
     return head.base_layer, Added(inner_NR, head.lora_B[NAME].weight)
 
 
-def _likeliest(head: Any, source_N: Tensor, ask: Ask, words: int, shape: HeadShape) -> tuple[Tensor, Tensor]:
+def _likeliest(head: Any, source_N: Tensor, ask: Asks, words: int, shape: HeadShape) -> tuple[Tensor, Tensor]:
     """The likeliest tokens' log-probs with their tail, [N, K + 1], and their ids, [N, K], some rows at a time."""
     logps, ids = [], []
     vocabulary = len(head.weight) if hasattr(head, "weight") else source_N.shape[-1]
@@ -336,15 +317,15 @@ def _spread(value_N: Tensor, index_N: Tensor, tokens: int) -> Tensor:
 
 def hidden_states(model: LoadedModel, batch: Batch) -> Tensor:
     """Last hidden state [T, D]."""
-    return _run(model, model.module.base_model, batch, "last_hidden_state", Ask())[0]
+    return _run(model, model.module.base_model, batch, "last_hidden_state", Asks())[0]
 
 
 def native_logits(model: LoadedModel, batch: Batch) -> Tensor:
     """The module's own logits [T, V]."""
-    return _run(model, model.module, batch, "logits", Ask())[0]
+    return _run(model, model.module, batch, "logits", Asks())[0]
 
 
-def _run(model: LoadedModel, module: Any, batch: Batch, output: str, ask: Ask) -> tuple[Tensor, dict[str, Tensor]]:
+def _run(model: LoadedModel, module: Any, batch: Batch, output: str, ask: Asks) -> tuple[Tensor, dict[str, Tensor]]:
     """One field of the module's output, with its tokens laid out as in the batch, and what its routers say: those of
     ``balance_S`` and ``load_LE`` that are asked for.
 
@@ -383,7 +364,9 @@ def _kinds(model: LoadedModel, batch: Batch) -> list[int]:
     return [0] * batch.segments
 
 
-def _together(model: LoadedModel, module: Any, batch: Batch, output: str, ask: Ask) -> tuple[Tensor, dict[str, Tensor]]:
+def _together(
+    model: LoadedModel, module: Any, batch: Batch, output: str, ask: Asks
+) -> tuple[Tensor, dict[str, Tensor]]:
     asked = {ROUTER_LOGITS: True} if ask.balance else {}
     watched: AbstractContextManager[dict[int, Tensor]] = nullcontext({})
     if ask.load:
@@ -432,7 +415,7 @@ def _routed(
     out: Any,
     picked: dict[int, Tensor],
     laid_out: Callable[[Tensor], Tensor],
-    ask: Ask,
+    ask: Asks,
 ) -> dict[str, Tensor]:
     """``balance_S`` from each router's logits, and ``load_LE`` from what it ``picked``, as far as they are asked for.
 

@@ -14,12 +14,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tandem.batch import Batch, Outputs, TokenLoss, filled, send
+from tandem.batch import Asks, Batch, Outputs, TokenLoss, filled, send
 from tandem.data.packing import pack
 from tandem.errors import NonFiniteError, UserError
 from tandem.functional.balance import bias_step, load_violation
-from tandem.functional.divergence import Divergence
-from tandem.models.forward import Ask, LoadedModel, describe_model, forward
+from tandem.models.forward import LoadedModel, describe_model, forward
 from tandem.models.policy import Policy
 from tandem.models.quantized import quantized_in
 from tandem.models.routers import all_weights
@@ -63,7 +62,7 @@ class LocalScorer:
 
     In a world of several ranks the parameters are sharded, every rank scores its share, and all get the whole result.
     ``offload`` keeps the parameters on the CPU between calls, ``compile`` says whether layers run as compiled graphs
-    (auto: on a GPU). A teacher gives its hidden ``states`` or its ``top_k`` likeliest tokens instead of log-probs.
+    (auto: on a GPU).
     """
 
     def __init__(
@@ -71,19 +70,15 @@ class LocalScorer:
         model: LoadedModel,
         *,
         token_budget: int,
-        temperature: float = 1.0,
+        asks: Asks | None = None,
         world: World | None = None,
         offload: bool = False,
         compile: CompileMode = "off",
-        states: bool = False,
-        top_k: int = 0,
     ) -> None:
         self.model = model
-        self.states = states
-        self.top_k = top_k
         self.compile = compile
         self.token_budget = token_budget
-        self.temperature = temperature
+        self.asks = asks or Asks()
         self.world = world or World(device=model.device)
         self.away = Parking()
         self.offload = offload
@@ -106,11 +101,10 @@ class LocalScorer:
 
     @torch.no_grad()
     def score(self, batch: Batch, temperature: float | None = None) -> Outputs:
-        """Log-probs at the temperature (None: its own), or values and scores, a micro-batch at a time."""
-        temperature = self.temperature if temperature is None else temperature
-        ask = Ask(temperature=temperature, states=self.states, top_k=self.top_k)
+        """What it ``asks`` for, a micro-batch at a time. ``temperature``: another one than its own."""
+        asks = self.asks if temperature is None else replace(self.asks, temperature=temperature)
         with self._present():
-            parts = [(share.units, forward(self.model, share.batch, ask)) for share in self._shares(batch)]
+            parts = [(share.units, forward(self.model, share.batch, asks)) for share in self._shares(batch)]
         return _assemble(batch, parts, self.world)
 
     @torch.no_grad()
@@ -251,8 +245,7 @@ class LocalTrainer(LocalScorer):
     """Trains a model with a loss that returns unreduced per-token values (``tandem.roles.Trainer``).
 
     In a world of several ranks every rank makes the same calls with the same batch and goes through its share of it;
-    all return the same numbers. ``entropy`` asks the forward for entropies (the loss may report them),
-    ``entropy_gradient`` for differentiable ones (the loss uses them), ``divergence`` for that from a teacher.
+    all return the same numbers. ``asks`` is what the loss reads of a forward; scores are log-probs at its temperature.
     """
 
     def __init__(
@@ -262,10 +255,7 @@ class LocalTrainer(LocalScorer):
         optim: OptimParams,
         *,
         token_budget: int,
-        temperature: float = 1.0,
-        entropy: bool = False,
-        entropy_gradient: bool = False,
-        divergence: Divergence | None = None,
+        asks: Asks | None = None,
         world: World | None = None,
         memory: MemoryParams | None = None,
         compile: CompileMode = "off",
@@ -273,21 +263,15 @@ class LocalTrainer(LocalScorer):
         self.memory = memory or MemoryParams()
         self.loss = loss
         self.optim = optim
-        self.ask = Ask(
-            temperature=temperature,
-            entropy=entropy,
-            entropy_gradient=entropy_gradient,
-            divergence=divergence,
-            balance=optim.aux_loss_coef != 0,
-            load=optim.bias_update_speed != 0,
-        )
-        if self.ask.balance:
+        self.in_training = replace(asks or Asks(), balance=optim.aux_loss_coef != 0, load=optim.bias_update_speed != 0)
+        """What it asks of the forwards that are trained."""
+        if self.in_training.balance:
             model.require_balance()
-        if self.ask.load:
+        if self.in_training.load:
             model.count_picks()
-        if self.ask.balance or self.ask.load:
+        if self.in_training.balance or self.in_training.load:
             if compile == "on":
-                key = "aux_loss_coef" if self.ask.balance else "bias_update_speed"
+                key = "aux_loss_coef" if self.in_training.balance else "bias_update_speed"
                 raise UserError(f"compile: compiled layers do not give what {key} needs; leave it at auto or off")
             compile = "off"
         if model.adapters is None and quantized_in(model.module):
@@ -298,7 +282,8 @@ class LocalTrainer(LocalScorer):
         self.loads: list[Tensor] = []
         """Of each micro-batch since the last optimizer step: ``Outputs.load_LE``."""
         self._version = 0
-        super().__init__(model, token_budget=token_budget, temperature=temperature, world=world, compile=compile)
+        scores = Asks(temperature=self.in_training.temperature)
+        super().__init__(model, token_budget=token_budget, asks=scores, world=world, compile=compile)
         self.optimizer = build_optimizer(
             self.masters.named, optim, hidden=hidden_matrices(model.module), world=self.world
         )
@@ -483,7 +468,7 @@ class LocalTrainer(LocalScorer):
 
         Whole tokens of all ranks are counted, so that no cut of the step can change it.
         """
-        if not self.ask.load:
+        if not self.in_training.load:
             return {}
         assert self.model.picks is not None
         biases = list(self.model.picks.biases.values())
@@ -509,7 +494,7 @@ class LocalTrainer(LocalScorer):
         """Each of this rank's micro-batches, its loss, its ``_sampler_gap``, its part of the routers' loss, and what it
         gave their experts."""
         for share in self._shares(batch):
-            micro, out = share.batch, forward(self.model, share.batch, self.ask)
+            micro, out = share.batch, forward(self.model, share.batch, self.in_training)
             gap_N = _sampler_gap(micro, out) if share.units else None
             if micro.on_policy and out.logp_T is not None:
                 micro = replace(micro, seen=micro.seen | {"actor": Outputs(logp_T=out.logp_T.detach())})

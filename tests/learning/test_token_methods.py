@@ -49,9 +49,7 @@ def test_the_reward_rises(name, seed):
     frozen = prepare_module(copy.deepcopy(model.module), model.tokenizer)
     engine = LiveEngine(model.module, model.tokenizer)
     optim = OptimParams(learning_rate=1e-2, total_steps=STEPS)
-    trainer = LocalTrainer(
-        model, method.loss, optim, token_budget=4096, entropy=True, entropy_gradient=method.asks.entropy_gradient
-    )
+    trainer = LocalTrainer(model, method.loss, optim, token_budget=4096, asks=method.asks)
     prepare = Preparation(
         method=method,
         models={"reference": seat_of(LocalScorer(frozen, token_budget=4096)), "actor": seat_of(trainer)},

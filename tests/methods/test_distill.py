@@ -9,6 +9,7 @@ from helpers.ranks import run_ranks
 from torch import nn
 
 from tandem.assembly.feeds import require_words
+from tandem.batch import Asks
 from tandem.data.packing import pack, stamp
 from tandem.errors import UserError
 from tandem.functional.divergence import Divergence, divergence, with_tail
@@ -37,16 +38,14 @@ def rows(count, seed, longest=12):
 
 def of(method, student, teacher, *, budget=10_000, learning_rate=3e-3, world=None):
     """The two of a run, made as a run makes them."""
-    asks, its = method.asks, method.asks_of("teacher")
-    scorer = LocalScorer(
-        teacher, token_budget=budget, temperature=its.temperature, states=its.states, top_k=its.top_k, world=world
-    )
+    its = method.asks_of("teacher")
+    scorer = LocalScorer(teacher, token_budget=budget, asks=its, world=world)
     trainer = LocalTrainer(
         student,
         method.loss,
         OptimParams(learning_rate=learning_rate, total_steps=100, warmup_steps=0),
         token_budget=budget,
-        divergence=asks.divergence,
+        asks=method.asks,
         world=world,
     )
     if its.states:
@@ -184,7 +183,11 @@ def test_a_vocabulary_without_a_row_for_each_token_is_refused():
 def test_a_teacher_that_has_not_said_anything_is_named():
     model = prepare_module(make_module(), make_tokenizer())
     trainer = LocalTrainer(
-        model, Distill().loss, OptimParams(learning_rate=1e-3, total_steps=1), token_budget=99, divergence=Divergence()
+        model,
+        Distill().loss,
+        OptimParams(learning_rate=1e-3, total_steps=1),
+        token_budget=99,
+        asks=Asks(divergence=Divergence()),
     )
     with pytest.raises(ValueError, match="the teacher has not seen the batch"):
         trainer.forward_backward(stamp(pack(rows(2, 0)), "token"))

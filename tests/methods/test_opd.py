@@ -10,7 +10,7 @@ from helpers.models import make_module, make_tokenizer
 from helpers.sampled_step import make_step
 from test_kl_forms import REFERENCE, REWARD, one_group
 
-from tandem.batch import Outputs
+from tandem.batch import Asks, Outputs
 from tandem.config import settings, with_keys
 from tandem.data.packing import pack_rollouts, stamp_weights
 from tandem.engines.live.engine import LiveEngine
@@ -170,13 +170,12 @@ def test_a_student_that_is_its_own_teacher_has_nothing_to_learn(dtype, truncatio
     engine = LiveEngine(model.module, model.tokenizer)
     groups = sample_groups(engine, prompts, sampling, samples_per_prompt=1, seed=0, step=1)
     Judge(rewards=(), weights=())(groups)
-    opd, scorer = OPD(), seat_of(LocalScorer(model, token_budget=40, temperature=0.8))
+    opd, asks = OPD(), Asks(temperature=0.8)
+    scorer = seat_of(LocalScorer(model, token_budget=40, asks=asks))
     prepare = Preparation(method=opd, models={"teacher": scorer, "actor": scorer}, old_logp="trainer")
     prepared = prepare(groups, {}, 1)
     assert prepared.metrics["teacher_kl"] == 0
-    trainer = LocalTrainer(
-        model, opd.loss, OptimParams(learning_rate=1e-3, total_steps=1), token_budget=40, temperature=0.8
-    )
+    trainer = LocalTrainer(model, opd.loss, OptimParams(learning_rate=1e-3, total_steps=1), token_budget=40, asks=asks)
     before = {name: p.detach().clone() for name, p in model.module.named_parameters()}
     for minibatch in prepared:
         trainer.forward_backward(minibatch)

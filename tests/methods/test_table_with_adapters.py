@@ -67,10 +67,7 @@ def test_a_method_trains_adapters_alone(adapted, name, targets):
             states = Outputs(state_TD=torch.randn(batch.tokens, WIDTH, generator=generator))
             batch = replace(batch, seen=batch.seen | {asks.divergence.teacher: states})
         before = {n: p.detach().clone() for n, p in model.module.named_parameters()}
-        trainer = LocalTrainer(
-            model, loss, OptimParams(learning_rate=1e-2, total_steps=1), token_budget=64,
-            entropy=asks.entropy, entropy_gradient=asks.entropy_gradient, divergence=asks.divergence,
-        )  # fmt: skip
+        trainer = LocalTrainer(model, loss, OptimParams(learning_rate=1e-2, total_steps=1), token_budget=64, asks=asks)
         trainer.forward_backward(batch)
         trainer.optim_step()
         changed = {n for n, p in model.module.named_parameters() if not torch.equal(p, before[n])}

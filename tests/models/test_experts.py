@@ -14,7 +14,7 @@ from helpers.ranks import run_ranks
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from tandem.batch import Outputs, TokenLoss
+from tandem.batch import Asks, Outputs, TokenLoss
 from tandem.cli.main import main
 from tandem.data.packing import pack, stamp_weights
 from tandem.engines.live.replica import ReplicaEngine
@@ -22,7 +22,7 @@ from tandem.errors import NonFiniteError, UserError
 from tandem.functional.balance import load_violation
 from tandem.models.adapters import AdapterParams, put_adapters
 from tandem.models.experts import IMPLEMENTATION
-from tandem.models.forward import Ask, forward, hidden_states
+from tandem.models.forward import forward, hidden_states
 from tandem.models.loading import prepare_module
 from tandem.models.pairs import adapted
 from tandem.models.quantized import quantize_module
@@ -83,7 +83,7 @@ def test_the_loss_and_its_gradient_are_transformers_own_of_one_sequence_at_a_tim
     module.set_experts_implementation("eager")  # grouped products have no float64
     model = prepare_module(module, tokenizer())
     batch = stamp_weights(pack(rows()), "token").to("cpu")
-    balance_S = forward(model, batch, Ask(balance=True)).balance_S
+    balance_S = forward(model, batch, Asks(balance=True)).balance_S
     assert balance_S is not None
     (balance_S * batch.share_S).sum().backward()
     found = {name: p.grad for name, p in module.named_parameters() if p.grad is not None and p.grad.any()}
@@ -113,7 +113,7 @@ def test_law_3_of_the_routers_loss() -> None:
     assert "aux_loss" not in without
     assert whole["loss"] == pytest.approx(without["loss"], abs=1e-6)
     apart = trainer_of(module_of("mixtral"), coef=0.0)
-    balance_S = forward(apart.model, batch.to("cpu"), Ask(balance=True)).balance_S
+    balance_S = forward(apart.model, batch.to("cpu"), Asks(balance=True)).balance_S
     assert balance_S is not None
     (balance_S * batch.share_S).sum().backward()
     added = {name: w.grad for name, w in apart.weights.items() if w.grad is not None}
@@ -134,9 +134,9 @@ def test_law_3_of_the_routers_loss() -> None:
     apart = trainer_of(module_of("mixtral"))
     apart.model.turning = 20  # longer sequences go through by themselves, in another order
     assert gradients(apart, batch)[0]["aux_loss"] == pytest.approx(whole["aux_loss"], abs=1e-5)
-    balance_S = forward(apart.model, batch.to("cpu"), Ask(balance=True)).balance_S
+    balance_S = forward(apart.model, batch.to("cpu"), Asks(balance=True)).balance_S
     apart.model.turning = None
-    torch.testing.assert_close(balance_S, forward(apart.model, batch.to("cpu"), Ask(balance=True)).balance_S)
+    torch.testing.assert_close(balance_S, forward(apart.model, batch.to("cpu"), Asks(balance=True)).balance_S)
     padded = trainer_of(module_of("mixtral"))
     padded.model.packed = False
     padded.model.module.set_attn_implementation("eager")
@@ -340,7 +340,7 @@ def test_biases_that_nobody_has_are_refused(tmp_path: Path, capsys: pytest.Captu
 def test_a_reward_model_has_it_too() -> None:
     module = module_of("mixtral", AutoModelForSequenceClassification, num_labels=1, pad_token_id=0)
     model = prepare_module(module, tokenizer())
-    out = forward(model, pack(rows()).to("cpu"), Ask(balance=True))
+    out = forward(model, pack(rows()).to("cpu"), Asks(balance=True))
     assert out.balance_S is not None
     assert out.scalar_T is not None
     assert len(out.balance_S) == len(LENGTHS)

@@ -11,11 +11,12 @@ import torch
 import transformers
 from helpers.engine_models import tokenizer
 
+from tandem.batch import Asks
 from tandem.data.packing import pack
 from tandem.engines.live.engine import LiveEngine
 from tandem.errors import UserError
 from tandem.models.attention import IMPLEMENTATION, UnsupportedAttention, no_mask, packed_layout
-from tandem.models.forward import Ask, forward
+from tandem.models.forward import forward
 from tandem.models.limits import limits_of, turning_point
 from tandem.models.loading import prepare_module
 from tandem.models.shrunk import VOCABULARY, furthest_limit, named_limits, shrunk, shrunken_config, trained_size
@@ -147,7 +148,7 @@ def test_longrope_is_sampled_up_to_where_it_turns() -> None:
     from tandem.models.forward import _run
 
     with pytest.raises(UserError, match="30 and 50 tokens do not go through it together"):
-        _run(model, module, pack(rows), "logits", Ask())
+        _run(model, module, pack(rows), "logits", Asks())
     model.sharded = None
     assert forward(model, pack(rows)).logp_T is not None
 

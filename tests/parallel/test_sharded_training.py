@@ -11,7 +11,7 @@ from helpers.models import VOCABULARY, make_module, make_tokenizer
 from helpers.ranks import run_ranks
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from tandem.batch import Batch, Outputs, TokenLoss
+from tandem.batch import Asks, Batch, Outputs, TokenLoss
 from tandem.data.packing import pack, stamp_weights
 from tandem.errors import NonFiniteError
 from tandem.models.loading import prepare_module
@@ -224,7 +224,7 @@ def test_scorers_are_sharded_too():
 
 def _score(world: World) -> torch.Tensor:
     model = prepare_module(make_module("llama"), make_tokenizer())
-    scorer = LocalScorer(model, token_budget=30, temperature=0.7, world=world)
+    scorer = LocalScorer(model, token_budget=30, asks=Asks(temperature=0.7), world=world)
     value = scorer.score(batch_of(6, 5)).logp_T
     assert value is not None
     return value

@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers.models import make_module, make_tokenizer
 
+from tandem.batch import Asks
 from tandem.config import with_keys
 from tandem.engines.live.engine import LiveEngine
 from tandem.errors import RunFailure, UserError
@@ -150,7 +151,7 @@ def test_law_4_sampler_and_trainer_agree(model, truncation):
     """Also under truncation: ratios are taken against the untruncated log-probs (REFERENCE stumble 6)."""
     sampling = SamplingParams(max_new_tokens=6, temperature=0.8, **truncation)
     groups = judged(sample(model, sampling=sampling), length_reward)
-    scorer = LocalScorer(model, token_budget=40, temperature=0.8)
+    scorer = LocalScorer(model, token_budget=40, asks=Asks(temperature=0.8))
     prepare = Preparation(method=GRPO(), models={"actor": seat_of(scorer)}, old_logp="trainer", minibatches=2)
     prepared = prepare(groups, {}, 1)
     assert prepared.metrics["sampler_gap_max"] < 1e-4
@@ -163,7 +164,7 @@ def test_law_4_sampler_and_trainer_agree(model, truncation):
 
 def test_ppo_gets_what_it_needs(model, tmp_path):
     groups = judged(sample(model), length_reward)
-    scorer = LocalScorer(model, token_budget=100, temperature=0.8)
+    scorer = LocalScorer(model, token_budget=100, asks=Asks(temperature=0.8))
 
     make_module("llama").save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
@@ -190,7 +191,7 @@ def test_ppo_gets_what_it_needs(model, tmp_path):
 )
 def test_a_forward_is_saved_only_where_the_trained_one_is_the_same(model, method, cut, saved):
     groups = judged(sample(model), length_reward)
-    seat = seat_of(LocalScorer(model, token_budget=100, temperature=0.8))
+    seat = seat_of(LocalScorer(model, token_budget=100, asks=Asks(temperature=0.8)))
     prepare = Preparation(method=method, models={"reference": seat, "actor": seat}, old_logp="trainer", **cut)
     batch = prepare(groups, method.initial_state(), 1).batch
     assert batch.on_policy == saved

@@ -10,7 +10,7 @@ import torch
 from helpers.batches import seen_batch
 from helpers.models import VOCABULARY, make_module, make_tokenizer
 
-from tandem.batch import TokenLoss
+from tandem.batch import Asks, TokenLoss
 from tandem.data.packing import pack, pack_rollouts, stamp_weights
 from tandem.errors import NonFiniteError
 from tandem.methods.grpo import GRPO
@@ -27,7 +27,7 @@ def negative_logp(out, batch):
 def make_trainer(loss=negative_logp, token_budget=64, entropy=False, **optim):
     params = {"learning_rate": 1e-2, "total_steps": 20, "lr_schedule": "linear", "warmup_steps": 2} | optim
     model = prepare_module(make_module(), make_tokenizer())
-    return LocalTrainer(model, loss, OptimParams(**params), token_budget=token_budget, entropy=entropy)
+    return LocalTrainer(model, loss, OptimParams(**params), token_budget=token_budget, asks=Asks(entropy=entropy))
 
 
 def make_batch(step):
