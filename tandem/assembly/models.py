@@ -37,7 +37,8 @@ from tandem.runs.progress import say
 from tandem.sync.checksum import Sums
 from tandem.sync.source import WeightSource
 from tandem.training.optim import OptimParams, require_adamw8bit
-from tandem.training.trainer import LocalScorer, LocalTrainer, MemoryParams
+from tandem.training.scorer import LocalScorer
+from tandem.training.trainer import LocalTrainer, MemoryParams
 from tandem.training.views import View
 from tandem.workers.process import Build, Site
 

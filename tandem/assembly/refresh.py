@@ -9,7 +9,8 @@ from tandem.assembly.configs import RunConfig
 from tandem.errors import UserError
 from tandem.roles import Seat
 from tandem.schedules.crew import Refresh
-from tandem.training.trainer import LocalScorer, LocalTrainer
+from tandem.training.scorer import LocalScorer
+from tandem.training.trainer import LocalTrainer
 from tandem.workers.process import Site
 
 

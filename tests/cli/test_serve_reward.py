@@ -19,7 +19,7 @@ from tandem.rewards.model import RewardModel
 from tandem.rewards.process import RewardProcesses
 from tandem.roles import RewardBatch
 from tandem.rollout.judging import reward_batch, rollout_of
-from tandem.training.trainer import LocalScorer
+from tandem.training.scorer import LocalScorer
 from tandem.types import Completion, Prompt
 from tandem.workers.homes import seat_of
 

@@ -12,7 +12,7 @@ from tandem.functional.preference import PreferenceLoss
 from tandem.methods.dpo import of_answers
 from tandem.models.loading import load_causal
 from tandem.tasks import letters, tiny
-from tandem.training.trainer import LocalScorer
+from tandem.training.scorer import LocalScorer
 
 SEEDS = [0, 1]
 

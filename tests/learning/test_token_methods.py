@@ -13,7 +13,8 @@ from tandem.rollout.prepare import Preparation
 from tandem.rollout.sampling import Judge, sample_groups
 from tandem.tasks import letters, tiny
 from tandem.training.optim import OptimParams
-from tandem.training.trainer import LocalScorer, LocalTrainer
+from tandem.training.scorer import LocalScorer
+from tandem.training.trainer import LocalTrainer
 from tandem.types import Prompt, SamplingParams
 from tandem.workers.homes import seat_of
 

@@ -20,7 +20,8 @@ from tandem.rollout import evaluate
 from tandem.rollout.evaluate import HeldOutRows
 from tandem.rollout.prepare import Preparation
 from tandem.training.optim import OptimParams
-from tandem.training.trainer import LocalScorer, LocalTrainer
+from tandem.training.scorer import LocalScorer
+from tandem.training.trainer import LocalTrainer
 from tandem.types import Limits, Sequence
 from tandem.workers.homes import seat_of
 

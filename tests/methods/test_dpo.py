@@ -25,7 +25,8 @@ from tandem.methods.dpo import DPO
 from tandem.models.loading import prepare_module
 from tandem.parallel.shares import shares
 from tandem.training.optim import OptimParams
-from tandem.training.trainer import LocalScorer, LocalTrainer
+from tandem.training.scorer import LocalScorer
+from tandem.training.trainer import LocalTrainer
 from tandem.types import PreferencePair, Sequence
 
 METHODS = [

@@ -21,7 +21,8 @@ from tandem.methods.kto import KTO
 from tandem.models.loading import prepare_module
 from tandem.rollout.prepare import Preparation
 from tandem.training.optim import OptimParams
-from tandem.training.trainer import LocalScorer, LocalTrainer
+from tandem.training.scorer import LocalScorer
+from tandem.training.trainer import LocalTrainer
 from tandem.types import LabelledAnswer, Sequence
 from tandem.workers.homes import seat_of
 

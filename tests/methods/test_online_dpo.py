@@ -20,7 +20,8 @@ from tandem.errors import UserError
 from tandem.methods.online_dpo import OnlineDPO
 from tandem.models.loading import prepare_module
 from tandem.rollout.prepare import Preparation
-from tandem.training.trainer import LocalScorer, LocalTrainer
+from tandem.training.scorer import LocalScorer
+from tandem.training.trainer import LocalTrainer
 from tandem.types import Group, Prompt, Rollout
 from tandem.workers.homes import seat_of
 

@@ -21,7 +21,8 @@ from tandem.rollout.judging import Judge
 from tandem.rollout.prepare import Preparation
 from tandem.rollout.sampling import sample_groups
 from tandem.training.optim import OptimParams
-from tandem.training.trainer import LocalScorer, LocalTrainer
+from tandem.training.scorer import LocalScorer
+from tandem.training.trainer import LocalTrainer
 from tandem.types import Prompt, SamplingParams
 from tandem.workers.homes import seat_of
 

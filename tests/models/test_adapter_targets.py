@@ -21,7 +21,7 @@ from tandem.models.pairs import adapted, pairs_of, showing
 from tandem.parallel.sharding import unsharded
 from tandem.parallel.world import World
 from tandem.training.optim import hidden_matrices
-from tandem.training.trainer import LocalScorer
+from tandem.training.scorer import LocalScorer
 from tandem.training.views import View
 
 peft = pytest.importorskip("peft")

@@ -22,7 +22,8 @@ from tandem.models.loading import load_causal, load_scalar
 from tandem.models.pairs import adapted
 from tandem.models.quantized import quantize_module
 from tandem.training.optim import OptimParams
-from tandem.training.trainer import LocalScorer, LocalTrainer
+from tandem.training.scorer import LocalScorer
+from tandem.training.trainer import LocalTrainer
 from tandem.training.views import View
 from tandem.types import Sequence
 

@@ -32,7 +32,8 @@ from tandem.parallel.world import World
 from tandem.sync.check import WeightMismatch, compare
 from tandem.sync.source import WeightSource
 from tandem.training.optim import OptimParams
-from tandem.training.trainer import LocalScorer, LocalTrainer, MemoryParams
+from tandem.training.scorer import LocalScorer
+from tandem.training.trainer import LocalTrainer, MemoryParams
 from tandem.types import Sequence
 
 LENGTHS = (23, 5, 40, 17)

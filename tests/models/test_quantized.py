@@ -29,7 +29,8 @@ from tandem.models.policy import Merged
 from tandem.models.quantized import Quantized, dequantize_module, quantize_module, quantized_in
 from tandem.parallel.world import World
 from tandem.training.optim import OptimParams
-from tandem.training.trainer import LocalScorer, LocalTrainer
+from tandem.training.scorer import LocalScorer
+from tandem.training.trainer import LocalTrainer
 from tandem.training.views import View
 
 pytest.importorskip("bitsandbytes")

@@ -19,7 +19,8 @@ from tandem.models.shrunk import shrunken_config
 from tandem.parallel.sharding import local, transformer_layers
 from tandem.parallel.world import World
 from tandem.training.optim import OptimParams
-from tandem.training.trainer import LocalScorer, LocalTrainer, MemoryParams
+from tandem.training.scorer import LocalScorer
+from tandem.training.trainer import LocalTrainer, MemoryParams
 from tandem.types import Sequence
 
 OPTIM = OptimParams(learning_rate=1e-4, total_steps=6, lr_schedule="linear", weight_decay=0.1, max_grad_norm=0.5)

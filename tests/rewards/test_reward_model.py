@@ -12,7 +12,7 @@ from tandem.errors import UserError
 from tandem.models.loading import load_scalar
 from tandem.rewards.model import RewardModel
 from tandem.roles import RewardBatch
-from tandem.training.trainer import LocalScorer
+from tandem.training.scorer import LocalScorer
 from tandem.types import Rollout
 from tandem.workers.homes import seat_of
 

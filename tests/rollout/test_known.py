@@ -14,7 +14,7 @@ from tandem.data.packing import pack_pairs
 from tandem.errors import RunFailure
 from tandem.models.loading import prepare_module
 from tandem.rollout.known import Known, content_keys
-from tandem.training.trainer import LocalScorer
+from tandem.training.scorer import LocalScorer
 from tandem.types import PreferencePair, Sequence
 from tandem.workers.homes import seat_of
 

@@ -16,7 +16,7 @@ from tandem.rollout.judging import Judge
 from tandem.rollout.measure import rollout_metrics
 from tandem.rollout.prepare import Preparation, sampler_gap
 from tandem.rollout.sampling import sample_groups
-from tandem.training.trainer import LocalScorer
+from tandem.training.scorer import LocalScorer
 from tandem.types import Prompt, SamplingParams
 from tandem.workers.homes import seat_of
 

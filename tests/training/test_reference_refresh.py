@@ -18,7 +18,8 @@ from tandem.models.loading import prepare_module
 from tandem.parallel.world import World
 from tandem.schedules.crew import Refresh
 from tandem.training.optim import OptimParams
-from tandem.training.trainer import LocalScorer, LocalTrainer
+from tandem.training.scorer import LocalScorer
+from tandem.training.trainer import LocalTrainer
 from tandem.workers.homes import Here
 from tandem.workers.process import Site
 

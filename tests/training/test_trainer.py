@@ -16,7 +16,8 @@ from tandem.errors import NonFiniteError
 from tandem.methods.grpo import GRPO
 from tandem.models.loading import prepare_module
 from tandem.training.optim import OptimParams, learning_rate_at
-from tandem.training.trainer import LocalScorer, LocalTrainer
+from tandem.training.scorer import LocalScorer
+from tandem.training.trainer import LocalTrainer
 from tandem.types import Rollout, Sequence
 
 
