@@ -40,7 +40,7 @@ class Home(Protocol):
         """Builds a role in every process, from the ``tandem.workers.process.Site`` that it finds there."""
         ...
 
-    def submit(self, role: str, verb: str, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Future[Any]:
+    def submit(self, role: str, verb: str, arguments: tuple[Any, ...]) -> Future[Any]:
         """A role's method in every process with the same arguments; an attribute of its where the verb is no method.
 
         The result is what rank 0 returned, or the error of any rank. Raises that error itself where calls are made at
@@ -69,17 +69,17 @@ class Seat:
         """One for each rank."""
         return self.home.devices
 
-    def submit(self, verb: str, *arguments: Any, **options: Any) -> Future[Any]:
+    def submit(self, verb: str, *arguments: Any) -> Future[Any]:
         """Begins a call of every rank with the same arguments. See ``Home.submit``."""
-        return self.home.submit(self.role, verb, arguments, options)
+        return self.home.submit(self.role, verb, arguments)
 
     def submit_each(self, verb: str, arguments: Seq[tuple[Any, ...]]) -> Future[list[Any]]:
         """Begins a call of every process with its own arguments. See ``Home.submit_each``."""
         return self.home.submit_each(self.role, verb, arguments)
 
-    def call(self, verb: str, *arguments: Any, **options: Any) -> Any:
+    def call(self, verb: str, *arguments: Any) -> Any:
         """``submit``, and waits."""
-        return self.submit(verb, *arguments, **options).result()
+        return self.submit(verb, *arguments).result()
 
 
 def call_all(

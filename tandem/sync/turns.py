@@ -121,12 +121,12 @@ class TakingTurns(OverEngine):
     def _bring(self) -> None:
         """The engine's turn: weights and cache on the device, the trainers' off it."""
         for other in self.others:
-            other.call("park", weights=False)
+            other.call("park", "optimizer")
         self.engines.call("wake", "weights")
         version = self.version()
         self.metrics = self.link.push(version)
         for other in self.others:
-            other.call("park", weights=True)
+            other.call("park", "weights")
         self.engines.call("wake", "cache")
         self.link.check.prove(version)
 

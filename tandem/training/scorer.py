@@ -178,9 +178,9 @@ class LocalScorer:
         if self.world.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def park(self, *, weights: bool) -> None:
-        """Gives device memory away until ``unpark``: all weights, if asked."""
-        if weights:
+    def park(self, what: Literal["optimizer", "weights"]) -> None:
+        """Gives device memory away until ``unpark``: its weights. It has no optimizer."""
+        if what == "weights":
             self.away.park([*self.model.module.parameters(), *self.model.module.buffers()])
 
     def unpark(self) -> None:

@@ -251,13 +251,13 @@ class LocalTrainer(LocalScorer):
             state = {name: t.float() if t.is_floating_point() else t for name, t in state.items()}
             self.model.export(folder, state)
 
-    def park(self, *, weights: bool) -> None:
-        """Gives device memory away until ``unpark``: the optimizer's state, and all weights too if asked."""
+    def park(self, what: Literal["optimizer", "weights"]) -> None:
+        """Gives device memory away until ``unpark``: the optimizer's state, and where ``weights`` go all of these."""
         if self.model.sharded is not None:
             forget_gathered(self.model.sharded)
         self.idle.park([*self.optimizer.tensors(), *self.ema.values()])
         self.idle.park(master for _, master in self.masters.pairs)
-        if weights:
+        if what == "weights":
             self.idle.park([*self.parameters.values(), *self.model.module.buffers()])
 
     def unpark(self) -> None:

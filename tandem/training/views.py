@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -73,7 +73,7 @@ class View:
         """See ``LocalScorer.memory_peak``."""
         return self.trainer.memory_peak()
 
-    def park(self, *, weights: bool) -> None:
+    def park(self, what: Literal["optimizer", "weights"]) -> None:
         """Nothing: the trainer gives its memory away itself."""
 
     def unpark(self) -> None:

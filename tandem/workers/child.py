@@ -13,7 +13,6 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from contextlib import suppress
 from dataclasses import dataclass
@@ -80,14 +79,14 @@ class Child:
         self._begin(f"loading {role}", "place", (role, build), LOAD_DEADLINE_S).result()
         return Seat(self, role)
 
-    def submit(self, role: str, verb: str, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Future[Any]:
+    def submit(self, role: str, verb: str, arguments: tuple[Any, ...]) -> Future[Any]:
         """See ``tandem.roles.Home``."""
-        return self._begin(f"{role}.{verb}", "call", (role, verb, arguments, options, False), self.deadline_s)
+        return self._begin(f"{role}.{verb}", "call", (role, verb, arguments, False), self.deadline_s)
 
     def submit_each(self, role: str, verb: str, arguments: Seq[tuple[Any, ...]]) -> Future[list[Any]]:
         """See ``tandem.roles.Home``."""
         (own,) = arguments
-        return self._begin(f"{role}.{verb}", "call", (role, verb, own, {}, False), self.deadline_s, each=True)
+        return self._begin(f"{role}.{verb}", "call", (role, verb, own, False), self.deadline_s, each=True)
 
     @property
     def alive(self) -> bool:

@@ -6,7 +6,6 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any
@@ -120,24 +119,24 @@ class WorkerGroup:
         self._all(f"loading {role}", [a.place.remote(role, build) for a in self.actors], LOAD_DEADLINE_S)
         return Seat(self, role)
 
-    def submit(self, role: str, verb: str, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Answer:
+    def submit(self, role: str, verb: str, arguments: tuple[Any, ...]) -> Answer:
         """See ``tandem.roles.Home``."""
         # Stored once, however many read it.
         shared = self.cluster.ray.put(arguments) if self.size > 1 else arguments
         with self._one_order:
-            refs = [actor.call.remote(role, verb, shared, options, rank > 0) for rank, actor in enumerate(self.actors)]
+            refs = [actor.call.remote(role, verb, shared, rank > 0) for rank, actor in enumerate(self.actors)]
         return Answer(self, f"{role}.{verb}", refs)
 
     def submit_each(self, role: str, verb: str, arguments: Seq[tuple[Any, ...]]) -> Answer:
         """See ``tandem.roles.Home``."""
         calls = zip(self.actors, arguments, strict=True)
         with self._one_order:
-            refs = [actor.call.remote(role, verb, own, {}, False) for actor, own in calls]
+            refs = [actor.call.remote(role, verb, own, False) for actor, own in calls]
         return Answer(self, f"{role}.{verb}", refs, each=True)
 
     def submit_one(self, rank: int, role: str, verb: str, *arguments: Any) -> Answer:
         """A method in one process."""
-        ref = self.actors[rank].call.remote(role, verb, arguments, {}, False)
+        ref = self.actors[rank].call.remote(role, verb, arguments, False)
         return Answer(self, f"{role}.{verb}", [ref], rank)
 
     def ended_of(self, calls: Seq[Answer], seconds: float, *, all_of_them: bool = False) -> list[Answer]:

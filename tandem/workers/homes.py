@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -33,11 +32,11 @@ class Here:
         self.site.roles[role] = build(self.site)
         return Seat(self, role)
 
-    def submit(self, role: str, verb: str, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Future[Any]:
-        return Done(self.site.call(role, verb, arguments, options))
+    def submit(self, role: str, verb: str, arguments: tuple[Any, ...]) -> Future[Any]:
+        return Done(self.site.call(role, verb, arguments))
 
     def submit_each(self, role: str, verb: str, arguments: Seq[tuple[Any, ...]]) -> Future[list[Any]]:
-        return Done([self.site.call(role, verb, own, {}) for own in arguments])
+        return Done([self.site.call(role, verb, own) for own in arguments])
 
     def close(self) -> None:
         with suppress(Exception):
@@ -57,15 +56,15 @@ class Aside(Here):
         super().__init__(site)
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="aside")
 
-    def submit(self, role: str, verb: str, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Future[Any]:
-        return self.thread.submit(self._call, role, verb, arguments, options)
+    def submit(self, role: str, verb: str, arguments: tuple[Any, ...]) -> Future[Any]:
+        return self.thread.submit(self._call, role, verb, arguments)
 
     def submit_each(self, role: str, verb: str, arguments: Seq[tuple[Any, ...]]) -> Future[list[Any]]:
-        return self.thread.submit(lambda: [self._call(role, verb, own, {}) for own in arguments])
+        return self.thread.submit(lambda: [self._call(role, verb, own) for own in arguments])
 
-    def _call(self, role: str, verb: str, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
+    def _call(self, role: str, verb: str, arguments: tuple[Any, ...]) -> Any:
         with default_stream(self.site.world.device):
-            return self.site.call(role, verb, arguments, options)
+            return self.site.call(role, verb, arguments)
 
     def close(self) -> None:
         """Ends the thread when it is done with what it does. The roles are left to their home."""

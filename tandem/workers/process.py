@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -57,10 +57,10 @@ class Site:
     world: World
     roles: dict[str, Any] = field(default_factory=dict)
 
-    def call(self, role: str, verb: str, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
+    def call(self, role: str, verb: str, arguments: tuple[Any, ...]) -> Any:
         """A role's method, or its attribute where that is no method."""
         found = getattr(self.roles[role], verb)
-        return found(*arguments, **options) if callable(found) else found
+        return found(*arguments) if callable(found) else found
 
     def close(self) -> None:
         """Ends the roles that have something to end, the last one first."""
@@ -122,10 +122,10 @@ class WorkerProcess:
         settle()
         return None
 
-    def call(self, role: str, verb: str, arguments: tuple[Any, ...], options: Mapping[str, Any], quiet: bool) -> Any:
+    def call(self, role: str, verb: str, arguments: tuple[Any, ...], quiet: bool) -> Any:
         """See ``Site.call``. ``quiet``: the result is not sent back."""
         try:
-            result = self.site.call(role, verb, arguments, options)
+            result = self.site.call(role, verb, arguments)
         except UserError as error:
             return Failure.of(error)
         except torch.OutOfMemoryError as error:

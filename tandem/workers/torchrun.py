@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import pickle
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -57,7 +57,6 @@ class _Call:
     role: str
     verb: str = ""
     arguments: tuple[Any, ...] = ()
-    options: Mapping[str, Any] = field(default_factory=dict)
     build: Build | None = None
 
 
@@ -88,9 +87,9 @@ class Ranks:
         self._run(_Call(role, build=build))
         return Seat(self, role)
 
-    def submit(self, role: str, verb: str, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Future[Any]:
+    def submit(self, role: str, verb: str, arguments: tuple[Any, ...]) -> Future[Any]:
         """See ``tandem.roles.Home``."""
-        return Done(self._run(_Call(role, verb, arguments, options)))
+        return Done(self._run(_Call(role, verb, arguments)))
 
     def submit_each(self, role: str, verb: str, arguments: Seq[tuple[Any, ...]]) -> Future[list[Any]]:
         raise UserError("under torchrun every rank gets the same call; start without torchrun for an online run")
@@ -126,7 +125,7 @@ class Ranks:
             if call.build is not None:
                 self.site.roles[call.role] = call.build(self.site)
                 return None
-            return to_cpu(self.site.call(call.role, call.verb, call.arguments, call.options))
+            return to_cpu(self.site.call(call.role, call.verb, call.arguments))
         except UserError as error:
             return Failure.of(error)
         except Exception:

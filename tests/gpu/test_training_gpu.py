@@ -267,7 +267,7 @@ def test_each_optimizer_learns_gives_its_memory_away_and_resumes(optimizer):
         first.optim_step()
     assert first.evaluate(batch_of(0))["loss"] < start
     resumed.load_state_dict(first.state_dict())
-    first.park(weights=True)
+    first.park("weights")
     kept = [*first.optimizer.tensors(), *first.ema.values()]
     assert sum(tensor.untyped_storage().nbytes() for tensor in kept if tensor.is_cuda) == 0
     first.unpark()

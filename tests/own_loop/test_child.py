@@ -29,7 +29,7 @@ class Role:
     def __init__(self, start: int) -> None:
         self.count = start
 
-    def add(self, amount: int, *, twice: bool = False) -> int:
+    def add(self, amount: int, twice: bool = False) -> int:
         self.count += amount * (2 if twice else 1)
         return self.count
 
@@ -86,7 +86,7 @@ def gone(pid: int) -> bool:
 
 def test_calls_and_errors(child, role):
     assert role.call("add", 2) == 2
-    assert role.call("add", 1, twice=True) == 4
+    assert role.call("add", 1, True) == 4
     assert role.call("count") == 4
     assert torch.equal(role.call("tensor")["a"], torch.tensor([0.0, 2.0, 4.0]))
     with pytest.raises(UserError, match=rf"the helper \(pid {child.process.pid}\): the cup is empty; fill it"):

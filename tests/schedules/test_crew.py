@@ -192,7 +192,7 @@ class Slow:
 class Elsewhere(Here):
     at_once = False
 
-    def submit(self, role, verb, arguments, options):
+    def submit(self, role, verb, arguments):
         return Slow(self.site.roles[role])
 
 

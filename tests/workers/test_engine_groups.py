@@ -140,7 +140,7 @@ class OneCallAtATime:
             site.roles[role] = build(site)
 
     def submit_one(self, rank: int, role: str, verb: str, *arguments: Any) -> Any:
-        call = self.threads[rank].submit(self.sites[rank].call, role, verb, arguments, {})
+        call = self.threads[rank].submit(self.sites[rank].call, role, verb, arguments)
         call.first_rank = rank  # type: ignore[attr-defined]
         return call
 
