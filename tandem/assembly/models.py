@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from functools import partial
@@ -12,13 +12,13 @@ import torch
 
 from tandem.assembly.configs import RunConfig, SamplesConfig, warmup_of
 from tandem.assembly.role_sections import is_reward_model
-from tandem.assembly.sections import DrawsSection, EngineSection, ModelSection, OptimSection, as_adapters
+from tandem.assembly.sections import EngineSection, ModelSection, OptimSection, as_adapters
 from tandem.batch import Asks
 from tandem.config import settings
 from tandem.data.chat import set_template
-from tandem.engines.live.engine import LiveEngine, StaleCache
+from tandem.engines.live.engine import LiveEngine
 from tandem.engines.live.replica import ReplicaEngine
-from tandem.engines.vllm.adapters import AdapterRoom
+from tandem.engines.vllm.setup import VLLMParams
 from tandem.errors import UserError
 from tandem.kernels.quantized import require_bitsandbytes
 from tandem.models.adapter_folder import adapter_folder
@@ -229,23 +229,23 @@ def weight_source(site: Site, fold: bool = False, scaled: bool = False) -> Weigh
     return WeightSource(policy.scaled() if scaled else actor.parameters, device, moving=policy.trained)
 
 
-def live_engine(site: Site, sampling: DrawsSection, engine: EngineSection, stale_cache: StaleCache) -> Engine:
-    """In the actor's only process: samples on the actor's own weights, and nothing is ever copied."""
+def live_engine(site: Site, options: Mapping[str, Any]) -> Engine:
+    """In the actor's only process: samples on the actor's own weights, and nothing is ever copied.
+
+    ``options`` are ``LiveEngine``'s.
+    """
     actor: LocalTrainer = site.roles["actor"]
-    how = live_options(sampling, engine, stale_cache)
-    return LiveEngine(actor.model.module, actor.model.tokenizer, version=lambda: actor.version, **how)
+    return LiveEngine(actor.model.module, actor.model.tokenizer, version=lambda: actor.version, **options)
 
 
 def replica_engine(
     site: Site,
     section: ModelSection,
-    sampling: DrawsSection,
-    engine: EngineSection,
-    stale_cache: StaleCache = "keep",
+    options: Mapping[str, Any],
     adapters: AdapterParams | None = None,
     whole: bool = False,
 ) -> FedEngine:
-    """A live engine with weights of its own, and ``adapters`` of its own.
+    """A live engine with weights of its own, and ``adapters`` of its own; ``options`` are ``LiveEngine``'s.
 
     Beside an actor with a base in few bits it has that one, which no step changes; ``whole``: none in few bits.
     """
@@ -254,13 +254,7 @@ def replica_engine(
         dequantize_module(model.module)
     elif (actor := site.roles.get("actor")) is not None:
         share_codes(actor.model.module, model.module)
-    return ReplicaEngine(model, **live_options(sampling, engine, stale_cache))
-
-
-def live_options(sampling: DrawsSection, engine: EngineSection, stale_cache: StaleCache) -> dict[str, Any]:
-    """How a live engine samples, on whichever weights."""
-    how = {"way": engine.way, "kv_cache_dtype": engine.kv_cache_dtype, "stale_cache": stale_cache}
-    return {"max_slots": sampling.max_slots, "max_length": engine.max_length, **how}
+    return ReplicaEngine(model, **options)
 
 
 class Replicas:
@@ -281,42 +275,11 @@ class Replicas:
         return sums, self.engine.checksums() if check else []
 
 
-def vllm_engine(
-    site: Site,
-    section: ModelSection,
-    sampling: DrawsSection,
-    engine: EngineSection,
-    seed: int,
-    shared: bool,
-    own_process: bool = True,
-    tokenizer: str | None = None,
-    adapters: AdapterRoom | None = None,
-) -> SleepingEngine:
-    """vLLM in this process, on its devices. ``own_process``: this process is there for nothing else.
-
-    ``tokenizer``: where that lies, if not with the model; ``adapters``: the room for those that pushes bring.
-    """
+def vllm_engine(site: Site, params: VLLMParams) -> SleepingEngine:
+    """vLLM in this process, on its devices."""
     # Imported here, where it is known to be wanted: it takes seconds, and not every machine has it.
-    from tandem.engines.vllm.engine import VLLMEngine, VLLMParams
+    from tandem.engines.vllm.engine import VLLMEngine
 
-    share = engine.memory_share if engine.memory_share or not shared else 0.6
-    on_gpu = site.world.device.type == "cuda"
-    params = VLLMParams(
-        model=section.model,
-        dtype=section.dtype,
-        max_slots=sampling.max_slots,
-        max_length=engine.max_length,
-        tensor_parallel=engine.tensor_parallel,
-        memory_share=share if on_gpu else None,
-        seed=seed,
-        seeded=engine.seeded,
-        trust_remote_code=section.trust_remote_code,
-        sleep=shared and on_gpu and engine.sleep,
-        arguments=engine.vllm_arguments,
-        own_process=own_process,
-        tokenizer=tokenizer,
-        adapters=adapters,
-    )
     return VLLMEngine(params)
 
 

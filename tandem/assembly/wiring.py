@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -10,10 +9,10 @@ from typing import Any
 
 from tandem.assembly.models import Replicas, live_engine, replica_engine, vllm_engine, weight_source
 from tandem.assembly.placing import Homes
-from tandem.assembly.sections import DrawsSection, SamplingSection, ScheduleSection
-from tandem.engines.live.engine import LiveEngine, StaleCache
+from tandem.assembly.sections import DrawsSection, EngineSection, SamplingSection, ScheduleSection
+from tandem.engines.live.engine import LiveEngine
 from tandem.engines.vllm.adapters import room_of
-from tandem.engines.vllm.setup import in_full
+from tandem.engines.vllm.setup import VLLMParams, in_full
 from tandem.errors import UserError
 from tandem.models.adapter_folder import base_of
 from tandem.models.folder import with_tokenizer
@@ -30,6 +29,8 @@ from tandem.workers.group import WorkerGroup
 from tandem.workers.homes import Aside, Here
 from tandem.workers.process import Build
 
+SHARE_BESIDE_ACTOR = 0.6
+"""Of a GPU's memory, for vLLM's weights and cache on the actor's devices, unless the config says another."""
 CALLS_AT_A_TIME = 8
 """A process that is there for an engine alone makes 8 calls at once: it takes pushes while it is waited for."""
 
@@ -78,9 +79,7 @@ class Wiring:
         return partial(
             replica_engine,
             section=homes.model,
-            sampling=self.sampling,
-            engine=homes.engine,
-            stale_cache=self._stale_cache,
+            options=self._live_options,
             adapters=homes.fed_adapters,
             whole=homes.fold,
         )
@@ -90,8 +89,9 @@ class Wiring:
         return self.homes.placement.home("engine") == "actor"
 
     @property
-    def _stale_cache(self) -> StaleCache:
-        return "recompute" if self.schedule.stale_cache == "recompute" else "keep"
+    def _live_options(self) -> dict[str, Any]:
+        stale = "recompute" if self.schedule.stale_cache == "recompute" else "keep"
+        return live_options(self.homes.engine, self.sampling) | {"stale_cache": stale}
 
     def _pushed(self, engine: HoldingEngine, push: Callable[[int], Metrics]) -> Callable[[int], Metrics]:
         return between_sequences(engine, push) if self.schedule.weights_change == "between-sequences" else push
@@ -100,8 +100,7 @@ class Wiring:
         homes, home = self.homes, self.homes.of("actor")
         count = len(home.devices)
         if not homes.fold and (isinstance(home, Here) or (count == 1 and homes.model.offload != "parameters")):
-            how: dict[str, Any] = {"sampling": self.sampling, "engine": homes.engine, "stale_cache": self._stale_cache}
-            home.place("engine", partial(live_engine, **how))
+            home.place("engine", partial(live_engine, options=self._live_options))
             engine = _of(home)
             return WiredEngine(engine=engine, push=_going_on(engine), about="live, on the actor's own weights")
         engines = home.place("engine", self.replica())
@@ -165,19 +164,14 @@ class Wiring:
 
     def _fed_vllm(self, source: Seat, shared: bool) -> Build:
         """What makes vLLM with weights that pushes bring. It reads whole models, and is fed others."""
-        model, engine = self.homes.model, self.homes.engine
+        model = self.homes.model
+        params = vllm_params(self.homes, self.sampling, seed=self.seed, shared=shared)
         if quantized_kind(model.model) is not None:
-            engine = replace(engine, arguments=json.dumps(in_full(engine.vllm_arguments)))
-        return partial(
-            vllm_engine,
-            section=replace(model, model=base_of(model.model)),
-            sampling=self.sampling,
-            engine=engine,
-            seed=self.seed,
-            shared=shared,
-            tokenizer=with_tokenizer(model.model),
-            adapters=None if self.homes.fed_adapters is None else room_of(source.call("plan", model.dtype)),
-        )
+            params = replace(params, arguments=in_full(params.arguments))
+        if self.homes.fed_adapters is not None:
+            params = replace(params, adapters=room_of(source.call("plan", model.dtype)))
+        whole = replace(params, model=base_of(model.model), tokenizer=with_tokenizer(model.model))
+        return partial(vllm_engine, params=whole)
 
     def _source(self) -> Seat:
         """Beside the actor: its weights, to be pushed."""
@@ -215,11 +209,10 @@ class Wiring:
 def engine_alone(homes: Homes, draws: DrawsSection, *, seed: int) -> Engine:
     """An engine on the weights of the model's folder, where nothing is trained and nothing ever pushed."""
     vllm, count = homes.engine.kind == "vllm", homes.placement.workers("engine")
-    how: dict[str, Any] = {"section": homes.model, "sampling": draws, "engine": homes.engine}
     build = (
-        partial(vllm_engine, **how, seed=seed, shared=False, own_process=count > 0)
+        partial(vllm_engine, params=vllm_params(homes, draws, seed=seed, own_process=count > 0))
         if vllm
-        else partial(replica_engine, **how)
+        else partial(replica_engine, section=homes.model, options=live_options(homes.engine, draws))
     )
     if not count:
         home = homes.of("engine")
@@ -231,6 +224,34 @@ def engine_alone(homes: Homes, draws: DrawsSection, *, seed: int) -> Engine:
     engines = EngineGroup(group, alone=True, slots=draws.max_slots if vllm else None)
     # One that is started again loads the folder again, and needs no push.
     return RestartingOnce(engines, engines, lambda: None) if vllm else engines
+
+
+def live_options(engine: EngineSection, draws: DrawsSection) -> dict[str, Any]:
+    """How a live engine samples, on whichever weights."""
+    how = {"way": engine.way, "kv_cache_dtype": engine.kv_cache_dtype, "max_length": engine.max_length}
+    return {"max_slots": draws.max_slots, **how}
+
+
+def vllm_params(
+    homes: Homes, draws: DrawsSection, *, seed: int, shared: bool = False, own_process: bool = True
+) -> VLLMParams:
+    """What vLLM is started with: on devices of its own or ``shared`` with the actor, in a process of its own or not."""
+    model, engine, on_gpu = homes.model, homes.engine, homes.device().type == "cuda"
+    share = engine.memory_share or (SHARE_BESIDE_ACTOR if shared else None)
+    return VLLMParams(
+        model=model.model,
+        dtype=model.dtype,
+        max_slots=draws.max_slots,
+        max_length=engine.max_length,
+        tensor_parallel=engine.tensor_parallel,
+        memory_share=share if on_gpu else None,
+        seed=seed,
+        seeded=engine.seeded,
+        trust_remote_code=model.trust_remote_code,
+        sleep=shared and on_gpu and engine.sleep,
+        arguments=engine.vllm_arguments,
+        own_process=own_process,
+    )
 
 
 def _of(home: Home) -> Engine:

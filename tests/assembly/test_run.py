@@ -152,6 +152,6 @@ def test_engines_apart_are_told_what_becomes_of_samples_that_run(monkeypatch, ki
     builds = [call.args[1] for call in group.place.call_args_list if call.args[0] == "engine"]
     assert len(builds) == 1
     # vLLM always computes them anew.
-    assert builds[0].keywords.get("stale_cache") == (cache if kind == "live" else None)
+    assert builds[0].keywords.get("options", {}).get("stale_cache") == (cache if kind == "live" else None)
     assert engine.push(3) == {"sync_seconds": 1.0} | ({"settling_seconds": 2.0} if waits else {})
     link.assert_called_once_with(3)

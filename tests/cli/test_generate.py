@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import random
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from helpers.runs import write_inputs
 
 from tandem.assembly import sampled, wiring
 from tandem.assembly.models import replica_engine
+from tandem.assembly.sections import ModelSection
 from tandem.cli.main import main
 from tandem.runs.lines import keep_lots, read_lines
 
@@ -225,17 +225,18 @@ def test_a_reward_model_judges(inputs):
 
 def test_vllm_alone_is_asked_as_an_engine_of_this_process(inputs, monkeypatch):
     """Not split, not shared with a trainer, and not the one thing that this process is for."""
-    asked = {}
+    asked = []
 
-    def fake(site, section, sampling, engine, **options):
-        asked.update(options)
-        return replica_engine(site, section, sampling, replace(engine, kind="live"))
+    def fake(site, params):
+        asked.append(params)
+        return replica_engine(site, ModelSection(model=params.model), {"max_slots": params.max_slots})
 
     monkeypatch.setattr(wiring, "vllm_engine", fake)
     monkeypatch.setattr(sampled, "require_engine", lambda engine: None)
     assert main([*GENERATE, "--out", "live"]) == 0
     assert main([*GENERATE, "--out", "vllm", "--engine.kind", "vllm"]) == 0
-    assert asked == {"seed": 3, "shared": False, "own_process": False}
+    (params,) = asked
+    assert (params.seed, params.own_process, params.memory_share, params.sleep) == (3, False, None, False)
     assert Path("live/samples.jsonl").read_bytes() == Path("vllm/samples.jsonl").read_bytes()
 
 

@@ -15,7 +15,7 @@ from helpers.ranks import run_ranks
 from test_sharded_training import OPTIM, batch_of, loss
 
 from tandem.assembly.models import Replicas, replica_engine
-from tandem.assembly.sections import DrawsSection, EngineSection, ModelSection
+from tandem.assembly.sections import ModelSection
 from tandem.models.adapters import AdapterParams
 from tandem.models.loading import load_causal
 from tandem.models.quantized import quantized_in
@@ -101,8 +101,7 @@ def laws(world: World, folder: Path, kind: str) -> Found:
     site.roles["engine"] = engine = replica_engine(
         site,
         ModelSection(model=str(folder), device="cpu"),
-        DrawsSection(max_slots=4),
-        EngineSection(),
+        {"max_slots": 4},
         adapters=AdapterParams(rank=4, quantize=kind, seed=3),  # type: ignore[arg-type]
     )
     theirs, seen = quantized_in(engine.model.module), view.score(batch_of(5, 99)).logp_T
