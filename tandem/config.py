@@ -30,16 +30,6 @@ from tandem.version import __version__
 log = logging.getLogger("tandem")
 Config = TypeVar("Config")
 Section = TypeVar("Section")
-ONE_START = {"one_start": True}
-"""Metadata of a key that concerns one start of a run, and so is not written to the run's config."""
-PREFIXED = {"prefixed": True}
-"""Metadata of a section whose keys carry its name: ``placement.actor``."""
-PATH = {"path": True}
-"""Metadata of a key whose values are paths, or may be: a leading ``~`` stands for the home folder."""
-
-MAY_CHANGE = {"may_change": lambda config: ""}
-"""Metadata of a key that a resumed run may have another value of, since nothing that is computed depends on it."""
-
 INDENT = 28
 """Columns before the help of a key."""
 
@@ -101,7 +91,7 @@ def load_config(cls: type[Config], argv: Sequence[str], *, prog: str = "tandem")
     ``--help`` prints every key and raises SystemExit(0).
 
     Raises UserError, in one line, for an unknown key, a value of the wrong type or out of range, a required key that is
-    missing, and a flag that would have no effect (see ``tandem.errors.needs``). Of a file such a
+    missing, and a flag that would have no effect (see ``tandem.keys.needs``). Of a file such a
     key is said and passed over: one file serves a laptop and a cluster, and flags change what it is about.
     """
     keys = _keys_of(cls)
@@ -148,11 +138,6 @@ def dump_config(config: Any) -> str:
         dumped = yaml.safe_dump(plain, sort_keys=False, default_flow_style=False, allow_unicode=True, width=10**9)
         lines += ["", f"# {title}", dumped.rstrip("\n")]
     return "\n".join(lines) + "\n"
-
-
-def may_change(unless: Callable[[Any], str]) -> dict[str, Any]:
-    """Metadata of a key as ``MAY_CHANGE``, but where ``unless(config)`` gives a reason against it."""
-    return {"may_change": unless}
 
 
 def changeable(config: Any) -> dict[str, str]:

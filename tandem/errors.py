@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from typing import Any
 
 
 class UserError(Exception):
@@ -54,27 +52,3 @@ def listed(names: Seq[str]) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of what an error of somebody else's says, to go into a message of ours; its class if nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-def expect(section: Any, wanted: str, ok: Callable[[Any], Any], *keys: str, prefix: str = "") -> None:
-    """Checks keys of a config section or knobs of a method.
-
-    Raises UserError naming the first of ``keys`` whose value is neither None nor ``ok``, with the section's ``prefix``.
-    """
-    for key in keys:
-        value = getattr(section, key)
-        if value is not None and not ok(value):
-            raise UserError(f"{prefix}{key}: expected {wanted}, got {value!r}")
-
-
-INFINITE = {"infinite": True}
-"""Metadata of a config key that may be infinite; elsewhere that would end in numbers that are none."""
-
-
-def needs(*conditions: tuple[Any, ...]) -> dict[str, Any]:
-    """Metadata of a config key that has an effect only where all ``conditions`` hold; elsewhere it is refused.
-
-    A condition is another key and the values that it must have, ``("engine.kind", "vllm")``; without values, it must
-    be set: not None, nothing, ``"none"`` or 0. ``("part", "reference")`` asks for one of the parts that the run has.
-    """
-    return {"needs": conditions}

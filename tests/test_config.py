@@ -25,8 +25,6 @@ from tandem.assembly.sections import (
 )
 from tandem.assembly.use_configs import SampleConfig
 from tandem.config import (
-    MAY_CHANGE,
-    PREFIXED,
     _keys_of,
     changeable,
     describe,
@@ -36,6 +34,7 @@ from tandem.config import (
     with_keys,
 )
 from tandem.errors import UserError
+from tandem.keys import MAY_CHANGE, PREFIXED, Checked, must
 from tandem.methods.ppo import PPO
 
 
@@ -508,3 +507,21 @@ def test_literals_that_are_not_text():
     assert load_config(Sizes, ["--zero", "3"]) == Sizes(zero=3)
     with pytest.raises(UserError, match="--zero: expected one of 1, 2, 3, got '4'"):
         load_config(Sizes, ["--zero", "4"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tea(Checked):
+    prefix = "tea."
+    cups: int | None = field(default=1, metadata=must("1 or more", lambda cups: cups >= 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Party(Tea):
+    cups: int | None = 12
+
+
+@pytest.mark.parametrize("kind", [Tea, Party])
+def test_a_key_is_what_it_must_be_also_where_its_default_is_another(kind):
+    assert kind(cups=None).cups is None
+    with pytest.raises(UserError, match=r"^tea\.cups: expected 1 or more, got 0$"):
+        kind(cups=0)

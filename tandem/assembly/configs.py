@@ -38,9 +38,10 @@ from tandem.assembly.sections import (
     as_adapters,
     judged_by_its_data,
 )
-from tandem.config import PREFIXED, load_config, section_class, settings
+from tandem.config import load_config, section_class, settings
 from tandem.errors import UserError
 from tandem.flags import suggest
+from tandem.keys import PREFIXED
 from tandem.methods.base import Method, Rows
 from tandem.methods.table import METHODS, method_class
 from tandem.models.adapter_folder import adapter_folder, base_of, have_one_base
@@ -253,7 +254,7 @@ class RunConfig:
 
     @property
     def parts(self) -> set[str]:
-        """What the run has, for keys that need it (``tandem.errors.needs``)."""
+        """What the run has, for keys that need it (``tandem.keys.needs``)."""
         needed = self.method.needs()
         loaded = [need for need in needed if not need.trained and not self.is_view(need.role)]
         parts = {need.role for need in needed} | {"frozen model" for _ in loaded}

@@ -8,9 +8,9 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from os.path import expanduser
 
-from tandem.config import MAY_CHANGE, PATH
 from tandem.data.sources import Source, parse_sources, unweighted_sources
-from tandem.errors import UserError, expect, needs
+from tandem.errors import UserError
+from tandem.keys import AT_LEAST_0, AT_LEAST_1, MAY_CHANGE, PATH, Checked, must, needs
 from tandem.runs.goals import Goal, Goals, Threshold
 
 EVALUATED = ("eval_data",)
@@ -18,33 +18,30 @@ JUDGED = ("part", "judge of held-out samples")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationSection:
+class EvaluationSection(Checked):
     """What is held out of training, and when it is measured."""
 
-    eval_data: tuple[str, ...] = field(default=(), metadata=PATH)
+    eval_data: tuple[str, ...] = field(default=(), metadata=must("files or names of datasets", all) | PATH)
     """Held-out rows, named like --data, in one set or several: NAME=FILE, or a FILE that is its own name. Of a single
     FILE the metrics are eval/..., of others eval/NAME/.... Empty: no evaluation."""
     eval_split: str = field(default="test", metadata=needs(EVALUATED, ("part", "held-out dataset with splits")))
     """Split of --eval-data, for a dataset that has splits."""
-    eval_every: int = field(default=50, metadata=needs(EVALUATED))
+    eval_every: int = field(default=50, metadata=AT_LEAST_0 | needs(EVALUATED))
     """Steps between evaluations; the last step is evaluated too. 0: only the last."""
-    max_eval_samples: int | None = field(default=None, metadata=needs(EVALUATED))
+    max_eval_samples: int | None = field(default=None, metadata=AT_LEAST_1 | needs(EVALUATED))
     """Rows read of each source of --eval-data, its first ones. None: all."""
     keep_best: str | None = field(default=None, metadata=needs(EVALUATED))
     """Metric, as eval/reward, whose best model so far stays in OUT/best, and its checkpoint. A sign before a name that
     does not say which is better: - for less, + for more."""
-    patience: int = field(default=0, metadata=needs(("keep_best",)) | MAY_CHANGE)
+    patience: int = field(default=0, metadata=AT_LEAST_0 | needs(("keep_best",)) | MAY_CHANGE)
     """Evaluations in which the metric of --keep-best has got no better after which the run ends. 0: it goes on."""
     stop_when: str | None = field(default=None, metadata=needs(EVALUATED) | MAY_CHANGE)
     """Ends the run after an evaluation of which this holds, as 'eval/accuracy>=0.95'."""
 
     def __post_init__(self) -> None:
-        expect(self, "files or names of datasets", all, "eval_data")
-        expect(self, "0 or more", lambda value: value >= 0, "eval_every")
-        expect(self, "1 or more", lambda value: value >= 1, "max_eval_samples")
+        super().__post_init__()
         for text in self.sets.values():
             unweighted_sources("eval_data", text)
-        expect(self, "0 or more", lambda value: value >= 0, "patience")
         for key, metric in self.goals.metrics.items() if self.eval_data else ():
             self._require_set(key, metric)
 
@@ -83,9 +80,9 @@ class SampledEvaluationSection(EvaluationSection):
 
     eval_reward: tuple[str, ...] = field(default=(), metadata=PATH | needs(EVALUATED))
     """FILE.py:function that judges samples of --eval-data and is never trained on. Empty: the training rewards."""
-    eval_samples: int = field(default=1, metadata=needs(EVALUATED))
+    eval_samples: int = field(default=1, metadata=AT_LEAST_1 | needs(EVALUATED))
     """Samples of each prompt of --eval-data."""
-    eval_temperature: float | None = field(default=None, metadata=needs(EVALUATED, JUDGED))
+    eval_temperature: float | None = field(default=None, metadata=AT_LEAST_0 | needs(EVALUATED, JUDGED))
     """Temperature of these samples. 0 is greedy. None: that of training."""
     eval_success: float | None = field(default=None, metadata=needs(EVALUATED, JUDGED))
     """The reward from which a sample is right: eval/pass@k is the chance that one of k samples of a prompt is. None:
@@ -93,8 +90,6 @@ class SampledEvaluationSection(EvaluationSection):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        expect(self, "1 or more", lambda value: value >= 1, "eval_samples")
-        expect(self, "0 or more", lambda value: value >= 0, "eval_temperature")
         if self.eval_samples > 1 and self.eval_temperature == 0:
             raise UserError("eval_samples: at --eval-temperature 0 all samples of a prompt are equal; give 1")
 

@@ -11,24 +11,22 @@ from tandem.assembly.configs import SamplesConfig, class_over
 from tandem.assembly.evaluation_sections import SampledEvaluationSection
 from tandem.assembly.role_sections import is_reward_model
 from tandem.assembly.sections import EngineSection
-from tandem.config import MAY_CHANGE, PATH, describe, given_values, key_names, load_config, settings, with_keys
-from tandem.errors import UserError, expect
+from tandem.config import describe, given_values, key_names, load_config, settings, with_keys
+from tandem.errors import UserError
 from tandem.flags import flag_of
+from tandem.keys import AT_LEAST_1, MAY_CHANGE, PATH, Checked
 from tandem.methods.table import SAMPLES, method_class
 from tandem.runs.identity import CONFIG, IDENTITY, read_identity
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReplaySection:
+class ReplaySection(Checked):
     """The run that is trained again."""
 
     replayed: str = field(metadata=PATH)
     """Folder of the run, which was recorded: the first word of the command."""
-    last_step: int | None = field(default=None, metadata=MAY_CHANGE)
+    last_step: int | None = field(default=None, metadata=AT_LEAST_1 | MAY_CHANGE)
     """The last step that is trained again. None: the last one recorded."""
-
-    def __post_init__(self) -> None:
-        expect(self, "1 or more", lambda value: value >= 1, "last_step")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from tandem.config import MAY_CHANGE, PATH, section_class
-from tandem.errors import UserError, expect, needs
+from tandem.config import section_class
+from tandem.errors import UserError
+from tandem.keys import A_MODEL, A_SHARE, ABOVE_0, AT_LEAST_0, MAY_CHANGE, PATH, Checked, needs
 from tandem.methods.base import Need
 
 
@@ -112,14 +113,8 @@ def placement_class(base: type[Placement], models: Iterable[Need]) -> type[Place
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelsSection:
+class ModelsSection(Checked):
     """The models beside the policy."""
-
-    def __post_init__(self) -> None:
-        paths = [f.name for f in fields(self) if f.metadata.get("path")]
-        rates = [f.name for f in fields(self) if f.name.endswith("_learning_rate")]
-        expect(self, "a folder or a name on the hub", bool, *paths)
-        expect(self, "more than 0", lambda value: value > 0, *rates)
 
     def source(self, role: str) -> str | None:
         """The folder or hub name that is given for a role."""
@@ -136,15 +131,10 @@ class ModelsSection:
 class ReferenceModelsSection(ModelsSection):
     """The models beside the policy."""
 
-    reference_every: int = field(default=0, metadata=needs(("part", "reference")))
+    reference_every: int = field(default=0, metadata=AT_LEAST_0 | needs(("part", "reference")))
     """Steps from one refresh of the reference to the next: it becomes the policy of that step. 0: it stays."""
-    reference_mix: float = field(default=1.0, metadata=needs(("reference_every",)))
+    reference_mix: float = field(default=1.0, metadata=A_SHARE | needs(("reference_every",)))
     """The policy's share in the refreshed reference, the rest being the reference so far. 1: all of it."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        expect(self, "0 or more", lambda value: value >= 0, "reference_every")
-        expect(self, "more than 0 and at most 1", lambda value: 0 < value <= 1, "reference_mix")
 
 
 def models_class(models: Iterable[Need]) -> type[ModelsSection]:
@@ -154,13 +144,17 @@ def models_class(models: Iterable[Need]) -> type[ModelsSection]:
     for need in models:
         part = needs(("part", need.role))
         keys[need.role] = (
-            (str, field(metadata=PATH), need.doc)
+            (str, field(metadata=PATH | A_MODEL), need.doc)
             if need.required
-            else (str | None, field(default=None, metadata=PATH | part), need.doc)
+            else (str | None, field(default=None, metadata=PATH | A_MODEL | part), need.doc)
         )
         if need.trained:
             doc = f"The learning rate of the {need.role}, which may be higher than the policy's."
-            keys[f"{need.role}_learning_rate"] = (float, field(default=need.learning_rate, metadata=part), doc)
+            keys[f"{need.role}_learning_rate"] = (
+                float,
+                field(default=need.learning_rate, metadata=ABOVE_0 | part),
+                doc,
+            )
     return section_class("Models", keys, base)
 
 

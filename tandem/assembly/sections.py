@@ -3,31 +3,39 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from tandem.checkpoint.saver import SaveEvery
-from tandem.config import MAY_CHANGE, ONE_START, PATH, may_change
 from tandem.data.gym import is_gym
 from tandem.data.sources import Columns, Source, parse_sources, unweighted_sources
-from tandem.errors import INFINITE, UserError, expect, needs
+from tandem.errors import UserError
+from tandem.keys import (
+    A_FOLDER,
+    A_MODEL,
+    A_SHARE,
+    A_TEXT,
+    ABOVE_0,
+    AT_LEAST_0,
+    AT_LEAST_1,
+    FROM_0_TO_1,
+    INFINITE,
+    MAY_CHANGE,
+    ONE_START,
+    PATH,
+    Checked,
+    may_change,
+    must,
+    needs,
+)
 from tandem.models.adapter_folder import AdapterFolder
 from tandem.rewards.kinds import kind_of
 from tandem.rewards.shaping import Overlong
 from tandem.types import SamplingParams
 
 
-def _at_least(minimum: float) -> Callable[[Any], bool]:
-    return lambda value: value >= minimum
-
-
 def _count_or_share(value: float) -> bool:
     return value >= 0 and (value < 1 or value == int(value))
-
-
-def _above_zero(value: Any) -> bool:
-    return value > 0
 
 
 def _counts_to_the_last_step(config: Any) -> str:
@@ -36,12 +44,12 @@ def _counts_to_the_last_step(config: Any) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OutSection:
+class OutSection(Checked):
     """Where it is written, and with which draws."""
 
-    out: str = field(metadata=PATH | MAY_CHANGE)
+    out: str = field(metadata=must("a path", bool) | PATH | MAY_CHANGE)
     """Folder of the run: its config, and all that it writes."""
-    seed: int = 0
+    seed: int = field(default=0, metadata=AT_LEAST_0)
     """Every random draw of the run is derived from it."""
     resume: bool = field(default=False, metadata=ONE_START)
     """Go on from the newest checkpoint in --out, or after the last rows."""
@@ -53,8 +61,7 @@ class OutSection:
     """Print the resolved config and what the run would use, then stop."""
 
     def __post_init__(self) -> None:
-        expect(self, "a path", bool, "out")
-        expect(self, "0 or more", _at_least(0), "seed")
+        super().__post_init__()
         if self.resume and self.overwrite:
             raise UserError("overwrite: it deletes the run that resume would go on from; give one of the two")
         if self.accept_changed and not self.resume:
@@ -65,15 +72,15 @@ class OutSection:
 class RunSection(OutSection):
     """Where the run is written and how long it goes on."""
 
-    steps: int | None = field(default=None, metadata=may_change(unless=_counts_to_the_last_step))
+    steps: int | None = field(default=None, metadata=AT_LEAST_1 | may_change(unless=_counts_to_the_last_step))
     """Optimizer steps (offline) or rounds of sampling and training (online) in all, those before a resume included."""
-    epochs: float | None = field(default=None, metadata=may_change(unless=_counts_to_the_last_step))
+    epochs: float | None = field(default=None, metadata=ABOVE_0 | may_change(unless=_counts_to_the_last_step))
     """The run's length instead of --steps: times that as many rows as --data has are trained on, in whole steps."""
     save_every: str = field(default="10m", metadata=MAY_CHANGE)
     """Time between checkpoints: '100' steps or '10m' minutes. The last step is saved too. '0': no checkpoint at all."""
-    keep: int = field(default=2, metadata=needs(("save_every",)) | MAY_CHANGE)
+    keep: int = field(default=2, metadata=AT_LEAST_1 | needs(("save_every",)) | MAY_CHANGE)
     """Checkpoints kept, newest first."""
-    rollouts_logged: int = field(default=8, metadata=needs(("part", "samples")) | MAY_CHANGE)
+    rollouts_logged: int = field(default=8, metadata=AT_LEAST_0 | needs(("part", "samples")) | MAY_CHANGE)
     """Samples written to rollouts.jsonl each step, in whole groups; as many held-out ones at an evaluation."""
     record: bool = field(default=False, metadata=needs(("part", "samples")) | MAY_CHANGE)
     """Write every group that is trained on, whole, to record/: what 'tandem replay' trains again from."""
@@ -82,9 +89,6 @@ class RunSection(OutSection):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        expect(self, "1 or more", _at_least(1), "steps", "keep")
-        expect(self, "more than 0", _above_zero, "epochs")
-        expect(self, "0 or more", _at_least(0), "rollouts_logged")
         SaveEvery.parse(self.save_every)
         if self.steps is None and self.epochs is None:
             raise UserError("steps: how long shall the run be? give --steps, or --epochs")
@@ -100,16 +104,16 @@ TRAINS, COMPUTES = needs(("part", "trained model")), needs(("part", *PASSED))
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelSection:
+class ModelSection(Checked):
     """The model, and what it runs on."""
 
-    model: str = field(metadata=PATH)
+    model: str = field(metadata=A_MODEL | PATH)
     """A Hugging Face folder, or a name on the hub."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the computation, and of sampling. The optimizer keeps float32 weights in either case."""
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto takes a GPU where there is one."""
-    token_budget: int = field(default=16384, metadata=COMPUTES)
+    token_budget: int = field(default=16384, metadata=AT_LEAST_1 | COMPUTES)
     """Tokens in a micro-batch, a prompt of several samples counted once: bounds memory and changes nothing else."""
     trust_remote_code: bool = False
     """Run the Python code that comes with the model."""
@@ -124,26 +128,21 @@ class ModelSection:
     compile: Literal["auto", "on", "off"] = field(default="auto", metadata=COMPUTES)
     """Run layers as compiled graphs in training and scoring: faster, after a minute of compiling. auto: on a GPU."""
 
-    def __post_init__(self) -> None:
-        expect(self, "a folder or a name on the hub", bool, "model")
-        expect(self, "1 or more", _at_least(1), "token_budget")
-
 
 @dataclass(frozen=True, kw_only=True)
-class SourceSection:
+class SourceSection(Checked):
     """The dataset."""
 
-    data: str = field(metadata=PATH)
+    data: str = field(metadata=must("a file or the name of a dataset", bool) | PATH)
     """A .jsonl, .json, .csv, .parquet or .arrow file, a folder of them, json@FOLDER, or the name of a dataset on the
     hub; or several of these, with commas between them."""
     split: str = field(default="train", metadata=needs(("part", "dataset with splits")))
     """Split to read, for a dataset that has splits."""
-    max_samples: int | None = None
+    max_samples: int | None = field(default=None, metadata=AT_LEAST_1)
     """Rows read of each source of --data, its first ones. None: all."""
 
     def __post_init__(self) -> None:
-        expect(self, "a file or the name of a dataset", bool, "data")
-        expect(self, "1 or more", _at_least(1), "max_samples")
+        super().__post_init__()
         self._check_sources()
 
     def _check_sources(self) -> None:
@@ -159,27 +158,18 @@ class SourceSection:
 class ColumnsSection(Columns, SourceSection):
     """The dataset, and what its columns are."""
 
-    def __post_init__(self) -> None:
-        SourceSection.__post_init__(self)
-        Columns.__post_init__(self)
-
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetSection(ColumnsSection):
     """The dataset, and how its rows are read and tokenized."""
 
-    max_length: int = 4096
+    max_length: int = field(default=4096, metadata=AT_LEAST_1)
     """Longest row in tokens; of an online dataset, longest prompt."""
     long_rows: Literal["refuse", "truncate", "drop"] = "refuse"
     """What becomes of longer rows: an error that names the first, their left end cut off, or left out and counted."""
-    chat_template: str | None = field(default=None, metadata=PATH)
+    chat_template: str | None = field(default=None, metadata=A_TEXT | PATH)
     """A file with the chat template to use, and to keep with the trained model; or the name of one of the tokenizer's.
     None: the tokenizer's."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        expect(self, "1 or more", _at_least(1), "max_length")
-        expect(self, "a text", bool, "chat_template")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,14 +185,10 @@ class DataSection(DatasetSection):
     """What of a demonstration is learned: the completion or the assistant's turns, only the last of these turns, or
     every token. Rows with only 'text' are learned whole."""
 
-    step_separator: str = field(default="\\n", metadata=needs(("part", "steps")))
+    step_separator: str = field(default="\\n", metadata=A_TEXT | needs(("part", "steps")))
     """Put behind each step; its last token is where the step is judged. \\n is a line break."""
-    step_placeholder: str | None = field(default=None, metadata=needs(("part", "steps")))
+    step_placeholder: str | None = field(default=None, metadata=A_TEXT | needs(("part", "steps")))
     """What ends each step in 'prompt', for rows that have no column of steps (OpenRLHF's placeholder token)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        expect(self, "a text", bool, "step_separator", "step_placeholder")
 
     @property
     def separator(self) -> str:
@@ -217,52 +203,55 @@ class DataSection(DatasetSection):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimSection:
+class OptimSection(Checked):
     """The optimizer and its learning rate."""
 
-    learning_rate: float = 1e-6
+    learning_rate: float = field(default=1e-6, metadata=ABOVE_0)
     """Its peak, after the warmup. Meant for models of 0.1B parameters and more; those of a million learn with 1e-3."""
     optimizer: Literal["adamw", "adamw8bit", "adafactor", "muon"] = "adamw"
     """adamw8bit keeps its moments in 8 bits (pip install 'tandem-rlhf[quant]'), adafactor only means of a matrix's rows
     and columns (its learning rate is a share of the weights: 1e-3, say), muon steps hidden matrices orthogonally."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """After the warmup: stay, or fall to 0 at the last step."""
-    warmup_steps: float = 0.03
+    warmup_steps: float = field(default=0.03, metadata=must("a whole number, or a share in [0, 1)", _count_or_share))
     """The run's steps over which the learning rate rises linearly; below 1, their share of all."""
-    weight_decay: float = 0.0
+    weight_decay: float = field(default=0.0, metadata=AT_LEAST_0)
     """Decoupled, on matrices only."""
-    betas: tuple[float, float] = field(default=(0.9, 0.95), metadata=needs(("optimizer", "adamw", "adamw8bit", "muon")))
+    betas: tuple[float, float] = field(
+        default=(0.9, 0.95),
+        metadata=must("2 numbers in [0, 1)", lambda betas: all(0 <= beta < 1 for beta in betas))
+        | needs(("optimizer", "adamw", "adamw8bit", "muon")),
+    )
     """AdamW's decay of the two moment estimates."""
-    max_grad_norm: float = field(default=1.0, metadata=INFINITE)
+    max_grad_norm: float = field(default=1.0, metadata=ABOVE_0 | INFINITE)
     """The gradient is scaled down to this norm. .inf: never."""
-    aux_loss_coef: float = 0.0
+    aux_loss_coef: float = field(default=0.0, metadata=AT_LEAST_0)
     """Weight of the load-balancing loss of the policy's routers, where it is a mixture of experts: each sequence's, in
     the mean over the sequences of an optimizer step; 0.001, say. 0: none."""
-    bias_update_speed: float = field(default=0.0, metadata=needs(("lora.rank", 0)))
+    bias_update_speed: float = field(default=0.0, metadata=AT_LEAST_0 | needs(("lora.rank", 0)))
     """What each optimizer step adds to the bias of every expert that had fewer of its tokens than the mean, and takes
     off the others' (balancing without a loss, of DeepSeek V3, GLM 4.5 and their kin); 0.001, say. 0: they stay."""
-    ema_decay: float | None = None
+    ema_decay: float | None = field(default=None, metadata=must("more than 0 and below 1", lambda decay: 0 < decay < 1))
     """Decay, at each optimizer step, of a running average of the policy's weights, written to model-ema; 0.99, say.
     None: no average."""
 
-    def __post_init__(self) -> None:
-        expect(self, "more than 0", _above_zero, "learning_rate", "max_grad_norm")
-        expect(self, "more than 0 and below 1", lambda decay: 0 < decay < 1, "ema_decay")
-        expect(self, "0 or more", _at_least(0), "weight_decay", "aux_loss_coef", "bias_update_speed")
-        expect(self, "a whole number, or a share in [0, 1)", _count_or_share, "warmup_steps")
-        expect(self, "2 numbers in [0, 1)", lambda betas: all(0 <= beta < 1 for beta in betas), "betas")
-
 
 @dataclass(frozen=True, kw_only=True)
-class LoraSection:
+class LoraSection(Checked):
     """Adapters (LoRA, arXiv:2106.09685) that are trained in place of the model (pip install 'tandem-rlhf[lora]'). A
     folder of adapters as --model is trained on, with its own rank, alpha and targets."""
 
-    rank: int = 0
+    prefix: ClassVar = "lora."
+
+    rank: int = field(default=0, metadata=AT_LEAST_0)
     """Rank of the adapters on linear layers, 32, say. 0: the whole model is trained."""
-    alpha: float = field(default=32.0, metadata=needs(("lora.rank",)))
+    alpha: float = field(default=32.0, metadata=ABOVE_0 | needs(("lora.rank",)))
     """Scales what they add, by alpha / rank; with rslora by alpha / sqrt(rank)."""
-    targets: tuple[str, ...] = field(default=("all-linear",), metadata=needs(("lora.rank",)))
+    targets: tuple[str, ...] = field(
+        default=("all-linear",),
+        metadata=must("names of layers, all-linear or experts", lambda names: names and all(names))
+        | needs(("lora.rank",)),
+    )
     """What gets them, by the last part of its name: q_proj, embed_tokens, lm_head; experts: those that are stacked.
     all-linear: all linear layers but the head."""
     dora: bool = field(default=False, metadata=needs(("lora.rank",)))
@@ -278,17 +267,6 @@ class LoraSection:
     share_critic: bool = field(default=False, metadata=needs(("lora.rank",), ("part", "critic")))
     """The critic is adapters of its own and a head on the policy's base, which is in memory once. It begins with that
     base, or with adapters of it, and lives in the policy's one process."""
-
-    def __post_init__(self) -> None:
-        expect(self, "0 or more", _at_least(0), "rank", prefix="lora.")
-        expect(self, "more than 0", _above_zero, "alpha", prefix="lora.")
-        expect(
-            self,
-            "names of layers, all-linear or experts",
-            lambda names: names and all(names),
-            "targets",
-            prefix="lora.",
-        )
 
     @property
     def on(self) -> bool:
@@ -306,49 +284,38 @@ FULL_TUNING = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowsSection:
+class RowsSection(Checked):
     """How a fixed dataset is gone through."""
 
-    batch_size: int = 32
+    batch_size: int = field(default=32, metadata=AT_LEAST_1)
     """Rows in an optimizer step, over all devices."""
     reference_cache: str | None = field(
-        default=None, metadata=PATH | needs(("part", "reference that stays")) | MAY_CHANGE
+        default=None, metadata=A_FOLDER | PATH | needs(("part", "reference that stays")) | MAY_CHANGE
     )
     """Folder where the reference's log-probs are kept, by the content of rows and reference: runs that share it compute
     them once. None: in the run's own folder."""
 
-    def __post_init__(self) -> None:
-        expect(self, "1 or more", _at_least(1), "batch_size")
-        expect(self, "a folder", bool, "reference_cache")
-
 
 @dataclass(frozen=True, kw_only=True)
-class DrawsSection:
+class DrawsSection(Checked):
     """How often each prompt is sampled, and how."""
 
-    samples_per_prompt: int = 8
+    samples_per_prompt: int = field(default=8, metadata=AT_LEAST_1)
     """Completions sampled for each prompt."""
-    max_new_tokens: int = 512
+    max_new_tokens: int = field(default=512, metadata=AT_LEAST_1)
     """Longest completion, in tokens."""
-    temperature: float = 1.0
+    temperature: float = field(default=1.0, metadata=AT_LEAST_0)
     """Divides the logits. 0 is greedy."""
-    top_k: int = 0
+    top_k: int = field(default=0, metadata=AT_LEAST_0)
     """Draw from the k likeliest tokens. 0: from all."""
-    top_p: float = 1.0
+    top_p: float = field(default=1.0, metadata=A_SHARE)
     """Draw from the fewest tokens whose probabilities sum to this."""
-    min_p: float = 0.0
+    min_p: float = field(default=0.0, metadata=FROM_0_TO_1)
     """Draw from tokens at least this likely relative to the likeliest."""
-    stop: tuple[str, ...] = ()
+    stop: tuple[str, ...] = field(default=(), metadata=must("no empty string", all))
     """Strings that end a completion."""
-    max_slots: int = 256
+    max_slots: int = field(default=256, metadata=AT_LEAST_1)
     """Completions decoded at a time: bounds memory and changes nothing else."""
-
-    def __post_init__(self) -> None:
-        expect(self, "1 or more", _at_least(1), "samples_per_prompt", "max_new_tokens", "max_slots")
-        expect(self, "0 or more", _at_least(0), "temperature", "top_k")
-        expect(self, "more than 0 and at most 1", lambda value: 0 < value <= 1, "top_p")
-        expect(self, "0 to 1", lambda value: 0 <= value <= 1, "min_p")
-        expect(self, "no empty string", all, "stop")
 
     @property
     def params(self) -> SamplingParams:
@@ -367,12 +334,8 @@ class DrawsSection:
 class SamplingSection(DrawsSection):
     """What is sampled each step, and how."""
 
-    prompts_per_step: int = 32
+    prompts_per_step: int = field(default=32, metadata=AT_LEAST_1)
     """Prompts in a step, over all devices."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        expect(self, "1 or more", _at_least(1), "prompts_per_step")
 
 
 def judged_by_its_data(section: RewardSection, data: str) -> RewardSection:
@@ -384,49 +347,54 @@ def judged_by_its_data(section: RewardSection, data: str) -> RewardSection:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardSection:
+class RewardSection(Checked):
     """What judges the samples. Several rewards are summed with their weights."""
 
     reward: tuple[str, ...] = field(default=(), metadata=PATH)
     """FILE.py:function, each f(prompts, completions, completion_ids, **columns) -> list[float | None]; or
     http://HOST:PORT, judge:FILE.yaml, math, reasoning-gym, format:REGEX."""
-    reward_model: tuple[str, ...] = field(default=(), metadata=PATH)
+    reward_model: tuple[str, ...] = field(default=(), metadata=must("folders", all) | PATH)
     """Folders of models with a score head, as 'tandem rm' writes them. Several are an ensemble, whose mean counts."""
     normalize_scores: bool = field(default=False, metadata=needs(("part", "reward model")))
     """Reward models: less the mean and divided by the standard deviation that 'tandem rm' wrote into their configs."""
     reward_weights: tuple[float, ...] = ()
     """One weight for each --reward, then one for each --reward-model. Empty: 1 each, and for each of n reward models
     1/n."""
-    reward_deadline: float = field(default=600.0, metadata=needs(("part", "reward function")))
+    reward_deadline: float = field(default=600.0, metadata=ABOVE_0 | needs(("part", "reward function")))
     """Longest time, in seconds, that one call of a --reward may take, calls made again included."""
-    reward_processes: int | None = field(default=None, metadata=needs(("part", "reward function")) | MAY_CHANGE)
+    reward_processes: int | None = field(
+        default=None, metadata=AT_LEAST_1 | needs(("part", "reward function")) | MAY_CHANGE
+    )
     """Processes for each --reward that judges a sample or a group at a time. None: one for every second core, at most
     8."""
     missing_eos: Literal["none", "replace", "subtract"] = field(default="none", metadata=needs(("part", "reward")))
     """A completion that max_new_tokens cut off keeps its reward, gets -missing_eos_penalty instead, or loses that."""
-    missing_eos_penalty: float = field(default=1.0, metadata=needs(("missing_eos",)))
+    missing_eos_penalty: float = field(
+        default=1.0, metadata=must("from 0 to 1e15", lambda penalty: 0 <= penalty <= 1e15) | needs(("missing_eos",))
+    )
     """How much that is."""
-    overlong_buffer: int | None = field(default=None, metadata=needs(("part", "reward")))
+    overlong_buffer: int | None = field(default=None, metadata=AT_LEAST_1 | needs(("part", "reward")))
     """The last tokens before overlong_length, over which a punishment of length rises from 0. None: length costs
     nothing."""
-    overlong_length: int | None = field(default=None, metadata=needs(("overlong_buffer",)))
+    overlong_length: int | None = field(default=None, metadata=AT_LEAST_1 | needs(("overlong_buffer",)))
     """Sampled tokens at which the punishment is whole. None: max_new_tokens."""
-    overlong_penalty: float = field(default=1.0, metadata=needs(("overlong_buffer",)))
+    overlong_penalty: float = field(
+        default=1.0,
+        metadata=must("more than 0 and at most 1e15", lambda penalty: 0 < penalty <= 1e15)
+        | needs(("overlong_buffer",)),
+    )
     """The whole punishment, which comes off the reward."""
 
     def __post_init__(self) -> None:
-        expect(self, "folders", all, "reward_model")
+        super().__post_init__()
         try:
             for source in self.reward:
                 kind_of(source)
         except UserError as error:
             raise UserError(f"reward: {error}") from error
         count = len(self.judges)
-        expect(self, f"{count} weights, one a reward", lambda weights: len(weights) in (0, count), "reward_weights")
-        expect(self, "from 0 to 1e15", lambda penalty: 0 <= penalty <= 1e15, "missing_eos_penalty")
-        expect(self, "more than 0", lambda value: value > 0, "reward_deadline")
-        expect(self, "1 or more", _at_least(1), "reward_processes", "overlong_length", "overlong_buffer")
-        expect(self, "more than 0 and at most 1e15", lambda penalty: 0 < penalty <= 1e15, "overlong_penalty")
+        if len(self.reward_weights) not in (0, count):
+            raise UserError(f"reward_weights: expected {count} weights, one a reward, got {self.reward_weights!r}")
 
     def require_weight(self) -> None:
         """Raises UserError where the rewards of all samples are 0, whatever they are judged."""
@@ -477,22 +445,18 @@ class RewardSection:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepSection:
+class StepSection(Checked):
     """How a step's samples are trained on."""
 
-    sample_epochs: int = 1
+    sample_epochs: int = field(default=1, metadata=AT_LEAST_1)
     """Times that a step's samples are gone through."""
-    minibatches: int = 1
+    minibatches: int = field(default=1, metadata=AT_LEAST_1)
     """Optimizer steps in each of them."""
     old_logp: Literal["sampler", "trainer"] = field(default="sampler", metadata=needs(("part", "losses of tokens")))
     """What ratios are taken against: the sampler's log-probs, or the trainer's own from a forward more."""
-    ess_floor: float | None = field(default=None, metadata=needs(("part", "losses of tokens")))
+    ess_floor: float | None = field(default=None, metadata=A_SHARE | needs(("part", "losses of tokens")))
     """Where the effective sample size of a minibatch is below this share of its tokens, the policy's learning rate is
     scaled down by the ratio of the two for its step. None: never."""
-
-    def __post_init__(self) -> None:
-        expect(self, "1 or more", _at_least(1), "sample_epochs", "minibatches")
-        expect(self, "more than 0 and at most 1", lambda value: 0 < value <= 1, "ess_floor")
 
 
 LIVE, VLLM = needs(("engine.kind", "live")), needs(("engine.kind", "vllm"))
@@ -500,16 +464,16 @@ TRAVEL = needs(("part", "engine with weights of its own"))
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScheduleSection:
+class ScheduleSection(Checked):
     """How far sampling may run ahead of training (docs/async.md). With max_lag 0 each step trains on samples of its own
     weights, and waits for the longest of them. From 1 on samples of so many more steps are open: those that have ended
     are trained on, the others go on under the new weights. Begin with 1; more is for lengths or rewards that are very
     uneven."""
 
-    max_lag: int = 0
+    max_lag: int = field(default=0, metadata=AT_LEAST_0)
     """Steps for which prompts are sampled beyond the one that is trained: its samples may be so many steps old. 0: none
     is."""
-    window: float = field(default=0.3, metadata=needs(("max_lag",)))
+    window: float = field(default=0.3, metadata=FROM_0_TO_1 | needs(("max_lag",)))
     """How far a prompt may be passed by younger ones that have ended first, as a share of all that are open; so much
     older, too, its samples may be. 0: not at all, 1: as far as there are any."""
     stale_cache: Literal["auto", "keep", "recompute"] = field(default="auto", metadata=needs(("max_lag",)))
@@ -521,14 +485,12 @@ class ScheduleSection:
     """Engines with weights of their own take new ones between any two steps, or once the samples that run have ended,
     with none begun meanwhile."""
 
-    def __post_init__(self) -> None:
-        expect(self, "0 or more", _at_least(0), "max_lag")
-        expect(self, "from 0 to 1", lambda value: 0 <= value <= 1, "window")
-
 
 @dataclass(frozen=True, kw_only=True)
-class EngineSection:
+class EngineSection(Checked):
     """What samples, and how weights reach it."""
+
+    prefix: ClassVar = "engine."
 
     kind: Literal["live", "vllm"] = "live"
     """live samples with the trainer's own model code; vllm with vLLM (pip install 'tandem-rlhf[vllm]')."""
@@ -538,17 +500,21 @@ class EngineSection:
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     """live, captured: keep keys and values as the model computes them, or in 8 bits: nearly twice the tokens fit, and
     the sampler's log-probs differ by more from the trainer's."""
-    tensor_parallel: int = field(default=1, metadata=VLLM)
+    tensor_parallel: int = field(default=1, metadata=AT_LEAST_1 | VLLM)
     """vllm: GPUs that one engine is split over."""
-    memory_share: float | None = field(default=None, metadata=VLLM)
+    memory_share: float | None = field(default=None, metadata=A_SHARE | VLLM)
     """vllm: part of a GPU's memory that an engine may take. None: vLLM's own default, or 0.6 on shared devices."""
     sleep: bool = field(default=True, metadata=needs(("engine.kind", "vllm"), ("placement.engine", "actor")))
     """vllm on the actor's GPUs: each side gives its memory away while the other works. False: both stay."""
-    max_length: int | None = None
+    max_length: int | None = field(default=None, metadata=must("2 or more", lambda value: value >= 2))
     """Longest prompt and completion together, in tokens. None: what the model allows."""
     seeded: bool = field(default=True, metadata=VLLM)
     """vllm: draw each sample from its own seed, so that a run can be repeated; without, sampling is faster."""
-    arguments: str = field(default="{}", metadata=VLLM)
+    arguments: str = field(
+        default="{}",
+        metadata=must("a JSON object such as '{\"enforce_eager\": true}'", lambda text: isinstance(_json(text), dict))
+        | VLLM,
+    )
     """vllm: more arguments for its engine, as JSON: '{"enforce_eager": true}'."""
     transport: Literal["auto", "nccl", "gloo", "ipc"] = field(default="auto", metadata=TRAVEL)
     """How weights travel to engines in other processes. auto: ipc on the same GPU, nccl to another, gloo on CPUs."""
@@ -556,11 +522,7 @@ class EngineSection:
     """Prove after each push that the engine holds the trainer's weights."""
 
     def __post_init__(self) -> None:
-        expect(self, "1 or more", _at_least(1), "tensor_parallel", prefix="engine.")
-        expect(self, "more than 0 and at most 1", lambda share: 0 < share <= 1, "memory_share", prefix="engine.")
-        expect(self, "2 or more", _at_least(2), "max_length", prefix="engine.")
-        wanted = "a JSON object such as '{\"enforce_eager\": true}'"
-        expect(self, wanted, lambda text: isinstance(_json(text), dict), "arguments", prefix="engine.")
+        super().__post_init__()
         if self.kind == "vllm" and self.kv_cache_dtype != "auto":
             raise UserError(
                 "engine.kv_cache_dtype: it is the live engine's; give vLLM its own, as --engine.arguments "
@@ -573,18 +535,17 @@ class EngineSection:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClusterSection:
+class ClusterSection(Checked):
     """The Ray cluster that workers live on, where there are any."""
+
+    prefix: ClassVar = "cluster."
 
     address: str | None = field(default=None, metadata=needs(("part", "workers")) | MAY_CHANGE)
     """HOST:PORT of a running cluster, or 'auto' for this machine's. None: one is started here for the run."""
-    deadline: float = field(default=1800.0, metadata=needs(("part", "workers")) | MAY_CHANGE)
+    deadline: float = field(default=1800.0, metadata=ABOVE_0 | needs(("part", "workers")) | MAY_CHANGE)
     """Longest time, in seconds, that one call to a worker may take before the run ends and says who did not answer."""
-    heartbeat: float = 30.0
+    heartbeat: float = field(default=30.0, metadata=ABOVE_0)
     """Longest time, in seconds, that a worker or Ray itself may be stopped (as by SIGSTOP) before it is killed."""
-
-    def __post_init__(self) -> None:
-        expect(self, "more than 0", _above_zero, "deadline", "heartbeat", prefix="cluster.")
 
 
 def _json(text: str) -> Any:

@@ -23,9 +23,10 @@ from tandem.assembly.sections import (
     RunSection,
     judged_by_its_data,
 )
-from tandem.config import MAY_CHANGE, PATH, PREFIXED, section_class
-from tandem.errors import UserError, expect, needs
+from tandem.config import section_class
+from tandem.errors import UserError
 from tandem.flags import suggest
+from tandem.keys import A_FOLDER, AT_LEAST_0, MAY_CHANGE, PATH, PREFIXED, Checked, must, needs
 from tandem.methods.base import Method
 from tandem.methods.table import ROWS, method_class
 
@@ -71,7 +72,7 @@ class UseConfig:
 
     @property
     def parts(self) -> set[str]:
-        """What it has, for keys that need it (``tandem.errors.needs``)."""
+        """What it has, for keys that need it (``tandem.keys.needs``)."""
         return {"samples"} | data_parts(self.data) | worker_parts(self.placement, self.engine) | self.rewards.parts
 
 
@@ -177,24 +178,24 @@ class ScoreConfig:
 
     @property
     def parts(self) -> set[str]:
-        """What it has, for keys that need it (``tandem.errors.needs``)."""
+        """What it has, for keys that need it (``tandem.keys.needs``)."""
         rows = {"samples", "demonstrations", "preferences"}
         return rows | data_parts(self.data) | worker_parts(self.placement) | self.reward.parts
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportSection:
+class ExportSection(Checked):
     """What is exported, and where to."""
 
-    model: str = field(metadata=PATH)
+    model: str = field(metadata=A_FOLDER | PATH)
     """Folder of a run (its finished model, or else its newest checkpoint), of a checkpoint, or of a model."""
-    out: str = field(metadata=PATH)
+    out: str = field(metadata=A_FOLDER | PATH)
     """The Hugging Face folder that is written: weights as safetensors, config and tokenizer."""
-    step: int | None = None
+    step: int | None = field(default=None, metadata=AT_LEAST_0)
     """Of a run's folder: the checkpoint after that step."""
     role: str = "actor"
     """Of a run's folder or a checkpoint: the model that is written, if not the policy: critic, say, of a checkpoint."""
-    base: str | None = field(default=None, metadata=PATH)
+    base: str | None = field(default=None, metadata=A_FOLDER | PATH)
     """Of a checkpoint: the model that its run began with, whose config and tokenizer it has. None: as the run says."""
     ema: bool = False
     """Of a checkpoint: the running average of the weights that its run keeps (--ema-decay), not the weights."""
@@ -202,7 +203,7 @@ class ExportSection:
     """Adapters: write a whole model, their base with them added. False: of a checkpoint, a folder that peft reads."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """What the weights are written in. A checkpoint holds float32."""
-    push_to_hub: str | None = None
+    push_to_hub: str | None = field(default=None, metadata=must("OWNER/NAME", bool))
     """Name of a repository on the Hugging Face hub that the folder is pushed to, made if it is not there."""
     private: bool = field(default=False, metadata=needs(("push_to_hub",)))
     """Make it a private one."""
@@ -212,9 +213,7 @@ class ExportSection:
     """Replace --out."""
 
     def __post_init__(self) -> None:
-        expect(self, "a folder", bool, "model", "out", "base")
-        expect(self, "OWNER/NAME", bool, "push_to_hub")
-        expect(self, "0 or more", lambda step: step >= 0, "step")
+        super().__post_init__()
         if self.ema and self.role != "actor":
             raise UserError(f"ema: a run keeps a running average of its policy, none of its {self.role}; leave it out")
 
@@ -292,7 +291,7 @@ class EvalRowsConfig:
 
     @property
     def parts(self) -> set[str]:
-        """What it has, for keys that need it (``tandem.errors.needs``)."""
+        """What it has, for keys that need it (``tandem.keys.needs``)."""
         trains = {"trained model", "trainer split over several workers"}
         return self.as_run.parts - trains | {"evaluated model"}
 

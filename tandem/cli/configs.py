@@ -8,10 +8,10 @@ from typing import Literal
 from tandem.assembly.configs import data_parts, read_kind, worker_parts
 from tandem.assembly.role_sections import SamplingPlacement
 from tandem.assembly.sections import ClusterSection, DataSection, EngineSection, ModelSection, SamplingSection
-from tandem.config import PATH, PREFIXED
 from tandem.data.formats import COLUMNS
-from tandem.errors import UserError, expect, needs
+from tandem.errors import UserError
 from tandem.flags import suggest
+from tandem.keys import ABOVE_0, AT_LEAST_0, AT_LEAST_1, PATH, PREFIXED, Checked, must, needs
 from tandem.methods.table import METHODS
 from tandem.rewards.kinds import is_function
 
@@ -36,44 +36,35 @@ class QuickstartConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeSection:
+class ServeSection(Checked):
     """What is served, and where."""
 
-    reward: str = field(metadata=PATH)
+    reward: str = field(metadata=must("something to serve", bool) | PATH)
     """Folder of a model with a score head, or whatever a run's --reward may name, FILE.py:function."""
     host: str = "127.0.0.1"
     """Address to listen on. 0.0.0.0: whoever reaches this machine; set TANDEM_REWARD_TOKEN then."""
-    port: int = 8000
+    port: int = field(default=8000, metadata=must("0 to 65535", lambda value: 0 <= value <= 65535))
     """Port to listen on. 0: one that is free, which is printed."""
-    batch_limit: int = 64
+    batch_limit: int = field(default=64, metadata=AT_LEAST_1)
     """Most samples in a request, and in a batch that several requests make together."""
-    deadline: float = field(default=600.0, metadata=needs(("part", "reward function")))
+    deadline: float = field(default=600.0, metadata=ABOVE_0 | needs(("part", "reward function")))
     """Longest time, in seconds, that one call of a function may take."""
-
-    def __post_init__(self) -> None:
-        expect(self, "something to serve", bool, "reward")
-        expect(self, "0 to 65535", lambda value: 0 <= value <= 65535, "port")
-        expect(self, "1 or more", lambda value: value >= 1, "batch_limit")
-        expect(self, "more than 0", lambda value: value > 0, "deadline")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServedModel:
+class ServedModel(Checked):
     """How a model is computed."""
 
     dtype: Literal["float32", "bfloat16"] = field(default="float32", metadata=SERVED)
     """Precision of the computation."""
     device: str = field(default="auto", metadata=SERVED)
     """cpu, cuda, cuda:1 ...; auto takes a GPU where there is one."""
-    token_budget: int = field(default=16384, metadata=SERVED)
+    token_budget: int = field(default=16384, metadata=AT_LEAST_1 | SERVED)
     """Tokens in a micro-batch: bounds memory."""
     normalize_scores: bool = field(default=False, metadata=SERVED)
     """Subtract the mean of its scores on the data that it learned from, and divide by their standard deviation."""
     trust_remote_code: bool = field(default=False, metadata=SERVED)
     """Run the Python code that comes with the model."""
-
-    def __post_init__(self) -> None:
-        expect(self, "1 or more", lambda value: value >= 1, "token_budget")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +83,7 @@ class ServeRewardConfig:
 
     @property
     def parts(self) -> set[str]:
-        """What is served, for keys that need it (``tandem.errors.needs``)."""
+        """What is served, for keys that need it (``tandem.keys.needs``)."""
         return {"reward function" if is_function(self.serve.reward) else "served model"}
 
 
@@ -126,21 +117,21 @@ class DoctorConfig:
 
     @property
     def parts(self) -> set[str]:
-        """What the examination has, for keys that need it (``tandem.errors.needs``)."""
+        """What the examination has, for keys that need it (``tandem.keys.needs``)."""
         return worker_parts(self.placement, self.engine)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShownSection:
+class ShownSection(Checked):
     """What is shown, and who reads it."""
 
     method: str | None = None
     """The command whose rows these are, as sft, dpo or grpo. None: what their columns are for."""
-    rows: int = 3
+    rows: int = field(default=3, metadata=AT_LEAST_0)
     """Rows shown in full, from the first one on."""
 
     def __post_init__(self) -> None:
-        expect(self, "0 or more", lambda value: value >= 0, "rows")
+        super().__post_init__()
         if self.method is not None and self.method not in METHODS:
             raise UserError(f"method: no method {self.method!r}{suggest(self.method, METHODS)}")
 
@@ -175,20 +166,17 @@ class DataConfig:
 
     @property
     def parts(self) -> set[str]:
-        """What rows it may read, for keys that need some (``tandem.errors.needs``)."""
+        """What rows it may read, for keys that need some (``tandem.keys.needs``)."""
         kinds = [*COLUMNS] if self.shown.method is None else [read_kind(self.shown.method)]
         return {"samples" if kind == "prompts" else kind for kind in kinds} | data_parts(self.data)
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdvisedSection:
+class AdvisedSection(Checked):
     """The run that is looked at."""
 
-    run: str = field(metadata=PATH)
+    run: str = field(metadata=must("the folder of a run", bool) | PATH)
     """Folder of a run on samples, which may still go on."""
-
-    def __post_init__(self) -> None:
-        expect(self, "the folder of a run", bool, "run")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,8 @@ from pathlib import Path
 from string import Formatter
 
 from tandem.data.gym import is_gym
-from tandem.errors import UserError, expect, needs
+from tandem.errors import UserError
+from tandem.keys import A_TEXT, Checked, must, needs
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
 """Endings of files of rows."""
@@ -122,38 +123,40 @@ NAMES = {
     "label_key": "label",
 }
 """The column that each key names another one for."""
+A_COLUMN = must("the name of a column", bool)
+A_FRAME = must("a text with one {}", lambda text: text.count("{}") == 1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Columns:
+class Columns(Checked):
     """How a dataset's rows become those of a kind (``formats.COLUMNS``). None: as they are."""
 
-    input_key: str | None = None
+    input_key: str | None = field(default=None, metadata=A_COLUMN)
     """Column of the prompt; of demonstrations without a completion, of the messages or the text. None: as TRL names
     them."""
-    output_key: str | None = field(default=None, metadata=needs(("part", "demonstrations", "unpaired", "steps")))
+    output_key: str | None = field(
+        default=None, metadata=A_COLUMN | needs(("part", "demonstrations", "unpaired", "steps"))
+    )
     """Column of the completion, or of the steps. None: 'completion', 'completions'."""
-    chosen_key: str | None = field(default=None, metadata=needs(("part", "preferences", "unpaired")))
+    chosen_key: str | None = field(default=None, metadata=A_COLUMN | needs(("part", "preferences", "unpaired")))
     """Column of the better answer. None: 'chosen'."""
-    rejected_key: str | None = field(default=None, metadata=needs(("part", "preferences", "unpaired")))
+    rejected_key: str | None = field(default=None, metadata=A_COLUMN | needs(("part", "preferences", "unpaired")))
     """Column of the worse answer. None: 'rejected'."""
-    label_key: str | None = field(default=None, metadata=needs(("part", "unpaired", "steps", "samples")))
+    label_key: str | None = field(default=None, metadata=A_COLUMN | needs(("part", "unpaired", "steps", "samples")))
     """Column of the label: what a method learns from, or, for samples, what reward functions get as 'label'. None:
     'label', and 'labels' of steps."""
-    condition: str | None = None
+    condition: str | None = field(default=None, metadata=A_TEXT)
     """Put behind each prompt: a text with columns of the row in braces, as '\\nReward: {reward:.1f}' (conditional SFT).
     \\n is a line break."""
-    input_template: str | None = None
+    input_template: str | None = field(default=None, metadata=A_FRAME)
     """Put around a prompt that is text, as 'User: {}\\nAssistant: '. \\n is a line break."""
     apply_chat_template: bool = False
     """Make turns of texts: the user's of a prompt, the assistant's of an answer."""
-    system: str | None = None
+    system: str | None = field(default=None, metadata=A_TEXT)
     """System message of the conversations that have none."""
 
     def __post_init__(self) -> None:
-        expect(self, "the name of a column", bool, *NAMES)
-        expect(self, "a text with one {}", lambda text: text.count("{}") == 1, "input_template")
-        expect(self, "a text", bool, "system", "condition")
+        super().__post_init__()
         if self.condition is not None:
             parse_condition(self.condition)
 

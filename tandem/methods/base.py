@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from tandem.batch import Asks, Batch, Outputs, TokenLoss
-from tandem.errors import needs
+from tandem.keys import Checked, needs
 from tandem.lazy import torch
 from tandem.roles import LossFn, Metrics
 from tandem.types import Aggregation, Example, Group, Sequence
@@ -78,7 +78,7 @@ class Estimate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method:
+class Method(Checked):
     """A way to train a policy. The object never changes: what does (a KL controller) goes through ``estimate``.
 
     A simple method on samples defines ``advantages`` (one number a sample) and ``loss``; one that needs per-token

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from tandem.batch import Asks, Batch, Outputs, TokenLoss, filled
-from tandem.errors import expect, needs
 from tandem.functional.divergence import Divergence, DivergenceKind
+from tandem.keys import A_SHARE, ABOVE_0, AT_LEAST_0, must, needs
 from tandem.methods.base import TEACHER, Method, Rows
 
 
@@ -29,22 +29,18 @@ class Distill(Method):
     divergence: DivergenceKind = "forward"
     """forward: KL(teacher || student), which covers all that the teacher does; reverse: KL(student || teacher), which
     avoids what it does not do; jsd: between the two."""
-    beta: float = field(default=0.5, metadata=needs(("divergence", "jsd")))
+    beta: float = field(
+        default=0.5, metadata=must("between 0 and 1, both left out", lambda x: 0 < x < 1) | needs(("divergence", "jsd"))
+    )
     """Of jsd, between 0 and 1: the teacher's share of the mixture that both are compared with."""
-    kd_coef: float = 1.0
+    kd_coef: float = field(default=1.0, metadata=A_SHARE)
     """Weight of the divergence; that of the data's own tokens (SFT) is 1 less this."""
-    kd_temperature: float = 1.0
+    kd_temperature: float = field(default=1.0, metadata=ABOVE_0)
     """Divides the logits of both models in the divergence."""
-    teacher_top_k: int = 0
+    teacher_top_k: int = field(default=0, metadata=AT_LEAST_0)
     """So many of the teacher's likeliest tokens are compared, and all others as one. 0: the whole vocabulary."""
     aggregation: Literal["token", "sequence"] = "token"
     """Which mean the loss is: over tokens, or over sequences of their token means."""
-
-    def __post_init__(self) -> None:
-        expect(self, "between 0 and 1, both left out", lambda x: 0 < x < 1, "beta")
-        expect(self, "more than 0 and at most 1", lambda x: 0 < x <= 1, "kd_coef")
-        expect(self, "more than 0", lambda x: x > 0, "kd_temperature")
-        expect(self, "0 or more", lambda x: x >= 0, "teacher_top_k")
 
     @property
     def asks(self) -> Asks:

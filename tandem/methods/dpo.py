@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from tandem.batch import Batch, Outputs, TokenLoss, filled, send
-from tandem.errors import expect
 from tandem.functional.preference import PreferenceLoss, preference_loss
 from tandem.functional.segments import segment_sum
+from tandem.keys import ABOVE_0, AT_LEAST_0, must
 from tandem.lazy import torch
 from tandem.methods.base import Method, Need, Rows
 
@@ -32,7 +32,7 @@ class PairMethod(Method):
     models: ClassVar = (PAIR_REFERENCE,)
     pairwise: ClassVar = True
 
-    beta: float = 0.1
+    beta: float = field(default=0.1, metadata=ABOVE_0)
     """How strongly the policy is held to the reference: an answer's implicit reward is beta log(policy / reference)."""
     loss_type: PreferenceLoss = "sigmoid"
     """sigmoid: the log-likelihood of the preferences; ipo: the squared distance of the margin to 1 / (2 beta); hinge:
@@ -40,9 +40,6 @@ class PairMethod(Method):
     answer_logp: AnswerLogp = "auto"
     """An answer's log(policy / reference) is the sum over its tokens, or their mean. auto: the mean with ipo, the sum
     with the others."""
-
-    def __post_init__(self) -> None:
-        expect(self, "more than 0", lambda x: x > 0, "beta")
 
     def pair_loss(
         self, out: Outputs, batch: Batch, *, label_smoothing: float = 0.0, sft_coef: float = 0.0
@@ -99,15 +96,10 @@ class DPO(PairMethod):
     """
     leads: ClassVar = ("accuracy", "loss", "reward_margin")
 
-    label_smoothing: float = 0.0
+    label_smoothing: float = field(default=0.0, metadata=must("from 0 to below 0.5", lambda x: 0 <= x < 0.5))
     """Share of preferences that are taken to be the wrong way round, below 0.5 (conservative DPO)."""
-    sft_coef: float = 0.0
+    sft_coef: float = field(default=0.0, metadata=AT_LEAST_0)
     """Weight of the chosen answer's negative log-likelihood, a mean over its tokens, beside the loss of the pair."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        expect(self, "from 0 to below 0.5", lambda x: 0 <= x < 0.5, "label_smoothing")
-        expect(self, "0 or more", lambda x: x >= 0, "sft_coef")
 
     def loss(self, out: Outputs, batch: Batch) -> TokenLoss:
         """See ``pair_loss``."""

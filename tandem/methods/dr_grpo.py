@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from tandem.errors import needs
 from tandem.functional.advantages import centred
+from tandem.keys import needs
 from tandem.methods.base import Samples
 from tandem.methods.tokens import TokenMethod
 from tandem.types import Aggregation, Group

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from tandem.errors import expect, needs
 from tandem.functional.advantages import centred, group_normalised
+from tandem.keys import AT_LEAST_0, needs
 from tandem.methods.base import Samples
 from tandem.methods.knobs import Clip
 from tandem.methods.tokens import TokenMethod
@@ -26,13 +26,9 @@ class GRPO(TokenMethod):
     about: ClassVar = "Improve a model against a reward with GRPO: the other samples of a prompt are the baseline."
     normalize: Literal["std", "none"] = "std"
     """Divide a group's centered rewards by their standard deviation (the paper), or leave them (Dr.GRPO)."""
-    epsilon: float = field(default=1e-4, metadata=needs(("normalize",)))
+    epsilon: float = field(default=1e-4, metadata=AT_LEAST_0 | needs(("normalize",)))
     """Added to that standard deviation."""
     clip: Clip = Clip(dual_clip=3.0)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        expect(self, "0 or more", lambda x: x >= 0, "epsilon")
 
     def advantages(self, group: Group) -> list[float]:
         """One number for each usable rollout: its reward against the group's. All 0 where the rewards are equal."""

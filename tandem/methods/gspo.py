@@ -6,9 +6,9 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from tandem.batch import Batch, Outputs, TokenLoss, filled
-from tandem.errors import needs
 from tandem.functional.advantages import group_normalised
 from tandem.functional.policy import sequence_logp
+from tandem.keys import needs
 from tandem.methods.base import Samples
 from tandem.methods.knobs import Clip
 from tandem.methods.tokens import TokenMethod, clipped_surrogate

@@ -6,9 +6,10 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tandem.errors import INFINITE, UserError, expect, needs
+from tandem.errors import UserError
 from tandem.functional.corrections import BOUNDS, Rule
 from tandem.functional.kl import KLEstimator
+from tandem.keys import ABOVE_0, AT_LEAST_0, FROM_0_TO_1, INFINITE, Checked, must, needs
 
 KLPlace = Literal["reward", "loss", "none"]
 """Where the KL to the reference counts: in the reward, as a loss of its own, or nowhere."""
@@ -19,42 +20,36 @@ RATIOS = needs(("part", "ratios other than 1"))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Clip:
+class Clip(Checked):
     """Bounds of the policy ratio."""
 
-    clip_low: float = field(default=0.2, metadata=RATIOS)
+    clip_low: float = field(default=0.2, metadata=FROM_0_TO_1 | RATIOS)
     """The policy ratio is clipped from below at 1 - clip_low."""
-    clip_high: float = field(default=0.2, metadata=RATIOS)
+    clip_high: float = field(default=0.2, metadata=AT_LEAST_0 | RATIOS)
     """The policy ratio is clipped from above at 1 + clip_high."""
-    dual_clip: float | None = field(default=None, metadata=RATIOS)
+    dual_clip: float | None = field(default=None, metadata=must("more than 1", lambda x: x > 1) | RATIOS)
     """Bound, above 1, on the ratio where the advantage is negative. None: no bound."""
-
-    def __post_init__(self) -> None:
-        expect(self, "from 0 to 1", lambda x: 0 <= x <= 1, "clip_low")
-        expect(self, "0 or more", lambda x: x >= 0, "clip_high")
-        expect(self, "more than 1", lambda x: x > 1, "dual_clip")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReferenceKL:
+class ReferenceKL(Checked):
     """The KL to the reference: where it counts, how much, and how it is estimated."""
 
     kl: KLPlace = field(default="loss", metadata=needs(("kl_coef",)))
     """Where the KL to the reference counts: in the reward, as a loss of its own, or nowhere."""
-    kl_coef: float = field(default=0.0, metadata=needs(("kl",)))
+    kl_coef: float = field(default=0.0, metadata=AT_LEAST_0 | needs(("kl",)))
     """Coefficient of the KL, per nat, in units of rewards or, of a loss, of advantages; the first one if kl_target is
     set. 0: no reference is needed."""
     kl_estimator: KLEstimator | None = field(default=None, metadata=needs(("kl",), ("kl_coef",)))
     """What estimates it. In the reward: k1, k2, k3, of which k1 leads to KL(policy || reference). As a loss: ratio_k3
     and k2, which lead there, and k3, to KL(reference || policy). None: k1 in the reward, ratio_k3 as a loss."""
-    kl_target: float | None = field(default=None, metadata=needs(("kl",)))
+    kl_target: float | None = field(default=None, metadata=ABOVE_0 | needs(("kl",)))
     """KL in nats per sequence towards which the coefficient is steered. None: the coefficient stays."""
-    kl_horizon: int = field(default=10000, metadata=needs(("kl_target",)))
+    kl_horizon: int = field(default=10000, metadata=ABOVE_0 | needs(("kl_target",)))
     """Sequences over which the steering acts: larger is slower."""
 
     def __post_init__(self) -> None:
-        expect(self, "0 or more", lambda x: x >= 0, "kl_coef")
-        expect(self, "more than 0", lambda x: x > 0, "kl_target", "kl_horizon")
+        super().__post_init__()
         if (self.kl, self.kl_estimator) == ("loss", "k1"):
             raise UserError(
                 "kl_estimator: k1 has no gradient in expectation, so as a loss it would add noise alone; give k2, k3 "
@@ -80,17 +75,19 @@ class ReferenceKL:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Correction:
+class Correction(Checked):
     """What makes up for a sampler whose probabilities are not the trainer's."""
 
     correction: Literal[Rule, "none"] = field(default="none", metadata=needs(("old_logp", "trainer")))
     """Weights by the trainer's probability over the sampler's: cut off for each token (token_tis) or each sequence
     (sequence_tis), or with tokens (decoupled, icepop, gap) or sequences (geo) of other probabilities left out."""
-    correction_low: float | None = field(default=None, metadata=needs(("correction", *BOUNDS)))
+    correction_low: float | None = field(default=None, metadata=AT_LEAST_0 | needs(("correction", *BOUNDS)))
     """Its bound on that ratio from below. None: 0.2 (icepop), 0.99 (geo), 0 (all others)."""
-    correction_high: float | None = field(default=None, metadata=needs(("correction", *BOUNDS)) | INFINITE)
+    correction_high: float | None = field(default=None, metadata=ABOVE_0 | needs(("correction", *BOUNDS)) | INFINITE)
     """Its bound from above; .inf: none. None: 2 (token_tis, sequence_tis), 1.01 (geo), 5 (all others)."""
-    correction_gap: float = field(default=0.3, metadata=needs(("correction", "gap")))
+    correction_gap: float = field(
+        default=0.3, metadata=must("more than 0 and less than 1", lambda x: 0 < x < 1) | needs(("correction", "gap"))
+    )
     """gap: how far the two probabilities of a token may be apart. The bounds cut its weights off."""
     uncorrected: bool = field(
         default=False, metadata=needs(("max_lag",), ("old_logp", "trainer"), ("correction", "none"))
@@ -99,9 +96,7 @@ class Correction:
     correction are refused without it."""
 
     def __post_init__(self) -> None:
-        expect(self, "0 or more", lambda x: x >= 0, "correction_low")
-        expect(self, "more than 0", lambda x: x > 0, "correction_high")
-        expect(self, "more than 0 and less than 1", lambda x: 0 < x < 1, "correction_gap")
+        super().__post_init__()
         if self.correction in BOUNDS and not self.bounds[0] < self.bounds[1]:
             raise UserError(
                 f"correction_low: expected less than correction_high, {self.bounds[1]}, got {self.bounds[0]}"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from tandem.batch import Batch, Outputs, TokenLoss, filled
-from tandem.errors import UserError, expect
+from tandem.errors import UserError
 from tandem.functional.preference import labelled_loss
+from tandem.keys import ABOVE_0, AT_LEAST_0
 from tandem.lazy import torch
 from tandem.methods.base import Estimate, Method, Rows
 from tandem.methods.dpo import PAIR_REFERENCE, of_answers
@@ -38,16 +39,15 @@ class KTO(Method):
     pairwise: ClassVar = True
     leads: ClassVar = ("accuracy", "loss", "kl")
 
-    beta: float = 0.1
+    beta: float = field(default=0.1, metadata=ABOVE_0)
     """How strongly the policy is held to the reference: an answer's implicit reward is beta log(policy / reference)."""
-    desirable_weight: float = 1.0
+    desirable_weight: float = field(default=1.0, metadata=AT_LEAST_0)
     """Weight of a desirable answer's loss, against an unequal number of labels."""
-    undesirable_weight: float = 1.0
+    undesirable_weight: float = field(default=1.0, metadata=AT_LEAST_0)
     """Weight of an undesirable answer's loss."""
 
     def __post_init__(self) -> None:
-        expect(self, "more than 0", lambda x: x > 0, "beta")
-        expect(self, "0 or more", lambda x: x >= 0, "desirable_weight", "undesirable_weight")
+        super().__post_init__()
         if self.desirable_weight == self.undesirable_weight == 0:
             raise UserError("desirable_weight: it and undesirable_weight are 0, so nothing would be learned")
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from tandem.batch import Batch
-from tandem.errors import expect, needs
 from tandem.functional.advantages import centred, gae
+from tandem.keys import ABOVE_0, AT_LEAST_0, FROM_0_TO_1, needs
 from tandem.lazy import torch
 from tandem.methods.base import REFERENCE, TEACHER, Samples, spread
 from tandem.methods.knobs import Clip
@@ -36,21 +36,15 @@ class OPD(TokenMethod):
     models: ClassVar = (TEACHER, REFERENCE)
     leads: ClassVar = ("teacher_kl", "reward", "entropy", "response_length", "eos_share")
 
-    teacher_coef: float = 1.0
+    teacher_coef: float = field(default=1.0, metadata=ABOVE_0)
     """Weight of the teacher's log-prob less the student's, per nat, in each token's advantage."""
-    teacher_discount: float = 0.0
+    teacher_discount: float = field(default=0.0, metadata=FROM_0_TO_1)
     """What each later token counts, per token between: 0 looks at a token alone, 1 adds up the rest of the answer."""
-    reward_coef: float = 0.0
+    reward_coef: float = field(default=0.0, metadata=AT_LEAST_0)
     """Weight of a sample's reward less the mean of its prompt's samples, in the advantage of each of its tokens."""
     reward_clip: float | None = field(default=None, metadata=needs(("reward_coef",)))
     """Rewards are clipped to ±reward_clip before their mean is taken. None: not clipped."""
     clip: Clip = Clip(dual_clip=3.0)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        expect(self, "more than 0", lambda x: x > 0, "teacher_coef")
-        expect(self, "from 0 to 1", lambda x: 0 <= x <= 1, "teacher_discount")
-        expect(self, "0 or more", lambda x: x >= 0, "reward_coef")
 
     @property
     def samples(self) -> Samples:

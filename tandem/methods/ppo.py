@@ -7,12 +7,13 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from tandem.batch import Batch, Outputs, TokenLoss, filled
-from tandem.errors import UserError, expect, needs
+from tandem.errors import UserError
 from tandem.functional.advantages import gae, length_adaptive_lambda, whiten
 from tandem.functional.moments import Moments, merge, moments
 from tandem.functional.rounding import rounding_of
 from tandem.functional.segments import segment_sum
 from tandem.functional.value import clipped_value_loss, explained_variance
+from tandem.keys import ABOVE_0, AT_LEAST_0, FROM_0_TO_1, needs
 from tandem.lazy import torch
 from tandem.methods.base import REFERENCE, Estimate, Need, Samples, at_last_trainable
 from tandem.methods.knobs import ReferenceKL
@@ -51,17 +52,19 @@ class PPO(TokenMethod):
     reference_kl: ReferenceKL = ReferenceKL(kl="reward", kl_coef=0.05)
     reward_clip: float | None = 10.0
     """Rewards are clipped to ±reward_clip, after normalization and before anything is added. None: not clipped."""
-    value_clip: float | None = field(default=0.2, metadata=needs(("part", "second optimizer step on a step's samples")))
+    value_clip: float | None = field(
+        default=0.2, metadata=ABOVE_0 | needs(("part", "second optimizer step on a step's samples"))
+    )
     """How far a value may move from its old one before its error stops counting. None: plain squared error."""
-    gamma: float = 1.0
+    gamma: float = field(default=1.0, metadata=FROM_0_TO_1)
     """Discount per trainable token."""
-    lam: float = field(default=0.95, metadata=needs(("gamma",)))
+    lam: float = field(default=0.95, metadata=FROM_0_TO_1 | needs(("gamma",)))
     """GAE's lambda: 1 trusts the returns (no bias), 0 trusts the critic (little variance)."""
-    lam_alpha: float | None = field(default=None, metadata=needs(("gamma",)))
+    lam_alpha: float | None = field(default=None, metadata=ABOVE_0 | needs(("gamma",)))
     """Length-adaptive GAE: lambda is 1 - 1 / (lam_alpha x an answer's tokens), 0.05 in VAPO. None: lam for all."""
-    critic_lam: float | None = field(default=None, metadata=needs(("gamma",)))
+    critic_lam: float | None = field(default=None, metadata=FROM_0_TO_1 | needs(("gamma",)))
     """Lambda of the returns that the critic learns; 1: the rewards themselves. None: the same as the advantages'."""
-    critic_warmup_steps: int = 0
+    critic_warmup_steps: int = field(default=0, metadata=AT_LEAST_0)
     """The run's first steps, in which the critic alone is trained."""
     normalize_rewards: bool = False
     """Subtract the running mean of all rewards so far and divide by their standard deviation."""
@@ -70,9 +73,6 @@ class PPO(TokenMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        expect(self, "from 0 to 1", lambda x: 0 <= x <= 1, "gamma", "lam", "critic_lam")
-        expect(self, "0 or more", lambda x: x >= 0, "critic_warmup_steps")
-        expect(self, "more than 0", lambda x: x > 0, "lam_alpha", "value_clip")
         if self.lam_alpha is not None and self.lam != type(self).lam:
             raise UserError("lam: has no effect with lam_alpha, which gives each answer its own lambda; leave one out")
 

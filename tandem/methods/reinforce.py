@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from tandem.batch import Batch
-from tandem.errors import expect, needs
 from tandem.functional.advantages import centred
 from tandem.functional.segments import segment_sum
+from tandem.keys import must, needs
 from tandem.methods.base import Samples, spread
 from tandem.methods.knobs import ReferenceKL
 from tandem.methods.tokens import TokenMethod
@@ -34,12 +34,10 @@ class REINFORCE(TokenMethod):
     reference_kl: ReferenceKL = ReferenceKL(kl="reward", kl_coef=0.05)
     baseline: Literal["batch", "running", "none"] = "batch"
     """What comes off each reward: the mean of the step's, a moving mean of the steps before it, or nothing."""
-    baseline_decay: float = field(default=0.9, metadata=needs(("baseline", "running")))
+    baseline_decay: float = field(
+        default=0.9, metadata=must("at least 0 and less than 1", lambda x: 0 <= x < 1) | needs(("baseline", "running"))
+    )
     """running: how much of the moving mean stays after a step."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        expect(self, "at least 0 and less than 1", lambda x: 0 <= x < 1, "baseline_decay")
 
     def initial_state(self) -> dict[str, float]:
         """The KL coefficient, where the KL counts, and the moving mean with the weight that it has gathered."""

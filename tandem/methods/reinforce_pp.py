@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from tandem.batch import Batch
-from tandem.errors import expect
 from tandem.functional.advantages import gae, whiten
 from tandem.functional.rounding import rounding_of
+from tandem.keys import FROM_0_TO_1
 from tandem.lazy import torch
 from tandem.methods.base import Samples, at_last_trainable
 from tandem.methods.knobs import ReferenceKL
@@ -32,12 +32,8 @@ class ReinforcePP(TokenMethod):
 
     reference_kl: ReferenceKL = ReferenceKL(kl="reward", kl_coef=0.01)
     reward_clip: float | None = 10.0
-    gamma: float = 1.0
+    gamma: float = field(default=1.0, metadata=FROM_0_TO_1)
     """Discount per trainable token."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        expect(self, "from 0 to 1", lambda x: 0 <= x <= 1, "gamma")
 
     def credit(
         self, groups: Seq[Group], batch: Batch, cost_T: Tensor, state: dict[str, float]

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from tandem.batch import Asks, Batch, Outputs, TokenLoss, filled
-from tandem.errors import UserError, expect
+from tandem.errors import UserError
 from tandem.functional.corrections import correction
 from tandem.functional.kl import adaptive_kl_coef, kl_estimate, kl_loss
 from tandem.functional.policy import clipped_policy_loss, importance_ratio
 from tandem.functional.segments import segment_sum
+from tandem.keys import ABOVE_0
 from tandem.lazy import torch
 from tandem.methods.base import REFERENCE, Estimate, Method, Need, spread
 from tandem.methods.knobs import Clip, Correction, ReferenceKL
@@ -39,11 +40,8 @@ class TokenMethod(Method):
     importance: Correction = Correction()
     entropy_coef: float = 0.0
     """Weight of an entropy bonus, per nat."""
-    reward_clip: float | None = None
+    reward_clip: float | None = field(default=None, metadata=ABOVE_0)
     """Rewards are clipped to ±reward_clip before anything is added or any baseline taken. None: not clipped."""
-
-    def __post_init__(self) -> None:
-        expect(self, "more than 0", lambda x: x > 0, "reward_clip")
 
     def needs(self) -> tuple[Need, ...]:
         return tuple(need for need in self.models if need.role != "reference" or self.reference_kl.counts)

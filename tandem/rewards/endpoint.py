@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,8 @@ from typing import Any, Literal
 import httpx2
 import yaml
 
-from tandem.errors import UserError, expect
+from tandem.errors import UserError
+from tandem.keys import Checked, must
 from tandem.rewards.asking import CONNECT_S, NotNow, Patience, post
 from tandem.rewards.calling import Misjudged, Setting, Unavailable, judges
 from tandem.rewards.checks import text_of
@@ -28,43 +29,53 @@ CACHE = "judgements.jsonl"
 """The file of replies, in the run's folder unless ``cache`` names another."""
 
 
+def _number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < float("inf")
+
+
+def _rising(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and all(map(_number, value)) and value[0] < value[1]
+
+
+TEXT = must("text", lambda x: isinstance(x, str) and bool(x))
+URL = must("http://... or https://...", lambda x: re.match(r"https?://\w", str(x)) is not None)
+COUNT = must("a whole number of 1 or more", lambda x: type(x) is int and x >= 1)
+SCALE = must("two numbers, the lower one first", _rising)
+EITHER = must("error or leave_out", lambda x: x in ("error", "leave_out"))
+
+
 @dataclass(frozen=True, kw_only=True)
-class Rubric:
+class Rubric(Checked):
     """What a rubric file may have."""
 
-    url: str
+    url: str = field(metadata=URL)
     """Of the endpoint, up to and without ``/chat/completions``."""
-    model: str
+    model: str = field(metadata=TEXT)
     """The judge's name there."""
-    rubric: str
+    rubric: str = field(metadata=TEXT)
     """What it is told, with ``{prompt}``, ``{completion}`` and the dataset's columns in braces."""
-    scale: tuple[float, float] = (0.0, 10.0)
+    scale: tuple[float, float] = field(default=(0.0, 10.0), metadata=SCALE)
     """The lowest and the highest score, which become rewards of 0 and 1."""
-    parse: str = PARSE
+    parse: str = field(default=PARSE, metadata=TEXT)
     """A regular expression whose first group is the score; its last match counts."""
-    key: str = "OPENAI_API_KEY"
+    key: str = field(default="OPENAI_API_KEY", metadata=TEXT)
     """The environment variable with the endpoint's key."""
-    temperature: float = 0.0
-    max_tokens: int = 1024
+    temperature: float = field(default=0.0, metadata=must("0 or more", lambda x: _number(x) and x >= 0))
+    max_tokens: int = field(default=1024, metadata=COUNT)
     """Longest reply."""
-    concurrency: int = 16
+    concurrency: int = field(default=16, metadata=COUNT)
     """Requests under way at a time."""
-    asks: int = 3
+    asks: int = field(default=3, metadata=COUNT)
     """How often it is asked where its reply has no score."""
-    unparseable: Literal["error", "leave_out"] = "error"
+    unparseable: Literal["error", "leave_out"] = field(
+        default="error", metadata=must("error or leave_out", lambda x: x in ("error", "leave_out"))
+    )
     """What becomes of a sample then: the run ends, or the sample is left out and counted."""
-    cache: str | None = None
+    cache: str | None = field(default=None, metadata=TEXT)
     """A file of replies. None: the run folder's ``judgements.jsonl``."""
 
     def __post_init__(self) -> None:
-        texts = ("url", "model", "rubric", "parse", "key", "cache")
-        expect(self, "text", lambda x: isinstance(x, str) and bool(x), *texts)
-        expect(self, "http://... or https://...", lambda x: re.match(r"https?://\w", x) is not None, "url")
-        expect(self, "two numbers, the lower one first", _rising, "scale")
-        expect(self, "0 or more", lambda x: _number(x) and x >= 0, "temperature")
-        counts = ("max_tokens", "concurrency", "asks")
-        expect(self, "a whole number of 1 or more", lambda x: type(x) is int and x >= 1, *counts)
-        expect(self, "error or leave_out", lambda x: x in ("error", "leave_out"), "unparseable")
+        super().__post_init__()
         try:
             groups = re.compile(self.parse).groups
         except re.error as error:
@@ -238,11 +249,3 @@ def conversation(prompt: Any) -> str:
 def filled_in(rubric: str, values: dict[str, Any]) -> str:
     """The rubric with its names in braces replaced, once: braces in what is put in stay as they are."""
     return re.sub(r"\{(\w+)\}", lambda match: str(values.get(match[1], match[0])), rubric)
-
-
-def _rising(value: Any) -> bool:
-    return isinstance(value, tuple) and len(value) == 2 and all(map(_number, value)) and value[0] < value[1]
-
-
-def _number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < float("inf")
