@@ -25,6 +25,7 @@ import yaml
 
 from tandem.errors import UserError
 from tandem.flags import Given, Key, flag_of, read_flags, read_yaml
+from tandem.keys import said_of
 from tandem.version import __version__
 
 log = logging.getLogger("tandem")
@@ -177,7 +178,7 @@ def _read(cls: Any, keys: dict[str, Key], argv: Sequence[str]) -> tuple[dict[str
 def _keys_of(cls: Any) -> dict[str, Key]:
     """Every key of a config class. Raises TypeError where two sections have a key of the same name."""
     keys: dict[str, Key] = {}
-    hints, docs = _hints_of(cls), _attribute_docs(cls)
+    hints, docs, said = _hints_of(cls), _attribute_docs(cls), said_of(cls)
     for f in fields(cls):
         default = _default(f)
         required = default is MISSING
@@ -193,7 +194,7 @@ def _keys_of(cls: Any) -> dict[str, Key]:
             }
         else:
             doc = " ".join(docs.get(f.name, "").split())
-            key = Key(f.name, hints[f.name], required=required, doc=doc, default=default, metadata=f.metadata)
+            key = Key(f.name, hints[f.name], required=required, doc=doc, default=default, metadata=said[f.name])
             inner = {f.name: key}
         if twice := inner.keys() & keys.keys():
             raise TypeError(f"{cls.__name__}: two sections have the key {', '.join(sorted(twice))}")

@@ -1,12 +1,12 @@
 """What a key of a config says of itself beside its type, its default and its help, as metadata of a dataclass field.
 
-A key may say several of these things, joined by ``|``. What holds keys, a section of a config or the knobs of a method,
-is ``Checked``.
+A key may say several of these things, joined by ``|``, and a subclass that gives it another default need not say them
+again. What holds keys, a section of a config or the knobs of a method, is ``Checked``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from typing import Any, ClassVar
 
@@ -39,10 +39,7 @@ def needs(*conditions: tuple[Any, ...]) -> dict[str, Any]:
 
 
 def must(be: str, holds: Callable[[Any], Any]) -> dict[str, Any]:
-    """What its value must ``be``, in words, and whether one is that. None is not asked.
-
-    A subclass that gives the key another default need not say it again.
-    """
+    """What its value must ``be``, in words, and whether one is that. None is not asked."""
     return {"must": (be, holds)}
 
 
@@ -63,15 +60,17 @@ class Checked:
     """Before the names of its keys, in messages."""
 
     def __post_init__(self) -> None:
-        for name, (be, holds) in _musts(type(self)).items():
+        for name, said in said_of(type(self)).items():
             value = getattr(self, name)
-            if value is not None and not holds(value):
-                raise UserError(f"{self.prefix}{name}: expected {be}, got {value!r}")
+            if "must" in said and value is not None:
+                be, holds = said["must"]
+                if not holds(value):
+                    raise UserError(f"{self.prefix}{name}: expected {be}, got {value!r}")
 
 
-def _musts(cls: type[Any]) -> Mapping[str, tuple[str, Callable[[Any], Any]]]:
-    """By key, what the class says that it must be, or else the nearest one that it extends which says so."""
-    found: dict[str, tuple[str, Callable[[Any], Any]]] = {}
+def said_of(cls: type[Any]) -> dict[str, dict[str, Any]]:
+    """What each key of a dataclass says of itself, by name; also one to which a subclass gives another default."""
+    found: dict[str, dict[str, Any]] = {}
     for base in filter(is_dataclass, reversed(cls.__mro__)):
-        found |= {f.name: f.metadata["must"] for f in fields(base) if "must" in f.metadata}
+        found |= {f.name: found.get(f.name, {}) | dict(f.metadata) for f in fields(base)}
     return found

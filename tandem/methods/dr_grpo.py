@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 from tandem.functional.advantages import centred
-from tandem.keys import needs
 from tandem.methods.base import Samples
 from tandem.methods.tokens import TokenMethod
 from tandem.types import Aggregation, Group
@@ -20,7 +19,7 @@ class DrGRPO(TokenMethod):
     title: ClassVar = "Dr.GRPO"
     about: ClassVar = "Improve a model against a reward with Dr.GRPO: GRPO that divides by no spread and no length."
 
-    aggregation: Aggregation = field(default="constant", metadata=needs(("part", "losses of tokens")))
+    aggregation: Aggregation = "constant"
 
     def advantages(self, group: Group) -> list[float]:
         """One number for each usable rollout: its reward less the group's mean (section 3)."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from tandem.batch import Batch, Outputs, TokenLoss, filled
 from tandem.functional.advantages import group_normalised
 from tandem.functional.policy import sequence_logp
-from tandem.keys import needs
 from tandem.methods.base import Samples
 from tandem.methods.knobs import Clip
 from tandem.methods.tokens import TokenMethod, clipped_surrogate
@@ -23,7 +22,7 @@ class GSPO(TokenMethod):
     title: ClassVar = "GSPO"
     about: ClassVar = "Improve a model against a reward with GSPO: GRPO with one ratio for each sequence."
 
-    aggregation: Aggregation = field(default="sequence", metadata=needs(("part", "losses of tokens")))
+    aggregation: Aggregation = "sequence"
     clip: Clip = Clip(clip_low=3e-4, clip_high=4e-4)
 
     def advantages(self, group: Group) -> list[float]:

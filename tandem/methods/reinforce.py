@@ -30,7 +30,7 @@ class REINFORCE(TokenMethod):
     about: ClassVar = "Improve a model against a reward with REINFORCE: no critic, no groups, one baseline for all."
     example: ClassVar = "--reward-model runs/rm/model"
 
-    aggregation: Aggregation = field(default="constant", metadata=needs(("part", "losses of tokens")))
+    aggregation: Aggregation = "constant"
     reference_kl: ReferenceKL = ReferenceKL(kl="reward", kl_coef=0.05)
     baseline: Literal["batch", "running", "none"] = "batch"
     """What comes off each reward: the mean of the step's, a moving mean of the steps before it, or nothing."""

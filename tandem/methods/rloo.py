@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 from tandem.functional.advantages import centred
-from tandem.keys import needs
 from tandem.methods.base import Samples
 from tandem.methods.knobs import ReferenceKL
 from tandem.methods.tokens import TokenMethod
@@ -24,7 +23,7 @@ class RLOO(TokenMethod):
     title: ClassVar = "RLOO"
     about: ClassVar = "Improve a model against a reward with RLOO: a sample against the mean of its prompt's others."
 
-    aggregation: Aggregation = field(default="constant", metadata=needs(("part", "losses of tokens")))
+    aggregation: Aggregation = "constant"
     reference_kl: ReferenceKL = ReferenceKL(kl="reward", kl_coef=0.05)
 
     def advantages(self, group: Group) -> list[float]:
