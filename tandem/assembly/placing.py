@@ -68,9 +68,9 @@ class Homes:
     def __exit__(self, *error: object) -> None:
         self.stack.close()
 
-    def place(self, role: str, build: Callable[[Site], Any], *, beside: str | None = None) -> Seat:
-        """Builds a role in the processes that the placement gives it, or in another role's."""
-        return self.of(beside or role).place(role, build)
+    def place(self, role: str, build: Callable[[Site], Any]) -> Seat:
+        """Builds a role in the processes that the placement gives it."""
+        return self.of(role).place(role, build)
 
     def of(self, role: str) -> Home:
         """The processes a role lives in."""

@@ -77,7 +77,7 @@ def run(config: DoctorConfig) -> int:
             ).engine,
             lambda found: found.about,
         )
-        source = homes.place("weights", weight_source, beside="actor")
+        source = homes.of("actor").place("weights", weight_source)
         _Examination(report, actor, source, sampler, len(tokenizer), config).run()
     print("all checks passed", flush=True)
     return 0

@@ -25,6 +25,13 @@ def joins_texts(tokenizer: Any) -> bool:
     return str(tokenizer.decode(untidy)).endswith(" .")
 
 
+def eos_ids(found: int | Seq[int] | None, tokenizer: Any) -> list[int]:
+    """End-of-sequence ids: those ``found`` in a model's generation config, or its config, and the tokenizer's."""
+    ids = [found] if isinstance(found, int) else list(found or ())
+    own = tokenizer.eos_token_id
+    return ids if own is None or own in ids else [*ids, own]
+
+
 class StopRule:
     """When the completions of one request end: at end-of-sequence and stop ids, at stop strings, at the length.
 

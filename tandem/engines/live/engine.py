@@ -18,7 +18,7 @@ from tandem.engines.live.over_slots import SlotBatching, slots_of
 from tandem.engines.live.padded import PaddedBatching, Together
 from tandem.engines.live.probe import Trial, why_not_layouts, why_not_tried
 from tandem.engines.live.sample import Sample
-from tandem.engines.requests import StopRule, check_request, take_requests
+from tandem.engines.requests import StopRule, check_request, eos_ids, take_requests
 from tandem.engines.stepper import SteppedEngine
 from tandem.errors import UserError
 from tandem.futures import Future
@@ -159,11 +159,13 @@ class LiveEngine(SteppedEngine[LiveCore]):
         """
         vocabulary = self.module.get_input_embeddings().weight.shape[0]
         limit, limit_name = self._limit()
-        eos_ids = _eos_ids(self.module, self.tokenizer)
+        configs = (getattr(self.module, "generation_config", None), self.module.config.get_text_config())
+        found = next((c.eos_token_id for c in configs if c and c.eos_token_id is not None), None)
+        ends = eos_ids(found, self.tokenizer)
         taken = take_requests(
             requests,
             partial(check_request, vocabulary=vocabulary, limit=limit, limit_name=limit_name),
-            lambda sampling: StopRule(sampling, eos_ids, self.tokenizer),
+            lambda sampling: StopRule(sampling, ends, self.tokenizer),
         )
         samples = [[Sample(asked, i) for i in range(len(asked.request.seeds))] for asked in taken]
         return self.stepper.submit(samples, watch)
@@ -221,12 +223,3 @@ class LiveEngine(SteppedEngine[LiveCore]):
             (self.max_length, "the engine's max_length"),
         ]
         return min(((n, name) for n, name in limits if n), default=(None, ""))
-
-
-def _eos_ids(module: Any, tokenizer: Any) -> list[int]:
-    """End-of-sequence ids: the generation config's (the config's, where it has none) and the tokenizer's."""
-    configs = (getattr(module, "generation_config", None), module.config.get_text_config())
-    found: int | list[int] | None = next((c.eos_token_id for c in configs if c and c.eos_token_id is not None), None)
-    ids = [found] if isinstance(found, int) else list(found or ())
-    own = tokenizer.eos_token_id
-    return ids if own is None or own in ids else [*ids, own]

@@ -13,7 +13,7 @@ from tandem.engines.stepper import SteppedEngine
 from tandem.engines.vllm.adapters import request, split
 from tandem.engines.vllm.checksums import Wholes
 from tandem.engines.vllm.core import VLLMCore, VLLMJob
-from tandem.engines.vllm.setup import VLLMParams, check_vllm, close_vllm, end_with_ranks, eos_ids, on_cpu, start_vllm
+from tandem.engines.vllm.setup import VLLMParams, check_vllm, close_vllm, end_with_ranks, ends_of, on_cpu, start_vllm
 from tandem.errors import UserError, first_line
 from tandem.futures import Future, wait_all
 from tandem.sync.links import Link
@@ -42,7 +42,7 @@ class VLLMEngine(SteppedEngine[VLLMCore]):
         self._room: int = self._engine.model_config.max_model_len
         self.max_length = min(params.max_length or self._room, self._room)
         self.vocabulary: int = self._engine.model_config.get_vocab_size()
-        self._eos_ids = eos_ids(self._llm)
+        self._eos_ids = ends_of(self._llm)
         super().__init__(VLLMCore(self._engine, params.max_slots, request() if adapters else None, self._after_failure))
         self._plan = Plan(())
         self._wholes: Wholes | None = None

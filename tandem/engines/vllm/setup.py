@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from multiprocessing.connection import wait
 from typing import Any, Literal
 
+from tandem.engines.requests import eos_ids
 from tandem.engines.vllm.adapters import AdapterRoom, check_dtype
 from tandem.errors import UserError
 from tandem.models.limits import turning_point
@@ -227,15 +228,13 @@ def on_cpu() -> bool:
     return bool(current_platform.is_cpu())
 
 
-def eos_ids(llm: Any) -> list[int]:
-    """End-of-sequence ids: the generation config's (the config's, where it has none) and the tokenizer's."""
+def ends_of(llm: Any) -> list[int]:
+    """Its model's end-of-sequence ids."""
     config = llm.llm_engine.model_config
     found = config.try_get_generation_config().get("eos_token_id")
     if found is None:
         found = getattr(config.hf_text_config, "eos_token_id", None)
-    ids = [found] if isinstance(found, int) else list(found or ())
-    own = llm.get_tokenizer().eos_token_id
-    return ids if own is None or own in ids else [*ids, own]
+    return eos_ids(found, llm.get_tokenizer())
 
 
 def close_vllm(llm: Any) -> None:
