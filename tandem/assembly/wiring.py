@@ -150,7 +150,7 @@ class Wiring:
         several = EngineGroup(group, alone=True, slots=self.sampling.max_slots)
         if not taking_turns:
             restarting = RestartingOnce(several, several, push.again)
-            guarded = restarting.guard(self._pushed(several, push), push.again)
+            guarded = restarting.guard(self._pushed(several, push), self._pushed(several, push.again))
             return WiredEngine(engine=restarting, push=guarded, about=about, link=push)
         turns = TakingTurns(
             several,

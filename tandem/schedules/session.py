@@ -14,7 +14,7 @@ from typing import Any
 
 from tandem.checkpoint.saver import SaveEvery
 from tandem.checkpoint.store import CheckpointStore
-from tandem.errors import DiskFailure, NonFiniteError, RunFailure, UserError, WorkerFailure
+from tandem.errors import DiskFailure, NonFiniteError, RunFailure, WorkerFailure
 from tandem.roles import Metrics, Seat
 from tandem.rollout.evaluate import Evaluation
 from tandem.runs.folder import EMA_MODEL, RunFolder
@@ -341,7 +341,7 @@ class Session:
             step, doing = self.step + 1, self.progress.ended_in(error)
             wanted = self.save_every.enabled or not isinstance(error, KeyboardInterrupt)
             if isinstance(error, NonFiniteError) or (self.step > 0 and not self.changed and wanted):
-                with suppress(UserError):  # what ended the run may be what hinders the save
+                with suppress(Exception):  # what ended the run may be what hinders the save
                     self.save()
             if isinstance(error, NonFiniteError):
                 self.run.event("error", step=step, message=str(error))

@@ -100,11 +100,11 @@ class WeightPush:
         metrics["sync_check_seconds"] += time.perf_counter() - start
         return metrics
 
-    def again(self, version: int | None = None) -> None:
+    def again(self, version: int | None = None) -> dict[str, float]:
         """Links the engines anew, one of which was started again, and pushes what they had, or ``version``."""
         version = self.version if version is None else version
         self.connect()
-        self(version)
+        return self(version)
 
     def push(self, version: int) -> Metrics:
         """The push and its checksums. ``check.prove`` is left to do once the engines can compute."""

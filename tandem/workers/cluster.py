@@ -58,6 +58,8 @@ class Cluster:
         self.device, self.heartbeat_s = device, heartbeat_s
         self.mark = secrets.token_hex(8)
         """Of every process that belongs to the run (``tandem.workers.keeper``)."""
+        # One failure is told of, and what follows from it to others is not: Ray would print it with its traceback.
+        os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
         self.started = not self.ray.is_initialized()
         wanted = {name: processes * each for name, (processes, each) in needed.items()}
         bundles = [each for processes, each in needed.values() for _ in range(processes)]

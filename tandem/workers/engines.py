@@ -355,7 +355,8 @@ class RestartingOnce(OverEngine):
         try:
             self.engine.wait(until, at_least)
         except WorkerDied as error:
-            self._restart(error, self.refill)
+            self._restart(error)
+            self.refill()
             self.wait(until)
 
     def look(self) -> None:
@@ -366,7 +367,7 @@ class RestartingOnce(OverEngine):
     def cancel(self) -> None:
         self.engine.cancel()
 
-    def guard(self, push: Callable[[int], Metrics], again: Callable[[int], object]) -> Callable[[int], Metrics]:
+    def guard(self, push: Callable[[int], Metrics], again: Callable[[int], Metrics]) -> Callable[[int], Metrics]:
         """``push``, for engines that may have died since they were last heard of.
 
         ``again`` refills them with the weights of this push, which may not have come to telling them its step.
@@ -376,19 +377,21 @@ class RestartingOnce(OverEngine):
             try:
                 return push(step)
             except WorkerDied as error:
+                self._restart(error)
                 # Refilling is this push, made again.
-                self._restart(error, partial(again, step))
-                return {}
+                return again(step)
 
         return guarded
 
-    def _restart(self, error: WorkerDied, refill: Callable[[], object]) -> None:
+    def _restart(self, error: WorkerDied) -> None:
+        group = self.engines.group
+        if not (dead := group.dead()):
+            # Not an engine: who sends to them may have died, too.
+            raise error
         if self.restarted:
             raise WorkerFailure(f"{error} (it was restarted once already)") from None
         self.restarted = True
-        group = self.engines.group
-        for rank in group.dead():
+        for rank in dead:
             log.warning("%s rank %d is started again: %s", group.name, rank, first_line(error))
             self.engines.forget(rank)
             group.restart(rank)
-        refill()

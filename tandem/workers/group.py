@@ -6,11 +6,12 @@ import contextlib
 import os
 import threading
 import time
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any
 
-from tandem.errors import UserError, WorkerDied, WorkerFailure
+from tandem.errors import UserError, WorkerDied, WorkerFailure, first_line
 from tandem.roles import Device, Seat
 from tandem.workers.cluster import Cluster, log_tail
 from tandem.workers.keeper import MARK
@@ -26,6 +27,10 @@ LONGER_S = 10.0
 
 UNEXPLAINED = "The actor died unexpectedly"
 """Where Ray's words for a death begin so, it knows no cause."""
+NO_ROOM = (
+    "Ray's object store is full, and so is the disk behind it (95%); free some of that, or start Ray with other values "
+    "of --object-store-memory and --object-spilling-directory"
+)
 
 
 class WorkerGroup:
@@ -121,23 +126,27 @@ class WorkerGroup:
 
     def submit(self, role: str, verb: str, arguments: tuple[Any, ...]) -> Answer:
         """See ``tandem.roles.Home``."""
-        # Stored once, however many read it.
-        shared = self.cluster.ray.put(arguments) if self.size > 1 else arguments
-        with self._one_order:
-            refs = [actor.call.remote(role, verb, shared, rank > 0) for rank, actor in enumerate(self.actors)]
-        return Answer(self, f"{role}.{verb}", refs)
+        what = f"{role}.{verb}"
+        with self._room(what):
+            # Stored once, however many read it.
+            shared = self.cluster.ray.put(arguments) if self.size > 1 else arguments
+            with self._one_order:
+                refs = [a.call.remote(role, verb, shared, rank > 0) for rank, a in enumerate(self.actors)]
+        return Answer(self, what, refs)
 
     def submit_each(self, role: str, verb: str, arguments: Seq[tuple[Any, ...]]) -> Answer:
         """See ``tandem.roles.Home``."""
-        calls = zip(self.actors, arguments, strict=True)
-        with self._one_order:
+        what, calls = f"{role}.{verb}", zip(self.actors, arguments, strict=True)
+        with self._room(what), self._one_order:
             refs = [actor.call.remote(role, verb, own, False) for actor, own in calls]
-        return Answer(self, f"{role}.{verb}", refs, each=True)
+        return Answer(self, what, refs, each=True)
 
     def submit_one(self, rank: int, role: str, verb: str, *arguments: Any) -> Answer:
         """A method in one process."""
-        ref = self.actors[rank].call.remote(role, verb, arguments, False)
-        return Answer(self, f"{role}.{verb}", [ref], rank)
+        what = f"{role}.{verb}"
+        with self._room(what):
+            ref = self.actors[rank].call.remote(role, verb, arguments, False)
+        return Answer(self, what, [ref], rank)
 
     def ended_of(self, calls: Seq[Answer], seconds: float, *, all_of_them: bool = False) -> list[Answer]:
         """Those of some calls to single processes that have ended; waits so long for one of them, or for all."""
@@ -201,14 +210,29 @@ class WorkerGroup:
     def _result(self, what: str, ref: Any, rank: int) -> Any:
         exceptions = self.cluster.ray.exceptions
         try:
-            return raise_failure(self.cluster.ray.get(ref), self.who(rank))
+            with self._room(f"{what}: {self.who(rank)}"):
+                return raise_failure(self.cluster.ray.get(ref), self.who(rank))
         except (exceptions.RayActorError, exceptions.OutOfMemoryError) as error:
             said = " ".join(str(error).split("\n\t")[0].split())[:200]
             how = "killed, crashed, or out of the machine's memory" if said.startswith(UNEXPLAINED) else said
+            if isinstance(error, exceptions.ActorUnavailableError):
+                how = "Ray cannot reach it: it, its machine or the network to it is gone"
             raise WorkerDied(f"{self.who(rank)} died ({how}; in {what}){self._tail(rank)}") from None
         except exceptions.RayTaskError as error:
             lines = str(error).strip().splitlines()
             raise WorkerFailed(f"{self.who(rank)} failed in {what}: {lines[-1]}\n" + "\n".join(lines)) from None
+        except exceptions.RayError as error:
+            # Of the answer, which is lost with a machine that has left.
+            raise WorkerFailure(f"{what}: the answer of {self.who(rank)} is lost: {first_line(error)}") from None
+
+    @contextlib.contextmanager
+    def _room(self, what: str) -> Iterator[None]:
+        """Around what hands arguments to Ray, or results. Raises WorkerFailure where it has no room for them."""
+        exceptions = self.cluster.ray.exceptions
+        try:
+            yield
+        except (exceptions.ObjectStoreFullError, exceptions.OutOfDiskError):
+            raise WorkerFailure(f"{what}: {NO_ROOM}") from None
 
     def who(self, rank: int) -> str:
         """A process, for messages."""

@@ -12,8 +12,8 @@ import torch
 from helpers.vllm_models import make_model, save
 
 from tandem.engines.vllm.engine import VLLMEngine, VLLMParams, check_vllm
-from tandem.engines.vllm.setup import end_with_ranks
-from tandem.errors import UserError
+from tandem.engines.vllm.setup import end_with_ranks, explained
+from tandem.errors import RunFailure, UserError
 
 
 @pytest.mark.parametrize("version", ["0.25.0", "0.25.1", "0.32.0+cpu", "0.29.0rc1"])
@@ -91,6 +91,23 @@ def test_a_model_that_vllm_does_not_know(folder, tmp_path, changes, words):
 def test_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match="nowhere"):
         VLLMEngine(VLLMParams(model=str(tmp_path / "nowhere"), dtype="float32", max_slots=2))
+
+
+def test_why_a_rank_did_not_start_is_told_though_vllm_only_logs_it(capfd):
+    silent = RuntimeError("WorkerProc initialization failed due to an exception in a background process. See stack ...")
+    params = VLLMParams(model="base", dtype="float32", max_slots=2, tensor_parallel=2)
+    died = explained(silent, params)
+    assert type(died) is RunFailure
+    assert "base: one of its 2 ranks died (killed, crashed, or out of" in str(died)
+    logged = "(Worker_TP1 pid=98) ERROR 11-30 04:13:17 [multiproc_executor.py:953]"
+    os.write(1, f"{logged} Traceback (most recent call last):\n{logged}   File 'a.py', in load\n".encode())
+    os.write(1, f"{logged}     error: int\n{logged} AssertionError: tried to load 5 of 128\n\n".encode())
+    said = explained(silent, params)
+    assert (type(said), str(said)) == (
+        UserError,
+        "vLLM cannot start with base: AssertionError: tried to load 5 of 128",
+    )
+    assert capfd.readouterr().out.endswith("of 128\n\n")
 
 
 @pytest.mark.parametrize(("code", "how"), [(-9, "SIGKILL"), (3, "exit code 3"), (None, "exit code None")])

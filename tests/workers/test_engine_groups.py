@@ -233,18 +233,27 @@ def test_what_fails_is_given_up_in_all_engines_and_costs_nothing_else() -> None:
 
 
 def test_weights_that_a_push_did_not_come_to_send_are_not_called_by_an_older_step() -> None:
-    group: Any = SimpleNamespace(dead=list)
-    engines: Any = SimpleNamespace(group=group)
+    group: Any = SimpleNamespace(name="engine", dead=lambda: [0], restart=lambda rank: None)
+    engines: Any = SimpleNamespace(group=group, forget=lambda rank: None)
     refilled: list[int] = []
 
     def dies(step: int) -> dict[str, float]:
         raise WorkerDied("engine rank 0 died")
 
     engine = RestartingOnce(engines, engines, lambda: refilled.append(-1))
-    assert engine.guard(dies, refilled.append)(7) == {}
+
+    def again(step: int) -> dict[str, float]:
+        refilled.append(step)
+        return {"sync_seconds": 0.5}
+
+    assert engine.guard(dies, again)(7) == {"sync_seconds": 0.5}
     assert refilled == [7]
     with pytest.raises(RunFailure, match="restarted once already"):
-        engine.guard(dies, refilled.append)(8)
+        engine.guard(dies, again)(8)
+    # Who sends may have died instead, and no engine is to be restarted.
+    group.dead = list
+    with pytest.raises(WorkerDied, match=r"^engine rank 0 died$"):
+        engine.guard(dies, again)(9)
 
 
 def test_an_engine_of_this_process_takes_weights_between_sequences() -> None:

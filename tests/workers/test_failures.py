@@ -61,6 +61,8 @@ def test_a_worker_that_is_killed(inputs, cluster_address, placement, who, then):
         said = error_line(output)
         assert re.search(r"error: step 3, \w+: " + who.format(pid=pids[0]), said)
         assert said.endswith(f"; {then}")
+        # What follows from it in others is not told as well.
+        assert "Unhandled error" not in output
         assert_no_workers()
         assert events(driver.out)[-1]["reason"] == "error"
 

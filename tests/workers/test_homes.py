@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -128,6 +129,31 @@ def test_a_rank_that_never_answers_is_waited_for_once(cluster_address, tmp_path)
         with pytest.raises(RunFailure, match=r"critic\.meet: .*rank 1 .* still owes the answer to an earlier call"):
             behind.result()
         assert time.monotonic() - start < 1
+
+
+def test_what_ray_has_no_room_for_and_what_it_has_lost_is_a_line(pair, monkeypatch):
+    import ray
+
+    def fails(error: Exception) -> None:
+        raise error
+
+    full = ray.exceptions.OutOfDiskError("Local disk is full")
+    role = SimpleNamespace(answer=lambda: fails(full), large=lambda *_: bytes(1 << 20))
+    seat = pair.place("large", lambda site: role)
+    with pytest.raises(
+        RunFailure, match=r"^large\.answer: pair0 rank [01] \(pid \d+ on \S+\): Ray's object store is full"
+    ):
+        seat.call("answer")
+    with monkeypatch.context() as patched:
+        patched.setattr(ray, "put", lambda value: fails(full))
+        with pytest.raises(RunFailure, match=r"^large\.large: Ray's object store is full, and so is the disk"):
+            seat.submit("large", bytes(1 << 20))
+        # As where its machine has left with it.
+        lost = ray.exceptions.ObjectFetchTimedOutError("00ff", "", "")
+        patched.setattr(ray, "get", lambda ref: fails(lost))
+        with pytest.raises(RunFailure, match=r"^large\.large: the answer of pair0 rank [01] \(pid .* is lost: \w+"):
+            seat.submit_each("large", [(), ()]).result()
+    assert len(seat.call("large")) == 1 << 20
 
 
 def test_different_homes_work_at_the_same_time(cluster_address, tmp_path):

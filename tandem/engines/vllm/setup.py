@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from multiprocessing.connection import wait
+from pathlib import Path
 from typing import Any, Literal
 
 from tandem.engines.requests import eos_ids
 from tandem.engines.vllm.adapters import AdapterRoom, check_dtype
-from tandem.errors import UserError
+from tandem.errors import RunFailure, UserError
 from tandem.models.limits import turning_point
 from tandem.models.seeing import SeeingModel
 
@@ -283,13 +284,34 @@ def _explained(params: VLLMParams) -> Iterator[None]:
 
         logging.getLogger("tandem").debug("vLLM did not start", exc_info=error)
         cleanup_dist_env_and_memory()
-        raise UserError(explain(error, params)) from error
+        raise explained(error, params) from error
 
 
-def explain(error: Exception, params: VLLMParams) -> str:
-    """One line for a failure to start."""
+def explained(error: Exception, params: VLLMParams) -> UserError:
+    """A failure to start, in one line: a RunFailure where a tensor-parallel rank has died without a word."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if "in a background process" in text and not (text := error_of_ranks()):
+        return RunFailure(
+            f"vLLM cannot start with {params.model}: one of its {params.tensor_parallel} ranks died (killed, crashed, "
+            "or out of the machine's memory)"
+        )
+    return UserError(explain(text, params))
+
+
+def error_of_ranks() -> str:
+    """The last error that a rank has logged, which vLLM tells nobody; nothing where the log is no file to be read.
+
+    Ranks write where this process does: in a worker of Ray to a file.
+    """
+    logs = (Path(f"/proc/self/fd/{descriptor}") for descriptor in (1, 2))
+    text = "".join(log.read_text(errors="replace") for log in logs if log.is_file())
+    return (re.findall(r"(?m)^\(\S+ pid=\d+\) ERROR .*?\] (\w+: .*)$", text) or [""])[-1]
+
+
+def explain(text: str, params: VLLMParams) -> str:
+    """One line for a failure to start with these words."""
     model, max_length = params.model, params.max_length
-    text = re.sub(r"^\d+ validation errors? for \w+ (Value error, )?", "", " ".join(str(error).split()))
+    text = re.sub(r"^\d+ validation errors? for \w+ (Value error, )?", "", text)
     if match := re.search(r"attention heads \((\d+)\)", text):
         return (
             f"tensor_parallel is {params.tensor_parallel}, and {model} has {match[1]} attention heads; "
@@ -319,7 +341,7 @@ def explain(error: Exception, params: VLLMParams) -> str:
         return f"vLLM has no adapters for the architecture of {model}; add --lora.fold"
     if match := re.search(r"unexpected keyword argument '(\w+)'", text):
         return f"vLLM has no argument {match[1]!r}; correct it in the engine's arguments"
-    return f"vLLM cannot start with {model}: {text[:500] or type(error).__name__}"
+    return f"vLLM cannot start with {model}: {text[:500]}"
 
 
 def _installed_version() -> str:
