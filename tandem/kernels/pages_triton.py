@@ -22,6 +22,8 @@ TILE = 1 << 16
 """Most bytes of keys that a program looks at at once: of wider ones (512 in float32) a page is taken in parts."""
 MANY = 1024
 """Rows times key-value heads from which on a program has two warps instead of four: others hide what one waits for."""
+WIDEST = 256
+"""Most dimensions of a head whose sums fit into the registers of two warps."""
 
 
 def decode_rows(table_BP: Tensor, length_B: Tensor, alive_B: Tensor, page: int, kv_heads: int) -> DecodeRows:
@@ -229,7 +231,7 @@ def append_attend(
         GIVEN=given,
         CAPPED=softcap is not None,
         SINKS=sink_H is not None,
-        num_warps=2 if count * kv_heads >= MANY else 4,
+        num_warps=2 if count * kv_heads >= MANY and padded <= WIDEST else 4,
         num_stages=3,
     )
     return out
