@@ -130,9 +130,38 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+THEIRS = {
+    "batch_size": ["prompts_per_step"],
+    "beta": ["kl_coef"],
+    "dataset_name": ["data"],
+    "eval_steps": ["eval_every"],
+    "generate_max_len": ["max_new_tokens"],
+    "gradient_checkpointing": ["activation_checkpointing"],
+    "init_kl_coef": ["kl_coef"],
+    "lora_r": ["lora.rank"],
+    "max_completion_length": ["max_new_tokens"],
+    "max_seq_length": ["max_length"],
+    "max_steps": ["steps"],
+    "model_name_or_path": ["model"],
+    "n_samples_per_prompt": ["samples_per_prompt"],
+    "num_generations": ["samples_per_prompt"],
+    "num_train_epochs": ["epochs"],
+    "output_dir": ["out"],
+    "per_device_train_batch_size": ["batch_size", "prompts_per_step"],
+    "prompts_per_step": ["batch_size"],
+    "report_to": ["track"],
+    "reward_funcs": ["reward"],
+    "save_steps": ["save_every"],
+    "save_total_limit": ["keep"],
+    "warmup_ratio": ["warmup_steps"],
+}
+"""Names that somebody may bring along, from TRL, OpenRLHF or another command, with ours, however they are spelled."""
+
+
 def suggest(name: str, names: Iterable[str], show: Callable[[str], str] = str) -> str:
-    """``; did you mean X?`` for the nearest of ``names``: those with these initials (lr), or the likest spelling."""
+    """``; did you mean X?`` for the nearest of ``names``: called so elsewhere, with these initials, or the likest."""
     pool = list(names)
-    near = [known for known in pool if "".join(word[:1] for word in known.split("_")) == name]
+    near = [known for known in THEIRS.get(name, ()) if known in pool]
+    near = near or [known for known in pool if "".join(word[:1] for word in known.split("_")) == name]
     near = near or difflib.get_close_matches(name, pool, n=1, cutoff=0.5)
     return f"; did you mean {' or '.join(map(show, near))}?" if near else "; --help lists them"

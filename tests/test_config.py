@@ -207,6 +207,9 @@ def test_wrong_yaml_is_named_with_its_line(file, text, message):
     [
         (["--learing-rate", "1"], "unknown flag --learing-rate; did you mean --learning-rate?"),
         (["--lr", "1"], "unknown flag --lr; did you mean --long-rows or --learning-rate?"),
+        (["--num_generations", "4"], "unknown flag --num_generations; did you mean --samples-per-prompt?"),
+        (["--beta", "0.1"], "unknown flag --beta; did you mean --kl-coef?"),
+        (["--batch-size", "8"], "unknown flag --batch-size; did you mean --prompts-per-step?"),
         (["--confg", "a.yaml"], "unknown flag --confg; did you mean --config?"),
         (["--no-seed"], "unknown flag --no-seed"),
         (["--steps", "abc"], "--steps: expected a whole number or none, got 'abc'"),

@@ -27,8 +27,8 @@ from tandem.runs.report import write_report
 from tandem.runs.tracking import Tracking
 from tandem.schedules.session import Session, StepClock
 
-ALWAYS = ("grad_norm", "seconds", "tokens_per_second")
-"""The last 3 metrics that the display shows, whatever the method."""
+ALWAYS = ("pass@1", "grad_norm", "seconds", "tokens_per_second")
+"""The last 4 metrics that the display shows, whatever the method, where the run has them."""
 
 
 def start_of(config: Any, title: str, inputs: Inputs | None = None) -> Start:

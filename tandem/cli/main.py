@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from importlib import import_module
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -165,6 +166,7 @@ EXIT_DEADLINE_S = 10.0
 
 def process() -> NoReturn:
     """The command as a process of its own, which ends when the command does, whoever's threads go on."""
+    open_streams()
     pause()
     code = 1
     try:
@@ -172,6 +174,23 @@ def process() -> NoReturn:
     finally:
         threading.Thread(target=_end_threads, args=(code,), daemon=True).start()
     _exit(code)
+
+
+def open_streams() -> None:
+    """Opens standard streams that the process was started without, and lets output hold any text, whatever the locale.
+
+    Otherwise the next file or socket would get the number of one of them, and be closed, or printed into, as such.
+    """
+    for number, (name, mode) in enumerate({"stdin": "r", "stdout": "w", "stderr": "w"}.items()):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def main(argv: Sequence[str] | None = None, *, supervised: bool = False) -> int:

@@ -74,7 +74,7 @@ def tell_end(out: Path, leads: Seq[str], *commands: str) -> None:
     rows = []
     records = read_metrics(out / "metrics.jsonl")
     known = dict.fromkeys(name for record in records for name in record)
-    for name in leading(leads, known):
+    for name in leading((*leads, "pass@1"), known):
         values = [record[name] for record in records if name in record]
         rows.append((name, format_number(values[0]), format_number(values[-1])))
     print_table(f"{out}: {records[-1]['step']} steps", ("", "first", "last"), rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
@@ -50,7 +51,10 @@ def plot_curves(path: Path, panels: Mapping[str, Seq[Curve]], title: str) -> Non
             axes.set_xlabel("step", fontsize=9, color=_FAINT)
         if len(curves) > 1:
             axes.legend(fontsize=8, frameon=False, labelcolor=_INK, handlelength=1.4)
-    figure.savefig(path, format="png")
+    with warnings.catch_warnings():
+        # A run may be named in a script that matplotlib's font has no letters of; the picture has boxes for them.
+        warnings.filterwarnings("ignore", message="Glyph")
+        figure.savefig(path, format="png")
 
 
 def running_mean(values: Seq[float], window: int) -> list[float]:

@@ -40,7 +40,7 @@ class Pipeline:
         """Runs from where the session's newest checkpoint stands to ``steps``, or until its goals are met."""
         session.resume(crew.method.initial_state())
         buffer = self._buffer(crew, session)
-        clock, alike = session.clock, 0
+        clock, alike, lost = session.clock, 0, 0.0
         with ended(crew.source, buffer), session.kept():
             crew.publish(clock)
             session.record(crew.evaluate)
@@ -68,6 +68,11 @@ class Pipeline:
                 # First: whatever ends the run once the step counts as reached saves what is in the buffer.
                 buffer.trained()
                 session.reached(prepared.state, metrics, groups)
+                if (left_out := metrics.get("left_out", 0.0)) and not lost:
+                    session.note(
+                        f"samples without a reward, which are left out: {left_out:.0f} (left_out in metrics.jsonl)"
+                    )
+                lost = lost or left_out
                 alike = alike + 1 if rewards_alike(metrics) else 0
                 if alike == STEPS_ALIKE:
                     session.note(f"rewards have told no samples apart for {alike} steps (now {metrics['reward']:.4g})")

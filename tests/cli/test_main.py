@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -11,7 +12,9 @@ from types import ModuleType
 import pytest
 
 from tandem.cli import main as shell
+from tandem.config import key_names
 from tandem.errors import UserError
+from tandem.flags import THEIRS
 from tandem.version import __version__
 
 
@@ -192,6 +195,43 @@ def test_python_dash_m_and_a_reader_who_leaves():
     command.stderr.close()
     assert command.wait(timeout=60) == 128 + signal.SIGPIPE
     assert err == ""
+
+
+STREAMS = """
+import os, sys, types
+from tandem.cli import main as shell
+def run(argv):
+    print("sft \u00fc", flush=True)
+    print("\u65e5", file=sys.stderr)
+    return 7 if min(os.open(os.devnull, os.O_RDONLY), os.pipe()[0]) > 2 and sys.stdin.read() == "" else 1
+sys.modules["probe"] = types.SimpleNamespace(run=run)
+shell.COMMANDS["probe"] = shell.Command("Tests", "probe", "a test's own", None)
+sys.argv = ["tandem", "probe"]
+shell.process()
+"""
+
+
+@pytest.mark.parametrize("closed", ["", "<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_streams_that_are_closed_or_hold_no_such_text_change_nothing(closed):
+    """A reward's process had the number of the closed one, and died; a print of another script ended the run."""
+    command = f'exec {sys.executable} -c "$1" {closed}'
+    done = subprocess.run(
+        ["/bin/sh", "-c", command, "sh", STREAMS],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        timeout=60,
+    )
+    assert done.returncode == 7
+    assert done.stdout == (b"" if ">&-" in closed.split() else b"sft \\xfc\n")
+    assert done.stderr == (b"" if "2>&-" in closed.split() else b"\\u65e5\n")
+
+
+def test_names_of_others_lead_to_keys_that_there_are():
+    classes = [
+        command.config_class(name)[0] for name, command in shell.COMMANDS.items() if command.config == shell.METHOD
+    ]
+    assert {ours for names in THEIRS.values() for ours in names} <= {key for cls in classes for key in key_names(cls)}
 
 
 @pytest.mark.parametrize("name", [name for name in shell.COMMANDS if name != "quickstart"])

@@ -10,6 +10,7 @@ import pytest
 from helpers.runs import arguments, unevaluated
 
 from tandem.assembly import sessions
+from tandem.runs.curves import plot_curves
 from tandem.runs.report import panels_of, write_report
 
 pytestmark = pytest.mark.draws
@@ -72,6 +73,12 @@ def test_the_curves_are_training_and_held_out_in_one_panel(tmp_path):
     assert picture.shape[1] > 1000
     assert picture[..., :3].std() > 0.02
     assert {path.name for path in out.iterdir()} == {"metrics.jsonl", "events.jsonl", "summary.md", "curves.png"}
+
+
+def test_a_name_that_the_font_has_no_letters_of_is_drawn_without_a_word(tmp_path, recwarn):
+    plot_curves(tmp_path / "curves.png", {"loss": [("", [0], [1.0])]}, "日本")
+    assert (tmp_path / "curves.png").exists()
+    assert not recwarn
 
 
 def test_a_run_that_has_written_nothing_has_a_summary_and_no_picture(tmp_path):

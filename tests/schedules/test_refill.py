@@ -201,9 +201,11 @@ def test_data_that_has_taught_all_it_can_saves_the_steps_done(dapo, handed_out, 
 
 def test_groups_without_a_reward_are_passed_over(dapo, handed_out):
     """One at a time as well: a prompt that nobody can judge is no fault where it came in another's place."""
-    code, _, stderr = dapo("undecided", reward="undecided")
+    code, stdout, stderr = dapo("undecided", reward="undecided")
     assert code == 0, stderr
     lines = metrics("undecided")
+    told = f"after step 1: samples without a reward, which are left out: {lines[0]['left_out']:.0f} (left_out in"
+    assert stdout.count("left out:") == stdout.count(told) == 1
     assert min(map(len, handed_out)) == 1
     assert all(line["left_out"] >= 3 for line in lines if line["step"])
     assert all(line["left_out"] <= 3 * line["passed_over"] for line in lines if line["step"])
