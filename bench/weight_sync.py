@@ -92,8 +92,8 @@ def measure(options: argparse.Namespace, folder: str) -> dict[str, Any]:
         first = [_timed(nudge, push, step) for step in range(WARM)]
         for step in range(WARM, WARM + 2 * options.repeats):
             # Alternating, so that both meet the same neighbours.
-            push.params.check = step % 2 == 0
-            pushes[push.params.check].append(_timed(nudge, push, step))
+            push.check.on = step % 2 == 0
+            pushes[push.check.on].append(_timed(nudge, push, step))
     return {"about": sampler.about, "first": first, "checked": pushes[True], "unchecked": pushes[False]}
 
 

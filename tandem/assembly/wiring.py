@@ -104,17 +104,8 @@ class Wiring:
             engine = _of(home)
             return WiredEngine(engine=engine, push=_going_on(engine), about="live, on the actor's own weights")
         engines = home.place("engine", self.replica())
-        check = TruthCheck(
-            Seat(home, "actor"),
-            engines,
-            count=count,
-            dtype=homes.model.dtype,
-            vocabulary=self.vocabulary,
-            layers=layers_of(read_config(homes.model.model, homes.model.trust_remote_code)),
-        )
         replicas = home.place("replicas", partial(Replicas, fold=homes.fold))
-        checked = check if homes.engine.check_weights else None
-        push = FillPush(replicas, checked, adapters=homes.fed_adapters is not None)
+        push = FillPush(replicas, self._check(engines, count), adapters=homes.fed_adapters is not None)
         if isinstance(home, Here):
             about = "live, on a copy with the adapters folded in"
             copy: FedEngine = home.site.roles["engine"]
@@ -184,26 +175,32 @@ class Wiring:
         return sender.place("source", partial(weight_source, fold=homes.fold, scaled=homes.engine.kind == "vllm"))
 
     def _link(self, source: Seat, engines: Seat, drops: bool = False) -> WeightPush:
-        model, engine = self.homes.model, self.homes.engine
-        config = read_config(model.model, model.trust_remote_code)
-        push = WeightPush(
-            source,
-            Seat(self.homes.of("actor"), "actor"),
-            engines,
-            PushParams(
-                dtype=model.dtype,
-                transport=engine.transport,
-                check=engine.check_weights,
-                ranks_per_engine=engine.tensor_parallel,
-                vocabulary=self.vocabulary,
-                layers=layers_of(config),
-                limit=furthest_limit(config, engine.max_length, by=BEYOND + 1),
-                timeout_s=min(300.0, self.homes.section.deadline),
-                drops=drops,
-            ),
+        engine = self.homes.engine
+        params = PushParams(
+            dtype=self.homes.model.dtype,
+            transport=engine.transport,
+            timeout_s=min(300.0, self.homes.section.deadline),
+            drops=drops,
         )
+        count = len(engines.devices) // engine.tensor_parallel
+        push = WeightPush(source, engines, params, self._check(engines, count, past_limits=True))
         push.connect()
         return push
+
+    def _check(self, engines: Seat, count: int, *, past_limits: bool = False) -> TruthCheck:
+        """What proves that engines hold the actor's weights; ``past_limits``: also on a sequence past the model's."""
+        model, engine = self.homes.model, self.homes.engine
+        config = read_config(model.model, model.trust_remote_code)
+        return TruthCheck(
+            Seat(self.homes.of("actor"), "actor"),
+            engines,
+            count=count,
+            dtype=model.dtype,
+            vocabulary=self.vocabulary,
+            layers=layers_of(config),
+            limit=furthest_limit(config, engine.max_length, by=BEYOND + 1) if past_limits else 0,
+            on=engine.check_weights,
+        )
 
 
 def engine_alone(homes: Homes, draws: DrawsSection, *, seed: int) -> Engine:

@@ -20,7 +20,7 @@ from tandem.models.shrunk import furthest_limit
 from tandem.models.text_config import config_in
 from tandem.own_loop.their_model import GivenModel, Shapes
 from tandem.parallel.world import World
-from tandem.sync.check import BEYOND, compare
+from tandem.sync.check import BEYOND, TruthCheck, compare
 from tandem.sync.push import PushParams, WeightPush
 from tandem.sync.source import WeightSource
 from tandem.types import Completion, Request
@@ -173,9 +173,9 @@ class InChild:
             # of them has found a wrong checksum.
             self.push = WeightPush(
                 self.aside.place("source", lambda site: source),
-                None,
                 self.engine,
-                PushParams(dtype=self.params.dtype, check=self.params.check),
+                PushParams(dtype=self.params.dtype),
+                TruthCheck(None, self.engine, count=1, dtype=self.params.dtype, on=self.params.check),
             )
             self.push.connect()
         # Parameters are other objects where another model is given, and where a forward had left them gathered.

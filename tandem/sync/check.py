@@ -39,7 +39,7 @@ class TruthCheck:
 
     ``dtype`` is the engines', ``vocabulary`` that of the probe's tokens, ``layers`` are the model's. Without a
     ``trainer`` there is no probe. The first one goes past ``limit``, the furthest that the model's config names, as of
-    a window (0: there is none).
+    a window (0: there is none). Where it is not ``on`` nothing is compared.
     """
 
     def __init__(
@@ -49,11 +49,12 @@ class TruthCheck:
         *,
         count: int,
         dtype: Literal["float32", "bfloat16"],
-        vocabulary: int,
+        vocabulary: int = 0,
         layers: int = 1,
         limit: int = 0,
+        on: bool = True,
     ) -> None:
-        self.trainer, self.engines, self.count = trainer, engines, count
+        self.trainer, self.engines, self.count, self.on = trainer, engines, count, on
         self.bound, self.probe = logp_bound(dtype, layers), Probe(vocabulary, limit)
         self.pushes = 0
         self.sums: Sums = {}
@@ -62,7 +63,7 @@ class TruthCheck:
         """What each engine's checksums are of, the same from the first push over its link to the last."""
         self.logp: list[list[float]] | None = None
         """The trainer's log-probs of the probe, until the engines' have been compared with them."""
-        self.untried = trainer is not None
+        self.untried = on and trainer is not None
         """Whether there has been no ``trial`` yet."""
 
     @contextmanager
@@ -98,6 +99,8 @@ class TruthCheck:
 
         Raises WeightMismatch, naming the parameter.
         """
+        if not self.on:
+            return
         self.sums = sums
         if self.pushes == 0:
             self.held = self._of_each("held")

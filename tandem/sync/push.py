@@ -19,15 +19,11 @@ from tandem.sync.plan import Plan
 
 @dataclass(kw_only=True)
 class PushParams:
-    """How weights travel. ``dtype`` is the engines', ``layers`` the model's, ``limit`` what a first probe goes past."""
+    """How weights travel."""
 
     dtype: Literal["float32", "bfloat16"]
+    """The engines'."""
     transport: Transport | Literal["auto"] = "auto"
-    check: bool = True
-    ranks_per_engine: int = 1
-    vocabulary: int = 32
-    layers: int = 1
-    limit: int = 0
     timeout_s: float = 300.0
     drops: bool = False
     """Whether engines drop their weights between pushes, so that every push must bring all of them."""
@@ -40,13 +36,12 @@ class WeightPush:
     CPUs), each trainer rank feeding its part of the engines.
 
     ``source`` is a ``tandem.sync.source.WeightSource`` in every rank of the trainer, ``engines`` are
-    ``tandem.roles.FedEngine``s; neither may be called at once, since each waits for the other. Unless it is turned off,
-    the truth check compares every tensor of every push (``tandem.sync.check``), with a probe where it is given the
-    ``trainer``.
+    ``tandem.roles.FedEngine``s; neither may be called at once, since each waits for the other. ``check`` compares every
+    tensor of every push, unless it is turned off.
     """
 
-    def __init__(self, source: Seat, trainer: Seat | None, engines: Seat, params: PushParams) -> None:
-        self.source, self.engines, self.params = source, engines, params
+    def __init__(self, source: Seat, engines: Seat, params: PushParams, check: TruthCheck) -> None:
+        self.source, self.engines, self.params, self.check = source, engines, params, check
         self.plan: Plan = source.call("plan", params.dtype)
         self.adapters: Plan | None = source.call("moving_plan", params.dtype)
         self.wholly, self.moving = self.plan, None if params.drops else self.adapters
@@ -54,15 +49,6 @@ class WeightPush:
         self.version = 0
         self.pushed = False
         """Whether anything has gone over the links that there are."""
-        self.check = TruthCheck(
-            trainer,
-            engines,
-            count=self._engines,
-            dtype=params.dtype,
-            vocabulary=params.vocabulary,
-            layers=params.layers,
-            limit=params.limit,
-        )
 
     def connect(self) -> None:
         """Makes all links anew. Raises UserError where devices cannot be linked."""
@@ -78,7 +64,7 @@ class WeightPush:
             for place, number in enumerate(mine):
                 assert link is not None
                 ends[number] = Link(**vars(link) | {"port": port, "rank": place + 1})
-        per = self.params.ranks_per_engine
+        per = len(ends) // self.check.count
         engines = [([ends[number] for number in range(e, e + per)],) for e in range(0, len(ends), per)]
         self._both(("connect", ()), ("connect", engines))
         self.transport = transport
@@ -113,12 +99,11 @@ class WeightPush:
         if self.moving is not None and self.pushed and self.plan != self.moving:
             # The base has arrived. From now on less travels.
             self._connect(self.moving)
-        check = self.params.check
-        sums, found = self._both(("send", (check,)), ("receive", [(version, check)] * self._engines))
+        check = self.check.on
+        sums, found = self._both(("send", (check,)), ("receive", [(version, check)] * self.check.count))
         pushed = time.perf_counter()
         self.pushed = True
-        if check:
-            self.check.compare(version, sums, found)
+        self.check.compare(version, sums, found)
         return {
             "sync_seconds": pushed - start,
             "sync_check_seconds": time.perf_counter() - pushed,
@@ -131,11 +116,7 @@ class WeightPush:
 
         Once, before anything is sampled: what ran meanwhile would go on with the trial's.
         """
-        return self.params.check and self.adapters is not None and self.check.untried
-
-    @property
-    def _engines(self) -> int:
-        return len(self.engines.devices) // self.params.ranks_per_engine
+        return self.adapters is not None and self.check.untried
 
     def _both(self, source: tuple[str, tuple[Any, ...]], engines: tuple[str, list[tuple[Any, ...]]]) -> tuple[Any, Any]:
         """A call to the source and one to the engines at the same time."""
@@ -204,25 +185,24 @@ def between_sequences(engine: HoldingEngine, push: Callable[[int], Metrics]) -> 
 class FillPush:
     """Weights into engines in the trainer's own processes: each rank fills its own engine with gathered parameters.
 
-    ``replicas`` does that (``assembly.models.Replicas``); ``check`` is None where it is turned off. ``adapters``:
-    whether there are any apart from the base, which are tried before the first fill.
+    ``replicas`` does that (``assembly.models.Replicas``). ``adapters``: whether there are any apart from the base; they
+    are tried before the first fill.
     """
 
-    def __init__(self, replicas: Seat, check: TruthCheck | None, *, adapters: bool = False) -> None:
+    def __init__(self, replicas: Seat, check: TruthCheck, *, adapters: bool = False) -> None:
         self.replicas, self.check, self.adapters = replicas, check, adapters
 
     def __call__(self, version: int) -> Metrics:
         """Fills all engines and proves it. Raises WeightMismatch, naming the parameter."""
-        if self.check is not None and self.adapters and self.check.untried:
+        if self.adapters and self.check.untried:
             with self.check.trial():
                 self._fill(version)
         return self._fill(version)
 
     def _fill(self, version: int) -> Metrics:
         start = time.perf_counter()
-        ranks = self.replicas.submit_each("push", [(self.check is not None,)] * len(self.replicas.devices)).result()
+        ranks = self.replicas.submit_each("push", [(self.check.on,)] * len(self.replicas.devices)).result()
         pushed = time.perf_counter()
-        if self.check is not None:
-            self.check.compare(version, ranks[0][0], [found for _, found in ranks])
-            self.check.prove(version)
+        self.check.compare(version, ranks[0][0], [found for _, found in ranks])
+        self.check.prove(version)
         return {"sync_seconds": pushed - start, "sync_check_seconds": time.perf_counter() - pushed}

@@ -11,6 +11,7 @@ from tandem.batch import TokenLoss
 from tandem.engines.live.replica import ReplicaEngine
 from tandem.models.loading import prepare_module
 from tandem.parallel.world import World
+from tandem.sync.check import TruthCheck
 from tandem.sync.push import PushParams, WeightPush
 from tandem.sync.source import WeightSource
 from tandem.training.optim import OptimParams
@@ -35,8 +36,9 @@ def pushing(engine: ReplicaEngine, dtype: Any = "float32", name: str = "llama") 
     )
     actor = home.place("actor", lambda site: trainer)
     source = home.place("source", lambda site: WeightSource(trainer.parameters, torch.device("cpu")))
-    params = PushParams(dtype=dtype, vocabulary=VOCABULARY, timeout_s=20)
-    push = WeightPush(source, actor, aside.place("engine", lambda site: engine), params)
+    engines = aside.place("engine", lambda site: engine)
+    check = TruthCheck(actor, engines, count=1, dtype=dtype, vocabulary=VOCABULARY)
+    push = WeightPush(source, engines, PushParams(dtype=dtype, timeout_s=20), check)
     push.connect()
     return push, trainer
 

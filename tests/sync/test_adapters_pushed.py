@@ -149,8 +149,9 @@ def linked(base, engine, *, drops):
     actor = home.place("actor", lambda site: trainer)
     moving = trainer.policy.trained
     source = home.place("source", lambda site: WeightSource(trainer.parameters, model.device, moving=moving))
-    params = PushParams(dtype="float32", vocabulary=60, timeout_s=20, drops=drops)
-    push = WeightPush(source, actor, aside.place("engine", lambda site: engine), params)
+    engines = aside.place("engine", lambda site: engine)
+    check = TruthCheck(actor, engines, count=1, dtype="float32", vocabulary=60)
+    push = WeightPush(source, engines, PushParams(dtype="float32", timeout_s=20, drops=drops), check)
     push.connect()
     return trainer, push
 

@@ -130,7 +130,7 @@ def test_the_bound_follows_from_dtype_and_depth():
 
 def test_without_the_check_nothing_is_compared():
     push, _ = pushing(Skipping(model_of(1)))
-    push.params.check = False
+    push.check.on = False
     push(1)
     assert push.check.logp is None
     assert push.check.sums == {}

@@ -19,7 +19,7 @@ from tandem.models.loading import load_causal
 from tandem.models.policy import Scaled
 from tandem.parallel.world import World
 from tandem.roles import Seat
-from tandem.sync.check import WeightMismatch
+from tandem.sync.check import TruthCheck, WeightMismatch
 from tandem.sync.push import PushParams, WeightPush
 from tandem.sync.source import WeightSource
 from tandem.training.optim import OptimParams
@@ -88,8 +88,8 @@ def ends_of(trainer: LocalTrainer, source: WeightSource, engine: VLLMEngine, eng
     def link() -> WeightPush:
         # A fault of the scale is one of the truth as well.
         source.truth = None
-        params = PushParams(dtype="float32", vocabulary=VOCABULARY, layers=2, timeout_s=30)
-        push = WeightPush(sender, actor, engines, params)
+        check = TruthCheck(actor, engines, count=1, dtype="float32", vocabulary=VOCABULARY, layers=2)
+        push = WeightPush(sender, engines, PushParams(dtype="float32", timeout_s=30), check)
         push.connect()
         return push
 
