@@ -80,7 +80,20 @@ class Policy:
             forget_gathered(self.model.sharded)
 
 
-class Dequantized(Mapping[str, Tensor]):
+class Derived(Mapping[str, Tensor]):
+    """A model's parameters by their names, of which each is made when it is asked for."""
+
+    standing: Mapping[str, Tensor]
+    """For each a tensor of the same shape, whose numbers need not be there."""
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.standing)
+
+    def __len__(self) -> int:
+        return len(self.standing)
+
+
+class Dequantized(Derived):
     """A model's parameters by their names, those in few bits as the weights [O, I] that they stand for.
 
     Each is made when it is asked for, in ``dtype``, in which the model multiplies by it: the very same numbers.
@@ -91,20 +104,13 @@ class Dequantized(Mapping[str, Tensor]):
         self.parameters, self.dtype = parameters, dtype
         shapes = {name: torch.empty(layer.shape, dtype=dtype, device="meta") for name, layer in self.layers.items()}
         self.standing = {**parameters, **shapes}
-        """For each a tensor of the same shape; without numbers, where these are still to be made."""
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.standing)
-
-    def __len__(self) -> int:
-        return len(self.standing)
 
     def __getitem__(self, name: str) -> Tensor:
         layer = self.layers.get(name)
         return self.parameters[name] if layer is None else layer.dequantized(self.dtype)
 
 
-class Scaled(Mapping[str, Tensor]):
+class Scaled(Derived):
     """A model's parameters by their names, each adapter's B times its scale (arXiv:2106.09685, section 4.1).
 
     Products are made when they are asked for, in float32. Raises UserError for adapters on other parts than linear
@@ -127,12 +133,6 @@ class Scaled(Mapping[str, Tensor]):
                 )
         self.scales = {pair.b: pair.scale for pair in pairs.values() if pair.scale != 1}
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.standing)
-
-    def __len__(self) -> int:
-        return len(self.standing)
-
     @torch.no_grad()
     def __getitem__(self, name: str) -> Tensor:
         whole = self.parameters[name]
@@ -140,7 +140,7 @@ class Scaled(Mapping[str, Tensor]):
         return whole if scale is None else placed_like(local(whole).float() * scale, whole)
 
 
-class Merged(Mapping[str, Tensor]):
+class Merged(Derived):
     """The weights of a model with its adapters added, by the names of the model without.
 
     Each is computed when it is asked for, in float32: a collective over the ranks where parameters are sharded.
@@ -151,13 +151,6 @@ class Merged(Mapping[str, Tensor]):
         self.pairs = pairs_of(module)
         self.names = {plain_name(name): name for name in parameters if ".lora_" not in name}
         self.standing = {plain: standing(parameters)[name] for plain, name in self.names.items()}
-        """For each, the base's tensor: of the same shape, and in the same place as long as that stays."""
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.standing)
-
-    def __len__(self) -> int:
-        return len(self.standing)
 
     @torch.no_grad()
     def __getitem__(self, name: str) -> Tensor:
