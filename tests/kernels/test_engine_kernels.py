@@ -301,8 +301,7 @@ def test_decoding_turns_queries_and_keys_by_the_way(dtype, normed, size, turned,
 
 
 @pytest.mark.parametrize("eight_bit", EIGHT_BIT)
-@pytest.mark.parametrize("dtype", [torch.float32, LOW])
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("dtype", "weighted"), [(torch.float32, False), (LOW, True)])
 def test_values_are_normed_and_what_is_kept_is_attended_to_again(dtype, weighted: bool, eight_bit: bool) -> None:
     """Values that are the keys as they come, normed by the way; then queries of a layer without keys and values."""
     heads, kv_heads, size, page = 6, 2, 24, 16
