@@ -149,13 +149,14 @@ class Batch:
 
     def segments_of(self, units: list[int]) -> Tensor:
         """int64: the segments of these units, in this order."""
-        per = self.segments_per_unit
-        return torch.tensor([unit * per + i for unit in units for i in range(per)], dtype=torch.int64)
+        unit_U1 = torch.tensor(units, dtype=torch.int64)[:, None]
+        return (unit_U1 * self.segments_per_unit + torch.arange(self.segments_per_unit)).flatten()
 
     def tokens_of(self, units: list[int]) -> Tensor:
         """int64: the tokens of these units, in this order."""
-        starts, ends = self.bounds[:-1].tolist(), self.bounds[1:].tolist()
-        return torch.cat([torch.arange(starts[s], ends[s]) for s in self.segments_of(units).tolist()])
+        segments = self.segments_of(units)
+        length_S = self.bounds.diff()[segments]
+        return positions(length_S) + self.bounds[segments].repeat_interleave(length_S)
 
     def select(self, units: list[int]) -> Batch:
         """The batch of these units, in this order."""
@@ -166,10 +167,12 @@ class Batch:
         for f in fields(self):
             value = getattr(self, f.name)
             if isinstance(value, torch.Tensor) and f.name.endswith("_T"):
-                changes[f.name] = value[send(token_index, value.device)]
+                changes[f.name] = value.index_select(0, send(token_index, value.device))
             elif isinstance(value, torch.Tensor) and f.name.endswith("_S"):
-                changes[f.name] = value[send(segment_index, value.device)]
-        changes["seen"] = {role: out.map(lambda x: x[send(token_index, x.device)]) for role, out in self.seen.items()}
+                changes[f.name] = value.index_select(0, send(segment_index, value.device))
+        changes["seen"] = {
+            role: out.map(lambda x: x.index_select(0, send(token_index, x.device))) for role, out in self.seen.items()
+        }
         return replace(self, **changes)
 
     def unshared(self) -> Batch:
@@ -187,6 +190,12 @@ class Batch:
             moved["trainable_N"] = send(self.trainable_T.nonzero().squeeze(-1), device)
         moved["seen"] = {role: out.map(lambda x: send(x, device)) for role, out in self.seen.items()}
         return replace(self, **moved)
+
+
+def positions(length_S: Tensor) -> Tensor:
+    """int64 [T]: of each token of segments of these lengths, int64 on the CPU, its place in its own, from 0."""
+    start_S = length_S.cumsum(0) - length_S
+    return torch.arange(int(length_S.sum())) - start_S.repeat_interleave(length_S)
 
 
 def filled(value: Tensor | None, name: str) -> Tensor:

@@ -143,7 +143,7 @@ class Rollout(Drawn):
     reward_parts: dict[str, float] = field(default_factory=dict)
     judged: float | None = None
     """Its reward before its length took anything off, where the run punishes length."""
-    advantages: list[float] | None = None
+    advantages: Seq[float] | None = None
     """Of each token, as the loss gets them; None where it was not trained on."""
     error: str | None = None
 

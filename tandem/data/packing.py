@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tandem.batch import Batch
+from tandem.batch import Batch, positions
 from tandem.types import Aggregation, Example, LabelledAnswer, PreferencePair, Rollout, Sequence, Solution
 
 WORTH_SHARING = 32
@@ -33,18 +33,19 @@ def pack(sequences: Seq[Sequence], *, segments_per_unit: int = 1, prompt_lengths
             raise ValueError(f"sequence {i}: {len(s.token_ids)} tokens with a mask of {len(s.trainable)}")
     lengths = torch.tensor([len(s.token_ids) for s in sequences])
     bounds = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-    position_T = torch.cat([torch.arange(n) for n in lengths.tolist()])
-    trainable_T = _joined((s.trainable for s in sequences), np.bool_) & (position_T > 0)
+    count, position_T = int(bounds[-1]), positions(lengths)
+    token_ids_T = _joined((s.token_ids for s in sequences), np.int64, count)
+    trainable_T = _joined((s.trainable for s in sequences), np.bool_, count) & (position_T > 0)
     if prompt_lengths is None:
         prompt_lengths = [s.trainable.index(True) if any(s.trainable) else len(s.trainable) for s in sequences]
-    group_S, prefix_S = _groups(sequences, prompt_lengths)
+    group_S, prefix_S = _groups(token_ids_T, bounds, prompt_lengths)
     return Batch(
         bounds=bounds,
-        token_ids_T=_joined((s.token_ids for s in sequences), np.int64),
+        token_ids_T=token_ids_T,
         position_T=position_T,
         trainable_T=trainable_T,
-        weight_T=torch.zeros(int(bounds[-1]), dtype=torch.float32),
-        untruncated_logp_T=_sampled(sequences),
+        weight_T=torch.zeros(count, dtype=torch.float32),
+        untruncated_logp_T=_sampled(sequences, count),
         segments_per_unit=segments_per_unit,
         index_S=torch.arange(len(sequences)),
         group_S=group_S,
@@ -52,12 +53,12 @@ def pack(sequences: Seq[Sequence], *, segments_per_unit: int = 1, prompt_lengths
     )
 
 
-def _joined(lists: Iterable[Seq[float]], dtype: type[np.generic]) -> Tensor:
-    """The numbers of all lists, one after another: a quarter of the time that ``torch.tensor`` takes for a list."""
-    return torch.from_numpy(np.fromiter(chain.from_iterable(lists), dtype))
+def _joined(lists: Iterable[Seq[float]], dtype: type[np.generic], count: int) -> Tensor:
+    """The ``count`` numbers of all lists, one after another, in a seventh of the time that ``torch.tensor`` takes."""
+    return torch.from_numpy(np.fromiter(chain.from_iterable(lists), dtype, count))
 
 
-def _sampled(sequences: Seq[Sequence]) -> Tensor | None:
+def _sampled(sequences: Seq[Sequence], count: int) -> Tensor | None:
     """The log-probs that they were sampled with; None where they were not. Raises ValueError as ``pack``."""
     given = [s.untruncated_logp for s in sequences if s.untruncated_logp is not None]
     if not given:
@@ -67,7 +68,7 @@ def _sampled(sequences: Seq[Sequence]) -> Tensor | None:
     for i, (s, logp) in enumerate(zip(sequences, given, strict=True)):
         if len(logp) != len(s.token_ids):
             raise ValueError(f"sequence {i}: {len(s.token_ids)} tokens with {len(logp)} of untruncated_logp")
-    logp_T = _joined(given, np.float32)
+    logp_T = _joined(given, np.float32, count)
     if logp_T.isnan().any():  # which numpy makes of None
         for i, logp in enumerate(given):
             if None in logp:
@@ -77,19 +78,20 @@ def _sampled(sequences: Seq[Sequence]) -> Tensor | None:
     return logp_T
 
 
-def _groups(sequences: Seq[Sequence], prompt_lengths: Seq[int]) -> tuple[Tensor, Tensor] | tuple[None, None]:
+def _groups(token_ids_T: Tensor, bounds: Tensor, prompt_lengths: Seq[int]) -> tuple[Tensor, Tensor] | tuple[None, None]:
     """``group_S`` and ``prefix_S``; None where nothing is shared.
 
     The tokens decide, so that what is shared is the same whoever named it.
     """
     groups: dict[object, int] = {}
     numbers, prefixes = [], []
-    for i, (sequence, prompt_length) in enumerate(zip(sequences, prompt_lengths, strict=True)):
-        length = len(sequence.token_ids)
+    ids_T, starts = token_ids_T.numpy(), bounds.tolist()
+    for i, (start, end, prompt_length) in enumerate(zip(starts, starts[1:], prompt_lengths, strict=False)):
+        length = end - start
         prefix = min(prompt_length, length - 1)
         if prefix == 1 or prefix * WORTH_SHARING < length:
             prefix = 0
-        key = tuple(sequence.token_ids[:prefix]) if prefix else i
+        key = ids_T[start : start + prefix].tobytes() if prefix else i
         numbers.append(groups.setdefault(key, len(groups)))
         prefixes.append(prefix)
     return (torch.tensor(numbers), torch.tensor(prefixes)) if len(groups) < len(numbers) else (None, None)

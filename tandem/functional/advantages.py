@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -87,8 +88,10 @@ def group_normalised(rewards: Sequence[float], eps: float = 1e-4) -> list[float]
     """
     if _all_equal(rewards):
         return [0.0] * len(rewards)
-    std = statistics.stdev(rewards)
-    return [r / (std + eps) for r in centred(rewards)]
+    deviations = centred(rewards)
+    # The root of a sum of squares, none of which overflows.
+    std = math.hypot(*deviations) / math.sqrt(len(rewards) - 1)
+    return [deviation / (std + eps) for deviation in deviations]
 
 
 def _all_equal(rewards: Sequence[float]) -> bool:

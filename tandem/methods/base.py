@@ -6,7 +6,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
-from tandem.batch import Asks, Batch, Outputs, TokenLoss
+from tandem.batch import Asks, Batch, Outputs, TokenLoss, send
 from tandem.keys import Checked, needs
 from tandem.lazy import torch
 from tandem.roles import LossFn, Metrics
@@ -205,8 +205,8 @@ class Method(Checked):
 
 def spread(advantages: Seq[float], batch: Batch) -> Tensor:
     """[T]: one number a sample, at each of its trainable tokens."""
-    advantage_S = torch.tensor(advantages, dtype=torch.float32).to(batch.token_ids_T.device)
-    return advantage_S[batch.segment_T] * batch.trainable_T
+    advantage_T = torch.tensor(advantages, dtype=torch.float32).repeat_interleave(batch.bounds.diff())
+    return send(advantage_T, batch.token_ids_T.device) * batch.trainable_T
 
 
 def at_last_trainable(x_S: Tensor, batch: Batch) -> Tensor:

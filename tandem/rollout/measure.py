@@ -94,7 +94,7 @@ def rollout_metrics(groups: Seq[Group], *, judged: bool = True) -> Metrics:
     rollouts = [r for group in groups for r in group.rollouts]
     usable = [r for r in rollouts if r.usable]
     rewards = torch.tensor([r.reward for r in usable], dtype=torch.float64)
-    lengths = torch.tensor([len(r.completion_ids) for r in rollouts], dtype=torch.float64)
+    lengths = torch.tensor([len(r.token_ids) - r.prompt_length for r in rollouts], dtype=torch.float64)
     metrics: Metrics = {
         "reward": rewards.mean().item() if usable else float("nan"),
         "reward_std": rewards.std(correction=0).item() if usable else float("nan"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
@@ -120,10 +121,10 @@ class Preparation:
 
 def fill_advantages(rollouts: Seq[Rollout], batch: Batch) -> None:
     """Gives each rollout that is in the batch, of which a method may leave some out, the advantages of its tokens."""
-    advantages, bounds = filled(batch.advantage_T, "advantage_T").tolist(), batch.bounds.tolist()
+    advantage_T, bounds = filled(batch.advantage_T, "advantage_T").double().numpy(), batch.bounds.tolist()
     numbers = filled(batch.index_S, "index_S").tolist()
     for number, first, end in zip(numbers, bounds, bounds[1:], strict=False):
-        rollouts[number].advantages = advantages[first:end]
+        rollouts[number].advantages = array("d", advantage_T[first:end].tobytes())
 
 
 def sampler_gap(batch: Batch) -> Metrics:

@@ -267,7 +267,7 @@ def _describe(group: Group) -> dict[str, Any]:
 def _describe_sample(rollout: Rollout) -> dict[str, Any]:
     start = rollout.prompt_length
 
-    def of_completion(numbers: list[float]) -> list[float]:
+    def of_completion(numbers: Seq[float]) -> list[float]:
         return [round(number, 6) for number in numbers[start:]]
 
     described: dict[str, Any] = {

@@ -141,6 +141,12 @@ def test_group_goldens():
     assert centred(REWARDS) == pytest.approx([0.3, -0.7, -0.7, -0.2, 1.3], abs=1e-12)
 
 
+@pytest.mark.parametrize("scale", [1e-170, 1e170])
+def test_rewards_whose_squares_are_beyond_float64_are_normalised(scale):
+    found = group_normalised([scale * reward for reward in REWARDS], eps=0.0)
+    assert found == pytest.approx(group_normalised(REWARDS, eps=0.0), rel=1e-14)
+
+
 @pytest.mark.parametrize("baseline", [centred, group_normalised])
 @pytest.mark.parametrize("rewards", [[], [0.1], [0.1] * 3, [1 / 3] * 7])
 def test_a_tied_group_teaches_nothing(baseline, rewards):

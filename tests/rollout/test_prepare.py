@@ -81,6 +81,8 @@ def test_rewards_get_columns_and_none_leaves_a_sample_out_of_the_baseline(model)
     assert first_token_advantage == [-1.0, 1.0] * 3
     # Of a sample the same for all tokens, so the mean is that; none where it is not trained on.
     assert [r.advantage for g in groups for r in g.usable] == [-1.0, 1.0] * 3
+    of_each = prepared.batch.advantage_T.split(prepared.batch.lengths)
+    assert [list(r.advantages) for g in groups for r in g.usable] == [x_T.tolist() for x_T in of_each]
     assert all(r.advantage is None for g in groups for r in g.rollouts if not r.usable)
 
 
