@@ -122,8 +122,9 @@ class LiveEngine(SteppedEngine[LiveCore]):
                 reasons.append(f"{error}, so its steps are not captured (slower)")
             else:
                 return "captured", reasons
-        trials = [trial for trial in (Trial(self.module), Trial.far(self.module)) if trial is not None]
-        unproved = why_not_tried(self.module, trials[1] if len(trials) > 1 else None)
+        near, far = Trial.both(self.module)
+        trials = [near] if far is None else [near, far]
+        unproved = why_not_tried(self.module, far)
         if way != "padded":
             reason = unproved or next((why for trial in trials if (why := trial.why_not_slots())), "")
             if not reason:

@@ -49,7 +49,7 @@ class Fitting:
         self.shape = find_cache_shape(module)
         if eight_bit and not self.shape.kept:
             raise UserError(f"kv_cache_dtype fp8: {type(module).__name__} keeps no keys and values; take auto")
-        near, far = Trial(module), Trial.far(module)
+        near, far = Trial.both(module)
         if reason := why_not_tried(module, far):
             raise Unlike(reason)
         self.decoder: Decoder | None = None

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from contextlib import ExitStack
-from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -22,7 +20,7 @@ from tandem.engines.live.prefill import Forward
 from tandem.engines.live.states import StateForward
 from tandem.kernels.logprob import HeadShape
 from tandem.models.attention import IMPLEMENTATION, Ask, PackedLayout, UnsupportedAttention, numbered
-from tandem.models.probe import gap_of, through_base, too_far
+from tandem.models.probe import Truth, through_base
 from tandem.models.routers import has_experts
 from tandem.models.shrunk import LIMIT, TURNING, named_limits, shrunk
 from tandem.models.states import states_of_layers
@@ -41,7 +39,14 @@ class Trial:
     """
 
     @torch.no_grad()
-    def __init__(self, module: Any, prompt_lengths: tuple[int, ...] = PROMPT_LENGTHS, decoded: int = DECODED) -> None:
+    def __init__(
+        self,
+        module: Any,
+        prompt_lengths: tuple[int, ...] = PROMPT_LENGTHS,
+        decoded: int = DECODED,
+        *,
+        beside: bool = False,
+    ) -> None:
         self.module, self.prompt_lengths, self.decoded = module, prompt_lengths, decoded
         embedding = module.get_input_embeddings().weight
         generator = torch.Generator().manual_seed(0)
@@ -49,7 +54,7 @@ class Trial:
         self.sequences = [
             torch.randint(2, embedding.shape[0], (n + decoded,), generator=generator) for n in prompt_lengths
         ]
-        self.truths = self._alone()
+        self.truth = Truth(module, lambda: torch.cat(self._alone()), beside=beside)
 
     def _alone(self) -> list[Tensor]:
         """Logits for what follows each prompt and each of the tokens after it, by the module's own forward."""
@@ -60,15 +65,17 @@ class Trial:
         ]
 
     @classmethod
-    def far(cls, module: Any) -> Trial | None:
-        """That of a shrunken copy, beyond the limits that the module's config names; None where there is no copy."""
+    def both(cls, module: Any) -> tuple[Trial, Trial | None]:
+        """That of the module, and that of a shrunken copy beyond the limits that its config names; None: there is no
+        copy."""
         small = shrunk(module)
+        near = cls(module, beside=small is not None)
         if small is None:
-            return None
-        trial = cls(small, FAR_PROMPT_LENGTHS, FAR_DECODED)
+            return near, None
+        far = cls(small, FAR_PROMPT_LENGTHS, FAR_DECODED)
         if module.config._attn_implementation == IMPLEMENTATION:
             small.set_attn_implementation(IMPLEMENTATION)
-        return trial
+        return near, far
 
     @torch.no_grad()
     def why_not_slots(self) -> str:
@@ -128,39 +135,8 @@ class Trial:
             found = logits_of()
         except UnsupportedAttention as error:
             return f"its attention needs what the cache lacks ({error})"
-        # Some give logits in float32 whatever they compute in.
-        dtype = self.module.get_input_embeddings().weight.dtype
-        low = dtype.itemsize < 4
-        # In 16 bits rounding decides now and then which expert a token takes, and with it all of the token's logits.
-        by_chance = low and has_experts(self.module)
-        compare = partial(too_far, torch.cat(found), torch.cat(self.truths).to(dtype), most=by_chance)
-        if far := compare() and compare(rounding=self.rounding if low else 0.0):
-            return f"decoding from the cache does not reproduce its own forward ({far})"
-        return ""
-
-    @cached_property
-    @torch.no_grad()
-    def rounding(self) -> float:
-        """What logits are off by where the module's parts, which compute in 16 bits, round as they might as well.
-
-        It grows with depth and width: Qwen2.5-32B's shapes with random weights were off by 0.17 in transformers' own
-        decoding. What each part without parts of its own gives is moved by up to half a unit of its last place, at
-        random.
-        """
-        generator = torch.Generator().manual_seed(0)
-
-        def moved(part: Any, arguments: Any, out: Any) -> Any:
-            if not isinstance(out, Tensor) or not out.is_floating_point() or out.dtype.itemsize >= 4:
-                return None
-            share = torch.rand(out.shape, generator=generator).to(out.device) - 0.5
-            return (out.float() * (1 + torch.finfo(out.dtype).eps * share)).to(out.dtype)
-
-        with ExitStack() as hooks:
-            for part in self.module.modules():
-                if not any(True for _ in part.children()):
-                    hooks.callback(part.register_forward_hook(moved).remove)
-            found = self._alone()
-        return gap_of(torch.cat(found), torch.cat(self.truths), most=has_experts(self.module))
+        far = self.truth.too_far(torch.cat(found))
+        return f"decoding from the cache does not reproduce its own forward ({far})" if far else ""
 
 
 def why_not_tried(module: Any, far: Trial | None) -> str:
