@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import pytest
 
-from tandem.data.order import Order, content_hash
+from tandem.data.order import InTurn, Order, content_hash
 
 
 def steps(size: int, count: int) -> list[range]:
@@ -105,6 +105,11 @@ def test_scaled_weights_are_the_same_mixture_and_a_single_source_is_none() -> No
     for weights in ([1], [1, 0], [1, -1]):
         with pytest.raises(ValueError, match="as many weights above 0"):
             Order([4, 9], 1, weights)
+
+
+def test_what_has_an_order_of_its_own_comes_in_it_a_step_after_the_other() -> None:
+    found = [(t.number, t.row, t.step, t.place) for t in InTurn().tickets([0, 2, 3, 7], 3)]
+    assert found == [(0, 0, 1, 0), (2, 2, 1, 2), (3, 3, 2, 0), (7, 7, 3, 1)]
 
 
 def test_content_hash_is_the_same_in_every_process_and_blind_to_key_order() -> None:

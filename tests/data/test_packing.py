@@ -93,6 +93,9 @@ def test_pairs_stay_together():
         assert micro.token_ids_T[0] == 1
         assert micro.token_ids_T[-1] == 2
     assert batch.select([2]).margin_S.tolist() == [2.0, 2.0]
+    # Both answers are of one row, and each is a segment of what an optimizer step sees.
+    assert batch.index_S.tolist() == [0, 0, 1, 1, 2, 2]
+    assert batch.share_S.tolist() == pytest.approx([1 / 6] * 6)
 
 
 def test_nothing_to_train_on_is_an_error():

@@ -89,6 +89,19 @@ def assistant(text):
 CHAT = [user("hi"), assistant("yo"), user("so"), assistant("ok")]
 
 
+def test_the_end_of_an_answer_is_trained_whoever_wrote_it() -> None:
+    """Marks of a template may end before it: a model that is never trained to end does not."""
+    tokenizer = characters()
+    eos = tokenizer.eos_token_id
+    for ids, trained, expected in (
+        ([5, 6, eos], [False, True, False], ([5, 6, eos], [False, True, True])),
+        ([5, 6], [False, True], ([5, 6, eos], [False, True, True])),
+        ([5, eos], [False, False], ([5, eos, eos], [False, False, True])),
+    ):
+        found = tokenize.ended(ids, trained, tokenizer)
+        assert (found.token_ids, found.trainable) == expected
+
+
 @pytest.mark.parametrize(
     ("row", "expected"),
     [

@@ -149,6 +149,14 @@ def test_truncation_keeps_what_transformers_keeps(params: SamplingParams) -> Non
         assert set((truth.exp() > 1e-3).nonzero().flatten().tolist()) <= set(index.tolist())
 
 
+@pytest.mark.parametrize(("top_p", "kept"), [(0.5, {0}), (0.51, {0, 1}), (0.75, {0, 1}), (0.875, {0, 1, 2, 3})])
+def test_a_nucleus_ends_with_the_token_that_fills_it(top_p: float, kept: set[int]) -> None:
+    """Of 1/2, 1/4, 1/8 and 1/8, which float32 has exactly: none more at the very edge, ties together."""
+    logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
+    assert torch.softmax(logits, dim=0).tolist() == [0.5, 0.25, 0.125, 0.125]
+    assert set(draw_many(logits, SamplingParams(top_p=top_p), 200)[0].long().tolist()) == kept
+
+
 def test_rows_keep_their_own_parameters() -> None:
     kinds = [
         SamplingParams(),

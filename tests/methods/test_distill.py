@@ -83,8 +83,8 @@ def by_hand(method, student, teacher, sequences):
         (("qwen2", "llama"), Distill()),
         (("qwen2", "llama"), Distill(divergence="jsd", beta=0.2, kd_coef=0.4, kd_temperature=2.0)),
         (("llama", "granite_scaled_logits"), Distill(divergence="reverse", teacher_top_k=5, kd_coef=0.7)),
-        (("granite_scaled_logits", "llama"), Distill(kd_temperature=1.5)),
-        (("bloom", "gemma2_softcap"), Distill(teacher_top_k=5)),
+        (("granite_scaled_logits", "granite_scaled_logits"), Distill(kd_temperature=1.5)),
+        (("bloom", "gemma2_softcap"), Distill(teacher_top_k=5, kd_temperature=2.0)),
     ],
 )
 @pytest.mark.parametrize("budget", [15, 10_000])

@@ -150,7 +150,11 @@ def test_longrope_is_sampled_up_to_where_it_turns() -> None:
     with pytest.raises(UserError, match="30 and 50 tokens do not go through it together"):
         _run(model, module, pack(rows), "logits", Asks())
     model.sharded = None
-    assert forward(model, pack(rows)).logp_T is not None
+    # Where they are not, each is what it is alone: up to the turn, and from one token beyond it.
+    rows = [Sequence.read([2 + (i * i + n) % 29 for i in range(n)]) for n in (50, 40, 30, 41)]
+    found, alone = forward(model, pack(rows)).logp_T, [forward(model, pack([row])).logp_T for row in rows]
+    assert found is not None
+    torch.testing.assert_close(found, torch.cat([one for one in alone if one is not None]), rtol=0, atol=2e-5)
 
 
 def test_limits_that_no_sequence_reaches_are_none() -> None:

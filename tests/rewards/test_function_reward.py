@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from tandem.errors import RunFailure, UserError
-from tandem.rewards.function import FunctionReward, load_reward
+from tandem.rewards.calling import Per
+from tandem.rewards.function import FunctionReward, divided, load_reward
 from tandem.roles import Reward, RewardBatch
 from tandem.types import Rollout
 
@@ -41,6 +42,24 @@ def refused(function, data: RewardBatch) -> str:
     message = str(caught.value)
     assert "\n" not in message
     return message
+
+
+@pytest.mark.parametrize(("per", "sizes"), [("sample", [1] * 6), ("group", [2, 1, 2, 1]), ("all", [6])])
+def test_what_is_judged_in_one_call_has_its_own_samples_columns_and_seed(per: Per, sizes: list[int]) -> None:
+    """Of two prompts alike, one behind the other, each is a group; and so is one whose first sample failed."""
+    whole = batch(*"abcdef", answer=list(range(6)))
+    places = [("p", 0), ("p", 1), ("p", 0), ("q", 1), ("q", 2), ("p", 0)]
+    for rollout, (prompt_id, index) in zip(whole.rollouts, places, strict=True):
+        rollout.prompt_id, rollout.sample_index = prompt_id, index
+    parts = list(divided(replace(whole, seed=3), per))
+    assert [len(part.rollouts) for part in parts] == sizes
+    assert [text for part in parts for text in part.completions] == list("abcdef")
+    for part in parts:
+        assert part.columns["answer"] == ["abcdef".index(text) for text in part.completions]
+        assert [rollout.completion for rollout in part.rollouts] == part.completions
+        assert len(part.prompts) == len(part.completions)
+    assert len({part.seed for part in parts}) == len(sizes)
+    assert [part.seed for part in divided(whole, per)] == [None] * len(sizes)
 
 
 def test_a_function_gets_what_it_names() -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,7 +19,7 @@ from test_function_reward import batch
 import tandem
 from tandem.engines.stepper import Stepper
 from tandem.errors import Cancelled, RunFailure, UserError
-from tandem.rewards.calling import LocalFunction
+from tandem.rewards.calling import LocalFunction, Per
 from tandem.rewards.function import FunctionReward
 from tandem.rewards.process import RewardProcesses
 from tandem.rollout.judging import GROUP, Judge
@@ -344,3 +345,22 @@ def test_in_this_process_too():
     scores = FunctionReward(group).score(data)
     assert [int(score) for score in scores] == [1, 1]
     assert scores[0] != scores[1], "two groups, two draws"
+
+
+@pytest.mark.parametrize("per", ["sample", "group", "all"])
+def test_a_sample_that_failed_is_judged_by_nobody_and_moves_no_other(per: Per) -> None:
+    seen: list[str] = []
+
+    def said(texts: list[str]) -> list[float]:
+        seen.extend(texts)
+        return [float(len(text)) for text in texts]
+
+    functions = {"sample": lambda completion: said([completion])[0], "group": lambda completions: said(completions)}
+    function = functions["sample" if per == "sample" else "group"]
+    failed = replace(completed("never"), stop="error", error="no room")
+    prompts = [Prompt(prompt_id=f"p{i}", prompt="q", token_ids=(1,)) for i in range(2)]
+    groups = groups_of(prompts, [[completed("aa"), failed, completed("b")], [failed, completed("cccc")]])
+    Judge(rewards=(FunctionReward(tandem.judges(per)(function), name="r"),), weights=(1.0,))(groups)
+    assert sorted(seen) == ["aa", "b", "cccc"]
+    assert [[r.reward for r in group.rollouts] for group in groups] == [[2.0, None, 1.0], [None, 4.0]]
+    assert [group.rewards for group in groups] == [[2.0, 1.0], [4.0]]

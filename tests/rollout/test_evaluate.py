@@ -1,6 +1,7 @@
 """Evaluations of several sets: names, one version of the weights, and no trace of them in what is trained."""
 
 import json
+import statistics
 from types import SimpleNamespace
 
 import pytest
@@ -9,8 +10,9 @@ from helpers.runs import arguments, unevaluated, write_inputs
 
 from tandem.assembly.evaluation_sections import named_sets
 from tandem.errors import RunFailure, UserError
-from tandem.rollout.evaluate import HeldOutSamples
+from tandem.rollout.evaluate import HeldOutSamples, HeldOutText
 from tandem.rollout.judging import Judge
+from tandem.rollout.sampling import requests_of
 from tandem.runs.lines import read_metrics
 from tandem.types import Completion, Prompt, SamplingParams
 
@@ -98,6 +100,51 @@ def test_every_set_has_its_own_samples_and_names():
 def test_samples_of_two_versions_are_no_evaluation(versions):
     with pytest.raises(RunFailure, match="the evaluation after step 7 has samples of weights that had seen 3 to 4"):
         measured(versions, a=1, b=1)
+
+
+def test_draws_are_the_same_at_every_evaluation_and_none_of_trainings():
+    asked = []
+
+    class Asked(Versions):
+        def generate(self, requests):
+            asked.append([request.seeds for request in requests])
+            return super().generate(requests)
+
+    held_out = HeldOutSamples(
+        sets={"": (prompts := [Prompt(prompt_id=f"{i}", prompt="", token_ids=(1,)) for i in range(3)])},
+        engine=Asked([(0, 0)] * 6),
+        params=SamplingParams(),
+        samples_per_prompt=2,
+        judge=Judge(rewards=(Ones(),), weights=(1.0,)),
+        success=None,
+        prepare=SimpleNamespace(),
+        seed=5,
+    )
+    for step in (1, 2):
+        held_out(step, lambda *_, **__: torch.no_grad())
+    first, second = ({seed for seeds in of_call for seed in seeds} for of_call in asked)
+    assert first == second
+    assert len(first) == 6
+    for step in (1, 2):
+        of_step = requests_of(prompts, SamplingParams(), samples_per_prompt=2, seed=5, step=step)
+        assert first.isdisjoint(seed for request in of_step for seed in request.seeds)
+
+
+def test_a_corpus_is_measured_by_its_tokens_however_many_windows_go_together():
+    texts = [[1, 2, 3], [3, 4, 5], [5, 90]]
+
+    def losses(verb, sequences):
+        return {"loss": statistics.fmean(id for sequence in sequences for id in sequence.token_ids[1:])}
+
+    for together in (1, 2, 3):
+        held_out = HeldOutText(
+            sets={"": SimpleNamespace(once=lambda: iter(texts))},
+            windows_at_a_time=together,
+            actor=SimpleNamespace(call=losses),
+            prepare=lambda sequences, state, step: [sequences],
+        )
+        found = held_out(1, lambda *_, **__: torch.no_grad()).metrics
+        assert found == pytest.approx({"eval/loss": (2 + 3 + 4 + 5 + 90) / 5})
 
 
 def trained(folder):

@@ -7,7 +7,15 @@ from dataclasses import replace
 
 import pytest
 
-from tandem.rollout.measure import clustered_error, held_out_metrics, ks, lag_metrics, pass_at, pass_at_k
+from tandem.rollout.measure import (
+    clustered_error,
+    held_out_metrics,
+    ks,
+    lag_metrics,
+    pass_at,
+    pass_at_k,
+    rollout_metrics,
+)
 from tandem.types import Group, Prompt, Rollout
 
 
@@ -78,6 +86,15 @@ def test_held_out_metrics_are_of_all_samples_and_say_how_many_were_left_out():
     assert found["pass@1"] == pytest.approx(0.75)
     assert found["pass@2"] == 1.0
     assert not {"sampled_tokens", "pass@2_se"} & found.keys()
+
+
+def test_rewards_are_told_of_over_all_usable_samples_of_the_step():
+    """Not as means over prompts, and not of samples that are left out; the spread is that of these numbers alone."""
+    found = rollout_metrics([group(3.0, 0.0, 1.5), group(None, 1.0)])
+    rewards = [3.0, 0.0, 1.5, 1.0]
+    assert found["reward"] == pytest.approx(statistics.fmean(rewards))
+    assert found["reward_std"] == pytest.approx(statistics.pstdev(rewards))
+    assert (found["reward_min"], found["reward_max"], found["left_out"]) == (0.0, 3.0, 1)
 
 
 def test_a_sample_that_failed_has_not_ended_by_itself():

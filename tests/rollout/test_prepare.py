@@ -8,6 +8,7 @@ from tandem.batch import Asks
 from tandem.config import with_keys
 from tandem.engines.live.engine import LiveEngine
 from tandem.errors import RunFailure, UserError
+from tandem.methods.dr_grpo import DrGRPO
 from tandem.methods.grpo import GRPO
 from tandem.methods.ppo import PPO
 from tandem.models.loading import load_scalar, prepare_module
@@ -140,6 +141,15 @@ def test_minibatches_hold_every_sequence_once_an_epoch_and_weights_sum_to_one(mo
         assert batch.weight_T.sum().item() == pytest.approx(1.0)
     again = Preparation(method=GRPO(), models={}, epochs=2, minibatches=5, seed=3)(groups, {}, 7)
     assert all(torch.equal(a.index_S, b.index_S) for a, b in zip(batches, again, strict=True))
+    later = Preparation(method=GRPO(), models={}, epochs=2, minibatches=5, seed=3)(groups, {}, 8)
+    assert any(not torch.equal(a.index_S, b.index_S) for a, b in zip(batches, later, strict=True))
+
+
+def test_a_constant_length_is_the_most_that_may_be_sampled(model):
+    """Dr.GRPO's, whatever the lengths of the step's samples and prompts."""
+    groups = judged(sample(model), length_reward)
+    (batch,) = Preparation(method=DrGRPO(), models={}, max_new_tokens=6)(groups, {}, 1)
+    assert batch.weight_T[batch.trainable_T].tolist() == pytest.approx([1 / (12 * 6)] * int(batch.trainable_T.sum()))
 
 
 def test_more_minibatches_than_sequences(model):

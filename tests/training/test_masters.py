@@ -83,6 +83,8 @@ def test_the_engine_samples_from_the_very_parameters_of_the_last_step():
             assert max(gaps) < 0.25
         trainer.forward_backward(batch_of())
         trainer.optim_step()
+        moved = trainer.logprobs([[5, 6, 7, *c.token_ids] for c in completions])
+        assert max(abs(a - b) for x, y in zip(rows, moved, strict=True) for a, b in zip(x, y, strict=True)) > 0.5
 
 
 def test_a_checkpoint_of_bfloat16_goes_on_bit_for_bit():
