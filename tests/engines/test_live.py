@@ -285,6 +285,10 @@ def test_the_engines_own_limit_is_named() -> None:
     asked = requests(1, 1, SamplingParams(max_new_tokens=40))
     with pytest.raises(UserError, match="max_length"):
         engine(model("qwen2"), max_length=32).generate(asked)
+    whole = len(asked[0].prompt_ids) + 40
+    assert engine(model("qwen2"), max_length=whole).generate(asked)[0][0].token_ids
+    with pytest.raises(UserError, match=f"above the engine's max_length of {whole - 1}"):
+        engine(model("qwen2"), max_length=whole - 1).generate(asked)
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "bloom"])
