@@ -16,10 +16,6 @@ SAME_S = 1.0
 """A second signal that comes this soon, in seconds, is the first one again: a terminal and a launcher both send it."""
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM came. Whatever stops cleanly at Ctrl-C does so now."""
-
-
 class Stop:
     """The handler of both signals. The first raises in the main thread, or after ``held``; the next ends the process.
 
@@ -32,7 +28,7 @@ class Stop:
         self.pid = os.getpid()
         self.at_once = at_once
         self.signum: int | None = None
-        """The signal that came."""
+        """The signal that came, which says how the command has ended."""
         self.since = 0.0
         self.holding = 0
         self.waiting = False
@@ -65,7 +61,8 @@ class Stop:
         """Raises what a signal that has come stands for, once."""
         if self.waiting:
             self.waiting = False
-            raise Terminated if self.signum == signal.SIGTERM else KeyboardInterrupt
+            # For both: libraries that are interrupted as they wait (Ray's) make such a one of whatever is raised.
+            raise KeyboardInterrupt
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from tandem.errors import RunFailure, UserError
 from tandem.flags import suggest
 from tandem.methods.table import ROWS, SAMPLES
 from tandem.runs.folder import note_failure
-from tandem.signals import Stop, Terminated, stoppable
+from tandem.signals import Stop, stoppable
 from tandem.version import __version__
 from tandem.workers.launched import launched
 from tandem.workers.supervisor import supervise
@@ -205,8 +205,8 @@ def main(argv: Sequence[str] | None = None, *, supervised: bool = False) -> int:
             # Here, so that a reader who has gone away is noticed inside the try.
             sys.stdout.flush()
             return code
-        except KeyboardInterrupt as interrupt:
-            return _stopped(signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT)
+        except KeyboardInterrupt:
+            return _stopped(stop.signum or signal.SIGINT)
         except UserError as error:
             return _end(75 if isinstance(error, RunFailure) else 2, f"error: {' '.join(str(error).split())}")
         except BrokenPipeError:

@@ -12,7 +12,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from tandem.errors import Cancelled, UserError, WorkerDied, WorkerFailure, first_line
+from tandem.errors import Cancelled, UserError, WorkerDied, WorkerFailure
 from tandem.futures import Driven, Future
 from tandem.parallel.shares import divide
 from tandem.roles import Engine, Generating, Metrics, OverEngine
@@ -392,6 +392,6 @@ class RestartingOnce(OverEngine):
             raise WorkerFailure(f"{error} (it was restarted once already)") from None
         self.restarted = True
         for rank in dead:
-            log.warning("%s rank %d is started again: %s", group.name, rank, first_line(error))
+            log.warning("%s rank %d is started again: %s", group.name, rank, " ".join(str(error).split()))
             self.engines.forget(rank)
             group.restart(rank)

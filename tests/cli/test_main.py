@@ -118,14 +118,16 @@ def test_sys_exit_in_a_command_does_not_pass_for_its_end(probe, capsys):
     assert re.search(r"test_main.py:\d+ ended the command with sys.exit\(0\)", capsys.readouterr().err)
 
 
-def test_a_library_s_own_error_in_the_middle_of_a_signal_is_a_stop(probe, capsys):
-    """torch.save and numpy's import make RuntimeError and ImportError of the exception that a signal raises."""
+@pytest.mark.parametrize("made", [RuntimeError("unexpected pos 64 vs 0"), KeyboardInterrupt()])
+def test_a_library_s_own_error_in_the_middle_of_a_signal_is_a_stop(probe, capsys, made):
+    """torch.save and numpy's import make RuntimeError and ImportError of the exception that a signal raises, and Ray,
+    while it waits, a KeyboardInterrupt: SIGTERM was told as Ctrl-C."""
 
     def run(argv: list[str]) -> int:
         try:
             signal.raise_signal(signal.SIGTERM)
         except KeyboardInterrupt as error:
-            raise RuntimeError("unexpected pos 64 vs 0") from error
+            raise made from error
         return 0
 
     probe.run = run
