@@ -1,7 +1,7 @@
 """How every family of models is sampled and trained, which is the table of docs/models.md, and how fast.
 
     python bench/families.py --write                  # the table, from tiny models on a CPU, each of them proved
-    python bench/families.py --size 0.5b --device cuda --json bench/results/families_0.5b.json
+    python bench/families.py --size 0.5b --device cuda --json bench/results/families_0.5b.json   # then --write again
 
 Method. Every family is a random model of its transformers class at the same shapes: layers, widths, heads, vocabulary;
 experts are 8 of half the width each, of which a token takes 2. Without --size they are tiny, with windows of 6 tokens
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +34,7 @@ from tandem.models.shrunk import trained_size
 from tandem.types import Request, SamplingParams
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
+RATES = Path(__file__).parent / "results" / "families_0.5b.json"
 MARKS = "<!-- families: written by bench/families.py -->\n", "<!-- families end -->\n"
 Shape = dict[str, Any]
 WITHOUT = ...
@@ -309,10 +311,18 @@ def _tiny(family: Family) -> Any:
     return module
 
 
+def rates() -> dict[str, str]:
+    """Of each family that was timed: its rate over that of the first."""
+    rows = {row["system"]: row for row in json.loads(RATES.read_text())["rows"] if "tokens_per_second" in row}
+    first = rows[FAMILIES[0].name]["tokens_per_second"]
+    return {name: f"{row['tokens_per_second'] / first:.0%}" for name, row in rows.items()}
+
+
 def line_of(family: Family, found: matrix.Row) -> str:
     """Its line of the table."""
-    reason = family.slower or found.slower
-    return f"| {family.models} | {family.kind} | {ENGINES[found.engine]} | {LAYOUTS[found.layout]} | {reason} |\n"
+    reason, rate = family.slower or found.slower, rates().get(family.name, "")
+    how = f"{ENGINES[found.engine]} | {LAYOUTS[found.layout]}"
+    return f"| {family.models} | {family.kind} | {how} | {rate} | {reason} |\n"
 
 
 def table_of(page: str) -> str:
@@ -320,7 +330,7 @@ def table_of(page: str) -> str:
     return page.split(MARKS[0])[1].split(MARKS[1])[0]
 
 
-HEADING = "| models | class | sampled | trained | why it is slower |\n| --- | --- | --- | --- | --- |\n"
+HEADING = "| models | class | sampled | trained | rate | why it is slower |\n| --- | --- | --- | --- | --- | --- |\n"
 
 
 def write_table() -> None:
