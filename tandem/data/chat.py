@@ -101,7 +101,14 @@ def render(messages: list[Message], tokenizer: Any, row: Row, **options: bool) -
     """The chat template's text. Raises UserError with the template's own words where it refuses the messages."""
     arguments = template_arguments(tokenizer, row)
     with _refusals():
-        return tokenizer.apply_chat_template(messages, tokenize=False, **arguments, **options)
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, **arguments, **options)
+    for i, message in enumerate(messages):
+        if isinstance(content := message.get("content"), list) and content and str(content) in text:
+            raise UserError(
+                f"the chat template writes the parts of message {i}'s 'content' as Python would, {str(content)[:40]}; "
+                "give its text as a string, or a chat_template that reads parts"
+            )
+    return text
 
 
 def render_prompt(messages: list[Message], tokenizer: Any, row: Row) -> str:

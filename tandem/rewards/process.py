@@ -67,6 +67,7 @@ class RewardProcesses:
     ) -> None:
         self.deadline_s, self.waits_s = deadline_s, tuple(waits_s or WAITS_S)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.given = processes is not None
         self.processes = processes or max(1, min(MOST, cores // 2))
         self.setting = Setting(deadline_s=deadline_s, folder=folder)
         lifeline, self._end_of_ours = os.pipe()
@@ -84,9 +85,13 @@ class RewardProcesses:
     def rewards(self) -> list[FunctionReward]:
         """One for each source, named after its function, once they are imported.
 
-        Raises UserError where one cannot be (``tandem.rewards.loading``), or ends its process or hangs as it is.
+        Says so where a number of processes was given that none of them takes. Raises UserError where one cannot be
+        imported (``tandem.rewards.loading``), or ends its process or hangs as it is.
         """
-        return [function.reward() for function in self.functions]
+        found = [function.reward() for function in self.functions]
+        if self.given and not any(function.divided for function in self.functions):
+            log.warning("reward_processes: has no effect, since no --reward here judges a sample or a group at a time")
+        return found
 
     def start(self, function: RemoteFunction) -> Worker:
         """Another process for a function, which imports it."""
@@ -172,9 +177,14 @@ class RemoteFunction:
         if isinstance(answer, str):
             raise UserError(answer)
         self.wants, files, version = answer
-        if self.wants.per != "all" and not self.wants.awaits:
+        if self.divided:
             self._workers += [self.owner.start(self) for _ in range(self.owner.processes - 1)]
         return FunctionReward(self, name=self.name, source=self.source, files=files, version=version)
+
+    @property
+    def divided(self) -> bool:
+        """Whether its calls are divided over several processes."""
+        return self.wants.per != "all" and not self.wants.awaits
 
     def begin(self, arguments: Mapping[str, Any], samples: int, seed: int | None = None) -> Begun[Judgement]:
         """A call that raises is made again a few times, each as if it were the first (with the same seed)."""

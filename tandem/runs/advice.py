@@ -391,8 +391,8 @@ def _rewards(spent: Spent, setup: Setup) -> list[str]:
     if setup.reward:
         processes = "" if setup.reward_processes is None else f" than {setup.reward_processes}"
         return [
-            f"more --reward-processes{processes}, or a reward that judges one sample a call, so that it begins while "
-            f"others are drawn: rewards and scoring take {_s(scoring)} a step"
+            "a reward that judges one sample a call (docs/rewards.md) begins while others are drawn, and in more "
+            f"--reward-processes{processes}: rewards and scoring take {_s(scoring)} a step"
         ]
     own = [f"--placement.{role} 1, where there is a device more" for role in setup.scorers]
     return [f"{', or '.join([*own, 'a larger --token-budget'])}: rewards and scoring take {_s(scoring)} a step"]

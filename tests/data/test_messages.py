@@ -73,7 +73,8 @@ def test_a_message_that_is_malformed(tokenizer, tmp_path, message, words):
     ],
 )
 def test_messages_that_templates_can_render(tokenizer, message):
-    said = "{{ m.content }}{{ m.reasoning_content }}{{ m.tool_calls }}"
+    said = "{{ m.content if m.content is string or not m.content else m.content[0].text }}"
+    said += "{{ m.reasoning_content }}{{ m.tool_calls }}"
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}" + said + "{% endfor %}"
     tokenizer.chat_template += "{% if add_generation_prompt %}assistant{% endif %}"
     assert build_sequences(Dataset([{"messages": [ASK, message]}]), tokenizer)[1].kept == 1

@@ -402,6 +402,25 @@ def test_all_of_a_conversation(tokenizers):
             assert all(sft_sequence(with_system, tokenizer, train_on="all").trainable)
 
 
+def test_parts_that_a_template_writes_as_python_would_are_refused(tokenizers):
+    """Models learned to say brackets and quotes."""
+    reads_text, reads_parts = tokenizer_of("llama3"), tokenizer_of("llama3")
+    parts = "{{ m.content if m.content is string else m.content[0].text }}"
+    for tokenizer, content in ((reads_text, "{{ m.content }}"), (reads_parts, parts)):
+        tokenizer.chat_template = f"{{% for m in messages %}}{{{{ m.role }}}}: {content}<|eot_id|>{{% endfor %}}"
+    text = [{"type": "text", "text": "yo"}]
+    for prompt, answer, number in ((text, "ok", 0), ("hi", text, 1)):
+        row = {"messages": [user(prompt), assistant(answer)]}
+        words = (
+            rf"the chat template writes the parts of message {number}'s 'content' as Python would, \[{{'type': 'text'"
+        )
+        with pytest.raises(UserError, match=words):
+            sft_sequence(row, reads_text)
+        assert "yo" in spans(reads_parts, sft_sequence(row, reads_parts))
+    with pytest.raises(UserError, match="the parts of message 0"):
+        prompt_of({"prompt": [user(text)]}, reads_text)
+
+
 def test_a_file_with_a_template(tokenizers, tmp_path):
     tokenizer = tokenizer_of("phi4")
     for text, words in (

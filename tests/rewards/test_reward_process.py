@@ -93,6 +93,13 @@ def test_what_goes_well(judges, capsys):
     assert (out, err) == ("a line of the reward's\n", "an error of the reward's\n")
 
 
+def test_processes_that_no_function_would_use_are_said_to_be_none(judges, caplog):
+    judges("length", processes=2)
+    assert [r.getMessage().partition(", since")[0] for r in caplog.records] == ["reward_processes: has no effect"]
+    judges("length", "one_hangs", processes=2)
+    assert len(caplog.records) == 1
+
+
 def test_a_call_that_fails_is_made_again_whole(judges, caplog):
     """It was called again 32 times one by one, and all answers were thrown away."""
     once, always, wrong = judges("fails_once", "always_fails", "wrong")
