@@ -18,14 +18,14 @@ def collect_rarely() -> None:
 
 
 def pause() -> None:
-    """Until ``settle``, in a process that imports torch and transformers first.
+    """Until ``leave_out``, in a process that imports torch and transformers first.
 
     They make half a million objects, which stay: to go through them while they come takes 0.5 s of 4.
     """
     gc.disable()
 
 
-def settle() -> None:
+def leave_out() -> None:
     """From now on the collector leaves out all that lives: models and libraries, which are there until the end.
 
     Going through them takes 0.1 to 0.3 s, and a step's samples are enough to begin it. What is garbage by now stays,
@@ -40,10 +40,10 @@ def settle() -> None:
 
 
 @contextmanager
-def settled() -> Iterator[None]:
-    """``settle`` until the end of the body."""
+def leaving_out() -> Iterator[None]:
+    """``leave_out`` until the end of the body."""
     before = gc.get_threshold()
-    settle()
+    leave_out()
     try:
         yield
     finally:

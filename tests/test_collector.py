@@ -3,7 +3,7 @@
 import gc
 import weakref
 
-from tandem.collector import YOUNG, pause, settled
+from tandem.collector import YOUNG, leaving_out, pause
 
 
 class Cycle:
@@ -14,7 +14,7 @@ class Cycle:
 def test_what_lives_is_left_out_until_the_end_and_new_cycles_are_not():
     before = gc.get_threshold()
     old = Cycle()
-    with settled():
+    with leaving_out():
         assert gc.get_threshold() == (YOUNG, *before[1:])
         assert gc.get_freeze_count() > 0
         assert not any(each is old for each in gc.get_objects())
@@ -31,7 +31,7 @@ def test_what_lives_is_left_out_until_the_end_and_new_cycles_are_not():
 def test_it_is_as_before_where_the_body_fails():
     before = gc.get_threshold()
     try:
-        with settled():
+        with leaving_out():
             raise RuntimeError
     except RuntimeError:
         pass
@@ -41,7 +41,7 @@ def test_it_is_as_before_where_the_body_fails():
 def test_what_was_paused_goes_on_once_all_is_imported():
     pause()
     try:
-        with settled():
+        with leaving_out():
             assert gc.isenabled()
     finally:
         gc.enable()

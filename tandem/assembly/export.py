@@ -19,7 +19,7 @@ from tandem.models.adapter_folder import adapter_folder, base_of
 from tandem.models.adapters import Adapters, merge_folder, put_saved
 from tandem.models.folder import located, readable_errors, with_config
 from tandem.models.forward import LoadedModel
-from tandem.models.limits import read_config
+from tandem.models.limits import model_config
 from tandem.models.loading import load_tokenizer
 from tandem.models.policy import Merged
 from tandem.models.quantized import dequantize_module
@@ -167,7 +167,7 @@ def _of_checkpoint(checkpoint: Checkpoint, config: ExportConfig) -> tuple[Loaded
         }
     code = config.export.trust_remote_code
     tokenizer = load_tokenizer(base, trust_remote_code=code)
-    auto = scalar_class(read_config(base, code), base) if scalar else AutoModelForCausalLM
+    auto = scalar_class(model_config(base, code), base) if scalar else AutoModelForCausalLM
     with readable_errors(base, "model"), torch.device("meta"):
         about = config_in(located(base), code)
         vars(about).pop("quantization_config", None)  # what is written is whole
@@ -227,7 +227,7 @@ def _base_module(base: str, config: ExportConfig, *, scalar: bool) -> Any:
     code = config.export.trust_remote_code
     auto, changes = AutoModelForCausalLM, None
     if scalar:
-        about = read_config(base, code)
+        about = model_config(base, code)
         auto, changes = scalar_class(about, base), scalar_keys(about, load_tokenizer(base, trust_remote_code=code))
     module, _ = load_whole(
         auto, base, what="model", trust_remote_code=code, new="score" if scalar else "", config_changes=changes

@@ -18,7 +18,7 @@ from tandem.assembly.replay_feed import ReplayFeed
 from tandem.assembly.sections import EngineSection, ScheduleSection
 from tandem.assembly.sessions import check_out, session
 from tandem.assembly.text_feed import TextFeed
-from tandem.collector import settled
+from tandem.collector import leaving_out
 from tandem.errors import UserError
 from tandem.roles import Seat
 from tandem.runs.progress import say
@@ -86,7 +86,7 @@ def _run(config: RunConfig, stack: ExitStack, ranks: Ranks | None) -> Path | Non
     feed.ask(models, started.progress)
     started.numbers = partial(feed.numbers, models, started.progress)
     schedule = config.schedule if isinstance(config, SamplesConfig) and config.sampler else ScheduleSection()
-    stack.enter_context(settled())
+    stack.enter_context(leaving_out())
     Pipeline(
         steps=feed.steps, items_per_step=config.items_per_step, max_lag=schedule.max_lag, window=schedule.window
     ).run(crew, started)

@@ -16,7 +16,7 @@ from tandem.engines.vllm.setup import VLLMParams, in_full
 from tandem.errors import UserError
 from tandem.models.adapter_folder import base_of
 from tandem.models.folder import with_tokenizer
-from tandem.models.limits import layers_of, read_config
+from tandem.models.limits import layers_of, model_config
 from tandem.models.quantized_folder import quantized_kind
 from tandem.models.shrunk import furthest_limit
 from tandem.roles import Engine, FedEngine, HoldingEngine, Home, Metrics, Seat
@@ -190,7 +190,7 @@ class Wiring:
     def _check(self, engines: Seat, count: int, *, past_limits: bool = False) -> TruthCheck:
         """What proves that engines hold the actor's weights; ``past_limits``: also on a sequence past the model's."""
         model, engine = self.homes.model, self.homes.engine
-        config = read_config(model.model, model.trust_remote_code)
+        config = model_config(model.model, model.trust_remote_code)
         return TruthCheck(
             Seat(self.homes.of("actor"), "actor"),
             engines,

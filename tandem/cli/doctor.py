@@ -21,7 +21,7 @@ from tandem.cli.configs import DoctorConfig
 from tandem.cli.quickstart import make_base
 from tandem.errors import UserError
 from tandem.methods.grpo import GRPO
-from tandem.models.limits import layers_of, read_config
+from tandem.models.limits import layers_of, model_config
 from tandem.models.loading import load_tokenizer
 from tandem.roles import Seat
 from tandem.seeds import derive_seed
@@ -92,7 +92,7 @@ class _Examination:
         self.report, self.sampler, self.vocabulary = report, sampler, vocabulary
         self.actor, self.source = actor, source
         self.dtype = config.model.dtype
-        self.layers = layers_of(read_config(config.model.model, config.model.trust_remote_code))
+        self.layers = layers_of(model_config(config.model.model, config.model.trust_remote_code))
         self.rounds = config.engine.kind == "vllm"
         params = SamplingParams(max_new_tokens=config.sampling.max_new_tokens)
         self.requests = [

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from tandem.assembly.configs import config_class
-from tandem.collector import pause, settle
+from tandem.collector import leave_out, pause
 from tandem.config import load_config
 from tandem.errors import RunFailure, UserError
 from tandem.flags import suggest
@@ -257,7 +257,7 @@ def _dispatch(argv: list[str], stop: Stop, supervised: bool) -> int:
         print(f"tandem {name}: loading libraries", flush=True)
     run = command.function()
     if supervised:
-        settle()
+        leave_out()
     stop.at_once = None
     try:
         return run(given)

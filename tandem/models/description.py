@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from tandem.errors import UserError
 from tandem.models.adapters import AdapterParams, targets_of
 from tandem.models.folder import located, readable_errors, with_config
-from tandem.models.limits import read_config
+from tandem.models.limits import model_config
 from tandem.models.scalar import scalar_class
 from tandem.models.text_config import config_in
 from tandem.types import ScoreScale
@@ -44,7 +44,7 @@ def check_targets(source: str, params: AdapterParams, *, scalar: bool = False, t
 
 def _outline(source: str, scalar: bool, trust_remote_code: bool) -> Any:
     """The module without memory for its weights."""
-    auto = scalar_class(read_config(source, trust_remote_code), source) if scalar else AutoModelForCausalLM
+    auto = scalar_class(model_config(source, trust_remote_code), source) if scalar else AutoModelForCausalLM
     with readable_errors(source, "model"), torch.device("meta"):
         config = config_in(with_config(source), trust_remote_code)
         if scalar:

@@ -18,13 +18,13 @@ def read_limits(source: str | Path, *, head: Literal["lm", "scalar"] = "lm", tru
 
     Raises UserError where there is none, and where it is to be a language model (``head``) and is a reward model.
     """
-    config = read_config(source, trust_remote_code)
+    config = model_config(source, trust_remote_code)
     if head == "lm":
         require_language_model(config, source)
     return limits_of(config, source)
 
 
-def read_config(source: str | Path, trust_remote_code: bool = False) -> Any:
+def model_config(source: str | Path, trust_remote_code: bool = False) -> Any:
     """A model's config, of one that also sees its text half's. Raises UserError where there is none."""
     with readable_errors(source, "model"):
         return config_in(with_config(source), trust_remote_code)

@@ -10,13 +10,14 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tandem.arguments import checked
 from tandem.errors import UserError, first_line
 from tandem.kernels.products import speed_up_linears
 from tandem.models.adapter_folder import adapter_folder, base_of
 from tandem.models.adapters import AdapterParams, idle_layers, merge_folder, put_adapters
 from tandem.models.folder import located, readable_errors, with_config, with_tokenizer
 from tandem.models.forward import LoadedModel
-from tandem.models.limits import read_config, require_language_model
+from tandem.models.limits import model_config, require_language_model
 from tandem.models.probe import probe_forward
 from tandem.models.quantized import dequantize_module, quantize_module, quantized_in
 from tandem.models.routers import quieted
@@ -66,6 +67,7 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> An
     return tokenizer
 
 
+@checked
 def load_causal(
     source: str | Path,
     *,
@@ -98,6 +100,7 @@ def load_causal(
     return model
 
 
+@checked
 def load_scalar(
     source: str | Path,
     *,
@@ -118,7 +121,7 @@ def load_scalar(
     """
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     folder = adapter_folder(source)
-    about = read_config(source, trust_remote_code)
+    about = model_config(source, trust_remote_code)
     with readable_errors(source, "model"):
         _seeing(source, device, trust_remote_code)
     kind = scalar_class(about, str(source))

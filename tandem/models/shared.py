@@ -11,7 +11,7 @@ from tandem.errors import UserError
 from tandem.models.adapter_folder import base_of
 from tandem.models.adapters import AdapterParams, put_adapters
 from tandem.models.forward import LoadedModel
-from tandem.models.limits import read_config
+from tandem.models.limits import model_config
 from tandem.models.loading import load_tokenizer, prepare_module
 from tandem.models.scalar import scalar_class
 from tandem.types import ScoreScale
@@ -28,7 +28,7 @@ def scalar_beside(
     assert policy.adapters is not None, "a base is shared by models with adapters"
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     base = base_of(source)
-    config = read_config(base, trust_remote_code)
+    config = model_config(base, trust_remote_code)
     config.num_labels, config.pad_token_id = 1, tokenizer.pad_token_id
     for name in ScoreScale._fields:
         vars(config).pop(name, None)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from tandem.arguments import checked
 from tandem.data.tokenize import prompt_of
 from tandem.engines.requests import check_request
 from tandem.errors import UserError
@@ -24,12 +25,13 @@ from tandem.own_loop.peers import Peers, own_device
 from tandem.own_loop.their_model import GivenModel, given, require_same
 from tandem.parallel.shares import divide
 from tandem.seeds import derive_seed
-from tandem.sync.check import FIRST_PROBES, PROBE_EVERY, ROUNDING, Probe, WeightMismatch, logp_bound
+from tandem.sync.check import FIRST_PROBES, PROBE_EVERY, Probe, WeightMismatch, logp_bound
 from tandem.types import Completion, Message, Request, SamplingParams
 
 PromptLike = str | Seq[Message] | Seq[int]
 
 
+@checked
 class Sampler:
     """Samples from the model that your own loop trains: ``update`` copies its weights, ``generate`` samples.
 
@@ -66,7 +68,9 @@ class Sampler:
         arguments: Mapping[str, Any] | None = None,
         deadline_s: float = 1800.0,
     ) -> None:
-        _check_options(engine, dtype, memory_share=memory_share, sleep=sleep, arguments=arguments)
+        for name, value in (("memory_share", memory_share), ("sleep", sleep), ("arguments", arguments)):
+            if engine == "live" and value:
+                raise UserError(f"{name} is for engine='vllm'; leave it out with engine='live'")
         self.source, self.seed, self.dtype, self.check = located(model), seed, dtype, check_weights
         self.step: int | None = None
         """Of the weights that it holds; None before the first update, and after one that failed."""
@@ -265,8 +269,14 @@ class Sampler:
         """What to sample. Raises UserError where that is not possible."""
         if self.step is None:
             raise UserError("generate: the sampler has no weights of yours yet; call update(model, step) first")
-        if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable):
-            what = "one string" if isinstance(prompts, str) else "a mapping" if prompts else repr(prompts)
+        if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable) or getattr(prompts, "ndim", 1) == 0:
+            what = (
+                "one string"
+                if isinstance(prompts, str)
+                else "a mapping"
+                if isinstance(prompts, Mapping)
+                else repr(prompts)
+            )
             raise UserError(f"generate: prompts is {what}; give a list of prompts")
         if not isinstance(sampling, SamplingParams):
             raise UserError(f"completions: sampling is {sampling!r}; give tandem.SamplingParams(...)")
@@ -352,13 +362,3 @@ def sampling_params(
     ends = {"stop": [stop] if isinstance(stop, str) else stop, "stop_token_ids": stop_token_ids}
     several: dict[str, Any] = {name: tuple(x) if isinstance(x, Iterable) else x for name, x in ends.items()}
     return SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, **several, **truncation)
-
-
-def _check_options(engine: str, dtype: str, *, memory_share: object, sleep: object, arguments: object) -> None:
-    if engine not in ("live", "vllm"):
-        raise UserError(f"engine is {engine!r}; it must be 'live' or 'vllm'")
-    if dtype not in ROUNDING:
-        raise UserError(f"dtype is {dtype!r}; it must be 'float32' or 'bfloat16'")
-    for name, value in (("memory_share", memory_share), ("sleep", sleep), ("arguments", arguments)):
-        if engine == "live" and value:
-            raise UserError(f"{name} is for engine='vllm'; leave it out with engine='live'")

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from tandem.arguments import checked
 from tandem.lazy import extra
 from tandem.models.pairs import pairs_of
 from tandem.parallel.sharding import assign, like, local, unsharded, whole
@@ -24,6 +25,7 @@ Stepped = list[dict[str, Any]]
 """Parameter groups, as torch's optimizers take them."""
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class OptimParams:
     """An optimizer with warmup. ``total_steps`` and ``warmup_steps`` are steps of the run.

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from tandem.arguments import checked
 from tandem.batch import Asks, Batch, Outputs, send
 from tandem.data.packing import pack
 from tandem.errors import UserError
@@ -26,6 +27,7 @@ from tandem.types import Sequence
 CompileMode = Literal["auto", "on", "off"]
 
 
+@checked
 class LocalScorer:
     """A model that only looks: a frozen reference or a reward model (``tandem.roles.Scorer``).
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from tandem.arguments import checked
 from tandem.batch import Asks, Batch, Outputs, TokenLoss, filled
 from tandem.errors import NonFiniteError, UserError
 from tandem.functional.balance import bias_step, load_violation
@@ -47,6 +48,7 @@ class MemoryParams:
     """Keep only layers' inputs for the backward, and compute the rest twice."""
 
 
+@checked
 class LocalTrainer(LocalScorer):
     """Trains a model with a loss that returns unreduced per-token values (``tandem.roles.Trainer``).
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tandem.batch import Outputs
-from tandem.collector import settle
+from tandem.collector import leave_out
 from tandem.errors import NonFiniteError, RunFailure, UserError, first_line
 from tandem.parallel.world import World, join, open_store
 from tandem.workers.keeper import start_keeper
@@ -119,7 +119,7 @@ class WorkerProcess:
             self.site.roles[role] = build(self.site)
         except UserError as error:
             return Failure.of(error)
-        settle()
+        leave_out()
         return None
 
     def call(self, role: str, verb: str, arguments: tuple[Any, ...], quiet: bool) -> Any:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from importlib import import_module
 
 from tandem.assembly.configs import config_class
-from tandem.collector import collect_rarely, settle
+from tandem.collector import collect_rarely, leave_out
 from tandem.config import _keys_of
 from tandem.methods.table import ROWS, SAMPLES
 
@@ -35,4 +35,4 @@ import_module("transformers.conversion_mapping").get_checkpoint_conversion_mappi
 for command in (*ROWS, *SAMPLES):
     # What is read of a config is read once.
     _keys_of(config_class(command))
-settle()
+leave_out()

@@ -247,6 +247,7 @@ def test_samples_go_to_a_file_every_few_steps(folder, tmp_path):
         (lambda s: s.update(trained(), 1.5), "step is 1.5; it must be a whole number"),
         (lambda s: s.update(trained().state_dict(), 2), "a OrderedDict is no model; give the module itself"),
         (lambda s: s.generate(["hello"], n=0), "n is 0"),
+        (lambda s: s.generate(torch.tensor(3)), r"prompts is tensor\(3\); give a list of prompts"),
         (lambda s: s.generate(["hello", ""]), "prompt 1: column 'prompt' is empty"),
         (lambda s: s.generate(["hello", []]), "request 1: the prompt is empty"),
         (lambda s: s.generate([[5], [6, 64]]), "request 1: token id 64 at position 1 is outside"),

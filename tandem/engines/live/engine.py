@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 
+from tandem.arguments import checked
 from tandem.engines.live.core import Batching, LiveCore, evaluating
 from tandem.engines.live.fitting import Fitting
 from tandem.engines.live.layers import Unlike
@@ -33,6 +34,7 @@ CacheDtype = Literal["auto", "fp8"]
 StaleCache = Literal["keep", "recompute"]
 
 
+@checked
 class LiveEngine(SteppedEngine[LiveCore]):
     """Samples from ``module``, a transformers causal LM, in place, with continuous batching.
 

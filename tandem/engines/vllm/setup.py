@@ -17,6 +17,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Literal
 
+from tandem.arguments import checked
 from tandem.engines.requests import eos_ids
 from tandem.engines.vllm.adapters import AdapterRoom, check_dtype
 from tandem.errors import RunFailure, UserError
@@ -49,6 +50,7 @@ NEEDED = (
 """vLLM's arguments that Tandem depends on."""
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class VLLMParams:
     """What vLLM is started with, and how it draws."""
