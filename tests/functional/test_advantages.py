@@ -1,5 +1,6 @@
 """GAE, whitening and group baselines against OpenRLHF's functions, TRL's and the definitions."""
 
+import math
 import random
 
 import pytest
@@ -181,3 +182,12 @@ def test_length_adaptive_coefficients_sum_to_the_length():
     lam_S = length_adaptive_lambda(torch.ones(12000, dtype=torch.bool), bounds, 0.05)
     for lam, length in zip(lam_S.tolist(), (4000, 8000), strict=True):
         assert sum(lam**i for i in range(length)) == pytest.approx(0.05 * length, rel=1e-6)
+
+
+def test_what_rounding_can_make_is_of_one_token_however_many_there_are():
+    """2^-8 of the root mean square of what is added up: 3 and 4 of sizes 1 + 2 and 1 + 3."""
+    ones, others = torch.tensor([1.0, -1.0]), torch.tensor([-2.0, 3.0])
+    expected = 2**-8 * math.sqrt((3**2 + 4**2) / 2)
+    for times in (1, 5):
+        assert rounding_of(ones.repeat(times), others.repeat(times)) == pytest.approx(expected, rel=1e-12)
+    assert rounding_of(torch.zeros(0)) == 0.0

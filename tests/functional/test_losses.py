@@ -57,6 +57,15 @@ OLD_VALUE = torch.tensor([0.5, -0.3, 0.4, 0.5], dtype=torch.float64)
 RETURN = torch.tensor([1.0, -0.2, 0.1, 0.9], dtype=torch.float64)
 
 
+def test_without_a_clip_it_is_half_the_squared_error():
+    loss, clipped = clipped_value_loss(VALUE, OLD_VALUE, RETURN, None)
+    halves = [(v - r) ** 2 / 2 for v, r in zip(VALUE.tolist(), RETURN.tolist(), strict=True)]
+    assert loss.tolist() == pytest.approx(halves, abs=1e-15)
+    assert not clipped.any()
+    # As with a clip that nothing reaches: a critic's learning rate means the same either way.
+    assert torch.equal(clipped_value_loss(VALUE, OLD_VALUE, RETURN, 10.0)[0], loss)
+
+
 def test_value_golden_from_openrlhf():
     # OpenRLHF 0.11.2 models/loss.ValueLoss(clip_eps=0.2) in float64, one token at a time, and their mean.
     loss, clipped = clipped_value_loss(VALUE, OLD_VALUE, RETURN, 0.2)
