@@ -14,7 +14,7 @@ from helpers.engine_models import EOS, VOCABULARY, bytes_tokenizer, model, token
 from helpers.family_models import FAMILIES, family_model
 from transformers import GemmaConfig, GemmaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from tandem.engines.live.decoder import Landing
+from tandem.engines.live.decoder import Decoder, Landing
 from tandem.engines.live.engine import LiveEngine
 from tandem.engines.live.forwards import OwnForward
 from tandem.engines.live.over_pages import bucket
@@ -83,6 +83,24 @@ def test_samples_give_way_and_come_back(monkeypatch: pytest.MonkeyPatch) -> None
     pool = engine.fitting.decoder.pool
     assert pool.available == pool.pages - 1, "every page is given back"
     assert not pool.holders.any()
+
+
+def test_rows_that_move_down_take_their_parameters_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples of three temperatures that end when they like: what is left of them decodes in fewer rows."""
+    moved: list[tuple[int, int]] = []
+    move = Decoder.move
+
+    def watched(self: Decoder, sources: list[int], targets: list[int]) -> None:
+        moved.extend(zip(sources, targets, strict=True))
+        move(self, sources, targets)
+
+    monkeypatch.setattr(Decoder, "move", watched)
+    module = model("qwen2", eos=EOS)
+    kinds = [SamplingParams(max_new_tokens=100, temperature=t, top_k=k) for t, k in ((0.7, 0), (1.5, 0), (1.0, 5))]
+    asked = [Request(prompt_ids=(5, 6, 2 + i), seeds=(i,), sampling=kinds[i % 3]) for i in range(16)]
+    truth = live(module, way="slots").generate(asked)
+    assert drawn(live(module, way="captured").generate(asked)) == drawn(truth)
+    assert any(source % 3 != target % 3 for source, target in moved), "into the place of one of another kind"
 
 
 def test_texts_decoded_while_the_device_is_busy_are_the_texts(monkeypatch: pytest.MonkeyPatch) -> None:
