@@ -80,7 +80,7 @@ def evaluate_rows(config: EvalRowsConfig) -> Metrics | None:
         print_plan(config, uses | {"data": str(feed.counts or feed.uses(homes)["data"])})
         return None
     with homes:
-        models = load_models(run, homes.place, 1, new_head="refuse")
+        models = load_models(run, homes.begin, 1, new_head="refuse")
         measure = _measure(feed, models, config)
         with RunFolder.open(out, start), Progress(title, total=1) as progress:
             found = measure(0, progress.phase).metrics

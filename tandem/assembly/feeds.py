@@ -97,6 +97,10 @@ class Feed:
         """The roles of models that need not be loaded: what they would say is known."""
         return set()
 
+    def begin(self, homes: Homes) -> None:
+        """Begins what can be made while the models are loaded."""
+        return None
+
     def start(self, models: Mapping[str, Seat], homes: Homes) -> Fed:
         """Starts what it needs beside the models."""
         raise TypeError(type(self).__name__)
@@ -201,6 +205,7 @@ class SamplesFeed(Feed):
 
     order: Order
     counts: Counts
+    wiring: Wiring
 
     def __init__(self, config: SamplesConfig, stack: ExitStack) -> None:
         """``stack``: what ends the processes of its rewards."""
@@ -264,16 +269,20 @@ class SamplesFeed(Feed):
             "held out": describe_sets(self.held_out, "prompts"),
         }
 
+    def begin(self, homes: Homes) -> None:
+        wiring = Wiring(
+            homes=homes,
+            sampling=self.config.sampling,
+            seed=self.config.run.seed,
+            vocabulary=len(self.tokenizer),
+            others={},
+            schedule=self.config.schedule,
+        )
+        self.wiring = replace(wiring, begun=wiring.begin())
+
     def start(self, models: Mapping[str, Seat], homes: Homes) -> Fed:
         config = self.config
-        engine = Wiring(
-            homes=homes,
-            sampling=config.sampling,
-            seed=config.run.seed,
-            vocabulary=len(self.tokenizer),
-            others=models,
-            schedule=config.schedule,
-        ).engine()
+        engine = replace(self.wiring, others=models).engine()
         source = Sampling(
             engine=engine.engine,
             prompts=self.prompts,

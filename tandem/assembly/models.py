@@ -20,6 +20,7 @@ from tandem.engines.live.engine import LiveEngine
 from tandem.engines.live.replica import ReplicaEngine
 from tandem.engines.vllm.setup import VLLMParams
 from tandem.errors import UserError
+from tandem.futures import Done, Future
 from tandem.kernels.quantized import require_bitsandbytes
 from tandem.models.adapter_folder import adapter_folder
 from tandem.models.adapters import AdapterParams, require_peft
@@ -59,20 +60,28 @@ def scalar_roles(config: RunConfig) -> list[str]:
 
 def load_models(
     config: RunConfig,
-    place: Callable[[str, Build], Seat],
+    begin: Callable[[str, Build], Future[Seat]],
     steps: int,
     idle: Collection[str] = (),
     new_head: NewHead = "random",
 ) -> dict[str, Seat]:
-    """Every trainer and scorer by role, made where ``place`` puts it, but those that are ``idle``. See ``builds``."""
-    models: dict[str, Seat] = {}
+    """Every trainer and scorer by role, made where ``begin`` puts it, but those that are ``idle``. See ``builds``.
+
+    Those of several groups of processes are made at the same time.
+    """
+    begun: dict[str, Future[Seat]] = {}
     for role, build in builds(config, steps, new_head).items():
         if role in idle:
             continue
         if not config.is_view(role):
             say(f"loading the {role} from {config.sources[role]}")
-        models[role] = place(role, build)
-        say(f"  {models[role].call('describe')}")
+        begun[role] = begin(role, build)
+        if isinstance(begun[role], Done):
+            say(f"  {begun[role].result().call('describe')}")
+    models = {role: seat.result() for role, seat in begun.items()}
+    for role, seat in models.items():
+        if not isinstance(begun[role], Done):
+            say(f"  the {role}: {seat.call('describe')}")
     for role in models:
         if config.method.asks_of(role).states:
             # The policy gets the head of a teacher that hands over its hidden states.

@@ -14,6 +14,7 @@ from tandem.assembly.sections import ClusterSection, EngineSection, ModelSection
 from tandem.engines.vllm.adapters import check_dtype, room_for
 from tandem.engines.vllm.setup import in_full
 from tandem.errors import UserError
+from tandem.futures import Done, Future
 from tandem.models.adapter_folder import adapter_folder
 from tandem.models.adapters import AdapterParams
 from tandem.models.loading import pick_device
@@ -71,6 +72,11 @@ class Homes:
     def place(self, role: str, build: Callable[[Site], Any]) -> Seat:
         """Builds a role in the processes that the placement gives it."""
         return self.of(role).place(role, build)
+
+    def begin(self, role: str, build: Callable[[Site], Any]) -> Future[Seat]:
+        """``place``, which does not wait for other processes: roles of several are built at the same time."""
+        home = self.of(role)
+        return home.begin(role, build) if isinstance(home, WorkerGroup) else Done(home.place(role, build))
 
     def of(self, role: str) -> Home:
         """The processes a role lives in."""
@@ -186,7 +192,7 @@ class Homes:
         return pick_device(self.model.device)
 
     def group(self, name: str, size: int, **options: Any) -> WorkerGroup:
-        """Starts processes for a role. ``options`` are ``WorkerGroup``'s."""
+        """Starts processes for a role, and does not wait for them. ``options`` are ``WorkerGroup``'s."""
         assert self.cluster is not None
         say(f"starting {size} worker{'s' if size > 1 else ''} for the {name}")
         group = WorkerGroup(

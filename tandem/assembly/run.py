@@ -74,7 +74,8 @@ def _run(config: RunConfig, stack: ExitStack, ranks: Ranks | None) -> Path | Non
     idle = feed.recall()
     homes.roles = [role for role in homes.roles if role not in idle]
     places = stack.enter_context(homes) if ranks is None else ranks
-    models = load_models(config, places.place, feed.planned, idle)
+    feed.begin(homes)
+    models = load_models(config, places.begin, feed.planned, idle)
     if config.lora.on and (line := too_small(models["actor"].call("trained_numbers"), feed.bits)):
         say(line)
     crew = _crew(config, feed, models, homes)

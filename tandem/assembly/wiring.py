@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -19,13 +20,13 @@ from tandem.models.folder import with_tokenizer
 from tandem.models.limits import layers_of, model_config
 from tandem.models.quantized_folder import quantized_kind
 from tandem.models.shrunk import furthest_limit
-from tandem.roles import Engine, FedEngine, HoldingEngine, Home, Metrics, Seat
+from tandem.roles import Device, Engine, FedEngine, HoldingEngine, Home, Metrics, Seat
 from tandem.runs.progress import say
 from tandem.sync.check import BEYOND, TruthCheck
 from tandem.sync.push import FillPush, PushParams, WeightPush, between_sequences
 from tandem.sync.turns import TakingTurns
 from tandem.workers.engines import EngineGroup, RestartingOnce
-from tandem.workers.group import WorkerGroup
+from tandem.workers.group import Placing, WorkerGroup
 from tandem.workers.homes import Aside, Here
 from tandem.workers.process import Build
 
@@ -58,6 +59,21 @@ class Wiring:
     """Trainers and scorers by role."""
     schedule: ScheduleSection = field(default_factory=ScheduleSection)
     """What becomes of samples that run when weights change, where there are any then."""
+    begun: Placing | None = None
+    """What ``begin`` has returned, if it was called."""
+
+    def begin(self) -> Placing | None:
+        """Begins to load engines that have processes of their own: before the actor is loaded, they load beside it.
+
+        None where they live with the actor, and where vLLM must know of it which adapters it will be fed.
+        """
+        vllm = self.homes.engine.kind == "vllm"
+        if self._beside_actor or (vllm and self.homes.fed_adapters is not None):
+            return None
+        group = self._group(self.homes.placement.workers("engine"))
+        if vllm:
+            say("starting vLLM")
+        return group.begin("engine", self._fed_vllm(None, shared=False) if vllm else self.replica())
 
     def engine(self) -> WiredEngine:
         """Builds it, and connects it to the actor where weights travel."""
@@ -65,12 +81,12 @@ class Wiring:
             return self._vllm()
         if self._beside_actor:
             return self._live_beside_actor()
-        count = self.homes.placement.workers("engine")
-        group = self.homes.group("engine", count, joined=False, concurrency=CALLS_AT_A_TIME)
-        engines = group.place("engine", self.replica())
+        begun = self.begun or self.begin()
+        assert begun is not None
+        engines = begun.result()
         link = self._link(self._source(), engines)
-        about = f"live, {count} of its own, fed over {link.transport}"
-        several = EngineGroup(group, alone=True)
+        about = f"live, {begun.group.size} of its own, fed over {link.transport}"
+        several = EngineGroup(begun.group, alone=True)
         return WiredEngine(engine=several, push=self._pushed(several, link), about=about, link=link)
 
     def replica(self) -> Build:
@@ -124,17 +140,13 @@ class Wiring:
                 f"engine.tensor_parallel: {parallel} GPUs for one engine, and the actor has {len(actor.devices)}"
             )
         taking_turns = shared and homes.device().type == "cuda" and homes.engine.sleep
-        group = homes.group(
-            "engine",
-            count,
-            gpus_each=parallel,
-            joined=False,
-            on_gpus_of=actor.devices if shared else (),
-            concurrency=CALLS_AT_A_TIME,
-        )
-        say("starting vLLM")
         source = self._source()
-        engines = group.place("engine", self._fed_vllm(source, shared))
+        begun = self.begun or self.begin()
+        if begun is None:
+            group = self._group(count, actor.devices if shared else ())
+            say("starting vLLM")
+            begun = group.begin("engine", self._fed_vllm(source, shared))
+        group, engines = begun.group, begun.result()
         push = self._link(source, engines, drops=taking_turns)
         about = f"vllm, {count} x {parallel}, {'shared' if shared else 'split'}, fed over {push.transport}"
         about += "" if push.moving is None else " with adapters alone"
@@ -153,13 +165,28 @@ class Wiring:
         restarting = RestartingOnce(turns, several, turns.recover)
         return WiredEngine(engine=restarting, push=turns.push_later, about=about, link=push)
 
-    def _fed_vllm(self, source: Seat, shared: bool) -> Build:
-        """What makes vLLM with weights that pushes bring. It reads whole models, and is fed others."""
+    def _group(self, count: int, on_gpus_of: Seq[Device] = ()) -> WorkerGroup:
+        """Processes for engines alone."""
+        homes = self.homes
+        return homes.group(
+            "engine",
+            count,
+            gpus_each=homes.engine.tensor_parallel if homes.engine.kind == "vllm" else 1,
+            joined=False,
+            on_gpus_of=on_gpus_of,
+            concurrency=CALLS_AT_A_TIME,
+        )
+
+    def _fed_vllm(self, source: Seat | None, shared: bool) -> Build:
+        """What makes vLLM with weights that pushes bring. It reads whole models, and is fed others.
+
+        ``source``, the actor's weights, says what its adapters are, where these alone are fed.
+        """
         model = self.homes.model
         params = vllm_params(self.homes, self.sampling, seed=self.seed, shared=shared)
         if quantized_kind(model.model) is not None:
             params = replace(params, arguments=in_full(params.arguments))
-        if self.homes.fed_adapters is not None:
+        if self.homes.fed_adapters is not None and source is not None:
             params = replace(params, adapters=room_of(source.call("plan", model.dtype)))
         whole = replace(params, model=base_of(model.model), tokenizer=with_tokenizer(model.model))
         return partial(vllm_engine, params=whole)

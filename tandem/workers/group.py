@@ -74,14 +74,21 @@ class WorkerGroup:
             | {"max_concurrency": concurrency}
             for rank in range(size)
         ]
+        self.joined = joined
         self.wheres: list[Where] = []
         self.actors = [self._start(rank) for rank in range(size)]
-        self.wheres = self._all("start", [self._begin(rank) for rank in range(size)], START_DEADLINE_S)
-        if joined:
+        self._beginning = [self._begin(rank) for rank in range(size)]
+
+    def ready(self) -> None:
+        """Waits until all processes have started, and have met where they are joined."""
+        if self.wheres:
+            return
+        self.wheres = self._all("start", self._beginning, START_DEADLINE_S)
+        if self.joined:
             nodes = {where.node for where in self.wheres}
             host = LOOPBACK if len(nodes) == 1 else self.wheres[0].node
             port = self._all("rendezvous", [self.actors[0].listen.remote(host)], START_DEADLINE_S)[0]
-            joining = [a.join.remote(host, port, deadline_s + LONGER_S) for a in self.actors]
+            joining = [a.join.remote(host, port, self.deadline_s + LONGER_S) for a in self.actors]
             self._all("rendezvous", joining, START_DEADLINE_S)
 
     def _start(self, rank: int) -> Any:
@@ -99,7 +106,8 @@ class WorkerGroup:
         self.options[rank] |= {"name": f"{self.options[rank]['name']}-again"}
         self.actors[rank] = self._start(rank)
         self.silent = ""
-        self.wheres[rank] = self._all("restart", [self._begin(rank)], START_DEADLINE_S, rank)[0]
+        self._beginning[rank] = self._begin(rank)
+        self.wheres[rank] = self._all("restart", [self._beginning[rank]], START_DEADLINE_S, rank)[0]
         for role, build in self.builds.items():
             self._all(f"loading {role}", [self.actors[rank].place.remote(role, build)], LOAD_DEADLINE_S, rank)
 
@@ -116,13 +124,20 @@ class WorkerGroup:
     @property
     def devices(self) -> Seq[Device]:
         """One for each device; on a CPU, for each rank that a process runs by itself (tensor-parallel engines)."""
+        self.ready()
         return [(where.node, gpu) for where in self.wheres for gpu in (where.gpus or (None,) * self.gpus_each)]
 
     def place(self, role: str, build: Build) -> Seat:
         """Builds a role in every process."""
+        return self.begin(role, build).result()
+
+    def begin(self, role: str, build: Build) -> Placing:
+        """Begins to build a role in every process. Waits for nothing but the meeting of those that are joined."""
         self.builds[role] = build
-        self._all(f"loading {role}", [a.place.remote(role, build) for a in self.actors], LOAD_DEADLINE_S)
-        return Seat(self, role)
+        if self.joined:
+            self.ready()
+        pairs = zip(self.actors, self._beginning, strict=True)
+        return Placing(self, role, [actor.place.remote(role, build, after=begun) for actor, begun in pairs])
 
     def submit(self, role: str, verb: str, arguments: tuple[Any, ...]) -> Answer:
         """See ``tandem.roles.Home``."""
@@ -243,6 +258,24 @@ class WorkerGroup:
 
     def _tail(self, rank: int) -> str:
         return log_tail(self.wheres[rank]) if rank < len(self.wheres) else ""
+
+
+@dataclass(frozen=True)
+class Placing:
+    """The seat of a role that is being built (``tandem.futures.Future``)."""
+
+    group: WorkerGroup
+    role: str
+    refs: list[Any]
+
+    def done(self) -> bool:
+        ended, _ = self.group.cluster.ray.wait(self.refs, num_returns=len(self.refs), timeout=0)
+        return len(ended) == len(self.refs)
+
+    def result(self) -> Seat:
+        self.group.ready()
+        self.group._all(f"loading {self.role}", self.refs, LOAD_DEADLINE_S)
+        return Seat(self.group, self.role)
 
 
 @dataclass(frozen=True, eq=False)

@@ -113,8 +113,8 @@ class WorkerProcess:
         joined = join(world.rank, world.size, device=self.device, **meeting)
         self.site.world = self.stack.enter_context(joined)
 
-    def place(self, role: str, build: Build) -> Failure | None:
-        """Builds a role here."""
+    def place(self, role: str, build: Build, after: object = None) -> Failure | None:
+        """Builds a role here, once the call has ended whose result ``after`` is."""
         try:
             self.site.roles[role] = build(self.site)
         except UserError as error:

@@ -87,6 +87,10 @@ class Ranks:
         self._run(_Call(role, build=build))
         return Seat(self, role)
 
+    def begin(self, role: str, build: Build) -> Future[Seat]:
+        """``place``, which is made at once."""
+        return Done(self.place(role, build))
+
     def submit(self, role: str, verb: str, arguments: tuple[Any, ...]) -> Future[Any]:
         """See ``tandem.roles.Home``."""
         return Done(self._run(_Call(role, verb, arguments)))

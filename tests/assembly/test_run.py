@@ -136,6 +136,7 @@ def test_arguments_that_are_not_vllms_alone_are_refused_before_anything_is_loade
 def test_engines_apart_are_told_what_becomes_of_samples_that_run(monkeypatch, kind, asked, cache, waits):
     """Without the processes: they are asked to build an engine, and pushes wait for its samples or do not."""
     group = mock.Mock(size=1)
+    group.begin.return_value.group = group
     link = mock.Mock(return_value={"sync_seconds": 1.0}, transport="gloo", moving=None)
     for owner, name, found in ((Homes, "group", group), (Wiring, "_source", None), (Wiring, "_link", link)):
         monkeypatch.setattr(owner, name, lambda self, *_, found=found, **__: found)
@@ -149,7 +150,7 @@ def test_engines_apart_are_told_what_becomes_of_samples_that_run(monkeypatch, ki
     schedule = ScheduleSection(max_lag=1, **asked)
     parts = {"homes": homes, "sampling": SamplingSection(), "seed": 0, "vocabulary": 9, "others": {}}
     engine = Wiring(**parts, schedule=schedule).engine()
-    builds = [call.args[1] for call in group.place.call_args_list if call.args[0] == "engine"]
+    builds = [call.args[1] for call in group.begin.call_args_list if call.args[0] == "engine"]
     assert len(builds) == 1
     # vLLM always computes them anew.
     assert builds[0].keywords.get("options", {}).get("stale_cache") == (cache if kind == "live" else None)

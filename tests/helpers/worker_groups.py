@@ -21,6 +21,8 @@ def groups(*sizes: int, name: str = "home", **options: Any) -> Iterator[list[Wor
     try:
         for i, size in enumerate(sizes):
             made.append(WorkerGroup(f"{name}{i}", size, cluster, environment={"PYTHONPATH": path}, **options))
+        for group in made:
+            group.ready()
         yield made
     finally:
         for group in made:
