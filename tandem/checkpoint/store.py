@@ -16,6 +16,7 @@ import re
 import shutil
 from collections import OrderedDict
 from collections.abc import Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
@@ -147,23 +148,25 @@ class CheckpointStore:
 
 
 class _HashingFile:
-    """What torch.save writes through: counts and sums the bytes on their way to the file."""
+    """What torch.save writes through: counts the bytes on their way to the file, and sums them meanwhile."""
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file = file
+    def __init__(self, file: IO[bytes], thread: Executor) -> None:
+        self.file, self.thread = file, thread
         self.size = 0
         self.sum = hashlib.sha256()
         self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
+        summed = self.thread.submit(self.sum.update, data)
         # torch turns an error raised here into one about positions in a zip file, so it is kept.
         try:
             self.file.write(data)
         except OSError as error:
             self.error = error
             raise
+        finally:
+            summed.result()
         self.size += len(data)
-        self.sum.update(data)
         return len(data)
 
     def flush(self) -> None:
@@ -182,8 +185,8 @@ def _write_folder(
 
 def _write(path: Path, value: Mapping[str, Any]) -> dict[str, Any]:
     """Puts a file on the disk, as JSON or by torch as its name says. Its entry for the manifest."""
-    with path.open("wb") as file:
-        hashing = _HashingFile(file)
+    with path.open("wb") as file, ThreadPoolExecutor(1) as thread:
+        hashing = _HashingFile(file, thread)
         try:
             if path.suffix == ".json":
                 hashing.write(json.dumps(value, indent=1).encode())
