@@ -13,6 +13,7 @@ import inspect
 import logging
 import math
 import shutil
+import sys
 import textwrap
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -217,13 +218,22 @@ def _own_docs(cls: Any) -> dict[str, str]:
     docs: dict[str, str] = dict(vars(cls).get("_docs", {}))
     if "__dataclass_fields__" not in vars(cls) or "_docs" in vars(cls):
         return docs
-    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
-    assert isinstance(definition, ast.ClassDef)
+    definition = _classes_of(cls.__module__).get(cls.__qualname__)
+    if definition is None:  # within a function
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+        assert isinstance(definition, ast.ClassDef)
     for statement, below in zip(definition.body, definition.body[1:], strict=False):
         match statement, below:
             case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
                 docs[name] = inspect.cleandoc(text)
     return docs
+
+
+@functools.cache
+def _classes_of(module: str) -> dict[str, ast.ClassDef]:
+    """The statements that define a module's classes, by name. ``inspect`` reads the module anew for each class."""
+    tree = ast.parse(inspect.getsource(sys.modules[module]))
+    return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
 
 
 def _full_name(section: Field[Any], key: str) -> str:
