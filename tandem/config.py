@@ -220,8 +220,9 @@ def _own_docs(cls: Any) -> dict[str, str]:
         return docs
     definition = _classes_of(cls.__module__).get(cls.__qualname__)
     if definition is None:  # within a function
-        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
-        assert isinstance(definition, ast.ClassDef)
+        (alone,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+        assert isinstance(alone, ast.ClassDef)
+        definition = alone
     for statement, below in zip(definition.body, definition.body[1:], strict=False):
         match statement, below:
             case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):

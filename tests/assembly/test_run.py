@@ -10,7 +10,7 @@ from helpers.runs import write_inputs
 import tandem
 from tandem.assembly import wiring
 from tandem.assembly.configs import config_class
-from tandem.assembly.models import require_engine
+from tandem.assembly.models import load_models, require_engine
 from tandem.assembly.placing import Homes
 from tandem.assembly.role_sections import Placement, SamplingPlacement
 from tandem.assembly.sections import ClusterSection, EngineSection, ModelSection, SamplingSection, ScheduleSection
@@ -127,6 +127,21 @@ def test_arguments_that_are_not_vllms_alone_are_refused_before_anything_is_loade
             require_engine(EngineSection(kind="vllm", arguments=json.dumps({name: 1})))
 
 
+def test_models_of_several_processes_are_all_begun_before_any_is_waited_for():
+    """They were loaded one after the other."""
+    keys = {"model": "m", "data": "d.jsonl", "out": "o", "steps": 1, "reward_model": ["r"]}
+    happened: list[str] = []
+
+    def begin(role: str, build: object) -> mock.Mock:
+        happened.append(f"begin {role}")
+        seat = mock.Mock(name=role)
+        return mock.Mock(result=lambda: happened.append(f"wait for {role}") or seat)
+
+    roles = [*load_models(tandem.read_config("ppo", **keys), begin, 1)]
+    assert {"actor", "critic", "reward"} <= {*roles}
+    assert happened == [f"begin {role}" for role in roles] + [f"wait for {role}" for role in roles]
+
+
 @pytest.mark.parametrize("kind", ["live", "vllm"])
 @pytest.mark.parametrize(
     ("asked", "cache", "waits"),
@@ -149,7 +164,9 @@ def test_engines_apart_are_told_what_becomes_of_samples_that_run(monkeypatch, ki
     homes.homes["actor"] = Here(Site(World()))
     schedule = ScheduleSection(max_lag=1, **asked)
     parts = {"homes": homes, "sampling": SamplingSection(), "seed": 0, "vocabulary": 9, "others": {}}
-    engine = Wiring(**parts, schedule=schedule).engine()
+    begun = Wiring(**parts, schedule=schedule).begin()
+    group.begin.return_value.result.assert_not_called()
+    engine = Wiring(**parts, schedule=schedule, begun=begun).engine()
     builds = [call.args[1] for call in group.begin.call_args_list if call.args[0] == "engine"]
     assert len(builds) == 1
     # vLLM always computes them anew.
