@@ -294,6 +294,7 @@ def test_a_word_without_a_flag():
         ["--eval-data="],
         ["--max-length", "0"],
         ["--learning-rate", "0"],
+        ["--learning-rate", "1e3"],
         ["--max-grad-norm", "-1"],
         ["--warmup-steps", "-1"],
         ["--weight-decay", "-0.1"],

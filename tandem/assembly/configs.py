@@ -233,6 +233,8 @@ class RunConfig:
         warmup = warmup_of(self.optim, steps)
         if self.optim.lr_schedule != "constant" and warmup >= steps:
             found.append(f"lr_schedule: the warmup takes all {steps} steps, so nothing is {self.optim.lr_schedule}")
+        elif self.optim.warmup_steps >= 1 and warmup >= steps:
+            found.append(f"learning_rate: the warmup takes all {steps} steps, so the rate never rises to it")
         every = evaluation.eval_every
         if evaluation.goals.patience > ((steps - 1) // every if every else 0):
             found.append(f"patience: {evaluation.patience} evaluations are never over before the last of {steps} steps")

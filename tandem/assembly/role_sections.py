@@ -9,7 +9,7 @@ from typing import Any
 
 from tandem.config import section_class
 from tandem.errors import UserError
-from tandem.keys import A_MODEL, A_SHARE, ABOVE_0, AT_LEAST_0, MAY_CHANGE, PATH, Checked, needs
+from tandem.keys import A_MODEL, A_SHARE, AT_LEAST_0, MAY_CHANGE, PATH, Checked, needs
 from tandem.methods.base import Need
 
 
@@ -152,7 +152,7 @@ def models_class(models: Iterable[Need]) -> type[ModelsSection]:
             doc = f"The learning rate of the {need.role}, which may be higher than the policy's."
             keys[f"{need.role}_learning_rate"] = (
                 float,
-                field(default=need.learning_rate, metadata=ABOVE_0 | part),
+                field(default=need.learning_rate, metadata=A_SHARE | part),
                 doc,
             )
     return section_class("Models", keys, base)

@@ -206,7 +206,7 @@ class DataSection(DatasetSection):
 class OptimSection(Checked):
     """The optimizer and its learning rate."""
 
-    learning_rate: float = field(default=1e-6, metadata=ABOVE_0)
+    learning_rate: float = field(default=1e-6, metadata=A_SHARE)
     """Its peak, after the warmup. Meant for models of 0.1B parameters and more; those of a million learn with 1e-3."""
     optimizer: Literal["adamw", "adamw8bit", "adafactor", "muon"] = "adamw"
     """adamw8bit keeps its moments in 8 bits (pip install 'tandem-rlhf[quant]'), adafactor only means of a matrix's rows

@@ -365,6 +365,7 @@ def test_a_correction_that_nothing_can_compute_is_refused_wherever_it_stands(tmp
     ("flags", "said"),
     [
         (["--reference-every", "5"], "reference_every: 5 steps are never over before the last of 5"),
+        (["--warmup-steps", "5"], "learning_rate: the warmup takes all 5 steps"),
         (["--lr-schedule", "linear", "--warmup-steps", "5"], "lr_schedule: the warmup takes all 5 steps"),
         (
             ["--eval-data", "e", "--eval-every", "2", "--keep-best", "eval/loss", "--patience", "3"],
