@@ -19,8 +19,12 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # safetensors and tokenizers are written in Rust, and have no OSError: the words are all there is.
-        if not isinstance(error, OSError) and "os error" not in str(error):
+        # safetensors and tokenizers are written in Rust, and have no OSError: a name and words are all there is.
+        if (
+            not isinstance(error, OSError)
+            and type(error).__name__ != "SafetensorError"
+            and "os error" not in str(error)
+        ):
             raise
         why = getattr(error, "strerror", None) or first_line(error)
         raise DiskFailure(f"{path}: cannot be written: {why}") from error

@@ -12,7 +12,7 @@ import torch
 from tandem.assembly.role_sections import RolePlacement
 from tandem.assembly.sections import ClusterSection, EngineSection, ModelSection
 from tandem.engines.vllm.adapters import check_dtype, room_for
-from tandem.engines.vllm.setup import in_full
+from tandem.engines.vllm.setup import in_full, require_read
 from tandem.errors import UserError
 from tandem.futures import Done, Future
 from tandem.models.adapter_folder import adapter_folder
@@ -103,6 +103,7 @@ class Homes:
                 "torchrun: this command starts workers itself; run it once, without torchrun, with --placement.actor N"
             )
         if self.engine.kind == "vllm" and "engine" in self.roles:
+            require_read(self.model.model)
             if self.fed_adapters is not None:
                 self._check_adapters(self.fed_adapters)
             if "actor" in self.roles:

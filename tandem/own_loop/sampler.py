@@ -270,13 +270,8 @@ class Sampler:
         if self.step is None:
             raise UserError("generate: the sampler has no weights of yours yet; call update(model, step) first")
         if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable) or getattr(prompts, "ndim", 1) == 0:
-            what = (
-                "one string"
-                if isinstance(prompts, str)
-                else "a mapping"
-                if isinstance(prompts, Mapping)
-                else repr(prompts)
-            )
+            named = "a mapping" if isinstance(prompts, Mapping) else repr(prompts)
+            what = "one string" if isinstance(prompts, str) else named
             raise UserError(f"generate: prompts is {what}; give a list of prompts")
         if not isinstance(sampling, SamplingParams):
             raise UserError(f"completions: sampling is {sampling!r}; give tandem.SamplingParams(...)")

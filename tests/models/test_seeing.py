@@ -21,6 +21,7 @@ from tandem.batch import TokenLoss
 from tandem.data.packing import pack, stamp
 from tandem.engines.live.engine import LiveEngine
 from tandem.engines.vllm.names import Names
+from tandem.engines.vllm.setup import require_read
 from tandem.errors import RunFailure, UserError
 from tandem.models.adapters import AdapterParams
 from tandem.models.loading import load_causal, load_scalar
@@ -327,6 +328,9 @@ def test_a_push_is_called_as_the_wholes_folder_calls_it(folders, family, tmp_pat
     if family == "qwen3_vl_moe":
         # The hub's have experts the other way round: the only way that vLLM reads, and transformers writes none so.
         model.export(tmp_path / "out")
+        require_read(str(tmp_path / "out"))
+        with pytest.raises(UserError, match=r"its experts are as transformers writes them, .* tandem export --model"):
+            require_read(str(folders(family)))
         expected = load_parts(tmp_path / "out")
         assert {tuple(t.shape) for n, t in expected.items() if "experts" in n} == {(4, 32, 192), (4, 96, 32)}
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -17,10 +18,13 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Literal
 
+from safetensors import safe_open
+
 from tandem.arguments import checked
 from tandem.engines.requests import eos_ids
 from tandem.engines.vllm.adapters import AdapterRoom, check_dtype
 from tandem.errors import RunFailure, UserError
+from tandem.models.folder import readable_errors
 from tandem.models.limits import turning_point
 from tandem.models.seeing import SeeingModel
 
@@ -131,10 +135,29 @@ def in_full(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {**arguments, "load_format": "dummy", "hf_overrides": {**overrides, "quantization_config": None}}
 
 
+def require_read(model: str) -> None:
+    """Raises UserError for a folder of Qwen 3 VL MoE whose experts are as transformers writes them: vLLM reads them as
+    the hub's are, [E, H, 2I] and [E, I, H], alone."""
+    folder = Path(model).expanduser()
+    if not (folder / "config.json").is_file():
+        return
+    with readable_errors(model, "model"):
+        about = json.loads((folder / "config.json").read_bytes())
+        for path in sorted(folder.glob("*.safetensors")) if about.get("model_type") == "qwen3_vl_moe" else ():
+            with safe_open(path, "pt") as file:
+                name = next((key for key in file.keys() if key.endswith("experts.gate_up_proj")), None)  # noqa: SIM118
+                if name is not None and file.get_slice(name).get_shape()[1] != about["text_config"]["hidden_size"]:
+                    raise UserError(
+                        f"{model}: its experts are as transformers writes them, and vLLM reads them as on the hub "
+                        f"alone; write a folder that it reads: tandem export --model {model} --out FOLDER"
+                    )
+
+
 def start_vllm(params: VLLMParams) -> Any:
     """vLLM's ``LLM``, its engine core in this process. Raises UserError where it cannot be started."""
     check_vllm()
     check_arguments(params.arguments)
+    require_read(params.model)
     _set_environment()
     from vllm import LLM
 
