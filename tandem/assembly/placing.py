@@ -109,6 +109,11 @@ class Homes:
             if "actor" in self.roles:
                 if quantized_kind(self.model.model) is not None:
                     in_full(self.engine.vllm_arguments)
+                parallel, there = self.engine.tensor_parallel, max(1, self.placement.workers("actor"))
+                if self.placement.home("engine") == "actor" and parallel > there:
+                    raise UserError(
+                        f"engine.tensor_parallel: {parallel} GPUs for one engine, and the actor has {there}"
+                    )
             elif adapter_folder(self.model.model) is not None:
                 raise UserError(
                     f"model: {self.model.model} is a folder of adapters, and vLLM takes whole models here; write one "

@@ -14,7 +14,6 @@ from tandem.assembly.sections import DrawsSection, EngineSection, SamplingSectio
 from tandem.engines.live.engine import LiveEngine
 from tandem.engines.vllm.adapters import room_of
 from tandem.engines.vllm.setup import VLLMParams, in_full
-from tandem.errors import UserError
 from tandem.models.adapter_folder import base_of
 from tandem.models.folder import with_tokenizer
 from tandem.models.limits import layers_of, model_config
@@ -135,10 +134,6 @@ class Wiring:
         homes, actor = self.homes, self.homes.of("actor")
         shared, parallel = self._beside_actor, homes.engine.tensor_parallel
         count = len(actor.devices) // parallel if shared else homes.placement.workers("engine")
-        if not count:
-            raise UserError(
-                f"engine.tensor_parallel: {parallel} GPUs for one engine, and the actor has {len(actor.devices)}"
-            )
         taking_turns = shared and homes.device().type == "cuda" and homes.engine.sleep
         source = self._source()
         begun = self.begun or self.begin()

@@ -17,7 +17,7 @@ from tandem.assembly.sections import ClusterSection, EngineSection, ModelSection
 from tandem.assembly.wiring import Wiring
 from tandem.config import dump_config, load_config
 from tandem.engines.vllm.setup import in_full
-from tandem.errors import UserError
+from tandem.errors import UserError, WorkerDied
 from tandem.parallel.world import World
 from tandem.workers.homes import Here
 from tandem.workers.process import Site
@@ -121,6 +121,17 @@ def test_vllm_is_told_of_a_folder_in_few_bits_beside_what_else_it_is_told(tmp_pa
             check(tmp_path, **wrong)
 
 
+def test_an_engine_over_more_gpus_than_the_actor_has_is_refused_before_anything_starts():
+    def check(actor: str, engine: str) -> None:
+        parts = (SamplingPlacement(actor=actor, engine=engine), ClusterSection())
+        section = EngineSection(kind="vllm", tensor_parallel=2)
+        Homes(ModelSection(model="m", device="cpu"), *parts, section, ["actor", "engine"]).check()
+
+    with pytest.raises(UserError, match=r"^engine\.tensor_parallel: 2 GPUs for one engine, and the actor has 1$"):
+        check("1", "actor")
+    check("2", "actor")
+
+
 def test_arguments_that_are_not_vllms_alone_are_refused_before_anything_is_loaded():
     for name, words in {"seed": "what Tandem calls 'seed'", "max_loras": "Tandem depends on it"}.items():
         with pytest.raises(UserError, match=rf"^engine\.kind vllm: vLLM argument '{name}' .*{words}"):
@@ -150,9 +161,10 @@ def test_models_of_several_processes_are_all_begun_before_any_is_waited_for():
 )  # fmt: skip
 def test_engines_apart_are_told_what_becomes_of_samples_that_run(monkeypatch, kind, asked, cache, waits):
     """Without the processes: they are asked to build an engine, and pushes wait for its samples or do not."""
-    group = mock.Mock(size=1)
+    group = mock.Mock(size=1, dead=lambda: [0])
     group.begin.return_value.group = group
     link = mock.Mock(return_value={"sync_seconds": 1.0}, transport="gloo", moving=None)
+    link.again.return_value = {"sync_seconds": 4.0}
     for owner, name, found in ((Homes, "group", group), (Wiring, "_source", None), (Wiring, "_link", link)):
         monkeypatch.setattr(owner, name, lambda self, *_, found=found, **__: found)
     settled = lambda engine, push: lambda step: {"settling_seconds": 2.0} | push(step)  # noqa: E731
@@ -173,3 +185,8 @@ def test_engines_apart_are_told_what_becomes_of_samples_that_run(monkeypatch, ki
     assert builds[0].keywords.get("options", {}).get("stale_cache") == (cache if kind == "live" else None)
     assert engine.push(3) == {"sync_seconds": 1.0} | ({"settling_seconds": 2.0} if waits else {})
     link.assert_called_once_with(3)
+    if kind == "vllm":
+        # One that dies in a push is started again: what all get then waits for the samples of the others as well.
+        link.side_effect = WorkerDied("engine rank 0 died")
+        assert engine.push(4) == {"sync_seconds": 4.0} | ({"settling_seconds": 2.0} if waits else {})
+        group.restart.assert_called_once_with(0)
