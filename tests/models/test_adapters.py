@@ -19,7 +19,7 @@ from tandem.errors import UserError
 from tandem.models.adapters import AdapterParams, put_adapters
 from tandem.models.forward import hidden_states
 from tandem.models.loading import load_causal, load_scalar
-from tandem.models.pairs import adapted
+from tandem.models.pairs import NAME, adapted
 from tandem.models.quantized import quantize_module
 from tandem.training.optim import OptimParams
 from tandem.training.scorer import LocalScorer
@@ -88,6 +88,18 @@ def test_adapters_at_zero_and_the_view_are_the_base_bit_for_bit(base, dtype):
     assert not torch.allclose(logp_of(trainer), alone, atol=1e-2)
     assert torch.equal(logp_of(view), alone)
     assert not torch.equal(view.score(batch_of_rows(), 0.5).logp_T, alone)
+
+
+@pytest.mark.parametrize(
+    ("kind", "scale", "magnitudes"),
+    [({}, 6 / 4, False), ({"rslora": True}, 6 / 2, False), ({"dora": True}, 6 / 4, True)],
+)
+def test_the_scale_is_alpha_over_the_rank_or_over_its_root(base, kind, scale, magnitudes):
+    module = load_causal(base, device="cpu").module
+    put_adapters(module, AdapterParams(rank=4, alpha=6.0, **kind), str(base))
+    layers = adapted(module).values()
+    assert {layer.scaling[NAME] for layer in layers} == {scale}
+    assert any("magnitude" in name for name, _ in module.named_parameters()) == magnitudes
 
 
 @pytest.mark.parametrize("kind", KINDS)
