@@ -4,15 +4,19 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.batches import seen_batch
 from helpers.method_steps import Models, estimated, items_of
 from helpers.sampled_step import make_step
 
 from tandem.batch import Outputs
 from tandem.config import with_keys
+from tandem.data.packing import pack
 from tandem.functional.kl import adaptive_kl_coef
+from tandem.methods.gspo import GSPO
 from tandem.methods.opd import OPD
 from tandem.methods.table import SAMPLES, method_class
 from tandem.methods.tokens import TokenMethod
+from tandem.types import Sequence
 
 CLASSES = [cls for name in SAMPLES if issubclass(cls := method_class(name), TokenMethod)]
 
@@ -80,3 +84,14 @@ def test_dual_clip_bounds_what_a_bad_sample_can_do(method):
     else:
         assert (loss_T == 2.0).all()
         assert far_T.min() > 20
+
+
+def test_gspo_clips_as_its_paper_does():
+    """arXiv:2507.18071, section 5.1: 3e-4 from below and 4e-4 from above, of ratios of whole sequences."""
+    batch = replace(pack([Sequence(token_ids=[1, 2], trainable=[False, True])] * 4), advantage_T=torch.zeros(8))
+    batch.advantage_T[1::2] = torch.tensor([1.0, 1.0, -1.0, -1.0])
+    batch = seen_batch(batch, old_logp_T=torch.zeros(8, dtype=torch.float64))
+    logp_T = torch.zeros(8, dtype=torch.float64)
+    logp_T[1::2] = torch.tensor([1 + 3.9e-4, 1 + 4.1e-4, 1 - 2.9e-4, 1 - 3.1e-4], dtype=torch.float64).log()
+    clipped_T = GSPO().surrogate(Outputs(logp_T=logp_T), batch).metrics_T["clip_fraction"]
+    assert clipped_T[1::2].tolist() == [0.0, 1.0, 0.0, 1.0]
