@@ -36,7 +36,9 @@ from tandem.tasks import letters, tiny
 from tandem.types import SamplingParams
 from tandem.whole import writing
 
-CONTENTS = {"base", "data", "sft", "reward_model", "ppo", "summary.json", "curves.png"}
+MARK = ".tandem-quickstart"
+"""A file that says of a folder that a quickstart made it, and may replace what is in it."""
+CONTENTS = {MARK, "base", "data", "sft", "reward_model", "ppo", "summary.json", "curves.png"}
 GOLD = "tandem.tasks.letters:reward"
 
 
@@ -221,8 +223,12 @@ def show(
 
 def _clear(out: Path) -> None:
     """Makes room for a new quickstart. Raises UserError where the folder holds anything else."""
-    if out.is_dir() and (strangers := sorted({path.name for path in out.iterdir()} - CONTENTS)):
+    found = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    if strangers := sorted(found - CONTENTS if MARK in found else found):
         raise UserError(f"{out}: holds {strangers[0]!r}, which no quickstart made; give another --out")
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        (out / MARK).touch()
     for name in ("summary.json", "curves.png"):
         (out / name).unlink(missing_ok=True)
     shutil.rmtree(out / "data", ignore_errors=True)

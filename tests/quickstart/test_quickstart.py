@@ -98,6 +98,18 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path):
     with pytest.raises(UserError, match=r"thesis\.txt"):
         quickstart(tmp_path, 0)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+    with pytest.raises(UserError, match=r"thesis\.txt: cannot be written"):
+        quickstart(tmp_path / "thesis.txt", 0)
+
+
+@pytest.mark.parametrize("name", ["data", "base"])
+def test_a_folder_of_somebody_else_s_with_a_name_of_ours_is_left_alone(tmp_path, name):
+    """``data`` was deleted without a word, and a model in ``base`` written over."""
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match=f"holds '{name}', which no quickstart made"):
+        quickstart(tmp_path, 0)
+    assert (tmp_path / name / "thesis.txt").read_text() == "years of work"
 
 
 @pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
