@@ -221,9 +221,9 @@ def test_reward_functions_that_cannot_be_loaded(tandem, inputs):
 
 
 def test_rewards_that_teach_nothing(tandem, inputs):
-    """Samples left out are counted and rewards that stay alike are said, once; where none is judged the run ends."""
+    """Samples left out are counted and said, and rewards that stay alike, once; where none is judged the run ends."""
     write(inputs, "rewards.py", REWARDS)
-    for name, noted in (("some", [5]), ("right", [])):
+    for name, noted in (("some", [1, 5]), ("right", [])):
         out, file = inputs / f"taught-{name}", "rewards.py" if name == "some" else "check.py"
         assert tandem(*with_(GRPO, reward=f"{file}:{name}", steps=7), "--out", out)[0] == 0
         last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
@@ -250,9 +250,9 @@ def test_out_that_holds_a_run(tandem, inputs):
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_good_state(tandem, inputs, monkeypatch):
-    """The real thing: a learning rate that makes the parameters, and so the next loss, overflow."""
+    """The real thing: a decay that makes the parameters, and so the next loss, overflow."""
     out = inputs / "diverged"
-    argv = with_(SFT, steps=60, learning_rate="1e30", save_every=0, max_grad_norm="1e30")
+    argv = with_(SFT, steps=60, learning_rate=1, weight_decay="1e30", save_every=0, max_grad_norm="1e30")
     code, err = tandem(*argv, "--out", out)
     assert code == 2, err
     assert "not finite" in err
