@@ -163,7 +163,8 @@ FAMILIES = (
     Family("gemma", "Gemma", "Gemma", _of(hidden_activation="gelu_pytorch_tanh")),
     Family("gemma2", "Gemma 2", "Gemma2",
            _of(_BY_TURNS, _named(query_pre_attn_scalar="head_dim"), attn_logit_softcapping=2.0,
-               final_logit_softcapping=3.0)),
+               final_logit_softcapping=3.0),
+           "soft caps of scores and logits"),
     Family("gemma3", "Gemma 3", "Gemma3Text", _of(_BY_TURNS, _named(query_pre_attn_scalar="head_dim"))),
     Family("gemma3n", "Gemma 3n", "Gemma3nText",
            _of(_BY_TURNS, _PER_LAYER, _sized(laurel_rank=(4, 64), altup_num_inputs=(2, 4)), num_kv_shared_layers=0,
@@ -312,10 +313,8 @@ def _tiny(family: Family) -> Any:
 
 
 def rates() -> dict[str, str]:
-    """Of each family that was timed: its rate over that of the first."""
-    rows = {row["system"]: row for row in json.loads(RATES.read_text())["rows"] if "tokens_per_second" in row}
-    first = rows[FAMILIES[0].name]["tokens_per_second"]
-    return {name: f"{row['tokens_per_second'] / first:.0%}" for name, row in rows.items()}
+    """Of each family that was timed: its rate over that of the first in the same run."""
+    return {row["system"]: f"{row['of_qwen2']:.0%}" for row in json.loads(RATES.read_text())["rows"]}
 
 
 def line_of(family: Family, found: matrix.Row) -> str:
@@ -352,11 +351,10 @@ def rate(options: argparse.Namespace, record: Record, name: str) -> None:
     shape["head_dim"] = config.hidden_size // config.num_attention_heads
     with torch.device(options.device):
         module = NAMES[name].module(shape)
-    for parameter in module.parameters():
-        # Not module.to(): rotary frequencies do not survive bfloat16.
-        parameter.data = parameter.data.to(torch.bfloat16 if options.device != "cpu" else torch.float32)
     tokenizer = byte_tokenizer(config.vocab_size, eos=False)
+    # Proved in float32, as what is loaded is.
     model = prepare_module(module, tokenizer, device=options.device)
+    model.compute_in(torch.bfloat16 if options.device != "cpu" else torch.float32)
     engine = LiveEngine(module, tokenizer, max_slots=options.samples)
     generator = torch.Generator().manual_seed(0)
     prompt_SP = torch.randint(2, config.vocab_size, (options.samples, options.prompt_tokens), generator=generator)
