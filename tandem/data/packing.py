@@ -86,7 +86,7 @@ def _groups(token_ids_T: Tensor, bounds: Tensor, prompt_lengths: Seq[int]) -> tu
     groups: dict[object, int] = {}
     numbers, prefixes = [], []
     ids_T, starts = token_ids_T.numpy(), bounds.tolist()
-    for i, (start, end, prompt_length) in enumerate(zip(starts, starts[1:], prompt_lengths, strict=False)):
+    for i, (start, end, prompt_length) in enumerate(zip(starts[:-1], starts[1:], prompt_lengths, strict=True)):
         length = end - start
         prefix = min(prompt_length, length - 1)
         if prefix == 1 or prefix * WORTH_SHARING < length:

@@ -86,8 +86,8 @@ def _sharers(place_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     count_U = place_T.bincount()
     shared_P = (count_U > 1).nonzero().squeeze(-1)
     if not len(shared_P):
-        first_P = place_T.new_zeros(2)
-        return first_P, first_P.expand(2, 2), torch.tensor([[True, False]]).expand(2, 2)
+        # Not expanded: what refers to one number twice cannot be pinned on its way to a GPU.
+        return place_T.new_zeros(2), place_T.new_zeros(2, 2), torch.tensor([[True, False]] * 2)
     count_P = count_U[shared_P]
     start_P = (count_U.cumsum(0) - count_U)[shared_P]
     column = torch.arange(int(count_P.max()))

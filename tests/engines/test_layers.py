@@ -264,6 +264,17 @@ def rolled_keys(module: Any) -> None:
     module.model.layers[0].self_attn.k_proj.register_forward_hook(lambda _, __, out: out.roll(1, -1))
 
 
+def gate_of_heads(module: Any) -> None:
+    """A product more of what goes into attention, narrower than a head."""
+    attention = module.model.layers[0].self_attn
+    attention.more = torch.nn.Linear(attention.q_proj.in_features, 2, bias=False)
+
+    def gate(part: Any, args: Any, kwargs: Any) -> None:
+        part.more(kwargs["hidden_states"])
+
+    attention.register_forward_pre_hook(gate, with_kwargs=True)
+
+
 def given_more(module: Any) -> None:
     module.model.layers[1].register_forward_pre_hook(lambda _, args: (args[0], args[1] * 1.5, *args[2:]))
 
@@ -278,7 +289,7 @@ def other_experts(module: Any) -> None:
 
 @pytest.mark.parametrize(
     ("name", "change"),
-    [("llama", change) for change in (gate_after, between, before_all, sum_of_more, rolled_keys)]
+    [("llama", change) for change in (gate_after, between, before_all, sum_of_more, rolled_keys, gate_of_heads)]
     + [("gemma4-e", given_more), ("gemma4-e", moved_values), ("gemma4-moe", other_experts)],
 )
 def test_a_module_that_computes_something_else_is_not_read(name: str, change: Callable[[Any], None]) -> None:

@@ -184,6 +184,7 @@ def test_a_micro_batch_in_which_none_begin_alike_takes_the_way_of_the_others_and
     sharing = sharing_of(lone)
     assert torch.equal(sharing.kept_U, torch.arange(lone.tokens))
     assert min(*sharing.sharers_Pn.shape, *sharing.shared_P.shape) == 2
+    assert all(0 not in x.stride() for x in vars(sharing).values()), "pinned memory takes no expanded tensor"
     model = model_of("llama")
     found, want = step(model, lone), step(model, lone.unshared())
     assert found[0] == want[0]

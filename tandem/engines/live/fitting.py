@@ -97,10 +97,10 @@ class Fitting:
         return int(self.module.get_output_embeddings().weight.shape[0])
 
     def look(self) -> None:
-        """Before steps: parameters may have been moved since the last ones, and graphs know where they lay."""
+        """Before steps: weights may have been moved since the last ones, and graphs know where they lay."""
         if self.lean is not None:
             self.lean.stack()
-        addresses = tuple(parameter.data_ptr() for parameter in self.module.parameters())
+        addresses = tuple(x.data_ptr() for x in (*self.module.parameters(), *self.module.buffers()))
         if self.decoder is not None and addresses != self.addresses:
             self.decoder.forget_graphs()
         self.addresses = addresses

@@ -747,8 +747,8 @@ class _Watch(PackedLayout):
         out = torch.cat([call.output.reshape(tokens, -1) for call in projections], dim=-1)
         width = out.shape[1] // size
         tied = shares is None and width == heads + kv_heads
-        gated = not tied and width == 2 * (heads + kv_heads)
-        if not gated and not tied and width != heads + 2 * kv_heads:
+        gated = shares is None and width == 2 * (heads + kv_heads)
+        if out.shape[1] % size or not (gated or tied or width == heads + 2 * kv_heads):
             raise Unlike("its queries, keys and values are not a product of its input each")
         normed = {call: norm for call in before if call not in projections and (norm := read_norm(call))}
         value_norm: Norm | None = None
