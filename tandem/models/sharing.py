@@ -69,7 +69,7 @@ def sharing_of(batch: Batch) -> Sharing | None:
     return Sharing(
         dropped_S=dropped_S,
         own_bounds=torch.cat([length_S.new_zeros(1), (length_S - dropped_S).cumsum(0)]),
-        kept_U=send(kept_T.nonzero().squeeze(-1), device),
+        kept_U=send(index_T[kept_T], device),
         place_T=send(place_T, device),
         shared_P=send(shared_P, device),
         sharers_Pn=send(sharers_Pn, device),
@@ -80,11 +80,11 @@ def sharing_of(batch: Batch) -> Sharing | None:
 def _sharers(place_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The places that come several times, where they come [P, n], and which of those n are real.
 
-    Where none do, the first place stands there twice, as if it came again: compiled code knows shapes of 0 and 1 apart
-    from all others.
+    Where none do, the first place stands there twice, as if it came again. Compiled code knows shapes of 0 and 1 apart
+    from all others, and views from tensors of their own: none of these is one.
     """
     count_U = place_T.bincount()
-    shared_P = (count_U > 1).nonzero().squeeze(-1)
+    shared_P = torch.arange(len(count_U))[count_U > 1]
     if not len(shared_P):
         # Not expanded: what refers to one number twice cannot be pinned on its way to a GPU.
         return place_T.new_zeros(2), place_T.new_zeros(2, 2), torch.tensor([[True, False]] * 2)

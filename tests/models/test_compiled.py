@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Qwen2Config
 from tandem.data.packing import pack, stamp_weights
 from tandem.engines.live.engine import LiveEngine
 from tandem.models.adapters import AdapterParams, put_adapters
+from tandem.models.attention import FlashLayout
 from tandem.models.compiled import Blocks
 from tandem.models.forward import forward
 from tandem.models.loading import prepare_module
@@ -99,6 +101,48 @@ def test_shared_prompts_are_one_graph_more():
         gradients(model, batch_of(lengths))
     assert graphs() == 2
     assert model.blocks.working
+
+
+@torch.library.custom_op("tandem_tests::flash", mutates_args=())
+def flash(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, own_bounds: torch.Tensor, bounds: torch.Tensor, longest: int
+) -> torch.Tensor:
+    """Has the kernel's arguments, which only a GPU has. Queries and what a segment's keys and values add up to."""
+    total = torch.stack([(k + v)[a:b].sum(dim=(0, 1)) for a, b in pairwise(bounds)])
+    return q + total.repeat_interleave(own_bounds.diff(), dim=0)[:, None]
+
+
+flash.register_fake(lambda q, k, v, own_bounds, bounds, longest: torch.empty_like(q))
+flash.register_autograd(
+    lambda ctx, up: (up, *[up.new_zeros(shape) for shape in ctx.shapes], None, None, None),
+    setup_context=lambda ctx, inputs, output: setattr(ctx, "shapes", [x.shape for x in inputs[1:3]]),
+)
+
+
+class Flash(FlashLayout):
+    def attend(self, query, key, value, ask):
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        if self.sharing is not None:
+            k, v = self.sharing.expand(k), self.sharing.expand(v)
+        return flash(q, k, v, self.own_bounds, self.bounds, self.longest)[None]
+
+
+def test_lone_samples_of_a_step_that_shares_meet_the_graph_of_the_others(monkeypatch):
+    def layout(bounds, device, dtype, *, compiled, sharing, spare):
+        found = Flash(bounds, device, sharing)
+        found.compiled = compiled
+        return found
+
+    model = use(deep_model())
+    monkeypatch.setattr("tandem.models.forward.packed_layout", layout)
+    monkeypatch.setattr("tandem.models.forward._spare", lambda tokens: 0)
+    batch = groups_of([4, 3, 1, 1, 6])
+    for units in (range(15), range(6), [7, 8], [7], [8], [0, 4, 7, 8], [9, 10]):
+        gradients(model, batch.select(list(units)))
+    assert graphs() == 1
+    assert model.blocks.working
+    gradients(model, batch_of(LENGTHS[0]))
+    assert graphs() == 2
 
 
 def test_numbers_of_a_layer_are_constants_of_its_graph_and_no_tensors_on_the_cpu():
