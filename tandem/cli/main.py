@@ -332,7 +332,8 @@ def _exit(code: int) -> NoReturn:
     """
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
-    # Somebody's code may have left a file open.
+    # Somebody's code may have left a file open, which may be among what the collector leaves out, and does not list.
+    gc.unfreeze()
     for each in (sys.stdout, sys.stderr, *gc.get_objects()):
         if type(each) in FILES:
             with suppress(OSError, ValueError):

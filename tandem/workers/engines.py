@@ -134,7 +134,8 @@ class EngineGroup(Generating):
     def wait(self, until: Callable[[], bool], at_least: int = 0) -> None:
         """See ``tandem.roles.Engine``. Raises WorkerDied where an engine's process is gone (``forget`` it then)."""
         self._advance(until, at_least)
-        self._begin(everything=True)
+        if not self._holding:
+            self._begin(everything=True)
 
     def finish(self, asked: Asked) -> None:
         """Waits until a request is done."""
@@ -193,7 +194,9 @@ class EngineGroup(Generating):
         goal = self._requests_ended + at_least
         self._heard_at = [time.monotonic()] * self.group.size
         while (self._open or self._waiting) and not until():
-            self._begin(everything=self.slots is None)
+            # One that was started again may have no weights before the push that comes next.
+            if not self._holding:
+                self._begin(everything=self.slots is None)
             self._listen(goal - self._requests_ended)
             for answer in self.group.ended_of([*self._begins, *self._takes.values()], ASKED_S):
                 self._hear(answer)

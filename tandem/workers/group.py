@@ -78,6 +78,8 @@ class WorkerGroup:
         self.wheres: list[Where] = []
         self.actors = [self._start(rank) for rank in range(size)]
         self._beginning = [self._begin(rank) for rank in range(size)]
+        self._loading = self._beginning
+        """The last that each process was told to build."""
 
     def ready(self) -> None:
         """Waits until all processes have started, and have met where they are joined."""
@@ -137,7 +139,8 @@ class WorkerGroup:
         if self.joined:
             self.ready()
         pairs = zip(self.actors, self._beginning, strict=True)
-        return Placing(self, role, [actor.place.remote(role, build, after=begun) for actor, begun in pairs])
+        self._loading = [actor.place.remote(role, build, after=begun) for actor, begun in pairs]
+        return Placing(self, role, self._loading)
 
     def submit(self, role: str, verb: str, arguments: tuple[Any, ...]) -> Answer:
         """See ``tandem.roles.Home``."""
@@ -173,10 +176,12 @@ class WorkerGroup:
         return [by_ref[ref] for ref in ended]
 
     def close(self) -> None:
-        """Ends every process, at once where one does not answer."""
+        """Ends every process: at once where one still loads, after 5 s where one does not answer."""
         ray = self.cluster.ray
         with contextlib.suppress(Exception):
-            ray.wait([a.close.remote() for a in self.actors], num_returns=self.size, timeout=5)
+            loaded, _ = ray.wait(self._loading, num_returns=self.size, timeout=0)
+            calls = [a.close.remote() for a, ref in zip(self.actors, self._loading, strict=True) if ref in loaded]
+            ray.wait(calls, num_returns=len(calls), timeout=5)
         for actor in self.actors:
             with contextlib.suppress(Exception):
                 ray.kill(actor)

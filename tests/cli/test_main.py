@@ -165,6 +165,8 @@ class Cycle:
     def __del__(self):
         print("taken apart")
 kept = Cycle()
+before = open("before", "w")
+before.write("nor this")
 def run(argv):
     global left
     left = open("left", "w")
@@ -183,6 +185,7 @@ def test_a_process_ends_without_taking_apart_what_it_holds(tmp_path):
     done = subprocess.run([sys.executable, "-c", LEFT], capture_output=True, text=True, timeout=60, cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (7, "called at exit\n", "")
     assert (tmp_path / "left").read_text() == "nobody closes it"
+    assert (tmp_path / "before").read_text() == "nor this"
 
 
 def test_python_dash_m_and_a_reader_who_leaves():

@@ -24,6 +24,7 @@ from tandem.sync.push import between_sequences
 from tandem.types import Request, SamplingParams
 from tandem.workers.engines import EngineGroup, RestartingOnce
 from tandem.workers.process import Site
+from tandem.workers.served import serve
 
 __all__ = ["cluster_address"]
 PATIENCE_S = 30.0
@@ -177,6 +178,34 @@ def test_between_sequences_samples_that_nobody_wants_any_more_are_waited_for_and
     between_sequences(engine, lambda step: pushes.append(step) or {})(1)  # type: ignore[func-returns-value]
     assert pushes == [1]
     assert len(good.result()) == 2
+    for site in group.sites:
+        site.roles["sampling"].close()
+
+
+def test_between_sequences_an_engine_that_was_started_again_gets_samples_after_its_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """vLLM refuses them before its adapters have come."""
+    group: Any = OneCallAtATime(*(Telling(pace_s=0.002, max_slots=2) for _ in range(2)), calls_at_a_time=4)
+    group.deadline_s = 5
+    engine = EngineGroup(group, alone=True, slots=2)
+    futures = engine.submit(asks(40, 40, 40, 40))
+    engine.wait(iter([False, False, True]).__next__)
+    dies, again = group.sites[0], Telling(max_slots=2)
+    dies.roles["sampling"].close()
+    dies.roles["engine"] = again
+    dies.roles["sampling"] = serve(dies, alone=True)
+    engine.forget(0)
+    pushes: list[int] = []
+
+    def submit(*given: Any) -> Any:
+        if not pushes:
+            raise UserError("push first")
+        return Telling.submit(again, *given)
+
+    monkeypatch.setattr(again, "submit", submit)
+    between_sequences(engine, lambda step: pushes.append(step) or {})(1)  # type: ignore[func-returns-value]
+    assert [len(samples) for samples in wait_all(futures)] == [2] * 4
     for site in group.sites:
         site.roles["sampling"].close()
 

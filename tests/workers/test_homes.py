@@ -162,6 +162,13 @@ def test_different_homes_work_at_the_same_time(cluster_address, tmp_path):
         (actor,), (critic,) = seats_in(first, "actor"), seats_in(second, "critic")
         seats = {"driver": seat_of(Role(Site(World()), "driver")), "actor": actor, "critic": critic}
         assert list(call_all(seats, "come", tmp_path, *seats).items()) == [(name, name) for name in seats]
+        # Nobody waits for what still loads where all is over: it was 5 s for each.
+        for group in (first, second):
+            group.begin("endless", lambda site: time.sleep(PATIENCE_S))
+        start = time.monotonic()
+        for group in (first, second):
+            group.close()
+        assert time.monotonic() - start < 4
 
 
 def test_the_first_home_speaks_though_the_second_fails_first(cluster_address, tmp_path):
