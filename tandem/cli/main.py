@@ -330,7 +330,8 @@ def _exit(code: int) -> NoReturn:
 
     To take torch and transformers apart, object by object, takes 1.2 s.
     """
-    threading._shutdown()  # type: ignore[attr-defined]
+    with suppress(KeyboardInterrupt):  # whoever does not wait for threads that still run leaves them
+        threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     # Somebody's code may have left a file open, which may be among what the collector leaves out, and does not list.
     gc.unfreeze()

@@ -154,6 +154,13 @@ def test_a_thread_that_goes_on_does_not_keep_the_process():
     done = subprocess.run([sys.executable, "-c", THREAD], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (7, "done\n")
     assert done.stderr == "tandem: the command has ended and left the thread 'uploader', which is ended now\n"
+    # Nor does it after Ctrl-C, which comes once the command has ended, and is no other end of it.
+    code = THREAD.replace("0.3", "60").replace("threading.Event().wait", "interrupt")
+    interrupt = "time.sleep(0.6); os.kill(os.getpid(), signal.SIGINT); time.sleep(60)"
+    begin = "import os, signal, time; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{begin}\ndef interrupt():\n    {interrupt}\n{code}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == (7, "done\n", "")
 
 
 LEFT = """
