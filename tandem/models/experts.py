@@ -1,7 +1,7 @@
 """Stacked experts by grouped products, and adapters on them.
 
-Rows go to experts and back by gathers, and so do their gradients: autograd's own of an index adds row to row with
-atomics, in an order that changes.
+Rows go to experts and back by gathers, and so do their gradients, and a bias's is a product: autograd's own of an index
+adds row to row with atomics, in an order that changes.
 
 Each expert's adapter pair multiplies its own tokens, and no merged copy of the stack is made. peft's own forward of a
 stacked parameter makes ``W + s B A`` of all experts in every layer and keeps it for the backward: as much memory as the
@@ -80,7 +80,8 @@ def grouped_experts(
     """What the experts make of tokens, [T, E]: each row's product is with its own expert's matrices.
 
     ``index`` and ``weight``: of the K experts that a token's router has picked. The weight multiplies what goes into
-    the second product, which is narrower than what comes out of it. ``layers``: peft's, by the stack they are on.
+    the second product, which of most models is narrower than what comes out of it. ``layers``: peft's, by the stack
+    they are on.
     """
     picks = index_TK.shape[1]
     expert_N, order_N = torch.sort(index_TK.reshape(-1))
@@ -97,7 +98,7 @@ def grouped_experts(
         if layers and name in layers:
             out_NO = out_NO + _added(layers[name], x_NI, ends_X)
         if experts.has_bias:
-            bias_NO = getattr(experts, f"{name}_bias")[expert_N]
+            bias_NO = _OfExperts.apply(getattr(experts, f"{name}_bias"), expert_N)
             out_NO = out_NO + (bias_NO if weight_N1 is None else bias_NO * weight_N1)
         return out_NO
 
@@ -154,6 +155,22 @@ class _Collect(torch.autograd.Function):
     def backward(ctx: Any, gradient_TD: Tensor) -> Any:
         order_N, back_N = ctx.saved_tensors
         return _spread(gradient_TD, order_N, back_N, ctx.picks), None, None, None
+
+
+class _OfExperts(torch.autograd.Function):
+    """Each row's own expert's bias [X, O], with its gradient as a product."""
+
+    @staticmethod
+    def forward(ctx: Any, bias_XO: Tensor, expert_N: Tensor) -> Tensor:
+        ctx.experts = len(bias_XO)
+        ctx.save_for_backward(expert_N)
+        return bias_XO[expert_N]
+
+    @staticmethod
+    def backward(ctx: Any, gradient_NO: Tensor) -> Any:
+        (expert_N,) = ctx.saved_tensors
+        own_XN = torch.arange(ctx.experts, device=expert_N.device)[:, None] == expert_N
+        return own_XN.to(gradient_NO.dtype) @ gradient_NO, None
 
 
 def _added(layer: Any, x_NI: Tensor, ends_X: Tensor) -> Tensor:

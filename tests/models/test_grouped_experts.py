@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -100,6 +101,26 @@ def test_output_and_gradients_are_those_of_a_loop_over_tokens(kind: str, picks: 
     for name, parameter in experts.named_parameters():
         assert not found[name][UNUSED].any()
         assert found[name].shape == parameter.shape
+
+
+def test_gradients_are_the_same_bits_every_time() -> None:
+    """With several threads, of enough numbers for each."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        experts = made("transposed, with biases", torch.float32)
+        once, *again = (
+            results(
+                copy.deepcopy(experts),
+                grouped_experts,
+                tuple(x.detach().repeat(60, 1).requires_grad_(x.requires_grad) for x in given(3, torch.float32)),
+            )
+            for _ in range(4)
+        )
+    finally:
+        torch.set_num_threads(threads)
+    for other in again:
+        assert all(torch.equal(found, once[name]) for name, found in other.items())
 
 
 def test_it_takes_the_place_of_grouped_products_alone() -> None:
