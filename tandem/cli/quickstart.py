@@ -226,9 +226,11 @@ def _clear(out: Path) -> None:
     found = {path.name for path in out.iterdir()} if out.is_dir() else set()
     if strangers := sorted(found - CONTENTS if MARK in found else found):
         raise UserError(f"{out}: holds {strangers[0]!r}, which no quickstart made; give another --out")
-    with writing(out):
+    try:
         out.mkdir(parents=True, exist_ok=True)
         (out / MARK).touch()
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror}; give another --out") from None
     for name in ("summary.json", "curves.png"):
         (out / name).unlink(missing_ok=True)
     shutil.rmtree(out / "data", ignore_errors=True)

@@ -67,9 +67,7 @@ class Rubric(Checked):
     """Requests under way at a time."""
     asks: int = field(default=3, metadata=COUNT)
     """How often it is asked where its reply has no score."""
-    unparseable: Literal["error", "leave_out"] = field(
-        default="error", metadata=must("error or leave_out", lambda x: x in ("error", "leave_out"))
-    )
+    unparseable: Literal["error", "leave_out"] = field(default="error", metadata=EITHER)
     """What becomes of a sample then: the run ends, or the sample is left out and counted."""
     cache: str | None = field(default=None, metadata=TEXT)
     """A file of replies. None: the run folder's ``judgements.jsonl``."""
@@ -101,6 +99,8 @@ def read_judge(path: Path, setting: Setting) -> EndpointJudge:
         raise UserError(f"{path}: unknown key {unknown[0]!r}; keys are {', '.join(known)}")
     if missing := [key for key in ("url", "model", "rubric") if key not in given]:
         raise UserError(f"{path}: missing key {missing[0]!r}")
+    if empty := [key for key, value in given.items() if value is None and key != "cache"]:
+        raise UserError(f"{path}: {empty[0]}: has no value; give one, or leave the key out")
     if isinstance(given.get("scale"), list):
         given["scale"] = tuple(given["scale"])
     try:

@@ -121,7 +121,8 @@ class Preparation:
 
 def fill_advantages(rollouts: Seq[Rollout], batch: Batch) -> None:
     """Gives each rollout that is in the batch, of which a method may leave some out, the advantages of its tokens."""
-    advantage_T, bounds = filled(batch.advantage_T, "advantage_T").double().numpy(), batch.bounds.tolist()
+    advantage_T = filled(batch.advantage_T, "advantage_T").detach().cpu().double().numpy()
+    bounds = batch.bounds.tolist()
     numbers = filled(batch.index_S, "index_S").tolist()
     for number, first, end in zip(numbers, bounds, bounds[1:], strict=False):
         rollouts[number].advantages = array("d", advantage_T[first:end].tobytes())

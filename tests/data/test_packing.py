@@ -28,6 +28,12 @@ def test_layout():
     assert batch.last_S.tolist() == [2, 3, 7]
 
 
+@pytest.mark.parametrize("lengths", [[1, 1], [1, 1, 1, 1]])
+def test_prompt_lengths_of_other_sequences_are_refused(lengths):
+    with pytest.raises(ValueError, match="zip"):
+        pack(SEQUENCES, prompt_lengths=lengths)
+
+
 def test_select_and_split_keep_every_field_together():
     rollouts = [
         Rollout(

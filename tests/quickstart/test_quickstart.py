@@ -16,7 +16,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from tandem.cli.quickstart import quickstart
-from tandem.errors import UserError
+from tandem.errors import RunFailure, UserError
 from tandem.tasks import letters
 
 SEEDS = [0, 1]
@@ -98,8 +98,9 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path):
     with pytest.raises(UserError, match=r"thesis\.txt"):
         quickstart(tmp_path, 0)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
-    with pytest.raises(UserError, match=r"thesis\.txt: cannot be written"):
+    with pytest.raises(UserError, match=r"thesis\.txt: cannot be written") as refused:
         quickstart(tmp_path / "thesis.txt", 0)
+    assert not isinstance(refused.value, RunFailure)  # whose exit code would say that it may be begun again as it is
 
 
 @pytest.mark.parametrize("name", ["data", "base"])

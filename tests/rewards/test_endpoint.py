@@ -109,6 +109,8 @@ def test_an_endpoint_that_fails(serve, judge):  # noqa: F811
             "url: http://a\nmodel: b\nrubric: '{completion}'\nunparseable: zero",
             "unparseable: expected error or leave_out",
         ),
+        ("url:\nmodel: b\nrubric: '{completion}'", "url: has no value"),
+        ("url: http://a\nmodel: b\nrubric: '{completion}'\nconcurrency:", "concurrency: has no value"),
         (None, "cannot be read"),
     ],
 )
