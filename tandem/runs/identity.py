@@ -101,12 +101,12 @@ def require_same_run(folder: Path, start: Start) -> dict[str, list[str]]:
 
 
 def _require_bound(folder: Path) -> None:
-    """Raises UserError for a run whose correction_high was 5 and, not being given, would be 2 from now on."""
+    """Raises UserError for a run whose correction_high may have been 5 and, not being given, would be 2 from now on."""
     stored = _stored(folder)
     if stored.get("correction") == "sequence_tis" and stored.get("correction_high") is None:
         raise UserError(
-            f"{folder / CONFIG}: correction_high, which is not given, was 5 for sequence_tis when the run began, and "
-            "is 2 now; write correction_high: 5.0 there, and give it, to go on as it was, or take another --out"
+            f"{folder / CONFIG}: correction_high, which is not given, is 2 for sequence_tis, and was 5 until lately: "
+            "write the one that the run began with there, and give it, to go on as it was, or take another --out"
         )
 
 

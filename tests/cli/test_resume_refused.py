@@ -126,7 +126,7 @@ def test_a_run_whose_bound_was_another_says_so_and_goes_on_with_it(tandem):
     config.write_text(config.read_text().replace("correction: none", "correction: sequence_tis"))
     now = [*ON, "--old-logp", "trainer", "--correction", "sequence_tis", "--dry-run"]
     config.write_text(config.read_text().replace("old_logp: sampler", "old_logp: trainer"))
-    refused(tandem(*now), "grpo/config.yaml: correction_high, which is not given, was 5 for sequence_tis", "is 2 now")
+    refused(tandem(*now), "grpo/config.yaml: correction_high, which is not given, is 2 for sequence_tis", "was 5")
     config.write_text(config.read_text().replace("correction_high: null", "correction_high: 5.0"))
     refused(tandem(*now), "correction_high (5.0 there, null now)")
     assert tandem(*now, "--correction-high", "5")[0] == 0
