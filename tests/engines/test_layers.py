@@ -12,9 +12,10 @@ import torch
 from helpers.family_models import family_model
 
 from tandem.engines.live.forwards import LeanForward
-from tandem.engines.live.layers import Attention, Decoder, Gated, Layer, Ungated, Unlike, Whole, read_decoder
+from tandem.engines.live.layers import Attention, Decoder, Gated, Layer, Ungated, Unlike, Whole
 from tandem.engines.live.mixers import Mixer, _convolve, _delta_rule, _select
 from tandem.engines.live.probe import Trial, find_cache_shape, head_shape_of
+from tandem.engines.live.reading import read_decoder
 from tandem.engines.live.states import StateForward
 from tandem.kernels import states
 from tandem.kernels.layers import Norm
@@ -303,7 +304,7 @@ def test_a_module_that_computes_something_else_is_not_read(name: str, change: Ca
 
 
 def test_a_norm_is_read_by_what_it_computes() -> None:
-    from tandem.engines.live.layers import _Call, read_norm
+    from tandem.engines.live.reading import _Call, read_norm
 
     @torch.no_grad()
     def found(module: torch.nn.Module) -> Norm | None:

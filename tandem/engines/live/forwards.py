@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tandem.engines.live.layers import Attention, Latent, Unlike, queries_and_gates, read_decoder
+from tandem.engines.live.layers import Attention, Latent, Unlike, queries_and_gates
 from tandem.engines.live.mixers import Mixer
 from tandem.engines.live.pages import PagedDecode
+from tandem.engines.live.reading import read_decoder
 from tandem.engines.live.stacked import Additions
 from tandem.kernels import layers as kernels
 from tandem.kernels import products
