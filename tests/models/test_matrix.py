@@ -123,7 +123,8 @@ def test_a_model_that_adds_up_in_float32_trains_and_samples_in_bfloat16(kind: st
     ((drawn,),) = LiveEngine(module, tokenizer(), way="captured").generate([asked])
     found = forward(model, pack([Sequence.read([5, 6, 7, *drawn.token_ids])])).logp_T
     assert found is not None
-    assert drawn.behaviour_logp == pytest.approx(found[3:].tolist(), abs=0.3)
+    # Two ways to logits of about 8, whose last place is 0.03 to 0.06: up to 0.06 over 24 draws.
+    assert drawn.behaviour_logp == pytest.approx(found[3:].tolist(), abs=0.1)
 
 
 @pytest.mark.parametrize("kind", ["minimax", "xlstm"])
