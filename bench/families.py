@@ -6,8 +6,12 @@
 Method. Every family is a random model of its transformers class at the same shapes: layers, widths, heads, vocabulary;
 experts are 8 of half the width each, of which a token takes 2. Without --size they are tiny, with windows of 6 tokens
 and other limits as short, and Tandem's log-probs, gradients and samples are compared with the module's own forward of
-one sequence at a time, in float64 (bench/matrix.py). With --size, --samples samples of --new-tokens tokens are drawn
-from prompts of random tokens, after a warm-up, and "of qwen2" is the rate over that of the first family.
+one sequence at a time, in float64 (bench/matrix.py).
+
+With --size, --samples samples of --new-tokens tokens are drawn from prompts of random tokens, after a warm-up; then,
+with --train, packed SFT steps of --train-tokens tokens in sequences of 512 are timed, after two that compile. "of
+qwen2" is a rate over that of the first family. "reads" is what a decoding step has to read of weights, keys, values
+and states (these it writes as well), in the middle of its samples, over what the first family's has to read.
 """
 
 from __future__ import annotations
@@ -15,6 +19,8 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import random
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -24,13 +30,18 @@ from typing import Any
 import matrix
 import torch
 import transformers
-from common import Record, Row, arguments, measure, peak_gb, print_table, resolve_device, timed
+from common import Record, Row, arguments, measure, peak_gb, print_table, resolve_device, seconds_of, timed
 from models import SIZES, byte_tokenizer, config_of
+from training import batch_of, step
 from transformers import AutoModelForCausalLM
 
 from tandem.engines.live.engine import LiveEngine
-from tandem.models.loading import prepare_module
+from tandem.engines.live.pages import PAGE as PAGE_SIZE
+from tandem.methods.sft import SFT
+from tandem.models.loading import Dtype, prepare_module
 from tandem.models.shrunk import trained_size
+from tandem.training.optim import OptimParams
+from tandem.training.trainer import LocalTrainer
 from tandem.types import Request, SamplingParams
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
@@ -312,16 +323,19 @@ def _tiny(family: Family) -> Any:
     return module
 
 
-def rates() -> dict[str, str]:
-    """Of each family that was timed: its rate over that of the first in the same run."""
-    return {row["system"]: f"{row['of_qwen2']:.0%}" for row in json.loads(RATES.read_text())["rows"]}
+def rates() -> dict[str, dict[str, str]]:
+    """Of each family that was timed, by its column: its rates over those of the first, and what its steps read."""
+    rows = json.loads(RATES.read_text())["rows"]
+    columns = {"of_qwen2": "{:.0%}", "trained_of_qwen2": "{:.0%}", "reads": "{:.1f}"}
+    return {row["system"]: {key: form.format(row[key]) for key, form in columns.items() if key in row} for row in rows}
 
 
 def line_of(family: Family, found: matrix.Row) -> str:
     """Its line of the table."""
-    reason, rate = family.slower or found.slower, rates().get(family.name, "")
-    how = f"{ENGINES[found.engine]} | {LAYOUTS[found.layout]}"
-    return f"| {family.models} | {family.kind} | {how} | {rate} | {reason} |\n"
+    timed = rates().get(family.name, {})
+    sampled, trained, reads = (timed.get(key, "") for key in ("of_qwen2", "trained_of_qwen2", "reads"))
+    how = f"{ENGINES[found.engine]} | {sampled} | {reads} | {LAYOUTS[found.layout]} | {trained}"
+    return f"| {family.models} | {family.kind} | {how} | {family.slower or found.slower} |\n"
 
 
 def table_of(page: str) -> str:
@@ -329,7 +343,10 @@ def table_of(page: str) -> str:
     return page.split(MARKS[0])[1].split(MARKS[1])[0]
 
 
-HEADING = "| models | class | sampled | trained | rate | why it is slower |\n| --- | --- | --- | --- | --- | --- |\n"
+HEADING = (
+    "| models | class | sampled | rate | reads | trained | rate | why it is slower |\n"
+    "| --- | --- | --- | --- | --- | --- | --- | --- |\n"
+)
 
 
 def write_table() -> None:
@@ -353,23 +370,81 @@ def rate(options: argparse.Namespace, record: Record, name: str) -> None:
         module = NAMES[name].module(shape)
     tokenizer = byte_tokenizer(config.vocab_size, eos=False)
     # Proved in float32, as what is loaded is.
-    model = prepare_module(module, tokenizer, device=options.device)
-    model.compute_in(torch.bfloat16 if options.device != "cpu" else torch.float32)
+    dtype: Dtype = "bfloat16" if options.device != "cpu" else "float32"
+    model = prepare_module(module, tokenizer, dtype=dtype, device=options.device)
+    model.compute_in(model.torch_dtype)
+    row: Row = {"system": name, "trained": "packed" if model.packed else "padded"}
+    row |= _sampling(options, model, tokenizer)
+    if options.train:
+        try:
+            row |= _training(options, model)
+        except torch.OutOfMemoryError as error:
+            row["trained_error"] = str(error).splitlines()[0]
+    record.add(row)
+
+
+def _sampling(options: argparse.Namespace, model: Any, tokenizer: Any) -> Row:
+    """How it is sampled from, and how fast."""
+    module = model.module
     engine = LiveEngine(module, tokenizer, max_slots=options.samples)
     generator = torch.Generator().manual_seed(0)
-    prompt_SP = torch.randint(2, config.vocab_size, (options.samples, options.prompt_tokens), generator=generator)
+    vocabulary = config_of(options.size).vocab_size
+    prompt_SP = torch.randint(2, vocabulary, (options.samples, options.prompt_tokens), generator=generator)
     sampling = SamplingParams(max_new_tokens=options.new_tokens)
     asked = [Request(prompt_ids=tuple(p), seeds=(i,), sampling=sampling) for i, p in enumerate(prompt_SP.tolist())]
     times, out = timed(partial(engine.generate, asked), options.device, options.repeats)
     tokens = sum(len(sample.token_ids) for completions in out for sample in completions)
     fitting = engine.fitting
     row: Row = {
-        "system": name, "way": engine.way, "fused": fitting is not None and not fitting.own_because,
-        "why": fitting.own_because if fitting is not None else "", "trained": "packed" if model.packed else "padded",
+        "way": engine.way, "fused": fitting is not None and not fitting.own_because,
+        "why": fitting.own_because if fitting is not None else "",
         "parameters_m": sum(p.numel() for p in module.parameters()) / 1e6, "tokens": tokens,
-        "tokens_per_second": tokens / times["seconds"], "peak_gb": peak_gb(options.device),
+        "tokens_per_second": tokens / times["seconds"], "peak_gb": peak_gb(options.device), **times,
     }  # fmt: skip
-    record.add(row | times)
+    if fitting is not None:
+        held = options.samples * (options.prompt_tokens + options.new_tokens / 2) * fitting.shape.page_bytes / PAGE_SIZE
+        states = 2 * options.samples * fitting.shape.state_bytes
+        row["step_gb"] = (_weight_bytes(module) + held + states) / 1e9
+    return row
+
+
+def _weight_bytes(module: Any) -> int:
+    """Of the weights that a step reads whole: all but embeddings that are no heads."""
+    tied = getattr(module.get_output_embeddings(), "weight", None)
+    tables = [part.weight for part in module.modules() if isinstance(part, torch.nn.Embedding)]
+    return 2 * sum(p.numel() for p in module.parameters() if p is tied or not any(p is table for table in tables))
+
+
+def _training(options: argparse.Namespace, model: Any) -> Row:
+    """How it is trained, and how fast."""
+    optim = OptimParams(learning_rate=1e-6, total_steps=100)
+    trainer = LocalTrainer(model, SFT().loss, optim, token_budget=options.train_tokens, compile="auto")
+    rng, vocabulary = random.Random(0), config_of(options.size).vocab_size
+    count = max(1, options.train_tokens // 512)
+    batch = batch_of(
+        [[rng.randrange(2, vocabulary) for _ in range(options.train_tokens // count)] for _ in range(count)]
+    )
+    first = [seconds_of(partial(step, trainer, batch), options.device) for _ in range(2)]
+    times = [seconds_of(partial(step, trainer, batch), options.device) for _ in range(options.repeats)]
+    return {
+        "trained_tokens_per_second": batch.tokens / statistics.median(times), "trained_seconds": times,
+        "trained_first_step": first[0], "trained_peak_gb": peak_gb(options.device),
+    }  # fmt: skip
+
+
+def _clean(device: str) -> None:
+    """What one family has left is not the next one's."""
+    gc.collect()
+    peak_gb(device)
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
+    torch.compiler.reset()
+
+
+RATIOS = {
+    "tokens_per_second": "of_qwen2", "step_gb": "reads", "trained_tokens_per_second": "trained_of_qwen2",
+}  # fmt: skip
+"""What is measured, and its name over that of the first family."""
 
 
 def main() -> None:
@@ -380,6 +455,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=256)
+    parser.add_argument("--train", action="store_true", help="time training as well")
+    parser.add_argument("--train-tokens", type=int, default=16384, help="of a step")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
     if options.write:
@@ -391,16 +468,17 @@ def main() -> None:
     for name in options.only or NAMES:
         # In one process: imports and kernels are most of what a family takes otherwise.
         measure(argparse.Namespace(**vars(options) | {"only": [name]}), record, {name: partial(rate, name=name)})
-        gc.collect()
-    first = next(
-        (r["tokens_per_second"] for r in record.rows if r["system"] == FAMILIES[0].name and "tokens" in r), None
-    )
+        _clean(options.device)
+    first = next((row for row in record.rows if row["system"] == FAMILIES[0].name), {})
     for row in record.rows:
-        if first and "tokens_per_second" in row:
-            row["of_qwen2"] = row["tokens_per_second"] / first
+        for key, ratio in RATIOS.items():
+            if key in row and key in first:
+                row[ratio] = row[key] / first[key]
     record.write()
     columns = {"system": "family", "way": "way", "fused": "fused", "trained": "trained", "parameters_m": "M param.",
-               "tokens_per_second": "tokens / s", "of_qwen2": "of qwen2", "peak_gb": "GB", "why": "why"}  # fmt: skip
+               "tokens_per_second": "tokens / s", "of_qwen2": "of qwen2", "reads": "reads", "peak_gb": "GB",
+               "trained_tokens_per_second": "trained", "trained_of_qwen2": "of qwen2", "trained_peak_gb": "GB",
+               "why": "why"}  # fmt: skip
     print_table(f"Sampling, {options.size}", columns, record.rows)
 
 

@@ -46,10 +46,19 @@ def test_rates_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     file = tmp_path / "rates.json"
     monkeypatch.setattr(
         sys, "argv",
-        ["families.py", "--device", "cpu", "--only", "qwen2", "--samples", "2", "--new-tokens", "3", "--repeats", "1",
-         "--prompt-tokens", "4", "--json", str(file)],
+        ["families.py", "--device", "cpu", "--only", "qwen2", "mixtral", "--samples", "2", "--new-tokens", "3",
+         "--repeats", "1", "--prompt-tokens", "4", "--train", "--train-tokens", "64", "--json", str(file)],
     )  # fmt: skip
     families.main()
-    (row,) = json.loads(file.read_text())["rows"]
-    assert row["tokens"] == 6
-    assert row["of_qwen2"] == 1
+    first, mixtral = json.loads(file.read_text())["rows"]
+    assert first["tokens"] == 6
+    assert first["of_qwen2"] == first["trained_of_qwen2"] == 1
+    assert mixtral["trained_of_qwen2"] == mixtral["trained_tokens_per_second"] / first["trained_tokens_per_second"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_step_reads_all_weights_but_an_embedding_that_is_no_head(tied: bool) -> None:
+    module = families.NAMES["qwen2"].module(families.TINY | {"tie_word_embeddings": tied})
+    numbers = sum(p.numel() for p in module.parameters())
+    table = module.get_input_embeddings().weight.numel()
+    assert families._weight_bytes(module) == 2 * (numbers if tied else numbers - table)
