@@ -117,6 +117,19 @@ def test_what_is_read_of_gemma_4() -> None:
     assert layer.experts.picks == (2, 1)
 
 
+def test_what_is_read_of_gpt_2() -> None:
+    """One product holds queries, keys and values, and its weight lies transposed."""
+    module = family_model("gpt2")
+    decoder = read_decoder(module, 96)
+    layer = decoder.layers[0]
+    assert decoder.places is module.transformer.wpe
+    assert [len(product.linears) for product in layer.products()] == [1, 1, 1, 1]
+    assert not layer.attention.by_head
+    assert layer.attention.rotation.cos_PR.shape == (96, 0)
+    assert layer.attention.qkv.weight.data_ptr() == module.transformer.h[0].attn.c_attn.weight.data_ptr()
+    assert isinstance(layer.feed, Ungated)
+
+
 def test_numbers_of_layers_are_read_while_they_are_still_1() -> None:
     module = family_model("gemma4")
     numbers = [layer.layer_scalar for layer in module.model.layers]
@@ -182,6 +195,7 @@ WRONG = [
     ("gemma4-moe", changed(experts=None)),
     ("gemma4-moe", routing(before=None)),
     ("gemma4-moe", routing(after_feed=None)),
+    ("gpt2", asking(scaling=0.4)),
 ]
 
 
@@ -199,6 +213,9 @@ def test_the_proof_notices_a_wrong_description(name: str) -> None:
     assert trial.why_not_pages(lean, shape)
     if right.given is not None:
         lean.decoder = replace(right, given=replace(right.given, scale=1.0))
+        assert trial.why_not_pages(lean, shape)
+    if right.places is not None:
+        lean.decoder = replace(right, places=None)
         assert trial.why_not_pages(lean, shape)
     lean.decoder = right
     lean.head_shape = lean.head_shape._replace(cap=lean.head_shape.cap and 2 * lean.head_shape.cap, scale=1.1)

@@ -28,7 +28,7 @@ import families
 OWN_STATES = {"falcon-h1", "zamba", "mamba2", "mamba", "falcon-mamba", "recurrent-gemma", "rwkv"}
 STATES = {"qwen3-next", "qwen3.5", "lfm2", "granite4", "jamba", "bamba"} | OWN_STATES
 SLOWER = {
-    "ministral3", "gemma3n", "llama4", "nemotron", "stablelm", "gpt2", "opt", "bloom", "deepseek-v3.2", "glm5",
+    "ministral3", "gemma3n", "llama4", "nemotron", "stablelm", "opt", "bloom", "deepseek-v3.2", "glm5",
     "minicpm3", "kimi-linear",
 } | OWN_STATES  # fmt: skip
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

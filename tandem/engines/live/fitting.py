@@ -17,7 +17,7 @@ from tandem.engines.live.probe import Trial, find_cache_shape, head_shape_of, wh
 from tandem.engines.live.sample import Sample
 from tandem.engines.live.states import StateForward
 from tandem.errors import UserError
-from tandem.models.limits import turning_point
+from tandem.models.limits import limits_of
 from tandem.models.shrunk import POSITIONS
 from tandem.models.states import states_of_layers
 
@@ -70,7 +70,7 @@ class Fitting:
             self.forward = StateForward(module, self.lean) if self.with_states else self.lean
             self.own_because = near.why_not_pages(self.forward, self.shape)
             if not self.own_because and far is not None:
-                longest = turning_point(far.module.config) or POSITIONS
+                longest = min(POSITIONS, limits_of(far.module.config).sampling.positions or POSITIONS)
                 lean = LeanForward(far.module, positions=longest, head_shape=head_shape_of(far.module))
                 small = StateForward(far.module, lean) if self.with_states else lean
                 self.own_because = far.why_not_pages(small, find_cache_shape(far.module))

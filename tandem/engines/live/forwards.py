@@ -102,6 +102,8 @@ class LeanForward:
         passed: dict[int | None, tuple[Tensor, Tensor]] = {}
         if decoder.embedding_scale != 1.0:
             residual_TE = residual_TE * decoder.embedding_scale
+        if decoder.places is not None:
+            residual_TE = residual_TE + decoder.places(position_T)
         first = decoder.layers[0].before
         hidden_TE = residual_TE if first is None else kernels.norm(residual_TE, first)
         afters = [*(layer.before for layer in decoder.layers[1:]), decoder.norm]

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from tandem.engines.live.mixers import Mixer
-from tandem.engines.live.stacked import Additions, stack
+from tandem.engines.live.stacked import Additions, stack, weight_of
 from tandem.kernels import layers as kernels
 from tandem.kernels import products
 from tandem.kernels.layers import Curve, Norm, Rotation
@@ -36,12 +37,14 @@ class Product:
         self.added = Additions(linears) if any(hasattr(linear, "lora_A") for linear in linears) else None
         bases = [getattr(linear, "base_layer", linear) for linear in linears]
         self.apart = bases if any(isinstance(base, Quantized) for base in bases) else []
+        if len(bases) > 1 and any(isinstance(base, Conv1D) for base in bases):
+            raise Unlike("parameters of layers that could be one product are transposed")
         self.stack()
 
     def stack(self) -> None:
         """Again where they were taken apart (moved, cast, or given back from parking)."""
         if not self.apart:
-            self.weight = stack([linear.weight for linear in self.linears])
+            self.weight = stack([weight_of(linear) for linear in self.linears])
             biases = [linear.bias for linear in self.linears]
             self.bias = None if biases[0] is None else stack(biases)
         if self.added is not None:
@@ -332,6 +335,8 @@ class Decoder:
 
     embedding: nn.Module
     embedding_scale: float
+    places: nn.Module | None
+    """What is added to the embedding at each position (GPT-2)."""
     given: Given | None
     layers: list[Layer]
     norm: Norm | None

@@ -63,7 +63,9 @@ def read_decoder(module: Any, positions: int | None) -> Decoder:
     embedding = module.get_input_embeddings()
     embedded = next((call.output for call in watch.outside if call.module is embedding), torch.empty(0))
     multiplier = getattr(module.config.get_text_config(), "embedding_multiplier", None) or 1.0
-    starts = {scale: embedded * scale for scale in (1.0, multiplier)}
+    numbers = [call for call in watch.outside if not call.input.is_floating_point()]
+    placed = next((call for call in numbers if torch.equal(call.input.flatten(), watch.position_T)), None)
+    starts = {scale: embedded * scale + (placed.output if placed else 0.0) for scale in (1.0, multiplier)}
     scale = _nearest(starts, watch.first, "what goes into its first layer is not its embedding")
     last = [call for call in watch.outside if same(call.input, watch.last)]
     norms = [norm for call in last if (norm := read_norm(call))]
@@ -72,7 +74,8 @@ def read_decoder(module: Any, positions: int | None) -> Decoder:
     if norms and not any(same(call.output, watch.result) for call in last):
         raise Unlike("something follows its last norm")
     return Decoder(
-        embedding=embedding, embedding_scale=scale, given=watch.read_given(embedded) if watch.given else None,
+        embedding=embedding, embedding_scale=scale, places=placed.module if placed else None,
+        given=watch.read_given(embedded) if watch.given else None,
         layers=watch.layers, norm=norms[0] if norms else None,
     )  # fmt: skip
 
@@ -571,7 +574,7 @@ class _Watch(PackedLayout):
     def _read_feed(self, whole: _Call) -> Gated | Ungated | Whole:
         if whole.more:
             raise Unlike("its feed-forward part is given more than what goes through")
-        parts = [x for x in self._parts(whole) if isinstance(x, _Call)]
+        parts = [x for x in self._parts(whole) if isinstance(x, _Call) and not same(x.input, x.output)]
         linears = [call for call in parts if is_linear(call.module)]
         starts = [call for call in linears if same(call.input, whole.input)]
         ends = [call for call in linears if call not in starts]
@@ -587,7 +590,8 @@ class _Watch(PackedLayout):
             width = ends[0].input.shape[-1]
             gate = [call for call in starts if same(call.output, bend.input)]
             if len(starts) == 1 and gate:
-                made = Ungated(up=Product([starts[0].module]), curve=bend.module, down=down)  # type: ignore[list-item]
+                bent = CURVES[curve] if curve else bend.module
+                made = Ungated(up=Product([starts[0].module]), curve=bent, down=down)  # type: ignore[list-item]
             elif len(starts) == 2 and gate and curve:
                 (up,) = [call for call in starts if call not in gate]
                 made = Gated(gate_up=Product([gate[0].module, up.module]), curve=curve, down=down)  # type: ignore[list-item]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from tandem.kernels import products
 from tandem.models.pairs import NAME
@@ -52,7 +53,14 @@ def is_linear(module: Any) -> bool:
         # DoRA, and whatever else peft knows; several, or under a name of somebody's own.
         plain = list(module.lora_A) == [NAME] and not getattr(module, "lora_variant", None)
         return plain and is_linear(module.base_layer)
-    return is_plain_linear(module) or isinstance(module, Quantized)
+    return is_plain_linear(module) or isinstance(module, Quantized) or type(module) is Conv1D
+
+
+def weight_of(module: Any) -> Tensor:
+    """[O, I]: what one that ``is_linear`` multiplies by."""
+    base = getattr(module, "base_layer", module)
+    weight: Tensor = base.weight.T if isinstance(base, Conv1D) else base.weight
+    return weight
 
 
 @torch.no_grad()
