@@ -17,7 +17,7 @@ from tandem.checkpoint.store import Checkpoint, CheckpointStore, open_checkpoint
 from tandem.errors import RunFailure, UserError, first_line
 from tandem.models.adapter_folder import adapter_folder, base_of
 from tandem.models.adapters import Adapters, merge_folder, put_saved
-from tandem.models.folder import located, readable_errors, with_config
+from tandem.models.folder import located, readable_errors
 from tandem.models.forward import LoadedModel
 from tandem.models.limits import model_config
 from tandem.models.loading import load_tokenizer
@@ -150,7 +150,7 @@ def _of_checkpoint(checkpoint: Checkpoint, config: ExportConfig) -> tuple[Loaded
         if not saved["ema"]:
             raise UserError(f"ema: the run of {checkpoint.path} keeps no running average; it would with --ema-decay")
         state |= saved["ema"]
-    scalar = any(name.startswith("score.") for name in state)
+    scalar, code = any(name.startswith("score.") for name in state), config.export.trust_remote_code
     if adapters is not None:
         module = _base_module(base, config, scalar=scalar)
         try:
@@ -158,14 +158,12 @@ def _of_checkpoint(checkpoint: Checkpoint, config: ExportConfig) -> tuple[Loaded
         except UserError as error:
             raise UserError(f"{checkpoint.path}: {error} as --base") from None
         if not config.export.merge:
-            tokenizer = load_tokenizer(base, trust_remote_code=config.export.trust_remote_code)
-            return _written_in(module, tokenizer, config, None if scalar else _seeing(base, config), put), state
+            return _written_in(module, load_tokenizer(base, trust_remote_code=code), base, config, put), state
         dequantize_module(module)
         buffers = dict(module.named_buffers())
         state = {**Merged(module, dict(module.named_parameters()))} | {
             name: tensor for name, tensor in module.state_dict().items() if name in buffers
         }
-    code = config.export.trust_remote_code
     tokenizer = load_tokenizer(base, trust_remote_code=code)
     auto = scalar_class(model_config(base, code), base) if scalar else AutoModelForCausalLM
     with readable_errors(base, "model"), torch.device("meta"):
@@ -187,7 +185,7 @@ def _of_checkpoint(checkpoint: Checkpoint, config: ExportConfig) -> tuple[Loaded
             f"{checkpoint.path}: not a checkpoint of {base}: {differing[0]} is {given.get(differing[0], 'not there')} "
             f"in it and {wanted[differing[0]]} there; give the model that its run began with as --base"
         )
-    return _written_in(module, tokenizer, config, None if scalar else _seeing(base, config)), state
+    return _written_in(module, tokenizer, base, config), state
 
 
 def _of_folder(source: str, config: ExportConfig) -> tuple[LoadedModel, dict[str, Tensor]]:
@@ -199,8 +197,7 @@ def _of_folder(source: str, config: ExportConfig) -> tuple[LoadedModel, dict[str
         raise UserError(f"base: {source} is {kind}; leave the key out")
     if folder is not None and not config.export.merge:
         raise UserError(f"merge: {source} is a folder of adapters already; copy it")
-    with readable_errors(source, "model"):
-        about = config_in(with_config(source), code)
+    about = model_config(source, code)
     scalar = any(name.endswith("ForSequenceClassification") for name in about.architectures or ())
     if folder is not None:
         module = _base_module(folder.base, config, scalar=scalar or folder.scalar)
@@ -214,12 +211,7 @@ def _of_folder(source: str, config: ExportConfig) -> tuple[LoadedModel, dict[str
         module, _ = load_whole(auto, source, what="model", trust_remote_code=code)
         dequantize_module(module)
     state = module.state_dict()
-    seeing = None if hasattr(module, "score") else _seeing(base_of(source), config)
-    return _written_in(module, load_tokenizer(source, trust_remote_code=code), config, seeing), state
-
-
-def _seeing(base: str, config: ExportConfig) -> SeeingModel | None:
-    return SeeingModel.of(located(base), config.export.trust_remote_code)
+    return _written_in(module, load_tokenizer(source, trust_remote_code=code), base_of(source), config), state
 
 
 def _base_module(base: str, config: ExportConfig, *, scalar: bool) -> Any:
@@ -236,13 +228,11 @@ def _base_module(base: str, config: ExportConfig, *, scalar: bool) -> Any:
 
 
 def _written_in(
-    module: Any,
-    tokenizer: Any,
-    config: ExportConfig,
-    seeing: SeeingModel | None = None,
-    adapters: Adapters | None = None,
+    module: Any, tokenizer: Any, base: str, config: ExportConfig, adapters: Adapters | None = None
 ) -> LoadedModel:
-    """The module in the dtype that is asked for, so that its config says so."""
+    """The module in the dtype that is asked for, so that its config says so; the text half of ``base`` if that sees."""
+    sees = not hasattr(module, "score")
+    seeing = SeeingModel.of(located(base), config.export.trust_remote_code) if sees else None
     module = module.to(getattr(torch, config.export.dtype))
     model = LoadedModel(module=module, tokenizer=tokenizer, seeing=seeing, adapters=adapters)
     model.dtype = config.export.dtype  # type: ignore[assignment]

@@ -11,10 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from tandem.errors import UserError
 from tandem.models.adapters import AdapterParams, targets_of
-from tandem.models.folder import located, readable_errors, with_config
+from tandem.models.folder import located, readable_errors
 from tandem.models.limits import model_config
 from tandem.models.scalar import scalar_class
-from tandem.models.text_config import config_in
 from tandem.types import ScoreScale
 
 
@@ -23,8 +22,7 @@ def read_score_scale(source: str, *, trust_remote_code: bool = False) -> ScoreSc
 
     Raises UserError where it has none, or they are no finite numbers, the deviation above 0.
     """
-    with readable_errors(source, "model"):
-        config = config_in(with_config(source), trust_remote_code)
+    config = model_config(source, trust_remote_code)
     found = [getattr(config, name, None) for name in ScoreScale._fields]
     if found == [None, None]:
         raise UserError(
@@ -44,11 +42,11 @@ def check_targets(source: str, params: AdapterParams, *, scalar: bool = False, t
 
 def _outline(source: str, scalar: bool, trust_remote_code: bool) -> Any:
     """The module without memory for its weights."""
-    auto = scalar_class(model_config(source, trust_remote_code), source) if scalar else AutoModelForCausalLM
+    config = model_config(source, trust_remote_code)
+    auto = scalar_class(config, source) if scalar else AutoModelForCausalLM
+    if scalar:
+        config.num_labels = 1
     with readable_errors(source, "model"), torch.device("meta"):
-        config = config_in(with_config(source), trust_remote_code)
-        if scalar:
-            config.num_labels = 1
         return auto.from_config(config, trust_remote_code=trust_remote_code)
 
 

@@ -42,7 +42,8 @@ def scalar_class(config: Any, source: str) -> Any:
             f"{source}: {config.model_type} has more than text, and no class with a score; use another model"
         )
     parents: list[Any] = list(base.__mro__[1:]) if isinstance(base, type) else []
-    parent = next((kind for kind in parents if _is_parent(kind)), None)
+    # What the models of one kind have in common.
+    parent = next((kind for kind in parents if issubclass(kind, PreTrainedModel) and kind is not PreTrainedModel), None)
     if parent is None:
         raise UserError(
             f"{source}: transformers has no model without a head for {config.model_type}; use another model"
@@ -92,8 +93,3 @@ def with_own_buffers(module: Any) -> None:
             if name not in stored:
                 place, _, own = name.rpartition(".")
                 module.base_model.get_submodule(place)._buffers[own] = buffer
-
-
-def _is_parent(kind: type) -> bool:
-    """Whether it is what the models of one kind have in common."""
-    return issubclass(kind, PreTrainedModel) and kind is not PreTrainedModel
