@@ -214,16 +214,6 @@ class Stepper(Generic[Job, Result]):
         with self._lock:
             self._end_all(Cancelled("what was being sampled was given up"))
 
-    def pause(self) -> None:
-        """Waits for the step that is under way. Then nobody steps until ``resume``; whoever waits goes on waiting."""
-        with self.exclusive():
-            self.paused = True
-
-    def resume(self) -> None:
-        """After ``pause``: whoever waits steps again."""
-        with self.exclusive():
-            self.paused = False
-
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         """Between two steps, with the core to oneself."""

@@ -271,14 +271,16 @@ def test_nobody_steps_while_all_are_paused():
     for thread in threads:
         thread.start()
     until(lambda: core.steps > 2)
-    stepper.pause()
+    with stepper.exclusive():
+        stepper.paused = True
     steps = core.steps
     polled.clear()
     assert polled.wait(PATIENCE_S), "rewards under way are noticed all the same"
     with stepper.exclusive():
         assert core.steps == steps
     stepper.wait(lambda: True)
-    stepper.resume()
+    with stepper.exclusive():
+        stepper.paused = False
     for thread in threads:
         thread.join(PATIENCE_S)
         assert not thread.is_alive()
