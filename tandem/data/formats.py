@@ -221,14 +221,10 @@ def extract_prompt(chosen: Content, rejected: Content) -> tuple[Content, Content
     shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
     cut = max(min(shared, shortest - 1), 0)
     if isinstance(chosen, str):
-        while cut and chosen[cut - 1].isalnum() and _inside_word(chosen, rejected, cut):
+        while cut and chosen[cut - 1].isalnum() and any(str(x[cut : cut + 1]).isalnum() for x in (chosen, rejected)):
             cut -= 1
         if cut and chosen[cut - 1] == " ":
             cut -= 1
     elif cut == 0:
         raise UserError("'chosen' and 'rejected' share no first message, so there is no prompt; give a 'prompt' column")
     return chosen[:cut], chosen[cut:], rejected[cut:]
-
-
-def _inside_word(chosen: Content, rejected: Content, cut: int) -> bool:
-    return any(str(text[cut : cut + 1]).isalnum() for text in (chosen, rejected))

@@ -69,8 +69,10 @@ class Windows:
         found = [self._window() for _ in numbers]
         if self.notes is not None and self._next - self._noted >= MARK_EVERY and self.notes.parent.is_dir():
             self._noted = self._next
+            epoch, place, token, _ = self._ahead[0]
+            mark = Mark(window=self._next, epoch=epoch, place=place, token=token)
             with self.notes.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(self._here()) | {"of": self.identity}) + "\n")
+                file.write(json.dumps(asdict(mark) | {"of": self.identity}) + "\n")
         return found
 
     def once(self) -> Iterator[list[int]]:
@@ -104,10 +106,6 @@ class Windows:
         self._ahead[0] = epoch, place, token + used, ids[used:]
         self._next += 1
         return window
-
-    def _here(self) -> Mark:
-        epoch, place, token, _ = self._ahead[0]
-        return Mark(window=self._next, epoch=epoch, place=place, token=token)
 
     def _nearest(self, number: int) -> Mark:
         """The last mark at or before a window."""

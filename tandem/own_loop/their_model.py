@@ -84,7 +84,7 @@ def given(model: nn.Module) -> GivenModel:
         raise UserError(f"update: {type(module).__name__} is no transformers model; give the one inside it")
     # What a forward has left gathered is a copy, in another dtype, and older than the last optimizer step.
     forget_gathered(module)
-    weights = {_own_name(n): p for n, p in all_weights(module).items()}
+    weights = {".".join(x for x in n.split(".") if x not in INSIDE): p for n, p in all_weights(module).items()}
     if sees(module.config, "update"):
         # Of a model that also sees the sampler has the text half, by its own names.
         names = PartNames.of(module.config)
@@ -116,10 +116,6 @@ def _inside(module: Any) -> Any:
     if isinstance(module, DistributedDataParallel):
         return module.module
     return next((getattr(module, name) for name in INSIDE if hasattr(module, name)), None)
-
-
-def _own_name(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in INSIDE)
 
 
 def _in_rows(name: str, parameter: Tensor) -> Tensor:

@@ -140,13 +140,9 @@ class ParameterSums:
         jobs: list[bits.Job] = []
         for spec in self.plan.buckets[bucket]:
             parameter = self.parameters[spec.name].detach()
-            start = rows_of(parameter).start * _width(parameter) if isinstance(parameter, DTensor) else 0
+            width = parameter.shape[1:].numel()
+            start = rows_of(parameter).start * width if isinstance(parameter, DTensor) else 0
             # Offloaded slices lie on the CPU.
             mine_1C = local(parameter).to(self.device, non_blocking=True).reshape(1, -1)
             jobs.append(bits.Job(self.slots[spec.name], mine_1C, spec.torch_dtype, start))
         return jobs
-
-
-def _width(tensor: Tensor) -> int:
-    """Elements of a row."""
-    return torch.Size(tensor.shape[1:]).numel()

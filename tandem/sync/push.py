@@ -148,16 +148,8 @@ class WeightPush:
     def _link(self, transport: Transport, rank: int, receivers: Seq[int]) -> Link:
         host = self.source.devices[rank][0]
         alone = {self.engines.devices[number][0] for number in receivers} == {host}
-        return Link(
-            transport,
-            LOOPBACK if alone else host,
-            0,
-            0,
-            len(receivers) + 1,
-            self.plan,
-            self.params.timeout_s,
-            token_hex(32),
-        )
+        place, size, timeout_s = LOOPBACK if alone else host, len(receivers) + 1, self.params.timeout_s
+        return Link(transport, place, 0, 0, size, self.plan, timeout_s, token_hex(32))
 
 
 def between_sequences(engine: HoldingEngine, push: Callable[[int], Metrics]) -> Callable[[int], Metrics]:

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Sequence as Seq
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, islice
 
 import numpy as np
 from torch import Tensor
@@ -244,7 +244,11 @@ class PagedBatching:
             return 0
         pool.copy([a for a, _ in copies], [b for _, b in copies])
         samples = [sample for sample, _ in started]
-        slots = self._take_rows(samples)
+        free_rows = (row for row, held in enumerate(self.rows) if held is None)
+        slots = list(islice(free_rows, len(samples)))
+        for row, sample in zip(slots, samples, strict=True):
+            self._put(row, sample)
+        self.running += samples
         seed_N, params_5N = self.kinds.columns(samples)
         state_FN = np.zeros((FIELDS, len(started)), dtype=np.int64)
         state_FN[LENGTH] = [len(prefix.token_ids) for _, prefix in started]
@@ -259,15 +263,6 @@ class PagedBatching:
         if not self.ready:
             self.logits_PV = None
         return len(started)
-
-    def _take_rows(self, samples: list[Sample]) -> list[int]:
-        """The lowest free rows, with the samples' pages in the table."""
-        free = (row for row, held in enumerate(self.rows) if held is None)
-        slots = [row for row, _ in zip(free, samples, strict=False)]
-        for row, sample in zip(slots, samples, strict=True):
-            self._put(row, sample)
-        self.running += samples
-        return slots
 
     def _put(self, row: int, sample: Sample) -> None:
         self.rows[row] = sample
@@ -341,17 +336,13 @@ class PagedBatching:
     def _preempt(self) -> None:
         """Frees pages: of a prompt that waits for a row, else of the sample that has drawn least, drawn tokens kept."""
         if self.ready:
-            self._unready()
+            prefix = self.ready.pop()
+            self._give_back(prefix)
+            self.waiting.appendleft(prefix)
             return
         sample = min(reversed(self.running), key=lambda s: len(s.token_ids))
         self.to_stop.append(self._vacate(sample))
         self.waiting.appendleft(Prefix(deque([sample]), [*sample.asked.request.prompt_ids, *sample.token_ids]))
-
-    def _unready(self) -> None:
-        """The prompt that was prefilled last waits again, and its pages are free."""
-        prefix = self.ready.pop()
-        self._give_back(prefix)
-        self.waiting.appendleft(prefix)
 
     def _vacate(self, sample: Sample) -> int:
         """Takes a sample out of its row, which it returns, and frees its pages."""

@@ -115,7 +115,8 @@ class VLLMEngine(SteppedEngine[VLLMCore]):
         the tensor where the push cannot be loaded; nothing can be sampled then until one succeeds.
         """
         with self.stepper.exclusive():
-            self._check_awake("weights")
+            if "weights" in self._asleep:
+                raise UserError("the vLLM engine is asleep; call wake('weights') first")
             self._pushes += 1
             alone = all(split(spec.name) for spec in self._plan.tensors)
             try:
@@ -229,10 +230,6 @@ class VLLMEngine(SteppedEngine[VLLMCore]):
                 )
             self._wholes = wholes
         return self._wholes
-
-    def _check_awake(self, stage: str) -> None:
-        if stage in self._asleep:
-            raise UserError(f"the vLLM engine is asleep; call wake({stage!r}) first")
 
     def _mark_usable(self) -> None:
         asleep = f"the vLLM engine is asleep; call wake() for {' and '.join(sorted(self._asleep))} first"
