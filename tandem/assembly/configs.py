@@ -353,14 +353,15 @@ class SamplesConfig(RunConfig):
         super().__post_init__()
         if self.method.samples.rewards == "required":
             object.__setattr__(self, "reward", judged_by_its_data(self.reward, self.data.data))
-        if not self.reward.judges and self.method.samples.rewards == "required":
-            raise UserError("reward: nothing judges the samples; give --reward FILE.py:function or --reward-model DIR")
-        if self.method.samples.rewards == "required":
+            if not self.reward.judges:
+                raise UserError(
+                    "reward: nothing judges the samples; give --reward FILE.py:function or --reward-model DIR"
+                )
             self.reward.require_weight()
-        if self.step.old_logp == "sampler" and settings(self).get("correction", "none") != "none":
+        knobs = settings(self)
+        if self.step.old_logp == "sampler" and knobs.get("correction", "none") != "none":
             # Of a file, too: whoever asks for a correction must not train without one.
             raise UserError("correction: has no effect with --old-logp sampler; give --old-logp trainer")
-        knobs = settings(self)
         bare = knobs.get("correction") == "none" and not knobs["uncorrected"]
         if bare and self.step.old_logp == "trainer" and self.schedule.max_lag > 0:
             corrected = "a correction (token_tis), --old-logp sampler, or "

@@ -42,8 +42,12 @@ class EvaluationSection(Checked):
         super().__post_init__()
         for text in self.sets.values():
             unweighted_sources("eval_data", text)
-        for key, metric in self.goals.metrics.items() if self.eval_data else ():
-            self._require_set(key, metric)
+        prefixes = ["eval/"] if "" in self.sets else [f"eval/{name}/" for name in self.sets]
+        for key, metric in self.goals.metrics.items():
+            # As far as its name says.
+            if not metric.startswith(tuple(prefixes)):
+                wanted = " or ".join(f"{prefix}..." for prefix in prefixes)
+                raise UserError(f"{key}: expected a held-out metric, {wanted}, got {metric}")
 
     @property
     def sets(self) -> dict[str, str]:
@@ -65,13 +69,6 @@ class EvaluationSection(Checked):
             stop_when=Threshold.parse(self.stop_when) if self.stop_when is not None else None,
             patience=self.patience,
         )
-
-    def _require_set(self, key: str, metric: str) -> None:
-        """Raises UserError where a metric is of no held-out set, as far as its name says."""
-        prefixes = ["eval/"] if "" in self.sets else [f"eval/{name}/" for name in self.sets]
-        if not any(metric.startswith(prefix) for prefix in prefixes):
-            wanted = " or ".join(f"{prefix}..." for prefix in prefixes)
-            raise UserError(f"{key}: expected a held-out metric, {wanted}, got {metric}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -87,7 +87,6 @@ class Feed:
 
     def check(self) -> None:
         """Raises UserError where what was read does not fit together."""
-        return None
 
     def uses(self, homes: Homes) -> dict[str, str]:
         """What the run would use, for a dry run."""
@@ -99,7 +98,6 @@ class Feed:
 
     def begin(self, homes: Homes) -> None:
         """Begins what can be made while the models are loaded."""
-        return None
 
     def start(self, models: Mapping[str, Seat], homes: Homes) -> Fed:
         """Starts what it needs beside the models."""
@@ -107,7 +105,6 @@ class Feed:
 
     def ask(self, models: Mapping[str, Seat], progress: Progress) -> None:
         """Before the first step, asks models what they need to be asked only once, and lets them go."""
-        return None
 
     def numbers(self, models: Mapping[str, Seat], progress: Progress) -> Mapping[str, float | None]:
         """What is to stand in the config of the model as it is now, where it is written; None: not there."""

@@ -32,17 +32,7 @@ def held_out_metrics(groups: Seq[Group], *, judged: bool = True, success: float 
 
 def held_out_names(samples: int, success: float | None) -> list[str]:
     """What ``held_out_metrics`` calls its metrics of judged prompts, but for the parts of their rewards."""
-    rollout = Rollout(
-        prompt_id="",
-        sample_index=0,
-        token_ids=[0],
-        prompt_length=0,
-        trainable=[True],
-        behaviour_logp=[0.0],
-        untruncated_logp=[0.0],
-        stop="eos",
-        reward=0.0,
-    )
+    rollout = Rollout.of_answer("", 0, "eos", ids=[0], reward=0.0)
     group = Group(prompt=Prompt(prompt_id="", prompt="", token_ids=()), rollouts=[rollout] * samples)
     return [*held_out_metrics([group, group], success=success)]
 
