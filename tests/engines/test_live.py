@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import random
+import weakref
 from typing import Any
 
 import pytest
@@ -13,11 +15,12 @@ from helpers.engine_models import EOS, VOCABULARY, model, tokenizer
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from tandem.engines.live import probe
 from tandem.engines.live.engine import LiveEngine
 from tandem.engines.live.probe import Trial
 from tandem.errors import UserError
 from tandem.models.probe import LOW_PRECISION_TOLERANCE, gap_of
-from tandem.models.shrunk import shrunken_config
+from tandem.models.shrunk import shrunk, shrunken_config
 from tandem.roles import Engine
 from tandem.types import Request, SamplingParams
 
@@ -228,6 +231,26 @@ def test_what_rounding_makes_of_a_model_is_found_on_it(layers: int) -> None:
     assert "does not reproduce" in trial._compare(lambda: [wrong])
     # Where no small copy proves the way, nothing is put down to rounding.
     assert (Trial(trial.module)._compare(lambda: [exact]) == "") is (layers == 2)
+
+
+@pytest.mark.parametrize("way", ["captured", "slots"])
+def test_the_small_copy_of_a_model_goes_once_it_was_tried(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    copies = []
+
+    def watched(module: Any) -> Any:
+        small = shrunk(module)
+        copies.append(weakref.ref(small))
+        return small
+
+    monkeypatch.setattr(probe, "shrunk", watched)
+    gc.disable()
+    try:
+        live = engine(model("qwen2"), way=way)
+        assert live.way == way
+        live.generate(requests(1, 1, SamplingParams(max_new_tokens=2)))
+        assert [small() for small in copies] == [None] * len(copies) != []
+    finally:
+        gc.enable()
 
 
 def test_nothing_asked_nothing_done() -> None:

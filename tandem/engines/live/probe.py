@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,15 +55,8 @@ class Trial:
         self.sequences = [
             torch.randint(2, embedding.shape[0], (n + decoded,), generator=generator) for n in prompt_lengths
         ]
-        self.truth = Truth(module, lambda: torch.cat(self._alone()), beside=beside)
-
-    def _alone(self) -> list[Tensor]:
-        """Logits for what follows each prompt and each of the tokens after it, by the module's own forward."""
-        device = self.module.get_input_embeddings().weight.device
-        return [
-            self.module(input_ids=sequence[None].to(device), use_cache=False).logits[0, length - 1 :]
-            for sequence, length in zip(self.sequences, self.prompt_lengths, strict=True)
-        ]
+        # Nothing that holds this trial: a cycle would keep a small copy until the collector comes by.
+        self.truth = Truth(module, partial(_alone, module, self.sequences, prompt_lengths), beside=beside)
 
     @classmethod
     def both(cls, module: Any) -> tuple[Trial, Trial | None]:
@@ -233,6 +227,17 @@ class _Seen(PackedLayout):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, ask: Ask) -> Tensor:
         self.layers[numbered(ask)] = (key, value, ask)
         return super().attend(query, key, value, ask)
+
+
+def _alone(module: Any, sequences: list[Tensor], prompt_lengths: tuple[int, ...]) -> Tensor:
+    """Logits for what follows each prompt and each of the tokens after it, by the module's own forward."""
+    device = module.get_input_embeddings().weight.device
+    return torch.cat(
+        [
+            module(input_ids=sequence[None].to(device), use_cache=False).logits[0, length - 1 :]
+            for sequence, length in zip(sequences, prompt_lengths, strict=True)
+        ]
+    )
 
 
 def _slot_logits(module: Any, trial: Trial) -> list[Tensor]:
