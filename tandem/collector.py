@@ -41,9 +41,11 @@ def leave_out() -> None:
 
 @contextmanager
 def leaving_out() -> Iterator[None]:
-    """``leave_out`` until the end of the body."""
-    before = gc.get_threshold()
+    """``leave_out`` until the end of the body; a collector that somebody has turned off stays off."""
+    before, on = gc.get_threshold(), gc.isenabled()
     leave_out()
+    if not on:
+        gc.disable()
     try:
         yield
     finally:

@@ -3,7 +3,7 @@
 import gc
 import weakref
 
-from tandem.collector import YOUNG, leaving_out, pause
+from tandem.collector import YOUNG, leave_out, leaving_out, pause
 
 
 class Cycle:
@@ -42,6 +42,10 @@ def test_what_was_paused_goes_on_once_all_is_imported():
     pause()
     try:
         with leaving_out():
-            assert gc.isenabled()
+            assert not gc.isenabled()
+        assert not gc.isenabled()
+        leave_out()
+        assert gc.isenabled()
     finally:
         gc.enable()
+        gc.unfreeze()
