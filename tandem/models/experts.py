@@ -80,16 +80,18 @@ def grouped_experts(
     """What the experts make of tokens, [T, E]: each row's product is with its own expert's matrices.
 
     ``index`` and ``weight``: of the K experts that a token's router has picked. The weight multiplies what goes into
-    the second product, which of most models is narrower than what comes out of it. ``layers``: peft's, by the stack
-    they are on.
+    the second product, which of most models is narrower than what comes out of it. An index past the last expert picks
+    none: nothing is added. ``layers``: peft's, by the stack they are on.
     """
-    picks = index_TK.shape[1]
-    expert_N, order_N = torch.sort(index_TK.reshape(-1))
+    picks, count = index_TK.shape[1], experts.num_experts
+    # A product leaves rows that no expert has as memory was: the last one takes them, at a weight of 0.
+    weight_TK = weight_TK * (index_TK < count)
+    expert_N, order_N = torch.sort(index_TK.reshape(-1).clamp(max=count - 1))
     back_N = torch.empty_like(order_N)
     back_N[order_N] = torch.arange(len(order_N), device=order_N.device)
-    counted_N = expert_N.float() if expert_N.device.type == "cpu" else expert_N.int()
-    counts_X = torch.histc(counted_N, bins=experts.num_experts, min=0, max=experts.num_experts - 1)
-    ends_X = torch.cumsum(counts_X, dim=0, dtype=torch.int32)
+    number_X = torch.arange(count, device=order_N.device, dtype=expert_N.dtype)
+    ends_X = torch.searchsorted(expert_N, number_X, right=True, out_int32=True)
+    token_N = order_N // picks
     weight_N1 = _Spread.apply(weight_TK.reshape(-1, 1), order_N, back_N, 1)
 
     def product(x_NI: Tensor, name: str, weight_N1: Tensor | None = None) -> Tensor:
@@ -102,10 +104,10 @@ def grouped_experts(
             out_NO = out_NO + (bias_NO if weight_N1 is None else bias_NO * weight_N1)
         return out_NO
 
-    up_NO = product(_Spread.apply(hidden_TE, order_N, back_N, picks), "gate_up_proj" if experts.has_gate else "up_proj")
+    up_NO = product(_Spread.apply(hidden_TE, token_N, back_N, picks), "gate_up_proj" if experts.has_gate else "up_proj")
     inner_NI = experts._apply_gate(up_NO) if experts.has_gate else experts.act_fn(up_NO)
     out_NE = product(inner_NI, "down_proj", weight_N1)
-    return _Collect.apply(out_NE, order_N, back_N, picks).to(hidden_TE.dtype)
+    return _Collect.apply(out_NE, token_N, back_N, picks).to(hidden_TE.dtype)
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, grouped_experts)
@@ -117,44 +119,38 @@ def group_experts(module: Any) -> None:
     module.set_experts_implementation({k: IMPLEMENTATION if v == "grouped_mm" else v for k, v in own.items()})
 
 
-def _spread(x_TD: Tensor, order_N: Tensor, back_N: Tensor, picks: int) -> Tensor:
-    """A token's row for each of its picks, in the order of experts."""
-    return x_TD[order_N // picks]
-
-
-def _collect(x_ND: Tensor, order_N: Tensor, back_N: Tensor, picks: int) -> Tensor:
+def _collect(x_ND: Tensor, back_N: Tensor, picks: int) -> Tensor:
     """The sum of each token's rows."""
     return x_ND[back_N].unflatten(0, (-1, picks)).sum(dim=1)
 
 
 class _Spread(torch.autograd.Function):
-    """``_spread``, with its gradient."""
+    """A token's row for each of its picks, in the order of experts, with its gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, order_N: Tensor, back_N: Tensor, picks: int) -> Tensor:
+    def forward(ctx: Any, x_TD: Tensor, token_N: Tensor, back_N: Tensor, picks: int) -> Tensor:
         ctx.picks = picks
-        ctx.save_for_backward(order_N, back_N)
-        return _spread(x_TD, order_N, back_N, picks)
+        ctx.save_for_backward(back_N)
+        return x_TD[token_N]
 
     @staticmethod
     def backward(ctx: Any, gradient_ND: Tensor) -> Any:
-        order_N, back_N = ctx.saved_tensors
-        return _collect(gradient_ND, order_N, back_N, ctx.picks), None, None, None
+        (back_N,) = ctx.saved_tensors
+        return _collect(gradient_ND, back_N, ctx.picks), None, None, None
 
 
 class _Collect(torch.autograd.Function):
     """``_collect``, with its gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, order_N: Tensor, back_N: Tensor, picks: int) -> Tensor:
-        ctx.picks = picks
-        ctx.save_for_backward(order_N, back_N)
-        return _collect(x_ND, order_N, back_N, picks)
+    def forward(ctx: Any, x_ND: Tensor, token_N: Tensor, back_N: Tensor, picks: int) -> Tensor:
+        ctx.save_for_backward(token_N)
+        return _collect(x_ND, back_N, picks)
 
     @staticmethod
     def backward(ctx: Any, gradient_TD: Tensor) -> Any:
-        order_N, back_N = ctx.saved_tensors
-        return _spread(gradient_TD, order_N, back_N, ctx.picks), None, None, None
+        (token_N,) = ctx.saved_tensors
+        return gradient_TD[token_N], None, None, None
 
 
 class _OfExperts(torch.autograd.Function):

@@ -50,6 +50,23 @@ def given(picks: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tenso
     return hidden_TE.requires_grad_(), index_TK, weight_TK.requires_grad_(), gradient_TE
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_index_past_the_last_expert_adds_nothing(kind: str) -> None:
+    """Also where every pick is one: against the same picks of the first expert at a weight of 0."""
+    experts = made(kind, torch.float32)
+    for none in (torch.rand(TOKENS, 2, generator=torch.Generator().manual_seed(0)) < 0.4, torch.ones(TOKENS, 2).bool()):
+        asked, zeros = given(2, torch.float32), given(2, torch.float32)
+        found = results(experts, grouped_experts, (asked[0], asked[1].masked_fill(none, EXPERTS), *asked[2:]))
+        experts.zero_grad()
+        weight_TK = zeros[2].detach().masked_fill(none, 0.0).requires_grad_()
+        without = (zeros[0], zeros[1].masked_fill(none, 0), weight_TK, zeros[3])
+        expected = results(experts, grouped_experts, without)
+        expected["weight"] = expected["weight"].masked_fill(none, 0.0)
+        experts.zero_grad()
+        for name, value in found.items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
 def one_by_one(experts: Any, hidden_TE: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
     """In the dtype of the parameters, by vectors."""
     rows = []
@@ -134,7 +151,7 @@ def test_it_takes_the_place_of_grouped_products_alone() -> None:
 @contextmanager
 def wrong(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
-        patch.setattr(grouped, "_collect", lambda x, order, back, picks: x.unflatten(0, (-1, picks)).sum(dim=1))
+        patch.setattr(grouped, "_collect", lambda x, back, picks: x.unflatten(0, (-1, picks)).sum(dim=1))
         yield
 
 
