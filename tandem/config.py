@@ -151,6 +151,12 @@ def changeable(config: Any) -> dict[str, str]:
     return {name: key.metadata["may_change"](config) for name, key in keys if "may_change" in key.metadata}
 
 
+def paths_read(config: Any) -> dict[str, tuple[str, ...]]:
+    """Files and folders that it names and that are read, by key; what is written is a key that may change (``out``)."""
+    named = ((name, x) for name, f, x in _values(config) if f.metadata.get("path") and "may_change" not in f.metadata)
+    return {name: x if isinstance(x, tuple) else (x,) for name, x in named if x}
+
+
 def default_settings(config: Any) -> dict[str, Any]:
     """The keys of a config that need not be given, each with the value that it has then."""
     cls = type(config)

@@ -27,7 +27,7 @@ from tandem.models.scalar import scalar_class, scalar_keys
 from tandem.models.seeing import SeeingModel
 from tandem.models.text_config import config_in
 from tandem.models.weights import load_whole
-from tandem.runs.folder import CHECKPOINTS, MODEL, RunFolder
+from tandem.runs.folder import CHECKPOINTS, MODEL, RunFolder, require_apart
 from tandem.runs.identity import CONFIG, IDENTITY, read_run
 from tandem.runs.progress import say
 from tandem.types import ScoreScale
@@ -43,6 +43,7 @@ def export(config: ExportConfig) -> Path:
     section, out = config.export, Path(config.export.out)
     if out.exists() and not section.overwrite:
         raise UserError(f"{out}: is there already; give another --out, or replace it with --overwrite")
+    require_apart(out, {"model": [located(section.model)]})
     _require_replaceable(out, Path(located(section.model)))
     found = find_weights(section.model, section.step, section.role)
     if section.ema and not isinstance(found, Checkpoint):

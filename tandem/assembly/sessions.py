@@ -13,7 +13,7 @@ from tandem.assembly.configs import RunConfig
 from tandem.assembly.sections import OutSection
 from tandem.checkpoint.saver import SaveEvery
 from tandem.checkpoint.store import CheckpointStore
-from tandem.config import changeable, default_settings, dump_config
+from tandem.config import changeable, default_settings, dump_config, paths_read
 from tandem.data.items import Counts
 from tandem.errors import UserError, first_line
 from tandem.roles import Seat
@@ -47,6 +47,7 @@ def start_of(config: Any, title: str, inputs: Inputs | None = None) -> Start:
         accepted=run.accept_changed,
         resume=run.resume,
         overwrite=run.overwrite,
+        reads=paths_read(config),
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -73,6 +73,7 @@ class RunFolder:
             TemporaryDirectory(prefix=".tandem-", dir=ancestor).cleanup()
         except OSError as error:
             raise UserError(f"{out}: cannot be written: {ancestor}: {error.strerror}") from None
+        require_apart(out, start.reads, overwrite=start.overwrite)
         if ancestor != out:
             return
         if _holds_a_run(out):
@@ -190,6 +191,23 @@ class RunFolder:
             else:
                 self.event("stop", **_failed(error))
         self._lock.release()
+
+
+def require_apart(out: Path, reads: Mapping[str, Collection[str]], *, overwrite: bool = False) -> None:
+    """Raises UserError where ``out`` lies in what another run has written, or in a folder that is read.
+
+    ``reads``: files and folders, by the key that names them; ``overwrite`` must not delete one of them either.
+    """
+    place = out.resolve()
+    for part in (place, *place.parents):
+        if part.name in CONTENTS and _holds_a_run(part.parent):
+            raise UserError(f"{out}: lies in what the run in {part.parent} writes ({part.name}); give another --out")
+    for key, path in ((key, path) for key, paths in reads.items() for path in paths if os.path.exists(path)):
+        read = Path(path).resolve()
+        if read.is_dir() and place.is_relative_to(read) and not _holds_a_run(read):
+            raise UserError(f"{out}: lies in {path}, which is read ({key}); give another --out")
+        if overwrite and _holds_a_run(place) and any(read.is_relative_to(place / name) for name in CONTENTS):
+            raise UserError(f"{out}: --overwrite would delete {path}, which is read ({key}); give another --out")
 
 
 def note_failure(out: Path, error: BaseException) -> None:

@@ -46,6 +46,8 @@ class Start:
     """Kinds of input that may have changed."""
     resume: bool = False
     overwrite: bool = False
+    reads: Mapping[str, Collection[str]] = field(default_factory=dict)
+    """Files and folders that it reads, by the key that names them."""
 
     def new_identity(self) -> dict[str, Any]:
         """Of a run that begins now."""

@@ -132,6 +132,29 @@ def refused(capsys, *words):
     return capsys.readouterr().err.strip().splitlines()[-1].removeprefix("tandem: error: ")
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["sft", "--model", "base", "--out", "rm/model/next"], "lies in what the run in {}/rm writes (model)"),
+        (["sft", "--model", "base", "--out", "rm/record"], "lies in what the run in {}/rm writes (record)"),
+        (["export", "--model", "sft", "--out", "rm/checkpoints/x"], "lies in what the run in {}/rm writes"),
+        (["export", "--model", "tied", "--out", "tied/half"], "lies in tied, which is read (model)"),
+        (["sft", "--model", "tied/", "--out", "tied/run"], "lies in tied/, which is read (model)"),
+        (["sft", "--model", "base", "--data", "rows", "--out", "rows/a/run"], "lies in rows, which is read (data)"),
+        (["sft", "--model", "sft/model", "--out", "sft", "--overwrite"], "--overwrite would delete sft/model, which is"),
+        (["sft", "--model", "base", "--data", "rm/rollouts.jsonl", "--out", "rm", "--overwrite"], "rm/rollouts.jsonl"),
+    ],
+)  # fmt: skip
+def test_no_out_lies_in_what_others_wrote_or_what_is_read(words, says, runs, capsys):
+    Path("rows").mkdir()
+    Path("rm/rollouts.jsonl").write_text("")
+    before = sorted(runs.rglob("*"))
+    given = [] if words[0] == "export" else ["--steps", "1"] + ([] if "--data" in words else ["--data", "demos.jsonl"])
+    assert main([*words, *given]) == 2
+    assert says.format(runs) in capsys.readouterr().err
+    assert sorted(runs.rglob("*")) == before
+
+
 def test_what_is_no_whole_checkpoint_is_refused(runs, capsys):
     step = Path("sft/checkpoints/step_00000004")
     actor, manifest = (step / "actor.pt").read_bytes(), (step / "manifest.json").read_text()

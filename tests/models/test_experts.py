@@ -331,9 +331,9 @@ def test_biases_that_nobody_has_are_refused(tmp_path: Path, capsys: pytest.Captu
     with pytest.raises(UserError, match="compiled layers do not give what bias_update_speed needs"):
         LocalTrainer(model, surprise, optim, token_budget=9, compile="on")
     (tmp_path / "d.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
-    argv = ["sft", "--model", str(tmp_path), "--data", str(tmp_path / "d.jsonl"), "--steps", "1", "--dry-run"]
+    argv = ["sft", "--model", str(tmp_path / "m"), "--data", str(tmp_path / "d.jsonl"), "--steps", "1", "--dry-run"]
     argv += ["--out", str(tmp_path / "o"), "--bias-update-speed", "0.001"]
-    module_of("mixtral").config.save_pretrained(tmp_path)
+    module_of("mixtral").config.save_pretrained(tmp_path / "m")
     assert main(argv) == 2
     assert "has no router with a bias for each expert" in capsys.readouterr().err
     assert main([*argv, "--lora.rank", "8"]) == 2
@@ -353,9 +353,9 @@ def test_a_reward_model_has_it_too() -> None:
 def test_a_model_without_it_is_refused(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match=r"aux_loss_coef: \w+ForCausalLM has no experts that are balanced by a loss"):
         trainer_of(module_of(kind))
-    module_of(kind).config.save_pretrained(tmp_path)
+    module_of(kind).config.save_pretrained(tmp_path / "m")
     (tmp_path / "d.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
-    argv = ["sft", "--model", str(tmp_path), "--data", str(tmp_path / "d.jsonl"), "--steps", "1", "--dry-run"]
+    argv = ["sft", "--model", str(tmp_path / "m"), "--data", str(tmp_path / "d.jsonl"), "--steps", "1", "--dry-run"]
     assert main([*argv, "--out", str(tmp_path / "o"), "--aux-loss-coef", "0.1"]) == 2
     assert "has no experts that are balanced by a loss" in capsys.readouterr().err
 
