@@ -86,10 +86,20 @@ def stoppable(at_once: Callable[[int], None] | None = None) -> Iterator[Stop]:
             signal.signal(signum, handler)
 
 
+def stopping() -> bool:
+    """Within ``stoppable``: whether a signal has come that stops the command."""
+    stop = _current()
+    return stop is not None and stop.signum is not None
+
+
+def _current() -> Stop | None:
+    return next((h for h in map(signal.getsignal, STOPPING) if isinstance(h, Stop)), None)
+
+
 @contextmanager
 def held() -> Iterator[None]:
     """Within ``stoppable``: a signal that comes during the body stops the command when the body is done."""
-    stop = next((h for h in map(signal.getsignal, STOPPING) if isinstance(h, Stop)), None)
+    stop = _current()
     if stop is None or threading.current_thread() is not threading.main_thread():
         yield
         return

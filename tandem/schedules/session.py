@@ -7,14 +7,14 @@ import time
 from bisect import insort
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tandem.checkpoint.saver import SaveEvery
 from tandem.checkpoint.store import CheckpointStore
-from tandem.errors import DiskFailure, NonFiniteError, RunFailure, WorkerFailure
+from tandem.errors import DiskFailure, NonFiniteError, RunFailure, WorkerFailure, first_line
 from tandem.roles import Metrics, Seat
 from tandem.rollout.evaluate import Evaluation
 from tandem.runs.folder import EMA_MODEL, RunFolder
@@ -341,8 +341,11 @@ class Session:
             step, doing = self.step + 1, self.progress.ended_in(error)
             wanted = self.save_every.enabled or not isinstance(error, KeyboardInterrupt)
             if isinstance(error, NonFiniteError) or (self.step > 0 and not self.changed and wanted):
-                with suppress(Exception):  # what ended the run may be what hinders the save
+                try:
                     self.save()
+                except Exception as why:  # what ended the run may be what hinders the save
+                    if not isinstance(error, WorkerFailure | DiskFailure):
+                        self.progress.note(f"step {self.step} is not saved: {first_line(why)}")
             if isinstance(error, NonFiniteError):
                 self.run.event("error", step=step, message=str(error))
                 where = self.store.path(self.step)

@@ -22,7 +22,7 @@ import torch
 
 from tandem.errors import UserError
 from tandem.roles import Device
-from tandem.workers.keeper import MARK, command_line, parent_of, start_keeper
+from tandem.workers.keeper import MARK, STOPPED, command_line, parent_of, start_keeper, state_of
 from tandem.workers.process import LOOPBACK, Where, ending, own_address
 from tandem.workers.supervisor import stand_on
 
@@ -297,6 +297,11 @@ def log_tail(where: Where) -> str:
         with contextlib.suppress(OSError):
             lines += Path(path).read_text(errors="replace").splitlines()
     return ending("log", (line for line in lines if not line.startswith(":")))
+
+
+def is_stopped(where: Where) -> bool:
+    """Whether a process of this machine is stopped by a signal. Of other machines' it is not known here."""
+    return _same_machine(where.node, own_address()) and state_of(where.pid) in STOPPED
 
 
 def _same_machine(a: str, b: str) -> bool:

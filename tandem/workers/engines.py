@@ -157,12 +157,14 @@ class EngineGroup(Generating):
         self._open.clear()
         self._waiting.clear()
         self._samples = [0] * self.group.size
-        end = time.monotonic() + CANCEL_S
+        end = time.monotonic() + (0.0 if self.group.silent else CANCEL_S)
         # Calls at the same time may overtake each other.
-        self.group.ended_of(list(self._begins), CANCEL_S, all_of_them=True)
+        self.group.ended_of(list(self._begins), max(0.0, end - time.monotonic()), all_of_them=True)
         self._begins.clear()
         calls = [self.group.submit_one(rank, "sampling", "cancel") for rank in range(self.group.size)]
-        self.group.ended_of(calls, max(0.0, end - time.monotonic()), all_of_them=True)
+        ended = self.group.ended_of(calls, max(0.0, end - time.monotonic()), all_of_them=True)
+        if late := [self.group.who(rank) for rank, call in enumerate(calls) if call not in ended]:
+            log.warning("%s: no answer, and nobody waits any longer", ", ".join(late))
 
     def hold(self, held: bool) -> None:
         """Has no engine start a sample, or any again. Those that have died need not be told."""

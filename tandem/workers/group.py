@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
 import time
@@ -13,10 +14,12 @@ from typing import Any
 
 from tandem.errors import UserError, WorkerDied, WorkerFailure, first_line
 from tandem.roles import Device, Seat
-from tandem.workers.cluster import Cluster, log_tail
+from tandem.signals import stopping
+from tandem.workers.cluster import Cluster, is_stopped, log_tail
 from tandem.workers.keeper import MARK
 from tandem.workers.process import LOOPBACK, Build, Where, WorkerProcess, raise_failure
 
+log = logging.getLogger("tandem")
 START_DEADLINE_S = 300.0
 LOAD_DEADLINE_S = 3600.0
 """Reading a large model from a slow disk is the longest of all waits."""
@@ -24,6 +27,10 @@ DEATH_KNOWN_S = 5.0
 """Until Ray knows of a death that others of a group have noticed."""
 LONGER_S = 10.0
 """By which ranks wait longer for each other than their driver does for them: it knows who is late, and says so."""
+
+LOOK_EVERY_S = 1.0
+STOP_S = 5.0
+"""A signal that stops the command waits 5 s for a worker that is stopped itself, and says of others who is awaited."""
 
 UNEXPLAINED = "The actor died unexpectedly"
 """Where Ray's words for a death begin so, it knows no cause."""
@@ -194,11 +201,19 @@ class WorkerGroup:
         ray = self.cluster.ray
         ranks = {ref: first_rank + i for i, ref in enumerate(refs)}
         results: dict[Any, Any] = {}
-        end = time.monotonic() + deadline_s
+        start, said = time.monotonic(), False
         while waiting := [ref for ref in refs if ref not in results]:
-            done, _ = ray.wait(waiting, num_returns=1, timeout=max(0.0, end - time.monotonic()))
-            if not done:
-                raise self._late(what, [ranks[ref] for ref in waiting], deadline_s)
+            waited = time.monotonic() - start
+            done, _ = ray.wait(waiting, num_returns=1, timeout=max(0.0, min(LOOK_EVERY_S, deadline_s - waited)))
+            late = [] if done else [ranks[ref] for ref in waiting]
+            if late and waited >= deadline_s:
+                raise self._late(what, late, deadline_s)
+            if late and waited >= STOP_S and stopping():
+                self._leave_stopped(what, late)
+                if not said:
+                    who = ", ".join(map(self.who, late))
+                    log.warning("%s: %s is waited for, %.0f s at most; another signal ends it", what, who, deadline_s)
+                said = True
             for ref in done:
                 try:
                     results[ref] = self._result(what, ref, ranks[ref])
@@ -210,6 +225,12 @@ class WorkerGroup:
     def late(self, what: str, ranks: list[int]) -> WorkerFailure:
         """The error that these have not answered within the deadline. Nobody waits for them again."""
         return self._late(what, ranks, self.deadline_s)
+
+    def _leave_stopped(self, what: str, ranks: list[int]) -> None:
+        """Raises WorkerFailure where one of them is stopped: whoever ends the run may not wait until it is killed."""
+        if frozen := [rank for rank in ranks if rank < len(self.wheres) and is_stopped(self.wheres[rank])]:
+            self.silent = ", ".join(map(self.who, frozen))
+            raise WorkerFailure(f"{what}: {self.silent} is stopped (SIGSTOP) and has not answered for {STOP_S:.0f} s")
 
     def _late(self, what: str, ranks: list[int], deadline_s: float) -> WorkerFailure:
         self.silent = ", ".join(map(self.who, ranks))

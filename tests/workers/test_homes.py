@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import threading
 import time
@@ -21,6 +22,8 @@ from tandem.errors import RunFailure, UserError, WorkerDied
 from tandem.futures import wait_all
 from tandem.parallel.world import World
 from tandem.roles import Seat, call_all
+from tandem.signals import stoppable
+from tandem.workers import group as group_module
 from tandem.workers.group import WorkerGroup
 from tandem.workers.homes import Aside, Here, seat_of
 from tandem.workers.process import Site
@@ -129,6 +132,27 @@ def test_a_rank_that_never_answers_is_waited_for_once(cluster_address, tmp_path)
         with pytest.raises(RunFailure, match=r"critic\.meet: .*rank 1 .* still owes the answer to an earlier call"):
             behind.result()
         assert time.monotonic() - start < 1
+
+
+def test_a_stopped_rank_is_not_waited_for_once_the_command_is_to_end(cluster_address, tmp_path, monkeypatch, caplog):
+    """It was until its keeper killed it, after 30 s or ``--cluster.heartbeat``. One that runs may have much to save."""
+    monkeypatch.setattr(group_module, "STOP_S", 1.0)
+    with groups(1) as (group,), stoppable():
+        (actor,) = seats_in(group, "actor")
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        saved, pid = actor.submit("wait", tmp_path / "saved"), group.wheres[0].pid
+        threading.Timer(2.5, (tmp_path / "saved").touch).start()
+        assert saved.result() == "actor"
+        assert re.search(rf"actor\.wait: home0 rank 0 \(pid {pid} .*\) is waited for, 1800 s at most", caplog.text)
+        os.kill(pid, signal.SIGSTOP)
+        start = time.monotonic()
+        with pytest.raises(RunFailure, match=rf"actor\.meet: home0 rank 0 \(pid {pid} on \S+\) is stopped \(SIGSTOP"):
+            actor.call("meet", 1)
+        with pytest.raises(RunFailure, match="rank 0 .* still owes the answer"):
+            actor.call("meet", 2)
+        assert time.monotonic() - start < 10
+        os.kill(pid, signal.SIGCONT)
 
 
 def test_what_ray_has_no_room_for_and_what_it_has_lost_is_a_line(pair, monkeypatch):
