@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from tandem.assembly.configs import RunConfig
-from tandem.assembly.sections import OutSection
 from tandem.checkpoint.saver import SaveEvery
 from tandem.checkpoint.store import CheckpointStore
 from tandem.config import changeable, default_settings, dump_config, paths_read
@@ -36,7 +35,10 @@ def start_of(config: Any, title: str, inputs: Inputs | None = None) -> Start:
 
     ``title``: what the folder is known by; ``inputs``: None where nothing is read yet.
     """
-    run: OutSection = config.run
+    run, reads = config.run, paths_read(config)
+    if "data" in reads:
+        # Several, with what they hold before them and weights behind.
+        reads["data"] += tuple(source.name.rpartition("@")[2] for source in config.data.sources)
     return Start(
         method=title,
         seed=run.seed,
@@ -47,7 +49,7 @@ def start_of(config: Any, title: str, inputs: Inputs | None = None) -> Start:
         accepted=run.accept_changed,
         resume=run.resume,
         overwrite=run.overwrite,
-        reads=paths_read(config),
+        reads=reads,
     )
 
 
