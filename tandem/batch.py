@@ -91,6 +91,14 @@ class Batch:
         return self.bounds.diff().tolist()
 
     @property
+    def largest_unit(self) -> int:
+        """Tokens of the largest that is never cut: a segment, or a pair, whose common beginning goes through once."""
+        size_U = self.bounds[:: self.segments_per_unit].diff()
+        if self.segments_per_unit == 2 and self.group_S is not None and self.prefix_S is not None:
+            size_U = size_U - self.prefix_S[1::2] * (self.group_S[::2] == self.group_S[1::2])
+        return int(size_U.max())
+
+    @property
     def segment_T(self) -> Tensor:
         """int64 [T]: the segment each token belongs to."""
         segment_T = torch.repeat_interleave(torch.arange(self.segments), self.bounds.diff())

@@ -89,7 +89,11 @@ def _run(config: RunConfig, stack: ExitStack, ranks: Ranks | None) -> Path | Non
     schedule = config.schedule if isinstance(config, SamplesConfig) and config.sampler else ScheduleSection()
     stack.enter_context(leaving_out())
     Pipeline(
-        steps=feed.steps, items_per_step=config.items_per_step, max_lag=schedule.max_lag, window=schedule.window
+        steps=feed.steps,
+        items_per_step=config.items_per_step,
+        max_lag=schedule.max_lag,
+        window=schedule.window,
+        token_budget=config.model.token_budget,
     ).run(crew, started)
     return started.finish()
 

@@ -35,12 +35,14 @@ class Pipeline:
     items_per_step: int
     max_lag: int = 0
     window: float = 1.0
+    token_budget: int | None = None
+    """Tokens of a micro-batch, above which it is said once that it has more. None: nobody is told."""
 
     def run(self, crew: Crew, session: Session) -> None:
         """Runs from where the session's newest checkpoint stands to ``steps``, or until its goals are met."""
         session.resume(crew.method.initial_state())
         buffer = self._buffer(crew, session)
-        clock, alike, lost = session.clock, 0, 0.0
+        clock, alike, lost, budget = session.clock, 0, 0.0, self.token_budget
         with ended(crew.source, buffer), session.kept():
             crew.publish(clock)
             session.record(crew.evaluate)
@@ -55,6 +57,9 @@ class Pipeline:
                 metrics = self._lag(crew, buffer)
                 with clock(crew.source.phase):
                     prepared = crew.prepare(items, session.state, session.step + 1)
+                if budget is not None and (largest := prepared.batch.largest_unit) > budget:
+                    session.note(over_budget(largest, budget, pairs=prepared.batch.segments_per_unit == 2))
+                    budget = None
                 with clock("training"):
                     roles = crew.method.trains(session.state)
                     metrics |= crew.train(prepared, roles=roles, done=session.step, changing=session.changing)
@@ -153,6 +158,15 @@ def told(buffer: Buffer) -> dict[str, list[Any]]:
         "passed": [place.number for place in buffer.passed],
         "versions": [[min(of_group), max(of_group)] for of_group in runs],
     }
+
+
+def over_budget(tokens: int, budget: int, *, pairs: bool) -> str:
+    """Says that nothing is cut into pieces, however many tokens a micro-batch may have."""
+    return (
+        f"token_budget: a {'pair' if pairs else 'sequence'} of {tokens} tokens is more than {budget} and goes through "
+        "whole, so memory follows the longest, not the budget: bound it with --max-length, or, where it is sampled, "
+        "--max-new-tokens; less memory a token is --activation-checkpointing"
+    )
 
 
 def rates(metrics: Metrics, passed: Seq[Any]) -> Metrics:

@@ -36,6 +36,20 @@ def test_every_unit_once_and_equal_counts(ranks, count):
     torch.testing.assert_close(total, batch.weight_T.sum())
 
 
+def test_what_is_never_cut_has_the_tokens_of_the_largest_unit():
+    rng = random.Random(1)
+    prompts = [[2 + i] * 9 for i in range(4)]
+    rows = [
+        Sequence(token_ids=p + [1] * (n := rng.randrange(2, 30)), trainable=[False] * 9 + [True] * n)
+        for p in prompts
+        for _ in range(2)
+    ]
+    alike = [PreferencePair(chosen=a, rejected=b) for a, b in zip(rows[::2], rows[1::2], strict=True)]
+    apart = [PreferencePair(chosen=a, rejected=b) for a, b in zip(rows[::2], rows[3::2], strict=False)]
+    for batch in (pack(rows), pack_pairs(alike), pack_pairs(apart), pack(rows[:1]), pack_pairs([alike[0], *apart])):
+        assert batch.largest_unit == max(Sizes(batch).alone)
+
+
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_padding_counts_where_there_is_padding(ranks):
     lengths = [512, *random.Random(0).choices(range(2, 60), k=60)]

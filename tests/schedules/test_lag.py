@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,20 @@ def test_law_1(train, monkeypatch, capsys, method):
     lagging = train(method, f"{method}-1", "--max-lag", "1") if method == "grpo" else b""
     monkeypatch.setattr(Pipeline, "run", synchronous)
     assert without == train(method, f"{method}-plain") != lagging
+
+
+@pytest.mark.parametrize(("method", "what"), [("dpo", "pair"), ("grpo", "sequence")])
+def test_what_is_longer_than_a_micro_batch_is_said_once(train, capsys, method, what):
+    same = train(method, f"{method}-whole", "--token-budget", "8")
+    said = [line for line in capsys.readouterr().out.splitlines() if "token_budget" in line]
+    assert len(said) == 1
+    assert re.match(
+        rf"after step \d: token_budget: a {what} of (9|1\d) tokens is more than 8 and goes through", said[0]
+    )
+    assert [e["message"] in said[0] for e in read_lines(Path(f"{method}-whole/events.jsonl")) if e["event"] == "note"]
+    enough = train(method, f"{method}-enough", "--token-budget", "40")
+    assert "token_budget" not in capsys.readouterr().out
+    assert len(enough) == len(same)
 
 
 def test_what_a_lagging_run_says_of_itself(train):
