@@ -114,8 +114,8 @@ class ModelSection(Checked):
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto takes a GPU where there is one."""
     token_budget: int = field(default=16384, metadata=AT_LEAST_1 | COMPUTES)
-    """Tokens in a micro-batch, a prompt of several samples counted once: bounds memory and changes nothing else. What is
-    longer by itself goes through alone, and is said."""
+    """Tokens in a micro-batch, a prompt of several samples counted once: bounds memory and changes nothing else.
+    A longer sequence goes through alone, and is said."""
     trust_remote_code: bool = False
     """Run the Python code that comes with the model."""
     keep_gathered: bool = field(default=False, metadata=needs(("part", "trainer split over several workers")))

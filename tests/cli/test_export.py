@@ -142,7 +142,7 @@ def refused(capsys, *words):
         (["sft", "--model", "tied/", "--out", "tied/run"], "lies in tied/, which is read (model)"),
         (["sft", "--model", "base", "--data", "rows", "--out", "rows/a/run"], "lies in rows, which is read (data)"),
         (["sft", "--model", "base", "--data", "a.jsonl:1,json@rows:2", "--out", "rows/b"], "lies in rows, which is"),
-        (["sft", "--model", "sft/model", "--out", "sft", "--overwrite"], "--overwrite would delete sft/model, which is"),
+        (["sft", "--model", "sft/model", "--out", "sft", "--overwrite"], "--overwrite would delete sft/model, which"),
         (["sft", "--model", "base", "--data", "rm/rollouts.jsonl", "--out", "rm", "--overwrite"], "rm/rollouts.jsonl"),
     ],
 )  # fmt: skip

@@ -149,7 +149,7 @@ def test_a_stopped_rank_is_not_waited_for_once_the_command_is_to_end(cluster_add
         start = time.monotonic()
         with pytest.raises(RunFailure, match=rf"actor\.meet: home0 rank 0 \(pid {pid} on \S+\) is stopped \(SIGSTOP"):
             actor.call("meet", 1)
-        with pytest.raises(RunFailure, match="rank 0 .* still owes the answer"):
+        with pytest.raises(RunFailure, match=r"rank 0 .* still owes the answer"):
             actor.call("meet", 2)
         assert time.monotonic() - start < 10
         os.kill(pid, signal.SIGCONT)
