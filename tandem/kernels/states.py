@@ -1,4 +1,4 @@
-"""One more token for parts that carry a state: short convolutions, the gated delta rule, Mamba 2."""
+"""Parts that carry a state, for one more token: short convolutions, the gated delta rule, Mamba 2. It also for many."""
 
 from __future__ import annotations
 
@@ -67,5 +67,68 @@ def select_step(
     return ((kept @ out_of[..., None])[..., 0] + x * skip[:, None]).to(x.dtype)
 
 
+def scan(
+    x: Tensor,
+    step: Tensor,
+    rate: Tensor,
+    into: Tensor,
+    out_of: Tensor,
+    skip: Tensor,
+    state: Tensor | None = None,
+    *,
+    chunk: int,
+) -> tuple[Tensor, Tensor]:
+    """``select_step`` of T tokens, one after the other: what is given of each [B, T, H, P], and the last states.
+
+    By chunks of at most ``chunk`` tokens (arXiv:2405.21060, section 6): of a chunk's own tokens as attention without a
+    softmax, of those before it by the state that they leave. All of it is matrix products in float32 at least, and what
+    is given is as wide. ``x`` [B, T, H, P]; steps [B, T, H]; ``into`` and ``out_of`` [B, T, G, N]; ``state`` [B, H, P,
+    N] before the first token, zeros if it is None.
+    """
+    tokens, heads, groups = *x.shape[1:3], into.shape[2]
+    chunks = -(-tokens // min(chunk, LONGEST_CHUNK))
+    length = -(-tokens // chunks)
+    wide = torch.promote_types(x.dtype, torch.float32)
+
+    def cut(y: Tensor) -> Tensor:
+        """[B, T, ...] → [B, C, L, ...]. The tokens that fill up the last chunk have steps of 0, and change nothing."""
+        return F.pad(y.to(wide), (0, 0) * (y.ndim - 2) + (0, chunks * length - tokens)).unflatten(1, (chunks, length))
+
+    into_BCLGN, out_of_BCLGN = cut(into), cut(out_of)
+    log_BCHL = (cut(step) * rate).transpose(2, 3)
+    x_BCLGRP = (cut(x) * cut(step)[..., None]).unflatten(3, (groups, -1))
+    kept_BCHLL = _sums_between(log_BCHL).exp_()
+    weight_BCGLL = torch.einsum("bclgn,bcsgn->bcgls", out_of_BCLGN, into_BCLGN)
+    weight_BCGRLL = weight_BCGLL[:, :, :, None] * kept_BCHLL.unflatten(2, (groups, -1))
+    own_BCLGRP = torch.einsum("bcgrls,bcsgrp->bclgrp", weight_BCGRLL, x_BCLGRP)
+    left_BCLGRP = x_BCLGRP * kept_BCHLL[..., -1, :].transpose(2, 3).unflatten(3, (groups, -1))[..., None]
+    left_BCGRPN = torch.einsum("bcsgrp,bcsgn->bcgrpn", left_BCLGRP, into_BCLGN)
+    # From the start, which is a chunk of its own, to behind each chunk.
+    kept_BHSS = _sums_between(F.pad(log_BCHL.sum(-1).transpose(1, 2), (1, 0))).exp_()
+    state_BSHPN = torch.einsum("bhsc,bchpn->bshpn", kept_BHSS[..., 1:], left_BCGRPN.flatten(2, 3))
+    if state is not None:
+        state_BSHPN = state_BSHPN + kept_BHSS[..., 0].transpose(1, 2)[..., None, None] * state[:, None].to(wide)
+    before_BCGRPN = state_BSHPN[:, :-1].unflatten(2, (groups, -1))
+    earlier_BCLGRP = torch.einsum("bclgn,bcgrpn->bclgrp", out_of_BCLGN, before_BCGRPN)
+    faded_BCLGR = log_BCHL.cumsum(-1).exp_().transpose(2, 3).unflatten(3, (groups, -1))
+    out_BCLGRP = torch.addcmul(own_BCLGRP, earlier_BCLGRP, faded_BCLGR[..., None])
+    out_BTHP = out_BCLGRP.reshape(len(x), -1, heads, x.shape[3])[:, :tokens]
+    return torch.addcmul(out_BTHP, x.to(wide), skip[:, None].to(wide)).contiguous(), state_BSHPN[:, -1]
+
+
+def _sums_between(log: Tensor) -> Tensor:
+    """[..., L] → [..., L, L]: at [i, j] the sum of those after j up to i, -inf where j is after i.
+
+    They are added up one by one: a difference of two sums from the start would lose what is small beside those sums.
+    """
+    length = log.shape[-1]
+    after = torch.ones(length, length, dtype=torch.bool, device=log.device).tril(-1)
+    sums = log[..., None].expand(*log.shape, length).masked_fill(~after, 0).cumsum(-2)
+    return sums.masked_fill_(after.T, -torch.inf)
+
+
+LONGEST_CHUNK = 128
+"""Tokens that weigh each other all at once in ``scan``: twice as many take twice the memory for that, and half for
+states."""
 LEAST_SQUARE = 1e-6
 """Added to the square of a query's or key's length, as in transformers and flash-linear-attention."""

@@ -18,6 +18,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin, LinearAttentionLayer
 
 from tandem.models.attention import PackedLayout, UnsupportedAttention
+from tandem.models.scans import speed_up_scans
 
 Name = tuple[int, str, int]
 """A state's layer, its kind (an attribute of the layer), and its number there."""
@@ -56,7 +57,7 @@ def kept_in_modules(module: Any) -> list[tuple[Any, str]]:
 
 
 def put_right(module: Any) -> None:
-    """Puts right what some classes of transformers have wrong.
+    """Puts right what some classes of transformers have wrong, and lets Mamba 2 use a scan of ours.
 
     Time steps may be as short as the config's key of that name says, or of any length: some heed another key, and
     lengthen short steps where many tokens go through at once and not where one does (Nemotron H, Zamba 2). The base
@@ -68,6 +69,7 @@ def put_right(module: Any) -> None:
     for part in module.modules():
         if hasattr(part, "time_step_limit"):
             part.time_step_limit = limit
+    speed_up_scans(module)
 
 
 def cache_argument(module: Any) -> str:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from functools import partial
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 
 from tandem.kernels import states as kernels
 from tandem.kernels.layers import Norm
+from tandem.models.scans import calling
 from tandem.models.states import Held
 
 
@@ -43,16 +42,8 @@ class Mixer:
 
 def _with_ours(module: nn.Module) -> Callable[..., Any]:
     """The module's forward, with functions of ours under the names by which it calls them."""
-    forward: Any = inspect.unwrap(type(module).forward)
-    called = {name: forward.__globals__.get(name) for name in OURS if name in forward.__code__.co_names}
-    ours = {name: partial(OURS[name], theirs) for name, theirs in called.items() if theirs is not None}
-    if not ours or "forward" in vars(module):
-        return module
-    changed = FunctionType(
-        forward.__code__, forward.__globals__ | ours, forward.__name__, forward.__defaults__, forward.__closure__
-    )
-    changed.__kwdefaults__ = forward.__kwdefaults__
-    return partial(changed, module)
+    changed = calling(type(module).forward, OURS)
+    return module if changed is None or "forward" in vars(module) else partial(changed, module)
 
 
 def _convolve(

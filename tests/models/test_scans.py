@@ -1,0 +1,177 @@
+"""Mamba 2's scan of ours: against one token after another, and in place of transformers'."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from helpers.family_models import made
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.models.mamba2 import modeling_mamba2
+
+from tandem.kernels import states as kernels
+from tandem.models import scans
+from tandem.models.states import put_right
+
+
+@pytest.fixture(autouse=True)
+def _classes_made_anew() -> Any:
+    scans._scanning.cache_clear()
+    yield
+    scans._scanning.cache_clear()
+
+
+def one_by_one(
+    x: Tensor, step: Tensor, rate: Tensor, into: Tensor, out_of: Tensor, skip: Tensor, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """arXiv:2405.21060, eq. 2, token by token."""
+    heads = x.shape[2] // into.shape[2]
+    into, out_of = (y.repeat_interleave(heads, 2) for y in (into, out_of))
+    state = x.new_zeros(*x[:, 0].shape, into.shape[-1]) if state is None else state
+    given = []
+    for t in range(x.shape[1]):
+        state = (step[:, t] * rate).exp()[..., None, None] * state
+        state = state + torch.einsum("bhp,bhn->bhpn", step[:, t, :, None] * x[:, t], into[:, t])
+        given.append(torch.einsum("bhpn,bhn->bhp", state, out_of[:, t]) + skip[:, None] * x[:, t])
+    return torch.stack(given, 1), state
+
+
+def drawn(tokens: int, groups: int, *, heads: int = 4, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """x, steps, rates, what goes into the state, what is read of it, skips, and a state."""
+    torch.manual_seed(0)
+    shapes = [(2, tokens, groups, 5)] * 2
+    rate = -3 * torch.rand(heads).double()
+    tensors = [torch.randn(2, tokens, heads, 3), torch.rand(2, tokens, heads), rate, *map(torch.randn, shapes)]
+    tensors += [torch.randn(heads), torch.randn(2, heads, 3, 5)]
+    return [x.to(dtype).requires_grad_() for x in tensors]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "chunk", "groups", "begun"),
+    [(1, 4, 2, True), (7, 3, 2, True), (12, 4, 1, False), (5, 256, 4, True), (300, 256, 2, False)],
+)
+def test_a_scan_is_one_token_after_another(tokens: int, chunk: int, groups: int, begun: bool) -> None:
+    """Also its gradients. Chunks that are full, that are not, one alone, and more of them than were asked for."""
+    *given, state = drawn(tokens, groups)
+    given += [state] if begun else []
+    found = kernels.scan(*given[:6], state if begun else None, chunk=chunk)
+    truth = one_by_one(*given[:6], state if begun else None)
+    weights = [torch.randn_like(x) for x in truth]
+    for one, two in zip(found, truth, strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-12)
+    gradients = [
+        torch.autograd.grad(sum((x * w).sum() for x, w in zip(out, weights, strict=True)), given)
+        for out in (found, truth)
+    ]
+    for one, two in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-11, atol=1e-11)
+
+
+def test_a_small_step_among_large_ones_is_not_lost_in_float32() -> None:
+    """What is kept over one token is exp(-0.001), however much those before it have decayed."""
+    *given, _ = drawn(64, 1, dtype=torch.float32)
+    with torch.no_grad():
+        given[1][:] = torch.where(torch.arange(64)[None, :, None] % 8 < 6, 400.0, 1e-3)
+        found, _ = kernels.scan(*given, chunk=64)
+        exact, _ = one_by_one(*(x.double() for x in given), None)
+    assert ((found - exact).abs() <= 2e-5 * exact.abs() + 1e-3).all()
+
+
+def arguments(tokens: int, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Any]]:
+    """Of ``mamba2_chunk_scan``."""
+    x, step, rate, into, out_of, skip, state = (y.detach().to(dtype) for y in drawn(tokens, 2))
+    options = {"chunk_size": 8, "D": skip, "dt_bias": skip.flip(0), "dt_softplus": True, "initial_states": state}
+    return [x, step, rate.float(), into, out_of], options | {"return_final_states": True}
+
+
+def scans_of(kind: Any) -> tuple[Any, Any]:
+    """Ours and transformers'."""
+    ours = scans._scanning(kind).forward.__globals__[scans.SCAN]
+    return ours, inspect.unwrap(ours.args[0])
+
+
+def test_in_bfloat16_it_is_no_further_from_the_truth_than_transformers() -> None:
+    ours, theirs = scans_of(modeling_mamba2.Mamba2Mixer)
+    given, options = arguments(40, torch.bfloat16)
+    wide, wide_options = (
+        [x.double() for x in given],
+        {**options, **{n: options[n].double() for n in ("D", "dt_bias")}},
+    )
+    step = torch.nn.functional.softplus(wide[1] + wide_options["dt_bias"])
+    truth = one_by_one(wide[0], step, *wide[2:], wide_options["D"], options["initial_states"].double())
+    found, others = ours(*given, **options), theirs(*given, **options)
+    for one, other, exact in zip(found, others, truth, strict=True):
+        assert one.dtype == other.dtype == torch.float32
+        assert (one - exact).norm() < min(1e-6 * exact.norm(), (other - exact).norm())
+
+
+class Largest(TorchDispatchMode):
+    """Most numbers in a tensor that was made."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        for x in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(x, Tensor):
+                self.numbers = max(self.numbers, x.untyped_storage().nbytes() // x.element_size())
+        return made
+
+
+def test_no_tensor_has_two_tokens_a_head_and_its_state() -> None:
+    """Nor is a chunk longer than the sequence, or what weighs its tokens kept for the backward pass."""
+    ours, _ = scans_of(modeling_mamba2.Mamba2Mixer)
+    rows, tokens, heads, size, states = 3, 40, 4, 16, 32
+    x, step = torch.randn(rows, tokens, heads, size, requires_grad=True), torch.rand(rows, tokens, heads)
+    into, head, rate = torch.randn(2, rows, tokens, 1, states), torch.rand(heads), -torch.rand(heads)
+    kept: list[Tensor] = []
+    with Largest() as largest, torch.autograd.graph.saved_tensors_hooks(lambda y: kept.append(y) or y, lambda y: y):
+        out = ours(x, step, rate, *into, 256, D=head, dt_bias=head, dt_softplus=True)
+    assert {y.data_ptr() for y in kept} <= {y.data_ptr() for y in (x, step, rate, *into, head)}
+    out.sum().backward()
+    assert largest.numbers <= heads * rows * max(tokens * tokens, 2 * size * states, tokens * size)
+
+
+def test_a_module_is_given_it_by_what_it_calls() -> None:
+    """Once, in its copies as well, and not where it calls another."""
+    module = made("mamba2")
+    ids = torch.arange(2, 32)[None]
+    with torch.no_grad():
+        exact = module(input_ids=ids).logits
+        put_right(module)
+        kinds = [type(part) for part in module.modules()]
+        assert (module(input_ids=ids).logits - exact).abs().max() < 1e-4
+        for again in (module, copy.deepcopy(module)):
+            put_right(again)
+            assert [type(part) for part in again.modules()] == kinds
+    changed = {kind for kind in kinds if kind.__module__ == scans.__name__}
+    assert [kind.__name__ for kind in changed] == ["Mamba2Mixer"]
+    put_right(other := made("mamba"))
+    assert not any(type(part).__module__ == scans.__name__ for part in other.modules())
+
+
+def test_it_is_left_out_where_it_is_not_theirs_or_kernels_are_there(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A scan of another meaning, or with other arguments, is the module's own, as that of mamba_ssm is."""
+
+    def other(hidden_states: Tensor, dt: Tensor, *args: Any, **options: Any) -> Any:
+        return theirs(hidden_states, 2 * dt, *args, **options)
+
+    def renamed(hidden_states: Tensor, steps: Tensor, rates: Tensor) -> Any:
+        raise AssertionError("not to be called")
+
+    theirs = inspect.unwrap(modeling_mamba2.mamba2_chunk_scan)
+    for scan in (other, renamed):
+        scans._scanning.cache_clear()
+        monkeypatch.setattr(modeling_mamba2, scans.SCAN, scan)
+        assert scans._scanning(modeling_mamba2.Mamba2Mixer) is modeling_mamba2.Mamba2Mixer
+    assert len(caplog.messages) == 2
+    monkeypatch.undo()
+    monkeypatch.setattr(scans, "_has_kernels", lambda: True)
+    put_right(module := made("mamba2"))
+    assert not any(type(part).__module__ == scans.__name__ for part in module.modules())
