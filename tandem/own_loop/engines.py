@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from transformers import AutoModelForCausalLM
 
 from tandem.engines.live.replica import ReplicaEngine
+from tandem.engines.vllm.setup import VLLMParams
 from tandem.errors import UserError
 from tandem.models.limits import layers_of, limits_of
 from tandem.models.loading import load_causal
@@ -33,21 +33,16 @@ SHARE_BESIDE_TRAINER = 0.4
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineParams:
+class EngineParams(VLLMParams):
     """What a loop's engine is made of: see ``tandem.own_loop.sampler.Sampler``."""
 
-    model: str
-    dtype: Literal["float32", "bfloat16"]
     device: torch.device
-    max_slots: int
-    max_length: int | None = None
-    memory_share: float | None = None
-    check: bool = True
-    seed: int = 0
-    sleep: bool = False
-    trust_remote_code: bool = False
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    deadline_s: float = 1800.0
+    check: bool
+    deadline_s: float
+    own_process: bool = True
+
+    def __post_init__(self) -> None:
+        """Nothing: the sampler looks at numbers, on all ranks together."""
 
 
 class LoopEngine(Protocol):
@@ -86,12 +81,8 @@ class InProcess:
     """Tandem's live engine, with weights of its own."""
 
     def __init__(self, params: EngineParams) -> None:
-        model = load_causal(
-            params.model,
-            dtype=params.dtype,
-            device=str(params.device),
-            trust_remote_code=params.trust_remote_code,
-        )
+        trust = params.trust_remote_code
+        model = load_causal(params.model, dtype=params.dtype, device=str(params.device), trust_remote_code=trust)
         self.engine = ReplicaEngine(model, max_slots=params.max_slots, max_length=params.max_length)
         self.shapes: Shapes = {name: tuple(p.shape) for name, p in self.engine.parameters.items()}
         self.limit = limits_of(model.module.config).sampling.positions
@@ -229,19 +220,6 @@ def shapes_of(config: Any, trust_remote_code: bool) -> Shapes:
 
 def build_vllm(site: Site, params: EngineParams) -> Any:
     """In the child: vLLM on its only device."""
-    from tandem.engines.vllm.engine import VLLMEngine, VLLMParams
+    from tandem.engines.vllm.engine import VLLMEngine
 
-    on_gpu = site.world.device.type == "cuda"
-    started = VLLMParams(
-        model=params.model,
-        dtype=params.dtype,
-        max_slots=params.max_slots,
-        max_length=params.max_length,
-        memory_share=params.memory_share or (SHARE_BESIDE_TRAINER if on_gpu else None),
-        seed=params.seed,
-        trust_remote_code=params.trust_remote_code,
-        sleep=params.sleep,
-        arguments=params.arguments,
-        own_process=True,
-    )
-    return VLLMEngine(started)
+    return VLLMEngine(params)

@@ -20,7 +20,7 @@ from tandem.engines.requests import check_request
 from tandem.errors import UserError
 from tandem.models.folder import located
 from tandem.models.loading import load_tokenizer
-from tandem.own_loop.engines import EngineParams, InChild, InProcess, LoopEngine
+from tandem.own_loop.engines import SHARE_BESIDE_TRAINER, EngineParams, InChild, InProcess, LoopEngine
 from tandem.own_loop.peers import Peers, own_device
 from tandem.own_loop.their_model import GivenModel, given, require_same
 from tandem.parallel.shares import divide
@@ -81,6 +81,7 @@ class Sampler:
         self.device = own_device(device)
         self.tokenizer = load_tokenizer(self.source, trust_remote_code=trust_remote_code)
         self.peers = Peers(deadline_s)
+        on_gpu = self.device.type == "cuda"
         self.engine = self._start(
             engine,
             EngineParams(
@@ -89,10 +90,10 @@ class Sampler:
                 device=self.device,
                 max_slots=max_slots,
                 max_length=max_length,
-                memory_share=memory_share,
+                memory_share=memory_share or (SHARE_BESIDE_TRAINER if on_gpu else None),
                 check=check_weights,
                 seed=seed,
-                sleep=engine == "vllm" and (self.device.type == "cuda" if sleep is None else sleep),
+                sleep=engine == "vllm" and (on_gpu if sleep is None else sleep),
                 trust_remote_code=trust_remote_code,
                 arguments=dict(arguments or {}),
                 deadline_s=deadline_s,
