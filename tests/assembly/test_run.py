@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from typing import NamedTuple
 from unittest import mock
 
 import pytest
@@ -18,7 +19,9 @@ from tandem.assembly.wiring import Wiring
 from tandem.config import dump_config, load_config
 from tandem.engines.vllm.setup import in_full
 from tandem.errors import UserError, WorkerDied
+from tandem.futures import Later
 from tandem.parallel.world import World
+from tandem.roles import Seat
 from tandem.workers.homes import Here
 from tandem.workers.process import Site
 
@@ -138,15 +141,24 @@ def test_arguments_that_are_not_vllms_alone_are_refused_before_anything_is_loade
             require_engine(EngineSection(kind="vllm", arguments=json.dumps({name: 1})))
 
 
+class Described(NamedTuple):
+    """A role that can say what it is, and nothing else."""
+
+    describe: str
+
+
 def test_models_of_several_processes_are_all_begun_before_any_is_waited_for():
     """They were loaded one after the other."""
     keys = {"model": "m", "data": "d.jsonl", "out": "o", "steps": 1, "reward_model": ["r"]}
-    happened: list[str] = []
+    home, happened = Here(Site(World())), []
 
-    def begin(role: str, build: object) -> mock.Mock:
+    def begin(role: str, build: object) -> Later[Seat]:
+        def end() -> Seat:
+            happened.append(f"wait for {role}")
+            return home.place(role, lambda site: Described("loaded"))
+
         happened.append(f"begin {role}")
-        seat = mock.Mock(name=role)
-        return mock.Mock(result=lambda: happened.append(f"wait for {role}") or seat)
+        return Later(end)
 
     roles = [*load_models(tandem.read_config("ppo", **keys), begin, 1)]
     assert {"actor", "critic", "reward"} <= {*roles}
