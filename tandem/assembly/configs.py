@@ -384,10 +384,7 @@ class SamplesConfig(RunConfig):
                 "are computed anew; leave it at in-flight, or keep both in memory with --engine.no-sleep"
             )
         if self.schedule.stale_cache != "auto":
-            alone = {
-                "--weights-change between-sequences": settling,
-                "--engine.way padded": self.engine.way == "padded",
-            }
+            alone = {"--weights-change between-sequences": settling, "--engine.way padded": self.engine.way == "padded"}
             if without := [flag for flag, given in alone.items() if given]:
                 raise UserError(
                     f"stale_cache: has no effect with {without[0]}, where no sample runs when weights change; leave it "
@@ -442,10 +439,7 @@ class SamplesConfig(RunConfig):
     @property
     def parts(self) -> set[str]:
         judging = bool(self.evaluation.eval_reward)
-        judges = {
-            "reward function": judging,
-            "judge of held-out samples": judging or bool(self.reward.judges),
-        }
+        judges = {"reward function": judging, "judge of held-out samples": judging or bool(self.reward.judges)}
         again = self.step.sample_epochs * self.step.minibatches > 1
         ratios = {
             "second optimizer step on a step's samples": again,

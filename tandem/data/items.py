@@ -117,11 +117,7 @@ def build_solutions(
 
 
 def _build(
-    rows: Dataset,
-    make: Callable[[Row], Seq[Item]],
-    tokenizer: Any,
-    room: Room,
-    on_progress: OnProgress | None,
+    rows: Dataset, make: Callable[[Row], Seq[Item]], tokenizer: Any, room: Room, on_progress: OnProgress | None
 ) -> tuple[list[Item], Counts]:
     """The items of a run that the rows become. Truncation is ``_cut``'s; a row that it cannot shorten is dropped."""
     items: list[Item] = []

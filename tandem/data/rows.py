@@ -46,12 +46,7 @@ class Dataset:
     """
 
     def __init__(
-        self,
-        rows: list[Row],
-        *,
-        source: str = "data",
-        origins: list[Origin] | None = None,
-        parts: Iterable[Part] = (),
+        self, rows: list[Row], *, source: str = "data", origins: list[Origin] | None = None, parts: Iterable[Part] = ()
     ) -> None:
         self.source = source
         self._rows = rows

@@ -71,10 +71,7 @@ def store(key_TKD: Tensor, value_TKD: Tensor, pages: Pages, target_T: Tensor) ->
         pages_triton.store(key_TKD, value_TKD, pages, target_T)
         return
     page_T, offset_T = target_T // pages.size, target_T % pages.size
-    for x_TKD, kept, scales in (
-        (key_TKD, pages.keys, pages.key_scales),
-        (value_TKD, pages.values, pages.value_scales),
-    ):
+    for x_TKD, kept, scales in ((key_TKD, pages.keys, pages.key_scales), (value_TKD, pages.values, pages.value_scales)):
         if scales is not None:
             scale_TK = x_TKD.float().abs().amax(-1).clamp(min=1e-12) / LARGEST
             scales[page_T, :, offset_T] = scale_TK

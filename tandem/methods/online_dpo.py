@@ -51,6 +51,5 @@ class OnlineDPO(PairMethod):
         metrics_T = token_loss.metrics_T
         differ_T = batch.of_units((filled(batch.margin_S, "margin_S")[0::2] > 0).to(token_loss.loss_T.dtype))
         return TokenLoss(
-            loss_T=token_loss.loss_T * differ_T,
-            metrics_T=metrics_T | {"accuracy": metrics_T["accuracy"] * differ_T},
+            loss_T=token_loss.loss_T * differ_T, metrics_T=metrics_T | {"accuracy": metrics_T["accuracy"] * differ_T}
         )

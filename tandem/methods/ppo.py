@@ -127,10 +127,7 @@ class PPO(TokenMethod):
     def value_loss(self, out: Outputs, batch: Batch) -> TokenLoss:
         """Clipped squared error of the critic. Metrics: ``value_loss``, ``value_clip_fraction``."""
         loss_T, clipped_T = clipped_value_loss(
-            batch.values(out),
-            batch.values_by("critic"),
-            filled(batch.return_T, "return_T"),
-            self.value_clip,
+            batch.values(out), batch.values_by("critic"), filled(batch.return_T, "return_T"), self.value_clip
         )
         return TokenLoss(loss_T=loss_T, metrics_T={"value_loss": loss_T.detach(), "value_clip_fraction": clipped_T})
 

@@ -63,8 +63,5 @@ class REINFORCE(TokenMethod):
         moving, weight = state["baseline"], state["baseline_weight"]
         baseline = moving / weight if weight > 0 else mean
         kept = self.baseline_decay
-        state = state | {
-            "baseline": kept * moving + (1 - kept) * mean,
-            "baseline_weight": kept * weight + (1 - kept),
-        }
+        state = state | {"baseline": kept * moving + (1 - kept) * mean, "baseline_weight": kept * weight + (1 - kept)}
         return spread([reward - baseline for reward in rewards], batch), state, {"baseline": baseline}

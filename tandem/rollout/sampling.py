@@ -19,13 +19,7 @@ from tandem.types import Completion, Ended, Group, Judgement, Prompt, Request, S
 
 
 def sample_groups(
-    engine: Engine,
-    prompts: Seq[Prompt],
-    sampling: SamplingParams,
-    *,
-    samples_per_prompt: int,
-    seed: int,
-    step: int,
+    engine: Engine, prompts: Seq[Prompt], sampling: SamplingParams, *, samples_per_prompt: int, seed: int, step: int
 ) -> list[Group]:
     """Samples every prompt ``samples_per_prompt`` times, as the prompts of a step in this order."""
     requests = requests_of(prompts, sampling, samples_per_prompt=samples_per_prompt, seed=seed, step=step)

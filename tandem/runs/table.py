@@ -39,10 +39,7 @@ def print_table(title: str, columns: Seq[str], rows: Seq[Seq[str]], *, console: 
 
 
 def print_samples(
-    title: str,
-    columns: tuple[str, str, str],
-    samples: Seq[tuple[str, str, str]],
-    right: Seq[tuple[bool, bool]],
+    title: str, columns: tuple[str, str, str], samples: Seq[tuple[str, str, str]], right: Seq[tuple[bool, bool]]
 ) -> None:
     """Prints prompts with the answers before and after training, each on one line, long ones cut in the middle.
 

@@ -44,13 +44,7 @@ class TakingTurns(OverEngine):
     """
 
     def __init__(
-        self,
-        engine: Engine,
-        engines: Seat,
-        others: Seq[Seat],
-        link: WeightPush,
-        *,
-        version: Callable[[], int],
+        self, engine: Engine, engines: Seat, others: Seq[Seat], link: WeightPush, *, version: Callable[[], int]
     ) -> None:
         self.engine, self.engines, self.others = engine, engines, others
         self.link = link

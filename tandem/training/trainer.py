@@ -19,14 +19,7 @@ from tandem.models.forward import LoadedModel, forward
 from tandem.models.policy import Policy
 from tandem.models.quantized import quantized_in
 from tandem.models.routers import all_weights
-from tandem.parallel.sharding import (
-    assign,
-    checkpoint_activations,
-    forget_gathered,
-    local,
-    transformer_layers,
-    whole,
-)
+from tandem.parallel.sharding import assign, checkpoint_activations, forget_gathered, local, transformer_layers, whole
 from tandem.parallel.world import World
 from tandem.roles import LossFn, Metrics
 from tandem.training.masters import Masters

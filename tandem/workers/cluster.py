@@ -47,12 +47,7 @@ class Cluster:
     """
 
     def __init__(
-        self,
-        *,
-        address: str | None = None,
-        device: str,
-        needed: dict[str, tuple[int, int]],
-        heartbeat_s: float = 30.0,
+        self, *, address: str | None = None, device: str, needed: dict[str, tuple[int, int]], heartbeat_s: float = 30.0
     ) -> None:
         self.ray: Any = require_ray(alone=address is None)
         self.device, self.heartbeat_s = device, heartbeat_s

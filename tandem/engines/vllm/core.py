@@ -33,11 +33,7 @@ class VLLMCore:
     """
 
     def __init__(
-        self,
-        engine: Any,
-        slots: int,
-        adapters: Any | None = None,
-        after_failure: Callable[[], None] = lambda: None,
+        self, engine: Any, slots: int, adapters: Any | None = None, after_failure: Callable[[], None] = lambda: None
     ) -> None:
         """``adapters``: vLLM's request for those that all jobs are to have. ``after_failure``: what a step that failed
         calls before it says so (``setup.end_with_ranks``)."""
