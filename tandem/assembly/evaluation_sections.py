@@ -8,7 +8,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from os.path import expanduser
 
-from tandem.data.sources import Source, parse_sources, unweighted_sources
+from tandem.data.sources import DataSource, parse_sources, unweighted_sources
 from tandem.errors import UserError
 from tandem.keys import AT_LEAST_0, AT_LEAST_1, MAY_CHANGE, PATH, Checked, must, needs
 from tandem.runs.goals import Goal, Goals, Threshold
@@ -55,7 +55,7 @@ class EvaluationSection(Checked):
         return named_sets(self.eval_data)
 
     @property
-    def sources(self) -> list[Source]:
+    def sources(self) -> list[DataSource]:
         """The sources of all sets."""
         return [one for text in self.sets.values() for one in parse_sources(text)]
 

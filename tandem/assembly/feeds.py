@@ -49,7 +49,7 @@ from tandem.types import Limits, Prompt, Sequence
 PART = re.compile("/reward/")
 """In the name of a held-out metric that is a part of a reward."""
 
-Build = Callable[..., tuple[list[Any], Counts]]
+BuildItems = Callable[..., tuple[list[Any], Counts]]
 """As ``build_sequences``."""
 
 
@@ -340,7 +340,7 @@ def preparation(config: SamplesConfig, models: Mapping[str, Seat]) -> Preparatio
     )
 
 
-def builders(data: DataSection) -> dict[str, Build]:
+def builders(data: DataSection) -> dict[str, BuildItems]:
     """What makes the items of a run of a dataset's rows, by the kind of the rows."""
     return {
         "demonstrations": partial(build_sequences, train_on=data.train_on),

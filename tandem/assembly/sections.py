@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from tandem.checkpoint.saver import SaveEvery
 from tandem.data.gym import is_gym
-from tandem.data.sources import Columns, Source, parse_sources, unweighted_sources
+from tandem.data.sources import Columns, DataSource, parse_sources, unweighted_sources
 from tandem.errors import UserError
 from tandem.keys import (
     A_FOLDER,
@@ -150,7 +150,7 @@ class SourceSection(Checked):
         unweighted_sources("data", self.data)
 
     @property
-    def sources(self) -> list[Source]:
+    def sources(self) -> list[DataSource]:
         """What ``data`` names."""
         return parse_sources(self.data)
 

@@ -24,7 +24,7 @@ TYPES = {"json": (".jsonl", ".json"), "csv": (".csv",), "parquet": (".parquet",)
 
 
 @dataclass(frozen=True)
-class Source:
+class DataSource:
     """One of the sources of a dataset, and its weight against the others."""
 
     name: str
@@ -36,7 +36,7 @@ class Source:
         return not (self.name.endswith(SUFFIXES) or is_pattern(self.name) or is_gym(self.name))
 
 
-def parse_sources(text: str) -> list[Source]:
+def parse_sources(text: str) -> list[DataSource]:
     """The sources that ``--data`` names. Raises UserError for a weight that is none, or that some have and some not.
 
     What exists as a file or folder is one source, whatever its name has in it.
@@ -47,7 +47,7 @@ def parse_sources(text: str) -> list[Source]:
     sources = [_parse_source(name) for name in names]
     weighed = [one for one in sources if one.weight is not None]
     if weighed and len(sources) == 1 and not is_local(sources[0].name):
-        return [Source(text)]  # a dataset on the hub with a config that is a number
+        return [DataSource(text)]  # a dataset on the hub with a config that is a number
     if weighed and len(sources) == 1:
         raise UserError(f"{text}: the weight of the only source has no effect; leave it out")
     if weighed and len(weighed) < len(sources):
@@ -62,7 +62,7 @@ def parse_sources(text: str) -> list[Source]:
     return sources
 
 
-def unweighted_sources(key: str, text: str) -> list[Source]:
+def unweighted_sources(key: str, text: str) -> list[DataSource]:
     """As ``parse_sources``, of rows that are all read. Raises UserError, which names the key, also for a weight."""
     try:
         sources = parse_sources(text)
@@ -74,20 +74,20 @@ def unweighted_sources(key: str, text: str) -> list[Source]:
     return sources
 
 
-def _parse_source(text: str) -> Source:
+def _parse_source(text: str) -> DataSource:
     name, colon, weight = text.rpartition(":")
     drive = re.fullmatch("[A-Za-z]", name) is not None and weight.startswith(("\\", "/"))
     if not colon or drive or _exists(text):
-        return Source(text)
+        return DataSource(text)
     try:
         number = float(weight)
     except ValueError:
         if not is_local(name):
-            return Source(text)  # a dataset on the hub with its config
+            return DataSource(text)  # a dataset on the hub with its config
         raise UserError(f"{text}: the weight {weight!r} is no number") from None
     if not 0 < number < math.inf:
         raise UserError(f"{text}: a weight must be a finite number above 0, not {weight}")
-    return Source(name, Fraction(weight))
+    return DataSource(name, Fraction(weight))
 
 
 def is_pattern(name: str) -> bool:

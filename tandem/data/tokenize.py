@@ -153,7 +153,7 @@ def _joined(pieces: Iterable[tuple[str, bool]], tokenizer: Any, *, special_token
     texts, trained = zip(*pieces, strict=True)
     found = _pieces(texts, tokenizer, special_tokens=special_tokens)
     trainable = [train for ids, train in zip(found, trained, strict=True) for _ in ids]
-    return ended([id for ids in found for id in ids], trainable, tokenizer)
+    return with_eos([id for ids in found for id in ids], trainable, tokenizer)
 
 
 def _pieces(texts: Iterable[str], tokenizer: Any, *, special_tokens: bool) -> list[list[int]]:
@@ -195,7 +195,7 @@ def _borders(tokenizer: Any) -> dict[int, str]:
     }
 
 
-def ended(token_ids: list[int], trainable: list[bool], tokenizer: Any) -> Sequence:
+def with_eos(token_ids: list[int], trainable: list[bool], tokenizer: Any) -> Sequence:
     """Appends EOS unless the answer ends in it already; the EOS is trainable either way."""
     eos = tokenizer.eos_token_id
     if eos is None:

@@ -98,7 +98,7 @@ def take_requests(
     return [Asked(number, request, rules[request.sampling]) for number, request in enumerate(requests)]
 
 
-def stamp(versions: Versions, version: int, drawn: int) -> None:
+def stamp_version(versions: Versions, version: int, drawn: int) -> None:
     """Adds to a sample's versions that all tokens up to number ``drawn`` that have none yet came from ``version``."""
     new = drawn - sum(count for _, count in versions)
     if new > 0:

@@ -28,7 +28,7 @@ from tandem.lazy import extra
 from tandem.models.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, QUANTIZED, adapter_folder, base_of
 from tandem.models.experts import is_grouped, is_stack, speed_up_stacks, stacks_of
 from tandem.models.folder import located
-from tandem.models.pairs import NAME, adapted, kind_of, pairs_of
+from tandem.models.pairs import NAME, adapted, last_name, pairs_of
 from tandem.models.quantized import READ_PAST, Quantized, quantized_in
 from tandem.models.routers import routers_of
 from tandem.models.seeing import PartNames, SeeingModel
@@ -286,7 +286,7 @@ def idle_layers(module: Any) -> list[str]:
     for name, layer in adapted(module).items():
         if layer is head or not isinstance(layer.get_base_layer(), nn.Linear):
             continue
-        kind = kind_of(name)
+        kind = last_name(name)
         called.setdefault(kind, False)
         # One of them is enough: not every expert is picked.
         hooks.append(layer.register_forward_hook(lambda *_, kind=kind: called.update({kind: True})))
@@ -403,7 +403,7 @@ def targets_of(module: Any, params: AdapterParams) -> tuple[list[str] | str, lis
     apart = {id(module.get_output_embeddings()), id(module.get_input_embeddings())}
     parts = {name.rpartition(".")[2]: id(part) for name, part in module.named_modules() if id(part) in apart}
     linear = {
-        kind_of(name)
+        last_name(name)
         for name, p in module.named_modules()
         # A router that is a subclass (Phi-MoE's) gives more than a product.
         if isinstance(p, nn.Linear) and type(p).forward in FORWARDS and id(p) not in apart | others
@@ -411,7 +411,7 @@ def targets_of(module: Any, params: AdapterParams) -> tuple[list[str] | str, lis
     model_type = module.config.model_type
     left_out = linear & {READ_BY_KERNELS.get(model_type), *READ_PAST.get(model_type, ())}
     linear -= left_out
-    stacked = {f"{kind_of(name)}.{n}" for name, names in stacks_of(module).items() for n in names}
+    stacked = {f"{last_name(name)}.{n}" for name, names in stacks_of(module).items() for n in names}
     kind = type(module).__name__
     if left_out and ALL_LINEAR in params.targets and module.device.type != "meta":  # once, when they are put on
         log.warning(
@@ -425,7 +425,7 @@ def targets_of(module: Any, params: AdapterParams) -> tuple[list[str] | str, lis
     if not wanted:
         pattern = params.targets[0]
         if len(params.targets) == 1 and any(
-            kind_of(n) in linear and re.fullmatch(pattern, n) for n, _ in module.named_modules()
+            last_name(n) in linear and re.fullmatch(pattern, n) for n, _ in module.named_modules()
         ):
             # That of the policy's folder, which peft has written.
             return pattern, []

@@ -97,7 +97,7 @@ def pairs_of(module: nn.Module) -> dict[str, Pair]:
     return found
 
 
-def kind_of(name: str) -> str:
+def last_name(name: str) -> str:
     """What a layer of this name is called as well elsewhere in its model: the last part, with the numbers behind it."""
     return re.findall(r"[^.]*(?:\.\d+)*$", name)[0]
 

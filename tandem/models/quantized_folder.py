@@ -20,10 +20,10 @@ def quantized_kind(source: str | Path) -> str | None:
         config = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return None  # what is wrong with it is said by whoever loads it
-    return kind_of(config.get("quantization_config") if isinstance(config, dict) else None, source)
+    return kind_in_config(config.get("quantization_config") if isinstance(config, dict) else None, source)
 
 
-def kind_of(found: Any, source: str | Path) -> str | None:
+def kind_in_config(found: Any, source: str | Path) -> str | None:
     """Likewise, of the ``quantization_config`` in a config."""
     if found is None:
         return None

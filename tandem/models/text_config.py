@@ -9,7 +9,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from tandem.errors import UserError
-from tandem.models.quantized_folder import kind_of
+from tandem.models.quantized_folder import kind_in_config
 
 PLAIN: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_vl_text": ("qwen2", {}),
@@ -52,7 +52,7 @@ def sees(config: Any, place: str | Path) -> bool:
             f"{place}: a {config.model_type}, and transformers has no causal language model of its text half alone "
             f"({text.model_type}); use a model of text alone"
         )
-    kind_of(getattr(config, "quantization_config", None), place)
+    kind_in_config(getattr(config, "quantization_config", None), place)
     return True
 
 

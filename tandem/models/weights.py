@@ -17,7 +17,7 @@ from tandem.lazy import extra
 from tandem.models.folder import located, readable_errors
 from tandem.models.pairs import plain_name
 from tandem.models.quantized import QuantizationConfig, adopt_bitsandbytes, quantized_in, require_apart
-from tandem.models.quantized_folder import kind_of
+from tandem.models.quantized_folder import kind_in_config
 from tandem.models.seeing import SeeingModel
 from tandem.models.text_config import config_in
 
@@ -100,7 +100,7 @@ def _quantising(
     config: Any, source: str | Path, quantize: Literal["none", "nf4", "fp8"], device: str
 ) -> dict[str, Any]:
     """What ``from_pretrained`` is told where weights are quantised, or to be; nothing elsewhere."""
-    kind = kind_of(getattr(config, "quantization_config", None), source)
+    kind = kind_in_config(getattr(config, "quantization_config", None), source)
     if kind is not None:
         if quantize not in ("none", kind):
             raise UserError(

@@ -30,11 +30,11 @@ def combine(
     for name, weight, its_scores in zip(part_names(rewards), weights, scores, strict=True):
         for i, (part, score) in enumerate(zip(parts, its_scores, strict=True)):
             if score is not None:
-                part[name] = checked(name, score, batch, i)
+                part[name] = checked_score(name, score, batch, i)
                 totals[i] = (totals[i] or 0.0) + weight * score
     for i, total in enumerate(totals):
         if total is not None:
-            checked("weighted sum", total, batch, i)
+            checked_score("weighted sum", total, batch, i)
     return totals, parts
 
 
@@ -48,7 +48,7 @@ def part_names(rewards: Seq[Reward]) -> list[str]:
     return names
 
 
-def checked(name: str, score: float, batch: RewardBatch, index: int) -> float:
+def checked_score(name: str, score: float, batch: RewardBatch, index: int) -> float:
     """The score. Raises UserError where it is not a number or beyond ``LARGEST_REWARD``, and says of which sample."""
     if not abs(score) <= LARGEST_REWARD:
         raise UserError(

@@ -8,9 +8,9 @@ from collections.abc import Sequence as Seq
 from typing import Any
 
 from tandem.data.packing import pack, pack_pairs
-from tandem.data.tokenize import encode, ended, judged_sequence
+from tandem.data.tokenize import encode, judged_sequence, with_eos
 from tandem.errors import UserError
-from tandem.rewards.combine import checked
+from tandem.rewards.combine import checked_score
 from tandem.roles import RewardBatch, Seat
 from tandem.types import Limits, PreferencePair, Rollout, ScoreScale, Sequence, StopReason
 
@@ -72,14 +72,14 @@ class RewardModel:
         score_S = read.scores(out)
         if self.scale is not None:
             score_S = (score_S - self.scale.score_mean) / self.scale.score_std
-        return [checked(self.name, score, batch, i) for i, score in enumerate(score_S.tolist())]
+        return [checked_score(self.name, score, batch, i) for i, score in enumerate(score_S.tolist())]
 
     def _read_ids(self, rollout: Rollout) -> Sequence:
         if rollout.stop == "length":
             return Sequence(token_ids=rollout.token_ids, trainable=rollout.trainable)
         answer = _before_stop(rollout, self.tokenizer) if rollout.stop == "stop_string" else rollout.completion_ids
         prompt = rollout.token_ids[: rollout.prompt_length]
-        return ended([*prompt, *answer], [False] * len(prompt) + [True] * len(answer), self.tokenizer)
+        return with_eos([*prompt, *answer], [False] * len(prompt) + [True] * len(answer), self.tokenizer)
 
     def _read_text(self, prompt: Any, completion: Any, stop: StopReason) -> Sequence:
         sequence = judged_sequence(prompt, completion, self.tokenizer)

@@ -95,7 +95,7 @@ class WandB:
 
     def log(self, step: int, metrics: Mapping[str, float], samples: Seq[Sample]) -> None:
         """Scalars, and the samples as a table."""
-        tables = {"samples": self._table(columns=[*COLUMNS], data=rows_of(samples))} if samples else {}
+        tables = {"samples": self._table(columns=[*COLUMNS], data=table_rows(samples))} if samples else {}
         self._run.log({**metrics, **tables}, step=step)
 
     def close(self) -> None:
@@ -155,7 +155,7 @@ def require_trackers(names: Seq[str]) -> None:
             raise UserError(f"track: {name} is not installed; pip install 'tandem-rlhf[trackers]', or leave it out")
 
 
-def rows_of(samples: Seq[Sample]) -> list[list[Any]]:
+def table_rows(samples: Seq[Sample]) -> list[list[Any]]:
     """A row of ``COLUMNS`` for each sample of some lines."""
     return [
         [
@@ -175,5 +175,5 @@ def markdown(samples: Seq[Sample]) -> str:
         text = f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
         return text.replace("|", "\\|").replace("\n", "<br>")
 
-    rows = [COLUMNS, ["---"] * len(COLUMNS), *rows_of(samples)]
+    rows = [COLUMNS, ["---"] * len(COLUMNS), *table_rows(samples)]
     return "\n".join("| " + " | ".join(map(cell, row)) + " |" for row in rows) + "\n"

@@ -9,7 +9,7 @@ import datasets
 import pytest
 
 from tandem.data.rows import load_rows
-from tandem.data.sources import Source, parse_sources
+from tandem.data.sources import DataSource, parse_sources
 from tandem.errors import UserError
 
 
@@ -38,7 +38,7 @@ def prompts(source, **options):
     ],
 )
 def test_what_data_names(text, expected):
-    assert parse_sources(text) == [Source(name, None if w is None else Fraction(w)) for name, w in expected]
+    assert parse_sources(text) == [DataSource(name, None if w is None else Fraction(w)) for name, w in expected]
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,10 @@ def test_what_is_no_weight(text, words):
 def test_a_name_with_a_colon_or_a_comma_that_exists_is_one_file(tmp_path):
     assert prompts(write(tmp_path / "a:0.5,b:0.5.jsonl", "x")) == ["x"]
     odd, plain = write(tmp_path / "a.jsonl:2", "x"), write(tmp_path / "b.jsonl", "y")
-    assert parse_sources(f"{odd}:1,{plain}:3") == [Source(str(odd), Fraction(1)), Source(str(plain), Fraction(3))]
+    assert parse_sources(f"{odd}:1,{plain}:3") == [
+        DataSource(str(odd), Fraction(1)),
+        DataSource(str(plain), Fraction(3)),
+    ]
     many = ",".join(f"file-{i}.jsonl:0.5" for i in range(200))
     assert len(parse_sources(many)) == 200, "longer than a path may be"
 

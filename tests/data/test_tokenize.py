@@ -98,7 +98,7 @@ def test_the_end_of_an_answer_is_trained_whoever_wrote_it() -> None:
         ([5, 6], [False, True], ([5, 6, eos], [False, True, True])),
         ([5, eos], [False, False], ([5, eos, eos], [False, False, True])),
     ):
-        found = tokenize.ended(ids, trained, tokenizer)
+        found = tokenize.with_eos(ids, trained, tokenizer)
         assert (found.token_ids, found.trainable) == expected
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from tandem.engines.requests import Asked, stamp
+from tandem.engines.requests import Asked, stamp_version
 from tandem.errors import UserError
 from tandem.types import Completion, StopReason, Versions
 
@@ -106,7 +106,7 @@ class Sample:
 
     def stamp(self, version: int) -> None:
         """What it has drawn since it was last stamped came from the weights of that version."""
-        stamp(self.versions, version, len(self.token_ids))
+        stamp_version(self.versions, version, len(self.token_ids))
 
     def completion(self, version: int) -> Completion:
         """What it has become, ``version`` being that of the weights at its end."""

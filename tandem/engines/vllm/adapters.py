@@ -69,7 +69,7 @@ def check_dtype(dtype: str, device: str) -> None:
         )
 
 
-def request() -> Any:
+def adapter_request() -> Any:
     """What asks vLLM to sample with the adapters. The path is never read: they are there."""
     from vllm.lora.request import LoRARequest
 

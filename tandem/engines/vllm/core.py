@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
-from tandem.engines.requests import stamp
+from tandem.engines.requests import stamp_version
 from tandem.errors import UserError
 from tandem.types import Versions
 
@@ -81,7 +81,7 @@ class VLLMCore:
                     job, versions = self.inside.pop(name)
                     drawn = len(output.outputs[0].token_ids)
                     self.gone_tokens += drawn
-                    stamp(versions, self.version, drawn)
+                    stamp_version(versions, self.version, drawn)
                     try:
                         ended[name] = job.read(output, versions or [(self.version, 0)])
                     except UserError as error:
@@ -108,7 +108,7 @@ class VLLMCore:
         """For the holder of an empty cache (``forget_cache``), which has none but tokens of the old weights."""
         drawn = self._drawn()
         for name, (_, versions) in self.inside.items():
-            stamp(versions, self.version, drawn.get(name, 0))
+            stamp_version(versions, self.version, drawn.get(name, 0))
         self.version = version
 
     def hold(self, held: bool) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from tandem.engines.requests import Asked, StopRule, check_request, first, take_requests
 from tandem.engines.stepper import SteppedEngine
-from tandem.engines.vllm.adapters import request, split
+from tandem.engines.vllm.adapters import adapter_request, split
 from tandem.engines.vllm.checksums import Wholes
 from tandem.engines.vllm.core import VLLMCore, VLLMJob
 from tandem.engines.vllm.setup import VLLMParams, check_vllm, close_vllm, end_with_ranks, ends_of, on_cpu, start_vllm
@@ -43,7 +43,9 @@ class VLLMEngine(SteppedEngine[VLLMCore]):
         self.max_length = min(params.max_length or self._room, self._room)
         self.vocabulary: int = self._engine.model_config.get_vocab_size()
         self._eos_ids = ends_of(self._llm)
-        super().__init__(VLLMCore(self._engine, params.max_slots, request() if adapters else None, self._after_failure))
+        super().__init__(
+            VLLMCore(self._engine, params.max_slots, adapter_request() if adapters else None, self._after_failure)
+        )
         self._plan = Plan(())
         self._wholes: Wholes | None = None
         """Which sums of the workers belong together: asked for after the first push over a link."""
