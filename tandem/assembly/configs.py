@@ -353,10 +353,6 @@ class SamplesConfig(RunConfig):
         super().__post_init__()
         if self.method.samples.rewards == "required":
             object.__setattr__(self, "reward", judged_by_its_data(self.reward, self.data.data))
-            if not self.reward.judges:
-                raise UserError(
-                    "reward: nothing judges the samples; give --reward FILE.py:function or --reward-model DIR"
-                )
             self.reward.require_weight()
         knobs = settings(self)
         if self.step.old_logp == "sampler" and knobs.get("correction", "none") != "none":

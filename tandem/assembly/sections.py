@@ -340,10 +340,15 @@ class SamplingSection(DrawsSection):
 
 
 def judged_by_its_data(section: RewardSection, data: str) -> RewardSection:
-    """The section, with reasoning-gym's own checker where nothing judges and the data are its tasks."""
+    """The section, with reasoning-gym's own checker where nothing judges and the data are its tasks.
+
+    Raises UserError where nothing judges other data.
+    """
     tasks = [is_gym(source.name) for source in parse_sources(data)]
-    if section.judges or not all(tasks):
+    if section.judges:
         return section
+    if not all(tasks):
+        raise UserError("reward: nothing judges the samples; give --reward FILE.py:function or --reward-model DIR")
     return replace(section, reward=("reasoning-gym",))
 
 

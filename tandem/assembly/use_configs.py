@@ -108,8 +108,6 @@ class JudgedConfig(UseConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "reward", judged_by_its_data(self.reward, self.data.data))
-        if not self.reward.judges:
-            raise UserError("reward: nothing judges the samples; give --reward FILE.py:function or --reward-model DIR")
 
     @property
     def rewards(self) -> RewardSection:
