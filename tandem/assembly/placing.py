@@ -22,6 +22,7 @@ from tandem.models.quantized_folder import quantized_kind
 from tandem.parallel.world import World
 from tandem.roles import Home, Seat
 from tandem.runs.progress import say
+from tandem.stages import Seconds, stage
 from tandem.workers.cluster import Cluster, connect, own_sigterm, require_ray, require_room, visible_gpus
 from tandem.workers.group import WorkerGroup
 from tandem.workers.homes import Here
@@ -56,6 +57,7 @@ class Homes:
         self.fed_adapters = None if fold else adapters
         self.roles = roles
         self.homes: dict[str, Home] = {}
+        self.groups: list[WorkerGroup] = []
         self.cluster: Cluster | None = None
         self.stack = ExitStack()
 
@@ -157,12 +159,13 @@ class Homes:
         if self.spread:
             self._check(needed, device)
             say("starting Ray" if self.section.address is None else f"joining Ray at {self.section.address}")
-            self.cluster = Cluster(
-                address=self.section.address,
-                device=device.type,
-                needed=needed,
-                heartbeat_s=self.section.heartbeat,
-            )
+            with stage("Ray"):
+                self.cluster = Cluster(
+                    address=self.section.address,
+                    device=device.type,
+                    needed=needed,
+                    heartbeat_s=self.section.heartbeat,
+                )
             self.stack.callback(self.cluster.close)
         if here := [role for role in self.roles if self.placement.is_here(role)]:
             if device.type == "cuda" and "OMP_NUM_THREADS" not in os.environ:
@@ -212,7 +215,12 @@ class Homes:
             **options,
         )
         self.stack.callback(group.close)
+        self.groups.append(group)
         return group
+
+    def seconds(self) -> dict[str, Seconds]:
+        """Those of the stages of every process but this one so far, by its name."""
+        return {name: seconds for group in self.groups for name, seconds in group.seconds().items()}
 
     def _threads(self, name: str) -> dict[str, str]:
         """CPU workers divide this machine's threads; Ray would give each a single one.

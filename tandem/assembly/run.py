@@ -25,6 +25,7 @@ from tandem.runs.progress import say
 from tandem.runs.trackers import require_trackers
 from tandem.schedules.crew import Crew
 from tandem.schedules.pipeline import Pipeline
+from tandem.stages import counting, stage
 from tandem.workers.launched import launched
 from tandem.workers.torchrun import Ranks, joined
 
@@ -35,7 +36,9 @@ BITS_HELD = 2.0
 def run(config: RunConfig) -> Path | None:
     """See ``tandem.run``."""
     with ExitStack() as stack:
-        ranks = _ranks(config, stack)
+        stack.enter_context(counting())
+        with stage("meeting"):
+            ranks = _ranks(config, stack)
         if ranks is None or ranks.leader:
             return _run(config, stack, ranks)
         ranks.follow()
@@ -59,7 +62,8 @@ def _run(config: RunConfig, stack: ExitStack, ranks: Ranks | None) -> Path | Non
     homes = _homes(config)
     if ranks is None:
         homes.check()
-    feed = _feed(config, stack)
+    with stage("data"):
+        feed = _feed(config, stack)
     if (model := check_out(config, feed.inputs, steps=feed.steps)) is not None:
         return model
     feed.check()
@@ -86,6 +90,7 @@ def _run(config: RunConfig, stack: ExitStack, ranks: Ranks | None) -> Path | Non
     )
     feed.ask(models, started.progress)
     started.numbers = partial(feed.numbers, models, started.progress)
+    started.workers = places.seconds
     schedule = config.schedule if isinstance(config, SamplesConfig) and config.sampler else ScheduleSection()
     stack.enter_context(leaving_out())
     Pipeline(

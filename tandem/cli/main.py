@@ -33,6 +33,7 @@ from tandem.flags import suggest
 from tandem.methods.table import ROWS, SAMPLES
 from tandem.runs.folder import note_failure
 from tandem.signals import Stop, stoppable
+from tandem.stages import counting, stage
 from tandem.version import __version__
 from tandem.workers.launched import launched
 from tandem.workers.supervisor import supervise
@@ -255,12 +256,14 @@ def _dispatch(argv: list[str], stop: Stop, supervised: bool) -> int:
     if command.config is not None and os.environ.get("RANK", "0") == "0":
         # Once under torchrun, and before torch and transformers are imported, which takes seconds.
         print(f"tandem {name}: loading libraries", flush=True)
-    run = command.function()
-    if supervised:
-        leave_out()
-    stop.at_once = None
     try:
-        return run(given)
+        with counting():
+            with stage("imports"):
+                run = command.function()
+                if supervised:
+                    leave_out()
+            stop.at_once = None
+            return run(given)
     except SystemExit as ended:
         # Whose it is, nobody knows, and it must not pass for a run that has ended.
         line = traceback.extract_tb(ended.__traceback__)[-1]

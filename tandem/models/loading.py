@@ -27,6 +27,7 @@ from tandem.models.states import put_right
 from tandem.models.text_config import config_in
 from tandem.models.weights import load_whole, require_finite
 from tandem.seeds import derive_seed
+from tandem.stages import stage
 from tandem.types import ScoreScale
 
 log = logging.getLogger("tandem")
@@ -68,6 +69,7 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> An
 
 
 @checked
+@stage("loading")
 def load_causal(
     source: str | Path,
     *,
@@ -101,6 +103,7 @@ def load_causal(
 
 
 @checked
+@stage("loading")
 def load_scalar(
     source: str | Path,
     *,
@@ -160,7 +163,8 @@ def _seeing(source: str | Path, device: str, trust_remote_code: bool) -> SeeingM
     """The model that also sees whose text half is to be loaded, once it is shown that this says what the whole does."""
     found = SeeingModel.of(located(base_of(str(source))), trust_remote_code)
     if found is not None:
-        found.require_exact(pick_device(device))
+        with stage("proof"):
+            found.require_exact(pick_device(device))
     return found
 
 
@@ -231,6 +235,8 @@ def prepare_module(module: Any, tokenizer: Any, *, dtype: Dtype = "float32", dev
     put_right(module)
     speed_up_linears(module)
     model = LoadedModel(module=module, tokenizer=tokenizer, dtype=dtype, router_logits=quieted(module.config))
-    if reason := probe_forward(model):
+    with stage("proof"):
+        reason = probe_forward(model)
+    if reason:
         log.warning("%s: %s", type(module).__name__, reason)
     return model

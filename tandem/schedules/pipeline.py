@@ -15,6 +15,7 @@ from tandem.rollout.measure import lag_metrics
 from tandem.schedules.buffer import Buffer, Place
 from tandem.schedules.crew import Crew
 from tandem.schedules.session import Carried, Session
+from tandem.stages import stage
 from tandem.types import Group
 
 STEPS_ALIKE = 5
@@ -40,11 +41,14 @@ class Pipeline:
 
     def run(self, crew: Crew, session: Session) -> None:
         """Runs from where the session's newest checkpoint stands to ``steps``, or until its goals are met."""
-        session.resume(crew.method.initial_state())
+        with stage("checkpoint"):
+            session.resume(crew.method.initial_state())
         buffer = self._buffer(crew, session)
         clock, alike, lost, budget = session.clock, 0, 0.0, self.token_budget
         with ended(crew.source, buffer), session.kept():
-            crew.publish(clock)
+            with stage("weights"):
+                crew.publish(clock)
+            session.ready()
             session.record(crew.evaluate)
             while session.step < self.steps and not session.stop:
                 clock.start()

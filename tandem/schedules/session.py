@@ -24,6 +24,7 @@ from tandem.runs.progress import Progress
 from tandem.runs.record import Recorded, Recorder, steps_in
 from tandem.runs.tracking import Tracking
 from tandem.signals import held
+from tandem.stages import HERE, Seconds, counting, longest, since, told, told_start
 from tandem.types import Group
 from tandem.whole import remove_folder, replace_folder, restore_folder
 
@@ -100,6 +101,8 @@ class Session:
     tracking: Tracking | None = None
     numbers: Callable[[], Mapping[str, float | None]] = field(default=dict, init=False)
     """What the config of the actor as it is now is to say where it is written (``training.trainer.remember``)."""
+    workers: Callable[[], dict[str, Seconds]] = field(default=dict, init=False)
+    """Seconds of the stages of the start of each process but this one so far, by its name."""
     ema: bool = False
     """Whether the actor keeps a running average of its weights."""
     step: int = field(default=0, init=False)
@@ -125,6 +128,8 @@ class Session:
     """Those so far, with their steps."""
     scaled: int = field(default=0, init=False)
     """Steps in a row whose learning rate was scaled down (``STEPS_SCALED``)."""
+    _counted: dict[str, Seconds] = field(default_factory=dict, init=False)
+    """What each process's stages had taken when the first step began; empty from its end on."""
     best: Best | None = field(default=None, init=False)
     """What ``<run>/best`` holds."""
 
@@ -161,6 +166,29 @@ class Session:
             with self.progress.phase("recording"):
                 self.recorder.write(self.step + 1, taken)
 
+    def ready(self) -> None:
+        """The first step begins: says where the time until now went, and in which process it was longest.
+
+        All processes' seconds stand in ``events.jsonl``. Nothing where nobody has counted them (``tandem.stages``).
+        """
+        with counting() as stages:
+            self._counted = {HERE: stages.so_far()} | self.workers()
+        if self._counted[HERE]:
+            self.run.event("ready", seconds=round(stages.total, 3), stages=since({}, self._counted))
+            self.progress.note(f"ready after {stages.total:.0f} s: {told_start(self._counted, stages.total)}")
+
+    def _first_step(self) -> None:
+        """Says for how long the first step has compiled and captured, which later ones need not."""
+        before, self._counted = self._counted, {}
+        if not before.get(HERE):
+            return
+        with counting() as stages:
+            spent = since(before, {HERE: stages.so_far()} | self.workers())
+        if any(spent.values()):
+            self.run.event("first_step", step=self.step, stages=spent)
+            name = longest(spent)
+            self.progress.note(f"the first step spent {told(spent[name])} s ({name}), which later ones do not")
+
     def take(self, count: int) -> Seq[int]:
         """Positions of the next ``count`` items of the data. No position is handed out twice, and none is left out."""
         again, self.returned = self.returned[:count], self.returned[count:]
@@ -185,6 +213,7 @@ class Session:
                 f"{metrics['ess_scale']:.3g}): the samples are far from the policy; give a smaller lag or learning rate"
             )
         self.run.log_rollouts(self.step, groups, self.rollouts_logged)
+        self._first_step()
 
     def record(self, evaluate: Evaluate) -> None:
         """Evaluates the step reached, unless that has been done: one line in ``metrics.jsonl``, and the display.

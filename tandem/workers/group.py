@@ -15,14 +15,17 @@ from typing import Any
 from tandem.errors import UserError, WorkerDied, WorkerFailure, first_line
 from tandem.roles import Device, Seat
 from tandem.signals import stopping
+from tandem.stages import Seconds
 from tandem.workers.cluster import Cluster, is_stopped, log_tail
 from tandem.workers.keeper import MARK
-from tandem.workers.process import LOOPBACK, Build, Where, WorkerProcess, raise_failure
+from tandem.workers.process import LOOPBACK, Build, Packed, Where, WorkerProcess, raise_failure
 
 log = logging.getLogger("tandem")
 START_DEADLINE_S = 300.0
 LOAD_DEADLINE_S = 3600.0
 """Reading a large model from a slow disk is the longest of all waits."""
+SECONDS_S = 5.0
+"""What a start has taken is not waited for any longer."""
 DEATH_KNOWN_S = 5.0
 """Until Ray knows of a death that others of a group have noticed."""
 LONGER_S = 10.0
@@ -118,7 +121,8 @@ class WorkerGroup:
         self._beginning[rank] = self._begin(rank)
         self.wheres[rank] = self._all("restart", [self._beginning[rank]], START_DEADLINE_S, rank)[0]
         for role, build in self.builds.items():
-            self._all(f"loading {role}", [self.actors[rank].place.remote(role, build)], LOAD_DEADLINE_S, rank)
+            placed = self.actors[rank].place.remote(role, self._packed(build))
+            self._all(f"loading {role}", [placed], LOAD_DEADLINE_S, rank)
 
     def dead(self) -> list[int]:
         """Ranks whose process is gone."""
@@ -145,9 +149,24 @@ class WorkerGroup:
         self.builds[role] = build
         if self.joined:
             self.ready()
-        pairs = zip(self.actors, self._beginning, strict=True)
-        self._loading = [actor.place.remote(role, build, after=begun) for actor, begun in pairs]
+        pairs, packed = zip(self.actors, self._beginning, strict=True), self._packed(build)
+        self._loading = [actor.place.remote(role, packed, after=begun) for actor, begun in pairs]
         return Placing(self, role, self._loading)
+
+    def _packed(self, build: Build) -> Packed:
+        return Packed(self.cluster.ray.cloudpickle.dumps(build))
+
+    def seconds(self) -> dict[str, Seconds]:
+        """Those of the stages of each process so far, by its name; of those that say it soon."""
+        ray = self.cluster.ray
+        refs = {f"{self.name} rank {rank}": actor.seconds.remote() for rank, actor in enumerate(self.actors)}
+        if refs:
+            ray.wait([*refs.values()], num_returns=len(refs), timeout=SECONDS_S)
+        found: dict[str, Seconds] = {}
+        for name, ref in refs.items():
+            with contextlib.suppress(ray.exceptions.RayError):  # of one that has died others will tell
+                found[name] = ray.get(ref, timeout=0)
+        return found
 
     def submit(self, role: str, verb: str, arguments: tuple[Any, ...]) -> Answer:
         """See ``tandem.roles.Home``."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import pickle
 import socket
+import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -14,9 +16,10 @@ import torch
 from torch import Tensor
 
 from tandem.batch import Outputs
-from tandem.collector import leave_out
+from tandem.collector import leave_out, pause
 from tandem.errors import NonFiniteError, RunFailure, UserError, first_line
 from tandem.parallel.world import World, join, open_store
+from tandem.stages import Seconds, Stages, stage
 from tandem.workers.keeper import start_keeper
 
 LOOPBACK = "127.0.0.1"
@@ -75,6 +78,18 @@ Build = Callable[[Site], Any]
 """Makes a role where it will live. It travels to the worker, so it holds paths and numbers, not models."""
 
 
+@dataclass(frozen=True)
+class Packed:
+    """A ``Build`` that is pickled until it is called, so that what it imports where it has come to is counted."""
+
+    pickled: bytes
+
+    def __call__(self, site: Site) -> Any:
+        with stage("imports"):
+            build: Build = pickle.loads(self.pickled)
+        return build(site)
+
+
 class WorkerProcess:
     """One process of a group. Its calls run one at a time.
 
@@ -82,6 +97,7 @@ class WorkerProcess:
     """
 
     def __init__(self, rank: int, size: int, device: str, folder: str | None = None) -> None:
+        self.stages = Stages()
         self.stack = ExitStack()
         self.door: socket.socket | None = None
         if folder is not None and os.path.isdir(folder):
@@ -90,11 +106,15 @@ class WorkerProcess:
             torch.cuda.set_device(0)
         self.device = torch.device("cuda:0" if device == "cuda" else "cpu")
         self.site = Site(World(rank, size, self.device))
+        self.stages.add("processes", own_age())
 
     def begin(self, variables: dict[str, str], mark: str, heartbeat_s: float) -> Where:
         """Takes environment variables that nobody else may read, and gets a keeper (``tandem.workers.keeper``)."""
         os.environ.update(variables)
-        start_keeper(mark, heartbeat_s)
+        # Until a role is built: libraries come first.
+        pause()
+        with self.stages.counted(), stage("processes"):
+            start_keeper(mark, heartbeat_s)
         return self.where()
 
     def where(self) -> Where:
@@ -108,15 +128,21 @@ class WorkerProcess:
     def join(self, host: str, port: int, deadline_s: float) -> None:
         """Meets the other ranks of the group. Returns when all have come."""
         world = self.site.world
-        store = open_store(host, port, timedelta(seconds=deadline_s), self.door)
-        meeting: dict[str, Any] = {"host": host, "port": port, "deadline_s": deadline_s, "store": store}
-        joined = join(world.rank, world.size, device=self.device, **meeting)
-        self.site.world = self.stack.enter_context(joined)
+        with self.stages.counted(), stage("meeting"):
+            store = open_store(host, port, timedelta(seconds=deadline_s), self.door)
+            meeting: dict[str, Any] = {"host": host, "port": port, "deadline_s": deadline_s, "store": store}
+            joined = join(world.rank, world.size, device=self.device, **meeting)
+            self.site.world = self.stack.enter_context(joined)
+
+    def seconds(self) -> Seconds:
+        """Those of each stage of its start, and of what the steps have compiled and captured."""
+        return self.stages.so_far()
 
     def place(self, role: str, build: Build, after: object = None) -> Failure | None:
         """Builds a role here, once the call has ended whose result ``after`` is."""
         try:
-            self.site.roles[role] = build(self.site)
+            with self.stages.counted(), stage("set-up"):
+                self.site.roles[role] = build(self.site)
         except UserError as error:
             return Failure.of(error)
         leave_out()
@@ -125,7 +151,8 @@ class WorkerProcess:
     def call(self, role: str, verb: str, arguments: tuple[Any, ...], quiet: bool) -> Any:
         """See ``Site.call``. ``quiet``: the result is not sent back."""
         try:
-            result = self.site.call(role, verb, arguments)
+            with self.stages.counted():
+                result = self.site.call(role, verb, arguments)
         except UserError as error:
             return Failure.of(error)
         except torch.OutOfMemoryError as error:
@@ -142,6 +169,16 @@ def here(device: torch.device) -> Where:
     """Of this process."""
     gpus = [torch.cuda.get_device_properties(i).uuid for i in range(torch.cuda.device_count())]
     return Where(own_address(), os.getpid(), tuple(map(str, gpus)) if device.type == "cuda" else ())
+
+
+def own_age() -> float:
+    """Seconds since this process began; 0 where the system does not say."""
+    try:
+        with open("/proc/self/stat") as file:
+            began = int(file.read().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - began
+    except OSError:
+        return 0.0
 
 
 def own_address() -> str:

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Sequence as Seq
 from contextlib import suppress
+from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
 
@@ -59,7 +60,9 @@ class ServedEngine:
         self.held: FedEngine | None = None
         """The engine, while it may begin no samples."""
         if alone:
-            threading.Thread(target=self._sample, name="sampling", daemon=True).start()
+            # In the context of its making, where the stages of a start are counted.
+            run = copy_context().run
+            threading.Thread(target=run, args=(self._sample,), name="sampling", daemon=True).start()
 
     def begin(self, requests: Seq[tuple[int, Request]]) -> None:
         """Begins requests, together. Raises UserError where one cannot be sampled, and has begun none then."""

@@ -19,6 +19,7 @@ from tandem.errors import UserError
 from tandem.futures import Done, Future
 from tandem.parallel.world import World, gather_objects, join
 from tandem.roles import Device, Seat
+from tandem.stages import Seconds, counting
 from tandem.workers.process import Build, Failure, Site, own_address, raise_failure, to_cpu
 
 IDLE_DEADLINE = timedelta(days=7)
@@ -98,6 +99,12 @@ class Ranks:
     def submit_each(self, role: str, verb: str, arguments: Seq[tuple[Any, ...]]) -> Future[list[Any]]:
         raise UserError("under torchrun every rank gets the same call; start without torchrun for an online run")
 
+    def seconds(self) -> dict[str, Seconds]:
+        """Those of the stages of each other rank so far, by its name."""
+        self.place("seconds", OfAll)
+        of_rank: list[Seconds] = self.submit("seconds", "told", ()).result()
+        return {f"rank {rank}": seconds for rank, seconds in enumerate(of_rank) if rank != self.site.world.rank}
+
     def follow(self) -> None:
         """Does what rank 0 asks for until it is done, or gone."""
         while (call := self._broadcast(None)) is not None:
@@ -135,3 +142,14 @@ class Ranks:
         except Exception:
             # The others wait for this rank's report: it must come, and the traceback with it.
             return Failure("UserError", traceback.format_exc())
+
+
+@dataclass(frozen=True)
+class OfAll:
+    """The seconds of a start of every rank. A collective."""
+
+    site: Site
+
+    def told(self) -> list[Seconds]:
+        with counting() as stages:
+            return self.site.world.gather(stages.so_far())

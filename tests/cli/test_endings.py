@@ -121,7 +121,7 @@ def test_a_full_disk_at_the_export_ends_in_a_line_and_the_checkpoint_exports_aga
     assert code == 0, output
     assert final(inputs / "full")[1]
     events = [json.loads(line)["event"] for line in (inputs / "full" / "events.jsonl").read_text().splitlines()]
-    assert events == ["start", "checkpoint", "stop", "start", "resume", "finish", "stop"]
+    assert events == ["start", "ready", "checkpoint", "stop", "start", "resume", "ready", "finish", "stop"]
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ class Full(io.StringIO):
         return int(self.file.fileno())
 
 
-@pytest.mark.parametrize("lines", [0, 4])
+@pytest.mark.parametrize("lines", [0, 5])
 def test_a_full_disk_that_the_output_goes_to_ends_the_run_in_a_line_and_loses_no_step(
     tandem, inputs, monkeypatch, capsys, lines
 ):

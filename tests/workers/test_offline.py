@@ -14,7 +14,7 @@ from helpers.ranks import free_port
 from helpers.runs import start
 from helpers.shared_ray import arguments, cluster_address, inputs
 from safetensors.torch import load_file
-from test_placements import REFRESHED, difference, metrics, train
+from test_placements import REFRESHED, difference, metrics, ready, train
 from torch import Tensor
 
 __all__ = ["cluster_address", "inputs"]
@@ -90,6 +90,7 @@ def test_ranks_of_torchrun_equal_one_process(folder):
     # Rank 0 alone writes and talks.
     assert [line["step"] for line in metrics("dpo-torchrun")] == [1, 2, 3]
     assert ["DPO 3/3" in written for _, written in ended] == [True, False]
+    assert [*ready("dpo-torchrun")] == ["here", "rank 1"]
 
 
 def test_a_run_goes_on_under_torchrun(folder):

@@ -6,6 +6,7 @@ Runs here use the Ray of this process, so that none of them has to start one.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,14 @@ def train(
 
 def metrics(out: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()][1:]
+
+
+def ready(out: str) -> dict[str, dict[str, float]]:
+    """Seconds of the stages of each process's start, which are no more than the start took."""
+    events = [json.loads(line) for line in Path(out, "events.jsonl").read_text().splitlines()]
+    (event,) = [event for event in events if event["event"] == "ready"]
+    assert max(sum(seconds.values()) for seconds in event["stages"].values()) <= event["seconds"] + 0.5
+    return event["stages"]
 
 
 def assert_sampler_agrees(out: str) -> None:
@@ -97,13 +106,17 @@ def test_engines_in_the_actors_workers_that_are_never_filled_end_the_run(monkeyp
     assert "after push 2 engine 1 does not hold the trainer's model.embed_tokens.weight" in capsys.readouterr().err
 
 
-def test_all_apart_trained_on_the_engines_own_log_probs(inputs):
+def test_all_apart_trained_on_the_engines_own_log_probs(inputs, capsys):
     """Bit for bit, too, where the ratios come from the sampler: one engine decodes the same samples together."""
     here = train("own-here", "ppo", *REFRESHED)
     places = [word for role in ("actor", "critic", "engine", "reference") for word in (f"--placement.{role}", "1")]
     apart = train("own-apart", "ppo", *REFRESHED, *places)
     assert_equal(apart, here)
     assert "sync_gb_per_second" in metrics("own-apart")[-1]
+    of_worker = ready("own-apart")
+    assert [*of_worker] == ["here", *(f"{role} rank 0" for role in ("actor", "reference", "critic", "engine"))]
+    assert all({"processes", "imports"} <= seconds.keys() for name, seconds in of_worker.items() if name != "here")
+    assert re.search(r"^ready after \d+ s: .*; \w+ rank 0: processes .*, imports ", capsys.readouterr().out, re.M)
 
 
 def test_online_dpo_in_a_worker(inputs):

@@ -26,6 +26,7 @@ from tandem.futures import Future
 from tandem.kernels.available import has_triton
 from tandem.models.limits import limits_of, turning_point
 from tandem.models.pairs import showing
+from tandem.stages import stage
 from tandem.types import Completion, Request, Watch
 
 log = logging.getLogger("tandem")
@@ -92,7 +93,7 @@ class LiveEngine(SteppedEngine[LiveCore]):
         self.together: Together = "all"
         """Of way ``padded``: which prompts are batched."""
         # With adapters that begin at 0 a trial would prove nothing of theirs.
-        with evaluating(module.modules()), showing(module):
+        with stage("proof"), evaluating(module.modules()), showing(module):
             self.way, reasons = self._choose(way, cache_tokens, eight_bit=kv_cache_dtype == "fp8")
         if kv_cache_dtype == "fp8" and self.fitting is None:
             raise UserError(

@@ -7,6 +7,8 @@ from typing import TypeVar
 
 import torch
 
+from tandem.stages import stage
+
 Result = TypeVar("Result")
 
 
@@ -20,6 +22,7 @@ class Capturing:
         self.first: torch.cuda.CUDAGraph | None = None
         """Kept, since torch gives up the memory of a pool whose last graph goes, and then refuses to capture on it."""
 
+    @stage("graphs")
     def __call__(self, work: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph, Result]:
         """A graph of ``work`` and where it leaves its result. ``work`` is done once, before it is captured."""
         here = torch.cuda.current_stream(self.device)

@@ -27,6 +27,7 @@ from tandem.errors import RunFailure, UserError
 from tandem.models.folder import readable_errors
 from tandem.models.limits import turning_point
 from tandem.models.seeing import SeeingModel
+from tandem.stages import stage
 
 OLDEST, NEWEST = (0, 25), (0, 32)
 INSTALL = "install it with: pip install 'tandem-rlhf[vllm]'"
@@ -153,6 +154,7 @@ def require_read(model: str) -> None:
                     )
 
 
+@stage("vLLM")
 def start_vllm(params: VLLMParams) -> Any:
     """vLLM's ``LLM``, its engine core in this process. Raises UserError where it cannot be started."""
     check_vllm()
