@@ -91,7 +91,7 @@ def weights_digest(source: str) -> dict[str, str]:
 
 
 def of_weights(files: Mapping[str, str]) -> dict[str, str]:
-    """Those of a model's digests that its numbers depend on: of its config, weights and code."""
+    """The digests of those of a model's files that its numbers depend on: config, weights and code."""
     suffixes = (".safetensors", ".bin", ".py")
     return {
         name: digest

@@ -27,7 +27,7 @@ class RolePlacement:
 
     @property
     def roles(self) -> list[str]:
-        """Those that can be placed."""
+        """The roles that can be placed."""
         return [f.name for f in fields(self)]
 
     def words(self, role: str) -> list[str]:

@@ -25,7 +25,7 @@ from tandem.runs.identity import Inputs
 from tandem.runs.progress import say
 
 FIRST_DOCUMENTS = 64
-"""So many documents are read before anything is loaded, since a mistake in them shows soonest."""
+"""The first 64 documents are read before anything is loaded, since a mistake in them shows soonest."""
 
 
 class TextFeed(Feed):

@@ -57,7 +57,7 @@ class Order:
         return [self.item(position) for position in positions]
 
     def tickets(self, positions: Iterable[int], per_step: int) -> list[Ticket]:
-        """Those of these positions, for a run of ``per_step`` items a step."""
+        """The tickets at these positions, in a run of ``per_step`` items a step."""
         return [Ticket(number=k, row=self.item(k), step=k // per_step + 1, place=k % per_step) for k in positions]
 
     def turn(self, position: int) -> tuple[int, int]:
@@ -83,7 +83,7 @@ class InTurn:
     """The stream of items that have an order of their own: one after the other, for ever."""
 
     def tickets(self, positions: Iterable[int], per_step: int) -> list[Ticket]:
-        """Those of these positions, for a run of ``per_step`` items a step."""
+        """The tickets at these positions, in a run of ``per_step`` items a step."""
         return [Ticket(number=k, row=k, step=k // per_step + 1, place=k % per_step) for k in positions]
 
 

@@ -15,7 +15,7 @@ from tandem.batch import Batch, positions
 from tandem.types import Aggregation, Example, LabelledAnswer, PreferencePair, Rollout, Sequence, Solution
 
 WORTH_SHARING = 32
-"""A prompt goes through a model once for several sequences where it is at least one in so many of their tokens, and
+"""A prompt goes through a model once for several sequences where it is at least one in 32 of their tokens, and
 more than a token that all begin with."""
 
 

@@ -190,7 +190,7 @@ def _nearest_file(path: Path) -> str:
 
 
 def _files_of_split(folder: Path, split: str, suffixes: tuple[str, ...]) -> list[Path]:
-    """Those in a folder of the split's name, those whose names say so, or all where no name does."""
+    """A split's files: those in a folder of its name, else those whose names say so, or all where no name does."""
     if (folder / split).is_dir():
         folder = folder / split
         split = ""

@@ -104,7 +104,7 @@ def is_local(name: str) -> bool:
 
 
 def _meant(name: str) -> str:
-    """The same for all names of a file or folder."""
+    """One name for all the names of a file or folder; of anything else its own."""
     kind, at, folder = name.rpartition("@")
     if at and kind in TYPES:
         return kind + at + os.path.realpath(os.path.expanduser(folder))

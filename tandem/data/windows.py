@@ -17,7 +17,7 @@ from tandem.errors import UserError
 from tandem.seeds import derive_seed
 
 MARK_EVERY = 64
-"""A mark is written every 64 windows at most: to find any other place takes reading so many again."""
+"""A mark is written every 64 windows at most: any other place is found by reading up to 64 windows again."""
 
 
 @dataclass(frozen=True, kw_only=True)

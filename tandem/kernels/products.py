@@ -20,7 +20,7 @@ LEAST_WORK = 1 << 20
 """Multiplications below which calling oneDNN costs more than it saves."""
 GRAIN = 16
 FEW_ROWS = 1024
-"""Up to so many, rows are filled up to a multiple of ``GRAIN``: oneDNN compiles (about 1 ms) for every new number."""
+"""Up to 1,024 rows are filled up to a multiple of ``GRAIN``: oneDNN compiles (about 1 ms) for every new number."""
 
 
 @cache

@@ -64,7 +64,7 @@ def quantize(weight_OI: Tensor, kind: Kind) -> Coded:
 
 
 def scales_of(state: Any) -> list[Tensor]:
-    """Those of bitsandbytes' ``QuantState``."""
+    """The scales in bitsandbytes' ``QuantState``."""
     if state.state2 is None:
         return [state.absmax.float()]
     # The table is one for the whole process, and who parks a model on the CPU must not take it from others.

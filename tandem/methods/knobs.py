@@ -104,7 +104,7 @@ class Correction(Checked):
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """Those that are given, or the usual ones."""
+        """The bounds that are given, or the rule's usual ones."""
         low, high = BOUNDS.get(self.correction, (0.0, math.inf))
         given = self.correction_low, self.correction_high
         return (low if given[0] is None else given[0], high if given[1] is None else given[1])

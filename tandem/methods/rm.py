@@ -34,7 +34,7 @@ class RewardModeling(Method):
     """Weight of ``(chosen + rejected)^2``, which keeps scores around 0 (arXiv:2312.09244, eq. 2; 0.01 is usual)."""
 
     def loss(self, out: Outputs, batch: Batch) -> TokenLoss:
-        """One loss a pair, at the last token of its chosen segment (see ``stamp_unit_weights``), 0 elsewhere.
+        """One loss a pair, at the last token of its chosen segment (``Batch.of_units``).
 
         Metrics at the same tokens: ``accuracy`` (a tie counts as wrong), ``score_gap``, ``chosen_score``,
         ``rejected_score``.

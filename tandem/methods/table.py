@@ -25,7 +25,7 @@ ROWS = {
     "dpo": Line("dpo:DPO", "DPO: a policy from preference pairs, without a reward model"),
     "kto": Line("kto:KTO", "KTO: a policy from answers that are labelled good or bad, without pairs"),
 }
-"""Those that train on a dataset."""
+"""Methods that train on a dataset."""
 SAMPLES = {
     "ppo": Line("ppo:PPO", "PPO with a critic and a KL penalty to a reference"),
     "grpo": Line("grpo:GRPO", "GRPO: each sample against the others of its prompt"),
@@ -42,7 +42,7 @@ SAMPLES = {
     "online-dpo": Line("online_dpo:OnlineDPO", "online DPO: a prompt's best sample against its worst"),
     "opd": Line("opd:OPD", "on-policy distillation from a teacher"),
 }
-"""Those that train on samples of the policy."""
+"""Methods that train on samples of the policy."""
 METHODS = ROWS | SAMPLES
 
 

@@ -61,9 +61,8 @@ class TokenMethod(Method):
     def estimate(self, groups: Seq[Group], batch: Batch, state: dict[str, float]) -> Estimate:
         """Fills ``advantage_T`` (``credit``) and ``state``.
 
-        Metrics: ``equal_reward_groups``, the share of groups whose rewards are equal as they were given
-        (where they are compared), those of
-        ``charge_kl``, ``clipped_rewards``, ``credit`` and ``corrected``.
+        Metrics: those of ``charge_kl``, ``clipped_rewards``, ``credit`` and ``corrected``, and where samples are
+        compared ``equal_reward_groups``, the share of groups whose rewards are equal as they were given.
         """
         metrics: Metrics = {}
         if self.samples.at_least > 1:

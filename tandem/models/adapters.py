@@ -90,7 +90,7 @@ class Adapters:
     base_sum: str
     """What its frozen parameters are known by (``sums_of``)."""
     body_sum: str
-    """The same without its head."""
+    """What they are known by without its head."""
     fresh: bool
     """Whether they change nothing yet."""
     quantized: str

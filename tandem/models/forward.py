@@ -39,7 +39,7 @@ from tandem.whole import writing
 
 log = logging.getLogger("tandem")
 FEW_TOKENS = 1024
-"""On a CPU so many and more are filled up to a number that is likely to come again."""
+"""On a CPU 1,024 tokens and more are filled up to a number that is likely to come again."""
 
 
 @dataclass
@@ -73,7 +73,7 @@ class LoadedModel:
     picks: Picks | None = None
     """What its routers pick, where somebody counts it (``Asks.load``)."""
     adapters: Adapters | None = None
-    """Those on it, which are trained instead of it."""
+    """The adapters on it, which are trained instead of it."""
     seeing: SeeingModel | None = None
     """The model that also sees whose text half it is, and among whose other parts it is saved."""
     shares_base: bool = False

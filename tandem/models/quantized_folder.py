@@ -24,7 +24,7 @@ def quantized_kind(source: str | Path) -> str | None:
 
 
 def kind_in_config(found: Any, source: str | Path) -> str | None:
-    """Likewise, of the ``quantization_config`` in a config."""
+    """``quantized_kind`` of a folder with this ``quantization_config``, if any, in its config."""
     if found is None:
         return None
     about = found if isinstance(found, dict) else found.to_dict()

@@ -93,7 +93,7 @@ def shrunk(module: Any) -> Any | None:
 
 
 def furthest_limit(config: Any, max_length: int | None, *, by: int) -> int:
-    """The largest limit that samples of up to ``max_length`` tokens may go beyond ``by`` so many; 0: there is none.
+    """The largest limit that samples of up to ``max_length`` tokens may go beyond by ``by`` tokens; 0: there is none.
 
     Without the original positions of rotary embeddings that scale all positions alike.
     """

@@ -102,7 +102,7 @@ class Sizes:
         return min(plans, key=lambda plan: sum(max(map(self.cost, meeting)) for meeting in zip(*plan, strict=True)))
 
     def plan_padded(self, ranks: int, token_budget: int) -> list[list[list[int]]]:
-        """The same where all segments of a micro-batch are padded to its longest one."""
+        """As ``plan``, where all segments of a micro-batch are padded to its longest one."""
         most = min(token_budget, -(-sum(self.padded) // ranks))
         chunks: list[list[int]] = []
         for unit in sorted(range(len(self.padded)), key=self.padded.__getitem__):

@@ -145,7 +145,7 @@ class CallCounts(MutableMapping[str, int]):
         self._of_call.set(dict.fromkeys(self._others, 0))
 
     def take(self) -> dict[str, int]:
-        """Those of this context's call, which has ended."""
+        """The counts of this context's call, which has ended."""
         of_call = self._of_call.get()
         # Whole numbers in an array's clothes are no plain ones, which checkpoints hold.
         found = {name: int(of_call.get(name, 0) + self._others.get(name, 0)) for name in {**self._others, **of_call}}

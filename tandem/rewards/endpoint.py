@@ -154,7 +154,7 @@ class EndpointJudge:
 
     @cached_property
     def _scores(self) -> dict[str, float]:
-        """Those known, by what was asked. Read late: nothing is touched before the first call."""
+        """The scores that are known, by what was asked. Read late: nothing is touched before the first call."""
         return read_cache(self.path)
 
     @cached_property

@@ -28,7 +28,7 @@ SAMPLED = ("prompts", "completions", "completion_ids", "stop_reasons")
 """What every reward function can have, whatever the dataset. How samples ended (``eos``, ``length``, ``stop_string``)
 one gets that names it: ``**kwargs`` are TRL's."""
 SAMPLED_ONE = ("prompt", "completion", "completion_ids", "stop_reason")
-"""The same for one that judges a sample at a time."""
+"""What a function that judges a sample at a time can have, whatever the dataset."""
 
 
 @runtime_checkable
@@ -38,7 +38,7 @@ class JudgingFunction(Protocol):
     wants: Wants
 
     def begin(self, arguments: Mapping[str, Any], samples: int, seed: int | None = None) -> Begun[Judgement]:
-        """Scores of so many samples. Its result raises Fault, or RunFailure where its process failed."""
+        """Begins to judge so many samples. The future's result raises Fault, or RunFailure where its process failed."""
         ...
 
 

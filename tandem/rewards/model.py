@@ -15,7 +15,7 @@ from tandem.roles import RewardBatch, Seat
 from tandem.types import Limits, PreferencePair, Rollout, ScoreScale, Sequence, StopReason
 
 SCORED = 1024
-"""The scale of a model's scores is that of 1,024 pairs, or of fewer where there are not so many."""
+"""The scale of a model's scores is that of 1,024 pairs, or of all where there are fewer."""
 SCORED_AT_ONCE = 64
 """Pairs that are scored in one call."""
 

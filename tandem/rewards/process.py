@@ -245,7 +245,7 @@ class Worker:
     def __init__(self, function: RemoteFunction, setting: Setting, passed: Seq[int]) -> None:
         self.hello = Call(function, None)
         self.calls: dict[int, Call] = {0: self.hello}
-        """Those that it has not answered, in the order in which they were given; 0 is the import."""
+        """Calls that it has not answered, in the order in which they were given; 0 is the import."""
         self.outgoing: deque[memoryview] = deque()
         self.alive = True
         self._given = 0

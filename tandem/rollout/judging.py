@@ -67,7 +67,7 @@ class Judge:
     def finish(
         self, groups: Seq[Group], judgings: Seq[Judging], seed: int | None = None, columns: Iterable[str] = ()
     ) -> dict[str, int]:
-        """The same of groups that are being judged one by one: what judges all of them at once does so now."""
+        """``fill`` of groups that are being judged one by one: what judges all of them at once does so now."""
         for group, judging in zip(groups, judgings, strict=True):
             judging.finish(group.rollouts)
         found = [(group.prompt, r) for group in groups for r in group.rollouts if r.stop != "error"]

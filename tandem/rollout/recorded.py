@@ -27,7 +27,7 @@ class Replayed(AtOnce):
     phase: str = field(default="scoring", init=False)
 
     def tickets(self, positions: Seq[int], per_step: int) -> list[Ticket]:
-        """Those that the run trained on in a step. Raises UserError where it is asked for others than a whole step's.
+        """The tickets that the run trained on in a step. Raises UserError where it is asked for others than these.
 
         That is where the method passes over one of them, which the run did not.
         """

@@ -15,7 +15,7 @@ Curve = tuple[str, Seq[float], Seq[float]]
 _COLORS = ("#2563eb", "#ea580c", "#059669", "#9333ea", "#dc2626", "#64748b")
 _INK, _FAINT, _GRID = "#1f2937", "#6b7280", "#e5e7eb"
 _SMOOTH_FROM = 40
-"""Curves of at least so many points are drawn faintly, under their running mean."""
+"""Curves of at least 40 points are drawn faintly, under their running mean."""
 
 
 def plot_curves(path: Path, panels: Mapping[str, Seq[Curve]], title: str) -> None:

@@ -111,7 +111,7 @@ class Goals:
 
     @property
     def metrics(self) -> dict[str, str]:
-        """Those that it names, by key."""
+        """The metrics that it names, by key."""
         goals = {"keep_best": self.keep_best, "stop_when": self.stop_when}
         return {key: goal.metric for key, goal in goals.items() if goal is not None}
 

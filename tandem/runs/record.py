@@ -130,7 +130,7 @@ class Record:
                 raise self._damaged(step, f"{count} groups, not {len(about['tickets'])}")
 
     def groups(self, step: int) -> list[Group]:
-        """Those that a step trained on, in that order."""
+        """The groups that a step trained on, in that order."""
         first, *lines = [*self._lines(step)] or [b""]
         self._about(step, first)
         try:

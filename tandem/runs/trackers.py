@@ -169,7 +169,7 @@ def table_rows(samples: Seq[Sample]) -> list[list[Any]]:
 
 
 def markdown(samples: Seq[Sample]) -> str:
-    """The same as a table of Markdown."""
+    """The samples of some lines as a table of Markdown."""
 
     def cell(value: Any) -> str:
         text = f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)

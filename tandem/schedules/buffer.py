@@ -80,7 +80,7 @@ class Buffer:
         return self.max_lag + math.ceil((self.reach - 1) / self.items_per_step)
 
     def room(self, steps_left: int) -> int:
-        """Tickets that may be begun now, where so many steps are to come, the one in progress included.
+        """How many tickets may be begun now, with ``steps_left`` steps to come, the one in progress included.
 
         None that the rest of the run cannot need, unless its method passes more over.
         """
@@ -92,7 +92,7 @@ class Buffer:
         insort(self.open, place, key=lambda one: one.number)
 
     def within_reach(self, count: int) -> list[Place]:
-        """Up to so many that may be taken now, oldest first."""
+        """Up to ``count`` tickets that may be taken now, oldest first."""
         found: list[Place] = []
         end = math.inf
         for place in self.open:
@@ -105,15 +105,15 @@ class Buffer:
         return found
 
     def ready(self, count: int) -> bool:
-        """Whether so many may be taken; or must be, since no others are open."""
+        """Whether ``count`` tickets may be taken; or must be, since no others are open."""
         return len(self.open) == count or len(self.within_reach(count)) == count
 
     def missing(self, count: int) -> int:
-        """How many more must be done at least before so many may be taken."""
+        """How many more must at least be done before ``count`` may be taken."""
         return max(0, count - sum(place.done for place in self.open))
 
     def take(self, count: int, step: int) -> list[Place]:
-        """So many, which are ``ready``, for the step after ``step`` steps of the run."""
+        """Takes ``count`` tickets, which are ``ready``, for the step after ``step`` steps of the run."""
         found = list(self.open) if len(self.open) == count else self.within_reach(count)
         late = [place for place in found if step - place.admitted > self.bound]
         assert not late, f"tickets {[place.number for place in late]} are more than {self.bound} steps behind"

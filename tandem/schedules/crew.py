@@ -44,13 +44,13 @@ class Crew:
 
     method: Method
     tickets: Callable[[Seq[int]], list[Ticket]]
-    """Those at some positions of the run's stream of items."""
+    """Gives the tickets at some positions of the run's stream of items."""
     source: Source[Any]
     prepare: Preparation
     trainers: Mapping[str, Seat]
     """What is trained, by role: the ``actor`` first."""
     push_weights: Callable[[int], Metrics] | None
-    """Gives the sampler the policy's weights, as of so many optimizer steps. None: nothing is sampled."""
+    """Gives the sampler the policy's weights; its argument is their version. None: nothing is sampled."""
     evaluate: Evaluate
 
     ess_floor: float | None = None

@@ -19,7 +19,7 @@ ROUNDING = {"float32": 3e-4, "bfloat16": 0.04}
 """Nats for a model of one layer. Measured with vLLM's CPU kernels on models of trained size, of two layers and of 26:
 in float32 1e-6 and 2e-6 for Llama and 6e-4 for Gemma 2 (soft caps), in bfloat16 0.02, and 0.03 to 0.08."""
 FIRST_PROBES = 2
-"""So many pushes are probed: an engine may load its first in another way than those that follow."""
+"""The first 2 pushes are probed: an engine may load the first in another way than those that follow."""
 PROBE_EVERY = 256
 PROBE_TOKENS = (11, 7)
 FAR = 4

@@ -48,7 +48,7 @@ class View:
         self.followed = step
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Those of the model that it is a view of."""
+        """The shapes of the model that it is a view of."""
         return self.trainer.shapes()
 
     def state_dict(self) -> dict[str, Any]:

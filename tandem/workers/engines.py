@@ -111,7 +111,7 @@ class EngineGroup(Generating):
         self._counts = [(0.0, 0)] * group.size
         """Of each, its busy seconds and sampled tokens."""
         self._before = (0.0, 0)
-        """Those of engines that have died."""
+        """Busy seconds and sampled tokens of engines that have died."""
 
     @property
     def busy_seconds(self) -> float:

@@ -65,7 +65,7 @@ class PagedBatching:
         """Sets of stop ids, by their rows in the decoder's table."""
         self.waiting: deque[Prefix] = deque()
         self.ready: deque[Prefix] = deque()
-        """Those that have been through the model, with their pages."""
+        """Prompts that have been through the model, with their pages."""
         self.logits_PV: Tensor | None = None
         self.running: list[Sample] = []
         """Samples that have a row, in the order in which they came."""
@@ -171,7 +171,7 @@ class PagedBatching:
         self.to_stop = list(range(slots))
 
     def _fill(self, least: int | None = None) -> None:
-        """Fills free rows, prefilling where nothing is ready; with ``least`` once they are one in so many."""
+        """Fills free rows, prefilling where nothing is ready; with ``least`` once one row in ``least`` is free."""
         if self.fitting.decoder is None and (self.running or self.ready or self.waiting):
             self.enter([])
         if self.to_stop:
@@ -325,7 +325,7 @@ class PagedBatching:
         return True
 
     def _missing(self, steps: int) -> dict[Sample, int]:
-        """Pages that each row lacks for so many steps beside those that are enqueued, where it lacks any."""
+        """Pages that each row lacks for ``steps`` more steps than are enqueued, where it lacks any."""
         missing: dict[Sample, int] = {}
         for sample in self.running:
             reach = min(sample.prompt_length + len(sample.token_ids) + sample.ahead + steps, sample.limit)
@@ -362,7 +362,7 @@ class PagedBatching:
             self.decoder.pool.give_back(pages)
 
     def _compact(self) -> None:
-        """Moves rows down where all would then fit fewer of them."""
+        """Moves samples to lower rows where a step could then be of fewer rows."""
         rows = bucket(len(self.running), len(self.rows))
         sources = sorted(s.row for s in self.running if s.row is not None and s.row >= rows)
         if not sources:

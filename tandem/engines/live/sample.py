@@ -38,7 +38,7 @@ class Sample:
     row: int | None = None
     """Where it decodes, in the paged cache."""
     pages: list[int] = field(default_factory=list)
-    """Those that hold its keys and values there, in order."""
+    """The pages there that hold its keys and values, in order."""
     ahead: int = 0
     """Steps that are enqueued for it and whose results are not read yet."""
 

@@ -144,7 +144,7 @@ class StateStore:
         self._held: tuple[int, Held] | None = None
 
     def grow(self, slots: int) -> None:
-        """Makes room for so many."""
+        """Makes room for the states of so many slots."""
         if slots <= self.slots:
             return
         self.slots = slots
