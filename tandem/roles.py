@@ -386,7 +386,7 @@ class Source(Protocol[Item]):
         ...
 
     def metrics(self, items: Seq[Any]) -> Metrics:
-        """Of all items of a step, those that are not trained on included."""
+        """The metrics of all items of a step, those that are not trained on included."""
         ...
 
 

@@ -137,14 +137,14 @@ class Rollout(Drawn):
     stop: StopReason
     completion: str = ""
     versions: Versions = field(default_factory=lambda: [(0, 0)])
-    """Of the sampled tokens, in order: see ``Completion``."""
+    """The versions that drew its sampled tokens, in order."""
     reward: float | None = None
     """None: a reward function left the sample out. It enters no baseline."""
     reward_parts: dict[str, float] = field(default_factory=dict)
     judged: float | None = None
     """Its reward before its length took anything off, where the run punishes length."""
     advantages: Seq[float] | None = None
-    """Of each token, as the loss gets them; None where it was not trained on."""
+    """The advantage of each token, as the loss gets it; None where it was not trained on."""
     error: str | None = None
 
     @classmethod
@@ -209,7 +209,7 @@ class Ticket:
     number: int
     """Its place in the run's stream of items, from 0."""
     row: int
-    """Of the dataset."""
+    """Its row of the dataset."""
     step: int
     """The step that its random draws are named after: the one that trains on it, where every item is kept."""
     place: int
@@ -240,7 +240,7 @@ class Sequence:
     token_ids: list[int]
     trainable: list[bool]
     untruncated_logp: list[float] | None = None
-    """Of a sampled one: as that of ``Rollout``."""
+    """As ``Rollout``'s; None where it was not sampled."""
 
     @classmethod
     def read(cls, token_ids: Seq[int]) -> Sequence:
@@ -258,7 +258,7 @@ class PreferencePair:
 
 
 class ScoreScale(NamedTuple):
-    """Of a reward model's scores of many rows. The names are those in its config."""
+    """The scale of a reward model's scores of many rows. The names are those in its config."""
 
     score_mean: float
     score_std: float
@@ -278,7 +278,7 @@ class Solution:
 
     text: Sequence
     labels: list[float]
-    """Of each step: from 0 (wrong) to 1 (right)."""
+    """One for each step: from 0 (wrong) to 1 (right)."""
     prompt_length: int
     """Tokens before the first step."""
 

@@ -65,7 +65,7 @@ def digest_corpus(key: str, corpus: Corpus) -> dict[str, str]:
 
 
 def digest_rows(rows: Dataset) -> str:
-    """Of the content of all rows, in order."""
+    """A digest of the content of all rows, in order."""
     found = hashlib.blake2b(digest_size=16)
     for row in rows:
         found.update(json.dumps(row, default=str, ensure_ascii=False).encode(errors="surrogatepass") + b"\n")
@@ -86,7 +86,7 @@ def digest_model(source: str) -> dict[str, str]:
 
 
 def weights_digest(source: str) -> dict[str, str]:
-    """Of what a model's numbers depend on, wherever that lies."""
+    """Digests of what a model's numbers depend on, wherever that lies."""
     return of_weights(digest_model(source))
 
 

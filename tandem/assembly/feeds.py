@@ -74,7 +74,7 @@ class Feed:
     """The length that its learning rate follows, and what else falls or begins with its steps."""
     inputs: Inputs
     order: Order | InTurn | Replayed
-    """Of its items."""
+    """The order in which the run meets its items."""
     counts: Counts | None = None
     """What became of its rows; None where that is not known before they are read."""
     idle: Collection[str] = ()
@@ -380,7 +380,7 @@ def load_tokenizers(config: RunConfig) -> Any:
 
 
 def limits_of_models(config: RunConfig, tokenizer: Any) -> list[Limits]:
-    """Of every model that reads the policy's token ids."""
+    """The limits of every model that reads the policy's token ids."""
     code, head_of = config.model.trust_remote_code, heads(config)
     return [
         read_limits(source, head=head_of[role], trust_remote_code=code)

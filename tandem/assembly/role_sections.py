@@ -122,7 +122,7 @@ class ModelsSection(Checked):
         return found
 
     def learning_rate(self, role: str) -> float:
-        """Of a role that is trained."""
+        """The learning rate of a role that is trained."""
         found: float = getattr(self, f"{role}_learning_rate")
         return found
 

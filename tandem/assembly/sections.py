@@ -434,7 +434,7 @@ class RewardSection(Checked):
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """Of each of the ``judges``."""
+        """The weight of each of the ``judges``."""
         models = len(self.reward_model)
         return self.reward_weights or (1.0,) * len(self.reward) + (1 / max(models, 1),) * models
 

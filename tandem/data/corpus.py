@@ -64,7 +64,7 @@ class Corpus:
 
     @property
     def bytes(self) -> int:
-        """Of the files; 0 of a dataset that is none."""
+        """Bytes in the files; 0 for a dataset that is no file."""
         return sum(Path(part.name).stat().st_size for part in self.parts if Path(part.name).is_file())
 
     def documents(self, shard: int) -> Iterator[str]:

@@ -27,9 +27,9 @@ class Mark:
     window: int
     epoch: int = 0
     place: int = 0
-    """Of its shard in the epoch's order."""
+    """The place of its shard in the epoch's order."""
     token: int = 0
-    """Of that shard."""
+    """The token of that shard at which it begins."""
 
 
 class Windows:

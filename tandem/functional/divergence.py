@@ -55,6 +55,6 @@ class Divergence:
     """The role that has seen the batch (``Batch.seen``)."""
     kind: DivergenceKind = "forward"
     beta: float = 0.5
-    """Of ``jsd``."""
+    """The teacher's share of the mixture of ``jsd``."""
     temperature: float = 1.0
     """Divides the logits of both."""

@@ -22,7 +22,7 @@ from tandem.kernels.available import on_triton
 A, B, C = 0x2C1B3C6D, 0x61C88647, 0x297A2D39
 SHIFT_1, SHIFT_2 = 12, 15
 WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
-"""By bytes of an element."""
+"""Whole numbers as wide as an element, by its bytes."""
 CHUNK = 1 << 15
 """Elements at a time on a CPU. What is computed on the way stays in a core's cache, and torch keeps so few on one
 thread. Several, which wait for each other a dozen times a chunk, took 100 times as long on cores that were busy."""

@@ -26,7 +26,7 @@ BLOCK = 64
 NESTED = 256
 """Magnitudes of blocks that share a magnitude."""
 LARGEST = 448.0
-"""Of e4m3."""
+"""The largest number of e4m3."""
 
 
 class Coded(NamedTuple):

@@ -93,7 +93,7 @@ class Method(Checked):
     example: ClassVar[str] = "--reward check.py:right"
     """What the example of a method on samples has beside its model and its prompts."""
     head: ClassVar[Literal["lm", "scalar"]] = "lm"
-    """Of the policy."""
+    """The policy's head."""
     models: ClassVar[tuple[Need, ...]] = ()
     """Every model that it needs with some setting of its knobs (``needs``: with these)."""
     learning_rate: ClassVar[float] = 1e-6
@@ -135,11 +135,11 @@ class Method(Checked):
 
     @property
     def asks(self) -> Asks:
-        """Of the policy's forward in training, at any temperature."""
+        """What it asks of the policy's forward in training, at any temperature."""
         return Asks(entropy=isinstance(self.reads, Samples))
 
     def asks_of(self, role: str, temperature: float = 1.0) -> Asks:
-        """Of the forward of the policy (``actor``), or of a model that it needs, at the run's temperature."""
+        """What it asks of the policy's forward (``actor``), or a model's that it needs, at the run's temperature."""
         return replace(self.asks if role == "actor" else Asks(), temperature=temperature)
 
     @property

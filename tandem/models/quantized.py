@@ -70,7 +70,7 @@ class Quantized(nn.Linear):
 
     @property
     def coded(self) -> Coded:
-        """Its weight."""
+        """Its weight as it is kept."""
         scales = [getattr(self, name) for name in self.names]
         return Coded(self.weight, scales, self.shape, self.kind, self.block)
 
@@ -80,7 +80,7 @@ class Quantized(nn.Linear):
 
     @property
     def bytes(self) -> int:
-        """Of its weight, with scales."""
+        """Bytes of its weight, with scales."""
         return sum(x.numel() * x.element_size() for x in (self.weight, *self.coded.scales))
 
     def forward(self, input: Tensor) -> Tensor:

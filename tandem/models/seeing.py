@@ -50,7 +50,7 @@ class SeeingModel:
     source: str
     """Folder or hub name."""
     config: Any
-    """Of the whole."""
+    """The config of the whole."""
 
     @classmethod
     def of(cls, place: str | Path, trust_remote_code: bool = False) -> SeeingModel | None:
@@ -262,7 +262,7 @@ class PartNames:
 
     @classmethod
     def of(cls, config: Any) -> PartNames:
-        """Of a model that also sees, by its config; on modules without weights."""
+        """The names of a model that also sees, by its config; on modules without weights."""
         with torch.device("meta"):
             whole = _reading(config)(copy.deepcopy(config))
         return cls(whole, _half_in(whole, AutoModelForCausalLM, half_of(config, "")))
@@ -286,7 +286,7 @@ class PartNames:
         return next(whole + name.removeprefix(half) for whole, half in self.pairs if name.startswith(f"{half}."))
 
     def others(self, stored: list[str]) -> Iterator[str]:
-        """Of the names in a file those that are not of the text half."""
+        """The names in a file that are not of the text half."""
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 

@@ -49,11 +49,11 @@ class LoopEngine(Protocol):
     """Samples with the weights it was last given."""
 
     shapes: Shapes
-    """Of the parameters that it must be given."""
+    """The shapes of the parameters that it must be given."""
     limit: int | None
     """Tokens that it may sample up to; None: any number."""
     layers: int
-    """Of the model."""
+    """How many layers the model has."""
     probed: int
     """The furthest limit of the model that its samples may go beyond, as does the first probe; 0: there is none."""
 
@@ -92,7 +92,7 @@ class InProcess:
         self.filled = False
 
     def require_alive(self) -> None:
-        """It is as alive as this process."""
+        """Nothing: it is as alive as this process."""
 
     def fill(self, model: GivenModel, step: int) -> None:
         self.filled = False

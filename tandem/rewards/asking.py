@@ -76,7 +76,7 @@ def reason(error: Exception) -> str:
 
 
 def _seconds(header: str | None) -> float | None:
-    """Of ``Retry-After``, which may also be a date."""
+    """The seconds of ``Retry-After``, which may also be a date."""
     try:
         return max(0.0, float(header)) if header is not None else None
     except ValueError:

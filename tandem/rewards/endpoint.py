@@ -49,7 +49,7 @@ class Rubric(Checked):
     """What a rubric file may have."""
 
     url: str = field(metadata=URL)
-    """Of the endpoint, up to and without ``/chat/completions``."""
+    """Where the endpoint is, up to and without ``/chat/completions``."""
     model: str = field(metadata=TEXT)
     """The judge's name there."""
     rubric: str = field(metadata=TEXT)

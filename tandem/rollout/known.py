@@ -41,7 +41,7 @@ class Known:
         self.about = text
         self.logp: dict[bytes, Tensor] = {}
         self.fresh: dict[bytes, Tensor] = {}
-        """Of these, what no file has yet."""
+        """Those of ``logp`` that no file has yet."""
 
     def read(self) -> list[str]:
         """Takes in every file of the folder. Returns a line for each that is damaged, which is deleted if it can be."""

@@ -43,7 +43,7 @@ class AtOnce:
         """Nothing: a row is there."""
 
     def metrics(self, items: Seq[Any]) -> Metrics:
-        """None: a row is as it is."""
+        """No metrics: a row is as it is."""
         return {}
 
 

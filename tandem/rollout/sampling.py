@@ -109,7 +109,7 @@ class Sampling:
 
     engine: Engine
     prompts: Seq[Prompt]
-    """By a ticket's row."""
+    """The dataset, of which a ticket names a row."""
     params: SamplingParams
     samples_per_prompt: int
     judge: Judge
@@ -128,7 +128,7 @@ class Sampling:
 
     @property
     def busy_seconds(self) -> float:
-        """Of the engine."""
+        """The engine's."""
         return self.engine.busy_seconds
 
     def begin(self, tickets: Seq[Ticket], clock: Clock) -> list[Drawing]:

@@ -50,7 +50,7 @@ class Setup:
     engines: int
     """Engines apart from the trainer. 0: sampler and trainer take turns on the same devices."""
     devices_each: int
-    """Of an engine."""
+    """GPUs of one engine."""
     actors: int
     """Processes of the trainer, one a device."""
     pairwise: bool
@@ -98,7 +98,7 @@ class Spent:
     steps: int
     step: float
     phases: Mapping[str, float]
-    """Of ``PHASES``. Sampling is what the trainer waited for samples."""
+    """Seconds of each of ``PHASES``. Sampling is what the trainer waited for samples."""
     busy: float | None
     """How long the sampler was at work, which in an asynchronous run it is beside the trainer. None: not logged."""
     open_groups: float | None

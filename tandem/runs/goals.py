@@ -96,7 +96,7 @@ class Threshold:
         return cls(metric=match[1], sign=match[2], value=value)
 
     def holds(self, line: Mapping[str, float]) -> bool:
-        """Of one evaluation."""
+        """Whether the metrics of one evaluation reach it."""
         return self.metric in line and COMPARED[self.sign](line[self.metric], self.value)
 
 
@@ -147,7 +147,7 @@ def evaluations_of(records: Iterable[Mapping[str, float]]) -> list[Mapping[str, 
 
 @dataclass(frozen=True, kw_only=True)
 class Best:
-    """Of which step a kept model is, and what it reached."""
+    """The step that a kept model is of, and what it reached."""
 
     step: int
     metric: str

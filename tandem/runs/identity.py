@@ -50,7 +50,7 @@ class Start:
     """Files and folders that it reads, by the key that names them."""
 
     def new_identity(self) -> dict[str, Any]:
-        """Of a run that begins now."""
+        """The identity of a run that begins now."""
         began = {"version": __version__, "draws": DRAWS}
         return {"id": uuid.uuid4().hex, "method": self.method, "seed": self.seed, **began, "inputs": self.inputs}
 

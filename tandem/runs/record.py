@@ -32,7 +32,7 @@ _PACKED = {"token_ids": "i", "trainable": "?", "behaviour_logp": "fd", "untrunca
 """Fields of a rollout that are packed, each with the kinds of numbers that may hold them (``struct``), small ones
 first."""
 _FOUND_ANEW = ("advantages",)
-"""Of a rollout, what training finds: it is not recorded."""
+"""Fields of a rollout that training finds: they are not recorded."""
 
 Recorded = tuple[Ticket, Group]
 
@@ -115,9 +115,9 @@ class Record:
                     + (f"; give --last-step {step - 1}" if step > 1 else "")
                 )
         self.lengths: list[int] = []
-        """Of each step, the length that the run was to have when it was done."""
+        """The length that the run was to have when each step was done."""
         self.tickets: list[list[Ticket]] = []
-        """Of each step, those of its groups."""
+        """The tickets of each step's groups."""
         self.bytes = 0
         for step in self.steps:
             lines = self._lines(step)

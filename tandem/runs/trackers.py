@@ -18,9 +18,9 @@ from typing import Any, Protocol
 from tandem.errors import UserError
 
 PROJECT = "tandem"
-"""Of runs at wandb and MLflow, where the environment names no other."""
+"""The project of runs at wandb and MLflow, where the environment names no other."""
 COLUMNS = ("set", "prompt", "completion", "reward", "length", "stop", "advantage")
-"""Of the table of samples, 7 columns."""
+"""The 7 columns of the table of samples."""
 Sample = Mapping[str, Any]
 
 
@@ -34,7 +34,7 @@ class About:
 
 
 class Tracker(Protocol):
-    """One of them. May raise whatever its library does."""
+    """Where a run's metrics go besides its folder. It may raise whatever its library does."""
 
     def log(self, step: int, metrics: Mapping[str, float], samples: Seq[Sample]) -> None:
         """A step's metrics, which are finite, and the lines of its samples (``rollouts.jsonl``)."""

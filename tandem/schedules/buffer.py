@@ -58,11 +58,11 @@ class Buffer:
     window: float = 1.0
     """``reach`` as a share of all places."""
     open: list[Place] = field(default_factory=list)
-    """Not taken by a step."""
+    """Places of tickets that no step has taken."""
     taken: list[Place] = field(default_factory=list)
-    """By the step in progress, oldest first."""
+    """Places that the step in progress has taken, oldest first."""
     passed: list[Place] = field(default_factory=list)
-    """Of those that it took, what the method did not keep: their places are free."""
+    """Places that it took and whose items the method did not keep: there is room for others."""
 
     @property
     def size(self) -> int:

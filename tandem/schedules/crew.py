@@ -56,7 +56,7 @@ class Crew:
     ess_floor: float | None = None
     """Effective sample size of a minibatch below which the actor's learning rate is scaled down. None: never."""
     refresh: Refresh | None = None
-    """Of the reference. None: it stays as it was, or there is none."""
+    """How the reference is renewed. None: it stays as it was, or there is none."""
 
     def publish(self, clock: Clock) -> Metrics:
         """Gives the sampler the policy's weights as they are now."""

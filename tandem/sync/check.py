@@ -25,7 +25,7 @@ PROBE_TOKENS = (11, 7)
 FAR = 4
 """How many times the bound log-probs must move when an engine is tried with adapters that count for something."""
 SMALLEST, LARGEST = 2.0**-12, 2.0**12
-"""Of the numbers that these adapters may have."""
+"""Bounds of the numbers that these adapters may have."""
 BEYOND = 32
 """Tokens behind a limit of the model that show whether it is kept."""
 
@@ -58,7 +58,7 @@ class TruthCheck:
         self.bound, self.probe = logp_bound(dtype, layers), Probe(vocabulary, limit)
         self.pushes = 0
         self.sums: Sums = {}
-        """Of the last push."""
+        """The checksums of the last push."""
         self.held: list[list[Held]] = []
         """What each engine's checksums are of, the same from the first push over its link to the last."""
         self.logp: list[list[float]] | None = None
@@ -153,7 +153,7 @@ class Probe:
 
     @property
     def sequences(self) -> list[list[int]]:
-        """Their tokens."""
+        """The tokens of each."""
         rng = random.Random(0)
         past = (self.limit + BEYOND,) if self.limit and self.first else ()
         return [[rng.randrange(self.vocabulary) for _ in range(n)] for n in (*PROBE_TOKENS, *past)]

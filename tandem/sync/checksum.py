@@ -38,7 +38,7 @@ class RunningSums:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.where: list[tuple[int, torch.Size]] = []
         self.memory: set[int] = set()
-        """Of the tensors: where their storages begin."""
+        """Where the tensors' storages begin."""
         self.added: tuple[int, ...] = ()
         """Buckets that the device has yet to be given."""
         self.prepared: dict[tuple[int, ...], Callable[[Tensor], None]] = {}

@@ -132,7 +132,7 @@ class LocalScorer:
         self.followed = step
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of every parameter, by name."""
+        """The shape of every parameter, by name."""
         return {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
 
     def state_dict(self) -> dict[str, Any]:

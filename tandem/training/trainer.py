@@ -81,7 +81,7 @@ class LocalTrainer(LocalScorer):
                 "lora.rank 32, say"
             )
         self.loads: list[Tensor] = []
-        """Of each micro-batch since the last optimizer step: ``Outputs.load_LE``."""
+        """``Outputs.load_LE`` of each micro-batch since the last optimizer step."""
         self._version = 0
         scores = Asks(temperature=self.in_training.temperature)
         super().__init__(model, token_budget=token_budget, asks=scores, world=world, compile=compile)

@@ -28,7 +28,7 @@ from tandem.workers.process import Build, Where, WorkerProcess, ending, raise_fa
 
 CLOSE_DEADLINE_S = 20.0
 HEARTBEAT_S = 30.0
-"""It is killed once it has been stopped for so long."""
+"""A child is killed once it has been stopped for 30 s."""
 TAIL_BYTES = 16384
 RANK_VARIABLES = frozenset(
     f"{of}{what}" for of in ("", "LOCAL_", "GROUP_", "ROLE_") for what in ("RANK", "WORLD_SIZE")

@@ -52,7 +52,7 @@ class Cluster:
         self.ray: Any = require_ray(alone=address is None)
         self.device, self.heartbeat_s = device, heartbeat_s
         self.mark = secrets.token_hex(8)
-        """Of every process that belongs to the run (``tandem.workers.keeper``)."""
+        """The mark of every process that belongs to the run (``tandem.workers.keeper``)."""
         # One failure is told of, and what follows from it to others is not: Ray would print it with its traceback.
         os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
         self.started = not self.ray.is_initialized()

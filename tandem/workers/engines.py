@@ -53,7 +53,7 @@ class Asked:
     left: list[int] = field(default_factory=list)
     """The places of the samples that its engine draws: all, or those that one which died had not told of."""
     rank: int = 0
-    """Of the engine that has it."""
+    """The rank of the engine that has it."""
 
     @property
     def missing(self) -> list[int]:
@@ -92,13 +92,13 @@ class EngineGroup(Generating):
         self.ended = 0
         self._names = itertools.count()
         self._open: dict[int, Asked] = {}
-        """By the name that its engine knows it by."""
+        """Requests that have not ended, by the name that their engine knows them by."""
         self._waiting: deque[Asked] = deque()
         self._begins: dict[Answer, list[int]] = {}
         self._takes: dict[int, Answer] = {}
         """What each engine is going to say, by its rank."""
         self._samples = [0] * group.size
-        """That each engine has and has not told of."""
+        """Samples that each engine has and has not told of."""
         self._requests_ended = 0
         self._heard_at = [0.0] * group.size
         """When each was last known to get on."""
@@ -109,7 +109,7 @@ class EngineGroup(Generating):
         self._outdated: set[Answer] = set()
         """What engines are going to say that were asked before they were last held: it may be of before."""
         self._counts = [(0.0, 0)] * group.size
-        """Of each, its busy seconds and sampled tokens."""
+        """Busy seconds and sampled tokens of each engine."""
         self._before = (0.0, 0)
         """Busy seconds and sampled tokens of engines that have died."""
 

@@ -37,7 +37,7 @@ class Prefix:
     token_ids: list[int]
     pages: list[int] = field(default_factory=list)
     row: int = 0
-    """Of the last prefill's logits."""
+    """The row of the last prefill's logits that follows it."""
 
 
 @dataclass

@@ -23,7 +23,7 @@ class Prefilled(Protocol):
     """Prompts that have been through the model."""
 
     logits_PV: Tensor
-    """Of what follows them."""
+    """Logits of the tokens that follow them."""
 
     def load_into(self, slots: list[int], prompts: list[int]) -> None:
         """Copies what is kept of prompt ``prompts[i]`` into slot ``slots[i]``."""
@@ -164,7 +164,7 @@ class SlotBatching:
             self._recompute()
 
     def give_way(self) -> None:
-        """Its cache is as large as what it holds."""
+        """Nothing: its cache is as large as what it holds."""
 
     def go_on(self) -> None:
         """The host makes each step itself."""

@@ -67,7 +67,7 @@ class PaddedBatching:
         """Nothing that waits has started: a batch runs to its end in one step, and weights change between two."""
 
     def give_way(self) -> None:
-        """Its cache is as large as what it holds, and gone between two batches."""
+        """Nothing: its cache is as large as what it holds, and gone between two batches."""
 
     def go_on(self) -> None:
         """The host makes each step itself."""

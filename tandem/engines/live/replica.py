@@ -80,7 +80,7 @@ class ReplicaEngine(LiveEngine):
         return [(name, name) for name in self.sums.slots]
 
     def checksums(self) -> Seq[int | None]:
-        """Of what it holds now."""
+        """The checksums of what it holds now."""
         with self.stepper.exclusive():
             return list(self.sums.now().values())
 

@@ -23,7 +23,7 @@ class Sample:
     name: int = 0
     """What the engine's core knows it by."""
     versions: Versions = field(default_factory=list)
-    """Of the tokens that it had drawn when the weights last changed."""
+    """The versions of the tokens that it had drawn when the weights last changed."""
     token_ids: list[int] = field(default_factory=list)
     behaviour_logp: list[float] = field(default_factory=list)
     untruncated_logp: list[float] = field(default_factory=list)
@@ -31,7 +31,7 @@ class Sample:
     error: UserError | None = None
     """Why it ended, where its stop is ``error``."""
     text: str = ""
-    """Of its first ``decoded`` tokens."""
+    """The text of its first ``decoded`` tokens."""
     decoded: int = 0
     kind: int = 0
     """The number of its sampling parameters among those that are sampled now (``live.draws.Kinds``)."""

@@ -29,7 +29,7 @@ class Names:
         self.renamings: list[Any] = []
         self.converters: list[Any] = []
         self.parts_of_whole: PartNames | None = None
-        """Of a model that also sees, whose text half is what is pushed."""
+        """The names of a model that also sees, where its text half is what is pushed."""
         if getattr(config, "auto_map", None):
             return
         from transformers import AutoModelForCausalLM
