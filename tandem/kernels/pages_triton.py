@@ -71,9 +71,11 @@ def _decode_rows(  # type: ignore[no-untyped-def]
     tl.store(arrived + row[:, None] * KV_HEADS + head, zeros, mask=inside[:, None] & (head < KV_HEADS))
 
 
-def store(key_TKD: Tensor, value_TKD: Tensor, pages: Pages, target_T: Tensor) -> None:
+def store(key_TKD: Tensor, value_TKD: Tensor | None, pages: Pages, target_T: Tensor) -> None:
     """Writes [T, Hkv, D] into pages, a program a token and head."""
     tokens, kv_heads, size = key_TKD.shape
+    valued = value_TKD is not None
+    value_TKD = key_TKD if value_TKD is None else value_TKD
     _store[(tokens, kv_heads)](
         key_TKD,
         value_TKD,
@@ -85,6 +87,7 @@ def store(key_TKD: Tensor, value_TKD: Tensor, pages: Pages, target_T: Tensor) ->
         PADDED=triton.next_power_of_2(size),
         PAGE=pages.size,
         SCALED=pages.key_scales is not None,
+        VALUED=valued,
         num_warps=1,
     )
 
@@ -99,7 +102,7 @@ def _tensors(pages: Pages) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 @triton.jit
 def _store(  # type: ignore[no-untyped-def]
     key, value, keys, values, key_scales, value_scales, target, key_token, key_head, value_token, value_head,
-    SIZE: tl.constexpr, PADDED: tl.constexpr, PAGE: tl.constexpr, SCALED: tl.constexpr,
+    SIZE: tl.constexpr, PADDED: tl.constexpr, PAGE: tl.constexpr, SCALED: tl.constexpr, VALUED: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -108,9 +111,10 @@ def _store(  # type: ignore[no-untyped-def]
     column = tl.arange(0, PADDED)
     inside = column < SIZE
     one = tl.load(key + token * key_token + head * key_head + column, mask=inside, other=0.0)
-    two = tl.load(value + token * value_token + head * value_head + column, mask=inside, other=0.0)
     _put(one, keys, key_scales, place, head, kv_heads, 1, SIZE, PADDED, PAGE, SCALED)
-    _put(two, values, value_scales, place, head, kv_heads, 1, SIZE, PADDED, PAGE, SCALED)
+    if VALUED:
+        two = tl.load(value + token * value_token + head * value_head + column, mask=inside, other=0.0)
+        _put(two, values, value_scales, place, head, kv_heads, 1, SIZE, PADDED, PAGE, SCALED)
 
 
 @triton.jit
@@ -147,6 +151,12 @@ def _kept(  # type: ignore[no-untyped-def]
     return x
 
 
+def splits_of(programs: int, rows: DecodeRows, most: int | None) -> int:
+    """Among how many programs a row's pages are divided at most; None: by how many ``programs`` there are without."""
+    most = most or next(splits for least, splits in SPLITS if programs >= least)
+    return min(most, rows.table_BP.shape[1])
+
+
 def append_attend(
     query_BHD: Tensor,
     key_BKD: Tensor,
@@ -173,8 +183,7 @@ def append_attend(
     kv_heads, given = pages.keys.shape[1], not key_BKD.shape[1]
     if given:
         key_BKD = value_BKD = query_BHD  # Something in their place, which is not touched.
-    most = most or next(splits for programs, splits in SPLITS if count * kv_heads >= programs)
-    most = min(most, rows.table_BP.shape[1])
+    most = splits_of(count * kv_heads, rows, most)
     out = torch.empty(count, heads, size, dtype=query_BHD.dtype, device=query_BHD.device)
     part, top, mass = out, out, out
     if most > 1:

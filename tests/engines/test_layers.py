@@ -130,6 +130,28 @@ def test_what_is_read_of_gpt_2() -> None:
     assert isinstance(layer.feed, Ungated)
 
 
+@pytest.mark.parametrize("name", ["deepseek-v2", "deepseek-v3", "glm4-moe-lite"])
+def test_latent_attention_keeps_states_and_computes_the_same(name: str) -> None:
+    """Products of queries and keys, and values, both ways; the second token's key is further behind."""
+    module = family_model(name)
+    lean = LeanForward(module, positions=96, head_shape=head_shape_of(module))
+    full = find_cache_shape(module)
+    shape = lean.shape_of(full)
+    width, shared, heads = 12, 4, 4
+    assert shape.latent == (heads, width)
+    assert set(shape.kept) == {(1, width + shared)}
+    assert shape.page_bytes * 2 * heads * full.kept[0][1] == full.page_bytes * (width + shared)
+    latent = lean.decoder.layers[0].attention
+    hidden_TE, position_T = torch.randn(5, 32), torch.tensor([0, 1, 7, 30, 90])
+    query, key, value, kept = latent.parts(hidden_TE, position_T)
+    narrow_query, also_kept = latent.narrow_parts(hidden_TE, position_T)
+    assert torch.equal(kept, also_kept)
+    score, narrow_score = query.transpose(0, 1) @ key.permute(1, 2, 0), narrow_query.transpose(0, 1) @ kept[:, 0].T
+    torch.testing.assert_close(narrow_score, score, atol=1e-5, rtol=1e-5)
+    widened = latent.widened(kept[..., shared:].expand(-1, heads, -1))
+    torch.testing.assert_close(widened, value, atol=1e-5, rtol=1e-5)
+
+
 def test_numbers_of_layers_are_read_while_they_are_still_1() -> None:
     module = family_model("gemma4")
     numbers = [layer.layer_scalar for layer in module.model.layers]
@@ -202,8 +224,8 @@ WRONG = [
 @pytest.mark.parametrize("name", dict.fromkeys(name for name, _ in WRONG))
 def test_the_proof_notices_a_wrong_description(name: str) -> None:
     module = family_model(name)
-    trial, shape = Trial(module, (4, 12), 5), find_cache_shape(module)
     lean = LeanForward(module, positions=96, head_shape=head_shape_of(module))
+    trial, shape = Trial(module, (4, 12), 5), lean.shape_of(find_cache_shape(module))
     assert not trial.why_not_pages(lean, shape)
     right = lean.decoder
     for change in (change for one, change in WRONG if one == name):

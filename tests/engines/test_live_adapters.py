@@ -30,9 +30,10 @@ def bases(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bases")
     make_module("qwen2").save_pretrained(folder / "qwen2")
     make_tokenizer().save_pretrained(folder / "qwen2")
-    made("qwen3.5").save_pretrained(folder / "qwen3.5")
-    make_tokenizer().save_pretrained(folder / "qwen3.5")
-    return make_bases(folder) | {name: folder / name for name in ("qwen2", "qwen3.5")}
+    for name in ("qwen3.5", "deepseek-v3"):
+        made(name).save_pretrained(folder / name)
+        make_tokenizer().save_pretrained(folder / name)
+    return make_bases(folder) | {name: folder / name for name in ("qwen2", "qwen3.5", "deepseek-v3")}
 
 
 def trainer_of(base, **adapters):
@@ -78,6 +79,7 @@ def logp(samples):
         ("qwen2", "captured", {"quantize": "nf4"}),
         ("qwen2", "captured", {"quantize": "fp8"}),
         ("qwen3.5", "captured", {"targets": ("all-linear",)}),
+        ("deepseek-v3", "captured", {"targets": ("all-linear",)}),
         *(
             (kind, way, {"targets": dict(TARGETS)[kind]})
             for kind, way in (
@@ -105,6 +107,7 @@ def test_after_every_step_the_engine_computes_what_the_trainer_does(bases, tmp_p
         assert torch.equal(logp(before), logp(alone))
     if way == "captured":
         assert (engine.fitting.lean is None) is ("dora" in adapters)
+        assert (engine.fitting.shape.latent is not None) is (kind == "deepseek-v3")
     for _ in range(2):
         trainer.forward_backward(batch_of(before))
         trainer.optim_step()

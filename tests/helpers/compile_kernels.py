@@ -29,6 +29,7 @@ from tandem.kernels import (
     bits,
     bits_triton,
     draw_triton,
+    latent_triton,
     layers_triton,
     logprob_triton,
     pages_triton,
@@ -37,7 +38,7 @@ from tandem.kernels import (
 )
 from tandem.kernels.draw import FIELDS
 from tandem.kernels.layers import CURVES, Norm, Rotation
-from tandem.kernels.pages import EIGHT_BIT, Pages
+from tandem.kernels.pages import EIGHT_BIT, Pages, latent_pages
 
 DTYPES = (torch.float32, torch.bfloat16)
 PAGE = 64
@@ -198,6 +199,20 @@ def call_pages(*, eight_bit: bool) -> None:
             call_attention(dtype, (14, 2, 64), count=5, width=20, window=None, rotation=1, scaled=scaled)
             call_attention(dtype, (6, 1, 24), count=1, width=1, window=1, rotation=2, scaled=scaled)
             call_attention(dtype, (4, 2, 64), count=512, width=20, window=100, rotation=None, scaled=scaled)
+            call_latent(dtype, (20, 64, 512), count=5, scaled=scaled)
+            call_latent(dtype, (3, 4, 12), count=512, scaled=scaled)
+
+
+def call_latent(dtype: torch.dtype, heads_shared_width: tuple[int, int, int], *, count: int, scaled: bool) -> None:
+    """One decoding step of ``count`` rows whose keys hold their values."""
+    heads, shared, width = heads_shared_width
+    both = torch.zeros(count, heads + 1, shared + width, dtype=dtype)
+    kept = torch.zeros(4, 1, PAGE, shared + width, dtype=EIGHT_BIT if scaled else dtype)
+    pages = latent_pages(kept, torch.zeros(4, 1, PAGE) if scaled else None, values=width)
+    length = torch.zeros(count, dtype=torch.int64)
+    rows = pages_triton.decode_rows(torch.zeros(count, 20, dtype=torch.int32), length, length, PAGE, 2)
+    pages_triton.store(both[:, -1:], None, pages, rows.target_B)
+    latent_triton.append_attend(both[:, :-1], both[:, -1:], pages, rows, scaling=0.1)
 
 
 def call_attention(

@@ -17,6 +17,7 @@ from tandem.kernels import (
     bits_triton,
     draw,
     draw_triton,
+    latent_triton,
     layers,
     layers_triton,
     pages,
@@ -330,6 +331,45 @@ def test_values_are_normed_and_what_is_kept_is_attended_to_again(dtype, weighted
         again = pages_triton.append_attend(other[:, :heads], nothing, nothing, found, rows, **how, most=most)
         close(again, pages.append_attend(other[:, :heads], nothing, nothing, kept, rows, **how), 4)
         assert same(found, kept)
+
+
+@pytest.mark.parametrize("eight_bit", EIGHT_BIT)
+@pytest.mark.parametrize("dtype", [torch.float32, LOW])
+@pytest.mark.parametrize(("heads", "shared", "width"), [(3, 4, 12), (20, 64, 512), (17, 6, 40)])
+def test_keys_that_hold_their_values(dtype, heads: int, shared: int, width: int, eight_bit: bool, monkeypatch) -> None:
+    """Against keys and values apart, as far as that is the same: in 8 bits they have one scale here."""
+    page, size = 64, shared + width
+    whole = new_pages(dtype, (9, 1, page, size), eight_bit=eight_bit)
+    cache = pages.latent_pages(whole.keys, whole.key_scales, values=width)
+    kept = pages.latent_pages(whole.keys.clone(), None if not eight_bit else whole.key_scales.clone(), values=width)
+    key = torch.randn(5, 1, size, device=DEVICE).to(dtype)
+    target = torch.tensor([3, 17, page + 9, 0, 8 * page + 3], device=DEVICE)
+    pages.store(key, None, cache, target)
+    pages_triton.store(key, None, kept, target)
+    assert same(cache, kept)
+
+    table = torch.cat((torch.randint(0, 5, (4, 3), device=DEVICE), torch.arange(5, 9, device=DEVICE)[:, None]), 1).int()
+    length = torch.tensor([0, page - 1, page, 3 * page + 5], device=DEVICE)
+    for row in range(3):
+        table[row, length[row] // page] = 5 + row
+    blocks = -(-heads // pages.LATENT_HEADS)
+    rows = pages_triton.decode_rows(table, length, torch.ones_like(length), page, blocks)
+    query = torch.randn(4, heads + 1, size, device=DEVICE).to(dtype)[:, :heads]
+    before = whole.keys.clone(), None if not eight_bit else whole.key_scales.clone()
+    truth = pages.append_attend(query, key[:4], None, cache, rows, scaling=0.05)
+    if not eight_bit:
+        apart = pages.Pages(before[0].clone(), torch.nn.functional.pad(before[0][..., shared:], (0, shared)))
+        wide = torch.nn.functional.pad(key[:4, :, shared:], (0, shared))
+        close(truth, pages.append_attend(query, key[:4], wide, apart, rows, scaling=0.05)[..., :width], 2)
+    for share, most, tile in ((None, None, 1 << 15), (1, 2, 1 << 12), (1, 4, 1 << 15)):
+        monkeypatch.setattr(latent_triton, "TILE", tile)
+        kept = pages.latent_pages(before[0].clone(), None if before[1] is None else before[1].clone(), values=width)
+        given = rows if share is None else replace(rows, share=torch.tensor([share], device=DEVICE))
+        found = latent_triton.append_attend(query, key[:4], kept, given, scaling=0.05, most=most)
+        close(found, truth, 2)
+        assert rows.arrived_BK is not None
+        assert not rows.arrived_BK.any(), "the next layer counts from zero"
+        assert same(kept, cache), "the new token is stored"
 
 
 def test_long_rows_are_divided_among_programs() -> None:

@@ -68,12 +68,15 @@ class Fitting:
         try:
             self.lean = LeanForward(module, positions=positions, head_shape=head_shape_of(module))
             self.forward = StateForward(module, self.lean) if self.with_states else self.lean
-            self.own_because = near.why_not_pages(self.forward, self.shape)
+            shape = self.lean.shape_of(self.shape)
+            self.own_because = near.why_not_pages(self.forward, shape)
             if not self.own_because and far is not None:
                 longest = min(POSITIONS, limits_of(far.module.config).sampling.positions or POSITIONS)
                 lean = LeanForward(far.module, positions=longest, head_shape=head_shape_of(far.module))
                 small = StateForward(far.module, lean) if self.with_states else lean
-                self.own_because = far.why_not_pages(small, find_cache_shape(far.module))
+                self.own_because = far.why_not_pages(small, lean.shape_of(find_cache_shape(far.module)))
+            if not self.own_because:
+                self.shape = shape
         except Unlike as error:
             self.own_because = str(error)
         if self.own_because:

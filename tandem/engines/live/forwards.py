@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from tandem.engines.live.layers import Attention, Latent, Unlike, queries_and_gates
 from tandem.engines.live.mixers import Mixer
-from tandem.engines.live.pages import PagedDecode
+from tandem.engines.live.pages import CacheShape, PagedDecode, PagedPrefill
 from tandem.engines.live.reading import read_decoder
 from tandem.engines.live.stacked import Additions
 from tandem.kernels import layers as kernels
@@ -63,6 +64,10 @@ class LeanForward:
         attentions = [layer.attention for layer in self.decoder.layers]
         self.shared = {x.shares for x in attentions if isinstance(x, Attention)} - {None}
         """The numbers of attentions whose keys and values others are given."""
+        latents = [x for x in attentions if isinstance(x, Latent) and x.keeps_states]
+        kinds = {(x.heads, x.width, x.shared) for x in latents}
+        self.latent = kinds.pop() if len(kinds) == 1 and len(latents) == len(attentions) else None
+        """Heads of queries, width of a state, and of what keys share, where tokens are kept as their states."""
         head = module.get_output_embeddings()
         self.added = Additions([head]) if hasattr(head, "lora_A") else None
         """What adapters add to the head's product."""
@@ -72,6 +77,13 @@ class LeanForward:
     def device(self) -> torch.device:
         device: torch.device = self.module.get_input_embeddings().weight.device
         return device
+
+    def shape_of(self, shape: CacheShape) -> CacheShape:
+        """What it keeps of tokens, of which the module's own forward keeps ``shape``."""
+        if self.latent is None:
+            return shape
+        heads, width, shared = self.latent
+        return replace(shape, kept=((1, shared + width),) * len(shape.kept), latent=(heads, width))
 
     def stack(self) -> None:
         """Stacks parameters again where they were taken apart (moved, cast, or given back from parking)."""
@@ -154,9 +166,7 @@ class LeanForward:
     ) -> Tensor:
         """Attention of one layer, [T, E]. ``passed``: keys and values of those before it that others are given."""
         if isinstance(attention, Latent):
-            query, key, value = (_heads_first(x, rows) for x in attention.parts(hidden_TE, position_T))
-            out = layout.attend(query, key, value, attention.ask)
-            return attention.output(out.reshape(len(hidden_TE), -1))
+            return attention.output(self._attend_latent(hidden_TE, position_T, layout, attention, rows).flatten(1))
         qkv_TO = attention.qkv(hidden_TE)
         parts = attention.parts(qkv_TO)
         if attention.query_scale_P is not None:
@@ -191,6 +201,21 @@ class LeanForward:
         if attention.gated:
             out_THD = out_THD * queries_and_gates(qkv_TO, attention.heads, attention.size)[1].sigmoid()
         return attention.output(out_THD.flatten(1))
+
+    def _attend_latent(
+        self, hidden_TE: Tensor, position_T: Tensor, layout: Layout, attention: Latent, rows: int
+    ) -> Tensor:
+        """[T, H, V]"""
+        if self.latent is not None and isinstance(layout, PagedDecode):
+            query_THD, latent_T1D = attention.narrow_parts(hidden_TE, position_T)
+            return attention.widened(layout.attend_heads(query_THD, latent_T1D, None, attention.ask))
+        *parts, latent_T1D = attention.parts(hidden_TE, position_T)
+        query, key, value = (_heads_first(x, rows) for x in parts)
+        if self.latent is not None and isinstance(layout, PagedPrefill):
+            out = layout.attend(query, key, value, attention.ask, latent_T1D)
+        else:
+            out = layout.attend(query, key, value, attention.ask)
+        return out.reshape(len(hidden_TE), attention.heads, -1)
 
 
 def _heads_first(x_THD: Tensor, rows: int) -> Tensor:

@@ -155,29 +155,94 @@ class Latent:
     def _from_states(self) -> tuple[tuple[Norm, Product], ...]:
         return (self.key_value,) if self.query is None else (self.query, self.key_value)
 
-    def parts(self, hidden_TE: Tensor, position_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys [T, H, D], turned, and values [T, H, V]."""
-        tokens, shared = len(hidden_TE), self.shared
-        norm, product = self.key_value
+    @property
+    def width(self) -> int:
+        """Of the state of keys and values."""
+        return self.key_value[1].linears[0].in_features
+
+    @property
+    def keeps_states(self) -> bool:
+        """Whether tokens can be kept as their states: all that makes keys and values of them is a plain product."""
+        product, ask = self.key_value[1], self.ask
+        plain = not product.apart and product.linears[0].bias is None
+        return plain and ask.plain and ask.sliding_window is None and ask.scaling is not None
+
+    def parts(self, hidden_TE: Tensor, position_T: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries and keys [T, H, D], turned, and values [T, H, V]; and what tokens can be kept as, [T, 1, R + W].
+
+        That is what their keys share, turned, and their state.
+        """
+        query_THD, key_TR, state_TW = self._projected(hidden_TE)
+        own = query_THD.shape[2] - self.shared
+        rest_THD = self.key_value[1](state_TW).view(len(hidden_TE), self.heads, -1)
+        query_THD, key_TR = self._turned(query_THD, query_THD[..., :own], key_TR, position_T)
+        key_THD = torch.cat((key_TR[:, None].expand(-1, self.heads, -1), rest_THD[..., :own]), dim=2)
+        return query_THD, key_THD, rest_THD[..., own:], torch.cat((key_TR, state_TW), dim=1)[:, None]
+
+    def narrow_parts(self, hidden_TE: Tensor, position_T: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries of such tokens [T, H, R + W], and those themselves [T, 1, R + W].
+
+        A key is a product with a state, ``q . (A s) = (A' q) . s``: queries go through it instead (section 2.1.2).
+        """
+        query_THD, key_TR, state_TW = self._projected(hidden_TE)
+        own_HTD = query_THD[..., : -self.shared].transpose(0, 1)
+        narrow_HTW = torch.bmm(own_HTD, self._by_head(self.key_value[1].weight)[0])
+        for down_RW, up_OR, scale in self._adapters():
+            narrow_HTW = narrow_HTW + scale * (torch.bmm(own_HTD, self._by_head(up_OR)[0]) @ down_RW)
+        query_THD, key_TR = self._turned(query_THD, narrow_HTW.transpose(0, 1), key_TR, position_T)
+        return query_THD, torch.cat((key_TR, state_TW), dim=1)[:, None]
+
+    def widened(self, out_THW: Tensor) -> Tensor:
+        """Values [T, H, V] of the states that attention gives."""
+        out_HTW = out_THW.transpose(0, 1)
+        wide_HTV = torch.bmm(out_HTW, self._by_head(self.key_value[1].weight)[1].transpose(1, 2))
+        for down_RW, up_OR, scale in self._adapters():
+            up_HVR = self._by_head(up_OR)[1]
+            wide_HTV = wide_HTV + scale * torch.bmm(out_HTW @ down_RW.T, up_HVR.transpose(1, 2))
+        return wide_HTV.transpose(0, 1)
+
+    def _by_head(self, weight_OW: Tensor) -> tuple[Tensor, Tensor]:
+        """What makes the rest of keys [H, D, W], and values [H, V, W]: views."""
+        weight_HOW = weight_OW.view(self.heads, -1, weight_OW.shape[1])
+        own = self.query_size - self.shared
+        return weight_HOW[:, :own], weight_HOW[:, own:]
+
+    def _adapters(self) -> list[tuple[Tensor, Tensor, float]]:
+        """A, B and scale of what is added to the product of the states."""
+        added = self.key_value[1].added
+        return [] if added is None else [(added.down_RI, up_OR, scale) for _, _, up_OR, scale in added.ups]
+
+    @property
+    def query_size(self) -> int:
+        """Of a head."""
+        product = self.narrow.linears[0] if self.query is None else self.query[1].linears[0]
+        return product.out_features // self.heads
+
+    def _projected(self, hidden_TE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [T, H, D] whose last dimensions turn, what keys share [T, R], and the normed state [T, W]."""
+        norm, _ = self.key_value
         narrow_TO = self.narrow(hidden_TE)
-        width = product.linears[0].in_features
-        query_TO, state_TO, key_TR = narrow_TO.split([narrow_TO.shape[1] - width - shared, width, shared], dim=1)
-        rest_THD = product(kernels.norm(state_TO, norm)).view(tokens, self.heads, -1)
+        query_TO, state_TW, key_TR = narrow_TO.split(
+            [narrow_TO.shape[1] - self.width - self.shared, self.width, self.shared], dim=1
+        )
+        state_TW = kernels.norm(state_TW, norm)
         if self.query is not None:
             norm, product = self.query
             query_TO = product(kernels.norm(query_TO, norm))
-        query_THD = query_TO.reshape(tokens, self.heads, -1)
-        own = query_THD.shape[2] - shared
+        return query_TO.reshape(len(hidden_TE), self.heads, -1), key_TR, state_TW
+
+    def _turned(self, query_THD: Tensor, rest_THD: Tensor, key_TR: Tensor, position_T: Tensor) -> tuple[Tensor, Tensor]:
+        """Of queries what turns, turned, with ``rest`` behind it, and what keys share, turned."""
+        shared = self.shared
         # One head more than there are queries: what all keys share turns once.
-        both = query_THD.new_empty(tokens, self.heads + 1, own + shared)
-        both[:, :-1, :shared], both[:, :-1, shared:] = query_THD[..., own:], query_THD[..., :own]
+        both = query_THD.new_empty(len(query_THD), self.heads + 1, shared + rest_THD.shape[2])
+        both[:, :-1, :shared], both[:, :-1, shared:] = query_THD[..., -shared:], rest_THD
         both[:, -1, :shared] = key_TR
         kernels.rotate_(both, position_T, self.rotation, self.heads, 1)
-        query_THD, key_TR = both[:, :-1], both[:, -1, :shared]
+        query_THD = both[:, :-1]
         if self.query_scale_P is not None:
             query_THD = query_THD * self.query_scale_P[position_T, None, None]
-        key_THD = torch.cat((key_TR[:, None].expand(-1, self.heads, -1), rest_THD[..., :own]), dim=2)
-        return query_THD, key_THD, rest_THD[..., own:]
+        return query_THD, both[:, -1, :shared]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,15 +30,30 @@ class CacheShape:
     eight_bit: bool = False
     """Whether they are kept in 8 bits, with a scale for each token and head, and not as they come."""
     flash: bool = True
-    """Whether flash kernels compute its attention: not bent scores, nor values narrower than keys."""
+    """Whether flash kernels compute its attention in 16 bits: not bent scores, nor values narrower than keys, nor heads
+    of odd widths or wider than 256."""
     state_bytes: int = 0
     """Of what a sequence has beside its tokens."""
+    latent: tuple[int, int] | None = None
+    """Query heads that share a key, and how many of its last dimensions are its value, where none is kept by itself."""
+
+    @property
+    def copies(self) -> int:
+        """Of what is ``kept``: keys and values, or keys alone."""
+        return 2 if self.latent is None else 1
 
     @property
     def page_bytes(self) -> int:
         numbers = sum(heads * size for heads, size in self.kept)
         scales = 4 * sum(heads for heads, _ in self.kept)
-        return 2 * PAGE * (numbers + scales if self.eight_bit else numbers * self.dtype.itemsize)
+        return self.copies * PAGE * (numbers + scales if self.eight_bit else numbers * self.dtype.itemsize)
+
+    @property
+    def programs(self) -> int:
+        """Most programs that attention kernels have for a row of a layer, before long ones are divided."""
+        if self.latent is not None:
+            return -(-self.latent[0] // kernels.LATENT_HEADS)
+        return max((heads for heads, _ in self.kept), default=1)
 
 
 class PagePool:
@@ -49,7 +64,8 @@ class PagePool:
         self.pages = pages
         self.device = device
         self.stores: list[Tensor] = []
-        """[2, sets, pages, Hkv, PAGE, D] of all sets alike, and scales [2, sets, pages, Hkv, PAGE] if in 8 bits."""
+        """[copies, sets, pages, Hkv, PAGE, D] of all sets alike, and scales [copies, sets, pages, Hkv, PAGE] if in 8
+        bits."""
         alike = {kind: iter(self._made(kind)) for kind in dict.fromkeys(shape.kept)}
         self.sets = [next(alike[kind]) for kind in shape.kept]
         self.holders = np.zeros(pages, dtype=np.int64)
@@ -63,13 +79,16 @@ class PagePool:
         """All sets of so many heads of that width."""
         (heads, size), shape = kind, self.shape
         # Zeros: what is masked gets weight 0, and 0 times a stray NaN would still be NaN.
-        lines = (2, shape.kept.count(kind), self.pages, heads, PAGE)
+        lines = (shape.copies, shape.kept.count(kind), self.pages, heads, PAGE)
         dtype = kernels.EIGHT_BIT if shape.eight_bit else shape.dtype
         made = [torch.zeros(*lines, size, dtype=dtype, device=self.device)]
         if shape.eight_bit:
             made.append(torch.zeros(lines, device=self.device))
         self.stores += made
-        return [kernels.Pages(*(x for store in made for x in store[:, number])) for number in range(lines[1])]
+        sets = [[store[:, number] for store in made] for number in range(lines[1])]
+        if shape.latent is None:
+            return [kernels.Pages(*(x for both in parts for x in both)) for parts in sets]
+        return [kernels.latent_pages(*(keys[0] for keys in parts), values=shape.latent[1]) for parts in sets]
 
     def layer(self, number: int) -> kernels.Pages:
         """The pages of one layer."""
@@ -124,10 +143,14 @@ class PagedPrefill:
         self.inner = inner
         self.target_T = target_T
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, ask: Ask) -> Tensor:
-        """Query [1, H, T, D], key and value [1, Hkv, T, D] → [1, T, H, D]."""
-        key_TKD, value_TKD = key[0].transpose(0, 1), as_wide(value, key)[0].transpose(0, 1)
-        kernels.store(key_TKD, value_TKD, self.pool.layer(numbered(ask)), self.target_T)
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, ask: Ask, latent_T1D: Tensor | None = None) -> Tensor:
+        """Query [1, H, T, D], key and value [1, Hkv, T, D] → [1, T, H, D]. ``latent``: what is kept instead of both."""
+        pages = self.pool.layer(numbered(ask))
+        if latent_T1D is None:
+            key_TKD, value_TKD = key[0].transpose(0, 1), as_wide(value, key)[0].transpose(0, 1)
+            kernels.store(key_TKD, value_TKD, pages, self.target_T)
+        else:
+            kernels.store(latent_T1D, None, pages, self.target_T)
         return self.inner.attend(query, key, value, ask)
 
 
@@ -136,8 +159,7 @@ class PagedDecode:
 
     def __init__(self, pool: PagePool, table_BP: Tensor, length_B: Tensor, alive_B: Tensor) -> None:
         self.pool = pool
-        most = max((heads for heads, _ in pool.shape.kept), default=1)
-        self.rows = kernels.decode_rows(table_BP, length_B, alive_B, page=PAGE, kv_heads=most)
+        self.rows = kernels.decode_rows(table_BP, length_B, alive_B, page=PAGE, kv_heads=pool.shape.programs)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, ask: Ask) -> Tensor:
         """Query [B, H, 1, D], key and value [B, Hkv, 1, D] → [B, 1, H, D]."""
@@ -148,14 +170,15 @@ class PagedDecode:
         self,
         query_BHD: Tensor,
         key_BKD: Tensor,
-        value_BKD: Tensor,
+        value_BKD: Tensor | None,
         ask: Ask,
         rotation: Rotation | None = None,
         value_norm: Norm | None = None,
     ) -> Tensor:
         """The same as [B, H, D]. ``rotation``, ``value_norm``: what query and key, and value, still have to go through.
 
-        Keys and values have no heads where the pages have the new token's, of another layer.
+        Keys and values have no heads where the pages have the new token's, of another layer. No ``value``: it is the
+        last part of the key, as the pages have it.
         """
         return kernels.append_attend(
             query_BHD,

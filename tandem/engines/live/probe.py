@@ -173,7 +173,10 @@ def find_cache_shape(module: Any) -> CacheShape:
         raise Unlike(f"its attention needs what pages lack ({error})") from error
     if sorted(seen.layers) != list(range(len(seen.layers))):
         raise Unlike("its attention layers are not numbered from 0")
-    flash = all(k.shape == v.shape and ask.softcap is None for k, v, ask in seen.layers.values())
+    flash = all(
+        k.shape == v.shape and k.shape[-1] % 8 == 0 and k.shape[-1] <= 256 and ask.softcap is None
+        for k, v, ask in seen.layers.values()
+    )
     return _shape_of([seen.layers[number][:2] for number in range(len(seen.layers))], flash=flash)
 
 
