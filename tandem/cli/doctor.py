@@ -32,27 +32,24 @@ from tandem.types import Completion, Request, SamplingParams
 PROMPTS, SAMPLES = 8, 4
 
 
-class Report:
-    """Lines of what was found, printed as they come, and how long each took."""
+def tell(what: str, found: str, seconds: float | None = None) -> None:
+    """Prints a line of what was found, and how long that took."""
+    took = "" if seconds is None else f"  ({seconds:.3f} s)"
+    print(f"  {what:<22}  {found}{took}", flush=True)
 
-    def add(self, what: str, found: str, seconds: float | None = None) -> None:
-        """Prints a line."""
-        took = "" if seconds is None else f"{seconds:.3f} s"
-        print(f"  {what:<22}  {found}{'  (' + took + ')' if took else ''}", flush=True)
 
-    def timed(self, what: str, work: Callable[[], Any], describe: Callable[[Any], str] = str) -> Any:
-        """Does the work and prints a line for it."""
-        start = time.perf_counter()
-        result = work()
-        self.add(what, describe(result), time.perf_counter() - start)
-        return result
+def timed(what: str, work: Callable[[], Any], describe: Callable[[Any], str] = str) -> Any:
+    """Does the work and prints a line for it."""
+    start = time.perf_counter()
+    result = work()
+    tell(what, describe(result), time.perf_counter() - start)
+    return result
 
 
 def run(config: DoctorConfig) -> int:
     """The command: every check. Raises UserError at the first that fails, saying what it means."""
     print("tandem doctor", flush=True)
-    report = Report()
-    describe_machine(report)
+    describe_machine()
     require_engine(config.engine)
     with ExitStack() as stack:
         if not config.model.model:
@@ -61,7 +58,7 @@ def run(config: DoctorConfig) -> int:
             config = replace(config, model=replace(config.model, model=folder))
         tokenizer = load_tokenizer(config.model.model, trust_remote_code=config.model.trust_remote_code)
         homes = Homes(config.model, config.placement, config.cluster, config.engine, ["actor", "engine"])
-        report.timed("processes", lambda: stack.enter_context(homes), lambda _: _describe_processes(config))
+        timed("processes", lambda: stack.enter_context(homes), lambda _: _describe_processes(config))
         build = partial(
             trained,
             load=partial(load, section=config.model, source=config.model.model),
@@ -69,8 +66,8 @@ def run(config: DoctorConfig) -> int:
             loss=GRPO().loss,
             optim=OptimParams(learning_rate=1e-6, total_steps=1),
         )
-        actor = report.timed("trainer", lambda: homes.place("actor", build), lambda found: found.call("describe"))
-        sampler = report.timed(
+        actor = timed("trainer", lambda: homes.place("actor", build), lambda found: found.call("describe"))
+        sampler = timed(
             "engine",
             Wiring(
                 homes=homes, sampling=config.sampling, seed=0, vocabulary=len(tokenizer), others={"actor": actor}
@@ -78,7 +75,7 @@ def run(config: DoctorConfig) -> int:
             lambda found: found.about,
         )
         source = homes.of("actor").place("weights", weight_source)
-        _Examination(report, actor, source, sampler, len(tokenizer), config).run()
+        _Examination(actor, source, sampler, len(tokenizer), config).run()
     print("all checks passed", flush=True)
     return 0
 
@@ -86,10 +83,8 @@ def run(config: DoctorConfig) -> int:
 class _Examination:
     """Sample, zero, push, sample, restore, push, sample."""
 
-    def __init__(
-        self, report: Report, actor: Seat, source: Seat, sampler: WiredEngine, vocabulary: int, config: DoctorConfig
-    ) -> None:
-        self.report, self.sampler, self.vocabulary = report, sampler, vocabulary
+    def __init__(self, actor: Seat, source: Seat, sampler: WiredEngine, vocabulary: int, config: DoctorConfig) -> None:
+        self.sampler, self.vocabulary = sampler, vocabulary
         self.actor, self.source = actor, source
         self.dtype = config.model.dtype
         self.layers = layers_of(model_config(config.model.model, config.model.trust_remote_code))
@@ -108,10 +103,10 @@ class _Examination:
         self._push("push")
         before = self._sample("sampling")
         self._agree(before)
-        self.report.timed("zeroing the trainer", lambda: self.source.call("zero"), lambda _: "all parameters")
+        timed("zeroing the trainer", lambda: self.source.call("zero"), lambda _: "all parameters")
         self._push("push of zeros")
         self._require_nonsense(self._sample("sampling zeros"))
-        self.report.timed("restoring the trainer", lambda: self.source.call("restore"), lambda _: "as they were")
+        timed("restoring the trainer", lambda: self.source.call("restore"), lambda _: "as they were")
         self._push("push back")
         after = self._sample("sampling again")
         self._agree(after)
@@ -120,16 +115,16 @@ class _Examination:
         if same < (0.9 if self.rounds else 1) * len(before):
             raise UserError(f"doctor: with the weights restored {len(before) - same} of {len(before)} samples differ "
                             "from before; the engine did not get back what it had")  # fmt: skip
-        self.report.add("as before", f"{same} of {len(before)} samples are the same, token for token")
+        tell("as before", f"{same} of {len(before)} samples are the same, token for token")
 
     def _push(self, what: str) -> None:
-        self.report.timed(what, lambda: self.sampler.push(0), _describe_push)
+        timed(what, lambda: self.sampler.push(0), _describe_push)
 
     def _sample(self, what: str) -> list[Completion]:
         def describe(samples: list[Completion]) -> str:
             return f"{len(samples)} samples, {sum(len(s.token_ids) for s in samples)} tokens"
 
-        return self.report.timed(
+        return timed(
             what, lambda: [c for group in self.sampler.engine.generate(self.requests) for c in group], describe
         )
 
@@ -149,7 +144,7 @@ class _Examination:
                 f"doctor: the engine's log-probs are {mean:.3g} nats from the trainer's on average (bound {bound}); "
                 "it samples from another model, or from other weights, than the one that is trained"
             )
-        self.report.add("log-prob gap", f"mean {mean:.2g}, largest {max(gaps):.2g} nats ({self.dtype})")
+        tell("log-prob gap", f"mean {mean:.2g}, largest {max(gaps):.2g} nats ({self.dtype})")
 
     def _require_nonsense(self, samples: list[Completion]) -> None:
         """With all weights 0 every token is as likely as any other."""
@@ -161,10 +156,10 @@ class _Examination:
                 f"doctor: with all of the trainer's weights 0 the engine still prefers some tokens (log-probs from "
                 f"{min(logps):.3f} to {max(logps):.3f}, uniform is {uniform:.3f}): pushes do not reach it"
             )
-        self.report.add("it changed", f"uniform over {round(math.exp(-mean))} tokens")
+        tell("it changed", f"uniform over {round(math.exp(-mean))} tokens")
 
 
-def describe_machine(report: Report) -> None:
+def describe_machine() -> None:
     """Versions, and what there is to run on."""
     import torch
 
@@ -173,13 +168,13 @@ def describe_machine(report: Report) -> None:
         names = [package, f"{package}-cpu"]
         found = [v for name in names if (v := _version(name))]
         versions[package] = found[0] if found else "not installed"
-    report.add("versions", ", ".join(f"{name} {version}" for name, version in versions.items()))
+    tell("versions", ", ".join(f"{name} {version}" for name, version in versions.items()))
     if not torch.cuda.is_available():
-        report.add("devices", f"no GPU; {torch.get_num_threads()} CPU threads")
+        tell("devices", f"no GPU; {torch.get_num_threads()} CPU threads")
         return
     for i in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(i)
-        report.add(f"GPU {i}", f"{torch.cuda.get_device_name(i)}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free")
+        tell(f"GPU {i}", f"{torch.cuda.get_device_name(i)}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free")
 
 
 def _version(package: str) -> str | None:

@@ -203,7 +203,7 @@ def steps_that_count(records: Records, events: Seq[Mapping[str, Any]], *, max_la
         record
         for record in records
         if since < record["step"] <= end
-        and all(math.isfinite(value) and value > 0 for value in (record.get("seconds", math.nan),))
+        and 0 < record.get("seconds", math.nan) < math.inf
         and "seconds_sampling" in record
         and not any(start < record["step"] <= start + 1 + max_lag for start in starts)
     ]
