@@ -19,32 +19,17 @@ def row_stats(
     logsumexp_n, logp_n, entropy_n = logits_nV.new_empty((3, rows), dtype=torch.float32)
     if rows:
         _row_stats[(rows,)](
-            logits_nV,
-            target_n,
-            logsumexp_n,
-            logp_n,
-            entropy_n,
-            vocabulary,
-            1.0 / temperature,
-            ENTROPY=entropy,
-            BLOCK=_block(vocabulary),
-            num_warps=8,
-        )
+            logits_nV, target_n, logsumexp_n, logp_n, entropy_n, vocabulary, 1.0 / temperature, ENTROPY=entropy,
+            BLOCK=_block(vocabulary), num_warps=8,
+        )  # fmt: skip
     return logsumexp_n, logp_n, entropy_n if entropy else None
 
 
 @triton.jit
 def _row_stats(  # type: ignore[no-untyped-def]
-    logits,
-    targets,
-    logsumexps,
-    logps,
-    entropies,
-    vocabulary,
-    inverse_temperature,
-    ENTROPY: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    logits, targets, logsumexps, logps, entropies, vocabulary, inverse_temperature,
+    ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     # 64 bits: a row's offset passes 2^31 from 14k rows of 152k logits on.
     row = tl.program_id(0).to(tl.int64)
     start = logits + row * vocabulary
@@ -88,36 +73,19 @@ def logits_gradient_(
     if rows:
         # What a flag switches off is never read, so any tensor stands for it.
         _logits_gradient[(rows, triton.cdiv(vocabulary, block))](
-            logits_nV,
-            target_n,
-            logsumexp_n,
-            logsumexp_n if entropy_n is None else entropy_n,
+            logits_nV, target_n, logsumexp_n, logsumexp_n if entropy_n is None else entropy_n,
             logsumexp_n if grad_logp_n is None else grad_logp_n.contiguous(),
-            logsumexp_n if grad_entropy_n is None else grad_entropy_n.contiguous(),
-            vocabulary,
-            1.0 / temperature,
-            LOGP=grad_logp_n is not None,
-            ENTROPY=grad_entropy_n is not None,
-            BLOCK=block,
-            num_warps=8,
-        )
+            logsumexp_n if grad_entropy_n is None else grad_entropy_n.contiguous(), vocabulary, 1.0 / temperature,
+            LOGP=grad_logp_n is not None, ENTROPY=grad_entropy_n is not None, BLOCK=block, num_warps=8,
+        )  # fmt: skip
     return logits_nV
 
 
 @triton.jit
 def _logits_gradient(  # type: ignore[no-untyped-def]
-    logits,
-    targets,
-    logsumexps,
-    entropies,
-    grad_logps,
-    grad_entropies,
-    vocabulary,
-    inverse_temperature,
-    LOGP: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    logits, targets, logsumexps, entropies, grad_logps, grad_entropies, vocabulary, inverse_temperature,
+    LOGP: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < vocabulary
