@@ -36,38 +36,13 @@ def draw(
     arg = torch.empty(rows, blocks, dtype=torch.int32, device=device)
     out = torch.empty(3, rows, dtype=torch.float64, device=device)
     _blocks[(rows, triton.cdiv(vocabulary, TILE))](
-        logits_BV,
-        temperature_B,
-        top,
-        mass,
-        arg,
-        logits_BV.stride(0),
-        vocabulary,
-        blocks,
-        GREEDY=any_greedy,
-        TILE=TILE // size,
-        BLOCK=size,
-        num_warps=4,
-    )
+        logits_BV, temperature_B, top, mass, arg, logits_BV.stride(0), vocabulary, blocks, GREEDY=any_greedy,
+        TILE=TILE // size, BLOCK=size, num_warps=4,
+    )  # fmt: skip
     _choose[(rows,)](
-        logits_BV,
-        temperature_B,
-        greedy_B,
-        seed_B,
-        drawn_B,
-        top,
-        mass,
-        arg,
-        out,
-        logits_BV.stride(0),
-        vocabulary,
-        blocks,
-        rows,
-        GREEDY=any_greedy,
-        BLOCK=size,
-        BLOCKS=triton.next_power_of_2(blocks),
-        num_warps=4,
-    )
+        logits_BV, temperature_B, greedy_B, seed_B, drawn_B, top, mass, arg, out, logits_BV.stride(0), vocabulary,
+        blocks, rows, GREEDY=any_greedy, BLOCK=size, BLOCKS=triton.next_power_of_2(blocks), num_warps=4,
+    )  # fmt: skip
     return out
 
 
@@ -160,19 +135,9 @@ def advance(state_FS: Tensor, drawn_3B: Tensor, stops_RV: Tensor, ring_K3S: Tens
     """Takes the draws of the first ``rows`` slots into their state (``tandem.kernels.draw.advance`` says how)."""
     block = 128
     _advance[(triton.cdiv(rows, block),)](
-        state_FS,
-        drawn_3B,
-        stops_RV,
-        ring_K3S,
-        cursor,
-        rows,
-        state_FS.stride(0),
-        ring_K3S.stride(0),
-        ring_K3S.stride(1),
-        stops_RV.stride(0),
-        BLOCK=block,
-        num_warps=4,
-    )
+        state_FS, drawn_3B, stops_RV, ring_K3S, cursor, rows, state_FS.stride(0), ring_K3S.stride(0),
+        ring_K3S.stride(1), stops_RV.stride(0), BLOCK=block, num_warps=4,
+    )  # fmt: skip
     cursor += 1
 
 

@@ -32,37 +32,14 @@ def append_attend(
         top, mass = torch.empty(2, most, count, heads, dtype=torch.float32, device=query_BHD.device)
     padded = max(16, triton.next_power_of_2(width))
     _append_attend_latent[(count, blocks, most)](
-        query_BHD,
-        key_B1D,
-        pages.keys,
-        pages.keys if pages.key_scales is None else pages.key_scales,
-        rows.table_BP,
-        rows.length_B,
-        rows.target_B,
-        rows.share,
-        rows.arrived_BK,
-        out,
-        part,
-        top,
-        mass,
-        scaling * LOG2_E,
-        heads,
-        *query_BHD.stride()[:2],
-        key_B1D.stride(0),
-        rows.table_BP.stride(0),
-        rows.arrived_BK.stride(0) if rows.arrived_BK is not None else 0,
-        SHARED=size - width,
-        SHARED_PADDED=max(16, triton.next_power_of_2(size - width)),
-        WIDTH=width,
-        PADDED=padded,
-        BLOCK=LATENT_HEADS,
-        PARTS=min(pages.size // 16, max(1, pages.size * padded * query_BHD.element_size() // TILE)),
-        PAGE=pages.size,
-        IEEE=query_BHD.dtype == torch.float32,
-        SCALED=pages.key_scales is not None,
-        num_warps=4,
-        num_stages=2,
-    )
+        query_BHD, key_B1D, pages.keys, pages.keys if pages.key_scales is None else pages.key_scales, rows.table_BP,
+        rows.length_B, rows.target_B, rows.share, rows.arrived_BK, out, part, top, mass, scaling * LOG2_E, heads,
+        *query_BHD.stride()[:2], key_B1D.stride(0), rows.table_BP.stride(0),
+        rows.arrived_BK.stride(0) if rows.arrived_BK is not None else 0, SHARED=size - width,
+        SHARED_PADDED=max(16, triton.next_power_of_2(size - width)), WIDTH=width, PADDED=padded, BLOCK=LATENT_HEADS,
+        PARTS=min(pages.size // 16, max(1, pages.size * padded * query_BHD.element_size() // TILE)), PAGE=pages.size,
+        IEEE=query_BHD.dtype == torch.float32, SCALED=pages.key_scales is not None, num_warps=4, num_stages=2,
+    )  # fmt: skip
     return out
 
 

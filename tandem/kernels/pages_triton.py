@@ -33,22 +33,10 @@ def decode_rows(table_BP: Tensor, length_B: Tensor, alive_B: Tensor, page: int, 
     share = torch.empty(1, dtype=torch.int32, device=device)
     arrived_BK = torch.empty(rows, kv_heads, dtype=torch.int32, device=device)
     _decode_rows[(1,)](
-        table_BP,
-        length_B,
-        alive_B,
-        target_B,
-        share,
-        arrived_BK,
-        rows,
-        table_BP.stride(0),
-        PAGE=page,
-        KV_HEADS=kv_heads,
-        KV_PADDED=triton.next_power_of_2(kv_heads),
-        BLOCK=triton.next_power_of_2(rows),
-        FULL=FULL,
-        LEAST=LEAST,
-        num_warps=8,
-    )
+        table_BP, length_B, alive_B, target_B, share, arrived_BK, rows, table_BP.stride(0), PAGE=page,
+        KV_HEADS=kv_heads, KV_PADDED=triton.next_power_of_2(kv_heads), BLOCK=triton.next_power_of_2(rows), FULL=FULL,
+        LEAST=LEAST, num_warps=8,
+    )  # fmt: skip
     return DecodeRows(table_BP, length_B, target_B, share, arrived_BK)
 
 
@@ -77,19 +65,10 @@ def store(key_TKD: Tensor, value_TKD: Tensor | None, pages: Pages, target_T: Ten
     valued = value_TKD is not None
     value_TKD = key_TKD if value_TKD is None else value_TKD
     _store[(tokens, kv_heads)](
-        key_TKD,
-        value_TKD,
-        *_tensors(pages),
-        target_T,
-        *key_TKD.stride()[:2],
-        *value_TKD.stride()[:2],
-        SIZE=size,
-        PADDED=triton.next_power_of_2(size),
-        PAGE=pages.size,
-        SCALED=pages.key_scales is not None,
-        VALUED=valued,
+        key_TKD, value_TKD, *_tensors(pages), target_T, *key_TKD.stride()[:2], *value_TKD.stride()[:2], SIZE=size,
+        PADDED=triton.next_power_of_2(size), PAGE=pages.size, SCALED=pages.key_scales is not None, VALUED=valued,
         num_warps=1,
-    )
+    )  # fmt: skip
 
 
 def _tensors(pages: Pages) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -194,55 +173,20 @@ def append_attend(
     cos_PR, sin_PR, norms = (out, out, None) if rotation is None else (rotation.cos_PR, rotation.sin_PR, rotation.norms)
     query_norm, key_norm = norms or (Norm(out), Norm(out))
     _append_attend[(count, kv_heads, most)](
-        query_BHD,
-        key_BKD,
-        value_BKD,
-        *_tensors(pages),
-        rows.table_BP,
-        rows.length_B,
-        rows.target_B,
-        rows.share,
-        rows.arrived_BK,
-        cos_PR,
-        sin_PR,
-        query_norm.weight,
-        key_norm.weight,
-        query_norm.eps,
+        query_BHD, key_BKD, value_BKD, *_tensors(pages), rows.table_BP, rows.length_B, rows.target_B, rows.share,
+        rows.arrived_BK, cos_PR, sin_PR, query_norm.weight, key_norm.weight, query_norm.eps,
         out if value_norm is None or value_norm.weight is None else value_norm.weight,
-        0.0 if value_norm is None else value_norm.eps,
-        out if sink_H is None else sink_H,
-        out,
-        part,
-        top,
-        mass,
-        scaling * LOG2_E,
-        (softcap or 1.0) * LOG2_E,
-        sliding_window or 0,
-        *query_BHD.stride()[:2],
-        *key_BKD.stride()[:2],
-        *value_BKD.stride()[:2],
-        rows.table_BP.stride(0),
-        SIZE=size,
-        PADDED=padded,
-        PARTS=max(1, pages.size * padded * query_BHD.element_size() // TILE),
-        GROUP=group,
-        GROUP_PADDED=max(16, triton.next_power_of_2(group)),
-        PAGE=pages.size,
-        WINDOWED=sliding_window is not None,
-        IEEE=query_BHD.dtype == torch.float32,
-        SCALED=pages.key_scales is not None,
-        ROTATED=0 if rotation is None else cos_PR.shape[1],
-        PAIRS=rotation is not None and rotation.pairs,
-        NORM=norms is not None,
-        OFFSET=query_norm.offset,
-        WIDE=query_norm.wide,
-        VALUE_NORM=kind(value_norm),
-        GIVEN=given,
-        CAPPED=softcap is not None,
-        SINKS=sink_H is not None,
-        num_warps=2 if count * kv_heads >= MANY and padded <= WIDEST else 4,
-        num_stages=3,
-    )
+        0.0 if value_norm is None else value_norm.eps, out if sink_H is None else sink_H, out, part, top, mass,
+        scaling * LOG2_E, (softcap or 1.0) * LOG2_E, sliding_window or 0, *query_BHD.stride()[:2],
+        *key_BKD.stride()[:2], *value_BKD.stride()[:2], rows.table_BP.stride(0), SIZE=size, PADDED=padded,
+        PARTS=max(1, pages.size * padded * query_BHD.element_size() // TILE), GROUP=group,
+        GROUP_PADDED=max(16, triton.next_power_of_2(group)), PAGE=pages.size, WINDOWED=sliding_window is not None,
+        IEEE=query_BHD.dtype == torch.float32, SCALED=pages.key_scales is not None,
+        ROTATED=0 if rotation is None else cos_PR.shape[1], PAIRS=rotation is not None and rotation.pairs,
+        NORM=norms is not None, OFFSET=query_norm.offset, WIDE=query_norm.wide, VALUE_NORM=kind(value_norm),
+        GIVEN=given, CAPPED=softcap is not None, SINKS=sink_H is not None,
+        num_warps=2 if count * kv_heads >= MANY and padded <= WIDEST else 4, num_stages=3,
+    )  # fmt: skip
     return out
 
 
