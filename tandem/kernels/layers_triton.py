@@ -149,6 +149,13 @@ def _gated(  # type: ignore[no-untyped-def]
     inside = column < size
     gate = tl.load(gates + row * gate_row + column, mask=inside, other=0.0)
     up = tl.load(ups + row * up_row + column, mask=inside, other=0.0)
+    bent = bend(gate, CURVE)
+    tl.store(out + row * size + column, (bent.to(tl.float32) * up.to(tl.float32)).to(gate.dtype), mask=inside)
+
+
+@triton.jit
+def bend(gate, CURVE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The curve of a gate, in its type."""
     wide = gate.to(tl.float32)
     if CURVE == "silu":
         bent = wide / (1.0 + tl.exp(-wide))
@@ -158,8 +165,7 @@ def _gated(  # type: ignore[no-untyped-def]
         # x * sigmoid(2 y) is x * (1 + tanh(y)) / 2.
         inner = 0.7978845608028654 * (wide + 0.044715 * wide * wide * wide)
         bent = wide / (1.0 + tl.exp(-2.0 * inner))
-    bent = bent.to(gate.dtype)
-    tl.store(out + row * size + column, (bent.to(tl.float32) * up.to(tl.float32)).to(gate.dtype), mask=inside)
+    return bent.to(gate.dtype)
 
 
 def rotate_(qkv_THD: Tensor, position_T: Tensor, rotation: Rotation, heads: int, kv_heads: int) -> None:

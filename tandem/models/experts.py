@@ -17,14 +17,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear
+from transformers.activations import SiLUActivation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate, _grouped_linear
 
+from tandem.kernels.available import on_triton
 from tandem.models.pairs import NAME, by_expert
 
 IMPLEMENTATION = "tandem"
 """What transformers knows ``grouped_experts`` by."""
 GRAIN = 16
 """Bytes of which grouped products take multiples, in every dimension."""
+SILU = (nn.SiLU, SiLUActivation)
+"""Activations that are SiLU."""
+FEW = 4096
+"""Picks up to which kernels of our own compute, where nothing is trained: experts are read for so few rows each that a
+step takes about as long as reading them, and twenty launches less are felt. More, where torch waits for the host."""
 
 
 def stacks_of(module: nn.Module) -> dict[str, list[str]]:
@@ -83,6 +90,8 @@ def grouped_experts(
     the second product, which of most models is narrower than what comes out of it. An index past the last expert picks
     none: nothing is added. ``layers``: peft's, by the stack they are on.
     """
+    if not layers and _are_few(experts, hidden_TE, index_TK):
+        return _few_experts(experts, hidden_TE, index_TK, weight_TK)
     picks, count = index_TK.shape[1], experts.num_experts
     # A product leaves rows that no expert has as memory was: the last one takes them, at a weight of 0.
     weight_TK = weight_TK * (index_TK < count)
@@ -108,6 +117,46 @@ def grouped_experts(
     inner_NI = experts._apply_gate(up_NO) if experts.has_gate else experts.act_fn(up_NO)
     out_NE = product(inner_NI, "down_proj", weight_N1)
     return _Collect.apply(out_NE, token_N, back_N, picks).to(hidden_TE.dtype)
+
+
+def _are_few(experts: Any, hidden_TE: Tensor, index_TK: Tensor) -> bool:
+    """Whether ``_few_experts`` computes them: in a step of decoding on a GPU."""
+    return (
+        # First, so that no compiled graph depends on the size.
+        not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and on_triton(hidden_TE)
+        and hidden_TE.dtype == experts.down_proj.dtype
+        and index_TK.numel() > 0
+        and (index_TK.numel() <= FEW or _waits(hidden_TE))
+    )
+
+
+def _waits(x: Tensor) -> bool:
+    """Whether torch's grouped products wait for the host, so that none can be captured."""
+    return x.dtype != torch.bfloat16 or torch.cuda.get_device_capability(x.device)[0] not in (9, 10)
+
+
+def _few_experts(experts: Any, hidden_TE: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+    """``grouped_experts`` by kernels of our own, which round where it does."""
+    from tandem.kernels import experts_triton as kernels
+
+    weight_N, index_N = weight_TK.reshape(-1), index_TK.reshape(-1)
+    places = kernels.place(index_N, experts.num_experts)
+
+    def product(x_RI: Tensor, name: str, weight_N: Tensor | None = None) -> Tensor:
+        stack = getattr(experts, name)
+        bias_XO = getattr(experts, f"{name}_bias") if experts.has_bias else None
+        return kernels.product(x_RI, stack.mT if experts.is_transposed else stack, bias_XO, places, weight_N)
+
+    inner_NI = product(hidden_TE.contiguous(), "gate_up_proj" if experts.has_gate else "up_proj")
+    if experts.has_gate and type(experts)._apply_gate is _default_apply_gate and type(experts.act_fn) in SILU:
+        inner_NI = kernels.weighted(inner_NI, weight_N, "silu")
+    else:
+        inner_NI = experts._apply_gate(inner_NI) if experts.has_gate else experts.act_fn(inner_NI)
+        inner_NI = kernels.weighted(inner_NI, weight_N)
+    out_NE = product(inner_NI, "down_proj", weight_N)
+    return kernels.collect(out_NE, index_N, experts.num_experts, hidden_TE)
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, grouped_experts)

@@ -264,3 +264,13 @@ def test_draws(run):
     assert [row["way"] for row in rows] == ["race", "lookup", "gumbel"]
     assert all(row["microseconds"] > 0 and row["draws"] == 64 and row["flips"] <= 3 for row in rows)
     assert all(0 < row["moved"] < 0.1 for row in rows)
+
+
+def test_experts(run):
+    pytest.importorskip("triton")
+    rows, failed = run("experts", ["grouped", "few", "router", "sweep"], "--size", "tiny", "--layers", 1)
+    assert not failed
+    assert all(row["microseconds"] > 0 for row in rows)
+    ways = ["grouped", "few", "place", "up", "gate", "down", "sum", "router"]
+    ways += ["16x64, 3", "16x64, 4", "16x128, 3", "16x128, 4"]
+    assert [row["way"] for row in rows] == ways

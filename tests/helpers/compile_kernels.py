@@ -29,6 +29,7 @@ from tandem.kernels import (
     bits,
     bits_triton,
     draw_triton,
+    experts_triton,
     latent_triton,
     layers_triton,
     logprob_triton,
@@ -192,6 +193,21 @@ def call_states() -> None:
         states_triton.select_step(value, decay, decay[0], group, group, decay[0], state)
 
 
+def call_experts() -> None:
+    # Tiles of 16 rows and of 128, of sizes that are a multiple of what is loaded at a time and of others; both layouts.
+    for dtype, (tokens, picks, count, width), transposed in (
+        (torch.float32, (1, 1, 1, 40), False), (torch.bfloat16, (256, 2, 8, 896), False),
+        (torch.bfloat16, (1024, 4, 32, 100), True),
+    ):  # fmt: skip
+        x, index = torch.zeros(tokens, width, dtype=dtype), torch.zeros(tokens * picks, dtype=torch.int64)
+        stack, factor = torch.zeros(count, width, width, dtype=dtype), torch.zeros(tokens * picks)
+        places = experts_triton.place(index, count)
+        bias = stack[:, 0].contiguous() if transposed else None
+        out = experts_triton.product(x, stack.mT if transposed else stack, bias, places, factor)
+        experts_triton.collect(out, index, count, x)
+        experts_triton.weighted(out, factor, None if transposed else "silu")
+
+
 def call_pages(*, eight_bit: bool) -> None:
     for dtype in DTYPES:
         for scaled in (False, True) if eight_bit else (False,):
@@ -252,6 +268,7 @@ def main() -> int:
         call_bits()
         call_draw()
         call_states()
+        call_experts()
         call_pages(eight_bit=eight_bit)
         for dtype in DTYPES if eight_bit else ():
             quantized_triton.whole(torch.zeros(7, 300, dtype=torch.uint8), torch.ones(7), dtype)

@@ -85,7 +85,7 @@ class Trial:
     def why_not_captured(self, forward: Forward | StateForward, shape: CacheShape) -> str:
         """Why a step of experts, or of a module's own forward, cannot be captured: it waits for the host. Else empty.
 
-        torch multiplies by experts without waiting in bfloat16 on GPUs of capability 9.0 and 10.0, not in float32.
+        Experts do that are computed one after the other (``models.experts`` has those that are stacked).
         """
         device = forward.device
         experts = has_experts(self.module)
