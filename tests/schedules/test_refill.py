@@ -33,7 +33,9 @@ def taught(prompts, completions):
     scores = [half(p, c) for p, c in zip(prompts, completions)]
     with open(os.environ["JUDGED"], "a") as file:
         file.write("".join(json.dumps([p, s]) + "\\n" for p, s in zip(prompts, scores)))
+    taught.counts["wrong"] += scores.count(0.0)
     return scores
+taught.counts = {"wrong": 0}
 def undecided(prompts, completions):
     return [half(p, c) if p[0] in "abc" else None for p, c in zip(prompts, completions)]
 def drawn(prompts, completions):
@@ -140,6 +142,7 @@ def test_law_7_and_metrics_of_all_that_was_sampled(dapo, handed_out):
         rewards = [reward for _, reward in samples[done : done + count]]
         done += count
         assert line["reward"] == pytest.approx(statistics.fmean(rewards), abs=1e-12)
+        assert line["reward/taught/wrong"] == rewards.count(0.0)
         # What was trained on is another mean, since no group of it is all wrong.
         assert len(kept[line["step"]]) == 3 * A_STEP
         assert statistics.fmean(kept[line["step"]]) > line["reward"] + 0.1
