@@ -18,11 +18,16 @@ TARGETS = [
     ("llama", ("all-linear", "embed_tokens", "lm_head")),
     ("qwen3_moe", ("all-linear", "experts")),
     ("gpt_oss", ("experts",)),
+    ("qwen2_moe", ("all-linear", "experts")),
 ]
 """Kinds of models, and what of them has adapters."""
 _EXPERTS = _COMMON | {"num_key_value_heads": 2, "head_dim": 8, "num_experts_per_tok": 2}
 MIXTURES = {
     "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**_EXPERTS, num_experts=4, moe_intermediate_size=16),
+    # A dense layer, and a shared expert beside the others.
+    "qwen2_moe": lambda: transformers.Qwen2MoeConfig(
+        **_EXPERTS, num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=24, mlp_only_layers=[0]
+    ),
     "gpt_oss": lambda: transformers.GptOssConfig(**_EXPERTS | {"intermediate_size": 16}, num_local_experts=4),
 }
 
