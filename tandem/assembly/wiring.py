@@ -85,7 +85,9 @@ class Wiring:
         engines = begun.result()
         link = self._link(self._source(), engines)
         about = f"live, {begun.group.size} of its own, fed over {link.transport}"
-        several = EngineGroup(begun.group, alone=True)
+        # With a lag a few groups begin at a time, and go to who has least to do.
+        shared_out = begun.group.size > 1 and not self.schedule.max_lag
+        several = EngineGroup(begun.group, alone=True, slots=self.sampling.max_slots if shared_out else None)
         return WiredEngine(engine=several, push=self._pushed(several, link), about=about, link=link)
 
     def replica(self) -> Build:
@@ -240,7 +242,7 @@ def engine_alone(homes: Homes, draws: DrawsSection, *, seed: int) -> Engine:
     gpus = {"gpus_each": homes.engine.tensor_parallel} if vllm else {}
     group = homes.group("engine", count, joined=False, concurrency=CALLS_AT_A_TIME, **gpus)
     group.place("engine", build)
-    engines = EngineGroup(group, alone=True, slots=draws.max_slots if vllm else None)
+    engines = EngineGroup(group, alone=True, slots=draws.max_slots if vllm or count > 1 else None)
     # One that is started again loads the folder again, and needs no push.
     return RestartingOnce(engines, engines, lambda: None) if vllm else engines
 

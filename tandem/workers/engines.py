@@ -22,6 +22,8 @@ from tandem.workers.process import raise_failure
 from tandem.workers.served import Heard, serve
 
 log = logging.getLogger("tandem")
+AHEAD = 1.5
+"""An engine of several gets at most 1.5 times as many samples as it decodes at once: a slower one gets fewer then."""
 ASKED_S = 0.05
 """While nothing is heard of any engine, ``until`` is asked every 0.05 s."""
 TAKE_S = 1.0
@@ -61,6 +63,11 @@ class Asked:
         return [place for place in range(len(self.request.seeds)) if place not in self.results]
 
     @property
+    def length(self) -> int:
+        """The most tokens of one of its sequences."""
+        return len(self.request.prompt_ids) + self.request.sampling.max_new_tokens
+
+    @property
     def load(self) -> int:
         """Tokens that it may still cost."""
         return len(self.request.prompt_ids) + len(self.missing) * self.request.sampling.max_new_tokens
@@ -81,9 +88,9 @@ class EngineGroup(Generating):
 
     A request goes to the engine with the least to do. Those ``alone`` in their processes sample on by themselves,
     whatever this one does; the others while somebody waits here, in slices, since their processes make one call at a
-    time. With ``slots``, the number of samples that an engine decodes at once, it gets up to twice as many while
-    somebody waits, and more as these end: what is short is followed by more. Whoever stops waiting leaves nothing
-    behind that was not handed out.
+    time. With ``slots``, the number of samples that an engine decodes at once, it gets up to 1.5 times as many while
+    somebody waits, and more as these end: what is short is followed by more, and a slow engine gets fewer. Whoever
+    stops waiting leaves nothing behind that was not handed out.
     """
 
     def __init__(self, group: WorkerGroup, *, alone: bool, slots: int | None = None) -> None:
@@ -127,7 +134,11 @@ class EngineGroup(Generating):
             self.ended = 0
         call = Call(watch)
         asked = [Asked(self, call, number, request) for number, request in enumerate(requests)]
-        self._waiting.extend(one for one in asked if one.missing)
+        missing = [one for one in asked if one.missing]
+        if self.slots is not None and not self._open and not self._waiting:
+            # A cache that holds the longest need not be made anew for what comes later.
+            missing.sort(key=lambda one: -one.length)
+        self._waiting.extend(missing)
         self._begin(everything=self.slots is None)
         return list(asked)
 
@@ -225,7 +236,7 @@ class EngineGroup(Generating):
             lots = [[waiting[i] for i in share] for share in shares]
         else:
             samples = list(self._samples)
-            while self._waiting and min(samples) < 2 * self.slots:
+            while self._waiting and min(samples) < AHEAD * self.slots:
                 rank = samples.index(min(samples))
                 asked = self._waiting.popleft()
                 samples[rank] += len(asked.missing)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import heapq
+import math
+import random
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -11,7 +15,7 @@ from tandem.parallel.shares import divide
 from tandem.types import Completion, Request, SamplingParams
 from tandem.workers.engines import EngineGroup, RestartingOnce
 from tandem.workers.process import Failure
-from tandem.workers.served import Heard
+from tandem.workers.served import LINGER_S, Heard
 
 
 class Group:
@@ -103,7 +107,7 @@ def test_engines_of_few_slots_are_fed_as_they_have_room_and_left_with_everything
     group: Any = Group(2)
     engine = EngineGroup(group, alone=True, slots=2)
     engine.submit(asks(*[10] * 9))
-    assert names(group) == [[0, 1], [2, 3]], "twice as many samples as slots"
+    assert names(group) == [[0, 1], [2, 3]], "1.5 times as many samples as slots"
     group.says(1, (2, 0), (2, 1))
     seen: list[list[list[int]]] = []
 
@@ -114,6 +118,86 @@ def test_engines_of_few_slots_are_fed_as_they_have_room_and_left_with_everything
     engine.wait(until)
     assert seen == [[[0, 1], [2, 3]], [[0, 1], [2, 3]], [[0, 1], [2, 3, 4]]]
     assert names(group) == [[0, 1, 5, 6], [2, 3, 4, 7, 8]]
+
+
+class Clocked:
+    """Engines of so many slots, whose steps take so long, on a clock that goes from answer to answer."""
+
+    name, deadline_s = "engine", 1e9
+
+    def __init__(self, steps_s: list[float], slots: int, lengths: list[int]) -> None:
+        self.size, self.steps_s, self.lengths, self.now = len(steps_s), steps_s, lengths, 0.0
+        self.free_at = [[0.0] * slots for _ in steps_s]
+        self.ends: list[list[tuple[float, int, int, int]]] = [[] for _ in steps_s]
+        """When which sample ends on each: the time, its seed, its request's name, its place there."""
+        self.drawn_by: dict[int, list[int]] = {}
+
+    def place(self, role: str, build: Any) -> None: ...
+
+    def submit_one(self, rank: int, role: str, verb: str, *arguments: Any) -> Due:
+        for name, request in arguments[0] if verb == "begin" else ():
+            for place, seed in enumerate(request.seeds):
+                begins = max(self.now, heapq.heappop(self.free_at[rank]))
+                end = begins + self.lengths[seed] * self.steps_s[rank]
+                heapq.heappush(self.free_at[rank], end)
+                heapq.heappush(self.ends[rank], (end, seed, name, place))
+                self.drawn_by.setdefault(seed, []).append(rank)
+        return Due(self, rank, verb, self.now)
+
+    def ended_of(self, answers: list[Due], seconds: float) -> list[Due]:
+        if answers:
+            self.now = max(self.now, min(answer.at for answer in answers))
+        return [answer for answer in answers if answer.at <= self.now]
+
+
+@dataclass(eq=False)
+class Due:
+    group: Clocked
+    first_rank: int
+    verb: str
+    asked: float
+
+    @property
+    def at(self) -> float:
+        """When it comes: 0.1 s after it was asked for, or when a sample ends."""
+        if self.verb != "take":
+            return self.asked
+        ends = self.group.ends[self.first_rank]
+        return max(self.asked + LINGER_S, ends[0][0]) if ends else math.inf
+
+    def result(self) -> Any:
+        ends, ended = self.group.ends[self.first_rank], []
+        while self.verb == "take" and ends and ends[0][0] <= self.group.now:
+            _, seed, name, place = heapq.heappop(ends)
+            ended.append((name, place, completion(seed)))
+        return Heard(ended=ended, failed=[], running=0, busy_seconds=0.0, sampled_tokens=0)
+
+
+def test_a_slow_engine_of_several_gets_fewer_samples_and_equal_ones_lose_nothing() -> None:
+    """8 engines, a step each 10 ms, 340 prompts of 8 samples, geometric lengths of 260 at most 1,024 in the mean."""
+    rng, slots = random.Random(0), 16
+    lengths = [min(1024, 1 + int(rng.expovariate(1 / 260))) for _ in range(340 * 8)]
+
+    def seconds(slowest: float, held: bool) -> float:
+        group: Any = Clocked([0.01] * 7 + [slowest], slots, lengths)
+        engine = EngineGroup(group, alone=True, slots=slots if held else None)
+        # The longest prompts go first, and results are in the order of requests.
+        prompts = [(1,) * (1 + number % 3) for number in range(340)]
+        asked = [
+            Request(prompt_ids=prompt, seeds=tuple(range(8 * n, 8 * n + 8)), sampling=SamplingParams())
+            for n, prompt in enumerate(prompts)
+        ]
+        futures = engine.submit(asked)
+        engine.wait(lambda: all(future.done() for future in futures))
+        assert [c.token_ids[0] for future in futures for c in future.result()] == list(range(340 * 8))
+        assert all(len(ranks) == 1 for ranks in group.drawn_by.values())
+        assert all(len({group.drawn_by[8 * n + i][0] for i in range(8)}) == 1 for n in range(340))
+        return float(group.now)
+
+    ideal = sum(lengths) / slots / (7 / 0.01 + 1 / 0.04)
+    assert seconds(0.04, held=False) > 3.3 * ideal
+    assert seconds(0.04, held=True) < 1.5 * ideal
+    assert seconds(0.01, held=True) < 1.02 * seconds(0.01, held=False)
 
 
 def test_samples_are_told_of_once_and_before_anyone_has_them() -> None:
