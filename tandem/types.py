@@ -144,8 +144,8 @@ class Rollout(Drawn):
     judged: float | None = None
     """Its reward before its length took anything off, where the run punishes length."""
     advantages: Seq[float] | None = None
-    """The advantage of each token, as the loss gets it: an ``array``, of which ``list`` makes what JSON takes. None where
-    it was not trained on."""
+    """The advantage of each token, as the loss gets it: an ``array``, of which ``list`` makes what JSON takes. None
+    where it was not trained on."""
     error: str | None = None
 
     @classmethod
