@@ -48,7 +48,7 @@ def norm(x_TD: Tensor, by: Norm) -> Tensor:
         from tandem.kernels import layers_triton
 
         return layers_triton.add_norm(x_TD, None, by)[0]
-    return _norm(x_TD, by)
+    return plain_norm(x_TD, by)
 
 
 def norm_(x_TD: Tensor, by: Norm) -> None:
@@ -58,7 +58,7 @@ def norm_(x_TD: Tensor, by: Norm) -> None:
 
         layers_triton.add_norm(x_TD, None, by, out_TD=x_TD)
     else:
-        x_TD.copy_(_norm(x_TD, by))
+        x_TD.copy_(plain_norm(x_TD, by))
 
 
 def add_norm(
@@ -78,14 +78,15 @@ def add_norm(
         from tandem.kernels import layers_triton
 
         return layers_triton.add_norm(x_TD, residual_TD, by, first=first, scale=scale, factor_1=factor_1)
-    x_TD = x_TD if first is None else _norm(x_TD, first)
+    x_TD = x_TD if first is None else plain_norm(x_TD, first)
     total_TD = residual_TD + (x_TD if scale == 1.0 else x_TD * scale)
     if factor_1 is not None:
         total_TD = (total_TD * factor_1).to(total_TD.dtype)
-    return total_TD if by is None else _norm(total_TD, by), total_TD
+    return total_TD if by is None else plain_norm(total_TD, by), total_TD
 
 
-def _norm(x_TD: Tensor, by: Norm) -> Tensor:
+def plain_norm(x_TD: Tensor, by: Norm) -> Tensor:
+    """The norm over the last dimension, in plain torch."""
     wide_TD = x_TD.float()
     if by.centered:
         wide_TD = wide_TD - wide_TD.mean(-1, keepdim=True)
@@ -135,7 +136,7 @@ def rotate_(qkv_THD: Tensor, position_T: Tensor, rotation: Rotation, heads: int,
     turned = qkv_THD[:, : heads + kv_heads]
     if rotation.norms is not None:
         for part, by in zip(turned.split([heads, kv_heads], dim=1), rotation.norms, strict=True):
-            part.copy_(_norm(part, by))
+            part.copy_(plain_norm(part, by))
     size = rotation.cos_PR.shape[-1]
     if size:
         x = turned[..., :size].clone()

@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tandem.kernels.available import on_triton
+from tandem.kernels.layers import Norm, plain_norm
 
 
-def convolve(x_BC: Tensor, past_BCK: Tensor, weight_CW: Tensor, bias_C: Tensor | None, *, silu: bool) -> Tensor:
+def convolve(
+    x_BX: Tensor,
+    past_BCK: Tensor,
+    weight_CW: Tensor,
+    bias_C: Tensor | None,
+    *,
+    silu: bool,
+    column_C: Tensor | None = None,
+) -> Tensor:
     """Causal convolution of each channel with its own W weights, of the last W - 1 inputs and ``x`` → [B, C].
 
     ``past_BCK`` (K >= W), the last K inputs, takes ``x`` in and is changed in place. ``silu``: bends what comes out.
+    ``column_C``, int32: where in ``x`` a channel is; None: they are the columns of ``x``.
     """
-    if on_triton(x_BC):
+    if on_triton(x_BX):
         from tandem.kernels import states_triton
 
-        return states_triton.convolve(x_BC, past_BCK, weight_CW, bias_C, silu=silu)
+        return states_triton.convolve(x_BX, past_BCK, weight_CW, bias_C, silu=silu, column_C=column_C)
+    x_BC = x_BX if column_C is None else x_BX.index_select(1, column_C)
     past_BCK.copy_(torch.cat((past_BCK[..., 1:], x_BC[..., None]), dim=-1))
     out_BC = (past_BCK[..., -weight_CW.shape[1] :].float() * weight_CW).sum(-1)
     if bias_C is not None:
@@ -26,25 +39,52 @@ def convolve(x_BC: Tensor, past_BCK: Tensor, weight_CW: Tensor, bias_C: Tensor |
     return (F.silu(out_BC) if silu else out_BC).to(x_BC.dtype)
 
 
-def delta_step(query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, state: Tensor) -> Tensor:
-    """A step of the gated delta rule (arXiv:2412.06464, eq. 10), for states S [B, H, K, V], float32, changed in place:
+@dataclass(frozen=True, kw_only=True)
+class DeltaGates:
+    """What a layer's gated delta rule has of its own. H heads, V values each."""
 
-    ``S = exp(decay) S + k (beta (v - k^T exp(decay) S))``, of which ``q^T S / sqrt(K)`` is given, [B, H, V]. Queries
-    and keys [B, H, K], which are brought to length 1, values [B, H, V], decay and beta [B, H].
+    log_rate_H: Tensor
+    step_bias_H: Tensor
+    most: float
+    """Of a change: its share is ``most`` times a sigmoid."""
+    norm: Norm
+    """Of what each head gives: RMSNorm, its weight [V] multiplied in the type of what goes in."""
+
+
+def delta_step(
+    query_BGK: Tensor,
+    key_BGK: Tensor,
+    value_BHV: Tensor,
+    step_BGR: Tensor,
+    share_BGR: Tensor,
+    gate_BGRV: Tensor,
+    by: DeltaGates,
+    state_BHKV: Tensor,
+) -> Tensor:
+    """A step of the gated delta rule (arXiv:2412.06464, eq. 10), for states S, float32, changed in place:
+
+    ``S = exp(decay) S + k (beta (v - k^T exp(decay) S))``, of which ``norm(q^T S / sqrt(K)) * silu(gate)`` is given,
+    [B, H, V]. Queries and keys are brought to length 1; each of the G is for R = H / G heads. ``decay = -exp(log_rate)
+    softplus(step + step_bias)``, and ``beta = most * sigmoid(share)``, the sigmoid rounded to the share's type.
     """
-    if on_triton(state):
+    if on_triton(state_BHKV):
         from tandem.kernels import states_triton
 
-        return states_triton.delta_step(query, key, value, decay, beta, state)
+        return states_triton.delta_step(query_BGK, key_BGK, value_BHV, step_BGR, share_BGR, gate_BGRV, by, state_BHKV)
+    shared = step_BGR.shape[2]
+    decay_BH = -by.log_rate_H.float().exp() * F.softplus(step_BGR.flatten(1).float() + by.step_bias_H)
+    beta_BH = share_BGR.flatten(1).sigmoid() * by.most
     # One product with both, of the state before: q^T S is q^T exp(decay) S + (q k) (beta (v - k^T exp(decay) S)).
-    both = torch.stack((query, key), dim=2).float()
+    both = torch.stack((query_BGK, key_BGK), dim=2).float()
     both = both * torch.rsqrt(both.square().sum(-1, keepdim=True) + LEAST_SQUARE)
-    state.mul_(decay.exp()[..., None, None])
-    found_BH2V = both @ state
-    change = (value - found_BH2V[:, :, 1]) * beta[..., None]
-    state.addcmul_(both[:, :, 1, :, None], change[:, :, None])
-    out = found_BH2V[:, :, 0] + (both[:, :, 0] * both[:, :, 1]).sum(-1, keepdim=True) * change
-    return (out * query.shape[-1] ** -0.5).to(query.dtype)
+    both = both if shared == 1 else both.repeat_interleave(shared, dim=1)
+    state_BHKV.mul_(decay_BH.exp()[..., None, None])
+    found_BH2V = both @ state_BHKV
+    change_BHV = (value_BHV - found_BH2V[:, :, 1]) * beta_BH[..., None]
+    state_BHKV.addcmul_(both[:, :, 1, :, None], change_BHV[:, :, None])
+    out_BHV = found_BH2V[:, :, 0] + (both[:, :, 0] * both[:, :, 1]).sum(-1, keepdim=True) * change_BHV
+    normed_BHV = plain_norm((out_BHV * query_BGK.shape[-1] ** -0.5).to(value_BHV.dtype), by.norm)
+    return (normed_BHV * F.silu(gate_BGRV.flatten(1, 2).float())).to(value_BHV.dtype)
 
 
 def select_step(

@@ -11,15 +11,18 @@ import pytest
 import torch
 from helpers.family_models import family_model
 
+from tandem.engines.live import reading
 from tandem.engines.live.forwards import LeanForward
 from tandem.engines.live.layers import Attention, Decoder, Gated, Layer, Ungated, Unlike, Whole
-from tandem.engines.live.mixers import Mixer, _convolve, _delta_rule, _select
+from tandem.engines.live.mixers import Mixer, _convolve, _select
 from tandem.engines.live.probe import Trial, find_cache_shape, head_shape_of
 from tandem.engines.live.reading import read_decoder
 from tandem.engines.live.states import StateForward
 from tandem.kernels import states
 from tandem.kernels.layers import Norm
 from tandem.models.attention import Ask
+from tandem.models.shrunk import trained_size
+from tandem.models.states import Held, states_of_layers
 
 
 def read(name: str) -> tuple[Decoder, Layer, Layer]:
@@ -260,13 +263,54 @@ def test_the_proof_notices_a_wrong_step_of_layers_that_keep_states(name: str, mo
     lean.decoder = right
     with monkeypatch.context() as patch:
         convolve = states.convolve
-        patch.setattr(states, "delta_step", lambda q, k, v, decay, beta, state: v)
+        patch.setattr(states, "delta_step", lambda q, k, v, *rest: v)
         patch.setattr(states, "select_step", lambda x, *rest: x)
-        patch.setattr(states, "convolve", lambda *given, silu: convolve(*given, silu=silu) + (name == "lfm2"))
+        patch.setattr(states, "convolve", lambda *given, **named: convolve(*given, **named) + (name == "lfm2"))
         assert "does not reproduce" in trial.why_not_pages(forward, shape), "a kernel that computes something else"
     step = Mixer.__call__
     monkeypatch.setattr(Mixer, "__call__", lambda self, x_TE, held: step(self, x_TE, copy.deepcopy(held)))
     assert "does not reproduce" in trial.why_not_pages(forward, shape), "states that stay as they were"
+
+
+@pytest.mark.parametrize("name", ["qwen3.5", "qwen3-next", "olmo-hybrid"])
+def test_delta_rules_are_read_and_proved(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of five operations rounds where the module's own does; what computes something else is not taken."""
+    module = family_model(name)
+    with torch.no_grad():
+        trained_size(module)
+    module.to(torch.bfloat16)
+
+    def mixers() -> list[Mixer]:
+        layers = LeanForward(module, positions=96, head_shape=head_shape_of(module)).decoder.layers
+        return [layer.attention for layer in layers if isinstance(layer.attention, Mixer)]
+
+    mixer = mixers()[0]
+    delta = mixer.delta
+    assert delta is not None
+    channels, heads = len(delta.convolution.weight), len(delta.gates.log_rate_H)
+    past = torch.randn(3, channels, 4).bfloat16()
+    state = torch.randn(3, heads, delta.keys, delta.values)
+    own, ours = (
+        Held(
+            states_of_layers(module),
+            {(0, "conv_states", 0): past.clone(), (0, "recurrent_states", 0): state.clone()},
+        )
+        for _ in range(2)
+    )
+    for _ in range(3):
+        x = torch.randn(3, module.config.hidden_size).bfloat16()
+        with torch.no_grad():
+            truth, found = Mixer(mixer.module, mixer.cache)(x, own), mixer(x, ours)
+        torch.testing.assert_close(found, truth, atol=0, rtol=2**-7)
+        for (name, before), after in zip(own.states.items(), ours.states.values(), strict=True):
+            torch.testing.assert_close(after, before, atol=1e-6, rtol=1e-6)
+            assert name[1] == "conv_states" or not torch.equal(before, state), "it changes"
+    module.float()
+    delta = mixers()[0].delta
+    assert delta is not None
+    gates = replace(delta.gates, most=1.1 * delta.gates.most)
+    monkeypatch.setattr(reading, "read_delta", lambda part: replace(delta, gates=gates))
+    assert mixers()[0].delta is None
 
 
 def test_what_our_kernels_do_not_compute_is_left_to_those_of_the_module() -> None:
@@ -274,13 +318,9 @@ def test_what_our_kernels_do_not_compute_is_left_to_those_of_the_module() -> Non
     given: list[Any] = []
     _convolve(lambda *all: given.append(all), x, past, weight, None, "gelu")
     assert given == [(x, past, weight, None, "gelu")]
-    two, told = torch.ones(1, 2, 1, 4), []
-    _delta_rule(lambda *all, **named: told.append(named), two, two, two, two[..., 0], two[..., 0], past, cu_seqlens=1)
-    assert {name: told[0][name] for name in ("cu_seqlens", "use_qk_l2norm_in_kernel")} == {
-        "cu_seqlens": 1, "use_qk_l2norm_in_kernel": False,
-    }  # fmt: skip
-    _select(lambda *all, **named: told.append(named), *[two] * 6, D=two, dt_bias=two, dt_softplus=True, z=two)
-    assert told[1]["z"] is two
+    two, told = torch.ones(1, 2, 1, 4), {}
+    _select(lambda *all, **named: told.update(named), *[two] * 6, D=two, dt_bias=two, dt_softplus=True, z=two)
+    assert told["z"] is two
 
 
 def gate_after(module: Any) -> None:

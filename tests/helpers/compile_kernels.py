@@ -40,6 +40,7 @@ from tandem.kernels import (
 from tandem.kernels.draw import FIELDS
 from tandem.kernels.layers import CURVES, Norm, Rotation
 from tandem.kernels.pages import EIGHT_BIT, Pages, latent_pages
+from tandem.kernels.states import DeltaGates
 
 DTYPES = (torch.float32, torch.bfloat16)
 PAGE = 64
@@ -186,9 +187,15 @@ def call_states() -> None:
         x, past, weight = (torch.zeros(2, channels, *more, dtype=dtype) for more in ((), (kept,), (kept,)))
         for bias in (None, x[0]):
             states_triton.convolve(x, past, weight.view(-1, kept)[:channels], bias, silu=bias is None)
+            states_triton.convolve(
+                x, past, weight.view(-1, kept)[:channels], bias, silu=True, column_C=torch.arange(channels).int()
+            )
         query, value = torch.zeros(2, 3, size, dtype=dtype), torch.zeros(2, 3, values, dtype=dtype)
-        state, decay = torch.zeros(2, 3, size, values), torch.zeros(2, 3)
-        states_triton.delta_step(query, query, value, decay, decay.to(dtype), state)
+        state, decay, by_group = torch.zeros(2, 3, size, values), torch.zeros(2, 3), query[..., None]
+        gates = DeltaGates(log_rate_H=query[0, :, 0], step_bias_H=decay[0], most=2.0, norm=Norm(value[0, 0]))
+        states_triton.delta_step(
+            query, query, value, by_group[:, :, 0], by_group[:, :, 0], value[:, :, None], gates, state
+        )
         group, state = torch.zeros(2, 1, size, dtype=dtype), torch.zeros(2, 3, values, size, dtype=dtype)
         states_triton.select_step(value, decay, decay[0], group, group, decay[0], state)
 

@@ -143,6 +143,15 @@ def test_convolutions(dtype: torch.dtype, channels: int, kept: int, weights: int
         found, truth = past.clone(), past.clone()
         out = states_triton.convolve(x, found, weight, bias, silu=silu)
         close(out, states.convolve(x, truth, weight, bias, silu=silu), 4)
+        # In another order among columns of something else.
+        place, mixed = torch.randperm(channels + 3)[:channels].int().to(DEVICE), x.new_zeros(3, channels + 3)
+        mixed[:, place.long()] = x
+        moved = past.clone()
+        assert torch.equal(states_triton.convolve(mixed, moved, weight, bias, silu=silu, column_C=place), out)
+        assert torch.equal(moved, found)
+        if bias is None:
+            moved = past.clone()
+            close(states.convolve(mixed, moved, weight, bias, silu=silu, column_C=place), out, 4)
         assert torch.equal(found, truth)
         assert torch.equal(found, whole[..., 1:])
         # In float64, as torch's own.
@@ -154,25 +163,40 @@ def test_convolutions(dtype: torch.dtype, channels: int, kept: int, weights: int
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, LOW])
-@pytest.mark.parametrize(("size", "values"), [(24, 40), (128, 64)])
-def test_steps_of_the_delta_rule(dtype: torch.dtype, size: int, values: int) -> None:
+@pytest.mark.parametrize(("size", "values", "shared"), [(24, 40, 1), (128, 64, 2)])
+def test_steps_of_the_delta_rule(dtype: torch.dtype, size: int, values: int, shared: int) -> None:
     """Several, after one another, each of heads that lie apart; and in float64, written out."""
-    heads = 3
+    groups, heads = 2, 2 * shared
     found = torch.randn(2, heads, size, values, device=DEVICE)
     truth, exact = found.clone(), found.double()
+    rate, bias, weight = (torch.randn(n, device=DEVICE).to(dtype) for n in (heads, heads, values))
+    by = states.DeltaGates(
+        log_rate_H=rate, step_bias_H=bias, most=float(shared), norm=layers.Norm(weight, eps=1e-3)
+    )  # fmt: skip
     for _ in range(2):
-        both, value = (torch.randn(2, heads, n, device=DEVICE).to(dtype) for n in (2 * size, values))
-        query, key = both.chunk(2, dim=2)
-        decay, beta = -torch.rand(2, heads, device=DEVICE), torch.rand(2, heads, device=DEVICE).to(dtype)
-        out = states_triton.delta_step(query, key, value, decay, beta, found)
-        close(out, states.delta_step(query, key, value, decay, beta, truth), 8)
+        both, wide, narrow = (
+            torch.randn(2, *shape, device=DEVICE).to(dtype)
+            for shape in ((groups, 2 * size), (groups, 2 * shared * values), (groups, 2 * shared))
+        )
+        (query, key), value, gate = both.chunk(2, dim=2), wide[..., : shared * values], wide[..., shared * values :]
+        value, gate = value.reshape(2, heads, values), gate.unflatten(2, (shared, values))
+        # The steps of decay of all lengths, past what an exponential in float32 holds too.
+        share, step = narrow[..., :shared], (narrow[..., shared:].float() * 40).to(dtype)
+        given = query, key, value, step, share, gate, by
+        out = states_triton.delta_step(*given, found)
+        close(out, states.delta_step(*given, truth), 8)
         close(found, truth, 8)
         for row, head in itertools.product(range(2), range(heads)):
-            q, k = (x[row, head].double() / x[row, head].double().norm() for x in (query, key))
-            kept = decay[row, head].double().exp() * exact[row, head]
-            kept += torch.outer(k, beta[row, head].double() * (value[row, head].double() - k @ kept))
+            group, place = head // shared, head % shared
+            q, k = (x[row, group].double() / x[row, group].double().norm() for x in (query, key))
+            long = torch.nn.functional.softplus(step[row, group, place].double() + bias[head].double())
+            kept = (-rate[head].double().exp() * long).exp() * exact[row, head]
+            beta = by.most * share[row, group, place].sigmoid().double()
+            kept += torch.outer(k, beta * (value[row, head].double() - k @ kept))
             exact[row, head] = kept
-            close(out[row, head], (q @ kept / size**0.5).to(dtype), 8)
+            normed = q @ kept / size**0.5
+            normed = normed * (normed.square().mean() + 1e-3).rsqrt() * weight.double()
+            close(out[row, head], (normed * torch.nn.functional.silu(gate[row, group, place].double())).to(dtype), 16)
     close(found, exact.float(), 20)
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -14,6 +13,9 @@ from tandem.kernels import states as kernels
 from tandem.kernels.layers import Norm
 from tandem.models.scans import calling
 from tandem.models.states import Held
+
+if TYPE_CHECKING:
+    from tandem.engines.live.deltas import GatedDelta
 
 
 class Mixer:
@@ -27,15 +29,20 @@ class Mixer:
         """``cache``: the name of the cache among its arguments."""
         self.module, self.cache = module, cache
         self.forward = _with_ours(module)
+        self.delta: GatedDelta | None = None
+        """A ``deltas.GatedDelta`` that computes the same in fewer operations."""
 
     def products(self) -> tuple[Any, ...]:
-        return ()
+        return () if self.delta is None else self.delta.products()
 
     def norms(self) -> tuple[Norm, ...]:
         return ()
 
     def __call__(self, x_TE: Tensor, held: Held) -> Tensor:
         """Of one token each of T sequences, whose states change in place."""
+        if self.delta is not None:
+            layer = held.layers[self.delta.number]
+            return self.delta(x_TE, layer.conv_states[0], layer.recurrent_states[0])
         out_T1E: Tensor = self.forward(x_TE[:, None], **{self.cache: held})
         return out_T1E[:, 0]
 
@@ -60,25 +67,6 @@ def _convolve(
         return theirs(hidden_states, conv_state, weight, bias, activation)
     silu = activation is not None
     return kernels.convolve(hidden_states[..., 0], conv_state, weight, bias, silu=silu)[..., None]
-
-
-def _delta_rule(
-    theirs: Callable[..., tuple[Tensor, Tensor]],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    initial_state: Tensor,
-    use_qk_l2norm_in_kernel: bool = False,
-    **options: Any,
-) -> tuple[Tensor, Tensor]:
-    """``fused_recurrent_gated_delta_rule``: [B, 1, H, V], and the states, which are changed in place."""
-    if not use_qk_l2norm_in_kernel or query.shape[1] > 1 or initial_state.dtype != torch.float32:
-        options["use_qk_l2norm_in_kernel"] = use_qk_l2norm_in_kernel
-        return theirs(query, key, value, g=g, beta=beta, initial_state=initial_state, **options)
-    out = kernels.delta_step(query[:, 0], key[:, 0], value[:, 0], g[:, 0], beta[:, 0], initial_state)
-    return out[:, None], initial_state
 
 
 def _select(
@@ -106,7 +94,6 @@ def _select(
 
 OURS: dict[str, Callable[..., Any]] = {
     "causal_conv1d_update": _convolve,
-    "torch_recurrent_gated_delta_rule": _delta_rule,
     "mamba2_selective_state_update": _select,
 }
 """By the names that transformers has for them."""

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from tandem.engines.live.deltas import read_delta
 from tandem.engines.live.layers import (
     Attention,
     Decoder,
@@ -128,6 +129,7 @@ class _Watch(PackedLayout):
     def __init__(self, base: Any, blocks: nn.ModuleList, positions: int, mixers: Mixers) -> None:
         self.base, self.blocks, self.mixers = base, blocks, mixers
         self.carrying = {part: Mixer(part, cache_argument(part)) for part in mixers.parts}
+        self.deltas = {part: read_delta(part) for part in mixers.parts}
         self.device = base.get_input_embeddings().weight.device
         self.positions = positions
         places = [p for p in POSITIONS if p < positions - 1] + [positions - 1]
@@ -259,7 +261,7 @@ class _Watch(PackedLayout):
         multiplier = getattr(self.base.config.get_text_config(), "residual_multiplier", None) or 1.0
 
         def read_mixing(call: _Call) -> Attention | Latent | Mixer:
-            return self.carrying[call.module] if attended is None else self._read_attention(call, attended)
+            return self._read_mixer(call) if attended is None else self._read_attention(call, attended)
 
         injection = self._read_injection(whole, others)
         if injection is not None:
@@ -364,6 +366,12 @@ class _Watch(PackedLayout):
                 factor=factor,
             )
         )
+
+    def _read_mixer(self, call: _Call) -> Mixer:
+        mixer, delta = self.carrying[call.module], self.deltas[call.module]
+        if delta is not None and near(delta.of_all(call.input[0]), call.output[0]):
+            mixer.delta = delta
+        return mixer
 
     def _read_injection(self, whole: _Call, others: list[_Call]) -> Injection | None:
         """That of a layer whose own two products have a curve between them, and what it is given beside."""
