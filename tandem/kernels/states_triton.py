@@ -28,7 +28,8 @@ def convolve(
     _convolve[(rows, triton.cdiv(channels, CHANNELS))](
         x_BX, past_BCK, weight_CW, weight_CW if bias_C is None else bias_C, x_BX if column_C is None else column_C,
         out_BC, channels, *x_BX.stride(), past_BCK.stride(0),
-        KEPT=kept, KEPT_PADDED=triton.next_power_of_2(kept), WEIGHTS=weight_CW.shape[1], BIAS=bias_C is not None,
+        PAST_CHANNEL=past_BCK.stride(1), WEIGHT_CHANNEL=weight_CW.stride(0), KEPT=kept,
+        KEPT_PADDED=triton.next_power_of_2(kept), WEIGHTS=weight_CW.shape[1], BIAS=bias_C is not None,
         COLUMNS=column_C is not None, SILU=silu, BLOCK=CHANNELS, num_warps=4,
     )  # fmt: skip
     return out_BC
@@ -37,8 +38,8 @@ def convolve(
 @triton.jit
 def _convolve(  # type: ignore[no-untyped-def]
     x, past, weight, bias, column, out, channels, x_row, x_column, past_row,
-    KEPT: tl.constexpr, KEPT_PADDED: tl.constexpr, WEIGHTS: tl.constexpr, BIAS: tl.constexpr, COLUMNS: tl.constexpr,
-    SILU: tl.constexpr, BLOCK: tl.constexpr,
+    PAST_CHANNEL: tl.constexpr, WEIGHT_CHANNEL: tl.constexpr, KEPT: tl.constexpr, KEPT_PADDED: tl.constexpr,
+    WEIGHTS: tl.constexpr, BIAS: tl.constexpr, COLUMNS: tl.constexpr, SILU: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -49,7 +50,7 @@ def _convolve(  # type: ignore[no-untyped-def]
     new = tl.load(x + row * x_row + at * x_column, mask=inside, other=0.0)
     # All that a channel keeps lies together, and is written at once.
     place = tl.arange(0, KEPT_PADDED)[None, :]
-    kept = past + row * past_row + channel[:, None] * KEPT + place
+    kept = past + row * past_row + channel[:, None] * PAST_CHANNEL + place
     value = tl.load(kept + 1, mask=inside[:, None] & (place < KEPT - 1), other=0.0)
     value = tl.where(place == KEPT - 1, new[:, None].to(value.dtype), value)
     # Before they are overwritten all have been read.
@@ -58,7 +59,8 @@ def _convolve(  # type: ignore[no-untyped-def]
     tl.store(kept, value, mask=is_kept)
     if WEIGHTS < KEPT:
         is_kept = is_kept & (place >= KEPT - WEIGHTS)
-    factor = tl.load(weight + channel[:, None] * WEIGHTS + place - (KEPT - WEIGHTS), mask=is_kept, other=0.0)
+    at = weight + channel[:, None] * WEIGHT_CHANNEL + place - (KEPT - WEIGHTS)
+    factor = tl.load(at, mask=is_kept, other=0.0)
     # What is new as it came, where what is kept is of fewer bits.
     value = tl.where(place == KEPT - 1, new[:, None].to(tl.float32), value.to(tl.float32))
     total = tl.sum(value * factor.to(tl.float32), axis=1)

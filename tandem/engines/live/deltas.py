@@ -74,9 +74,9 @@ class GatedDelta:
 
 def read_delta(module: Any) -> GatedDelta | None:
     """What a module is if it is such a layer, by its names; None where it lacks any. What it computes is not proved."""
-    code = inspect.unwrap(type(module).forward).__code__
+    called = getattr(getattr(inspect.unwrap(type(module).forward), "__code__", None), "co_names", ())
     wide, narrow, norm, output = (_named(module, either) for either in (WIDE, NARROW, NORMS, OUTPUTS))
-    if RULE not in code.co_names or "forward" in vars(module) or not (wide and narrow and norm and output):
+    if RULE not in called or "forward" in vars(module) or not (wide and narrow and norm and output):
         return None
     curves = {getattr(part, "activation", None) for part in (module, *norm)}
     if curves != {"silu"} or not all(is_linear(x) for x in (*wide, *narrow, *output)):
