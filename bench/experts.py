@@ -10,7 +10,7 @@ experts' bytes over 4.8 TB/s, an H200's memory. Ways:
 
 - grouped: torch's grouped products with what they need around them (``models.experts.grouped_experts``).
 - few: ``kernels.experts_triton``, and its parts, each captured alone.
-- router: transformers' own of Qwen 3 MoE, in float32 as Tandem has it.
+- router, plain: transformers' own of Qwen 3 MoE, in float32. router: its product and ``kernels.choice``.
 """
 
 from __future__ import annotations
@@ -108,6 +108,8 @@ def measure(case: tuple[int, ...], options: argparse.Namespace, record: Record) 
         add("sum", lambda n: experts_triton.collect(out, index.reshape(-1), count, hidden))
     if chosen("router"):
         add("router", lambda n: router(hidden))
+        router.chooser = None
+        add("router, plain", lambda n: router(hidden))
     if chosen("sweep"):
         rows_for, columns_for = experts_triton.rows_for, experts_triton.columns_for
         for rows, columns, stages in SWEPT:

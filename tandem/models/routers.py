@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from tandem.errors import UserError
 from tandem.kernels import products
+from tandem.kernels.available import on_triton
+from tandem.kernels.choice import Rule, Score, choose, choose_torch
 from tandem.models.text_config import config_in
 from tandem.types import CORRECTION_BIAS
 
 LINEAR = (nn.Linear.forward, products.Linear.forward)
 """What linear layers that do no more than multiply are known by."""
+TRIED = 64
+"""Tokens with which a router is compared."""
 ROUTER_LOGITS = "output_router_logits"
 """The key of a config that makes every forward give its routers' logits."""
 
@@ -170,18 +178,99 @@ def _in_float32(kind: Any) -> Any:
     A class, and not a ``forward`` of each router's own: compiled layers share a graph where their parts are of one.
     """
 
-    def forward(self: nn.Module, x: Tensor, *others: Any) -> Any:
+    def forward(self: Any, x: Tensor, *others: Any) -> Any:
+        # Compiled layers and gradients are the module's own matter.
+        if not torch.compiler.is_compiling() and not torch.is_grad_enabled() and on_triton(x):
+            if not hasattr(self, "chooser"):
+                self.chooser = chooser_of(self, kind, *others)
+            if self.chooser is not None:
+                return self.chooser(self, x, *(others or (getattr(self, CORRECTION_BIAS, None),)))
         return kind.forward(_Float32(self), x.float(), *others)
 
     return type(kind.__name__, (kind,), {"__module__": __name__, "forward": forward, "narrow": kind})
 
 
 class _Float32:
-    """A module whose parameters are float32."""
+    """A module whose parameters are float32, some of them ``others`` than its own."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    def __init__(self, module: nn.Module, others: Mapping[str, Any] = MappingProxyType({})) -> None:
+        self.module, self.others = module, others
 
     def __getattr__(self, name: str) -> Any:
-        value = getattr(self.module, name)
+        value = self.others[name] if name in self.others else getattr(self.module, name)
         return value.float() if isinstance(value, nn.Parameter) else value
+
+
+@dataclass(frozen=True)
+class Chooser:
+    """A router that is a product with its weight, and a choice by a ``Rule``: two operations in a step of decoding."""
+
+    rule: Rule
+    names: tuple[str, ...]
+    """What it gives, in its order: logits, weights and indices."""
+
+    def __call__(self, router: Any, x: Tensor, correction_X: Tensor | None) -> tuple[Tensor, ...]:
+        """What the router gives for x [..., E], in float32."""
+        x_TE, weight_XE = x.reshape(-1, x.shape[-1]), router.weight
+        if x.is_cuda and x.dtype == weight_XE.dtype != torch.float32:
+            logit_TX = torch.mm(x_TE, weight_XE.T, out_dtype=torch.float32)
+        else:
+            logit_TX = F.linear(x_TE.float(), weight_XE.float())
+        if getattr(router, "bias", None) is not None:
+            logit_TX += router.bias
+        weight_TK, index_TK = choose(logit_TX, correction_X, self.rule)
+        made = {"logits": logit_TX, "weights": weight_TK, "indices": index_TK}
+        return tuple(made[name] for name in self.names)
+
+
+@torch.no_grad()
+def chooser_of(router: Any, kind: Any, *others: Any) -> Chooser | None:
+    """What reproduces the ``forward`` of a kind of router for tensors drawn at random in the place of its own.
+
+    None if nothing does. It waits for the device.
+    """
+    known = {"weight", "bias", CORRECTION_BIAS}
+    if not {name for name, _ in (*router.named_parameters(), *router.named_buffers())} <= known or len(others) > 1:
+        return None
+    experts, width = router.weight.shape
+    generator = torch.Generator().manual_seed(0)
+    weight_XE, x_TE, common_1E = (torch.randn(n, width, generator=generator) for n in (experts, TRIED, 1))
+    bias_X, correction_X, size_T = (torch.rand(n, generator=generator) for n in (experts, experts, TRIED))
+    # Of some tokens the scores of all experts are near 0, where what is added to their sum shows.
+    weight_XE = (weight_XE + common_1E) * width**-0.5
+    x_TE = 3 * size_T[:, None] * x_TE + torch.linspace(-8.0, 4.0, TRIED)[:, None] * common_1E * width**-0.5
+    weight_XE, x_TE, bias_X, correction_X = (
+        t.to(router.weight.device) for t in (weight_XE, x_TE, bias_X, correction_X)
+    )
+    its = {"weight": nn.Parameter(weight_XE), "bias": nn.Parameter(bias_X), CORRECTION_BIAS: correction_X}
+    stand_in = _Float32(router, {name: value for name, value in its.items() if getattr(router, name, None) is not None})
+    made = kind.forward(stand_in, x_TE, *(correction_X for _ in others))
+    index_TK = next((x for x in made if x.dtype == torch.int64), None) if isinstance(made, tuple) else None
+    if index_TK is None or index_TK.shape[-1] == experts:
+        return None
+    picks = index_TK.shape[-1]
+    roles = {(torch.float32, experts): "logits", (torch.float32, picks): "weights", (torch.int64, picks): "indices"}
+    names = tuple(roles.get((x.dtype, x.shape[-1]), "") for x in made)
+    if sorted(names) != ["indices", "logits", "weights"]:
+        return None
+    truth_TX = torch.zeros_like(made[names.index("logits")]).scatter_(-1, index_TK, made[names.index("weights")])
+
+    def is_it(rule: Rule, choose: Callable[..., tuple[Tensor, Tensor]]) -> bool:
+        corrected = others or hasattr(router, CORRECTION_BIAS)
+        weight_TK, found_TK = choose(made[names.index("logits")], correction_X if corrected else None, rule)
+        return torch.allclose(
+            torch.zeros_like(truth_TX).scatter_(-1, found_TK, weight_TK), truth_TX, rtol=1e-4, atol=0.0
+        )
+
+    # The kernel is compiled for one rule only.
+    rule = next((rule for rule in _rules(router, picks) if is_it(rule, choose_torch)), None)
+    return Chooser(rule, names) if rule is not None and is_it(rule, choose) else None
+
+
+def _rules(router: Any, picks: int) -> Iterator[Rule]:
+    """By which it might choose."""
+    groups, kept = getattr(router, "num_group", 1), getattr(router, "topk_group", 1)
+    scale = float(getattr(router, "routed_scaling_factor", 1.0))
+    ways = itertools.product(get_args(Score), (1, 2) if groups > 1 else (1,), ((False, 0.0), (True, 0.0), (True, 1e-6)))
+    for score, best, (shared, eps) in ways:
+        yield Rule(picks, score, groups, kept, best, shared, eps, scale)

@@ -271,6 +271,6 @@ def test_experts(run):
     rows, failed = run("experts", ["grouped", "few", "router", "sweep"], "--size", "tiny", "--layers", 1)
     assert not failed
     assert all(row["microseconds"] > 0 for row in rows)
-    ways = ["grouped", "few", "place", "up", "gate", "down", "sum", "router"]
+    ways = ["grouped", "few", "place", "up", "gate", "down", "sum", "router", "router, plain"]
     ways += ["16x64, 3", "16x64, 4", "16x128, 3", "16x128, 4"]
     assert [row["way"] for row in rows] == ways

@@ -28,6 +28,7 @@ from tandem import kernels
 from tandem.kernels import (
     bits,
     bits_triton,
+    choice_triton,
     draw_triton,
     experts_triton,
     latent_triton,
@@ -37,6 +38,7 @@ from tandem.kernels import (
     quantized_triton,
     states_triton,
 )
+from tandem.kernels.choice import Rule
 from tandem.kernels.draw import FIELDS
 from tandem.kernels.layers import CURVES, Norm, Rotation
 from tandem.kernels.pages import EIGHT_BIT, Pages, latent_pages
@@ -213,6 +215,8 @@ def call_experts() -> None:
         out = experts_triton.product(x, stack.mT if transposed else stack, bias, places, factor)
         experts_triton.collect(out, index, count, x)
         experts_triton.weighted(out, factor, None if transposed else "silu")
+    for rule in (Rule(8, shared=True), Rule(3, "sigmoid", 4, 2, 2)):
+        choice_triton.choose(torch.zeros(3, 60), None if rule.groups == 1 else torch.zeros(60), rule)
 
 
 def call_pages(*, eight_bit: bool) -> None:
