@@ -72,9 +72,18 @@ def load_whole(
         _finish_quantised(module, meant, info)
     part = {name for name in module.state_dict() if new and name.startswith(f"{new}.")}
     lacking = bool(part) and part <= info["missing_keys"]
-    missing = info["missing_keys"] - (part if lacking else set())
+    _require_its_own(module, info, source, new=part if lacking else set(), headless=auto is not AutoModelForCausalLM)
+    return module, lacking
+
+
+def _require_its_own(module: Any, info: dict[str, Any], source: str | Path, *, new: set[str], headless: bool) -> None:
+    """Raises UserError, naming tensors, where a folder's are not the module's. It may lack those that are ``new``.
+
+    ``info`` is transformers' of the load. Where the module is ``headless``, a language-model head is passed over.
+    """
+    missing = info["missing_keys"] - new
     unknown = {name for name in info["unexpected_keys"] if not _MASKS.search(name)}
-    if unknown and auto is not AutoModelForCausalLM:
+    if headless:
         unknown = {name for name in unknown if not name.startswith(_LANGUAGE_HEADS)}
     faults = [f"lacks {_listed(missing)}"] if missing else []
     faults += [f"holds {_listed(unknown)}, which the model has not"] if unknown else []
@@ -87,7 +96,6 @@ def load_whole(
             f"{source}: its weights are not those of a {type(module).__name__} with its config: it "
             f"{' and '.join(faults)}; give a complete folder, with the config that its weights were saved with"
         )
-    return module, lacking
 
 
 def require_reader(source: str | Path) -> None:
