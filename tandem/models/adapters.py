@@ -23,33 +23,22 @@ import torch
 from torch import Tensor, nn
 
 from tandem.errors import UserError, first_line
-from tandem.kernels import bits, products
+from tandem.kernels import bits
 from tandem.lazy import extra
 from tandem.models.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, QUANTIZED, adapter_folder, base_of
-from tandem.models.experts import is_grouped, is_stack, speed_up_stacks, stacks_of
+from tandem.models.adapter_targets import ALL_LINEAR, HEADS, TIED, is_tied, require_own_weights, targets_of
+from tandem.models.experts import is_grouped, is_stack, speed_up_stacks
 from tandem.models.folder import located
 from tandem.models.pairs import NAME, adapted, last_name, pairs_of
-from tandem.models.quantized import READ_PAST, Quantized, quantized_in
-from tandem.models.routers import routers_of
+from tandem.models.quantized import quantized_in
 from tandem.models.seeing import PartNames, SeeingModel
 from tandem.seeds import derive_seed
 
 PREFIX = "base_model.model."
 """Before every name in peft's files."""
-ALL_LINEAR, EXPERTS = "all-linear", "experts"
-FORWARDS = (nn.Linear.forward, products.Linear.forward, Quantized.forward)
-"""What ``all-linear`` knows linear layers by."""
-READ_BY_KERNELS = dict.fromkeys(("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"), "out_proj")
-"""By model types, a linear layer whose weight kernels may read past the layer: peft refuses adapters on it."""
-HEADS = ("score",)
-"""A scalar head, which is trained whole, and saved with the adapters."""
 TAKES_PART = ("pissa", "olora", "loftq", "corda", "lora_ga")
 """Ways of peft to begin (``init_lora_weights``) that take a part out of the base as adapters are put on it: the first
 three take out the same again whenever a folder is read."""
-TIED = (
-    "the model's head is its embedding (tie_word_embeddings), and adapters on the one would not be on the other, nor "
-    "could they be merged into their base"
-)
 log = logging.getLogger("tandem")
 
 
@@ -171,7 +160,7 @@ def put_adapters(module: Any, params: AdapterParams, base: str, base_sum: str | 
     """
     peft = require_peft()
     if params.folder is None:
-        layers, stacks = targets_of(module, params)
+        layers, stacks = targets_of(module, params.targets, beside=params.beside, dora=params.dora)
         config = peft.LoraConfig(
             r=params.rank,
             lora_alpha=params.alpha,
@@ -215,7 +204,7 @@ def put_saved(module: Any, saved: Mapping[str, str], base: str, state: Mapping[s
 
 def _put(peft: Any, module: Any, config: Any, base: str, *, fresh: bool, base_sum: str | None = None) -> Adapters:
     scalar = _is_scalar(module)
-    _require_own_weights(module)
+    require_own_weights(module)
     # Its path may be read from another folder later.
     named = str(Path(base).expanduser().resolve()) if Path(base).expanduser().is_dir() else base
     whole_sum, body_sum = (base_sum, base_sum) if base_sum is not None else sums_of(module)
@@ -374,76 +363,6 @@ def sums_of(module: Any) -> tuple[str, str]:
 def require_peft() -> Any:
     """Raises UserError where peft is not installed."""
     return extra("peft", "lora: adapters are those", "lora")
-
-
-def is_tied(module: Any) -> bool:
-    """Whether its head is its embedding."""
-    head = module.get_output_embeddings()
-    return head is not None and getattr(head, "weight", None) is module.get_input_embeddings().weight
-
-
-def _require_own_weights(module: Any) -> None:
-    """Raises UserError where linear layers have their weights in common (Zamba's shared blocks)."""
-    base = {id(part) for part in module.base_model.modules()}
-    for name in getattr(module, "all_tied_weights_keys", None) or {}:
-        part = module.get_submodule(name.rpartition(".")[0])
-        if isinstance(part, (nn.Linear, Quantized)) and id(part) in base:
-            raise UserError(
-                f"lora: {type(module).__name__} has linear layers with weights in common ({name}), and adapters on one "
-                "would not be on the other; train the whole model, without lora"
-            )
-
-
-def targets_of(module: Any, params: AdapterParams) -> tuple[list[str] | str, list[str]]:
-    """Names of the layers that get adapters, or a pattern of them, and of the stacked parameters, as peft matches both.
-
-    Raises UserError for names that nothing in the model has, and for what adapters cannot be put on.
-    """
-    others = {id(getattr(module, head, None)) for head in HEADS} | {*map(id, routers_of(module))}
-    apart = {id(module.get_output_embeddings()), id(module.get_input_embeddings())}
-    parts = {name.rpartition(".")[2]: id(part) for name, part in module.named_modules() if id(part) in apart}
-    linear = {
-        last_name(name)
-        for name, p in module.named_modules()
-        # A router that is a subclass (Phi-MoE's) gives more than a product.
-        if isinstance(p, nn.Linear) and type(p).forward in FORWARDS and id(p) not in apart | others
-    }
-    model_type = module.config.model_type
-    left_out = linear & {READ_BY_KERNELS.get(model_type), *READ_PAST.get(model_type, ())}
-    linear -= left_out
-    stacked = {f"{last_name(name)}.{n}" for name, names in stacks_of(module).items() for n in names}
-    kind = type(module).__name__
-    if left_out and ALL_LINEAR in params.targets and module.device.type != "meta":  # once, when they are put on
-        log.warning(
-            "%s: all-linear leaves out %s, whose weights it reads past its layers", kind, " and ".join(sorted(left_out))
-        )
-    tied = is_tied(module)
-    has = [*sorted(linear), *([] if tied else sorted(parts)), *([EXPERTS, *sorted(stacked)] if stacked else [])]
-    wanted = [name for name in params.targets if not (params.beside and name not in has and name != ALL_LINEAR)]
-    if not linear and ALL_LINEAR in wanted:
-        raise UserError(f"lora: {kind} has no linear layers (torch.nn.Linear) to put adapters on")
-    if not wanted:
-        pattern = params.targets[0]
-        if len(params.targets) == 1 and any(
-            last_name(n) in linear and re.fullmatch(pattern, n) for n, _ in module.named_modules()
-        ):
-            # That of the policy's folder, which peft has written.
-            return pattern, []
-        raise UserError(
-            f"lora.targets: {kind}, beside the policy, has no {' and no '.join(params.targets)}; add others"
-        )
-    for name in wanted:
-        if name in parts and tied:
-            raise UserError(f"lora.targets: {name}: {TIED}; leave it out")
-        if params.dora and (name in parts or name == EXPERTS or name in stacked):
-            raise UserError(f"lora.dora: is of linear layers, and lora.targets has {name}; leave one of them out")
-        if name != ALL_LINEAR and name not in has:
-            raise UserError(
-                f"lora.targets: {kind} has no layer {name} that adapters can be put on; those it has: {', '.join(has)}"
-                + ("; its experts are not stacked, or computed in a way of their own" if name == EXPERTS else "")
-            )
-    layers = set(wanted) - {ALL_LINEAR, EXPERTS} - stacked | (linear if ALL_LINEAR in wanted else set())
-    return sorted(layers), sorted(stacked if EXPERTS in wanted else stacked.intersection(wanted))
 
 
 @torch.no_grad()

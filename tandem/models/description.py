@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tandem.errors import UserError
-from tandem.models.adapters import AdapterParams, targets_of
+from tandem.models.adapter_targets import targets_of
+from tandem.models.adapters import AdapterParams
 from tandem.models.folder import located, readable_errors
 from tandem.models.limits import model_config
 from tandem.models.scalar import scalar_class
@@ -37,7 +38,8 @@ def read_score_scale(source: str, *, trust_remote_code: bool = False) -> ScoreSc
 
 def check_targets(source: str, params: AdapterParams, *, scalar: bool = False, trust_remote_code: bool = False) -> None:
     """Raises UserError for targets of adapters that the model in a folder or on the hub has not."""
-    targets_of(_outline(source, scalar, trust_remote_code), params)
+    module = _outline(source, scalar, trust_remote_code)
+    targets_of(module, params.targets, beside=params.beside, dora=params.dora)
 
 
 def _outline(source: str, scalar: bool, trust_remote_code: bool) -> Any:

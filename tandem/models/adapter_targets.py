@@ -1,0 +1,100 @@
+"""Which layers of a model get adapters: those whose names are asked for, where adapters can be put on them."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence as Seq
+from typing import Any
+
+from torch import nn
+
+from tandem.errors import UserError
+from tandem.kernels import products
+from tandem.models.experts import stacks_of
+from tandem.models.pairs import last_name
+from tandem.models.quantized import READ_PAST, Quantized
+from tandem.models.routers import routers_of
+
+ALL_LINEAR, EXPERTS = "all-linear", "experts"
+FORWARDS = (nn.Linear.forward, products.Linear.forward, Quantized.forward)
+"""What ``all-linear`` knows linear layers by."""
+READ_BY_KERNELS = dict.fromkeys(("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"), "out_proj")
+"""By model types, a linear layer whose weight kernels may read past the layer: peft refuses adapters on it."""
+HEADS = ("score",)
+"""A scalar head, which is trained whole, and saved with the adapters."""
+TIED = (
+    "the model's head is its embedding (tie_word_embeddings), and adapters on the one would not be on the other, nor "
+    "could they be merged into their base"
+)
+log = logging.getLogger("tandem")
+
+
+def is_tied(module: Any) -> bool:
+    """Whether its head is its embedding."""
+    head = module.get_output_embeddings()
+    return head is not None and getattr(head, "weight", None) is module.get_input_embeddings().weight
+
+
+def require_own_weights(module: Any) -> None:
+    """Raises UserError where linear layers have their weights in common (Zamba's shared blocks)."""
+    base = {id(part) for part in module.base_model.modules()}
+    for name in getattr(module, "all_tied_weights_keys", None) or {}:
+        part = module.get_submodule(name.rpartition(".")[0])
+        if isinstance(part, (nn.Linear, Quantized)) and id(part) in base:
+            raise UserError(
+                f"lora: {type(module).__name__} has linear layers with weights in common ({name}), and adapters on one "
+                "would not be on the other; train the whole model, without lora"
+            )
+
+
+def targets_of(
+    module: Any, targets: Seq[str], *, beside: bool = False, dora: bool = False
+) -> tuple[list[str] | str, list[str]]:
+    """Names of the layers that get adapters, or a pattern of them, and of the stacked parameters, as peft matches both.
+
+    Raises UserError for names that nothing in the model has, and for what adapters cannot be put on.
+    """
+    others = {id(getattr(module, head, None)) for head in HEADS} | {*map(id, routers_of(module))}
+    apart = {id(module.get_output_embeddings()), id(module.get_input_embeddings())}
+    parts = {name.rpartition(".")[2]: id(part) for name, part in module.named_modules() if id(part) in apart}
+    linear = {
+        last_name(name)
+        for name, p in module.named_modules()
+        # A router that is a subclass (Phi-MoE's) gives more than a product.
+        if isinstance(p, nn.Linear) and type(p).forward in FORWARDS and id(p) not in apart | others
+    }
+    model_type = module.config.model_type
+    left_out = linear & {READ_BY_KERNELS.get(model_type), *READ_PAST.get(model_type, ())}
+    linear -= left_out
+    stacked = {f"{last_name(name)}.{n}" for name, names in stacks_of(module).items() for n in names}
+    kind = type(module).__name__
+    if left_out and ALL_LINEAR in targets and module.device.type != "meta":  # once, when they are put on
+        log.warning(
+            "%s: all-linear leaves out %s, whose weights it reads past its layers", kind, " and ".join(sorted(left_out))
+        )
+    tied = is_tied(module)
+    has = [*sorted(linear), *([] if tied else sorted(parts)), *([EXPERTS, *sorted(stacked)] if stacked else [])]
+    wanted = [name for name in targets if not (beside and name not in has and name != ALL_LINEAR)]
+    if not linear and ALL_LINEAR in wanted:
+        raise UserError(f"lora: {kind} has no linear layers (torch.nn.Linear) to put adapters on")
+    if not wanted:
+        pattern = targets[0]
+        if len(targets) == 1 and any(
+            last_name(n) in linear and re.fullmatch(pattern, n) for n, _ in module.named_modules()
+        ):
+            # That of the policy's folder, which peft has written.
+            return pattern, []
+        raise UserError(f"lora.targets: {kind}, beside the policy, has no {' and no '.join(targets)}; add others")
+    for name in wanted:
+        if name in parts and tied:
+            raise UserError(f"lora.targets: {name}: {TIED}; leave it out")
+        if dora and (name in parts or name == EXPERTS or name in stacked):
+            raise UserError(f"lora.dora: is of linear layers, and lora.targets has {name}; leave one of them out")
+        if name != ALL_LINEAR and name not in has:
+            raise UserError(
+                f"lora.targets: {kind} has no layer {name} that adapters can be put on; those it has: {', '.join(has)}"
+                + ("; its experts are not stacked, or computed in a way of their own" if name == EXPERTS else "")
+            )
+    layers = set(wanted) - {ALL_LINEAR, EXPERTS} - stacked | (linear if ALL_LINEAR in wanted else set())
+    return sorted(layers), sorted(stacked if EXPERTS in wanted else stacked.intersection(wanted))
