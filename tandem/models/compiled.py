@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 
 from tandem.errors import first_line
 
 log = logging.getLogger("tandem")
+KEPT = "autograd_cache_allow_custom_autograd_functions"
+"""Without it torch keeps no graph with a function of ours (shared prompts, sinks) for the next process: every run, and
+every resume, derives its backward again. A graph is found by all of its code, that of such a function included."""
 GRAPHS = 64
 """Most graphs of one layer class in a process: models, kinds of layer, with and without gradient, one segment."""
 
@@ -49,12 +54,16 @@ class Blocks:
         try:
             # Numbers such as a norm's epsilon or an adapter's scale are constants of a graph. As inputs they are
             # tensors on the CPU, for which inductor compiles C++ beside the GPU's kernels: minutes, with adapters.
-            with dynamo_config.patch(recompile_limit=GRAPHS, specialize_float=True):
+            with dynamo_config.patch(recompile_limit=GRAPHS, specialize_float=True), _kept():
                 return self.compiled[plain](layer, *arguments, **options)
         except (TorchDynamoException, FailOnRecompileLimitHit) as error:
             self.working = False
             log.warning("%s: its layers run uncompiled (slower): %s", self.name, first_line(error))
             return plain(layer, *arguments, **options)
+
+
+def _kept() -> AbstractContextManager[Any]:
+    return functorch_config.patch({KEPT: True}) if hasattr(functorch_config, KEPT) else nullcontext()
 
 
 def _options(backend: str) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers.models import VOCABULARY, make_module, make_tokenizer
 from torch._dynamo.utils import counters
+from torch._functorch._aot_autograd.autograd_cache import BypassAOTAutogradCache, check_cacheable
 from transformers import AutoModelForCausalLM, Gemma2Config, Qwen2Config
 
 from tandem.data.packing import pack, stamp_weights
@@ -143,6 +144,22 @@ def test_lone_samples_of_a_step_that_shares_meet_the_graph_of_the_others(monkeyp
     assert model.blocks.working
     gradients(model, batch_of(LENGTHS[0]))
     assert graphs() == 2
+
+
+def test_a_graph_that_shares_prompts_can_be_kept_for_the_next_process():
+    kept = []
+
+    def look(graph, inputs):
+        check_cacheable(graph)
+        kept.append(graph)
+        return graph
+
+    model = use(deep_model(), backend=look)
+    gradients(model, groups_of(SAMPLES[0]))
+    assert len(kept) == 1
+    assert model.blocks.working
+    with pytest.raises(BypassAOTAutogradCache):
+        check_cacheable(kept[0])
 
 
 def test_numbers_of_a_layer_are_constants_of_its_graph_and_no_tensors_on_the_cpu():
