@@ -123,6 +123,12 @@ def _twice(shape: Shape) -> Shape:
     return turns | {"num_hidden_layers": layers, "num_kv_shared_layers": layers // 2}
 
 
+def _thinned(shape: Shape) -> Shape:
+    """In the first layers most of a feed-forward part's gates are 0."""
+    layers = _twice(shape)["num_hidden_layers"]
+    return {"activation_sparsity_pattern": [0.95 if i < layers // 3 else 0.0 for i in range(layers)]}
+
+
 def _experts(count: str = "num_experts", each: str = "moe_intermediate_size") -> Callable[[Shape], Shape]:
     return lambda shape: {each: shape["intermediate_size"] // 2, count: 8, "num_experts_per_tok": 2}
 
@@ -178,8 +184,8 @@ FAMILIES = (
            "soft caps of scores and logits"),
     Family("gemma3", "Gemma 3", "Gemma3Text", _of(_BY_TURNS, _named(query_pre_attn_scalar="head_dim"))),
     Family("gemma3n", "Gemma 3n", "Gemma3nText",
-           _of(_BY_TURNS, _PER_LAYER, _sized(laurel_rank=(4, 64), altup_num_inputs=(2, 4)), num_kv_shared_layers=0,
-               activation_sparsity_pattern=None)),
+           _of(_twice, _window, _PER_LAYER, _sized(laurel_rank=(4, 64), altup_num_inputs=(3, 4)), _thinned,
+               final_logit_softcapping=3.0)),
     Family("gemma4-e", "Gemma 4 E2B and E4B", "Gemma4Text",
            _of(_GEMMA4, _twice, _PER_LAYER, num_key_value_heads=1, attention_k_eq_v=False,
                use_double_wide_mlp=True)),

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.family_models import family_model
+from helpers.family_models import families, family_model
+from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
 
 from tandem.engines.live import reading
-from tandem.engines.live.forwards import LeanForward
+from tandem.engines.live.forwards import LeanForward, OwnForward
 from tandem.engines.live.layers import Attention, Decoder, Gated, Layer, Ungated, Unlike, Whole
 from tandem.engines.live.mixers import Mixer, _convolve, _select
 from tandem.engines.live.probe import Trial, find_cache_shape, head_shape_of
@@ -20,7 +21,7 @@ from tandem.engines.live.reading import read_decoder
 from tandem.engines.live.states import StateForward
 from tandem.kernels import states
 from tandem.kernels.layers import Norm
-from tandem.models.attention import Ask
+from tandem.models.attention import IMPLEMENTATION, Ask, PackedLayout
 from tandem.models.shrunk import trained_size
 from tandem.models.states import Held, states_of_layers
 
@@ -120,6 +121,42 @@ def test_what_is_read_of_gemma_4() -> None:
     assert layer.experts.picks == (2, 1)
 
 
+def test_what_is_read_of_gemma_3n() -> None:
+    module = family_model("gemma3n")
+    decoder = read_decoder(module, 96)
+    first, *others = decoder.layers
+    assert first.feed.cut == pytest.approx(1.64485, abs=1e-4), "of a normal distribution 0.95 are below"
+    assert [layer.feed.cut for layer in others] == [None] * 3
+    assert [layer.attention.shares for layer in decoder.layers] == [None, None, 0, 1]
+    assert [layer.attention.ask.scaling for layer in decoder.layers] == [1.0] * 4
+    assert first.attention.value_norm is not None
+    assert first.streams.seen == 0
+    assert first.streams.factor_E is module.model.layers[0].altup.correct_output_scale
+    assert float(first.beside.factor_1) == pytest.approx(2**-0.5)
+    assert len(decoder.split.begins.linears) == len(decoder.split.ends) == 2
+    assert decoder.given is not None
+
+
+def test_gemma_3n_is_rounded_where_its_module_rounds() -> None:
+    """Bit for bit in bfloat16, of a config like that of E2B, with initial weights."""
+    shape = families.TINY | {"num_key_value_heads": 2, "hidden_size": 48}
+    options = {
+        "vocab_size_per_layer_input": 96, "hidden_size_per_layer_input": 8, "laurel_rank": 4, "sliding_window": 6,
+        "layer_types": (["sliding_attention"] * 4 + ["full_attention"]) * 2, "num_kv_shared_layers": 4,
+        "activation_sparsity_pattern": [0.95] * 3 + [0.0] * 7, "num_hidden_layers": 10,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    module = Gemma3nForCausalLM(Gemma3nTextConfig(**shape | families.IDS | options)).eval()
+    module.set_attn_implementation(IMPLEMENTATION)
+    module.bfloat16()
+    lean = LeanForward(module, positions=96, head_shape=head_shape_of(module))
+    assert [layer.feed.cut for layer in lean.decoder.layers] == [1.6484375] * 3 + [None] * 7, "as bfloat16 has it"
+    token_BQ = torch.randint(2, 96, (1, 20))
+    position_BQ, layout = torch.arange(20)[None], PackedLayout(torch.tensor([0, 20]), "cpu")
+    with torch.no_grad():
+        assert torch.equal(*(each(token_BQ, position_BQ, layout) for each in (lean, OwnForward(module))))
+
+
 def test_what_is_read_of_gpt_2() -> None:
     """One product holds queries, keys and values, and its weight lies transposed."""
     module = family_model("gpt2")
@@ -185,6 +222,14 @@ def injecting(**fields: Any) -> Callable[[Layer], Layer]:
     return lambda layer: replace(layer, injection=replace(layer.injection, **fields))
 
 
+def mixing(**fields: Any) -> Callable[[Layer], Layer]:
+    return lambda layer: replace(layer, streams=replace(layer.streams, **fields))
+
+
+def feeding(**fields: Any) -> Callable[[Layer], Layer]:
+    return lambda layer: replace(layer, feed=replace(layer.feed, **fields))
+
+
 def routing(**fields: Any) -> Callable[[Layer], Layer]:
     return lambda layer: replace(layer, experts=replace(layer.experts, **fields))
 
@@ -220,6 +265,14 @@ WRONG = [
     ("gemma4-moe", changed(experts=None)),
     ("gemma4-moe", routing(before=None)),
     ("gemma4-moe", routing(after_feed=None)),
+    ("gemma3n", mixing(seen=1)),
+    ("gemma3n", mixing(scale_1=torch.tensor(1.0))),
+    ("gemma3n", mixing(factor_E=None)),
+    ("gemma3n", changed(beside=None)),
+    ("gemma3n", changed(injection=None)),
+    ("gemma3n", feeding(cut=None)),
+    ("gemma3n", feeding(cut=1.5)),
+    ("gemma3n", attending(value_norm=None)),
     ("gpt2", asking(scaling=0.4)),
 ]
 
@@ -237,7 +290,11 @@ def test_the_proof_notices_a_wrong_description(name: str) -> None:
     lean.decoder = replace(right, embedding_scale=right.embedding_scale * 1.02)
     assert trial.why_not_pages(lean, shape)
     if right.given is not None:
-        lean.decoder = replace(right, given=replace(right.given, scale=1.0))
+        # Of Gemma 3n's a scale would go by: what comes of it is normed.
+        lean.decoder = replace(right, given=replace(right.given, norm=replace(right.given.norm, eps=9.0)))
+        assert trial.why_not_pages(lean, shape)
+    if right.split is not None:
+        lean.decoder = replace(right, split=replace(right.split, ends=right.split.ends[::-1]))
         assert trial.why_not_pages(lean, shape)
     if right.places is not None:
         lean.decoder = replace(right, places=None)
@@ -367,9 +424,35 @@ def other_experts(module: Any) -> None:
     module.model.layers[0].experts.register_forward_pre_hook(lambda _, args: (args[0], args[1], args[2] * 1.5))
 
 
+def other_router(module: Any) -> None:
+    module.model.layers[0].altup.modality_router.register_forward_hook(lambda _, __, out: out * 1.5)
+
+
+def other_correction(module: Any) -> None:
+    """Of more than the router says, which no part of the layer shows."""
+    altup = module.model.layers[1].altup
+    correct = altup.correct
+    altup.correct = lambda predictions, activated: correct(predictions, activated) * 1.1
+
+
+def aside_twice(module: Any) -> None:
+    module.model.layers[0].laurel.register_forward_hook(lambda _, __, out: 2 * out)
+
+
+def stretched_stream(module: Any) -> None:
+    module.model.altup_projections[0].register_forward_hook(lambda _, __, out: out.roll(1, -1))
+
+
+def test_gates_that_are_cut_as_no_config_says_are_the_modules_own() -> None:
+    module = family_model("gemma3n")
+    module.model.layers[0].mlp.activation_sparsity = 0.9
+    assert isinstance(read_decoder(module, 96).layers[0].feed, Whole)
+
+
 @pytest.mark.parametrize(
     ("name", "change"),
     [("llama", change) for change in (gate_after, between, before_all, sum_of_more, rolled_keys, gate_of_heads)]
+    + [("gemma3n", change) for change in (other_router, other_correction, aside_twice, stretched_stream)]
     + [("gemma4-e", given_more), ("gemma4-e", moved_values), ("gemma4-moe", other_experts)],
 )
 def test_a_module_that_computes_something_else_is_not_read(name: str, change: Callable[[Any], None]) -> None:

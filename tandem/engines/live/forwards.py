@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tandem.engines.live.layers import Attention, Latent, Unlike, queries_and_gates
+from tandem.engines.live.layers import Attention, Latent, Layer, Unlike, queries_and_gates
 from tandem.engines.live.mixers import Mixer
 from tandem.engines.live.pages import CacheShape, PagedDecode, PagedPrefill
 from tandem.engines.live.reading import read_decoder
 from tandem.engines.live.stacked import Additions
 from tandem.kernels import layers as kernels
 from tandem.kernels import products
+from tandem.kernels.layers import Norm
 from tandem.kernels.logprob import HeadShape
 from tandem.models.attention import Layout, no_mask
 from tandem.models.states import Held
@@ -111,42 +112,23 @@ class LeanForward:
         token_T = token_BQ.reshape(-1)
         residual_TE = decoder.embedding(token_T)
         given_TLP = residual_TE if decoder.given is None else decoder.given(token_T, residual_TE)
-        passed: dict[int | None, tuple[Tensor, Tensor]] = {}
         if decoder.embedding_scale != 1.0:
             residual_TE = residual_TE * decoder.embedding_scale
         if decoder.places is not None:
             residual_TE = residual_TE + decoder.places(position_T)
-        first = decoder.layers[0].before
-        hidden_TE = residual_TE if first is None else kernels.norm(residual_TE, first)
-        afters = [*(layer.before for layer in decoder.layers[1:]), decoder.norm]
-        for layer, after in zip(decoder.layers, afters, strict=True):
-            out_TE = hidden_TE
-            if isinstance(layer.attention, Mixer):
-                assert held is not None
-                out_TE = layer.attention(hidden_TE, held)
-            elif layer.attention is not None:
-                assert layout is not None
-                out_TE = self._attend(hidden_TE, position_T, layout, layer.attention, rows, passed)
-            if layer.feed is None or layer.attention is None:
-                out_TE = out_TE if layer.feed is None else layer.feed(hidden_TE)
-            elif layer.parallel:
-                beside_TE = hidden_TE if layer.between is None else kernels.norm(residual_TE, layer.between)
-                out_TE = out_TE + layer.feed(beside_TE)
-            else:
-                hidden_TE, residual_TE = kernels.add_norm(
-                    out_TE, residual_TE, layer.between, first=layer.after_attention, scale=layer.scale
-                )
-                out_TE = layer.feed(hidden_TE)
-                if layer.experts is not None:
-                    out_TE = layer.experts.add(out_TE, residual_TE)
-            norm, scale = layer.after_feed, layer.scale
-            if layer.injection is not None:
-                _, residual_TE = kernels.add_norm(out_TE, residual_TE, None, first=norm, scale=scale)
-                norm, scale = layer.injection.after, 1.0
-                out_TE = layer.injection(residual_TE, given_TLP)
-            hidden_TE, residual_TE = kernels.add_norm(
-                out_TE, residual_TE, after, first=norm, scale=scale, factor_1=layer.factor_1
-            )
+        step = _Step(position_T, given_TLP, layout, held, rows)
+        if decoder.split is None:
+            first = decoder.layers[0].before
+            hidden_TE = residual_TE if first is None else kernels.norm(residual_TE, first)
+            afters = [*(layer.before for layer in decoder.layers[1:]), decoder.norm]
+            for layer, after in zip(decoder.layers, afters, strict=True):
+                hidden_TE, residual_TE = self._through(layer, hidden_TE, residual_TE, after, step)
+        else:
+            streams_TSE = decoder.split.begin(residual_TE)
+            for layer in decoder.layers:
+                streams_TSE = self._through_streams(layer, streams_TSE, step)
+            hidden_TE = decoder.split.end(streams_TSE)
+            hidden_TE = hidden_TE if decoder.norm is None else kernels.norm(hidden_TE, decoder.norm)
         if keep is not None:
             hidden_TE, rows, columns = hidden_TE[keep], 1, len(keep)
         head = self.module.get_output_embeddings()
@@ -155,16 +137,55 @@ class LeanForward:
             self.added.add_(logits_TV, hidden_TE)
         return self.head_shape.of(logits_TV, in_place=True).view(rows, columns, -1)
 
-    def _attend(
-        self,
-        hidden_TE: Tensor,
-        position_T: Tensor,
-        layout: Layout,
-        attention: Attention | Latent,
-        rows: int,
-        passed: dict[int | None, tuple[Tensor, Tensor]],
-    ) -> Tensor:
-        """Attention of one layer, [T, E]. ``passed``: keys and values of those before it that others are given."""
+    def _through(
+        self, layer: Layer, hidden_TE: Tensor, residual_TE: Tensor, after: Norm | None, step: _Step
+    ) -> tuple[Tensor, Tensor]:
+        """One layer, of the norm of the residual and that. Gives both for what comes ``after`` it."""
+        out_TE = hidden_TE
+        if isinstance(layer.attention, Mixer):
+            assert step.held is not None
+            out_TE = layer.attention(hidden_TE, step.held)
+        elif layer.attention is not None:
+            out_TE = self._attend(hidden_TE, layer.attention, step)
+        if layer.feed is None or layer.attention is None:
+            out_TE = out_TE if layer.feed is None else layer.feed(hidden_TE)
+        elif layer.parallel:
+            beside_TE = hidden_TE if layer.between is None else kernels.norm(residual_TE, layer.between)
+            out_TE = out_TE + layer.feed(beside_TE)
+        else:
+            norm, scale, factor_1 = layer.after_attention, layer.scale, None
+            if layer.beside is not None:
+                _, residual_TE = kernels.add_norm(out_TE, residual_TE, None, first=norm, scale=scale)
+                norm, scale, factor_1 = None, 1.0, layer.beside.factor_1
+                out_TE = layer.beside(hidden_TE)
+            hidden_TE, residual_TE = kernels.add_norm(
+                out_TE, residual_TE, layer.between, first=norm, scale=scale, factor_1=factor_1
+            )
+            out_TE = layer.feed(hidden_TE)
+            if layer.experts is not None:
+                out_TE = layer.experts.add(out_TE, residual_TE)
+        norm, scale = layer.after_feed, layer.scale
+        if layer.injection is not None and layer.streams is None:
+            _, residual_TE = kernels.add_norm(out_TE, residual_TE, None, first=norm, scale=scale)
+            norm, scale = layer.injection.after, 1.0
+            out_TE = layer.injection(residual_TE, step.given_TLP)
+        return kernels.add_norm(out_TE, residual_TE, after, first=norm, scale=scale, factor_1=layer.factor_1)
+
+    def _through_streams(self, layer: Layer, streams_TSE: Tensor, step: _Step) -> Tensor:
+        """One layer of those that have several residuals, [T, S, E]."""
+        streams = layer.streams
+        assert streams is not None
+        predicted_TSE = streams.predicted(streams_TSE)
+        residual_TE = predicted_TSE[:, streams.seen].contiguous()
+        hidden_TE = residual_TE if layer.before is None else kernels.norm(residual_TE, layer.before)
+        out_TE, _ = self._through(layer, hidden_TE, residual_TE, None, step)
+        streams_TSE = streams.corrected(predicted_TSE, out_TE)
+        return streams_TSE if layer.injection is None else streams.inject(streams_TSE, layer.injection, step.given_TLP)
+
+    def _attend(self, hidden_TE: Tensor, attention: Attention | Latent, step: _Step) -> Tensor:
+        """Attention of one layer, [T, E]."""
+        layout, position_T, rows = step.layout, step.position_T, step.rows
+        assert layout is not None
         if isinstance(attention, Latent):
             return attention.output(self._attend_latent(hidden_TE, position_T, layout, attention, rows).flatten(1))
         qkv_TO = attention.qkv(hidden_TE)
@@ -193,9 +214,9 @@ class LeanForward:
                 )
             query, key, value = (_heads_first(x, rows) for x in (query, key, value))
             if attention.shares is not None:
-                key, value = passed[attention.shares]
+                key, value = step.passed[attention.shares]
             elif attention.ask.layer in self.shared:
-                passed[attention.ask.layer] = key, value
+                step.passed[attention.ask.layer] = key, value
             out = layout.attend(query, key, value, attention.ask)
         out_THD = out.reshape(len(hidden_TE), attention.heads, -1)
         if attention.gated:
@@ -216,6 +237,19 @@ class LeanForward:
         else:
             out = layout.attend(query, key, value, attention.ask)
         return out.reshape(len(hidden_TE), attention.heads, -1)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What all layers of a forward have in common."""
+
+    position_T: Tensor
+    given_TLP: Tensor
+    layout: Layout | None
+    held: Held | None
+    rows: int
+    passed: dict[int | None, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Keys and values of attentions that others are given."""
 
 
 def _heads_first(x_THD: Tensor, rows: int) -> Tensor:

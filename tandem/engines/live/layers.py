@@ -252,10 +252,20 @@ class Gated:
     gate_up: Product
     curve: Curve
     down: Product
+    cut: float | None = None
+    """Standard deviations: gates are what they are ``above`` their token's mean and so many of them (Gemma 3n)."""
 
     def __call__(self, x_TE: Tensor) -> Tensor:
         gate_TI, up_TI = self.gate_up(x_TE).chunk(2, dim=-1)
+        if self.cut is not None:
+            gate_TI = above(gate_TI, self.cut)
         return self.down(kernels.gated(gate_TI, up_TI, self.curve))
+
+
+def above(gate_TI: Tensor, cut: float) -> Tensor:
+    """By how much each is more than its token's mean and so many standard deviations; 0 where it is not."""
+    spread_T1, mean_T1 = torch.std_mean(gate_TI, dim=-1, correction=0, keepdim=True)
+    return torch.relu(gate_TI - (mean_T1 + spread_T1 * cut))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -346,6 +356,91 @@ class Given:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Beside:
+    """What comes beside an attention, of the same input: ``x + norm(up(down(x)))``.
+
+    A learned augmented residual (LAuReL, arXiv:2411.07501).
+    """
+
+    down: Product
+    up: Product
+    norm: Norm
+    factor_1: Tensor
+    """What the sum of the residual and both is multiplied by."""
+
+    def __call__(self, x_TE: Tensor) -> Tensor:
+        return kernels.add_norm(self.up(self.down(x_TE)), x_TE, None, first=self.norm)[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Streams:
+    """Several residuals, of which a layer's parts see one (alternating updates, AltUp, arXiv:2301.13310).
+
+    Before them each is predicted of all, after them each is corrected by what has become of the one; by how much a
+    router says, of the one.
+    """
+
+    seen: int
+    norm: Norm
+    """Of what the router is given."""
+    scale_1: Tensor
+    router: Product
+    predict: Product
+    correct: Product
+    factor_E: Tensor | None
+    """What the one is multiplied by before an injection, which is added to all but the first."""
+
+    def _route(self, x_TE: Tensor) -> Tensor:
+        return torch.tanh(self.router(kernels.norm(x_TE, self.norm) * self.scale_1))
+
+    def predicted(self, x_TSE: Tensor) -> Tensor:
+        streams = x_TSE.shape[1]
+        weight_TSS = self.predict(self._route(x_TSE[:, self.seen])).view(-1, streams, streams)
+        # Not in one operation: in 16 bits it is rounded in between, as the module does.
+        return x_TSE + weight_TSS @ x_TSE
+
+    def corrected(self, predicted_TSE: Tensor, out_TE: Tensor) -> Tensor:
+        share_TS1 = self.correct(self._route(out_TE))[..., None] + 1
+        return predicted_TSE + (out_TE - predicted_TSE[:, self.seen])[:, None] * share_TS1
+
+    def inject(self, corrected_TSE: Tensor, injection: Injection, given_TLP: Tensor) -> Tensor:
+        one_TE = corrected_TSE[:, self.seen]
+        more_TE = injection(one_TE if self.factor_E is None else one_TE * self.factor_E, given_TLP)
+        if injection.after is not None:
+            more_TE = kernels.norm(more_TE, injection.after)
+        corrected_TSE[:, 1:] += more_TE[:, None]
+        return corrected_TSE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """How streams are made of what goes into the first layer, and how the last ones become one: their mean.
+
+    All but the first go through a product of their own, and are made as large as the first.
+    """
+
+    begins: Product
+    ends: tuple[Product, ...]
+
+    def begin(self, x_TE: Tensor) -> Tensor:
+        """[T, S, E]"""
+        return _as_large_as_first([x_TE, *self.begins(x_TE).chunk(len(self.ends), dim=1)])
+
+    def end(self, x_TSE: Tensor) -> Tensor:
+        first_TE, *others = x_TSE.unbind(1)
+        return _as_large_as_first([first_TE, *(to(x) for to, x in zip(self.ends, others, strict=True))]).mean(1)
+
+
+def _as_large_as_first(streams: Seq[Tensor]) -> Tensor:
+    """[T, S, E]: streams [T, E], of the first one's root mean square."""
+    all_TSE = torch.stack(list(streams), dim=1)
+    square_TS1 = all_TSE.square().mean(-1, keepdim=True)
+    # That number no module names.
+    size_TS1 = square_TS1[:, 1:].clamp(min=1e-5).sqrt()
+    return torch.cat((all_TSE[:, :1], all_TSE[:, 1:] * square_TS1[:, :1].sqrt() / size_TS1), dim=1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Layer:
     """Attention and a feed-forward part, each added to the residual ``scale`` times, with norms before and after."""
 
@@ -361,14 +456,16 @@ class Layer:
     after_feed: Norm | None
     scale: float
     experts: Experts | None = None
+    beside: Beside | None = None
     injection: Injection | None = None
+    streams: Streams | None = None
     factor: tuple[nn.Module, str] | None = None
     """The module and the name of the number that all is multiplied by in the end (Gemma 4)."""
 
     def products(self) -> Iterator[Product]:
         """All that are stacked."""
         yield from self.attention.products() if self.attention else ()
-        for part in (self.feed, self.injection):
+        for part in (self.feed, self.beside, self.injection, self.streams):
             yield from (x for x in vars(part).values() if isinstance(x, Product)) if part is not None else ()
 
     @property
@@ -383,8 +480,9 @@ class Layer:
         norms += self.attention.norms() if self.attention else ()
         norms += self.experts.norms() if self.experts else ()
         norms += (self.injection.after,) if self.injection else ()
+        norms += [part.norm for part in (self.beside, self.streams) if part]
         known |= {id(x) for norm in norms if norm for x in (norm.weight, norm.bias)}
-        known.add(id(self.factor_1))
+        known |= {id(self.factor_1), *((id(self.streams.scale_1), id(self.streams.factor_E)) if self.streams else ())}
         if isinstance(self.attention, Attention | Latent):
             known.add(id(self.attention.ask.sinks))
         wholes = [part.module for part in (self.attention, self.feed) if isinstance(part, Mixer | Whole)]
@@ -403,6 +501,8 @@ class Decoder:
     places: nn.Module | None
     """What is added to the embedding at each position (GPT-2)."""
     given: Given | None
+    split: Split | None
+    """Where layers have several residuals."""
     layers: list[Layer]
     norm: Norm | None
 
@@ -410,5 +510,7 @@ class Decoder:
         """All that are stacked."""
         if self.given is not None:
             yield self.given.projection
+        if self.split is not None:
+            yield from (self.split.begins, *self.split.ends)
         for layer in self.layers:
             yield from layer.products()

@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from statistics import NormalDist
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from tandem.engines.live.deltas import read_delta
 from tandem.engines.live.layers import (
     Attention,
+    Beside,
     Decoder,
     Experts,
     Gated,
@@ -27,9 +29,12 @@ from tandem.engines.live.layers import (
     Latent,
     Layer,
     Product,
+    Split,
+    Streams,
     Ungated,
     Unlike,
     Whole,
+    above,
     queries_and_gates,
 )
 from tandem.engines.live.mixers import Mixer
@@ -56,7 +61,8 @@ def read_decoder(module: Any, positions: int | None) -> Decoder:
     base = module.base_model
     if takes_list(module) or kept_in_modules(module):
         raise Unlike("it keeps its states " + ("in a list" if takes_list(module) else "in its modules"))
-    blocks = max((x for x in base.children() if isinstance(x, nn.ModuleList)), key=len, default=None)
+    lists = (x for x in base.children() if isinstance(x, nn.ModuleList))
+    blocks = max(lists, key=lambda one: sum(x.numel() for x in one.parameters()), default=None)
     if base is module or blocks is None:
         raise Unlike("it has no list of layers")
     watch = _Watch(base, blocks, positions, Mixers.of(module) or Mixers([]))
@@ -67,17 +73,22 @@ def read_decoder(module: Any, positions: int | None) -> Decoder:
     numbers = [call for call in watch.outside if not call.input.is_floating_point()]
     placed = next((call for call in numbers if torch.equal(call.input.flatten(), watch.position_T)), None)
     starts = {scale: embedded * scale + (placed.output if placed else 0.0) for scale in (1.0, multiplier)}
-    scale = _nearest(starts, watch.first, "what goes into its first layer is not its embedding")
-    last = [call for call in watch.outside if same(call.input, watch.last)]
+    split = watch.read_split(embedded) if watch.first.ndim > 3 else None
+    if split is not None:
+        starts = {scale: split.begin(start.flatten(0, 1)) for scale, start in starts.items()}
+    first = watch.first if split is None else _by_token(watch.first)
+    scale = _nearest(starts, first, "what goes into its first layer is not its embedding")
+    ended = watch.last if split is None else split.end(_by_token(watch.last))
+    last = [call for call in watch.outside if same(call.input, ended) or (split and near(call.input[0], ended))]
     norms = [norm for call in last if (norm := read_norm(call))]
-    if len(norms) > 1 or (not norms and not same(watch.last, watch.result)):
+    if len(norms) > 1 or (not norms and not same(ended, watch.result)):
         raise Unlike("what follows its last layer is not one norm")
     if norms and not any(same(call.output, watch.result) for call in last):
         raise Unlike("something follows its last norm")
     return Decoder(
         embedding=embedding, embedding_scale=scale, places=placed.module if placed else None,
         given=watch.read_given(embedded) if watch.given else None,
-        layers=watch.layers, norm=norms[0] if norms else None,
+        split=split, layers=watch.layers, norm=norms[0] if norms else None,
     )  # fmt: skip
 
 
@@ -230,6 +241,9 @@ class _Watch(PackedLayout):
             self.tables.append(_Table(cos.to(dtype), sin.to(dtype)))
 
     def _read(self, whole: _Call) -> Layer:
+        all_of, streams = whole, None
+        if whole.input.ndim > 3:
+            streams, whole = self._read_streams(whole)
         children = set(whole.module.children())
         # Dropout does nothing here.
         calls = [
@@ -269,10 +283,12 @@ class _Watch(PackedLayout):
             others = others[: others.index(gate)]
             after_up = following(up)
             injection = replace(injection, after=norms[after_up] if after_up else None)
+        if streams is not None:
+            streams = self._read_corrected(all_of, whole.output, streams, injection, gate.input if injection else None)
 
         def read_end(sums: dict[float, Tensor]) -> tuple[float, tuple[nn.Module, str] | None]:
             """The scale by which parts are added, of those of which the sums are, and what all is multiplied by."""
-            if injection is not None:
+            if injection is not None and streams is None:
                 scale = _nearest(sums, gate.input, "what a layer is given does not go through its residual")
                 sums = {scale: gate.input + (after_up or up).output}
             ends = {
@@ -306,12 +322,14 @@ class _Watch(PackedLayout):
                     after_feed=norms[after] if after else None,
                     scale=scale,
                     injection=injection,
+                    streams=streams,
                     factor=factor,
                 )
             )
         if len(attentions) + len(mixers) != 1:
             raise Unlike("it has layers without attention, or with several")
         rest = [call for call in others if call is not attention]
+        aside = rest.pop(0) if attention and len(rest) == 2 and same(rest[0].input, attention.input) else None
         if attention is None or len(rest) not in (1, 3):
             raise Unlike("a layer is not one attention and one feed-forward part")
         feed = rest[0]
@@ -349,7 +367,13 @@ class _Watch(PackedLayout):
         )
         if parallel and (after_attention or after_feed or experts):
             raise Unlike("its parallel parts have norms after them")
-        if not parallel and not near(start, whole.input + scale * attention_out):
+        total = whole.input + scale * attention_out
+        beside: Beside | None = None
+        if aside is not None:
+            sums = {factor: (total + aside.output) * factor for factor in (1.0, 0.5**0.5)}
+            factor_of = _nearest(sums, start, "its feed-forward part does not start from the sum")
+            beside, total = self._read_beside(aside, factor_of), sums[factor_of]
+        if not parallel and not near(start, total):
             raise Unlike("its feed-forward part does not start from the sum")
         return checked(
             Layer(
@@ -362,7 +386,9 @@ class _Watch(PackedLayout):
                 after_feed=norms[after_feed] if after_feed else None,
                 scale=scale,
                 experts=experts,
+                beside=beside,
                 injection=injection,
+                streams=streams,
                 factor=factor,
             )
         )
@@ -372,6 +398,68 @@ class _Watch(PackedLayout):
         if delta is not None and near(delta.of_all(call.input[0]), call.output[0]):
             mixer.delta = delta
         return mixer
+
+    def _read_streams(self, whole: _Call) -> tuple[Streams, _Call]:
+        """What mixes a layer's residuals; and the layer as that of the one residual which its parts see."""
+        parts = [x for x in self._parts(whole) if isinstance(x, _Call)]
+        linears = [call for call in parts if is_linear(call.module)]
+        routers = [call for call in linears if sum(call.module is other.module for other in linears) == 2]
+        if len(routers) != 2 or linears[-1] in routers or parts[0] in routers:
+            raise Unlike("its residuals are not mixed as a router says")
+        normed, after = (parts[parts.index(call) - 1] for call in routers)
+        predict, correct = (linears[linears.index(call) + 1] for call in routers)
+        norm, count = read_norm(normed), len(whole.input)
+        seen = next((i for i, x in enumerate(whole.input) if same(x, normed.input)), None)
+        numbers = [x for part in whole.module.modules() for _, x in _singles(part)]
+        scale = next((x for x in numbers if near(normed.output * x, routers[0].input)), None)
+        widths = predict.output.shape[-1], correct.output.shape[-1]
+        if norm is None or seen is None or scale is None or widths != (count * count, count):
+            raise Unlike("its residuals are not mixed as a router says")
+        streams = Streams(
+            seen=seen, norm=norm, scale_1=scale, router=Product([routers[0].module]),  # type: ignore[list-item]
+            predict=Product([predict.module]), correct=Product([correct.module]), factor_E=None,  # type: ignore[list-item]
+        )  # fmt: skip
+        one_TE = streams.predicted(_by_token(whole.input))[:, seen]
+        behind = parts[parts.index(predict) + 1 :]
+        start = next((call.input for call in behind if near(call.input[0], one_TE)), None)
+        if start is None:
+            raise Unlike("its parts do not start from one of its residuals")
+        return streams, replace(whole, input=start, output=after.input)
+
+    def _read_corrected(
+        self, whole: _Call, out: Tensor, streams: Streams, injection: Injection | None, injected: Tensor | None
+    ) -> Streams:
+        """With what is done to the one residual before an injection. ``out``: what its parts have made of it."""
+        made_TSE = streams.corrected(streams.predicted(_by_token(whole.input)), out.flatten(0, 1))
+        if injection is not None and injected is not None:
+            one_TE, injected = made_TSE[:, streams.seen], injected.flatten(0, 1)
+            if not near(one_TE, injected):
+                rows = (x for x in whole.module.parameters() if x.shape == one_TE.shape[1:])
+                streams = replace(streams, factor_E=next((x for x in rows if near(one_TE * x, injected)), None))
+            made_TSE = streams.inject(made_TSE, replace(injection, place=0), self.given[-1][:, None])
+        if not near(made_TSE, _by_token(whole.output)):
+            raise Unlike("what leaves a layer is not its residuals, each corrected")
+        return streams
+
+    def read_split(self, embedded: Tensor) -> Split:
+        """How the first layer's residuals are made of what the embedding gives, and one of the last layer's."""
+        linears = [call for call in self.outside if is_linear(call.module) and call.output.shape == embedded.shape]
+        begins = [call.module for call in linears if same(call.input, embedded)][1 - len(self.first) :]
+        ends = [call.module for x in self.last[1:] for call in linears if same(call.input, x)]
+        if not len(begins) == len(ends) == len(self.first) - 1:
+            raise Unlike("its residuals do not begin and end in a product each")
+        return Split(begins=Product(begins), ends=tuple(Product([end]) for end in ends))  # type: ignore[arg-type,list-item]
+
+    def _read_beside(self, whole: _Call, factor: float) -> Beside:
+        parts = [x for x in self._parts(whole) if isinstance(x, _Call)]
+        linears = [call.module for call in parts if is_linear(call.module)]
+        norms = [norm for call in parts if (norm := read_norm(call))]
+        if len(linears) == 2 and len(norms) == 1:
+            down, up = (Product([linear]) for linear in linears)  # type: ignore[list-item]
+            made = Beside(down=down, up=up, norm=norms[0], factor_1=torch.tensor([factor]).to(self.device))
+            if near(made(whole.input.flatten(0, 1)), whole.output.flatten(0, 1)):
+                return made
+        raise Unlike("what comes beside its attention is of another kind")
 
     def _read_injection(self, whole: _Call, others: list[_Call]) -> Injection | None:
         """That of a layer whose own two products have a curve between them, and what it is given beside."""
@@ -401,7 +489,8 @@ class _Watch(PackedLayout):
         norms = [(call, norm) for call in self.outside if call.input.shape[-1] == size and (norm := read_norm(call))]
         tables = [call for call in self.outside if not call.input.is_floating_point()]
         for product, (normed, norm), own in itertools.product(products, norms, tables):
-            inner = _times(product.output, normed.input)
+            # Not what came out: it may have been changed since (Gemma 3n).
+            inner = _times(product.module(product.input), normed.input)
             if not inner or own.output.numel() != normed.output.numel():
                 continue
             both = (normed.output.flatten() + own.output.flatten()).view(tokens, -1, size)
@@ -579,6 +668,12 @@ class _Watch(PackedLayout):
         nothing = torch.empty(self.positions, 0, device=self.device)
         return _Table(nothing, nothing) if number < 0 else self.tables[number]
 
+    def _cuts(self, dtype: torch.dtype) -> list[float]:
+        """Where the config's shares of a normal distribution end, rounded as a model computes."""
+        shares = getattr(self.base.config.get_text_config(), "activation_sparsity_pattern", None) or ()
+        ends = [NormalDist().inv_cdf(share) for share in sorted(set(shares)) if 0.0 < share < 1.0]
+        return torch.tensor(ends).to(dtype).tolist()
+
     def _read_feed(self, whole: _Call) -> Gated | Ungated | Whole:
         if whole.more:
             raise Unlike("its feed-forward part is given more than what goes through")
@@ -596,13 +691,19 @@ class _Watch(PackedLayout):
             made: Gated | Ungated | None = None
             curve = read_curve(bend)
             width = ends[0].input.shape[-1]
-            gate = [call for call in starts if same(call.output, bend.input)]
+            gate, cut = [call for call in starts if same(call.output, bend.input)], None
+            cuts = self._cuts(bend.input.dtype)
+            if not gate and cuts and len(starts) == 2:
+                found_of = {(i, c): above(call.output, c) for i, call in enumerate(starts) for c in cuts}
+                place, cut = min(found_of, key=lambda n: _gap(found_of[n], bend.input))
+                gate = [starts[place]]
             if len(starts) == 1 and gate:
                 bent = CURVES[curve] if curve else bend.module
                 made = Ungated(up=Product([starts[0].module]), curve=bent, down=down)  # type: ignore[list-item]
             elif len(starts) == 2 and gate and curve:
                 (up,) = [call for call in starts if call not in gate]
-                made = Gated(gate_up=Product([gate[0].module, up.module]), curve=curve, down=down)  # type: ignore[list-item]
+                gate_up = Product([gate[0].module, up.module])  # type: ignore[list-item]
+                made = Gated(gate_up=gate_up, curve=curve, down=down, cut=cut)
             elif len(starts) == 1 and curve and starts[0].output.shape[-1] == 2 * width:
                 # Where the gate comes second it does not compute the same, and the part is called as it is.
                 made = Gated(gate_up=Product([starts[0].module]), curve=curve, down=down)  # type: ignore[list-item]
@@ -704,6 +805,11 @@ def _times(found: Tensor, truth: Tensor) -> float:
     one, other = (x.flatten().double() for x in (found, truth))
     times = float(one @ other / (one @ one).clamp(min=1e-12))
     return times if near((times * one).to(truth.dtype), truth.flatten()) else 0.0
+
+
+def _by_token(x: Tensor) -> Tensor:
+    """[S, 1, T, E] → [T, S, E]."""
+    return x[:, 0].transpose(0, 1).contiguous()
 
 
 def _storage(x: Tensor) -> int:
