@@ -26,7 +26,7 @@ from tandem.types import CORRECTION_BIAS
 
 LINEAR = (nn.Linear.forward, products.Linear.forward)
 """What linear layers that do no more than multiply are known by."""
-TRIED = 64
+TRIED = 16
 """Tokens with which a router is compared."""
 ROUTER_LOGITS = "output_router_logits"
 """The key of a config that makes every forward give its routers' logits."""
@@ -235,10 +235,12 @@ def chooser_of(router: Any, kind: Any, *others: Any) -> Chooser | None:
     experts, width = router.weight.shape
     generator = torch.Generator().manual_seed(0)
     weight_XE, x_TE, common_1E = (torch.randn(n, width, generator=generator) for n in (experts, TRIED, 1))
-    bias_X, correction_X, size_T = (torch.rand(n, generator=generator) for n in (experts, experts, TRIED))
-    # Of some tokens the scores of all experts are near 0, where what is added to their sum shows.
+    bias_X, correction_X = (torch.rand(experts, generator=generator) for _ in range(2))
+    # Of the first tokens the scores of all experts are near 0, where what is added to their sum shows.
+    common_1E *= width**0.5 / common_1E.norm()
     weight_XE = (weight_XE + common_1E) * width**-0.5
-    x_TE = 3 * size_T[:, None] * x_TE + torch.linspace(-8.0, 4.0, TRIED)[:, None] * common_1E * width**-0.5
+    shift_T1, size_T1 = (torch.linspace(*ends, TRIED)[:, None] for ends in ((-9.0, 4.0), (0.1, 3.0)))
+    x_TE = size_T1 * x_TE + shift_T1 * common_1E * width**-0.5
     weight_XE, x_TE, bias_X, correction_X = (
         t.to(router.weight.device) for t in (weight_XE, x_TE, bias_X, correction_X)
     )

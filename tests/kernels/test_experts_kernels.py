@@ -108,7 +108,7 @@ CASES = {
     "odd sizes": Case(19, 5, 3, 72, 41),
     "two experts, one of which gets all": Case(150, 2, 1, 130, 24, crowded=True),
     "picks of none": Case(12, 3, 2, 40, 16, past=True),
-    "many": Case(12, 128, 8, 40, 16),
+    "many": Case(3, 128, 8, 40, 16),
     "transposed, with biases": Case(37, 4, 2, 96, 72, (("transposed", True), ("bias", True)), Clamped),
     "biases": Case(9, 3, 1, 24, 16, (("bias", True), ("act", "gelu"))),
     "without gates": Case(21, 6, 2, 24, 136, (("gate", False), ("act", "relu2"))),
