@@ -50,11 +50,17 @@ def is_grouped(part: nn.Module) -> bool:
     return all(hasattr(part, name) for name in ("has_gate", "has_bias", "is_transposed", "_apply_gate"))
 
 
+def called_experts(module: nn.Module) -> list[nn.Module]:
+    """The parts that a layer gives tokens, the experts picked for each, and their weights: stacked experts, or peft's
+    outermost wrapper of them."""
+    within = {id(part.base_layer) for part in module.modules() if is_stack(part)}
+    return [part for part in module.modules() if (is_stack(part) or is_grouped(part)) and id(part) not in within]
+
+
 def speed_up_stacks(module: nn.Module) -> None:
     """Makes peft's outermost wrapper of each part's stacks compute as it says above."""
-    within = {id(part.base_layer) for part in module.modules() if is_stack(part)}
-    for part in module.modules():
-        if is_stack(part) and id(part) not in within:
+    for part in called_experts(module):
+        if is_stack(part):
             kind: Any = type(part)
             part.__class__ = _grouped_class(kind)
 

@@ -7,20 +7,27 @@ import gc
 import logging
 import random
 import weakref
-from typing import Any
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 import torch
 from helpers.engine_models import EOS, VOCABULARY, model, tokenizer
+from helpers.family_models import families
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tandem.engines.live import probe
 from tandem.engines.live.engine import LiveEngine
-from tandem.engines.live.probe import Trial
+from tandem.engines.live.forwards import LeanForward
+from tandem.engines.live.layers import Experts
+from tandem.engines.live.probe import Trial, _page_logits, find_cache_shape, head_shape_of
 from tandem.errors import UserError
+from tandem.kernels import products
+from tandem.models.loading import prepare_module
 from tandem.models.probe import LOW_PRECISION_TOLERANCE, gap_of
-from tandem.models.shrunk import shrunk, shrunken_config
+from tandem.models.shrunk import shrunk, shrunken_config, trained_size
 from tandem.roles import Engine
 from tandem.types import Request, SamplingParams
 
@@ -208,6 +215,58 @@ def test_one_row_of_other_experts_is_no_fault_in_16_bits(kind: str, low: bool) -
     lost = [torch.cat((truth[:1], truth[1:] * float("nan"))) for truth in truths]
     for wrong in (decoded, lost):
         assert "does not reproduce" in trial._compare(lambda wrong=wrong: wrong)
+
+
+def rounding_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products round as if their sums had another order, as a GPU's have: one in 6 numbers is a unit further."""
+    own, generator = products.linear, torch.Generator().manual_seed(1)
+
+    def moved(x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        out = own(x, *weights)
+        share = 0.8 * (torch.rand(out.shape, generator=generator) - 0.5)
+        return (out.float() * (1 + torch.finfo(out.dtype).eps * share)).to(out.dtype)
+
+    monkeypatch.setattr(products, "linear", moved)
+
+
+@torch.no_grad()
+def test_experts_that_rounding_swaps_are_no_fault_of_the_fused_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what is wrong is still found: in what experts give, in how they are picked, and in a single row."""
+    module = families.NAMES["gemma4-moe"].module(families.TINY | {"num_hidden_layers": 8, "vocab_size": 512})
+    trained_size(module)
+    prepare_module(module, tokenizer()).compute_in(torch.bfloat16)
+    trial, shape = Trial(module, beside=True), find_cache_shape(module)
+    lean = LeanForward(module, positions=128, head_shape=head_shape_of(module))
+    rounding_otherwise(monkeypatch)
+    found = [torch.cat(_page_logits(lean, shape, trial)) for _ in range(3)]
+    assert max(gap_of(one, trial.truth.value_TD) for one in found) > LOW_PRECISION_TOLERANCE
+    assert [trial.why_not_pages(lean, shape) for _ in range(3)] == [""] * 3
+
+    def last_row_wrong() -> torch.Tensor:
+        value_TD = torch.cat(_page_logits(lean, shape, trial))
+        value_TD[-1] = float("nan")
+        return value_TD
+
+    assert "off by nan" in trial.truth.why_not(last_row_wrong)
+    layer = lean.decoder.layers[5]
+    experts = layer.experts
+    assert experts is not None
+
+    def another(router: Callable[..., Any]) -> Experts:
+        return replace(experts, router=cast(torch.nn.Module, router))
+
+    def weighing(residual_TE: torch.Tensor) -> Any:
+        scores, weights, picked = experts.router(residual_TE)
+        return scores, 1.2 * weights, picked
+
+    wrong = {
+        "off by": replace(experts, after=None),
+        "a router's weights are off by 20": another(weighing),
+        "a router's weights are off by 1": another(lambda x: experts.router(x.roll(1, -1))),
+    }
+    for words, fault in wrong.items():
+        lean.decoder.layers[5] = replace(layer, experts=fault)
+        assert words in trial.why_not_pages(lean, shape), words
 
 
 @pytest.mark.parametrize("layers", [2, 30])

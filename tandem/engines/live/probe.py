@@ -79,7 +79,7 @@ class Trial:
     @torch.no_grad()
     def why_not_pages(self, forward: Forward | StateForward, shape: CacheShape) -> str:
         """Why ``forward`` over pages does not reproduce the module's own; empty where it does."""
-        return self._compare(lambda: _page_logits(forward, shape, self))
+        return self._said(lambda: self.truth.why_not(lambda: torch.cat(_page_logits(forward, shape, self))))
 
     @torch.no_grad()
     def why_not_captured(self, forward: Forward | StateForward, shape: CacheShape) -> str:
@@ -125,11 +125,13 @@ class Trial:
 
     def _compare(self, logits_of: Callable[[], list[Tensor]]) -> str:
         """Why logits of what follows the prompts, and the tokens after them, are not the module's own."""
+        return self._said(lambda: self.truth.too_far(torch.cat(logits_of())))
+
+    def _said(self, compare: Callable[[], str]) -> str:
         try:
-            found = logits_of()
+            far = compare()
         except UnsupportedAttention as error:
             return f"its attention needs what the cache lacks ({error})"
-        far = self.truth.too_far(torch.cat(found))
         return f"decoding from the cache does not reproduce its own forward ({far})" if far else ""
 
 
