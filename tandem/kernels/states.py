@@ -1,8 +1,10 @@
-"""Parts that carry a state, for one more token: short convolutions, the gated delta rule, Mamba 2. It also for many."""
+"""Parts that carry a state. One more token: short convolutions, the gated delta rule, Mamba 2. Many: both Mambas."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -128,12 +130,7 @@ def scan(
     tokens, heads, groups = *x.shape[1:3], into.shape[2]
     chunks = -(-tokens // min(chunk, LONGEST_CHUNK))
     length = -(-tokens // chunks)
-    wide = torch.promote_types(x.dtype, torch.float32)
-
-    def cut(y: Tensor) -> Tensor:
-        """[B, T, ...] → [B, C, L, ...]. The tokens that fill up the last chunk have steps of 0, and change nothing."""
-        return F.pad(y.to(wide), (0, 0) * (y.ndim - 2) + (0, chunks * length - tokens)).unflatten(1, (chunks, length))
-
+    cut = partial(_cut, chunks=chunks, length=length, dtype=torch.promote_types(x.dtype, torch.float32))
     into_BCLGN, out_of_BCLGN = cut(into), cut(out_of)
     log_BCHL = (cut(step) * rate).transpose(2, 3)
     x_BCLGRP = (cut(x) * cut(step)[..., None]).unflatten(3, (groups, -1))
@@ -147,13 +144,56 @@ def scan(
     kept_BHSS = _sums_between(F.pad(log_BCHL.sum(-1).transpose(1, 2), (1, 0))).exp_()
     state_BSHPN = torch.einsum("bhsc,bchpn->bshpn", kept_BHSS[..., 1:], left_BCGRPN.flatten(2, 3))
     if state is not None:
-        state_BSHPN = state_BSHPN + kept_BHSS[..., 0].transpose(1, 2)[..., None, None] * state[:, None].to(wide)
+        state_BSHPN = state_BSHPN + kept_BHSS[..., 0].transpose(1, 2)[..., None, None] * state[:, None]
     before_BCGRPN = state_BSHPN[:, :-1].unflatten(2, (groups, -1))
     earlier_BCLGRP = torch.einsum("bclgn,bcgrpn->bclgrp", out_of_BCLGN, before_BCGRPN)
     faded_BCLGR = log_BCHL.cumsum(-1).exp_().transpose(2, 3).unflatten(3, (groups, -1))
     out_BCLGRP = torch.addcmul(own_BCLGRP, earlier_BCLGRP, faded_BCLGR[..., None])
     out_BTHP = out_BCLGRP.reshape(len(x), -1, heads, x.shape[3])[:, :tokens]
-    return torch.addcmul(out_BTHP, x.to(wide), skip[:, None].to(wide)).contiguous(), state_BSHPN[:, -1]
+    return torch.addcmul(out_BTHP, x.to(out_BTHP.dtype), skip[:, None].to(out_BTHP.dtype)).contiguous(), state_BSHPN[
+        :, -1
+    ]
+
+
+def scan_channels(
+    x: Tensor, step: Tensor, rate: Tensor, into: Tensor, out_of: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """T steps of Mamba (arXiv:2312.00752, eq. 2), for states S [B, D, N]: what is given of each token, [B, T, D].
+
+    ``S = exp(step * rate) S + step * x into^T``, of which ``S out_of`` is given, and S after the last token, in float32
+    at least. A state's rate is its own, so there is no product of tokens. One after the other are the sqrt(T) tokens of
+    a chunk, for all chunks at once, and then the chunks. ``x`` and steps [B, T, D], rates [D, N], ``into`` and
+    ``out_of`` [B, T, N].
+    """
+    tokens = x.shape[1]
+    length = math.isqrt(tokens - 1) + 1
+    chunks = -(-tokens // length)
+    cut = partial(_cut, chunks=chunks, length=length, dtype=torch.promote_types(x.dtype, torch.float32))
+    step_BCLD = cut(step)
+    # Of all tokens at once: the gradient of what is taken out by its number would be as large as all of it.
+    entering = (step_BCLD * cut(x)).unbind(2), cut(into).unbind(2)
+    out_of_BCN1 = cut(out_of)[..., None].unbind(2)
+    own_BCDN, given = torch.zeros_like(state)[:, None], []
+    for step_BCD, x_BCD, into_BCN, read_BCN1 in zip(step_BCLD.unbind(2), *entering, out_of_BCN1, strict=True):
+        kept_BCDN = (step_BCD[..., None] * rate).exp() * own_BCDN
+        own_BCDN = torch.addcmul(kept_BCDN, x_BCD[..., None], into_BCN[:, :, None])
+        given.append(own_BCDN @ read_BCN1)
+    before = []
+    kept_BCDN = (step_BCLD.sum(2)[..., None] * rate).exp()
+    for kept_BDN, own_BDN in zip(kept_BCDN.unbind(1), own_BCDN.unbind(1), strict=True):
+        before.append(state)
+        state = torch.addcmul(own_BDN, kept_BDN, state)
+    before_BCDN = torch.stack(before, 1)
+    for place, (passed_BCD, read_BCN1) in enumerate(zip(step_BCLD.cumsum(2).unbind(2), out_of_BCN1, strict=True)):
+        faded_BCDN = (passed_BCD[..., None] * rate).exp() * before_BCDN
+        given[place] = given[place] + faded_BCDN @ read_BCN1
+    return torch.cat(given, 3).transpose(2, 3).flatten(1, 2)[:, :tokens], state
+
+
+def _cut(y: Tensor, *, chunks: int, length: int, dtype: torch.dtype) -> Tensor:
+    """[B, T, ...] → [B, C, L, ...]. The tokens that fill up the last chunk have steps of 0, and change nothing."""
+    more = chunks * length - y.shape[1]
+    return F.pad(y.to(dtype), (0, 0) * (y.ndim - 2) + (0, more)).unflatten(1, (chunks, length))
 
 
 def _sums_between(log: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
-"""Whole sequences through Mamba 2: the module's own part, on a scan of ours.
+"""Whole sequences through Mamba and Mamba 2: the module's own part, on a scan of ours.
 
-Without the kernels of mamba_ssm transformers has one that makes a tensor of all pairs of a chunk's tokens, each with
-the states of all heads (before 5.19): 112 GiB for 256 prompts of 64 tokens.
+Without the kernels of mamba_ssm transformers goes through Mamba's tokens one by one, and makes a tensor of all of them
+for the gradient of each; for Mamba 2 it makes one of all pairs of a chunk's tokens, each with the states of
+all heads (before 5.19): 112 GiB for 256 prompts of 64 tokens.
 """
 
 from __future__ import annotations
@@ -23,15 +24,14 @@ from tandem.kernels import states as kernels
 
 log = logging.getLogger("tandem")
 
-SCAN = "mamba2_chunk_scan"
 CLOSE = 1e-4
 """A difference of two scans in float32, over what they give, that is rounding."""
+LARGEST = 2**26
+"""Most numbers in all states of the tokens of Mamba that are computed at once: 256 MiB, of which there are some."""
 
 
 def speed_up_scans(module: Any) -> None:
-    """Lets all parts of a module that scan as Mamba 2 does use our scan, unless mamba_ssm's kernels are there."""
-    if _has_kernels():
-        return
+    """Lets all parts of a module that scan as a Mamba does use our scan, unless mamba_ssm's kernels are there."""
     for part in module.modules():
         kind: Any = type(part)
         if (scanning := _scanning(kind)) is not kind:
@@ -39,10 +39,10 @@ def speed_up_scans(module: Any) -> None:
 
 
 @functools.cache
-def _has_kernels() -> bool:
-    """Whether transformers calls mamba_ssm's: they can be imported (they need not fit the torch that is installed)."""
+def _has_kernel(path: str, name: str) -> bool:
+    """Whether transformers calls mamba_ssm's: it can be imported (it need not fit the torch that is installed)."""
     try:
-        return hasattr(importlib.import_module("mamba_ssm.ops.triton.ssd_combined"), "mamba_chunk_scan_combined")
+        return hasattr(importlib.import_module(f"mamba_ssm.ops.{path}"), name)
     except Exception:  # As transformers does: what fails in there is of any kind.
         return False
 
@@ -50,15 +50,18 @@ def _has_kernels() -> bool:
 @functools.cache
 def _scanning(kind: Any) -> Any:
     """The class of a part whose forward calls our scan: its own where it does already, or calls none that ours is."""
-    forward = calling(kind.forward, {SCAN: _scan})
+    forward = calling(kind.forward, {name: ours for name, (ours, *_) in SCANS.items()})
     if forward is None:
         return kind
-    scan = forward.__globals__[SCAN]
-    if isinstance(scan.args[0], functools.partial):
-        return kind
-    if not _is_ours(scan):
-        log.warning("%s: the scan of this transformers is not the one that ours is: it takes its own", kind.__name__)
-        return kind
+    for name in SCANS.keys() & set(forward.__code__.co_names):
+        scan, (_, kernel, trial) = forward.__globals__[name], SCANS[name]
+        if isinstance(scan.args[0], functools.partial) or _has_kernel(*kernel):
+            return kind
+        if not _is_ours(scan, *trial()):
+            log.warning(
+                "%s: the scan of this transformers is not the one that ours is: it takes its own", kind.__name__
+            )
+            return kind
     return type(kind.__name__, (kind,), {"__module__": __name__, "forward": forward})
 
 
@@ -82,23 +85,32 @@ def calling(forward: Any, ours: Mapping[str, Callable[..., Any]]) -> Any:
 
 
 @torch.no_grad()
-def _is_ours(scan: Any) -> bool:
-    """Whether it computes what transformers' scan does, with its arguments, of more than one chunk."""
-    generator = torch.Generator().manual_seed(0)
-
-    def some(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device="cpu")
-
-    given = some(2, 7, 4, 3), some(2, 7, 4), -some(4).exp(), some(2, 7, 2, 5), some(2, 7, 2, 5)
-    options = {
-        "chunk_size": 3, "D": some(4), "dt_bias": some(4), "initial_states": some(2, 4, 3, 5), "dt_softplus": True,
-        "dt_limit": (0.3, 2.0), "return_final_states": True, "z": None,
-    }  # fmt: skip
+def _is_ours(scan: Any, given: list[Tensor], options: dict[str, Any]) -> bool:
+    """Whether it computes what transformers' does of these arguments, which are of more than one chunk."""
     try:
         pairs = zip(scan(*given, **options), inspect.unwrap(scan.args[0])(*given, **options), strict=True)
         return all((one - two).norm() <= CLOSE * two.norm() for one, two in pairs)
     except (TypeError, ValueError, RuntimeError):  # Other arguments, or another result.
         return False
+
+
+def _drawn(*shapes: tuple[int, ...]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator, device="cpu") for shape in shapes]
+
+
+def _trial() -> tuple[list[Tensor], dict[str, Any]]:
+    x, dt, rate, into, out_of = _drawn((2, 7, 4, 3), (2, 7, 4), (4,), (2, 7, 2, 5), (2, 7, 2, 5))
+    skip, bias, state = _drawn((4,), (4,), (2, 4, 3, 5))
+    options = {"chunk_size": 3, "D": skip, "dt_bias": bias, "initial_states": state, "dt_softplus": True, "z": None}
+    return [x, dt, -rate.exp(), into, out_of], options | {"dt_limit": (0.3, 2.0), "return_final_states": True}
+
+
+def _channel_trial() -> tuple[list[Tensor], dict[str, Any]]:
+    x, dt, rate, into, out_of = _drawn((2, 3, 7), (2, 3, 7), (3, 5), (2, 5, 7), (2, 5, 7))
+    skip, bias, gate = _drawn((3,), (3,), (2, 3, 7))
+    options = {"D": skip, "z": gate, "delta_bias": bias, "delta_softplus": True, "return_last_state": True}
+    return [x, dt, -rate.exp(), into, out_of], options
 
 
 def _scan(
@@ -128,10 +140,56 @@ def _scan(
         step = F.softplus(dt.to(torch.promote_types(dt.dtype, torch.float32)) + bias).clamp(*dt_limit)
         return kernels.scan(x, step, *others, chunk=chunk_size)
 
-    given = (hidden_states, dt, dt_bias, A, B, C, D, initial_states)
-    if torch.is_grad_enabled():
-        # What tokens of a chunk are to each other, and all states, are made again in the backward pass.
-        out, state = checkpoint(run, *given, use_reentrant=False, preserve_rng_state=False)
-    else:
-        out, state = run(*given)
+    out, state = _again(run, hidden_states, dt, dt_bias, A, B, C, D, initial_states)
     return (out, state) if return_final_states else out
+
+
+def _scan_channels(
+    theirs: Callable[..., Any],
+    hidden_states: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+    use_mambapy: bool = False,
+    **options: Any,
+) -> Any:
+    """``mamba_selective_scan``, [B, D, T]. Where a config asks for mambapy it is theirs."""
+    if use_mambapy:
+        named = {"D": D, "z": z, "delta_bias": delta_bias, "delta_softplus": delta_softplus}
+        named |= {"return_last_state": return_last_state, "use_mambapy": True}
+        return theirs(hidden_states, dt, A, B, C, **named, **options)
+    # As in the step for one more token, which is the module's own.
+    step = dt if delta_bias is None else dt + delta_bias.to(dt.dtype)[:, None]
+    step = F.softplus(step) if delta_softplus else step
+    wide = torch.promote_types(hidden_states.dtype, torch.float32)
+    state = torch.zeros(len(dt), *A.shape, dtype=wide, device=dt.device)
+    given = []
+    at_once = max(1, LARGEST // state.numel())
+    for x, steps, into, out_of in zip(*(y.mT.split(at_once, 1) for y in (hidden_states, step, B, C)), strict=True):
+        out, state = _again(kernels.scan_channels, x, steps, A, into, out_of, state)
+        given.append(out)
+    scanned = torch.cat(given, 1).mT
+    scanned = scanned if D is None else scanned + hidden_states * D[:, None]
+    scanned = scanned if z is None else scanned * F.silu(z)
+    return (scanned, state) if return_last_state else scanned
+
+
+def _again(run: Callable[..., tuple[Tensor, Tensor]], *given: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``run(*given)``, of which nothing is kept for the backward pass, where it runs again."""
+    if not torch.is_grad_enabled():
+        return run(*given)
+    found: tuple[Tensor, Tensor] = checkpoint(run, *given, use_reentrant=False, preserve_rng_state=False)
+    return found
+
+
+SCANS: dict[str, tuple[Callable[..., Any], tuple[str, str], Callable[..., Any]]] = {
+    "mamba2_chunk_scan": (_scan, ("triton.ssd_combined", "mamba_chunk_scan_combined"), _trial),
+    "mamba_selective_scan": (_scan_channels, ("selective_scan_interface", "selective_scan_fn"), _channel_trial),
+}
+"""By the names that transformers has for them: ours, mamba_ssm's, and arguments of which both give the same."""

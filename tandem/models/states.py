@@ -57,7 +57,7 @@ def kept_in_modules(module: Any) -> list[tuple[Any, str]]:
 
 
 def put_right(module: Any) -> None:
-    """Puts right what some classes of transformers have wrong, and lets Mamba 2 use a scan of ours.
+    """Puts right what some classes of transformers have wrong, and lets the Mambas use scans of ours.
 
     Time steps may be as short as the config's key of that name says, or of any length: some heed another key, and
     lengthen short steps where many tokens go through at once and not where one does (Nemotron H, Zamba 2). The base

@@ -1,4 +1,4 @@
-"""Mamba 2's scan of ours: against one token after another, and in place of transformers'."""
+"""The Mambas' scans of ours: against one token after another, and in place of transformers'."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from helpers.family_models import made
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.models.mamba import modeling_mamba
 from transformers.models.mamba2 import modeling_mamba2
 
 from tandem.kernels import states as kernels
@@ -60,6 +61,10 @@ def test_a_scan_is_one_token_after_another(tokens: int, chunk: int, groups: int,
     given += [state] if begun else []
     found = kernels.scan(*given[:6], state if begun else None, chunk=chunk)
     truth = one_by_one(*given[:6], state if begun else None)
+    assert_alike(found, truth, given)
+
+
+def assert_alike(found: tuple[Tensor, Tensor], truth: tuple[Tensor, Tensor], given: list[Tensor]) -> None:
     weights = [torch.randn_like(x) for x in truth]
     for one, two in zip(found, truth, strict=True):
         torch.testing.assert_close(one, two, rtol=0, atol=1e-12)
@@ -69,6 +74,21 @@ def test_a_scan_is_one_token_after_another(tokens: int, chunk: int, groups: int,
     ]
     for one, two in zip(*gradients, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 7, 50])
+def test_a_scan_of_channels_is_one_token_after_another(tokens: int) -> None:
+    """arXiv:2312.00752, eq. 2, also its gradients."""
+    torch.manual_seed(0)
+    shapes = (2, tokens, 3), (2, tokens, 3), (3, 4), (2, tokens, 4), (2, tokens, 4), (2, 3, 4)
+    given = [torch.randn(shape).double() for shape in shapes]
+    given = [x.requires_grad_() for x in (given[0], given[1].abs(), -given[2].exp(), *given[3:])]
+    x, step, rate, into, out_of, state = given
+    read = []
+    for t in range(tokens):
+        state = (step[:, t, :, None] * rate).exp() * state + (step * x)[:, t, :, None] * into[:, t, None]
+        read.append((state * out_of[:, t, None]).sum(-1))
+    assert_alike(kernels.scan_channels(*given), (torch.stack(read, 1), state), given)
 
 
 def test_a_small_step_among_large_ones_is_not_lost_in_float32() -> None:
@@ -90,7 +110,8 @@ def arguments(tokens: int, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, 
 
 def scans_of(kind: Any) -> tuple[Any, Any]:
     """Ours and transformers'."""
-    ours = scans._scanning(kind).forward.__globals__[scans.SCAN]
+    (name,) = scans.SCANS.keys() & kind.forward.__wrapped__.__code__.co_names
+    ours = scans._scanning(kind).forward.__globals__[name]
     return ours, inspect.unwrap(ours.args[0])
 
 
@@ -109,16 +130,17 @@ def test_in_bfloat16_it_is_no_further_from_the_truth_than_transformers() -> None
         assert (one - exact).norm() < min(1e-6 * exact.norm(), (other - exact).norm())
 
 
-class Largest(TorchDispatchMode):
-    """Most numbers in a tensor that was made."""
+class Made(TorchDispatchMode):
+    """Numbers in the largest tensor that was made, and in all of them."""
 
-    numbers = 0
+    largest, all = 0, 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = function(*args, **(kwargs or {}))
         for x in made if isinstance(made, tuple | list) else (made,):
             if isinstance(x, Tensor):
-                self.numbers = max(self.numbers, x.untyped_storage().nbytes() // x.element_size())
+                self.largest = max(self.largest, x.untyped_storage().nbytes() // x.element_size())
+                self.all += x.numel()
         return made
 
 
@@ -129,16 +151,35 @@ def test_no_tensor_has_two_tokens_a_head_and_its_state() -> None:
     x, step = torch.randn(rows, tokens, heads, size, requires_grad=True), torch.rand(rows, tokens, heads)
     into, head, rate = torch.randn(2, rows, tokens, 1, states), torch.rand(heads), -torch.rand(heads)
     kept: list[Tensor] = []
-    with Largest() as largest, torch.autograd.graph.saved_tensors_hooks(lambda y: kept.append(y) or y, lambda y: y):
+    with Made() as made_here, torch.autograd.graph.saved_tensors_hooks(lambda y: kept.append(y) or y, lambda y: y):
         out = ours(x, step, rate, *into, 256, D=head, dt_bias=head, dt_softplus=True)
     assert {y.data_ptr() for y in kept} <= {y.data_ptr() for y in (x, step, rate, *into, head)}
     out.sum().backward()
-    assert largest.numbers <= heads * rows * max(tokens * tokens, 2 * size * states, tokens * size)
+    assert made_here.largest <= heads * rows * max(tokens * tokens, 2 * size * states, tokens * size)
 
 
-def test_a_module_is_given_it_by_what_it_calls() -> None:
+def test_twice_as_many_tokens_of_mamba_make_twice_as_many_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There and back, where the gradient of each token made a tensor of all of them. No part of them is left out."""
+    ours, theirs = scans_of(modeling_mamba.MambaMixer)
+    numbers = []
+    for tokens in (64, 128):
+        given, options = scans._channel_trial()
+        given = [x if x.shape[0] != 2 else torch.randn(2, x.shape[1], tokens).requires_grad_() for x in given]
+        options |= {"z": torch.randn(2, 3, tokens)}
+        with Made() as made_here:
+            out, state = ours(*given, **options)
+            out.sum().backward()
+        numbers.append(made_here.all)
+    assert numbers[1] < 2.5 * numbers[0]
+    monkeypatch.setattr(scans, "LARGEST", 11 * state.numel())
+    for one, two in zip(ours(*given, **options), theirs(*given, **options), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("mamba2", "Mamba2Mixer"), ("jamba", "JambaMambaMixer")])
+def test_a_module_is_given_it_by_what_it_calls(name: str, kind: str) -> None:
     """Once, in its copies as well, and not where it calls another."""
-    module = made("mamba2")
+    module = made(name)
     ids = torch.arange(2, 32)[None]
     with torch.no_grad():
         exact = module(input_ids=ids).logits
@@ -148,9 +189,9 @@ def test_a_module_is_given_it_by_what_it_calls() -> None:
         for again in (module, copy.deepcopy(module)):
             put_right(again)
             assert [type(part) for part in again.modules()] == kinds
-    changed = {kind for kind in kinds if kind.__module__ == scans.__name__}
-    assert [kind.__name__ for kind in changed] == ["Mamba2Mixer"]
-    put_right(other := made("mamba"))
+    changed = {one for one in kinds if one.__module__ == scans.__name__}
+    assert [one.__name__ for one in changed] == [kind]
+    put_right(other := made("lfm2"))
     assert not any(type(part).__module__ == scans.__name__ for part in other.modules())
 
 
@@ -168,10 +209,11 @@ def test_it_is_left_out_where_it_is_not_theirs_or_kernels_are_there(
     theirs = inspect.unwrap(modeling_mamba2.mamba2_chunk_scan)
     for scan in (other, renamed):
         scans._scanning.cache_clear()
-        monkeypatch.setattr(modeling_mamba2, scans.SCAN, scan)
+        monkeypatch.setattr(modeling_mamba2, "mamba2_chunk_scan", scan)
         assert scans._scanning(modeling_mamba2.Mamba2Mixer) is modeling_mamba2.Mamba2Mixer
     assert len(caplog.messages) == 2
     monkeypatch.undo()
-    monkeypatch.setattr(scans, "_has_kernels", lambda: True)
+    scans._scanning.cache_clear()
+    monkeypatch.setattr(scans, "_has_kernel", lambda path, name: name == "mamba_chunk_scan_combined")
     put_right(module := made("mamba2"))
     assert not any(type(part).__module__ == scans.__name__ for part in module.modules())
