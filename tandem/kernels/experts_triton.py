@@ -21,8 +21,8 @@ BLOCK, CHUNK = 16, 1024
 """Picks that a program finds the places of, and those that it compares them with at a time."""
 DEPTH = 64
 """Elements of a row that are multiplied at a time."""
-FULL = 264
-"""Programs that keep a GPU busy: two to each of an H200's multiprocessors. Fewer have half as many columns each."""
+FULL = 132
+"""Programs that keep a GPU busy: one to each of an H200's multiprocessors. Fewer have half as many columns each."""
 SHARED, STAGES = 96 << 10, 4
 """Bytes of a multiprocessor's own memory that a program takes at most, and tiles of a product on their way in it."""
 
@@ -58,8 +58,11 @@ def place(index_N: Tensor, experts: int) -> Places:
 
 
 def rows_for(mean: float) -> int:
-    """Rows of a tile, for as many picks of an expert in the mean: most experts have a single tile."""
-    return next((rows for rows, most in ((16, 8), (32, 24), (64, 96)) if mean <= most), 128)
+    """Rows of a tile, for as many picks of an expert in the mean.
+
+    Of those tried on an H200 the fastest with 16 and 64 picks (bench/results/experts_sweep.json); beyond, by argument.
+    """
+    return next((rows for rows, most in ((16, 16), (32, 80), (64, 200)) if mean <= most), 128)
 
 
 @triton.jit
@@ -142,7 +145,7 @@ def product(
 
 def columns_for(rows: int, tiles: int, columns: int, item: int) -> tuple[int, int]:
     """Columns of a tile, and how many loads of ``DEPTH`` elements of ``item`` bytes are on their way at a time."""
-    block = 128 if item == 2 and rows > 32 and tiles * triton.cdiv(columns, 128) >= FULL else 64
+    block = 128 if item == 2 and tiles * triton.cdiv(columns, 128) >= FULL else 64
     return block, max(2, min(STAGES, SHARED // ((block + rows) * DEPTH * item)))
 
 
