@@ -245,7 +245,7 @@ def test_few_bits_and_adapters_where_a_module_shares_weights_or_reads_them_itsel
         load("zamba", "in_proj", quantize="fp8")
     assert "change nothing" not in caplog.text
     # Of a model that nobody has written down it is found out.
-    monkeypatch.setattr("tandem.models.adapters.READ_PAST", {})
+    monkeypatch.setattr("tandem.models.adapter_targets.READ_PAST", {})
     monkeypatch.setattr("tandem.models.quantized.READ_PAST", {})
     with pytest.raises(UserError, match=r"lora.quantize: MambaForCausalLM does not compute with layers in few bits"):
         load("mamba", "in_proj", quantize="fp8")
