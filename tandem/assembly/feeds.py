@@ -28,11 +28,13 @@ from tandem.data.room import Room
 from tandem.data.rows import Dataset
 from tandem.data.tokenize import require_same_tokenizer, same_tokenizer
 from tandem.errors import UserError
+from tandem.futures import Future
 from tandem.models.limits import read_limits
 from tandem.models.loading import load_tokenizer
 from tandem.rewards.function import FunctionReward
 from tandem.rewards.model import SCORED, ScoreScale, score_scale
 from tandem.roles import Metrics, Seat, Source
+from tandem.rollout.ahead import made_up
 from tandem.rollout.evaluate import Evaluation, HeldOut, HeldOutRows, HeldOutSamples, named
 from tandem.rollout.judging import Judge
 from tandem.rollout.measure import held_out_names
@@ -61,6 +63,7 @@ class Fed:
     prepare: Preparation
     push_weights: Callable[[int], Metrics] | None = None
     evaluate: Evaluate = lambda step, progress: Evaluation()
+    ahead: Callable[[Progress], Seq[Future[Any]]] = lambda progress: ()
 
 
 class Feed:
@@ -290,7 +293,28 @@ class SamplesFeed(Feed):
         )
         prepare = preparation(config, models)
         evaluate = when_due(config.evaluation, self._measure(source, prepare), last=self.steps)
-        return Fed(source=source, prepare=prepare, push_weights=engine.push, evaluate=evaluate)
+        ahead = partial(self._ahead, models, homes)
+        return Fed(source=source, prepare=prepare, push_weights=engine.push, evaluate=evaluate, ahead=ahead)
+
+    def _ahead(self, models: Mapping[str, Seat], homes: Homes, progress: Progress) -> list[Future[Any]]:
+        """Has the models of each step compile while the first samples are drawn, where engines are apart from them."""
+        config, compile = self.config, self.config.model.compile
+        on = compile == "on" or (compile == "auto" and homes.device().type == "cuda")
+        if not on or homes.placement.home("engine") == "actor":
+            return []
+        batch = made_up(
+            prompts=config.sampling.prompts_per_step // config.step.minibatches,
+            samples=config.sampling.samples_per_prompt,
+            prompt=sorted(len(prompt.token_ids) for prompt in self.prompts)[self.size // 2],
+            longest=config.sampling.max_new_tokens,
+            vocabulary=self.limits[0].vocabulary or len(self.tokenizer),
+            tokens=config.model.token_budget,
+            ranks=max(1, homes.placement.workers("actor")),
+        )
+        needs = (*config.method.losses(), *(need.role for need in config.method.needs()))
+        roles = [role for role in dict.fromkeys(needs) if role in models and not config.is_view(role)]
+        progress.note(f"compiling for the {' and the '.join(roles)} while the first samples are drawn")
+        return [models[role].submit("compile_ahead", batch) for role in roles]
 
     def _measure(self, source: Sampling, prepare: Preparation) -> HeldOutSamples:
         section, params, own = self.config.evaluation, source.params, tuple(self.eval_rewards)

@@ -133,6 +133,7 @@ def _crew(config: RunConfig, feed: Feed, models: Mapping[str, Seat], homes: Home
         trainers=trainers,
         push_weights=fed.push_weights,
         evaluate=fed.evaluate,
+        ahead=fed.ahead,
         ess_floor=config.step.ess_floor if isinstance(config, SamplesConfig) else None,
         refresh=refresh_of(config, models),
     )

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from tandem.batch import Batch
+from tandem.futures import Future
 from tandem.methods.base import Method
 from tandem.roles import Clock, Home, Metrics, Seat, Source, call_all, call_each
 from tandem.rollout.prepare import Preparation, Prepared, sampler_gap
+from tandem.runs.progress import Progress
 from tandem.schedules.session import Evaluate
 from tandem.signals import held
 from tandem.types import Ticket
@@ -55,6 +57,8 @@ class Crew:
 
     ess_floor: float | None = None
     """Effective sample size of a minibatch below which the actor's learning rate is scaled down. None: never."""
+    ahead: Callable[[Progress], Seq[Future[Any]]] = lambda progress: ()
+    """Begins what is better done while the first items are made than after them."""
     refresh: Refresh | None = None
     """How the reference is renewed. None: it stays as it was, or there is none."""
 

@@ -49,6 +49,7 @@ class Pipeline:
             with stage("weights"):
                 crew.publish(clock)
             session.ready()
+            ahead = crew.ahead(session.progress) if session.step < self.steps else ()
             session.record(crew.evaluate)
             while session.step < self.steps and not session.stop:
                 clock.start()
@@ -65,6 +66,9 @@ class Pipeline:
                     session.note(over_budget(largest, budget, pairs=prepared.batch.segments_per_unit == 2))
                     budget = None
                 with clock("training"):
+                    for future in ahead:
+                        future.result()
+                    ahead = ()
                     roles = crew.method.trains(session.state)
                     metrics |= crew.train(prepared, roles=roles, done=session.step, changing=session.changing)
                 metrics |= crew.publish(clock)

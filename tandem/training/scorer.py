@@ -80,6 +80,11 @@ class LocalScorer:
             parts = [(share.units, forward(self.model, share.batch, asks)) for share in self._shares(batch)]
         return _assemble(batch, parts, self.world)
 
+    def compile_ahead(self, batch: Batch) -> None:
+        """Compiles its layers, where they are to be, on samples that nobody learns from: it would wait meanwhile."""
+        if self.model.blocks is not None:
+            self.score(batch)
+
     @torch.no_grad()
     def head(self) -> dict[str, Tensor | None]:
         """``weight`` [V, D] and ``bias`` of its language-model head, for a student that is given its hidden states.

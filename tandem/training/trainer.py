@@ -140,6 +140,14 @@ class LocalTrainer(LocalScorer):
             raise NonFiniteError(bad)
         return metrics
 
+    def compile_ahead(self, batch: Batch) -> None:
+        """As a scorer's, and the backward: of 0, and the gradient is dropped."""
+        if self.model.blocks is not None:
+            out = forward(self.model, next(self._shares(batch)).batch, Asks())
+            value_T = out.scalar_T if out.logp_T is None else out.logp_T
+            (filled(value_T, "logp_T") * 0).sum().backward()
+            self._drop_gradient()
+
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Metrics:
         """Loss and metrics without a gradient. ``batch`` needs its weights stamped."""

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from helpers.runs import arguments, run, unevaluated, write_inputs
 
+from tandem.assembly.feeds import SamplesFeed
 from tandem.checkpoint.store import CheckpointStore
 from tandem.cli.main import main
 from tandem.engines.live.engine import LiveEngine
+from tandem.models.compiled import Blocks
 from tandem.rollout.prepare import Preparation
 from tandem.rollout.sampling import groups_of, request
 from tandem.runs.folder import RunFolder
@@ -89,6 +93,24 @@ def test_what_is_longer_than_a_micro_batch_is_said_once(train, capsys, method, w
     enough = train(method, f"{method}-enough", "--token-budget", "40")
     assert "token_budget" not in capsys.readouterr().out
     assert len(enough) == len(same)
+
+
+def test_what_compiles_while_the_first_samples_are_drawn_learns_nothing(train, monkeypatch, capsys):
+    """As if the engine were apart from the models: each compiles for samples that nobody has drawn."""
+    monkeypatch.setattr("tandem.models.forward.Blocks", partial(Blocks, backend="eager"))
+    plain = train("ppo", "unprepared", "--compile", "on", steps=1)
+    said = capsys.readouterr().out
+    assert "compiling for" not in said
+    assert re.search(r"^the first step spent compiling [\d.]+ s \(here\), which later ones do not$", said, re.M)
+    ahead, apart = SamplesFeed._ahead, SimpleNamespace(home=lambda role: role, workers=lambda role: 0)
+
+    def begin(feed: SamplesFeed, models: Any, homes: Any, progress: Any) -> Any:
+        return ahead(feed, models, SimpleNamespace(device=homes.device, placement=apart), progress)
+
+    monkeypatch.setattr(SamplesFeed, "_ahead", begin)
+    assert train("ppo", "prepared", "--compile", "on", steps=1) == plain
+    wanted = "compiling for the actor and the critic and the reference while the first samples are drawn"
+    assert wanted in capsys.readouterr().out
 
 
 def test_what_a_lagging_run_says_of_itself(train):
