@@ -133,13 +133,17 @@ class Truth:
             value_TD = run()
         if value_TD.shape != self.value_TD.shape:
             return "of another shape"
-        compare = partial(too_far, value_TD, self.value_TD.to(self.dtype))
-        if far := compare() and compare(rounding=self.rounding_of_held[0]):
+        if far := self._over(value_TD, self.value_TD, of_router=False):
             return far
         # Of most tokens: some are between two experts.
-        pairs = [(mine[:-1], own[:-1].to(self.dtype)) for mine, own in zip(weights, self.routes.weights, strict=True)]
-        far = next((far for pair in pairs if (far := too_far(*pair, most=True, rounding=self.rounding_of_held[1]))), "")
+        pairs = zip(weights, self.routes.weights, strict=True)
+        far = next((far for mine, own in pairs if (far := self._over(mine[:-1], own[:-1], of_router=True))), "")
         return far and f"a router's weights are {far}"
+
+    def _over(self, value_TD: Tensor, truth_TD: Tensor, *, of_router: bool) -> str:
+        """``too_far`` of tokens that take the same experts."""
+        compare = partial(too_far, value_TD, truth_TD.to(self.dtype), most=of_router)
+        return compare() and compare(rounding=self.rounding_of_held[of_router])
 
     def too_far(self, value_TD: Tensor, truth_TD: Tensor | None = None) -> str:
         """How far a value is from it, or from ``truth_TD``, where that is more than rounding; else nothing."""
