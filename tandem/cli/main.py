@@ -335,6 +335,9 @@ def _exit(code: int) -> NoReturn:
     """
     with suppress(KeyboardInterrupt):  # whoever does not wait for threads that still run leaves them
         threading._shutdown()  # type: ignore[attr-defined]
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # The command has ended as it has; whoever waits for what others do at exit may end that with a second one.
+        signal.signal(signal.SIGINT, lambda *_: signal.signal(signal.SIGINT, signal.SIG_DFL))
     atexit._run_exitfuncs()
     # Somebody's code may have left a file open, which may be among what the collector leaves out, and does not list.
     gc.unfreeze()
