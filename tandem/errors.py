@@ -50,5 +50,9 @@ def listed(names: Seq[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error of somebody else's says, to go into a message of ours; its class if nothing."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """The first line of what an error of somebody else's says, to go into a message of ours; its class if nothing.
+
+    And the second, where the first ends with a colon.
+    """
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

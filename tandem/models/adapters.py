@@ -302,6 +302,8 @@ def _is_scalar(module: Any) -> bool:
 
 def merge_folder(module: Any, folder: str) -> Any:
     """The module with the adapters of a folder added to its weights. Raises UserError where they are not its own."""
+    from safetensors import SafetensorError
+
     peft = require_peft()
     trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     try:
@@ -318,6 +320,8 @@ def merge_folder(module: Any, folder: str) -> Any:
             put = peft.PeftModel.from_pretrained(module, folder, config=config, key_mapping=mapping)
             _require_apart(put.get_base_model(), folder)
             found = put.merge_and_unload(safe_merge=True)
+    except SafetensorError as error:
+        raise UserError(f"{Path(folder) / ADAPTER_WEIGHTS}: cannot be read: {first_line(error)}") from None
     except (ValueError, KeyError, RuntimeError, OSError, TypeError, UserWarning) as error:
         raise UserError(f"{folder}: its adapters are not of its base: {first_line(error)}") from None
     for name, parameter in found.named_parameters():

@@ -16,7 +16,7 @@ from tandem.batch import TokenLoss
 from tandem.config import load_config
 from tandem.data.packing import pack, stamp
 from tandem.errors import UserError
-from tandem.models.adapters import AdapterParams, put_adapters
+from tandem.models.adapters import AdapterParams, merge_folder, put_adapters
 from tandem.models.forward import hidden_states
 from tandem.models.loading import load_causal, load_scalar
 from tandem.models.pairs import NAME, adapted
@@ -230,6 +230,18 @@ def test_adapters_that_lack_some_are_not_merged_without_them(base, tmp_path):
     save_file({name: x for name, x in load_file(path).items() if "layers.1.mlp.up_proj" not in name}, path)
     with pytest.raises(UserError, match=r"its adapters are not of its base: Found missing .*layers.1.mlp.up_proj"):
         load_causal(tmp_path, device="cpu")
+
+
+def test_adapters_that_do_not_fit_or_are_half_there_are_not_merged(base, tmp_path):
+    """Nor was the first told of in a line that said what, nor the second in a line at all."""
+    trainer_of(base, AdapterParams(rank=4)).export(tmp_path)
+    config, path = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
+    config.write_text(config.read_text().replace('"r": 4', '"r": 2'))
+    with pytest.raises(UserError, match=r"not of its base: Error\(s\) in loading .*: size mismatch for .*lora_A"):
+        load_causal(tmp_path, device="cpu")
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"adapter_model.safetensors: cannot be read: Error while deserializing"):
+        merge_folder(load_causal(base, device="cpu").module, str(tmp_path))
 
 
 @pytest.mark.parametrize(
