@@ -161,14 +161,14 @@ class EngineGroup(Generating):
                 self._hear(answer)
 
     def cancel(self) -> None:
-        """Gives up everything, within 10 s whatever the engines do."""
+        """Gives up everything, within 10 s whatever the engines do, or 1 s where one is stopped."""
         error = Cancelled("what was being sampled was given up")
         for asked in (*self._open.values(), *self._waiting):
             asked.call.error = asked.call.error or error
         self._open.clear()
         self._waiting.clear()
         self._samples = [0] * self.group.size
-        end = time.monotonic() + (0.0 if self.group.silent else CANCEL_S)
+        end = time.monotonic() + (1.0 if self.group.unheard else CANCEL_S)
         # Calls at the same time may overtake each other.
         self.group.ended_of(list(self._begins), max(0.0, end - time.monotonic()), all_of_them=True)
         self._begins.clear()

@@ -202,16 +202,21 @@ class WorkerGroup:
         return [by_ref[ref] for ref in ended]
 
     def close(self) -> None:
-        """Ends every process: at once where one still loads, after 5 s where one does not answer."""
+        """Ends every process: at once where one loads, after 5 s where one is silent, 1 s if it is ``unheard``."""
         ray = self.cluster.ray
         with contextlib.suppress(Exception):
             loaded, _ = ray.wait(self._loading, num_returns=self.size, timeout=0)
             calls = [a.close.remote() for a, ref in zip(self.actors, self._loading, strict=True) if ref in loaded]
-            ray.wait(calls, num_returns=len(calls), timeout=5)
+            ray.wait(calls, num_returns=len(calls), timeout=1 if self.unheard else 5)
         for actor in self.actors:
             with contextlib.suppress(Exception):
                 ray.kill(actor)
         self.actors = []
+
+    @property
+    def unheard(self) -> bool:
+        """Whether one of its processes is stopped, or owes an answer since a deadline: an end does not wait for it."""
+        return bool(self.silent) or any(map(is_stopped, self.wheres))
 
     def _all(self, what: str, refs: list[Any], deadline_s: float, first_rank: int = 0) -> list[Any]:
         """The results of calls to successive ranks, watching all of them: one that fails ends the wait for the rest."""
