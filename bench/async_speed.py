@@ -110,7 +110,9 @@ def run(options: argparse.Namespace, folder: Path, case: str) -> dict[str, Any]:
     row["sampling_rate"] = total["sampled_tokens"] / total["seconds_sampling"]
     lags = [step["lag_mean"] for step in counted if "lag_mean" in step]
     row |= {"lag_mean": sum(lags) / len(lags), "lag_max": max(step["lag_max"] for step in counted)} if lags else {}
-    return row | {"said": done.stderr[-1500:], "steps": steps}
+    events = map(json.loads, (folder / case / "events.jsonl").read_text().splitlines())
+    told = [event for event in events if event["event"] in ("start", "ready", "first_step", "finish", "stop")]
+    return row | {"said": done.stderr[-1500:], "steps": steps, "events": told}
 
 
 def compared(rows: list[dict[str, Any]]) -> None:
@@ -164,7 +166,7 @@ def main() -> None:
         for case in options.cases:
             rows.append(run(options, folder, case))
             compared(rows)
-            print(json.dumps({k: v for k, v in rows[-1].items() if k not in ("steps", "said")}), flush=True)
+            print(json.dumps({k: v for k, v in rows[-1].items() if k not in ("steps", "said", "events")}), flush=True)
             if options.json:
                 record = {"command": " ".join(["python", *sys.argv]), "load_average": os.getloadavg()}
                 record |= {"options": {k: str(v) for k, v in vars(options).items()}, "machine": machine()}

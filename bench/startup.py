@@ -3,8 +3,10 @@
     python bench/startup.py --repeats 5 --against ../before --json bench/results/startup.json
 
 Commands of this checkout, and of another where one is named, in turns, one at a time: help, a dry run, and one step of
-GRPO on a CPU in one process, with an actor and an engine in processes of Ray's, and in one process with a random model
-of 0.5 billion parameters. "cpu" is of the command's own process and of those that it has waited for.
+GRPO on a CPU in one process, with an actor and an engine in processes of Ray's, with an actor of two that samples too,
+and in one process with a random model of 0.5 billion parameters. "cpu" is of the command's own process and of those
+that it has waited for; "end" is from the last step to the exit. Stages of the start are the last run's, of each
+process, as its event "ready" has them.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ CASES = {
     "dry": [*STEP, "--model", "tiny", "--out", "dry", "--dry-run"],
     "here": [*STEP, "--model", "tiny", "--out", "here"],
     "split": [*STEP, "--model", "tiny", "--out", "split", "--placement.actor", "1", "--placement.engine", "1"],
+    "shared": [*STEP, "--model", "tiny", "--out", "shared", "--placement.actor", "2"],
     "half": [*STEP, "--model", "0.5b", "--out", "half"],
 }
 
@@ -45,8 +48,9 @@ def write_inputs(folder: Path, cases: list[str]) -> None:
         write_folder("0.5b", folder / "0.5b", full_tokenizer=True)
 
 
-def run(checkout: Path, argv: list[str], folder: Path) -> dict[str, float | None]:
-    """One command. Seconds until its first step was done (None where it has none), in all, and of a core."""
+def run(checkout: Path, argv: list[str], folder: Path) -> dict[str, Any]:
+    """One command. Seconds until its first step was done (None where it has none), in all, and of a core; the stages of
+    its start."""
     environment = os.environ | {"PYTHONPATH": str(checkout), "HF_HUB_OFFLINE": "1"}
     start, first = time.perf_counter(), None
     command = subprocess.Popen(
@@ -61,7 +65,15 @@ def run(checkout: Path, argv: list[str], folder: Path) -> dict[str, float | None
     command.returncode = os.waitstatus_to_exitcode(status)
     if command.returncode:
         raise SystemExit(f"{' '.join(argv)}: exit code {command.returncode} in {checkout}")
-    return {"first_step": first, "wall": time.perf_counter() - start, "cpu": used.ru_utime + used.ru_stime}
+    wall = time.perf_counter() - start
+    found = {"first_step": first, "wall": wall, "cpu": used.ru_utime + used.ru_stime}
+    return found | ({"end": wall - first, "stages": stages(folder / argv[argv.index("--out") + 1])} if first else {})
+
+
+def stages(out: Path) -> dict[str, dict[str, float]]:
+    """Of each process of a run's start; none where the checkout does not count them."""
+    events = map(json.loads, (out / "events.jsonl").read_text().splitlines())
+    return next((event["stages"] for event in events if event["event"] == "ready"), {})
 
 
 def main() -> None:
@@ -80,7 +92,7 @@ def main() -> None:
         folder = Path(name)
         write_inputs(folder, options.only)
         for case in options.only:
-            runs: dict[str, list[dict[str, float | None]]] = {which: [] for which in checkouts}
+            runs: dict[str, list[dict[str, Any]]] = {which: [] for which in checkouts}
             # What the first runs read from the disk, later ones have in memory.
             for repeat in range(-1, options.repeats):
                 for which, checkout in checkouts.items():
@@ -90,12 +102,14 @@ def main() -> None:
             for which, found_all in runs.items():
                 medians = {
                     key: round(statistics.median(values), 2)
-                    for key in ("first_step", "wall", "cpu")
-                    if (values := [one[key] for one in found_all if one[key] is not None])
+                    for key in ("first_step", "end", "wall", "cpu")
+                    if (values := [one[key] for one in found_all if one.get(key) is not None])
                 }
                 print(
                     f"{case:6} {which:6} " + "  ".join(f"{key} {value:g}" for key, value in medians.items()), flush=True
                 )
+                for name, of in found_all[-1].get("stages", {}).items():
+                    print(f"       {name}: " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in of.items()))
                 rows.append({"case": case, "checkout": which, "medians": medians, "runs": found_all})
             if options.json:
                 about = {"command": " ".join(["python", *sys.argv]), "when": time.strftime("%Y-%m-%d %H:%M:%S")}
