@@ -63,7 +63,7 @@ def delta_step(
     by: DeltaGates,
     state_BHKV: Tensor,
 ) -> Tensor:
-    """A step of the gated delta rule (arXiv:2412.06464, eq. 10), for states S, float32, changed in place:
+    """A step of the gated delta rule (arXiv:2412.06464, eq. 10), for states S, in float32 at least, changed in place:
 
     ``S = exp(decay) S + k (beta (v - k^T exp(decay) S))``, of which ``norm(q^T S / sqrt(K)) * silu(gate)`` is given,
     [B, H, V]. Queries and keys are brought to length 1; each of the G is for R = H / G heads. ``decay = -exp(log_rate)
@@ -73,11 +73,11 @@ def delta_step(
         from tandem.kernels import states_triton
 
         return states_triton.delta_step(query_BGK, key_BGK, value_BHV, step_BGR, share_BGR, gate_BGRV, by, state_BHKV)
-    shared = step_BGR.shape[2]
-    decay_BH = -by.log_rate_H.float().exp() * F.softplus(step_BGR.flatten(1).float() + by.step_bias_H)
+    shared, wide = step_BGR.shape[2], state_BHKV.dtype
+    decay_BH = -by.log_rate_H.to(wide).exp() * F.softplus(step_BGR.flatten(1).to(wide) + by.step_bias_H)
     beta_BH = share_BGR.flatten(1).sigmoid() * by.most
     # One product with both, of the state before: q^T S is q^T exp(decay) S + (q k) (beta (v - k^T exp(decay) S)).
-    both = torch.stack((query_BGK, key_BGK), dim=2).float()
+    both = torch.stack((query_BGK, key_BGK), dim=2).to(wide)
     both = both * torch.rsqrt(both.square().sum(-1, keepdim=True) + LEAST_SQUARE)
     both = both if shared == 1 else both.repeat_interleave(shared, dim=1)
     state_BHKV.mul_(decay_BH.exp()[..., None, None])
@@ -86,7 +86,7 @@ def delta_step(
     state_BHKV.addcmul_(both[:, :, 1, :, None], change_BHV[:, :, None])
     out_BHV = found_BH2V[:, :, 0] + (both[:, :, 0] * both[:, :, 1]).sum(-1, keepdim=True) * change_BHV
     normed_BHV = plain_norm((out_BHV * query_BGK.shape[-1] ** -0.5).to(value_BHV.dtype), by.norm)
-    return (normed_BHV * F.silu(gate_BGRV.flatten(1, 2).float())).to(value_BHV.dtype)
+    return (normed_BHV * F.silu(gate_BGRV.flatten(1, 2).to(wide))).to(value_BHV.dtype)
 
 
 def select_step(
@@ -194,6 +194,67 @@ def _cut(y: Tensor, *, chunks: int, length: int, dtype: torch.dtype) -> Tensor:
     """[B, T, ...] → [B, C, L, ...]. The tokens that fill up the last chunk have steps of 0, and change nothing."""
     more = chunks * length - y.shape[1]
     return F.pad(y.to(dtype), (0, 0) * (y.ndim - 2) + (0, more)).unflatten(1, (chunks, length))
+
+
+def scan_delta(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    decay: Tensor,
+    beta: Tensor,
+    state: Tensor | None = None,
+    *,
+    chunk: int,
+) -> tuple[Tensor, Tensor]:
+    """The gated delta rule of T tokens, one after the other: ``q^T S / sqrt(K)`` of each [B, T, H, V], and the last S.
+
+    ``S = exp(decay) S + k (beta (v - k^T exp(decay) S))`` (arXiv:2412.06464, eq. 10), queries and keys [B, T, H, K]
+    brought to length 1; values [B, T, H, V], decay and beta [B, T, H], ``state`` [B, H, K, V] before the first token,
+    zeros if it is None. By chunks of at most ``chunk`` tokens (section 3.3): what a chunk's tokens write if they find
+    nothing, and what they read of the state before, are solved for all chunks at once, and from chunk to chunk goes the
+    state alone. A product of the inverse's powers would lose its digits where keys are alike.
+    """
+    tokens, keys = key.shape[1], key.shape[3]
+    chunks = -(-tokens // chunk)
+    length = -(-tokens // chunks)
+    wide = torch.promote_types(query.dtype, torch.float32)
+
+    def cut(y: Tensor) -> Tensor:
+        """[B, T, H, ...] → [B, H, C, L, ...]. What fills up the last chunk changes nothing: its beta is 0."""
+        if chunks * length > tokens:
+            y = F.pad(y, (0, 0) * (y.ndim - 2) + (0, chunks * length - tokens))
+        y = y.unflatten(1, (chunks, length)).movedim(3, 1)
+        return y.to(wide, memory_format=torch.contiguous_format).contiguous()
+
+    query_BHCLK, key_BHCLK = (
+        y * (torch.rsqrt(y.square().sum(-1, keepdim=True) + LEAST_SQUARE) * scale)
+        for y, scale in ((cut(query), keys**-0.5), (cut(key), 1.0))
+    )
+    log_BHCL, beta_BHCL1 = cut(decay), cut(beta)[..., None]
+    kept_BHCLL = _sums_between(log_BHCL).exp_()
+    faded_BHCL1 = log_BHCL.cumsum(-1).exp_()[..., None]
+    back_BHCKL = key_BHCLK.transpose(3, 4)
+    found_BHCLX = torch.linalg.solve_triangular(
+        (key_BHCLK @ back_BHCKL) * (kept_BHCLL * beta_BHCL1),
+        torch.cat((cut(value) * beta_BHCL1, key_BHCLK * (faded_BHCL1 * beta_BHCL1)), dim=-1),
+        upper=False,
+        unitriangular=True,
+    )
+    if state is None:
+        state = key.new_zeros(len(key), key.shape[2], keys, value.shape[3])
+    state_NKV, writes, states = state.to(wide).flatten(0, 1), [], []
+    by_chunk = (
+        *found_BHCLX.split([value.shape[3], keys], dim=-1), back_BHCKL * kept_BHCLL[..., -1:, :],
+        faded_BHCL1[..., -1:, :],
+    )  # fmt: skip
+    for write_NLV, read_NLK, back_NKL, faded_N11 in zip(*(y.flatten(0, 1).unbind(1) for y in by_chunk), strict=True):
+        states.append(state_NKV)
+        writes.append(torch.baddbmm(write_NLV, read_NLK, state_NKV, alpha=-1))
+        state_NKV = torch.baddbmm(state_NKV * faded_N11, back_NKL, writes[-1])
+    before_BHCKV, write_BHCLV = (torch.stack(y, dim=1).unflatten(0, key_BHCLK.shape[:2]) for y in (states, writes))
+    out_BHCLV = (query_BHCLK * faded_BHCL1) @ before_BHCKV + ((query_BHCLK @ back_BHCKL) * kept_BHCLL) @ write_BHCLV
+    out_BTHV = out_BHCLV.flatten(2, 3)[:, :, :tokens].transpose(1, 2)
+    return out_BTHV.to(query.dtype, memory_format=torch.contiguous_format), state_NKV.unflatten(0, state.shape[:2])
 
 
 def _sums_between(log: Tensor) -> Tensor:

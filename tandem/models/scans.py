@@ -1,8 +1,9 @@
-"""Whole sequences through Mamba and Mamba 2: the module's own part, on a scan of ours.
+"""Whole sequences through Mamba, Mamba 2 and the gated delta rule: the module's own part, on a scan of ours.
 
 Without the kernels of mamba_ssm transformers goes through Mamba's tokens one by one, and makes a tensor of all of them
 for the gradient of each; for Mamba 2 it makes one of all pairs of a chunk's tokens, each with the states of
-all heads (before 5.19): 112 GiB for 256 prompts of 64 tokens.
+all heads (before 5.19): 112 GiB for 256 prompts of 64 tokens. Without those of flash-linear-attention its gated delta
+rule keeps 15 KB of a token and head for the backward pass (keys and values of 128), where ours keeps what goes in.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ LARGEST = 2**26
 
 
 def speed_up_scans(module: Any) -> None:
-    """Lets all parts of a module that scan as a Mamba does use our scan, unless mamba_ssm's kernels are there."""
+    """Lets all parts of a module that scan as those of ``SCANS`` use our scan, unless kernels for it are there."""
     for part in module.modules():
         kind: Any = type(part)
         if (scanning := _scanning(kind)) is not kind:
@@ -40,9 +41,9 @@ def speed_up_scans(module: Any) -> None:
 
 @functools.cache
 def _has_kernel(path: str, name: str) -> bool:
-    """Whether transformers calls mamba_ssm's: it can be imported (it need not fit the torch that is installed)."""
+    """Whether transformers calls this one: it can be imported (it need not fit the torch that is installed)."""
     try:
-        return hasattr(importlib.import_module(f"mamba_ssm.ops.{path}"), name)
+        return hasattr(importlib.import_module(path), name)
     except Exception:  # As transformers does: what fails in there is of any kind.
         return False
 
@@ -113,6 +114,12 @@ def _channel_trial() -> tuple[list[Tensor], dict[str, Any]]:
     return [x, dt, -rate.exp(), into, out_of], options
 
 
+def _delta_trial() -> tuple[list[Tensor], dict[str, Any]]:
+    *given, decay, beta = _drawn((2, 7, 3, 4), (2, 7, 3, 4), (2, 7, 3, 5), (2, 7, 3), (2, 7, 3))
+    options = {"g": -decay.exp(), "beta": 2 * beta.sigmoid(), "chunk_size": 3, "initial_state": _drawn((2, 3, 4, 5))[0]}
+    return given, options | {"output_final_state": True, "use_qk_l2norm_in_kernel": True}
+
+
 def _scan(
     theirs: Callable[..., Any],
     hidden_states: Tensor,
@@ -180,6 +187,28 @@ def _scan_channels(
     return (scanned, state) if return_last_state else scanned
 
 
+def _scan_delta(
+    theirs: Callable[..., Any],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    chunk_size: int = 64,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    **options: Any,
+) -> Any:
+    """``torch_chunk_gated_delta_rule``, which knows other options no more than theirs does."""
+    if not use_qk_l2norm_in_kernel:
+        named = {"initial_state": initial_state, "output_final_state": output_final_state}
+        return theirs(query, key, value, g, beta, chunk_size, **named, **options)
+    run = functools.partial(kernels.scan_delta, chunk=chunk_size)
+    out, state = _again(run, query, key, value, g, beta, initial_state)
+    return out, state if output_final_state else None
+
+
 def _again(run: Callable[..., tuple[Tensor, Tensor]], *given: Tensor | None) -> tuple[Tensor, Tensor]:
     """``run(*given)``, of which nothing is kept for the backward pass, where it runs again."""
     if not torch.is_grad_enabled():
@@ -189,7 +218,12 @@ def _again(run: Callable[..., tuple[Tensor, Tensor]], *given: Tensor | None) -> 
 
 
 SCANS: dict[str, tuple[Callable[..., Any], tuple[str, str], Callable[..., Any]]] = {
-    "mamba2_chunk_scan": (_scan, ("triton.ssd_combined", "mamba_chunk_scan_combined"), _trial),
-    "mamba_selective_scan": (_scan_channels, ("selective_scan_interface", "selective_scan_fn"), _channel_trial),
-}
-"""By the names that transformers has for them: ours, mamba_ssm's, and arguments of which both give the same."""
+    "mamba2_chunk_scan": (_scan, ("mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined"), _trial),
+    "mamba_selective_scan": (
+        _scan_channels, ("mamba_ssm.ops.selective_scan_interface", "selective_scan_fn"), _channel_trial,
+    ),
+    "torch_chunk_gated_delta_rule": (
+        _scan_delta, ("fla.ops.gated_delta_rule", "chunk_gated_delta_rule"), _delta_trial,
+    ),
+}  # fmt: skip
+"""By the names that transformers has for them: ours, the kernel, and arguments of which both give the same."""

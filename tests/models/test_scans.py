@@ -1,4 +1,4 @@
-"""The Mambas' scans of ours: against one token after another, and in place of transformers'."""
+"""Scans of ours, the Mambas' and the delta rule's: against one token after another, and for those of transformers."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.mamba import modeling_mamba
 from transformers.models.mamba2 import modeling_mamba2
+from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from tandem.kernels import states as kernels
 from tandem.models import scans
@@ -99,6 +100,91 @@ def test_a_small_step_among_large_ones_is_not_lost_in_float32() -> None:
         found, _ = kernels.scan(*given, chunk=64)
         exact, _ = one_by_one(*(x.double() for x in given), None)
     assert ((found - exact).abs() <= 2e-5 * exact.abs() + 1e-3).all()
+
+
+def rule_by_token(
+    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """arXiv:2412.06464, eq. 10, token by token."""
+    query, key = (x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (query, key))
+    state = value.new_zeros(len(key), *key.shape[2:], value.shape[-1]) if state is None else state
+    given = []
+    for t in range(key.shape[1]):
+        state = state * decay[:, t, :, None, None].exp()
+        change = beta[:, t, :, None] * (value[:, t] - torch.einsum("bhk,bhkv->bhv", key[:, t], state))
+        state = state + torch.einsum("bhk,bhv->bhkv", key[:, t], change)
+        given.append(torch.einsum("bhk,bhkv->bhv", query[:, t], state) / key.shape[-1] ** 0.5)
+    return torch.stack(given, 1), state
+
+
+def drawn_rule(tokens: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """Queries, keys, values, decays, betas up to 2, and a state."""
+    torch.manual_seed(0)
+    tensors = [torch.randn(2, tokens, 3, size) for size in (4, 4, 5)]
+    tensors += [-2 * torch.rand(2, tokens, 3), 2 * torch.rand(2, tokens, 3), torch.randn(2, 3, 4, 5)]
+    return [x.to(dtype).requires_grad_() for x in tensors]
+
+
+@pytest.mark.parametrize(("tokens", "chunk", "begun"), [(1, 4, True), (7, 3, True), (12, 4, False), (70, 64, True)])
+def test_a_scan_of_the_delta_rule_is_one_token_after_another(tokens: int, chunk: int, begun: bool) -> None:
+    """Also its gradients, of what is given and of the last states."""
+    given = drawn_rule(tokens)[: 6 if begun else 5]
+    found = kernels.scan_delta(*given, chunk=chunk)
+    truth = rule_by_token(*given[:5], given[5] if begun else None)
+    assert_alike(found, truth, given)
+
+
+def test_a_scan_of_the_delta_rule_keeps_its_digits_in_float32() -> None:
+    """Where keys are alike and overwrite all, and where small decays come after large ones."""
+    given = [x.detach() for x in drawn_rule(64, torch.float32)[:5]]
+    given[1] = given[1][:, :1] + 1e-3 * given[1]
+    given[3] = torch.where(torch.arange(64)[None, :, None] % 8 < 2, -400.0, -1e-3).expand_as(given[3])
+    given[4] = torch.full_like(given[4], 1.9)
+    found, state = kernels.scan_delta(*given, chunk=64)
+    exact, last = rule_by_token(*(x.double() for x in given), None)
+    assert (found - exact).norm() < 1e-5 * exact.norm()
+    assert (state - last).norm() < 1e-5 * last.norm()
+
+
+def test_the_delta_rule_in_bfloat16_is_no_further_from_the_truth_than_transformers() -> None:
+    ours, theirs = scans_of(modeling_qwen3_5.Qwen3_5GatedDeltaNet)
+    *given, state = (x.detach() for x in drawn_rule(150, torch.bfloat16))
+    given[3], state = given[3].float(), state.float()
+    options = {"g": given[3], "beta": given[4], "initial_state": state, "output_final_state": True}
+    found, others = (scan(*given[:3], **options, use_qk_l2norm_in_kernel=True) for scan in (ours, theirs))
+    truth = rule_by_token(*(x.double() for x in (*given, state)))
+    for one, other, exact in zip(found, others, truth, strict=True):
+        assert one.dtype == other.dtype
+        assert (one - exact).norm() <= 1.01 * (other - exact).norm()
+
+
+@pytest.mark.parametrize("name", ["qwen3.5", "qwen3-next", "olmo-hybrid"])
+def test_a_module_is_given_the_scan_of_the_delta_rule(name: str) -> None:
+    """As near to the truth as its own, with gradients, of more tokens than a chunk; less is kept for the backward."""
+    module = made(name)
+    if name == "qwen3-next":
+        module.set_experts_implementation("eager")
+    ids = torch.arange(2, 82)[None] % 60 + 2
+
+    def run(module: Any) -> tuple[int, Tensor, Tensor]:
+        kept: dict[int, int] = {}
+
+        def keep(x: Tensor) -> Tensor:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            logits = module(input_ids=ids, use_cache=False).logits
+        found = torch.autograd.grad(logits.logsumexp(-1).sum(), [x for x in module.parameters() if x.requires_grad])
+        return sum(kept.values()), logits.detach(), torch.cat([x.flatten() for x in found])
+
+    before, *theirs = run(module)
+    put_right(module)
+    assert {type(x).__module__ for x in module.modules() if "Delta" in type(x).__name__} == {scans.__name__}
+    after, *ours = run(module)
+    assert after < 0.8 * before
+    for one, other, exact in zip(ours, theirs, run(copy.deepcopy(module).double())[1:], strict=True):
+        assert (one - exact).norm() <= 2 * (other - exact).norm()
 
 
 def arguments(tokens: int, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Any]]:
@@ -206,14 +292,23 @@ def test_it_is_left_out_where_it_is_not_theirs_or_kernels_are_there(
     def renamed(hidden_states: Tensor, steps: Tensor, rates: Tensor) -> Any:
         raise AssertionError("not to be called")
 
+    def faster(*args: Any, g: Tensor, **options: Any) -> Any:
+        return rule(*args, g=2 * g, **options)
+
     theirs = inspect.unwrap(modeling_mamba2.mamba2_chunk_scan)
-    for scan in (other, renamed):
+    rule = inspect.unwrap(modeling_qwen3_5.torch_chunk_gated_delta_rule)
+    mixer = modeling_mamba2, "mamba2_chunk_scan", modeling_mamba2.Mamba2Mixer
+    delta = modeling_qwen3_5, "torch_chunk_gated_delta_rule", modeling_qwen3_5.Qwen3_5GatedDeltaNet
+    for (home, name, kind), scan in ((mixer, other), (mixer, renamed), (delta, faster), (delta, renamed)):
         scans._scanning.cache_clear()
-        monkeypatch.setattr(modeling_mamba2, "mamba2_chunk_scan", scan)
-        assert scans._scanning(modeling_mamba2.Mamba2Mixer) is modeling_mamba2.Mamba2Mixer
-    assert len(caplog.messages) == 2
+        monkeypatch.setattr(home, name, scan)
+        assert scans._scanning(kind) is kind
+    assert len(caplog.messages) == 4
     monkeypatch.undo()
     scans._scanning.cache_clear()
-    monkeypatch.setattr(scans, "_has_kernel", lambda path, name: name == "mamba_chunk_scan_combined")
-    put_right(module := made("mamba2"))
-    assert not any(type(part).__module__ == scans.__name__ for part in module.modules())
+    monkeypatch.setattr(
+        scans, "_has_kernel", lambda path, name: name in ("mamba_chunk_scan_combined", "chunk_gated_delta_rule")
+    )
+    for name in ("mamba2", "qwen3.5"):
+        put_right(module := made(name))
+        assert not any(type(part).__module__ == scans.__name__ for part in module.modules())

@@ -68,7 +68,7 @@ class GatedDelta:
         weight = self.convolution.weight
         past = weight.new_zeros(1, len(weight), weight.shape[-1])
         heads = len(self.gates.log_rate_H)
-        state = weight.new_zeros(1, heads, self.keys, self.values, dtype=torch.float32)
+        state = x_TE.new_zeros(1, heads, self.keys, self.values, dtype=torch.promote_types(x_TE.dtype, torch.float32))
         return torch.cat([self(x_1E, past, state) for x_1E in x_TE.split(1)])
 
 
