@@ -399,6 +399,12 @@ class SamplesConfig(RunConfig):
         draws = self.sampling
         return self.engine.kind == "vllm" and (draws.top_k > 0 or draws.top_p < 1 or draws.min_p > 0)
 
+    def idle_for(self, steps: int) -> list[str]:
+        found, lag = super().idle_for(steps), self.schedule.max_lag
+        if self.sampler is not None and lag >= steps:
+            found.append(f"max_lag: {lag} with {steps} steps: all prompts of the run are begun with the first weights")
+        return found
+
     def _require_known_logp(self) -> None:
         """Raises UserError where such log-probs are read; of a replayed run's, too."""
         if self.method.pairwise or not self._unknown_logp:

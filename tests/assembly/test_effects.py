@@ -380,6 +380,12 @@ def test_what_a_run_is_too_short_for_is_said(flags, said):
     assert config.idle_for(7) == []
 
 
+def test_a_lag_as_long_as_the_run_is_said():
+    config = load_config(GRPOConfig, words(GRPOConfig, ["--max-lag", "3", "--reward", "r.py:f"]))
+    assert config.idle_for(3) == ["max_lag: 3 with 3 steps: all prompts of the run are begun with the first weights"]
+    assert config.idle_for(4) == []
+
+
 def test_a_step_has_as_many_samples_as_minibatches():
     flags = ["--prompts-per-step", "3", "--samples-per-prompt", "2", "--minibatches"]
     for config, most in ((GRPOConfig, 6), (config_class("online-dpo"), 3)):
