@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +34,8 @@ MARGIN = 1.5
 """Times what rounding makes of a model in one draw that it may make of it in another."""
 MOST_ROUNDING = 0.5
 """What is wrong by so much is wrong, however many layers there are."""
+WORST_ROUNDING = 0.8
+"""The same of a single row among others of which most are not."""
 LENGTHS = (24, 7, 20)
 SHARED = 10
 """Tokens that the first and the last of them begin with."""
@@ -103,6 +105,17 @@ def _require_low_precision(small: Any, name: str) -> None:
         raise
 
 
+class _Rounding(NamedTuple):
+    """What rounding makes of tokens that take the same experts."""
+
+    most: float
+    """Of the median row."""
+    worst: float
+    """Of the worst row."""
+    routers: float
+    """Of a router's weights for the median token: some are between two experts."""
+
+
 class Truth:
     """What a module's own forward gives for some tokens, [T, D], and how far from it another way to the same may be.
 
@@ -133,17 +146,18 @@ class Truth:
             value_TD = run()
         if value_TD.shape != self.value_TD.shape:
             return "of another shape"
-        if far := self._over(value_TD, self.value_TD, of_router=False):
+        if far := self._over("most", value_TD, self.value_TD) or self._over("worst", value_TD, self.value_TD):
             return far
-        # Of most tokens: some are between two experts.
         pairs = zip(weights, self.routes.weights, strict=True)
-        far = next((far for mine, own in pairs if (far := self._over(mine[:-1], own[:-1], of_router=True))), "")
+        far = next((far for mine, own in pairs if (far := self._over("routers", mine[:-1], own[:-1]))), "")
         return far and f"a router's weights are {far}"
 
-    def _over(self, value_TD: Tensor, truth_TD: Tensor, *, of_router: bool) -> str:
-        """``too_far`` of tokens that take the same experts."""
-        compare = partial(too_far, value_TD, truth_TD.to(self.dtype), most=of_router)
-        return compare() and compare(rounding=self.rounding_of_held[of_router])
+    def _over(self, which: Literal["most", "worst", "routers"], value_TD: Tensor, truth_TD: Tensor) -> str:
+        """``too_far`` of tokens that take the same experts, by one of the ``_Rounding``."""
+        worst = which == "worst"
+        cap = WORST_ROUNDING if worst else MOST_ROUNDING
+        compare = partial(too_far, value_TD, truth_TD.to(self.dtype), most=not worst, cap=cap)
+        return compare() and compare(rounding=getattr(self.rounding_of_held, which))
 
     def too_far(self, value_TD: Tensor, truth_TD: Tensor | None = None) -> str:
         """How far a value is from it, or from ``truth_TD``, where that is more than rounding; else nothing."""
@@ -167,13 +181,17 @@ class Truth:
 
     @cached_property
     @torch.no_grad()
-    def rounding_of_held(self) -> tuple[float, float]:
-        """The same where tokens take the same experts, and the most that it makes of a router's weights."""
+    def rounding_of_held(self) -> _Rounding:
+        """The same where tokens take the same experts."""
         assert self.routes is not None
         with self._rounded(), self.routes.held() as weights:
-            gap = gap_of(self.run(), self.value_TD)
+            value_TD = self.run()
         pairs = zip(weights, self.routes.weights, strict=True)
-        return gap, max(gap_of(mine[:-1], own[:-1], most=True) for mine, own in pairs)
+        return _Rounding(
+            most=gap_of(value_TD, self.value_TD, most=True),
+            worst=gap_of(value_TD, self.value_TD),
+            routers=max(gap_of(mine[:-1], own[:-1], most=True) for mine, own in pairs),
+        )
 
     @contextmanager
     def _rounded(self) -> Iterator[None]:
@@ -341,16 +359,18 @@ def _close(value: Tensor, truth: Tensor) -> bool:
     return value.shape == truth.shape and not too_far(value, truth)
 
 
-def too_far(value: Tensor, truth: Tensor, *, most: bool = False, rounding: float = 0.0) -> str:
+def too_far(
+    value: Tensor, truth: Tensor, *, most: bool = False, rounding: float = 0.0, cap: float = MOST_ROUNDING
+) -> str:
     """How far ``value`` is from the truth, [T, D] both, where that is more than rounding; else nothing.
 
     ``rounding``: what rounding makes of it in this model, where that is known: ``MARGIN`` times that is allowed for,
-    and no more than ``MOST_ROUNDING``. ``most``: see ``gap_of``.
+    and no more than ``cap``. ``most``: see ``gap_of``.
     """
     tolerance = TOLERANCE if truth.dtype.itemsize >= 4 else LOW_PRECISION_TOLERANCE
     gap = gap_of(value, truth, most=most)
     # Not the other way round: NaN is too far.
-    return "" if gap <= max(tolerance, min(MARGIN * rounding, MOST_ROUNDING)) else f"off by {gap:.1%}"
+    return "" if gap <= max(tolerance, min(MARGIN * rounding, cap)) else f"off by {gap:.1%}"
 
 
 def gap_of(value: Tensor, truth: Tensor, *, most: bool = False) -> float:
