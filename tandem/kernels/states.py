@@ -102,9 +102,10 @@ def select_step(
 
         return states_triton.select_step(x, step, rate, into, out_of, skip, state)
     heads = state.shape[1] // into.shape[1]
-    into, out_of = (y.float().repeat_interleave(heads, dim=1) for y in (into, out_of))
-    kept = state.float() * (step * rate).exp()[..., None, None]
-    kept.addcmul_((step[..., None] * x)[..., None], into[:, :, None])
+    wide = torch.promote_types(state.dtype, torch.float32)
+    into, out_of = (y.to(wide).repeat_interleave(heads, dim=1) for y in (into, out_of))
+    kept = state.to(wide) * (step * rate).exp().to(wide)[..., None, None]
+    kept.addcmul_((step[..., None] * x).to(wide)[..., None], into[:, :, None])
     state.copy_(kept)
     return ((kept @ out_of[..., None])[..., 0] + x * skip[:, None]).to(x.dtype)
 

@@ -19,7 +19,7 @@ BUILT_DIFFERENTLY = (
 """Between them they have everything that is read of a layer, and a state."""
 SLOWER = {
     "llama4", "nemotron", "stablelm", "opt", "bloom",
-    "deepseek-v3.2", "glm5", "minicpm3", "kimi-linear", "falcon-h1", "zamba", "recurrent-gemma",
+    "deepseek-v3.2", "glm5", "minicpm3", "kimi-linear", "zamba", "recurrent-gemma",
     "rwkv",
 }  # fmt: skip
 

@@ -14,7 +14,7 @@ from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
 
 from tandem.engines.live import reading
 from tandem.engines.live.forwards import LeanForward, OwnForward
-from tandem.engines.live.layers import Attention, Decoder, Gated, Layer, Ungated, Unlike, Whole
+from tandem.engines.live.layers import Attention, Decoder, Gated, Joint, Layer, Ungated, Unlike, Whole
 from tandem.engines.live.mixers import Mixer, _convolve, _select
 from tandem.engines.live.probe import Trial, find_cache_shape, head_shape_of
 from tandem.engines.live.reading import read_decoder
@@ -23,7 +23,7 @@ from tandem.kernels import states
 from tandem.kernels.layers import Norm
 from tandem.models.attention import IMPLEMENTATION, Ask, PackedLayout
 from tandem.models.shrunk import trained_size
-from tandem.models.states import Held, states_of_layers
+from tandem.models.states import Held, put_right, states_of_layers
 
 
 def read(name: str) -> tuple[Decoder, Layer, Layer]:
@@ -327,6 +327,35 @@ def test_the_proof_notices_a_wrong_step_of_layers_that_keep_states(name: str, mo
     step = Mixer.__call__
     monkeypatch.setattr(Mixer, "__call__", lambda self, x_TE, held: step(self, x_TE, copy.deepcopy(held)))
     assert "does not reproduce" in trial.why_not_pages(forward, shape), "states that stay as they were"
+
+
+def test_attention_beside_a_state_is_read_and_proved() -> None:
+    """With all numbers by which Falcon H1 multiplies."""
+    tiny = family_model("falcon-h1")
+    config = copy.deepcopy(tiny.config)
+    config.update({f"{name}_multiplier": 0.6 for name in ("key", "ssm_in", "embedding")})
+    config.update({"attention_in_multiplier": 0.7, "attention_out_multiplier": 0.8, "ssm_out_multiplier": 1.3})
+    config.update({"mlp_multipliers": [0.9, 1.2], "ssm_multipliers": [0.5, 0.6, 0.7, 0.8, 0.9]})
+    module = type(tiny)._from_config(config).eval()
+    trained_size(module)
+    module.set_attn_implementation(IMPLEMENTATION)
+    put_right(module)
+    trial, shape = Trial(module, (4, 12), 5), find_cache_shape(module)
+    lean = LeanForward(module, positions=96, head_shape=head_shape_of(module))
+    forward = StateForward(module, lean)
+    assert not trial.why_not_pages(forward, shape)
+    right = lean.decoder
+    first, *others = right.layers
+    joint = first.attention
+    assert isinstance(joint, Joint)
+    assert isinstance(joint.attention, Attention)
+    numbers = joint.start, joint.attention_scale, joint.mixer_scale, joint.attention.key_scale
+    assert numbers == (0.7, 0.8, 1.3, 0.6)
+    wrong: list[Any] = [replace(joint, **{name: 1.0}) for name in ("start", "attention_scale", "mixer_scale")]
+    wrong += [replace(joint, attention=replace(joint.attention, key_scale=1.0)), joint.attention, joint.mixer]
+    for attention in wrong:
+        lean.decoder = replace(right, layers=[replace(first, attention=attention), *others])
+        assert "does not reproduce" in trial.why_not_pages(forward, shape)
 
 
 @pytest.mark.parametrize("name", ["qwen3.5", "qwen3-next", "olmo-hybrid"])

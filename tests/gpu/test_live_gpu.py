@@ -25,8 +25,8 @@ from tandem.types import Request, SamplingParams
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 import families
 
-OWN_STATES = {"falcon-h1", "zamba", "mamba2", "mamba", "falcon-mamba", "recurrent-gemma", "rwkv"}
-STATES = {"qwen3-next", "qwen3.5", "lfm2", "granite4", "jamba", "bamba"} | OWN_STATES
+OWN_STATES = {"zamba", "mamba2", "mamba", "falcon-mamba", "recurrent-gemma", "rwkv"}
+STATES = {"qwen3-next", "qwen3.5", "lfm2", "granite4", "jamba", "bamba", "falcon-h1"} | OWN_STATES
 SLOWER = {
     "ministral3", "llama4", "nemotron", "stablelm", "opt", "bloom", "deepseek-v3.2", "glm5",
     "minicpm3", "kimi-linear",

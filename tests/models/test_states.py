@@ -48,6 +48,7 @@ def asks(count: int, **sampling: Any) -> list[Request]:
         ("qwen3-next", "slots", 3),
         ("qwen3-next", "captured", 3),
         ("zamba", "slots", 3),
+        ("falcon-h1", "captured", 3),
         ("mamba", "captured", 20),
         ("gemma4-e", "captured", 3),
         ("recurrent-gemma", "captured", 3),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tandem.engines.live.layers import Attention, Latent, Layer, Unlike, queries_and_gates
+from tandem.engines.live.layers import Attention, Joint, Latent, Layer, Unlike, queries_and_gates
 from tandem.engines.live.mixers import Mixer
 from tandem.engines.live.pages import CacheShape, PagedDecode, PagedPrefill
 from tandem.engines.live.reading import read_decoder
@@ -141,12 +141,7 @@ class LeanForward:
         self, layer: Layer, hidden_TE: Tensor, residual_TE: Tensor, after: Norm | None, step: _Step
     ) -> tuple[Tensor, Tensor]:
         """One layer, of the norm of the residual and that. Gives both for what comes ``after`` it."""
-        out_TE = hidden_TE
-        if isinstance(layer.attention, Mixer):
-            assert step.held is not None
-            out_TE = layer.attention(hidden_TE, step.held)
-        elif layer.attention is not None:
-            out_TE = self._attend(hidden_TE, layer.attention, step)
+        out_TE = hidden_TE if layer.attention is None else self._mix(hidden_TE, layer.attention, step)
         if layer.feed is None or layer.attention is None:
             out_TE = out_TE if layer.feed is None else layer.feed(hidden_TE)
         elif layer.parallel:
@@ -182,6 +177,20 @@ class LeanForward:
         streams_TSE = streams.corrected(predicted_TSE, out_TE)
         return streams_TSE if layer.injection is None else streams.inject(streams_TSE, layer.injection, step.given_TLP)
 
+    def _mix(self, hidden_TE: Tensor, part: Attention | Latent | Mixer | Joint, step: _Step) -> Tensor:
+        """What goes from token to token in one layer, [T, E]."""
+        if isinstance(part, Joint):
+            start_TE = hidden_TE if part.start == 1.0 else hidden_TE * part.start
+            attended_TE = self._mix(start_TE, part.attention, step)
+            carried_TE = self._mix(hidden_TE, part.mixer, step)
+            if part.mixer_scale != 1.0:
+                carried_TE = carried_TE * part.mixer_scale
+            return torch.add(carried_TE, attended_TE, alpha=part.attention_scale)
+        if isinstance(part, Mixer):
+            assert step.held is not None
+            return part(hidden_TE, step.held)
+        return self._attend(hidden_TE, part, step)
+
     def _attend(self, hidden_TE: Tensor, attention: Attention | Latent, step: _Step) -> Tensor:
         """Attention of one layer, [T, E]."""
         layout, position_T, rows = step.layout, step.position_T, step.rows
@@ -193,6 +202,8 @@ class LeanForward:
         if attention.query_scale_P is not None:
             # Before they are turned, which is the same.
             parts[0].mul_(attention.query_scale_P[position_T, None, None])
+        if attention.key_scale != 1.0:
+            parts[1].mul_(attention.key_scale)
         if isinstance(layout, PagedDecode) and attention.late_norms is None:
             # A token's position is its sequence's length, so that one kernel can do it all.
             out = layout.attend_heads(*parts, attention.ask, attention.rotation, attention.value_norm)

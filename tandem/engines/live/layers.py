@@ -85,6 +85,8 @@ class Attention:
     """Of each query and of each key, once they are turned (Hunyuan)."""
     query_scale_P: Tensor | None
     """What a query at each position is multiplied by; None: nothing (Ministral 3)."""
+    key_scale: float
+    """What each key is multiplied by (Falcon H1)."""
     value_norm: Norm | None
     """Of each value (Gemma 4)."""
     output: Product
@@ -243,6 +245,24 @@ class Latent:
         if self.query_scale_P is not None:
             query_THD = query_THD * self.query_scale_P[position_T, None, None]
         return query_THD, both[:, -1, :shared]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joint:
+    """``attention_scale * attention(start * x) + mixer_scale * mixer(x)``: attention beside a state (Falcon H1)."""
+
+    attention: Attention | Latent
+    mixer: Mixer
+    start: float
+    attention_scale: float
+    mixer_scale: float
+
+    def products(self) -> tuple[Product, ...]:
+        """All that are stacked."""
+        return *self.attention.products(), *self.mixer.products()
+
+    def norms(self) -> tuple[Norm, ...]:
+        return *self.attention.norms(), *self.mixer.norms()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -444,7 +464,7 @@ def _as_large_as_first(streams: Seq[Tensor]) -> Tensor:
 class Layer:
     """Attention and a feed-forward part, each added to the residual ``scale`` times, with norms before and after."""
 
-    attention: Attention | Latent | Mixer | None
+    attention: Attention | Latent | Mixer | Joint | None
     feed: Gated | Ungated | Whole | None
     """One of both is None where a layer is the other alone (Nemotron H), with ``after_feed`` behind it."""
     parallel: bool
@@ -483,9 +503,10 @@ class Layer:
         norms += [part.norm for part in (self.beside, self.streams) if part]
         known |= {id(x) for norm in norms if norm for x in (norm.weight, norm.bias)}
         known |= {id(self.factor_1), *((id(self.streams.scale_1), id(self.streams.factor_E)) if self.streams else ())}
-        if isinstance(self.attention, Attention | Latent):
-            known.add(id(self.attention.ask.sinks))
-        wholes = [part.module for part in (self.attention, self.feed) if isinstance(part, Mixer | Whole)]
+        both = (self.attention.attention, self.attention.mixer) if isinstance(self.attention, Joint) else ()
+        parts = self.attention, *both, self.feed
+        known |= {id(part.ask.sinks) for part in parts if isinstance(part, Attention | Latent)}
+        wholes = [part.module for part in parts if isinstance(part, Mixer | Whole)]
         wholes += [self.experts.router, self.experts.experts] if self.experts else []
         known |= {id(x) for whole in wholes for x in (*whole.parameters(), *whole.buffers())}
         tensors = (*module.named_parameters(), *module.named_buffers())

@@ -85,11 +85,12 @@ def _select(
 ) -> Tensor:
     """``selective_state_update`` of Mamba 2: one step, rate and skip a head, expanded over its lines."""
     alike = not any(x is None or x.stride(-1) for x in (dt, A, D, dt_bias))
-    if not alike or A.stride(1) or not dt_softplus or z is not None or D is None or dt_bias is None:
+    if not alike or A.stride(1) or not dt_softplus or D is None or dt_bias is None:
         named = {"D": D, "dt_bias": dt_bias, "dt_softplus": dt_softplus, "z": z}
         return theirs(state, hidden_states, dt, A, B, C, **named, **options)
     step = F.softplus(dt[..., 0].float() + dt_bias[:, 0])
-    return kernels.select_step(hidden_states, step, A[:, 0, 0].contiguous(), B, C, D[:, 0].contiguous(), state)
+    out = kernels.select_step(hidden_states, step, A[:, 0, 0].contiguous(), B, C, D[:, 0].contiguous(), state)
+    return out if z is None else out * F.silu(z)
 
 
 OURS: dict[str, Callable[..., Any]] = {

@@ -8,7 +8,7 @@ what the module computes is for the caller to prove.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from statistics import NormalDist
@@ -26,6 +26,7 @@ from tandem.engines.live.layers import (
     Gated,
     Given,
     Injection,
+    Joint,
     Latent,
     Layer,
     Product,
@@ -253,12 +254,15 @@ class _Watch(PackedLayout):
         others = [call for call in calls if call not in norms]
         attentions = [x for x in self.inside if isinstance(x, _Attended)]
         mixers = [call for call in others if call.module in self.carrying]
-        if attentions and mixers:
-            raise Unlike("its layers have attention and a state side by side")
         attended, attention = next(iter(attentions), None), next(iter(mixers), None)
+        joint: Joint | None = None
         if attended is not None:
             place = self.inside.index(attended)
             attention = next((call for call in others if self.inside.index(call) > place), None)
+            if mixers and attention is not None:
+                rest = [call for call in others if call not in (attention, *mixers)]
+                joint, attention = self._read_joint(whole, attention, mixers, attended, rest, norms)
+                others, mixers = [attention, *rest], []
         used: list[_Call] = []
 
         def feeding(call: _Call) -> _Call | None:
@@ -274,7 +278,9 @@ class _Watch(PackedLayout):
 
         multiplier = getattr(self.base.config.get_text_config(), "residual_multiplier", None) or 1.0
 
-        def read_mixing(call: _Call) -> Attention | Latent | Mixer:
+        def read_mixing(call: _Call) -> Attention | Latent | Mixer | Joint:
+            if joint is not None:
+                return joint
             return self._read_mixer(call) if attended is None else self._read_attention(call, attended)
 
         injection = self._read_injection(whole, others)
@@ -392,6 +398,34 @@ class _Watch(PackedLayout):
                 factor=factor,
             )
         )
+
+    def _read_joint(
+        self,
+        whole: _Call,
+        attention: _Call,
+        mixers: list[_Call],
+        attended: _Attended,
+        rest: list[_Call],
+        norms: Collection[_Call],
+    ) -> tuple[Joint, _Call]:
+        """Attention and what carries a state, with multipliers that the config names; and both as one call."""
+        mixer, config = mixers[0], self.base.config.get_text_config()
+        names = "attention_in_multiplier", "attention_out_multiplier", "ssm_out_multiplier"
+        starts, one, two = ({1.0, getattr(config, name, None) or 1.0} for name in names)
+        start = _nearest({s: mixer.input * s for s in starts}, attention.input, "its attention has another input")
+        outs = {(a, m): m * mixer.output + a * attention.output for a in one for m in two}
+        found = {
+            scales: out for scales, out in outs.items()
+            if any(near(whole.input + out, call.input) for call in (*norms, *rest))
+        }  # fmt: skip
+        if len(mixers) > 1 or not found:
+            raise Unlike("its layers have attention and a state side by side, and not their sum")
+        (attention_scale, mixer_scale), out = next(iter(found.items()))
+        joint = Joint(
+            attention=self._read_attention(attention, attended), mixer=self._read_mixer(mixer), start=start,
+            attention_scale=attention_scale, mixer_scale=mixer_scale,
+        )  # fmt: skip
+        return joint, replace(mixer, output=out)
 
     def _read_mixer(self, call: _Call) -> Mixer:
         mixer, delta = self.carrying[call.module], self.deltas[call.module]
@@ -525,6 +559,7 @@ class _Watch(PackedLayout):
         query, key, value = (x[0].transpose(0, 1) for x in (attended.query, attended.key, attended.value))
         if self.query_scale_P is not None:
             query = query / self.query_scale_P[self.position_T, None, None].to(query.dtype)
+        key_scale = getattr(self.base.config.get_text_config(), "key_multiplier", None) or 1.0
         alike = (x for x in self.attended if same(x.key, attended.key) and same(x.value, attended.value))
         shares = None if (first := next(alike)) is attended else first.ask.layer
         heads, size, kv_heads = query.shape[1], query.shape[2], key.shape[1] if shares is None else 0
@@ -563,6 +598,8 @@ class _Watch(PackedLayout):
         attended_THD = attended.out[0]
         if gated:
             attended_THD = attended_THD * queries_and_gates(out, heads, size)[1].sigmoid()
+        if key_scale != 1.0 and (norms or tied or shares is not None):
+            raise Unlike("its keys are multiplied by a number, and more is done to them")
         read = Attention(
             ask=attended.ask, heads=heads, kv_heads=kv_heads, size=size, shares=shares, tied=tied,
             qkv=Product([call.module for call in projections]),  # type: ignore[misc]
@@ -572,6 +609,7 @@ class _Watch(PackedLayout):
             rotation=Rotation(out[:, :0], out[:, :0]),
             late_norms=by_size if late else None,
             query_scale_P=None if self.query_scale_P is None else self.query_scale_P.to(query.dtype),
+            key_scale=key_scale,
             value_norm=value_norm,
             output=self._read_output(after, attended_THD),
         )  # fmt: skip
@@ -580,7 +618,7 @@ class _Watch(PackedLayout):
             raise Unlike("its values are not a product of its input")
         if late:
             query, key = (call.input[0].transpose(0, 1) for call in normed)
-        turned = torch.cat((query, key), dim=1) if shares is None else query
+        turned = torch.cat((query, key / key_scale), dim=1) if shares is None else query
         rotation = self._read_rotation(torch.cat(parts_THD, dim=1), turned, None if late else by_size)
         return replace(read, rotation=rotation)
 
