@@ -8,6 +8,7 @@ copy is of the same class and has the same switches, with narrow layers and with
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import re
 from collections.abc import Iterator
@@ -72,9 +73,10 @@ def shrunk(module: Any) -> Any | None:
     The same every time, and without touching torch's own random numbers.
     """
     device = torch.device("cpu")
-    for narrow in (1, 2, 0):
+    # Two layers of a kind where one will not do: Zamba's second is made of its first.
+    for each, narrow in itertools.product((1, 2), (1, 2, 0)):
         try:
-            config = shrunken_config(module.config, narrow=narrow)
+            config = shrunken_config(module.config, narrow=narrow, each=each)
             with torch.device("meta"):
                 size = sum(p.numel() for p in _made(type(module), config).parameters())
             if size > MOST_PARAMETERS:
@@ -169,10 +171,11 @@ def _centred(parameter: Tensor, noise: Tensor) -> Tensor:
     return 0.1 * noise if mean.abs() > 0.5 else spread * noise - (parameter - mean)
 
 
-def shrunken_config(config: Any, *, narrow: int = 1, limit: int = LIMIT, turning: int = TURNING) -> Any:
+def shrunken_config(config: Any, *, narrow: int = 1, each: int = 1, limit: int = LIMIT, turning: int = TURNING) -> Any:
     """A copy of a config with few layers, a small vocabulary and small limits.
 
     ``narrow``: times the sizes of ``_NARROW`` it has; 0 leaves them as they are.
+    ``each``: how many layers it has of every kind at least.
     ``turning``: positions up to which a rotary embedding keeps its frequencies, where they depend on the length.
     """
     small = copy.deepcopy(config)
@@ -183,7 +186,7 @@ def shrunken_config(config: Any, *, narrow: int = 1, limit: int = LIMIT, turning
     for part in _parts(small):
         positions = _positions(part)
         turns = turning_point(part) is not None
-        _few_layers(part)
+        _few_layers(part, each)
         if narrow:
             _narrow(part, narrow)
         _set(part, "vocab_size", VOCABULARY)
@@ -211,8 +214,8 @@ def _parts(config: Any) -> Iterator[Any]:
             yield from _parts(value)
 
 
-def _few_layers(config: Any) -> None:
-    """The first layers, as many as there are kinds of."""
+def _few_layers(config: Any, each: int) -> None:
+    """The first layers, as many as it takes to have so many of every kind."""
     layers = getattr(config, "num_hidden_layers", None)
     if not isinstance(layers, int):
         return
@@ -221,7 +224,7 @@ def _few_layers(config: Any) -> None:
         *(one for one in lists.values() if len({str(kind) for kind in one}) <= layers // 2),
         *(getattr(config, key, None) or () for key in _KINDS_OF_LAYERS),
     ]
-    fewest = max([2, *(_first_with_all(one) for one in kinds)])
+    fewest = max([2, *(_first_with_all(one, each) for one in kinds)])
     if sharing := getattr(config, "num_kv_shared_layers", 0):
         # Of every kind one that has keys and values, and one that is given those of another.
         config.num_kv_shared_layers = min(sharing, fewest)
@@ -234,10 +237,11 @@ def _few_layers(config: Any) -> None:
     config.num_hidden_layers = min(layers, fewest)
 
 
-def _first_with_all(kinds: Any) -> int:
-    """How many of the first it takes to have met every kind."""
+def _first_with_all(kinds: Any, each: int) -> int:
+    """How many of the first it takes to have met every kind so often, or as often as it is there."""
     seen = [str(kind) for kind in kinds]
-    return max((seen.index(kind) + 1 for kind in set(seen)), default=0)
+    places = ([place for place, one in enumerate(seen) if one == kind] for kind in set(seen))
+    return max((where[min(each, len(where)) - 1] + 1 for where in places), default=0)
 
 
 def _narrow(config: Any, times: int) -> None:

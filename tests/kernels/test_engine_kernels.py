@@ -147,7 +147,7 @@ def test_convolutions(dtype: torch.dtype, channels: int, kept: int, weights: int
         place, mixed = torch.randperm(channels + 3)[:channels].int().to(DEVICE), x.new_zeros(3, channels + 3)
         mixed[:, place.long()] = x
         moved = past.clone()
-        assert torch.equal(states_triton.convolve(mixed, moved, weight, bias, silu=silu, column_C=place), out)
+        close(states_triton.convolve(mixed, moved, weight, bias, silu=silu, column_C=place), out)
         assert torch.equal(moved, found)
         if bias is None:
             moved = past.clone()

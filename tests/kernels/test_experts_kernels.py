@@ -220,7 +220,7 @@ def test_the_probe_proves_them(
     if wrong:
         weighted = experts_triton.weighted
         monkeypatch.setattr(experts_triton, "weighted", lambda x, factor, *more: weighted(x, factor.flip(0), *more))
-    model = prepare_module(module.to(DEVICE), tokenizer())
+    model = prepare_module(module, tokenizer(), device=DEVICE.type)
     assert model.packed is not wrong
     assert on_triton
     assert ("packed sequences do not reproduce its own forward" in caplog.text) is wrong
