@@ -12,12 +12,12 @@ import torch
 from helpers.family_models import families, family_model
 from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
 
-from tandem.engines.live import reading
 from tandem.engines.live.forwards import LeanForward, OwnForward
 from tandem.engines.live.layers import Attention, Decoder, Gated, Joint, Layer, Ungated, Unlike, Whole
 from tandem.engines.live.mixers import Mixer, _convolve, _select
 from tandem.engines.live.probe import Trial, find_cache_shape, head_shape_of
-from tandem.engines.live.reading import read_decoder
+from tandem.engines.live.reading import watch
+from tandem.engines.live.reading.decoder import read_decoder
 from tandem.engines.live.states import StateForward
 from tandem.kernels import states
 from tandem.kernels.layers import Norm
@@ -395,7 +395,7 @@ def test_delta_rules_are_read_and_proved(name: str, monkeypatch: pytest.MonkeyPa
     delta = mixers()[0].delta
     assert delta is not None
     gates = replace(delta.gates, most=1.1 * delta.gates.most)
-    monkeypatch.setattr(reading, "read_delta", lambda part: replace(delta, gates=gates))
+    monkeypatch.setattr(watch, "read_delta", lambda part: replace(delta, gates=gates))
     assert mixers()[0].delta is None
 
 
@@ -495,12 +495,13 @@ def test_a_module_that_computes_something_else_is_not_read(name: str, change: Ca
 
 
 def test_a_norm_is_read_by_what_it_computes() -> None:
-    from tandem.engines.live.reading import _Call, read_norm
+    from tandem.engines.live.reading.calls import Call
+    from tandem.engines.live.reading.comparing import read_norm
 
     @torch.no_grad()
     def found(module: torch.nn.Module) -> Norm | None:
         x = torch.randn(3, 16)
-        return read_norm(_Call(module, x, module(x), False))
+        return read_norm(Call(module, x, module(x), False))
 
     layer = torch.nn.LayerNorm(16, eps=1e-3)
     assert found(layer) == Norm(layer.weight, layer.bias, 1e-3, centered=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from tandem.engines.live.layers import Attention, Joint, Latent, Layer, Unlike, queries_and_gates
 from tandem.engines.live.mixers import Mixer
 from tandem.engines.live.pages import CacheShape, PagedDecode, PagedPrefill
-from tandem.engines.live.reading import read_decoder
+from tandem.engines.live.reading.decoder import read_decoder
 from tandem.engines.live.stacked import Additions
 from tandem.kernels import layers as kernels
 from tandem.kernels import products

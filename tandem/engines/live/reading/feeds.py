@@ -1,0 +1,74 @@
+"""Feed-forward parts, and what comes beside an attention: what is made of each token alone."""
+
+from __future__ import annotations
+
+from statistics import NormalDist
+
+import torch
+
+from tandem.engines.live.layers import Beside, Gated, Product, Ungated, Unlike, Whole, above
+from tandem.engines.live.reading.calls import Call
+from tandem.engines.live.reading.comparing import gap, near, read_curve, read_norm, same
+from tandem.engines.live.reading.watch import Watch
+from tandem.engines.live.stacked import is_linear
+from tandem.kernels.layers import CURVES
+
+
+def read_feed(watch: Watch, whole: Call) -> Gated | Ungated | Whole:
+    """Called whole where it is none of the known."""
+    if whole.more:
+        raise Unlike("its feed-forward part is given more than what goes through")
+    parts = [x for x in watch.parts(whole) if isinstance(x, Call) and not same(x.input, x.output)]
+    linears = [call for call in parts if is_linear(call.module)]
+    starts = [call for call in linears if same(call.input, whole.input)]
+    ends = [call for call in linears if call not in starts]
+    bends = [call for call in parts if not is_linear(call.module) and not any(True for _ in call.module.parameters())]
+    found: Gated | Ungated | Whole = Whole(whole.module)
+    if len(ends) == 1 and len(bends) == 1:
+        (bend,) = bends
+        down = Product([ends[0].module])  # type: ignore[list-item]
+        made: Gated | Ungated | None = None
+        curve = read_curve(bend)
+        width = ends[0].input.shape[-1]
+        gate, cut = [call for call in starts if same(call.output, bend.input)], None
+        cuts = _cuts(watch, bend.input.dtype)
+        if not gate and cuts and len(starts) == 2:
+            found_of = {(i, c): above(call.output, c) for i, call in enumerate(starts) for c in cuts}
+            place, cut = min(found_of, key=lambda n: gap(found_of[n], bend.input))
+            gate = [starts[place]]
+        if len(starts) == 1 and gate:
+            bent = CURVES[curve] if curve else bend.module
+            made = Ungated(up=Product([starts[0].module]), curve=bent, down=down)  # type: ignore[list-item]
+        elif len(starts) == 2 and gate and curve:
+            (up,) = [call for call in starts if call not in gate]
+            gate_up = Product([gate[0].module, up.module])  # type: ignore[list-item]
+            made = Gated(gate_up=gate_up, curve=curve, down=down, cut=cut)
+        elif len(starts) == 1 and curve and starts[0].output.shape[-1] == 2 * width:
+            # Where the gate comes second it does not compute the same, and the part is called as it is.
+            made = Gated(gate_up=Product([starts[0].module]), curve=curve, down=down)  # type: ignore[list-item]
+        tokens = whole.input.flatten(0, 1)
+        if made is not None and near(made(tokens), whole.output.flatten(0, 1)):
+            return made
+    if not near(found(whole.input.flatten(0, 1)), whole.output.flatten(0, 1)):
+        raise Unlike("its feed-forward part does not give the same twice")
+    return found
+
+
+def _cuts(watch: Watch, dtype: torch.dtype) -> list[float]:
+    """Where the config's shares of a normal distribution end, rounded as a model computes."""
+    shares = getattr(watch.base.config.get_text_config(), "activation_sparsity_pattern", None) or ()
+    ends = [NormalDist().inv_cdf(share) for share in sorted(set(shares)) if 0.0 < share < 1.0]
+    return torch.tensor(ends).to(dtype).tolist()
+
+
+def read_beside(watch: Watch, whole: Call, factor: float) -> Beside:
+    """``factor``: of the sum with the residual and the attention."""
+    parts = [x for x in watch.parts(whole) if isinstance(x, Call)]
+    linears = [call.module for call in parts if is_linear(call.module)]
+    norms = [norm for call in parts if (norm := read_norm(call))]
+    if len(linears) == 2 and len(norms) == 1:
+        down, up = (Product([linear]) for linear in linears)  # type: ignore[list-item]
+        made = Beside(down=down, up=up, norm=norms[0], factor_1=torch.tensor([factor]).to(watch.device))
+        if near(made(whole.input.flatten(0, 1)), whole.output.flatten(0, 1)):
+            return made
+    raise Unlike("what comes beside its attention is of another kind")
