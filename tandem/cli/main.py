@@ -265,6 +265,8 @@ def _dispatch(argv: list[str], stop: Stop, supervised: bool) -> int:
             stop.at_once = None
             return run(given)
     except SystemExit as ended:
+        if isinstance(ended.__context__, BrokenPipeError):
+            raise ended.__context__ from None  # rich ends a program so whose reader has gone
         # Whose it is, nobody knows, and it must not pass for a run that has ended.
         line = traceback.extract_tb(ended.__traceback__)[-1]
         raise UserError(f"{line.filename}:{line.lineno} ended the command with sys.exit({ended.code!r})") from ended

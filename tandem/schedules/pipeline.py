@@ -173,7 +173,7 @@ def over_budget(tokens: int, budget: int, *, pairs: bool) -> str:
     return (
         f"token_budget: a {'pair' if pairs else 'sequence'} of {tokens} tokens is more than {budget} and goes through "
         "whole, so memory follows the longest, not the budget: bound it with --max-length, or, where it is sampled, "
-        "--max-new-tokens; less memory a token is --activation-checkpointing"
+        "--max-new-tokens; --activation-checkpointing takes less memory a token"
     )
 
 

@@ -211,6 +211,20 @@ def test_python_dash_m_and_a_reader_who_leaves():
     assert err == ""
 
 
+def test_a_reader_who_leaves_while_rich_prints(probe, monkeypatch):
+    """rich makes sys.exit(1) of that: `tandem advise RUN | head -1` ended with its file, line and code 2."""
+    monkeypatch.setattr(shell, "_drop_output", lambda: None)
+
+    def run(argv: list[str]) -> int:
+        try:
+            raise BrokenPipeError
+        except BrokenPipeError:
+            raise SystemExit(1)  # noqa: B904
+
+    probe.run = run
+    assert shell.main(["probe"]) == 128 + signal.SIGPIPE
+
+
 STREAMS = """
 import os, sys, types
 from tandem.cli import main as shell
