@@ -15,6 +15,9 @@ from tandem.engines.live.stacked import is_linear
 from tandem.kernels import layers as kernels
 from tandem.kernels.layers import Norm, Rotation
 
+Pair = tuple[Norm, Norm]
+"""A query's and a key's."""
+
 
 def read_attention(watch: Watch, whole: Call, attended: Attended) -> Attention | Latent:
     """``whole``: the part that asked for it."""
@@ -50,26 +53,14 @@ def read_attention(watch: Watch, whole: Call, attended: Attended) -> Attention |
         if call.input.shape[-1] != size:
             raise Unlike("its values are not normed one by one")
         value_norm, value = normed.pop(call), call.input.reshape(tokens, kv_heads, size)
-    norms = list(normed.values())
-    if len(norms) not in (0, 2 if shares is None else 1):
-        raise Unlike("it has norms in its attention that are not a query's and a key's")
-    sizes = {norm.weight.shape for norm in norms if norm.weight is not None and norm.bias is None}
-    kinds = {(norm.eps, norm.offset, norm.centered, norm.wide) for norm in norms}
-    pair = (norms[0], norms[-1]) if norms else None
-    wide = pair if sizes == {(heads * size,), (kv_heads * size,)} else None
-    by_size = pair if sizes == {(size,)} and len(kinds) == 1 and not wide and not norms[0].centered else None
-    if norms and not wide and not by_size:
-        raise Unlike("its query and key norms are neither one a head nor one over all heads")
-    # Where a layer turns nothing, what is projected is normed and attended to.
-    late = by_size is not None and not {_storage(c.input) for c in normed} & {_storage(c.output) for c in projections}
-    if late and [c.output.data_ptr() for c in normed] != [x.data_ptr() for x in (attended.query, attended.key)]:
-        raise Unlike("its queries and keys are normed between other things")
+    wide, by_size = _norms_of_heads(list(normed.values()), heads, kv_heads, size)
+    late = by_size is not None and _are_late(list(normed), projections, attended)
     if by_size and watch.query_scale_P is not None:
         raise Unlike("its queries are normed and then scaled by their position")
     attended_THD = attended.out[0]
     if gated:
         attended_THD = attended_THD * queries_and_gates(out, heads, size)[1].sigmoid()
-    if key_scale != 1.0 and (norms or tied or shares is not None):
+    if key_scale != 1.0 and (normed or tied or shares is not None):
         raise Unlike("its keys are multiplied by a number, and more is done to them")
     read = Attention(
         ask=attended.ask, heads=heads, kv_heads=kv_heads, size=size, shares=shares, tied=tied,
@@ -92,6 +83,32 @@ def read_attention(watch: Watch, whole: Call, attended: Attended) -> Attention |
     turned = torch.cat((query, key / key_scale), dim=1) if shares is None else query
     rotation = _read_rotation(watch, torch.cat(parts_THD, dim=1), turned, None if late else by_size)
     return replace(read, rotation=rotation)
+
+
+def _norms_of_heads(norms: list[Norm], heads: int, kv_heads: int, size: int) -> tuple[Pair | None, Pair | None]:
+    """A query's and a key's: over all heads, and of each head; one of both is None, or both where it has none."""
+    if len(norms) not in (0, 2 if kv_heads else 1):
+        raise Unlike("it has norms in its attention that are not a query's and a key's")
+    sizes = {norm.weight.shape for norm in norms if norm.weight is not None and norm.bias is None}
+    kinds = {(norm.eps, norm.offset, norm.centered, norm.wide) for norm in norms}
+    pair = (norms[0], norms[-1]) if norms else None
+    if pair and sizes == {(heads * size,), (kv_heads * size,)}:
+        return pair, None
+    if pair and (sizes != {(size,)} or len(kinds) > 1 or norms[0].centered):
+        raise Unlike("its query and key norms are neither one a head nor one over all heads")
+    return None, pair
+
+
+def _are_late(normed: list[Call], projections: list[Call], attended: Attended) -> bool:
+    """Whether queries and keys are normed once they are turned.
+
+    Where a layer turns nothing, what is projected is normed and attended to.
+    """
+    if {_storage(call.input) for call in normed} & {_storage(call.output) for call in projections}:
+        return False
+    if [call.output.data_ptr() for call in normed] != [x.data_ptr() for x in (attended.query, attended.key)]:
+        raise Unlike("its queries and keys are normed between other things")
+    return True
 
 
 def _read_latent(
@@ -146,7 +163,7 @@ def _read_output(watch: Watch, after: list[Call], attended_THD: Tensor) -> Produ
     return Product([outputs[0].module])  # type: ignore[list-item]
 
 
-def _read_rotation(watch: Watch, qkv_THD: Tensor, turned_THD: Tensor, norms: tuple[Norm, Norm] | None) -> Rotation:
+def _read_rotation(watch: Watch, qkv_THD: Tensor, turned_THD: Tensor, norms: Pair | None) -> Rotation:
     """The rotation that makes of queries and keys what attention was given."""
     count, size = turned_THD.shape[1], turned_THD.shape[2]
     heads = count - (qkv_THD.shape[1] - count)

@@ -23,35 +23,32 @@ def read_feed(watch: Watch, whole: Call) -> Gated | Ungated | Whole:
     starts = [call for call in linears if same(call.input, whole.input)]
     ends = [call for call in linears if call not in starts]
     bends = [call for call in parts if not is_linear(call.module) and not any(True for _ in call.module.parameters())]
-    found: Gated | Ungated | Whole = Whole(whole.module)
-    if len(ends) == 1 and len(bends) == 1:
-        (bend,) = bends
-        down = Product([ends[0].module])  # type: ignore[list-item]
-        made: Gated | Ungated | None = None
-        curve = read_curve(bend)
-        width = ends[0].input.shape[-1]
-        gate, cut = [call for call in starts if same(call.output, bend.input)], None
-        cuts = _cuts(watch, bend.input.dtype)
-        if not gate and cuts and len(starts) == 2:
-            found_of = {(i, c): above(call.output, c) for i, call in enumerate(starts) for c in cuts}
-            place, cut = min(found_of, key=lambda n: gap(found_of[n], bend.input))
-            gate = [starts[place]]
-        if len(starts) == 1 and gate:
-            bent = CURVES[curve] if curve else bend.module
-            made = Ungated(up=Product([starts[0].module]), curve=bent, down=down)  # type: ignore[list-item]
-        elif len(starts) == 2 and gate and curve:
-            (up,) = [call for call in starts if call not in gate]
-            gate_up = Product([gate[0].module, up.module])  # type: ignore[list-item]
-            made = Gated(gate_up=gate_up, curve=curve, down=down, cut=cut)
-        elif len(starts) == 1 and curve and starts[0].output.shape[-1] == 2 * width:
-            # Where the gate comes second it does not compute the same, and the part is called as it is.
-            made = Gated(gate_up=Product([starts[0].module]), curve=curve, down=down)  # type: ignore[list-item]
-        tokens = whole.input.flatten(0, 1)
-        if made is not None and near(made(tokens), whole.output.flatten(0, 1)):
-            return made
-    if not near(found(whole.input.flatten(0, 1)), whole.output.flatten(0, 1)):
+    token_TE, truth_TE = whole.input.flatten(0, 1), whole.output.flatten(0, 1)
+    made = _read_bent(watch, starts, bends[0], ends[0]) if len(bends) == len(ends) == 1 else None
+    if made is not None and near(made(token_TE), truth_TE):
+        return made
+    called = Whole(whole.module)
+    if not near(called(token_TE), truth_TE):
         raise Unlike("its feed-forward part does not give the same twice")
-    return found
+    return called
+
+
+def _read_bent(watch: Watch, starts: list[Call], bend: Call, end: Call) -> Gated | Ungated | None:
+    """``starts``: products of what goes in; ``bend``: a curve behind one of them; ``end``: the last product."""
+    curve, down, cut = read_curve(bend), Product([end.module]), None  # type: ignore[list-item]
+    gate = next((call for call in starts if same(call.output, bend.input)), None)
+    if gate is None and len(starts) == 2 and (cuts := _cuts(watch, bend.input.dtype)):
+        found = {(call, cut): above(call.output, cut) for call in starts for cut in cuts}
+        gate, cut = min(found, key=lambda name: gap(found[name], bend.input))
+    if len(starts) == 1 and gate:
+        return Ungated(up=Product([gate.module]), curve=CURVES[curve] if curve else bend.module, down=down)  # type: ignore[list-item]
+    if len(starts) == 2 and gate and curve:
+        (up,) = [call for call in starts if call is not gate]
+        return Gated(gate_up=Product([gate.module, up.module]), curve=curve, down=down, cut=cut)  # type: ignore[list-item]
+    if len(starts) == 1 and curve and starts[0].output.shape[-1] == 2 * end.input.shape[-1]:
+        # Where the gate comes second it does not compute the same, and the part is called as it is.
+        return Gated(gate_up=Product([starts[0].module]), curve=curve, down=down)  # type: ignore[list-item]
+    return None
 
 
 def _cuts(watch: Watch, dtype: torch.dtype) -> list[float]:

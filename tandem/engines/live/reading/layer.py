@@ -156,18 +156,10 @@ def _read_one(watch: Watch, parts: _Parts, mixing: _Mixing, ending: _Ending) -> 
     scale, factor = ending.read(whole, sums)
     mixes = part is mixing.part
     return Layer(
-        attention=mixing.read(watch) if mixes else None,
-        feed=None if mixes else read_feed(watch, part),
-        parallel=False,
-        before=parts.norm(before),
-        after_attention=None,
-        between=None,
-        after_feed=parts.norm(after),
-        scale=scale,
-        injection=ending.injection,
-        streams=ending.streams,
-        factor=factor,
-    )
+        attention=mixing.read(watch) if mixes else None, feed=None if mixes else read_feed(watch, part),
+        parallel=False, before=parts.norm(before), after_attention=None, between=None, after_feed=parts.norm(after),
+        scale=scale, injection=ending.injection, streams=ending.streams, factor=factor,
+    )  # fmt: skip
 
 
 def _read_two(watch: Watch, parts: _Parts, mixing: _Mixing, ending: _Ending) -> Layer:
@@ -207,20 +199,11 @@ def _read_two(watch: Watch, parts: _Parts, mixing: _Mixing, ending: _Ending) -> 
     if not parallel and not near(start, total):
         raise Unlike("its feed-forward part does not start from the sum")
     return Layer(
-        attention=mixing.read(watch),
-        feed=read_feed(watch, feed),
-        parallel=parallel,
-        before=parts.norm(before),
-        after_attention=parts.norm(after_attention),
-        between=parts.norm(between),
-        after_feed=parts.norm(after_feed),
-        scale=scale,
-        experts=experts,
-        beside=beside,
-        injection=ending.injection,
-        streams=ending.streams,
-        factor=factor,
-    )
+        attention=mixing.read(watch), feed=read_feed(watch, feed), parallel=parallel,
+        before=parts.norm(before), after_attention=parts.norm(after_attention),
+        between=parts.norm(between), after_feed=parts.norm(after_feed), scale=scale, experts=experts,
+        beside=beside, injection=ending.injection, streams=ending.streams, factor=factor,
+    )  # fmt: skip
 
 
 def _read_experts(
