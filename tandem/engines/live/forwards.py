@@ -243,10 +243,8 @@ class LeanForward:
             return attention.widened(layout.attend_heads(query_THD, latent_T1D, None, attention.ask))
         *parts, latent_T1D = attention.parts(hidden_TE, position_T)
         query, key, value = (_heads_first(x, rows) for x in parts)
-        if self.latent is not None and isinstance(layout, PagedPrefill):
-            out = layout.attend(query, key, value, attention.ask, latent_T1D)
-        else:
-            out = layout.attend(query, key, value, attention.ask)
+        kept = (latent_T1D,) if self.latent is not None and isinstance(layout, PagedPrefill) else ()
+        out = layout.attend(query, key, value, attention.ask, *kept)
         return out.reshape(len(hidden_TE), attention.heads, -1)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tandem.engines.live.layers import Attention, Latent, Product, Unlike, queries_and_gates
-from tandem.engines.live.reading.calls import Attended, Call
+from tandem.engines.live.reading.calls import Attended, Call, product_of
 from tandem.engines.live.reading.comparing import near, nearest, read_norm, same
 from tandem.engines.live.reading.watch import Watch
 from tandem.engines.live.stacked import is_linear
@@ -64,7 +64,7 @@ def read_attention(watch: Watch, whole: Call, attended: Attended) -> Attention |
         raise Unlike("its keys are multiplied by a number, and more is done to them")
     read = Attention(
         ask=attended.ask, heads=heads, kv_heads=kv_heads, size=size, shares=shares, tied=tied,
-        qkv=Product([call.module for call in projections]),  # type: ignore[misc]
+        qkv=product_of(*projections),
         by_head=kv_heads > 0 and not gated and not near(out[:, -kv_heads * size :], value.flatten(1)),
         gated=gated,
         wide_norms=wide,
@@ -133,9 +133,9 @@ def _read_latent(
     query, key, value = (x[0].transpose(0, 1) for x in (attended.query, attended.key, attended.value))
     read = Latent(
         ask=attended.ask, heads=query.shape[1], shared=start.output.shape[-1] - state.input.shape[-1],
-        narrow=Product([first.module, start.module]),  # type: ignore[list-item]
-        query=(norms[from_whole[0][1]], Product([last.module])) if from_whole else None,  # type: ignore[list-item]
-        key_value=(norms[state], Product([end.module])),  # type: ignore[list-item]
+        narrow=product_of(first, start),
+        query=(norms[from_whole[0][1]], product_of(last)) if from_whole else None,
+        key_value=(norms[state], product_of(end)),
         rotation=Rotation(query[:, 0, :0], query[:, 0, :0]),
         query_scale_P=None if watch.query_scale_P is None else watch.query_scale_P.to(query.dtype),
         output=_read_output(watch, after, attended.out[0]),
@@ -160,7 +160,7 @@ def _read_output(watch: Watch, after: list[Call], attended_THD: Tensor) -> Produ
     outputs = [call for call in after if is_linear(call.module)]
     if len(outputs) != 1 or not near(outputs[0].input.flatten(0, 1), attended_THD.flatten(1)):
         raise Unlike("what attention gives does not go through one product")
-    return Product([outputs[0].module])  # type: ignore[list-item]
+    return product_of(outputs[0])
 
 
 def _read_rotation(watch: Watch, qkv_THD: Tensor, turned_THD: Tensor, norms: Pair | None) -> Rotation:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tandem.engines.live.layers import Product
 from tandem.models.attention import Ask
 
 
@@ -44,3 +45,8 @@ def call_of(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Call | No
     if not given or not made or not isinstance(made[0], Tensor):
         return None
     return Call(module, given[0], made[0], len(args) + len(kwargs) > 1, args, tuple(kwargs.values()), made)
+
+
+def product_of(*calls: Call) -> Product:
+    """What linear layers that were called compute, as one product."""
+    return Product([call.module for call in calls])  # type: ignore[misc]

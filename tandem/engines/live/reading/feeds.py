@@ -6,8 +6,8 @@ from statistics import NormalDist
 
 import torch
 
-from tandem.engines.live.layers import Beside, Gated, Product, Ungated, Unlike, Whole, above
-from tandem.engines.live.reading.calls import Call
+from tandem.engines.live.layers import Beside, Gated, Ungated, Unlike, Whole, above
+from tandem.engines.live.reading.calls import Call, product_of
 from tandem.engines.live.reading.comparing import gap, near, read_curve, read_norm, same
 from tandem.engines.live.reading.watch import Watch
 from tandem.engines.live.stacked import is_linear
@@ -35,19 +35,19 @@ def read_feed(watch: Watch, whole: Call) -> Gated | Ungated | Whole:
 
 def _read_bent(watch: Watch, starts: list[Call], bend: Call, end: Call) -> Gated | Ungated | None:
     """``starts``: products of what goes in; ``bend``: a curve behind one of them; ``end``: the last product."""
-    curve, down, cut = read_curve(bend), Product([end.module]), None  # type: ignore[list-item]
+    curve, down, cut = read_curve(bend), product_of(end), None
     gate = next((call for call in starts if same(call.output, bend.input)), None)
     if gate is None and len(starts) == 2 and (cuts := _cuts(watch, bend.input.dtype)):
         found = {(call, cut): above(call.output, cut) for call in starts for cut in cuts}
         gate, cut = min(found, key=lambda name: gap(found[name], bend.input))
     if len(starts) == 1 and gate:
-        return Ungated(up=Product([gate.module]), curve=CURVES[curve] if curve else bend.module, down=down)  # type: ignore[list-item]
+        return Ungated(up=product_of(gate), curve=CURVES[curve] if curve else bend.module, down=down)
     if len(starts) == 2 and gate and curve:
         (up,) = [call for call in starts if call is not gate]
-        return Gated(gate_up=Product([gate.module, up.module]), curve=curve, down=down, cut=cut)  # type: ignore[list-item]
+        return Gated(gate_up=product_of(gate, up), curve=curve, down=down, cut=cut)
     if len(starts) == 1 and curve and starts[0].output.shape[-1] == 2 * end.input.shape[-1]:
         # Where the gate comes second it does not compute the same, and the part is called as it is.
-        return Gated(gate_up=Product([starts[0].module]), curve=curve, down=down)  # type: ignore[list-item]
+        return Gated(gate_up=product_of(starts[0]), curve=curve, down=down)
     return None
 
 
@@ -61,10 +61,10 @@ def _cuts(watch: Watch, dtype: torch.dtype) -> list[float]:
 def read_beside(watch: Watch, whole: Call, factor: float) -> Beside:
     """``factor``: of the sum with the residual and the attention."""
     parts = [x for x in watch.parts(whole) if isinstance(x, Call)]
-    linears = [call.module for call in parts if is_linear(call.module)]
+    linears = [call for call in parts if is_linear(call.module)]
     norms = [norm for call in parts if (norm := read_norm(call))]
     if len(linears) == 2 and len(norms) == 1:
-        down, up = (Product([linear]) for linear in linears)  # type: ignore[list-item]
+        down, up = map(product_of, linears)
         made = Beside(down=down, up=up, norm=norms[0], factor_1=torch.tensor([factor]).to(watch.device))
         if near(made(whole.input.flatten(0, 1)), whole.output.flatten(0, 1)):
             return made

@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tandem.engines.live.layers import Given, Injection, Product, Unlike
-from tandem.engines.live.reading.calls import Call
+from tandem.engines.live.layers import Given, Injection, Unlike
+from tandem.engines.live.reading.calls import Call, product_of
 from tandem.engines.live.reading.comparing import near, read_curve, read_norm, same, times
 from tandem.engines.live.reading.watch import Watch
 from tandem.engines.live.stacked import is_linear
@@ -32,7 +32,7 @@ def read_injection(watch: Watch, whole: Call, others: list[Call]) -> Injection |
     watch.given.append(given[0].flatten(0, 1))
     return Injection(
         place=len(watch.given) - 1, curve=curve, after=None,
-        gate=Product([gate.module]), up=Product([up.module]),  # type: ignore[list-item]
+        gate=product_of(gate), up=product_of(up),
     )  # fmt: skip
 
 
@@ -52,7 +52,7 @@ def read_given(watch: Watch, embedded: Tensor) -> Given:
         if scale := times(both[:, :layers], given):
             return Given(
                 embedding=own.module,
-                projection=Product([product.module]),  # type: ignore[list-item]
+                projection=product_of(product),
                 # Of what is not multiplied before it.
                 norm=replace(norm, eps=norm.eps / inner**2),
                 scale=scale,

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from tandem.engines.live.layers import Injection, Product, Split, Streams, Unlike
-from tandem.engines.live.reading.calls import Call
+from tandem.engines.live.layers import Injection, Split, Streams, Unlike
+from tandem.engines.live.reading.calls import Call, product_of
 from tandem.engines.live.reading.comparing import by_token, near, read_norm, same
 from tandem.engines.live.reading.watch import Watch, singles
 from tandem.engines.live.stacked import is_linear
@@ -30,8 +30,8 @@ def read_streams(watch: Watch, whole: Call) -> tuple[Streams, Call]:
     if norm is None or seen is None or scale is None or widths != (count * count, count):
         raise Unlike("its residuals are not mixed as a router says")
     streams = Streams(
-        seen=seen, norm=norm, scale_1=scale, router=Product([routers[0].module]),  # type: ignore[list-item]
-        predict=Product([predict.module]), correct=Product([correct.module]), factor_E=None,  # type: ignore[list-item]
+        seen=seen, norm=norm, scale_1=scale, router=product_of(routers[0]),
+        predict=product_of(predict), correct=product_of(correct), factor_E=None,
     )  # fmt: skip
     one_TE = streams.predicted(by_token(whole.input))[:, seen]
     behind = parts[parts.index(predict) + 1 :]
@@ -60,8 +60,8 @@ def read_corrected(
 def read_split(watch: Watch, embedded: Tensor) -> Split:
     """How the first layer's residuals are made of what the embedding gives, and one of the last layer's."""
     linears = [call for call in watch.outside if is_linear(call.module) and call.output.shape == embedded.shape]
-    begins = [call.module for call in linears if same(call.input, embedded)][1 - len(watch.first) :]
-    ends = [call.module for x in watch.last[1:] for call in linears if same(call.input, x)]
+    begins = [call for call in linears if same(call.input, embedded)][1 - len(watch.first) :]
+    ends = [call for x in watch.last[1:] for call in linears if same(call.input, x)]
     if not len(begins) == len(ends) == len(watch.first) - 1:
         raise Unlike("its residuals do not begin and end in a product each")
-    return Split(begins=Product(begins), ends=tuple(Product([end]) for end in ends))  # type: ignore[arg-type,list-item]
+    return Split(begins=product_of(*begins), ends=tuple(map(product_of, ends)))
