@@ -224,7 +224,7 @@ def _weighted(  # type: ignore[no-untyped-def]
 def collect(x_NE: Tensor, index_N: Tensor, experts: int, like_TE: Tensor) -> Tensor:
     """The sum of each token's picks of an expert that there is, ``like`` what the token was."""
     tokens, size = like_TE.shape
-    out_TE = torch.empty_like(like_TE)
+    out_TE = like_TE.new_empty(tokens, size)
     block = min(1024, triton.next_power_of_2(size))
     _collect[(tokens, triton.cdiv(size, block))](
         x_NE, index_N, out_TE, size, experts, PICKS=len(x_NE) // tokens, BLOCK=block, num_warps=4

@@ -356,6 +356,13 @@ def test_attention_beside_a_state_is_read_and_proved() -> None:
     for attention in wrong:
         lean.decoder = replace(right, layers=[replace(first, attention=attention), *others])
         assert "does not reproduce" in trial.why_not_pages(forward, shape)
+    # In 16 bits a number near 1 is not taken for 1.
+    config.update({"attention_out_multiplier": 1.02, "ssm_out_multiplier": 1.01})
+    close = type(tiny)._from_config(config).eval().bfloat16()
+    put_right(close)
+    joint = read_decoder(close, 96).layers[0].attention
+    assert isinstance(joint, Joint)
+    assert (joint.attention_scale, joint.mixer_scale) == (1.02, 1.01)
 
 
 @pytest.mark.parametrize("name", ["qwen3.5", "qwen3-next", "olmo-hybrid"])

@@ -21,21 +21,21 @@ def read_joint(
     """
     mixer, config = mixers[0], watch.base.config.get_text_config()
     names = "attention_in_multiplier", "attention_out_multiplier", "ssm_out_multiplier"
-    starts, one, two = ({1.0, getattr(config, name, None) or 1.0} for name in names)
+    # The config's first: of a part that is near 0 both are as near.
+    starts, one, two = (dict.fromkeys((getattr(config, name, None) or 1.0, 1.0)) for name in names)
     start = nearest({s: mixer.input * s for s in starts}, attention.input, "its attention has another input")
     outs = {(a, m): m * mixer.output + a * attention.output for a in one for m in two}
-    found = {
-        scales: out for scales, out in outs.items()
-        if any(near(whole.input + out, call.input) for call in others)
-    }  # fmt: skip
-    if len(mixers) > 1 or not found:
+    sums = {scales: whole.input + out for scales, out in outs.items()}
+    behind = [call.input for call in others if any(near(x, call.input) for x in sums.values())]
+    if len(mixers) > 1 or not behind:
         raise Unlike("its layers have attention and a state side by side, and not their sum")
-    (attention_scale, mixer_scale), out = next(iter(found.items()))
+    # In 16 bits several may be near.
+    attention_scale, mixer_scale = scales = nearest(sums, behind[0], "")
     joint = Joint(
         attention=read_attention(watch, attention, attended), mixer=read_mixer(watch, mixer), start=start,
         attention_scale=attention_scale, mixer_scale=mixer_scale,
     )  # fmt: skip
-    return joint, replace(mixer, output=out)
+    return joint, replace(mixer, output=outs[scales])
 
 
 def read_mixer(watch: Watch, call: Call) -> Mixer:
