@@ -63,7 +63,14 @@ def _scanning(kind: Any) -> Any:
                 "%s: the scan of this transformers is not the one that ours is: it takes its own", kind.__name__
             )
             return kind
-    return type(kind.__name__, (kind,), {"__module__": __name__, "forward": forward})
+    members = {"__module__": __name__, "forward": forward, "__reduce__": lambda part: (_anew, (kind,), vars(part))}
+    return type(kind.__name__, (kind,), members)
+
+
+def _anew(kind: Any) -> Any:
+    """An empty part of that kind that scans as ours: pickle finds a class by its name, and these have none here."""
+    scanning = _scanning(kind)
+    return scanning.__new__(scanning)
 
 
 def calling(forward: Any, ours: Mapping[str, Callable[..., Any]]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import pickle
 from typing import Any
 
 import pytest
@@ -272,7 +273,9 @@ def test_a_module_is_given_it_by_what_it_calls(name: str, kind: str) -> None:
         put_right(module)
         kinds = [type(part) for part in module.modules()]
         assert (module(input_ids=ids).logits - exact).abs().max() < 1e-4
-        for again in (module, copy.deepcopy(module)):
+        for again in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+            assert [type(part) for part in again.modules()] == kinds
+            assert torch.equal(again(input_ids=ids).logits, module(input_ids=ids).logits)
             put_right(again)
             assert [type(part) for part in again.modules()] == kinds
     changed = {one for one in kinds if one.__module__ == scans.__name__}
