@@ -119,27 +119,11 @@ def product(
     tiles, rows = len(places.tile_S3), places.rows
     block, stages = columns_for(rows, tiles, columns, x_RI.element_size())
     _product[(tiles, triton.cdiv(columns, block))](
-        x_RI,
-        weight_XOI,
-        x_RI if bias_XO is None else bias_XO,
-        x_RI if factor_N is None else factor_N,
-        out_NO,
-        places.order_N,
-        places.tile_S3,
-        size,
-        columns,
-        x_RI.stride(0),
-        *weight_XOI.stride(),
-        PICKS=picks // len(x_RI),
-        BIAS=bias_XO is not None,
-        WEIGHTED=factor_N is not None,
-        EVEN=size % DEPTH == 0,
-        ROWS=rows,
-        COLUMNS=block,
-        DEPTH=DEPTH,
-        num_warps=4,
-        num_stages=stages,
-    )
+        x_RI, weight_XOI, x_RI if bias_XO is None else bias_XO, x_RI if factor_N is None else factor_N, out_NO,
+        places.order_N, places.tile_S3, size, columns, x_RI.stride(0), *weight_XOI.stride(),
+        PICKS=picks // len(x_RI), BIAS=bias_XO is not None, WEIGHTED=factor_N is not None, EVEN=size % DEPTH == 0,
+        ROWS=rows, COLUMNS=block, DEPTH=DEPTH, num_warps=4, num_stages=stages,
+    )  # fmt: skip
     return out_NO
 
 

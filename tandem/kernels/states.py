@@ -151,9 +151,8 @@ def scan(
     faded_BCLGR = log_BCHL.cumsum(-1).exp_().transpose(2, 3).unflatten(3, (groups, -1))
     out_BCLGRP = torch.addcmul(own_BCLGRP, earlier_BCLGRP, faded_BCLGR[..., None])
     out_BTHP = out_BCLGRP.reshape(len(x), -1, heads, x.shape[3])[:, :tokens]
-    return torch.addcmul(out_BTHP, x.to(out_BTHP.dtype), skip[:, None].to(out_BTHP.dtype)).contiguous(), state_BSHPN[
-        :, -1
-    ]
+    out_BTHP = torch.addcmul(out_BTHP, x.to(out_BTHP.dtype), skip[:, None].to(out_BTHP.dtype))
+    return out_BTHP.contiguous(), state_BSHPN[:, -1]
 
 
 def scan_channels(

@@ -49,7 +49,7 @@ class OwnForward:
 
 
 class LeanForward:
-    """The forward of a decoder that has been read (``layers.read_decoder``), with few and fused operations.
+    """The forward of a decoder that has been read (``reading.decoder``), with few and fused operations.
 
     Whether it computes what the module computes is for the caller to prove; the constructor raises Unlike where it
     surely does not.
