@@ -32,6 +32,7 @@ from tandem.runs.curves import plot_curves
 from tandem.runs.lines import read_metrics
 from tandem.runs.table import print_samples, print_table
 from tandem.seeds import derive_seed
+from tandem.stages import Stages
 from tandem.tasks import letters, tiny
 from tandem.types import SamplingParams
 from tandem.whole import writing
@@ -126,7 +127,9 @@ def improve(out: Path, seed: int, sft_model: Path, reward_model: Path) -> Path:
 
 def stage(method: str, out: Path, seed: int, **keys: Any) -> Path:
     """A run in a folder of its own. Returns the folder of its model."""
-    model = train(read_config(method, out=out, seed=seed, overwrite=out.exists(), save_every="0", **keys))
+    config = read_config(method, out=out, seed=seed, overwrite=out.exists(), save_every="0", **keys)
+    with Stages().counted():  # what the command and earlier runs took is not of this one's start
+        model = train(config)
     assert model is not None, "only a dry run has none"
     return model
 

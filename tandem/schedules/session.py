@@ -187,7 +187,8 @@ class Session:
         if any(spent.values()):
             self.run.event("first_step", step=self.step, stages=spent)
             name = longest(spent)
-            self.progress.note(f"the first step spent {told(spent[name])} s ({name}), which later ones do not")
+            where = "" if name == HERE else f", {name}"
+            self.progress.note(f"in the first step only{where}: {told(spent[name])} s")
 
     def take(self, count: int) -> Seq[int]:
         """Positions of the next ``count`` items of the data. No position is handed out twice, and none is left out."""

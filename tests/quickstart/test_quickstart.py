@@ -93,6 +93,14 @@ def test_the_readmes_loop_runs_and_learns(runs, tmp_path, monkeypatch, capsys):
     AutoModelForCausalLM.from_pretrained(tmp_path / "runs" / "mine")
 
 
+def test_each_run_counts_its_own_start(runs):
+    """PPO was ready after 64 s: those of SFT, the reward model and the command's libraries were counted, too."""
+    for name in ("sft", "reward_model", "ppo"):
+        events = map(json.loads, (runs[0][0] / name / "events.jsonl").read_text().splitlines())
+        [ready] = [event for event in events if event["event"] == "ready"]
+        assert "imports" not in ready["stages"]["here"]
+
+
 def test_a_folder_with_other_things_is_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match=r"thesis\.txt"):
