@@ -85,10 +85,10 @@ def calling(forward: Any, ours: Mapping[str, Callable[..., Any]]) -> Any:
     found = {name: functools.partial(ours[name], theirs) for name, theirs in called.items() if theirs is not None}
     if not found:
         return None
-    changed = FunctionType(
-        forward.__code__, forward.__globals__ | found, forward.__name__, forward.__defaults__, forward.__closure__
-    )
-    changed.__kwdefaults__ = forward.__kwdefaults__
+    # By the name of a module torch.compile would look for them there, and find others than it has been told of.
+    known = {name: value for name, value in forward.__globals__.items() if name != "__name__"} | found
+    changed = FunctionType(forward.__code__, known, forward.__name__, forward.__defaults__, forward.__closure__)
+    changed.__kwdefaults__, changed.__module__ = forward.__kwdefaults__, forward.__module__
     return changed
 
 

@@ -278,6 +278,11 @@ def test_a_module_is_given_it_by_what_it_calls(name: str, kind: str) -> None:
             assert torch.equal(again(input_ids=ids).logits, module(input_ids=ids).logits)
             put_right(again)
             assert [type(part) for part in again.modules()] == kinds
+        # Somebody's own loop may have compiled it.
+        compiled = torch.compile(module.base_model.layers[0], backend="eager", fullgraph=True)
+        hidden = module.get_input_embeddings()(ids)
+        assert compiled(hidden).sub(module.base_model.layers[0](hidden)).abs().max() < 1e-5
+        torch._dynamo.reset()
     changed = {one for one in kinds if one.__module__ == scans.__name__}
     assert [one.__name__ for one in changed] == [kind]
     put_right(other := made("lfm2"))
