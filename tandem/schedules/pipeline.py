@@ -71,16 +71,18 @@ class Pipeline:
                     ahead = ()
                     roles = crew.method.trains(session.state)
                     metrics |= crew.train(prepared, roles=roles, done=session.step, changing=session.changing)
-                metrics |= crew.publish(clock)
                 passed = [place.made for place in buffer.passed]
-                metrics |= crew.source.metrics([*items, *passed]) | clock.metrics()
-                metrics |= rates(metrics, passed)
-                metrics |= {"engine_busy_seconds": crew.source.busy_seconds - busy} if self.max_lag else {}
+                metrics |= crew.source.metrics([*items, *passed])
                 if groups := [item for item in items if isinstance(item, Group)]:
                     session.run.event("taken", step=session.step + 1, **told(buffer))
                 # First: whatever ends the run once the step counts as reached saves what is in the buffer.
                 buffer.trained()
-                session.reached(prepared.state, metrics, groups)
+                session.reached(prepared.state, metrics | clock.metrics(), groups)
+                # Behind it: what is trained is kept, though weights may not reach the sampler before the run ends.
+                metrics |= crew.publish(clock) | clock.metrics()
+                metrics |= rates(metrics, passed)
+                metrics |= {"engine_busy_seconds": crew.source.busy_seconds - busy} if self.max_lag else {}
+                session.measured(metrics)
                 if (left_out := metrics.get("left_out", 0.0)) and not lost:
                     session.note(
                         f"samples without a reward, which are left out: {left_out:.0f} (left_out in metrics.jsonl)"

@@ -124,6 +124,8 @@ class Session:
     """Of all tickets below a number, those that no step reached has trained on or passed over."""
     changed: bool = field(default=False, init=False)
     """Whether the step in progress may have changed parameters."""
+    measuring: bool = field(default=False, init=False)
+    """Whether the step reached is not over: its weights are on their way to the sampler."""
     evaluations: list[Mapping[str, float]] = field(default_factory=list, init=False)
     """Those so far, with their steps."""
     scaled: int = field(default=0, init=False)
@@ -207,6 +209,7 @@ class Session:
     def reached(self, state: dict[str, float], metrics: Metrics, groups: Seq[Group] = ()) -> None:
         """The next step has been trained, and goes into the next checkpoint. Writes a few of its rollouts."""
         self._at(self.step + 1, state, metrics)
+        self.measuring = True
         self.scaled = self.scaled + 1 if metrics.get("ess_scale", 1.0) < 0.99 else 0
         if self.scaled == STEPS_SCALED:
             self.note(
@@ -214,6 +217,10 @@ class Session:
                 f"{metrics['ess_scale']:.3g}): the samples are far from the policy; give a smaller lag or learning rate"
             )
         self.run.log_rollouts(self.step, groups, self.rollouts_logged)
+
+    def measured(self, metrics: Metrics) -> None:
+        """The step reached is over; all its metrics, of which some are known only now."""
+        self.pending, self.measuring = metrics, False
         self._first_step()
 
     def record(self, evaluate: Evaluate) -> None:
@@ -368,7 +375,7 @@ class Session:
         try:
             yield
         except BaseException as error:
-            step, doing = self.step + 1, self.progress.ended_in(error)
+            step, doing = self.step + (not self.measuring), self.progress.ended_in(error)
             wanted = self.save_every.enabled or not isinstance(error, KeyboardInterrupt)
             if isinstance(error, NonFiniteError) or (self.step > 0 and not self.changed and wanted):
                 try:

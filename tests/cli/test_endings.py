@@ -20,6 +20,7 @@ from tandem.checkpoint import store
 from tandem.cli.main import main
 from tandem.rewards import process
 from tandem.runs.lines import read_metrics
+from tandem.schedules.crew import Crew
 from tandem.training.trainer import LocalTrainer
 
 SIGNALS = {signal.SIGTERM: (143, "stopped by SIGTERM"), signal.SIGINT: (130, "stopped by Ctrl-C")}
@@ -102,6 +103,21 @@ def test_a_signal_while_a_step_is_evaluated_loses_neither_step_nor_evaluation(ta
         assert tandem(*argv, "--out", inputs / "evaluated", "--resume")[0] == 143
     assert tandem(*argv, "--out", inputs / "evaluated", "--resume")[0] == 0
     assert final(inputs / "evaluated") == final(inputs / "calm")
+
+
+def test_a_signal_while_weights_go_to_the_sampler_loses_no_step(tandem, inputs, monkeypatch):
+    """What is trained is kept; with the weights of a large model it may take a while until they are there."""
+    argv = [*arguments("grpo"), "--steps", 3, "--save-every", 100]
+    assert tandem(*argv, "--out", inputs / "pushed")[0] == 0
+    with monkeypatch.context() as patch:
+        # Before the first step, after it, after the second.
+        at_call(patch, Crew, "publish", 3, lambda: os.kill(os.getpid(), signal.SIGINT))
+        code, stdout, _ = tandem(*argv, "--out", inputs / "cut")
+    assert code == 130
+    assert "stopped in step 2; go on after step 2 with --resume" in stdout
+    assert tandem(*argv, "--out", inputs / "cut", "--resume")[0] == 0
+    assert [line["step"] for line in final(inputs / "cut")[0]] == [line["step"] for line in final(inputs / "pushed")[0]]
+    assert final(inputs / "cut")[1] == final(inputs / "pushed")[1]
 
 
 def test_a_full_disk_at_the_export_ends_in_a_line_and_the_checkpoint_exports_again(inputs):

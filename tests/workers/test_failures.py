@@ -44,7 +44,7 @@ def assert_no_workers() -> None:
         (
             ("--placement.engine", "1"),
             r"engine rank 0 \(pid {pid} on \S+\) died \(.*; in engine\.receive\)",
-            "nothing is saved: --resume begins with step 1",
+            "go on after step 3 with --resume",
         ),
     ],
 )
