@@ -91,12 +91,13 @@ def test_a_run_that_has_written_nothing_has_a_summary_and_no_picture(tmp_path):
 def test_a_run_that_is_interrupted_and_resumed_is_reported_each_time(inputs, tandem, monkeypatch):
     argv = [*unevaluated(arguments("sft")), "--steps", "3", "--out", "run"]
     with monkeypatch.context() as patch:
+        # Two of each step: this is the second step's first, before the step counts as reached.
         calls = iter(range(9))
         step = sessions.StepClock.metrics
         patch.setattr(
             sessions.StepClock,
             "metrics",
-            lambda clock: (next(calls) == 1 and os.kill(os.getpid(), signal.SIGINT), step(clock))[1],
+            lambda clock: (next(calls) == 2 and os.kill(os.getpid(), signal.SIGINT), step(clock))[1],
         )
         assert tandem(*argv)[0] == 130
     assert (inputs / "run" / "summary.md").read_text().startswith("# SFT: 1 steps, interrupted\n")
