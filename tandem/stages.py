@@ -85,7 +85,12 @@ def counting() -> Iterator[Stages]:
 
 def told(seconds: Mapping[str, float]) -> str:
     """``loading 12, proof 5.3``, the stages in the order in which they ended first."""
-    return ", ".join(f"{name} {took:.{0 if took >= 9.95 else 1}f}" for name, took in seconds.items() if took >= SHOWN_S)
+    return ", ".join(f"{name} {told_seconds(took)}" for name, took in seconds.items() if took >= SHOWN_S)
+
+
+def told_seconds(seconds: float) -> str:
+    """``12``, ``5.3``."""
+    return f"{seconds:.{0 if seconds >= 9.95 else 1}f}"
 
 
 def longest(of_process: Mapping[str, Seconds]) -> str:

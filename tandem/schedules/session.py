@@ -24,7 +24,7 @@ from tandem.runs.progress import Progress
 from tandem.runs.record import Recorded, Recorder, steps_in
 from tandem.runs.tracking import Tracking
 from tandem.signals import held
-from tandem.stages import HERE, Seconds, counting, longest, since, told, told_start
+from tandem.stages import HERE, Seconds, counting, longest, since, told, told_seconds, told_start
 from tandem.types import Group
 from tandem.whole import remove_folder, replace_folder, restore_folder
 
@@ -177,7 +177,8 @@ class Session:
             self._counted = {HERE: stages.so_far()} | self.workers()
         if self._counted[HERE]:
             self.run.event("ready", seconds=round(stages.total, 3), stages=since({}, self._counted))
-            self.progress.note(f"ready after {stages.total:.0f} s: {told_start(self._counted, stages.total)}")
+            total = stages.total
+            self.progress.note(f"ready after {told_seconds(total)} s: {told_start(self._counted, total)}")
 
     def _first_step(self) -> None:
         """Says for how long the first step has compiled and captured, which later ones need not."""

@@ -116,7 +116,7 @@ def test_all_apart_trained_on_the_engines_own_log_probs(inputs, capsys):
     of_worker = ready("own-apart")
     assert [*of_worker] == ["here", *(f"{role} rank 0" for role in ("actor", "reference", "critic", "engine"))]
     assert all({"processes", "imports"} <= seconds.keys() for name, seconds in of_worker.items() if name != "here")
-    assert re.search(r"^ready after \d+ s: .*; \w+ rank 0: processes .*, imports ", capsys.readouterr().out, re.M)
+    assert re.search(r"^ready after [\d.]+ s: .*; \w+ rank 0: processes .*, imports ", capsys.readouterr().out, re.M)
 
 
 def test_online_dpo_in_a_worker(inputs):
