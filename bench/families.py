@@ -402,8 +402,7 @@ def _sampling(options: argparse.Namespace, model: Any, tokenizer: Any) -> Row:
     tokens = sum(len(sample.token_ids) for completions in out for sample in completions)
     fitting = engine.fitting
     row: Row = {
-        "way": engine.way, "fused": fitting is not None and not fitting.own_because,
-        "why": fitting.own_because if fitting is not None else "",
+        "way": engine.way, "fused": fitting is not None and not fitting.own_because, "why": engine.slower_because,
         "parameters_m": sum(p.numel() for p in module.parameters()) / 1e6, "tokens": tokens,
         "tokens_per_second": tokens / times["seconds"], "peak_gb": peak_gb(options.device), **times,
     }  # fmt: skip

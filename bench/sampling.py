@@ -173,9 +173,8 @@ def live(
 
 def way_of(engine: LiveEngine) -> str:
     """How the engine decoded, for the record: a slower way than expected must be seen."""
-    if engine.fitting is None:
-        return engine.way
-    return "captured, own forward: " + engine.fitting.own_because if engine.fitting.own_because else "captured"
+    way = engine.way + (", own forward" if engine.fitting is not None and engine.slower_because else "")
+    return f"{way}: {engine.slower_because}" if engine.slower_because else way
 
 
 def requests_of(options: argparse.Namespace, case: Case, sampling: SamplingParams) -> list[Request]:

@@ -67,6 +67,7 @@ def test_greedy_is_generates_token_for_token(architecture: str, way: str) -> Non
     asked = requests(9, 1, SamplingParams(max_new_tokens=24, temperature=0))
     live = engine(module, max_slots=4, prefill_tokens=20, way=way)
     assert live.way == ("padded" if architecture == "bloom" else way)
+    assert ("padded batches (slower)" in live.slower_because) == (architecture == "bloom")
     for request, (completion,) in zip(asked, live.generate(asked), strict=True):
         ids = torch.tensor([request.prompt_ids])
         truth = module.generate(ids, max_new_tokens=24, do_sample=False, attention_mask=torch.ones_like(ids))

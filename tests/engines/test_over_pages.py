@@ -173,7 +173,7 @@ def test_an_error_while_sampling_leaves_an_engine_that_works(monkeypatch) -> Non
     assert drawn(engine.generate(asked)) == drawn(live(engine.module, way="slots").generate(asked))
 
 
-def test_the_lean_forward_is_used_where_it_is_right_and_only_there() -> None:
+def test_the_lean_forward_is_used_where_it_is_right_and_only_there(monkeypatch: pytest.MonkeyPatch) -> None:
     size: dict[str, Any] = {
         "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128,
@@ -196,10 +196,14 @@ def test_the_lean_forward_is_used_where_it_is_right_and_only_there() -> None:
     for module in (model("qwen2"), model("mistral"), qwen3, gemma, model("gpt_neox"), odd, sinful):
         engine = live(module, way="captured")
         assert engine.fitting is not None
-        reasons.append(engine.fitting.own_because)
+        reasons.append(engine.slower_because)
         asked = [Request(prompt_ids=(4, 5, 6), seeds=(1, 2), sampling=SamplingParams(max_new_tokens=70))]
         assert drawn(engine.generate(asked)) == drawn(live(module, way="slots").generate(asked))
     assert reasons == ["", "", "", "", "", "", "it has gain of unknown use"]
+    # A CPU waits for no device: this only a GPU would say.
+    monkeypatch.setattr(Trial, "why_not_captured", lambda *_: "layer 1 waits for the host")
+    with pytest.raises(UserError, match=r"layer 1 waits for the host, nor has it .* \(it has gain of unknown use\)"):
+        live(sinful, way="captured")
 
 
 def test_the_lean_forward_takes_linears_that_multiply_by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:

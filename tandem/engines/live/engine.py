@@ -105,6 +105,8 @@ class LiveEngine(SteppedEngine[LiveCore]):
             )
         for reason in reasons:
             log.warning("%s: %s", type(module).__name__, reason)
+        self.slower_because = "; ".join(reasons) if self.fitting is None else self.fitting.own_because
+        """Why a faster way, or the fused forward, was passed over; empty where none was."""
 
     def _choose(self, way: Way, cache_tokens: int | None, *, eight_bit: bool) -> tuple[Way, list[str]]:
         """The way to decode, and why a faster one was passed over."""

@@ -87,7 +87,7 @@ class Fitting:
             if not reason and far is not None:
                 reason = far.why_not_pages(own(far.module), find_cache_shape(far.module))
             if reason:
-                raise Unlike(reason)
+                raise Unlike(f"{reason}, nor has it a fused forward ({self.own_because})")
             log.warning("%s: sampled with its own forward (slower): %s", type(module).__name__, self.own_because)
         elif reason := near.why_not_captured(self.forward, self.shape):
             raise Unlike(reason)
