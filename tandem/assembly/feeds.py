@@ -307,7 +307,7 @@ class SamplesFeed(Feed):
             samples=config.sampling.samples_per_prompt,
             prompt=sorted(len(prompt.token_ids) for prompt in self.prompts)[self.size // 2],
             longest=config.sampling.max_new_tokens,
-            vocabulary=self.limits[0].vocabulary or len(self.tokenizer),
+            vocabulary=words_of(self.limits[0], len(self.tokenizer)),
             tokens=config.model.token_budget,
             ranks=max(1, homes.placement.workers("actor")),
         )
@@ -413,10 +413,15 @@ def limits_of_models(config: RunConfig, tokenizer: Any) -> list[Limits]:
     ]
 
 
+def words_of(policy: Limits, tokens: int) -> int:
+    """How many of the ``tokens`` of the tokenizer the policy may sample. Rows of its embedding beyond are padding."""
+    return min(tokens, policy.vocabulary or tokens)
+
+
 def require_readers(limits: Seq[Limits], tokens: int) -> None:
     """Raises UserError where a model lacks one of the ``tokens`` that the policy, the first of them, may sample."""
     policy, *others = limits
-    sampled = min(tokens, policy.vocabulary or tokens)
+    sampled = words_of(policy, tokens)
     for other in others:
         if other.vocabulary is not None and other.vocabulary < sampled:
             raise UserError(

@@ -15,6 +15,7 @@ def made_up(
     """About a micro-batch of ``tokens`` for each rank: ``samples`` of each prompt of ``prompt`` tokens, a quarter as
     long as the ``longest`` may get, or so short that there are several prompts, of ``prompts`` of a step at most.
 
+    None is longer than a sample may get whose prompt has so many tokens: the models may take no more.
     Compiled code knows sizes that are 1, or equal to one another, apart from all others: here none are by chance.
     """
     generator = torch.Generator().manual_seed(0)
@@ -27,7 +28,7 @@ def made_up(
     samples += samples > 1 and count == ranks * samples
     rows = []
     for number in range(count):
-        first = ids(prompt + number % 2)
+        first = ids(max(1, prompt - 1 - number % 2))
         for i in range(samples):
             rest = ids(max(2, own - i))
             rows.append(Sequence(token_ids=first + rest, trainable=[False] * len(first) + [True] * len(rest)))

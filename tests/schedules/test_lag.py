@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from helpers.models import make_tokenizer
 from helpers.runs import arguments, run, unevaluated, write_inputs
 
 from tandem.assembly.feeds import SamplesFeed
@@ -16,6 +17,7 @@ from tandem.checkpoint.store import CheckpointStore
 from tandem.cli.main import main
 from tandem.engines.live.engine import LiveEngine
 from tandem.models.compiled import Blocks
+from tandem.rollout.ahead import made_up
 from tandem.rollout.prepare import Preparation
 from tandem.rollout.sampling import groups_of, request
 from tandem.runs.folder import RunFolder
@@ -96,7 +98,11 @@ def test_what_is_longer_than_a_micro_batch_is_said_once(train, capsys, method, w
 
 
 def test_what_compiles_while_the_first_samples_are_drawn_learns_nothing(train, monkeypatch, capsys):
-    """As if the engine were apart from the models: each compiles for samples that nobody has drawn."""
+    """As if the engine were apart from the models: each compiles for samples that nobody has drawn.
+
+    These are of the tokenizer's 61 tokens. The policy's embedding has 64 rows, and another model's may have fewer
+    (Qwen 2.5: 152,064 of the 7B model, 151,936 of the 1.5B).
+    """
     monkeypatch.setattr("tandem.models.forward.Blocks", partial(Blocks, backend="eager"))
     plain = train("ppo", "unprepared", "--compile", "on", steps=1)
     said = capsys.readouterr().out
@@ -108,9 +114,12 @@ def test_what_compiles_while_the_first_samples_are_drawn_learns_nothing(train, m
         return ahead(feed, models, SimpleNamespace(device=homes.device, placement=apart), progress)
 
     monkeypatch.setattr(SamplesFeed, "_ahead", begin)
+    batches = []
+    monkeypatch.setattr("tandem.assembly.feeds.made_up", lambda **shape: batches.append(made_up(**shape)) or batches[0])
     assert train("ppo", "prepared", "--compile", "on", steps=1) == plain
     wanted = "compiling for the actor and the critic and the reference while the first samples are drawn"
     assert wanted in capsys.readouterr().out
+    assert int(batches[0].token_ids_T.max()) < len(make_tokenizer()) == 61
 
 
 def test_what_a_lagging_run_says_of_itself(train):
