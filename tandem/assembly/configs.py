@@ -169,11 +169,12 @@ class RunConfig:
     def sources(self) -> dict[str, str]:
         """The models of the run by role, in the order in which they are loaded, and where each is loaded from."""
         given = settings(self)
-        return {"actor": self.model.model} | {
+        places = {"actor": self.model.model} | {
             need.role: self.models.source(need.role)
             or next(found if isinstance(found, str) else found[0] for key in need.sources if (found := given.get(key)))
             for need in self.method.needs()
         }
+        return self.model.sources_of(places)
 
     @property
     def items_per_step(self) -> int:
@@ -428,7 +429,7 @@ class SamplesConfig(RunConfig):
     @property
     def sources(self) -> dict[str, str]:
         found = super().sources
-        return {"actor": found.pop("actor")} | self.reward.models | found
+        return {"actor": found.pop("actor")} | self.model.sources_of(self.reward.models) | found
 
     @property
     def items_per_step(self) -> int:

@@ -26,6 +26,7 @@ from tandem.models.quantized import dequantize_module
 from tandem.models.scalar import scalar_class, scalar_keys
 from tandem.models.seeing import SeeingModel
 from tandem.models.text_config import config_in
+from tandem.models.trusted import is_trusted, source_of
 from tandem.models.weights import load_whole
 from tandem.runs.folder import CHECKPOINTS, MODEL, RunFolder, require_apart
 from tandem.runs.identity import CONFIG, IDENTITY, read_run
@@ -48,7 +49,10 @@ def export(config: ExportConfig) -> Path:
     found = find_weights(section.model, section.step, section.role)
     if section.ema and not isinstance(found, Checkpoint):
         raise UserError(f"ema: {found} is no checkpoint; of a finished run the running average is the folder model-ema")
-    model, state = _of_checkpoint(found, config) if isinstance(found, Checkpoint) else _of_folder(found, config)
+    if isinstance(found, Checkpoint):
+        model, state = _of_checkpoint(found, config)
+    else:
+        model, state = _of_folder(source_of(found, section.trust_remote_code), config)
     hub = Hub(section.push_to_hub, private=section.private) if section.push_to_hub is not None else None
     aside = partial_of(out)
     try:
@@ -145,37 +149,38 @@ def _of_checkpoint(checkpoint: Checkpoint, config: ExportConfig) -> tuple[Loaded
     role = config.export.role
     saved = checkpoint.load(role)
     adapters = saved.get("adapters")
-    base = config.export.base or (adapters["base"] if adapters else _base_of(checkpoint.path.parent.parent, role))
+    named = config.export.base or (adapters["base"] if adapters else _base_of(checkpoint.path.parent.parent, role))
+    base = source_of(named, config.export.trust_remote_code)
     state: dict[str, Tensor] = saved["model"]
     if config.export.ema:
         if not saved["ema"]:
             raise UserError(f"ema: the run of {checkpoint.path} keeps no running average; it would with --ema-decay")
         state |= saved["ema"]
-    scalar, code = any(name.startswith("score.") for name in state), config.export.trust_remote_code
+    scalar = any(name.startswith("score.") for name in state)
     if adapters is not None:
-        module = _base_module(base, config, scalar=scalar)
+        module = _base_module(base, scalar=scalar)
         try:
             put = put_saved(module, adapters, base, state)
         except UserError as error:
             raise UserError(f"{checkpoint.path}: {error} as --base") from None
         if not config.export.merge:
-            return _written_in(module, load_tokenizer(base, trust_remote_code=code), base, config, put), state
+            return _written_in(module, load_tokenizer(base), base, config, put), state
         dequantize_module(module)
         buffers = dict(module.named_buffers())
         state = {**Merged(module, dict(module.named_parameters()))} | {
             name: tensor for name, tensor in module.state_dict().items() if name in buffers
         }
-    tokenizer = load_tokenizer(base, trust_remote_code=code)
-    auto = scalar_class(model_config(base, code), base) if scalar else AutoModelForCausalLM
+    tokenizer = load_tokenizer(base)
+    auto = scalar_class(model_config(base), base) if scalar else AutoModelForCausalLM
     with readable_errors(base, "model"), torch.device("meta"):
-        about = config_in(located(base), code)
+        about = config_in(located(base))
         vars(about).pop("quantization_config", None)  # what is written is whole
         if scalar:
             for key, value in scalar_keys(about, tokenizer).items():
                 setattr(about, key, value)
             for name in ScoreScale._fields:  # that of the base's scores
                 vars(about).pop(name, None)
-        module = auto.from_config(about, trust_remote_code=code).eval()
+        module = auto.from_config(about, trust_remote_code=is_trusted(base)).eval()
     with suppress(OSError):  # a base that has none
         if not scalar:
             module.generation_config = GenerationConfig.from_pretrained(located(base))
@@ -191,17 +196,16 @@ def _of_checkpoint(checkpoint: Checkpoint, config: ExportConfig) -> tuple[Loaded
 
 def _of_folder(source: str, config: ExportConfig) -> tuple[LoadedModel, dict[str, Tensor]]:
     """A whole model, in a folder or on the hub."""
-    code = config.export.trust_remote_code
     folder = adapter_folder(source)
     if config.export.base is not None:
         kind = "a whole model, which needs none" if folder is None else "a folder of adapters, which names its own"
         raise UserError(f"base: {source} is {kind}; leave the key out")
     if folder is not None and not config.export.merge:
         raise UserError(f"merge: {source} is a folder of adapters already; copy it")
-    about = model_config(source, code)
+    about = model_config(source)
     scalar = any(name.endswith("ForSequenceClassification") for name in about.architectures or ())
     if folder is not None:
-        module = _base_module(folder.base, config, scalar=scalar or folder.scalar)
+        module = _base_module(base_of(source), scalar=scalar or folder.scalar)
         dequantize_module(module)
         module = merge_folder(module, source)
         for name in ScoreScale._fields:
@@ -209,22 +213,19 @@ def _of_folder(source: str, config: ExportConfig) -> tuple[LoadedModel, dict[str
                 setattr(module.config, name, getattr(about, name))
     else:
         auto = scalar_class(about, source) if scalar else AutoModelForCausalLM
-        module, _ = load_whole(auto, source, what="model", trust_remote_code=code)
+        module, _ = load_whole(auto, source, what="model")
         dequantize_module(module)
     state = module.state_dict()
-    return _written_in(module, load_tokenizer(source, trust_remote_code=code), base_of(source), config), state
+    return _written_in(module, load_tokenizer(source), base_of(source), config), state
 
 
-def _base_module(base: str, config: ExportConfig, *, scalar: bool) -> Any:
+def _base_module(base: str, *, scalar: bool) -> Any:
     """The model that adapters are of, in float32 on the CPU, with the head that theirs has."""
-    code = config.export.trust_remote_code
     auto, changes = AutoModelForCausalLM, None
     if scalar:
-        about = model_config(base, code)
-        auto, changes = scalar_class(about, base), scalar_keys(about, load_tokenizer(base, trust_remote_code=code))
-    module, _ = load_whole(
-        auto, base, what="model", trust_remote_code=code, new="score" if scalar else "", config_changes=changes
-    )
+        about = model_config(base)
+        auto, changes = scalar_class(about, base), scalar_keys(about, load_tokenizer(base))
+    module, _ = load_whole(auto, base, what="model", new="score" if scalar else "", config_changes=changes)
     return module.eval()
 
 
@@ -233,7 +234,7 @@ def _written_in(
 ) -> LoadedModel:
     """The module in the dtype that is asked for, so that its config says so; the text half of ``base`` if that sees."""
     sees = not hasattr(module, "score")
-    seeing = SeeingModel.of(located(base), config.export.trust_remote_code) if sees else None
+    seeing = SeeingModel.of(located(base)) if sees else None
     module = module.to(getattr(torch, config.export.dtype))
     model = LoadedModel(module=module, tokenizer=tokenizer, seeing=seeing, adapters=adapters)
     model.dtype = config.export.dtype  # type: ignore[assignment]

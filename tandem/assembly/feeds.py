@@ -231,7 +231,7 @@ class SamplesFeed(Feed):
     def check(self) -> None:
         """Raises UserError where a reward wants a column that no row has, a reward model's scores have no scale, or a
         goal is a metric that no evaluation has."""
-        score_scales(self.config.reward, trust_remote_code=self.config.model.trust_remote_code)
+        score_scales(self.config.reward, self.config.model)
         require_columns(self.functions, self.prompts, self.config.data.data)
         section = self.config.evaluation
         # What a reward's parts are called, and what a method measures where nothing judges, is known once it has.
@@ -333,8 +333,7 @@ class SamplesFeed(Feed):
 
     def _judge(self, models: Mapping[str, Seat]) -> Judge:
         section = self.config.reward
-        code = self.config.model.trust_remote_code
-        found = reward_models(section, models, self.tokenizer, trust_remote_code=code)
+        found = reward_models(section, self.config.model, models, self.tokenizer)
         return judge_of(section, [*self.functions, *found], self.config.sampling.max_new_tokens)
 
     def _tokenize(self, rows: Dataset) -> tuple[list[Prompt], Counts]:
@@ -392,24 +391,23 @@ def check_sampling(config: SamplesConfig) -> None:
 
 def load_tokenizers(config: RunConfig) -> Any:
     """The policy's. Raises UserError where a model that reads the policy's token ids has another one."""
-    code = config.model.trust_remote_code
-    tokenizer = load_tokenizer(config.model.model, trust_remote_code=code)
+    tokenizer = load_tokenizer(config.model.source)
     set_template(tokenizer, config.data.chat_template)
     for need in config.method.needs():
         source = config.sources[need.role]
         if source != config.model.model:
-            other = load_tokenizer(source, trust_remote_code=code)
+            other = load_tokenizer(source)
             require_same_tokenizer(tokenizer, other, policy="the model", other=f"the {need.role}")
     return tokenizer
 
 
 def limits_of_models(config: RunConfig, tokenizer: Any) -> list[Limits]:
     """The limits of every model that reads the policy's token ids."""
-    code, head_of = config.model.trust_remote_code, heads(config)
+    head_of = heads(config)
     return [
-        read_limits(source, head=head_of[role], trust_remote_code=code)
+        read_limits(source, head=head_of[role])
         for role, source in config.sources.items()
-        if not is_reward_model(role) or same_tokenizer(tokenizer, load_tokenizer(source, trust_remote_code=code))
+        if not is_reward_model(role) or same_tokenizer(tokenizer, load_tokenizer(source))
     ]
 
 

@@ -40,7 +40,7 @@ def start_rewards(
     return processes.rewards
 
 
-def score_scales(section: RewardSection, *, trust_remote_code: bool = False) -> list[ScoreScale | None]:
+def score_scales(section: RewardSection, model: ModelSection) -> list[ScoreScale | None]:
     """How the scores of each reward model are normalised; None where they are not.
 
     Raises UserError where a model has no trained head, or its config does not say.
@@ -49,24 +49,22 @@ def score_scales(section: RewardSection, *, trust_remote_code: bool = False) -> 
         require_head(source)
     if not section.normalize_scores:
         return [None] * len(section.reward_model)
-    return [read_score_scale(source, trust_remote_code=trust_remote_code) for source in section.reward_model]
+    return [read_score_scale(source) for source in model.sources_of(section.models).values()]
 
 
 def reward_models(
-    section: RewardSection, seats: Mapping[str, Seat], policy_tokenizer: Any | None, *, trust_remote_code: bool = False
+    section: RewardSection, model: ModelSection, seats: Mapping[str, Seat], policy_tokenizer: Any | None
 ) -> list[Reward]:
     """The section's reward models on their seats, which are found by their roles.
 
     ``policy_tokenizer``: of the sampled tokens; None where there are none to be read.
     """
-    scales = score_scales(section, trust_remote_code=trust_remote_code)
+    scales = score_scales(section, model)
     found: list[Reward] = []
-    for (role, source), scale in zip(section.models.items(), scales, strict=True):
-        tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    for (role, source), scale in zip(model.sources_of(section.models).items(), scales, strict=True):
+        tokenizer = load_tokenizer(source)
         reads_ids = policy_tokenizer is not None and same_tokenizer(policy_tokenizer, tokenizer)
-        limits = None
-        if policy_tokenizer is None:
-            limits = read_limits(source, head="scalar", trust_remote_code=trust_remote_code)
+        limits = read_limits(source, head="scalar") if policy_tokenizer is None else None
         found.append(RewardModel(seats[role], tokenizer, reads_ids=reads_ids, scale=scale, limits=limits))
     return found
 
@@ -76,11 +74,11 @@ def placed_reward_models(
 ) -> list[Reward]:
     """Loads the section's reward models into their place. See ``reward_models``."""
     seats: dict[str, Seat] = {}
-    for role, source in section.models.items():
+    for role, source in model.sources_of(section.models).items():
         say(f"loading the reward model from {source}")
         build = partial(load, section=model, source=source, head="scalar")
         seats[role] = homes.place(role, partial(frozen, load=build, section=model))
-    return reward_models(section, seats, policy_tokenizer, trust_remote_code=model.trust_remote_code)
+    return reward_models(section, model, seats, policy_tokenizer)
 
 
 def judge_of(section: RewardSection, rewards: Seq[Reward], max_new_tokens: int | None = None) -> Judge:

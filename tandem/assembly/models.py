@@ -111,7 +111,7 @@ def builds(config: RunConfig, steps: int, new_head: NewHead = "random") -> dict[
         if role == "actor":
             model = partial(model, new_head=new_head, chat_template=template, adapters=adapters)
         elif adapters is not None and config.is_shared(role):
-            model = partial(beside_actor, section=config.model, source=source, adapters=adapters)
+            model = partial(beside_actor, source=source, adapters=adapters)
         else:
             model = partial(model, new_head="zero", adapters=adapters)
         optim = optim_params(config.optim, steps)
@@ -139,7 +139,7 @@ def _template(config: RunConfig) -> str | None:
     """The chat template that goes into the trained model's folder, where the config names one."""
     if config.data.chat_template is None:
         return None
-    tokenizer = load_tokenizer(config.model.model, trust_remote_code=config.model.trust_remote_code)
+    tokenizer = load_tokenizer(config.model.source)
     set_template(tokenizer, config.data.chat_template)
     return tokenizer.chat_template
 
@@ -167,7 +167,6 @@ def load(
     options: dict[str, Any] = {
         "dtype": section.dtype,
         "device": str(site.world.device),
-        "trust_remote_code": section.trust_remote_code,
         "adapters": adapters,
     }
     model = (
@@ -178,10 +177,10 @@ def load(
     return model
 
 
-def beside_actor(site: Site, section: ModelSection, source: str, adapters: AdapterParams) -> LoadedModel:
+def beside_actor(site: Site, source: str, adapters: AdapterParams) -> LoadedModel:
     """A critic on the base of the actor of this process, which has its own adapters."""
     actor: LocalTrainer = site.roles["actor"]
-    return scalar_beside(actor.model, source, adapters, trust_remote_code=section.trust_remote_code)
+    return scalar_beside(actor.model, source, adapters)
 
 
 def trained(
@@ -258,7 +257,7 @@ def replica_engine(
 
     Beside an actor with a base in few bits it has that one, which no step changes; ``whole``: none in few bits.
     """
-    model = load(site, section, section.model, adapters=adapters)
+    model = load(site, section, section.source, adapters=adapters)
     if whole:
         dequantize_module(model.module)
     elif (actor := site.roles.get("actor")) is not None:
@@ -307,13 +306,12 @@ def require_trainable(config: RunConfig) -> None:
     for role in config.method.losses() if config.lora.on else ():
         params = adapter_params(config, role)
         if params.folder is None and not config.is_shared(role):
-            scalar, code = role in scalar_roles(config), config.model.trust_remote_code
-            check_targets(config.sources[role], params, scalar=scalar, trust_remote_code=code)
-    source = config.model.model
+            check_targets(config.sources[role], params, scalar=role in scalar_roles(config))
+    source = config.model.source
     asked = {require_experts: config.optim.aux_loss_coef, require_biases: config.optim.bias_update_speed}
     for require in (require for require, wanted in asked.items() if wanted):
         with readable_errors(source, "causal language model"):
-            require(with_config(source), trust_remote_code=config.model.trust_remote_code)
+            require(with_config(source))
 
 
 def require_engine(engine: EngineSection) -> None:

@@ -26,9 +26,7 @@ def models_used(
     """
     first = next(iter(sources))
     return {
-        "model" if role == first else role: describe_source(
-            source, scalar=role in scalar, trust_remote_code=section.trust_remote_code
-        )
+        "model" if role == first else role: describe_source(source, scalar=role in scalar)
         + (", on the policy's own layers" if role in shared else "")
         + f", {pick_device(section.device)}, {section.dtype}{homes.where(role)}"
         for role, source in sources.items()

@@ -40,9 +40,9 @@ class ReplayFeed(Feed):
             say(f"  it ends with step {self.steps}: {run} went on to step {done:.0f} without --record")
         self.planned = self._planned()
         self.size = sum(map(len, self.record.tickets))
-        head_of, code = heads(config), config.model.trust_remote_code
+        head_of = heads(config)
         for role, source in config.sources.items():
-            read_limits(source, head=head_of[role], trust_remote_code=code)  # says so where there is no such model
+            read_limits(source, head=head_of[role])  # says so where there is no such model
         inputs = digest_inputs({}, models=config.sources)
         require_same_models(run, config, identity["inputs"], inputs)
         self.inputs: Inputs = {**inputs, "data": {f"record {run}": identity["id"]}}

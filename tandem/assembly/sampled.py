@@ -63,13 +63,11 @@ class _Sampling:
         # Begun first, so that it imports the functions while the data is read.
         rewards_of = start_rewards(config.rewards, config.rewards.reward, config.run.out, stack)
         rows = load_data(config.data, "prompts")
-        code = config.model.trust_remote_code
-        self.tokenizer = load_tokenizer(config.model.model, trust_remote_code=code)
+        self.tokenizer = load_tokenizer(config.model.source)
         set_template(self.tokenizer, config.data.chat_template)
-        limits = read_limits(config.model.model, trust_remote_code=code)
-        room = room_to_sample(config.data, config.engine, config.sampling, [limits])
+        room = room_to_sample(config.data, config.engine, config.sampling, [read_limits(config.model.source)])
         self.prompts, self.counts = tokenized(build_prompts, rows, self.tokenizer, room)
-        score_scales(config.rewards, trust_remote_code=code)
+        score_scales(config.rewards, config.model)
         self.functions = rewards_of()
         require_columns(self.functions, self.prompts, config.data.data)
         inputs = digest_inputs({"data": rows}, self.functions, config.sources, config.data.chat_template)

@@ -68,8 +68,7 @@ def score_rows(config: ScoreConfig) -> Path | None:
         homes.check()
         rewards_of = start_rewards(config.reward, config.reward.reward, config.run.out, stack)
         rows, answers = _read(config)
-        code = config.model.trust_remote_code
-        tokenizer = load_tokenizer(config.model.model, trust_remote_code=code) if config.model.model else None
+        tokenizer = load_tokenizer(config.model.source) if config.model.model else None
         items = list(_items(rows, answers, tokenizer))
         functions = rewards_of()
         require_columns(functions, [item.group.prompt for item in items], config.data.data)
@@ -77,7 +76,7 @@ def score_rows(config: ScoreConfig) -> Path | None:
             rollout.token_ids for item in items for rollout in item.group.rollouts
         ):
             raise UserError("model: a reward names 'completion_ids', and not all rows have token_ids; give --model")
-        score_scales(config.reward, trust_remote_code=code)
+        score_scales(config.reward, config.model)
         start = start_of(config, "score", digest_inputs({"data": rows}, functions, config.sources))
         RunFolder.check(out, start)
         if config.run.dry_run:

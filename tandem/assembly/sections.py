@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
@@ -29,6 +30,7 @@ from tandem.keys import (
     needs,
 )
 from tandem.models.adapter_folder import AdapterFolder
+from tandem.models.trusted import source_of
 from tandem.rewards.kinds import kind_of
 from tandem.rewards.shaping import Overlong
 from tandem.types import SamplingParams
@@ -128,6 +130,15 @@ class ModelSection(Checked):
     """Keep only each layer's input for the backward and compute the rest again."""
     compile: Literal["auto", "on", "off"] = field(default="auto", metadata=COMPUTES)
     """Run layers as compiled graphs in training and scoring: faster, after a minute of compiling. auto: on a GPU."""
+
+    @property
+    def source(self) -> str:
+        """Where the model is loaded from."""
+        return source_of(self.model, self.trust_remote_code)
+
+    def sources_of(self, places: Mapping[str, str]) -> dict[str, str]:
+        """Where models are loaded from, by role: folders or hub names, marked if the code there may be run."""
+        return {role: source_of(place, self.trust_remote_code) for role, place in places.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -68,7 +68,7 @@ class UseConfig:
     @property
     def sources(self) -> dict[str, str]:
         """The models by role, and where each is loaded from."""
-        return {"engine": self.model.model} | self.rewards.models
+        return self.model.sources_of({"engine": self.model.model} | self.rewards.models)
 
     @property
     def parts(self) -> set[str]:
@@ -172,7 +172,7 @@ class ScoreConfig:
     @property
     def sources(self) -> dict[str, str]:
         """The models by role, and where each is loaded from."""
-        return self.reward.models
+        return self.model.sources_of(self.reward.models)
 
     @property
     def parts(self) -> set[str]:

@@ -185,7 +185,7 @@ class Wiring:
             params = replace(params, arguments=in_full(params.arguments))
         if self.homes.fed_adapters is not None and source is not None:
             params = replace(params, adapters=room_of(source.call("plan", model.dtype)))
-        whole = replace(params, model=base_of(model.model), tokenizer=with_tokenizer(model.model))
+        whole = replace(params, model=base_of(model.source), tokenizer=with_tokenizer(model.model))
         return partial(vllm_engine, params=whole)
 
     def _source(self) -> Seat:
@@ -214,7 +214,7 @@ class Wiring:
     def _check(self, engines: Seat, count: int, *, past_limits: bool = False) -> TruthCheck:
         """What proves that engines hold the actor's weights; ``past_limits``: also on a sequence past the model's."""
         model, engine = self.homes.model, self.homes.engine
-        config = model_config(model.model, model.trust_remote_code)
+        config = model_config(model.source)
         return TruthCheck(
             Seat(self.homes.of("actor"), "actor"),
             engines,
@@ -260,7 +260,7 @@ def vllm_params(
     model, engine, on_gpu = homes.model, homes.engine, homes.device().type == "cuda"
     share = engine.memory_share or (SHARE_BESIDE_ACTOR if shared else None)
     return VLLMParams(
-        model=model.model,
+        model=model.source,
         dtype=model.dtype,
         max_slots=draws.max_slots,
         max_length=engine.max_length,
@@ -268,7 +268,6 @@ def vllm_params(
         memory_share=share if on_gpu else None,
         seed=seed,
         seeded=engine.seeded,
-        trust_remote_code=model.trust_remote_code,
         sleep=shared and on_gpu and engine.sleep,
         arguments=engine.vllm_arguments,
         own_process=own_process,

@@ -25,6 +25,7 @@ from tandem.data.rows import Dataset, present
 from tandem.errors import UserError
 from tandem.models.limits import read_limits
 from tandem.models.loading import load_tokenizer
+from tandem.models.trusted import source_of
 from tandem.runs.table import print_table
 from tandem.types import Prompt, Sequence
 
@@ -55,10 +56,10 @@ def run(config: DataConfig) -> int:
         _show_plain(console, rows, kind, config.shown.rows)
         print(f"\nThese are rows for {readers}; add --model to see their tokens and what of them is trained.")
         return 0
-    tokenizer = load_tokenizer(config.tokenizer.model, trust_remote_code=config.tokenizer.trust_remote_code)
+    source = source_of(config.tokenizer.model, config.tokenizer.trust_remote_code)
+    tokenizer = load_tokenizer(source)
     set_template(tokenizer, config.data.chat_template)
-    limits = [read_limits(config.tokenizer.model, trust_remote_code=config.tokenizer.trust_remote_code)]
-    room = Room(config.data.max_length, limits, long_rows=config.data.long_rows)
+    room = Room(config.data.max_length, [read_limits(source)], long_rows=config.data.long_rows)
     build = build_prompts if kind == "prompts" else builders(config.data)[kind]
     items, counts = tokenized(build, rows, tokenizer)
     whole = [said for item in items for said in says(item)]

@@ -56,12 +56,12 @@ def run(config: DoctorConfig) -> int:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="tandem-doctor-"))
             make_base(Path(folder), 0)
             config = replace(config, model=replace(config.model, model=folder))
-        tokenizer = load_tokenizer(config.model.model, trust_remote_code=config.model.trust_remote_code)
+        tokenizer = load_tokenizer(config.model.source)
         homes = Homes(config.model, config.placement, config.cluster, config.engine, ["actor", "engine"])
         timed("processes", lambda: stack.enter_context(homes), lambda _: _describe_processes(config))
         build = partial(
             trained,
-            load=partial(load, section=config.model, source=config.model.model),
+            load=partial(load, section=config.model, source=config.model.source),
             section=config.model,
             loss=GRPO().loss,
             optim=OptimParams(learning_rate=1e-6, total_steps=1),
@@ -87,7 +87,7 @@ class _Examination:
         self.sampler, self.vocabulary = sampler, vocabulary
         self.actor, self.source = actor, source
         self.dtype = config.model.dtype
-        self.layers = layers_of(model_config(config.model.model, config.model.trust_remote_code))
+        self.layers = layers_of(model_config(config.model.source))
         self.rounds = config.engine.kind == "vllm"
         params = SamplingParams(max_new_tokens=config.sampling.max_new_tokens)
         self.requests = [

@@ -91,7 +91,7 @@ def load_model(source: str, section: ServedModel, stack: ExitStack) -> tuple[Rew
         compile="off",
     )
     rewards = RewardSection(reward_model=(source,), normalize_scores=section.normalize_scores)
-    scales = score_scales(rewards, trust_remote_code=section.trust_remote_code)
+    scales = score_scales(rewards, model)
     # Beside the processes of a torchrun it is none of theirs: no placement is asked.
     here = Here(Site(World(device=pick_device(section.device))))
     stack.callback(here.close)

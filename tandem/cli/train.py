@@ -63,7 +63,7 @@ def _policy(config: RunConfig) -> str:
     """What PPO could improve against this reward model: what it began from, if that has a language-model head."""
     section = config.model
     try:
-        read_limits(section.model, head="lm", trust_remote_code=section.trust_remote_code)
+        read_limits(section.source, head="lm")
     except UserError:
         return str(_beside(Path(config.run.out), "sft") / "model")
     return section.model

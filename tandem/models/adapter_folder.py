@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tandem.errors import UserError
+from tandem.models.trusted import trusted_as
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 QUANTIZED = "lora_quantize"
@@ -74,10 +75,10 @@ def _quantized(folder: Path) -> str:
     return str(json.loads(path.read_bytes()).get(QUANTIZED, "none")) if path.is_file() else "none"
 
 
-def base_of(source: str) -> str:
+def base_of(source: str | Path) -> str:
     """The model that a source is of: the base of a folder of adapters, else itself."""
     found = adapter_folder(source)
-    return source if found is None else found.base
+    return trusted_as(source, str(source) if found is None else found.base)
 
 
 def have_one_base(source: str, other: str) -> bool:

@@ -15,15 +15,16 @@ from tandem.models.adapters import AdapterParams
 from tandem.models.folder import located, readable_errors
 from tandem.models.limits import model_config
 from tandem.models.scalar import scalar_class
+from tandem.models.trusted import is_trusted
 from tandem.types import ScoreScale
 
 
-def read_score_scale(source: str, *, trust_remote_code: bool = False) -> ScoreScale:
+def read_score_scale(source: str) -> ScoreScale:
     """Mean and standard deviation of a reward model's scores, as its config has them.
 
     Raises UserError where it has none, or they are no finite numbers, the deviation above 0.
     """
-    config = model_config(source, trust_remote_code)
+    config = model_config(source)
     found = [getattr(config, name, None) for name in ScoreScale._fields]
     if found == [None, None]:
         raise UserError(
@@ -36,28 +37,28 @@ def read_score_scale(source: str, *, trust_remote_code: bool = False) -> ScoreSc
     return scale
 
 
-def check_targets(source: str, params: AdapterParams, *, scalar: bool = False, trust_remote_code: bool = False) -> None:
+def check_targets(source: str, params: AdapterParams, *, scalar: bool = False) -> None:
     """Raises UserError for targets of adapters that the model in a folder or on the hub has not."""
-    module = _outline(source, scalar, trust_remote_code)
+    module = _outline(source, scalar)
     targets_of(module, params.targets, beside=params.beside, dora=params.dora)
 
 
-def _outline(source: str, scalar: bool, trust_remote_code: bool) -> Any:
+def _outline(source: str, scalar: bool) -> Any:
     """The module without memory for its weights."""
-    config = model_config(source, trust_remote_code)
+    config = model_config(source)
     auto = scalar_class(config, source) if scalar else AutoModelForCausalLM
     if scalar:
         config.num_labels = 1
     with readable_errors(source, "model"), torch.device("meta"):
-        return auto.from_config(config, trust_remote_code=trust_remote_code)
+        return auto.from_config(config, trust_remote_code=is_trusted(source))
 
 
-def describe_source(source: str, *, scalar: bool = False, trust_remote_code: bool = False) -> str:
+def describe_source(source: str, *, scalar: bool = False) -> str:
     """Class and size of the causal LM (``scalar``: of the model with one number a token) in a folder or on the hub.
 
     Raises UserError where there is none, and where a folder holds no weights.
     """
-    module = _outline(source, scalar, trust_remote_code)
+    module = _outline(source, scalar)
     folder = Path(located(source))
     if folder.is_dir() and not any(path.suffix in (".safetensors", ".bin") for path in folder.iterdir()):
         raise UserError(f"{source}: holds a config and no weights (*.safetensors, *.bin); give a complete folder")

@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 from tandem.errors import UserError, first_line
 from tandem.hub import asking_hub
 from tandem.models.adapter_folder import adapter_folder
+from tandem.models.trusted import trusted_as
 
 WRONG_FILES = (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, IndexError, EOFError)
 """What transformers and torch raise for a folder's damaged or foreign files, besides classes of their own."""
@@ -21,7 +22,7 @@ WRONG_FILES = (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeErr
 
 def located(source: str | Path) -> str:
     """The folder with ``~`` resolved, or the hub name as it is."""
-    return str(Path(source).expanduser()) if str(source).startswith("~") else str(source)
+    return trusted_as(source, str(Path(source).expanduser()) if str(source).startswith("~") else str(source))
 
 
 def with_config(source: str | Path) -> str:
@@ -29,7 +30,7 @@ def with_config(source: str | Path) -> str:
     found = adapter_folder(source)
     if found is None or (found.folder / "config.json").is_file():
         return located(source)
-    return located(found.base)
+    return located(trusted_as(source, found.base))
 
 
 def with_tokenizer(source: str | Path) -> str:
@@ -37,7 +38,7 @@ def with_tokenizer(source: str | Path) -> str:
     found = adapter_folder(source)
     if found is None or (found.folder / "tokenizer_config.json").is_file():
         return located(source)
-    return located(found.base)
+    return located(trusted_as(source, found.base))
 
 
 @contextmanager

@@ -13,21 +13,21 @@ from tandem.models.text_config import config_in
 from tandem.types import Limits
 
 
-def read_limits(source: str | Path, *, head: Literal["lm", "scalar"] = "lm", trust_remote_code: bool = False) -> Limits:
+def read_limits(source: str | Path, *, head: Literal["lm", "scalar"] = "lm") -> Limits:
     """The limits of the model in a folder or of a hub name.
 
     Raises UserError where there is none, and where it is to be a language model (``head``) and is a reward model.
     """
-    config = model_config(source, trust_remote_code)
+    config = model_config(source)
     if head == "lm":
         require_language_model(config, source)
     return limits_of(config, source)
 
 
-def model_config(source: str | Path, trust_remote_code: bool = False) -> Any:
+def model_config(source: str | Path) -> Any:
     """A model's config, of one that also sees its text half's. Raises UserError where there is none."""
     with readable_errors(source, "model"):
-        return config_in(with_config(source), trust_remote_code)
+        return config_in(with_config(source))
 
 
 def layers_of(config: Any) -> int:

@@ -25,6 +25,7 @@ from tandem.models.scalar import NO_HEAD, scalar_class, scalar_keys, with_own_bu
 from tandem.models.seeing import SeeingModel
 from tandem.models.states import put_right
 from tandem.models.text_config import config_in
+from tandem.models.trusted import Trusted, is_trusted
 from tandem.models.weights import load_whole, require_finite
 from tandem.seeds import derive_seed
 from tandem.stages import stage
@@ -52,11 +53,11 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(source: str | Path) -> Any:
     """The tokenizer of a model folder or hub name. Raises UserError where there is none or it has no EOS token."""
     try:
         with readable_errors(source, "tokenizer"):
-            tokenizer = AutoTokenizer.from_pretrained(with_tokenizer(source), trust_remote_code=trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(with_tokenizer(source), trust_remote_code=is_trusted(source))
     except UserError as error:
         if "backend tokenizer" not in str(error):  # transformers' words where there is no file of one
             raise
@@ -86,15 +87,15 @@ def load_causal(
     where the folder or name holds no causal LM (a reward model's holds none), or not each of its tensors, or numbers
     that are not finite.
     """
-    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    source = Trusted(source) if trust_remote_code else source
+    tokenizer = load_tokenizer(source)
     with readable_errors(source, "causal language model"):
-        require_language_model(config_in(with_config(source), trust_remote_code), source)
-        seeing = _seeing(source, device, trust_remote_code)
+        require_language_model(config_in(with_config(source)), source)
+        seeing = _seeing(source, device)
     module, _ = load_whole(
         AutoModelForCausalLM,
-        base_of(str(source)),
+        base_of(source),
         what="causal language model",
-        trust_remote_code=trust_remote_code,
         **_as_read(source, device, adapters),
     )
     model = _prepare_loaded(module, source, tokenizer, dtype, device, adapters)
@@ -122,18 +123,18 @@ def load_scalar(
     line. What the config says of the scores' scale (``ScoreScale``) is left out: trained further, they have another.
     Raises UserError also where any other tensor is missing, and for numbers that are not finite.
     """
-    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    source = Trusted(source) if trust_remote_code else source
+    tokenizer = load_tokenizer(source)
     folder = adapter_folder(source)
-    about = model_config(source, trust_remote_code)
+    about = model_config(source)
     with readable_errors(source, "model"):
-        _seeing(source, device, trust_remote_code)
+        _seeing(source, device)
     kind = scalar_class(about, str(source))
     try:
         module, lacking = load_whole(
             kind,
-            base_of(str(source)),
+            base_of(source),
             what="model",
-            trust_remote_code=trust_remote_code,
             new="score",
             config_changes=scalar_keys(about, tokenizer),
             **_as_read(source, device, adapters),
@@ -159,9 +160,9 @@ def load_scalar(
     return _prepare_loaded(module, source, tokenizer, dtype, device, adapters)
 
 
-def _seeing(source: str | Path, device: str, trust_remote_code: bool) -> SeeingModel | None:
+def _seeing(source: str | Path, device: str) -> SeeingModel | None:
     """The model that also sees whose text half is to be loaded, once it is shown that this says what the whole does."""
-    found = SeeingModel.of(located(base_of(str(source))), trust_remote_code)
+    found = SeeingModel.of(located(base_of(source)))
     if found is not None:
         with stage("proof"):
             found.require_exact(pick_device(device))

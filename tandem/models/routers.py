@@ -40,9 +40,9 @@ def experts_of_a_token(kind: type, config: Any) -> int | None:
     return getattr(config, "num_experts_per_tok", None) or None if balanced and "router_logits" in records else None
 
 
-def require_experts(source: str, *, trust_remote_code: bool) -> None:
+def require_experts(source: str) -> None:
     """Raises UserError where the config of a model says that it has no load-balancing loss."""
-    config = config_in(source, trust_remote_code)
+    config = config_in(source)
     # Of a class that is not transformers' own nobody knows before it is loaded.
     known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     if known and experts_of_a_token(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config) is None:
@@ -67,9 +67,9 @@ def all_weights(module: Any) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **correction_biases(module)}
 
 
-def require_biases(source: str, *, trust_remote_code: bool) -> None:
+def require_biases(source: str) -> None:
     """Raises UserError where the config of a model says that its routers have no biases."""
-    config = config_in(source, trust_remote_code)
+    config = config_in(source)
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         with torch.device("meta"):
             Picks(AutoModelForCausalLM.from_config(config))

@@ -53,11 +53,11 @@ class SeeingModel:
     """The config of the whole."""
 
     @classmethod
-    def of(cls, place: str | Path, trust_remote_code: bool = False) -> SeeingModel | None:
+    def of(cls, place: str | Path) -> SeeingModel | None:
         """What a folder or hub name holds; None where that is a language model alone, or brings its own code."""
         if "auto_map" in PreTrainedConfig.get_config_dict(place)[0]:
             return None
-        config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(place)
         return cls(str(place), config) if sees(config, place) else None
 
     def load(self, auto: Any, half: Any, **options: Any) -> tuple[Any, dict[str, Any]]:

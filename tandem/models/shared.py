@@ -14,27 +14,26 @@ from tandem.models.forward import LoadedModel
 from tandem.models.limits import model_config
 from tandem.models.loading import load_tokenizer, prepare_module
 from tandem.models.scalar import scalar_class
+from tandem.models.trusted import is_trusted
 from tandem.types import ScoreScale
 
 
-def scalar_beside(
-    policy: LoadedModel, source: str, adapters: AdapterParams, *, trust_remote_code: bool = False
-) -> LoadedModel:
+def scalar_beside(policy: LoadedModel, source: str, adapters: AdapterParams) -> LoadedModel:
     """A model with one scalar a token, whose base is in memory once: the policy's, without the policy's adapters.
 
     ``adapters`` are put on it; its head says 0 at first, but where they are of a folder that brings one along. Raises
     UserError where they are not of that base.
     """
     assert policy.adapters is not None, "a base is shared by models with adapters"
-    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(source)
     base = base_of(source)
-    config = model_config(base, trust_remote_code)
+    config = model_config(base)
     config.num_labels, config.pad_token_id = 1, tokenizer.pad_token_id
     for name in ScoreScale._fields:
         vars(config).pop(name, None)
     kind = scalar_class(config, base)
     with torch.device("meta"):
-        module = kind.from_config(config, trust_remote_code=trust_remote_code)
+        module = kind.from_config(config, trust_remote_code=is_trusted(base))
     if not isinstance(getattr(module, "score", None), nn.Linear):
         raise UserError(f"{source}: {kind.__name__} has no linear head named 'score'; use a decoder model")
     if policy.module.base_model is policy.module:
@@ -50,7 +49,7 @@ def scalar_beside(
             f"lora.share_critic: {left[0]} of {type(module).__name__} is no part of {type(policy.module).__name__}; "
             "leave it out"
         )
-    put = put_adapters(module, adapters, base, base_sum=policy.adapters.body_sum)
+    put = put_adapters(module, adapters, str(base), base_sum=policy.adapters.body_sum)
     model = prepare_module(module, tokenizer, dtype=policy.dtype, device=str(policy.device))
     model.adapters, model.shares_base = put, True
     return model

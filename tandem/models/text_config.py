@@ -10,6 +10,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from tandem.errors import UserError
 from tandem.models.quantized_folder import kind_in_config
+from tandem.models.trusted import is_trusted
 
 PLAIN: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_vl_text": ("qwen2", {}),
@@ -29,12 +30,12 @@ _AXES = ("mrope_section", "mrope_interleaved", "type")
 """Of rotary parameters those that divide frequencies among axes, and the old name of ``rope_type``."""
 
 
-def config_in(place: str | Path, trust_remote_code: bool = False) -> Any:
+def config_in(place: str | Path) -> Any:
     """The config of the language model in a folder or of a hub name; of a model that also sees, its text half's.
 
     Raises UserError where transformers has no class for that half alone.
     """
-    config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
+    config = AutoConfig.from_pretrained(place, trust_remote_code=is_trusted(place))
     return half_of(config, place) if sees(config, place) else config
 
 

@@ -20,6 +20,7 @@ from tandem.models.quantized import QuantizationConfig, adopt_bitsandbytes, quan
 from tandem.models.quantized_folder import kind_in_config
 from tandem.models.seeing import SeeingModel
 from tandem.models.text_config import config_in
+from tandem.models.trusted import is_trusted
 
 _MASKS = re.compile(r"\.(attn|attention|self_attn)\.(bias|masked_bias)$")
 """Causal masks that old checkpoints carry as if they were weights (GPT-2, GPT-Neo)."""
@@ -32,7 +33,6 @@ def load_whole(
     source: str | Path,
     *,
     what: str,
-    trust_remote_code: bool = False,
     new: str = "",
     config_changes: dict[str, Any] | None = None,
     quantize: Literal["none", "nf4", "fp8"] = "none",
@@ -48,18 +48,18 @@ def load_whole(
     be missing as a whole, and for a language-model head where ``auto`` has another.
     """
     with readable_errors(source, what):
-        config = config_in(located(source), trust_remote_code)
-        seeing = SeeingModel.of(located(source), trust_remote_code)
+        config = config_in(located(source))
+        seeing = SeeingModel.of(located(source))
         for key, value in (config_changes or {}).items():
             setattr(config, key, value)
         options = _quantising(config, source, quantize, device)
         with torch.device("meta"):
-            meant = auto.from_config(config, trust_remote_code=trust_remote_code) if options else None
+            meant = auto.from_config(config, trust_remote_code=is_trusted(source)) if options else None
         if meant is not None:
             require_apart(meant)
         options |= {
             "dtype": torch.float32,
-            "trust_remote_code": trust_remote_code,
+            "trust_remote_code": is_trusted(source),
             "output_loading_info": True,
             "ignore_mismatched_sizes": True,  # so that they are reported with their names; they are refused below
         }

@@ -18,6 +18,7 @@ from tandem.models.loading import load_causal
 from tandem.models.routers import all_weights
 from tandem.models.shrunk import furthest_limit
 from tandem.models.text_config import config_in
+from tandem.models.trusted import is_trusted
 from tandem.own_loop.their_model import GivenModel, Shapes
 from tandem.parallel.world import World
 from tandem.sync.check import BEYOND, TruthCheck, compare
@@ -81,8 +82,7 @@ class InProcess:
     """Tandem's live engine, with weights of its own."""
 
     def __init__(self, params: EngineParams) -> None:
-        trust = params.trust_remote_code
-        model = load_causal(params.model, dtype=params.dtype, device=str(params.device), trust_remote_code=trust)
+        model = load_causal(params.model, dtype=params.dtype, device=str(params.device))
         self.engine = ReplicaEngine(model, max_slots=params.max_slots, max_length=params.max_length)
         self.shapes: Shapes = {name: tuple(p.shape) for name, p in self.engine.parameters.items()}
         self.limit = limits_of(model.module.config).sampling.positions
@@ -125,8 +125,8 @@ class InChild:
 
     def __init__(self, params: EngineParams, name: str) -> None:
         self.params = params
-        config = config_in(params.model, params.trust_remote_code)
-        self.shapes: Shapes = shapes_of(config, params.trust_remote_code)
+        config = config_in(params.model)
+        self.shapes: Shapes = shapes_of(config, params.model)
         self.limit = limits_of(config).sampling.positions
         self.layers = layers_of(config)
         self.probed = furthest_limit(config, params.max_length, by=BEYOND + 1)
@@ -211,10 +211,10 @@ def gathering_device(model: GivenModel, device: torch.device) -> torch.device:
     return torch.device("cpu") if model.mesh_device == "cpu" else device
 
 
-def shapes_of(config: Any, trust_remote_code: bool) -> Shapes:
-    """Names and shapes of the parameters that a causal LM of this config has."""
+def shapes_of(config: Any, source: str) -> Shapes:
+    """Names and shapes of the parameters that a causal LM has whose config this is."""
     with torch.device("meta"):
-        module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        module = AutoModelForCausalLM.from_config(config, trust_remote_code=is_trusted(source))
     return {name: tuple(parameter.shape) for name, parameter in all_weights(module).items()}
 
 

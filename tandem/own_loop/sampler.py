@@ -20,6 +20,7 @@ from tandem.engines.requests import check_request
 from tandem.errors import UserError
 from tandem.models.folder import located
 from tandem.models.loading import load_tokenizer
+from tandem.models.trusted import source_of
 from tandem.own_loop.engines import SHARE_BESIDE_TRAINER, EngineParams, InChild, InProcess, LoopEngine
 from tandem.own_loop.peers import Peers, own_device
 from tandem.own_loop.their_model import GivenModel, given, require_same
@@ -71,7 +72,8 @@ class Sampler:
         for name, value in (("memory_share", memory_share), ("sleep", sleep), ("arguments", arguments)):
             if engine == "live" and value:
                 raise UserError(f"{name} is for engine='vllm'; leave it out with engine='live'")
-        self.source, self.seed, self.dtype, self.check = located(model), seed, dtype, check_weights
+        self.source = source_of(located(model), trust_remote_code)
+        self.seed, self.dtype, self.check = seed, dtype, check_weights
         self.step: int | None = None
         """Of the weights that it holds; None before the first update, and after one that failed."""
         self.updates = 0
@@ -79,7 +81,7 @@ class Sampler:
         self.model: nn.Module | None = None
         self.turn = threading.Lock()
         self.device = own_device(device)
-        self.tokenizer = load_tokenizer(self.source, trust_remote_code=trust_remote_code)
+        self.tokenizer = load_tokenizer(self.source)
         self.peers = Peers(deadline_s)
         on_gpu = self.device.type == "cuda"
         self.engine = self._start(
@@ -94,7 +96,6 @@ class Sampler:
                 check=check_weights,
                 seed=seed,
                 sleep=engine == "vllm" and (on_gpu if sleep is None else sleep),
-                trust_remote_code=trust_remote_code,
                 arguments=dict(arguments or {}),
                 deadline_s=deadline_s,
             ),

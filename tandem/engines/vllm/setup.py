@@ -27,6 +27,7 @@ from tandem.errors import RunFailure, UserError
 from tandem.models.folder import readable_errors
 from tandem.models.limits import turning_point
 from tandem.models.seeing import SeeingModel
+from tandem.models.trusted import is_trusted
 from tandem.stages import stage
 
 OLDEST, NEWEST = (0, 25), (0, 32)
@@ -61,7 +62,7 @@ class VLLMParams:
     """What vLLM is started with, and how it draws."""
 
     model: str
-    """A Hugging Face folder or hub name."""
+    """A Hugging Face folder or hub name, ``Trusted`` where its code may be run."""
     dtype: Literal["float32", "bfloat16"]
     max_slots: int
     """Sequences that decode at once."""
@@ -76,7 +77,6 @@ class VLLMParams:
     seeded: bool = True
     """Each sample draws from a stream of its own seed. Off, draws depend on ``seed`` and on the order of the work, and
     are a little faster. Either way rounding depends on what else is in the batch."""
-    trust_remote_code: bool = False
     sleep: bool = False
     """Whether it may be put to sleep. On a CPU sleeping frees nothing."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -167,7 +167,7 @@ def start_vllm(params: VLLMParams) -> Any:
 
     register()
     with _explained(params):
-        return LLM(params.model, **(_options(params) | dict(params.arguments)))
+        return LLM(str(params.model), **(_options(params) | dict(params.arguments)))
 
 
 def _options(params: VLLMParams) -> dict[str, Any]:
@@ -184,7 +184,7 @@ def _options(params: VLLMParams) -> dict[str, Any]:
         "max_model_len": _room(params),
         "tensor_parallel_size": params.tensor_parallel,
         "seed": params.seed,
-        "trust_remote_code": params.trust_remote_code,
+        "trust_remote_code": is_trusted(params.model),
         "enable_prefix_caching": True,
         "logprobs_mode": "processed_logprobs",
         "weight_transfer_config": WeightTransferConfig(backend=BACKEND),
@@ -208,7 +208,7 @@ def _options(params: VLLMParams) -> dict[str, Any]:
             options["kv_cache_memory_bytes"] = CPU_CACHE_BYTES
     else:
         options["enable_sleep_mode"] = params.sleep
-    if (seeing := SeeingModel.of(params.model, params.trust_remote_code)) is not None:
+    if (seeing := SeeingModel.of(params.model)) is not None:
         if find_spec("torchvision") is None:
             raise UserError(
                 f"{params.model}: vLLM runs a {seeing.config.model_type} where torchvision is installed; pip install "
@@ -280,10 +280,8 @@ def _room(params: VLLMParams) -> int | None:
     """
     from transformers import AutoConfig
 
-    config, max_length = (
-        AutoConfig.from_pretrained(params.model, trust_remote_code=params.trust_remote_code),
-        params.max_length,
-    )
+    config = AutoConfig.from_pretrained(params.model, trust_remote_code=is_trusted(params.model))
+    max_length = params.max_length
     if (turning := turning_point(config)) is not None:
         return min(max_length or turning, turning)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
