@@ -40,6 +40,8 @@ class Norm:
     """Whether the mean is taken off."""
     wide: bool = False
     """Whether the weight is multiplied in float32; else what is normed is rounded first, as Llama does."""
+    rounds: bool = False
+    """Whether a residual of more bits is rounded first, to the type of what is added to it (Mamba)."""
 
 
 def norm(x_TD: Tensor, by: Norm) -> Tensor:
@@ -72,7 +74,7 @@ def add_norm(
 ) -> tuple[Tensor, Tensor]:
     """The norm of ``(residual + scale * first(x)) * factor``, and that product, which is the next residual. All [T, D].
 
-    Without ``by`` both are the product.
+    The norm is of the type of ``x``, the product of the residual's. Without ``by`` both are the product.
     """
     if on_triton(x_TD):
         from tandem.kernels import layers_triton
@@ -82,7 +84,9 @@ def add_norm(
     total_TD = residual_TD + (x_TD if scale == 1.0 else x_TD * scale)
     if factor_1 is not None:
         total_TD = (total_TD * factor_1).to(total_TD.dtype)
-    return total_TD if by is None else plain_norm(total_TD, by), total_TD
+    if by is None:
+        return total_TD, total_TD
+    return plain_norm(total_TD.to(x_TD.dtype) if by.rounds else total_TD, by).to(x_TD.dtype), total_TD
 
 
 def plain_norm(x_TD: Tensor, by: Norm) -> Tensor:

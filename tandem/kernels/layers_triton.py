@@ -24,7 +24,7 @@ def add_norm(
 ) -> tuple[Tensor, Tensor]:
     """The norm of ``(residual + scale * first(x)) * factor``, or of ``x`` alone, and that product: a program a row.
 
-    Rows of ``x`` and ``out`` may lie apart, a residual's have no gaps.
+    The product is of the residual's type. Rows of ``x`` and ``out`` may lie apart, a residual's have no gaps.
     """
     rows, size = x_TD.shape
     total_TD = x_TD if residual_TD is None else torch.empty_like(residual_TD)
@@ -65,10 +65,10 @@ def _tensors(by: Norm | None, other: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def kind(by: Norm | None) -> int:
-    """As bits of one constant: whether there is a norm at all, a weight, a bias, an offset, a mean, a wide product."""
+    """As bits of one constant: whether there is a norm at all, and whatever else ``Norm`` says of it."""
     if by is None:
         return 0
-    bits = (True, by.weight is not None, by.bias is not None, by.offset, by.centered, by.wide)
+    bits = (True, by.weight is not None, by.bias is not None, by.offset, by.centered, by.wide, by.rounds)
     return sum(1 << place for place, bit in enumerate(bits) if bit)
 
 
@@ -119,13 +119,15 @@ def _add_norm(  # type: ignore[no-untyped-def]
         if SCALED:
             value = (value.to(tl.float32) * scale).to(value.dtype)
         more = tl.load(residual + row * size + column, mask=inside, other=0.0)
-        value = (value.to(tl.float32) + more.to(tl.float32)).to(value.dtype)
+        value = (value.to(tl.float32) + more.to(tl.float32)).to(more.dtype)
         if MULTIPLIED:
             value = (value.to(tl.float32) * tl.load(factor).to(tl.float32)).to(value.dtype)
         tl.store(total + row * size + column, value, mask=inside)
     if NORM:
+        if NORM & 64:
+            value = value.to(out.dtype.element_ty)
         value = normed(value, weight, bias, eps, size, column, inside, NORM)
-        tl.store(out + row * out_row + column, value, mask=inside)
+        tl.store(out + row * out_row + column, value.to(out.dtype.element_ty), mask=inside)
 
 
 def gated(gate_TI: Tensor, up_TI: Tensor, curve: Curve) -> Tensor:

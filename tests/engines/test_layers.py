@@ -15,7 +15,7 @@ from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
 from tandem.engines.live.forwards import LeanForward, OwnForward
 from tandem.engines.live.layers import Attention, Decoder, Gated, Joint, Layer, Ungated, Unlike, Whole
 from tandem.engines.live.mixers import Mixer, _convolve, _select
-from tandem.engines.live.probe import Trial, find_cache_shape, head_shape_of
+from tandem.engines.live.probe import Trial, _page_logits, find_cache_shape, head_shape_of
 from tandem.engines.live.reading import watch
 from tandem.engines.live.reading.decoder import read_decoder
 from tandem.engines.live.states import StateForward
@@ -404,6 +404,103 @@ def test_delta_rules_are_read_and_proved(name: str, monkeypatch: pytest.MonkeyPa
     gates = replace(delta.gates, most=1.1 * delta.gates.most)
     monkeypatch.setattr(watch, "read_delta", lambda part: replace(delta, gates=gates))
     assert mixers()[0].delta is None
+
+
+def page_logits(module: Any, lean: LeanForward | None, trial: Trial) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.cat(_page_logits(StateForward(module, lean), find_cache_shape(module), trial))
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "falcon-mamba"])
+def test_layers_that_are_added_up_in_float32_are_read_and_rounded_as_their_module_is(name: str) -> None:
+    """Bit for bit in bfloat16, where the layers' parts are the module's own."""
+    module = family_model(name)
+    assert read_decoder(module, 96).residual is None
+    module.bfloat16()
+    lean = LeanForward(module, positions=96, head_shape=head_shape_of(module))
+    right = lean.decoder
+    assert right.residual == torch.float32
+    assert [layer.before.rounds for layer in right.layers] == [True] * len(right.layers)
+    assert not right.norm.rounds
+    for layer in right.layers:
+        layer.attention.forward = layer.attention.module
+    trial = Trial(module, (4, 12), 5)
+    own = page_logits(module, None, trial)
+    assert torch.equal(page_logits(module, lean, trial), own)
+    lean.decoder = replace(right, residual=None)
+    assert not torch.equal(page_logits(module, lean, trial), own)
+    lean.decoder = replace(right, layers=[norming("before", rounds=False)(layer) for layer in right.layers])
+    assert not torch.equal(page_logits(module, lean, trial), own)
+    module.backbone.layers[0].residual_in_fp32 = False
+    with pytest.raises(Unlike, match="added up in several types"):
+        read_decoder(module, 96)
+
+
+def test_the_proof_notices_layers_that_are_added_up_in_too_few_bits() -> None:
+    """Each adds less than half of what bfloat16 tells from the residual, all together many times that."""
+    more = {"num_hidden_layers": 24, "use_bias": True, "tie_word_embeddings": False}
+    module = families.NAMES["mamba"].module(families.TINY | more)
+    sign_E = torch.tensor([1.0, -1.0]).repeat(families.TINY["hidden_size"] // 2)
+    with torch.no_grad():
+        module.get_input_embeddings().weight.fill_(1.0)
+        module.lm_head.weight.copy_(torch.randn(len(module.lm_head.weight), 1) * sign_E)
+        for layer in module.backbone.layers:
+            layer.mixer.out_proj.weight.zero_()
+            layer.mixer.out_proj.bias.copy_(0.0015 * sign_E)
+    module.bfloat16()
+    lean = LeanForward(module, positions=96, head_shape=head_shape_of(module))
+    forward, trial, shape = StateForward(module, lean), Trial(module, (4, 12), 2), find_cache_shape(module)
+    assert not trial.why_not_pages(forward, shape)
+    lean.decoder = replace(lean.decoder, residual=None)
+    assert "does not reproduce" in trial.why_not_pages(forward, shape)
+
+
+def added_up_in_float32(layer: Any, fault: str = "") -> None:
+    """A layer of Llama whose residual is float32; the norm behind the last layer is given it in bfloat16."""
+
+    def forward(hidden_states: torch.Tensor, **options: Any) -> torch.Tensor:
+        low = hidden_states.bfloat16()
+        attended = layer.self_attn(hidden_states=layer.input_layernorm(low), **options)[0]
+        residual = hidden_states.float() + attended
+        if fault == "rounded between":
+            residual = residual.bfloat16().float()
+        start = low if fault == "parallel" else residual.bfloat16()
+        out = residual + layer.mlp(layer.post_attention_layernorm(start))
+        return out.bfloat16() if fault == "several" else out.bfloat16().float() if fault == "rounded" else out
+
+    if fault == "no norm":
+        layer.post_attention_layernorm = torch.nn.Identity()
+    layer.forward = forward
+
+
+@pytest.mark.parametrize(
+    ("fault", "why"),
+    [
+        ("", ""),
+        ("rounded between", "not a sum of its parts"),
+        ("rounded", "not a sum of its parts"),
+        ("parallel", "not a sum of its parts"),
+        ("several", "added up in several types"),
+        ("no norm", "not norms alone"),
+    ],
+)
+def test_layers_of_two_parts_that_are_added_up_in_float32(fault: str, why: str) -> None:
+    module = family_model("llama").bfloat16()
+    for number, layer in enumerate(module.model.layers):
+        added_up_in_float32(layer, fault if number == 1 else "")
+    module.model.norm.register_forward_pre_hook(lambda _, given: (given[0].bfloat16(),))
+    if fault:
+        with pytest.raises(Unlike, match=why):
+            read_decoder(module, 96)
+        return
+    lean = LeanForward(module, positions=96, head_shape=head_shape_of(module))
+    assert lean.decoder.residual == torch.float32
+    assert all(layer.before.rounds and layer.between.rounds for layer in lean.decoder.layers)
+    assert lean.decoder.norm.rounds
+    token_BQ = torch.randint(2, 96, (1, 20))
+    position_BQ, layout = torch.arange(20)[None], PackedLayout(torch.tensor([0, 20]), "cpu")
+    with torch.no_grad():
+        assert torch.equal(*(each(token_BQ, position_BQ, layout) for each in (lean, OwnForward(module))))
 
 
 def test_what_our_kernels_do_not_compute_is_left_to_those_of_the_module() -> None:

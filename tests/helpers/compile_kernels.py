@@ -15,6 +15,7 @@ import inspect
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -130,6 +131,7 @@ def call_layers() -> None:
     layer = Norm(weight, weight, offset=True, centered=True, wide=True)
     layers_triton.add_norm(x, None, Norm(None))
     layers_triton.add_norm(x, x, None, first=layer, scale=0.5, factor_1=torch.ones(1, dtype=dtype))
+    layers_triton.add_norm(x, x.float(), replace(layer, rounds=True))
     for curve in CURVES:
         layers_triton.gated(*torch.zeros(2, 10240, dtype=dtype).chunk(2, dim=1), curve)
     for dtype, (heads, kv_heads, size) in zip(DTYPES, ((14, 2, 64), (6, 3, 24)), strict=True):

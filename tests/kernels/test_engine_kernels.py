@@ -71,6 +71,14 @@ def test_norms(dtype: torch.dtype, size: int, kind: str) -> None:
         truth = layers.add_norm(x, residual, norm, first=first, scale=scale, factor_1=number)
         close(found[0], truth[0], 8)
         close(found[1], truth[1], 4)
+    # A residual of more bits.
+    residual = residual.float()
+    for norm in (by, replace(by, rounds=True)):
+        found, truth = (each.add_norm(x, residual, norm) for each in (layers_triton, layers))
+        close(found[0], truth[0], 8)
+        assert torch.equal(found[1], residual + x)
+        assert torch.equal(truth[1], residual + x)
+    residual = residual.to(dtype)
     # Rows that lie apart, in place.
     wide = torch.cat((x, residual), dim=1)
     layers_triton.add_norm(wide[:, :size], None, by, out_TD=wide[:, :size])

@@ -120,6 +120,8 @@ class LeanForward:
         if decoder.split is None:
             first = decoder.layers[0].before
             hidden_TE = residual_TE if first is None else kernels.norm(residual_TE, first)
+            if decoder.residual is not None:
+                residual_TE = residual_TE.to(decoder.residual)
             afters = [*(layer.before for layer in decoder.layers[1:]), decoder.norm]
             for layer, after in zip(decoder.layers, afters, strict=True):
                 hidden_TE, residual_TE = self._through(layer, hidden_TE, residual_TE, after, step)

@@ -526,6 +526,8 @@ class Decoder:
     """Where layers have several residuals."""
     layers: list[Layer]
     norm: Norm | None
+    residual: torch.dtype | None
+    """In which layers are added up, where it is not the type that they compute in (Mamba); None: it is."""
 
     def products(self) -> Iterator[Product]:
         """All that are stacked."""

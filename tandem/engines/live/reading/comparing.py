@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -21,6 +22,11 @@ Name = TypeVar("Name")
 def same(one: Tensor, two: Tensor) -> bool:
     """Whether they are the same numbers in memory."""
     return one.data_ptr() == two.data_ptr() and one.numel() == two.numel()
+
+
+def rounded(one: Tensor, two: Tensor) -> bool:
+    """Whether one is the other, or that rounded to another type."""
+    return same(one, two) or (one.dtype != two.dtype and torch.equal(one, two.to(one.dtype)))
 
 
 def near(found: Tensor, truth: Tensor) -> bool:
@@ -57,8 +63,8 @@ def by_token(x: Tensor) -> Tensor:
     return x[:, 0].transpose(0, 1).contiguous()
 
 
-def read_norm(call: Call) -> Norm | None:
-    """The norm that a called module is; None where it is none of those known."""
+def read_norm(call: Call, residual: torch.dtype | None = None) -> Norm | None:
+    """The norm that a called module is, of a residual of that type; None where it is none of those known."""
     module, size = call.module, call.input.shape[-1]
     parameters = dict(module.named_parameters())
     weight, bias = parameters.get("weight"), parameters.get("bias")
@@ -80,7 +86,7 @@ def read_norm(call: Call) -> Norm | None:
     ]
     found = {number: kernels.norm(x, kind) for number, kind in enumerate(kinds)}
     try:
-        return kinds[nearest(found, module(x), "")]
+        return replace(kinds[nearest(found, module(x), "")], rounds=residual not in (None, call.input.dtype))
     except Unlike:
         return None
 

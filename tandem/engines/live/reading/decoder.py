@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from tandem.engines.live.layers import Decoder, Unlike
-from tandem.engines.live.reading.comparing import by_token, near, nearest, read_norm, same
+from tandem.engines.live.reading.comparing import by_token, near, nearest, read_norm, rounded, same
 from tandem.engines.live.reading.given import read_given
 from tandem.engines.live.reading.layer import read_layer
 from tandem.engines.live.reading.streams import read_split
@@ -47,9 +47,10 @@ def read_decoder(module: Any, positions: int | None) -> Decoder:
     first = watch.first if split is None else by_token(watch.first)
     scale = nearest(starts, first, "what goes into its first layer is not its embedding")
     ended = watch.last if split is None else split.end(by_token(watch.last))
-    last = [call for call in watch.outside if same(call.input, ended) or (split and near(call.input[0], ended))]
-    norms = [norm for call in last if (norm := read_norm(call))]
-    if len(norms) > 1 or (not norms and not same(ended, watch.result)):
+    last = [call for call in watch.outside if rounded(call.input, ended) or (split and near(call.input[0], ended))]
+    norms = [norm for call in last if (norm := read_norm(call, ended.dtype))]
+    residual = None if ended.dtype == embedded.dtype else ended.dtype
+    if len(norms) > 1 or (not norms and (residual or not same(ended, watch.result))):
         raise Unlike("what follows its last layer is not one norm")
     if norms and not any(same(call.output, watch.result) for call in last):
         raise Unlike("something follows its last norm")
@@ -57,4 +58,5 @@ def read_decoder(module: Any, positions: int | None) -> Decoder:
         embedding=embedding, embedding_scale=scale, places=placed.module if placed else None,
         given=read_given(watch, embedded) if watch.given else None,
         split=split, layers=watch.layers, norm=norms[0] if norms else None,
+        residual=residual,
     )  # fmt: skip

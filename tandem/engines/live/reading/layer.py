@@ -13,7 +13,7 @@ from tandem.engines.live.layers import Attention, Experts, Injection, Joint, Lat
 from tandem.engines.live.mixers import Mixer
 from tandem.engines.live.reading.attention import read_attention
 from tandem.engines.live.reading.calls import Attended, Call
-from tandem.engines.live.reading.comparing import near, nearest, read_norm, same
+from tandem.engines.live.reading.comparing import near, nearest, read_norm, rounded, same
 from tandem.engines.live.reading.feeds import read_beside, read_feed
 from tandem.engines.live.reading.given import read_injection
 from tandem.engines.live.reading.mixing import read_joint, read_mixer
@@ -35,7 +35,23 @@ def read_layer(watch: Watch, whole: Call) -> Layer:
         raise Unlike("it has norms of another place")
     if unread := read.unread(whole.module):
         raise Unlike(f"it has {unread} of unknown use")
+    _prove_wide(watch, parts, read)
     return read
+
+
+def _prove_wide(watch: Watch, parts: _Parts, read: Layer) -> None:
+    """A residual of another type than its parts compute in is one from the first layer on, and goes through norms."""
+    residual = parts.whole.output.dtype
+    if watch.layers and parts.whole.input.dtype != residual:
+        raise Unlike("its layers are added up in several types")
+    if all(call.input.dtype == residual for call in parts.others):
+        return
+    two = read.attention is not None and read.feed is not None
+    more = read.parallel or read.experts or read.beside or read.injection or read.streams
+    if more or read.before is None or (two and read.between is None):
+        raise Unlike("what takes its residual, which is of another type than its parts, are not norms alone")
+    if any(call.input.dtype != call.output.dtype for call in parts.others):
+        raise Unlike("its parts give another type than they are given")
 
 
 @dataclass(eq=False)
@@ -52,7 +68,7 @@ class _Parts:
 
     def before(self, part: Call) -> Call | None:
         """The norm whose output goes into it."""
-        return self.use(next((norm for norm in self.norms if same(norm.output, part.input)), None))
+        return self.use(next((norm for norm in self.norms if rounded(part.input, norm.output)), None))
 
     def after(self, part: Call) -> Call | None:
         return self.use(next((norm for norm in self.norms if same(norm.input, part.output)), None))
@@ -69,7 +85,7 @@ def _find_parts(watch: Watch, whole: Call) -> _Parts:
     children = set(whole.module.children())
     # Dropout does nothing here.
     calls = [c for c in watch.inside if isinstance(c, Call) and c.module in children and not same(c.input, c.output)]
-    norms = {call: norm for call in calls if (norm := read_norm(call))}
+    norms = {call: norm for call in calls if (norm := read_norm(call, whole.output.dtype))}
     multiplier = getattr(watch.base.config.get_text_config(), "residual_multiplier", None) or 1.0
     return _Parts(whole, multiplier, norms, [call for call in calls if call not in norms])
 
@@ -150,9 +166,10 @@ def _read_one(watch: Watch, parts: _Parts, mixing: _Mixing, ending: _Ending) -> 
     """A layer that is one part alone (Nemotron H)."""
     whole, (part,) = parts.whole, parts.others
     before, after = parts.before(part), parts.after(part)
-    if not same((before or part).input, whole.input):
+    if not rounded((before or part).input, whole.input):
         raise Unlike("its parts do not start from their layer's input")
-    sums = {scale: whole.input + scale * (after or part).output for scale in {1.0, parts.multiplier}}
+    residual = whole.input.to(whole.output.dtype)
+    sums = {scale: residual + scale * (after or part).output for scale in {1.0, parts.multiplier}}
     scale, factor = ending.read(whole, sums)
     mixes = part is mixing.part
     return Layer(
@@ -173,30 +190,33 @@ def _read_two(watch: Watch, parts: _Parts, mixing: _Mixing, ending: _Ending) -> 
         raise Unlike("a layer is not one attention and one feed-forward part")
     feed, *routing = rest
     before, after_attention, after_feed = parts.before(attention), parts.after(attention), parts.after(feed)
-    if not same((before or attention).input, whole.input):
+    if not rounded((before or attention).input, whole.input):
         raise Unlike("its attention does not start from the layer's input")
     between = None if same(feed.input, attention.input) else parts.before(feed)
     start = (between or feed).input
-    parallel = same(feed.input, attention.input) or same(start, whole.input)
+    parallel = same(feed.input, attention.input) or rounded(start, whole.input)
     attention_out, feed_out = (after_attention or attention).output, (after_feed or feed).output
     experts: Experts | None = None
     if routing:
         experts, feed_out = _read_experts(parts, routing, start, feed_out, after_feed)
         after_feed = _norm_of_sum(parts, feed_out)
         feed_out = after_feed.output if after_feed else feed_out
+    residual = whole.input.to(whole.output.dtype)
     sums = {
-        scale: whole.input + scale * (attention_out + feed_out) if parallel else start + scale * feed_out
+        scale: residual + scale * (attention_out + feed_out)
+        if parallel
+        else (start if start.dtype == residual.dtype else residual + scale * attention_out) + scale * feed_out
         for scale in {1.0, parts.multiplier}
     }
     scale, factor = ending.read(whole, sums)
     if parallel and (after_attention or after_feed or experts):
         raise Unlike("its parallel parts have norms after them")
-    total, beside = whole.input + scale * attention_out, None
+    total, beside = residual + scale * attention_out, None
     if aside is not None:
         scaled = {times: (total + aside.output) * times for times in (1.0, 0.5**0.5)}
         times = nearest(scaled, start, "its feed-forward part does not start from the sum")
         beside, total = read_beside(watch, aside, times), scaled[times]
-    if not parallel and not near(start, total):
+    if not parallel and not near(total, start):
         raise Unlike("its feed-forward part does not start from the sum")
     return Layer(
         attention=mixing.read(watch), feed=read_feed(watch, feed), parallel=parallel,
