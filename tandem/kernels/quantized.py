@@ -83,7 +83,12 @@ def dequantize(coded: Coded, dtype: torch.dtype) -> Tensor:
 
 
 def linear(x: Tensor, coded: Coded, bias_O: Tensor | None = None) -> Tensor:
-    """``x @ weight.T + bias``, [..., I] → [..., O], in the type of x, with the gradient of x alone."""
+    """``x @ weight.T + bias``, [..., I] → [..., O], in the type of x, with the gradient of x alone.
+
+    Raises RuntimeError where x has whole numbers: whoever takes its type from the weight finds that of codes.
+    """
+    if not x.is_floating_point():
+        raise RuntimeError(f"a layer in few bits is given numbers of {x.dtype}")
     product: Tensor = _linear(x, coded.codes, list(coded.scales), *coded.shape, coded.kind, coded.block)
     return product if bias_O is None else product + bias_O
 

@@ -210,14 +210,17 @@ register_quantizer(METHOD)(Quantizer)
 
 
 def _linears(module: Any) -> dict[str, nn.Linear]:
-    """The plain linear layers of a transformers model below its head, by name: no routers of experts."""
+    """The plain linear layers of a transformers model below its head, by name: no routers of experts, and none that its
+    class keeps in float32, as those are that choose what DeepSeek V3.2 and GLM 5 attend to."""
     base = {id(part) for part in module.base_model.modules()}
     apart = {id(module.get_output_embeddings()), *map(id, routers_of(module))}
     past = READ_PAST.get(module.config.model_type, ())
+    kept = {*(module._keep_in_fp32_modules or ()), *(module._keep_in_fp32_modules_strict or ())}
     return {
         name: part
         for name, part in module.named_modules()
         if is_plain_linear(part) and id(part) in base and id(part) not in apart and name.rpartition(".")[2] not in past
+        if not any(f".{one}." in f".{name}." for one in kept)
     }
 
 

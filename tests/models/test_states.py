@@ -12,6 +12,7 @@ import torch
 from helpers.engine_models import tokenizer
 from helpers.family_models import made
 from torch.distributed import HashStore
+from transformers import GlmMoeDsaPreTrainedModel
 
 from tandem.batch import Batch, Outputs, TokenLoss
 from tandem.data.packing import pack, stamp_weights
@@ -22,6 +23,7 @@ from tandem.errors import UserError
 from tandem.models.adapters import AdapterParams
 from tandem.models.forward import forward
 from tandem.models.loading import load_causal, prepare_module
+from tandem.models.quantized import quantized_in
 from tandem.models.states import Held, Mixers
 from tandem.parallel.sharding import whole
 from tandem.parallel.world import World, join
@@ -252,3 +254,10 @@ def test_few_bits_and_adapters_where_a_module_shares_weights_or_reads_them_itsel
         load("mamba", "in_proj", quantize="fp8")
     load("jamba", "dt_proj", "in_proj")
     assert "adapters on dt_proj change nothing" in caplog.text
+    # It gives one of its layers numbers of the type that the weight has: of codes they were made whole ones.
+    few = quantized_in(load("glm5", "q_a_proj", quantize="fp8").module)
+    assert {name.rpartition(".")[2] for name in few if "indexer" in name} == {"wk", "wq_b"}
+    with monkeypatch.context() as patch:
+        patch.setattr(GlmMoeDsaPreTrainedModel, "_keep_in_fp32_modules", None)
+        with pytest.raises(UserError, match=r"lora.quantize: GlmMoeDsaForCausalLM does not compute with layers in few"):
+            load("glm5", "q_a_proj", quantize="fp8")
