@@ -74,11 +74,24 @@ class LocalScorer:
 
     @torch.no_grad()
     def score(self, batch: Batch, temperature: float | None = None) -> Outputs:
-        """What it ``asks`` for, a micro-batch at a time. ``temperature``: another one than its own."""
+        """What it ``asks`` for, a micro-batch at a time. ``temperature``: another one than its own.
+
+        Raises UserError for a token that its embedding lacks: a policy whose embedding is filled up may sample one.
+        """
         asks = self.asks if temperature is None else replace(self.asks, temperature=temperature)
         with self._present():
+            self._require_rows(batch)
             parts = [(share.units, forward(self.model, share.batch, asks)) for share in self._shares(batch)]
         return _assemble(batch, parts, self.world)
+
+    def _require_rows(self, batch: Batch) -> None:
+        module, largest = self.model.module, int(batch.token_ids_T.max())
+        if largest >= (rows := module.get_input_embeddings().weight.shape[0]):
+            raise UserError(
+                f"{type(module).__name__}: token id {largest}, and its embedding has {rows} rows: that of the model "
+                f"which samples has more, and the tokenizer {self.model.words} tokens; start both from the same base "
+                "model"
+            )
 
     def compile_ahead(self, batch: Batch) -> None:
         """Compiles its layers, where they are to be, on samples that nobody learns from: it would wait meanwhile."""

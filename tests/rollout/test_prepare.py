@@ -192,6 +192,13 @@ def test_ppo_gets_what_it_needs(model, tmp_path):
     assert abs(prepared.metrics["kl"]) < 1e-5
 
 
+def test_a_token_that_a_models_embedding_lacks_is_named(model):
+    """A policy's may be filled up further than another model's, and samples such a token now and then."""
+    scorer = LocalScorer(model, token_budget=100)
+    with pytest.raises(UserError, match=r"token id 64, and its embedding has 64 rows: .* the tokenizer 61 tokens;"):
+        scorer.logprobs([[1, 2], [3, 64, 5]])
+
+
 @pytest.mark.parametrize(
     ("method", "cut", "saved"),
     [
