@@ -21,6 +21,7 @@ from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate, _grouped_linear
 
 from tandem.kernels.available import on_triton
+from tandem.models.kinds import kind_of
 from tandem.models.pairs import NAME, by_expert
 
 IMPLEMENTATION = "tandem"
@@ -73,7 +74,7 @@ def is_stack(part: Any) -> bool:
 @functools.cache
 def _grouped_class(kind: Any) -> Any:
     """A class, and not a ``forward`` of each part's own: compiled layers share a graph where their parts are of one."""
-    return type(kind.__name__, (kind,), {"__module__": __name__, "forward": _forward})
+    return kind_of(_grouped_class, kind, forward=_forward)
 
 
 def _forward(self: Any, hidden_TE: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from tandem.errors import UserError
 from tandem.kernels import products
 from tandem.kernels.available import on_triton
 from tandem.kernels.choice import Rule, Score, choose, choose_torch
+from tandem.models.kinds import kind_of
 from tandem.models.text_config import config_in
 from tandem.types import CORRECTION_BIAS
 
@@ -187,7 +188,7 @@ def _in_float32(kind: Any) -> Any:
                 return self.chooser(self, x, *(others or (getattr(self, CORRECTION_BIAS, None),)))
         return kind.forward(_Float32(self), x.float(), *others)
 
-    return type(kind.__name__, (kind,), {"__module__": __name__, "forward": forward, "narrow": kind})
+    return kind_of(_in_float32, kind, forward=forward, narrow=kind)
 
 
 class _Float32:

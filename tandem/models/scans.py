@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tandem.kernels import states as kernels
+from tandem.models.kinds import kind_of
 
 log = logging.getLogger("tandem")
 
@@ -63,14 +64,7 @@ def _scanning(kind: Any) -> Any:
                 "%s: the scan of this transformers is not the one that ours is: it takes its own", kind.__name__
             )
             return kind
-    members = {"__module__": __name__, "forward": forward, "__reduce__": lambda part: (_anew, (kind,), vars(part))}
-    return type(kind.__name__, (kind,), members)
-
-
-def _anew(kind: Any) -> Any:
-    """An empty part of that kind that scans as ours: pickle finds a class by its name, and these have none here."""
-    scanning = _scanning(kind)
-    return scanning.__new__(scanning)
+    return kind_of(_scanning, kind, forward=forward)
 
 
 def calling(forward: Any, ours: Mapping[str, Callable[..., Any]]) -> Any:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 import transformers
@@ -96,6 +99,20 @@ def test_experts_compute_what_pefts_own_forward_does_with_its_gradient(bases, ki
     for name, gradient in theirs.items():
         assert gradient.abs().max() > 1e-3
         torch.testing.assert_close(mine[name], gradient, rtol=1e-4, atol=2e-5)
+
+
+@torch.no_grad()
+def test_experts_with_adapters_and_routers_in_float32_are_pickled_and_copied(bases):
+    model = load_causal(bases["qwen3_moe"], adapters=AdapterParams(rank=4, targets=("experts",)), device="cpu")
+    module = model.module
+    model.compute_in(torch.bfloat16)
+    ours = {type(part).__name__ for part in module.modules() if type(part).__module__.startswith("tandem.models.")}
+    assert ours == {"ParamWrapper", "Qwen3MoeTopKRouter"}
+    ids = torch.arange(2, 20)[None]
+    for again in (pickle.loads(pickle.dumps(module)), copy.deepcopy(module)):
+        assert [type(part) for part in again.modules()] == [type(part) for part in module.modules()]
+        with showing(again), showing(module):
+            assert torch.equal(again(input_ids=ids).logits, module(input_ids=ids).logits)
 
 
 def test_a_folder_that_peft_has_written_is_trained_on(bases, tmp_path):
