@@ -47,7 +47,8 @@ class Case:
     kind: str
     config: dict[str, Any] = field(default_factory=dict)
     narrow: int = 1
-    """``shrunken_config``'s."""
+    """``shrunken_config``'s, as is ``each``."""
+    each: int = 1
     initial: bool = False
     """Whether it is loaded with initial weights, and gets those of trained size later."""
 
@@ -94,6 +95,7 @@ CASES = {
     ),
     "minimax": Case("minimax", {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}),
     "xlstm": Case("xlstm", narrow=2),
+    "zamba": Case("zamba", {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2}, each=2),
     "gpt_neo": Case("gpt_neo", {"num_layers": 2, "attention_types": [[["global", "local"], 1]]}),
 }
 
@@ -129,7 +131,7 @@ def cases() -> dict[str, Case]:
 def make(case: Case) -> Any:
     """A small module of the case, with initial weights. Raises what transformers does where its default has holes."""
     config = CONFIG_MAPPING[case.kind](**case.config)
-    config = shrunken_config(config, narrow=case.narrow, limit=LIMIT, turning=LIMIT)
+    config = shrunken_config(config, narrow=case.narrow, each=case.each, limit=LIMIT, turning=LIMIT)
     torch.manual_seed(0)
     kind = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[case.kind])
     return kind._from_config(config, dtype=torch.float32).eval()

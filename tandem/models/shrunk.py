@@ -40,7 +40,7 @@ _POSITIONS = re.compile(r"^(max_position_embeddings|n_positions|n_ctx|max_seq_le
 _KINDS_OF_LAYERS = ("layers_block_type", "layer_types", "mlp_layer_types")
 _NARROW = {
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
-    **dict.fromkeys(("hidden_size", "lru_width", "embedding_dim", "attention_hidden_size"), 64),
+    **dict.fromkeys(("hidden_size", "lru_width", "embedding_dim"), 64),
     **dict.fromkeys(("intermediate_size", "intermediate_size_mlp", "ffn_hidden_size", "ffn_dim", "n_inner"), 96),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size"), 32),
     **dict.fromkeys(("expert_ffn_hidden_size",), 32),
@@ -248,12 +248,17 @@ def _narrow(config: Any, times: int) -> None:
     heads, groups = getattr(config, "num_attention_heads", None), getattr(config, "num_key_value_heads", None)
     rotated = getattr(config, "head_dim", None) == getattr(config, "qk_rope_head_dim", 0)
     width = _head_width(config)
+    seen = getattr(config, "attention_hidden_size", None)
+    seen = seen and max(1, seen // config.hidden_size)
     for key, one in _NARROW.items():
         value, size = getattr(config, key, None), one * times
         if isinstance(value, int) and not isinstance(value, bool) and value > size:
             setattr(config, key, size)
         elif isinstance(value, list) and value and all(isinstance(item, int) and item > size for item in value):
             setattr(config, key, [size] * len(value))
+    if seen:
+        # Zamba's attention is given a token's embedding beside it.
+        config.attention_hidden_size = seen * config.hidden_size
     if isinstance(groups, int) and isinstance(heads, int):
         config.num_key_value_heads = 1 if groups == 1 else config.num_attention_heads if groups == heads else 2
     if getattr(config, "qk_head_dim", None) and getattr(config, "qk_nope_head_dim", None):

@@ -179,6 +179,15 @@ def test_what_a_probe_of_an_engine_goes_past() -> None:
     assert furthest_limit(config, None, by=33) == 16384
 
 
+def test_a_shrunken_copys_attention_is_given_what_the_models_is() -> None:
+    """Zamba 2's gets a token's embedding beside it, and is twice as wide as the model: in the copy as well."""
+    kind = transformers.Zamba2ForCausalLM
+    large = kind.__new__(kind)
+    object.__setattr__(large, "config", transformers.Zamba2Config())
+    small = shrunk(large)
+    assert (small.config.hidden_size, small.config.attention_hidden_size) == (64, 128)
+
+
 def test_a_shrunken_copy_is_small_the_same_and_leaves_torchs_numbers_alone() -> None:
     class Large:
         """A model of 7B that is never made."""
