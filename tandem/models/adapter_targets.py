@@ -8,6 +8,7 @@ from collections.abc import Sequence as Seq
 from typing import Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from tandem.errors import UserError
 from tandem.kernels import products
@@ -17,7 +18,7 @@ from tandem.models.quantized import READ_PAST, Quantized
 from tandem.models.routers import routers_of
 
 ALL_LINEAR, EXPERTS = "all-linear", "experts"
-FORWARDS = (nn.Linear.forward, products.Linear.forward, Quantized.forward)
+FORWARDS = (nn.Linear.forward, products.Linear.forward, Quantized.forward, Conv1D.forward)
 """What ``all-linear`` knows linear layers by."""
 READ_BY_KERNELS = dict.fromkeys(("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"), "out_proj")
 """By model types, a linear layer whose weight kernels may read past the layer: peft refuses adapters on it."""
@@ -49,11 +50,12 @@ def require_own_weights(module: Any) -> None:
 
 
 def targets_of(
-    module: Any, targets: Seq[str], *, beside: bool = False, dora: bool = False
+    module: Any, targets: Seq[str], rank: int, *, beside: bool = False, dora: bool = False
 ) -> tuple[list[str] | str, list[str]]:
     """Names of the layers that get adapters, or a pattern of them, and of the stacked parameters, as peft matches both.
 
-    Raises UserError for names that nothing in the model has, and for what adapters cannot be put on.
+    Raises UserError for names that nothing in the model has, for what adapters cannot be put on, and for a ``rank``
+    that none of their matrices has.
     """
     others = {id(getattr(module, head, None)) for head in HEADS} | {*map(id, routers_of(module))}
     apart = {id(module.get_output_embeddings()), id(module.get_input_embeddings())}
@@ -62,7 +64,7 @@ def targets_of(
         last_name(name)
         for name, p in module.named_modules()
         # A router that is a subclass (Phi-MoE's) gives more than a product.
-        if isinstance(p, nn.Linear) and type(p).forward in FORWARDS and id(p) not in apart | others
+        if isinstance(p, nn.Linear | Conv1D) and type(p).forward in FORWARDS and id(p) not in apart | others
     }
     model_type = module.config.model_type
     left_out = linear & {READ_BY_KERNELS.get(model_type), *READ_PAST.get(model_type, ())}
@@ -77,7 +79,7 @@ def targets_of(
     has = [*sorted(linear), *([] if tied else sorted(parts)), *([EXPERTS, *sorted(stacked)] if stacked else [])]
     wanted = [name for name in targets if not (beside and name not in has and name != ALL_LINEAR)]
     if not linear and ALL_LINEAR in wanted:
-        raise UserError(f"lora: {kind} has no linear layers (torch.nn.Linear) to put adapters on")
+        raise UserError(f"lora: {kind} has no linear layers (torch.nn.Linear, Conv1D) to put adapters on")
     if not wanted:
         pattern = targets[0]
         if len(targets) == 1 and any(
@@ -97,4 +99,29 @@ def targets_of(
                 + ("; its experts are not stacked, or computed in a way of their own" if name == EXPERTS else "")
             )
     layers = set(wanted) - {ALL_LINEAR, EXPERTS} - stacked | (linear if ALL_LINEAR in wanted else set())
-    return sorted(layers), sorted(stacked if EXPERTS in wanted else stacked.intersection(wanted))
+    stacked = stacked if EXPERTS in wanted else stacked.intersection(wanted)
+    found = [(last_name(n), p) for n, p in module.named_modules() if last_name(n) in layers]
+    if dora and (transposed := [name for name, part in found if isinstance(part, Conv1D)]):
+        raise UserError(f"lora.dora: is of layers that are stored as [out, in], and {kind}'s {transposed[0]} is not")
+    shapes = [(name, _shape(part)) for name, part in found if hasattr(part, "weight")]
+    for name, names in stacks_of(module).items():
+        shapes += [(f"{last_name(name)}.{n}", getattr(module.get_submodule(name), n).shape[1:]) for n in names]
+    _require_low(module, [(name, shape) for name, shape in shapes if name in layers | stacked], rank)
+    return sorted(layers), sorted(stacked)
+
+
+def _shape(layer: Any) -> tuple[int, ...]:
+    return (layer.out_features, layer.in_features) if isinstance(layer, nn.Linear) else tuple(layer.weight.shape)
+
+
+def _require_low(module: Any, shapes: Seq[tuple[str, tuple[int, ...]]], rank: int) -> None:
+    """Raises UserError where no matrix of these names and shapes has so high a rank; says which have less."""
+    low = {name: min(shape) for name, shape in sorted(shapes, key=lambda one: -min(one[1])) if min(shape) < rank}
+    said = ", ".join(f"{name} ({size})" for name, size in sorted(low.items()))
+    if low and all(min(shape) < rank for _, shape in shapes):
+        raise UserError(f"lora.rank: {rank} is more than the matrices of its targets have: {said}; give less")
+    if low and module.device.type != "meta":
+        log.warning(
+            "%s: lora.rank: %d is more than the matrices of some targets have, which is no low rank: %s",
+            type(module).__name__, rank, said,
+        )  # fmt: skip

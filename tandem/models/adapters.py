@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from tandem.errors import UserError, first_line
 from tandem.kernels import bits
@@ -160,12 +161,13 @@ def put_adapters(module: Any, params: AdapterParams, base: str, base_sum: str | 
     """
     peft = require_peft()
     if params.folder is None:
-        layers, stacks = targets_of(module, params.targets, beside=params.beside, dora=params.dora)
+        layers, stacks = targets_of(module, params.targets, params.rank, beside=params.beside, dora=params.dora)
         config = peft.LoraConfig(
             r=params.rank,
             lora_alpha=params.alpha,
             target_modules=layers,
             target_parameters=stacks or None,
+            fan_in_fan_out=any(isinstance(part, Conv1D) for part in module.modules()),
             use_dora=params.dora,
             use_rslora=params.rslora,
         )
@@ -254,13 +256,14 @@ def _require_plain(module: Any, base: str) -> None:
         elif is_stack(layer):
             known = layer.get_param().ndim == 3 and is_grouped(base_layer)
         else:
-            known = isinstance(base_layer, nn.Linear) and id(layer) not in scalars and NAME in layer.lora_A
+            known = isinstance(base_layer, nn.Linear | Conv1D) and id(layer) not in scalars and NAME in layer.lora_A
             dora = type(variant).__name__ == "DoraLinearVariant" and layer is not head
+            dora = dora and not isinstance(base_layer, Conv1D)
             known = known and (variant is None or dora)
         if not known or (NAME in layer.lora_B and layer.lora_B[NAME].bias is not None):
             raise UserError(
                 f"adapters on {base}: those of {name} are more than a pair of matrices on a linear layer, embedding, "
-                "head or stacked experts (lora_bias, aLoRA, DoRA of a head or an embedding, a Conv1D), which Tandem "
+                "head or stacked experts (lora_bias, aLoRA, DoRA of a head, an embedding or a Conv1D), which Tandem "
                 "does not train on; merge them into their base with peft, and put new ones on that"
             )
     _require_apart(module, base)
@@ -273,7 +276,7 @@ def idle_layers(module: Any) -> list[str]:
     called: dict[str, bool] = {}
     hooks = []
     for name, layer in adapted(module).items():
-        if layer is head or not isinstance(layer.get_base_layer(), nn.Linear):
+        if layer is head or not isinstance(layer.get_base_layer(), nn.Linear | Conv1D):
             continue
         kind = last_name(name)
         called.setdefault(kind, False)

@@ -40,7 +40,7 @@ def read_score_scale(source: str) -> ScoreScale:
 def check_targets(source: str, params: AdapterParams, *, scalar: bool = False) -> None:
     """Raises UserError for targets of adapters that the model in a folder or on the hub has not."""
     module = _outline(source, scalar)
-    targets_of(module, params.targets, beside=params.beside, dora=params.dora)
+    targets_of(module, params.targets, params.rank, beside=params.beside, dora=params.dora)
 
 
 def _outline(source: str, scalar: bool) -> Any:

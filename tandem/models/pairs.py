@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from tandem.models.quantized import Quantized
 
@@ -51,8 +52,11 @@ class Pair:
         return self.a if self.embedding else self.b
 
     def factors(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """Two matrices whose product has the parameter's shape: [O, R] and [R, I], of stacked experts [X, ...] each."""
-        if self.embedding:
+        """Two matrices whose product has the parameter's shape: [O, R] and [R, I], of stacked experts [X, ...] each.
+
+        Of an embedding, and of GPT-2's layers, which are stored as [in, out], it is the product of B and A transposed.
+        """
+        if self.embedding or isinstance(self.layer.get_base_layer(), Conv1D):
             return a.T, b.T
         if not self.stacked:
             return b, a

@@ -87,6 +87,7 @@ def logp(samples):
                 ("llama", "captured"),
                 ("qwen3_moe", "padded"),
                 ("qwen3_moe", "captured"),
+                ("gpt2", "captured"),
             )
         ),
     ],

@@ -19,6 +19,7 @@ TARGETS = [
     ("qwen3_moe", ("all-linear", "experts")),
     ("gpt_oss", ("experts",)),
     ("qwen2_moe", ("all-linear", "experts")),
+    ("gpt2", ("all-linear",)),
 ]
 """Kinds of models, and what of them has adapters."""
 _EXPERTS = _COMMON | {"num_key_value_heads": 2, "head_dim": 8, "num_experts_per_tok": 2}
@@ -30,17 +31,19 @@ MIXTURES = {
     ),
     "gpt_oss": lambda: transformers.GptOssConfig(**_EXPERTS | {"intermediate_size": 16}, num_local_experts=4),
 }
+# GPT-2's layers are stored as [in, out].
+OTHERS = MIXTURES | {"gpt2": lambda: transformers.GPT2Config(**_COMMON)}
 
 
 def make_bases(folder):
     """A folder of each kind."""
     found = {}
-    for kind in ("llama", *MIXTURES):
+    for kind in ("llama", *OTHERS):
         if kind == "llama":
             module = make_module(kind)
         else:
             torch.manual_seed(0)
-            module = transformers.AutoModelForCausalLM.from_config(MIXTURES[kind]())
+            module = transformers.AutoModelForCausalLM.from_config(OTHERS[kind]())
             with torch.no_grad():
                 for parameter in module.parameters():
                     if parameter.ndim >= 2:

@@ -228,16 +228,32 @@ def test_muon_is_not_for_embeddings_and_stacked_experts(bases):
         ("llama", {"targets": ("nothing",)}, "those it has: down_proj.*embed_tokens, lm_head"),
         ("llama", {"targets": ("embed_tokens",), "dora": True}, r"lora.dora: is of linear layers, and .* embed_tokens"),
         ("qwen3_moe", {"targets": ("experts",), "dora": True}, "lora.dora: is of linear layers"),
+        (
+            "gpt2",
+            {"dora": True},
+            r"lora.dora: is of layers that are stored as \[out, in\], and GPT2.* c_(attn|fc|proj)",
+        ),
+        ("llama", {"rank": 33}, r"lora.rank: 33 is more than .* have: down_proj \(32\), gate_proj \(32\), k_proj \(16"),
+        ("qwen3_moe", {"targets": ("experts",), "rank": 33}, r"experts.down_proj \(16\), experts.gate_up_proj \(32"),
     ],
 )
 def test_what_cannot_have_adapters_is_refused(bases, kind, params, message):
     module = make_module("llama")
     if kind == "tied":
         module.lm_head.weight = module.model.embed_tokens.weight
-    if kind == "qwen3_moe":
+    if kind in ("qwen3_moe", "gpt2"):
         module = transformers.AutoModelForCausalLM.from_pretrained(bases[kind])
     with pytest.raises(UserError, match=message):
-        put_adapters(module, AdapterParams(rank=2, **params), "base")
+        put_adapters(module, AdapterParams(**{"rank": 2} | params), "base")
+
+
+def test_a_rank_that_is_low_for_some_targets_alone_is_said(caplog):
+    put_adapters(make_module("llama"), AdapterParams(rank=16, targets=("q_proj", "k_proj")), "base")
+    assert not caplog.text
+    put_adapters(make_module("llama"), AdapterParams(rank=17, targets=("q_proj", "k_proj")), "base")
+    assert (
+        "lora.rank: 17 is more than the matrices of some targets have, which is no low rank: k_proj (16)" in caplog.text
+    )
 
 
 def test_a_model_beside_the_policy_may_lack_its_head(bases):
