@@ -8,7 +8,6 @@ from helpers.targets import batch_of_rows, make_bases, negative_logp, train, tra
 
 from tandem.assembly.configs import config_class
 from tandem.assembly.models import adapter_params, beside_actor, trained
-from tandem.assembly.sections import ModelSection
 from tandem.batch import TokenLoss
 from tandem.config import load_config
 from tandem.errors import UserError
@@ -43,8 +42,7 @@ def critic_of(model):
 def shared(base, actor, **params):
     site = Site(World())
     site.roles["actor"] = actor
-    section = ModelSection(model=str(base), device="cpu")
-    return critic_of(beside_actor(site, section, str(base), AdapterParams(rank=4, beside=True, **params)))
+    return critic_of(beside_actor(site, str(base), AdapterParams(rank=4, beside=True, **params)))
 
 
 def bytes_of(*trainers):
@@ -126,11 +124,11 @@ def test_it_begins_with_adapters_of_the_same_base(bases, tmp_path):
     params = adapter_params(config, "critic")
     assert params.folder == str(tmp_path / "judge")
     actor.export(tmp_path / "policy")
-    again = beside_actor(site, config.model, str(tmp_path / "policy"),
-                         AdapterParams(folder=str(tmp_path / "policy"), beside=True))  # fmt: skip
+    folder = str(tmp_path / "policy")
+    again = beside_actor(site, folder, AdapterParams(folder=folder, beside=True))
     torch.testing.assert_close(hidden_states(again, batch_of_rows()), hidden_states(actor.model, batch_of_rows()))
     critic = trained(
-        site, lambda s: beside_actor(s, config.model, config.sources["critic"], params), config.model, negative_logp,
+        site, lambda s: beside_actor(s, config.sources["critic"], params), config.model, negative_logp,
         OptimParams(learning_rate=1e-2, total_steps=9),
     )  # fmt: skip
     assert torch.equal(critic.score(batch_of_rows()).scalar_T, judge.score(batch_of_rows()).scalar_T)
