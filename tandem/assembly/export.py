@@ -28,7 +28,7 @@ from tandem.models.seeing import SeeingModel
 from tandem.models.text_config import config_in
 from tandem.models.trusted import is_trusted, source_of
 from tandem.models.weights import load_whole
-from tandem.runs.folder import CHECKPOINTS, MODEL, RunFolder, require_apart
+from tandem.runs.folder import CHECKPOINTS, MODEL, RunFolder, require_apart, require_writable
 from tandem.runs.identity import CONFIG, IDENTITY, read_run
 from tandem.runs.progress import say
 from tandem.types import ScoreScale
@@ -46,6 +46,7 @@ def export(config: ExportConfig) -> Path:
         raise UserError(f"{out}: is there already; give another --out, or replace it with --overwrite")
     require_apart(out, {"model": [located(section.model)]})
     _require_replaceable(out, Path(located(section.model)))
+    require_writable(out.absolute().parent)
     found = find_weights(section.model, section.step, section.role)
     if section.ema and not isinstance(found, Checkpoint):
         raise UserError(f"ema: {found} is no checkpoint; of a finished run the running average is the folder model-ema")

@@ -77,7 +77,8 @@ class Command:
     def read(self, name: str, words: list[str]) -> Any:
         """What ``run`` is given. Raises UserError for a wrong flag, and SystemExit after ``--help``."""
         cls, flags = self.config_class(name, words)
-        prog = " ".join(["tandem", name, *words[: len(words) - len(flags)]])
+        first = [self.first.upper()] if self.first else words[: len(words) - len(flags)]
+        prog = " ".join(["tandem", name, *first])
         return words if cls is None else load_config(cls, flags, prog=prog)
 
 

@@ -89,6 +89,8 @@ def _no_model(path: Path) -> str:
         return f"the folder of a run, not of a model; did you mean {path / 'model'}?"
     if (path / "checkpoints").is_dir():
         return "the folder of a run that has not finished, so it holds no model yet; go on with it: --resume"
+    if path.parent.name == "checkpoints" and (path / "manifest.json").is_file():
+        return f"a checkpoint of a run, not a model; 'tandem export --model {path} --out DIR' makes one of it"
     return "no config.json in it, so it is no Hugging Face model folder"
 
 

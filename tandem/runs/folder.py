@@ -65,14 +65,7 @@ class RunFolder:
     @staticmethod
     def check(out: Path, start: Start) -> None:
         """Raises UserError where ``open`` would refuse the folder. Creates nothing that stays."""
-        ancestor = next(path for path in (out, *out.absolute().parents) if path.exists())
-        if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
-            raise UserError(f"{out}: cannot be written: {ancestor} is not a folder that this user may write in")
-        try:
-            # A file system that lets nobody make anything (/proc, a full disk) says so only when it is asked to.
-            TemporaryDirectory(prefix=".tandem-", dir=ancestor).cleanup()
-        except OSError as error:
-            raise UserError(f"{out}: cannot be written: {ancestor}: {error.strerror}") from None
+        ancestor = require_writable(out)
         require_apart(out, start.reads, overwrite=start.overwrite)
         if ancestor != out:
             return
@@ -191,6 +184,19 @@ class RunFolder:
             else:
                 self.event("stop", **_failed(error))
         self._lock.release()
+
+
+def require_writable(out: Path) -> Path:
+    """The nearest folder that is there. Raises UserError where nothing can be made in it; nothing stays of the try."""
+    ancestor = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
+        raise UserError(f"{out}: cannot be written: {ancestor} is not a folder that this user may write in")
+    try:
+        # A file system that lets nobody make anything (/proc, a full disk) says so only when it is asked to.
+        TemporaryDirectory(prefix=".tandem-", dir=ancestor).cleanup()
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {ancestor}: {error.strerror}") from None
+    return ancestor
 
 
 def require_apart(out: Path, reads: Mapping[str, Collection[str]], *, overwrite: bool = False) -> None:

@@ -90,7 +90,10 @@ class Pipeline:
                 lost = lost or left_out
                 alike = alike + 1 if rewards_alike(metrics) else 0
                 if alike == STEPS_ALIKE:
-                    session.note(f"rewards have told no samples apart for {alike} steps (now {metrics['reward']:.4g})")
+                    session.note(
+                        f"rewards have told no samples apart for {alike} steps (mean {metrics['reward']:.4g} now), so "
+                        "nothing is learned from them; rollouts.jsonl has samples with their rewards"
+                    )
                 session.record(crew.evaluate)
                 session.save_if_due(last=session.step == self.steps or bool(session.stop))
 

@@ -139,6 +139,7 @@ def refused(capsys, *words):
         (["sft", "--model", "base", "--out", "rm/record"], "lies in what the run in {}/rm writes (record)"),
         (["export", "--model", "sft", "--out", "rm/checkpoints/x"], "lies in what the run in {}/rm writes"),
         (["export", "--model", "tied", "--out", "tied/half"], "lies in tied, which is read (model)"),
+        (["export", "--model", "tied", "--out", "/proc/x"], "/proc: cannot be written: /proc: "),
         (["sft", "--model", "tied/", "--out", "tied/run"], "lies in tied/, which is read (model)"),
         (["sft", "--model", "base", "--data", "rows", "--out", "rows/a/run"], "lies in rows, which is read (data)"),
         (["sft", "--model", "base", "--data", "a.jsonl:1,json@rows:2", "--out", "rows/b"], "lies in rows, which is"),

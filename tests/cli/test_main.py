@@ -267,7 +267,8 @@ def test_every_command_explains_itself(name, capsys):
     """Also that no two of its sections have a key of the same name."""
     assert shell.main([name, "--help"]) == 0
     out = capsys.readouterr().out
-    assert f"usage: tandem {name}" in out
+    first = shell.COMMANDS[name].first.upper()
+    assert f"usage: tandem {name} {first}".rstrip() in out
     # launch starts a script of the user's own, which has flags of its own.
     if name != "launch":
         assert "--config FILE.yaml" in out

@@ -180,6 +180,11 @@ def test_folders_that_are_nearly_right(base, tmp_path, monkeypatch):
     (run / "checkpoints").mkdir()
     with pytest.raises(UserError, match="a run that has not finished, so it holds no model yet"):
         load_tokenizer(run)
+    step = run / "checkpoints" / "step_00000003"
+    step.mkdir()
+    (step / "manifest.json").touch()
+    with pytest.raises(UserError, match=rf"a checkpoint of a run, not a model; 'tandem export --model {step} --out"):
+        load_tokenizer(step)
     monkeypatch.setenv("HOME", str(base.parent))
     assert load_tokenizer("~/base").eos_token_id == 1
     assert read_limits("~/base").vocabulary == 64
