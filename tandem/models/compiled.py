@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -60,6 +60,15 @@ class Blocks:
             self.working = False
             log.warning("%s: its layers run uncompiled (slower): %s", self.name, first_line(error))
             return plain(layer, *arguments, **options)
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """With layers as they are: what is asked once or twice is not worth the seconds of a graph."""
+        working, self.working = self.working, False
+        try:
+            yield
+        finally:
+            self.working = working
 
 
 def _kept() -> AbstractContextManager[Any]:
