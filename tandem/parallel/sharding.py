@@ -64,10 +64,10 @@ def shard(
     for module in _sharded(root):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-    for module in root.modules():
+    for part in root.modules():
         # So marked, torch.compile takes a module's numbers, as the size of a head, for variables, and all that follows
         # from them for formulas: it needs three times as long for a graph, which no unsharded model could use.
-        module._is_fsdp_managed_module = False  # type: ignore[assignment]
+        vars(part)["_is_fsdp_managed_module"] = False
 
 
 def forget_gathered(root: nn.Module) -> None:
