@@ -207,7 +207,6 @@ def _of_folder(source: str, config: ExportConfig) -> tuple[LoadedModel, dict[str
     scalar = any(name.endswith("ForSequenceClassification") for name in about.architectures or ())
     if folder is not None:
         module = _base_module(base_of(source), scalar=scalar or folder.scalar)
-        dequantize_module(module)
         module = merge_folder(module, source)
         for name in ScoreScale._fields:
             if hasattr(about, name):

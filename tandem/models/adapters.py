@@ -13,7 +13,7 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ from tandem.models.adapter_targets import ALL_LINEAR, HEADS, TIED, is_tied, requ
 from tandem.models.experts import is_grouped, is_stack, speed_up_stacks
 from tandem.models.folder import located
 from tandem.models.pairs import NAME, adapted, last_name, pairs_of
-from tandem.models.quantized import quantized_in
+from tandem.models.quantized import dequantize_module, quantized_in
 from tandem.models.seeing import PartNames, SeeingModel
 from tandem.seeds import derive_seed
 
@@ -40,6 +40,8 @@ PREFIX = "base_model.model."
 TAKES_PART = ("pissa", "olora", "loftq", "corda", "lora_ga")
 """Ways of peft to begin (``init_lora_weights``) that take a part out of the base as adapters are put on it: the first
 three take out the same again whenever a folder is read."""
+BASE_SUM, BODY_SUM = "base_sum", "body_sum"
+"""What a file of adapters says of their base (``Adapters``), beside their tensors."""
 log = logging.getLogger("tandem")
 
 
@@ -143,7 +145,8 @@ class Adapters:
             named = {PREFIX + names.in_whole(name.removeprefix(PREFIX)): tensor for name, tensor in named.items()}
             config["exclude_modules"] = names.elsewhere
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(named, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        sums = {BASE_SUM: self.base_sum, BODY_SUM: self.body_sum}  # which peft does not look at
+        save_file(named, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"} | sums)
         (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         self.module.config.architectures = [type(self.module).__name__]
         if self.quantized in ("nf4", "fp8"):
@@ -185,6 +188,7 @@ def put_adapters(module: Any, params: AdapterParams, base: str, base_sum: str | 
             )  # fmt: skip
     else:
         _fill(module, params.folder, mapping, beside=params.beside)
+        _say_other_base(params.folder, config, lambda: (adapters.base_sum, adapters.body_sum))
     return adapters
 
 
@@ -304,7 +308,10 @@ def _is_scalar(module: Any) -> bool:
 
 
 def merge_folder(module: Any, folder: str) -> Any:
-    """The module with the adapters of a folder added to its weights. Raises UserError where they are not its own."""
+    """The module with the adapters of a folder added to its weights, none of them in few bits.
+
+    Raises UserError where they are not its own.
+    """
     from safetensors import SafetensorError
 
     peft = require_peft()
@@ -312,6 +319,8 @@ def merge_folder(module: Any, folder: str) -> Any:
     try:
         config = peft.LoraConfig.from_pretrained(folder)
         _require_whole_base(config, folder, repeated=TAKES_PART[:3])
+        _say_other_base(folder, config, lambda: sums_of(module))
+        dequantize_module(module)
         if (mapping := _mapping_of(folder)) is not None:
             config.exclude_modules = None
         if _is_scalar(module) and config.task_type == "CAUSAL_LM":
@@ -439,6 +448,33 @@ def _require_whole_base(config: Any, folder: str, repeated: tuple[str, ...] = ()
         f"{folder}: its adapters {why}, so that their base alone is not what they are beside; merge them into it with "
         "peft, in the process that made them, and put new ones on that"
     )
+
+
+def _say_other_base(folder: str, config: Any, sums_here: Callable[[], tuple[str, str]]) -> None:
+    """Warns of adapters of a folder that were made beside another base than the one that has these ``sums_of``."""
+    from safetensors import safe_open
+
+    base, path = str(config.base_model_name_or_path), Path(folder).expanduser() / ADAPTER_WEIGHTS
+    said: dict[str, str] = {}
+    if path.is_file():
+        with safe_open(path, framework="pt") as file:
+            said = file.metadata() or {}
+    if {BASE_SUM, BODY_SUM} <= said.keys():
+        theirs, sums = (said[BASE_SUM], said[BODY_SUM]), sums_here()
+        # Where one of them has no language-model head, or its embedding is that, the rest counts.
+        part = 1 if theirs[0] == theirs[1] or sums[0] == sums[1] else 0
+        if theirs[part] != sums[part]:
+            log.warning(
+                "%s: its adapters were trained beside other weights (%s) than those of %s are (%s): together they are "
+                "not what was trained; write the folder of their own base into %s as base_model_name_or_path",
+                folder, theirs[part], base, sums[part], ADAPTER_CONFIG,
+            )  # fmt: skip
+    if config.revision not in (None, "main") and not Path(base).expanduser().is_dir():
+        log.warning(
+            "%s: its adapters are of %s at revision %s, and %s is read as it is now; download that revision, and write "
+            "its folder into %s as base_model_name_or_path",
+            folder, base, config.revision, base, ADAPTER_CONFIG,
+        )  # fmt: skip
 
 
 def _mapping_of(base: str) -> dict[str, str] | None:

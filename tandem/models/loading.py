@@ -19,7 +19,7 @@ from tandem.models.folder import located, readable_errors, with_config, with_tok
 from tandem.models.forward import LoadedModel
 from tandem.models.limits import model_config, require_language_model
 from tandem.models.probe import probe_forward
-from tandem.models.quantized import dequantize_module, quantize_module, quantized_in
+from tandem.models.quantized import quantize_module, quantized_in
 from tandem.models.routers import quieted
 from tandem.models.scalar import NO_HEAD, scalar_class, scalar_keys, with_own_buffers
 from tandem.models.seeing import SeeingModel
@@ -199,7 +199,6 @@ def _prepare_loaded(
                 "%s: its adapters were trained on a base in %s, and are added to that base in full here",
                 source, folder.quantized,
             )  # fmt: skip
-        dequantize_module(module)
         module, base = merge_folder(module, str(folder.folder)), str(source)
         if adapters is not None and adapters.quantize != "none":
             quantize_module(module, adapters.quantize)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.models import make_module, make_tokenizer
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma3nTextConfig, MambaConfig, ZambaConfig
 
@@ -266,6 +268,41 @@ def test_a_folder_of_adapters_that_cannot_be_trained_on_is_refused(base, tmp_pat
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(UserError, match=message):
         trainer_of(tmp_path, AdapterParams(folder=str(tmp_path)))
+
+
+def test_a_folder_of_adapters_knows_its_base(base, tmp_path, caplog):
+    """As it is read to be trained on, or merged, also beneath a head of another kind."""
+    trainer_of(base, AdapterParams(rank=4)).export(tmp_path / "own")
+    module = load_causal(base, device="cpu").module
+    with torch.no_grad():
+        module.lm_head.weight[3, 5] += 1e-3
+    module.save_pretrained(tmp_path / "other")
+    make_tokenizer().save_pretrained(tmp_path / "other")
+    shutil.copytree(tmp_path / "own", tmp_path / "moved")
+    path = tmp_path / "moved" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(tmp_path / "other")}))
+    for folder, warned in ((str(tmp_path / "own"), 0), (str(tmp_path / "moved"), 3)):
+        trainer_of(folder, AdapterParams(folder=folder))
+        trainer_of(folder, AdapterParams(folder=folder, quantize="fp8"))
+        load_causal(folder, device="cpu")
+        load_scalar(folder, new_head="zero", device="cpu")  # without the head that differs
+        assert caplog.text.count(f"{folder}: its adapters were trained beside other weights (") == warned
+
+
+def test_a_revision_of_a_base_on_the_hub_is_said(base, tmp_path, monkeypatch, caplog):
+    """What is read is the newest."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    (tmp_path / "models--org--x" / "refs").mkdir(parents=True)
+    (tmp_path / "models--org--x" / "refs" / "main").write_text("c" * 40)
+    shutil.copytree(base, tmp_path / "models--org--x" / "snapshots" / ("c" * 40))
+    trainer_of(base, AdapterParams(rank=4)).export(tmp_path / "own")
+    path = tmp_path / "own" / "adapter_config.json"
+    for name, revision, said in ((str(base), "a1", False), ("org/x", "main", False), ("org/x", "a1", True)):
+        found = {"base_model_name_or_path": name, "revision": revision}
+        path.write_text(json.dumps(json.loads(path.read_text()) | found))
+        load_causal(tmp_path / "own", device="cpu")
+        assert ("its adapters are of org/x at revision a1" in caplog.text) is said
 
 
 @pytest.mark.parametrize("began", ["pissa", "olora", "pissa_niter_4", "lora_ga"])
