@@ -1,4 +1,4 @@
-"""Parts that carry a state. One more token: short convolutions, the gated delta rule, Mamba 2. Many: both Mambas."""
+"""Parts that carry a state: short convolutions, the gated delta rule, both Mambas. Of one more token, or of many."""
 
 from __future__ import annotations
 
@@ -94,8 +94,9 @@ def select_step(
 ) -> Tensor:
     """A step of Mamba 2 (arXiv:2405.21060, eq. 2), for states S [B, H, P, N], changed in place:
 
-    ``S = exp(step * rate) S + step * x into^T``, of which ``S out_of + skip * x`` is given, [B, H, P], in the type of
-    ``x`` [B, H, P]. Steps [B, H], rates and skips [H]; ``into`` and ``out_of`` [B, G, N], for H / G heads each.
+    ``S = exp(step * rate) S + step * x into^T``, of which ``S out_of + skip * x`` is given, [B, H, P], in float32 at
+    least, as by ``scan``. ``x`` [B, H, P], steps [B, H], rates and skips [H]; ``into`` and ``out_of`` [B, G, N], for
+    H / G heads each.
     """
     if on_triton(state):
         from tandem.kernels import states_triton
@@ -107,7 +108,31 @@ def select_step(
     kept = state.to(wide) * (step * rate).exp().to(wide)[..., None, None]
     kept.addcmul_((step[..., None] * x).to(wide)[..., None], into[:, :, None])
     state.copy_(kept)
-    return ((kept @ out_of[..., None])[..., 0] + x * skip[:, None]).to(x.dtype)
+    return (kept @ out_of[..., None])[..., 0] + x.to(wide) * skip[:, None].to(wide)
+
+
+def select_channels(
+    x_BD: Tensor, step_BD: Tensor, step_bias_D: Tensor, rate_DN: Tensor, into_BN: Tensor, out_of_BN: Tensor,
+    skip_D: Tensor, gate_BD: Tensor, state_BDN: Tensor,
+) -> Tensor:  # fmt: skip
+    """A step of Mamba (arXiv:2312.00752, eq. 2), for states S, changed in place:
+
+    ``S = exp(step * rate) S + step * x into^T``, of which ``(S out_of + skip * x) * silu(gate)`` is given, [B, D], in
+    the type of ``x``. ``step = softplus(step + step_bias)``, rounded to its own type, as the SiLU is to the gate's.
+    """
+    if on_triton(state_BDN):
+        from tandem.kernels import states_triton
+
+        return states_triton.select_channels(
+            x_BD, step_BD, step_bias_D, rate_DN, into_BN, out_of_BN, skip_D, gate_BD, state_BDN
+        )
+    wide = torch.promote_types(state_BDN.dtype, torch.float32)
+    long_BD = F.softplus(step_BD + step_bias_D.to(step_BD.dtype)).to(wide)
+    kept_BDN = state_BDN.to(wide) * (long_BD[..., None] * rate_DN).exp()
+    kept_BDN.addcmul_((long_BD * x_BD)[..., None], into_BN.to(wide)[:, None])
+    state_BDN.copy_(kept_BDN)
+    out_BD = (kept_BDN @ out_of_BN.to(wide)[..., None])[..., 0] + skip_D * x_BD.to(wide)
+    return (out_BD * F.silu(gate_BD)).to(x_BD.dtype)
 
 
 def scan(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -9,6 +10,8 @@ from torch import Tensor
 from tandem.kernels.states import LEAST_SQUARE, DeltaGates
 
 CHANNELS = 256
+NUMBERS = 2048
+"""Of a state that a program of Mamba has: 16 registers a thread."""
 COLUMNS = 32
 """Columns or lines of a state that a program has at a time: 128 x 32 numbers are 32 registers a thread."""
 
@@ -130,10 +133,7 @@ def _delta_step(  # type: ignore[no-untyped-def]
     part_of = tl.load(share + row * share_row + group * share_group + head % SHARED)
     long += tl.load(step_bias + head).to(tl.float32)
     rate = tl.exp(tl.load(log_rate + head).to(tl.float32))
-    # Softplus: where the exponential is small the logarithm would lose its digits.
-    power = tl.exp(-tl.abs(long))
-    bent = tl.where(power < 0.01, power * (1.0 - power * (0.5 - power / 3.0)), tl.log(1.0 + power))
-    shrink = tl.exp(-rate * (tl.maximum(long, 0.0) + bent))
+    shrink = tl.exp(-rate * _softplus(long))
     beta = (1.0 / (1.0 + tl.exp(-part_of.to(tl.float32)))).to(part_of.dtype).to(tl.float32) * most
     q = q * (scale / tl.sqrt(tl.sum(q * q, axis=0) + least))
     k = k / tl.sqrt(tl.sum(k * k, axis=0) + least)
@@ -164,12 +164,20 @@ def _delta_step(  # type: ignore[no-untyped-def]
     tl.store(out + every, (normed * (z / (1.0 + tl.exp(-z)))).to(rounded), mask=is_value)
 
 
+@triton.jit
+def _softplus(x):  # type: ignore[no-untyped-def]
+    # Where the exponential is small the logarithm would lose its digits.
+    power = tl.exp(-tl.abs(x))
+    bent = tl.where(power < 0.01, power * (1.0 - power * (0.5 - power / 3.0)), tl.log(1.0 + power))
+    return tl.maximum(x, 0.0) + bent
+
+
 def select_step(
     x: Tensor, step: Tensor, rate: Tensor, into: Tensor, out_of: Tensor, skip: Tensor, state: Tensor
 ) -> Tensor:
     """A program for some lines of a head's state."""
     rows, heads, lines, size = state.shape
-    out = x.new_empty(rows, heads, lines)
+    out = x.new_empty(rows, heads, lines, dtype=torch.float32)
     _select_step[(rows, heads, triton.cdiv(lines, COLUMNS))](
         x, step, rate, into, out_of, skip, state, out,
         *x.stride()[:2], *step.stride(), *into.stride()[:2], *out_of.stride()[:2], state.stride(0),
@@ -202,4 +210,53 @@ def _select_step(  # type: ignore[no-untyped-def]
     kept = tl.load(at, mask=inside, other=0.0).to(tl.float32) * shrink + (long * value)[:, None] * more[None, :]
     tl.store(at, kept.to(state.dtype.element_ty), mask=inside)
     found = tl.sum(kept * read[None, :], axis=1) + value * tl.load(skip + head).to(tl.float32)
-    tl.store(out + (row * tl.num_programs(1) + head) * LINES + line, found.to(out.dtype.element_ty), mask=is_line)
+    tl.store(out + (row * tl.num_programs(1) + head) * LINES + line, found, mask=is_line)
+
+
+def select_channels(
+    x_BD: Tensor, step_BD: Tensor, step_bias_D: Tensor, rate_DN: Tensor, into_BN: Tensor, out_of_BN: Tensor,
+    skip_D: Tensor, gate_BD: Tensor, state_BDN: Tensor,
+) -> Tensor:  # fmt: skip
+    """A program for some channels of a row."""
+    rows, channels, size = state_BDN.shape
+    out_BD = x_BD.new_empty(rows, channels)
+    padded = triton.next_power_of_2(size)
+    block = max(1, NUMBERS // padded)
+    _select_channels[(rows, triton.cdiv(channels, block))](
+        x_BD, step_BD, step_bias_D, rate_DN, into_BN, out_of_BN, skip_D, gate_BD, state_BDN, out_BD, channels,
+        *(y.stride(0) for y in (x_BD, step_BD, into_BN, out_of_BN, gate_BD, state_BDN)),
+        SIZE=size, SIZE_PADDED=padded, BLOCK=block, num_warps=4,
+    )  # fmt: skip
+    return out_BD
+
+
+@triton.jit
+def _select_channels(  # type: ignore[no-untyped-def]
+    x, step, step_bias, rate, into, out_of, skip, gate, state, out, channels,
+    x_row, step_row, into_row, out_of_row, gate_row, state_row,
+    SIZE: tl.constexpr, SIZE_PADDED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = channel < channels
+    part = tl.arange(0, SIZE_PADDED)
+    is_part = part < SIZE
+    is_kept = inside[:, None] & is_part[None, :]
+    place = channel[:, None] * SIZE + part[None, :]
+    at = state + row * state_row + place
+    kept = tl.load(at, mask=is_kept, other=0.0).to(tl.float32)
+    value = tl.load(x + row * x_row + channel, mask=inside, other=0.0).to(tl.float32)
+    z = tl.load(gate + row * gate_row + channel, mask=inside, other=0.0).to(tl.float32)
+    own = tl.load(step + row * step_row + channel, mask=inside, other=0.0)
+    bias = tl.load(step_bias + channel, mask=inside, other=0.0).to(own.dtype)
+    long = _softplus((own.to(tl.float32) + bias.to(tl.float32)).to(own.dtype).to(tl.float32))
+    long = long.to(own.dtype).to(tl.float32)
+    more = tl.load(into + row * into_row + part, mask=is_part, other=0.0).to(tl.float32)
+    read = tl.load(out_of + row * out_of_row + part, mask=is_part, other=0.0).to(tl.float32)
+    shrink = tl.exp(long[:, None] * tl.load(rate + place, mask=is_kept, other=0.0).to(tl.float32))
+    kept = kept * shrink + (long * value)[:, None] * more[None, :]
+    tl.store(at, kept.to(state.dtype.element_ty), mask=is_kept)
+    found = tl.sum(kept * read[None, :], axis=1)
+    found += value * tl.load(skip + channel, mask=inside, other=0.0).to(tl.float32)
+    bent = (z / (1.0 + tl.exp(-z))).to(gate.dtype.element_ty).to(tl.float32)
+    tl.store(out + row * channels + channel, (found * bent).to(out.dtype.element_ty), mask=inside)

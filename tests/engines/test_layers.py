@@ -14,7 +14,7 @@ from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
 
 from tandem.engines.live.forwards import LeanForward, OwnForward
 from tandem.engines.live.layers import Attention, Decoder, Gated, Joint, Layer, Ungated, Unlike, Whole
-from tandem.engines.live.mixers import Mixer, _convolve, _select
+from tandem.engines.live.mixers import Mixer, _convolve, _select, _select_channels
 from tandem.engines.live.probe import Trial, _page_logits, find_cache_shape, head_shape_of
 from tandem.engines.live.reading import watch
 from tandem.engines.live.reading.decoder import read_decoder
@@ -22,6 +22,7 @@ from tandem.engines.live.states import StateForward
 from tandem.kernels import states
 from tandem.kernels.layers import Norm
 from tandem.models.attention import IMPLEMENTATION, Ask, PackedLayout
+from tandem.models.probe import gap_of
 from tandem.models.shrunk import trained_size
 from tandem.models.states import Held, put_right, states_of_layers
 
@@ -412,9 +413,12 @@ def page_logits(module: Any, lean: LeanForward | None, trial: Trial) -> torch.Te
 
 
 @pytest.mark.parametrize("name", ["mamba", "mamba2", "falcon-mamba"])
-def test_layers_that_are_added_up_in_float32_are_read_and_rounded_as_their_module_is(name: str) -> None:
+def test_layers_that_are_added_up_in_float32_are_read_and_rounded_as_their_module_is(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Bit for bit in bfloat16, where the layers' parts are the module's own."""
     module = family_model(name)
+    put_right(module)
     assert read_decoder(module, 96).residual is None
     module.bfloat16()
     lean = LeanForward(module, positions=96, head_shape=head_shape_of(module))
@@ -422,11 +426,17 @@ def test_layers_that_are_added_up_in_float32_are_read_and_rounded_as_their_modul
     assert right.residual == torch.float32
     assert [layer.before.rounds for layer in right.layers] == [True] * len(right.layers)
     assert not right.norm.rounds
+    trial = Trial(module, (4, 12), 5)
+    found = page_logits(module, lean, trial)
+    with monkeypatch.context() as patch:
+        patch.setattr(states, "select_channels", lambda x, *rest: x)
+        patch.setattr(states, "select_step", lambda x, *rest: x)
+        assert "does not reproduce" in trial.why_not_pages(StateForward(module, lean), find_cache_shape(module))
     for layer in right.layers:
         layer.attention.forward = layer.attention.module
-    trial = Trial(module, (4, 12), 5)
     own = page_logits(module, None, trial)
     assert torch.equal(page_logits(module, lean, trial), own)
+    assert gap_of(found, trial.truth.value_TD) < gap_of(own, trial.truth.value_TD), "nearer to what is trained"
     lean.decoder = replace(right, residual=None)
     assert not torch.equal(page_logits(module, lean, trial), own)
     lean.decoder = replace(right, layers=[norming("before", rounds=False)(layer) for layer in right.layers])
@@ -511,6 +521,8 @@ def test_what_our_kernels_do_not_compute_is_left_to_those_of_the_module() -> Non
     two, told = torch.ones(1, 2, 1, 4), {}
     _select(lambda *all, **named: told.update(named), *[two] * 6, D=two, dt_bias=two, dt_softplus=True, z=two)
     assert told["z"] is two
+    _select_channels(lambda *all, **named: told.update(named), *[two] * 6, D=two, dt_bias=None, dt_softplus=True, z=two)
+    assert told == {"D": two, "dt_bias": None, "dt_softplus": True, "z": two}
 
 
 def gate_after(module: Any) -> None:

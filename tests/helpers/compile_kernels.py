@@ -202,6 +202,17 @@ def call_states() -> None:
         )
         group, state = torch.zeros(2, 1, size, dtype=dtype), torch.zeros(2, 3, values, size, dtype=dtype)
         states_triton.select_step(value, decay, decay[0], group, group, decay[0], state)
+        states_triton.select_channels(
+            x,
+            x,
+            decay.new_zeros(channels),
+            x.new_zeros(channels, size).float(),
+            group[:, 0],
+            group[:, 0],
+            x[0],
+            x,
+            torch.zeros(2, channels, size),
+        )
 
 
 def call_experts() -> None:

@@ -219,7 +219,9 @@ def test_steps_of_mamba_2(dtype: torch.dtype, lines: int, size: int, groups: int
         wide, into = (torch.randn(2, n, m, device=DEVICE).to(dtype) for n, m in ((heads, 2 * lines), (groups, size)))
         x, out_of, step = wide[..., lines:], into.flip(2), torch.rand(2, heads, device=DEVICE)
         out = states_triton.select_step(x, step, rate, into, out_of, skip, found)
-        close(out, states.select_step(x, step, rate, into, out_of, skip, truth), 20)
+        beside = states.select_step(x, step, rate, into, out_of, skip, truth)
+        assert out.dtype == beside.dtype == torch.float32, "as whole sequences"
+        close(out.to(dtype), beside.to(dtype), 20)
         close(found, truth, 8)
         for row, head in itertools.product(range(2), range(heads)):
             group, long = head * groups // heads, step[row, head].double()
@@ -227,8 +229,36 @@ def test_steps_of_mamba_2(dtype: torch.dtype, lines: int, size: int, groups: int
             kept += torch.outer(long * x[row, head].double(), into[row, group].double())
             exact[row, head] = kept
             wanted = kept @ out_of[row, group].double() + skip[head].double() * x[row, head].double()
-            close(out[row, head], wanted.to(dtype), 40)
+            close(out[row, head].to(dtype), wanted.to(dtype), 40)
     close(found, exact.to(dtype), 20)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, LOW])
+@pytest.mark.parametrize(("channels", "size"), [(40, 12), (300, 16)])
+def test_steps_of_mamba(dtype: torch.dtype, channels: int, size: int) -> None:
+    """Several, after one another, of rows that lie apart; and in float64, written out."""
+    found = torch.randn(2, channels, size, device=DEVICE)
+    truth, exact = found.clone(), found.double()
+    rate, bias = -torch.rand(channels, size, device=DEVICE), torch.randn(channels, device=DEVICE)
+    skip = torch.randn(channels, device=DEVICE).to(dtype)
+    for _ in range(2):
+        wide, both = (torch.randn(2, n, device=DEVICE).to(dtype) for n in (2 * channels, 2 * size))
+        (x, gate), (into, out_of) = wide.chunk(2, dim=1), both.chunk(2, dim=1)
+        step = (torch.randn(2, channels, device=DEVICE) * 6).to(dtype)
+        given = x, step, bias, rate, into, out_of, skip, gate
+        out = states_triton.select_channels(*given, found)
+        close(out, states.select_channels(*given, truth), 20)
+        close(found, truth, 8)
+        long = torch.nn.functional.softplus((step + bias.to(dtype)).double())
+        long = long if dtype == torch.float32 else long.to(dtype).double()
+        for row, channel in itertools.product(range(2), range(channels)):
+            kept = (long[row, channel] * rate[channel].double()).exp() * exact[row, channel]
+            kept += long[row, channel] * x[row, channel].double() * into[row].double()
+            exact[row, channel] = kept
+            wanted = kept @ out_of[row].double() + skip[channel].double() * x[row, channel].double()
+            wanted *= gate[row, channel].double() * gate[row, channel].double().sigmoid()
+            close(out[row, channel], wanted.to(dtype), 40)
+    close(found, exact.float(), 20)
 
 
 def new_pages(dtype: torch.dtype, shape: tuple[int, ...], *, eight_bit: bool) -> pages.Pages:

@@ -83,6 +83,30 @@ def test_what_a_sample_is_given_does_not_depend_on_those_beside_it(name: str, wa
             assert (logp - torch.tensor(sample.untruncated_logp)).abs().max() < 5e-5
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, torch.bfloat16) for name in ("mamba", "mamba2", "falcon-mamba")]
+    + [(name, torch.float32) for name in ("mamba2", "falcon-mamba")],
+)
+def test_mambas_are_fused_in_both_types(name: str, dtype: torch.dtype) -> None:
+    """What they sample has the log-probs that they are trained on."""
+    model = prepare_module(made(name), tokenizer())
+    model.compute_in(dtype)
+    engine = LiveEngine(model.module, tokenizer(), way="captured", max_slots=4)
+    assert engine.fitting is not None
+    assert engine.fitting.lean is not None
+    assert engine.fitting.lean.decoder.residual is (torch.float32 if dtype == torch.bfloat16 else None)
+    asked = asks(4, temperature=1.0)
+    for request, samples in zip(asked, engine.generate(asked), strict=True):
+        for sample in samples:
+            ids = torch.tensor([[*request.prompt_ids, *sample.token_ids]])
+            with torch.no_grad():
+                logits = model.module(input_ids=ids, use_cache=False).logits[0, len(request.prompt_ids) - 1 : -1]
+            logp = logits.float().log_softmax(-1).gather(1, ids[0, len(request.prompt_ids) :, None]).squeeze(1)
+            gap = (logp - torch.tensor(sample.untruncated_logp)).abs().max()
+            assert gap < (0.05 if dtype == torch.bfloat16 else 1e-4), gap
+
+
 def test_where_states_leave_room_for_few_rows_the_decoder_stays(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

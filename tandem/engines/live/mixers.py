@@ -93,8 +93,31 @@ def _select(
     return out if z is None else out * F.silu(z)
 
 
+def _select_channels(
+    theirs: Callable[..., Tensor],
+    state: Tensor,
+    hidden_states: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    z: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """``selective_state_update`` of Mamba: one step, rate and skip a channel, and a gate."""
+    given = hidden_states, dt, A, B, C
+    if D is None or dt_bias is None or z is None or not dt_softplus or any(x.stride(-1) != 1 for x in (*given, z)):
+        named = {"D": D, "dt_bias": dt_bias, "dt_softplus": dt_softplus, "z": z}
+        return theirs(state, *given, **named, **options)
+    return kernels.select_channels(hidden_states, dt, dt_bias, A, B, C, D, z, state)
+
+
 OURS: dict[str, Callable[..., Any]] = {
     "causal_conv1d_update": _convolve,
+    "mamba_selective_state_update": _select_channels,
     "mamba2_selective_state_update": _select,
 }
 """By the names that transformers has for them."""
