@@ -123,6 +123,9 @@ class LinearHead(torch.autograd.Function):
     The backward pass makes a chunk's logits again, turns them into their gradient in place and adds the chunk's part to
     the weight's gradient, in float32 or higher. The last chunk's logits are kept for it instead: it is where the
     backward pass begins, so they are no more than it takes.
+
+    Where the log-probs alone have a gradient and nothing but ``hidden`` wants it, the forward pass makes that of each
+    row up to its factor, which is all that the backward pass brings: no logits are made twice.
     """
 
     @staticmethod
@@ -138,6 +141,9 @@ class LinearHead(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         logsumexps, logps, entropies, divergences = [], [], [], []
         kept_nV: Tensor | None = None
+        simple = ask.against is None and not (ask.entropy and ask.entropy_grad)
+        at_once = ask.backward and simple and [*ctx.needs_input_grad[:5]] == [True, *[False] * 4]
+        slope_ND = torch.empty_like(hidden_ND) if at_once else None
         for number, (hidden_nD, target_n) in enumerate(
             zip(*(x.split(ask.chunk_tokens) for x in (hidden_ND, target_N)), strict=True)
         ):
@@ -150,13 +156,22 @@ class LinearHead(torch.autograd.Function):
             entropies += [] if entropy_n is None else [entropy_n]
             if ask.against is not None:
                 divergences.append(ask.against.values(kept_nV, number * ask.chunk_tokens))
+            if slope_ND is not None:
+                slope = ask.shape.slope(kept_nV)
+                logits_gradient_(kept_nV, target_n, logsumexp_n, torch.ones_like(logsumexp_n), ask.temperature)
+                if ask.shape != PLAIN:
+                    kept_nV *= slope
+                products.product(kept_nV, weight_VD, out_MN=slope_ND[rows])
         logsumexp_N, logp_N = torch.cat(logsumexps), torch.cat(logps)
         entropy_N = torch.cat(entropies) if entropies else None
-        ctx.ask = ask
-        ctx.last_logits = kept_nV if ask.backward else None
+        ctx.ask, ctx.at_once = ask, at_once
+        ctx.last_logits = kept_nV if ask.backward and not at_once else None
         if entropy_N is not None and not ask.entropy_grad:
             ctx.mark_non_differentiable(entropy_N)
         ctx.set_materialize_grads(False)
+        if at_once:
+            ctx.save_for_backward(slope_ND)
+            return logp_N, entropy_N, None
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V, inner_NR, up_VR, target_N, logsumexp_N, entropy_N)
         return logp_N, entropy_N, torch.cat(divergences) if divergences else None
 
@@ -165,9 +180,13 @@ class LinearHead(torch.autograd.Function):
     def backward(
         ctx: Any, grad_logp_N: Tensor | None, grad_entropy_N: Tensor | None, grad_divergence_N: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        hidden_ND, weight_VD, bias_V, inner_NR, up_VR, target_N, logsumexp_N, entropy_N = ctx.saved_tensors
         if grad_logp_N is None and grad_entropy_N is None and grad_divergence_N is None:
             return (None,) * 7
+        if ctx.at_once:
+            assert grad_logp_N is not None
+            (slope_ND,) = ctx.saved_tensors
+            return ((slope_ND * grad_logp_N[:, None]).to(slope_ND.dtype), *[None] * 6)
+        hidden_ND, weight_VD, bias_V, inner_NR, up_VR, target_N, logsumexp_N, entropy_N = ctx.saved_tensors
         ask, (for_hidden, for_weight, for_bias, for_inner, for_up, *_) = ctx.ask, ctx.needs_input_grad
         wide = torch.promote_types(weight_VD.dtype, torch.float32)
         elsewhere = ask.weight_gradient is not None

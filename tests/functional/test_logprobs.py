@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from tandem.functional import logprobs
 from tandem.functional.logprobs import chunked_head
 from tandem.kernels.logprob import PLAIN, HeadShape
 
@@ -255,6 +256,28 @@ def test_a_second_backward_of_a_linear_head_is_the_same():
     first = torch.autograd.grad(loss, [x, head.weight], retain_graph=True)
     second = torch.autograd.grad(loss, [x, head.weight])
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("shape", [PLAIN, HeadShape(0.7), HeadShape(0.7, 2.0)])
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_a_frozen_linear_heads_logits_are_made_once(monkeypatch, dtype, most, shape):
+    """Its gradient is float64's, for any factors of the rows, and as often as it is asked for."""
+    head, x, target = linear_head(dtype=dtype)
+    head.requires_grad_(False)
+    factor = torch.linspace(-2, 3, len(target))
+    exact = x.detach().double().requires_grad_()
+    logits = shape.of(exact @ head.weight.double().T + head.bias.double()) / 0.6
+    (logits.log_softmax(-1).gather(1, target[:, None])[:, 0] * factor).sum().backward()
+    made, kept = [], []
+    monkeypatch.setattr(logprobs, "_logits", lambda *given, own=logprobs._logits: made.append(1) or own(*given))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, identity):
+        logp, _ = chunked_logprobs(head, x, target, chunk_tokens=4, temperature=0.6, shape=shape)
+    for _ in range(2):
+        (found,) = torch.autograd.grad((logp * factor).sum(), x, retain_graph=True)
+        assert found.dtype == dtype
+        assert (found.double() - exact.grad).abs().max() < most * exact.grad.abs().max()
+    assert len(made) == 3
+    assert kept == [tuple(x.shape)]
 
 
 def test_a_frozen_linear_head_and_a_frozen_input():
