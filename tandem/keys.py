@@ -51,6 +51,8 @@ A_SHARE = must("more than 0 and at most 1", lambda value: 0 < value <= 1)
 A_TEXT = must("a text", bool)
 A_FOLDER = must("a folder", bool)
 A_MODEL = must("a folder or a name on the hub", bool)
+ANYTHING = must("anything", lambda value: True)
+"""Of a key to which a subclass gives a default that its first class refuses."""
 
 
 class Checked:

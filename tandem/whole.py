@@ -60,6 +60,21 @@ def write_aside(path: Path, text: str | Iterable[str]) -> None:
         file.writelines(part.encode() for part in ([text] if isinstance(text, str) else text))
 
 
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Where a folder is to be written, which takes its name (``replace_folder``) once the body has written all of it.
+
+    It is removed where the body fails.
+    """
+    partial = partial_of(folder)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        yield partial
+        replace_folder(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def replace_folder(new: Path, folder: Path) -> None:
     """Gives a folder, all of it written, the name of another. Signals wait; after a kill ``restore_folder`` mends."""
     with held():

@@ -387,8 +387,8 @@ class SamplesConfig(RunConfig):
                     f"stale_cache: has no effect with {without[0]}, where no sample runs when weights change; leave it "
                     "at auto"
                 )
-        prompts, samples = self.sampling.prompts_per_step, self.sampling.samples_per_prompt
-        units, what = (prompts, "pairs") if self.method.pairwise else (prompts * samples, "samples")
+        draws = self.sampling
+        units, what = (draws.prompts_per_step, "pairs") if self.method.pairwise else (draws.samples_per_step, "samples")
         if self.step.minibatches > units:
             raise UserError(
                 f"minibatches: expected at most {units}, since a step has no more {what}, got {self.step.minibatches}"

@@ -19,10 +19,9 @@ from tandem.assembly.text_feed import TextFeed
 from tandem.assembly.use_configs import EvalConfig, EvalRowsConfig
 from tandem.errors import UserError
 from tandem.models.scalar import require_head
-from tandem.roles import Metrics, Seat
-from tandem.rollout.evaluate import HeldOut, HeldOutRows
+from tandem.roles import Metrics
+from tandem.rollout.evaluate import HeldOut
 from tandem.rollout.measure import held_out_metrics
-from tandem.rollout.prepare import Preparation
 from tandem.runs.folder import MEASURED, RunFolder
 from tandem.runs.lines import iterate_lines
 from tandem.runs.progress import Progress
@@ -76,23 +75,19 @@ def evaluate_rows(config: EvalRowsConfig) -> Metrics | None:
     if isinstance(feed, RowsFeed):
         config.method.aside(feed.examples, feed.longest)
     if config.run.dry_run:
-        uses = models_used(run.sources, scalar_roles(run), config.model, homes)
-        print_plan(config, uses | {"data": str(feed.counts or feed.uses(homes)["data"])})
+        uses = models_used(run.sources, scalar_roles(run), config.model, config.placement)
+        print_plan(config, uses | {"data": str(feed.counts or feed.uses()["data"])})
         return None
     with homes:
         models = load_models(run, homes.begin, 1, new_head="refuse")
-        measure = _measure(feed, models, config)
+        measure: HeldOut = (
+            feed.measure(models, {"": feed.corpus})
+            if isinstance(feed, TextFeed)
+            else feed.measure(models, {"": feed.examples})
+        )
         with RunFolder.open(out, start), Progress(title, total=1) as progress:
             found = measure(0, progress.phase).metrics
             return _written(out, {name.removeprefix("eval/"): value for name, value in found.items()})
-
-
-def _measure(feed: TextFeed | RowsFeed, models: Mapping[str, Seat], config: EvalRowsConfig) -> HeldOut:
-    """What measures all that a feed has read as a run would measure held-out data."""
-    if isinstance(feed, TextFeed):
-        return feed.measure(models, {"": feed.corpus})
-    prepare = Preparation(method=config.method, models=models, longest=feed.longest, seed=config.run.seed)
-    return HeldOutRows(sets={"": feed.examples}, actor=models["actor"], prepare=prepare)
 
 
 def _written(out: Path, metrics: Metrics) -> Metrics:

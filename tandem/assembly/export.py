@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 
 from tandem.assembly.use_configs import ExportConfig
 from tandem.checkpoint.store import Checkpoint, CheckpointStore, open_checkpoint
@@ -23,7 +22,7 @@ from tandem.models.limits import model_config
 from tandem.models.loading import load_tokenizer
 from tandem.models.policy import Merged
 from tandem.models.quantized import dequantize_module
-from tandem.models.scalar import scalar_class, scalar_keys
+from tandem.models.scalar import auto_class, forget_scale, scalar_keys
 from tandem.models.seeing import SeeingModel
 from tandem.models.text_config import config_in
 from tandem.models.trusted import is_trusted, source_of
@@ -32,7 +31,7 @@ from tandem.runs.folder import CHECKPOINTS, MODEL, RunFolder, require_apart, req
 from tandem.runs.identity import CONFIG, IDENTITY, read_run
 from tandem.runs.progress import say
 from tandem.types import ScoreScale
-from tandem.whole import partial_of, replace_folder
+from tandem.whole import whole_folder
 
 
 def export(config: ExportConfig) -> Path:
@@ -55,16 +54,12 @@ def export(config: ExportConfig) -> Path:
     else:
         model, state = _of_folder(source_of(found, section.trust_remote_code), config)
     hub = Hub(section.push_to_hub, private=section.private) if section.push_to_hub is not None else None
-    aside = partial_of(out)
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        say(f"writing {out}")
-        model.export(aside, {name: _in_dtype(name, t, model.torch_dtype) for name, t in state.items()})
-        replace_folder(aside, out)
+        with whole_folder(out) as aside:
+            say(f"writing {out}")
+            model.export(aside, {name: _in_dtype(name, t, model.torch_dtype) for name, t in state.items()})
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     if hub is not None:
         hub.upload(out)
     return out
@@ -172,15 +167,14 @@ def _of_checkpoint(checkpoint: Checkpoint, config: ExportConfig) -> tuple[Loaded
             name: tensor for name, tensor in module.state_dict().items() if name in buffers
         }
     tokenizer = load_tokenizer(base)
-    auto = scalar_class(model_config(base), base) if scalar else AutoModelForCausalLM
+    auto = auto_class(model_config(base), base, scalar=scalar)
     with readable_errors(base, "model"), torch.device("meta"):
         about = config_in(located(base))
         vars(about).pop("quantization_config", None)  # what is written is whole
         if scalar:
             for key, value in scalar_keys(about, tokenizer).items():
                 setattr(about, key, value)
-            for name in ScoreScale._fields:  # that of the base's scores
-                vars(about).pop(name, None)
+            forget_scale(about)  # that of the base's scores
         module = auto.from_config(about, trust_remote_code=is_trusted(base)).eval()
     with suppress(OSError):  # a base that has none
         if not scalar:
@@ -212,8 +206,7 @@ def _of_folder(source: str, config: ExportConfig) -> tuple[LoadedModel, dict[str
             if hasattr(about, name):
                 setattr(module.config, name, getattr(about, name))
     else:
-        auto = scalar_class(about, source) if scalar else AutoModelForCausalLM
-        module, _ = load_whole(auto, source, what="model")
+        module, _ = load_whole(auto_class(about, source, scalar=scalar), source, what="model")
         dequantize_module(module)
     state = module.state_dict()
     return _written_in(module, load_tokenizer(source), base_of(source), config), state
@@ -221,10 +214,9 @@ def _of_folder(source: str, config: ExportConfig) -> tuple[LoadedModel, dict[str
 
 def _base_module(base: str, *, scalar: bool) -> Any:
     """The model that adapters are of, in float32 on the CPU, with the head that theirs has."""
-    auto, changes = AutoModelForCausalLM, None
-    if scalar:
-        about = model_config(base)
-        auto, changes = scalar_class(about, base), scalar_keys(about, load_tokenizer(base))
+    about = model_config(base)
+    changes = scalar_keys(about, load_tokenizer(base)) if scalar else None
+    auto = auto_class(about, base, scalar=scalar)
     module, _ = load_whole(auto, base, what="model", new="score" if scalar else "", config_changes=changes)
     return module.eval()
 

@@ -91,7 +91,7 @@ class Feed:
     def check(self) -> None:
         """Raises UserError where what was read does not fit together."""
 
-    def uses(self, homes: Homes) -> dict[str, str]:
+    def uses(self) -> dict[str, str]:
         """What the run would use, for a dry run."""
         raise TypeError(type(self).__name__)
 
@@ -102,7 +102,7 @@ class Feed:
     def begin(self, homes: Homes) -> None:
         """Begins what can be made while the models are loaded."""
 
-    def start(self, models: Mapping[str, Seat], homes: Homes) -> Fed:
+    def start(self, models: Mapping[str, Seat]) -> Fed:
         """Starts what it needs beside the models."""
         raise TypeError(type(self).__name__)
 
@@ -152,7 +152,7 @@ class RowsFeed(Feed):
         rows = self.examples
         return float(sum(sum(row.trainable) if isinstance(row, Sequence) else 1 for row in rows))
 
-    def uses(self, homes: Homes) -> dict[str, str]:
+    def uses(self) -> dict[str, str]:
         config = self.config
         items = self.steps * config.rows.batch_size
         return {
@@ -174,12 +174,15 @@ class RowsFeed(Feed):
     def recall(self) -> set[str]:
         return self.once.recall()
 
-    def start(self, models: Mapping[str, Seat], homes: Homes) -> Fed:
-        seats = {**models, **self.once.seats()}
-        prepare = Preparation(method=self.config.method, models=seats, longest=self.longest, seed=self.config.run.seed)
-        measure = HeldOutRows(sets=self.held_out, actor=models["actor"], prepare=prepare)
+    def start(self, models: Mapping[str, Seat]) -> Fed:
+        measure = self.measure({**models, **self.once.seats()}, self.held_out)
         evaluate = when_due(self.config.evaluation, measure, last=self.steps)
-        return Fed(source=Tokenized(self.examples), prepare=prepare, evaluate=evaluate)
+        return Fed(source=Tokenized(self.examples), prepare=measure.prepare, evaluate=evaluate)
+
+    def measure(self, models: Mapping[str, Seat], sets: Mapping[str, Seq[Any]]) -> HeldOutRows:
+        """What measures the policy on some rows."""
+        prepare = Preparation(method=self.config.method, models=models, longest=self.longest, seed=self.config.run.seed)
+        return HeldOutRows(sets=sets, actor=models["actor"], prepare=prepare)
 
     def ask(self, models: Mapping[str, Seat], progress: Progress) -> None:
         self.once.ask(models, progress)
@@ -245,15 +248,13 @@ class SamplesFeed(Feed):
 
     @property
     def bits(self) -> float:
-        sampling = self.config.sampling
-        return float(self.steps * sampling.prompts_per_step * sampling.samples_per_prompt)
+        return float(self.steps * self.config.sampling.samples_per_step)
 
-    def uses(self, homes: Homes) -> dict[str, str]:
+    def uses(self) -> dict[str, str]:
         config = self.config
         sampling, engine, step = config.sampling, config.engine, config.step
-        samples = sampling.prompts_per_step * sampling.samples_per_prompt
         items = self.steps * sampling.prompts_per_step
-        place = homes.where("engine")
+        place = config.placement.where("engine")
         buffer = Buffer(
             items_per_step=config.items_per_step, max_lag=config.schedule.max_lag, window=config.schedule.window
         )
@@ -261,7 +262,7 @@ class SamplesFeed(Feed):
             "rewards": ", ".join(config.reward.judges) or "none",
             "engine": f"{engine.kind}{place or ', on the actor' + chr(39) + 's devices'}, {sampling.max_slots} slots",
             "prompts": describe_data(self.rows, self.counts, self.order, items, self.steps),
-            "a step": f"{samples} samples of at most {sampling.max_new_tokens} tokens, "
+            "a step": f"{sampling.samples_per_step} samples of at most {sampling.max_new_tokens} tokens, "
             f"{step.sample_epochs * step.minibatches} optimizer steps",
             "schedule": f"{buffer.size} prompts open, each trained on at most {buffer.bound} steps after it was begun"
             if buffer.max_lag
@@ -270,19 +271,18 @@ class SamplesFeed(Feed):
         }
 
     def begin(self, homes: Homes) -> None:
-        wiring = Wiring(
+        self.wiring = Wiring(
             homes=homes,
             sampling=self.config.sampling,
             seed=self.config.run.seed,
             vocabulary=len(self.tokenizer),
-            others={},
             schedule=self.config.schedule,
         )
-        self.wiring = replace(wiring, begun=wiring.begin())
+        self.wiring.begin()
 
-    def start(self, models: Mapping[str, Seat], homes: Homes) -> Fed:
+    def start(self, models: Mapping[str, Seat]) -> Fed:
         config = self.config
-        engine = replace(self.wiring, others=models).engine()
+        engine = self.wiring.engine(models)
         source = Sampling(
             engine=engine.engine,
             prompts=self.prompts,
@@ -293,14 +293,14 @@ class SamplesFeed(Feed):
         )
         prepare = preparation(config, models)
         evaluate = when_due(config.evaluation, self._measure(source, prepare), last=self.steps)
-        ahead = partial(self._ahead, models, homes)
+        ahead = partial(self._ahead, models)
         return Fed(source=source, prepare=prepare, push_weights=engine.push, evaluate=evaluate, ahead=ahead)
 
-    def _ahead(self, models: Mapping[str, Seat], homes: Homes, progress: Progress) -> list[Future[Any]]:
+    def _ahead(self, models: Mapping[str, Seat], progress: Progress) -> list[Future[Any]]:
         """Has the models of each step compile while the first samples are drawn, where engines are apart from them."""
         config, compile = self.config, self.config.model.compile
-        on = compile == "on" or (compile == "auto" and homes.device().type == "cuda")
-        if not on or homes.placement.home("engine") == "actor":
+        on = compile == "on" or (compile == "auto" and self.wiring.homes.device().type == "cuda")
+        if not on or config.placement.home("engine") == "actor":
             return []
         batch = made_up(
             prompts=config.sampling.prompts_per_step // config.step.minibatches,
@@ -309,7 +309,7 @@ class SamplesFeed(Feed):
             longest=config.sampling.max_new_tokens,
             vocabulary=words_of(self.limits[0], len(self.tokenizer)),
             tokens=config.model.token_budget,
-            ranks=max(1, homes.placement.workers("actor")),
+            ranks=max(1, config.placement.workers("actor")),
         )
         needs = (*config.method.losses(), *(need.role for need in config.method.needs()))
         roles = [role for role in dict.fromkeys(needs) if role in models and not config.is_view(role)]

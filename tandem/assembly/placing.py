@@ -84,11 +84,6 @@ class Homes:
         """The processes a role lives in."""
         return self.homes[self.placement.home(role)]
 
-    def where(self, role: str) -> str:
-        """For a person: nothing where it is this process or the actor's."""
-        count = self.placement.workers(role)
-        return f", {count} worker{'s' if count > 1 else ''} of its own" if count else ""
-
     @property
     def spread(self) -> bool:
         """Whether anything lives outside this process."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from tandem.assembly.placing import Homes
+from tandem.assembly.role_sections import RolePlacement
 from tandem.assembly.sections import ModelSection
 from tandem.config import describe
 from tandem.models.description import describe_source
@@ -16,7 +16,7 @@ def models_used(
     sources: Mapping[str, str],
     scalar: Collection[str],
     section: ModelSection,
-    homes: Homes,
+    placement: RolePlacement,
     *,
     shared: Collection[str] = (),
 ) -> dict[str, str]:
@@ -28,7 +28,7 @@ def models_used(
     return {
         "model" if role == first else role: describe_source(source, scalar=role in scalar)
         + (", on the policy's own layers" if role in shared else "")
-        + f", {pick_device(section.device)}, {section.dtype}{homes.where(role)}"
+        + f", {pick_device(section.device)}, {section.dtype}{placement.where(role)}"
         for role, source in sources.items()
     }
 

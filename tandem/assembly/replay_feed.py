@@ -8,7 +8,6 @@ from pathlib import Path
 from tandem.assembly.digests import digest_inputs, of_weights
 from tandem.assembly.feeds import Fed, Feed, preparation
 from tandem.assembly.models import heads, optim_params
-from tandem.assembly.placing import Homes
 from tandem.assembly.replay_config import ReplayConfig, idle_keys, stored_config
 from tandem.errors import UserError
 from tandem.models.limits import read_limits
@@ -50,14 +49,13 @@ class ReplayFeed(Feed):
 
     @property
     def bits(self) -> float:
-        sampling = self.config.sampling
-        return float(self.steps * sampling.prompts_per_step * sampling.samples_per_prompt)
+        return float(self.steps * self.config.sampling.samples_per_step)
 
-    def uses(self, homes: Homes) -> dict[str, str]:
+    def uses(self) -> dict[str, str]:
         record = self.record
         return {"record": f"{record.folder}: {self.size} groups of {self.steps} steps, {record.bytes / 1e6:.1f} MB"}
 
-    def start(self, models: Mapping[str, Seat], homes: Homes) -> Fed:
+    def start(self, models: Mapping[str, Seat]) -> Fed:
         # Nothing is held out: there is no engine to sample it.
         return Fed(source=self.order, prepare=preparation(self.config, models))
 

@@ -48,6 +48,11 @@ class RolePlacement:
         value = getattr(self, role, "")
         return int(value) if _is_count(value) else 0
 
+    def where(self, role: str) -> str:
+        """For a person: what processes a role has of its own, and nothing where it has none."""
+        count = self.workers(role)
+        return f", {count} worker{'s' if count > 1 else ''} of its own" if count else ""
+
     def is_here(self, role: str) -> bool:
         """Whether the placement has the role and puts it into this process by name."""
         return getattr(self, role, None) == "here"

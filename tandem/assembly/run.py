@@ -71,7 +71,7 @@ def _run(config: RunConfig, stack: ExitStack, ranks: Ranks | None) -> Path | Non
     for line in [*config.notes, *config.idle_for(feed.planned)]:
         say(line)
     if config.run.dry_run:
-        _print_plan(config, homes, feed)
+        _print_plan(config, feed)
         return None
     if config.run.epochs is not None and not isinstance(config, ReplayConfig):
         say(f"{config.run.epochs:g} epochs of {feed.size} rows are {feed.steps} steps of {config.items_per_step}")
@@ -82,12 +82,10 @@ def _run(config: RunConfig, stack: ExitStack, ranks: Ranks | None) -> Path | Non
     models = load_models(config, places.begin, feed.planned, idle)
     if config.lora.on and (line := too_small(models["actor"].call("trained_numbers"), feed.bits)):
         say(line)
-    crew = _crew(config, feed, models, homes)
+    crew = _crew(config, feed, models)
     # A reference that follows is no longer what its folder holds.
     saved = crew.trainers if crew.refresh is None else {**crew.trainers, "reference": models["reference"]}
-    started = stack.enter_context(
-        session(config, saved, steps=feed.steps, planned=feed.planned, counts=feed.counts, inputs=feed.inputs)
-    )
+    started = stack.enter_context(session(config, saved, feed))
     feed.ask(models, started.progress)
     started.numbers = partial(feed.numbers, models, started.progress)
     started.workers = places.seconds
@@ -121,10 +119,10 @@ def _homes(config: RunConfig) -> Homes:
     )
 
 
-def _crew(config: RunConfig, feed: Feed, models: Mapping[str, Seat], homes: Homes) -> Crew:
+def _crew(config: RunConfig, feed: Feed, models: Mapping[str, Seat]) -> Crew:
     """Who does what in a step, with the feed at work."""
     trainers = {role: models[role] for role in config.method.losses()}
-    fed = feed.start(models, homes)
+    fed = feed.start(models)
     return Crew(
         method=config.method,
         tickets=partial(feed.order.tickets, per_step=config.items_per_step),
@@ -158,8 +156,8 @@ def _feed(config: RunConfig, stack: ExitStack) -> Feed:
     return TextFeed(config) if config.reads.kind == "text" else RowsFeed(config)
 
 
-def _print_plan(config: RunConfig, homes: Homes, feed: Feed) -> None:
+def _print_plan(config: RunConfig, feed: Feed) -> None:
     """What a dry run shows: the resolved config and what the run would use."""
     shared = filter(config.is_shared, config.sources)
-    uses = models_used(config.sources, scalar_roles(config), config.model, homes, shared=[*shared])
-    print_plan(config, uses | feed.uses(homes), feed.idle)
+    uses = models_used(config.sources, scalar_roles(config), config.model, config.placement, shared=[*shared])
+    print_plan(config, uses | feed.uses(), feed.idle)

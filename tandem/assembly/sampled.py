@@ -165,7 +165,7 @@ class _Sampling:
     def _print_plan(self) -> None:
         """What a dry run shows: the resolved config and what would be used."""
         config = self.config
-        uses = models_used(config.sources, config.rewards.models, config.model, self.homes) | {
+        uses = models_used(config.sources, config.rewards.models, config.model, config.placement) | {
             "rewards": ", ".join(config.rewards.judges) or "none",
             "engine": f"{config.engine.kind}, {config.sampling.max_slots} slots",
             "prompts": str(self.counts),

@@ -349,6 +349,11 @@ class SamplingSection(DrawsSection):
     prompts_per_step: int = field(default=32, metadata=AT_LEAST_1)
     """Prompts in a step, over all devices."""
 
+    @property
+    def samples_per_step(self) -> int:
+        """Samples in a step, over all devices."""
+        return self.prompts_per_step * self.samples_per_prompt
+
 
 def judged_by_its_data(section: RewardSection, data: str) -> RewardSection:
     """The section, with reasoning-gym's own checker where nothing judges and the data are its tasks.

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from tandem.assembly.configs import RunConfig
+from tandem.assembly.feeds import Feed
 from tandem.checkpoint.saver import SaveEvery
 from tandem.checkpoint.store import CheckpointStore
 from tandem.config import changeable, default_settings, dump_config, paths_read
-from tandem.data.items import Counts
 from tandem.errors import UserError, first_line
 from tandem.roles import Seat
 from tandem.runs.folder import RunFolder, did_nothing
@@ -81,17 +81,14 @@ def check_out(config: RunConfig, inputs: Inputs | None = None, *, steps: int | N
 
 
 @contextmanager
-def session(
-    config: RunConfig, trainers: Mapping[str, Seat], *, steps: int, planned: int, counts: Counts | None, inputs: Inputs
-) -> Iterator[Session]:
+def session(config: RunConfig, trainers: Mapping[str, Seat], feed: Feed) -> Iterator[Session]:
     """The run folder, open; its config written; the display on.
 
-    ``planned`` is the length that the learning rate follows. The display shows the metrics that lead the method, and
-    those that every run writes.
+    The display shows the metrics that lead the method, and those that every run writes.
     Called once everything the run needs is loaded and valid, so that a wrong input never leaves a half-made folder.
     """
-    run, title = config.run, config.method.title
-    folder = RunFolder.open(Path(run.out), start_of(config, title, inputs))
+    run, title, counts = config.run, config.method.title, feed.counts
+    folder = RunFolder.open(Path(run.out), start_of(config, title, feed.inputs))
     with folder:
         folder.event("start", title=title, **(asdict(counts) if counts else {}))
         store = CheckpointStore(folder.checkpoints, keep=run.keep, run=folder.identity)
@@ -99,7 +96,7 @@ def session(
         done = checkpoint.step if checkpoint else 0
         with (
             reported(folder, title, config.leads),
-            Progress(title, total=steps, start=done, leads=(*config.leads, *ALWAYS)) as progress,
+            Progress(title, total=feed.steps, start=done, leads=(*config.leads, *ALWAYS)) as progress,
         ):
             if folder.replaced:
                 progress.note(f"{run.out}: in place of a run that had done no step")
@@ -122,7 +119,7 @@ def session(
                 progress=progress,
                 clock=StepClock(progress, lambda: trainers["actor"].call("memory_peak")),
                 rollouts_logged=run.rollouts_logged,
-                recorder=Recorder(folder=folder.path / RECORD, run=folder.identity["id"], steps=planned)
+                recorder=Recorder(folder=folder.path / RECORD, run=folder.identity["id"], steps=feed.planned)
                 if run.record
                 else None,
                 goals=config.evaluation.goals,

@@ -9,7 +9,6 @@ from pathlib import Path
 from tandem.assembly.configs import RowsConfig
 from tandem.assembly.digests import digest_corpus, digest_inputs
 from tandem.assembly.feeds import Fed, Feed, limits_of_models, load_tokenizers, when_due
-from tandem.assembly.placing import Homes
 from tandem.assembly.reading import by_key
 from tandem.data.corpus import Corpus
 from tandem.data.order import InTurn, content_hash
@@ -61,7 +60,7 @@ class TextFeed(Feed):
     def bits(self) -> float:
         return float(self.steps * self.config.rows.batch_size * (self.length - 1))
 
-    def uses(self, homes: Homes) -> dict[str, str]:
+    def uses(self) -> dict[str, str]:
         batch = self.config.rows.batch_size
         size = f"{self.corpus.bytes / 1e6:.3g} MB" if self.corpus.bytes else "a dataset"
         tokens = self.steps * batch * (self.length - 1)
@@ -75,9 +74,8 @@ class TextFeed(Feed):
         if self.room.of_model:
             say(f"data: windows have {self.length} tokens, as many as the model has positions for")
 
-    def start(self, models: Mapping[str, Seat], homes: Homes) -> Fed:
+    def start(self, models: Mapping[str, Seat]) -> Fed:
         seed = self.config.run.seed
-        prepare = Preparation(method=self.config.method, models=models, seed=seed)
         windows = Windows(
             self.corpus,
             self._encode,
@@ -88,7 +86,7 @@ class TextFeed(Feed):
         )
         measure = self.measure(models, self.held_out)
         evaluate = when_due(self.config.evaluation, measure, last=self.steps)
-        return Fed(source=InWindows(windows), prepare=prepare, evaluate=evaluate)
+        return Fed(source=InWindows(windows), prepare=measure.prepare, evaluate=evaluate)
 
     def measure(self, models: Mapping[str, Seat], sets: Mapping[str, Corpus]) -> HeldOutText:
         """What measures the policy on some corpora."""

@@ -26,7 +26,7 @@ from tandem.assembly.sections import (
 from tandem.config import section_class
 from tandem.errors import UserError
 from tandem.flags import suggest
-from tandem.keys import A_FOLDER, AT_LEAST_0, MAY_CHANGE, PATH, PREFIXED, Checked, must, needs
+from tandem.keys import A_FOLDER, ANYTHING, AT_LEAST_0, MAY_CHANGE, PATH, PREFIXED, Checked, must, needs
 from tandem.methods.base import Method
 from tandem.methods.table import ROWS, method_class
 
@@ -139,12 +139,8 @@ class SampleConfig(JudgedConfig):
 class ScoreModel(ModelSection):
     """The tokenizer that reward functions are given ids of, and what the reward model runs on."""
 
-    model: str = field(default="", metadata=PATH)
+    model: str = field(default="", metadata=ANYTHING | PATH)
     """A model whose tokenizer makes the 'completion_ids' of reward functions. Empty: they are the rows' token_ids."""
-
-    def __post_init__(self) -> None:
-        if self.model:
-            super().__post_init__()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,11 +42,9 @@ class WiredEngine:
     engine: Engine
     push: Callable[[int], Metrics]
     about: str
-    link: WeightPush | None = None
-    """The push itself, where weights travel."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Wiring:
     """What the engine of a run is made of, beside the actor or in processes of its own."""
 
@@ -54,33 +52,31 @@ class Wiring:
     sampling: SamplingSection
     seed: int
     vocabulary: int
-    others: Mapping[str, Seat]
-    """Trainers and scorers by role."""
     schedule: ScheduleSection = field(default_factory=ScheduleSection)
     """What becomes of samples that run when weights change, where there are any then."""
-    begun: Placing | None = None
-    """What ``begin`` has returned, if it was called."""
+    begun: Placing | None = field(default=None, init=False)
+    """Engines that have processes of their own and are being loaded there."""
 
     def begin(self) -> Placing | None:
-        """Begins to load engines that have processes of their own: before the actor is loaded, they load beside it.
+        """Begins to load engines that have processes of their own, unless that has been done: beside the actor.
 
         None where they live with the actor, and where vLLM must know of it which adapters it will be fed.
         """
         vllm = self.homes.engine.kind == "vllm"
-        if self._beside_actor or (vllm and self.homes.fed_adapters is not None):
-            return None
-        group = self._group(self.homes.placement.workers("engine"))
-        if vllm:
-            say("starting vLLM")
-        return group.begin("engine", self._fed_vllm(None, shared=False) if vllm else self.replica())
+        if self.begun is None and not self._beside_actor and not (vllm and self.homes.fed_adapters is not None):
+            group = self._group(self.homes.placement.workers("engine"))
+            if vllm:
+                say("starting vLLM")
+            self.begun = group.begin("engine", self._fed_vllm(None, shared=False) if vllm else self.replica())
+        return self.begun
 
-    def engine(self) -> WiredEngine:
-        """Builds it, and connects it to the actor where weights travel."""
+    def engine(self, models: Mapping[str, Seat]) -> WiredEngine:
+        """Builds it, and connects it to the actor where weights travel. ``models``: trainers and scorers by role."""
         if self.homes.engine.kind == "vllm":
-            return self._vllm()
+            return self._vllm(models)
         if self._beside_actor:
             return self._live_beside_actor()
-        begun = self.begun or self.begin()
+        begun = self.begin()
         assert begun is not None
         engines = begun.result()
         link = self._link(self._source(), engines)
@@ -88,7 +84,7 @@ class Wiring:
         # With a lag a few groups begin at a time, and go to who has least to do.
         shared_out = begun.group.size > 1 and not self.schedule.max_lag
         several = EngineGroup(begun.group, alone=True, slots=self.sampling.max_slots if shared_out else None)
-        return WiredEngine(engine=several, push=self._pushed(several, link), about=about, link=link)
+        return WiredEngine(engine=several, push=self._pushed(several, link), about=about)
 
     def replica(self) -> Build:
         """What makes a live engine with weights of its own, which are fed."""
@@ -132,13 +128,13 @@ class Wiring:
         several = EngineGroup(home, alone=False)
         return WiredEngine(engine=several, push=self._pushed(several, push), about=about)
 
-    def _vllm(self) -> WiredEngine:
+    def _vllm(self, models: Mapping[str, Seat]) -> WiredEngine:
         homes, actor = self.homes, self.homes.of("actor")
         shared, parallel = self._beside_actor, homes.engine.tensor_parallel
         count = len(actor.devices) // parallel if shared else homes.placement.workers("engine")
         taking_turns = shared and homes.device().type == "cuda" and homes.engine.sleep
         source = self._source()
-        begun = self.begun or self.begin()
+        begun = self.begin()
         if begun is None:
             group = self._group(count, actor.devices if shared else ())
             say("starting vLLM")
@@ -151,16 +147,16 @@ class Wiring:
         if not taking_turns:
             restarting = RestartingOnce(several, several, push.again)
             guarded = restarting.guard(self._pushed(several, push), self._pushed(several, push.again))
-            return WiredEngine(engine=restarting, push=guarded, about=about, link=push)
+            return WiredEngine(engine=restarting, push=guarded, about=about)
         turns = TakingTurns(
             several,
             engines,
-            [seat for seat in self.others.values() if seat.home is actor],
+            [seat for seat in models.values() if seat.home is actor],
             push,
-            version=lambda: self.others["actor"].call("version"),
+            version=lambda: models["actor"].call("version"),
         )
         restarting = RestartingOnce(turns, several, turns.recover)
-        return WiredEngine(engine=restarting, push=turns.push_later, about=about, link=push)
+        return WiredEngine(engine=restarting, push=turns.push_later, about=about)
 
     def _group(self, count: int, on_gpus_of: Seq[Device] = ()) -> WorkerGroup:
         """Processes for engines alone."""

@@ -18,14 +18,13 @@ def run(config: AdviseConfig) -> int:
     out = Path(config.advised.run)
     if not (out / IDENTITY).exists():
         raise UserError(f"{out}: not the folder of a run: it has no {IDENTITY}")
-    title = read_identity(out)["method"]
-    pairwise = any(method.pairwise and method.title == title for method in map(method_class, SAMPLES))
-    tell(out, pairwise=pairwise)
+    tell(out)
     return 0
 
 
-def tell(out: Path, *, pairwise: bool) -> None:
+def tell(out: Path) -> None:
     """Prints what follows from a run's seconds, on a terminal in lines that end between words."""
-    console = Console()
+    title, console = read_identity(out)["method"], Console()
+    pairwise = any(method.pairwise and method.title == title for method in map(method_class, SAMPLES))
     for line in advise_run(out, pairwise=pairwise):
         console.print(f"advice: {line}", markup=False, highlight=False, soft_wrap=not console.is_terminal)

@@ -11,7 +11,7 @@ from tandem.assembly.sections import ClusterSection, DataSection, EngineSection,
 from tandem.data.formats import COLUMNS
 from tandem.errors import UserError
 from tandem.flags import suggest
-from tandem.keys import ABOVE_0, AT_LEAST_0, AT_LEAST_1, PATH, PREFIXED, Checked, must, needs
+from tandem.keys import ABOVE_0, ANYTHING, AT_LEAST_0, AT_LEAST_1, PATH, PREFIXED, Checked, must, needs
 from tandem.methods.table import METHODS
 from tandem.rewards.kinds import is_function
 
@@ -91,12 +91,8 @@ class ServeRewardConfig:
 class DoctorModel(ModelSection):
     """The model to try with."""
 
-    model: str = field(default="", metadata=PATH)
+    model: str = field(default="", metadata=ANYTHING | PATH)
     """A Hugging Face folder, or a name on the hub. Empty: a tiny random model made for the occasion."""
-
-    def __post_init__(self) -> None:
-        if self.model:
-            super().__post_init__()
 
 
 @dataclass(frozen=True, kw_only=True)

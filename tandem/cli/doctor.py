@@ -69,9 +69,10 @@ def run(config: DoctorConfig) -> int:
         actor = timed("trainer", lambda: homes.place("actor", build), lambda found: found.call("describe"))
         sampler = timed(
             "engine",
-            Wiring(
-                homes=homes, sampling=config.sampling, seed=0, vocabulary=len(tokenizer), others={"actor": actor}
-            ).engine,
+            partial(
+                Wiring(homes=homes, sampling=config.sampling, seed=0, vocabulary=len(tokenizer)).engine,
+                {"actor": actor},
+            ),
             lambda found: found.about,
         )
         source = homes.of("actor").place("weights", weight_source)

@@ -29,7 +29,7 @@ def run(config: RunConfig) -> int:
         out = Path(config.run.out)
         if isinstance(config, SamplesConfig):
             with suppress(UserError):  # of a run that has done too few steps
-                tell(out, pairwise=config.method.pairwise)
+                tell(out)
         tell_end(out, config.leads, *next_commands(config, model))
     return 0
 

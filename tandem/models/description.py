@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from tandem.errors import UserError
 from tandem.models.adapter_targets import targets_of
 from tandem.models.adapters import AdapterParams
 from tandem.models.folder import located, readable_errors
 from tandem.models.limits import model_config
-from tandem.models.scalar import scalar_class
+from tandem.models.scalar import auto_class
 from tandem.models.trusted import is_trusted
 from tandem.types import ScoreScale
 
@@ -46,11 +45,10 @@ def check_targets(source: str, params: AdapterParams, *, scalar: bool = False) -
 def _outline(source: str, scalar: bool) -> Any:
     """The module without memory for its weights."""
     config = model_config(source)
-    auto = scalar_class(config, source) if scalar else AutoModelForCausalLM
     if scalar:
         config.num_labels = 1
     with readable_errors(source, "model"), torch.device("meta"):
-        return auto.from_config(config, trust_remote_code=is_trusted(source))
+        return auto_class(config, source, scalar=scalar).from_config(config, trust_remote_code=is_trusted(source))
 
 
 def describe_source(source: str, *, scalar: bool = False) -> str:

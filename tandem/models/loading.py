@@ -21,7 +21,7 @@ from tandem.models.limits import model_config, require_language_model
 from tandem.models.probe import probe_forward
 from tandem.models.quantized import quantize_module, quantized_in
 from tandem.models.routers import quieted
-from tandem.models.scalar import NO_HEAD, scalar_class, scalar_keys, with_own_buffers
+from tandem.models.scalar import NO_HEAD, forget_scale, scalar_class, scalar_keys, with_own_buffers
 from tandem.models.seeing import SeeingModel
 from tandem.models.states import put_right
 from tandem.models.text_config import config_in
@@ -29,7 +29,6 @@ from tandem.models.trusted import Trusted, is_trusted
 from tandem.models.weights import load_whole, require_finite
 from tandem.seeds import derive_seed
 from tandem.stages import stage
-from tandem.types import ScoreScale
 
 log = logging.getLogger("tandem")
 Dtype = Literal["float32", "bfloat16"]
@@ -155,8 +154,7 @@ def load_scalar(
         std = 0.0 if new_head == "zero" else (head.in_features + 1) ** -0.5
         with torch.no_grad():
             head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * std)
-    for name in ScoreScale._fields:
-        vars(module.config).pop(name, None)
+    forget_scale(module.config)
     return _prepare_loaded(module, source, tokenizer, dtype, device, adapters)
 
 

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GenericForSequenceClassification
 
 from tandem.errors import UserError
 from tandem.models.adapter_folder import adapter_folder, base_of
 from tandem.models.folder import located
+from tandem.types import ScoreScale
 
 NO_HEAD = "no trained 'score' head in it; give a reward model (make one with tandem rm)"
 
@@ -25,6 +26,17 @@ def scalar_keys(config: Any, tokenizer: Any) -> dict[str, Any]:
     """
     rows, pad = getattr(config.get_text_config(), "vocab_size", None), tokenizer.pad_token_id
     return {"num_labels": 1, "pad_token_id": pad if rows is None or pad < rows else tokenizer.eos_token_id}
+
+
+def auto_class(config: Any, source: str, *, scalar: bool) -> Any:
+    """What loads the model of a config: a causal language model, or one with one number a token."""
+    return scalar_class(config, source) if scalar else AutoModelForCausalLM
+
+
+def forget_scale(config: Any) -> None:
+    """Takes what a config says of its model's scores (``ScoreScale``) out of it: of other scores it is not true."""
+    for name in ScoreScale._fields:
+        vars(config).pop(name, None)
 
 
 def scalar_class(config: Any, source: str) -> Any:

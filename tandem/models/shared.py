@@ -13,9 +13,8 @@ from tandem.models.adapters import AdapterParams, put_adapters
 from tandem.models.forward import LoadedModel
 from tandem.models.limits import model_config
 from tandem.models.loading import load_tokenizer, prepare_module
-from tandem.models.scalar import scalar_class
+from tandem.models.scalar import forget_scale, scalar_class
 from tandem.models.trusted import is_trusted
-from tandem.types import ScoreScale
 
 
 def scalar_beside(policy: LoadedModel, source: str, adapters: AdapterParams) -> LoadedModel:
@@ -29,8 +28,7 @@ def scalar_beside(policy: LoadedModel, source: str, adapters: AdapterParams) -> 
     base = base_of(source)
     config = model_config(base)
     config.num_labels, config.pad_token_id = 1, tokenizer.pad_token_id
-    for name in ScoreScale._fields:
-        vars(config).pop(name, None)
+    forget_scale(config)
     kind = scalar_class(config, base)
     with torch.device("meta"):
         module = kind.from_config(config, trust_remote_code=is_trusted(base))

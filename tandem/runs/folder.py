@@ -6,9 +6,11 @@ run it is.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
+import socket
 from collections.abc import Collection, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager, suppress
@@ -22,7 +24,6 @@ from tandem.errors import UserError
 from tandem.runs.goals import BEST_MODEL
 from tandem.runs.identity import CONFIG, IDENTITY, RUN, Start, changed_keys, read_identity, require_same_run
 from tandem.runs.lines import append_line, keep_until, read_lines
-from tandem.runs.lock import FolderLock
 from tandem.runs.record import RECORD, forget_after
 from tandem.runs.tracking import WRITES
 from tandem.types import Group, Rollout
@@ -47,8 +48,8 @@ _BEGINNING = (IDENTITY, *(partial_of(Path(name)).name for name in (IDENTITY, CON
 class RunFolder:
     """A run folder held by this process. Every line is in the operating system's hands once its method returns."""
 
-    def __init__(self, path: Path, lock: FolderLock) -> None:
-        """For ``RunFolder.open``, which makes sure of what is in the folder first."""
+    def __init__(self, path: Path, lock: int) -> None:
+        """For ``RunFolder.open``, which makes sure of what is in the folder first. ``lock``: its marker, open."""
         self.path = path
         self.checkpoints = path / CHECKPOINTS
         self.metrics = path / "metrics.jsonl"
@@ -183,7 +184,7 @@ class RunFolder:
                 self.event("stop", reason="interrupted")
             else:
                 self.event("stop", **_failed(error))
-        self._lock.release()
+        os.close(self._lock)
 
 
 def require_writable(out: Path) -> Path:
@@ -261,9 +262,9 @@ def _made(out: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _locked(out: Path) -> Iterator[FolderLock]:
+def _locked(out: Path) -> Iterator[int]:
     """Takes the folder's lock; where the body fails, gives it back and leaves no half-made run."""
-    lock = FolderLock(out / MARKER)
+    lock = _lock(out / MARKER)
     try:
         yield lock
     except BaseException:
@@ -271,8 +272,29 @@ def _locked(out: Path) -> Iterator[FolderLock]:
             for name in _BEGINNING:
                 (out / name).unlink(missing_ok=True)
             (out / MARKER).unlink(missing_ok=True)
-        lock.release()
+        os.close(lock)
         raise
+
+
+def _lock(marker: Path) -> int:
+    """A file, open and locked until it is closed or this process ends, however it ends. The file stays.
+
+    Raises UserError where another process holds it, and names that process.
+    """
+    opened = os.open(marker, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        holder = os.pread(opened, 1000, 0).decode(errors="replace").strip()
+        os.close(opened)
+        if not isinstance(error, BlockingIOError):
+            raise
+        raise UserError(
+            f"{marker.parent}: {holder or 'another process'} is writing this run; stop it, or give another --out"
+        ) from None
+    os.ftruncate(opened, 0)
+    os.pwrite(opened, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    return opened
 
 
 def _describe(group: Group) -> dict[str, Any]:

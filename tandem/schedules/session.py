@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from bisect import insort
 from collections.abc import Callable, Iterator, Mapping
@@ -26,7 +25,7 @@ from tandem.runs.tracking import Tracking
 from tandem.signals import held
 from tandem.stages import HERE, Seconds, counting, longest, since, told, told_seconds, told_start
 from tandem.types import Group
-from tandem.whole import remove_folder, replace_folder, restore_folder
+from tandem.whole import remove_folder, restore_folder, whole_folder
 
 Evaluate = Callable[[int, Progress], Evaluation]
 """Measures the held-out data after a step at which that is due; else nothing."""
@@ -299,11 +298,9 @@ class Session:
         return folder
 
     def _export(self, name: str, best: Best | None = None, *, ema: bool = False) -> Path:
-        folder, aside = self.run.path / name, self.run.path / f".{name}-partial"
+        folder, actor = self.run.path / name, self.trainers["actor"]
         try:
-            shutil.rmtree(aside, ignore_errors=True)
-            actor = self.trainers["actor"]
-            with self._averaged(ema):
+            with whole_folder(folder) as aside, self._averaged(ema):
                 if numbers := self.numbers():
                     actor.call("remember", numbers)
                 with self.progress.phase(f"writing the {name}" + (" model" if best else "")):
@@ -311,9 +308,7 @@ class Session:
                     actor.call("export", aside if actor.home.at_once else aside.absolute())
                 if best is not None:
                     write_about(aside, best)
-            replace_folder(aside, folder)
         except (OSError, RunFailure) as error:
-            shutil.rmtree(aside, ignore_errors=True)
             rest = "--resume writes it again" if self.saved_step == self.step else "no checkpoint holds it either"
             raise RunFailure(f"the model is trained and not written: {error}; {rest}") from error
         return folder

@@ -187,10 +187,11 @@ def test_engines_apart_are_told_what_becomes_of_samples_that_run(monkeypatch, ki
     homes = Homes(ModelSection(model="m"), placement, ClusterSection(), section, ["actor", "engine"])
     homes.homes["actor"] = Here(Site(World()))
     schedule = ScheduleSection(max_lag=1, **asked)
-    parts = {"homes": homes, "sampling": SamplingSection(), "seed": 0, "vocabulary": 9, "others": {}}
-    begun = Wiring(**parts, schedule=schedule).begin()
+    parts = {"homes": homes, "sampling": SamplingSection(), "seed": 0, "vocabulary": 9}
+    wired = Wiring(**parts, schedule=schedule)
+    wired.begin()
     group.begin.return_value.result.assert_not_called()
-    engine = Wiring(**parts, schedule=schedule, begun=begun).engine()
+    engine = wired.engine({})
     builds = [call.args[1] for call in group.begin.call_args_list if call.args[0] == "engine"]
     assert len(builds) == 1
     # vLLM always computes them anew.

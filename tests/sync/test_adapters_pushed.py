@@ -120,7 +120,7 @@ def test_a_folded_copy_ends_where_the_adapters_own_tokenizer_does(base, tmp_path
         ModelSection(model=str(tmp_path), device="cpu"), SamplingPlacement(), ClusterSection(), EngineSection(),
         ["actor", "engine"], adapters=AdapterParams(folder=str(tmp_path)), fold=True,
     )  # fmt: skip
-    engine = Wiring(homes=homes, sampling=SamplingSection(), seed=0, vocabulary=0, others={}).replica()(Site(World()))
+    engine = Wiring(homes=homes, sampling=SamplingSection(), seed=0, vocabulary=0).replica()(Site(World()))
     assert engine.tokenizer.eos_token_id == tokenizer.eos_token_id != make_tokenizer().eos_token_id
     assert not adapted(engine.model.module)
 
