@@ -14,7 +14,7 @@ from tandem.assembly.placing import Homes
 from tandem.assembly.plans import models_used, print_plan
 from tandem.assembly.sampled import sample_rows
 from tandem.assembly.sections import EngineSection
-from tandem.assembly.sessions import start_of
+from tandem.assembly.sessions import checked_start
 from tandem.assembly.text_feed import TextFeed
 from tandem.assembly.use_configs import EvalConfig, EvalRowsConfig
 from tandem.errors import UserError
@@ -64,14 +64,13 @@ def evaluate_rows(config: EvalRowsConfig) -> Metrics | None:
     """Writes ``evaluation.json``: what the method's run would report of held-out rows. None for a dry run."""
     run, out = config.as_run, Path(config.run.out)
     title = f"eval {config.method.title}"
-    RunFolder.check(out, start_of(config, title))
+    checked_start(config, title)
     homes = Homes(config.model, config.placement, config.cluster, EngineSection(), [*run.sources])
     homes.check()
     if config.method.head == "scalar":
         require_head(config.model.model)
     feed = TextFeed(run) if run.reads.kind == "text" else RowsFeed(run)
-    start = start_of(config, title, feed.inputs)
-    RunFolder.check(out, start)
+    start = checked_start(config, title, feed.inputs)
     if isinstance(feed, RowsFeed):
         config.method.aside(feed.examples, feed.longest)
     if config.run.dry_run:
@@ -85,7 +84,7 @@ def evaluate_rows(config: EvalRowsConfig) -> Metrics | None:
             if isinstance(feed, TextFeed)
             else feed.measure(models, {"": feed.examples})
         )
-        with RunFolder.open(out, start), Progress(title, total=1) as progress:
+        with RunFolder.open(start), Progress(title, total=1) as progress:
             found = measure(0, progress.phase).metrics
             return _written(out, {name.removeprefix("eval/"): value for name, value in found.items()})
 

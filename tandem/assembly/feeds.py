@@ -80,6 +80,8 @@ class Feed:
     """The order in which the run meets its items."""
     counts: Counts | None = None
     """What became of its rows; None where that is not known before they are read."""
+    once: AskedOnce | None = None
+    """What is asked of models before the first step, and never again."""
     idle: Collection[str] = ()
     """Keys of the config that have no effect on such a run."""
 
@@ -95,19 +97,12 @@ class Feed:
         """What the run would use, for a dry run."""
         raise TypeError(type(self).__name__)
 
-    def recall(self) -> set[str]:
-        """The roles of models that need not be loaded: what they would say is known."""
-        return set()
-
     def begin(self, homes: Homes) -> None:
         """Begins what can be made while the models are loaded."""
 
     def start(self, models: Mapping[str, Seat]) -> Fed:
         """Starts what it needs beside the models."""
         raise TypeError(type(self).__name__)
-
-    def ask(self, models: Mapping[str, Seat], progress: Progress) -> None:
-        """Before the first step, asks models what they need to be asked only once, and lets them go."""
 
     def numbers(self, models: Mapping[str, Seat], progress: Progress) -> Mapping[str, float | None]:
         """What is to stand in the config of the model as it is now, where it is written; None: not there."""
@@ -119,6 +114,7 @@ class RowsFeed(Feed):
 
     order: Order
     counts: Counts
+    once: AskedOnce
 
     def __init__(self, config: RowsConfig) -> None:
         self.config = config
@@ -171,9 +167,6 @@ class RowsFeed(Feed):
         for rows in self.held_out.values():
             method.aside(rows, self.longest)
 
-    def recall(self) -> set[str]:
-        return self.once.recall()
-
     def start(self, models: Mapping[str, Seat]) -> Fed:
         measure = self.measure({**models, **self.once.seats()}, self.held_out)
         evaluate = when_due(self.config.evaluation, measure, last=self.steps)
@@ -183,9 +176,6 @@ class RowsFeed(Feed):
         """What measures the policy on some rows."""
         prepare = Preparation(method=self.config.method, models=models, longest=self.longest, seed=self.config.run.seed)
         return HeldOutRows(sets=sets, actor=models["actor"], prepare=prepare)
-
-    def ask(self, models: Mapping[str, Seat], progress: Progress) -> None:
-        self.once.ask(models, progress)
 
     def numbers(self, models: Mapping[str, Seat], progress: Progress) -> Mapping[str, float | None]:
         """Of a reward model, the mean and the spread of its scores, of held-out rows or, without any, of its own."""
@@ -298,9 +288,9 @@ class SamplesFeed(Feed):
 
     def _ahead(self, models: Mapping[str, Seat], progress: Progress) -> list[Future[Any]]:
         """Has the models of each step compile while the first samples are drawn, where engines are apart from them."""
-        config, compile = self.config, self.config.model.compile
-        on = compile == "on" or (compile == "auto" and self.wiring.homes.device().type == "cuda")
-        if not on or config.placement.home("engine") == "actor":
+        config, compile, homes = self.config, self.config.model.compile, self.wiring.homes
+        on = compile == "on" or (compile == "auto" and homes.device().type == "cuda")
+        if not on or homes.placement.home("engine") == "actor":
             return []
         batch = made_up(
             prompts=config.sampling.prompts_per_step // config.step.minibatches,
@@ -309,7 +299,7 @@ class SamplesFeed(Feed):
             longest=config.sampling.max_new_tokens,
             vocabulary=words_of(self.limits[0], len(self.tokenizer)),
             tokens=config.model.token_budget,
-            ranks=max(1, config.placement.workers("actor")),
+            ranks=max(1, homes.placement.workers("actor")),
         )
         needs = (*config.method.losses(), *(need.role for need in config.method.needs()))
         roles = [role for role in dict.fromkeys(needs) if role in models and not config.is_view(role)]

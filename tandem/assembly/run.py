@@ -75,7 +75,7 @@ def _run(config: RunConfig, stack: ExitStack, ranks: Ranks | None) -> Path | Non
         return None
     if config.run.epochs is not None and not isinstance(config, ReplayConfig):
         say(f"{config.run.epochs:g} epochs of {feed.size} rows are {feed.steps} steps of {config.items_per_step}")
-    idle = feed.recall()
+    idle = feed.once.recall() if feed.once else set()
     homes.roles = [role for role in homes.roles if role not in idle]
     places = stack.enter_context(homes) if ranks is None else ranks
     feed.begin(homes)
@@ -86,7 +86,8 @@ def _run(config: RunConfig, stack: ExitStack, ranks: Ranks | None) -> Path | Non
     # A reference that follows is no longer what its folder holds.
     saved = crew.trainers if crew.refresh is None else {**crew.trainers, "reference": models["reference"]}
     started = stack.enter_context(session(config, saved, feed))
-    feed.ask(models, started.progress)
+    if feed.once:
+        feed.once.ask(models, started.progress)
     started.numbers = partial(feed.numbers, models, started.progress)
     started.workers = places.seconds
     schedule = config.schedule if isinstance(config, SamplesConfig) and config.sampler else ScheduleSection()

@@ -17,7 +17,7 @@ from tandem.assembly.models import require_engine
 from tandem.assembly.placing import Homes
 from tandem.assembly.plans import models_used, print_plan
 from tandem.assembly.reading import load_data, tokenized
-from tandem.assembly.sessions import start_of
+from tandem.assembly.sessions import checked_start
 from tandem.assembly.use_configs import UseConfig
 from tandem.assembly.wiring import engine_alone
 from tandem.data.chat import set_template
@@ -55,7 +55,7 @@ class _Sampling:
     def __init__(self, config: UseConfig, title: str, stack: ExitStack) -> None:
         self.config, self.title, self.stack = config, title, stack
         self.out, self.count = Path(config.run.out), config.sampling.samples_per_prompt
-        RunFolder.check(self.out, start_of(config, title))
+        checked_start(config, title)
         require_engine(config.engine)
         config.rewards.overlong(config.sampling.max_new_tokens)
         self.homes = Homes(config.model, config.placement, config.cluster, config.engine, list(config.sources))
@@ -71,8 +71,7 @@ class _Sampling:
         self.functions = rewards_of()
         require_columns(self.functions, self.prompts, config.data.data)
         inputs = digest_inputs({"data": rows}, self.functions, config.sources, config.data.chat_template)
-        self.start = start_of(config, title, inputs)
-        RunFolder.check(self.out, self.start)
+        self.start = checked_start(config, title, inputs)
 
     def run(self) -> Path | None:
         if self.config.run.dry_run:
@@ -82,7 +81,7 @@ class _Sampling:
         ends = [lot.stop * self.count for lot in lots]
         missing = not self.config.run.resume or whole_lots(path, ends)[0] < len(lots)
         parts = self._load() if missing else None
-        with RunFolder.open(self.out, self.start) as folder:
+        with RunFolder.open(self.start) as folder:
             found = path.stat().st_size if path.exists() else 0
             done = keep_lots(path, ends, "row", [lot.stop - 1 for lot in lots])
             if torn := found - (path.stat().st_size if path.exists() else 0):

@@ -18,7 +18,7 @@ from tandem.assembly.plans import print_plan
 from tandem.assembly.reading import of_kind
 from tandem.assembly.sampled import OF_A_SAMPLE
 from tandem.assembly.sections import EngineSection
-from tandem.assembly.sessions import start_of
+from tandem.assembly.sessions import checked_start
 from tandem.assembly.use_configs import ScoreConfig
 from tandem.batch import cut
 from tandem.data import formats
@@ -63,7 +63,7 @@ def score_rows(config: ScoreConfig) -> Path | None:
     """
     out = Path(config.run.out)
     with ExitStack() as stack:
-        RunFolder.check(out, start_of(config, "score"))
+        checked_start(config, "score")
         homes = Homes(config.model, config.placement, config.cluster, EngineSection(), list(config.sources))
         homes.check()
         rewards_of = start_rewards(config.reward, config.reward.reward, config.run.out, stack)
@@ -77,8 +77,7 @@ def score_rows(config: ScoreConfig) -> Path | None:
         ):
             raise UserError("model: a reward names 'completion_ids', and not all rows have token_ids; give --model")
         score_scales(config.reward, config.model)
-        start = start_of(config, "score", digest_inputs({"data": rows}, functions, config.sources))
-        RunFolder.check(out, start)
+        start = checked_start(config, "score", digest_inputs({"data": rows}, functions, config.sources))
         if config.run.dry_run:
             judges = ", ".join(config.reward.judges)
             print_plan(config, {"data": f"{len(rows)} rows, {len(items)} prompts", "rewards": judges})
@@ -91,7 +90,7 @@ def score_rows(config: ScoreConfig) -> Path | None:
         if config.reward.reward_model and missing:
             stack.enter_context(homes)
             rewards += placed_reward_models(config.reward, config.model, homes)
-        with RunFolder.open(out, start) as folder, Progress("score", total=len(rows)) as progress:
+        with RunFolder.open(start) as folder, Progress("score", total=len(rows)) as progress:
             done = keep_lots(path, ends, answers[0], [rows[end - 1][answers[0]] for end in ends])
             folder.event("start", title="score", rows_done=ends[done - 1] if done else 0)
             for number, lot in enumerate(lots[done:], start=done):

@@ -30,8 +30,8 @@ ALWAYS = ("pass@1", "grad_norm", "seconds", "tokens_per_second")
 """The last 4 metrics that the display shows, whatever the method, where the run has them."""
 
 
-def start_of(config: Any, title: str, inputs: Inputs | None = None) -> Start:
-    """What a command with this config would begin in its run folder, or go on with.
+def checked_start(config: Any, title: str, inputs: Inputs | None = None) -> Start:
+    """What a command with this config would begin in its run folder, or go on with: where that may be, else UserError.
 
     ``title``: what the folder is known by; ``inputs``: None where nothing is read yet.
     """
@@ -39,7 +39,8 @@ def start_of(config: Any, title: str, inputs: Inputs | None = None) -> Start:
     if "data" in reads:
         # Several, with what they hold before them and weights behind.
         reads["data"] += tuple(source.name.rpartition("@")[2] for source in config.data.sources)
-    return Start(
+    start = Start(
+        out=Path(run.out),
         method=title,
         seed=run.seed,
         config=dump_config(config),
@@ -51,6 +52,8 @@ def start_of(config: Any, title: str, inputs: Inputs | None = None) -> Start:
         overwrite=run.overwrite,
         reads=reads,
     )
+    RunFolder.check(start)
+    return start
 
 
 def check_out(config: RunConfig, inputs: Inputs | None = None, *, steps: int | None) -> Path | None:
@@ -60,7 +63,7 @@ def check_out(config: RunConfig, inputs: Inputs | None = None, *, steps: int | N
     data are read) or has met its goals: nothing of it is to be done again.
     """
     run, out = config.run, Path(config.run.out)
-    RunFolder.check(out, start_of(config, config.method.title, inputs))
+    checked_start(config, config.method.title, inputs)
     if not run.resume or not (out / IDENTITY).exists() or did_nothing(out):
         return None
     checkpoint = CheckpointStore(out / "checkpoints", keep=run.keep, run=read_run(out)).latest()
@@ -88,7 +91,7 @@ def session(config: RunConfig, trainers: Mapping[str, Seat], feed: Feed) -> Iter
     Called once everything the run needs is loaded and valid, so that a wrong input never leaves a half-made folder.
     """
     run, title, counts = config.run, config.method.title, feed.counts
-    folder = RunFolder.open(Path(run.out), start_of(config, title, feed.inputs))
+    folder = RunFolder.open(checked_start(config, title, feed.inputs))
     with folder:
         folder.event("start", title=title, **(asdict(counts) if counts else {}))
         store = CheckpointStore(folder.checkpoints, keep=run.keep, run=folder.identity)

@@ -64,9 +64,9 @@ class RunFolder:
         self._lock = lock
 
     @staticmethod
-    def check(out: Path, start: Start) -> None:
+    def check(start: Start) -> None:
         """Raises UserError where ``open`` would refuse the folder. Creates nothing that stays."""
-        ancestor = require_writable(out)
+        out, ancestor = start.out, require_writable(start.out)
         require_apart(out, start.reads, overwrite=start.overwrite)
         if ancestor != out:
             return
@@ -75,7 +75,7 @@ class RunFolder:
                 return
             if not start.resume:
                 raise UserError(f"{out}: already holds a run; go on with --resume, delete it with --overwrite")
-            require_same_run(out, start)
+            require_same_run(start)
         elif others := sorted({path.name for path in out.iterdir()} - {MARKER, *_BEGINNING}):
             raise UserError(
                 f"{out}: holds {others[0]!r} but no run of Tandem's; give an empty or a new folder as --out"
@@ -90,8 +90,8 @@ class RunFolder:
         return ends[-1].get("step")
 
     @classmethod
-    def open(cls, out: Path, start: Start) -> RunFolder:
-        """Takes the folder for this process and writes the config and the run's identity into it.
+    def open(cls, start: Start) -> RunFolder:
+        """Takes the folder, which has been checked, for this process; writes the config and the run's identity there.
 
         A folder that is absent, empty, or holds a run that has done no step begins a run, whether it is to be resumed
         or not; the events of such a run stay. ``overwrite`` removes the run that is there. ``resume`` keeps it if it
@@ -99,11 +99,11 @@ class RunFolder:
         folder holds a run and neither is given, holds something else, belongs to another process, has another run, or
         cannot be written.
         """
-        cls.check(out, start)
+        out = start.out
         try:
             with _made(out), _locked(out) as lock:
                 # Once more, now that nobody else can start here in between.
-                cls.check(out, start)
+                cls.check(start)
                 run = cls(out, lock)
                 there = _holds_a_run(out)
                 run.replaced = there and not start.overwrite and did_nothing(out)
@@ -129,9 +129,9 @@ class RunFolder:
         self._identify(start.new_identity())
 
     def _go_on(self, start: Start) -> None:
-        changed = require_same_run(self.path, start)
+        changed = require_same_run(start)
         keep_until(self.events)
-        self.changed = changed_keys(self.path, start)
+        self.changed = changed_keys(start)
         if self.changed:
             self.event("config", changed=self.changed)
         for kind, names in changed.items():

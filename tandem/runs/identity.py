@@ -32,6 +32,8 @@ Inputs = Mapping[str, Mapping[str, str]]
 class Start:
     """What a command would begin in a run folder, or go on with."""
 
+    out: Path
+    """The folder."""
     method: str
     seed: int
     config: str
@@ -73,12 +75,12 @@ def read_run(folder: Path) -> dict[str, Any]:
     return {name: identity[name] for name in RUN}
 
 
-def require_same_run(folder: Path, start: Start) -> dict[str, list[str]]:
+def require_same_run(start: Start) -> dict[str, list[str]]:
     """Raises UserError where the folder's run is not the one that ``start`` goes on with; everything is named.
 
     Returns the inputs that have changed, by kind, all of which ``start`` accepts.
     """
-    identity = read_identity(folder)
+    folder, identity = start.out, read_identity(start.out)
     if identity["method"] != start.method:
         raise UserError(f"{folder}: holds a run of {identity['method']}, not of {start.method}; give another --out")
     if identity["draws"] == 2:
@@ -91,7 +93,7 @@ def require_same_run(folder: Path, start: Start) -> dict[str, list[str]]:
             f"({__version__}), so it cannot go on: begin a new run with another --out"
             f"{model if (folder / 'checkpoints').is_dir() else ''}"
         )
-    _require_same_config(folder, start)
+    _require_same_config(start)
     changed = _changed(identity["inputs"], start.inputs) if start.inputs is not None else {}
     if refused := [kind for kind in changed if kind not in start.accepted]:
         names = [name for kind in refused for name in changed[kind]]
@@ -122,12 +124,12 @@ def _changed(stored: Inputs, given: Inputs) -> dict[str, list[str]]:
     return changed
 
 
-def changed_keys(folder: Path, start: Start) -> dict[str, tuple[Any, Any]]:
+def changed_keys(start: Start) -> dict[str, tuple[Any, Any]]:
     """Keys of the config that differ, with the value that the folder's run has and that of ``start``; None for none.
 
     A key that its config does not name has its default there. Raises UserError where the stored config cannot be read.
     """
-    stored = _stored(folder)
+    stored = _stored(start.out)
     given = yaml.safe_load(start.config) or {}
     defaults = {key: [*value] if isinstance(value, tuple) else value for key, value in start.defaults.items()}
     stored = {key: value for key, value in defaults.items() if key in given} | stored
@@ -147,9 +149,9 @@ def _stored(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not the config of a run any more; {_ANEW}") from None
 
 
-def _require_same_config(folder: Path, start: Start) -> None:
+def _require_same_config(start: Start) -> None:
     """Raises UserError naming every key, and both its values, that differs and may not."""
-    path, changed = folder / CONFIG, changed_keys(folder, start)
+    path, changed = start.out / CONFIG, changed_keys(start)
     given = yaml.safe_load(start.config) or {}
     gone = [f"{key} ({json.dumps(then, default=str)} there)" for key, (then, _) in changed.items() if key not in given]
     if gone:

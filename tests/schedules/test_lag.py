@@ -110,8 +110,10 @@ def test_what_compiles_while_the_first_samples_are_drawn_learns_nothing(train, m
     assert re.search(r"^in the first step only: compiling [\d.]+ s$", said, re.M)
     ahead, apart = SamplesFeed._ahead, SimpleNamespace(home=lambda role: role, workers=lambda role: 0)
 
-    def begin(feed: SamplesFeed, models: Any, homes: Any, progress: Any) -> Any:
-        return ahead(feed, models, SimpleNamespace(device=homes.device, placement=apart), progress)
+    def begin(feed: SamplesFeed, models: Any, progress: Any) -> Any:
+        homes = SimpleNamespace(device=feed.wiring.homes.device, placement=apart)
+        monkeypatch.setattr(feed, "wiring", SimpleNamespace(homes=homes))
+        return ahead(feed, models, progress)
 
     monkeypatch.setattr(SamplesFeed, "_ahead", begin)
     batches = []
