@@ -88,34 +88,6 @@ class Setup:
             raise UserError(f"no config of a run on samples ({error} is missing): there is nothing to advise") from None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Spent:
-    """Seconds of a step: means over the steps that count."""
-
-    first: int
-    last: int
-    """Steps, of which ``steps`` count."""
-    steps: int
-    step: float
-    phases: Mapping[str, float]
-    """Seconds of each of ``PHASES``. Sampling is what the trainer waited for samples."""
-    busy: float | None
-    """How long the sampler was at work, which in an asynchronous run it is beside the trainer. None: not logged."""
-    open_groups: float | None
-    settling: float = 0.0
-    """Of weight sync: what the samples that ran were waited for (``--weights-change between-sequences``)."""
-
-    @property
-    def waited(self) -> float:
-        """For samples."""
-        return self.phases["sampling"] + self.settling
-
-    @property
-    def trainer(self) -> float:
-        """All but that: the trainer's own part of a step, with rewards, weight sync and the rest."""
-        return self.step - self.waited
-
-
 @dataclass(frozen=True)
 class Tail:
     """Seconds of a step's sampling in which samples that end late leave slots empty."""
@@ -133,6 +105,51 @@ class Overlap:
     ideal: float
     reached: float
     """Share of what the ideal wins over turns; 1 where there is nothing to win."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spent:
+    """Seconds of a step, means over the steps that count, and what follows from them for a run that is set up so."""
+
+    setup: Setup
+    first: int
+    last: int
+    """Steps, of which ``steps`` count."""
+    steps: int
+    step: float
+    phases: Mapping[str, float]
+    """Seconds of each of ``PHASES``. Sampling is what the trainer waited for samples."""
+    busy: float | None
+    """How long the sampler was at work, which in an asynchronous run it is beside the trainer. None: not logged."""
+    open_groups: float | None
+    settling: float = 0.0
+    """Of weight sync: what the samples that ran were waited for (``--weights-change between-sequences``)."""
+    tail: Tail | None = None
+    """What sampling loses with late samples, where sampler and trainer take turns; None also where it is not known."""
+
+    @property
+    def waited(self) -> float:
+        """For samples."""
+        return self.phases["sampling"] + self.settling
+
+    @property
+    def trainer(self) -> float:
+        """All but that: the trainer's own part of a step, with rewards, weight sync and the rest."""
+        return self.step - self.waited
+
+    @property
+    def overlap(self) -> Overlap | None:
+        """What taking turns costs, the ideal, and how much of it was reached; None where the lines do not tell."""
+        if self.setup.engines == 0:
+            if self.setup.max_lag == 0 and self.tail is not None:
+                return Overlap(self.step, self.step - self.tail.seconds, 0.0 if self.tail.seconds else 1.0)
+            return None
+        sampler = self.waited if self.setup.max_lag == 0 else self.busy
+        if sampler is None:
+            return None
+        turns, ideal = sampler + self.trainer, max(sampler, self.trainer)
+        won = (turns - self.step) / (turns - ideal) if turns > ideal else 1.0
+        return Overlap(turns, ideal, min(max(won, 0.0), 1.0))
 
 
 def advise_run(out: Path, *, pairwise: bool) -> list[str]:
@@ -166,22 +183,19 @@ def advise(records: Records, events: Seq[Mapping[str, Any]], setup: Setup) -> li
         )
         last = f", and in the last {setup.max_lag} no more is sampled" if setup.max_lag else ""
         raise UserError(f"too few steps to advise, {FEWEST} are needed beside the warm-up: {warm} that{last}")
-    spent = spent_in(counted)
+    spent = spent_in(counted, setup)
     shown = {name: value for name, value in spent.phases.items() if value >= SHOWN * spent.step}
     parts = [f"{SAID[name]} {_s(value)}" for name, value in shown.items()]
     rest = max(0.0, spent.step - sum(shown.values()))
     over = f"steps {spent.first} to {spent.last}" + (
         f" ({spent.steps} that count)" if spent.steps <= spent.last - spent.first else ""
     )
-    lines = [
+    return [
         f"a step takes {_s(spent.step)}, the mean of {over}: {', '.join(parts)}, the rest {_s(rest)}",
         bound_by(spent),
+        _ideal(spent),
+        *(changes_for(spent) or ["nothing to change follows from these numbers"]),
     ]
-    tail = tail_of(counted, setup) if setup.max_lag == 0 and setup.engines == 0 else None
-    overlap = overlap_of(spent, setup, tail)
-    lines.append(_ideal(spent, setup, tail, overlap))
-    changes = changes_for(spent, setup, tail, overlap)
-    return lines + (changes or ["nothing to change follows from these numbers"])
 
 
 def steps_that_count(records: Records, events: Seq[Mapping[str, Any]], *, max_lag: int) -> list[Mapping[str, float]]:
@@ -209,7 +223,7 @@ def steps_that_count(records: Records, events: Seq[Mapping[str, Any]], *, max_la
     ]
 
 
-def spent_in(counted: Records) -> Spent:
+def spent_in(counted: Records, setup: Setup) -> Spent:
     """Means over the steps; a phase that a step lacks took no time in it."""
 
     def mean(name: str) -> float | None:
@@ -224,6 +238,7 @@ def spent_in(counted: Records) -> Spent:
     assert step is not None
     steps = [int(record["step"]) for record in counted]
     return Spent(
+        setup=setup,
         first=min(steps),
         last=max(steps),
         steps=len(counted),
@@ -232,6 +247,7 @@ def spent_in(counted: Records) -> Spent:
         busy=mean("engine_busy_seconds") or None,  # 0 is of an engine that does not count them
         open_groups=mean("open_groups"),
         settling=math.fsum(_finite(record.get("settling_seconds", 0.0)) for record in counted) / len(counted),
+        tail=tail_of(counted, setup) if setup.max_lag == setup.engines == 0 else None,
     )
 
 
@@ -291,22 +307,9 @@ def _cost_of_a_turn(rows: Seq[tuple[float, float, float, float]]) -> float | Non
     return max(a, 0.0)
 
 
-def overlap_of(spent: Spent, setup: Setup, tail: Tail | None) -> Overlap | None:
-    """What taking turns costs, the ideal, and how much of it was reached; None where the lines do not tell."""
-    if setup.engines == 0:
-        if setup.max_lag == 0 and tail is not None:
-            return Overlap(spent.step, spent.step - tail.seconds, 0.0 if tail.seconds else 1.0)
-        return None
-    sampler = spent.waited if setup.max_lag == 0 else spent.busy
-    if sampler is None:
-        return None
-    turns, ideal = sampler + spent.trainer, max(sampler, spent.trainer)
-    won = (turns - spent.step) / (turns - ideal) if turns > ideal else 1.0
-    return Overlap(turns, ideal, min(max(won, 0.0), 1.0))
-
-
-def _ideal(spent: Spent, setup: Setup, tail: Tail | None, overlap: Overlap | None) -> str:
+def _ideal(spent: Spent) -> str:
     """The ideal as a sentence."""
+    setup, tail, overlap = spent.setup, spent.tail, spent.overlap
     shared = "ideal: sampler and trainer share their devices, so only the tail of sampling can be won"
     if setup.engines == 0 and setup.max_lag > 0:
         full = "" if spent.open_groups is None else f"; {spent.open_groups:.0f} groups were open when a step began"
@@ -339,16 +342,17 @@ def _ideal(spent: Spent, setup: Setup, tail: Tail | None, overlap: Overlap | Non
     )
 
 
-def changes_for(spent: Spent, setup: Setup, tail: Tail | None, overlap: Overlap | None) -> list[str]:
+def changes_for(spent: Spent) -> list[str]:
     """What to change, the most that can be won first."""
-    found = [*_overlapping(spent, setup, tail, overlap), *_rewards(spent, setup), *_slots(spent, setup)]
-    if setup.engines > 0 and overlap is not None:
-        sampler = overlap.turns - spent.trainer
-        found += [*_spare_time(sampler, spent, setup), *_division(sampler, spent, setup)]
+    found = [*_overlapping(spent), *_rewards(spent), *_slots(spent)]
+    if spent.setup.engines > 0 and spent.overlap is not None:
+        sampler = spent.overlap.turns - spent.trainer
+        found += [*_spare_time(sampler, spent), *_division(sampler, spent)]
     return found
 
 
-def _overlapping(spent: Spent, setup: Setup, tail: Tail | None, overlap: Overlap | None) -> list[str]:
+def _overlapping(spent: Spent) -> list[str]:
+    setup, tail, overlap = spent.setup, spent.tail, spent.overlap
     if overlap is None:
         return []
     won = spent.step - overlap.ideal
@@ -384,8 +388,8 @@ def _overlapping(spent: Spent, setup: Setup, tail: Tail | None, overlap: Overlap
     ]
 
 
-def _rewards(spent: Spent, setup: Setup) -> list[str]:
-    scoring = spent.phases["scoring"]
+def _rewards(spent: Spent) -> list[str]:
+    setup, scoring = spent.setup, spent.phases["scoring"]
     if scoring < max(spent.phases["training"], spent.phases["sampling"]) or scoring < WORTH * spent.step:
         return []
     if setup.reward:
@@ -398,7 +402,8 @@ def _rewards(spent: Spent, setup: Setup) -> list[str]:
     return [f"{', or '.join([*own, 'a larger --token-budget'])}: rewards and scoring take {_s(scoring)} a step"]
 
 
-def _slots(spent: Spent, setup: Setup) -> list[str]:
+def _slots(spent: Spent) -> list[str]:
+    setup = spent.setup
     samples = setup.prompts_per_step * setup.samples_per_prompt
     slots = setup.max_slots * max(setup.engines, 1)
     others = max(spent.phases["scoring"], spent.phases["training"])
@@ -410,9 +415,9 @@ def _slots(spent: Spent, setup: Setup) -> list[str]:
     ]
 
 
-def _division(sampler: float, spent: Spent, setup: Setup) -> list[str]:
+def _division(sampler: float, spent: Spent) -> list[str]:
     """Other numbers of devices for sampler and trainer, were each as many times as fast as it has devices."""
-    engines, each, actors = setup.engines, setup.devices_each, setup.actors
+    engines, each, actors = spent.setup.engines, spent.setup.devices_each, spent.setup.actors
     devices = engines * each + actors
     longer = max(sampler, spent.trainer)
     best, seconds = engines, longer
@@ -435,9 +440,9 @@ def _division(sampler: float, spent: Spent, setup: Setup) -> list[str]:
     return []
 
 
-def _spare_time(sampler: float, spent: Spent, setup: Setup) -> list[str]:
+def _spare_time(sampler: float, spent: Spent) -> list[str]:
     """What fills the time of the one that waits: more epochs for the trainer, more samples for the sampler."""
-    spare = sampler - spent.trainer
+    setup, spare = spent.setup, sampler - spent.trainer
     epoch = spent.phases["training"] / setup.sample_epochs
     if epoch > 0 and spare >= epoch:
         return [

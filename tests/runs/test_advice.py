@@ -11,7 +11,7 @@ import yaml
 
 from tandem.cli.main import main
 from tandem.errors import UserError
-from tandem.runs.advice import Setup, advise, overlap_of, spent_in, steps_that_count, tail_of
+from tandem.runs.advice import Setup, advise, spent_in, steps_that_count, tail_of
 
 SHARED = Setup(
     prompts_per_step=32, samples_per_prompt=8, sample_epochs=1, max_slots=256, max_lag=0, window=1.0, reward=(),
@@ -34,8 +34,7 @@ def records(sampling=1.0, training=1.0, scoring=0.0, sync=0.0, rest=0.0, *, step
 
 def overlap(lines, setup):
     counted = steps_that_count(lines, [], max_lag=setup.max_lag)
-    tail = tail_of(counted, setup) if not setup.engines else None
-    return overlap_of(spent_in(counted), setup, tail)
+    return spent_in(counted, setup).overlap
 
 
 def said(lines, setup, events=()):
