@@ -74,7 +74,7 @@ def evaluate_rows(config: EvalRowsConfig) -> Metrics | None:
     if isinstance(feed, RowsFeed):
         config.method.aside(feed.examples, feed.longest)
     if config.run.dry_run:
-        uses = models_used(run.sources, scalar_roles(run), config.model, config.placement)
+        uses = models_used(run, scalar_roles(run))
         print_plan(config, uses | {"data": str(feed.counts or feed.uses()["data"])})
         return None
     with homes:

@@ -19,7 +19,8 @@ from tandem.assembly.models import heads, require_engine
 from tandem.assembly.placing import Homes
 from tandem.assembly.reading import by_key, describe_data, load_data, load_held_out, ordered, tokenized
 from tandem.assembly.role_sections import is_reward_model
-from tandem.assembly.sections import DataSection, DatasetSection, DrawsSection, EngineSection
+from tandem.assembly.sections import DataSection
+from tandem.assembly.use_configs import UseConfig
 from tandem.assembly.wiring import Wiring
 from tandem.data.chat import set_template
 from tandem.data.items import Counts, build_pairs, build_prompts, build_sequences, build_solutions, build_unpaired
@@ -327,17 +328,15 @@ class SamplesFeed(Feed):
         return judge_of(section, [*self.functions, *found], self.config.sampling.max_new_tokens)
 
     def _tokenize(self, rows: Dataset) -> tuple[list[Prompt], Counts]:
-        config = self.config
-        room = room_to_sample(config.data, config.engine, config.sampling, self.limits)
-        return tokenized(build_prompts, rows, self.tokenizer, room)
+        return tokenized(build_prompts, rows, self.tokenizer, room_to_sample(self.config, self.limits))
 
 
-def room_to_sample(data: DatasetSection, engine: EngineSection, draws: DrawsSection, limits: Seq[Limits]) -> Room:
+def room_to_sample(config: SamplesConfig | UseConfig, limits: Seq[Limits]) -> Room:
     """That of prompts. ``limits`` are of the models that read them and what is sampled, first of the policy."""
     policy, *others = limits
-    own = Limits(positions=engine.max_length, whose="the engine (engine.max_length)")
+    own = Limits(positions=config.engine.max_length, whose="the engine (engine.max_length)")
     every = [policy.sampling, *others, own]
-    return Room(data.max_length, every, draws.max_new_tokens, long_rows=data.long_rows)
+    return Room(config.data.max_length, every, config.sampling.max_new_tokens, long_rows=config.data.long_rows)
 
 
 def preparation(config: SamplesConfig, models: Mapping[str, Seat]) -> Preparation:

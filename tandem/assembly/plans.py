@@ -5,31 +5,26 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from tandem.assembly.role_sections import RolePlacement
-from tandem.assembly.sections import ModelSection
+from tandem.assembly.configs import RunConfig
+from tandem.assembly.use_configs import UseConfig
 from tandem.config import describe
 from tandem.models.description import describe_source
 from tandem.models.loading import pick_device
 
 
 def models_used(
-    sources: Mapping[str, str],
-    scalar: Collection[str],
-    section: ModelSection,
-    placement: RolePlacement,
-    *,
-    shared: Collection[str] = (),
+    config: RunConfig | UseConfig, scalar: Collection[str], *, shared: Collection[str] = ()
 ) -> dict[str, str]:
     """What would be loaded for each role, of which the first is the model that the command is about.
 
     ``scalar``: the roles of models with one number a token; ``shared``: of those on the policy's own layers.
     """
-    first = next(iter(sources))
+    section, first = config.model, next(iter(config.sources))
     return {
         "model" if role == first else role: describe_source(source, scalar=role in scalar)
         + (", on the policy's own layers" if role in shared else "")
-        + f", {pick_device(section.device)}, {section.dtype}{placement.where(role)}"
-        for role, source in sources.items()
+        + f", {pick_device(section.device)}, {section.dtype}{config.placement.where(role)}"
+        for role, source in config.sources.items()
     }
 
 

@@ -57,14 +57,14 @@ def _ranks(config: RunConfig, stack: ExitStack) -> Ranks | None:
 def _run(config: RunConfig, stack: ExitStack, ranks: Ranks | None) -> Path | None:
     """The run, in the order in which a mistake is cheapest to find. ``ranks``: those of a torchrun that are there."""
     require_trackers(config.run.track)
-    if (model := check_out(config, steps=config.length)) is not None:
+    if (model := check_out(config)) is not None:
         return model
     homes = _homes(config)
     if ranks is None:
         homes.check()
     with stage("data"):
         feed = _feed(config, stack)
-    if (model := check_out(config, feed.inputs, steps=feed.steps)) is not None:
+    if (model := check_out(config, feed)) is not None:
         return model
     feed.check()
     config.method.check(feed.planned)
@@ -160,5 +160,5 @@ def _feed(config: RunConfig, stack: ExitStack) -> Feed:
 def _print_plan(config: RunConfig, feed: Feed) -> None:
     """What a dry run shows: the resolved config and what the run would use."""
     shared = filter(config.is_shared, config.sources)
-    uses = models_used(config.sources, scalar_roles(config), config.model, config.placement, shared=[*shared])
+    uses = models_used(config, scalar_roles(config), shared=[*shared])
     print_plan(config, uses | feed.uses(), feed.idle)

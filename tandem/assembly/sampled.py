@@ -65,7 +65,7 @@ class _Sampling:
         rows = load_data(config.data, "prompts")
         self.tokenizer = load_tokenizer(config.model.source)
         set_template(self.tokenizer, config.data.chat_template)
-        room = room_to_sample(config.data, config.engine, config.sampling, [read_limits(config.model.source)])
+        room = room_to_sample(config, [read_limits(config.model.source)])
         self.prompts, self.counts = tokenized(build_prompts, rows, self.tokenizer, room)
         score_scales(config.rewards, config.model)
         self.functions = rewards_of()
@@ -164,7 +164,7 @@ class _Sampling:
     def _print_plan(self) -> None:
         """What a dry run shows: the resolved config and what would be used."""
         config = self.config
-        uses = models_used(config.sources, config.rewards.models, config.model, config.placement) | {
+        uses = models_used(config, config.rewards.models) | {
             "rewards": ", ".join(config.rewards.judges) or "none",
             "engine": f"{config.engine.kind}, {config.sampling.max_slots} slots",
             "prompts": str(self.counts),

@@ -56,14 +56,14 @@ def checked_start(config: Any, title: str, inputs: Inputs | None = None) -> Star
     return start
 
 
-def check_out(config: RunConfig, inputs: Inputs | None = None, *, steps: int | None) -> Path | None:
+def check_out(config: RunConfig, feed: Feed | None = None) -> Path | None:
     """Refuses an ``--out`` that cannot be used, and a run that cannot be resumed, before anything slow is loaded.
 
-    Creates nothing. Returns the model of a run that has done all its ``steps`` (None: they are not known before the
-    data are read) or has met its goals: nothing of it is to be done again.
+    Creates nothing. Returns the model of a run that has done all its steps (which may not be known before the data are
+    read, by a ``feed``) or has met its goals: nothing of it is to be done again.
     """
-    run, out = config.run, Path(config.run.out)
-    checked_start(config, config.method.title, inputs)
+    run, out, steps = config.run, Path(config.run.out), feed.steps if feed else config.length
+    checked_start(config, config.method.title, feed.inputs if feed else None)
     if not run.resume or not (out / IDENTITY).exists() or did_nothing(out):
         return None
     checkpoint = CheckpointStore(out / "checkpoints", keep=run.keep, run=read_run(out)).latest()
