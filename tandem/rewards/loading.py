@@ -82,7 +82,8 @@ def _load_module(name: str) -> ModuleType:
             return importlib.import_module(name)
         except Exception as error:  # the user's code may raise anything
             if isinstance(error, ModuleNotFoundError) and error.name and f"{name}.".startswith(f"{error.name}."):
-                raise UserError(f"no module named {error.name!r} (for the reward function in {name!r})") from error
+                others = "a reward that is no function begins with http://, https://, judge: or format:"
+                raise UserError(f"no module named {error.name!r} (for the function of {name!r}; {others})") from error
             spec = importlib.util.find_spec(name)
             place = _error_place(error, Path(spec.origin)) if spec and spec.origin else name
             raise UserError(f"{place}: import failed: {one_line(error)}") from error
