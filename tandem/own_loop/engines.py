@@ -13,15 +13,13 @@ from transformers import AutoModelForCausalLM
 from tandem.engines.live.replica import ReplicaEngine
 from tandem.engines.vllm.setup import VLLMParams
 from tandem.errors import UserError
-from tandem.models.limits import layers_of, limits_of
 from tandem.models.loading import load_causal
 from tandem.models.routers import all_weights
-from tandem.models.shrunk import furthest_limit
 from tandem.models.text_config import config_in
 from tandem.models.trusted import is_trusted
 from tandem.own_loop.their_model import GivenModel, Shapes
 from tandem.parallel.world import World
-from tandem.sync.check import BEYOND, TruthCheck, compare
+from tandem.sync.check import TruthCheck, compare
 from tandem.sync.push import PushParams, WeightPush
 from tandem.sync.source import WeightSource
 from tandem.types import Completion, Request
@@ -51,12 +49,8 @@ class LoopEngine(Protocol):
 
     shapes: Shapes
     """The shapes of the parameters that it must be given."""
-    limit: int | None
-    """Tokens that it may sample up to; None: any number."""
-    layers: int
-    """How many layers the model has."""
-    probed: int
-    """The furthest limit of the model that its samples may go beyond, as does the first probe; 0: there is none."""
+    config: Any
+    """The config of its model, as transformers has it."""
 
     def require_alive(self) -> None:
         """Raises UserError where it can no longer be used."""
@@ -85,9 +79,7 @@ class InProcess:
         model = load_causal(params.model, dtype=params.dtype, device=str(params.device))
         self.engine = ReplicaEngine(model, max_slots=params.max_slots, max_length=params.max_length)
         self.shapes: Shapes = {name: tuple(p.shape) for name, p in self.engine.parameters.items()}
-        self.limit = limits_of(model.module.config).sampling.positions
-        self.layers = layers_of(model.module.config)
-        self.probed = furthest_limit(model.module.config, params.max_length, by=BEYOND + 1)
+        self.config = model.module.config
         self.device, self.check = params.device, params.check
         self.filled = False
 
@@ -125,11 +117,8 @@ class InChild:
 
     def __init__(self, params: EngineParams, name: str) -> None:
         self.params = params
-        config = config_in(params.model)
-        self.shapes: Shapes = shapes_of(config, params.model)
-        self.limit = limits_of(config).sampling.positions
-        self.layers = layers_of(config)
-        self.probed = furthest_limit(config, params.max_length, by=BEYOND + 1)
+        self.config = config_in(params.model)
+        self.shapes: Shapes = shapes_of(self.config, params.model)
         gpu = str(torch.cuda.get_device_properties(params.device).uuid) if params.device.type == "cuda" else None
         self.child = Child(name, gpu=gpu, deadline_s=params.deadline_s)
         self.push: WeightPush | None = None

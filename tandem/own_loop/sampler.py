@@ -17,16 +17,19 @@ from torch import nn
 from tandem.arguments import checked
 from tandem.data.tokenize import prompt_of
 from tandem.engines.requests import check_request
+from tandem.engines.vllm.setup import check_vllm
 from tandem.errors import UserError
 from tandem.models.folder import located
+from tandem.models.limits import layers_of, limits_of
 from tandem.models.loading import load_tokenizer
+from tandem.models.shrunk import furthest_limit
 from tandem.models.trusted import source_of
 from tandem.own_loop.engines import SHARE_BESIDE_TRAINER, EngineParams, InChild, InProcess, LoopEngine
 from tandem.own_loop.peers import Peers, own_device
 from tandem.own_loop.their_model import GivenModel, given, require_same
 from tandem.parallel.shares import divide
 from tandem.seeds import derive_seed
-from tandem.sync.check import FIRST_PROBES, PROBE_EVERY, Probe, WeightMismatch, logp_bound
+from tandem.sync.check import BEYOND, FIRST_PROBES, PROBE_EVERY, Probe, WeightMismatch, logp_bound
 from tandem.types import Completion, Message, Request, SamplingParams
 
 PromptLike = str | Seq[Message] | Seq[int]
@@ -221,8 +224,6 @@ class Sampler:
                 if params.max_length is not None:
                     _whole(params.max_length, "max_length", at_least=2)
                 if kind == "vllm":
-                    from tandem.engines.vllm.engine import check_vllm
-
                     check_vllm()
                     where = f" of rank {self.peers.rank}" if self.peers.size > 1 else ""
                     engine = InChild(params, f"the vLLM engine{where}")
@@ -254,12 +255,13 @@ class Sampler:
 
     def _probe(self, held: GivenModel, step: int) -> None:
         """Raises WeightMismatch where the model and the sampler give fixed tokens different log-probs."""
-        probe = Probe(held.vocabulary, self.engine.probed)
+        config = self.engine.config
+        probe = Probe(held.vocabulary, furthest_limit(config, self.max_length, by=BEYOND + 1))
         probe.first = self.updates == 0
         theirs, exact = held.logprobs(probe.sequences, self.device)
         with self.peers.agreeing():
             mine = self.engine.logprobs(probe.sequences)
-            bound = logp_bound(self.dtype if exact else "bfloat16", self.engine.layers)
+            bound = logp_bound(self.dtype if exact else "bfloat16", layers_of(config))
             if far := probe.too_far(theirs, mine, bound):
                 raise WeightMismatch(
                     f"update: after step {step} the sampler gives a probe log-probs that differ from the model's by "
@@ -287,7 +289,8 @@ class Sampler:
             requests.append(Request(prompt_ids=ids, seeds=seeds, sampling=sampling))
         self.engine.require_alive()
         # Said here, where a request's number is that of its prompt.
-        limits = [(self.max_length, "the sampler's max_length"), (self.engine.limit, "the model's positions")]
+        positions = limits_of(self.engine.config).sampling.positions
+        limits = [(self.max_length, "the sampler's max_length"), (positions, "the model's positions")]
         limit, name = min(((n, name) for n, name in limits if n), default=(None, ""))
         for number, request in enumerate(requests):
             check_request(number, request, vocabulary=self.vocabulary, limit=limit, limit_name=name)

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from tandem.engines.vllm.checksums import Shard, Wholes
-from tandem.engines.vllm.copies import Copies, RecordingCopies
+from tandem.engines.vllm.copies import Copies, NotedCopies
 from tandem.engines.vllm.loading import Sums, Target, find_summed, play_copies
-from tandem.engines.vllm.regions import Piece, Region, WatchingCopies
+from tandem.engines.vllm.regions import Piece, Region, piece_of
 from tandem.sync.checksum import ParameterSums
 from tandem.sync.plan import Plan, TensorSpec
 from tandem.types import Held
@@ -38,10 +38,9 @@ def bucket_in(buffer: torch.Tensor, seed: int) -> list[tuple[str, torch.Tensor]]
 
 def record(model: Fused, bucket: list[tuple[str, torch.Tensor]]) -> Copies:
     copies = Copies()
-    recording = RecordingCopies(copies, dict(model.named_parameters()), bucket)
-    with recording:
+    with NotedCopies(dict(model.named_parameters())) as noted:
         model.load_weights(bucket)
-    recording.finish()
+    copies.add(bucket, noted.made)
     return copies
 
 
@@ -102,10 +101,13 @@ def test_copies_inside_the_model_are_not_part_of_a_push():
 
 
 def pieces_of(parameter: nn.Parameter, tensor: torch.Tensor, *copies: tuple[torch.Tensor, torch.Tensor]) -> Any:
-    with WatchingCopies("t", tensor, parameter) as watching:
+    filled = Target(tuple(parameter.shape), parameter.dtype)
+    with NotedCopies({"t": parameter}) as noted:
         for target, source in copies:
             target.copy_(source)
-    return watching.pieces, watching.whole
+    for _, target, source in noted.made:
+        filled.take(piece_of("t", tensor, parameter, target, source))
+    return filled.pieces, filled.exact
 
 
 def test_regions_are_where_copies_came_from():

@@ -12,7 +12,8 @@ from helpers.vllm_models import VOCABULARY, covered, make_model, save
 from torch import Tensor
 
 from tandem.engines.vllm.adapters import PushedAdapters, names_in, room_of
-from tandem.engines.vllm.engine import VLLMEngine, VLLMParams
+from tandem.engines.vllm.engine import VLLMEngine
+from tandem.engines.vllm.setup import VLLMParams
 from tandem.errors import UserError
 from tandem.models.adapters import AdapterParams
 from tandem.models.loading import load_causal

@@ -15,7 +15,8 @@ from helpers.telling import tell, told
 from helpers.vllm_faults import QUERY, all_at_once, faults_seen
 from helpers.vllm_models import POSITIONS, Pusher, covered, make_model, reference_logp, save, wrong_tensors
 
-from tandem.engines.vllm.engine import VLLMEngine, VLLMParams
+from tandem.engines.vllm.engine import VLLMEngine
+from tandem.engines.vllm.setup import VLLMParams
 from tandem.errors import Cancelled, UserError
 from tandem.roles import SleepingEngine
 from tandem.sync.plan import Plan, TensorSpec, plan_of

@@ -11,8 +11,9 @@ import transformers
 from helpers.vllm_models import Pusher, covered, reference_logp, save, wrong_tensors
 from transformers.core_model_loading import revert_weight_conversion
 
-from tandem.engines.vllm.engine import VLLMEngine, VLLMParams
+from tandem.engines.vllm.engine import VLLMEngine
 from tandem.engines.vllm.names import Names
+from tandem.engines.vllm.setup import VLLMParams
 from tandem.errors import UserError
 from tandem.models.routers import all_weights, correction_biases
 from tandem.models.shrunk import trained_size

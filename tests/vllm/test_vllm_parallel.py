@@ -13,7 +13,8 @@ from helpers.vllm_faults import all_at_once, faults_seen
 from helpers.vllm_models import Pusher, covered, make_model, reference_logp, save, wrong_tensors
 
 from tandem.engines.vllm.adapters import room_of
-from tandem.engines.vllm.engine import VLLMEngine, VLLMParams
+from tandem.engines.vllm.engine import VLLMEngine
+from tandem.engines.vllm.setup import VLLMParams
 from tandem.errors import UserError
 from tandem.models.adapters import AdapterParams, put_adapters
 from tandem.sync.plan import plan_of

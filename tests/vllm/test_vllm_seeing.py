@@ -9,7 +9,8 @@ import torch
 from helpers.seeing import make_seeing, save_seeing
 from helpers.vllm_models import Pusher, covered, reference_logp, wrong_tensors
 
-from tandem.engines.vllm.engine import VLLMEngine, VLLMParams
+from tandem.engines.vllm.engine import VLLMEngine
+from tandem.engines.vllm.setup import VLLMParams
 from tandem.models.loading import load_causal
 
 pytest.importorskip("torchvision")  # vLLM's classes of models that see are made with it

@@ -11,8 +11,8 @@ import pytest
 import torch
 from helpers.vllm_models import make_model, save
 
-from tandem.engines.vllm.engine import VLLMEngine, VLLMParams, check_vllm
-from tandem.engines.vllm.setup import end_with_ranks, explained
+from tandem.engines.vllm.engine import VLLMEngine
+from tandem.engines.vllm.setup import VLLMParams, check_vllm, end_with_ranks, explained
 from tandem.errors import RunFailure, UserError
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence as Seq
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -17,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tandem.engines.vllm.copies import Copies, RecordingCopies
+from tandem.engines.vllm.copies import Copy, NotedCopies
 from tandem.engines.vllm.loading import Bucket, Record, Summed, Target
 from tandem.engines.vllm.names import Names
-from tandem.engines.vllm.regions import piece_of
+from tandem.engines.vllm.regions import memory_of, piece_of
 from tandem.errors import UserError, listed
 from tandem.models.pairs import NAME
 from tandem.sync.plan import Plan
@@ -142,12 +143,12 @@ class PushedAdapters:
         # What vLLM 0.25 leaves, and believes that its kernels have been told.
         self.manager._last_mapping = None
         self.manager.add_adapter(LoRAModel(NUMBER, max(ranks.values()), loaded))
-        first = not self.record
-        recording = RecordingCopies(Copies(), self._stacks(), list(self.taken.items()))
-        with recording if first else nullcontext():
+        if self.record:
             self.manager.activate_adapter(NUMBER)
-        if first:
-            self._keep_record(recording)
+            return
+        with NotedCopies(self._stacks()) as noted:
+            self.manager.activate_adapter(NUMBER)
+        self._keep_record(noted.made)
 
     def _stacks(self) -> dict[str, Tensor]:
         return {
@@ -157,17 +158,16 @@ class PushedAdapters:
             for number, tensor in enumerate(getattr(layer, stack))
         }
 
-    def _keep_record(self, recording: RecordingCopies) -> None:
+    def _keep_record(self, made: Seq[Copy]) -> None:
         """Which elements of which adapters each stack consists of."""
         stacks = self._stacks()
-        parts = {tensor.untyped_storage().data_ptr(): (name, tensor) for name, tensor in self.taken.items()}
+        parts = {memory_of(tensor): (name, tensor) for name, tensor in self.taken.items()}
         self.record = {name: Target(tuple(stack.shape), stack.dtype) for name, stack in stacks.items()}
-        for target, source in zip(recording.targets, recording.sources, strict=True):
-            where = recording.names[target.untyped_storage().data_ptr()]
-            name, tensor = parts[source.untyped_storage().data_ptr()]
-            piece = piece_of(name, tensor, stacks[where], target, source)
-            self.record[where].pieces += [piece] if piece is not None else []
-            self.record[where].exact &= piece is not None and tensor.dtype == target.dtype
+        for where, written, source in made:
+            if memory_of(source) in parts:
+                name, tensor = parts[memory_of(source)]
+                self.record[where].take(piece_of(name, tensor, stacks[where], written, source))
+                self.record[where].exact &= tensor.dtype == written.dtype
         self.summed = [(n, n, SimpleNamespace(**{n.rpartition(".")[2]: stack})) for n, stack in stacks.items()]
 
 

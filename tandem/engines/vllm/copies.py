@@ -6,21 +6,50 @@ Python for every tensor, and layerwise reload besides allocates each layer anew:
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
+from collections.abc import Sequence as Seq
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tandem.engines.vllm.regions import memory_of
+
+Copy = tuple[str, Tensor, Tensor]
+"""The name of a parameter, the part of it that was written, and what was copied there."""
+
+
+class NotedCopies(TorchDispatchMode):
+    """Notes every copy into one of ``parameters`` that is made meanwhile."""
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.names = {memory_of(parameter): name for name, parameter in parameters.items()}
+        self.made: list[Copy] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.copy_.default and (name := self.names.get(memory_of(args[0]))) is not None:
+            self.made.append((name, args[0], args[1]))
+        return func(*args, **(kwargs or {}))
+
 
 class Copies:
-    """The copies of a push, by bucket. ``add`` while they are recorded, ``play`` afterwards."""
+    """The copies of a push, by bucket. ``add`` once they have been made, ``play`` afterwards."""
 
     def __init__(self) -> None:
         self.buckets: list[tuple[list[Tensor], list[Tensor]]] = []
-        self.elements: dict[str, int] = {}
+        self.elements: Counter[str] = Counter()
         """How many elements of each parameter are written."""
+
+    def add(self, bucket: Seq[tuple[str, Tensor]], made: Seq[Copy]) -> None:
+        """Those from the next bucket's memory, of all that were made while it was loaded."""
+        memory = {memory_of(tensor) for _, tensor in bucket}
+        own = [copy for copy in made if memory_of(copy[2]) in memory]
+        self.buckets.append(([target for _, target, _ in own], [source for *_, source in own]))
+        for name, target, _ in own:
+            self.elements[name] += target.numel()
 
     def play(self, number: int) -> None:
         """Copies bucket ``number``, which lies where it lay when it was recorded."""
@@ -30,33 +59,7 @@ class Copies:
 
     def covers(self, loaded: Mapping[str, int]) -> bool:
         """Whether every parameter gets as many elements as it was loaded with."""
-        return self.elements == dict(loaded)
-
-
-class RecordingCopies(TorchDispatchMode):
-    """Notes every copy from a bucket's memory into a parameter that is made meanwhile."""
-
-    def __init__(self, copies: Copies, parameters: Mapping[str, Tensor], bucket: list[tuple[str, Tensor]]) -> None:
-        super().__init__()
-        self.copies = copies
-        self.names = {parameter.untyped_storage().data_ptr(): name for name, parameter in parameters.items()}
-        self.memory = {tensor.untyped_storage().data_ptr() for _, tensor in bucket}
-        self.targets: list[Tensor] = []
-        self.sources: list[Tensor] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.copy_.default:
-            target, source = args[0], args[1]
-            name = self.names.get(target.untyped_storage().data_ptr())
-            if name is not None and source.untyped_storage().data_ptr() in self.memory:
-                self.targets.append(target)
-                self.sources.append(source)
-                self.copies.elements[name] = self.copies.elements.get(name, 0) + target.numel()
-        return func(*args, **(kwargs or {}))
-
-    def finish(self) -> None:
-        """Ends the bucket."""
-        self.copies.buckets.append((self.targets, self.sources))
+        return dict(self.elements) == dict(loaded)
 
 
 def may_copy(model: Any, exact: bool) -> bool:

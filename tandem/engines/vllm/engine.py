@@ -13,14 +13,12 @@ from tandem.engines.stepper import SteppedEngine
 from tandem.engines.vllm.adapters import adapter_request, split
 from tandem.engines.vllm.checksums import Wholes
 from tandem.engines.vllm.core import VLLMCore, VLLMJob
-from tandem.engines.vllm.setup import VLLMParams, check_vllm, close_vllm, end_with_ranks, ends_of, on_cpu, start_vllm
+from tandem.engines.vllm.setup import VLLMParams, close_vllm, end_with_ranks, ends_of, on_cpu, start_vllm
 from tandem.errors import UserError, first_line
 from tandem.futures import Future, wait_all
 from tandem.sync.links import Link
 from tandem.sync.plan import Plan
 from tandem.types import Completion, Held, Request, SamplingParams, StopReason, Versions, Watch
-
-__all__ = ["VLLMEngine", "VLLMParams", "check_vllm"]
 
 TEMPERATURES = (0.01, 2.0)
 """vLLM changes or refuses others but 0."""

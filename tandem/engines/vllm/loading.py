@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from tandem.engines.vllm.checksums import Shard
-from tandem.engines.vllm.copies import Copies, RecordingCopies
+from tandem.engines.vllm.copies import Copies, NotedCopies
 from tandem.engines.vllm.names import Names
-from tandem.engines.vllm.regions import Piece, WatchingCopies
+from tandem.engines.vllm.regions import Piece, piece_of
 from tandem.errors import UserError, first_line, listed
 from tandem.kernels import bits
 from tandem.sync.checksum import RunningSums
@@ -41,6 +41,11 @@ class Target:
     """How many elements that is."""
     exact: bool = True
     """Whether the values are stored as they came, and it is known where."""
+
+    def take(self, piece: Piece | None) -> None:
+        """What a copy into it was of a pushed tensor; None where it was of something else."""
+        self.pieces += [] if piece is None else [piece]
+        self.exact &= piece is not None
 
 
 Record = dict[str, Target]
@@ -78,10 +83,9 @@ def load_and_record_copies(model: Any, names: Names, buckets: Iterable[Bucket], 
     copies = Copies()
     parameters = dict(model.named_parameters())
     for bucket in buckets:
-        recording = RecordingCopies(copies, parameters, bucket)
-        with recording:
+        with NotedCopies(parameters) as noted:
             _load(model, names.of(bucket))
-        recording.finish()
+        copies.add(bucket, noted.made)
     return copies if copies.covers({name: target.loaded for name, target in record.items()}) else None
 
 
@@ -154,11 +158,12 @@ def _watched(loader: Callable[..., Any], name: str, loading: dict[str, Any], rec
         # The first, which loaders of experts are given by its name.
         parameter, tensor = next(iter(bound.arguments.values())), loading["tensor"]
         target = record.setdefault(name, Target(tuple(parameter.shape), parameter.dtype))
-        with WatchingCopies(loading["name"], tensor, parameter) as watching:
+        with NotedCopies({name: parameter}) as noted:
             target.loaded += get_numel_loaded(original, bound)[0]
-        target.pieces += watching.pieces
-        # Some loaders cast, others store a function of what they are given (Mamba's A).
-        target.exact &= watching.whole and tensor.dtype == parameter.dtype
+        for _, written, source in noted.made:
+            # Some loaders store a function of what they are given (Mamba's A), others cast.
+            target.take(piece_of(loading["name"], tensor, parameter, written, source))
+        target.exact &= tensor.dtype == parameter.dtype
         loading["taken"] = True
         return loader(*args, **kwargs)
 

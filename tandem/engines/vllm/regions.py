@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Region(NamedTuple):
@@ -36,29 +34,12 @@ class Piece(NamedTuple):
         return content.view(-1).as_strided(size, (self.stride, 1), content.storage_offset() + self.offset)
 
 
-class WatchingCopies(TorchDispatchMode):
-    """Notes every copy into ``parameter`` as a piece of ``tensor``. ``whole`` is False where one is something else."""
-
-    def __init__(self, part: str, tensor: Tensor, parameter: Tensor) -> None:
-        super().__init__()
-        self.part, self.tensor, self.parameter = part, tensor, parameter
-        self.pieces: list[Piece] = []
-        self.whole = True
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.copy_.default and _same_memory(args[0], self.parameter):
-            piece = piece_of(self.part, self.tensor, self.parameter, args[0], args[1])
-            self.whole &= piece is not None
-            self.pieces += [piece] if piece is not None else []
-        return func(*args, **(kwargs or {}))
-
-
 def piece_of(part: str, tensor: Tensor, parameter: Tensor, target: Tensor, source: Tensor) -> Piece | None:
     """The piece that a copy from ``source`` into ``target``, a view of ``parameter``, makes of pushed ``tensor``.
 
     None where it is something else.
     """
-    if not _same_memory(source, tensor) or source.shape != target.shape:
+    if memory_of(source) != memory_of(tensor) or source.shape != target.shape:
         return None
     merged = _merged(tuple(target.shape), target.stride(), source.stride())
     if merged is None:
@@ -68,9 +49,10 @@ def piece_of(part: str, tensor: Tensor, parameter: Tensor, target: Tensor, sourc
     return Piece(part, region, int(target.storage_offset() - parameter.storage_offset()), stride)
 
 
-def _same_memory(a: Tensor, b: Tensor) -> bool:
-    # Not by address: tensors without data have none.
-    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+def memory_of(tensor: Tensor) -> int:
+    """What tells the memory that a tensor lies in from others."""
+    # Not its address: tensors without data have none.
+    return tensor.untyped_storage()._cdata
 
 
 def _merged(
