@@ -17,7 +17,7 @@ from tandem.data.tokenize import encode
 from tandem.data.windows import Windows
 from tandem.errors import UserError
 from tandem.roles import Seat
-from tandem.rollout.evaluate import HeldOutText
+from tandem.rollout.evaluate import HeldOutRows
 from tandem.rollout.prepare import Preparation
 from tandem.rollout.rows import InWindows
 from tandem.runs.identity import Inputs
@@ -88,13 +88,13 @@ class TextFeed(Feed):
         evaluate = when_due(self.config.evaluation, measure, last=self.steps)
         return Fed(source=InWindows(windows), prepare=measure.prepare, evaluate=evaluate)
 
-    def measure(self, models: Mapping[str, Seat], sets: Mapping[str, Corpus]) -> HeldOutText:
+    def measure(self, models: Mapping[str, Seat], sets: Mapping[str, Corpus]) -> HeldOutRows:
         """What measures the policy on some corpora."""
-        return HeldOutText(
+        return HeldOutRows(
             sets={name: Windows(one, self._encode, self.length, None) for name, one in sets.items()},
-            windows_at_a_time=self.config.rows.batch_size,
             actor=models["actor"],
             prepare=Preparation(method=self.config.method, models=models, seed=self.config.run.seed),
+            at_a_time=self.config.rows.batch_size,
         )
 
     def _encode(self, text: str) -> list[int]:

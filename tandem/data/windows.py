@@ -15,6 +15,7 @@ import torch
 from tandem.data.corpus import Corpus
 from tandem.errors import UserError
 from tandem.seeds import derive_seed
+from tandem.types import Sequence
 
 MARK_EVERY = 64
 """A mark is written every 64 windows at most: any other place is found by reading up to 64 windows again."""
@@ -60,13 +61,13 @@ class Windows:
         self._next = self._noted = 0
         self._go_to(Mark(window=0))
 
-    def take(self, numbers: range) -> list[list[int]]:
+    def take(self, numbers: range) -> list[Sequence]:
         """These windows."""
         if numbers.start != self._next:
             self._go_to(self._nearest(numbers.start))
             for _ in range(numbers.start - self._next):
                 self._window()
-        found = [self._window() for _ in numbers]
+        found = [Sequence.read(self._window()) for _ in numbers]
         if self.notes is not None and self._next - self._noted >= MARK_EVERY and self.notes.parent.is_dir():
             self._noted = self._next
             epoch, place, token, _ = self._ahead[0]
@@ -75,19 +76,18 @@ class Windows:
                 file.write(json.dumps(asdict(mark) | {"of": self.identity}) + "\n")
         return found
 
-    def once(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[Sequence]:
         """All windows of one epoch, the last one shorter where the tokens end."""
-        self._go_to(Mark(window=0))
         rest: list[int] = []
         for epoch, _, _, ids in self._read(Mark(window=0)):
             if epoch:
                 break
             rest += ids
             while len(rest) >= self.length:
-                yield rest[: self.length]
+                yield Sequence.read(rest[: self.length])
                 rest = rest[self.length - 1 :]
         if len(rest) > 1:
-            yield rest
+            yield Sequence.read(rest)
 
     def _go_to(self, mark: Mark) -> None:
         self._next = self._noted = mark.window

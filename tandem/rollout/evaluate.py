@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from tandem.data.windows import Windows
 from tandem.errors import RunFailure
 from tandem.roles import Clock, Engine, Metrics, Seat
 from tandem.rollout.judging import Judge
@@ -16,7 +15,7 @@ from tandem.rollout.measure import held_out_metrics
 from tandem.rollout.prepare import Preparation
 from tandem.rollout.sampling import groups_of, requests_of
 from tandem.seeds import derive_seed
-from tandem.types import Group, Prompt, SamplingParams, Sequence
+from tandem.types import Group, Prompt, SamplingParams
 
 ROWS_AT_A_TIME = 64
 """Held-out rows of which a teacher's words are held at a time: 64."""
@@ -39,14 +38,16 @@ Changes nothing that training reads."""
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOutRows:
-    """Sets of tokenized rows: the loss, and whatever the method's loss measures beside it."""
+    """Sets of tokenized rows, or of windows of text: the loss, and whatever the method's loss measures beside it."""
 
-    sets: Mapping[str, Seq[Any]]
+    sets: Mapping[str, Iterable[Any]]
     actor: Seat
     prepare: Preparation
+    at_a_time: int | None = None
+    """Rows of a set that are packed together. None: all, or 64 where a teacher says much of each token."""
 
     def __call__(self, step: int, phase: Clock) -> Evaluation:
-        """One batch a set, weighted as one optimizer step would be."""
+        """Each set is gone through once, in order, and weighted as one optimizer step would be."""
         metrics: Metrics = {}
         for name, rows in self.sets.items():
             with phase("evaluating"):
@@ -54,13 +55,13 @@ class HeldOutRows:
                 metrics |= named(name, found | self.prepare.method.measured(found))
         return Evaluation(metrics=metrics)
 
-    def _found(self, rows: Seq[Any], step: int) -> Metrics:
-        """The means over all rows; where a teacher says much of each token, of some rows at a time."""
-        method = self.prepare.method
-        size = len(rows) if method.asks.divergence is None else ROWS_AT_A_TIME
+    def _found(self, rows: Iterable[Any], step: int) -> Metrics:
+        """The means over all rows."""
+        method, rest = self.prepare.method, iter(rows)
+        size = self.at_a_time or (None if method.asks.divergence is None else ROWS_AT_A_TIME)
         parts: list[tuple[Metrics, Metrics]] = []
-        for first in range(0, len(rows), size):
-            (batch,) = self.prepare(rows[first : first + size], {}, step)
+        while some := [*islice(rest, size)]:
+            (batch,) = self.prepare(some, {}, step)
             found, trained = self.actor.call("evaluate", batch), batch.trainable_T.sum().item()
             weights = dict.fromkeys(found, trained)
             weights["loss"] = batch.segments if method.aggregation == "sequence" else trained
@@ -72,33 +73,6 @@ class HeldOutRows:
             / sum(weights[name] for _, weights in parts)
             for name in parts[0][0]
         }
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeldOutText:
-    """Held-out corpora: the mean loss over the tokens of each, some at a time."""
-
-    sets: Mapping[str, Windows]
-    windows_at_a_time: int
-    actor: Seat
-    prepare: Preparation
-
-    def __call__(self, step: int, phase: Clock) -> Evaluation:
-        """Each is gone through once, in order."""
-        metrics: Metrics = {}
-        for name, windows in self.sets.items():
-            with phase("evaluating"):
-                losses = [*self._losses(windows, step)]
-            tokens = sum(count for _, count in losses)
-            metrics |= named(name, {"loss": sum(loss * count for loss, count in losses) / tokens})
-        return Evaluation(metrics=metrics)
-
-    def _losses(self, windows: Windows, step: int) -> Iterator[tuple[float, int]]:
-        """Mean losses, and over how many tokens."""
-        rest = windows.once()
-        while some := [*islice(rest, self.windows_at_a_time)]:
-            (batch,) = self.prepare([Sequence.read(ids) for ids in some], {}, step)
-            yield self.actor.call("evaluate", batch)["loss"], sum(len(ids) - 1 for ids in some)
 
 
 @dataclass(frozen=True, kw_only=True)

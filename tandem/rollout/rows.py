@@ -10,7 +10,7 @@ from typing import Any
 from tandem.data.windows import Windows
 from tandem.futures import Done, Future
 from tandem.roles import Clock, Metrics
-from tandem.types import Example, Sequence, Ticket
+from tandem.types import Example, Ticket
 
 
 @dataclass(frozen=True)
@@ -67,5 +67,4 @@ class InWindows(AtOnce):
     def begin(self, tickets: Seq[Ticket], clock: Clock) -> list[Future[Any]]:
         """The tickets' windows, read and tokenized now. Their numbers follow one another."""
         with clock("data"):
-            found = self.windows.take(range(tickets[0].number, tickets[-1].number + 1))
-        return [Done(Sequence.read(ids)) for ids in found]
+            return [Done(window) for window in self.windows.take(range(tickets[0].number, tickets[-1].number + 1))]

@@ -42,7 +42,7 @@ def test_each_token_is_predicted_once_an_epoch(corpus, length, seed):
     all_of_it = tokens_of(corpus)
     epochs = 3
     count = epochs * len(all_of_it) // (length - 1)
-    found = Windows(corpus, encode, length, seed).take(range(count))
+    found = [window.token_ids for window in Windows(corpus, encode, length, seed).take(range(count))]
     assert all(len(window) == length for window in found)
     assert all(a[-1] == b[0] for a, b in pairwise(found))
     stream = [found[0][0], *(id for window in found for id in window[1:])]
@@ -99,7 +99,7 @@ def test_a_mark_saves_reading_what_is_before_it(corpus, tmp_path):
 
 @pytest.mark.parametrize("length", [2, 7, 64, 10_000])
 def test_a_corpus_once_in_order(corpus, length):
-    found = list(Windows(corpus, encode, length, None).once())
+    found = [window.token_ids for window in Windows(corpus, encode, length, None)]
     assert [found[0][0], *(id for window in found for id in window[1:])] == tokens_of(corpus)
     assert all(len(window) == length for window in found[:-1])
 

@@ -1,7 +1,6 @@
 """Evaluations of several sets: names, one version of the weights, and no trace of them in what is trained."""
 
 import json
-import statistics
 from types import SimpleNamespace
 
 import pytest
@@ -10,11 +9,13 @@ from helpers.runs import arguments, unevaluated, write_inputs
 
 from tandem.assembly.evaluation_sections import named_sets
 from tandem.errors import RunFailure, UserError
-from tandem.rollout.evaluate import HeldOutSamples, HeldOutText
+from tandem.methods.pretrain import Pretrain
+from tandem.rollout.evaluate import HeldOutRows, HeldOutSamples
 from tandem.rollout.judging import Judge
+from tandem.rollout.prepare import Preparation
 from tandem.rollout.sampling import requests_of
 from tandem.runs.lines import read_metrics
-from tandem.types import Completion, Prompt, SamplingParams
+from tandem.types import Completion, Prompt, SamplingParams, Sequence
 
 
 @pytest.fixture(scope="module")
@@ -133,15 +134,15 @@ def test_draws_are_the_same_at_every_evaluation_and_none_of_trainings():
 def test_a_corpus_is_measured_by_its_tokens_however_many_windows_go_together():
     texts = [[1, 2, 3], [3, 4, 5], [5, 90]]
 
-    def losses(verb, sequences):
-        return {"loss": statistics.fmean(id for sequence in sequences for id in sequence.token_ids[1:])}
+    def losses(verb, batch):
+        return {"loss": batch.token_ids_T[batch.trainable_T].double().mean().item()}
 
     for together in (1, 2, 3):
-        held_out = HeldOutText(
-            sets={"": SimpleNamespace(once=lambda: iter(texts))},
-            windows_at_a_time=together,
+        held_out = HeldOutRows(
+            sets={"": map(Sequence.read, texts)},
             actor=SimpleNamespace(call=losses),
-            prepare=lambda sequences, state, step: [sequences],
+            prepare=Preparation(method=Pretrain(), models={}),
+            at_a_time=together,
         )
         found = held_out(1, lambda *_, **__: torch.no_grad()).metrics
         assert found == pytest.approx({"eval/loss": (2 + 3 + 4 + 5 + 90) / 5})
