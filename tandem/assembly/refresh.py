@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 from tandem.assembly.configs import RunConfig
 from tandem.errors import UserError
 from tandem.roles import Seat
-from tandem.schedules.crew import Refresh
+from tandem.signals import held
 from tandem.training.scorer import LocalScorer
 from tandem.training.trainer import LocalTrainer
 from tandem.workers.process import Site
@@ -26,8 +26,8 @@ class Renewal:
         self.reference.follow(self.actor.weights | self.actor.buffers, mix, step)
 
 
-def refresh_of(config: RunConfig, models: Mapping[str, Seat]) -> Refresh | None:
-    """How the run's reference is renewed from its policy, where it is.
+def refresh_of(config: RunConfig, models: Mapping[str, Seat]) -> Callable[[int], None] | None:
+    """What renews the run's reference from its policy where that is due after a step (TR-DPO, arXiv:2404.09656).
 
     Raises UserError where the policy has other parameters than the reference.
     """
@@ -42,10 +42,21 @@ def refresh_of(config: RunConfig, models: Mapping[str, Seat]) -> Refresh | None:
         )
     if actor.home is reference.home:
         seat = actor.home.place("following", Renewal)
-        return Refresh(every=section.reference_every, renew=partial(seat.call, "follow", mix))
+        return every(section.reference_every, partial(seat.call, "follow", mix))
 
     def across(step: int) -> None:
         """Through this process, whole, as a checkpoint's weights go."""
         reference.call("follow", actor.call("whole_weights"), mix, step)
 
-    return Refresh(every=section.reference_every, renew=across)
+    return every(section.reference_every, across)
+
+
+def every(steps: int, renew: Callable[[int], object]) -> Callable[[int], None]:
+    """Calls ``renew`` after every so many steps. Signals wait until all is renewed."""
+
+    def refresh(step: int) -> None:
+        if step > 0 and step % steps == 0:
+            with held():
+                renew(step)
+
+    return refresh

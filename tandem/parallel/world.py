@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+LOOPBACK = "127.0.0.1"
 DEADLINE_S = 600.0
 """Longest wait for the other ranks of a group in one collective."""
 

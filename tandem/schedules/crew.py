@@ -14,30 +14,10 @@ from tandem.roles import Clock, Home, Metrics, Seat, Source, call_all, call_each
 from tandem.rollout.prepare import Preparation, Prepared, sampler_gap
 from tandem.runs.progress import Progress
 from tandem.schedules.session import Evaluate
-from tandem.signals import held
 from tandem.types import Ticket
 
 OF_TRAINER = ("loss", "grad_norm", "learning_rate")
 """What every trainer reports: 3 metrics, which carry the role's name where it is not the actor's."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Refresh:
-    """A reference that follows the policy (TR-DPO, arXiv:2404.09656)."""
-
-    every: int
-    """Steps from one renewal to the next."""
-    renew: Callable[[int], object]
-    """Makes the reference the policy as it is after a step, or a mixture with it, unless that has been done."""
-
-    def once_after(self, step: int) -> None:
-        """Renews the reference where that is due after a step: when it is evaluated, and before the next begins.
-
-        Signals wait until all of it is renewed.
-        """
-        if step > 0 and step % self.every == 0:
-            with held():
-                self.renew(step)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +39,8 @@ class Crew:
     """Effective sample size of a minibatch below which the actor's learning rate is scaled down. None: never."""
     ahead: Callable[[Progress], Seq[Future[Any]]] = lambda progress: ()
     """Begins what is better done while the first items are made than after them."""
-    refresh: Refresh | None = None
-    """How the reference is renewed. None: it stays as it was, or there is none."""
+    refresh: Callable[[int], None] | None = None
+    """Renews the reference where that is due after a step. None: it stays as it was, or there is none."""
 
     def publish(self, clock: Clock) -> Metrics:
         """Gives the sampler the policy's weights as they are now."""

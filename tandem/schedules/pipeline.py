@@ -55,7 +55,7 @@ class Pipeline:
                 clock.start()
                 busy = crew.source.busy_seconds
                 if crew.refresh is not None:
-                    crew.refresh.once_after(session.step)
+                    crew.refresh(session.step)
                 self._take(crew, session, buffer)
                 items = [place.made for place in buffer.taken]
                 session.record_groups([(place.ticket, place.made) for place in buffer.taken])

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
 from tandem.errors import UserError
+from tandem.parallel.world import LOOPBACK
 from tandem.sync.plan import Plan
 
 Transport = Literal["nccl", "gloo", "ipc"]
-LOOPBACK = "127.0.0.1"
 BUFFERS = 2
 """One fills while the other is on its way."""
 

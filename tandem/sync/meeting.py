@@ -17,8 +17,8 @@ from contextlib import suppress
 import torch.distributed as dist
 
 from tandem.errors import UserError, first_line
-from tandem.parallel.world import open_store
-from tandem.sync.links import LOOPBACK, Link
+from tandem.parallel.world import LOOPBACK, open_store
+from tandem.sync.links import Link
 
 NONCE_BYTES = 32
 GREETING_S = 10.0
@@ -35,12 +35,14 @@ class Meeting:
         self.tunnel: Tunnel | None = None
         secret = link.secret.encode()
         if link.rank == 0:
-            server = listen(LOOPBACK)
+            server = socket.create_server((LOOPBACK, 0))
             port = server.getsockname()[1]
             self.store = _open(link, port, server)
             if link.host != LOOPBACK:
                 self.tunnel = Tunnel(
-                    listen(link.host), lambda: _dial(LOOPBACK, port), lambda door: greet(door, secret, b"sender")
+                    socket.create_server((link.host, 0)),
+                    lambda: _dial(LOOPBACK, port),
+                    lambda door: greet(door, secret, b"sender"),
                 )
             self.port = self.tunnel.port if self.tunnel else port
             return
@@ -52,7 +54,7 @@ class Meeting:
                 greet(door, secret, b"receiver")
                 return door
 
-            self.tunnel = Tunnel(listen(LOOPBACK), dial, lambda door: None)
+            self.tunnel = Tunnel(socket.create_server((LOOPBACK, 0)), dial, lambda door: None)
         try:
             self.store = _open(link, self.tunnel.port if self.tunnel else link.port, None)
         except UserError:
@@ -111,14 +113,6 @@ def greet(door: socket.socket, secret: bytes, role: bytes) -> None:
     door.sendall(_proof(secret, role, mine, theirs))
     if not hmac.compare_digest(_read(door, NONCE_BYTES), _proof(secret, other, theirs, mine)):
         raise ConnectionRefusedError("the other end does not know the secret")
-
-
-def listen(host: str) -> socket.socket:
-    """A socket that listens on one interface, on a port that the system picks."""
-    server = socket.socket()
-    server.bind((host, 0))
-    server.listen(128)
-    return server
 
 
 def _open(link: Link, port: int, server: socket.socket | None) -> dist.TCPStore:

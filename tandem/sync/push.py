@@ -11,9 +11,10 @@ from secrets import token_hex
 from typing import Any, Literal
 
 from tandem.errors import UserError
+from tandem.parallel.world import LOOPBACK
 from tandem.roles import HoldingEngine, Metrics, Seat
 from tandem.sync.check import TruthCheck
-from tandem.sync.links import LOOPBACK, Link, Transport
+from tandem.sync.links import Link, Transport
 from tandem.sync.plan import Plan
 
 

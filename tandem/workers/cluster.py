@@ -21,9 +21,10 @@ from typing import Any
 import torch
 
 from tandem.errors import UserError
+from tandem.parallel.world import LOOPBACK
 from tandem.roles import Device
 from tandem.workers.keeper import MARK, STOPPED, command_line, parent_of, start_keeper, state_of
-from tandem.workers.process import LOOPBACK, Where, ending, own_address
+from tandem.workers.process import Where, ending, own_address
 from tandem.workers.supervisor import stand_on
 
 CONNECT_DEADLINE_S = 30.0

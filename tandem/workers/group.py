@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from tandem.errors import UserError, WorkerDied, WorkerFailure, first_line
+from tandem.parallel.world import LOOPBACK
 from tandem.roles import Device, Seat
 from tandem.signals import stopping
 from tandem.stages import Seconds
 from tandem.workers.cluster import Cluster, is_stopped, log_tail
 from tandem.workers.keeper import MARK
-from tandem.workers.process import LOOPBACK, Build, Packed, Where, WorkerProcess, raise_failure
+from tandem.workers.process import Build, Packed, Where, WorkerProcess, raise_failure
 
 log = logging.getLogger("tandem")
 START_DEADLINE_S = 300.0
@@ -231,7 +232,7 @@ class WorkerGroup:
             done, _ = ray.wait(waiting, num_returns=1, timeout=max(0.0, min(LOOK_EVERY_S, deadline_s - waited)))
             late = [] if done else [ranks[ref] for ref in waiting]
             if late and waited >= deadline_s:
-                raise self._late(what, late, deadline_s)
+                raise self.late(what, late, deadline_s)
             if late and waited >= STOP_S and stopping():
                 self._leave_stopped(what, late)
                 if not said:
@@ -246,17 +247,14 @@ class WorkerGroup:
                     raise self._death(what, others) or error from None
         return [results[ref] for ref in refs]
 
-    def late(self, what: str, ranks: list[int]) -> WorkerFailure:
-        """The error that these have not answered within the deadline. Nobody waits for them again."""
-        return self._late(what, ranks, self.deadline_s)
-
     def _leave_stopped(self, what: str, ranks: list[int]) -> None:
         """Raises WorkerFailure where one of them is stopped: whoever ends the run may not wait until it is killed."""
         if frozen := [rank for rank in ranks if rank < len(self.wheres) and is_stopped(self.wheres[rank])]:
             self.silent = ", ".join(map(self.who, frozen))
             raise WorkerFailure(f"{what}: {self.silent} is stopped (SIGSTOP) and has not answered for {STOP_S:.0f} s")
 
-    def _late(self, what: str, ranks: list[int], deadline_s: float) -> WorkerFailure:
+    def late(self, what: str, ranks: list[int], deadline_s: float) -> WorkerFailure:
+        """The error that these have not answered within the deadline. Nobody waits for them again."""
         self.silent = ", ".join(map(self.who, ranks))
         return WorkerFailure(f"{what}: no answer within {deadline_s:.0f} s from {self.silent}{self._tail(ranks[0])}")
 

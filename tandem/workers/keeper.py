@@ -72,7 +72,7 @@ class Family:
 
     def __init__(self, root: int, mark: str) -> None:
         self.root, self.mark = root, f"{MARK}={mark}".encode()
-        self.members: dict[int, str] = {root: _born(root)}
+        self.members: dict[int, str] = {root: born_at(root)}
         """When each was started, by its number."""
         self.stopped: dict[int, int] = {}
         """How many looks in a row have found it stopped."""
@@ -83,7 +83,7 @@ class Family:
     @property
     def alive(self) -> list[int]:
         """Members that still run, the root among them."""
-        return [pid for pid, start in self.members.items() if start and state_of(pid) != "Z" and _born(pid) == start]
+        return [pid for pid, start in self.members.items() if start and state_of(pid) != "Z" and born_at(pid) == start]
 
     def has(self, pid: int) -> bool:
         """Whether a process was started with the mark."""
@@ -98,7 +98,7 @@ class Family:
                 self._others[pid] = self._others.get(pid, 0) + 1
                 # Some write their title over the environment that they were started with.
                 if self.has(pid) or parent_of(pid) in self.members:
-                    self.members[pid] = _born(pid)
+                    self.members[pid] = born_at(pid)
         for pid in self.alive:
             self.stopped[pid] = self.stopped.get(pid, 0) + 1 if state_of(pid) in STOPPED else 0
         self._look_at_files()
@@ -159,7 +159,7 @@ def keep(root: int, mark: str, patience_s: float) -> None:
     family.end()
 
 
-def _born(pid: int) -> str:
+def born_at(pid: int) -> str:
     """When a process was started, in the kernel's ticks: with its number, what tells it from all others."""
     return (_stat(pid)[19:20] or [""])[0]
 

@@ -18,11 +18,10 @@ from torch import Tensor
 from tandem.batch import Outputs
 from tandem.collector import leave_out, pause
 from tandem.errors import NonFiniteError, RunFailure, UserError, first_line
-from tandem.parallel.world import World, join, open_store
+from tandem.parallel.world import LOOPBACK, World, join, open_store
 from tandem.stages import Seconds, Stages, stage
-from tandem.workers.keeper import start_keeper
+from tandem.workers.keeper import born_at, start_keeper
 
-LOOPBACK = "127.0.0.1"
 TAIL_LINES = 15
 
 
@@ -118,7 +117,8 @@ class WorkerProcess:
         return self.where()
 
     def where(self) -> Where:
-        return here(self.device)
+        gpus = [torch.cuda.get_device_properties(i).uuid for i in range(torch.cuda.device_count())]
+        return Where(own_address(), os.getpid(), tuple(map(str, gpus)) if self.device.type == "cuda" else ())
 
     def listen(self, host: str) -> int:
         """Opens the door at which the other ranks of the group meet this one, on one interface. Returns its port."""
@@ -165,20 +165,10 @@ class WorkerProcess:
         self.stack.close()
 
 
-def here(device: torch.device) -> Where:
-    """Of this process."""
-    gpus = [torch.cuda.get_device_properties(i).uuid for i in range(torch.cuda.device_count())]
-    return Where(own_address(), os.getpid(), tuple(map(str, gpus)) if device.type == "cuda" else ())
-
-
 def own_age() -> float:
     """Seconds since this process began; 0 where the system does not say."""
-    try:
-        with open("/proc/self/stat") as file:
-            began = int(file.read().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - began
-    except OSError:
-        return 0.0
+    born = born_at(os.getpid())
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - int(born) / os.sysconf("SC_CLK_TCK") if born else 0.0
 
 
 def own_address() -> str:

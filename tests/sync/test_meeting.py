@@ -18,8 +18,9 @@ from helpers.pushes import model_of, pushing
 
 from tandem.engines.live.replica import ReplicaEngine
 from tandem.errors import UserError
+from tandem.parallel.world import LOOPBACK
 from tandem.sync import links
-from tandem.sync.links import LOOPBACK, Link
+from tandem.sync.links import Link
 from tandem.sync.meeting import GREETING_S, Meeting
 from tandem.sync.plan import Plan, TensorSpec
 from tandem.sync.push import WeightPush

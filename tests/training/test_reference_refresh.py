@@ -12,11 +12,10 @@ from helpers.ranks import run_ranks
 from test_trainer import make_batch, make_trainer
 
 import tandem
-from tandem.assembly.refresh import Renewal, refresh_of
+from tandem.assembly.refresh import Renewal, every, refresh_of
 from tandem.errors import UserError
 from tandem.models.loading import prepare_module
 from tandem.parallel.world import World
-from tandem.schedules.crew import Refresh
 from tandem.training.optim import OptimParams
 from tandem.training.scorer import LocalScorer
 from tandem.training.trainer import LocalTrainer
@@ -80,9 +79,9 @@ def test_once_after_a_step_and_resumed_bit_for_bit():
 
 def test_it_is_due_after_every_so_many_steps():
     renewed: list[int] = []
-    refresh = Refresh(every=3, renew=renewed.append)
+    refresh = every(3, renewed.append)
     for step in range(8):
-        refresh.once_after(step)
+        refresh(step)
     assert renewed == [3, 6]
 
 
