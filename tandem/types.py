@@ -202,6 +202,10 @@ class Prompt:
     token_ids: tuple[int, ...]
     columns: dict[str, Any] = field(default_factory=dict)
 
+    def answered(self, text: str) -> str | list[Message]:
+        """An answer as it stands beside the prompt: text, or the assistant's message where that is messages (TRL)."""
+        return text if isinstance(self.prompt, str) else [{"role": "assistant", "content": text}]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ticket:

@@ -145,7 +145,7 @@ class _Sampling:
 
     def _sample(self, prompt: Prompt, rollout: Rollout, row: int, judged: bool) -> dict[str, Any]:
         found: dict[str, Any] = {
-            "completion": as_column(prompt, rollout.completion),
+            "completion": prompt.answered(rollout.completion),
             "row": row,
             "sample": rollout.sample_index,
             "stop": rollout.stop,
@@ -171,8 +171,3 @@ class _Sampling:
             "samples": f"{self.count * len(self.prompts)} of at most {config.sampling.max_new_tokens} tokens",
         }
         print_plan(config, uses)
-
-
-def as_column(prompt: Prompt, text: str) -> Any:
-    """A completion as a column beside its prompt: text, or the assistant's message where the prompt is messages."""
-    return text if isinstance(prompt.prompt, str) else [{"role": "assistant", "content": text}]

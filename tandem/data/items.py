@@ -127,8 +127,9 @@ def _build(
     for index in range(len(rows)):
         with rows.at(index) as row:
             made = list(make(row))
-            lengths = [max(len(text.token_ids) for text in _texts(item)) for item in made]
-            for text in (text for item in made for text in _texts(item)):
+            texts = [_texts(item).values() for item in made]
+            lengths = [max(len(text.token_ids) for text in of_item) for of_item in texts]
+            for text in (text for of_item in texts for text in of_item):
                 room.check_ids(text.token_ids)
             if room.limit is not None and max(lengths) > room.limit:
                 if room.long_rows == "refuse":
@@ -138,7 +139,7 @@ def _build(
                 made = [] if None in shorter else shorter
                 truncated += bool(made)
                 dropped += not made
-        if made and not all(_trains(text) for item in made for text in _texts(item)):
+        if made and not all(_trains(text) for item in made for text in _texts(item).values()):
             untrained += 1
             made = []
         items += made
@@ -161,13 +162,9 @@ def _build(
     return items, counts
 
 
-def _texts(item: Item) -> Seq[Sequence | Prompt]:
-    """What of an item goes through a model."""
-    if isinstance(item, PreferencePair):
-        return item.chosen, item.rejected
-    if isinstance(item, LabelledAnswer):
-        return (item.answer,)
-    return (item.text,) if isinstance(item, Solution) else (item,)
+def _texts(item: Any) -> dict[str, Any]:
+    """What of an item goes through a model, by its name there; without a name where it is that itself."""
+    return {name: value for name, value in vars(item).items() if isinstance(value, Sequence)} or {"": item}
 
 
 def _trains(text: Sequence | Prompt) -> bool:
@@ -183,37 +180,24 @@ def _cut(item: Any, excess: int, tokenizer: Any) -> Any:
     """
     if excess <= 0:
         return item
-    if isinstance(item, Prompt):
-        front = _front(item.token_ids, tokenizer)
-        return replace(item, token_ids=item.token_ids[:front] + item.token_ids[front + excess :])
-    if isinstance(item, Sequence):
-        return _cut_sequence(item, excess, tokenizer)
-    if isinstance(item, PreferencePair):
-        chosen, rejected = (
-            _cut_prompt(text, text.trainable.index(True), excess, tokenizer) for text in (item.chosen, item.rejected)
-        )
-        return replace(item, chosen=chosen, rejected=rejected) if chosen and rejected else None
-    if isinstance(item, LabelledAnswer):
-        answer = _cut_prompt(item.answer, item.answer.trainable.index(True), excess, tokenizer)
-        return replace(item, answer=answer) if answer else None
-    text = _cut_prompt(item.text, item.prompt_length, excess, tokenizer)
-    return replace(item, text=text, prompt_length=item.prompt_length - excess) if text else None
+    if isinstance(item, Prompt | Sequence):
+        return _without(item, excess, tokenizer)
+    texts = _texts(item)
+    for text in texts.values():
+        prompt_length = item.prompt_length if isinstance(item, Solution) else text.trainable.index(True)
+        if excess >= prompt_length - _front(text.token_ids, tokenizer):
+            return None
+    left = {"prompt_length": item.prompt_length - excess} if isinstance(item, Solution) else {}
+    return replace(item, **{name: _without(text, excess, tokenizer) for name, text in texts.items()}, **left)
+
+
+def _without(text: Any, excess: int, tokenizer: Any) -> Any:
+    """A text without so many tokens at its left end."""
+    front = _front(text.token_ids, tokenizer)
+    lists = {name: getattr(text, name) for name in ("token_ids", "trainable") if hasattr(text, name)}
+    return replace(text, **{name: one[:front] + one[front + excess :] for name, one in lists.items()})
 
 
 def _front(token_ids: Seq[int], tokenizer: Any) -> int:
     """Tokens at the front that truncation keeps: the beginning-of-sequence token, which models lean on."""
     return int(token_ids[0] == tokenizer.bos_token_id)
-
-
-def _cut_sequence(sequence: Sequence, excess: int, tokenizer: Any) -> Sequence:
-    front = _front(sequence.token_ids, tokenizer)
-    return Sequence(
-        token_ids=sequence.token_ids[:front] + sequence.token_ids[front + excess :],
-        trainable=sequence.trainable[:front] + sequence.trainable[front + excess :],
-    )
-
-
-def _cut_prompt(sequence: Sequence, prompt_length: int, excess: int, tokenizer: Any) -> Sequence | None:
-    if excess >= prompt_length - _front(sequence.token_ids, tokenizer):
-        return None
-    return _cut_sequence(sequence, excess, tokenizer)

@@ -18,6 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 from tandem.errors import RunFailure, UserError
 from tandem.futures import Begun, wait_all
 from tandem.rewards.calling import Fault, LocalFunction, Per, Scores, Setting, Wants
+from tandem.rewards.checks import text_of
 from tandem.rewards.kinds import find_function, reward_name
 from tandem.rewards.loading import shortened
 from tandem.roles import RewardBatch
@@ -203,6 +204,5 @@ def divided(batch: RewardBatch, per: Per) -> Iterator[RewardBatch]:
 def sample(batch: RewardBatch, index: int) -> str:
     """A sample as an error names it: its place (in its group, if it is alone), prompt and completion, shortened."""
     completion, rollout = batch.completions[index], batch.rollouts[index]
-    text = completion if isinstance(completion, str) else completion[-1].get("content")
     number = rollout.sample_index if len(batch.rollouts) == 1 else index
-    return f"sample {number} (prompt {rollout.prompt_id}): completion {shortened(repr(text))}"
+    return f"sample {number} (prompt {rollout.prompt_id}): completion {shortened(repr(text_of(completion)))}"

@@ -210,17 +210,14 @@ def rollout_of(prompt: Prompt, sample_index: int, completion: Completion) -> Rol
 
 
 def reward_batch(pairs: Seq[tuple[Prompt, Rollout]], columns: Iterable[str] = ()) -> RewardBatch:
-    """Prompts and completions as reward functions expect them: chat prompts get chat completions (TRL).
+    """Prompts and completions as reward functions expect them.
 
     ``columns`` are names that it has beside those of the prompts' own columns: None where a prompt lacks one.
     """
     names = {*columns, *(name for prompt, _ in pairs for name in prompt.columns)}
     return RewardBatch(
         prompts=[prompt.prompt for prompt, _ in pairs],
-        completions=[
-            r.completion if isinstance(prompt.prompt, str) else [{"role": "assistant", "content": r.completion}]
-            for prompt, r in pairs
-        ],
+        completions=[prompt.answered(r.completion) for prompt, r in pairs],
         rollouts=[r for _, r in pairs],
         columns={name: [prompt.columns.get(name) for prompt, _ in pairs] for name in sorted(names)},
     )

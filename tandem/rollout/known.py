@@ -18,6 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from tandem.batch import Batch, Outputs, filled
+from tandem.data.order import content_hash
 from tandem.errors import first_line
 from tandem.roles import Seat
 from tandem.whole import whole_file, writing
@@ -35,10 +36,8 @@ class Known:
 
     def __init__(self, folder: Path | None, about: Mapping[str, Any]) -> None:
         """``folder`` may be shared by runs and models. None: kept in memory only."""
-        text = json.dumps(about, sort_keys=True)
-        name = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-        self.folder = None if folder is None else folder / name
-        self.about = text
+        self.folder = None if folder is None else folder / content_hash(about)
+        self.about = json.dumps(about, sort_keys=True)
         self.logp: dict[bytes, Tensor] = {}
         self.fresh: dict[bytes, Tensor] = {}
         """Those of ``logp`` that no file has yet."""

@@ -83,13 +83,13 @@ def rollout_metrics(groups: Seq[Group], *, judged: bool = True) -> Metrics:
     """Reward and its spread where something has ``judged``, lengths, how they ended, and how many were left out."""
     rollouts = [r for group in groups for r in group.rollouts]
     usable = [r for r in rollouts if r.usable]
-    rewards = torch.tensor([r.reward for r in usable], dtype=torch.float64)
+    rewards = torch.tensor([r.reward for r in usable] or [math.nan], dtype=torch.float64)
     lengths = torch.tensor([len(r.token_ids) - r.prompt_length for r in rollouts], dtype=torch.float64)
     metrics: Metrics = {
-        "reward": rewards.mean().item() if usable else float("nan"),
-        "reward_std": rewards.std(correction=0).item() if usable else float("nan"),
-        "reward_min": rewards.min().item() if usable else float("nan"),
-        "reward_max": rewards.max().item() if usable else float("nan"),
+        "reward": rewards.mean().item(),
+        "reward_std": rewards.std(correction=0).item(),
+        "reward_min": rewards.min().item(),
+        "reward_max": rewards.max().item(),
         "response_length": lengths.mean().item(),
         "response_length_max": lengths.max().item(),
         "eos_share": sum(r.stop not in ("length", "error") for r in rollouts) / len(rollouts),

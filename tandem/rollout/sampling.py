@@ -87,21 +87,6 @@ class Drawing:
             self.judging.judged(number)
         return group
 
-    def kept(self) -> dict[str, Any] | None:
-        """What a checkpoint holds of it, as plain data: samples, and scores so far. None while it is being sampled."""
-        try:
-            if not self.completions.done():
-                return None
-            completions, known = self.completions.result(), self.judging.known
-        except Exception:  # it failed, and is drawn anew
-            return None
-        return {
-            "prompt_id": self.prompt.prompt_id,
-            "prompt_ids": list(self.prompt.token_ids),
-            "completions": [dict(vars(completion)) for completion in completions],
-            "scores": [[*called, given.scores, given.counts] for called, given in known.items()],
-        }
-
 
 @dataclass(kw_only=True)
 class Sampling:
@@ -206,8 +191,19 @@ class Sampling:
         return groups
 
     def kept(self, item: Drawing) -> dict[str, Any] | None:
-        """See ``Drawing.kept``."""
-        return item.kept()
+        """What a checkpoint holds of it, as plain data: samples, and scores so far. None while it is being sampled."""
+        try:
+            if not item.completions.done():
+                return None
+            completions, known = item.completions.result(), item.judging.known
+        except Exception:  # it failed, and is drawn anew
+            return None
+        return {
+            "prompt_id": item.prompt.prompt_id,
+            "prompt_ids": list(item.prompt.token_ids),
+            "completions": [dict(vars(completion)) for completion in completions],
+            "scores": [[*called, given.scores, given.counts] for called, given in known.items()],
+        }
 
     def again(self, ticket: Ticket, kept: Mapping[str, Any]) -> Drawing | None:
         """The group that a checkpoint holds; None where its prompt is another one now."""

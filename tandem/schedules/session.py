@@ -6,7 +6,7 @@ import time
 from bisect import insort
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -300,7 +300,7 @@ class Session:
     def _export(self, name: str, best: Best | None = None, *, ema: bool = False) -> Path:
         folder, actor = self.run.path / name, self.trainers["actor"]
         try:
-            with whole_folder(folder) as aside, self._averaged(ema):
+            with whole_folder(folder) as aside, self._averaged() if ema else nullcontext():
                 if numbers := self.numbers():
                     actor.call("remember", numbers)
                 with self.progress.phase(f"writing the {name}" + (" model" if best else "")):
@@ -314,11 +314,8 @@ class Session:
         return folder
 
     @contextmanager
-    def _averaged(self, ema: bool) -> Iterator[None]:
-        """With the running average in the places of the actor's weights, where ``ema``. Signals do not part them."""
-        if not ema:
-            yield
-            return
+    def _averaged(self) -> Iterator[None]:
+        """With the running average in the places of the actor's weights. Signals do not part them."""
         with held():
             self.trainers["actor"].call("swap_average")
         try:

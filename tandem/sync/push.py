@@ -51,12 +51,9 @@ class WeightPush:
         self.pushed = False
         """Whether anything has gone over the links that there are."""
 
-    def connect(self) -> None:
-        """Makes all links anew. Raises UserError where devices cannot be linked."""
-        self._connect(self.wholly)
-
-    def _connect(self, plan: Plan) -> None:
-        self.plan, self.pushed = plan, False
+    def connect(self, plan: Plan | None = None) -> None:
+        """Makes all links anew, for pushes of a plan; None: of all. Raises UserError where devices cannot be linked."""
+        self.plan, self.pushed = plan or self.wholly, False
         transport, receivers = self._pair()
         links = [self._link(transport, rank, mine) if mine else None for rank, mine in enumerate(receivers)]
         ports = self.source.submit_each("listen", [(link, self.plan) for link in links]).result()
@@ -99,7 +96,7 @@ class WeightPush:
         self.version = version
         if self.moving is not None and self.pushed and self.plan != self.moving:
             # The base has arrived. From now on less travels.
-            self._connect(self.moving)
+            self.connect(self.moving)
         check = self.check.on
         sums, found = self._both(("send", (check,)), ("receive", [(version, check)] * self.check.count))
         pushed = time.perf_counter()

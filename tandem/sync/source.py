@@ -99,9 +99,8 @@ class WeightSource:
     def fill(self, targets: Mapping[str, Tensor], check: bool = False) -> Sums:
         """Writes all weights into tensors of this process, a layer's worth at a time, and of what moves alone from the
         second time on. Returns what ``send`` does, of all."""
-        plan = plan_of((name, tensor) for name, tensor in targets.items())
-        partly = self.filled and self.moving is not None
-        now = plan_of((name, targets[name]) for name in self.moving) if partly and self.moving else plan
+        plan = plan_of(targets.items())
+        now = plan_of((name, targets[name]) for name in self.moving) if self.filled and self.moving else plan
         self.filled = True
         for bucket in now.buckets:
             self.gatherer.fill([(spec.name, targets[spec.name]) for spec in bucket])
