@@ -18,12 +18,12 @@ SHARD_BYTES = 1 << 16
 """65,536 bytes of a .jsonl file are a shard: some ten thousand tokens, which stay in the order of the file."""
 SHARD_ROWS = 64
 """Rows of a dataset that lies in memory-mapped tables, a shard."""
-SUFFIXES = (".jsonl", ".parquet", ".arrow")
+ANYWHERE = (".jsonl", ".parquet", ".arrow")
 """Endings of files that can be read from any place on."""
 
 
-class Part(ABC):
-    """One file or dataset."""
+class Shards(ABC):
+    """One file or dataset, in shards."""
 
     name: str
     shards: int
@@ -46,7 +46,7 @@ class Corpus:
 
     def __init__(self, source: str, *, split: str = "train", column: str = "text") -> None:
         self.source, self.column = source, column
-        self.parts: list[Part] = []
+        self.parts: list[Shards] = []
         for one in parse_sources(source):
             if one.weight is not None:
                 raise UserError(f"{one.name}: text is read as one stream, so a weight has no effect; leave it out")
@@ -82,10 +82,10 @@ class Corpus:
             yield text
 
 
-def _part(file: Path, column: str) -> Part:
-    if file.suffix not in SUFFIXES:
+def _part(file: Path, column: str) -> Shards:
+    if file.suffix not in ANYWHERE:
         raise UserError(
-            f"{file}: text is read as it is needed from {', '.join(SUFFIXES)} files, not from {file.suffix!r}; write "
+            f"{file}: text is read as it is needed from {', '.join(ANYWHERE)} files, not from {file.suffix!r}; write "
             "one row a line, as .jsonl"
         )
     if file.suffix == ".jsonl":
@@ -95,7 +95,7 @@ def _part(file: Path, column: str) -> Part:
     return _Table(open_dataset(str(file), ""), str(file), column)
 
 
-class _Lines(Part):
+class _Lines(Shards):
     """A .jsonl file. A shard has the lines that begin in its stretch of bytes, so that nobody has to count lines."""
 
     def __init__(self, file: Path) -> None:
@@ -139,7 +139,7 @@ class _Lines(Part):
         return row
 
 
-class _RowGroups(Part):
+class _RowGroups(Shards):
     """A .parquet file, a row group a shard, of which a few rows are read at a time."""
 
     def __init__(self, file: Path, column: str) -> None:
@@ -165,7 +165,7 @@ class _RowGroups(Part):
                     yield place, row
 
 
-class _Table(Part):
+class _Table(Shards):
     """A dataset of the ``datasets`` library, whose tables are memory-mapped."""
 
     def __init__(self, dataset: Any, name: str, column: str) -> None:

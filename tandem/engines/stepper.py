@@ -21,13 +21,11 @@ from tandem.types import Completion, Request, Watch
 
 ASKED_S = 0.05
 """Whoever waits while another thread steps asks every 0.05 s whether that is enough."""
-Job = TypeVar("Job")
-Result = TypeVar("Result")
-Taken = TypeVar("Taken", contravariant=True)
-Given = TypeVar("Given", covariant=True)
+Told = Callable[[Seq[tuple[int, int, Any]]], None]
+"""Told of jobs that have ended: of each its part's place in the call, its own place there, its result."""
 
 
-class Core(Protocol[Taken, Given]):
+class Core(Protocol):
     """Runs jobs side by side, one round at a time. No two threads may be in it at once, but for ``add``."""
 
     @property
@@ -40,11 +38,11 @@ class Core(Protocol[Taken, Given]):
         """Jobs that have begun and not ended, while no others may begin."""
         ...
 
-    def add(self, name: int, job: Taken) -> None:
+    def add(self, name: int, job: Any) -> None:
         """Takes a job, which runs from the next step on. Raises the error why nothing can be run now."""
         ...
 
-    def step(self) -> Mapping[int, Given | Exception]:
+    def step(self) -> Mapping[int, Any]:
         """One round. The jobs that ended in it: what each has come to, or the error that is its own.
 
         Whatever it raises has cost all jobs: none of them is there any more.
@@ -64,7 +62,7 @@ class Core(Protocol[Taken, Given]):
         ...
 
 
-Cored = TypeVar("Cored", bound=Core[Any, Any])
+Cored = TypeVar("Cored", bound=Core)
 
 
 @dataclass(eq=False)
@@ -72,52 +70,41 @@ class Call:
     """Jobs that were submitted together: an error of one ends all."""
 
     error: Exception | None = None
-    watch: Callable[[Seq[tuple[int, int, Any]]], None] | None = None
-    """Told between steps of what has ended: the part's place, the job's place in it, its result."""
+    watch: Told | None = None
     left: int = 0
     """Jobs that have not ended."""
 
 
 @dataclass(eq=False)
-class Part(Generic[Result]):
+class Part:
     """The future of some jobs of a call: their results, in order. Guarded by the stepper's lock."""
 
-    stepper: Stepper[Any, Result]
+    stepper: Stepper
     call: Call
     number: int
     """Its place in the call."""
     left: int
     """Jobs that have not ended."""
     wake: threading.Condition
-    results: dict[int, Result] = field(default_factory=dict)
+    results: dict[int, Any] = field(default_factory=dict)
 
     def done(self) -> bool:
         return not self.left or self.call.error is not None
 
-    def result(self) -> list[Result]:
+    def result(self) -> list[Any]:
         """Steps the engine, unless another thread is at it, until all have ended. Raises the call's error."""
         self.stepper.finish(self)
         return [self.results[index] for index in range(len(self.results))]
 
 
-@dataclass(eq=False)
-class Asking:
-    """Somebody who waits for more than some jobs (``Stepper.wait``), and finds out by asking."""
-
-    wake: threading.Condition
-
-    def done(self) -> bool:
-        return False
-
-
-class Stepper(Generic[Job, Result]):
+class Stepper:
     """Owns a core.
 
     A thread that waits steps the core for everyone, unless another one is at it, until its own jobs have ended, or as
     long as it likes; then the next one that waits goes on. Where there is one thread, nothing happens but in its calls.
     """
 
-    def __init__(self, core: Core[Job, Result]) -> None:
+    def __init__(self, core: Core) -> None:
         self.core = core
         self.ended = 0
         """Jobs that have ended, those that failed or were given up included, since there were none."""
@@ -129,8 +116,9 @@ class Stepper(Generic[Job, Result]):
         self._busy = False
         self.paused = False
         """Whether nobody may step, whoever waits: for the holder of ``exclusive`` to change."""
-        self._waiting: list[Part[Result] | Asking] = []
-        self._jobs: dict[int, tuple[Part[Result], int]] = {}
+        self._waiting: list[tuple[threading.Condition, Callable[[], bool]]] = []
+        """What wakes each thread that waits, and whether it has what it waits for, as far as can be told here."""
+        self._jobs: dict[int, tuple[Part, int]] = {}
         """Where the result of each job in the core goes: its part, and its place there."""
         self._watched: list[Call] = []
         self._gone: list[int] = []
@@ -142,13 +130,11 @@ class Stepper(Generic[Job, Result]):
         """Jobs that have not ended."""
         return len(self._jobs)
 
-    def submit(
-        self, parts: Seq[Seq[Job]], watch: Callable[[Seq[tuple[int, int, Result]]], None] | None = None
-    ) -> list[Future[list[Result]]]:
+    def submit(self, parts: Seq[Seq[Any]], watch: Told | None = None) -> list[Future[list[Any]]]:
         """Begins a call: one future a part. Raises what ``Core.add`` raises, and has begun nothing then.
 
-        ``watch`` is told between any two steps of what has ended in the last one (``Call.watch``), by the thread that
-        steps; what it raises is the call's error.
+        ``watch`` is told between any two steps of what has ended in the last one, by the thread that steps; what it
+        raises is the call's error.
         """
         call = Call(watch=watch, left=sum(map(len, parts)))
         with self._lock:
@@ -168,7 +154,7 @@ class Stepper(Generic[Job, Result]):
                 self._watched.append(call)
         return list(begun)
 
-    def finish(self, part: Part[Result]) -> None:
+    def finish(self, part: Part) -> None:
         """Returns once all jobs of the part have ended. Steps the core if nobody else does."""
         with self._lock:
             try:
@@ -176,7 +162,7 @@ class Stepper(Generic[Job, Result]):
                     if part.call.error:
                         raise part.call.error
                     if self._taken:
-                        self._stand_by(part)
+                        self._stand_by(part.wake, part.done)
                     else:
                         self._drive(part.done)
             except BaseException as error:
@@ -191,7 +177,7 @@ class Stepper(Generic[Job, Result]):
         are paused, it is asked every 0.05 s. What it raises costs no job; an error of a step costs all, and is raised
         here, too.
         """
-        asking = Asking(threading.Condition(self._lock))
+        wake = threading.Condition(self._lock)
 
         def enough() -> bool:
             if not self._jobs:
@@ -203,7 +189,7 @@ class Stepper(Generic[Job, Result]):
             try:
                 while not (enough() if self._taken else self._drive(enough)):
                     if self._taken:
-                        self._stand_by(asking, ASKED_S)
+                        self._stand_by(wake, lambda: False, ASKED_S)
             finally:
                 # It may have been this thread's turn.
                 if not self._taken:
@@ -250,11 +236,11 @@ class Stepper(Generic[Job, Result]):
         finally:
             self._lock.acquire()
 
-    def _stand_by(self, waiter: Part[Result] | Asking, timeout: float | None = None) -> None:
+    def _stand_by(self, wake: threading.Condition, done: Callable[[], bool], timeout: float | None = None) -> None:
         """Waits to be woken: by results, or to step."""
-        self._waiting.append(waiter)
+        self._waiting.append(waiter := (wake, done))
         try:
-            waiter.wake.wait(timeout)
+            wake.wait(timeout)
         finally:
             self._waiting.remove(waiter)
 
@@ -284,7 +270,7 @@ class Stepper(Generic[Job, Result]):
             self._end_all(error)
             raise
 
-    def _deliver(self, ended: Mapping[int, Result | Exception]) -> None:
+    def _deliver(self, ended: Mapping[int, Any]) -> None:
         for name, result in ended.items():
             if name not in self._jobs:
                 continue
@@ -299,7 +285,7 @@ class Stepper(Generic[Job, Result]):
             if not part.left:
                 part.wake.notify_all()
 
-    def _tell(self, ended: Mapping[int, Result | Exception]) -> None:
+    def _tell(self, ended: Mapping[int, Any]) -> None:
         """Tells every watched call of what is about to be delivered to it, without the lock: others may submit."""
         for call in list(self._watched):
             mine = [(*self._jobs[name], result) for name, result in ended.items() if name in self._jobs]
@@ -354,8 +340,8 @@ class Stepper(Generic[Job, Result]):
         if self._claims:
             self._claimed.notify()
         # Whoever is done wakes without stepping.
-        elif waiting := next((waiter for waiter in self._waiting if not waiter.done()), None):
-            waiting.wake.notify()
+        elif waiting := next((wake for wake, done in self._waiting if not done()), None):
+            waiting.notify()
 
 
 class SteppedEngine(ABC, Generic[Cored]):
@@ -363,7 +349,7 @@ class SteppedEngine(ABC, Generic[Cored]):
 
     def __init__(self, core: Cored) -> None:
         self.core = core
-        self.stepper: Stepper[Any, Any] = Stepper(core)
+        self.stepper = Stepper(core)
 
     @property
     def ended(self) -> int:

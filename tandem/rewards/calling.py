@@ -181,9 +181,18 @@ class LocalFunction:
         if self.wants.counts:
             owner.counts = self._counts
 
-    def begin(self, arguments: Mapping[str, Any], samples: int, seed: int | None = None) -> Begun[Judgement]:
-        """The call, made when somebody asks for what it gives."""
-        return Later(lambda: Judgement(self(arguments, samples, seed), self.counted()))
+    def begin(
+        self, arguments: Mapping[str, Any], samples: int, seed: int | None, in_words: Callable[[Fault], Exception]
+    ) -> Begun[Judgement]:
+        """The call, made when somebody asks for what it gives (``tandem.rewards.function.JudgingFunction``)."""
+
+        def judge() -> Judgement:
+            try:
+                return Judgement(self(arguments, samples, seed), self.counted())
+            except Fault as fault:
+                raise in_words(fault) from fault
+
+        return Later(judge)
 
     def __call__(self, arguments: Mapping[str, Any], samples: int, seed: int | None = None) -> Scores:
         """One number a sample, None where the function leaves it out. Raises Fault where it gives anything else.

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -38,8 +38,11 @@ class JudgingFunction(Protocol):
 
     wants: Wants
 
-    def begin(self, arguments: Mapping[str, Any], samples: int, seed: int | None = None) -> Begun[Judgement]:
-        """Begins to judge so many samples. The future's result raises Fault, or RunFailure where its process failed."""
+    def begin(
+        self, arguments: Mapping[str, Any], samples: int, seed: int | None, in_words: Callable[[Fault], Exception]
+    ) -> Begun[Judgement]:
+        """Begins to judge so many samples. The future's result raises what ``in_words`` makes of a Fault, or RunFailure
+        where its process failed."""
         ...
 
 
@@ -98,7 +101,7 @@ class FunctionReward:
             offered = {name: value for name, (value,) in offered.items()}
         seed = None if batch.seed is None else derive_seed(batch.seed, self.name)
         arguments = self._function.wants.of_offered(offered)
-        return Judged(self.name, batch, self._function.begin(arguments, len(batch.completions), seed))
+        return self._function.begin(arguments, len(batch.completions), seed, partial(self._in_words, batch))
 
     def score(self, batch: RewardBatch) -> Scores:
         """One number a sample, None where the function leaves it out.
@@ -133,38 +136,10 @@ class FunctionReward:
                     f"{', '.join(sorted(offered))}{hint}"
                 )
 
-
-@dataclass(frozen=True)
-class Judged:
-    """The scores of a call, with an error in words that name the reward and the sample."""
-
-    name: str
-    batch: RewardBatch
-    call: Begun[Judgement]
-
-    @property
-    def settled(self) -> bool:
-        return self.call.settled
-
-    def done(self) -> bool:
-        return self.call.done()
-
-    def look(self, *, wait: bool = False) -> None:
-        with self._in_words():
-            self.call.look(wait=wait)
-
-    def result(self) -> Judgement:
-        with self._in_words():
-            return self.call.result()
-
-    @contextmanager
-    def _in_words(self) -> Iterator[None]:
-        try:
-            yield
-        except Fault as fault:
-            where = "" if fault.sample is None else sample(self.batch, fault.sample)
-            kind = RunFailure if fault.raised else UserError
-            raise kind(f"reward {self.name!r} {fault.what}{where}{fault.then}") from fault
+    def _in_words(self, batch: RewardBatch, fault: Fault) -> UserError:
+        where = "" if fault.sample is None else sample(batch, fault.sample)
+        kind = RunFailure if fault.raised else UserError
+        return kind(f"reward {self.name!r} {fault.what}{where}{fault.then}")
 
 
 def added_up(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:

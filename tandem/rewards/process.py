@@ -17,7 +17,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import IO, Any
@@ -127,8 +127,10 @@ class RewardProcesses:
 class Call:
     """A call on its way to a process, or the import before the first (``tandem.futures.Begun``)."""
 
-    def __init__(self, function: RemoteFunction, message: Any) -> None:
-        self.function, self.message = function, message
+    def __init__(
+        self, function: RemoteFunction, message: Any, in_words: Callable[[Fault], Exception] = lambda fault: fault
+    ) -> None:
+        self.function, self.message, self.in_words = function, message, in_words
         self.settled = False
         self.tries = 0
         self.counts: dict[str, int] = {}
@@ -186,9 +188,11 @@ class RemoteFunction:
         """Whether its calls are divided over several processes."""
         return self.wants.per != "all" and not self.wants.awaits
 
-    def begin(self, arguments: Mapping[str, Any], samples: int, seed: int | None = None) -> Begun[Judgement]:
+    def begin(
+        self, arguments: Mapping[str, Any], samples: int, seed: int | None, in_words: Callable[[Fault], Exception]
+    ) -> Begun[Judgement]:
         """A call that raises is made again a few times, each as if it were the first (with the same seed)."""
-        call = Call(self, (dict(arguments), samples, seed))
+        call = Call(self, (dict(arguments), samples, seed), in_words)
         self._waiting.append(call)
         return call
 
@@ -226,13 +230,13 @@ class RemoteFunction:
         wait_s = waits[call.tries - 1] if call.tries <= len(waits) else math.inf
         now = time.monotonic()
         if not fault.raised or fault.final:
-            call.settle(error=fault)
+            call.settle(error=call.in_words(fault))
         elif now + wait_s >= call.began + self.owner.deadline_s:
             fault.then += (
                 f"; it was called {call.tries} times: mend it, or what it asks, and go on with --resume (a function "
                 "that was mended: --accept-changed reward)"
             )
-            call.settle(error=fault)
+            call.settle(error=call.in_words(fault))
         else:
             what = fault.what.partition(", last at")[0]
             log.warning("reward %r %s; it is called again in %g s", self.name, what, wait_s)

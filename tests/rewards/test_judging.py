@@ -92,7 +92,7 @@ class Engine:
 
     def __init__(self, texts: list[list[str]], steps: list[list[int]], pace_s: float = 0.0, *, watched: bool = True):
         self.jobs = [list(zip(s, t, strict=True)) for s, t in zip(steps, texts, strict=True)]
-        self.stepper: Stepper[Any, Completion] = Stepper(Core(pace_s))
+        self.stepper = Stepper(Core(pace_s))
         self.watched = watched
         self.sampled = 0.0
 
@@ -305,7 +305,7 @@ def test_counts_of_functions_in_this_process_and_their_threads():
     judge = Judge()
     for function in (LocalFunction(judge), LocalFunction(judge)):
         for _ in range(2):
-            assert function.begin({"completions": ["a"]}, 1).result() == ([1.0], {"here": 1, "thread": 1})
+            assert function.begin({"completions": ["a"]}, 1, None, str).result() == ([1.0], {"here": 1, "thread": 1})
 
 
 def test_what_goes_wrong_names_the_sample(judges):
