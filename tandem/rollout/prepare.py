@@ -17,7 +17,7 @@ from tandem.functional.corrections import mismatch
 from tandem.methods.base import Estimate, Method
 from tandem.roles import Metrics, Seat, call_all
 from tandem.seeds import derive_seed
-from tandem.types import Aggregation, Example, Rollout
+from tandem.types import Example, Rollout
 
 
 @dataclass(kw_only=True)
@@ -27,28 +27,28 @@ class Prepared:
     batch: Batch
     state: dict[str, float]
     metrics: Metrics
-    epochs: int
-    minibatches: int
-    aggregation: Aggregation
-    constant_length: int
+    made_by: Preparation
+    """What says how it is cut."""
     seed: int
+    """The step's own."""
 
     def __len__(self) -> int:
         """Minibatches in all: fewer than asked for where there are fewer sequences or pairs."""
-        return self.epochs * min(self.minibatches, self.batch.units)
+        return self.made_by.epochs * min(self.made_by.minibatches, self.batch.units)
 
     def __iter__(self) -> Iterator[Batch]:
         """Minibatches of whole sequences or pairs, shuffled anew each epoch by the step's own seed.
 
         Weights are stamped from all of a minibatch's tokens, before it is cut into micro-batches.
         """
-        count = len(self) // self.epochs
-        for epoch in range(self.epochs):
+        epochs, method = self.made_by.epochs, self.made_by.method
+        count = len(self) // epochs
+        for epoch in range(epochs):
             generator = torch.Generator().manual_seed(derive_seed(self.seed, "minibatches", epoch))
             order = torch.randperm(self.batch.units, generator=generator)
             for units in order.tensor_split(count):
-                minibatch = self.batch if count == self.epochs == 1 else self.batch.select(units.tolist())
-                yield stamp(minibatch, self.aggregation, constant_length=self.constant_length)
+                minibatch = self.batch if count == epochs == 1 else self.batch.select(units.tolist())
+                yield stamp(minibatch, method.aggregation, constant_length=self.made_by.max_new_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,10 +81,7 @@ class Preparation:
             batch=estimate.batch,
             state=estimate.state,
             metrics=estimate.metrics,
-            epochs=self.epochs,
-            minibatches=self.minibatches,
-            aggregation=self.method.aggregation,
-            constant_length=self.max_new_tokens,
+            made_by=self,
             seed=derive_seed(self.seed, "step", step),
         )
 
