@@ -141,17 +141,19 @@ def messages(row: Row, column: str) -> list[Message]:
 
 def prompt_completion(row: Row) -> tuple[Content, Content]:
     """``prompt`` and ``completion``, both text or both messages."""
-    prompt, completion = content(row, "prompt"), content(row, "completion")
-    if isinstance(prompt, str) != isinstance(completion, str):
-        raise UserError("columns 'prompt' and 'completion' must both be strings or both be lists of messages")
-    return prompt, completion
+    return _alike(row, "prompt", "completion")
+
+
+def _alike(row: Row, first: str, second: str) -> tuple[Content, Content]:
+    one, other = content(row, first), content(row, second)
+    if isinstance(one, str) != isinstance(other, str):
+        raise UserError(f"columns {first!r} and {second!r} must both be strings or both be lists of messages")
+    return one, other
 
 
 def preference(row: Row) -> tuple[Content, Content, Content]:
     """Prompt, chosen and rejected, all text or all messages; an implicit prompt is taken out of the answers."""
-    chosen, rejected = content(row, "chosen"), content(row, "rejected")
-    if isinstance(chosen, str) != isinstance(rejected, str):
-        raise UserError("columns 'chosen' and 'rejected' must both be strings or both be lists of messages")
+    chosen, rejected = _alike(row, "chosen", "rejected")
     if row.get("prompt") is not None:
         prompt = content(row, "prompt")
         if isinstance(prompt, str) == isinstance(chosen, str):

@@ -40,9 +40,6 @@ class EngineParams(VLLMParams):
     deadline_s: float
     own_process: bool = True
 
-    def __post_init__(self) -> None:
-        """Nothing: the sampler looks at numbers, on all ranks together."""
-
 
 class LoopEngine(Protocol):
     """Samples with the weights it was last given."""

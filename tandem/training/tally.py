@@ -60,16 +60,14 @@ class Tally:
 
     def result(self, world: World) -> tuple[Metrics, str]:
         """The metrics over all ranks, and what is not finite about the loss (or nothing), the same on each of them."""
-        one_by_one = [*self.totals, *self.sums.values(), *self.maxima.values(), *self.balances]
-        values = torch.stack([value.double() for value in one_by_one])
+        kinds = [self.totals, [*self.sums.values()], [*self.maxima.values()], self.balances]
+        values = torch.stack([value.double() for kind in kinds for value in kind])
         values = torch.cat([values, *(gap_N.double() for gap_N in self.gaps)]).cpu()
-        numbers, gap_N = values[: len(one_by_one)].tolist(), values[len(one_by_one) :]
-        losses, rest = numbers[: len(self.totals)], numbers[len(self.totals) :]
-        sums_here, rest = rest[: len(self.sums)], rest[len(self.sums) :]
-        maxima_here, balance = rest[: len(self.maxima)], sum(rest[len(self.maxima) :])
+        *numbers, gap_N = values.split([*map(len, kinds), sum(map(len, self.gaps))])
+        losses, sums_here, maxima_here, balances_here = (kind.tolist() for kind in numbers)
         bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
         found = "" if bad is None else describe_non_finite(*self.parts[bad])
-        ranks = world.gather((sum(losses), sums_here, maxima_here, found, gap_N, balance))
+        ranks = world.gather((sum(losses), sums_here, maxima_here, found, gap_N, sum(balances_here)))
         loss, sums, maxima, faults, gaps, balances = zip(*ranks, strict=True)
         tokens, *totals = (sum(column) for column in zip(*sums, strict=True))
         means = {name: total / max(tokens, 1) for name, total in zip(list(self.sums)[1:], totals, strict=True)}

@@ -55,7 +55,6 @@ def folder(tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"max_slots": 0}, "max_slots is 0"),
         ({"arguments": {"logprobs_mode": "raw_logits"}}, "'logprobs_mode' cannot be changed"),
         ({"arguments": {"max_model_len": 8}}, "is what Tandem calls 'max_length'"),
         ({"arguments": {"blok_size": 8}}, "no argument 'blok_size'"),

@@ -88,12 +88,6 @@ class VLLMParams:
     adapters: AdapterRoom | None = None
     """What room the model's adapters need, which pushes bring. It samples with them once one has come."""
 
-    def __post_init__(self) -> None:
-        if self.max_slots < 1 or self.tensor_parallel < 1:
-            raise UserError(
-                f"max_slots is {self.max_slots} and tensor_parallel {self.tensor_parallel}; both must be at least 1"
-            )
-
 
 def check_vllm(version: str | None = None) -> None:
     """Raises UserError where vLLM (or ``version`` of it) is not one that Tandem works with."""
