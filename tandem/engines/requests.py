@@ -108,7 +108,7 @@ def stamp_version(versions: Versions, version: int, drawn: int) -> None:
         versions.append((version, new))
 
 
-def first(versions: Versions, count: int) -> Versions:
+def first_versions(versions: Versions, count: int) -> Versions:
     """The versions of the first tokens of a sample."""
     found: Versions = []
     for version, run in versions:

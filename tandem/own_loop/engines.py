@@ -19,7 +19,7 @@ from tandem.models.text_config import config_in
 from tandem.models.trusted import is_trusted
 from tandem.own_loop.their_model import GivenModel, Shapes
 from tandem.parallel.world import World
-from tandem.sync.check import TruthCheck, compare
+from tandem.sync.check import TruthCheck, require_equal
 from tandem.sync.push import PushParams, WeightPush
 from tandem.sync.source import WeightSource
 from tandem.types import Completion, Request
@@ -88,7 +88,7 @@ class InProcess:
         source = WeightSource(model.parameters, gathering_device(model, self.device))
         sums = source.fill({name: p.data for name, p in self.engine.parameters.items()}, self.check)
         if self.check:
-            compare(f"after step {step} the sampler", sums, self.engine.held(), self.engine.checksums())
+            require_equal(f"after step {step} the sampler", sums, self.engine.held(), self.engine.checksums())
         self.engine.version = step
         self.filled = True
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence as Seq
 
 from tandem.errors import UserError
-from tandem.rewards.function import sample
+from tandem.rewards.function import sample_in_words
 from tandem.roles import Reward, RewardBatch
 
 OVERLONG = "overlong"
@@ -52,7 +52,7 @@ def checked_score(name: str, score: float, batch: RewardBatch, index: int) -> fl
     """The score. Raises UserError where it is not a number or beyond ``LARGEST_REWARD``, and says of which sample."""
     if not abs(score) <= LARGEST_REWARD:
         raise UserError(
-            f"reward {name!r} is {score} for {sample(batch, index)}; a reward must be a number from "
+            f"reward {name!r} is {score} for {sample_in_words(batch, index)}; a reward must be a number from "
             f"{-LARGEST_REWARD:.0e} to {LARGEST_REWARD:.0e}"
         )
     return score

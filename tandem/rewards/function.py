@@ -137,7 +137,7 @@ class FunctionReward:
                 )
 
     def _in_words(self, batch: RewardBatch, fault: Fault) -> UserError:
-        where = "" if fault.sample is None else sample(batch, fault.sample)
+        where = "" if fault.sample is None else sample_in_words(batch, fault.sample)
         kind = RunFailure if fault.raised else UserError
         return kind(f"reward {self.name!r} {fault.what}{where}{fault.then}")
 
@@ -176,7 +176,7 @@ def divided(batch: RewardBatch, per: Per) -> Iterator[RewardBatch]:
         )
 
 
-def sample(batch: RewardBatch, index: int) -> str:
+def sample_in_words(batch: RewardBatch, index: int) -> str:
     """A sample as an error names it: its place (in its group, if it is alone), prompt and completion, shortened."""
     completion, rollout = batch.completions[index], batch.rollouts[index]
     number = rollout.sample_index if len(batch.rollouts) == 1 else index

@@ -74,7 +74,7 @@ class Pipeline:
                 passed = [place.made for place in buffer.passed]
                 metrics |= crew.source.metrics([*items, *passed])
                 if groups := [item for item in items if isinstance(item, Group)]:
-                    session.run.event("taken", step=session.step + 1, **told(buffer))
+                    session.run.event("taken", step=session.step + 1, **taken_in(buffer))
                 # First: whatever ends the run once the step counts as reached saves what is in the buffer.
                 buffer.trained()
                 session.reached(prepared.state, metrics | clock.metrics(), groups)
@@ -161,7 +161,7 @@ def ended(source: Source[Any], buffer: Buffer) -> Iterator[None]:
         source.cancel()
 
 
-def told(buffer: Buffer) -> dict[str, list[Any]]:
+def taken_in(buffer: Buffer) -> dict[str, list[Any]]:
     """What a step has taken: numbers of tickets in the order in which they were trained on, of those that the method
     passed over, and of each of the first the versions of the oldest and the newest weights behind it."""
     versions = [[r.versions for r in place.made.rollouts] for place in buffer.taken]

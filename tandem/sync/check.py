@@ -128,7 +128,7 @@ class TruthCheck:
 
     def _compare(self, version: int, found: Seq[Seq[int | None]]) -> None:
         for engine, (held, totals) in enumerate(zip(self.held, found, strict=True)):
-            compare(f"after push {version} engine {engine}", self.sums, held, totals)
+            require_equal(f"after push {version} engine {engine}", self.sums, held, totals)
 
     def _of_each(self, verb: str, *arguments: Any) -> list[Any]:
         return self.engines.submit_each(verb, [arguments] * self.count).result()
@@ -180,7 +180,7 @@ def _mean_gap(truth: Seq[Seq[float]], found: Seq[Seq[float]]) -> float:
     return sum(gaps) / len(gaps)
 
 
-def compare(who: str, sums: Sums, held: Seq[Held], found: Seq[int | None]) -> None:
+def require_equal(who: str, sums: Sums, held: Seq[Held], found: Seq[int | None]) -> None:
     """Raises WeightMismatch, naming the parameter, where an engine's copy of a tensor is not the trainer's.
 
     ``found`` are the checksums of what is ``held``, None for those that the engine cannot tell.

@@ -10,7 +10,7 @@ import torch
 
 from helpers.faults import NEVER, QUERY, Faulty, all_at_once, pushes_until_seen
 from helpers.vllm_models import Pusher
-from tandem.sync.check import compare
+from tandem.sync.check import require_equal
 from tandem.sync.receiver import Receiver
 
 __all__ = ["QUERY", "all_at_once", "faults_seen"]
@@ -27,7 +27,7 @@ def faults_seen(pusher: Pusher, end: Literal["sender", "engine"]) -> dict[str, t
             parameter.mul_(1.01)
         faulty.record(parameters)
         sums = pusher.push(0)
-        compare("the engine", sums, pusher.engine.held(), pusher.found)
+        require_equal("the engine", sums, pusher.engine.held(), pusher.found)
 
     with pytest.MonkeyPatch.context() as patch:
         if end == "sender":

@@ -31,7 +31,7 @@ from tandem.models.quantized import quantize_module
 from tandem.models.routers import correction_biases, routers_of
 from tandem.models.shrunk import shrunken_config, trained_size
 from tandem.parallel.world import World
-from tandem.sync.check import WeightMismatch, compare
+from tandem.sync.check import WeightMismatch, require_equal
 from tandem.sync.source import WeightSource
 from tandem.training.optim import OptimParams
 from tandem.training.scorer import LocalScorer
@@ -311,14 +311,14 @@ def test_biases_travel_to_engines_in_float32_and_a_stale_one_is_found(kind: str)
     assert set(specs.values()) == {"float32", "bfloat16"}
     sums = source.fill({name: p.data for name, p in engine.parameters.items()}, check=True)
     held, mine = engine.held(), correction_biases(engine.model.module)
-    compare("after push 1 the engine", sums, held, engine.checksums())
+    require_equal("after push 1 the engine", sums, held, engine.checksums())
     for name, bias in trainer.model.picks.biases.items():
         assert torch.equal(mine[name], bias)
         assert not torch.equal(bias, bias.bfloat16().float())
     name, stale = next(iter(mine.items()))
     stale[1] += 0.001
     with pytest.raises(WeightMismatch, match=f"does not hold the trainer's {name}"):
-        compare("after push 1 the engine", sums, held, engine.checksums())
+        require_equal("after push 1 the engine", sums, held, engine.checksums())
 
 
 def test_biases_that_nobody_has_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

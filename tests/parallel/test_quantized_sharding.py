@@ -21,7 +21,7 @@ from tandem.models.loading import load_causal
 from tandem.models.quantized import quantized_in
 from tandem.parallel.sharding import local
 from tandem.parallel.world import World
-from tandem.sync.check import WeightMismatch, compare
+from tandem.sync.check import WeightMismatch, require_equal
 from tandem.training.trainer import LocalTrainer, MemoryParams
 from tandem.training.views import View
 from tandem.workers.process import Site
@@ -112,7 +112,7 @@ def laws(world: World, folder: Path, kind: str) -> Found:
     replicas = Replicas(site)
     replicas.push(check=False)
     sums, found = replicas.push(check=True)
-    compare("the engine", sums, engine.held(), found)
+    require_equal("the engine", sums, engine.held(), found)
     own = trainer.logprobs(ROWS)
     gap = largest(own, engine.logprobs(ROWS))
     broken += [name for name, layer in layers.items() if not torch.equal(layer.weight, codes[name])]
@@ -120,7 +120,7 @@ def laws(world: World, folder: Path, kind: str) -> Found:
     theirs[LAST].weight.copy_(theirs[LAST].weight.flip(0))
     caught = ""
     try:
-        compare("the engine", sums, engine.held(), list(engine.sums.now().values()))
+        require_equal("the engine", sums, engine.held(), list(engine.sums.now().values()))
     except WeightMismatch as error:
         caught = str(error)
     return Found(

@@ -8,7 +8,7 @@ from collections.abc import Sequence as Seq
 from functools import partial
 from typing import Any, Literal
 
-from tandem.engines.requests import Asked, StopRule, check_request, first, take_requests
+from tandem.engines.requests import Asked, StopRule, check_request, first_versions, take_requests
 from tandem.engines.stepper import SteppedEngine
 from tandem.engines.vllm.adapters import adapter_request, split
 from tandem.engines.vllm.checksums import Wholes
@@ -312,7 +312,7 @@ def _completion(asked: Asked, index: int, ended: Any, versions: Versions) -> Com
         stop = "stop_string" if isinstance(output.stop_reason, str) else "eos"
     if stop == "error":
         token_ids, logp = token_ids[: len(logp)], logp[: len(token_ids)]
-        versions = first(versions, len(token_ids))
+        versions = first_versions(versions, len(token_ids))
     elif len(logp) != len(token_ids):
         raise UserError(f"{where}: vLLM gave {len(logp)} log-probs for {len(token_ids)} tokens")
     if not all(map(math.isfinite, logp)):
