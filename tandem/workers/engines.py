@@ -349,7 +349,7 @@ class EngineGroup(Generating):
             rank for rank, heard in enumerate(self._heard_at) if working[rank] and now - heard > self.group.deadline_s
         ]
         if late:
-            raise self.group.late("sampling", late, self.group.deadline_s)
+            raise self.group.late("sampling", late)
 
 
 class RestartingOnce(OverEngine):

@@ -253,10 +253,10 @@ class WorkerGroup:
             self.silent = ", ".join(map(self.who, frozen))
             raise WorkerFailure(f"{what}: {self.silent} is stopped (SIGSTOP) and has not answered for {STOP_S:.0f} s")
 
-    def late(self, what: str, ranks: list[int], deadline_s: float) -> WorkerFailure:
-        """The error that these have not answered within the deadline. Nobody waits for them again."""
-        self.silent = ", ".join(map(self.who, ranks))
-        return WorkerFailure(f"{what}: no answer within {deadline_s:.0f} s from {self.silent}{self._tail(ranks[0])}")
+    def late(self, what: str, ranks: list[int], deadline_s: float | None = None) -> WorkerFailure:
+        """The error that these have not answered within the deadline, or the group's. Nobody waits for them again."""
+        self.silent, waited = ", ".join(map(self.who, ranks)), deadline_s or self.deadline_s
+        return WorkerFailure(f"{what}: no answer within {waited:.0f} s from {self.silent}{self._tail(ranks[0])}")
 
     def _death(self, what: str, others: dict[Any, int]) -> WorkerDied | None:
         """Which of the others has died: what they do together fails for those that live, who may say so first."""
