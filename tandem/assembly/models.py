@@ -18,7 +18,6 @@ from tandem.config import settings
 from tandem.data.chat import set_template
 from tandem.engines.live.engine import LiveEngine
 from tandem.engines.live.replica import ReplicaEngine
-from tandem.engines.vllm.setup import VLLMParams
 from tandem.errors import UserError
 from tandem.futures import Done, Future
 from tandem.kernels.quantized import require_bitsandbytes
@@ -33,7 +32,7 @@ from tandem.models.quantized_folder import quantized_kind
 from tandem.models.routers import require_biases, require_experts
 from tandem.models.shared import scalar_beside
 from tandem.models.weights import require_reader
-from tandem.roles import Engine, FedEngine, LossFn, Seat, SleepingEngine
+from tandem.roles import Engine, FedEngine, LossFn, Seat
 from tandem.runs.progress import say
 from tandem.sync.checksum import Sums
 from tandem.sync.source import WeightSource
@@ -281,14 +280,6 @@ class Replicas:
         if self.source.gatherer.device.type == "cuda":
             torch.cuda.synchronize()
         return sums, self.engine.checksums() if check else []
-
-
-def vllm_engine(site: Site, params: VLLMParams) -> SleepingEngine:
-    """vLLM in this process, on its devices."""
-    # Imported here, where it is known to be wanted: it takes seconds, and not every machine has it.
-    from tandem.engines.vllm.engine import VLLMEngine
-
-    return VLLMEngine(params)
 
 
 def require_trainable(config: RunConfig) -> None:

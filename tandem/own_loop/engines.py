@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tandem.engines.live.replica import ReplicaEngine
-from tandem.engines.vllm.setup import VLLMParams
+from tandem.engines.vllm.setup import VLLMParams, vllm_engine
 from tandem.errors import UserError
 from tandem.models.loading import load_causal
 from tandem.models.routers import all_weights
@@ -124,7 +124,7 @@ class InChild:
         self.asleep = False
         self.filled = False
         try:
-            self.engine = self.child.place("engine", partial(build_vllm, params=params))
+            self.engine = self.child.place("engine", partial(vllm_engine, params=params))
             self._sleep()
         except BaseException:
             self.child.close()
@@ -202,10 +202,3 @@ def shapes_of(config: Any, source: str) -> Shapes:
     with torch.device("meta"):
         module = AutoModelForCausalLM.from_config(config, trust_remote_code=is_trusted(source))
     return {name: tuple(parameter.shape) for name, parameter in all_weights(module).items()}
-
-
-def build_vllm(site: Site, params: EngineParams) -> Any:
-    """In the child: vLLM on its only device."""
-    from tandem.engines.vllm.engine import VLLMEngine
-
-    return VLLMEngine(params)

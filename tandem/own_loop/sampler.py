@@ -219,7 +219,6 @@ class Sampler:
         engine: LoopEngine | None = None
         try:
             with self.peers.agreeing():
-                _whole(params.seed, "seed")
                 _whole(params.max_slots, "max_slots", at_least=1)
                 if params.max_length is not None:
                     _whole(params.max_length, "max_length", at_least=2)

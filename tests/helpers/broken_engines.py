@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 import tandem.engines.vllm.engine as true
-from tandem.assembly.models import vllm_engine
 from tandem.engines.vllm.engine import VLLMEngine
+from tandem.engines.vllm.setup import vllm_engine
 from tandem.types import Held
 
 

@@ -148,6 +148,14 @@ def require_read(model: str) -> None:
                     )
 
 
+def vllm_engine(site: Any, params: VLLMParams) -> Any:
+    """A role: vLLM in this process, on its devices (``tandem.roles.SleepingEngine``)."""
+    # Imported here, where it is known to be wanted: it takes seconds, and not every machine has it.
+    from tandem.engines.vllm.engine import VLLMEngine
+
+    return VLLMEngine(params)
+
+
 @stage("vLLM")
 def start_vllm(params: VLLMParams) -> Any:
     """vLLM's ``LLM``, its engine core in this process. Raises UserError where it cannot be started."""
