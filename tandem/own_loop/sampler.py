@@ -29,7 +29,7 @@ from tandem.own_loop.peers import Peers, own_device
 from tandem.own_loop.their_model import GivenModel, given, require_same
 from tandem.parallel.shares import divide
 from tandem.seeds import derive_seed
-from tandem.sync.check import BEYOND, FIRST_PROBES, PROBE_EVERY, Probe, WeightMismatch, logp_bound
+from tandem.sync.check import BEYOND, Probe, WeightMismatch, logp_bound
 from tandem.types import Completion, Message, Request, SamplingParams
 
 PromptLike = str | Seq[Message] | Seq[int]
@@ -246,20 +246,22 @@ class Sampler:
         # one, and this rank must end.
         with self.peers.agreeing(WeightMismatch):
             self.engine.fill(held, step)
-        if self.check and (self.updates < FIRST_PROBES or self.updates % PROBE_EVERY == 0):
+        if self.check:
             self._probe(held, step)
         self.updates += 1
         # Kept for the weights that a sleeping engine drops.
         self.model, self.step, self.vocabulary = model, step, held.vocabulary
 
     def _probe(self, held: GivenModel, step: int) -> None:
-        """Raises WeightMismatch where the model and the sampler give fixed tokens different log-probs."""
+        """Raises WeightMismatch where the model and the sampler give fixed tokens different log-probs, if it is due."""
         config = self.engine.config
         probe = Probe(held.vocabulary, furthest_limit(config, self.max_length, by=BEYOND + 1))
-        probe.first = self.updates == 0
-        theirs, exact = held.logprobs(probe.sequences, self.device)
+        if not probe.due(self.updates):
+            return
+        sequences = probe.sequences(self.updates)
+        theirs, exact = held.logprobs(sequences, self.device)
         with self.peers.agreeing():
-            mine = self.engine.logprobs(probe.sequences)
+            mine = self.engine.logprobs(sequences)
             bound = logp_bound(self.dtype if exact else "bfloat16", layers_of(config))
             if far := probe.too_far(theirs, mine, bound):
                 raise WeightMismatch(

@@ -74,7 +74,7 @@ class TruthCheck:
         be, but move the log-probs of the probe by 4 times the bound.
         """
         assert self.trainer is not None, "what engines give is compared with what it gives"
-        probe = self.probe.sequences[: len(PROBE_TOKENS)]
+        probe = self.probe.sequences(0)[: len(PROBE_TOKENS)]
 
         def stirred(size: float) -> list[list[float]]:
             self.trainer.call("stir", size)  # type: ignore[union-attr]
@@ -106,9 +106,8 @@ class TruthCheck:
             self.held = self._of_each("held")
             warn_of_unseen(sums, self.held[0], found[0])
         self._compare(version, found)
-        if self.trainer is not None and (self.pushes < FIRST_PROBES or self.pushes % PROBE_EVERY == 0):
-            self.probe.first = self.pushes == 0
-            self.logp = self.trainer.call("logprobs", self.probe.sequences)
+        if self.trainer is not None and self.probe.due(self.pushes):
+            self.logp = self.trainer.call("logprobs", self.probe.sequences(self.pushes))
         self.pushes += 1
 
     def prove(self, version: int) -> None:
@@ -116,7 +115,7 @@ class TruthCheck:
         if self.logp is None:
             return
         truth, self.logp = self.logp, None
-        for engine, found in enumerate(self._of_each("logprobs", self.probe.sequences)):
+        for engine, found in enumerate(self._of_each("logprobs", self.probe.sequences(self.pushes - 1))):
             if far := self.probe.too_far(truth, found, self.bound):
                 # It may have lost since what it held when it was pushed.
                 self._compare(version, self._of_each("checksums"))
@@ -148,14 +147,15 @@ class Probe:
 
     def __init__(self, vocabulary: int, limit: int) -> None:
         self.vocabulary, self.limit = vocabulary, limit
-        self.first = True
-        """Whether a sequence goes past the limit: how an engine computes does not change from push to push."""
 
-    @property
-    def sequences(self) -> list[list[int]]:
-        """The tokens of each."""
+    def due(self, pushes: int) -> bool:
+        """Whether they are to agree after a push, with so many before it."""
+        return pushes < FIRST_PROBES or pushes % PROBE_EVERY == 0
+
+    def sequences(self, pushes: int) -> list[list[int]]:
+        """The tokens of each. Past the limit goes one after the first push: how an engine computes does not change."""
         rng = random.Random(0)
-        past = (self.limit + BEYOND,) if self.limit and self.first else ()
+        past = (self.limit + BEYOND,) if self.limit and not pushes else ()
         return [[rng.randrange(self.vocabulary) for _ in range(n)] for n in (*PROBE_TOKENS, *past)]
 
     def too_far(self, truth: Seq[Seq[float]], found: Seq[Seq[float]], bound: float) -> str:
