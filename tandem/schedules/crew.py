@@ -10,7 +10,7 @@ from typing import Any
 from tandem.batch import Batch
 from tandem.futures import Future
 from tandem.methods.base import Method
-from tandem.roles import Clock, Home, Metrics, Seat, Source, call_all, call_each
+from tandem.roles import Clock, Metrics, Seat, Source, call_all, call_each
 from tandem.rollout.prepare import Preparation, Prepared, sampler_gap
 from tandem.runs.progress import Progress
 from tandem.schedules.session import Evaluate
@@ -93,11 +93,11 @@ class Crew:
     def _turns(self, roles: Collection[str]) -> list[list[str]]:
         """The roles in lists of those that live apart: of each home, the first in the first turn, and so on."""
         turns: list[list[str]] = []
-        homes: list[Home] = []
         for role in filter(roles.__contains__, self.trainers):
-            seat = self.trainers[role]
-            before = sum(seat.home is home for home in homes)
-            homes.append(seat.home)
-            turns += [[]] if before == len(turns) else []
-            turns[before].append(role)
+            home = self.trainers[role].home
+            free = [turn for turn in turns if all(self.trainers[other].home is not home for other in turn)]
+            if free:
+                free[0].append(role)
+            else:
+                turns.append([role])
         return turns

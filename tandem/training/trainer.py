@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tandem.arguments import checked
-from tandem.batch import Asks, Batch, Outputs, TokenLoss, filled
+from tandem.batch import Asks, Batch, Outputs, filled
 from tandem.errors import NonFiniteError, UserError
 from tandem.functional.balance import bias_step, load_violation
 from tandem.models.forward import LoadedModel, forward
@@ -129,10 +129,9 @@ class LocalTrainer(LocalScorer):
         loss is not finite; the parameters are as they were, and the gradient gathered so far is dropped.
         """
         tally = Tally()
-        for micro, token_loss, gap_N, balance, load_LE in self._losses(batch):
+        for total, load_LE in self._losses(batch, tally):
             # One that is not finite goes through too: nobody knows yet, and other ranks wait in its collectives.
-            total = tally.add(micro, token_loss, gap_N, balance)
-            (total if balance is None else total + self.optim.aux_loss_coef * balance).backward()
+            total.backward()
             self.loads += [] if load_LE is None else [load_LE]
         metrics, bad = tally.result(self.world)
         if bad:
@@ -152,8 +151,8 @@ class LocalTrainer(LocalScorer):
     def evaluate(self, batch: Batch) -> Metrics:
         """Loss and metrics without a gradient. ``batch`` needs its weights stamped."""
         tally = Tally()
-        for micro, token_loss, gap_N, balance, _ in self._losses(batch):
-            tally.add(micro, token_loss, gap_N, balance)
+        for _ in self._losses(batch, tally):
+            pass
         return tally.result(self.world)[0]
 
     def optim_step(self, done: float | None = None, scale: float = 1.0) -> Metrics:
@@ -299,16 +298,18 @@ class LocalTrainer(LocalScorer):
         self.masters.publish()
         super()._changed()
 
-    def _losses(self, batch: Batch) -> Iterator[tuple[Batch, TokenLoss, Tensor | None, Tensor | None, Tensor | None]]:
-        """Each of this rank's micro-batches, its loss, its ``_sampler_gap``, its part of the routers' loss, and what it
-        gave their experts."""
+    def _losses(self, batch: Batch, tally: Tally) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Of each of this rank's micro-batches, which go into the tally: its loss, to be differentiated, and what it
+        gave the routers' experts."""
         for share in self._shares(batch):
             micro, out = share.batch, forward(self.model, share.batch, self.in_training)
             gap_N = _sampler_gap(micro, out) if share.units else None
             if micro.on_policy and out.logp_T is not None:
                 micro = replace(micro, seen=micro.seen | {"actor": Outputs(logp_T=out.logp_T.detach())})
             balance = None if out.balance_S is None else (out.balance_S * filled(micro.share_S, "share_S")).sum()
-            yield micro, self.loss(out, micro), gap_N, balance, out.load_LE if share.units else None
+            total = tally.add(micro, self.loss(out, micro), gap_N, balance)
+            total = total if balance is None else total + self.optim.aux_loss_coef * balance
+            yield total, out.load_LE if share.units else None
 
 
 def _sampler_gap(batch: Batch, out: Outputs) -> Tensor | None:
