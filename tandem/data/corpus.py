@@ -10,6 +10,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from tandem.data.files import opened_parquet
 from tandem.data.rows import Row, files_of, open_dataset, require_column
 from tandem.data.sources import parse_sources
 from tandem.errors import UserError, first_line
@@ -143,21 +144,13 @@ class _RowGroups(Shards):
     """A .parquet file, a row group a shard, of which a few rows are read at a time."""
 
     def __init__(self, file: Path, column: str) -> None:
-        import pyarrow
-        import pyarrow.parquet
-
         self.name, self.column = str(file), column
-        try:
-            with pyarrow.parquet.ParquetFile(file) as opened:
-                self.shards, names = opened.num_row_groups, opened.schema_arrow.names
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{file}: not a readable parquet file: {first_line(error)}") from error
+        with opened_parquet(file) as opened:
+            self.shards, names = opened.num_row_groups, opened.schema_arrow.names
         _require(names, column, self.name)
 
     def rows(self, shard: int) -> Iterator[tuple[int, Row]]:
-        import pyarrow.parquet
-
-        with pyarrow.parquet.ParquetFile(self.name) as opened:
+        with opened_parquet(Path(self.name)) as opened:
             place = sum(opened.metadata.row_group(number).num_rows for number in range(shard))
             for batch in opened.iter_batches(SHARD_ROWS, row_groups=[shard], columns=[self.column]):
                 for row in batch.to_pylist():

@@ -7,6 +7,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -127,14 +128,22 @@ def _read_arrow(file: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _read_parquet(file: Path) -> Iterator[tuple[int, Any]]:
+    with opened_parquet(file) as opened:
+        table = opened.read()
+    yield from enumerate(table.to_pylist(), start=1)
+
+
+@contextmanager
+def opened_parquet(file: Path) -> Iterator[Any]:
+    """A .parquet file (``pyarrow.parquet.ParquetFile``). Raises UserError for what cannot be read of it."""
     import pyarrow
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.ParquetFile(file).read()
+        with pyarrow.parquet.ParquetFile(file) as opened:
+            yield opened
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{file}: not a readable parquet file: {first_line(error)}") from error
-    yield from enumerate(table.to_pylist(), start=1)
 
 
 READERS: dict[str, Callable[[Path], Iterator[tuple[int, Any]]]] = {

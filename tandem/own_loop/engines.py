@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -41,49 +41,24 @@ class EngineParams(VLLMParams):
     own_process: bool = True
 
 
-class LoopEngine(Protocol):
-    """Samples with the weights it was last given."""
-
-    shapes: Shapes
-    """The shapes of the parameters that it must be given."""
-    config: Any
-    """The config of its model, as transformers has it."""
-
-    def require_alive(self) -> None:
-        """Raises UserError where it can no longer be used."""
-        ...
-
-    def fill(self, model: GivenModel, step: int) -> None:
-        """Takes over the model's weights. A collective where they are sharded."""
-        ...
-
-    @property
-    def filled(self) -> bool:
-        """Whether it still holds what it was given."""
-        ...
-
-    def logprobs(self, sequences: Seq[Seq[int]]) -> list[list[float]]: ...
-
-    def generate(self, requests: Seq[Request]) -> list[list[Completion]]: ...
-
-    def close(self) -> None: ...
-
-
 class InProcess:
-    """Tandem's live engine, with weights of its own."""
+    """Tandem's live engine, with weights of its own: it samples with those that it was last given."""
 
     def __init__(self, params: EngineParams) -> None:
         model = load_causal(params.model, dtype=params.dtype, device=str(params.device))
         self.engine = ReplicaEngine(model, max_slots=params.max_slots, max_length=params.max_length)
         self.shapes: Shapes = {name: tuple(p.shape) for name, p in self.engine.parameters.items()}
+        """The shapes of the parameters that it must be given."""
         self.config = model.module.config
         self.device, self.check = params.device, params.check
         self.filled = False
+        """Whether it still holds what it was given."""
 
     def require_alive(self) -> None:
         """Nothing: it is as alive as this process."""
 
     def fill(self, model: GivenModel, step: int) -> None:
+        """Takes over the model's weights. A collective where they are sharded."""
         self.filled = False
         source = WeightSource(model.parameters, gathering_device(model, self.device))
         sums = source.fill({name: p.data for name, p in self.engine.parameters.items()}, self.check)
@@ -109,8 +84,8 @@ class InProcess:
 
 
 class InChild:
-    """vLLM in a process of its own, on this rank's device, fed over a link. With ``sleep`` it gives the GPU's memory
-    back after sampling, and its weights with it."""
+    """As ``InProcess``: vLLM in a process of its own, on this rank's device, fed over a link. With ``sleep`` it gives
+    the GPU's memory back after sampling, and its weights with it."""
 
     def __init__(self, params: EngineParams, name: str) -> None:
         self.params = params
@@ -131,6 +106,7 @@ class InChild:
             raise
 
     def require_alive(self) -> None:
+        """Raises UserError where it can no longer be used."""
         if self.child.closed:
             raise UserError("the sampler is closed; make another one")
         if not self.child.alive:

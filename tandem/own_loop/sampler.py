@@ -24,7 +24,7 @@ from tandem.models.limits import layers_of, limits_of
 from tandem.models.loading import load_tokenizer
 from tandem.models.shrunk import furthest_limit
 from tandem.models.trusted import source_of
-from tandem.own_loop.engines import SHARE_BESIDE_TRAINER, EngineParams, InChild, InProcess, LoopEngine
+from tandem.own_loop.engines import SHARE_BESIDE_TRAINER, EngineParams, InChild, InProcess
 from tandem.own_loop.peers import Peers, own_device
 from tandem.own_loop.their_model import GivenModel, given, require_same
 from tandem.parallel.shares import divide
@@ -214,9 +214,9 @@ class Sampler:
         self.close()
 
     @torch.inference_mode(False)
-    def _start(self, kind: str, params: EngineParams) -> LoopEngine:
+    def _start(self, kind: str, params: EngineParams) -> InProcess | InChild:
         """The rank's engine. Raises the error of any rank on all of them."""
-        engine: LoopEngine | None = None
+        engine: InProcess | InChild | None = None
         try:
             with self.peers.agreeing():
                 _whole(params.max_slots, "max_slots", at_least=1)
