@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -56,3 +59,10 @@ def first_line(error: BaseException) -> str:
     """
     lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+
+
+def nearest(path: Path, among: Callable[[Path], bool] = Path.exists) -> str:
+    """What a path that is not there may be meant as, of those ``among`` its neighbours, to end a message with."""
+    there = [other.name for other in path.parent.iterdir() if among(other)] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, there, n=1)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""

@@ -15,7 +15,7 @@ from typing import Any
 from tandem.data.files import read_file
 from tandem.data.gym import gym_rows, is_gym
 from tandem.data.sources import SUFFIXES, TYPES, is_local, is_pattern, parse_sources
-from tandem.errors import UserError, first_line
+from tandem.errors import UserError, first_line, nearest
 from tandem.hub import asking_hub
 
 Row = dict[str, Any]
@@ -159,7 +159,7 @@ def files_of(source: str, split: str) -> list[Path] | None:
     if is_local(source):
         if path.exists():
             raise UserError(f"{source}: a pipe or a device, and rows are read more than once; write them into a file")
-        raise UserError(f"{source}: no such file{_nearest_file(path)}")
+        raise UserError(f"{source}: no such file{nearest(path)}")
     return None
 
 
@@ -180,13 +180,6 @@ def there(row: Row, wanted: Iterable[str]) -> str:
 def present(row: Row) -> str:
     """The columns that a row has something in, for messages."""
     return ", ".join(repr(name) for name, value in row.items() if value is not None) or "none"
-
-
-def _nearest_file(path: Path) -> str:
-    if not path.parent.is_dir():
-        return ""
-    near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=1)
-    return f"; did you mean {path.parent / near[0]}?" if near else ""
 
 
 def _files_of_split(folder: Path, split: str, suffixes: tuple[str, ...]) -> list[Path]:

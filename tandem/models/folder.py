@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -11,7 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
-from tandem.errors import UserError, first_line
+from tandem.errors import UserError, first_line, nearest
 from tandem.hub import asking_hub
 from tandem.models.adapter_folder import adapter_folder
 from tandem.models.trusted import trusted_as
@@ -64,7 +63,7 @@ def readable_errors(source: str | Path, what: str) -> Iterator[None]:
     path = Path(with_config(source))
     looks_local = path.is_absolute() or str(source).startswith(".") or path.exists()
     if looks_local and not path.is_dir():
-        raise UserError(f"no model folder {source}{_nearest(path)}")
+        raise UserError(f"no model folder {source}{nearest(path, Path.is_dir)}")
     if looks_local and not (path / "config.json").is_file():
         raise UserError(f"{source}: {_no_model(path)}")
     out_of_reach = ""
@@ -79,7 +78,7 @@ def readable_errors(source: str | Path, what: str) -> Iterator[None]:
         ) from error
     except (*WRONG_FILES, SafetensorError) as error:
         hub = f"none in the hub's cache, and {out_of_reach}" if out_of_reach else "and not on the hub"
-        where = "in that folder" if looks_local else f"no folder of that name here{_nearest(path)}, {hub}"
+        where = "in that folder" if looks_local else f"no folder of that name here{nearest(path, Path.is_dir)}, {hub}"
         raise UserError(f"{source}: cannot load a {what} ({where}): {first_line(error)}") from error
 
 
@@ -92,10 +91,3 @@ def _no_model(path: Path) -> str:
     if path.parent.name == "checkpoints" and (path / "manifest.json").is_file():
         return f"a checkpoint of a run, not a model; 'tandem export --model {path} --out DIR' makes one of it"
     return "no config.json in it, so it is no Hugging Face model folder"
-
-
-def _nearest(path: Path) -> str:
-    if not path.parent.is_dir():
-        return ""
-    near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir() if p.is_dir()], n=1)
-    return f"; did you mean {path.parent / near[0]}?" if near else ""
