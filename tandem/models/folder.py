@@ -59,7 +59,7 @@ def readable_errors(source: str | Path, what: str) -> Iterator[None]:
     if (adapters := adapter_folder(source)) is not None:
         base = Path(located(adapters.base))
         if base.is_absolute() and not base.is_dir():
-            raise UserError(f"{source}: adapters of {base}, which is no folder{_nearest(base)}")
+            raise UserError(f"{source}: adapters of {base}, which is no folder{nearest(base, Path.is_dir)}")
     path = Path(with_config(source))
     looks_local = path.is_absolute() or str(source).startswith(".") or path.exists()
     if looks_local and not path.is_dir():
