@@ -110,3 +110,8 @@ def held() -> Iterator[None]:
         stop.holding -= 1
         if not stop.holding:
             stop.deliver()
+
+
+def how_ended(code: int | None) -> str:
+    """What ended a process with this exit code: the name of a signal, or the code."""
+    return signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"

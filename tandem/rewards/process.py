@@ -28,6 +28,7 @@ from tandem.rewards.calling import Fault, Setting, Wants
 from tandem.rewards.function import FunctionReward, added_up
 from tandem.rewards.kinds import reward_name
 from tandem.rewards.serving import CHUNK, packed, unpacked
+from tandem.signals import how_ended
 from tandem.types import Judgement
 
 WAITS_S = (1.0, 2.0, 4.0)
@@ -378,8 +379,7 @@ class Worker:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(END_S)
         self.end()
-        code = self.process.returncode
-        return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        return how_ended(self.process.returncode)
 
     def _place(self, file: str | None) -> str:
         """The line of the function's file at which the process died, where that is known."""

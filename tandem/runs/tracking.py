@@ -28,6 +28,7 @@ import yaml
 from tandem.errors import first_line
 from tandem.runs.identity import CONFIG, read_identity
 from tandem.runs.trackers import TRACKERS, About, Tracker
+from tandem.signals import how_ended
 from tandem.whole import write_aside
 
 FOLDER = "trackers"
@@ -115,9 +116,8 @@ class _Follower:
         self.gone = True
         if self.stopped and (code == 0 or self.said):
             return told
-        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         rest = "" if self.stopped else ", and begins again with --resume only, which logs what it has missed"
-        return [*told, self.line(f"its process ended ({how}){rest}")]
+        return [*told, self.line(f"its process ended ({how_ended(code)}){rest}")]
 
     def say(self, what: str) -> list[str]:
         if self.said:

@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 from tandem.errors import UserError, WorkerDied, WorkerFailure
 from tandem.futures import Future
 from tandem.roles import Device, Seat
+from tandem.signals import how_ended
 from tandem.workers.group import LOAD_DEADLINE_S, START_DEADLINE_S, WorkerFailed
 from tandem.workers.keeper import MARK, die_with, start_keeper
 from tandem.workers.process import Build, Where, WorkerProcess, ending, raise_failure
@@ -100,7 +101,7 @@ class Child:
         """The error that says how it ended."""
         self.keeper.join()
         code = self.process.returncode
-        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        how = f"killed by {how_ended(code)}" if code < 0 else how_ended(code)
         return WorkerDied(f"{self._who} died in {what} ({how}){self._tail()}")
 
     def close(self) -> None:

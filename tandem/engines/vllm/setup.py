@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import re
-import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,6 +27,7 @@ from tandem.models.folder import readable_errors
 from tandem.models.limits import turning_point
 from tandem.models.seeing import SeeingModel
 from tandem.models.trusted import is_trusted
+from tandem.signals import how_ended
 from tandem.stages import stage
 
 OLDEST, NEWEST = (0, 25), (0, 32)
@@ -235,8 +235,7 @@ def end_with_ranks(llm: Any) -> Callable[[], None]:
         if executor.is_failed or not getattr(executor, "shutting_down", False):
             ended.join()
             # None where vLLM, which waits for it too, is being told in this moment.
-            code = ended.exitcode
-            how = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
+            how = how_ended(ended.exitcode)
             print(f"tandem: vLLM's {ended.name} (pid {ended.pid}) died ({how})", file=sys.stderr, flush=True)
             os._exit(1)
 
