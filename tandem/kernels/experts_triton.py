@@ -60,7 +60,8 @@ def place(index_N: Tensor, experts: int) -> Places:
 def rows_for(mean: float) -> int:
     """Rows of a tile, for as many picks of an expert in the mean.
 
-    Of those tried on an H200 the fastest with 16 and 64 picks (bench/results/experts_sweep.json); beyond, by argument.
+    Of those tried on an H200 the fastest with 16, 32, 64 and 128 picks, or within 4% of it
+    (bench/results/experts_sweep.json); beyond, by argument.
     """
     return next((rows for rows, most in ((16, 16), (32, 80), (64, 200)) if mean <= most), 128)
 

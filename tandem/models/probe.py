@@ -166,7 +166,11 @@ class Truth:
             return "of another shape"
         # Some give logits in float32 whatever they compute in.
         compare = partial(too_far, value_TD, truth_TD.to(self.dtype), most=self.by_chance)
-        return compare() and compare(rounding=self.rounding if self.low and self.beside else 0.0)
+        if not (far := compare()) or not (self.low and self.beside):
+            return far
+        if self.by_chance:
+            return compare(rounding=self.rounding)
+        return compare(rounding=self.rounding, cap=WORST_ROUNDING) or compare(rounding=self.rounding, most=True)
 
     @cached_property
     @torch.no_grad()

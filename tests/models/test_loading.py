@@ -19,6 +19,7 @@ from tandem.data.packing import pack
 from tandem.errors import UserError
 from tandem.models.forward import forward
 from tandem.models.loading import load_causal, load_scalar, load_tokenizer, pick_device, prepare_module
+from tandem.models.probe import Truth
 from tandem.models.shrunk import shrunken_config, trained_size
 from tandem.types import Sequence
 
@@ -189,3 +190,22 @@ def test_no_forward_changes_weights():
     torch.testing.assert_close(model.module(input_ids=ids).logits, true)
     for name, parameter in module.named_parameters():
         assert torch.equal(parameter, before[name]), name
+
+
+@pytest.mark.parametrize(
+    ("off", "rounding", "proved"),
+    [
+        ((0.04, 0.04, 0.7), 0.6, True),  # One row, of a model of which rounding makes as much.
+        ((0.04, 0.04, 0.9), 0.6, False),
+        ((0.04, 0.7, 0.7), 0.6, False),
+        ((0.04, 0.04, 0.7), 0.1, False),
+    ],
+)
+def test_rounding_may_make_a_row_another_and_not_most_of_them(
+    off: tuple[float, ...], rounding: float, proved: bool
+) -> None:
+    module = make_module().bfloat16()
+    value_TD = torch.ones(3, 8)
+    truth = Truth(module, lambda: value_TD, beside=True)
+    truth.rounding = rounding
+    assert (truth.too_far((value_TD * (1 + torch.tensor(off)[:, None])).bfloat16()) == "") is proved
