@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tandem.kernels.available import on_triton
+from tandem.kernels.chunks import Chunks
 from tandem.kernels.layers import Norm, plain_norm
 
 
@@ -144,40 +145,39 @@ def scan(
     skip: Tensor,
     state: Tensor | None = None,
     *,
-    chunk: int,
+    chunks: Chunks,
 ) -> tuple[Tensor, Tensor]:
     """``select_step`` of T tokens, one after the other: what is given of each [B, T, H, P], and the last states.
 
-    By chunks of at most ``chunk`` tokens (arXiv:2405.21060, section 6): of a chunk's own tokens as attention without a
-    softmax, of those before it by the state that they leave. All of it is matrix products in float32 at least, and what
-    is given is as wide. ``x`` [B, T, H, P]; steps [B, T, H]; ``into`` and ``out_of`` [B, T, G, N]; ``state`` [B, H, P,
-    N] before the first token, zeros if it is None.
+    By chunks (arXiv:2405.21060, section 6): of a chunk's own tokens as attention without a softmax, of those before it
+    by the state that they leave. All of it is matrix products in float32 at least, and what is given is as wide. ``x``
+    [B, T, H, P]; steps [B, T, H]; ``into`` and ``out_of`` [B, T, G, N]; ``state`` [B, H, P, N] before the first token,
+    zeros if it is None. The last states are those of the sequences with most chunks.
     """
-    tokens, heads, groups = *x.shape[1:3], into.shape[2]
-    chunks = -(-tokens // min(chunk, LONGEST_CHUNK))
-    length = -(-tokens // chunks)
-    cut = partial(_cut, chunks=chunks, length=length, dtype=torch.promote_types(x.dtype, torch.float32))
-    into_BCLGN, out_of_BCLGN = cut(into), cut(out_of)
-    log_BCHL = (cut(step) * rate).transpose(2, 3)
-    x_BCLGRP = (cut(x) * cut(step)[..., None]).unflatten(3, (groups, -1))
-    kept_BCHLL = _sums_between(log_BCHL).exp_()
-    weight_BCGLL = torch.einsum("bclgn,bcsgn->bcgls", out_of_BCLGN, into_BCLGN)
-    weight_BCGRLL = weight_BCGLL[:, :, :, None] * kept_BCHLL.unflatten(2, (groups, -1))
-    own_BCLGRP = torch.einsum("bcgrls,bcsgrp->bclgrp", weight_BCGRLL, x_BCLGRP)
-    left_BCLGRP = x_BCLGRP * kept_BCHLL[..., -1, :].transpose(2, 3).unflatten(3, (groups, -1))[..., None]
-    left_BCGRPN = torch.einsum("bcsgrp,bcsgn->bcgrpn", left_BCLGRP, into_BCLGN)
-    # From the start, which is a chunk of its own, to behind each chunk.
-    kept_BHSS = _sums_between(F.pad(log_BCHL.sum(-1).transpose(1, 2), (1, 0))).exp_()
-    state_BSHPN = torch.einsum("bhsc,bchpn->bshpn", kept_BHSS[..., 1:], left_BCGRPN.flatten(2, 3))
-    if state is not None:
-        state_BSHPN = state_BSHPN + kept_BHSS[..., 0].transpose(1, 2)[..., None, None] * state[:, None]
-    before_BCGRPN = state_BSHPN[:, :-1].unflatten(2, (groups, -1))
-    earlier_BCLGRP = torch.einsum("bclgn,bcgrpn->bclgrp", out_of_BCLGN, before_BCGRPN)
-    faded_BCLGR = log_BCHL.cumsum(-1).exp_().transpose(2, 3).unflatten(3, (groups, -1))
-    out_BCLGRP = torch.addcmul(own_BCLGRP, earlier_BCLGRP, faded_BCLGR[..., None])
-    out_BTHP = out_BCLGRP.reshape(len(x), -1, heads, x.shape[3])[:, :tokens]
-    out_BTHP = torch.addcmul(out_BTHP, x.to(out_BTHP.dtype), skip[:, None].to(out_BTHP.dtype))
-    return out_BTHP.contiguous(), state_BSHPN[:, -1]
+    wide, groups = torch.promote_types(x.dtype, torch.float32), into.shape[2]
+    into_MLGN, out_of_MLGN, step_MLH, x_MLHP = (chunks.cut(y).to(wide) for y in (into, out_of, step, x))
+    log_MHL = (step_MLH * rate).transpose(1, 2)
+    x_MLGRP = (x_MLHP * step_MLH[..., None]).unflatten(2, (groups, -1))
+    kept_MHLL = _sums_between(log_MHL).exp_()
+    weight_MGLL = torch.einsum("mlgn,msgn->mgls", out_of_MLGN, into_MLGN)
+    weight_MGRLL = weight_MGLL[:, :, None] * kept_MHLL.unflatten(1, (groups, -1))
+    own_MLGRP = torch.einsum("mgrls,msgrp->mlgrp", weight_MGRLL, x_MLGRP)
+    left_MLGRP = x_MLGRP * kept_MHLL[..., -1, :].transpose(1, 2).unflatten(2, (groups, -1))[..., None]
+    left_MHPN = torch.einsum("msgrp,msgn->mgrpn", left_MLGRP, into_MLGN).flatten(1, 2)
+    kept_MH11 = log_MHL.sum(-1).exp()[..., None, None]
+    if state is None:
+        state = left_MHPN.new_zeros(chunks.counts[0], *left_MHPN.shape[1:])
+    before = []
+    for left_BHPN, kept_BH11 in zip(left_MHPN.split(chunks.counts), kept_MH11.split(chunks.counts), strict=True):
+        before.append(state[: len(left_BHPN)])
+        state = torch.addcmul(left_BHPN, kept_BH11, before[-1])
+    before_MGRPN = torch.cat(before).unflatten(1, (groups, -1))
+    earlier_MLGRP = torch.einsum("mlgn,mgrpn->mlgrp", out_of_MLGN, before_MGRPN)
+    faded_MLGR = log_MHL.cumsum(-1).exp_().transpose(1, 2).unflatten(2, (groups, -1))
+    out_MLGRP = torch.addcmul(own_MLGRP, earlier_MLGRP, faded_MLGR[..., None])
+    out_BTHP = chunks.join(out_MLGRP.flatten(2, 3), x.shape[1])
+    out_BTHP = torch.addcmul(out_BTHP, x.to(wide), skip[:, None].to(wide))
+    return out_BTHP.contiguous(), state
 
 
 def scan_channels(
@@ -229,57 +229,54 @@ def scan_delta(
     beta: Tensor,
     state: Tensor | None = None,
     *,
-    chunk: int,
+    chunks: Chunks,
 ) -> tuple[Tensor, Tensor]:
     """The gated delta rule of T tokens, one after the other: ``q^T S / sqrt(K)`` of each [B, T, H, V], and the last S.
 
     ``S = exp(decay) S + k (beta (v - k^T exp(decay) S))`` (arXiv:2412.06464, eq. 10), queries and keys [B, T, H, K]
     brought to length 1; values [B, T, H, V], decay and beta [B, T, H], ``state`` [B, H, K, V] before the first token,
-    zeros if it is None. By chunks of at most ``chunk`` tokens (section 3.3): what a chunk's tokens write if they find
-    nothing, and what they read of the state before, are solved for all chunks at once, and from chunk to chunk goes the
-    state alone. A product of the inverse's powers would lose its digits where keys are alike.
+    zeros if it is None. By chunks (section 3.3): what a chunk's tokens write if they find nothing, and what they read
+    of the state before, are solved for all chunks at once, and from chunk to chunk goes the state alone. A product of
+    the inverse's powers would lose its digits where keys are alike. The last states are those of the sequences with
+    most chunks.
     """
-    tokens, keys = key.shape[1], key.shape[3]
-    chunks = -(-tokens // chunk)
-    length = -(-tokens // chunks)
+    keys, heads = key.shape[3], key.shape[2]
     wide = torch.promote_types(query.dtype, torch.float32)
 
     def cut(y: Tensor) -> Tensor:
-        """[B, T, H, ...] → [B, H, C, L, ...]. What fills up the last chunk changes nothing: its beta is 0."""
-        if chunks * length > tokens:
-            y = F.pad(y, (0, 0) * (y.ndim - 2) + (0, chunks * length - tokens))
-        y = y.unflatten(1, (chunks, length)).movedim(3, 1)
-        return y.to(wide, memory_format=torch.contiguous_format).contiguous()
+        """[B, T, H, ...] → [M, H, L, ...]. What fills up a chunk changes nothing: its beta is 0."""
+        return chunks.cut(y).transpose(1, 2).to(wide, memory_format=torch.contiguous_format).contiguous()
 
-    query_BHCLK, key_BHCLK = (
+    query_MHLK, key_MHLK = (
         y * (torch.rsqrt(y.square().sum(-1, keepdim=True) + LEAST_SQUARE) * scale)
         for y, scale in ((cut(query), keys**-0.5), (cut(key), 1.0))
     )
-    log_BHCL, beta_BHCL1 = cut(decay), cut(beta)[..., None]
-    kept_BHCLL = _sums_between(log_BHCL).exp_()
-    faded_BHCL1 = log_BHCL.cumsum(-1).exp_()[..., None]
-    back_BHCKL = key_BHCLK.transpose(3, 4)
-    found_BHCLX = torch.linalg.solve_triangular(
-        (key_BHCLK @ back_BHCKL) * (kept_BHCLL * beta_BHCL1),
-        torch.cat((cut(value) * beta_BHCL1, key_BHCLK * (faded_BHCL1 * beta_BHCL1)), dim=-1),
+    log_MHL, beta_MHL1 = cut(decay), cut(beta)[..., None]
+    kept_MHLL = _sums_between(log_MHL).exp_()
+    faded_MHL1 = log_MHL.cumsum(-1).exp_()[..., None]
+    back_MHKL = key_MHLK.transpose(2, 3)
+    found_MHLX = torch.linalg.solve_triangular(
+        (key_MHLK @ back_MHKL) * (kept_MHLL * beta_MHL1),
+        torch.cat((cut(value) * beta_MHL1, key_MHLK * (faded_MHL1 * beta_MHL1)), dim=-1),
         upper=False,
         unitriangular=True,
     )
     if state is None:
-        state = key.new_zeros(len(key), key.shape[2], keys, value.shape[3])
+        state = key.new_zeros(chunks.counts[0], heads, keys, value.shape[3])
     state_NKV, writes, states = state.to(wide).flatten(0, 1), [], []
     by_chunk = (
-        *found_BHCLX.split([value.shape[3], keys], dim=-1), back_BHCKL * kept_BHCLL[..., -1:, :],
-        faded_BHCL1[..., -1:, :],
+        *found_MHLX.split([value.shape[3], keys], dim=-1), back_MHKL * kept_MHLL[..., -1:, :],
+        faded_MHL1[..., -1:, :],
     )  # fmt: skip
-    for write_NLV, read_NLK, back_NKL, faded_N11 in zip(*(y.flatten(0, 1).unbind(1) for y in by_chunk), strict=True):
-        states.append(state_NKV)
-        writes.append(torch.baddbmm(write_NLV, read_NLK, state_NKV, alpha=-1))
-        state_NKV = torch.baddbmm(state_NKV * faded_N11, back_NKL, writes[-1])
-    before_BHCKV, write_BHCLV = (torch.stack(y, dim=1).unflatten(0, key_BHCLK.shape[:2]) for y in (states, writes))
-    out_BHCLV = (query_BHCLK * faded_BHCL1) @ before_BHCKV + ((query_BHCLK @ back_BHCKL) * kept_BHCLL) @ write_BHCLV
-    out_BTHV = out_BHCLV.flatten(2, 3)[:, :, :tokens].transpose(1, 2)
-    return out_BTHV.to(query.dtype, memory_format=torch.contiguous_format), state_NKV.unflatten(0, state.shape[:2])
+    sizes = [count * heads for count in chunks.counts]
+    for write_NLV, read_NLK, back_NKL, faded_N11 in zip(*(y.flatten(0, 1).split(sizes) for y in by_chunk), strict=True):
+        states.append(state_NKV[: len(write_NLV)])
+        writes.append(torch.baddbmm(write_NLV, read_NLK, states[-1], alpha=-1))
+        state_NKV = torch.baddbmm(states[-1] * faded_N11, back_NKL, writes[-1])
+    before_MHKV, write_MHLV = (torch.cat(y).unflatten(0, (-1, heads)) for y in (states, writes))
+    out_MHLV = (query_MHLK * faded_MHL1) @ before_MHKV + ((query_MHLK @ back_MHKL) * kept_MHLL) @ write_MHLV
+    out_BTHV = chunks.join(out_MHLV.transpose(1, 2), key.shape[1])
+    return out_BTHV.to(query.dtype, memory_format=torch.contiguous_format), state_NKV.unflatten(0, (-1, heads))
 
 
 def _sums_between(log: Tensor) -> Tensor:
@@ -293,8 +290,5 @@ def _sums_between(log: Tensor) -> Tensor:
     return sums.masked_fill_(after.T, -torch.inf)
 
 
-LONGEST_CHUNK = 128
-"""Tokens that weigh each other all at once in ``scan``: twice as many take twice the memory for that, and half for
-states."""
 LEAST_SQUARE = 1e-6
 """Added to the square of a query's or key's length, as in transformers and flash-linear-attention."""

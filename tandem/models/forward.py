@@ -31,8 +31,9 @@ from tandem.models.pairs import NAME
 from tandem.models.quantized import numbers_in, quantized_in
 from tandem.models.routers import ROUTER_LOGITS, Picks, experts_of_a_token, in_float32, no_experts, quieted, routers_of
 from tandem.models.seeing import PartNames, SeeingModel
+from tandem.models.segments import Segments
 from tandem.models.sharing import sharing_of
-from tandem.models.states import Mixers
+from tandem.models.states import Mixers, Told
 from tandem.parallel.sharding import shard, transformer_layers
 from tandem.parallel.world import World
 from tandem.whole import writing
@@ -385,8 +386,10 @@ def _together(
         layout = packed_layout(batch.bounds, device, model.torch_dtype, compiled=compiled, sharing=sharing, spare=spare)
         apart: AbstractContextManager[None] = nullcontext()
         if model.mixers is not None:
-            beside = layout if isinstance(layout, PackedLayout) else PackedLayout(batch.bounds, device, sharing)
-            apart = model.mixers.apart(beside)
+            beside = layout if isinstance(layout, PackedLayout) else None
+            if beside is None and not model.mixers.packed:
+                beside = PackedLayout(batch.bounds, device, sharing)
+            apart = model.mixers.apart(beside, Told(Segments(batch.bounds, device), sharing))
         with apart, watched as picked:
             out = module(
                 input_ids=token_ids[None],

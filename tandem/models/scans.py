@@ -1,4 +1,4 @@
-"""Whole sequences through Mamba, Mamba 2 and the gated delta rule: the module's own part, on a scan of ours.
+"""Whole sequences, rows or packed, through Mamba, Mamba 2 and the gated delta rule: the module's own part, our scan.
 
 Without the kernels of mamba_ssm transformers goes through Mamba's tokens one by one, and makes a tensor of all of them
 for the gradient of each; for Mamba 2 it makes one of all pairs of a chunk's tokens, each with the states of
@@ -22,18 +22,27 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tandem.kernels import states as kernels
+from tandem.kernels.chunks import Chunks
+from tandem.models.attention import UnsupportedAttention
 from tandem.models.kinds import kind_of
+from tandem.models.segments import Segments
 
 log = logging.getLogger("tandem")
 
 CLOSE = 1e-4
 """A difference of two scans in float32, over what they give, that is rounding."""
+LONGEST_CHUNK = 128
+"""Tokens of Mamba 2 that weigh each other all at once: twice as many take twice the memory for that, and half for
+states."""
 LARGEST = 2**26
 """Most numbers in all states of the tokens of Mamba that are computed at once: 256 MiB, of which there are some."""
 
 
 def speed_up_scans(module: Any) -> None:
-    """Lets all parts of a module that scan as those of ``SCANS`` use our scan, unless kernels for it are there."""
+    """Lets all parts of a module that scan as those of ``SCANS`` use our scan, unless kernels for it are there.
+
+    Those that have a convolution can then be given ``Segments`` of packed tokens (``argument_of_segments``).
+    """
     for part in module.modules():
         kind: Any = type(part)
         if (scanning := _scanning(kind)) is not kind:
@@ -52,12 +61,12 @@ def _has_kernel(path: str, name: str) -> bool:
 @functools.cache
 def _scanning(kind: Any) -> Any:
     """The class of a part whose forward calls our scan: its own where it does already, or calls none that ours is."""
-    forward = calling(kind.forward, {name: ours for name, (ours, *_) in SCANS.items()})
-    if forward is None:
+    forward = calling(kind.forward, {CONVOLUTION: _convolve} | {name: ours for name, (ours, *_) in SCANS.items()})
+    if forward is None or kind.__module__ == __name__:
         return kind
     for name in SCANS.keys() & set(forward.__code__.co_names):
         scan, (_, kernel, trial) = forward.__globals__[name], SCANS[name]
-        if isinstance(scan.args[0], functools.partial) or _has_kernel(*kernel):
+        if _has_kernel(*kernel):
             return kind
         if not _is_ours(scan, *trial()):
             log.warning(
@@ -65,6 +74,23 @@ def _scanning(kind: Any) -> Any:
             )
             return kind
     return kind_of(_scanning, kind, forward=forward)
+
+
+def argument_of_segments(part: Any) -> str:
+    """By which name the forward of a part takes ``Segments`` of packed tokens, [1, T, ...]; empty: it takes none.
+
+    It does if all that goes from token to token in it is a convolution and a scan that do.
+    """
+    kind: Any = type(part)
+    if kind.__module__ != __name__:
+        return ""
+    called = set(kind.forward.__code__.co_names)
+    known = inspect.signature(kind.forward).parameters
+    if CONVOLUTION not in called:
+        return ""
+    if called & PACKED and any(x.kind is inspect.Parameter.VAR_KEYWORD for x in known.values()):
+        return "segments"
+    return SEGMENTS_OF_ROWS if SEGMENTS_OF_ROWS in known else ""
 
 
 def calling(forward: Any, ours: Mapping[str, Callable[..., Any]]) -> Any:
@@ -121,6 +147,23 @@ def _delta_trial() -> tuple[list[Tensor], dict[str, Any]]:
     return given, options | {"output_final_state": True, "use_qk_l2norm_in_kernel": True}
 
 
+def _convolve(
+    theirs: Callable[..., Tensor],
+    hidden_states: Tensor,
+    weight: Tensor,
+    *others: Any,
+    segments: Segments | None = None,
+    **options: Any,
+) -> Tensor:
+    """``causal_conv1d_fn``, [B, C, T]: of ``segments`` each as if nothing were before it."""
+    if isinstance(options.get(SEGMENTS_OF_ROWS), Segments):
+        segments = options.pop(SEGMENTS_OF_ROWS)
+    if segments is None:
+        return theirs(hidden_states, weight, *others, **options)
+    apart, place_T = segments.apart(hidden_states.mT, weight.shape[-1] - 1)
+    return theirs(apart.mT, weight, *others, **options).mT.index_select(1, place_T).mT
+
+
 def _scan(
     theirs: Callable[..., Any],
     hidden_states: Tensor,
@@ -136,17 +179,21 @@ def _scan(
     dt_limit: tuple[float, float] = (0.0, float("inf")),
     return_final_states: bool = False,
     z: Tensor | None = None,
+    segments: Segments | None = None,
     **options: Any,
 ) -> Any:
-    """``mamba2_chunk_scan``, which knows other options no more than theirs does."""
+    """``mamba2_chunk_scan``, which knows other options no more than theirs does, but for ``segments``."""
     if D is None or dt_bias is None or not dt_softplus or z is not None:
+        _require_rows(segments)
         named = {"D": D, "dt_bias": dt_bias, "dt_softplus": dt_softplus, "dt_limit": dt_limit, "z": z}
         named |= {"initial_states": initial_states, "return_final_states": return_final_states}
         return theirs(hidden_states, dt, A, B, C, chunk_size, **named, **options)
 
+    chunks = _chunks(hidden_states, segments, min(chunk_size, LONGEST_CHUNK))
+
     def run(x: Tensor, dt: Tensor, bias: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
         step = F.softplus(dt.to(torch.promote_types(dt.dtype, torch.float32)) + bias).clamp(*dt_limit)
-        return kernels.scan(x, step, *others, chunk=chunk_size)
+        return kernels.scan(x, step, *others, chunks=chunks)
 
     out, state = _again(run, hidden_states, dt, dt_bias, A, B, C, D, initial_states)
     return (out, state) if return_final_states else out
@@ -199,15 +246,26 @@ def _scan_delta(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     use_qk_l2norm_in_kernel: bool = False,
+    segments: Segments | None = None,
     **options: Any,
 ) -> Any:
-    """``torch_chunk_gated_delta_rule``, which knows other options no more than theirs does."""
+    """``torch_chunk_gated_delta_rule``, which knows other options no more than theirs does, but for ``segments``."""
     if not use_qk_l2norm_in_kernel:
+        _require_rows(segments)
         named = {"initial_state": initial_state, "output_final_state": output_final_state}
         return theirs(query, key, value, g, beta, chunk_size, **named, **options)
-    run = functools.partial(kernels.scan_delta, chunk=chunk_size)
+    run = functools.partial(kernels.scan_delta, chunks=_chunks(query, segments, chunk_size))
     out, state = _again(run, query, key, value, g, beta, initial_state)
     return out, state if output_final_state else None
+
+
+def _chunks(x: Tensor, segments: Segments | None, most: int) -> Chunks:
+    return Chunks.of_rows(x, most) if segments is None else segments.chunks(most)
+
+
+def _require_rows(segments: Segments | None) -> None:
+    if segments is not None:
+        raise UnsupportedAttention("packed segments for a scan that is transformers' own")
 
 
 def _again(run: Callable[..., tuple[Tensor, Tensor]], *given: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -218,6 +276,11 @@ def _again(run: Callable[..., tuple[Tensor, Tensor]], *given: Tensor | None) -> 
     return found
 
 
+CONVOLUTION = "causal_conv1d_fn"
+SEGMENTS_OF_ROWS = "seq_idx"
+"""What transformers calls the segments that its kernels are given."""
+PACKED = {"mamba2_chunk_scan", "torch_chunk_gated_delta_rule"}
+"""Those of our scans that take segments."""
 SCANS: dict[str, tuple[Callable[..., Any], tuple[str, str], Callable[..., Any]]] = {
     "mamba2_chunk_scan": (_scan, ("mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined"), _trial),
     "mamba_selective_scan": (

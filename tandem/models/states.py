@@ -9,16 +9,20 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin, LinearAttentionLayer
 
 from tandem.models.attention import PackedLayout, UnsupportedAttention
-from tandem.models.scans import speed_up_scans
+from tandem.models.scans import argument_of_segments, speed_up_scans
+from tandem.models.segments import Segments
+from tandem.models.sharing import Sharing
 
 Name = tuple[int, str, int]
 """A state's layer, its kind (an attribute of the layer), and its number there."""
@@ -183,11 +187,19 @@ class _Asked(Held):
 class Mixers:
     """The parts of a module that carry a state from token to token, found by what asks its cache for one, or keeps one.
 
-    Sequences that lie packed in all else are put side by side for these parts, each beginning without a state.
+    Sequences that lie packed in all else begin without a state in these parts: they are told of ``Segments``, or the
+    sequences are put side by side for them.
     """
 
     def __init__(self, parts: list[Any]) -> None:
         self.parts = parts
+        self.arguments = [argument_of_segments(part) for part in parts]
+        """By which name a part takes segments; empty where it takes rows alone."""
+
+    @property
+    def packed(self) -> bool:
+        """Whether all of them take segments."""
+        return all(self.arguments)
 
     @classmethod
     @torch.no_grad()
@@ -223,10 +235,16 @@ class Mixers:
         return cls(asked.parts) if asked.parts else None
 
     @contextmanager
-    def apart(self, layout: PackedLayout) -> Iterator[None]:
-        """Segments of the packed tokens go through these parts by themselves, as ``layout`` puts them side by side."""
-        for part in self.parts:
-            part.forward = partial(_side_by_side, part.forward, layout)
+    def apart(self, layout: PackedLayout | None, told: Told | None = None) -> Iterator[None]:
+        """Segments of the packed tokens go through these parts by themselves.
+
+        As ``layout`` puts them side by side; those that take segments are ``told`` where they are.
+        """
+        for part, name in zip(self.parts, self.arguments, strict=True):
+            if name and told is not None:
+                part.forward = partial(_with_segments, part.forward, told, name)
+            else:
+                part.forward = partial(_side_by_side, part.forward, layout)
         try:
             yield
         finally:
@@ -234,29 +252,61 @@ class Mixers:
                 del part.forward
 
 
+@dataclass(frozen=True)
+class Told:
+    """What parts are told that take segments: where these are, before any of their tokens are shared."""
+
+    segments: Segments
+    sharing: Sharing | None
+
+
 def _inside(module: Any) -> list[Any]:
     return [part for part in module.modules() if part is not module]
 
 
-def _side_by_side(
-    run: Callable[..., Any], beside: PackedLayout, /, hidden_states: Tensor, *others: Any, **options: Any
+def _with_segments(
+    run: Callable[..., Any], told: Told, name: str, /, hidden_states: Tensor, *others: Any, **options: Any
 ) -> Any:
-    """[1, U, D] → [1, U, D]. What says how packed tokens lie says nothing of those side by side."""
-    if others:
-        raise UnsupportedAttention("arguments without a name for layers with a state")
-    options.pop("layout", None)
-    if "attention_mask" in options:
-        options["attention_mask"] = None
+    """[1, U, D] → [1, U, D], the T tokens of all segments at once. Zeros for what stands behind the U."""
+    options = _of_tokens(others, options)
+    options.pop("position_ids", None)
+    sharing = told.sharing
+    x_1TD = hidden_states[:, : told.segments.tokens] if sharing is None else sharing.expand(hidden_states[0])[None]
+    found, more = _alone(run(x_1TD, **options | {name: told.segments}))
+    found = found if sharing is None else found.index_select(1, sharing.kept_U)
+    packed = F.pad(found, (0, 0, 0, hidden_states.shape[1] - found.shape[1]))
+    return (packed, *more) if more else packed
+
+
+def _side_by_side(
+    run: Callable[..., Any], beside: PackedLayout | None, /, hidden_states: Tensor, *others: Any, **options: Any
+) -> Any:
+    """[1, U, D] → [1, U, D]."""
+    assert beside is not None
+    options = _of_tokens(others, options)
     more: list[Any] = []
 
     def tokens_of(rows: Tensor) -> Tensor:
         if "position_ids" in options:
             options["position_ids"] = torch.arange(rows.shape[1], device=rows.device)[None]
-        found = run(rows, **options)
-        found, *more[:] = found if isinstance(found, tuple) else (found,)
-        if not isinstance(found, Tensor) or any(x is not None for x in more):
-            raise UnsupportedAttention("layers with a state that give more than what becomes of their tokens")
+        found, more[:] = _alone(run(rows, **options))
         return found
 
     packed = beside.side_by_side(tokens_of, hidden_states)
     return (packed, *more) if more else packed
+
+
+def _of_tokens(others: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a part without those that say how packed tokens attend to each other."""
+    if others:
+        raise UnsupportedAttention("arguments without a name for layers with a state")
+    masked = {"attention_mask": None} if "attention_mask" in options else {}
+    return {name: value for name, value in options.items() if name != "layout"} | masked
+
+
+def _alone(found: Any) -> tuple[Tensor, list[Any]]:
+    """What becomes of the tokens, and the Nones that a part gives beside it."""
+    tokens, *more = found if isinstance(found, tuple) else (found,)
+    if not isinstance(tokens, Tensor) or any(x is not None for x in more):
+        raise UnsupportedAttention("layers with a state that give more than what becomes of their tokens")
+    return tokens, more

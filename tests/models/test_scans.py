@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import pickle
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,7 +19,9 @@ from transformers.models.mamba2 import modeling_mamba2
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from tandem.kernels import states as kernels
+from tandem.kernels.chunks import Chunks
 from tandem.models import scans
+from tandem.models.segments import Segments
 from tandem.models.states import put_right
 
 
@@ -61,7 +65,7 @@ def test_a_scan_is_one_token_after_another(tokens: int, chunk: int, groups: int,
     """Also its gradients. Chunks that are full, that are not, one alone, and more of them than were asked for."""
     *given, state = drawn(tokens, groups)
     given += [state] if begun else []
-    found = kernels.scan(*given[:6], state if begun else None, chunk=chunk)
+    found = kernels.scan(*given[:6], state if begun else None, chunks=Chunks.of_rows(given[0], chunk))
     truth = one_by_one(*given[:6], state if begun else None)
     assert_alike(found, truth, given)
 
@@ -98,7 +102,7 @@ def test_a_small_step_among_large_ones_is_not_lost_in_float32() -> None:
     *given, _ = drawn(64, 1, dtype=torch.float32)
     with torch.no_grad():
         given[1][:] = torch.where(torch.arange(64)[None, :, None] % 8 < 6, 400.0, 1e-3)
-        found, _ = kernels.scan(*given, chunk=64)
+        found, _ = kernels.scan(*given, chunks=Chunks.of_rows(given[0], 64))
         exact, _ = one_by_one(*(x.double() for x in given), None)
     assert ((found - exact).abs() <= 2e-5 * exact.abs() + 1e-3).all()
 
@@ -130,7 +134,7 @@ def drawn_rule(tokens: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
 def test_a_scan_of_the_delta_rule_is_one_token_after_another(tokens: int, chunk: int, begun: bool) -> None:
     """Also its gradients, of what is given and of the last states."""
     given = drawn_rule(tokens)[: 6 if begun else 5]
-    found = kernels.scan_delta(*given, chunk=chunk)
+    found = kernels.scan_delta(*given, chunks=Chunks.of_rows(given[0], chunk))
     truth = rule_by_token(*given[:5], given[5] if begun else None)
     assert_alike(found, truth, given)
 
@@ -141,7 +145,7 @@ def test_a_scan_of_the_delta_rule_keeps_its_digits_in_float32() -> None:
     given[1] = given[1][:, :1] + 1e-3 * given[1]
     given[3] = torch.where(torch.arange(64)[None, :, None] % 8 < 2, -400.0, -1e-3).expand_as(given[3])
     given[4] = torch.full_like(given[4], 1.9)
-    found, state = kernels.scan_delta(*given, chunk=64)
+    found, state = kernels.scan_delta(*given, chunks=Chunks.of_rows(given[0], 64))
     exact, last = rule_by_token(*(x.double() for x in given), None)
     assert (found - exact).norm() < 1e-5 * exact.norm()
     assert (state - last).norm() < 1e-5 * last.norm()
@@ -285,7 +289,7 @@ def test_a_module_is_given_it_by_what_it_calls(name: str, kind: str) -> None:
         torch._dynamo.reset()
     changed = {one for one in kinds if one.__module__ == scans.__name__}
     assert [one.__name__ for one in changed] == [kind]
-    put_right(other := made("lfm2"))
+    put_right(other := made("qwen2"))
     assert not any(type(part).__module__ == scans.__name__ for part in other.modules())
 
 
@@ -320,3 +324,48 @@ def test_it_is_left_out_where_it_is_not_theirs_or_kernels_are_there(
     for name in ("mamba2", "qwen3.5"):
         put_right(module := made(name))
         assert not any(type(part).__module__ == scans.__name__ for part in module.modules())
+
+
+@pytest.mark.parametrize("lengths", [(5, 1, 9, 3), (1,), (40, 2, 2, 2, 2, 2, 2, 17)])
+@pytest.mark.parametrize("most", [1, 4, 64])
+def test_packed_segments_are_scanned_each_by_itself(lengths: tuple[int, ...], most: int) -> None:
+    """By chunks of one length, of which the long segments have more. Gradients too, and the convolution before them."""
+    segments = Segments(torch.tensor([0, *lengths]).cumsum(0), "cpu")
+    tokens = sum(lengths)
+    *given, _ = (x[:1].detach().requires_grad_() if x.ndim > 1 else x for x in drawn(tokens, 2))
+    rule = [x[:1].detach().requires_grad_() for x in drawn_rule(tokens)[:5]]
+    signal, weight = torch.randn(1, 3, tokens, dtype=torch.float64, requires_grad=True), torch.randn(3, 4).double()
+    convolve = partial(scans._convolve, modeling_mamba2.causal_conv1d_fn)
+    packed = [
+        kernels.scan(*given, chunks=segments.chunks(most))[0],
+        kernels.scan_delta(*rule, chunks=segments.chunks(most))[0],
+        convolve(signal, weight, None, "silu", segments=segments),
+        convolve(signal, weight, None, "silu", seq_idx=segments),
+    ]
+    apart: list[list[Tensor]] = [[], [], [], []]
+    for begin, end in itertools.pairwise([0, *itertools.accumulate(lengths)]):
+        cut = [x[:, begin:end] if x.ndim > 1 else x for x in given]
+        apart[0].append(kernels.scan(*cut, chunks=Chunks.of_rows(cut[0], 64))[0])
+        cut = [x[:, begin:end] for x in rule]
+        apart[1].append(kernels.scan_delta(*cut, chunks=Chunks.of_rows(cut[0], 64))[0])
+        for out in apart[2:]:
+            out.append(convolve(signal[..., begin:end], weight, None, "silu"))
+    joined = [torch.cat(out, 1 if number < 2 else 2) for number, out in enumerate(apart)]
+    wanted = [x for x in (*given, *rule, signal) if x.requires_grad]
+    for one, two in zip(packed, joined, strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-12)
+    factors = [torch.randn_like(x) for x in joined]
+    one, two = (
+        torch.autograd.grad(sum((x * y).sum() for x, y in zip(outs, factors, strict=True)), wanted)
+        for outs in (packed, joined)
+    )
+    for x, y in zip(one, two, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-11)
+
+
+def test_a_long_segment_does_not_make_the_chunks_of_many_short_ones_long() -> None:
+    segments = Segments(torch.tensor([0, 1024, *[10] * 200]).cumsum(0), "cpu")
+    chunks = segments.chunks(128)
+    assert sum(chunks.counts) * chunks.length <= 1.5 * segments.tokens
+    assert segments.chunks(128) is chunks
+    assert Segments(torch.tensor([0, 1024, 1000]).cumsum(0), "cpu").chunks(128).length == 64
