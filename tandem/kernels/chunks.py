@@ -38,7 +38,7 @@ class Chunks:
 
     @staticmethod
     def of_rows(x: Tensor, most: int) -> Chunks:
-        """Of rows [B, T, ...]: as few of at most ``most`` tokens as there can be, and no longer than they have to be."""
+        """Of rows [B, T, ...]: as few of at most ``most`` tokens as there can be, no longer than they have to be."""
         rows, tokens = x.shape[:2]
         steps = -(-tokens // most)
         return Chunks(-(-tokens // steps), [rows] * steps)
