@@ -66,7 +66,7 @@ def shard(
         module.set_force_sum_reduction_for_comms(True)
     for part in root.modules():
         # So marked, torch.compile takes a module's numbers, as the size of a head, for variables, and all that follows
-        # from them for formulas: it needs three times as long for a graph, which no unsharded model could use.
+        # from them for formulas: it needs three times as long for a graph.
         vars(part)["_is_fsdp_managed_module"] = False
 
 
