@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 import pytest
@@ -82,14 +83,29 @@ def test_replies_without_a_score(serve, judge):  # noqa: F811
 def test_an_endpoint_that_fails(serve, judge):  # noqa: F811
     url = serve(replies=["SCORE: 5"], fail=1, status=429)
     assert judge(url).score(batch("a", level=[1])) == [0.5]
-    slow = judge(serve(replies=["SCORE: 5"], delay=0.3), "concurrency: 1\n", deadline_s=0.8)
-    assert slow.score(batch("a", "b", "c", "d", level=[9] * 4)) == [0.5] * 4, "a deadline begins when there is room"
     with pytest.raises(RunFailure, match=r"got no reply of .* within 1 s .*status 503"):
         judge(serve(fail=99), deadline_s=1.0).score(batch("a", level=[2]))
     with pytest.raises(UserError, match="status 401"):
         judge(serve(fail=99, status=401)).score(batch("a", level=[2]))
     with pytest.raises(UserError, match="did not answer with a chat completion"):
         judge(serve(replies=[None])).score(batch("a", level=[2]))
+
+
+def test_a_deadline_begins_when_there_is_room(tmp_path, serve, monkeypatch):  # noqa: F811
+    url, begin, answered = serve(replies=["SCORE: 5"]), asyncio.timeout, []
+    (tmp_path / "tone.yaml").write_text(RUBRIC.format(url=url) + "concurrency: 1\n")
+    ask = find_function(f"judge:{tmp_path}/tone.yaml", Setting(folder=str(tmp_path))).function
+
+    def timeout(seconds):
+        answered.append(len(seen(url)))
+        return begin(seconds)
+
+    async def ask_all():
+        return await asyncio.gather(*(ask("q", completion, level=9) for completion in "abcd"))
+
+    monkeypatch.setattr(asyncio, "timeout", timeout)
+    assert asyncio.run(ask_all()) == [0.5] * 4
+    assert answered == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(
