@@ -65,7 +65,10 @@ def reward_models(
         tokenizer = load_tokenizer(source)
         reads_ids = policy_tokenizer is not None and same_tokenizer(policy_tokenizer, tokenizer)
         limits = read_limits(source, head="scalar") if policy_tokenizer is None else None
-        found.append(RewardModel(seats[role], tokenizer, reads_ids=reads_ids, scale=scale, limits=limits))
+        budget = model.token_budget
+        found.append(
+            RewardModel(seats[role], tokenizer, reads_ids=reads_ids, scale=scale, limits=limits, token_budget=budget)
+        )
     return found
 
 

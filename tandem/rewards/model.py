@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import statistics
 from collections.abc import Sequence as Seq
@@ -14,6 +15,7 @@ from tandem.rewards.combine import checked_score
 from tandem.roles import RewardBatch, Seat
 from tandem.types import Limits, PreferencePair, Rollout, ScoreScale, Sequence, StopReason
 
+log = logging.getLogger("tandem")
 SCORED = 1024
 """The scale of a model's scores is that of 1,024 pairs, or of all where there are fewer."""
 SCORED_AT_ONCE = 64
@@ -39,13 +41,16 @@ class RewardModel:
         reads_ids: bool,
         scale: ScoreScale | None = None,
         limits: Limits | None = None,
+        token_budget: int | None = None,
     ) -> None:
         """``scale``: scores are less its mean, and divided by its standard deviation. ``limits``: of the model, where
-        nothing has looked at the length of what it reads before."""
+        nothing has looked at the length of what it reads before. ``token_budget``: tokens of its micro-batches, above
+        which it is said once that it has read more."""
         self.scorer = scorer
         self.tokenizer = tokenizer
         self.reads_ids = reads_ids
         self.scale = scale
+        self.token_budget = token_budget
         self.positions, self.whose = (limits.positions, limits.whose) if limits else (None, "")
 
     def score(self, batch: RewardBatch) -> list[float | None]:
@@ -66,6 +71,12 @@ class RewardModel:
                     f"{self.whose}: the completion {completion!r:.40} and its prompt"
                 )
         read = pack(sequences)
+        if self.token_budget is not None and read.largest_unit > self.token_budget:
+            log.warning(
+                "%s: token_budget: a sequence of %d tokens is more than %d and goes through whole, so memory follows "
+                "the longest, not the budget", self.name, read.largest_unit, self.token_budget,
+            )  # fmt: skip
+            self.token_budget = None
         out = self.scorer.call("score", read)
         if out.scalar_T is None:
             raise UserError(f"{self.name}: the model has no scalar head")

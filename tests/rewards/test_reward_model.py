@@ -1,5 +1,7 @@
 """A reward model reads what was sampled, with the policy's tokenizer or its own."""
 
+import re
+
 import pytest
 import torch
 from helpers.models import make_module, make_tokenizer
@@ -45,7 +47,7 @@ def rollout(tokenizer, prompt, completion, stop):
 
 
 @pytest.mark.parametrize("own", [False, True])
-def test_score_is_the_plain_classifiers(tmp_path, own):
+def test_score_is_the_plain_classifiers(tmp_path, own, caplog):
     policy_tokenizer = make_tokenizer()
     tokenizer = other_tokenizer() if own else policy_tokenizer
     make_module("llama").save_pretrained(tmp_path / "base")
@@ -67,14 +69,17 @@ def test_score_is_the_plain_classifiers(tmp_path, own):
     batch = RewardBatch(
         prompts=[prompt for prompt, _, _ in samples], completions=[r.completion for r in rollouts], rollouts=rollouts
     )
-    reward = RewardModel(seat_of(LocalScorer(model, token_budget=100)), model.tokenizer, reads_ids=not own)
+    scorer = seat_of(LocalScorer(model, token_budget=4))
+    reward = RewardModel(scorer, model.tokenizer, reads_ids=not own, token_budget=4)
 
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm")
     ended = [tokenizer(text)["input_ids"] + [1] for text in ("abcde", "abcde", "ab")]
     ids = [*ended, tokenizer("xyza")["input_ids"]]
     with torch.no_grad():
         want = [plain(input_ids=torch.tensor([i])).logits.item() for i in ids]
-    assert reward.score(batch) == pytest.approx(want, abs=1e-5)
+    for _ in range(2):
+        assert reward.score(batch) == pytest.approx(want, abs=1e-5)
+    assert len(re.findall(r"reward_model: token_budget: a sequence of \d tokens is more than 4", caplog.text)) == 1
 
 
 def test_what_a_reward_model_reads_ends_as_its_training_rows_do():
