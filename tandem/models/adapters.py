@@ -137,7 +137,7 @@ class Adapters:
 
         ``names``: those of a model that also sees, whose text half the base is. They are written as adapters of that.
         """
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         named = {peft_name(name): state[name].detach().contiguous() for name in self.trained}
         config = _as_json(self.config)
@@ -146,7 +146,7 @@ class Adapters:
             config["exclude_modules"] = names.elsewhere
         folder.mkdir(parents=True, exist_ok=True)
         sums = {BASE_SUM: self.base_sum, BODY_SUM: self.body_sum}  # which peft does not look at
-        save_file(named, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"} | sums)
+        (folder / ADAPTER_WEIGHTS).write_bytes(_in_order(save(named, {"format": "pt"} | sums)))
         (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         self.module.config.architectures = [type(self.module).__name__]
         if self.quantized in ("nf4", "fp8"):
@@ -448,6 +448,15 @@ def _require_whole_base(config: Any, folder: str, repeated: tuple[str, ...] = ()
         f"{folder}: its adapters {why}, so that their base alone is not what they are beside; merge them into it with "
         "peft, in the process that made them, and put new ones on that"
     )
+
+
+def _in_order(saved: bytes) -> bytes:
+    """A safetensors file with its metadata in order: entries are written in any, and a run is to give equal bytes."""
+    size = int.from_bytes(saved[:8], "little")
+    header = json.loads(saved[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return saved[:8] + text.ljust(size) + saved[8 + size :]
 
 
 def _say_other_base(folder: str, config: Any, sums_here: Callable[[], tuple[str, str]]) -> None:
