@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from tandem.errors import UserError, first_line
 from tandem.kernels import bits
 from tandem.lazy import extra
+from tandem.models.adapted_linear import speed_up_pairs
 from tandem.models.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, QUANTIZED, adapter_folder, base_of
 from tandem.models.adapter_targets import ALL_LINEAR, HEADS, TIED, is_tied, require_own_weights, targets_of
 from tandem.models.experts import is_grouped, is_stack, speed_up_stacks
@@ -224,6 +225,7 @@ def _put(peft: Any, module: Any, config: Any, base: str, *, fresh: bool, base_su
         raise UserError(f"lora.targets: {first_line(error)}") from None
     _require_plain(module, base)
     speed_up_stacks(module)
+    speed_up_pairs(module)
     for parameter in module.parameters():
         if parameter.requires_grad:
             # Of a base in bfloat16 peft makes them that, too.
