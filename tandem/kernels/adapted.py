@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from tandem.kernels import products, quantized
-from tandem.kernels.available import on_triton
 from tandem.kernels.quantized import BLOCK, Coded
 
 WHOLE = ""
@@ -68,19 +67,10 @@ def _backward(
         weight_OI = quantized.dequantize(coded, x.dtype)
     # Making the sum moves the weight twice, and adding to the gradient moves that twice.
     if len(x_NI) > rows:
-        grad_x_NI = products.product(up_NO, _sum(weight_OI, a_RI, b_OR, scale))
+        grad_x_NI = products.product(up_NO, torch.addmm(weight_OI, b_OR, a_RI, alpha=scale))
     else:
         grad_x_NI = products.product(up_NO, weight_OI).addmm_(up_NR, a_RI, alpha=scale)
     return grad_x_NI.view(x.shape), grad_a_RI, grad_b_OR
-
-
-def _sum(weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tensor:
-    """``weight + scale b a``, [O, I]."""
-    if on_triton(weight_OI) and weight_OI.dtype != torch.float64:
-        from tandem.kernels import adapted_triton
-
-        return adapted_triton.add_product(weight_OI, b_OR, a_RI, scale)
-    return torch.addmm(weight_OI, b_OR, a_RI, alpha=scale)
 
 
 @_linear.register_fake

@@ -27,7 +27,6 @@ from triton.runtime.jit import JITFunction
 
 from tandem import kernels
 from tandem.kernels import (
-    adapted_triton,
     bits,
     bits_triton,
     choice_triton,
@@ -165,12 +164,6 @@ def call_logprob() -> None:
             )
 
 
-def call_adapted() -> None:
-    for dtype, rank in zip(DTYPES, (8, 100), strict=True):
-        left, right = torch.zeros(300, rank, dtype=dtype), torch.zeros(rank, 96, dtype=dtype)
-        adapted_triton.add_product(torch.zeros(300, 96, dtype=dtype), left, right, 2.0)
-
-
 def call_bits() -> None:
     # For each pair of dtypes: several elements a load, one a load, and rows that lie apart.
     total, wide = torch.zeros(3, dtype=torch.int32), (torch.empty(1, 4096), torch.empty(1, 5000), torch.empty(7, 30))
@@ -296,7 +289,6 @@ def main() -> int:
     def call() -> None:
         call_layers()
         call_logprob()
-        call_adapted()
         call_bits()
         call_draw()
         call_states()

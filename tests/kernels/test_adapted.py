@@ -85,23 +85,6 @@ def test_an_input_without_a_gradient_gets_none() -> None:
     assert error(b.grad, exact[3]) < 1e-6
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rank", [1, 8, 100])
-def test_the_kernel_adds_the_product_to_the_weight(rank: int, dtype: torch.dtype) -> None:
-    kernels = pytest.importorskip("tandem.kernels.adapted_triton", reason="no triton here")
-    generator = torch.Generator().manual_seed(rank)
-    weight, left, right = (torch.randn(s, generator=generator).to(DEVICE) for s in ((70, 150), (70, rank), (rank, 150)))
-    if DEVICE.type == "cpu" and dtype == torch.bfloat16:
-        dtype = torch.float16  # The interpreter rounds bfloat16 towards zero.
-    weight, left, right = (t.to(dtype) for t in (weight, left, right))
-    exact = weight.double() + SCALE * left.double() @ right.double()
-    found = kernels.add_product(weight, left, right, SCALE)
-    assert found.dtype == dtype
-    # Half a unit in the last place of each number, where the sum is rounded once; of float32 the sum's own.
-    most = 1e-5 if dtype == torch.float32 else 0.51 * torch.finfo(dtype).eps
-    assert float(((found.double() - exact).abs() / exact.abs().clamp(min=rank**0.5)).max()) < most
-
-
 @pytest.mark.parametrize("dora", [False, True])
 def test_a_layer_of_pefts_gives_what_pefts_own_does(dora: bool) -> None:
     """With DoRA it is peft's own still; without, its parameters have its names and its class's other methods."""
