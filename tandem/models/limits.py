@@ -6,11 +6,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from transformers import AutoModelForMaskedLM
+
 from tandem.errors import UserError
 from tandem.models.adapter_folder import adapter_folder
 from tandem.models.folder import readable_errors, with_config
 from tandem.models.text_config import config_in
 from tandem.types import Limits
+
+READS_AHEAD = (
+    "what it says of a token depends on the tokens after it, as in BERT and other encoders, so its log-probs are not "
+    "those of a text; give a causal language model"
+)
 
 
 def read_limits(source: str | Path, *, head: Literal["lm", "scalar"] = "lm") -> Limits:
@@ -25,9 +32,14 @@ def read_limits(source: str | Path, *, head: Literal["lm", "scalar"] = "lm") -> 
 
 
 def model_config(source: str | Path) -> Any:
-    """A model's config, of one that also sees its text half's. Raises UserError where there is none."""
+    """A model's config, of one that also sees its text half's. Raises UserError where there is none, and for an encoder's."""
     with readable_errors(source, "model"):
-        return config_in(with_config(source))
+        config = config_in(with_config(source))
+    # Kinds of which a config makes encoders or decoders. Those of an encoder and a decoder have a decoder of their own.
+    if type(config) in AutoModelForMaskedLM._model_mapping and getattr(config, "is_decoder", None) is False:
+        if not config.is_encoder_decoder:
+            raise UserError(f"{source}: {READS_AHEAD}")
+    return config
 
 
 def layers_of(config: Any) -> int:

@@ -15,7 +15,7 @@ from tandem.errors import UserError, first_line
 from tandem.kernels.products import speed_up_linears
 from tandem.models.adapter_folder import adapter_folder, base_of
 from tandem.models.adapters import AdapterParams, idle_layers, merge_folder, put_adapters
-from tandem.models.folder import located, readable_errors, with_config, with_tokenizer
+from tandem.models.folder import located, readable_errors, with_tokenizer
 from tandem.models.forward import LoadedModel
 from tandem.models.limits import model_config, require_language_model
 from tandem.models.probe import probe_forward
@@ -24,7 +24,6 @@ from tandem.models.routers import quieted
 from tandem.models.scalar import NO_HEAD, forget_scale, scalar_class, scalar_keys, with_own_buffers
 from tandem.models.seeing import SeeingModel
 from tandem.models.states import put_right
-from tandem.models.text_config import config_in
 from tandem.models.trusted import Trusted, is_trusted
 from tandem.models.weights import load_whole, require_finite
 from tandem.seeds import derive_seed
@@ -89,7 +88,7 @@ def load_causal(
     source = Trusted(source) if trust_remote_code else source
     tokenizer = load_tokenizer(source)
     with readable_errors(source, "causal language model"):
-        require_language_model(config_in(with_config(source)), source)
+        require_language_model(model_config(source), source)
         seeing = _seeing(source, device)
     module, _ = load_whole(
         AutoModelForCausalLM,

@@ -19,7 +19,7 @@ from tandem.kernels.logprob import PLAIN, HeadShape
 from tandem.models.attention import IMPLEMENTATION, UnsupportedAttention, leave_sdpa
 from tandem.models.experts import group_experts
 from tandem.models.forward import LoadedModel, hidden_states, native_logits
-from tandem.models.limits import turning_point
+from tandem.models.limits import READS_AHEAD, turning_point
 from tandem.models.routers import has_experts
 from tandem.models.routes import Routes
 from tandem.models.shrunk import TURNING, named_limits, shrunk
@@ -57,10 +57,7 @@ def probe_forward(model: LoadedModel) -> str:
     small = shrunk(model.module)
     trials = [_Trial(model, LENGTHS, beside=small is not None)]
     if not trials[0].causal():
-        raise UserError(
-            f"{type(model.module).__name__}: what it says of a token depends on the tokens after it, as in BERT and "
-            "other encoders, so its log-probs are not those of a text; give a causal language model"
-        )
+        raise UserError(f"{type(model.module).__name__}: {READS_AHEAD}")
     unproved = ""
     if small is not None:
         copied = replace(model, module=small, turning=turning_point(small.config), mixers=Mixers.of(small))

@@ -12,9 +12,11 @@ import ray
 import torch
 from helpers.runs import arguments, unevaluated, write_inputs
 from safetensors.torch import load_file, save_file
+from transformers import BertConfig
 
 from tandem.cli.main import main
 from tandem.errors import UserError
+from tandem.models.limits import model_config
 from tandem.models.scalar import require_head
 
 
@@ -69,6 +71,20 @@ def test_a_plan_says_what_would_be_used(plan, inputs, method, placement):
     for scalar in ("model",) if method == "rm" else ("critic",) if method == "ppo" else ():
         assert models[scalar].startswith("LlamaForSequenceClassification, ")
     assert any("40 " in text for text in used(out).values())
+
+
+def test_an_encoder_is_refused_by_its_config(plan, inputs, tmp_path):
+    folder = tmp_path / "bert"
+    shutil.copytree(inputs / "base", folder)
+    config = BertConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    config.save_pretrained(folder)
+    for method in ("sft", "rm"):
+        code, err, _ = plan(*(str(folder) if word == "base" else word for word in arguments(method)))
+        assert (code, err.count("\n")) == (2, 1)
+        assert f"{folder}: what it says of a token depends on the tokens after it, as in BERT" in err
+    config.is_decoder = True
+    config.save_pretrained(folder)
+    assert model_config(folder).is_decoder
 
 
 @pytest.mark.parametrize(
