@@ -25,7 +25,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 from tandem.errors import UserError
-from tandem.flags import Given, Key, flag_of, read_flags, read_yaml
+from tandem.flags import Given, Key, Owners, flag_of, read_flags, read_yaml
 from tandem.keys import said_of
 from tandem.version import __version__
 
@@ -89,8 +89,9 @@ def load_config(cls: type[Config], argv: Sequence[str], *, prog: str = "tandem")
     """The config that ``--config FILE.yaml`` and the flags after it describe. Flags win.
 
     ``cls`` is a dataclass whose fields are sections (dataclasses) or keys; ``cls.implied(given)``, if it has that, are
-    defaults that follow from what is given, and ``cls.inherited()`` keys that are another run's and need no effect.
-    ``--help`` prints every key and raises SystemExit(0).
+    defaults that follow from what is given, ``cls.inherited()`` keys that are another run's and need no effect, and
+    ``cls.owners(name)`` the commands that have a key of that name. ``--help`` prints every key and raises
+    SystemExit(0).
 
     Raises UserError, in one line, for an unknown key, a value of the wrong type or out of range, a required key that is
     missing, and a flag that would have no effect (see ``tandem.keys.needs``). Of a file such a
@@ -177,9 +178,10 @@ def describe(config: Any, without: Collection[str] = ()) -> str:
 
 def _read(cls: Any, keys: dict[str, Key], argv: Sequence[str]) -> tuple[dict[str, Given], dict[str, Given]]:
     """What the ``--config`` files say, the last of them that has a key, and what the other flags do."""
-    files, flags = read_flags(argv, keys)
+    owners: Owners = getattr(cls, "owners", lambda name: ())
+    files, flags = read_flags(argv, keys, owners)
     sections = {name: [*_keys_of(hint)] for name, hint in _hints_of(cls).items() if is_dataclass(hint)}
-    return {name: value for file in files for name, value in read_yaml(file, keys, sections).items()}, flags
+    return {name: value for file in files for name, value in read_yaml(file, keys, sections, owners).items()}, flags
 
 
 def _keys_of(cls: Any) -> dict[str, Key]:

@@ -11,7 +11,7 @@ from typing import Any, get_origin
 
 import yaml
 
-from tandem.errors import UserError
+from tandem.errors import UserError, listed
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,13 @@ class Given:
     where: str
 
 
-def read_flags(argv: Sequence[str], keys: dict[str, Key]) -> tuple[list[Path], dict[str, Given]]:
+Owners = Callable[[str], Sequence[str]]
+"""The commands that have a key of this name, where another one has not."""
+
+
+def read_flags(
+    argv: Sequence[str], keys: dict[str, Key], owners: Owners = lambda name: ()
+) -> tuple[list[Path], dict[str, Given]]:
     """The ``--config`` files, and every other flag. A flag's values reach up to the next ``--``."""
     files: list[Path] = []
     given: dict[str, Given] = {}
@@ -62,7 +68,7 @@ def read_flags(argv: Sequence[str], keys: dict[str, Key]) -> tuple[list[Path], d
             texts = ["true"]
         if name not in keys:
             known = key if key in keys else name
-            raise UserError(f"unknown flag {flag}{suggest(known, [*keys, 'config'], flag_of)}")
+            raise UserError(f"unknown flag {flag}{suggest(known, [*keys, 'config'], flag_of, owners)}")
         value = texts[0] if len(texts) == 1 else texts
         if name in given:
             value = _both(given[name].value, value, flag, keys[name])
@@ -90,7 +96,9 @@ def _both(first: Any, second: Any, flag: str, key: Key) -> Any:
     return second
 
 
-def read_yaml(path: Path, keys: dict[str, Key], sections: Mapping[str, list[str]]) -> dict[str, Given]:
+def read_yaml(
+    path: Path, keys: dict[str, Key], sections: Mapping[str, list[str]], owners: Owners = lambda name: ()
+) -> dict[str, Given]:
     """A file's keys with their lines. Scalars stay as written, so that YAML's own idea of types does not matter."""
     try:
         root = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
@@ -109,7 +117,8 @@ def read_yaml(path: Path, keys: dict[str, Key], sections: Mapping[str, list[str]
         name, place = str(key_node.value).replace("-", "_"), f"{path}:{key_node.start_mark.line + 1}"
         if name not in keys:
             full = [key for inner in sections.get(name, ()) for key in (inner, f"{name}.{inner}") if key in keys]
-            hint = f"; keys are flat, so write {full[0]}: … by itself, and so on" if full else suggest(name, keys)
+            hint = f"; keys are flat, so write {full[0]}: … by itself, and so on" if full else ""
+            hint = hint or suggest(name, keys, owners=owners)
             raise UserError(f"{place}: unknown key {key_node.value}{hint}")
         if name in given:
             raise UserError(f"{place}: {name} is given a second time; keep one of the two")
@@ -158,10 +167,17 @@ THEIRS = {
 """Names that somebody may bring along, from TRL, OpenRLHF or another command, with ours, however they are spelled."""
 
 
-def suggest(name: str, names: Iterable[str], show: Callable[[str], str] = str) -> str:
-    """``; did you mean X?`` for the nearest of ``names``: called so elsewhere, with these initials, or the likest."""
+def suggest(
+    name: str, names: Iterable[str], show: Callable[[str], str] = str, owners: Owners = lambda name: ()
+) -> str:
+    """``; did you mean X?`` for the nearest of ``names``: called so elsewhere, with these initials, or the likest.
+
+    One that others have (``owners``), and that is called otherwise nowhere, is said to be theirs instead.
+    """
     pool = list(names)
     near = [known for known in THEIRS.get(name, ()) if known in pool]
+    if not near and (others := owners(name)):
+        return f", which is one of {listed(others)}; leave it out"
     near = near or [known for known in pool if "".join(word[:1] for word in known.split("_")) == name]
     near = near or difflib.get_close_matches(name, pool, n=1, cutoff=0.5)
     return f"; did you mean {' or '.join(map(show, near))}?" if near else "; --help lists them"

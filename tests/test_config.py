@@ -265,6 +265,19 @@ def test_the_name_of_a_section_is_answered_with_its_keys(file):
         assert refusal("--config", "a.yaml") == expected
 
 
+def test_a_key_of_another_method_is_said_to_be_its(file):
+    file("normalize: std\nbatch_size: 2\n")
+    for method, words, expected in (
+        ("ppo", ["--config", "a.yaml"], "a.yaml:1: unknown key normalize, which is one of grpo; leave it out"),
+        ("ppo", ["--answer-logp", "sum"], "unknown flag --answer-logp, which is one of dpo, online-dpo; leave it out"),
+        ("ppo", ["--normalise", "std"], "unknown flag --normalise; did you mean --normalize-scores?"),
+        ("grpo", ["--batch-size", "2"], "unknown flag --batch-size; did you mean --prompts-per-step?"),
+    ):
+        with pytest.raises(UserError) as error:
+            load_config(config_class(method), words)
+        assert str(error.value) == expected
+
+
 def test_home_stands_for_a_tilde_in_every_path(file, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     file("data: ~/d.jsonl\nreward: [~/r.py:f, m.n:g]\nstop: ['~/']\n")

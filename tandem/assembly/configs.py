@@ -38,7 +38,7 @@ from tandem.assembly.sections import (
     as_adapters,
     judged_by_its_data,
 )
-from tandem.config import load_config, section_class, settings
+from tandem.config import key_names, load_config, section_class, settings
 from tandem.errors import UserError
 from tandem.flags import suggest
 from tandem.keys import PREFIXED
@@ -164,6 +164,11 @@ class RunConfig:
                 if need.trained:
                     found[f"{need.role}_learning_rate"] = adapter_rate(need.learning_rate)
         return found
+
+    @staticmethod
+    def owners(key: str) -> list[str]:
+        """The methods whose configs have this key."""
+        return [name for name in METHODS if key in key_names(config_class(name))]
 
     @property
     def sources(self) -> dict[str, str]:
