@@ -117,6 +117,8 @@ class Session:
     """``taken``, and what the step in progress has taken."""
     returned: list[int] = field(default_factory=list, init=False)
     """Numbers below ``handed_out`` that are to be handed out again, lowest first: what was open at the checkpoint."""
+    again: list[int] = field(default_factory=list, init=False)
+    """Those of them that the step in progress has taken, which may be cut short before they are begun."""
     carried: list[Carried] = field(default_factory=list, init=False)
     """What had ended by then, and was not trained on."""
     carries: Callable[[int], list[Carried]] = field(default=lambda below: [], init=False)
@@ -195,6 +197,7 @@ class Session:
     def take(self, count: int) -> Seq[int]:
         """Positions of the next ``count`` items of the data. No position is handed out twice, and none is left out."""
         again, self.returned = self.returned[:count], self.returned[count:]
+        self.again += again
         first, self.handed_out = self.handed_out, self.handed_out + count - len(again)
         return [*again, *range(first, self.handed_out)]
 
@@ -275,7 +278,8 @@ class Session:
             carried = self.carries(self.taken)
             if ended := [one for one in carried if one["item"] is not None]:
                 parts[ENDED] = {"items": ended}
-            if open := sorted([*self.returned, *(one["number"] for one in carried if one["item"] is None)]):
+            unbegun = {*self.returned, *self.again} - {one["number"] for one in carried}
+            if open := sorted([*unbegun, *(one["number"] for one in carried if one["item"] is None)]):
                 state["open"] = open
             path = self.store.save(self.step, parts, state)
             self.saved_step = self.step
@@ -390,4 +394,4 @@ class Session:
 
     def _at(self, step: int, state: dict[str, float], pending: Metrics | None) -> None:
         self.step, self.state, self.pending, self.taken = step, state, pending, self.handed_out
-        self.changed = False
+        self.changed, self.again = False, []

@@ -9,6 +9,7 @@ from bisect import bisect
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -148,6 +149,27 @@ def resumed(buffer: Buffer, session: Session, handed_out: int, returned: list[in
     again = [*(n for n in returned if n not in begun), *(place.number for place in places if not place.done)]
     session.handed_out, session.returned = handed_out, sorted(again)
     buffer.open, buffer.taken, buffer.passed = [place for place in places if place.done], [], []
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_what_a_step_takes_again_is_in_its_checkpoint_whether_it_is_begun_or_not(cut):
+    """Of 6 that a resumed run hands out again, two steps to come have room for 4, and the second of them for the rest.
+    It is interrupted as these are begun, or behind that."""
+    saved: list[dict[str, Any]] = []
+    store = SimpleNamespace(save=lambda step, parts, state: saved.append(state))
+    progress = SimpleNamespace(phase=lambda name: nullcontext())
+    run = SimpleNamespace(event=lambda *args, **about: None, log_rollouts=lambda *args: None)
+    parts: Any = {"run": run, "store": store, "save_every": None, "progress": progress, "clock": None}
+    session = Session(trainers={}, **parts)
+    session.handed_out, session.returned = 8, [2, 3, 4, 5, 6, 7]
+    open_tickets = [*session.take(4)]
+    session.carries = lambda below: [{"number": n, "admitted": 1, "item": None} for n in open_tickets if n < below]
+    del open_tickets[:2]
+    session.reached({}, {})
+    taken = session.take(2)
+    open_tickets += [] if cut else taken
+    session.save()
+    assert (taken, saved[0]["taken"], saved[0]["open"]) == ([6, 7], 8, [4, 5, 6, 7])
 
 
 def heavy(seed: int) -> Callable[[int], float]:
