@@ -167,9 +167,7 @@ THEIRS = {
 """Names that somebody may bring along, from TRL, OpenRLHF or another command, with ours, however they are spelled."""
 
 
-def suggest(
-    name: str, names: Iterable[str], show: Callable[[str], str] = str, owners: Owners = lambda name: ()
-) -> str:
+def suggest(name: str, names: Iterable[str], show: Callable[[str], str] = str, owners: Owners = lambda name: ()) -> str:
     """``; did you mean X?`` for the nearest of ``names``: called so elsewhere, with these initials, or the likest.
 
     One that others have (``owners``), and that is called otherwise nowhere, is said to be theirs instead.

@@ -14,7 +14,7 @@ from tandem.roles import Metrics, Source
 from tandem.rollout.measure import lag_metrics
 from tandem.schedules.buffer import Buffer, Place
 from tandem.schedules.crew import Crew
-from tandem.schedules.session import Carried, Session
+from tandem.schedules.session import Carried, Session, StepClock
 from tandem.stages import stage
 from tandem.types import Group
 
@@ -77,11 +77,9 @@ class Pipeline:
                     session.run.event("taken", step=session.step + 1, **taken_in(buffer))
                 # First: whatever ends the run once the step counts as reached saves what is in the buffer.
                 buffer.trained()
-                session.reached(prepared.state, metrics | clock.metrics(), groups)
+                session.reached(prepared.state, self._timed(crew, clock, metrics, passed, busy), groups)
                 # Behind it: what is trained is kept, though weights may not reach the sampler before the run ends.
-                metrics |= crew.publish(clock) | clock.metrics()
-                metrics |= rates(metrics, passed)
-                metrics |= {"engine_busy_seconds": crew.source.busy_seconds - busy} if self.max_lag else {}
+                metrics = self._timed(crew, clock, metrics | crew.publish(clock), passed, busy)
                 session.measured(metrics)
                 if (left_out := metrics.get("left_out", 0.0)) and not lost:
                     session.note(
@@ -138,6 +136,12 @@ class Pipeline:
 
         session.carries = carries
         return buffer
+
+    def _timed(self, crew: Crew, clock: StepClock, metrics: Metrics, passed: Seq[Any], busy: float) -> Metrics:
+        """A step's metrics with its seconds so far, and what follows from them; the engine was ``busy`` before it."""
+        metrics = metrics | clock.metrics()
+        busy_now = {"engine_busy_seconds": crew.source.busy_seconds - busy} if self.max_lag else {}
+        return metrics | rates(metrics, passed) | busy_now
 
     def _lag(self, crew: Crew, buffer: Buffer) -> Metrics:
         """How old the weights are that the step's samples come from, where they may be old."""

@@ -116,7 +116,11 @@ def test_a_signal_while_weights_go_to_the_sampler_loses_no_step(tandem, inputs, 
     assert code == 130
     assert "stopped in step 2; go on after step 2 with --resume" in stdout
     assert tandem(*argv, "--out", inputs / "cut", "--resume")[0] == 0
-    assert [line["step"] for line in final(inputs / "cut")[0]] == [line["step"] for line in final(inputs / "pushed")[0]]
+    cut, pushed = (read_metrics(inputs / out / "metrics.jsonl") for out in ("cut", "pushed"))
+    assert [line["step"] for line in cut] == [line["step"] for line in pushed]
+    assert "tokens_per_second" in cut[2]
+    assert {*pushed[2]} - {*cut[2]} <= {"seconds_sync"}
+    assert "tokens a second, over all steps" in (inputs / "cut" / "summary.md").read_text()
     assert final(inputs / "cut")[1] == final(inputs / "pushed")[1]
 
 
