@@ -32,13 +32,13 @@ def read_limits(source: str | Path, *, head: Literal["lm", "scalar"] = "lm") -> 
 
 
 def model_config(source: str | Path) -> Any:
-    """A model's config, of one that also sees its text half's. Raises UserError where there is none, and for an encoder's."""
+    """A model's config, of one that also sees its text half's. Raises UserError for an encoder's, or where is none."""
     with readable_errors(source, "model"):
         config = config_in(with_config(source))
-    # Kinds of which a config makes encoders or decoders. Those of an encoder and a decoder have a decoder of their own.
-    if type(config) in AutoModelForMaskedLM._model_mapping and getattr(config, "is_decoder", None) is False:
-        if not config.is_encoder_decoder:
-            raise UserError(f"{source}: {READS_AHEAD}")
+    # Kinds of which configs make encoders or decoders; those that are both have decoders of their own.
+    either = type(config) in AutoModelForMaskedLM._model_mapping and not config.is_encoder_decoder
+    if either and getattr(config, "is_decoder", None) is False:
+        raise UserError(f"{source}: {READS_AHEAD}")
     return config
 
 
