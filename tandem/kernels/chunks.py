@@ -25,7 +25,7 @@ class Chunks:
         """[B, T, ...] → [M, L, ...]."""
         if self.place_T is not None:
             empty = x.new_zeros(sum(self.counts) * self.length, *x.shape[2:])
-            return empty.index_copy(0, self.place_T, x[0]).unflatten(0, (-1, self.length))
+            return empty.index_copy_(0, self.place_T, x[0]).unflatten(0, (-1, self.length))
         steps = len(self.counts)
         filled = F.pad(x, (0, 0) * (x.ndim - 2) + (0, steps * self.length - x.shape[1]))
         return filled.unflatten(1, (steps, self.length)).transpose(0, 1).flatten(0, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
@@ -25,6 +26,8 @@ from tandem.models.routes import Routes
 from tandem.models.shrunk import TURNING, named_limits, shrunk
 from tandem.models.states import Mixers
 from tandem.types import Sequence
+
+log = logging.getLogger("tandem")
 
 TOLERANCE = 2e-3
 """Largest relative difference in float32, far above rounding and far below a wrong mask or a missing scale."""
@@ -64,7 +67,20 @@ def probe_forward(model: LoadedModel) -> str:
         trials.append(_Trial(copied, FAR_LENGTHS))
     elif limits := named_limits(model.module.config):
         unproved = f"what it does beyond its limits ({', '.join(limits)}) could not be tried out on a small copy"
-    reason = unproved or next((why for trial in trials if (why := trial.why_not(packed=True))), "")
+
+    def why_not() -> str:
+        return next((why for trial in trials if (why := trial.why_not(packed=True))), "")
+
+    reason = unproved or why_not()
+    told = [trial.model.mixers for trial in trials if trial.model.mixers and any(trial.model.mixers.arguments)]
+    if told and reason and not unproved:
+        # More than we know of goes from token to token in parts that call what we know.
+        for mixers in told:
+            mixers.take_rows()
+        reason = why_not()
+        if not reason:
+            name = type(model.module).__name__
+            log.warning("%s: packed sequences go side by side through its layers with a state (slower)", name)
     model.packed = not reason
     if reason and (unproved or any(trial.why_not(packed=False) for trial in trials)):
         model.equal_lengths = True
@@ -238,7 +254,7 @@ class _Trial:
             return "its attention cannot be replaced"
         try:
             found = self.run(packed=packed)
-        except (UnsupportedAttention, TypeError) as error:
+        except (UnsupportedAttention, TypeError, AttributeError) as error:
             return f"its attention needs what packing lacks ({error})"
         return "packed sequences do not reproduce its own forward" if self.truth.too_far(found) else ""
 

@@ -65,7 +65,7 @@ def _scanning(kind: Any) -> Any:
     if forward is None or kind.__module__ == __name__:
         return kind
     for name in SCANS.keys() & set(forward.__code__.co_names):
-        scan, (_, kernel, trial) = forward.__globals__[name], SCANS[name]
+        scan, (_, kernel, trial) = forward.__globals__.get(name), SCANS[name]
         if _has_kernel(*kernel):
             return kind
         if not _is_ours(scan, *trial()):
@@ -88,9 +88,9 @@ def argument_of_segments(part: Any) -> str:
     known = inspect.signature(kind.forward).parameters
     if CONVOLUTION not in called:
         return ""
-    if called & PACKED and any(x.kind is inspect.Parameter.VAR_KEYWORD for x in known.values()):
-        return "segments"
-    return SEGMENTS_OF_ROWS if SEGMENTS_OF_ROWS in known else ""
+    if called & PACKED:
+        return "segments" if any(x.kind is inspect.Parameter.VAR_KEYWORD for x in known.values()) else ""
+    return SEGMENTS_OF_ROWS if SEGMENTS_OF_ROWS in known and not called & SCANS.keys() else ""
 
 
 def calling(forward: Any, ours: Mapping[str, Callable[..., Any]]) -> Any:

@@ -55,7 +55,7 @@ class Segments:
             segment_T = self._segment_T()
             self._places[gap] = send(torch.arange(len(segment_T)) + gap * (segment_T + 1), self.device)
         empty = x.new_zeros(1, x.shape[1] + gap * len(self.size_S), *x.shape[2:])
-        return empty.index_copy(1, self._places[gap], x), self._places[gap]
+        return empty.index_copy_(1, self._places[gap], x), self._places[gap]
 
     def _segment_T(self) -> Tensor:
         return torch.arange(len(self.size_S)).repeat_interleave(self.size_S)

@@ -201,6 +201,10 @@ class Mixers:
         """Whether all of them take segments."""
         return all(self.arguments)
 
+    def take_rows(self) -> None:
+        """None of them is told of segments from now on."""
+        self.arguments = [""] * len(self.parts)
+
     @classmethod
     @torch.no_grad()
     def of(cls, module: Any) -> Mixers | None:

@@ -11,16 +11,20 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.engine_models import tokenizer
 from helpers.family_models import made
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.models.lfm2 import modeling_lfm2
 from transformers.models.mamba import modeling_mamba
 from transformers.models.mamba2 import modeling_mamba2
+from transformers.models.mamba2.modeling_mamba2 import causal_conv1d_fn
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from tandem.kernels import states as kernels
 from tandem.kernels.chunks import Chunks
 from tandem.models import scans
+from tandem.models.loading import prepare_module
 from tandem.models.segments import Segments
 from tandem.models.states import put_right
 
@@ -324,6 +328,35 @@ def test_it_is_left_out_where_it_is_not_theirs_or_kernels_are_there(
     for name in ("mamba2", "qwen3.5"):
         put_right(module := made(name))
         assert not any(type(part).__module__ == scans.__name__ for part in module.modules())
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_parts_in_which_more_goes_from_token_to_token_are_given_rows(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, known: bool
+) -> None:
+    """As those of somebody's own code may be, which calls what transformers has by its names."""
+
+    def summed(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, seq_idx: Any = None) -> Tensor:
+        if not known:
+            seq_idx = None if seq_idx is None else seq_idx.long()
+        return theirs(x, weight, bias) + 0.1 * x.cumsum(-1)
+
+    theirs = modeling_lfm2.causal_conv1d_fn
+    monkeypatch.setattr(modeling_lfm2, "causal_conv1d_fn", summed)
+    if not known:
+        monkeypatch.setattr(scans, "_convolve", lambda theirs, *args, **options: theirs(*args, **options))
+    model = prepare_module(made("lfm2"), tokenizer())
+    assert model.mixers is not None
+    assert (model.packed, model.mixers.packed) == (True, False)
+    assert "packed sequences go side by side through its layers with a state" in caplog.text
+
+
+def test_a_scan_that_is_an_attribute_is_the_modules_own() -> None:
+    class Own(modeling_mamba2.Mamba2Mixer):
+        def forward(self, hidden_states: Tensor) -> Tensor:
+            return self.mamba2_chunk_scan(causal_conv1d_fn(hidden_states, self.conv1d.weight))
+
+    assert scans._scanning(Own) is Own
 
 
 @pytest.mark.parametrize("lengths", [(5, 1, 9, 3), (1,), (40, 2, 2, 2, 2, 2, 2, 17)])
