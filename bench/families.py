@@ -170,6 +170,7 @@ _LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_fa
 _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 _OWN_ATTENTION = "transformers' class has an attention of its own"
 _CHOOSES = "its attention chooses the keys that a token sees"
+_SMALL_PARTS = "latent attention, a shared expert and a router of groups: more and smaller operations"
 FAMILIES = (
     Family("qwen2", "Qwen 2, Qwen 2.5", "Qwen2", _of()),
     Family("qwen3", "Qwen 3", "Qwen3", _of()),
@@ -188,7 +189,8 @@ FAMILIES = (
                final_logit_softcapping=3.0)),
     Family("gemma4-e", "Gemma 4 E2B and E4B", "Gemma4Text",
            _of(_GEMMA4, _twice, _PER_LAYER, num_key_value_heads=1, attention_k_eq_v=False,
-               use_double_wide_mlp=True)),
+               use_double_wide_mlp=True),
+           "each layer has an input of its own of every token: half as many operations again"),
     Family("gemma4", "Gemma 4 31B", "Gemma4Text", _GEMMA4),
     Family("gemma4-moe", "Gemma 4 26B-A4B", "Gemma4Text",
            _of(_GEMMA4, _experts(), num_experts_per_tok=WITHOUT, enable_moe_block=True, top_k_experts=2)),
@@ -245,10 +247,10 @@ FAMILIES = (
     Family("glm4-moe", "GLM 4.5", "Glm4Moe",
            _of(_experts("n_routed_experts"), first_k_dense_replace=1, n_group=1, topk_group=1)),
     Family("deepseek-v2", "DeepSeek V2", "DeepseekV2", _of(_LATENT, q_lora_rank=None)),
-    Family("deepseek-v3", "DeepSeek V3, Kimi K2", "DeepseekV3", _of(_LATENT, rope_parameters=_YARN)),
+    Family("deepseek-v3", "DeepSeek V3, Kimi K2", "DeepseekV3", _of(_LATENT, rope_parameters=_YARN), _SMALL_PARTS),
     Family("deepseek-v3.2", "DeepSeek V3.2", "DeepseekV32", _of(_LATENT, _SPARSE), _CHOOSES),
     Family("glm5", "GLM 5", "GlmMoeDsa", _of(_LATENT, _SPARSE), _CHOOSES),
-    Family("glm4-moe-lite", "GLM 4.7 Flash", "Glm4MoeLite", _LATENT),
+    Family("glm4-moe-lite", "GLM 4.7 Flash", "Glm4MoeLite", _LATENT, _SMALL_PARTS),
     Family("minicpm3", "MiniCPM 3", "MiniCPM3", _of(_LATENT),
            "it scales its residuals by a factor that its config does not name"),
     Family("qwen3-next", "Qwen 3 Next", "Qwen3Next",
