@@ -25,7 +25,7 @@ from tandem.models.limits import layers_of, model_config
 from tandem.models.loading import load_tokenizer
 from tandem.roles import Seat
 from tandem.seeds import derive_seed
-from tandem.sync.check import logp_bound
+from tandem.sync.check import logp_bound, mean_gap
 from tandem.training.optim import OptimParams
 from tandem.types import Completion, Request, SamplingParams
 
@@ -134,18 +134,19 @@ class _Examination:
         prompts = [request.prompt_ids for request in self.requests for _ in request.seeds]
         sequences = [[*prompt, *s.token_ids] for prompt, s in zip(prompts, samples, strict=True)]
         found = self.actor.call("logprobs", sequences)
-        gaps = [
-            abs(a - b)
-            for s, row in zip(samples, found, strict=True)
-            for a, b in zip(s.untruncated_logp, row[-len(s.token_ids) :], strict=True)
-        ]
-        mean, bound = sum(gaps) / len(gaps), logp_bound(self.dtype, self.layers)
-        if not mean <= bound:
+        truth, rounding = (
+            [row[-len(s.token_ids) :] for s, row in zip(samples, rows, strict=True)]
+            for rows in (found, self.actor.call("rounding", sequences))
+        )
+        sampled = [s.untruncated_logp for s in samples]
+        gaps = [abs(a - b) for x, y in zip(sampled, truth, strict=True) for a, b in zip(x, y, strict=True)]
+        beyond, bound = mean_gap(truth, sampled, rounding), logp_bound(self.dtype, self.layers)
+        if not beyond <= bound:
             raise UserError(
-                f"doctor: the engine's log-probs are {mean:.3g} nats from the trainer's on average (bound {bound}); "
+                f"doctor: the engine's log-probs are {beyond:.3g} nats from the trainer's on average (bound {bound}); "
                 "it samples from another model, or from other weights, than the one that is trained"
             )
-        tell("log-prob gap", f"mean {mean:.2g}, largest {max(gaps):.2g} nats ({self.dtype})")
+        tell("log-prob gap", f"mean {sum(gaps) / len(gaps):.2g}, largest {max(gaps):.2g} nats ({self.dtype})")
 
     def _require_nonsense(self, samples: list[Completion]) -> None:
         """With all weights 0 every token is as likely as any other."""

@@ -260,10 +260,11 @@ class Sampler:
             return
         sequences = probe.sequences(self.updates)
         theirs, exact = held.logprobs(sequences, self.device)
+        rounding = held.rounding(sequences, self.device, exact)
         with self.peers.agreeing():
             mine = self.engine.logprobs(sequences)
             bound = logp_bound(self.dtype if exact else "bfloat16", layers_of(config))
-            if far := probe.too_far(theirs, mine, bound):
+            if far := probe.too_far(theirs, mine, bound, rounding):
                 raise WeightMismatch(
                     f"update: after step {step} the sampler gives a probe log-probs that differ from the model's by "
                     f"{far}: with the same weights {self.source} computes something else; give the "

@@ -15,7 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tandem.engines.live.core import evaluating
 from tandem.errors import UserError, listed
-from tandem.models.routers import all_weights
+from tandem.models.probe import rounding_by_token
+from tandem.models.routers import all_weights, has_experts
 from tandem.models.seeing import PartNames
 from tandem.models.text_config import sees
 from tandem.parallel.sharding import forget_gathered
@@ -69,6 +70,13 @@ class GivenModel:
             forget_gathered(self.module)
         tf32 = device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
         return rows, dtypes == {torch.float32} and not torch.is_autocast_enabled(device.type) and not tf32
+
+    def rounding(self, sequences: Seq[Seq[int]], own: torch.device, exact: bool) -> list[list[float]]:
+        """How far rounding may move each of ``logprobs``, in nats, by deciding which experts a token takes; all 0 where
+        they are ``exact`` or there are no experts. A collective where the model is sharded."""
+        if exact or not has_experts(self.module):
+            return [[0.0] * (len(ids) - 1) for ids in sequences]
+        return rounding_by_token(self.module, lambda: self.logprobs(sequences, own)[0])
 
 
 def given(model: nn.Module) -> GivenModel:
