@@ -169,7 +169,7 @@ def scan(
         state = left_MHPN.new_zeros(chunks.counts[0], *left_MHPN.shape[1:])
     before = []
     for left_BHPN, kept_BH11 in zip(left_MHPN.split(chunks.counts), kept_MH11.split(chunks.counts), strict=True):
-        before.append(state[: len(left_BHPN)])
+        before.append(_first_rows(state, len(left_BHPN)))
         state = torch.addcmul(left_BHPN, kept_BH11, before[-1])
     before_MGRPN = torch.cat(before).unflatten(1, (groups, -1))
     earlier_MLGRP = torch.einsum("mlgn,mgrpn->mlgrp", out_of_MLGN, before_MGRPN)
@@ -270,13 +270,18 @@ def scan_delta(
     )  # fmt: skip
     sizes = [count * heads for count in chunks.counts]
     for write_NLV, read_NLK, back_NKL, faded_N11 in zip(*(y.flatten(0, 1).split(sizes) for y in by_chunk), strict=True):
-        states.append(state_NKV[: len(write_NLV)])
+        states.append(_first_rows(state_NKV, len(write_NLV)))
         writes.append(torch.baddbmm(write_NLV, read_NLK, states[-1], alpha=-1))
         state_NKV = torch.baddbmm(states[-1] * faded_N11, back_NKL, writes[-1])
     before_MHKV, write_MHLV = (torch.cat(y).unflatten(0, (-1, heads)) for y in (states, writes))
     out_MHLV = (query_MHLK * faded_MHL1) @ before_MHKV + ((query_MHLK @ back_MHKL) * kept_MHLL) @ write_MHLV
     out_BTHV = chunks.join(out_MHLV.transpose(1, 2), key.shape[1])
     return out_BTHV.to(query.dtype, memory_format=torch.contiguous_format), state_NKV.unflatten(0, (-1, heads))
+
+
+def _first_rows(x: Tensor, rows: int) -> Tensor:
+    """Itself where it has no others: the gradient of a slice is a copy."""
+    return x if len(x) == rows else x[:rows]
 
 
 def _sums_between(log: Tensor) -> Tensor:
