@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence as Seq
+from contextlib import suppress
 from typing import Any
 
 from torch import nn
@@ -99,6 +100,12 @@ def targets_of(
                 + ("; its experts are not stacked, or computed in a way of their own" if name == EXPERTS else "")
             )
     layers = set(wanted) - {ALL_LINEAR, EXPERTS} - stacked | (linear if ALL_LINEAR in wanted else set())
+    if dora and stacked and (taken := _taken_for_experts(module, layers)):
+        rest = sorted(layers.difference(taken))
+        raise UserError(
+            f"lora.dora: is of linear layers, and peft takes {', '.join(taken)} of {kind} for those of its experts; "
+            f"leave it out, or give --lora.targets {' '.join(rest) or 'others'}"
+        )
     stacked = stacked if EXPERTS in wanted else stacked.intersection(wanted)
     found = [(last_name(n), p) for n, p in module.named_modules() if last_name(n) in layers]
     if dora and (transposed := [name for name, part in found if isinstance(part, Conv1D)]):
@@ -108,6 +115,17 @@ def targets_of(
         shapes += [(f"{last_name(name)}.{n}", getattr(module.get_submodule(name), n).shape[1:]) for n in names]
     _require_low(module, [(name, shape) for name, shape in shapes if name in layers | stacked], rank)
     return sorted(layers), sorted(stacked)
+
+
+def _taken_for_experts(module: Any, layers: set[str]) -> list[str]:
+    """Those of the names that peft takes for what stacked experts of this kind of model were called before."""
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    config = LoraConfig(target_modules=[*layers])
+    with suppress(ValueError):  # of one that is stacked with others that are not named: said as they are put on
+        convert_peft_config_for_transformers(config, module, None)
+    return sorted(layers.difference(config.target_modules or ()))
 
 
 def _shape(layer: Any) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -17,6 +18,8 @@ from tandem.models.trusted import trusted_as
 
 WRONG_FILES = (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, IndexError, EOFError)
 """What transformers and torch raise for a folder's damaged or foreign files, besides classes of their own."""
+_LACKING = re.compile(r"Unrecognized configuration class <class 'transformers_modules\..*?(\w+)'> .*: (\w+)\.")
+"""What transformers says of a model's own code that gives it no class of one kind."""
 
 
 def located(source: str | Path) -> str:
@@ -77,6 +80,17 @@ def readable_errors(source: str | Path, what: str) -> Iterator[None]:
             "give safetensors"
         ) from error
     except (*WRONG_FILES, SafetensorError) as error:
+        if "custom code" in first_line(error):
+            raise UserError(
+                f"{source}: it comes with Python code of its own, which is run for those alone who say so: read it, "
+                "and give --trust-remote-code"
+            ) from error
+        if lacking := _LACKING.match(first_line(error)):
+            config, auto = lacking.groups()
+            raise UserError(
+                f"{source}: its own code has no {auto} of its {config}, which a {what} is made of; add {auto}.register("
+                f"{config}, CLASS) to the code, or use another model"
+            ) from error
         hub = f"none in the hub's cache, and {out_of_reach}" if out_of_reach else "and not on the hub"
         where = "in that folder" if looks_local else f"no folder of that name here{nearest(path, Path.is_dir)}, {hub}"
         raise UserError(f"{source}: cannot load a {what} ({where}): {first_line(error)}") from error

@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 import transformers
+from helpers.family_models import made
 from helpers.models import _COMMON, make_module, make_tokenizer
 from helpers.ranks import run_ranks
 from helpers.targets import ROWS, TARGETS, batch_of_rows, make_bases, train, trainer_of
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from tandem.errors import UserError
 from tandem.functional.logprobs import Added, chunked_head
 from tandem.kernels.logprob import HeadShape
+from tandem.models.adapter_targets import targets_of
 from tandem.models.adapters import AdapterParams, put_adapters, put_saved
 from tandem.models.experts import is_stack
 from tandem.models.forward import forward
@@ -245,6 +247,15 @@ def test_what_cannot_have_adapters_is_refused(bases, kind, params, message):
         module = transformers.AutoModelForCausalLM.from_pretrained(bases[kind])
     with pytest.raises(UserError, match=message):
         put_adapters(module, AdapterParams(**{"rank": 2} | params), "base")
+
+
+def test_layers_that_peft_takes_for_experts_have_no_dora():
+    module = made("glm5")
+    with pytest.raises(
+        UserError, match=r"takes down_proj, gate_proj, up_proj of GlmMoeDsa.* or give --lora\.targets kv"
+    ):
+        targets_of(module, ("all-linear",), 2, dora=True)
+    assert targets_of(module, ("o_proj", "q_b_proj"), 2, dora=True) == (["o_proj", "q_b_proj"], [])
 
 
 def test_a_rank_that_is_low_for_some_targets_alone_is_said(caplog):

@@ -64,5 +64,19 @@ def test_a_model_with_code_of_its_own_is_trained_and_judges(own):
 def test_it_is_not_run_where_nobody_said_so(own, capsys):
     words = "sft --model own --data demos.jsonl --out run --steps 1 --device cpu"
     assert main(words.split()) == 2
-    assert "contains custom code" in capsys.readouterr().err
+    assert "own: it comes with Python code of its own" in (said := capsys.readouterr().err)
+    assert said.endswith("read it, and give --trust-remote-code\n")
     assert not (own.parent / "modules" / "transformers_modules").exists()
+
+
+@pytest.mark.parametrize("lacks", ["AutoModel", "AutoModelForSequenceClassification"])
+def test_code_without_a_class_that_a_reward_model_needs_is_said(own, capsys, lacks):
+    if lacks == "AutoModel":
+        (own / "own_code.py").write_text(CODE.replace("AutoModel.register(OwnConfig, OwnBase)", ""))
+    else:
+        config = json.loads((own / "config.json").read_text())
+        del config["auto_map"][lacks]
+        (own / "config.json").write_text(json.dumps(config))
+    words = "rm --model own --data pairs.jsonl --out run --steps 1 --device cpu --trust-remote-code --dry-run"
+    assert main(words.split()) == 2
+    assert f"add {lacks}.register(OwnConfig, CLASS) to the code" in capsys.readouterr().err
