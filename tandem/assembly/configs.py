@@ -39,7 +39,7 @@ from tandem.assembly.sections import (
     judged_by_its_data,
 )
 from tandem.config import key_names, load_config, section_class, settings
-from tandem.errors import UserError
+from tandem.errors import UserError, listed
 from tandem.flags import suggest
 from tandem.keys import PREFIXED
 from tandem.methods.base import Method, Rows
@@ -203,6 +203,11 @@ class RunConfig:
     def leads(self) -> tuple[str, ...]:
         """Metrics that say how the run is doing, the first one first."""
         return self.method.leads
+
+    @property
+    def held_out_judge(self) -> str:
+        """Who judges held-out samples, where that is somebody else than in training."""
+        return ""
 
     def steps_over(self, size: int) -> int:
         """The run's steps with a dataset of ``size`` rows: as given, or whole ones for at least so many epochs."""
@@ -443,6 +448,11 @@ class SamplesConfig(RunConfig):
     @property
     def leads(self) -> tuple[str, ...]:
         return (*super().leads, *(("lag_mean",) if self.schedule.max_lag else ()))
+
+    @property
+    def held_out_judge(self) -> str:
+        names = self.evaluation.eval_reward
+        return "" if set(names) == set(self.reward.judges) else listed([Path(name).name for name in names])
 
     @property
     def parts(self) -> set[str]:

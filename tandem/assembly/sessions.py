@@ -98,8 +98,10 @@ def session(config: RunConfig, trainers: Mapping[str, Seat], feed: Feed) -> Iter
         checkpoint = store.latest()
         done = checkpoint.step if checkpoint else 0
         with (
-            reported(folder, title, config.leads),
-            Progress(title, total=feed.steps, start=done, leads=(*config.leads, *ALWAYS)) as progress,
+            reported(folder, title, config.leads, config.held_out_judge),
+            Progress(
+                title, total=feed.steps, start=done, leads=(*config.leads, *ALWAYS), judge=config.held_out_judge
+            ) as progress,
         ):
             if folder.replaced:
                 progress.note(f"{run.out}: in place of a run that had done no step")
@@ -147,7 +149,7 @@ def closing_trackers(session: Session) -> Iterator[None]:
 
 
 @contextmanager
-def reported(folder: RunFolder, title: str, leads: Seq[str]) -> Iterator[None]:
+def reported(folder: RunFolder, title: str, leads: Seq[str], judge: str) -> Iterator[None]:
     """Writes the run's summary and curves when the body ends, however it does: they change nothing of that."""
     ended = "finished"
     try:
@@ -157,6 +159,6 @@ def reported(folder: RunFolder, title: str, leads: Seq[str]) -> Iterator[None]:
         raise
     finally:
         try:
-            write_report(folder.path, title=title, leads=leads, ended=ended)
+            write_report(folder.path, title=title, leads=leads, ended=ended, judge=judge)
         except Exception as error:  # whatever a picture or a full disk raises, the run has ended as it has
             say(f"{folder.path}: its summary is not written: {first_line(error)}")

@@ -19,7 +19,7 @@ from tandem.models.limits import read_limits
 from tandem.runs.folder import EMA_MODEL, MODEL, RunFolder
 from tandem.runs.goals import BEST_MODEL, read_best
 from tandem.runs.lines import read_metrics
-from tandem.runs.progress import format_number, leading
+from tandem.runs.progress import format_number, judged, leading
 from tandem.runs.table import print_table
 
 
@@ -30,7 +30,7 @@ def run(config: RunConfig) -> int:
         if isinstance(config, SamplesConfig):
             with suppress(UserError):  # of a run that has done too few steps
                 tell(out)
-        tell_end(out, config.leads, *next_commands(config, model))
+        tell_end(out, config.leads, *next_commands(config, model), judge=config.held_out_judge)
     return 0
 
 
@@ -69,14 +69,14 @@ def _policy(config: RunConfig) -> str:
     return section.model
 
 
-def tell_end(out: Path, leads: Seq[str], *commands: str) -> None:
+def tell_end(out: Path, leads: Seq[str], *commands: str, judge: str = "") -> None:
     """How far a finished run has come, where its model is, and commands that could follow."""
     rows = []
     records = read_metrics(out / "metrics.jsonl")
     known = dict.fromkeys(name for record in records for name in record)
     for name in leading((*leads, "pass@1"), known):
         values = [record[name] for record in records if name in record]
-        rows.append((name, format_number(values[0]), format_number(values[-1])))
+        rows.append((judged(name, judge), format_number(values[0]), format_number(values[-1])))
     print_table(f"{out}: {records[-1]['step']} steps", ("", "first", "last"), rows)
     print(f"\nThe model is in {out / 'model'}")
     if (out / EMA_MODEL).exists():

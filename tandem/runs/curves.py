@@ -14,6 +14,8 @@ Curve = tuple[str, Seq[float], Seq[float]]
 
 _COLORS = ("#2563eb", "#ea580c", "#059669", "#9333ea", "#dc2626", "#64748b")
 _INK, _FAINT, _GRID = "#1f2937", "#6b7280", "#e5e7eb"
+_LEGEND = 66
+"""A line of a legend has 66 letters, of which a curve's mark takes 6."""
 _SMOOTH_FROM = 40
 """Curves of at least 40 points are drawn faintly, under their running mean."""
 
@@ -50,7 +52,7 @@ def plot_curves(path: Path, panels: Mapping[str, Seq[Curve]], title: str) -> Non
         if place + columns >= len(panels):
             axes.set_xlabel("step", fontsize=9, color=_FAINT)
         if len(curves) > 1:
-            axes.legend(fontsize=8, frameon=False, labelcolor=_INK, handlelength=1.4)
+            _explain(axes, [label for label, *_ in curves])
     with warnings.catch_warnings():
         # A run may be named in a script that matplotlib's font has no letters of; the picture has boxes for them.
         warnings.filterwarnings("ignore", message="Glyph")
@@ -74,6 +76,18 @@ def _draw(axes: Any, steps: Seq[float], values: Seq[float], label: str, color: s
         return
     axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.28)
     axes.plot(steps, running_mean(values, len(values) // 20), color=color, linewidth=1.9, label=label)
+
+
+def _explain(axes: Any, labels: Seq[str]) -> None:
+    """A legend above the curves, for which the axis is made longer."""
+    columns = max(1, min(len(labels), _LEGEND // (max(map(len, labels)) + 6)))
+    bottom, top = axes.get_ylim()
+    share = 0.03 + 0.075 * math.ceil(len(labels) / columns)
+    axes.set_ylim(bottom, bottom + (top - bottom) / (1 - share))
+    axes.legend(
+        loc="upper left", ncols=columns, fontsize=8, frameon=False, labelcolor=_INK, handlelength=1.4,
+        borderpad=0, borderaxespad=0, columnspacing=1.4,
+    )  # fmt: skip
 
 
 def _style(axes: Any, name: str) -> None:

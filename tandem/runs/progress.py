@@ -36,6 +36,7 @@ class Progress:
         total: int,
         start: int = 0,
         leads: Seq[str] = (),
+        judge: str = "",
         every_seconds: float = 1.0,
         silent_seconds: float = 30.0,
         console: Console | None = None,
@@ -43,7 +44,8 @@ class Progress:
     ) -> None:
         """``start`` steps were done before. ``leads`` are the metrics that are shown, in this order.
 
-        Beside each of them stands the same of the held-out data (``eval/NAME``), where it was measured. Off a
+        Beside each of them stands the same of the held-out data (``eval/NAME``), where it was measured, a reward with
+        its ``judge`` where that is another one than in training. Off a
         terminal there is a line for each step, but one every ``every_seconds`` at most, and one that says what goes
         on whenever nothing was printed for ``silent_seconds``.
         """
@@ -52,6 +54,7 @@ class Progress:
         self.start = start
         self.step = start
         self.leads = leads
+        self.judge = judge
         self.every_seconds = every_seconds
         self.silent_seconds = silent_seconds
         self.console = console or Console()
@@ -139,7 +142,8 @@ class Progress:
         self.note(f"{self.title} {self.step}/{self.total}  {self._times()}  {metrics}".rstrip())
 
     def _shown_metrics(self) -> list[tuple[str, str]]:
-        return [(name, format_number(self._metrics[name])) for name in leading(self.leads, self._metrics)]
+        names = leading(self.leads, self._metrics)
+        return [(judged(name, self.judge), format_number(self._metrics[name])) for name in names]
 
     def _times(self) -> str:
         elapsed = self._clock() - self._started
@@ -196,6 +200,11 @@ def held_out_of(metric: str, names: Collection[str]) -> list[str]:
     if alone in names:
         return [alone]
     return [name for name in names if re.fullmatch(rf"eval/[^/]+/{re.escape(metric)}", name)]
+
+
+def judged(metric: str, judge: str) -> str:
+    """The name of a metric to be shown, of a reward of held-out data with its ``judge``; empty: training's own."""
+    return f"{metric} ({judge})" if judge and re.fullmatch("eval/(.*/)?reward", metric) else metric
 
 
 def format_number(value: float) -> str:

@@ -14,7 +14,7 @@ from tandem.runs.curves import Curve, plot_curves
 from tandem.runs.folder import CURVES, SUMMARY
 from tandem.runs.goals import direction, read_best
 from tandem.runs.lines import read_lines, read_metrics
-from tandem.runs.progress import format_number, format_seconds, held_out_of, leading
+from tandem.runs.progress import format_number, format_seconds, held_out_of, judged, leading
 from tandem.whole import partial_of, write_aside
 
 TOLD = ("note", "error", "tracker", "accept_changed", "config")
@@ -22,28 +22,36 @@ TOLD = ("note", "error", "tracker", "accept_changed", "config")
 Records = Seq[Mapping[str, float]]
 
 
-def write_report(out: Path, *, title: str, leads: Seq[str], ended: str) -> None:
-    """Writes both. ``leads`` are the metrics that say most, ``ended`` is how the run did.
+def write_report(out: Path, *, title: str, leads: Seq[str], ended: str, judge: str = "") -> None:
+    """Writes both. ``leads`` are the metrics that say most, ``ended`` is how the run did; ``judge``: of held-out
+    samples, where that is another one than in training.
 
     Raises OSError where they cannot be written, and whatever the drawing raises.
     """
     records, events = read_metrics(out / "metrics.jsonl"), read_lines(out / "events.jsonl")
-    write_aside(out / SUMMARY, summary(out, records, events, title=title, leads=leads, ended=ended))
-    if panels := panels_of(records, leads):
+    write_aside(out / SUMMARY, summary(out, records, events, title=title, leads=leads, ended=ended, judge=judge))
+    if panels := panels_of(records, leads, judge):
         aside = partial_of(out / CURVES)
         plot_curves(aside, panels, f"{title}: {out.name}")
         aside.replace(out / CURVES)
 
 
 def summary(
-    out: Path, records: Records, events: Seq[Mapping[str, Any]], *, title: str, leads: Seq[str], ended: str
+    out: Path,
+    records: Records,
+    events: Seq[Mapping[str, Any]],
+    *,
+    title: str,
+    leads: Seq[str],
+    ended: str,
+    judge: str = "",
 ) -> str:
     """The summary as Markdown."""
     steps = max((record["step"] for record in records), default=0)
     stopped = [event["stopped"] for event in events if event["event"] == "finish" and "stopped" in event]
     ended += f" early: {stopped[-1]}" if stopped and ended == "finished" else ""
     blocks = [f"# {title}: {steps:.0f} steps, {ended}"]
-    if rows := [_first_best_last(records, name) for name in shown_names(records, leads)]:
+    if rows := [_first_best_last(records, name, judge) for name in shown_names(records, leads)]:
         blocks.append(_table(("metric", "first", "best", "last"), rows))
     if best := read_best(out):
         blocks.append(f"`best/` is the model of step {best.step}: {best.metric} {format_number(best.value)}.")
@@ -65,16 +73,14 @@ def shown_names(records: Records, leads: Seq[str]) -> list[str]:
     return [*leading(leads, known), *(name for name in known if re.search(r"/pass@\d+$", name))]
 
 
-def panels_of(records: Records, leads: Seq[str]) -> dict[str, list[Curve]]:
+def panels_of(records: Records, leads: Seq[str], judge: str = "") -> dict[str, list[Curve]]:
     """A panel for each leading metric, with the same of held-out data; one for pass@k; the gradient; the time."""
     known = dict.fromkeys(name for record in records for name in record)
     panels = {
         lead: [
             curve
             for name in (lead, *held_out_of(lead, known))
-            for curve in _curve(
-                records, name, name.removesuffix(f"/{lead}").removeprefix("eval/") if name != lead else ""
-            )
+            for curve in _curve(records, name, _whose(name, lead) + judged(name, judge).removeprefix(name))
         ]
         for lead in (*leads, "grad_norm")
     }
@@ -93,16 +99,22 @@ def _curve(records: Records, name: str, label: str) -> list[Curve]:
     if not any(math.isfinite(value) for _, value in points):
         return []
     steps, values = zip(*points, strict=True)
-    return [({"": "training", "eval": "held out"}.get(label, label), steps, values)]
+    return [(label, steps, values)]
 
 
-def _first_best_last(records: Records, name: str) -> tuple[str, ...]:
+def _whose(name: str, lead: str) -> str:
+    """Of which data a metric is, or the same of held-out data."""
+    own = name.removesuffix(lead).removesuffix("/").removeprefix("eval/")
+    return {"": "training", "eval": "held out"}.get(own, own)
+
+
+def _first_best_last(records: Records, name: str, judge: str) -> tuple[str, ...]:
     values = [(record[name], record["step"]) for record in records if name in record]
     finite = [pair for pair in values if math.isfinite(pair[0])]
     sign = direction(name.removeprefix("eval/"))
     best = max(finite, key=lambda pair: sign * pair[0]) if sign and finite else None
     return (
-        name,
+        judged(name, judge),
         format_number(values[0][0]),
         f"{format_number(best[0])} (step {best[1]:.0f})" if best else "",
         format_number(values[-1][0]),

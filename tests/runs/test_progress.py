@@ -41,6 +41,10 @@ def test_held_out_numbers_stand_beside_those_of_training_and_a_loss_that_says_no
     assert first.startswith("PPO 1/3  0:00 < 0:0")
     assert first.endswith("  reward 4.9  eval/reward 0.23  kl 0.0123  seconds 1.5")
     assert second.endswith("  reward 5.1  eval/reward 0.23  kl 0.0123  seconds 1.5")
+    screen = Screen()
+    with Progress("PPO", total=3, leads=LEADS, judge="gold.py:right", console=Console(file=screen)) as progress:
+        progress.update(1, METRICS)
+    assert "  reward 4.9  eval/reward (gold.py:right) 0.23  kl 0.0123" in screen.getvalue()
 
 
 def test_quick_steps_share_a_line_and_the_last_one_has_its_own():

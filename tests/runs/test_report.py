@@ -8,6 +8,7 @@ import signal
 import matplotlib.image
 import pytest
 from helpers.runs import arguments, unevaluated
+from matplotlib.figure import Figure
 
 from tandem.assembly import sessions
 from tandem.runs.curves import plot_curves
@@ -73,6 +74,29 @@ def test_the_curves_are_training_and_held_out_in_one_panel(tmp_path):
     assert picture.shape[1] > 1000
     assert picture[..., :3].std() > 0.02
     assert {path.name for path in out.iterdir()} == {"metrics.jsonl", "events.jsonl", "summary.md", "curves.png"}
+
+
+def test_a_judge_of_held_out_samples_alone_is_named():
+    records = [*RECORDS, {"step": 4, "eval/a/kl": 2.0}]
+    panels = panels_of(records, ("reward", "kl"), "gold.py:right")
+    labels = [label for lead in ("reward", "kl") for label, *_ in panels[lead]]
+    assert labels == ["training", "held out (gold.py:right)", "training", "a"]
+
+
+def test_no_legend_lies_on_a_curve(tmp_path, monkeypatch):
+    """Of flat curves there is no corner that is free."""
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: drawn.append(figure))
+    names = ("seconds", "sampling", "scoring", "training", "sync", "evaluating", "held out (a_long_file.py:a_function)")
+    flat = [(name, [1, 2, 3], [float(i)] * 3) for i, name in enumerate(names)]
+    plot_curves(tmp_path / "curves.png", {"few": flat[:2], "more": flat[:5], "all": flat}, "run")
+    (figure,) = drawn
+    figure.canvas.draw()
+    for axes in figure.axes:
+        legend = axes.get_legend().get_window_extent()
+        highest = max(axes.transData.transform((1, line.get_ydata()[0]))[1] for line in axes.lines)
+        assert legend.y0 > highest
+        assert legend.x1 < axes.bbox.x1
 
 
 def test_a_name_that_the_font_has_no_letters_of_is_drawn_without_a_word(tmp_path, recwarn):
