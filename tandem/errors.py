@@ -52,6 +52,17 @@ def listed(names: Seq[str]) -> str:
     return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
 
 
+def kind_of(value: object) -> str:
+    """``an int``: of what type a value is, to go into a message."""
+    name = type(value).__name__
+    return f"a{'n' * (name[0] in 'aeiou')} {name}"
+
+
+def counted(count: int, what: str) -> str:
+    """``2 rows``, ``1 row``: how many there are, to go into a message."""
+    return f"{count} {what}{'s' * (count != 1)}"
+
+
 def first_line(error: BaseException) -> str:
     """The first line of what an error of somebody else's says, to go into a message of ours; its class if nothing.
 

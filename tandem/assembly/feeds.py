@@ -28,7 +28,7 @@ from tandem.data.order import InTurn, Order
 from tandem.data.room import Room
 from tandem.data.rows import Dataset
 from tandem.data.tokenize import require_same_tokenizer, same_tokenizer
-from tandem.errors import UserError
+from tandem.errors import UserError, counted
 from tandem.futures import Future
 from tandem.models.limits import read_limits
 from tandem.models.loading import load_tokenizer
@@ -254,7 +254,7 @@ class SamplesFeed(Feed):
             "engine": f"{engine.kind}{place or ', on the actor' + chr(39) + 's devices'}, {sampling.max_slots} slots",
             "prompts": describe_data(self.rows, self.counts, self.order, items, self.steps),
             "a step": f"{sampling.samples_per_step} samples of at most {sampling.max_new_tokens} tokens, "
-            f"{step.sample_epochs * step.minibatches} optimizer steps",
+            + counted(step.sample_epochs * step.minibatches, "optimizer step"),
             "schedule": f"{buffer.size} prompts open, each trained on at most {buffer.bound} steps after it was begun"
             if buffer.max_lag
             else "synchronous",

@@ -18,7 +18,7 @@ from tandem.data.items import Counts
 from tandem.data.order import Order
 from tandem.data.room import Room
 from tandem.data.rows import Dataset, load_rows, present
-from tandem.errors import UserError
+from tandem.errors import UserError, counted
 from tandem.methods.table import ROWS
 from tandem.runs.progress import Progress, say
 
@@ -122,7 +122,7 @@ def by_key(rows: Read, held_out: Mapping[str, Read]) -> dict[str, Read]:
 
 def tokenized(build: Callable[..., Built], rows: Dataset, tokenizer: Any, *room: Room) -> Built:
     """The items that rows become (``tandem.data.items``), with a bar where that takes longer than a second."""
-    say(f"tokenizing {len(rows)} rows of {rows.source}")
+    say(f"tokenizing {counted(len(rows), 'row')} of {rows.source}")
     started = time.monotonic()
     with ExitStack() as stack:
         bar: Progress | None = None

@@ -14,7 +14,7 @@ from jinja2.exceptions import TemplateError, TemplateSyntaxError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from tandem.data.rows import Row
-from tandem.errors import UserError
+from tandem.errors import UserError, kind_of
 from tandem.types import Message
 
 Pieces = list[tuple[str, bool]]
@@ -71,7 +71,7 @@ def template_arguments(tokenizer: Any, row: Row) -> dict[str, Any]:
         raise UserError("column 'tools' must be a list of objects, or that as JSON")
     arguments = row.get("chat_template_kwargs") or {}
     if not (isinstance(arguments, dict) and all(isinstance(name, str) for name in arguments)):
-        raise UserError(f"column 'chat_template_kwargs' must be an object, not a {type(arguments).__name__}")
+        raise UserError(f"column 'chat_template_kwargs' must be an object, not {kind_of(arguments)}")
     ours = {"messages", *inspect.signature(tokenizer.apply_chat_template).parameters} - {"documents", "chat_template"}
     if taken := sorted(ours & arguments.keys()):
         raise UserError(f"column 'chat_template_kwargs': {taken[0]!r} is given by Tandem, not by a row; leave it out")

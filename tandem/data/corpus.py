@@ -13,7 +13,7 @@ from typing import Any
 from tandem.data.files import opened_parquet
 from tandem.data.rows import Row, files_of, open_dataset, require_column
 from tandem.data.sources import parse_sources
-from tandem.errors import UserError, first_line
+from tandem.errors import UserError, first_line, kind_of
 
 SHARD_BYTES = 1 << 16
 """65,536 bytes of a .jsonl file are a shard: some ten thousand tokens, which stay in the order of the file."""
@@ -77,7 +77,7 @@ class Corpus:
                 require_column(row, self.column)
                 text = row[self.column]
                 if not isinstance(text, str):
-                    raise UserError(f"column {self.column!r} must be a string, not a {type(text).__name__}")
+                    raise UserError(f"column {self.column!r} must be a string, not {kind_of(text)}")
             except UserError as error:
                 raise UserError(f"{part.where(place)}: {error}") from error
             yield text
@@ -136,7 +136,7 @@ class _Lines(Shards):
         except (ValueError, RecursionError) as error:
             raise UserError(f"{self.where(start)}: malformed JSON: {first_line(error)}") from error
         if not isinstance(row, dict):
-            raise UserError(f"{self.where(start)}: a row must be a JSON object, not a {type(row).__name__}")
+            raise UserError(f"{self.where(start)}: a row must be a JSON object, not {kind_of(row)}")
         return row
 
 

@@ -21,7 +21,7 @@ from itertools import takewhile
 from typing import Any
 
 from tandem.data.rows import Row, present, require_column, there
-from tandem.errors import UserError
+from tandem.errors import UserError, kind_of
 from tandem.types import Message
 
 Content = str | list[Message]
@@ -102,7 +102,7 @@ def content(row: Row, column: str) -> Content:
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
-        raise UserError(f"column {column!r} must be a string or a list of messages, not a {type(value).__name__}")
+        raise UserError(f"column {column!r} must be a string or a list of messages, not {kind_of(value)}")
     if not value:
         raise UserError(f"column {column!r} is an empty list of messages")
     for i, message in enumerate(value):
@@ -114,7 +114,7 @@ def content(row: Row, column: str) -> Content:
 def _fault(message: Any) -> str:
     """What is wrong with a message, or nothing. Without its content it would be rendered as an empty turn."""
     if not isinstance(message, dict):
-        return f"must be an object with a 'role' and a 'content', not a {type(message).__name__}"
+        return f"must be an object with a 'role' and a 'content', not {kind_of(message)}"
     present = {key: value for key, value in message.items() if value is not None}
     for wanted in ("role", "content"):
         if wanted not in present and not (wanted == "content" and any(key in present for key in _INSTEAD)):
@@ -123,11 +123,11 @@ def _fault(message: Any) -> str:
             return f"has no {wanted!r}" + (hint or f" (it has {', '.join(map(repr, present)) or 'nothing'})")
     role, text = present["role"], present.get("content", "")
     if not isinstance(role, str):
-        return f"must have text as its 'role', not a {type(role).__name__}"
+        return f"must have text as its 'role', not {kind_of(role)}"
     if role not in ROLES and (near := difflib.get_close_matches(role, ROLES, n=1, cutoff=0.75)):
         return f"has the role {role!r}; did you mean {near[0]!r}?"
     if not isinstance(text, str) and not (isinstance(text, list) and all(isinstance(part, dict) for part in text)):
-        return f"must have text (or a list of parts, each an object) as its 'content', not a {type(text).__name__}"
+        return f"must have text (or a list of parts, each an object) as its 'content', not {kind_of(text)}"
     return ""
 
 

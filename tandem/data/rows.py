@@ -15,7 +15,7 @@ from typing import Any
 from tandem.data.files import read_file
 from tandem.data.gym import gym_rows, is_gym
 from tandem.data.sources import SUFFIXES, TYPES, is_local, is_pattern, parse_sources
-from tandem.errors import UserError, first_line, nearest
+from tandem.errors import UserError, first_line, kind_of, nearest
 from tandem.hub import asking_hub
 
 Row = dict[str, Any]
@@ -212,7 +212,7 @@ def _read_files(files: list[Path], source: str) -> Dataset:
             raise UserError(f"{file}: a dataset file ends in one of {', '.join(SUFFIXES)}, not in {file.suffix!r}")
         for number, row in read_file(file):
             if not isinstance(row, dict):
-                raise UserError(f"{file}:{number}: a row must be a JSON object, not a {type(row).__name__}")
+                raise UserError(f"{file}:{number}: a row must be a JSON object, not {kind_of(row)}")
             rows.append(row)
             origins.append((str(file), number))
     return Dataset(rows, source=source, origins=origins)

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tandem.errors import UserError
+from tandem.errors import UserError, kind_of
 
 _INSTALLED = {"site-packages", "dist-packages"}
 """Folders of what pip installs."""
@@ -42,7 +42,7 @@ def import_function(source: str) -> tuple[Callable[..., Any], ModuleType]:
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise UserError(f"{place}: no function {name!r}; {hint}functions present: {', '.join(present) or 'none'}")
     if inspect.isclass(function) or not callable(function):
-        raise UserError(f"{place}: {name!r} is a {type(function).__name__}, not a function")
+        raise UserError(f"{place}: {name!r} is {kind_of(function)}, not a function")
     return function, module
 
 

@@ -194,7 +194,7 @@ def advise(records: Records, events: Seq[Mapping[str, Any]], setup: Setup) -> li
         f"a step takes {_s(spent.step)}, the mean of {over}: {', '.join(parts)}, the rest {_s(rest)}",
         bound_by(spent),
         _ideal(spent),
-        *(changes_for(spent) or ["nothing to change follows from these numbers"]),
+        *(changes_for(spent) or ["nothing to change follows from these seconds"]),
     ]
 
 

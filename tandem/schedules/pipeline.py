@@ -100,10 +100,11 @@ class Pipeline:
         source, clock = crew.source, session.clock
         while (missing := self.items_per_step - len(buffer.taken)) > 0:
             if len(buffer.passed) >= TRIES * self.items_per_step:
+                seen = "what rollouts.jsonl says of earlier steps" if session.step else "its samples with 'tandem eval'"
                 raise UserError(
                     f"{crew.method.title} keeps {len(buffer.taken)} of the {len(buffer.taken) + len(buffer.passed)} "
                     f"items of this step, and needs {self.items_per_step}: nothing is left to learn from such data, or "
-                    "nothing yet; see what rollouts.jsonl says of earlier steps"
+                    f"nothing yet; see {seen}"
                 )
             if room := buffer.room(self.steps - session.step):
                 tickets = crew.tickets(session.take(room))

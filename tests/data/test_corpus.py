@@ -71,7 +71,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     [
         ('{"text": "a"', r"a\.jsonl:31: malformed JSON"),
         ('{"prompt": "a"}', r"a\.jsonl:31: no column 'text'; columns present: 'prompt'"),
-        ('{"text": 3}', r"a\.jsonl:31: column 'text' must be a string, not a int"),
+        ('{"text": 3}', r"a\.jsonl:31: column 'text' must be a string, not an int"),
         ('["a"]', r"a\.jsonl:31: a row must be a JSON object, not a list"),
         (b'{"text": "\xff"}', r"a\.jsonl:31: not UTF-8 \(byte 0xff\)"),
     ],

@@ -67,7 +67,7 @@ def test_missing_files_and_functions(tmp_path) -> None:
         f"{file}: no function 'acuracy'; did you mean 'accuracy'? functions present: accuracy, length"
     )
     assert refused(f"{file}:zzz").endswith("no function 'zzz'; functions present: accuracy, length")
-    assert "'LIMIT' is a int, not a function" in refused(f"{file}:LIMIT")
+    assert "'LIMIT' is an int, not a function" in refused(f"{file}:LIMIT")
     assert "'Judge' is a type, not a function" in refused(f"{file}:Judge")
 
 

@@ -95,7 +95,7 @@ def test_asynchronous_at_its_ideal():
     assert "a step would take the longer, 6 s, 1.67 times as fast as taking turns; reached: 100% of it" in text
     assert "--max-lag" not in text
     # An epoch takes 4 s, and only 2 are to spare.
-    assert text.endswith("nothing to change follows from these numbers")
+    assert text.endswith("nothing to change follows from these seconds")
     assert "--sample-epochs 2: beside the sampler the trainer has 4 s" in said(records(4.0, 2.0, busy=6.0, sync=0.0),
                                                                                replace(ASYNC, actors=1))  # fmt: skip
 

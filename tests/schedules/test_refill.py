@@ -174,6 +174,7 @@ def test_data_that_teaches_nothing_ends_the_run(dapo, handed_out):
     code, stdout, stderr = dapo("nothing", "--save-every", "0", reward="alike")
     assert code == 2
     assert stderr.splitlines()[-1].startswith("tandem: error: DAPO keeps 0 of the 60 items of this step, and needs 6: ")
+    assert stderr.endswith("see its samples with 'tandem eval'\n")
     assert [position for call in handed_out for position in call] == list(range(TRIES * A_STEP))
     assert "stopped in step 1; nothing is saved\n" in stdout  # by --resume nothing can be gone on with
 
@@ -191,6 +192,7 @@ def test_data_that_has_taught_all_it_can_saves_the_steps_done(dapo, handed_out, 
         patch.setattr(Session, "take", until_step_3)
         code, stdout, stderr = dapo("some", reward="taught_for_a_while")
     assert (code, "go on after step 2 with --resume" in stdout) == (2, True), stderr
+    assert stderr.endswith("see what rollouts.jsonl says of earlier steps\n")
     stopped_at = cursor("some", 2)
     assert stopped_at == taken_by(metrics("some"))
     Path("stop").unlink()
