@@ -67,8 +67,9 @@ def small(tmp_path_factory):
 def test_a_recipe_would_run(name, small, monkeypatch, capsys):
     """With ``--dry-run``: all that a start reads but weights, and what the run would use."""
     monkeypatch.chdir(small)
-    models = [key for key in yaml.safe_load(Path(name).read_text()) if key in ("model", "teacher")]
-    swapped = [word for key in models for word in (f"--{key}", "base")]
+    small_ones = {"model": "base", "teacher": "base", "lora.rank": "8"}
+    keys = [key for key in yaml.safe_load(Path(name).read_text()) if key in small_ones]
+    swapped = [word for key in keys for word in (f"--{key}", small_ones[key])]
     assert main([command_of(Path(name)), "--config", name, *swapped, "--dry-run"]) == 0
     assert "base" in capsys.readouterr().out
     assert not Path("runs").exists()
