@@ -46,7 +46,7 @@ from typing import Any
 import torch
 from common import Row, machine
 
-from tandem.assembly.configs import read_config
+from tandem.assembly.configs.methods import read_config
 from tandem.assembly.run import run as train
 from tandem.cli.quickstart import GOLD, stage, write_rows
 from tandem.data.items import build_prompts

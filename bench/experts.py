@@ -8,7 +8,7 @@ experts at random. They are captured in one CUDA graph, which is replayed for --
 median counts, over the layers. (On a CPU one call is timed, of --size tiny, to see that all is well.) "floor" is the
 experts' bytes over 4.8 TB/s, an H200's memory. Ways:
 
-- grouped: torch's grouped products with what they need around them (``models.experts.grouped_experts``).
+- grouped: torch's grouped products with what they need around them (``models.moe.experts.grouped_experts``).
 - few: ``kernels.experts_triton``, and its parts, each captured alone.
 - router, plain: transformers' own of Qwen 3 MoE, in float32. router: its product and ``kernels.choice``.
 """
@@ -28,8 +28,8 @@ from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeTopKRouter
 
 from tandem.kernels import experts_triton
-from tandem.models import experts
-from tandem.models.routers import in_float32
+from tandem.models.moe import experts
+from tandem.models.moe.routers import in_float32
 
 CASES = {
     "real": ((256, 8, 2, 896, 2432), (256, 32, 4, 1024, 512), (1024, 32, 4, 1024, 512), (256, 128, 8, 2048, 768),

@@ -39,7 +39,7 @@ from tandem.engines.live.engine import LiveEngine
 from tandem.engines.live.pages import PAGE as PAGE_SIZE
 from tandem.methods.sft import SFT
 from tandem.models.loading import Dtype, prepare_module
-from tandem.models.shrunk import trained_size
+from tandem.models.proof.shrunk import trained_size
 from tandem.training.optim import OptimParams
 from tandem.training.trainer import LocalTrainer
 from tandem.types import Request, SamplingParams

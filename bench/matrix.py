@@ -31,7 +31,7 @@ from tandem.errors import UserError
 from tandem.models.attention import leave_sdpa
 from tandem.models.forward import LoadedModel, forward
 from tandem.models.loading import prepare_module
-from tandem.models.shrunk import shrunken_config, trained_size
+from tandem.models.proof.shrunk import shrunken_config, trained_size
 from tandem.types import Request, SamplingParams, Sequence
 
 LIMIT = 40

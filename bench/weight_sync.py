@@ -27,9 +27,9 @@ import torch
 from common import machine
 from models import SIZES, random_model, write_folder
 
+from tandem.assembly.configs.role_sections import SamplingPlacement
+from tandem.assembly.configs.sections import ClusterSection, EngineSection, ModelSection, SamplingSection
 from tandem.assembly.placing import Homes
-from tandem.assembly.role_sections import SamplingPlacement
-from tandem.assembly.sections import ClusterSection, EngineSection, ModelSection, SamplingSection
 from tandem.assembly.wiring import Wiring
 from tandem.methods.grpo import GRPO
 from tandem.models.loading import load_tokenizer, prepare_module

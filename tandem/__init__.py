@@ -11,12 +11,12 @@ from tandem.version import __version__ as __version__
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tandem.assembly.configs import RunConfig
+    from tandem.assembly.configs.methods import RunConfig
 
 _PUBLIC = {
     "UserError": "tandem.errors",
     "SamplingParams": "tandem.types",
-    "read_config": "tandem.assembly.configs",
+    "read_config": "tandem.assembly.configs.methods",
     "Method": "tandem.methods.base",
     **{name: f"tandem.methods.{module}" for module, name in (line.where.split(":") for line in METHODS.values())},
     "load_rows": "tandem.data.rows",

@@ -12,9 +12,9 @@ from typing import Literal
 import pytest
 import yaml
 
-from tandem.assembly.configs import config_class
-from tandem.assembly.evaluation_sections import SampledEvaluationSection
-from tandem.assembly.sections import (
+from tandem.assembly.configs.evaluation_sections import SampledEvaluationSection
+from tandem.assembly.configs.methods import config_class
+from tandem.assembly.configs.sections import (
     DataSection,
     EngineSection,
     ModelSection,
@@ -23,7 +23,7 @@ from tandem.assembly.sections import (
     RunSection,
     SamplingSection,
 )
-from tandem.assembly.use_configs import SampleConfig
+from tandem.assembly.configs.uses import SampleConfig
 from tandem.config import (
     _keys_of,
     changeable,

@@ -15,7 +15,7 @@ from tandem.assembly.digests import digest_model
 from tandem.data.rows import open_dataset
 from tandem.errors import UserError
 from tandem.hub import REACH_S, unreached
-from tandem.models.limits import read_limits
+from tandem.models.proof.limits import read_limits
 
 
 @pytest.fixture(autouse=True)

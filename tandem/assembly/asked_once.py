@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tandem.assembly.configs import RowsConfig
+from tandem.assembly.configs.methods import RowsConfig
 from tandem.assembly.digests import weights_digest
 from tandem.batch import Batch
 from tandem.data.order import Order

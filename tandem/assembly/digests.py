@@ -15,8 +15,8 @@ from tandem.data.corpus import Corpus
 from tandem.data.rows import Dataset
 from tandem.errors import UserError
 from tandem.hub import asking_hub
-from tandem.models.adapter_folder import ADAPTER_CONFIG, adapter_folder
 from tandem.models.folder import located
+from tandem.models.lora.folder import ADAPTER_CONFIG, adapter_folder
 from tandem.rewards.function import FunctionReward
 from tandem.runs.identity import Inputs
 

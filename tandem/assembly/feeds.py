@@ -11,16 +11,16 @@ from functools import partial
 from typing import Any
 
 from tandem.assembly.asked_once import AskedOnce
-from tandem.assembly.configs import RowsConfig, RunConfig, SamplesConfig
+from tandem.assembly.configs.evaluation_sections import EvaluationSection
+from tandem.assembly.configs.methods import RowsConfig, RunConfig, SamplesConfig
+from tandem.assembly.configs.role_sections import is_reward_model
+from tandem.assembly.configs.sections import DataSection
+from tandem.assembly.configs.uses import UseConfig
 from tandem.assembly.digests import digest_inputs
-from tandem.assembly.evaluation_sections import EvaluationSection
 from tandem.assembly.judging import judge_of, reward_models, score_scales, start_rewards
 from tandem.assembly.models import heads, require_engine
 from tandem.assembly.placing import Homes
 from tandem.assembly.reading import by_key, describe_data, load_data, load_held_out, ordered, tokenized
-from tandem.assembly.role_sections import is_reward_model
-from tandem.assembly.sections import DataSection
-from tandem.assembly.use_configs import UseConfig
 from tandem.assembly.wiring import Wiring
 from tandem.data.chat import set_template
 from tandem.data.items import Counts, build_pairs, build_prompts, build_sequences, build_solutions, build_unpaired
@@ -30,8 +30,8 @@ from tandem.data.rows import Dataset
 from tandem.data.tokenize import require_same_tokenizer, same_tokenizer
 from tandem.errors import UserError, counted
 from tandem.futures import Future
-from tandem.models.limits import read_limits
 from tandem.models.loading import load_tokenizer
+from tandem.models.proof.limits import read_limits
 from tandem.rewards.function import FunctionReward
 from tandem.rewards.model import SCORED, ScoreScale, score_scale
 from tandem.roles import Metrics, Seat, Source

@@ -8,13 +8,13 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
+from tandem.assembly.configs.sections import ModelSection, RewardSection
 from tandem.assembly.models import frozen, load
 from tandem.assembly.placing import Homes
-from tandem.assembly.sections import ModelSection, RewardSection
 from tandem.data.tokenize import same_tokenizer
 from tandem.models.description import read_score_scale
-from tandem.models.limits import read_limits
 from tandem.models.loading import load_tokenizer
+from tandem.models.proof.limits import read_limits
 from tandem.models.scalar import require_head
 from tandem.rewards.function import FunctionReward
 from tandem.rewards.model import RewardModel, ScoreScale

@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 import torch
 
-from tandem.assembly.configs import RunConfig, SamplesConfig, warmup_of
-from tandem.assembly.role_sections import is_reward_model
-from tandem.assembly.sections import EngineSection, ModelSection, OptimSection, as_adapters
+from tandem.assembly.configs.methods import RunConfig, SamplesConfig, warmup_of
+from tandem.assembly.configs.role_sections import is_reward_model
+from tandem.assembly.configs.sections import EngineSection, ModelSection, OptimSection, as_adapters
 from tandem.batch import Asks
 from tandem.config import settings
 from tandem.data.chat import set_template
@@ -21,15 +21,15 @@ from tandem.engines.live.replica import ReplicaEngine
 from tandem.errors import UserError
 from tandem.futures import Done, Future
 from tandem.kernels.quantized import require_bitsandbytes
-from tandem.models.adapter_folder import adapter_folder
-from tandem.models.adapters import AdapterParams, require_peft
 from tandem.models.description import check_targets
 from tandem.models.folder import readable_errors, with_config
 from tandem.models.forward import LoadedModel
 from tandem.models.loading import load_causal, load_scalar, load_tokenizer
-from tandem.models.quantized import dequantize_module, share_codes
-from tandem.models.quantized_folder import quantized_kind
-from tandem.models.routers import require_biases, require_experts
+from tandem.models.lora.adapters import AdapterParams, require_peft
+from tandem.models.lora.folder import adapter_folder
+from tandem.models.moe.routers import require_biases, require_experts
+from tandem.models.quantized.folder import quantized_kind
+from tandem.models.quantized.layers import dequantize_module, share_codes
 from tandem.models.shared import scalar_beside
 from tandem.models.weights import require_reader
 from tandem.roles import Engine, FedEngine, LossFn, Seat

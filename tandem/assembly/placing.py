@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 
-from tandem.assembly.role_sections import RolePlacement
-from tandem.assembly.sections import ClusterSection, EngineSection, ModelSection
+from tandem.assembly.configs.role_sections import RolePlacement
+from tandem.assembly.configs.sections import ClusterSection, EngineSection, ModelSection
 from tandem.engines.vllm.adapters import check_dtype, room_for
 from tandem.engines.vllm.setup import in_full, require_read
 from tandem.errors import UserError
 from tandem.futures import Done, Future
-from tandem.models.adapter_folder import adapter_folder
-from tandem.models.adapters import AdapterParams
 from tandem.models.loading import pick_device
-from tandem.models.quantized_folder import quantized_kind
+from tandem.models.lora.adapters import AdapterParams
+from tandem.models.lora.folder import adapter_folder
+from tandem.models.quantized.folder import quantized_kind
 from tandem.parallel.world import World
 from tandem.roles import Home, Seat
 from tandem.runs.progress import say

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from tandem.assembly.configs import RunConfig
-from tandem.assembly.use_configs import UseConfig
+from tandem.assembly.configs.methods import RunConfig
+from tandem.assembly.configs.uses import UseConfig
 from tandem.config import describe
 from tandem.models.description import describe_source
 from tandem.models.loading import pick_device

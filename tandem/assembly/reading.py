@@ -9,9 +9,9 @@ from dataclasses import fields, replace
 from fractions import Fraction
 from typing import Any, TypeVar
 
-from tandem.assembly.configs import read_kind
-from tandem.assembly.evaluation_sections import EvaluationSection
-from tandem.assembly.sections import DatasetSection
+from tandem.assembly.configs.evaluation_sections import EvaluationSection
+from tandem.assembly.configs.methods import read_kind
+from tandem.assembly.configs.sections import DatasetSection
 from tandem.data import formats
 from tandem.data.columns import NAMES, shape
 from tandem.data.items import Counts

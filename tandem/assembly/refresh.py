@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 
-from tandem.assembly.configs import RunConfig
+from tandem.assembly.configs.methods import RunConfig
 from tandem.errors import UserError
 from tandem.roles import Seat
 from tandem.signals import held

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from tandem.assembly.configs.replay import ReplayConfig, idle_keys, stored_config
 from tandem.assembly.digests import digest_inputs, of_weights
 from tandem.assembly.feeds import Fed, Feed, preparation
 from tandem.assembly.models import heads, optim_params
-from tandem.assembly.replay_config import ReplayConfig, idle_keys, stored_config
 from tandem.errors import UserError
-from tandem.models.limits import read_limits
+from tandem.models.proof.limits import read_limits
 from tandem.roles import Seat
 from tandem.rollout.recorded import Replayed
 from tandem.runs.folder import EVENTS

@@ -7,15 +7,15 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from tandem.assembly.configs import RowsConfig, RunConfig, SamplesConfig
+from tandem.assembly.configs.methods import RowsConfig, RunConfig, SamplesConfig
+from tandem.assembly.configs.replay import ReplayConfig
+from tandem.assembly.configs.sections import EngineSection, ScheduleSection
 from tandem.assembly.feeds import Feed, RowsFeed, SamplesFeed, check_sampling
 from tandem.assembly.models import adapter_params, load_models, require_trainable, scalar_roles
 from tandem.assembly.placing import Homes
 from tandem.assembly.plans import models_used, print_plan
 from tandem.assembly.refresh import refresh_of
-from tandem.assembly.replay_config import ReplayConfig
 from tandem.assembly.replay_feed import ReplayFeed
-from tandem.assembly.sections import EngineSection, ScheduleSection
 from tandem.assembly.sessions import check_out, session
 from tandem.assembly.text_feed import TextFeed
 from tandem.collector import leaving_out

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tandem.assembly.configs import RunConfig
+from tandem.assembly.configs.methods import RunConfig
 from tandem.assembly.feeds import Feed
 from tandem.checkpoint.saver import SaveEvery
 from tandem.checkpoint.store import CheckpointStore

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 
-from tandem.assembly.configs import RowsConfig
+from tandem.assembly.configs.methods import RowsConfig
 from tandem.assembly.digests import digest_corpus, digest_inputs
 from tandem.assembly.feeds import Fed, Feed, limits_of_models, load_tokenizers, when_due
 from tandem.assembly.reading import by_key

@@ -8,17 +8,17 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from tandem.assembly.configs.sections import DrawsSection, EngineSection, SamplingSection, ScheduleSection
 from tandem.assembly.models import Replicas, live_engine, replica_engine, weight_source
 from tandem.assembly.placing import Homes
-from tandem.assembly.sections import DrawsSection, EngineSection, SamplingSection, ScheduleSection
 from tandem.engines.live.engine import LiveEngine
 from tandem.engines.vllm.adapters import room_of
 from tandem.engines.vllm.setup import VLLMParams, in_full, vllm_engine
-from tandem.models.adapter_folder import base_of
 from tandem.models.folder import with_tokenizer
-from tandem.models.limits import layers_of, model_config
-from tandem.models.quantized_folder import quantized_kind
-from tandem.models.shrunk import furthest_limit
+from tandem.models.lora.folder import base_of
+from tandem.models.proof.limits import layers_of, model_config
+from tandem.models.proof.shrunk import furthest_limit
+from tandem.models.quantized.folder import quantized_kind
 from tandem.roles import Device, Engine, FedEngine, HoldingEngine, Home, Metrics, Seat
 from tandem.runs.progress import say
 from tandem.sync.check import BEYOND, TruthCheck

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tandem.assembly.configs import data_parts, read_kind, worker_parts
-from tandem.assembly.role_sections import SamplingPlacement
-from tandem.assembly.sections import ClusterSection, DataSection, EngineSection, ModelSection, SamplingSection
+from tandem.assembly.configs.methods import data_parts, read_kind, worker_parts
+from tandem.assembly.configs.role_sections import SamplingPlacement
+from tandem.assembly.configs.sections import ClusterSection, DataSection, EngineSection, ModelSection, SamplingSection
 from tandem.data.formats import COLUMNS
 from tandem.errors import UserError
 from tandem.flags import suggest

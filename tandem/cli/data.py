@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from tandem.assembly.configs import read_kind
+from tandem.assembly.configs.methods import read_kind
 from tandem.assembly.feeds import builders
 from tandem.assembly.reading import made_of_kind, ordered, read_data, readers_of, tokenized, without_idle
 from tandem.cli.configs import DataConfig
@@ -23,8 +23,8 @@ from tandem.data.items import Counts, build_prompts
 from tandem.data.room import Room
 from tandem.data.rows import Dataset, present
 from tandem.errors import UserError
-from tandem.models.limits import read_limits
 from tandem.models.loading import load_tokenizer
+from tandem.models.proof.limits import read_limits
 from tandem.models.trusted import source_of
 from tandem.runs.table import print_table
 from tandem.types import Prompt, Sequence

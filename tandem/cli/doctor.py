@@ -21,8 +21,8 @@ from tandem.cli.configs import DoctorConfig
 from tandem.cli.quickstart import make_base
 from tandem.errors import UserError
 from tandem.methods.grpo import GRPO
-from tandem.models.limits import layers_of, model_config
 from tandem.models.loading import load_tokenizer
+from tandem.models.proof.limits import layers_of, model_config
 from tandem.roles import Seat
 from tandem.seeds import derive_seed
 from tandem.sync.check import logp_bound, mean_gap

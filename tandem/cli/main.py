@@ -25,7 +25,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tandem.assembly.configs import config_class
+from tandem.assembly.configs.methods import config_class
 from tandem.collector import leave_out, pause
 from tandem.config import load_config
 from tandem.errors import RunFailure, UserError
@@ -92,7 +92,7 @@ METHOD = "METHOD"
 """The config of a command that is a method's follows from the method."""
 START, OFFLINE, ONLINE, USE = "Start here", "Train on a dataset", "Train on samples", "Use a model"
 LOOK = "Look at a run"
-USES, REPLAYS = "tandem.assembly.use_configs", "tandem.assembly.replay_config"
+USES, REPLAYS = "tandem.assembly.configs.uses", "tandem.assembly.configs.replay"
 COMMANDS = {
     "quickstart": Command(
         START, "tandem.cli.quickstart", "SFT, a reward model and PPO in miniature, on a CPU", "QuickstartConfig"

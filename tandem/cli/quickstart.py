@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from tandem.assembly.configs import read_config
+from tandem.assembly.configs.methods import read_config
 from tandem.assembly.run import run as train
 from tandem.cli.configs import QuickstartConfig
 from tandem.data.items import build_prompts

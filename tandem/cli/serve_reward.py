@@ -10,7 +10,7 @@ import socket
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from tandem.assembly.sections import ModelSection, RewardSection
+from tandem.assembly.configs.sections import ModelSection, RewardSection
 from tandem.cli.configs import ServeRewardConfig
 from tandem.errors import UserError
 from tandem.rewards.kinds import is_function

@@ -9,13 +9,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tandem.assembly.configs import RunConfig, SamplesConfig
+from tandem.assembly.configs.methods import RunConfig, SamplesConfig
+from tandem.assembly.configs.replay import ReplayConfig
 from tandem.assembly.digests import weights_digest
-from tandem.assembly.replay_config import ReplayConfig
 from tandem.assembly.run import run as train
 from tandem.cli.advise import tell
 from tandem.errors import UserError
-from tandem.models.limits import read_limits
+from tandem.models.proof.limits import read_limits
 from tandem.runs.folder import EMA_MODEL, MODEL, RunFolder
 from tandem.runs.goals import BEST_MODEL, read_best
 from tandem.runs.lines import read_metrics

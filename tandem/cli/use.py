@@ -4,12 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tandem.assembly.best_and_pairs import write_best, write_pairs
-from tandem.assembly.evaluated import evaluate_rows, evaluate_samples
-from tandem.assembly.export import export as write_model
-from tandem.assembly.sampled import sample_rows
-from tandem.assembly.scored import score_rows, summary
-from tandem.assembly.use_configs import (
+from tandem.assembly.configs.uses import (
     EvalConfig,
     EvalRowsConfig,
     ExportConfig,
@@ -17,6 +12,11 @@ from tandem.assembly.use_configs import (
     SampleConfig,
     ScoreConfig,
 )
+from tandem.assembly.uses.best_and_pairs import write_best, write_pairs
+from tandem.assembly.uses.evaluated import evaluate_rows, evaluate_samples
+from tandem.assembly.uses.export import export as write_model
+from tandem.assembly.uses.sampled import sample_rows
+from tandem.assembly.uses.scored import score_rows, summary
 from tandem.cli.train import following
 from tandem.errors import UserError
 from tandem.runs.folder import BEST, MEASURED, PAIRS

@@ -1,4 +1,4 @@
-"""Triton kernels for the stacked experts of few tokens. Their plain form is ``models.experts.grouped_experts``.
+"""Triton kernels for the stacked experts of few tokens. Their plain form is ``models.moe.experts.grouped_experts``.
 
 A pick is one of the K experts of a token, and its number is its place in the router's [T, K]. Picks are sorted into
 tiles of rows of one expert; what is made of a pick is kept at its own number. Nothing is asked of the host, and a row's

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from tandem.errors import UserError
-from tandem.models.adapter_targets import targets_of
-from tandem.models.adapters import AdapterParams
 from tandem.models.folder import located, readable_errors
-from tandem.models.limits import model_config
+from tandem.models.lora.adapters import AdapterParams
+from tandem.models.lora.targets import targets_of
+from tandem.models.proof.limits import model_config
 from tandem.models.scalar import auto_class
 from tandem.models.trusted import is_trusted
 from tandem.types import ScoreScale

@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from tandem.errors import UserError, first_line, nearest
 from tandem.hub import asking_hub
-from tandem.models.adapter_folder import adapter_folder
+from tandem.models.lora.folder import adapter_folder
 from tandem.models.trusted import trusted_as
 
 WRONG_FILES = (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, IndexError, EOFError)

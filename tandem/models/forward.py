@@ -23,17 +23,25 @@ from tandem.functional.divergence import Divergence, with_tail
 from tandem.functional.logprobs import CHUNK_BYTES, Added, chunked_head
 from tandem.kernels import products
 from tandem.kernels.logprob import PLAIN, HeadShape
-from tandem.models.adapters import Adapters
 from tandem.models.attention import PackedLayout, no_mask, packed_layout
 from tandem.models.compiled import Blocks
 from tandem.models.folder import quiet_transformers
-from tandem.models.pairs import NAME
-from tandem.models.quantized import numbers_in, quantized_in
-from tandem.models.routers import ROUTER_LOGITS, Picks, experts_of_a_token, in_float32, no_experts, quieted, routers_of
+from tandem.models.lora.adapters import Adapters
+from tandem.models.lora.pairs import NAME
+from tandem.models.moe.routers import (
+    ROUTER_LOGITS,
+    Picks,
+    experts_of_a_token,
+    in_float32,
+    no_experts,
+    quieted,
+    routers_of,
+)
+from tandem.models.quantized.layers import numbers_in, quantized_in
+from tandem.models.recurrent.segments import Segments
+from tandem.models.recurrent.states import Mixers, Told
 from tandem.models.seeing import PartNames, SeeingModel
-from tandem.models.segments import Segments
 from tandem.models.sharing import sharing_of
-from tandem.models.states import Mixers, Told
 from tandem.parallel.sharding import shard, transformer_layers
 from tandem.parallel.world import World
 from tandem.whole import writing
@@ -56,7 +64,7 @@ class LoadedModel:
     equal_lengths: bool = False
     """Whether those that are padded may only be of one length: padding would change what it computes."""
     turning: int | None = None
-    """``tandem.models.limits.turning_point``: longer sequences go through apart from the others."""
+    """``tandem.models.proof.limits.turning_point``: longer sequences go through apart from the others."""
     split_head: bool = False
     """Whether its logits are its output embedding applied to its last hidden state, so that the head can be chunked."""
     head_shape: HeadShape = PLAIN

@@ -13,17 +13,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tandem.arguments import checked
 from tandem.errors import UserError, first_line
 from tandem.kernels.products import speed_up_linears
-from tandem.models.adapter_folder import adapter_folder, base_of
-from tandem.models.adapters import AdapterParams, idle_layers, merge_folder, put_adapters
 from tandem.models.folder import located, readable_errors, with_tokenizer
 from tandem.models.forward import LoadedModel
-from tandem.models.limits import model_config, require_language_model
-from tandem.models.probe import probe_forward
-from tandem.models.quantized import quantize_module, quantized_in
-from tandem.models.routers import quieted
+from tandem.models.lora.adapters import AdapterParams, idle_layers, merge_folder, put_adapters
+from tandem.models.lora.folder import adapter_folder, base_of
+from tandem.models.moe.routers import quieted
+from tandem.models.proof.limits import model_config, require_language_model
+from tandem.models.proof.probe import probe_forward
+from tandem.models.quantized.layers import quantize_module, quantized_in
+from tandem.models.recurrent.states import put_right
 from tandem.models.scalar import NO_HEAD, forget_scale, scalar_class, scalar_keys, with_own_buffers
 from tandem.models.seeing import SeeingModel
-from tandem.models.states import put_right
 from tandem.models.trusted import Trusted, is_trusted
 from tandem.models.weights import load_whole, require_finite
 from tandem.seeds import derive_seed

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from tandem.errors import UserError
-from tandem.models.adapters import Adapters
 from tandem.models.forward import LoadedModel
-from tandem.models.pairs import merged, pairs_of, plain_name
-from tandem.models.quantized import Quantized, quantized_in
+from tandem.models.lora.adapters import Adapters
+from tandem.models.lora.pairs import merged, pairs_of, plain_name
+from tandem.models.quantized.layers import Quantized, quantized_in
 from tandem.parallel.gather import standing
 from tandem.parallel.sharding import forget_gathered, local, placed_like, slice_like, unsharded
 from tandem.seeds import derive_seed

@@ -12,8 +12,8 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GenericForSequenceClassification
 
 from tandem.errors import UserError
-from tandem.models.adapter_folder import adapter_folder, base_of
 from tandem.models.folder import located
+from tandem.models.lora.folder import adapter_folder, base_of
 from tandem.types import ScoreScale
 
 NO_HEAD = "no trained 'score' head in it; give a reward model (make one with tandem rm)"

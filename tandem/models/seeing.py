@@ -30,7 +30,7 @@ from transformers import (
 
 from tandem.errors import UserError, first_line
 from tandem.models.folder import located, quiet_transformers
-from tandem.models.shrunk import shrunken_config, trained_size
+from tandem.models.proof.shrunk import shrunken_config, trained_size
 from tandem.models.text_config import PLAIN, half_of, sees
 
 log = logging.getLogger("tandem")

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from tandem.errors import UserError
-from tandem.models.adapter_folder import base_of
-from tandem.models.adapters import AdapterParams, put_adapters
 from tandem.models.forward import LoadedModel
-from tandem.models.limits import model_config
 from tandem.models.loading import load_tokenizer, prepare_module
+from tandem.models.lora.adapters import AdapterParams, put_adapters
+from tandem.models.lora.folder import base_of
+from tandem.models.proof.limits import model_config
 from tandem.models.scalar import forget_scale, scalar_class
 from tandem.models.trusted import is_trusted
 

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from tandem.errors import UserError
-from tandem.models.quantized_folder import kind_in_config
+from tandem.models.quantized.folder import kind_in_config
 from tandem.models.trusted import is_trusted
 
 PLAIN: dict[str, tuple[str, dict[str, Any]]] = {

@@ -15,9 +15,9 @@ from tandem.errors import LISTED, UserError, listed
 from tandem.kernels.quantized import require_bitsandbytes
 from tandem.lazy import extra
 from tandem.models.folder import located, readable_errors
-from tandem.models.pairs import plain_name
-from tandem.models.quantized import QuantizationConfig, adopt_bitsandbytes, quantized_in, require_apart
-from tandem.models.quantized_folder import kind_in_config
+from tandem.models.lora.pairs import plain_name
+from tandem.models.quantized.folder import kind_in_config
+from tandem.models.quantized.layers import QuantizationConfig, adopt_bitsandbytes, quantized_in, require_apart
 from tandem.models.seeing import SeeingModel
 from tandem.models.text_config import config_in
 from tandem.models.trusted import is_trusted

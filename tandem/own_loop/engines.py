@@ -14,7 +14,7 @@ from tandem.engines.live.replica import ReplicaEngine
 from tandem.engines.vllm.setup import VLLMParams, vllm_engine
 from tandem.errors import UserError
 from tandem.models.loading import load_causal
-from tandem.models.routers import all_weights
+from tandem.models.moe.routers import all_weights
 from tandem.models.text_config import config_in
 from tandem.models.trusted import is_trusted
 from tandem.own_loop.their_model import GivenModel, Shapes

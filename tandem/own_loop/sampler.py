@@ -20,9 +20,9 @@ from tandem.engines.requests import check_request
 from tandem.engines.vllm.setup import check_vllm
 from tandem.errors import UserError
 from tandem.models.folder import located
-from tandem.models.limits import layers_of, limits_of
 from tandem.models.loading import load_tokenizer
-from tandem.models.shrunk import furthest_limit
+from tandem.models.proof.limits import layers_of, limits_of
+from tandem.models.proof.shrunk import furthest_limit
 from tandem.models.trusted import source_of
 from tandem.own_loop.engines import SHARE_BESIDE_TRAINER, EngineParams, InChild, InProcess
 from tandem.own_loop.peers import Peers, own_device

@@ -15,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tandem.engines.live.core import evaluating
 from tandem.errors import UserError, listed
-from tandem.models.probe import rounding_by_token
-from tandem.models.routers import all_weights, has_experts
+from tandem.models.moe.routers import all_weights, has_experts
+from tandem.models.proof.probe import rounding_by_token
 from tandem.models.seeing import PartNames
 from tandem.models.text_config import sees
 from tandem.parallel.sharding import forget_gathered

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from tandem.arguments import checked
 from tandem.lazy import extra
-from tandem.models.pairs import pairs_of
+from tandem.models.lora.pairs import pairs_of
 from tandem.parallel.sharding import assign, like, local, unsharded, whole
 from tandem.parallel.shares import divide
 from tandem.parallel.world import World

@@ -17,8 +17,8 @@ from tandem.batch import Asks, Batch, Outputs, send
 from tandem.data.packing import pack
 from tandem.errors import UserError
 from tandem.models.forward import LoadedModel, describe_model, forward
-from tandem.models.probe import rounding_by_token
-from tandem.models.routers import all_weights, has_experts
+from tandem.models.moe.routers import all_weights, has_experts
+from tandem.models.proof.probe import rounding_by_token
 from tandem.parallel.sharding import assign, forget_gathered, local, slice_like, whole
 from tandem.parallel.shares import Share, shares
 from tandem.parallel.world import World
@@ -133,7 +133,7 @@ class LocalScorer:
 
     def rounding(self, sequences: Seq[Seq[int]]) -> list[list[float]]:
         """How far rounding may move each of ``logprobs``, in nats, by deciding which experts a token takes: all 0 where
-        it does not (``tandem.models.probe.rounding_by_token``)."""
+        it does not (``tandem.models.proof.probe.rounding_by_token``)."""
         if self.model.torch_dtype.itemsize >= 4 or not has_experts(self.model.module):
             return [[0.0] * (len(ids) - 1) for ids in sequences]
         return rounding_by_token(self.model.module, lambda: self.logprobs(sequences))

@@ -16,9 +16,9 @@ from tandem.batch import Asks, Batch, Outputs, filled
 from tandem.errors import NonFiniteError, UserError
 from tandem.functional.balance import bias_step, load_violation
 from tandem.models.forward import LoadedModel, forward
+from tandem.models.moe.routers import all_weights
 from tandem.models.policy import Policy
-from tandem.models.quantized import quantized_in
-from tandem.models.routers import all_weights
+from tandem.models.quantized.layers import quantized_in
 from tandem.parallel.sharding import assign, checkpoint_activations, forget_gathered, local, transformer_layers, whole
 from tandem.parallel.world import World
 from tandem.roles import LossFn, Metrics

@@ -2,8 +2,8 @@
 
 import pytest
 
-from tandem.assembly.configs import SamplesConfig, config_class
-from tandem.assembly.use_configs import GenerateConfig, SampleConfig, UseConfig
+from tandem.assembly.configs.methods import SamplesConfig, config_class
+from tandem.assembly.configs.uses import GenerateConfig, SampleConfig, UseConfig
 from tandem.cli.configs import DoctorConfig
 from tandem.config import _keys_of, dump_config, load_config
 from tandem.errors import UserError

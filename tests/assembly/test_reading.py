@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from tandem.assembly.evaluation_sections import EvaluationSection
+from tandem.assembly.configs.evaluation_sections import EvaluationSection
+from tandem.assembly.configs.sections import DataSection, DatasetSection
 from tandem.assembly.reading import load_data, load_held_out
-from tandem.assembly.sections import DataSection, DatasetSection
 from tandem.errors import UserError
 
 PAIR, DEMO, PROMPT = (

@@ -10,11 +10,17 @@ from helpers.runs import write_inputs
 
 import tandem
 from tandem.assembly import wiring
-from tandem.assembly.configs import config_class
+from tandem.assembly.configs.methods import config_class
+from tandem.assembly.configs.role_sections import Placement, SamplingPlacement
+from tandem.assembly.configs.sections import (
+    ClusterSection,
+    EngineSection,
+    ModelSection,
+    SamplingSection,
+    ScheduleSection,
+)
 from tandem.assembly.models import load_models, require_engine
 from tandem.assembly.placing import Homes
-from tandem.assembly.role_sections import Placement, SamplingPlacement
-from tandem.assembly.sections import ClusterSection, EngineSection, ModelSection, SamplingSection, ScheduleSection
 from tandem.assembly.wiring import Wiring
 from tandem.config import dump_config, load_config
 from tandem.engines.vllm.setup import in_full

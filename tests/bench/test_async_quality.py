@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tandem.assembly.configs import read_config
+from tandem.assembly.configs.methods import read_config
 from tandem.errors import UserError
 from tandem.tasks import letters
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tandem.assembly.configs import read_config
+from tandem.assembly.configs.methods import read_config
 
 PLACES = {"here": ("here", None), "split": (1, 1), "shared": (2, None)}
 

@@ -14,7 +14,7 @@ from helpers.runs import forked
 from safetensors.torch import save_file
 
 from tandem.models.loading import load_causal
-from tandem.models.quantized import quantized_in
+from tandem.models.quantized.layers import quantized_in
 
 BENCH = Path(__file__).parents[2] / "bench"
 

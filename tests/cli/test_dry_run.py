@@ -16,7 +16,7 @@ from transformers import BertConfig
 
 from tandem.cli.main import main
 from tandem.errors import UserError
-from tandem.models.limits import model_config
+from tandem.models.proof.limits import model_config
 from tandem.models.scalar import require_head
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from helpers.runs import write_inputs
 
-from tandem.assembly.use_configs import EvalRowsConfig, eval_config
+from tandem.assembly.configs.uses import EvalRowsConfig, eval_config
 from tandem.cli.main import main
 from tandem.config import load_config
 from tandem.errors import UserError

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from helpers.runs import write_inputs
 
-from tandem.assembly import sampled, wiring
+from tandem.assembly import wiring
+from tandem.assembly.configs.sections import ModelSection
 from tandem.assembly.models import replica_engine
-from tandem.assembly.sections import ModelSection
+from tandem.assembly.uses import sampled
 from tandem.cli.main import main
 from tandem.runs.lines import keep_lots, read_lines
 

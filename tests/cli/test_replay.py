@@ -10,8 +10,8 @@ import pytest
 import yaml
 from helpers.runs import arguments, run, unevaluated, write_inputs
 
-from tandem.assembly.configs import read_config
-from tandem.assembly.replay_config import replay_config
+from tandem.assembly.configs.methods import read_config
+from tandem.assembly.configs.replay import replay_config
 from tandem.cli.main import main
 from tandem.config import dump_config, load_config
 from tandem.engines.live.engine import LiveEngine

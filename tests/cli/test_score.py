@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from helpers.runs import write_inputs
 
-from tandem.assembly import scored
+from tandem.assembly.uses import scored
 from tandem.cli.main import main
 from tandem.runs.lines import read_lines
 

@@ -22,9 +22,9 @@ from tandem.engines.live.states import StateForward
 from tandem.kernels import states
 from tandem.kernels.layers import Norm
 from tandem.models.attention import IMPLEMENTATION, Ask, PackedLayout
-from tandem.models.probe import gap_of
-from tandem.models.shrunk import trained_size
-from tandem.models.states import Held, put_right, states_of_layers
+from tandem.models.proof.probe import gap_of
+from tandem.models.proof.shrunk import trained_size
+from tandem.models.recurrent.states import Held, put_right, states_of_layers
 
 
 def read(name: str) -> tuple[Decoder, Layer, Layer]:

@@ -26,8 +26,8 @@ from tandem.engines.live.probe import Trial, _page_logits, find_cache_shape, hea
 from tandem.errors import UserError
 from tandem.kernels import products
 from tandem.models.loading import prepare_module
-from tandem.models.probe import LOW_PRECISION_TOLERANCE, gap_of
-from tandem.models.shrunk import shrunk, shrunken_config, trained_size
+from tandem.models.proof.probe import LOW_PRECISION_TOLERANCE, gap_of
+from tandem.models.proof.shrunk import shrunk, shrunken_config, trained_size
 from tandem.roles import Engine
 from tandem.types import Request, SamplingParams
 

@@ -13,9 +13,9 @@ from tandem.data.packing import pack, stamp
 from tandem.engines.live.engine import LiveEngine
 from tandem.engines.live.forwards import OwnForward
 from tandem.engines.live.stacked import Additions
-from tandem.models.adapters import AdapterParams
 from tandem.models.loading import load_causal
-from tandem.models.quantized import quantize_module
+from tandem.models.lora.adapters import AdapterParams
+from tandem.models.quantized.layers import quantize_module
 from tandem.training.optim import OptimParams
 from tandem.training.trainer import LocalTrainer
 from tandem.training.views import View

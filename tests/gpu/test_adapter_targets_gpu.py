@@ -9,8 +9,8 @@ from helpers.engine_models import tokenizer
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3MoeConfig
 
 from tandem.batch import TokenLoss
-from tandem.models.adapters import AdapterParams
 from tandem.models.loading import load_causal
+from tandem.models.lora.adapters import AdapterParams
 from tandem.models.shared import scalar_beside
 from tandem.training.optim import OptimParams
 from tandem.training.trainer import LocalTrainer

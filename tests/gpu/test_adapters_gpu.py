@@ -10,9 +10,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from tandem.batch import TokenLoss
 from tandem.kernels import quantized
-from tandem.models.adapters import AdapterParams
 from tandem.models.loading import load_causal
-from tandem.models.quantized import quantized_in
+from tandem.models.lora.adapters import AdapterParams
+from tandem.models.quantized.layers import quantized_in
 from tandem.training.optim import OptimParams
 from tandem.training.trainer import LocalTrainer
 

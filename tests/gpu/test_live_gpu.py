@@ -17,8 +17,8 @@ from helpers.telling import tell, told
 from tandem.engines.live.engine import LiveEngine
 from tandem.models.attention import PackedLayout
 from tandem.models.loading import prepare_module
-from tandem.models.routers import has_experts
-from tandem.models.shrunk import trained_size
+from tandem.models.moe.routers import has_experts
+from tandem.models.proof.shrunk import trained_size
 from tandem.training.parking import Parking
 from tandem.types import Request, SamplingParams
 

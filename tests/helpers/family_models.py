@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tandem.models.attention import IMPLEMENTATION
-from tandem.models.shrunk import trained_size
+from tandem.models.proof.shrunk import trained_size
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 import families

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tandem.engines.live.replica import ReplicaEngine
-from tandem.models.pairs import plain_name
+from tandem.models.lora.pairs import plain_name
 from tandem.parallel.gather import Gatherer
 from tandem.sync.check import WeightMismatch
 

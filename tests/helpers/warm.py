@@ -8,7 +8,7 @@ from __future__ import annotations
 from contextlib import suppress
 from importlib import import_module
 
-from tandem.assembly.configs import config_class
+from tandem.assembly.configs.methods import config_class
 from tandem.collector import collect_rarely, leave_out
 from tandem.config import _keys_of
 from tandem.methods.table import ROWS, SAMPLES

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from tandem.kernels import adapted, quantized
-from tandem.models import adapted_linear
-from tandem.models.pairs import NAME
+from tandem.models.lora import linear as adapted_linear
+from tandem.models.lora.pairs import NAME
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SCALE, INPUTS, OUTPUTS, RANK = 1.5, 64, 80, 5

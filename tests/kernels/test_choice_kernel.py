@@ -21,8 +21,8 @@ pytest.importorskip("triton")
 
 from tandem.kernels import choice, choice_triton
 from tandem.kernels.choice import Rule, choose_torch
-from tandem.models import routers
-from tandem.models.routers import chooser_of, in_float32
+from tandem.models.moe import routers
+from tandem.models.moe.routers import chooser_of, in_float32
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

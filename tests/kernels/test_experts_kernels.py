@@ -19,9 +19,9 @@ from transformers.integrations.moe import _default_apply_gate
 pytest.importorskip("triton")
 
 from tandem.kernels import experts_triton
-from tandem.models import experts as grouped
-from tandem.models.experts import IMPLEMENTATION, grouped_experts
 from tandem.models.loading import prepare_module
+from tandem.models.moe import experts as grouped
+from tandem.models.moe.experts import IMPLEMENTATION, grouped_experts
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # The interpreter rounds bfloat16 towards zero, and multiplies matrices of float16 at the lowest.

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.sampled_step import make_step
 
-from tandem.assembly.configs import config_class
+from tandem.assembly.configs.methods import config_class
 from tandem.config import _keys_of
 from tandem.data.packing import stamp_weights
 from tandem.functional.advantages import group_normalised

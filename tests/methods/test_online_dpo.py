@@ -10,8 +10,8 @@ import torch
 from helpers.models import make_module, make_tokenizer
 from safetensors.torch import load_file
 
-from tandem.assembly.configs import class_over, read_config
-from tandem.assembly.replay_config import ReplayConfig
+from tandem.assembly.configs.methods import class_over, read_config
+from tandem.assembly.configs.replay import ReplayConfig
 from tandem.batch import Outputs
 from tandem.cli.main import main
 from tandem.config import load_config

@@ -12,9 +12,9 @@ from helpers.models import make_tokenizer
 
 from tandem.batch import Outputs
 from tandem.methods.table import METHODS, method_class
-from tandem.models.adapters import AdapterParams, put_adapters
 from tandem.models.loading import prepare_module
-from tandem.models.pairs import pairs_of
+from tandem.models.lora.adapters import AdapterParams, put_adapters
+from tandem.models.lora.pairs import pairs_of
 from tandem.training.optim import OptimParams
 from tandem.training.trainer import LocalTrainer
 

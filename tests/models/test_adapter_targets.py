@@ -17,12 +17,12 @@ from safetensors.torch import load_file
 from tandem.errors import UserError
 from tandem.functional.logprobs import Added, chunked_head
 from tandem.kernels.logprob import HeadShape
-from tandem.models.adapter_targets import targets_of
-from tandem.models.adapters import AdapterParams, put_adapters, put_saved
-from tandem.models.experts import is_stack
 from tandem.models.forward import forward
 from tandem.models.loading import load_causal
-from tandem.models.pairs import adapted, pairs_of, showing
+from tandem.models.lora.adapters import AdapterParams, put_adapters, put_saved
+from tandem.models.lora.pairs import adapted, pairs_of, showing
+from tandem.models.lora.targets import targets_of
+from tandem.models.moe.experts import is_stack
 from tandem.parallel.sharding import unsharded
 from tandem.parallel.world import World
 from tandem.training.optim import hidden_matrices

@@ -13,16 +13,16 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma3nTextConfig, MambaConfig, ZambaConfig
 
-from tandem.assembly.configs import config_class
+from tandem.assembly.configs.methods import config_class
 from tandem.batch import TokenLoss
 from tandem.config import load_config
 from tandem.data.packing import pack, stamp
 from tandem.errors import UserError
-from tandem.models.adapters import AdapterParams, merge_folder, put_adapters
 from tandem.models.forward import hidden_states
 from tandem.models.loading import load_causal, load_scalar
-from tandem.models.pairs import NAME, adapted
-from tandem.models.quantized import quantize_module
+from tandem.models.lora.adapters import AdapterParams, merge_folder, put_adapters
+from tandem.models.lora.pairs import NAME, adapted
+from tandem.models.quantized.layers import quantize_module
 from tandem.training.optim import OptimParams
 from tandem.training.scorer import LocalScorer
 from tandem.training.trainer import LocalTrainer

@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Qwen2Config
 
 from tandem.data.packing import pack, stamp_weights
 from tandem.engines.live.engine import LiveEngine
-from tandem.models.adapters import AdapterParams, put_adapters
 from tandem.models.attention import FlashLayout
 from tandem.models.compiled import Blocks
 from tandem.models.forward import forward
 from tandem.models.loading import prepare_module
+from tandem.models.lora.adapters import AdapterParams, put_adapters
 from tandem.parallel.sharding import checkpoint_activations, transformer_layers
 from tandem.types import Request, SamplingParams, Sequence
 

@@ -21,15 +21,15 @@ from tandem.data.packing import pack, stamp_weights
 from tandem.engines.live.replica import ReplicaEngine
 from tandem.errors import NonFiniteError, UserError
 from tandem.functional.balance import load_violation
-from tandem.models.adapters import AdapterParams, put_adapters
-from tandem.models.experts import IMPLEMENTATION
 from tandem.models.forward import forward, hidden_states
 from tandem.models.loading import prepare_module
-from tandem.models.pairs import adapted
-from tandem.models.probe import LOW_PRECISION_TOLERANCE, gap_of
-from tandem.models.quantized import quantize_module
-from tandem.models.routers import correction_biases, routers_of
-from tandem.models.shrunk import shrunken_config, trained_size
+from tandem.models.lora.adapters import AdapterParams, put_adapters
+from tandem.models.lora.pairs import adapted
+from tandem.models.moe.experts import IMPLEMENTATION
+from tandem.models.moe.routers import correction_biases, routers_of
+from tandem.models.proof.probe import LOW_PRECISION_TOLERANCE, gap_of
+from tandem.models.proof.shrunk import shrunken_config, trained_size
+from tandem.models.quantized.layers import quantize_module
 from tandem.parallel.world import World
 from tandem.sync.check import WeightMismatch, require_equal
 from tandem.sync.source import WeightSource

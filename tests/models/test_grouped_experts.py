@@ -17,9 +17,9 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from tandem.models import experts as grouped
-from tandem.models.experts import IMPLEMENTATION, grouped_experts
 from tandem.models.loading import prepare_module
+from tandem.models.moe import experts as grouped
+from tandem.models.moe.experts import IMPLEMENTATION, grouped_experts
 
 TOKENS, EXPERTS, WIDTH, INNER = 37, 5, 24, 16
 UNUSED = 3

@@ -19,8 +19,8 @@ from tandem.data.packing import pack
 from tandem.errors import UserError
 from tandem.models.forward import forward
 from tandem.models.loading import load_causal, load_scalar, load_tokenizer, pick_device, prepare_module
-from tandem.models.probe import Truth
-from tandem.models.shrunk import shrunken_config, trained_size
+from tandem.models.proof.probe import Truth
+from tandem.models.proof.shrunk import shrunken_config, trained_size
 from tandem.types import Sequence
 
 SEQUENCES = [

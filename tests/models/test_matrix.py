@@ -17,9 +17,9 @@ from tandem.engines.live.engine import LiveEngine
 from tandem.errors import UserError
 from tandem.models.attention import IMPLEMENTATION, UnsupportedAttention, no_mask, packed_layout
 from tandem.models.forward import forward
-from tandem.models.limits import limits_of, turning_point
 from tandem.models.loading import prepare_module
-from tandem.models.shrunk import VOCABULARY, furthest_limit, named_limits, shrunk, shrunken_config, trained_size
+from tandem.models.proof.limits import limits_of, turning_point
+from tandem.models.proof.shrunk import VOCABULARY, furthest_limit, named_limits, shrunk, shrunken_config, trained_size
 from tandem.types import Request, SamplingParams, Sequence
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))

@@ -16,17 +16,17 @@ from helpers.models import bitsandbytes_folder, make_module, make_tokenizer
 from safetensors.torch import load_file, save_file
 from test_adapters import batch_of_rows, logp_of, negative_logp, peft_logp, train, trainer_of
 
-from tandem.assembly.configs import config_class
+from tandem.assembly.configs.methods import config_class
 from tandem.assembly.models import require_trainable
 from tandem.cli.main import main
 from tandem.config import load_config
 from tandem.errors import UserError
 from tandem.kernels import quantized
-from tandem.models.adapters import AdapterParams, put_saved
 from tandem.models.loading import load_causal, load_scalar, prepare_module
-from tandem.models.pairs import adapted
+from tandem.models.lora.adapters import AdapterParams, put_saved
+from tandem.models.lora.pairs import adapted
 from tandem.models.policy import Merged
-from tandem.models.quantized import Quantized, dequantize_module, quantize_module, quantized_in
+from tandem.models.quantized.layers import Quantized, dequantize_module, quantize_module, quantized_in
 from tandem.parallel.world import World
 from tandem.training.optim import OptimParams
 from tandem.training.scorer import LocalScorer

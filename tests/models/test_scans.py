@@ -23,10 +23,10 @@ from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from tandem.kernels import states as kernels
 from tandem.kernels.chunks import Chunks
-from tandem.models import scans
 from tandem.models.loading import prepare_module
-from tandem.models.segments import Segments
-from tandem.models.states import put_right
+from tandem.models.recurrent import scans
+from tandem.models.recurrent.segments import Segments
+from tandem.models.recurrent.states import put_right
 
 
 @pytest.fixture(autouse=True)

@@ -23,11 +23,11 @@ from tandem.engines.live.engine import LiveEngine
 from tandem.engines.vllm.names import Names
 from tandem.engines.vllm.setup import require_read
 from tandem.errors import RunFailure, UserError
-from tandem.models.adapters import AdapterParams
 from tandem.models.loading import load_causal, load_scalar
+from tandem.models.lora.adapters import AdapterParams
+from tandem.models.proof.shrunk import shrunk
 from tandem.models.seeing import PartNames, SeeingModel
 from tandem.models.shared import scalar_beside
-from tandem.models.shrunk import shrunk
 from tandem.models.text_config import PLAIN, half_of
 from tandem.own_loop.their_model import given, require_same
 from tandem.training.optim import OptimParams

@@ -20,11 +20,11 @@ from tandem.engines.live.engine import LiveEngine
 from tandem.engines.live.fitting import STATE_COPIES, Fitting
 from tandem.engines.live.states import StateStore
 from tandem.errors import UserError
-from tandem.models.adapters import AdapterParams
 from tandem.models.forward import forward
 from tandem.models.loading import load_causal, prepare_module
-from tandem.models.quantized import quantized_in
-from tandem.models.states import Held, Mixers
+from tandem.models.lora.adapters import AdapterParams
+from tandem.models.quantized.layers import quantized_in
+from tandem.models.recurrent.states import Held, Mixers
 from tandem.parallel.sharding import whole
 from tandem.parallel.world import World, join
 from tandem.training.optim import OptimParams
@@ -273,8 +273,8 @@ def test_few_bits_and_adapters_where_a_module_shares_weights_or_reads_them_itsel
         load("zamba", "in_proj", quantize="fp8")
     assert "change nothing" not in caplog.text
     # Of a model that nobody has written down it is found out.
-    monkeypatch.setattr("tandem.models.adapter_targets.READ_PAST", {})
-    monkeypatch.setattr("tandem.models.quantized.READ_PAST", {})
+    monkeypatch.setattr("tandem.models.lora.targets.READ_PAST", {})
+    monkeypatch.setattr("tandem.models.quantized.layers.READ_PAST", {})
     with pytest.raises(UserError, match=r"lora.quantize: MambaForCausalLM does not compute with layers in few bits"):
         load("mamba", "in_proj", quantize="fp8")
     load("jamba", "dt_proj", "in_proj")

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from tandem.errors import UserError
 from tandem.models.folder import quiet_transformers
-from tandem.models.limits import limits_of, read_limits
 from tandem.models.loading import load_causal, load_scalar, load_tokenizer
+from tandem.models.proof.limits import limits_of, read_limits
 
 
 def save(module, folder, **options):

@@ -14,11 +14,11 @@ from helpers.models import make_module, make_tokenizer
 from helpers.ranks import run_ranks
 from test_sharded_training import OPTIM, batch_of, loss
 
+from tandem.assembly.configs.sections import ModelSection
 from tandem.assembly.models import Replicas, replica_engine
-from tandem.assembly.sections import ModelSection
-from tandem.models.adapters import AdapterParams
 from tandem.models.loading import load_causal
-from tandem.models.quantized import quantized_in
+from tandem.models.lora.adapters import AdapterParams
+from tandem.models.quantized.layers import quantized_in
 from tandem.parallel.sharding import local
 from tandem.parallel.world import World
 from tandem.sync.check import WeightMismatch, require_equal

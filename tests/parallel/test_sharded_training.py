@@ -15,7 +15,7 @@ from tandem.batch import Asks, Batch, Outputs, TokenLoss
 from tandem.data.packing import pack, stamp_weights
 from tandem.errors import NonFiniteError
 from tandem.models.loading import prepare_module
-from tandem.models.shrunk import shrunken_config
+from tandem.models.proof.shrunk import shrunken_config
 from tandem.parallel.sharding import local, transformer_layers
 from tandem.parallel.world import World
 from tandem.training.optim import OptimParams

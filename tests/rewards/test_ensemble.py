@@ -10,7 +10,7 @@ from helpers.models import make_tokenizer
 from helpers.runs import arguments, unevaluated, write_inputs
 from transformers import AutoModelForSequenceClassification
 
-from tandem.assembly.sections import RewardSection
+from tandem.assembly.configs.sections import RewardSection
 from tandem.batch import Outputs
 from tandem.cli.main import main
 from tandem.data.items import build_pairs

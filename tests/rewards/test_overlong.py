@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 
-from tandem.assembly.configs import read_config
+from tandem.assembly.configs.methods import read_config
 from tandem.assembly.feeds import check_sampling
 from tandem.errors import UserError
 from tandem.methods.table import SAMPLES

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers.runs import arguments, unevaluated, write_inputs
 
-from tandem.assembly.evaluation_sections import named_sets
+from tandem.assembly.configs.evaluation_sections import named_sets
 from tandem.errors import RunFailure, UserError
 from tandem.methods.pretrain import Pretrain
 from tandem.rollout.evaluate import HeldOutRows, HeldOutSamples

@@ -6,19 +6,19 @@ import pytest
 import torch
 from helpers.models import make_module, make_tokenizer
 
+from tandem.assembly.configs.role_sections import SamplingPlacement
+from tandem.assembly.configs.sections import ClusterSection, EngineSection, ModelSection, SamplingSection
 from tandem.assembly.models import Replicas
 from tandem.assembly.placing import Homes
-from tandem.assembly.role_sections import SamplingPlacement
-from tandem.assembly.sections import ClusterSection, EngineSection, ModelSection, SamplingSection
 from tandem.assembly.wiring import Wiring
 from tandem.batch import TokenLoss
 from tandem.data.packing import pack, stamp
 from tandem.engines.live.replica import ReplicaEngine
 from tandem.engines.vllm.adapters import check_dtype, room_for
 from tandem.errors import UserError
-from tandem.models.adapters import AdapterParams
 from tandem.models.loading import load_causal
-from tandem.models.pairs import adapted
+from tandem.models.lora.adapters import AdapterParams
+from tandem.models.lora.pairs import adapted
 from tandem.models.policy import Scaled
 from tandem.parallel.world import World
 from tandem.sync.check import TruthCheck, WeightMismatch

@@ -10,8 +10,8 @@ from helpers.family_models import made
 from tandem.assembly.models import Replicas
 from tandem.batch import TokenLoss
 from tandem.engines.live.replica import ReplicaEngine
-from tandem.models.adapters import AdapterParams
 from tandem.models.loading import load_causal
+from tandem.models.lora.adapters import AdapterParams
 from tandem.parallel.world import World
 from tandem.sync.check import TruthCheck, WeightMismatch, mean_gap
 from tandem.sync.push import FillPush

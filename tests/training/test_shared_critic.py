@@ -6,14 +6,14 @@ import pytest
 import torch
 from helpers.targets import batch_of_rows, make_bases, negative_logp, train, trainer_of
 
-from tandem.assembly.configs import config_class
+from tandem.assembly.configs.methods import config_class
 from tandem.assembly.models import adapter_params, beside_actor, trained
 from tandem.batch import TokenLoss
 from tandem.config import load_config
 from tandem.errors import UserError
-from tandem.models.adapters import AdapterParams
 from tandem.models.forward import hidden_states
 from tandem.models.loading import load_scalar
+from tandem.models.lora.adapters import AdapterParams
 from tandem.parallel.world import World
 from tandem.training.optim import OptimParams
 from tandem.training.trainer import LocalTrainer

@@ -15,8 +15,8 @@ from tandem.engines.vllm.adapters import PushedAdapters, names_in, room_of
 from tandem.engines.vllm.engine import VLLMEngine
 from tandem.engines.vllm.setup import VLLMParams
 from tandem.errors import UserError
-from tandem.models.adapters import AdapterParams
 from tandem.models.loading import load_causal
+from tandem.models.lora.adapters import AdapterParams
 from tandem.models.policy import Scaled
 from tandem.parallel.world import World
 from tandem.roles import Seat

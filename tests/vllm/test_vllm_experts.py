@@ -15,8 +15,8 @@ from tandem.engines.vllm.engine import VLLMEngine
 from tandem.engines.vllm.names import Names
 from tandem.engines.vllm.setup import VLLMParams
 from tandem.errors import UserError
-from tandem.models.routers import all_weights, correction_biases
-from tandem.models.shrunk import trained_size
+from tandem.models.moe.routers import all_weights, correction_biases
+from tandem.models.proof.shrunk import trained_size
 from tandem.sync.check import logp_bound
 
 SIZE: dict[str, Any] = {

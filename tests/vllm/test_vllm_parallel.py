@@ -16,7 +16,7 @@ from tandem.engines.vllm.adapters import room_of
 from tandem.engines.vllm.engine import VLLMEngine
 from tandem.engines.vllm.setup import VLLMParams
 from tandem.errors import UserError
-from tandem.models.adapters import AdapterParams, put_adapters
+from tandem.models.lora.adapters import AdapterParams, put_adapters
 from tandem.sync.plan import plan_of
 from tandem.types import Request, SamplingParams
 

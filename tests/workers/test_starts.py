@@ -10,7 +10,7 @@ import pytest
 from helpers.drivers import error_line
 from helpers.shared_ray import inputs
 
-from tandem.assembly.role_sections import Placement, SamplingPlacement, placement_class
+from tandem.assembly.configs.role_sections import Placement, SamplingPlacement, placement_class
 from tandem.cli.main import main
 from tandem.errors import UserError
 from tandem.methods.ppo import PPO

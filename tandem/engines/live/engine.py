@@ -24,8 +24,8 @@ from tandem.engines.stepper import SteppedEngine
 from tandem.errors import UserError
 from tandem.futures import Future
 from tandem.kernels.available import has_triton
-from tandem.models.limits import limits_of, turning_point
-from tandem.models.pairs import showing
+from tandem.models.lora.pairs import showing
+from tandem.models.proof.limits import limits_of, turning_point
 from tandem.stages import stage
 from tandem.types import Completion, Request, Watch
 

@@ -17,9 +17,9 @@ from tandem.engines.live.probe import Trial, find_cache_shape, head_shape_of, wh
 from tandem.engines.live.sample import Sample
 from tandem.engines.live.states import StateForward
 from tandem.errors import UserError
-from tandem.models.limits import limits_of
-from tandem.models.shrunk import POSITIONS
-from tandem.models.states import states_of_layers
+from tandem.models.proof.limits import limits_of
+from tandem.models.proof.shrunk import POSITIONS
+from tandem.models.recurrent.states import states_of_layers
 
 log = logging.getLogger("tandem")
 KEPT_SHARE = 0.05

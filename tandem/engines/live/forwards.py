@@ -19,7 +19,7 @@ from tandem.kernels import products
 from tandem.kernels.layers import Norm
 from tandem.kernels.logprob import HeadShape
 from tandem.models.attention import Layout, no_mask
-from tandem.models.states import Held
+from tandem.models.recurrent.states import Held
 
 
 class OwnForward:

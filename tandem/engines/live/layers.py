@@ -16,7 +16,7 @@ from tandem.kernels import layers as kernels
 from tandem.kernels import products
 from tandem.kernels.layers import Curve, Norm, Rotation
 from tandem.models.attention import Ask
-from tandem.models.quantized import Quantized
+from tandem.models.quantized.layers import Quantized
 
 
 class Unlike(Exception):

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from tandem.kernels import states as kernels
 from tandem.kernels.layers import Norm
-from tandem.models.scans import calling
-from tandem.models.states import Held
+from tandem.models.recurrent.scans import calling
+from tandem.models.recurrent.states import Held
 
 if TYPE_CHECKING:
     from tandem.engines.live.deltas import GatedDelta

@@ -16,7 +16,7 @@ from tandem.engines.live.forwards import OwnForward
 from tandem.engines.live.sample import Sample
 from tandem.engines.live.slots import DecodeLayout, PrefillLayout, SlotCache
 from tandem.engines.live.states import StateSlots
-from tandem.models.states import states_of_layers
+from tandem.models.recurrent.states import states_of_layers
 
 
 class Prefilled(Protocol):

@@ -14,7 +14,7 @@ from tandem.engines.live.pages import PAGE, PagedPrefill, PagePool, as_wide, sen
 from tandem.engines.live.states import StateForward
 from tandem.kernels import pages as kernels
 from tandem.models.attention import FlashLayout, Layout, packed_layout
-from tandem.models.states import Name
+from tandem.models.recurrent.states import Name
 
 TOKENS = (128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096)
 """Sizes that graphs are captured for. Above the last, launching takes no longer than computing."""

@@ -21,10 +21,10 @@ from tandem.engines.live.prefill import Forward
 from tandem.engines.live.states import StateForward
 from tandem.kernels.logprob import HeadShape
 from tandem.models.attention import IMPLEMENTATION, Ask, PackedLayout, UnsupportedAttention, numbered
-from tandem.models.probe import Truth, through_base
-from tandem.models.routers import has_experts
-from tandem.models.shrunk import LIMIT, TURNING, named_limits, shrunk
-from tandem.models.states import states_of_layers
+from tandem.models.moe.routers import has_experts
+from tandem.models.proof.probe import Truth, through_base
+from tandem.models.proof.shrunk import LIMIT, TURNING, named_limits, shrunk
+from tandem.models.recurrent.states import states_of_layers
 
 PROMPT_LENGTHS = (5, 3)
 DECODED = 3
@@ -85,7 +85,7 @@ class Trial:
     def why_not_captured(self, forward: Forward | StateForward, shape: CacheShape) -> str:
         """Why a step of experts, or of a module's own forward, cannot be captured: it waits for the host. Else empty.
 
-        Experts do that are computed one after the other (``models.experts`` has those that are stacked).
+        Experts do that are computed one after the other (``models.moe.experts`` has those that are stacked).
         """
         device = forward.device
         experts = has_experts(self.module)

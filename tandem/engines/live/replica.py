@@ -12,7 +12,7 @@ from tandem.data.packing import pack
 from tandem.engines.live.engine import LiveEngine
 from tandem.errors import UserError
 from tandem.models.forward import LoadedModel, forward
-from tandem.models.routers import all_weights
+from tandem.models.moe.routers import all_weights
 from tandem.sync.checksum import ParameterSums
 from tandem.sync.links import Link
 from tandem.sync.plan import plan_of

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from tandem.kernels import products
-from tandem.models.pairs import NAME
-from tandem.models.quantized import Quantized, is_plain_linear
+from tandem.models.lora.pairs import NAME
+from tandem.models.quantized.layers import Quantized, is_plain_linear
 
 
 class Additions:

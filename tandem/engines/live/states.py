@@ -14,7 +14,7 @@ from torch import Tensor
 from tandem.engines.live.forwards import LeanForward
 from tandem.engines.live.slots import DecodeLayout, SlotCache
 from tandem.models.attention import IMPLEMENTATION, Ask, Layout, UnsupportedAttention, no_mask
-from tandem.models.states import Held, Name, cache_argument, kept_in_modules, states_of_layers, takes_list
+from tandem.models.recurrent.states import Held, Name, cache_argument, kept_in_modules, states_of_layers, takes_list
 
 
 class StateForward:

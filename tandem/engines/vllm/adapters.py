@@ -23,7 +23,7 @@ from tandem.engines.vllm.loading import Bucket, Record, Summed, Target
 from tandem.engines.vllm.names import Names
 from tandem.engines.vllm.regions import memory_of, piece_of
 from tandem.errors import UserError, listed
-from tandem.models.pairs import NAME
+from tandem.models.lora.pairs import NAME
 from tandem.sync.plan import Plan
 
 NUMBER = 1

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tandem.errors import UserError
-from tandem.models.pairs import plain_name
+from tandem.models.lora.pairs import plain_name
 from tandem.models.seeing import PartNames
 from tandem.models.text_config import sees
 

@@ -24,7 +24,7 @@ from tandem.engines.requests import eos_ids
 from tandem.engines.vllm.adapters import AdapterRoom, check_dtype
 from tandem.errors import RunFailure, UserError
 from tandem.models.folder import readable_errors
-from tandem.models.limits import turning_point
+from tandem.models.proof.limits import turning_point
 from tandem.models.seeing import SeeingModel
 from tandem.models.trusted import is_trusted
 from tandem.signals import how_ended

@@ -18,7 +18,7 @@ from tandem.engines.live.reading.given import read_given
 from tandem.engines.live.reading.layer import read_layer
 from tandem.engines.live.reading.streams import read_split
 from tandem.engines.live.reading.watch import Watch
-from tandem.models.states import Mixers, kept_in_modules, takes_list
+from tandem.models.recurrent.states import Mixers, kept_in_modules, takes_list
 
 
 @torch.no_grad()

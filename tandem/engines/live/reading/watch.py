@@ -16,8 +16,8 @@ from tandem.engines.live.reading.calls import Attended, Call, call_of
 from tandem.engines.live.reading.comparing import same
 from tandem.engines.live.reading.rotations import Rotations
 from tandem.models.attention import Ask, PackedLayout, UnsupportedAttention, no_mask
-from tandem.models.limits import turning_point
-from tandem.models.states import Mixers, cache_argument
+from tandem.models.proof.limits import turning_point
+from tandem.models.recurrent.states import Mixers, cache_argument
 
 POSITIONS = (0, 1, 2, 3, 5, 9, 17, 33)
 """Of the tokens that are watched, and the last that there is."""

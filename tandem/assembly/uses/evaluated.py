@@ -8,15 +8,15 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from tandem.assembly.configs.sections import EngineSection
+from tandem.assembly.configs.uses import EvalConfig, EvalRowsConfig
 from tandem.assembly.feeds import RowsFeed
 from tandem.assembly.models import load_models, scalar_roles
 from tandem.assembly.placing import Homes
 from tandem.assembly.plans import models_used, print_plan
-from tandem.assembly.sampled import sample_rows
-from tandem.assembly.sections import EngineSection
 from tandem.assembly.sessions import checked_start
 from tandem.assembly.text_feed import TextFeed
-from tandem.assembly.use_configs import EvalConfig, EvalRowsConfig
+from tandem.assembly.uses.sampled import sample_rows
 from tandem.errors import UserError
 from tandem.models.scalar import require_head
 from tandem.roles import Metrics

@@ -29,7 +29,7 @@ from tandem.keys import (
     must,
     needs,
 )
-from tandem.models.adapter_folder import AdapterFolder
+from tandem.models.lora.folder import AdapterFolder
 from tandem.models.trusted import source_of
 from tandem.rewards.kinds import kind_of
 from tandem.rewards.shaping import Overlong

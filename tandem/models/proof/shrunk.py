@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from tandem.models.attention import leave_sdpa
-from tandem.models.limits import limits_of, turning_point
-from tandem.models.states import put_right, states_of_layers
+from tandem.models.proof.limits import limits_of, turning_point
+from tandem.models.recurrent.states import put_right, states_of_layers
 
 log = logging.getLogger("tandem")
 LIMIT = 8
@@ -120,7 +120,7 @@ def _made(kind: Any, config: Any) -> Any:
 def _runs(small: Any, module: Any) -> bool:
     """Whether it computes something, and goes on from a cache of its own where it has a language-model head.
 
-    One with states is given a cache of ours (``tandem.models.states``).
+    One with states is given a cache of ours (``tandem.models.recurrent.states``).
     """
     with_states = bool(states_of_layers(small))
     ids = torch.arange(2, 5)[None]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tandem.models.experts import called_experts
+from tandem.models.moe.experts import called_experts
 
 
 class Routes:

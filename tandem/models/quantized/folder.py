@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tandem.errors import UserError
-from tandem.models.adapter_folder import base_of
+from tandem.models.lora.folder import base_of
 
 
 def quantized_kind(source: str | Path) -> str | None:

@@ -13,10 +13,10 @@ from transformers.pytorch_utils import Conv1D
 
 from tandem.errors import UserError
 from tandem.kernels import products
-from tandem.models.experts import stacks_of
-from tandem.models.pairs import last_name
-from tandem.models.quantized import READ_PAST, Quantized
-from tandem.models.routers import routers_of
+from tandem.models.lora.pairs import last_name
+from tandem.models.moe.experts import stacks_of
+from tandem.models.moe.routers import routers_of
+from tandem.models.quantized.layers import READ_PAST, Quantized
 
 ALL_LINEAR, EXPERTS = "all-linear", "experts"
 FORWARDS = (nn.Linear.forward, products.Linear.forward, Quantized.forward, Conv1D.forward)

@@ -20,8 +20,8 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin, LinearAttentionLayer
 
 from tandem.models.attention import PackedLayout, UnsupportedAttention
-from tandem.models.scans import argument_of_segments, speed_up_scans
-from tandem.models.segments import Segments
+from tandem.models.recurrent.scans import argument_of_segments, speed_up_scans
+from tandem.models.recurrent.segments import Segments
 from tandem.models.sharing import Sharing
 
 Name = tuple[int, str, int]

@@ -10,16 +10,16 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, get_args
 
+from tandem.assembly.configs.sections import EngineSection
+from tandem.assembly.configs.uses import ScoreConfig
 from tandem.assembly.digests import digest_inputs
 from tandem.assembly.feeds import require_columns
 from tandem.assembly.judging import judge_of, placed_reward_models, score_scales, start_rewards
 from tandem.assembly.placing import Homes
 from tandem.assembly.plans import print_plan
 from tandem.assembly.reading import of_kind
-from tandem.assembly.sampled import OF_A_SAMPLE
-from tandem.assembly.sections import EngineSection
 from tandem.assembly.sessions import checked_start
-from tandem.assembly.use_configs import ScoreConfig
+from tandem.assembly.uses.sampled import OF_A_SAMPLE
 from tandem.batch import cut
 from tandem.data import formats
 from tandem.data.columns import shape

@@ -11,17 +11,17 @@ import yaml
 from torch import Tensor
 from transformers import GenerationConfig
 
-from tandem.assembly.use_configs import ExportConfig
+from tandem.assembly.configs.uses import ExportConfig
 from tandem.checkpoint.store import Checkpoint, CheckpointStore, open_checkpoint
 from tandem.errors import RunFailure, UserError, first_line
-from tandem.models.adapter_folder import adapter_folder, base_of
-from tandem.models.adapters import Adapters, merge_folder, put_saved
 from tandem.models.folder import located, readable_errors
 from tandem.models.forward import LoadedModel
-from tandem.models.limits import model_config
 from tandem.models.loading import load_tokenizer
+from tandem.models.lora.adapters import Adapters, merge_folder, put_saved
+from tandem.models.lora.folder import adapter_folder, base_of
 from tandem.models.policy import Merged
-from tandem.models.quantized import dequantize_module
+from tandem.models.proof.limits import model_config
+from tandem.models.quantized.layers import dequantize_module
 from tandem.models.scalar import auto_class, forget_scale, scalar_keys
 from tandem.models.seeing import SeeingModel
 from tandem.models.text_config import config_in

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from tandem.models.quantized import Quantized
+from tandem.models.quantized.layers import Quantized
 
 NAME = "default"
 """What peft knows the adapters by: there is one set on a model."""

@@ -7,7 +7,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from tandem.assembly.sampled import OF_A_SAMPLE
+from tandem.assembly.uses.sampled import OF_A_SAMPLE
 from tandem.runs.lines import iterate_lines, json_line
 from tandem.whole import write_aside
 

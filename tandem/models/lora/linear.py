@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from tandem.kernels import adapted as kernels
-from tandem.models.pairs import NAME, adapted
-from tandem.models.quantized import Quantized, is_plain_linear
+from tandem.models.lora.pairs import NAME, adapted
+from tandem.models.quantized.layers import Quantized, is_plain_linear
 
 
 def speed_up_pairs(module: nn.Module) -> None:

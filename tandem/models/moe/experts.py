@@ -22,7 +22,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_
 
 from tandem.kernels.available import on_triton
 from tandem.models.kinds import kind_of
-from tandem.models.pairs import NAME, by_expert
+from tandem.models.lora.pairs import NAME, by_expert
 
 IMPLEMENTATION = "tandem"
 """What transformers knows ``grouped_experts`` by."""

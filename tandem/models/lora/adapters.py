@@ -26,13 +26,13 @@ from transformers.pytorch_utils import Conv1D
 from tandem.errors import UserError, first_line
 from tandem.kernels import bits
 from tandem.lazy import extra
-from tandem.models.adapted_linear import speed_up_pairs
-from tandem.models.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, QUANTIZED, adapter_folder, base_of
-from tandem.models.adapter_targets import ALL_LINEAR, HEADS, TIED, is_tied, require_own_weights, targets_of
-from tandem.models.experts import is_grouped, is_stack, speed_up_stacks
 from tandem.models.folder import located
-from tandem.models.pairs import NAME, adapted, last_name, pairs_of
-from tandem.models.quantized import dequantize_module, quantized_in
+from tandem.models.lora.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, QUANTIZED, adapter_folder, base_of
+from tandem.models.lora.linear import speed_up_pairs
+from tandem.models.lora.pairs import NAME, adapted, last_name, pairs_of
+from tandem.models.lora.targets import ALL_LINEAR, HEADS, TIED, is_tied, require_own_weights, targets_of
+from tandem.models.moe.experts import is_grouped, is_stack, speed_up_stacks
+from tandem.models.quantized.layers import dequantize_module, quantized_in
 from tandem.models.seeing import PartNames, SeeingModel
 from tandem.seeds import derive_seed
 

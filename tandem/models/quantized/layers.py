@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from tandem.errors import UserError
 from tandem.kernels import bits, products, quantized
 from tandem.kernels.quantized import BLOCK, Coded, Kind
-from tandem.models.routers import routers_of
+from tandem.models.moe.routers import routers_of
 
 METHOD = "tandem"
 """What transformers knows the quantisation below by."""

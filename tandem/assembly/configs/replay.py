@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from tandem.assembly.configs import SamplesConfig, class_over
-from tandem.assembly.evaluation_sections import SampledEvaluationSection
-from tandem.assembly.role_sections import is_reward_model
-from tandem.assembly.sections import EngineSection
+from tandem.assembly.configs.evaluation_sections import SampledEvaluationSection
+from tandem.assembly.configs.methods import SamplesConfig, class_over
+from tandem.assembly.configs.role_sections import is_reward_model
+from tandem.assembly.configs.sections import EngineSection
 from tandem.config import describe, given_values, key_names, load_config, settings, with_keys
 from tandem.errors import UserError
 from tandem.flags import flag_of

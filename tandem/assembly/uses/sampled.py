@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from tandem.assembly.configs.uses import UseConfig
 from tandem.assembly.digests import digest_inputs
 from tandem.assembly.feeds import require_columns, room_to_sample
 from tandem.assembly.judging import judge_of, placed_reward_models, score_scales, start_rewards
@@ -18,12 +19,11 @@ from tandem.assembly.placing import Homes
 from tandem.assembly.plans import models_used, print_plan
 from tandem.assembly.reading import load_data, tokenized
 from tandem.assembly.sessions import checked_start
-from tandem.assembly.use_configs import UseConfig
 from tandem.assembly.wiring import engine_alone
 from tandem.data.chat import set_template
 from tandem.data.items import build_prompts
-from tandem.models.limits import read_limits
 from tandem.models.loading import load_tokenizer
+from tandem.models.proof.limits import read_limits
 from tandem.roles import Engine
 from tandem.rollout.judging import Judge
 from tandem.rollout.sampling import Drawing, Sampling

@@ -18,13 +18,13 @@ from tandem.data.packing import pack
 from tandem.errors import UserError, first_line
 from tandem.kernels.logprob import PLAIN, HeadShape
 from tandem.models.attention import IMPLEMENTATION, UnsupportedAttention, leave_sdpa
-from tandem.models.experts import group_experts
 from tandem.models.forward import LoadedModel, hidden_states, native_logits
-from tandem.models.limits import READS_AHEAD, turning_point
-from tandem.models.routers import has_experts
-from tandem.models.routes import Routes
-from tandem.models.shrunk import TURNING, named_limits, shrunk
-from tandem.models.states import Mixers
+from tandem.models.moe.experts import group_experts
+from tandem.models.moe.routers import has_experts
+from tandem.models.moe.routes import Routes
+from tandem.models.proof.limits import READS_AHEAD, turning_point
+from tandem.models.proof.shrunk import TURNING, named_limits, shrunk
+from tandem.models.recurrent.states import Mixers
 from tandem.types import Sequence
 
 log = logging.getLogger("tandem")

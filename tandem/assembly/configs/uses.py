@@ -6,9 +6,15 @@ import functools
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from tandem.assembly.configs import RowsConfig, config_class, data_parts, sections_of, worker_parts
-from tandem.assembly.role_sections import JudgedPlacement, JudgePlacement, ModelsSection, Placement, UsePlacement
-from tandem.assembly.sections import (
+from tandem.assembly.configs.methods import RowsConfig, config_class, data_parts, sections_of, worker_parts
+from tandem.assembly.configs.role_sections import (
+    JudgedPlacement,
+    JudgePlacement,
+    ModelsSection,
+    Placement,
+    UsePlacement,
+)
+from tandem.assembly.configs.sections import (
     ClusterSection,
     ColumnsSection,
     DataSection,

@@ -9,8 +9,8 @@ from typing import Any, Literal
 from transformers import AutoModelForMaskedLM
 
 from tandem.errors import UserError
-from tandem.models.adapter_folder import adapter_folder
 from tandem.models.folder import readable_errors, with_config
+from tandem.models.lora.folder import adapter_folder
 from tandem.models.text_config import config_in
 from tandem.types import Limits
 

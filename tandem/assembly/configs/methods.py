@@ -10,8 +10,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from tandem.assembly.evaluation_sections import EvaluationSection, SampledEvaluationSection
-from tandem.assembly.role_sections import (
+from tandem.assembly.configs.evaluation_sections import EvaluationSection, SampledEvaluationSection
+from tandem.assembly.configs.role_sections import (
     ModelsSection,
     Placement,
     ReferenceModelsSection,
@@ -20,7 +20,7 @@ from tandem.assembly.role_sections import (
     models_class,
     placement_class,
 )
-from tandem.assembly.sections import (
+from tandem.assembly.configs.sections import (
     FULL_TUNING,
     ClusterSection,
     ColumnsSection,
@@ -44,8 +44,8 @@ from tandem.flags import suggest
 from tandem.keys import PREFIXED
 from tandem.methods.base import Method, Rows
 from tandem.methods.table import METHODS, method_class
-from tandem.models.adapter_folder import adapter_folder, base_of, have_one_base
-from tandem.models.quantized_folder import quantized_kind
+from tandem.models.lora.folder import adapter_folder, base_of, have_one_base
+from tandem.models.quantized.folder import quantized_kind
 from tandem.workers.launched import launched
 
 Base = TypeVar("Base", bound="RunConfig")

@@ -25,7 +25,7 @@ from tandem.kernels import states as kernels
 from tandem.kernels.chunks import Chunks
 from tandem.models.attention import UnsupportedAttention
 from tandem.models.kinds import kind_of
-from tandem.models.segments import Segments
+from tandem.models.recurrent.segments import Segments
 
 log = logging.getLogger("tandem")
 

@@ -1,0 +1,1 @@
+"""What the commands are configured by. Nothing here imports torch."""

@@ -1,0 +1,1 @@
+"""Models with experts: stacked experts, what their routers pick, and forwards that are held to that."""

@@ -1,0 +1,1 @@
+"""A base in few bits: its layers, and folders of such models."""
