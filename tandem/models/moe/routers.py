@@ -141,17 +141,20 @@ def quieted(config: Any) -> bool:
 
 
 def routers_of(module: Any) -> list[nn.Module]:
-    """The routers of transformers' own classes: parts that give logits, weights and the experts picked, or linear
-    layers that give logits alone (Jamba, Hunyuan)."""
-    kind = getattr((getattr(module, "_can_record_outputs", None) or {}).get("router_logits"), "target_class", None)
-    found = []
-    # What calls its superclass by name (Phi-MoE, Llama 4) cannot be called for a stand-in.
-    if kind is not None and not issubclass(kind, nn.Linear):
-        found = [part for part in module.modules() if isinstance(part, kind) and hasattr(part, "weight")]
+    """The routers of transformers' own classes, which stand beside stacked experts: parts with a row of weights for
+    each, that give logits, weights and the experts picked, or linear layers that give logits alone (Jamba, Hunyuan)."""
+    found: list[nn.Module] = []
     for part in module.modules():
         experts: Any = getattr(part, "experts", None)
         for beside in part.children() if hasattr(experts, "num_experts") else []:
-            layers = [x for x in beside.modules() if isinstance(x, nn.Linear)] if beside is not experts else []
+            if beside is experts:
+                continue
+            weight = getattr(beside, "weight", None)
+            # Linear layers that do more call their superclass by name (Phi-MoE, Llama 4): not to be had for a stand-in.
+            if isinstance(weight, nn.Parameter) and weight.ndim == 2 and not isinstance(beside, nn.Linear):
+                found += [beside] if len(weight) == experts.num_experts else []
+                continue
+            layers = [x for x in beside.modules() if isinstance(x, nn.Linear)]
             if [x.out_features for x in layers] == [experts.num_experts]:
                 found += [x for x in layers if getattr(x, "narrow", type(x)).forward in LINEAR]
     return found
