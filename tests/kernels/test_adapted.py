@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -110,6 +112,9 @@ def test_a_layer_of_pefts_gives_what_pefts_own_does(dora: bool) -> None:
     for rows, wanted in before.items():
         for found, one in zip(run(rows), wanted, strict=True):
             assert error(found, one.double()) < 1e-6
-    layer._disable_adapters = True
     x = torch.randn(150, INPUTS)
+    for again in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert type(again) is type(layer)
+        assert torch.equal(again(x), layer(x))
+    layer._disable_adapters = True
     assert torch.equal(layer(x), layer.base_layer(x))

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tandem.kernels import adapted as kernels
+from tandem.models.kinds import kind_of
 from tandem.models.lora.pairs import NAME, adapted
 from tandem.models.quantized.layers import Quantized, is_plain_linear
 
@@ -34,4 +35,4 @@ def _class_of(kind: Any) -> Any:
         weight = base.coded if isinstance(base, Quantized) else base.weight
         return kernels.linear(x, weight, base.bias, a_RI, b_OR, self.scaling[NAME])
 
-    return type(kind.__name__, (kind,), {"__module__": __name__, "forward": forward})
+    return kind_of(_class_of, kind, forward=forward)
